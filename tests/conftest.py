@@ -1,0 +1,29 @@
+"""One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("twotower", "beartype.beartype")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data, or a skip that says how to have it."""
+    folder = os.environ.get("TWOTOWER_DATA")
+    if not folder:
+        pytest.skip("TWOTOWER_DATA is not set: no real data to test on")
+    from pathlib import Path
+
+    return Path(folder).resolve()

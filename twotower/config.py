@@ -1,0 +1,393 @@
+"""One tree of frozen dataclasses: every option, its default and its meaning, declared once.
+
+An experiment file returns an `ml_collections.ConfigDict`; `from_dict` turns it into a `Config` once, at the door, and refuses
+what it does not know. Everything below takes the dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names the field, its value and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Where one table is read from, and which of its columns is which.
+
+    Attributes:
+        path: a file, a folder or a glob of CSV (also .gz) or Parquet files; environment variables and ~ are expanded.
+        columns: our name -> the file's name, for example {"user_id": "CustomerID"}. "metadata.brand" names a field of a
+            column of JSON objects. Columns not named keep their own names.
+        names: the column names of a file that has no header line.
+        delimiter: between the fields of a CSV file.
+        encoding: of a CSV file.
+        timestamp_format: strptime format of a textual timestamp; empty means ISO 8601.
+        timestamp_unit: of a numeric timestamp: s, ms, us or ns.
+    """
+
+    path: str = ""
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    delimiter: str = ","
+    encoding: str = "utf-8"
+    timestamp_format: str = ""
+    timestamp_unit: str = "s"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which log to learn from, and which of its rows.
+
+    Attributes:
+        source: a key of `twotower.data.sources.SOURCES`.
+        interactions: who did what with which item.
+        users: what is known of users; an empty path means nothing but their ids.
+        items: what is known of items, which is also the corpus; an empty path means the items of the log.
+        test: the test rows of a fixed split.
+        dataset: TFDS name, such as movielens/100k-ratings.
+        data_dir: where TFDS keeps prepared data; empty means its own default.
+        num_interactions: size of the generated shop.
+        shop_seed: seed of the generated shop.
+        where: rows to keep, as (column, operator, value); operators are ==, !=, <, <=, >, >=, in, not in, starts with,
+            not starts with. ("rating", ">=", 4) and ("event", "in", ("purchase",)) are the usual ones.
+        k_core: keep users and items with at least this many rows, repeatedly until all have; 0 keeps all.
+        duplicates: of several rows with one user and item, keep "all", the "first" or the "last".
+        item_group: a column of the items table to recommend instead of the item id (a title, a parent product).
+    """
+
+    source: str = "shop"
+    interactions: TableConfig = TableConfig()
+    users: TableConfig = TableConfig()
+    items: TableConfig = TableConfig()
+    test: TableConfig = TableConfig()
+    dataset: str = ""
+    data_dir: str = ""
+    num_interactions: int = 100_000
+    shop_seed: int = 0
+    where: tuple[tuple, ...] = ()
+    k_core: int = 0
+    duplicates: str = "all"
+    item_group: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """How rows are divided into train, validation and test.
+
+    Attributes:
+        kind: a key of `twotower.data.split.SPLITS`.
+        validation: share of rows held out for validation (any value above 0 for leave_last_out: one row a user).
+        test: share of rows held out for test (likewise).
+        seed: of a random choice of rows.
+        accept_leakage: findings of the leakage audit that the protocol at hand knowingly accepts, by name.
+    """
+
+    kind: str = "time"
+    validation: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+    accept_leakage: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """The feature specification: a JSON file, or the two mappings themselves (see `twotower.data.features`)."""
+
+    path: str = ""
+    user: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    item: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """One tower over the concatenated feature vectors.
+
+    Attributes:
+        kind: a key of `twotower.towers.towers.TOWERS`.
+        layers: widths of the dense layers, the last of which is D and has no activation. Empty: the concatenated
+            features are the vector (matrix factorisation when the id is the only feature).
+        activation: between the layers: relu, gelu, silu or tanh.
+        dropout: share of hidden units dropped in training.
+        layer_norm: normalise hidden units per example.
+        batch_norm: normalise hidden units per batch.
+    """
+
+    kind: str = "mlp"
+    layers: tuple[int, ...] = ()
+    activation: str = "relu"
+    dropout: float = 0.0
+    layer_norm: bool = False
+    batch_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The pair of towers and how their vectors are compared.
+
+    Attributes:
+        user, item: the towers.
+        normalize: L2-normalise both vectors, so that scores are cosines.
+        temperature: scores are divided by it in the loss (never at serving, where it changes no ranking).
+        learn_temperature: train its logarithm, kept within [0.01, 1].
+    """
+
+    user: TowerConfig = TowerConfig()
+    item: TowerConfig = TowerConfig()
+    normalize: bool = True
+    temperature: float = 0.07
+    learn_temperature: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What training minimises.
+
+    Attributes:
+        loss: a key of `twotower.objectives.LOSSES`.
+        logq: subtract the log expected count of each candidate (sampling-bias correction).
+        mask_same_user: other positives of a query's user are not its negatives.
+        symmetric: average with the loss of finding the user among the batch's users.
+    """
+
+    loss: str = "softmax"
+    logq: bool = True
+    mask_same_user: bool = True
+    symmetric: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseOptimizerConfig:
+    """The optax optimizer of the dense parameters.
+
+    Attributes:
+        kind: a key of `twotower.training.optimizers.DENSE`.
+        learning_rate: before the schedule.
+        weight_decay: on kernels alone (never biases, norms or the temperature); adamw only.
+        clip_norm: greatest global norm of the dense gradient; 0 leaves it alone.
+    """
+
+    kind: str = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableOptimizerConfig:
+    """The sparse optimizer of the embedding tables: only rows that a batch touches change.
+
+    Attributes:
+        kind: a key of `twotower.towers.embeddings.OPTIMIZERS`.
+        learning_rate: before the schedule.
+        initial_accumulator: of the Adagrad kinds.
+    """
+
+    kind: str = "rowwise_adagrad"
+    learning_rate: float = 0.1
+    initial_accumulator: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A factor on both learning rates.
+
+    Attributes:
+        kind: constant, cosine (to 0 at the last step) or plateau.
+        warmup_steps: steps of linear rise from 0 before it.
+        factor: plateau: what the rates are multiplied by each time.
+        patience: plateau: validations without improvement before that.
+    """
+
+    kind: str = "constant"
+    warmup_steps: int = 0
+    factor: float = 0.5
+    patience: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        seed: of initialisation, data order and dropout.
+        batch_size: B, which is also the number of in-batch candidates.
+        steps: gradient steps in all.
+        optimizer, tables, schedule: see their classes.
+        log_every: steps between lines of metrics.
+        validate_every: steps between validations, each followed by a checkpoint.
+        metric: the validation metric that names the best checkpoint.
+        patience: validations without improvement before training stops; 0 never stops early.
+        keep_checkpoints: latest checkpoints kept, beside the best.
+        resident_megabytes: encoded data up to this size is copied to the device once; larger data is streamed.
+    """
+
+    seed: int = 0
+    batch_size: int = 1024
+    steps: int = 1000
+    optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    log_every: int = 50
+    validate_every: int = 200
+    metric: str = "recall@10"
+    patience: int = 0
+    keep_checkpoints: int = 2
+    resident_megabytes: int = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """The index and what is shown of an item.
+
+    Attributes:
+        index: auto, exact, scann_tree or scann_tree_ah (see `twotower.retrieval.scann`).
+        target_recall: share of the exact top 10 that the index must find; decides how many leaves a query searches.
+        display: columns of the items table kept beside the vectors; empty keeps all.
+    """
+
+    index: str = "auto"
+    target_recall: float = 0.98
+    display: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured.
+
+    Attributes:
+        ks: list lengths K.
+        query: "user" (all held-out items of a user are right) or "interaction" (each held-out row is a query of its own).
+    """
+
+    ks: tuple[int, ...] = (10, 50, 100)
+    query: str = "user"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment."""
+
+    data: DataConfig = DataConfig()
+    split: SplitConfig = SplitConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        _check_ranges(self)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Validates a mapping (a ConfigDict, or parsed JSON) into a `Config`.
+
+    Raises:
+        ConfigError: a field is unknown (the nearest one is named), of the wrong type or out of range.
+    """
+    return _build(Config, values, "config")
+
+
+def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:
+    """`kinds[name]`, or a `ConfigError` that names the field, the value and the nearest kind."""
+    if name not in kinds:
+        raise ConfigError(f"{field}={name!r} is not known{_nearest(name, kinds)}. Known: {', '.join(sorted(kinds))}.")
+    return kinds[name]
+
+
+def check_fields(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuses the first key of `values` that is not in `known`, naming the nearest one."""
+    known = list(known)
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where} has no field {name!r}{_nearest(name, known)}. Known: {', '.join(known)}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
+        raise ConfigError(f"{where}={values!r} must be a mapping with the fields of {cls.__name__}.")
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    hints = typing.get_type_hints(cls)
+    check_fields(values, hints, where)
+    return cls(**{name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `hint`, or a `ConfigError` that names the field `where`."""
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)
+    origin = typing.get_origin(hint) or hint
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else convert(inner[0], value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        (inner, *_) = typing.get_args(hint) or (Any,)
+        return tuple(convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and (isinstance(value, Mapping) or hasattr(value, "to_dict")):
+        return dict(value.to_dict() if hasattr(value, "to_dict") else value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{where}={value!r} must be of type {getattr(hint, '__name__', hint)}, not {type(value).__name__}.")
+
+
+def _check_ranges(config: Config) -> None:
+    def check(ok: bool, field: str, value: Any, right: str) -> None:
+        if not ok:
+            raise ConfigError(f"config.{field}={value!r} must be {right}.")
+
+    def between(field: str, low: float, high: float) -> None:
+        value = _get(config, field)
+        check(low <= value <= high, field, value, f"between {low} and {high}")
+
+    def at_least(field: str, low: float) -> None:
+        value = _get(config, field)
+        check(value >= low, field, value, f"at least {low}")
+
+    def one_of(field: str, known: tuple[str, ...]) -> None:
+        choose(dict.fromkeys(known), _get(config, field), f"config.{field}")
+
+    for field in ("split.validation", "split.test", "model.user.dropout", "model.item.dropout"):
+        between(field, 0.0, 0.99)
+    between("model.temperature", 0.01, 1.0)
+    between("retrieval.target_recall", 0.0, 1.0)
+    between("training.schedule.factor", 0.0, 1.0)
+    at_least("data.num_interactions", 1000)
+    for field in ("batch_size", "steps", "log_every", "validate_every", "keep_checkpoints", "schedule.patience"):
+        at_least(f"training.{field}", 1)
+    for field in ("seed", "patience", "resident_megabytes", "schedule.warmup_steps", "optimizer.clip_norm"):
+        at_least(f"training.{field}", 0)
+    for field in ("training.optimizer.learning_rate", "training.tables.learning_rate", "data.k_core"):
+        at_least(field, 0)
+    one_of("data.duplicates", ("all", "first", "last"))
+    one_of("evaluation.query", ("user", "interaction"))
+    for table in ("interactions", "users", "items", "test"):
+        one_of(f"data.{table}.timestamp_unit", ("s", "ms", "us", "ns"))
+    check(bool(config.evaluation.ks) and min(config.evaluation.ks, default=0) >= 1,
+          "evaluation.ks", config.evaluation.ks, "one or more list lengths of at least 1")
+
+
+def _get(config: Config, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
