@@ -1,0 +1,5 @@
+"""Vectors in, per-example losses out."""
+
+from twotower.objectives.softmax import softmax
+
+LOSSES = {"softmax": softmax}

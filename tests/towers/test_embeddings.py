@@ -1,0 +1,143 @@
+"""Tables: sparse updates equal dense ones, duplicates merge, and no step costs V."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from twotower.towers.embeddings import OPTIMIZERS, init_table, lookup, merge_duplicates, padded_rows, pool
+
+V, D, N = 1024, 8, 64
+
+
+def _ids(step: int) -> np.ndarray:
+    # Zipf-like ids make many duplicates; 0 is padding.
+    return (np.random.default_rng(step).zipf(1.3, N) % 40).astype(np.int32)
+
+
+def _row_loss(rows, step):
+    target = np.random.default_rng(100 + step).normal(size=(N, D)).astype(rows.dtype)
+    return jnp.sum(jnp.square(rows - target))
+
+
+def _train_sparse(kind, table, steps, rate, initial=0.1):
+    optimizer = OPTIMIZERS[kind]
+    slots = optimizer.init(table, initial)
+    for step in range(steps):
+        ids = jnp.asarray(_ids(step))
+        grads = jax.grad(_row_loss)(lookup(table, ids), step)
+        table, slots = optimizer.update(table, slots, *merge_duplicates(ids, grads, V), rate, step)
+    return table, slots
+
+
+def _train_dense(optimizer, table, steps):
+    state = optimizer.init(table)
+    for step in range(steps):
+        ids = jnp.asarray(_ids(step))
+
+        def loss(table, ids=ids, step=step):
+            rows = jnp.where((ids == 0)[:, None], jax.lax.stop_gradient(table[ids]), table[ids])
+            return _row_loss(rows, step)
+
+        updates, state = optimizer.update(jax.grad(loss)(table), state, table)
+        table = optax.apply_updates(table, updates)
+    return table, state
+
+
+def test_sparse_adagrad_equals_dense_adagrad(key):
+    table = init_table(key, V, D)
+    sparse, slots = _train_sparse("adagrad", table, 30, 0.1)
+    dense, state = _train_dense(optax.adagrad(0.1), table, 30)
+    np.testing.assert_allclose(sparse, dense, atol=1e-6)
+    np.testing.assert_allclose(slots["accumulator"], state[0].sum_of_squares, rtol=1e-6)
+
+
+def test_sparse_sgd_equals_dense_sgd(key):
+    table = init_table(key, V, D)
+    np.testing.assert_allclose(
+        _train_sparse("sgd", table, 10, 0.01)[0], _train_dense(optax.sgd(0.01), table, 10)[0], atol=1e-6
+    )
+
+
+def test_lazy_adam_equals_adam_when_every_row_is_touched(key):
+    with jax.enable_x64():
+        table = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)))
+        ids, optimizer, dense = jnp.arange(V, dtype=jnp.int32), OPTIMIZERS["lazy_adam"], optax.adam(0.01)
+        slots, state, expected = optimizer.init(table, 0.0), dense.init(table), table
+        for step in range(20):
+            grads = jnp.asarray(np.random.default_rng(step).normal(size=(V, D))).at[0].set(0.0)
+            table, slots = optimizer.update(table, slots, *merge_duplicates(ids, grads, V), 0.01, step)
+            updates, state = dense.update(grads, state)
+            expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(table, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_rowwise_adagrad_divides_by_one_number_a_row(key):
+    table = init_table(key, V, D)
+    new, slots = _train_sparse("rowwise_adagrad", table, 1, 0.1)
+    ids = _ids(0)
+    grads = np.zeros((V, D), np.float64)
+    np.add.at(grads, ids, np.asarray(jax.grad(_row_loss)(lookup(table, jnp.asarray(ids)), 0)))
+    grads[0] = 0
+    accumulator = 0.1 + np.square(grads).mean(-1)
+    np.testing.assert_allclose(new, np.asarray(table) - 0.1 * grads / np.sqrt(accumulator + 1e-7)[:, None], atol=1e-6)
+    np.testing.assert_allclose(slots["accumulator"], accumulator, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_rows_not_touched_and_the_padding_row_do_not_change(key, kind):
+    table = init_table(key, V, D)
+    new, _ = _train_sparse(kind, table, 5, 0.1)
+    touched = np.unique(np.concatenate([_ids(s) for s in range(5)]))
+    assert 0 in touched
+    same = np.setdiff1d(np.arange(V), touched[touched != 0])
+    np.testing.assert_array_equal(new[same], table[same])
+    assert not np.array_equal(new[touched[1:]], table[touched[1:]])
+
+
+def test_merge_duplicates_sums_and_gives_distinct_rows():
+    ids = np.array([5, 0, 3, 5, 0, 7], np.int32)
+    grads = np.arange(12, dtype=np.float32).reshape(6, 2)
+    rows, merged = merge_duplicates(jnp.asarray(ids), jnp.asarray(grads), 10)
+    assert len(set(np.asarray(rows).tolist())) == 6
+    found = {int(r): m.tolist() for r, m in zip(rows, merged) if r < 10}
+    assert found == {3: [4, 5], 5: [0 + 6, 1 + 7], 7: [10, 11]}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_compiled_update_makes_no_array_of_table_size(key, kind):
+    rows, optimizer = 200_000, OPTIMIZERS[kind]
+    table = init_table(key, rows, D)
+    slots = optimizer.init(table, 0.1)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(table, slots, ids):
+        grads = lookup(table, ids) * 2
+        return optimizer.update(table, slots, *merge_duplicates(ids, grads, table.shape[0]), 0.1, 3)
+
+    memory = update.lower(table, slots, jnp.asarray(_ids(0))).compile().memory_analysis()
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves((table, slots)))
+    assert memory.alias_size_in_bytes == state_bytes
+    assert memory.temp_size_in_bytes < table.nbytes / 50
+
+
+def test_a_table_begins_as_a_smaller_one_does_and_its_padding_row_is_zero(key):
+    small, large = init_table(key, 1500, D), init_table(key, 5000, D)
+    np.testing.assert_array_equal(small, large[: len(small)])
+    assert len(small) == padded_rows(1500) == 2048
+    assert not small[0].any()
+    assert abs(float(jnp.linalg.norm(large[1:], axis=-1).mean()) - 1) < 0.05
+
+
+def test_an_id_out_of_range_is_nan_not_another_row(key):
+    table = init_table(key, 100, D)
+    assert jnp.isnan(lookup(table, jnp.array([len(table)]))).all()
+
+
+def test_pool_ignores_padding():
+    rows = jnp.array([[[1.0, 3.0], [3.0, 5.0], [100.0, 100.0]], [[7.0, 7.0], [7.0, 7.0], [7.0, 7.0]]])
+    pooled = pool(rows, jnp.array([[4, 2, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(pooled, [[2.0, 4.0], [0.0, 0.0]])

@@ -1,0 +1,105 @@
+"""Encoded arrays -> batches. Which rows a step sees is a function of (seed, step) alone, so that any step can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from twotower.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Interactions as arrays.
+
+    Attributes:
+        user: int32 [N], row of the users table.
+        item: int32 [N], row of the corpus; -1 where the item is not in it (never so in training rows).
+        weight: float32 [N], at least 0.
+        timestamp: int64 [N], seconds since the epoch, or None.
+        context: user features of the interaction itself, [N, ...] each.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    weight: np.ndarray
+    timestamp: np.ndarray | None
+    context: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+Batch = dict[str, Any]
+
+
+def gather(data: Mapping[str, Any], index: Any) -> Batch:
+    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features", "item_features": {name: [B, ...]}}.
+
+    Works on NumPy arrays, and inside `jit` on those that rest on the device.
+    """
+    user, item = data["user"][index], data["item"][index]
+    user_features = {name: x[user] for name, x in data["user_features"].items()}
+    context = {name: x[index] for name, x in data["context"].items()}
+    return {
+        "user": user,
+        "item": item,
+        "weight": data["weight"][index],
+        "user_features": user_features | context,
+        "item_features": {name: x[item] for name, x in data["item_features"].items()},
+    }
+
+
+class Batches:
+    """Shuffled batches of B training rows.
+
+    Step s takes the places [s B, (s + 1) B) of an endless stream, one shuffled pass over the rows after the other: every
+    batch is full, so no shape changes and no row is dropped.
+
+    Attributes:
+        resident: the encoded arrays, where they fit in `resident_megabytes`; to be put on the device once, each batch then
+            gathered there. Otherwise None, and `load` gathers on the host.
+    """
+
+    def __init__(
+        self, rows: Rows, features: Mapping[str, Mapping[str, np.ndarray]], *,
+        batch_size: int, seed: int, resident_megabytes: int,
+    ) -> None:  # fmt: skip
+        if batch_size > len(rows):
+            raise ConfigError(
+                f"config.training.batch_size={batch_size} is larger than the data: there are {len(rows)} training rows. "
+                f"Choose at most {len(rows)}."
+            )
+        self._data = {
+            "user": rows.user, "item": rows.item, "weight": rows.weight, "context": dict(rows.context),
+            "user_features": dict(features["user"]), "item_features": dict(features["item"]),
+        }  # fmt: skip
+        self._rows, self._batch_size, self._seed = len(rows), batch_size, seed
+        size = sum(x.nbytes for x in jax.tree.leaves(self._data))
+        self.resident = self._data if size <= resident_megabytes * 2**20 else None
+        # A batch needs the pass it lies in, and the next one where it crosses the border.
+        self._pass = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def indices(self, step: int) -> np.ndarray:
+        """int32 [B], the rows of batch `step`."""
+        start = step * self._batch_size
+        parts, needed = [], self._batch_size
+        while needed:
+            number, offset = divmod(start, self._rows)
+            part = self._pass(number)[offset : offset + needed]
+            parts.append(part)
+            start, needed = start + len(part), needed - len(part)
+        return np.concatenate(parts)
+
+    def load(self, step: int) -> Batch:
+        """Batch `step`, gathered on the host."""
+        return gather(self._data, self.indices(step))
+
+    def _shuffle(self, number: int) -> np.ndarray:
+        rows = np.arange(self._rows, dtype=np.int32)
+        return np.random.default_rng((self._seed, number)).permutation(rows)

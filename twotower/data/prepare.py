@@ -1,0 +1,99 @@
+"""From a configuration to arrays: read, filter, split, audit, fit the encoder on training rows, encode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from absl import logging
+
+from twotower.config import Config, ConfigError
+from twotower.data import sources, split
+from twotower.data.batches import Rows
+from twotower.data.encoder import Encoder
+from twotower.data.features import load_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that training and evaluation read.
+
+    Attributes:
+        users: all users, U rows; the raw columns.
+        items: the corpus, N rows; the raw columns.
+        train, validation, test: the interactions.
+        features: {"user": {name: [U, ...]}, "item": {name: [N, ...]}}, encoded, in the order of `users` and `items`.
+        truth: true factors in the same order, of the generated shop.
+        last: for each user the place in all interactions (train, validation, test joined) of the latest; raw context rows.
+    """
+
+    config: Config
+    users: pa.Table
+    items: pa.Table
+    train: Rows
+    validation: Rows
+    test: Rows
+    encoder: Encoder
+    features: Mapping[str, Mapping[str, np.ndarray]]
+    truth: sources.Truth | None
+    raw: split.Split
+
+
+def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
+    """Reads and encodes the data that `config` names.
+
+    Args:
+        encoder: the one that a run was trained with; None fits a new one on the training rows.
+
+    Raises:
+        ConfigError: the data cannot be read, or nothing is left of it.
+        LeakageError: the split leaks (see `split.audit`), or `encoder` was not fitted on these training rows.
+    """
+    spec = load_spec(config.features)
+    dataset = split.filter_rows(sources.load(config.data), config.data)
+    parts = split.split(dataset.interactions, config.split)
+    split.audit(parts, config.split)
+    users, items = dataset.users, dataset.items
+    in_corpus = np.ones(len(items), bool) if dataset.has_catalogue else _occurs(parts.train["item_id"], items["item_id"])
+    items = items.filter(pa.array(in_corpus))
+    encoder = encoder or Encoder.fit(spec, parts.train, users=users, items=items)
+    split.check_fitted(encoder.fitted_on, parts)
+    logging.info(
+        "%d users, %d items in the corpus; rows: %d train, %d validation, %d test.",
+        len(users), len(items), len(parts.train), len(parts.validation), len(parts.test),
+    )  # fmt: skip
+    truth = dataset.truth and dataclasses.replace(dataset.truth, item_factors=dataset.truth.item_factors[in_corpus])
+    own = [name for name in encoder.inputs["user"] if name not in encoder.context]
+    return Prepared(
+        config, users, items, *(_rows(part, users, items, encoder) for part in (parts.train, parts.validation, parts.test)),
+        encoder, {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}, truth, parts,
+    )  # fmt: skip
+
+
+def _occurs(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:
+    return pc.is_in(among, value_set=pc.unique(values)).to_numpy()
+
+
+def _rows(table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder) -> Rows:
+    def places(name: str, among: pa.Table) -> np.ndarray:
+        found = pc.index_in(table[name], value_set=among[name].combine_chunks())
+        return pc.fill_null(found, -1).to_numpy().astype(np.int32)
+
+    timestamp = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
+    return Rows(
+        places("user_id", users), places("item_id", items), _weights(table), timestamp,
+        encoder.encode("user", table, encoder.context),
+    )  # fmt: skip
+
+
+def _weights(table: pa.Table) -> np.ndarray:
+    if "weight" not in table.column_names:
+        return np.ones(len(table), np.float32)
+    weights = pc.fill_null(table["weight"], 1.0).to_numpy().astype(np.float32)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if bad.size:
+        raise ConfigError(f"weight={weights[bad[0]]} in row {bad[0] + 1} of the interactions must be finite and at least 0.")
+    return weights

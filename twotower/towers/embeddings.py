@@ -1,0 +1,143 @@
+"""Embedding tables: initialisation, lookup, and updates that touch only the rows a batch used.
+
+Tables are plain arrays outside Flax. Autodiff through `table[ids]` would give a gradient as large as the table and make the
+optimizer walk all of it; so the step looks rows up first, differentiates with respect to the rows, merges the gradients of
+duplicate ids, and updates those rows alone. With the table donated the cost of a step does not depend on V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Rows are padded to a fixed multiple, not to the device count, so that a checkpoint fits any topology.
+ROW_MULTIPLE = 1024
+# Row 0 of every table is padding: it is zero, and no update reaches it.
+PADDING = 0
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows allocated for `rows` used ones."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def init_table(key: jax.Array, rows: int, width: int) -> Float[Array, "V D"]:
+    """A table of normal rows of expected norm 1, row 0 zero.
+
+    Filled block by block: the peak of memory is the table and one block, not a table of random bits beside it. The values
+    of a row depend on the key and its position alone, so a larger table begins with the rows of a smaller one.
+    """
+    blocks = padded_rows(rows) // ROW_MULTIPLE
+    scale = width**-0.5
+
+    def fill(i: Int[Array, ""], table: jax.Array) -> jax.Array:
+        block = scale * jax.random.normal(jax.random.fold_in(key, i), (ROW_MULTIPLE, width))
+        return jax.lax.dynamic_update_slice(table, block, (i * ROW_MULTIPLE, 0))
+
+    table = jax.lax.fori_loop(0, blocks, fill, jnp.zeros((blocks * ROW_MULTIPLE, width)))
+    return table.at[PADDING].set(0.0)
+
+
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The rows of `ids`. An id past the end gives NaN, which stops training, instead of some other row."""
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array, "... D"]:
+    """Mean of the rows whose id is not padding; zero where all are."""
+    valid = (ids != PADDING)[..., None]
+    count = jnp.maximum(valid.sum(-2), 1)
+    return jnp.where(valid, rows, 0.0).sum(-2) / count.astype(rows.dtype)
+
+
+def merge_duplicates(
+    ids: Int[Array, "N"], grads: Float[Array, "N D"], num_rows: int
+) -> tuple[Int[Array, "N"], Float[Array, "N D"]]:
+    """Sums the gradients of equal ids.
+
+    Returns:
+        rows [N]: each distinct id once; the places left over, and padding, hold distinct rows from `num_rows` on, which a
+            scatter in mode "drop" ignores (so `unique_indices` is the truth).
+        grads [N, D]: the summed gradient of `rows`.
+    """
+    # Sorting keys alone and searching costs a third of sorting pairs on CPUs.
+    ordered = jax.lax.sort(ids)
+    slot = jnp.searchsorted(ordered, ids, method="scan")
+    merged = jnp.zeros_like(grads).at[slot].add(grads)
+    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    keep = first & (ordered != PADDING)
+    rows = jnp.where(keep, ordered, num_rows + jnp.arange(ids.size, dtype=ids.dtype))
+    return rows, merged
+
+
+Slots = dict[str, Any]
+
+
+class TableOptimizer(NamedTuple):
+    """A sparse optimizer.
+
+    Attributes:
+        init: (table [V, D], initial accumulator) -> slots, arrays with V rows.
+        update: (table, slots, rows [N], grads [N, D], learning rate, step from 0) -> (table, slots). Rows are distinct;
+            those from V on are dropped.
+    """
+
+    init: Callable[[jax.Array, float], Slots]
+    update: Callable[[jax.Array, Slots, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Slots]]
+
+
+def _gather(array: jax.Array, rows: Int[Array, "N"]) -> jax.Array:
+    return array.at[rows].get(mode="fill", fill_value=0.0)
+
+
+def _set(array: jax.Array, rows: Int[Array, "N"], values: jax.Array) -> jax.Array:
+    return array.at[rows].set(values, mode="drop", unique_indices=True)
+
+
+def _add(array: jax.Array, rows: Int[Array, "N"], values: jax.Array) -> jax.Array:
+    return array.at[rows].add(values, mode="drop", unique_indices=True)
+
+
+def _sgd_update(table, slots, rows, grads, rate, step):
+    return _add(table, rows, -rate * grads), slots
+
+
+def _adagrad_update(table, slots, rows, grads, rate, step):
+    accumulator = _gather(slots["accumulator"], rows) + jnp.square(grads)
+    update = -rate * jax.lax.rsqrt(accumulator + 1e-7) * grads
+    return _add(table, rows, update), {"accumulator": _set(slots["accumulator"], rows, accumulator)}
+
+
+def _rowwise_adagrad_update(table, slots, rows, grads, rate, step):
+    accumulator = _gather(slots["accumulator"], rows) + jnp.mean(jnp.square(grads), -1)
+    update = -rate * jax.lax.rsqrt(accumulator + 1e-7)[:, None] * grads
+    return _add(table, rows, update), {"accumulator": _set(slots["accumulator"], rows, accumulator)}
+
+
+def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, eps=1e-8):
+    m = b1 * _gather(slots["m"], rows) + (1 - b1) * grads
+    v = b2 * _gather(slots["v"], rows) + (1 - b2) * jnp.square(grads)
+    t = step + 1
+    update = -rate * (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
+    return _add(table, rows, update), {"m": _set(slots["m"], rows, m), "v": _set(slots["v"], rows, v)}
+
+
+OPTIMIZERS: Mapping[str, TableOptimizer] = {
+    "sgd": TableOptimizer(lambda table, initial: {}, _sgd_update),
+    # Duchi et al. 2011, with optax's epsilon: equal to `optax.adagrad` on the rows touched.
+    "adagrad": TableOptimizer(
+        lambda table, initial: {"accumulator": jnp.full_like(table, initial)}, _adagrad_update
+    ),
+    # One accumulator a row (Naumov et al. 2019, DLRM): 1 + 1/D tables of memory instead of 2.
+    "rowwise_adagrad": TableOptimizer(
+        lambda table, initial: {"accumulator": jnp.full(table.shape[0], initial, table.dtype)}, _rowwise_adagrad_update
+    ),
+    # Kingma and Ba 2015 with moments that decay only when their row is touched, bias corrected by the global step.
+    "lazy_adam": TableOptimizer(
+        lambda table, initial: {"m": jnp.zeros_like(table), "v": jnp.zeros_like(table)}, _lazy_adam_update
+    ),
+}

@@ -1,0 +1,106 @@
+"""Checkpoints by Orbax: asynchronous, atomic, the latest few and the best kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from twotower.training.state import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, corrupt, or of another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatestAndBest:
+    """Orbax preservation policy: the latest `keep`, and the earliest with the greatest `metric`."""
+
+    metric: str
+    keep: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = best_step({c.step: c.metrics or {} for c in checkpoints}, self.metric)
+        recent = len(checkpoints) - self.keep
+        return [i >= recent or c.step == best for i, c in enumerate(checkpoints)]
+
+
+def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
+    """The earliest step with the greatest `metric`; None where no step has it."""
+    measured = {step: values[metric] for step, values in sorted(metrics.items()) if metric in values}
+    return max(measured, key=measured.__getitem__) if measured else None
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context that waits for the last save when it ends.
+
+    Args:
+        folder: where they are.
+        metric: the validation metric of the best.
+        keep: how many of the latest to keep.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, metric: str, keep: int) -> None:
+        self.folder, self._metric = epath.Path(folder), metric
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LatestAndBest(metric, keep), best_fn=lambda values: values.get(metric, 0.0),
+            cleanup_tmp_directories=True,
+        )  # fmt: skip
+        names = ("state", "record")
+        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options, item_names=names)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState, *, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Starts to save; training may go on at once, also with `state` donated."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
+        self._manager.save(step, args=items, metrics=dict(metrics))
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the best validation metric; the latest where nothing was measured."""
+        steps = self._manager.all_steps()
+        found = best_step({s: self._manager.metrics(s) or {} for s in steps}, self._metric)
+        return self.latest() if found is None else found
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the record of `step`.
+
+        Args:
+            abstract: shapes, types and shardings to restore onto, always explicit.
+
+        Raises:
+            CheckpointError: the files are corrupt, or hold another model's arrays.
+        """
+        if step not in self._manager.all_steps():
+            known = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {known}.")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
+            raise CheckpointError(
+                f"{self.folder / str(step)} cannot be restored: it is damaged, or was written by a model with other "
+                f"tables or layers than this configuration's. Delete that folder to go on from an earlier checkpoint. ({error})"
+            ) from error
+        return restored.state, restored.record
+
+
+def abstract_like(state: Any) -> Any:
+    """Shapes and types of `state` (from `jax.eval_shape`), placed on the first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)

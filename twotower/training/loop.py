@@ -1,0 +1,209 @@
+"""The training loop: steps, validations, checkpoints; killed at any moment, it goes on from the last one to the same end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from twotower.config import Config, ConfigError
+from twotower.data.batches import Batches, gather
+from twotower.data.prepare import Prepared
+from twotower.towers.two_tower import Weights
+from twotower.training import optimizers
+from twotower.training.checkpoint import Checkpoints, abstract_like
+from twotower.training.state import TrainState
+from twotower.training.step import Trainer, init_state, train_step
+from twotower.training.writer import MetricWriter
+
+Validate = Callable[[Weights], Mapping[str, float]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+@dataclasses.dataclass
+class Record:
+    """What the loop remembers from one validation to the next, saved with each checkpoint as JSON."""
+
+    best: float = -math.inf
+    best_step: int = 0
+    waited: int = 0
+    stopped: bool = False
+
+    def update(self, step: int, value: float | None, patience: int) -> None:
+        if value is None:
+            return
+        if value > self.best:
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        self.stopped = bool(patience) and self.waited >= patience
+
+
+def open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    training = config.training
+    return Checkpoints(Path(workdir) / "checkpoints", metric=training.metric, keep=training.keep_checkpoints)
+
+
+def abstract_state(trainer: Trainer, num_users: int, num_items: int) -> TrainState:
+    """The shapes of a state, without allocating it."""
+    counts = {"user": jax.ShapeDtypeStruct((num_users,), "float32"), "item": jax.ShapeDtypeStruct((num_items,), "float32")}
+    return abstract_like(jax.eval_shape(functools.partial(init_state, trainer), counts))
+
+
+def fit(trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Validate | None) -> TrainState:
+    """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation stops improving.
+
+    Args:
+        validate: weights -> validation metrics, which must hold `config.training.metric`; None where nothing is held out.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite.
+        ConfigError: the batch is larger than the data, or the metric is not one that `validate` gives.
+    """
+    config = trainer.config.training
+    batches = Batches(
+        prepared.train, prepared.features, batch_size=config.batch_size, seed=config.seed,
+        resident_megabytes=config.resident_megabytes,
+    )  # fmt: skip
+    with open_checkpoints(workdir, trainer.config) as checkpoints:
+        state, record = _start(trainer, prepared, checkpoints)
+        start = int(state.step)
+        if record.stopped or start >= config.steps:
+            logging.info("Training of %s had ended at step %d.", workdir, start)
+            return state
+        with MetricWriter(workdir, start=start, steps=config.steps) as writer:
+            meter = _Meter(writer, checkpoints, config.batch_size, config.log_every)
+            if validate and not start:
+                _check_metric(validate(state.weights), config.metric)
+            step_fn = compile_step(trainer, batches)
+            with jax.transfer_guard("disallow"):
+                for step in range(start, config.steps):
+                    state, metrics = step_fn(state, step)
+                    meter.launched(step + 1, metrics)
+                    if (step + 1) % config.validate_every and step + 1 < config.steps:
+                        continue
+                    # A checkpoint must not hold what a step made NaN, so this one step is waited for.
+                    meter.read()
+                    with jax.transfer_guard("allow"):
+                        state = _validate_and_save(trainer, state, record, checkpoints, writer, validate)
+                    meter.resume()
+                    if record.stopped:
+                        break
+    logging.info("Training ended at step %d; best %s %.4f at step %d.", state.step, config.metric, record.best, record.best_step)
+    return state
+
+
+def compile_step(trainer: Trainer, batches: Batches) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
+    """(state, step) -> (state, metrics), with the state donated; batches gathered on the device where they are resident."""
+    if batches.resident is None:
+        jitted = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0)
+        return lambda state, step: jitted(state, jax.device_put(batches.load(step)))
+
+    def resident_step(state: TrainState, data: Any, index: jax.Array) -> tuple[TrainState, Any]:
+        return train_step(state, gather(data, index), trainer=trainer)
+
+    resident = jax.device_put(batches.resident)
+    jitted = jax.jit(resident_step, donate_argnums=0)
+    return lambda state, step: jitted(state, resident, jax.device_put(batches.indices(step)))
+
+
+def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+    """Training rows of each user and of each item of the corpus."""
+    sizes = {"user": len(prepared.users), "item": len(prepared.items)}
+    return {
+        side: np.bincount(getattr(prepared.train, side), minlength=size).astype(np.float32) for side, size in sizes.items()
+    }
+
+
+def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Record]:
+    latest = checkpoints.latest()
+    if latest is None:
+        state = jax.jit(functools.partial(init_state, trainer))(count_rows(prepared))
+        return state, Record()
+    abstract = abstract_state(trainer, len(prepared.users), len(prepared.items))
+    state, record = checkpoints.restore(latest, abstract)
+    logging.info("Resuming at step %d.", latest)
+    return state, Record(**record)
+
+
+def _check_metric(values: Mapping[str, float], metric: str) -> None:
+    """Asked before the first step, so that a misspelt metric does not cost an hour."""
+    if metric not in values:
+        raise ConfigError(f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}.")
+
+
+def _validate_and_save(
+    trainer: Trainer, state: TrainState, record: Record, checkpoints: Checkpoints, writer: MetricWriter,
+    validate: Validate | None,
+) -> TrainState:  # fmt: skip
+    config, step = trainer.config.training, int(state.step)
+    values = dict(validate(state.weights)) if validate else {}
+    value = values.get(config.metric)
+    record.update(step, value, config.patience)
+    if value is not None:
+        plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
+        state = state.replace(opt_state=state.opt_state | {"plateau": plateau})
+        shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
+        writer.write(step, {f"validation/{name}": x for name, x in values.items()}, show=shown)
+    checkpoints.save(step, state, record=dataclasses.asdict(record), metrics=values)
+    return state
+
+
+class _Meter:
+    """Reads the metrics of a step after the next one was launched, averages them and writes them."""
+
+    def __init__(self, writer: MetricWriter, checkpoints: Checkpoints, batch_size: int, log_every: int) -> None:
+        self._writer, self._checkpoints = writer, checkpoints
+        self._batch_size, self._log_every = batch_size, log_every
+        self._pending: tuple[int, Any] | None = None
+        self._window: list[dict[str, float]] = []
+        self._since = self._read_at = time.perf_counter()
+
+    def launched(self, step: int, metrics: Any) -> None:
+        self.read()
+        self._pending = (step, metrics)
+
+    def resume(self) -> None:
+        """Validations do not count against the rate of training."""
+        self._since += time.perf_counter() - self._read_at
+
+    def read(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._refuse(step, values)
+        self._writer.advance()
+        self._window.append(values)
+        self._read_at = time.perf_counter()
+        if step % self._log_every == 0:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        now = self._read_at
+        means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
+        means["examples_per_second"] = self._batch_size * len(self._window) / (now - self._since)
+        show = {"loss": f"{means['loss']:.4f}", "examples/s": f"{means['examples_per_second']:,.0f}"}
+        self._writer.write(step, means, show=show)
+        self._window, self._since = [], now
+
+    def _refuse(self, step: int, values: Mapping[str, float]) -> None:
+        self._checkpoints.wait()
+        latest = self._checkpoints.latest()
+        good = f"The last good checkpoint is {self._checkpoints.folder / str(latest)}" if latest else "No checkpoint was saved before it"
+        raise TrainingError(
+            f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {step}. {good}. "
+            "Lower the learning rates, or set config.training.optimizer.clip_norm."
+        )

@@ -1,0 +1,125 @@
+"""A run is a directory: its configuration, encoder, checkpoints and metrics. Every later command needs only the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from twotower.config import Config, ConfigError, from_dict
+from twotower.data.encoder import Encoder
+from twotower.data.prepare import Prepared, prepare
+from twotower.towers.two_tower import TwoTower, Weights
+from twotower.training.checkpoint import CheckpointError
+from twotower.training.loop import Validate, abstract_state, fit, open_checkpoints
+from twotower.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, loaded.
+
+    Attributes:
+        step: of the checkpoint that `weights` come from.
+    """
+
+    workdir: Path
+    config: Config
+    prepared: Prepared
+    model: TwoTower
+    weights: Weights
+    step: int
+
+
+def train(config: Config, workdir: Path, *, make_validate: Any = None) -> None:
+    """Trains `config` in `workdir`, or goes on with it.
+
+    Args:
+        make_validate: (prepared, model) -> `Validate`, called where validation rows exist.
+
+    Raises:
+        ConfigError: `workdir` holds a run of another configuration, or the data or a field is unusable.
+        TrainingError: see `twotower.training.loop.fit`.
+    """
+    workdir = Path(workdir)
+    _claim(workdir, config)
+    folder = workdir / "encoder"
+    known = Encoder.load(folder) if folder.exists() else None
+    prepared = prepare(config, encoder=known)
+    model = TwoTower.build(config.model, prepared.encoder)
+    trainer = Trainer.build(config, model)
+    if known is None:
+        prepared.encoder.save(folder)
+    validate: Validate | None = None
+    if len(prepared.validation) and make_validate:
+        validate = make_validate(prepared, model)
+    fit(trainer, prepared, workdir, validate=validate)
+
+
+def load_run(workdir: Path, *, checkpoint: str = "best") -> Run:
+    """Loads what `train` left in `workdir`.
+
+    Args:
+        checkpoint: "best", "latest" or a step.
+
+    Raises:
+        ConfigError: `workdir` is no run.
+        CheckpointError: it has no such checkpoint, or a damaged one.
+    """
+    workdir = Path(workdir)
+    config = load_config(workdir)
+    prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
+    model = TwoTower.build(config.model, prepared.encoder)
+    abstract = abstract_state(Trainer.build(config, model), len(prepared.users), len(prepared.items))
+    with open_checkpoints(workdir, config) as checkpoints:
+        step = _step(checkpoints, checkpoint, workdir)
+        state, _ = checkpoints.restore(step, abstract)
+    return Run(workdir, config, prepared, model, state.weights, step)
+
+
+def load_config(workdir: Path) -> Config:
+    """The configuration of a run."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"--workdir={workdir} is no run: it has no config.json. Train one first: "
+            f"python -m experiments.train --config=experiments/configs/quickstart.py --workdir={workdir}"
+        )
+    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Writes the configuration of a new run; refuses a folder with another one."""
+    path, text = workdir / "config.json", config.to_json()
+    if path.exists():
+        changed = _differences(json.loads(path.read_text(encoding="utf-8")), json.loads(text))
+        if changed:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
+                "delete this one."
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{where}.{n}")]
+    return [] if old == new else [f"{where} was {old!r} and is now {new!r}"]
+
+
+def _step(checkpoints: Any, which: str, workdir: Path) -> int:
+    if which not in ("best", "latest") and not which.isdigit():
+        raise CheckpointError(f"--checkpoint={which!r} must be best, latest or a step.")
+    step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(which, lambda: int(which))()
+    if step is None:
+        raise CheckpointError(f"{checkpoints.folder} has no checkpoint yet. Train: python -m experiments.train --workdir={workdir} ...")
+    return step
