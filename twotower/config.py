@@ -292,6 +292,16 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
 
 
+def defaults() -> Any:
+    """Every option at its default, as the locked `ml_collections.ConfigDict` that an experiment file starts from.
+
+    Being whole, it lets the command line override any option and names the nearest one for a misspelt name.
+    """
+    import ml_collections
+
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Validates a mapping (a ConfigDict, or parsed JSON) into a `Config`.
 
