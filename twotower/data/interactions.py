@@ -1,0 +1,91 @@
+"""Rows of a log as NumPy columns: codes of their ids, their times, and the parts they are divided into."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of the interactions, each in exactly one part, in file order within a part."""
+
+    train: pa.Table
+    validation: pa.Table
+    test: pa.Table
+
+
+def codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers the distinct values of `column` from 0 in order of first appearance: int64 [N]; null is a value like others."""
+    encoded = pc.dictionary_encode(column, null_encoding="encode")
+    chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
+
+
+def pair_codes(rows: pa.Table) -> np.ndarray:
+    """Numbers the (user, item) pairs of `rows`: int64 [N], equal where both ids are."""
+    users, items = codes(rows["user_id"]), codes(rows["item_id"])
+    return users * (items.max(initial=0) + 1) + items
+
+
+def has_timestamps(rows: pa.Table) -> bool:
+    """Whether any row says when it happened."""
+    return "timestamp" in rows.column_names and rows["timestamp"].null_count < rows.num_rows
+
+
+def timestamps(rows: pa.Table) -> np.ndarray | None:
+    """Seconds since the epoch, int64 [N], or None when no row says when it happened.
+
+    Raises:
+        ConfigError: some rows have a timestamp and others do not, so that they have no order.
+    """
+    if not has_timestamps(rows):
+        return None
+    column = rows["timestamp"]
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise ConfigError(
+            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the first of them row {row + 1} "
+            f"({describe(rows, row)}), so the log has no order in time. Give every row a timestamp, or drop these by "
+            f"config.data.where=(('timestamp', '!=', None),)."
+        )
+    return column.to_numpy().astype(np.int64)
+
+
+def describe(rows: pa.Table, row: int) -> str:
+    """One row for a message: its ids and, where there is one, its timestamp."""
+    names = [name for name in ("user_id", "item_id", "timestamp") if name in rows.column_names]
+    return ", ".join(f"{name}={rows[name][row].as_py()!r}" for name in names)
+
+
+def fingerprint(rows: pa.Table) -> str:
+    """Hex digest of who did what with which item and when, in order; the same however the columns are cut into chunks."""
+    digest = hashlib.sha256()
+    for name in ("user_id", "item_id", "timestamp"):
+        if name in rows.column_names:
+            digest.update(f"{name} {rows.num_rows} ".encode())
+            for part in _bytes_of(rows[name]):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The values of a column of text or integers as bytes, without a detour over Python objects."""
+    if not pa.types.is_string(column.type):
+        return [np.asarray(pc.fill_null(column.cast(pa.int64()), np.iinfo(np.int64).min))]
+    lengths = np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
+    return [lengths, *(_text_bytes(chunk.drop_null()) for chunk in column.chunks)]
+
+
+def _text_bytes(values: pa.StringArray) -> np.ndarray:
+    _, offsets, text = values.buffers()
+    if not len(values) or text is None:
+        return np.zeros(0, np.uint8)
+    ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+    return np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]
