@@ -1,0 +1,131 @@
+"""The Encoder: a feature specification fitted on training rows alone, all that is needed to encode a user or an item."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from twotower.config import check_fields
+from twotower.data import fitting
+from twotower.data.encodings import Fitted, Input, TableShape, encode_column, input_of, shape_of
+from twotower.data.features import SIDES, FeatureSpec, from_mappings
+from twotower.data.folders import read_folder, write_folder
+from twotower.data.interactions import fingerprint
+from twotower.data.vocabulary import Vocabulary
+
+__all__ = ["Encoder", "Input", "TableShape"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """Turns columns into ids and numbers.
+
+    Attributes:
+        spec: what was fitted.
+        fitted: (side, feature name) -> its vocabulary, vectors or statistics.
+        context: user features whose column is one of the interactions, not of the users.
+        fitted_on: `fingerprint` of the training rows.
+    """
+
+    spec: FeatureSpec
+    fitted: Mapping[tuple[str, str], Fitted]
+    context: tuple[str, ...]
+    fitted_on: str
+
+    @classmethod
+    def fit(cls, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table) -> Encoder:
+        """Fits vocabularies and statistics.
+
+        Values of users and items count once for each training row of that user or item; those without a training row
+        count for nothing. Statistics of numbers are over the users, items or (context) rows of training.
+
+        Args:
+            spec: the features.
+            train: training interactions with user_id, item_id and the columns of context features.
+            users: user_id, unique, and the columns of user features; holds every user of `train`.
+            items: item_id, likewise.
+
+        Raises:
+            ConfigError: a column is missing (the nearest is named), or pretrained vectors do not fit.
+            ValueError: ids come twice, or are missing in `users` or `items`; a value cannot be read as its feature's type.
+        """
+        columns = fitting.training_columns(spec, train, users=users, items=items)
+        fitted = fitting.fit_columns(columns, fitting.newest_timestamp(train))
+        context = tuple(name for name in spec.user if columns["user", name].is_context)
+        return cls(spec=spec, fitted=fitted, context=context, fitted_on=fingerprint(train))
+
+    def encode(self, side: str, rows: pa.Table, features: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The features (all of the side by default) of N rows: int32 [N] or [N, L], or float32 [N, width].
+
+        A column that `rows` lacks is missing in every row: half-known users and items can be encoded.
+
+        Raises:
+            ConfigError: a feature is unknown (the nearest is named).
+            ValueError: a value cannot be read as its feature's type.
+        """
+        known = self.spec.side(side)
+        names = list(known) if features is None else list(features)
+        check_fields(dict.fromkeys(names), known, f"The encoder of the {side} tower")
+        return {name: self._encode(side, name, rows) for name in names}
+
+    def _encode(self, side: str, name: str, rows: pa.Table) -> np.ndarray:
+        fitted = self.fitted[side, name]
+        present = fitted.feature.column in rows.column_names
+        column = rows[fitted.feature.column] if present else pa.chunked_array([pa.nulls(rows.num_rows)])
+        return encode_column(fitted, column)
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, dict[str, Input]]:
+        """side -> feature -> how a tower reads it."""
+        return {side: {name: input_of(self.fitted[side, name]) for name in self.spec.side(side)} for side in SIDES}
+
+    @functools.cached_property
+    def tables(self) -> dict[str, TableShape]:
+        """The embedding tables by name."""
+        return {fitted.feature.table: shape_of(fitted) for fitted in self.fitted.values() if fitted.feature.has_table}
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes JSON and .npy files, whole or not at all."""
+        state: dict[str, Any] = {"spec": self.spec.to_dict(), "context": list(self.context), "fitted_on": self.fitted_on,
+                                 "features": []}
+        arrays: dict[str, np.ndarray] = {}
+        names: dict[int, str] = {}
+        for (side, name), fitted in self.fitted.items():
+            entry = {"side": side, "name": name, "numbers": dict(fitted.numbers)}
+            if fitted.vocabulary is not None:
+                entry["vocabulary"] = names.setdefault(id(fitted.vocabulary), f"vocabulary_{len(names)}")
+                entry["oov_rows"] = fitted.vocabulary.oov_rows
+                arrays |= {f"{entry['vocabulary']}_{part}": array for part, array in fitted.vocabulary.arrays().items()}
+            if fitted.vectors is not None:
+                entry["vectors"] = f"vectors_{len(state['features'])}"
+                arrays[entry["vectors"]] = fitted.vectors
+            state["features"].append(entry)
+        write_folder(folder, "encoder", state, arrays)
+
+    @classmethod
+    def load(cls, folder: epath.PathLike) -> Encoder:
+        """The encoder that `save` wrote.
+
+        Raises:
+            ValueError: the folder holds something else, or a file is missing or corrupt.
+        """
+        state, arrays = read_folder(folder, "encoder")
+        spec = from_mappings(state["spec"])
+        vocabularies: dict[str, Vocabulary] = {}
+        fitted = {}
+        for entry in state["features"]:
+            key, name = (entry["side"], entry["name"]), entry.get("vocabulary")
+            if name and name not in vocabularies:
+                parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
+                vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
+            fitted[key] = Fitted(
+                spec.side(entry["side"])[entry["name"]], vocabulary=vocabularies.get(name),
+                vectors=arrays.get(entry.get("vectors")), numbers=entry["numbers"],
+            )
+        return cls(spec=spec, fitted=fitted, context=tuple(state["context"]), fitted_on=state["fitted_on"])

@@ -1,0 +1,246 @@
+"""What a feature can be: one frozen dataclass a kind, each of which checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from twotower.config import ConfigError, choose
+
+SIDES = ("user", "item")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feature:
+    """What every feature has.
+
+    Attributes:
+        side: the tower it belongs to, "user" or "item".
+        name: its name within the tower.
+        column: the column it reads; empty means its name. An item feature reads the items table; a user feature the users
+            table or, where only the interactions have the column, the interaction (the context of a query).
+        table: features that name one table share its rows and their vocabulary; empty means a table of its own,
+            "side.name".
+        embedding_size: width of its table. For a feature that is numbers (`float`, a normalised `int`, frozen vectors)
+            the width of a dense layer put before the tower; 0 is none.
+    """
+
+    side: str
+    name: str
+    column: str = ""
+    table: str = ""
+    embedding_size: int = 32
+
+    def __post_init__(self):
+        self._check(self.side in SIDES, "side", "user or item")
+        self._check(self.embedding_size >= self._least_width, "embedding_size", f"at least {self._least_width}")
+        self._check(self.has_table or not self.table, "table", "left out: this feature is numbers and has no table")
+        object.__setattr__(self, "column", self.column or self.name)
+        if self.has_table and not self.table:
+            object.__setattr__(self, "table", f"{self.side}.{self.name}")
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the feature is rows of a table (else it is numbers)."""
+        return True
+
+    @property
+    def _least_width(self) -> int:
+        return int(self.has_table)
+
+    @property
+    def where(self) -> str:
+        """The feature as error messages call it."""
+        return f"features.{self.side}.{self.name}"
+
+    def _check(self, ok: bool, field: str, right: str) -> None:
+        if not ok:
+            raise ConfigError(f"{self.where}.{field}={getattr(self, field)!r} must be {right}.")
+
+    def _at_least(self, low: int, *fields: str) -> None:
+        for field in fields:
+            self._check(getattr(self, field) >= low, field, f"at least {low}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StringFeature(Feature):
+    """One value of a vocabulary, such as an id or a brand.
+
+    Attributes:
+        min_count: training rows a value needs to have a row of its own.
+        oov_rows: rows that all other values are spread over, by hash.
+        oov_rate: share of the ids replaced by an out-of-vocabulary row in training, so that those rows are trained.
+    """
+
+    min_count: int = 1
+    oov_rows: int = 8
+    oov_rate: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(1, "min_count", "oov_rows")
+        self._check(0 <= self.oov_rate < 1, "oov_rate", "at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StringsFeature(StringFeature):
+    """Several values of a vocabulary, such as genres: their rows are averaged.
+
+    Attributes:
+        separator: between the values of a text column; empty means that the column holds lists.
+        max_length: values kept of a row, the first ones.
+    """
+
+    separator: str = ""
+    max_length: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(1, "max_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntFeature(Feature):
+    """A whole number: a row for each bucket, or normalised.
+
+    Attributes:
+        buckets: how many, with about as many training users or items (rows, for a context column) in each.
+        boundaries: the buckets themselves: a value v falls in the bucket after the last boundary <= v.
+        normalize: (v - mean) / standard deviation and a flag for missing, instead of buckets.
+        embedding_size: 0 is 8 for buckets, and no dense layer for a normalised number.
+    """
+
+    embedding_size: int = 0
+    buckets: int = 16
+    boundaries: tuple[float, ...] = ()
+    normalize: bool = False
+
+    def __post_init__(self):
+        if not self.normalize and self.embedding_size == 0:
+            object.__setattr__(self, "embedding_size", 8)
+        super().__post_init__()
+        self._at_least(2, "buckets")
+        rising = all(low < high for low, high in itertools.pairwise(self.boundaries))
+        self._check(rising, "boundaries", "strictly increasing")
+        self._check(not (self.normalize and self.boundaries), "boundaries", "empty when normalize is true")
+
+    @property
+    def has_table(self) -> bool:
+        return not self.normalize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatFeature(Feature):
+    """A number, normalised, with a flag for missing.
+
+    Attributes:
+        log: take sign(v) log(1 + |v|) first, for prices and counts.
+    """
+
+    embedding_size: int = 0
+    log: bool = False
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFeature(Feature):
+    """Text as the mean over its words and character n-grams, each hashed into one of `buckets` rows.
+
+    Attributes:
+        words: lengths of word n-grams; (1, 2) takes words and pairs of neighbours.
+        characters: lengths of character n-grams within a word, its two boundaries counted as characters.
+        buckets: rows of the table.
+        max_length: pieces kept of a text: its words first, then its n-grams.
+    """
+
+    words: tuple[int, ...] = (1,)
+    characters: tuple[int, ...] = (3, 4, 5)
+    buckets: int = 65_536
+    max_length: int = 96
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(1, "max_length")
+        self._at_least(2, "buckets")
+        self._check(bool(self.words or self.characters), "words", "one or more lengths when characters is empty")
+        for field in ("words", "characters"):
+            sizes = getattr(self, field)
+            self._check(all(1 <= n <= 8 for n in sizes) and len(set(sizes)) == len(sizes), field, "distinct lengths from 1 to 8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedFeature(Feature):
+    """A vector that something else computed for the id in `column`.
+
+    Attributes:
+        path: vectors [V, E]: a .npy file, or a Parquet file that has `vector_column` and `id_column`.
+        ids: of a .npy file: a text file with the id of each row, one a line.
+        id_column, vector_column: of a Parquet file.
+        frozen: leave the vectors as they are; otherwise they are the initial rows of a table that is trained.
+        projection: width of a dense layer put between the vector and the tower; 0 is none.
+        missing: what to do when a user or item has no vector: "error", or "zeros" (and a flag beside a frozen vector).
+        oov_rows: of a trained table: rows for ids without a vector.
+        embedding_size: E; 0 takes what the file has.
+    """
+
+    path: str
+    ids: str = ""
+    id_column: str = "id"
+    vector_column: str = "vector"
+    frozen: bool = True
+    projection: int = 0
+    missing: str = "error"
+    oov_rows: int = 8
+    embedding_size: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(0, "projection")
+        self._at_least(1, "oov_rows")
+        choose(dict.fromkeys(("error", "zeros")), self.missing, f"{self.where}.missing")
+        npy, parquet = self.path.endswith(".npy"), self.path.endswith(".parquet")
+        self._check(npy or parquet, "path", "a .npy or .parquet file")
+        self._check(bool(self.ids) == npy, "ids", "the file with the id of each row" if npy else "empty for a .parquet file")
+
+    @property
+    def has_table(self) -> bool:
+        return not self.frozen
+
+    @property
+    def _least_width(self) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestampFeature(Feature):
+    """A time (UTC) as rows of a small table: its hour, its weekday, its age before the newest training row.
+
+    Attributes:
+        parts: which of them.
+        age_buckets: the age in hours falls in bucket floor(log2(1 + age)), at most the last of these.
+    """
+
+    embedding_size: int = 8
+    parts: tuple[str, ...] = ("hour", "weekday", "age")
+    age_buckets: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._at_least(1, "age_buckets")
+        self._check(bool(self.parts) and len(set(self.parts)) == len(self.parts), "parts", "one or more different parts")
+        for part in self.parts:
+            choose(dict.fromkeys(("hour", "weekday", "age")), part, f"{self.where}.parts")
+
+
+FEATURES: dict[str, type[Feature]] = {
+    "string": StringFeature,
+    "strings": StringsFeature,
+    "int": IntFeature,
+    "float": FloatFeature,
+    "text": TextFeature,
+    "pretrained": PretrainedFeature,
+    "timestamp": TimestampFeature,
+}

@@ -1,0 +1,135 @@
+"""What training rows say of each feature: its column, the weight of each value, and what is fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.config import ConfigError, check_fields
+from twotower.data import numeric
+from twotower.data.encodings import Fitted, strings_of
+from twotower.data.feature_kinds import Feature, FloatFeature, IntFeature, PretrainedFeature, StringFeature, TimestampFeature
+from twotower.data.features import FeatureSpec
+from twotower.data.pretrained import check_missing, read_vectors
+from twotower.data.vocabulary import Vocabulary, as_strings
+
+Key = tuple[str, str]
+
+
+class Column(NamedTuple):
+    """A feature and the values it is fitted to.
+
+    Attributes:
+        values: one for each user or item that occurs in training, or for each training row of a context feature.
+        weights: int64 [N], training rows behind each value.
+        every: the column with the users or items that do not occur in training.
+        is_context: whether it is a column of the interactions.
+    """
+
+    feature: Feature
+    values: pa.ChunkedArray
+    weights: np.ndarray
+    every: pa.ChunkedArray
+    is_context: bool
+
+
+def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table) -> dict[Key, Column]:
+    """The column of every feature.
+
+    Raises:
+        ConfigError: no table of its side has the column; the nearest is named.
+        ValueError: ids come twice in `users` or `items`, or training rows have ids that are not there.
+    """
+    tables = {"user": users, "item": items}
+    counts = {side: _training_rows(train, table, side) for side, table in tables.items()}
+    seen = {side: table.filter(pa.array(counts[side] > 0)) for side, table in tables.items()}
+    columns = {}
+    for feature in spec:
+        side, name = feature.side, feature.column
+        if name in tables[side].column_names:
+            weights = counts[side][counts[side] > 0]
+            column = Column(feature, seen[side][name], weights, tables[side][name], is_context=False)
+        elif side == "user" and name in train.column_names:
+            column = Column(feature, train[name], np.ones(len(train), np.int64), train[name], is_context=True)
+        else:
+            raise _missing_column(feature, tables[side], train)
+        columns[side, feature.name] = column
+    return columns
+
+
+def newest_timestamp(train: pa.Table) -> int | None:
+    """The latest training timestamp in seconds since the epoch; None where the log has none."""
+    return pc.max(train["timestamp"]).as_py() if "timestamp" in train.column_names else None
+
+
+def fit_columns(columns: Mapping[Key, Column], newest: int | None) -> dict[Key, Fitted]:
+    """Fits every feature; those that share a table share one vocabulary, over the values of all of them."""
+    shared = _vocabularies([column for column in columns.values() if isinstance(column.feature, StringFeature)])
+    return {key: _fit(column, shared, newest) for key, column in columns.items()}
+
+
+def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -> Fitted:
+    feature, values = column.feature, column.values
+    match feature:
+        case StringFeature():
+            return Fitted(feature, vocabulary=shared[feature.table])
+        case IntFeature():
+            return Fitted(feature, numbers=numeric.fit_int(feature, values))
+        case FloatFeature():
+            return Fitted(feature, numbers=numeric.fit_float(feature, values))
+        case TimestampFeature():
+            return Fitted(feature, numbers=numeric.fit_timestamp(feature, values, newest))
+        case PretrainedFeature():
+            vocabulary, vectors = read_vectors(feature)
+            check_missing(feature, vocabulary, column.every)
+            return Fitted(feature, vocabulary=vocabulary, vectors=vectors)
+    return Fitted(feature)
+
+
+def _vocabularies(columns: list[Column]) -> dict[str, Vocabulary]:
+    by_table: dict[str, list[Column]] = {}
+    for column in columns:
+        by_table.setdefault(column.feature.table, []).append(column)
+    return {table: _vocabulary(sharing) for table, sharing in by_table.items()}
+
+
+def _vocabulary(columns: list[Column]) -> Vocabulary:
+    parts = []
+    for column in columns:
+        rows, values = strings_of(column.feature, column.values)
+        parts.append((values, column.weights[rows]))
+    values, weights = zip(*parts, strict=True)
+    feature = columns[0].feature
+    return Vocabulary.fit(pa.chunked_array(values), np.concatenate(weights), min_count=feature.min_count, oov_rows=feature.oov_rows)
+
+
+def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
+    """Training rows of each row of `table`, int64 [len(table)]."""
+    name = f"{side}_id"
+    for given, what in ((train, "The training rows"), (table, f"The {side}s table")):
+        if name not in given.column_names:
+            raise ValueError(f"{what} must have a column {name!r}; columns: {', '.join(given.column_names)}.")
+    ids = as_strings(table[name])
+    repeated = pc.value_counts(ids).filter(pc.greater(pc.value_counts(ids).field("counts"), 1))
+    if len(repeated):
+        first = repeated[0]["values"].as_py()
+        raise ValueError(f"The {side}s table has {len(repeated)} ids more than once, the first {first!r}; they must be unique.")
+    places = pc.index_in(as_strings(train[name]), value_set=ids)
+    if places.null_count:
+        unknown = train[name].filter(places.is_null())[0].as_py()
+        raise ValueError(f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}.")
+    return np.bincount(places.to_numpy(), minlength=len(table))
+
+
+def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
+    known = dict.fromkeys(table.column_names + (train.column_names if feature.side == "user" else []))
+    where = f"{feature.where} reads column {feature.column!r}; the {feature.side}s"
+    try:
+        check_fields({feature.column: None}, known, where)
+    except ConfigError as error:
+        return error
+    return ConfigError(where)
