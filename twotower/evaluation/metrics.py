@@ -65,7 +65,7 @@ def average_precision(hits: Hits, right: Right, *, where: Where = None) -> Float
     return _divide((hits * precisions).sum(1), jnp.minimum(right, ranks[:, -1]))
 
 
-def novelty(counts: Int[Array, "B K"], total: int, distinct: int, *, where: Where = None) -> Float[Array, "B"]:
+def novelty(counts: Int[Array, "B K"], total: Array | int, distinct: Array | int, *, where: Where = None) -> Float[Array, "B"]:
     """Mean self-information of the recommended items in bits: -log2 p, with p = (count + 1) / (total + distinct).
 
     Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010. One is added to each

@@ -110,6 +110,16 @@ def _merge(scores, rows, new_scores, new_rows, k: int):
     return best, jnp.take_along_axis(rows, at, axis=1)
 
 
+def blocked_top_k(scores: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """`jax.lax.top_k` by blocks of the row; the same answer, of equal scores the lower row first."""
+    best = None
+    for first in range(0, scores.shape[1], ITEM_BLOCK):
+        part = scores[:, first : first + ITEM_BLOCK]
+        found, rows = jax.lax.top_k(part, min(k, part.shape[1]))
+        best = (found, rows + first) if best is None else _merge(*best, found, rows + first, k)
+    return best
+
+
 def excluded_pairs(exclude: Csr | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """(query, item - first) int32 of the exclusions within [first, stop), padded to a power of two with pairs that
     a scatter drops, so that few shapes are compiled."""

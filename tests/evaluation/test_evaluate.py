@@ -1,0 +1,156 @@
+"""Evaluation against a loop over plain lists; ties, seen items, answers that nothing can find."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twotower.evaluation.evaluate import ScoreError, dot_scores, evaluate
+from twotower.evaluation.queries import Queries
+from twotower.retrieval.csr import Csr
+
+KS = (1, 5, 20)
+
+
+def csr(lists):
+    lengths = [len(x) for x in lists]
+    return Csr.from_pairs(np.repeat(np.arange(len(lists)), lengths), np.concatenate([*lists, []]), num_rows=len(lists))
+
+
+def make(user, right, seen, num_items, *, missing=None, counts=None):
+    return Queries(
+        user=np.array(user),
+        right=csr(right),
+        missing=np.zeros(len(user), np.int32) if missing is None else np.array(missing, np.int32),
+        seen=csr(seen),
+        counts=np.ones(num_items, np.int64) if counts is None else counts,
+    )
+
+
+def oracle(scores, queries, k, mask_seen):
+    """One query after the other, with Python lists. A right answer sorts behind its equals."""
+    totals, used, shown = {}, 0, set()
+    total, size = int(queries.counts.sum()), queries.num_items
+    for q, user in enumerate(queries.user):
+        seen = set(queries.seen[user].tolist()) if mask_seen else set()
+        right = set(queries.right[q].tolist()) - seen
+        number = len(right) + int(queries.missing[q])
+        if not number:
+            continue
+        used += 1
+        items = [n for n in range(size) if n not in seen]
+        top = sorted(items, key=lambda n: (-scores[q][n], n in right, n))[:k]
+        gains = [n in right for n in top] + [False] * (k - len(top))
+        shown |= set(top)
+        precisions = [sum(gains[:r]) / r for r, hit in enumerate(gains, 1) if hit]
+        ideal = sum(1 / math.log2(r + 1) for r in range(1, min(number, k) + 1))
+        for name, value in {
+            "recall": sum(gains) / number,
+            "precision": sum(gains) / k,
+            "hit_rate": float(any(gains)),
+            "ndcg": sum(hit / math.log2(r + 1) for r, hit in enumerate(gains, 1)) / ideal,
+            "mrr": 1 / (gains.index(True) + 1) if any(gains) else 0.0,
+            "map": sum(precisions) / min(number, k),
+            "novelty": np.mean([-math.log2((queries.counts[n] + 1) / (total + size)) for n in top]) if top else 0.0,
+            "never_trained": np.mean([queries.counts[n] == 0 for n in top]) if top else 0.0,
+        }.items():
+            totals[name] = totals.get(name, 0.0) + value
+    result = {name: value / used for name, value in totals.items()} | {"coverage": len(shown) / size}
+    return result, used
+
+
+@pytest.fixture
+def problem():
+    """60 queries of 25 users over 40 items; many ties, items unknown to training, users that saw nearly everything."""
+    rng = np.random.default_rng(3)
+    seen = [rng.permutation(40)[: rng.integers(0, 39)] for _ in range(25)]
+    user = rng.integers(0, 25, 60)
+    right = [rng.permutation(40)[: rng.integers(0, 9)] for _ in range(60)]
+    queries = make(user, right, seen, 40, missing=rng.integers(0, 2, 60), counts=rng.integers(0, 4, 40))
+    queries = queries.take(np.flatnonzero(queries.num_right > 0))
+    return rng.integers(-3, 4, (len(queries), 40)).astype(np.float32), queries
+
+
+@pytest.mark.parametrize("mask_seen", [True, False])
+@pytest.mark.parametrize("block_bytes", [1, 4 * 40 * 7, 2**20])
+def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes):
+    scores, queries = problem
+    found = evaluate(lambda s: scores[s], queries, KS, mask_seen=mask_seen, block_bytes=block_bytes)
+    for k in KS:
+        expected, used = oracle(scores, queries, k, mask_seen)
+        assert found["queries"] == used and found["queries_without_answer"] == len(queries) - used
+        for name, value in expected.items():
+            assert found[f"{name}@{k}"] == pytest.approx(value, rel=1e-5), f"{name}@{k}"
+
+
+def test_a_long_corpus_in_blocks_equals_a_short_one(problem, monkeypatch):
+    scores, queries = problem
+    expected = evaluate(lambda s: scores[s], queries, KS, mask_seen=True)
+    monkeypatch.setattr("twotower.retrieval.exact.ITEM_BLOCK", 9)
+    monkeypatch.setattr("twotower.evaluation.evaluate._measure", _fresh("_measure"))
+    assert evaluate(lambda s: scores[s], queries, KS, mask_seen=True) == pytest.approx(expected)
+
+
+def _fresh(name):
+    """The function without its cache of compiled programs, so that a changed constant is seen."""
+    import jax
+
+    from twotower.evaluation import evaluate as module
+
+    return jax.jit(getattr(module, name).__wrapped__, static_argnames="ks")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, float(np.finfo(np.float32).tiny), 3e38])
+def test_a_collapsed_model_finds_nothing(value):
+    # One right answer, 19 wrong ones of the same score: it comes last, and never into the first 19.
+    queries = make([0], [[0]], [[]], 20)
+    found = evaluate(lambda s: np.full((1, 20), value, np.float32), queries, (19, 20), mask_seen=True)
+    assert found["recall@19"] == 0.0 and found["recall@20"] == 1.0
+    assert found["mrr@20"] == pytest.approx(1 / 20)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_a_right_answer_above_the_others_is_first(scale):
+    # The other bound: being put behind equals must not put it behind what is really lower.
+    scores = -np.ones((2, 20), np.float32) * scale
+    # (Within one step of float32, 1e-7 of the value, the two cannot be told apart, and it is not given the benefit.)
+    two_steps = np.nextafter(np.nextafter(np.float32(-scale), np.float32(0)), np.float32(0))
+    scores[0, 7], scores[1, 3] = scale, two_steps
+    queries = make([0, 0], [[7], [3]], [[]], 20)
+    assert evaluate(lambda s: scores[s], queries, (2,), mask_seen=False)["recall@2"] == 1.0
+
+
+def test_seen_items_never_come_back_though_fewer_than_k_remain():
+    # The best are seen; three remain. Were they pushed down instead, they would fill the list, and coverage would show it.
+    queries = make([0], [[19]], [list(range(17))], 20)
+    scores = np.arange(20, 0, -1, dtype=np.float32)[None]
+    found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=True)
+    assert found["coverage@10"] == pytest.approx(3 / 20)
+    assert found["precision@10"] == pytest.approx(1 / 10) and found["mrr@10"] == pytest.approx(1 / 3)
+    assert evaluate(lambda s: scores[s], queries, (10,), mask_seen=False)["recall@10"] == 0.0
+
+
+def test_an_answer_that_was_seen_cannot_be_asked_for_but_one_outside_the_corpus_is_missed():
+    queries = make([0, 1, 2], [[3], [3, 4], []], [[3], [3], []], 10, missing=[0, 0, 1])
+    scores = np.tile(np.arange(10, dtype=np.float32), (3, 1))
+    found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=True)
+    assert found["queries"] == 2 and found["queries_without_answer"] == 1
+    assert found["recall@10"] == pytest.approx((1 + 0) / 2)
+    found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=False)
+    assert found["queries"] == 3 and found["recall@10"] == pytest.approx((1 + 1 + 0) / 3)
+
+
+def test_nan_scores_are_refused():
+    queries = make([0, 0], [[1], [2]], [[]], 5)
+    scores = np.zeros((2, 5), np.float32)
+    scores[1, 3] = np.nan
+    with pytest.raises(ScoreError, match="queries 0 to 1 hold NaN"):
+        evaluate(lambda s: scores[s], queries, (2,), mask_seen=True)
+
+
+def test_dot_scores_are_dot_products():
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(9, 4)).astype(np.float32)
+    np.testing.assert_allclose(dot_scores(users, items)(slice(2, 5)), users[2:5] @ items.T, rtol=1e-5, atol=1e-6)
+    assert isinstance(dot_scores(users, items)(slice(0, 1)), jnp.ndarray)

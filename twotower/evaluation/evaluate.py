@@ -1,0 +1,158 @@
+"""Exact evaluation over the whole corpus, in blocks on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from twotower.data.prepare import Prepared
+from twotower.evaluation import metrics
+from twotower.evaluation.queries import Queries, make_queries
+from twotower.retrieval.csr import Csr
+from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs
+
+# The scores [b, N] of the queries in a slice.
+Scores = Callable[[slice], Any]
+
+BLOCK_BYTES = 2**27  # of scores
+LARGEST_BLOCK = 1_024  # queries
+
+
+class ScoreError(ValueError):
+    """Scores that cannot be ranked."""
+
+
+def evaluate(
+    scores_of: Scores, queries: Queries, ks: Sequence[int], *, mask_seen: bool, block_bytes: int = BLOCK_BYTES
+) -> dict[str, float]:
+    """Ranks the whole corpus for every query and averages the metrics over the queries.
+
+    A right answer ranks behind every other item of the same score, so that a model that gives all items one score finds
+    nothing. With `mask_seen`, seen items are dropped from the lists and from the right answers; queries that are left
+    without a right answer are not averaged, and counted.
+
+    Args:
+        scores_of: slice of queries -> float32 [b, N].
+        queries: what is asked.
+        ks: list lengths.
+        mask_seen: whether items that the user had seen are taken out.
+        block_bytes: of scores at once.
+
+    Returns:
+        name@K for every metric and K, "queries" (averaged over) and "queries_without_answer" (not averaged over).
+
+    Raises:
+        ScoreError: a score is NaN.
+    """
+    queries = queries.less_seen() if mask_seen else queries
+    asked = queries.num_right > 0
+    measured: dict[str, list[np.ndarray]] = {}
+    shown = {k: np.zeros(queries.num_items, bool) for k in ks}
+    for chosen, seen, right in _blocks(queries, block_bytes, mask_seen):
+        values, rows = _measure(
+            jnp.asarray(scores_of(chosen)), *seen, *right, queries.num_right[chosen], queries.counts, ks=tuple(ks)
+        )
+        if np.isnan(values.pop("poison")):
+            raise ScoreError(f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked.")
+        for name, value in values.items():
+            measured.setdefault(name, []).append(np.asarray(value))
+        for k in ks:
+            top = np.asarray(rows)[asked[chosen], :k]
+            shown[k][top[top >= 0]] = True
+    result = {name: _average(np.concatenate(values), asked) for name, values in measured.items()}
+    result |= {f"coverage@{k}": float(metrics.coverage(jnp.asarray(items))) for k, items in shown.items()}
+    return result | {"queries": int(asked.sum()), "queries_without_answer": int((~asked).sum())}
+
+
+def dot_scores(users: Any, items: Any) -> Scores:
+    """Scores of user vectors [Q, D] with item vectors [N, D]."""
+    items = jnp.asarray(items)
+    return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
+
+
+def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> np.ndarray:
+    """float32 [Q, D]"""
+    features = {name: values[queries.user] for name, values in prepared.features["user"].items()}
+    return embed_rows(model, weights, "user", features | dict(queries.context))
+
+
+def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> Scores:
+    """The scores of the two towers."""
+    items = embed_rows(model, weights, "item", prepared.features["item"])
+    return dot_scores(query_vectors(prepared, model, weights, queries), items)
+
+
+def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
+    """weights -> validation metrics, for the training loop; seen items masked."""
+    evaluation = prepared.config.evaluation
+    queries = make_queries(prepared, "validation", evaluation.query)
+    return lambda weights: evaluate(model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True)
+
+
+@jax.jit
+def _dot(users: Float[Array, "B D"], items: Float[Array, "N D"]) -> Float[Array, "B N"]:
+    return jnp.einsum("bd,nd->bn", users, items, precision=jax.lax.Precision.HIGHEST)
+
+
+def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
+    """Yields (slice of queries, seen pairs, right pairs); the pairs of all blocks are padded to one size."""
+    size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK))
+    chosen = [slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)]
+    seen_lengths = np.where(mask_seen, queries.seen.lengths[queries.user], 0)
+    sizes = [
+        max((next_power_of_two(int(lengths[part].sum())) for part in chosen), default=1)
+        for lengths in (seen_lengths, queries.right.lengths)
+    ]
+    none = Csr.empty(size)
+    for part in chosen:
+        lists = queries.seen_of(part) if mask_seen else none, queries.right.take(np.arange(part.start, part.stop))
+        yield part, *(
+            pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items) for csr, length in zip(lists, sizes)
+        )
+
+
+@functools.partial(jax.jit, static_argnames="ks")
+def _measure(
+    scores: Float[Array, "B N"], seen_query: Int[Array, "S"], seen_item: Int[Array, "S"], right_query: Int[Array, "R"],
+    right_item: Int[Array, "R"], num_right: Int[Array, "B"], counts: Int[Array, "N"], ks: tuple[int, ...],
+) -> tuple[dict[str, Array], Int[Array, "B K"]]:  # fmt: skip
+    """Metrics of each query, and the rows of the longest list. "poison" is NaN when a score is."""
+    poison = jnp.where(jnp.isnan(scores).any(), jnp.nan, 0.0)
+    scores = scores.at[seen_query, seen_item].set(-jnp.inf, mode="drop")
+    right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
+    best, rows = blocked_top_k(_behind_equals(scores, right), min(max(ks), scores.shape[1]))
+    real = ~jnp.isneginf(best)
+    hits, rows = jnp.take_along_axis(right, rows, axis=1) & real, jnp.where(real, rows, -1)
+    # A corpus smaller than K gives lists that end in nothing.
+    missing = [(0, 0), (0, max(ks) - rows.shape[1])]
+    hits, rows = jnp.pad(hits, missing), jnp.pad(rows, missing, constant_values=-1)
+    seen_before = jnp.where(rows >= 0, counts[rows], 0)
+    values: dict[str, Array] = {"poison": poison}
+    for k in ks:
+        real = rows[:, :k] >= 0
+        for name, metric in metrics.ACCURACY.items():
+            values[f"{name}@{k}"] = metric(hits[:, :k], num_right)
+        values[f"novelty@{k}"] = metrics.novelty(seen_before[:, :k], counts.sum(), counts.size, where=real)
+        values[f"never_trained@{k}"] = metrics.never_trained(seen_before[:, :k], where=real)
+    return values, rows
+
+
+def _behind_equals(scores: Float[Array, "B N"], right: Bool[Array, "B N"]) -> Float[Array, "B N"]:
+    """Scores with right answers one step lower, so that they sort after their equals."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    # Numbers below `tiny` compare as 0 on some devices, so the steps around 0 are made by hand.
+    scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores.astype(jnp.float32))
+    lower = jnp.nextafter(scores, -jnp.inf)
+    lower = jnp.where(scores == 0, -tiny, jnp.where(scores == tiny, 0.0, lower))
+    return jnp.where(right, lower, scores)
+
+
+def _average(values: np.ndarray, where: np.ndarray) -> float:
+    return float(values[where].mean(dtype=np.float64)) if where.any() else 0.0

@@ -1,0 +1,39 @@
+"""Vectors of many users or items, in padded batches of few shapes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from twotower.retrieval.exact import next_power_of_two, pad_rows
+
+BATCH = 4_096
+
+
+def embed_rows(model: Any, weights: Any, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH) -> np.ndarray:
+    """float32 [N, D], the vectors of all rows of `features`.
+
+    Args:
+        model: a `TwoTower`.
+        weights: its `Weights`.
+        side: "user" or "item".
+        features: encoded, [N, ...] each.
+        batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are compiled.
+    """
+    count = len(next(iter(features.values())))
+    vectors = np.zeros((count, model.dim), np.float32)
+    for start in range(0, count, batch):
+        part = {name: values[start : start + batch] for name, values in features.items()}
+        rows = min(batch, count - start)
+        padded = {name: pad_rows(values, min(batch, next_power_of_two(rows))) for name, values in part.items()}
+        vectors[start : start + rows] = _embed(model, side, weights, padded)[:rows]
+    return vectors
+
+
+@functools.partial(jax.jit, static_argnames=("model", "side"))
+def _embed(model: Any, side: str, weights: Any, features: Mapping[str, Any]):
+    return model.embed(side, weights, features)
