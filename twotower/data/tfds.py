@@ -1,0 +1,5 @@
+"""Placeholder."""
+
+
+def read(dataset, *, data_dir):
+    raise NotImplementedError
