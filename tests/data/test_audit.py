@@ -15,7 +15,10 @@ EVERYTHING = tuple(FINDINGS)
 def part(*rows: tuple) -> pa.Table:
     """Rows of (user, item) or (user, item, time)."""
     timed = all(len(row) == 3 for row in rows)
-    columns = {"user_id": pa.array([row[0] for row in rows], pa.string()), "item_id": pa.array([row[1] for row in rows], pa.string())}
+    columns = {
+        "user_id": pa.array([row[0] for row in rows], pa.string()),
+        "item_id": pa.array([row[1] for row in rows], pa.string()),
+    }
     return pa.table(columns | ({"timestamp": pa.array([row[2] for row in rows], pa.int64())} if timed else {}))
 
 
@@ -25,33 +28,48 @@ def found(split: Split, kind: str) -> dict[str, int]:
 
 TRAIN = [("u", "a", 10), ("u", "b", 20), ("v", "a", 11), ("v", "c", 30)]
 
-CASES = {
+# fmt: off
+CASES = {  # name: (kind, train, validation, test, findings)
     "time: clean": ("time", TRAIN, [("u", "c", 31)], [("v", "b", 32)], {}),
     "time: people come back": ("time", TRAIN, [("u", "a", 31)], [("v", "a", 32)], {}),
-    "time: a test row at the last training second": ("time", TRAIN, [], [("v", "b", 30), ("u", "c", 31)], {"time_order": 1}),
-    "time: validation after test": ("time", TRAIN, [("u", "c", 40)], [("v", "b", 35), ("v", "d", 41)], {"time_order": 1}),
+    "time: a test row at the last training second":
+        ("time", TRAIN, [], [("v", "b", 30), ("u", "c", 31)], {"time_order": 1}),
+    "time: validation after test":
+        ("time", TRAIN, [("u", "c", 40)], [("v", "b", 35), ("v", "d", 41)], {"time_order": 1}),
     "random: with times": ("random", TRAIN, [("u", "c", 5)], [("v", "b", 15), ("v", "d", 16)], {"random_split": 3}),
-    "random: a pair again": ("random", TRAIN, [], [("v", "b", 15), ("v", "c", 16)], {"random_split": 2, "repeated_pairs": 1}),
-    "random: a row again": ("random", TRAIN, [], [("v", "c", 30)], {"random_split": 1, "repeated_pairs": 1, "identical_rows": 1}),
-    "random: test repeats validation": ("random", TRAIN, [("u", "c", 5)], [("u", "c", 6)], {"random_split": 2, "repeated_pairs": 1}),
+    "random: a pair again":
+        ("random", TRAIN, [], [("v", "b", 15), ("v", "c", 16)], {"random_split": 2, "repeated_pairs": 1}),
+    "random: a row again":
+        ("random", TRAIN, [], [("v", "c", 30)], {"random_split": 1, "repeated_pairs": 1, "identical_rows": 1}),
+    "random: test repeats validation":
+        ("random", TRAIN, [("u", "c", 5)], [("u", "c", 6)], {"random_split": 2, "repeated_pairs": 1}),
     "leave_last_out: a test row before another user's training row":
         ("leave_last_out", TRAIN, [], [("u", "c", 25), ("v", "b", 31)], {"future_rows": 1}),
-    "leave_last_out: all test rows after all training rows": ("leave_last_out", TRAIN, [], [("u", "c", 30), ("v", "b", 31)], {}),
+    "leave_last_out: all test rows after all training rows":
+        ("leave_last_out", TRAIN, [], [("u", "c", 30), ("v", "b", 31)], {}),
     "leave_last_out: validation alone": ("leave_last_out", TRAIN, [("u", "c", 15)], [], {"future_rows": 2}),
     "leave_last_out: a pair again": ("leave_last_out", TRAIN, [], [("u", "a", 31)], {"repeated_pairs": 1}),
     "fixed: clean": ("fixed", TRAIN, [("u", "c", 31)], [("v", "b", 32)], {}),
     "fixed: out of order": ("fixed", TRAIN, [], [("u", "c", 15), ("v", "b", 32)], {"time_order": 1}),
-    "fixed: a row again": ("fixed", TRAIN, [], [("v", "c", 30)], {"time_order": 1, "repeated_pairs": 1, "identical_rows": 1}),
+    "fixed: a row again":
+        ("fixed", TRAIN, [], [("v", "c", 30)], {"time_order": 1, "repeated_pairs": 1, "identical_rows": 1}),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_audit_finds_what_was_planted_and_counts_its_rows(name):
     kind, train, validation, test, expected = CASES[name]
-    assert found(Split(*(part(*rows) if rows else part(*train).slice(0, 0) for rows in (train, validation, test))), kind) == expected
+    assert (
+        found(Split(*(part(*rows) if rows else part(*train).slice(0, 0) for rows in (train, validation, test))), kind)
+        == expected
+    )
 
 
-@pytest.mark.parametrize("kind, expected", [("random", {"repeated_pairs": 1}), ("leave_last_out", {"repeated_pairs": 1}), ("fixed", {"repeated_pairs": 1})])
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("random", {"repeated_pairs": 1}), ("leave_last_out", {"repeated_pairs": 1}), ("fixed", {"repeated_pairs": 1})],
+)
 def test_without_timestamps_only_pairs_can_be_compared(kind, expected):
     train, test = part(("u", "a"), ("u", "b"), ("v", "a")), part(("v", "b"), ("u", "b"))
     assert found(Split(train, train.slice(0, 0), test), kind) == expected
@@ -65,9 +83,14 @@ def test_pairs_are_compared_by_both_ids():
 @pytest.mark.parametrize("seed", range(3))
 def test_repeats_are_those_of_sets_of_tuples(seed):
     rng = np.random.default_rng(seed)
-    rows = [(str(u), str(i), int(t)) for u, i, t in zip(rng.integers(20, size=300), rng.integers(20, size=300), rng.integers(3, size=300))]
+    rows = [
+        (str(u), str(i), int(t))
+        for u, i, t in zip(rng.integers(20, size=300), rng.integers(20, size=300), rng.integers(3, size=300))
+    ]
     parts = split(part(*rows), SplitConfig(kind="random", validation=0.2, test=0.2, seed=seed))
-    train, validation, test = ([tuple(row.values()) for row in table.to_pylist()] for table in (parts.train, parts.validation, parts.test))
+    train, validation, test = (
+        [tuple(row.values()) for row in table.to_pylist()] for table in (parts.train, parts.validation, parts.test)
+    )
 
     def repeats(width: int) -> int:
         before = {row[:width] for row in train}
@@ -80,7 +103,10 @@ def test_repeats_are_those_of_sets_of_tuples(seed):
 
 def test_a_split_by_time_of_a_log_that_repeats_itself_passes_by_default():
     rng = np.random.default_rng(0)
-    rows = [(str(u), str(i), int(t)) for u, i, t in zip(rng.integers(5, size=300), rng.integers(5, size=300), rng.integers(30, size=300))]
+    rows = [
+        (str(u), str(i), int(t))
+        for u, i, t in zip(rng.integers(5, size=300), rng.integers(5, size=300), rng.integers(30, size=300))
+    ]
     assert audit(split(part(*rows + rows), SplitConfig()), SplitConfig()) == []
 
 
@@ -89,8 +115,14 @@ def test_a_refusal_says_what_was_found_with_an_example_why_it_flatters_and_how_t
     with pytest.raises(LeakageError) as error:
         audit(rows, SplitConfig(kind="random", accept_leakage=("future_rows",)))
     message = str(error.value)
-    for words in ("random_split: 2 held-out rows", "repeated_pairs: 1 of 2 held-out rows", "user_id='v', item_id='c', timestamp=16",
-                  "no served model has", "remembered", "accept_leakage=('future_rows', 'random_split', 'repeated_pairs')"):
+    for words in (
+        "random_split: 2 held-out rows",
+        "repeated_pairs: 1 of 2 held-out rows",
+        "user_id='v', item_id='c', timestamp=16",
+        "no served model has",
+        "remembered",
+        "accept_leakage=('future_rows', 'random_split', 'repeated_pairs')",
+    ):
         assert words in message
     with pytest.raises(LeakageError) as error:
         audit(rows, SplitConfig(kind="random", accept_leakage=("random_split",)))

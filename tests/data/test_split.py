@@ -26,7 +26,9 @@ def random_log(seed: int, n: int = 400, users: int = 30, items: int = 25, times:
     rng = np.random.default_rng(seed)
     skewed = (rng.random((2, n)) ** 2 * [[users], [items]]).astype(int)
     table = log_of(*skewed, timestamp=rng.integers(times, size=n), row=np.arange(n))
-    return pa.concat_tables([table.slice(0, n // 3), table.slice(n // 3)])  # columns of several chunks, as files give them
+    return pa.concat_tables(
+        [table.slice(0, n // 3), table.slice(n // 3)]
+    )  # columns of several chunks, as files give them
 
 
 def kept_rows(rows: pa.Table, **config) -> list[int]:
@@ -74,8 +76,15 @@ WHERE = {
 
 @pytest.mark.parametrize("condition", WHERE, ids=str)
 def test_where_keeps_what_its_operator_says_and_a_null_matches_only_negations(condition):
-    rows = log_of("uvwxy", "abcde", rating=[3, 4, 5, None, 5], event=["view", "buy", None, "cart", "buy"], gift=[True, False, None, True, False],
-                  price=[1.5, 1.0, None, 2.0, float("nan")], kind=pa.array(["x", "y", "x", None, "y"]).dictionary_encode())
+    rows = log_of(
+        "uvwxy",
+        "abcde",
+        rating=[3, 4, 5, None, 5],
+        event=["view", "buy", None, "cart", "buy"],
+        gift=[True, False, None, True, False],
+        price=[1.5, 1.0, None, 2.0, float("nan")],
+        kind=pa.array(["x", "y", "x", None, "y"]).dictionary_encode(),
+    )
     assert kept_rows(numbered(rows), where=(condition,)) == WHERE[condition]
 
 
@@ -86,18 +95,22 @@ def test_conditions_are_joined_and_rows_keep_their_order():
     assert kept == expected and 0 < len(kept) < rows.num_rows
 
 
-@pytest.mark.parametrize("condition, words", [
-    (("timestmp", ">=", 4), ("'timestmp'", "did you mean 'timestamp'", "where[0]")),
-    (("timestamp", "=>", 4), ("'=>'", "Known", ">=", "operator")),
-    (("timestamp", ">=", "4"), ("int64", "'4'", "str")),
-    (("user_id", "==", 4), ("string", "4", "int")),
-    (("user_id", "in", "4"), ("tuple", "('4',)")),
-    (("user_id", "in", ("4", 5)), ("string", "5")),
-    (("timestamp", "in", (1, 2.5)), ("int64", "2.5")),
-    (("timestamp", ">=", None), ("None",)),
-    (("timestamp", "starts with", "4"), ("prefix", "int64")),
-    (("timestamp", ">="), ("(column, operator, value)",)),
-], ids=str)
+@pytest.mark.parametrize(
+    "condition, words",
+    [
+        (("timestmp", ">=", 4), ("'timestmp'", "did you mean 'timestamp'", "where[0]")),
+        (("timestamp", "=>", 4), ("'=>'", "Known", ">=", "operator")),
+        (("timestamp", ">=", "4"), ("int64", "'4'", "str")),
+        (("user_id", "==", 4), ("string", "4", "int")),
+        (("user_id", "in", "4"), ("tuple", "('4',)")),
+        (("user_id", "in", ("4", 5)), ("string", "5")),
+        (("timestamp", "in", (1, 2.5)), ("int64", "2.5")),
+        (("timestamp", ">=", None), ("None",)),
+        (("timestamp", "starts with", "4"), ("prefix", "int64")),
+        (("timestamp", ">="), ("(column, operator, value)",)),
+    ],
+    ids=str,
+)
 def test_a_wrong_condition_names_the_culprit_and_what_is_right(condition, words):
     with pytest.raises(ConfigError) as error:
         kept_rows(random_log(0), where=(condition,))
@@ -161,7 +174,10 @@ def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_no
     ids = {side: rows[f"{side}_id"].unique().to_pylist() for side in ("user", "item")}
     truth = Truth(*(np.array(ids[side], np.float32)[:, None] for side in ("user", "item")))
     cored = filter_rows(dataset_of(rows, truth), DataConfig(k_core=3))
-    for side, table, factors in (("user", cored.users, cored.truth.user_factors), ("item", cored.items, cored.truth.item_factors)):
+    for side, table, factors in (
+        ("user", cored.users, cored.truth.user_factors),
+        ("item", cored.items, cored.truth.item_factors),
+    ):
         left = table[f"{side}_id"].to_pylist()
         assert set(left) == set(cored.interactions[f"{side}_id"].to_pylist()) and len(left) < len(ids[side])
         assert factors[:, 0].tolist() == [float(v) for v in left]
@@ -172,10 +188,18 @@ def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_no
 # splits
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("time", {}), ("leave_last_out", {}), ("random", {}), ("time", {"validation": 0.0}), ("random", {"test": 0.0}),
-    ("leave_last_out", {"validation": 0.0}), ("leave_last_out", {"test": 0.0}),
-])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("time", {}),
+        ("leave_last_out", {}),
+        ("random", {}),
+        ("time", {"validation": 0.0}),
+        ("random", {"test": 0.0}),
+        ("leave_last_out", {"validation": 0.0}),
+        ("leave_last_out", {"test": 0.0}),
+    ],
+)
 def test_every_row_lands_in_exactly_one_part_in_file_order(kind, config):
     parts = parts_of(random_log(4), kind=kind, **config)
     assert sorted(sum(parts.values(), [])) == list(range(400))
@@ -211,7 +235,9 @@ def test_leave_last_out_takes_the_last_rows_of_each_user_with_ties_by_file_order
                 if share:
                     expected[name].append(seen.pop())
         expected["train"] += seen
-    assert parts_of(rows, kind="leave_last_out", validation=validation, test=test) == {name: sorted(r) for name, r in expected.items()}
+    assert parts_of(rows, kind="leave_last_out", validation=validation, test=test) == {
+        name: sorted(r) for name, r in expected.items()
+    }
     assert min(map(len, history.values())) < 3
 
 
@@ -230,23 +256,43 @@ def test_a_fixed_split_follows_its_column_and_draws_validation_from_train_only_i
     drawn = log_of(range(100), range(100), split=["train"] * 80 + ["test"] * 20, row=range(100))
     parts = parts_of(drawn, kind="fixed", validation=0.1, seed=3)
     assert len(parts["validation"]) == 8 and parts["test"] == list(range(80, 100))
-    assert parts_of(drawn, kind="fixed", validation=0.1, seed=3) == parts != parts_of(drawn, kind="fixed", validation=0.1, seed=4)
+    assert (
+        parts_of(drawn, kind="fixed", validation=0.1, seed=3)
+        == parts
+        != parts_of(drawn, kind="fixed", validation=0.1, seed=4)
+    )
     assert parts_of(drawn, kind="fixed", validation=0.0)["validation"] == []
 
 
-@pytest.mark.parametrize("rows, config, words", [
-    (log_of([1] * 9, range(9), timestamp=[7] * 9), {}, ("no train rows", "'time'", "of 9")),
-    (log_of([1] * 9, range(9), timestamp=range(9)), {"validation": 0.01}, ("no validation rows", "0.01")),
-    (log_of([1] * 9, range(9), timestamp=range(9)), {"validation": 0.6, "test": 0.4}, ("validation=0.6", "test=0.4", "share for train")),
-    (log_of(range(9), range(9)), {}, ("'timestamp'", "leave_last_out")),
-    (log_of([7, 8, 9], "abc", timestamp=[1, None, 3]), {}, ("1 of 3 rows", "row 2", "user_id='8'")),
-    (log_of(range(9), range(9)), {"kind": "leave_last_out"}, ("at least three rows",)),
-    (log_of(range(9), range(9)), {"kind": "leave-last-out"}, ("did you mean 'leave_last_out'", "config.split.kind")),
-    (log_of(range(9), range(9)), {"kind": "fixed"}, ("'split'",)),
-    (log_of("uv", "ab", split=["train", "tset"]), {"kind": "fixed"}, ("row 2", "'tset'", "train, validation, test")),
-    (log_of("uv", "ab", split=["train", None]), {"kind": "fixed"}, ("row 2", "None")),
-    (log_of("uv", "ab", split=["test", "test"]), {"kind": "fixed", "validation": 0.0}, ("no train rows",)),
-], ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    "rows, config, words",
+    [
+        (log_of([1] * 9, range(9), timestamp=[7] * 9), {}, ("no train rows", "'time'", "of 9")),
+        (log_of([1] * 9, range(9), timestamp=range(9)), {"validation": 0.01}, ("no validation rows", "0.01")),
+        (
+            log_of([1] * 9, range(9), timestamp=range(9)),
+            {"validation": 0.6, "test": 0.4},
+            ("validation=0.6", "test=0.4", "share for train"),
+        ),
+        (log_of(range(9), range(9)), {}, ("'timestamp'", "leave_last_out")),
+        (log_of([7, 8, 9], "abc", timestamp=[1, None, 3]), {}, ("1 of 3 rows", "row 2", "user_id='8'")),
+        (log_of(range(9), range(9)), {"kind": "leave_last_out"}, ("at least three rows",)),
+        (
+            log_of(range(9), range(9)),
+            {"kind": "leave-last-out"},
+            ("did you mean 'leave_last_out'", "config.split.kind"),
+        ),
+        (log_of(range(9), range(9)), {"kind": "fixed"}, ("'split'",)),
+        (
+            log_of("uv", "ab", split=["train", "tset"]),
+            {"kind": "fixed"},
+            ("row 2", "'tset'", "train, validation, test"),
+        ),
+        (log_of("uv", "ab", split=["train", None]), {"kind": "fixed"}, ("row 2", "None")),
+        (log_of("uv", "ab", split=["test", "test"]), {"kind": "fixed", "validation": 0.0}, ("no train rows",)),
+    ],
+    ids=lambda v: str(v)[:40],
+)
 def test_a_split_that_cannot_be_is_refused_with_the_reason(rows, config, words):
     with pytest.raises(ConfigError) as error:
         split(rows, SplitConfig(**config))
@@ -255,9 +301,21 @@ def test_a_split_that_cannot_be_is_refused_with_the_reason(rows, config, words):
 
 def test_the_fingerprint_tells_rows_apart_and_not_their_storage():
     rows = random_log(7)
-    same = [rows, rows.combine_chunks(), pa.concat_tables([rows.slice(0, 7), rows.slice(7, 90), rows.slice(97)]), rows.drop_columns("row")]
+    same = [
+        rows,
+        rows.combine_chunks(),
+        pa.concat_tables([rows.slice(0, 7), rows.slice(7, 90), rows.slice(97)]),
+        rows.drop_columns("row"),
+    ]
     assert len({fingerprint(table) for table in same}) == 1
-    other = [rows.slice(1), rows.slice(0, 399), rows.drop_columns("timestamp"), rows.take(list(range(399, -1, -1))),
-             log_of(["ab", "c"], "xy"), log_of(["a", "bc"], "xy"), log_of(["a", ""], "xy"),
-             log_of(["a", ""], "xy").set_column(0, "user_id", pa.array(["a", None]))]
+    other = [
+        rows.slice(1),
+        rows.slice(0, 399),
+        rows.drop_columns("timestamp"),
+        rows.take(list(range(399, -1, -1))),
+        log_of(["ab", "c"], "xy"),
+        log_of(["a", "bc"], "xy"),
+        log_of(["a", ""], "xy"),
+        log_of(["a", ""], "xy").set_column(0, "user_id", pa.array(["a", None])),
+    ]
     assert len({fingerprint(table) for table in [rows, *other]}) == 1 + len(other)

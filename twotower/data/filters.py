@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from absl import logging
 
 from twotower.config import ConfigError, DataConfig, check_fields, choose
-from twotower.data.interactions import codes, pair_codes, timestamps
 from twotower.data.dataset import Dataset
+from twotower.data.interactions import codes, pair_codes, timestamps
 
 
 def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
@@ -33,18 +33,26 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
     for line in removed:
         logging.info("%s", line)
     if not rows.num_rows:
-        raise ConfigError(f"no training rows are left after the filters of config.data: {'; '.join(removed) or 'the log is empty'}.")
+        raise ConfigError(
+            f"no training rows are left after the filters of config.data: {'; '.join(removed) or 'the log is empty'}."
+        )
     dataset = dataclasses.replace(dataset, interactions=rows)
     return _survivors(dataset) if config.k_core > 0 else dataset
 
 
 def _filters(config: DataConfig) -> Iterator[tuple[str, Callable[[pa.Table], np.ndarray | pa.ChunkedArray]]]:
     for i, condition in enumerate(config.where):
-        yield f"where {condition!r}", lambda rows, c=condition, i=i: matches(rows, c, field=f"config.data.where[{i}]={c!r}")
+        yield (
+            f"where {condition!r}",
+            lambda rows, c=condition, i=i: matches(rows, c, field=f"config.data.where[{i}]={c!r}"),
+        )
     if config.duplicates != "all":
         yield f"duplicates={config.duplicates!r}", lambda rows: one_per_pair(rows, keep=config.duplicates)
     if config.k_core > 0:
-        yield f"k_core={config.k_core}", lambda rows: in_core(codes(rows["user_id"]), codes(rows["item_id"]), k=config.k_core)
+        yield (
+            f"k_core={config.k_core}",
+            lambda rows: in_core(codes(rows["user_id"]), codes(rows["item_id"]), k=config.k_core),
+        )
 
 
 def _equal(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
@@ -64,7 +72,9 @@ def _member(column: pa.ChunkedArray, values: Any, field: str) -> pa.ChunkedArray
 
 def _prefix(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or not isinstance(value, str):
-        raise ConfigError(f"{field}: a prefix needs a column of text and a text, not {column.type} and {type(value).__name__}.")
+        raise ConfigError(
+            f"{field}: a prefix needs a column of text and a text, not {column.type} and {type(value).__name__}."
+        )
     return pc.starts_with(column, value)
 
 
@@ -90,7 +100,7 @@ OPERATORS: dict[str, tuple[Callable[[pa.ChunkedArray, Any, str], pa.ChunkedArray
 def matches(rows: pa.Table, condition: tuple, *, field: str) -> pa.ChunkedArray:
     """Which rows satisfy `condition`: bool [N], never null.
 
-    A null satisfies `!=`, `not in` and `not starts with` and nothing else; a comparison with None asks for nulls themselves.
+    A null satisfies `!=`, `not in` and `not starts with` and nothing else; `== None` and `!= None` ask for nulls.
     """
     if len(condition) != 3:
         raise ConfigError(f"{field} must be (column, operator, value), such as ('rating', '>=', 4).")
@@ -114,11 +124,13 @@ def _scalar(column: pa.ChunkedArray, value: Any, field: str) -> pa.Scalar:
             return pa.scalar(value, type=column.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         pass
-    raise ConfigError(f"{field}: the column holds {column.type}, which cannot be compared with {value!r} ({type(value).__name__}).")
+    raise ConfigError(
+        f"{field}: the column holds {column.type}, which cannot be compared with {value!r} ({type(value).__name__})."
+    )
 
 
 def one_per_pair(rows: pa.Table, *, keep: str) -> np.ndarray:
-    """Marks the "first" or "last" row of each (user, item) in time, bool [N]; file order breaks ties or stands for time."""
+    """Marks the "first" or "last" row of each (user, item), bool [N]: in time if rows have one, then in file order."""
     pairs, times = pair_codes(rows), timestamps(rows)
     order = np.arange(len(pairs)) if times is None else np.argsort(times, kind="stable")
     order = order if keep == "first" else order[::-1]
@@ -147,12 +159,17 @@ def in_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
 
 def _survivors(dataset: Dataset) -> Dataset:
     """Restricts the users, the items and the true factors, which are aligned with them, to ids of the interactions."""
-    alive = {side: pc.is_in(getattr(dataset, f"{side}s")[f"{side}_id"],
-                            value_set=pc.unique(dataset.interactions[f"{side}_id"])) for side in ("user", "item")}
+    alive = {
+        side: pc.is_in(
+            getattr(dataset, f"{side}s")[f"{side}_id"], value_set=pc.unique(dataset.interactions[f"{side}_id"])
+        )
+        for side in ("user", "item")
+    }
     truth = dataset.truth and dataclasses.replace(
         dataset.truth,
         user_factors=dataset.truth.user_factors[alive["user"].to_numpy()],
         item_factors=dataset.truth.item_factors[alive["item"].to_numpy()],
     )
-    return dataclasses.replace(dataset, users=dataset.users.filter(alive["user"]),
-                               items=dataset.items.filter(alive["item"]), truth=truth)
+    return dataclasses.replace(
+        dataset, users=dataset.users.filter(alive["user"]), items=dataset.items.filter(alive["item"]), truth=truth
+    )

@@ -22,7 +22,7 @@ class Split:
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers the distinct values of `column` from 0 in order of first appearance: int64 [N]; null is a value like others."""
+    """Numbers distinct values from 0 in the order of first appearance: int64 [N]; null is a value like others."""
     encoded = pc.dictionary_encode(column, null_encoding="encode")
     chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
@@ -51,9 +51,9 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
         raise ConfigError(
-            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the first of them row {row + 1} "
-            f"({describe(rows, row)}), so the log has no order in time. Give every row a timestamp, or drop these by "
-            f"config.data.where=(('timestamp', '!=', None),)."
+            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the first of them row "
+            f"{row + 1} ({describe(rows, row)}), so the log has no order in time. Give every row a timestamp, or drop "
+            f"these by config.data.where=(('timestamp', '!=', None),)."
         )
     return column.to_numpy().astype(np.int64)
 
@@ -65,7 +65,7 @@ def describe(rows: pa.Table, row: int) -> str:
 
 
 def fingerprint(rows: pa.Table) -> str:
-    """Hex digest of who did what with which item and when, in order; the same however the columns are cut into chunks."""
+    """Hex digest of who met which item and when, in order; the same however the columns are cut into chunks."""
     digest = hashlib.sha256()
     for name in ("user_id", "item_id", "timestamp"):
         if name in rows.column_names:

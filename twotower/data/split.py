@@ -31,8 +31,8 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     for name, table, wanted in zip(PARTS, tables, asked):
         if wanted and not table.num_rows:
             raise ConfigError(
-                f"config.split.kind={config.kind!r} with validation={config.validation} and test={config.test} leaves no {name} rows "
-                f"of {interactions.num_rows:,}. {_HINTS[config.kind]}"
+                f"config.split.kind={config.kind!r} with validation={config.validation} and test={config.test} leaves "
+                f"no {name} rows of {interactions.num_rows:,}. {_HINTS[config.kind]}"
             )
     return Split(*tables)
 
@@ -44,7 +44,9 @@ def by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """
     times = timestamps(rows)
     if times is None:
-        raise ConfigError("config.split.kind='time' needs a column 'timestamp'; choose leave_last_out, random or fixed without one.")
+        raise ConfigError(
+            "config.split.kind='time' needs a column 'timestamp'; choose leave_last_out, random or fixed without one."
+        )
     held, test = _shares(rows, config)
     ordered = np.sort(times)
     parts = np.full(len(times), TRAIN, np.int8)
@@ -57,8 +59,8 @@ def by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Holds out the last row of each user for test and the one before it for validation. Part of each row, int8 [N].
 
-    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users with fewer than three
-    rows stay in train. Without a share for test (validation) no row goes there.
+    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users with fewer than
+    three rows stay in train. Without a share for test (validation) no row goes there.
     """
     users, times = codes(rows["user_id"]), timestamps(rows)
     keys = (users,) if times is None else (times, users)  # the last key is the first to sort by
@@ -83,14 +85,19 @@ def at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 def as_given(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Follows the column `split`; where no row says validation, a random share of train becomes it. Part of each row, int8 [N]."""
+    """Follows the column `split`; if no row says validation, a random share of train becomes it. Parts, int8 [N]."""
     if "split" not in rows.column_names:
-        raise ConfigError("config.split.kind='fixed' needs a column 'split' of train, validation and test, or a file config.data.test.path.")
+        raise ConfigError(
+            "config.split.kind='fixed' needs a column 'split' of train, validation and test, or a file "
+            "config.data.test.path."
+        )
     index = pc.index_in(rows["split"].cast(pa.string()), value_set=pa.array(PARTS))
     if index.null_count:
         row = pc.index(pc.is_null(index), True).as_py()
-        raise ConfigError(f"interactions row {row + 1} ({describe(rows, row)}): split={rows['split'][row].as_py()!r} "
-                          f"must be one of {', '.join(PARTS)}.")
+        raise ConfigError(
+            f"interactions row {row + 1} ({describe(rows, row)}): split={rows['split'][row].as_py()!r} "
+            f"must be one of {', '.join(PARTS)}."
+        )
     parts = index.to_numpy().astype(np.int8)
     if not (parts == VALIDATION).any():
         train = np.flatnonzero(parts == TRAIN)
@@ -117,6 +124,9 @@ _HINTS = {
 def _shares(rows: pa.Table, config: SplitConfig) -> tuple[int, int]:
     """Rows held out in all, and those of them for test."""
     if config.validation + config.test >= 1:
-        raise ConfigError(f"config.split.validation={config.validation} and config.split.test={config.test} must leave a share for train.")
+        raise ConfigError(
+            f"config.split.validation={config.validation} and config.split.test={config.test} must leave a share for "
+            "train."
+        )
     test = round(rows.num_rows * config.test)
     return test + round(rows.num_rows * config.validation), test
