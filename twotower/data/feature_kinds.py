@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 from twotower.config import ConfigError, choose
 
@@ -120,8 +121,8 @@ class IntFeature(Feature):
             object.__setattr__(self, "embedding_size", 8)
         super().__post_init__()
         self._at_least(2, "buckets")
-        rising = all(low < high for low, high in itertools.pairwise(self.boundaries))
-        self._check(rising, "boundaries", "strictly increasing")
+        rising = all(low < high for low, high in itertools.pairwise((-math.inf, *self.boundaries, math.inf)))
+        self._check(rising, "boundaries", "finite and strictly increasing")
         self._check(not (self.normalize and self.boundaries), "boundaries", "empty when normalize is true")
 
     @property

@@ -74,12 +74,12 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     return from_mappings(mappings)
 
 
-def from_mappings(mappings: Mapping[str, Any]) -> FeatureSpec:
+def from_mappings(mappings: Any) -> FeatureSpec:
     """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a missing side is its id alone."""
     if not isinstance(mappings, Mapping):
         raise ConfigError(f"features={mappings!r} must be a mapping with the keys user and item.")
     check_fields(mappings, _KEYS, "features")
-    sides: dict[str, Mapping[str, Any]] = {}
+    sides: dict[str, Any] = {}
     for key, features in mappings.items():
         if _KEYS[key] in sides:
             raise ConfigError(f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out.")
@@ -87,7 +87,7 @@ def from_mappings(mappings: Mapping[str, Any]) -> FeatureSpec:
     return FeatureSpec(**{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES})
 
 
-def _features(side: str, features: Mapping[str, Any]) -> dict[str, Feature]:
+def _features(side: str, features: Any) -> dict[str, Feature]:
     if not isinstance(features, Mapping):
         raise ConfigError(f"features.{side}={features!r} must be a mapping of feature names to their fields.")
     return {name: _feature(side, name, fields) for name, fields in features.items()}

@@ -114,10 +114,11 @@ def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
         if name not in given.column_names:
             raise ValueError(f"{what} must have a column {name!r}; columns: {', '.join(given.column_names)}.")
     ids = as_strings(table[name])
-    repeated = pc.value_counts(ids).filter(pc.greater(pc.value_counts(ids).field("counts"), 1))
-    if len(repeated):
-        first = repeated[0]["values"].as_py()
-        raise ValueError(f"The {side}s table has {len(repeated)} ids more than once, the first {first!r}; they must be unique.")
+    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        raise ValueError(f"The {side}s table has {len(repeated)} ids more than once, the first {repeated[0].as_py()!r}; they "
+                         f"must be unique.")
     places = pc.index_in(as_strings(train[name]), value_set=ids)
     if places.null_count:
         unknown = train[name].filter(places.is_null())[0].as_py()

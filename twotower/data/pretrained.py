@@ -57,7 +57,7 @@ def _read_npy(feature: PretrainedFeature, path: Path) -> tuple[pa.LargeStringArr
 
 def _read_parquet(feature: PretrainedFeature, path: Path, where: str) -> tuple[pa.LargeStringArray, np.ndarray]:
     check_fields(dict.fromkeys((feature.id_column, feature.vector_column)), pq.read_schema(path).names, where)
-    table = pq.read_table(path, columns=[feature.id_column, feature.vector_column])
+    table = pq.read_table(path, columns=sorted({feature.id_column, feature.vector_column}))
     lists = table[feature.vector_column].combine_chunks()
     if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)):
         raise ConfigError(f"{where}: column {feature.vector_column!r} is of type {lists.type}, not lists of numbers.")

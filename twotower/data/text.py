@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int32
 
 from twotower.data.vocabulary import as_strings, mix64, segment_sums
 
@@ -41,7 +42,7 @@ def normalise(text: str) -> str:
 
 
 def hashed_pieces(texts: pa.Array | pa.ChunkedArray, *, words: Sequence[int] = (1,), characters: Sequence[int] = (3, 4, 5),
-                  buckets: int, max_length: int) -> np.ndarray:
+                  buckets: int, max_length: int) -> Int32[np.ndarray, "N L"]:
     """Ids in [1, buckets) of the pieces of each text, int32 [N, max_length], padded with 0.
 
     Pieces are runs of `words` words and, within a word and its two boundaries, runs of `characters` characters. The first
@@ -57,7 +58,7 @@ def hashed_pieces(texts: pa.Array | pa.ChunkedArray, *, words: Sequence[int] = (
     return ids[encoded.indices.fill_null(len(distinct)).to_numpy()]
 
 
-def pad_rows(rows: np.ndarray, ids: np.ndarray, count: int, length: int) -> np.ndarray:
+def pad_rows(rows: np.ndarray, ids: np.ndarray, count: int, length: int) -> Int32[np.ndarray, "N L"]:
     """The first `length` of the ids [M] that belong to each row (rows [M], ascending), int32 [count, length], 0 elsewhere."""
     starts = np.searchsorted(rows, np.arange(count))
     place = np.arange(len(rows)) - starts[rows]

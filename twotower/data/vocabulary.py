@@ -8,6 +8,7 @@ import functools
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int32, UInt64
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within tens of megabytes.
 _BLOCK_BYTES = 1 << 20
@@ -20,6 +21,8 @@ def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
         ValueError: the values have no text form (lists, structs).
     """
     if isinstance(values, pa.ChunkedArray):
+        if values.num_chunks == 1:
+            return as_strings(values.chunk(0))
         chunks = [as_strings(chunk) for chunk in values.chunks]
         return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
     if pa.types.is_dictionary(values.type):
@@ -52,7 +55,7 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return total[offsets[1:]] - total[offsets[:-1]]
 
 
-def hash64(values: pa.LargeStringArray) -> np.ndarray:
+def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
     """A 64-bit hash of each string's UTF-8 bytes, uint64 [N]: the same in every process and on every machine.
 
     It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once more. Only whole-array
@@ -93,7 +96,7 @@ class Vocabulary:
                              f"and {self.values.null_count} nulls.")
 
     @classmethod
-    def fit(cls, values: pa.Array | pa.ChunkedArray, weights: np.ndarray | None = None, *, min_count: float = 1,
+    def fit(cls, values: pa.Array | pa.ChunkedArray, weights: np.ndarray | None = None, *, min_count: int = 1,
             oov_rows: int = 1) -> Vocabulary:
         """The values whose weights [N] (1 each when not given) sum to `min_count` or more, by (sum descending, value).
 
@@ -118,7 +121,7 @@ class Vocabulary:
         """Rows V of the table."""
         return self.first + len(self.values)
 
-    def rows(self, values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def rows(self, values: pa.Array | pa.ChunkedArray) -> Int32[np.ndarray, " N"]:
         """The row of each value, int32 [N]: 0 for null, a hashed out-of-vocabulary row for an unknown value."""
         if pa.types.is_dictionary(values.type):
             return self._rows_of_dictionary(values)
