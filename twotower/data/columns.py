@@ -104,7 +104,8 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.float64())
     if any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
         return _as_text(column) if pa.types.is_nested(kind.value_type) else column.cast(pa.list_(pa.string()))
-    if any(test(kind) for test in (pa.types.is_null, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)):
+    textual = (pa.types.is_null, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+    if any(test(kind) for test in textual):
         return column.cast(pa.string())
     return column
 

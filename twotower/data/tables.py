@@ -34,8 +34,8 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: str) ->
         kind: csv or parquet, for files whose name does not tell.
 
     Returns:
-        `keys` as strings, timestamp as int64 seconds, rating, weight and label as float32; other columns of CSV files as
-        whole numbers, numbers, booleans or seconds (of times) where all their values are, else as strings.
+        `keys` as strings, timestamp as int64 seconds, rating, weight and label as float32; other columns of CSV files
+        as whole numbers, numbers, booleans or seconds (of times) where all their values are, else as strings.
 
     Raises:
         ConfigError: no such file, an empty one, a missing column, a value of the wrong type.
@@ -189,7 +189,8 @@ def _renamed(table: pa.Table, config: TableConfig, name: str, keys: tuple[str, .
     for ours, theirs in {**{key: key for key in keys}, **config.columns}.items():
         if theirs not in known:
             guess = _nearest(theirs, known) or "ITS NAME IN THE FILE"
-            hint = f"say which it is by {field}={{{ours!r}: {guess!r}}}" if ours == theirs else f"{field}[{ours!r}] names it"
+            hint = f"say which it is by {field}={{{ours!r}: {guess!r}}}"
+            hint = hint if ours == theirs else f"{field}[{ours!r}] names it"
             raise ConfigError(f"{name}: {files.all()} has no column {theirs!r}{nearest(theirs, known)}; {hint}. "
                               f"It has: {', '.join(known)}.")
     taken = set(config.columns.values())
