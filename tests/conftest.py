@@ -8,9 +8,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.typechecking  # noqa: F401  the hook finds it by name
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("twotower", "beartype.beartype")
+install_import_hook("twotower", "tests.typechecking.checked")
 
 
 @pytest.fixture

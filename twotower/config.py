@@ -293,13 +293,13 @@ class Config:
 
 
 def defaults() -> Any:
-    """Every option at its default, as the locked `ml_collections.ConfigDict` that an experiment file starts from.
+    """Every option at its default, as the `ml_collections.ConfigDict` that an experiment file starts from.
 
-    Being whole, it lets the command line override any option and names the nearest one for a misspelt name.
+    Being whole, it lets the command line override any option. Not locked: `from_dict` says better what is wrong.
     """
     import ml_collections
 
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twotower.config import TowerConfig, choose
-from twotower.data.features import Input
+from twotower.data.encodings import Input
 from twotower.towers.layers import ACTIVATIONS, MLP
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from twotower.config import ConfigError, ModelConfig
 from twotower.data.encoder import Encoder
-from twotower.data.features import Input, TableShape
+from twotower.data.encodings import Input, TableShape
 from twotower.towers.embeddings import init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
@@ -59,15 +59,20 @@ class TwoTower:
 
     @classmethod
     def build(cls, config: ModelConfig, encoder: Encoder) -> TwoTower:
-        """The towers for what `encoder` encodes.
+        """The towers for what `encoder` encodes; raises as `build_from`."""
+        return cls.build_from(config, encoder.inputs, encoder.tables)
+
+    @classmethod
+    def build_from(
+        cls, config: ModelConfig, inputs: Mapping[str, Mapping[str, Input]], tables: Mapping[str, TableShape]
+    ) -> TwoTower:
+        """The towers for encoded inputs of each side, and the tables that these name.
 
         Raises:
             ConfigError: a tower kind or activation is unknown, or the two towers give vectors of different widths.
         """
-        towers = {
-            side: build_tower(getattr(config, side), encoder.inputs[side], field=f"config.model.{side}") for side in SIDES
-        }
-        model = cls(config, encoder.inputs, encoder.tables, towers, 0)
+        towers = {side: build_tower(getattr(config, side), inputs[side], field=f"config.model.{side}") for side in SIDES}
+        model = cls(config, inputs, tables, towers, 0)
         dims = {side: jax.eval_shape(lambda s=side: model._embed_example(s)).shape[-1] for side in SIDES}
         if dims["user"] != dims["item"]:
             raise ConfigError(

@@ -1,0 +1,197 @@
+"""The loop: traced once, resumed to the same bits, stopped in time, never silent about NaN."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training.conftest import small_config
+from twotower.config import ConfigError
+from twotower.towers.two_tower import TwoTower
+from twotower.training import loop, run
+from twotower.training.checkpoint import CheckpointError, best_step
+from twotower.training.loop import Record, TrainingError, fit, open_checkpoints
+from twotower.training.optimizers import init_plateau, update_plateau
+from twotower.training.step import Trainer
+
+
+def _trainer(prepared, config):
+    return Trainer.build(config, TwoTower.build(config.model, prepared.encoder))
+
+
+def _by_norm(weights):
+    """A validation metric that any change of the weights changes."""
+    return {"recall@10": float(sum(abs(x).sum() for x in jax.tree.leaves(weights)))}
+
+
+def _equal_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, monkeypatch):
+    traces = []
+    plain = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: traces.append(1) or plain(*a, **k))
+    fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=_by_norm)
+    assert len(traces) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "validation/recall@10" in line] == [4, 8, 12]
+    assert all(line["examples_per_second"] > 0 for line in lines if "loss" in line)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_streamed_training_equals_resident_training(prepared, tmp_path):
+    resident = fit(_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
+    streamed_config = small_config(training={"resident_megabytes": 0})
+    streamed = fit(_trainer(prepared, streamed_config), prepared, tmp_path / "b", validate=None)
+    _equal_bits(resident, streamed)
+
+
+def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp_path):
+    config = small_config(training={"schedule": {"kind": "cosine"}, "tables": {"kind": "lazy_adam", "learning_rate": 0.01}})
+    whole = fit(_trainer(prepared, config), prepared, tmp_path / "whole", validate=_by_norm)
+
+    def dies(weights):
+        dies.calls += 1
+        if dies.calls == 4:
+            raise KeyboardInterrupt
+        return _by_norm(weights)
+
+    dies.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=dies)
+    resumed = fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=_by_norm)
+    _equal_bits(whole, resumed)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_finished_run_is_left_as_it_is(prepared, tmp_path):
+    first = fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    _equal_bits(first, fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_best_checkpoint_survives_retention_and_training_stops_early(prepared, tmp_path):
+    config = small_config(training={"steps": 100, "validate_every": 2, "patience": 3, "keep_checkpoints": 1})
+    values = iter([0.0, 0.1, 0.5, 0.4, 0.5, 0.3])
+    state = fit(_trainer(prepared, config), prepared, tmp_path, validate=lambda w: {"recall@10": next(values)})
+    assert int(state.step) == 10
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.best() == 4 and checkpoints.latest() == 10
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "4"]
+
+
+def test_a_misspelt_metric_is_refused_before_the_first_step(prepared, tmp_path):
+    config = small_config(training={"metric": "recal@10"})
+    with pytest.raises(ConfigError, match="'recal@10' is not measured. Measured: recall@10"):
+        fit(_trainer(prepared, config), prepared, tmp_path, validate=_by_norm)
+
+
+def test_nan_stops_with_the_step_and_the_last_good_checkpoint(prepared, tmp_path):
+    good = small_config(model={"normalize": False}, training={"validate_every": 2})
+    fit(_trainer(prepared, good), prepared, tmp_path, validate=None)
+    training = {"validate_every": 2, "steps": 30, "tables": {"learning_rate": 1e38}}
+    config = small_config(model={"normalize": False}, training=training)
+    with pytest.raises(TrainingError, match=r"The loss is nan.* at step 1[345]\. The last good checkpoint is .*checkpoints/1[24]"):
+        fit(_trainer(prepared, config), prepared, tmp_path, validate=None)
+
+
+def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkeypatch):
+    plain = loop.compile_step
+
+    def leaky(trainer, batches):
+        step = plain(trainer, batches)
+        return lambda state, i: (step(state, i)[0], {"loss": jax.numpy.add(1.0, np.ones(3)).sum(), "grad_norm": 0.0})
+
+    monkeypatch.setattr(loop, "compile_step", leaky)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
+
+
+def test_patience_counts_validations_without_improvement():
+    record = Record()
+    for step, value in enumerate([0.1, 0.3, 0.2, 0.3, 0.1]):
+        record.update(step, value, patience=3)
+    assert (record.best, record.best_step, record.waited, record.stopped) == (0.3, 1, 3, True)
+
+
+def test_the_plateau_halves_after_its_patience():
+    config = small_config(training={"schedule": {"kind": "plateau", "patience": 2, "factor": 0.5}}).training.schedule
+    state, scales = init_plateau(), []
+    for value in [0.1, 0.1, 0.05, 0.2, 0.2, 0.2]:
+        state = update_plateau(state, value, config)
+        scales.append(float(state.scale))
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_the_best_step_is_the_earliest_of_equals():
+    assert best_step({1: {"m": 0.2}, 5: {"m": 0.9}, 9: {"m": 0.9}, 12: {}}, "m") == 5
+    assert best_step({1: {}, 2: {"other": 1.0}}, "m") is None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    run.train(small_config(), workdir)
+    return workdir
+
+
+def test_a_run_is_loaded_from_its_folder_alone(finished):
+    loaded = run.load_run(finished)
+    assert loaded.step == 12 and loaded.config == small_config()
+    again = run.load_run(finished, checkpoint="8")
+    assert again.step == 8
+
+
+def test_a_workdir_with_another_configuration_is_refused(finished):
+    with pytest.raises(ConfigError, match="another configuration: config.training.batch_size was 64 and is now 32"):
+        run.train(small_config(training={"batch_size": 32}), finished)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="other files and no config.json"):
+        run.train(small_config(), tmp_path)
+    with pytest.raises(ConfigError, match="is no run"):
+        run.load_run(tmp_path)
+
+
+def test_data_that_changed_since_training_is_refused(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["shop_seed"] = 1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="fitted on rows"):
+        run.load_run(copy)
+
+
+@pytest.mark.parametrize("which,message", [("3", "no checkpoint of step 3; it has: "), ("newest", "must be best, latest or a step")])
+def test_checkpoints_that_are_not_there(finished, which, message):
+    with pytest.raises(CheckpointError, match=message):
+        run.load_run(finished, checkpoint=which)
+
+
+def test_a_corrupt_checkpoint_names_its_folder(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for path in (copy / "checkpoints" / "12" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x00" * 10)
+    with pytest.raises(CheckpointError, match=r"checkpoints/12 cannot be restored: it is damaged"):
+        run.load_run(copy, checkpoint="latest")
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["user"]["layers"] = config["model"]["item"]["layers"] = [8]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="written by a model with other"):
+        run.load_run(copy)

@@ -1,0 +1,214 @@
+"""The step: its gradients against dense autodiff, what it touches, what it compiles to."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.training.conftest import small_config
+from twotower.config import ConfigError
+from twotower.towers.two_tower import SIDES, Weights
+from twotower.training import step as step_module
+from twotower.training.step import Trainer, drop_ids, example_losses, merge_rows, train_step, weighted_mean
+
+NO_DROPPING = {
+    side: {n: f | ({"oov_rate": 0.0} if f["type"] == "string" else {}) for n, f in fields.items()}
+    for side, fields in small_config().features.__dict__.items()
+    if side in SIDES
+}
+
+
+def _dense_gradients(trainer, state, batch):
+    """The gradient of whole tables by autodiff through `table[ids]`: the oracle."""
+
+    def loss(params, tables):
+        weights = Weights(params, tables, state.batch_stats)
+        vectors = {side: trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES}
+        return weighted_mean(example_losses(trainer, params, vectors, batch, state.frequency), batch["weight"])
+
+    return jax.value_and_grad(loss, (0, 1))(state.params, state.tables)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_step_equals_dense_optimizers_on_whole_tables(make, symmetric):
+    config = small_config(
+        training={"tables": {"kind": "adagrad"}, "optimizer": {"kind": "sgd"}}, objective={"symmetric": symmetric}
+    )
+    trainer, state, batch = make(config)
+    # No id is dropped, so that the oracle sees the same rows.
+    inputs = {s: {n: dataclasses.replace(i, oov_rate=0.0) for n, i in trainer.model.inputs[s].items()} for s in SIDES}
+    trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, inputs=inputs))
+    loss, (grads, table_grads) = _dense_gradients(trainer, state, batch)
+    table_grads = {name: g.at[0].set(0.0) for name, g in table_grads.items()}
+    dense = optax.adagrad(0.1)
+    updates, _ = dense.update(table_grads, dense.init(state.tables))
+    new, metrics = train_step(state, batch, trainer=trainer)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for name, table in optax.apply_updates(state.tables, updates).items():
+        np.testing.assert_allclose(new.tables[name], table, atol=2e-6, err_msg=name)
+    expected = jax.tree.map(lambda p, g: p - 1e-3 * g, state.params, grads)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), new.params, expected)
+    assert metrics["grad_norm"] > 0
+
+
+def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
+    trainer, state, batch = make(small_config())
+    model = trainer.model
+    shared = {s: {n: dataclasses.replace(i, table="shared") for n, i in model.inputs[s].items() if i.table} for s in SIDES}
+    model = dataclasses.replace(model, inputs=shared)
+    features = {"user": {"user_id": jnp.array([3, 5, 0])}, "item": {"item_id": jnp.array([5, 7, 5])}}
+    shared["user"], shared["item"] = {"user_id": shared["user"]["user_id"]}, {"item_id": shared["item"]["item_id"]}
+    grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
+    merged = merge_rows(model, {"shared": jnp.zeros((1024, 2))}, features, grads)
+    assert list(merged) == ["shared"]
+    rows, sums = merged["shared"]
+    assert {int(r): float(s[0]) for r, s in zip(rows, sums) if r < 1024} == {3: 1.0, 5: 21.0, 7: 10.0}
+
+
+def test_the_jitted_step_equals_the_plain_one(make):
+    trainer, state, batch = make(small_config())
+    plain, _ = train_step(state, batch, trainer=trainer)
+    jitted, _ = jax.jit(functools.partial(train_step, trainer=trainer))(state, batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), plain, jitted)
+
+
+def test_rows_that_the_batch_does_not_use_keep_their_bits(make):
+    trainer, state, batch = make(small_config())
+    new, _ = train_step(state, batch, trainer=trainer)
+    for side in SIDES:
+        for name, i in trainer.model.inputs[side].items():
+            if i.table:
+                before, after = np.asarray(state.tables[i.table]), np.asarray(new.tables[i.table])
+                changed = np.flatnonzero((before != after).any(-1))
+                used = np.unique(batch[f"{side}_features"][name])
+                assert changed.size and 0 not in changed
+                assert set(changed) <= set(used) | set(range(1, i.oov_rows + 1))
+
+
+def test_the_compiled_step_holds_no_array_of_table_size(make, prepared):
+    trainer, _, batch = make(small_config())
+    rows = 307_200
+    tables = {n: dataclasses.replace(t, rows=rows) if n == "user.user_id" else t for n, t in trainer.model.tables.items()}
+    trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, tables=tables))
+    counts = {"user": jnp.ones(len(prepared.users)), "item": jnp.ones(len(prepared.items))}
+    state = jax.jit(functools.partial(step_module.init_state, trainer))(counts)
+    compiled = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    table_bytes = state.tables["user.user_id"].nbytes
+    assert memory.temp_size_in_bytes < table_bytes / 4
+    # Every byte of the tables and of their accumulators is updated in place.
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.tables, state.table_slots)))
+    copies = re.findall(rf"= \S*\[{rows},\d+\]\S* (copy|broadcast|add|multiply)\(", compiled.as_text())
+    assert not copies
+
+
+def test_only_the_share_of_weights_matters(make):
+    trainer, state, batch = make(small_config())
+    doubled = train_step(state, batch | {"weight": batch["weight"] * 2}, trainer=trainer)[1]["loss"]
+    np.testing.assert_allclose(doubled, train_step(state, batch, trainer=trainer)[1]["loss"], rtol=1e-6)
+
+
+def test_the_weighted_mean_divides_by_the_valid_weight():
+    assert weighted_mean(jnp.array([1.0, 3.0, 99.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
+    assert weighted_mean(jnp.array([1.0, 3.0]), jnp.zeros(2)) == 0.0
+
+
+def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
+    from twotower.data.encodings import Input
+
+    inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
+    ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])
+    dropped = drop_ids(inputs, {"id": ids, "kept": ids}, key)
+    changed = np.asarray(dropped["id"] != ids)
+    assert 0.2 < changed[:4000].mean() < 0.3 and not changed[4000:].any()
+    assert set(np.asarray(dropped["id"])[changed].tolist()) == {1, 2, 3, 4}
+    np.testing.assert_array_equal(dropped["kept"], ids)
+
+
+def test_the_temperature_stays_within_bounds_and_is_free_to_return(make):
+    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd", "learning_rate": 1e6}}))
+    new, _ = train_step(state, batch, trainer=trainer)
+    assert any(np.isclose(trainer.model.temperature(new.params), bound) for bound in (0.01, 1.0))
+    # Random vectors are far too sure of themselves at T = 0.01: the gradient leads back inside, and must not be clipped away.
+    at_bound = state.replace(params=state.params | {"log_temperature": jnp.log(jnp.float32(0.01))})
+    back, _ = train_step(at_bound, batch, trainer=trainer)
+    assert back.params["log_temperature"] > at_bound.params["log_temperature"]
+
+
+def test_a_fixed_temperature_is_not_trained(make):
+    trainer, state, batch = make(small_config(model={"learn_temperature": False}))
+    new, _ = train_step(state, batch, trainer=trainer)
+    assert new.params["log_temperature"] == state.params["log_temperature"]
+
+
+def test_weight_decay_spares_all_but_kernels(make):
+    config = small_config(training={"optimizer": {"kind": "adamw", "learning_rate": 1.0, "weight_decay": 0.5}})
+    trainer, state, _ = make(config)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = trainer.dense.update(zeros, state.opt_state["dense"], state.params)
+    moved = {jax.tree_util.keystr(p): bool(jnp.any(u != 0)) for p, u in jax.tree_util.tree_leaves_with_path(updates)}
+    assert {name: name.endswith("['kernel']") for name in moved} == moved
+
+
+def test_batch_norm_and_dropout_act_in_training_alone(make):
+    tower = {"layers": (16, 16), "batch_norm": True, "dropout": 0.5, "layer_norm": True}
+    trainer, state, batch = make(small_config(model={"user": tower, "item": {"layers": (16,)}}))
+    new, _ = train_step(state, batch, trainer=trainer)
+    mean = jax.tree.leaves(new.batch_stats["user"])
+    assert any(jnp.any(a != b) for a, b in zip(mean, jax.tree.leaves(state.batch_stats["user"])))
+    embed = functools.partial(trainer.model.embed, "user", new.weights)
+    features = batch["user_features"]
+    one = embed({name: x[:1] for name, x in features.items()})
+    np.testing.assert_allclose(embed(features)[:1], one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind,warmup,expected",
+    [("constant", 0, {0: 1, 99: 1}), ("constant", 10, {0: 0, 5: 0.5, 10: 1, 99: 1}), ("cosine", 0, {0: 1, 50: 0.5, 100: 0})],
+)
+def test_schedules(make, kind, warmup, expected):
+    trainer, _, _ = make(small_config(training={"steps": 100, "schedule": {"kind": kind, "warmup_steps": warmup}}))
+    for step, factor in expected.items():
+        np.testing.assert_allclose(trainer.schedule(jnp.int32(step)), factor, atol=1e-6)
+
+
+def test_the_schedule_scales_tables_and_dense_parameters_alike(make):
+    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd"}, "tables": {"kind": "sgd"}}))
+    full, _ = train_step(state, batch, trainer=trainer)
+    plateau = state.opt_state["plateau"]._replace(scale=jnp.float32(0.5))
+    half, _ = train_step(state.replace(opt_state=state.opt_state | {"plateau": plateau}), batch, trainer=trainer)
+    for part in ("params", "tables"):
+        whole = jax.tree.map(lambda a, b: a - b, getattr(full, part), getattr(state, part))
+        halved = jax.tree.map(lambda a, b: a - b, getattr(half, part), getattr(state, part))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 2, b, atol=1e-6), whole, halved)
+
+
+def test_clipping_bounds_the_dense_gradient(make):
+    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd", "learning_rate": 1.0, "clip_norm": 1e-3}}))
+    new, _ = train_step(state, batch, trainer=trainer)
+    moved = optax.global_norm(jax.tree.map(lambda a, b: a - b, new.params, state.params))
+    assert moved <= 1.001e-3
+
+
+@pytest.mark.parametrize(
+    "section,fields,message",
+    [
+        ("objective", {"loss": "sofmax"}, "config.objective.loss='sofmax'.*did you mean 'softmax'"),
+        ("training", {"optimizer": {"kind": "adm"}}, "config.training.optimizer.kind='adm'"),
+        ("training", {"tables": {"kind": "adagrd"}}, "did you mean 'adagrad'"),
+        ("training", {"schedule": {"kind": "cosin"}}, "did you mean 'cosine'"),
+    ],
+)
+def test_unknown_kinds_name_the_nearest(prepared, make, section, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make(small_config(**{section: fields}))
+
+
+def test_towers_of_different_widths_are_refused(make):
+    with pytest.raises(ConfigError, match="user tower gives vectors of width 16, the item tower of width 8"):
+        make(small_config(model={"item": {"layers": (8,)}}))
