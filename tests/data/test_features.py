@@ -36,7 +36,10 @@ def test_the_embedding_layers_shape_loads_as_it_is(tmp_path):
     path = tmp_path / "features.json"
     path.write_text(json.dumps({
         "user_embedding_layers": {"user_id": {"type": "string", "embedding_size": 64}},
-        "item_embedding_layers": {"item_id": {"type": "string", "embedding_size": 48}, "price": {"type": "float", "embedding_size": 8}},
+        "item_embedding_layers": {
+            "item_id": {"type": "string", "embedding_size": 48},
+            "price": {"type": "float", "embedding_size": 8},
+        },
     }))  # fmt: skip
     spec = load_spec(FeaturesConfig(path=str(path)))
     assert spec.user["user_id"] == StringFeature(side="user", name="user_id", embedding_size=64)
@@ -45,8 +48,14 @@ def test_the_embedding_layers_shape_loads_as_it_is(tmp_path):
 
 def test_both_shapes_and_both_doors_are_one_specification(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECS", str(tmp_path))
-    (tmp_path / "f.json").write_text(json.dumps({"user_embedding_layers": ALL_KINDS["user"], "item": ALL_KINDS["item"]}))
-    assert load_spec(FeaturesConfig(path="$SPECS/f.json")) == load_spec(FeaturesConfig(**ALL_KINDS)) == from_mappings(ALL_KINDS)
+    (tmp_path / "f.json").write_text(
+        json.dumps({"user_embedding_layers": ALL_KINDS["user"], "item": ALL_KINDS["item"]})
+    )
+    assert (
+        load_spec(FeaturesConfig(path="$SPECS/f.json"))
+        == load_spec(FeaturesConfig(**ALL_KINDS))
+        == from_mappings(ALL_KINDS)
+    )
 
 
 def test_a_side_left_out_is_its_id():
@@ -77,7 +86,7 @@ def test_numbers_without_a_table_have_no_dense_layer_unless_asked():
     ({"type": "strng"}, r"features.item.x.type='strng' is not known; did you mean 'string'\?"),
     ({"type": ["string"]}, r"features.item.x.type=.*is not known"),
     ({}, r"features.item.x=\{\} must be a mapping with a type: one of string, strings"),
-    ({"type": "string", "embeding_size": 4}, r"features.item.x has no field 'embeding_size'; did you mean 'embedding_size'\?"),
+    ({"type": "string", "embeding_size": 4}, r"x has no field 'embeding_size'; did you mean 'embedding_size'\?"),
     ({"type": "string", "separator": "|"}, r"features.item.x has no field 'separator'"),
     ({"type": "string", "name": "y"}, r"features.item.x has no field 'name'"),
     ({"type": "string", "embedding_size": "64"}, r"features.item.x.embedding_size='64' must be of type int, not str"),
@@ -88,9 +97,9 @@ def test_numbers_without_a_table_have_no_dense_layer_unless_asked():
     ({"type": "string", "oov_rate": float("nan")}, r"features.item.x.oov_rate=nan must be"),
     ({"type": "strings", "max_length": 0}, r"features.item.x.max_length=0 must be at least 1"),
     ({"type": "int", "buckets": 1}, r"features.item.x.buckets=1 must be at least 2"),
-    ({"type": "int", "boundaries": [2, 1]}, r"features.item.x.boundaries=\(2.0, 1.0\) must be finite and strictly increasing"),
+    ({"type": "int", "boundaries": [2, 1]}, r"x.boundaries=\(2.0, 1.0\) must be finite and strictly increasing"),
     ({"type": "int", "boundaries": [float("inf")]}, r"features.item.x.boundaries=\(inf,\) must be finite and"),
-    ({"type": "int", "boundaries": [1], "normalize": True}, r"features.item.x.boundaries=\(1.0,\) must be empty when normalize"),
+    ({"type": "int", "boundaries": [1], "normalize": True}, r"x.boundaries=\(1.0,\) must be empty when normalize"),
     ({"type": "int", "embedding_size": -1}, r"features.item.x.embedding_size=-1 must be at least 1"),
     ({"type": "float", "table": "t"}, r"features.item.x.table='t' must be left out"),
     ({"type": "text", "buckets": 1}, r"features.item.x.buckets=1 must be at least 2"),
@@ -104,7 +113,8 @@ def test_numbers_without_a_table_have_no_dense_layer_unless_asked():
     (VECTORS | {"missing": "zero"}, r"features.item.x.missing='zero' is not known; did you mean 'zeros'\?"),
     (VECTORS | {"projection": -1}, r"features.item.x.projection=-1 must be at least 0"),
     ({"type": "timestamp", "parts": ["hours"]}, r"features.item.x.parts='hours' is not known; did you mean 'hour'\?"),
-    ({"type": "timestamp", "parts": ["age", "age"]}, r"features.item.x.parts=\('age', 'age'\) must be one or more different"),
+    ({"type": "timestamp", "parts": ["age", "age"]}, r"x.parts=\('age', 'age'\) must be one or more different"),
+    ({"type": "timestamp", "unit": "min"}, r"features.item.x.unit='min' is not known"),
     ({"type": "timestamp", "age_buckets": 0}, r"features.item.x.age_buckets=0 must be at least 1"),
 ], ids=str)  # fmt: skip
 def test_nonsense_is_refused(fields, message):
@@ -114,7 +124,7 @@ def test_nonsense_is_refused(fields, message):
 
 @pytest.mark.parametrize("mappings, message", [
     ({"users": {}}, r"features has no field 'users'; did you mean 'user'\?"),
-    ({"user": {}, "user_embedding_layers": {}}, r"features has both 'user_embedding_layers' and another key for the user tower"),
+    ({"user": {}, "user_embedding_layers": {}}, r"features has both 'user_embedding_layers' and another key for the"),
     ({"user": ["user_id"]}, r"features.user=\['user_id'\] must be a mapping"),
     ({"user": {"user_id": "string"}}, r"features.user.user_id='string' must be a mapping with a type"),
 ], ids=str)  # fmt: skip
@@ -144,7 +154,7 @@ def test_a_file_and_mappings_together_are_refused():
 
 
 @pytest.mark.parametrize("other, message", [
-    ({"type": "string", "embedding_size": 16}, r"item.b.embedding_size=16 must be 32, as in features.item.a, which shares table='t'"),
+    ({"type": "string", "embedding_size": 16}, r"b.embedding_size=16 must be 32, as in features.item.a, which shares table='t'"),
     ({"type": "strings", "min_count": 2}, r"item.b.min_count=2 must be 1"),
     ({"type": "string", "oov_rows": 2}, r"item.b.oov_rows=2 must be 8"),
     ({"type": "text"}, r"features.item.a and features.item.b cannot share table='t'"),

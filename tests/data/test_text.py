@@ -8,7 +8,19 @@ from twotower.data import text
 from twotower.data.text import hashed_pieces, normalise, pad_rows
 
 MASK = 2**64 - 1
-TEXTS = ["Red shoe", "red  SHOE!", "", None, "a", "حذاء أحمر للأطفال", "3-in-1 Café\nmaker", "🎉", "日本語", "x" * 40, "naïve co-op's"]
+TEXTS = [
+    "Red shoe",
+    "red  SHOE!",
+    "",
+    None,
+    "a",
+    "حذاء أحمر للأطفال",
+    "3-in-1 Café\nmaker",
+    "🎉",
+    "日本語",
+    "x" * 40,
+    "naïve co-op's",
+]
 
 
 def mix(x):
@@ -26,10 +38,10 @@ def python_pieces(value, words, characters, buckets):
     hashes = [mix(sum(mix(place << 21 | c) for place, c in enumerate(word)) & MASK) for word in bounded]
     found = []
     for size in sorted(words):
-        runs = [hashes[n:n + size] for n in range(len(hashes) - size + 1)]
+        runs = [hashes[n : n + size] for n in range(len(hashes) - size + 1)]
         found += [mix((sum(mix((h + place + 1) & MASK) for place, h in enumerate(run)) + size) & MASK) for run in runs]
     for size in sorted(characters):
-        runs = [word[n:n + size] for word in bounded for n in range(len(word) - size + 1)]
+        runs = [word[n : n + size] for word in bounded for n in range(len(word) - size + 1)]
         runs = [run for run in runs if run not in ([0x110000], [0x110001])]
         found += [mix((sum(mix((place + 1) << 21 | c) for place, c in enumerate(run)) + size) & MASK) for run in runs]
     return [1 + h % (buckets - 1) for h in found]

@@ -1,4 +1,4 @@
-"""The Encoder: a feature specification fitted on training rows alone, all that is needed to encode a user or an item."""
+"""The Encoder: a specification fitted on training rows alone, and all that is needed to encode a user or an item."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Encoder:
 
         Raises:
             ConfigError: a column is missing (the nearest is named), or pretrained vectors do not fit.
-            ValueError: ids come twice, or are missing in `users` or `items`; a value cannot be read as its feature's type.
+            ValueError: ids come twice, or are missing in `users` or `items`; a value cannot be read as its feature's
+                type.
         """
         columns = fitting.training_columns(spec, train, users=users, items=items)
         fitted = fitting.fit_columns(columns, fitting.newest_timestamp(train))
@@ -92,8 +93,12 @@ class Encoder:
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes JSON and .npy files, whole or not at all."""
-        state: dict[str, Any] = {"spec": self.spec.to_dict(), "context": list(self.context), "fitted_on": self.fitted_on,
-                                 "features": []}
+        state: dict[str, Any] = {
+            "spec": self.spec.to_dict(),
+            "context": list(self.context),
+            "fitted_on": self.fitted_on,
+            "features": [],
+        }
         arrays: dict[str, np.ndarray] = {}
         names: dict[int, str] = {}
         for (side, name), fitted in self.fitted.items():
@@ -125,7 +130,9 @@ class Encoder:
                 parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
                 vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
             fitted[key] = Fitted(
-                spec.side(entry["side"])[entry["name"]], vocabulary=vocabularies.get(name),
-                vectors=arrays.get(entry.get("vectors")), numbers=entry["numbers"],
+                spec.side(entry["side"])[entry["name"]],
+                vocabulary=vocabularies.get(name),
+                vectors=arrays.get(entry.get("vectors")),
+                numbers=entry["numbers"],
             )
         return cls(spec=spec, fitted=fitted, context=tuple(state["context"]), fitted_on=state["fitted_on"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,17 @@ class Fitted:
 
 def encode_column(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     """The column as the feature's array: int32 [N] or [N, L], or float32 [N, width]."""
-    try:
+    with naming(fitted.feature):
         return _ENCODE[type(fitted.feature)](fitted, column)
+
+
+@contextlib.contextmanager
+def naming(feature: Feature) -> Iterator[None]:
+    """Puts the feature in front of an error that does not name it yet."""
+    try:
+        yield
     except ValueError as error:
-        where = fitted.feature.where
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+        raise error if str(error).startswith(feature.where) else ValueError(f"{feature.where}: {error}") from None
 
 
 def strings_of(feature: StringFeature, column: pa.ChunkedArray) -> tuple[np.ndarray, pa.LargeStringArray]:
@@ -101,11 +108,15 @@ def strings_of(feature: StringFeature, column: pa.ChunkedArray) -> tuple[np.ndar
 def _lists(feature: StringsFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.concat_arrays([chunk.cast(pa.large_list(kind.value_type)) for chunk in column.chunks] or
-                                [pa.array([], pa.large_list(kind.value_type))])
+        return pa.concat_arrays(
+            [chunk.cast(pa.large_list(kind.value_type)) for chunk in column.chunks]
+            or [pa.array([], pa.large_list(kind.value_type))]
+        )
     if not feature.separator and not pa.types.is_null(kind):
-        raise ValueError(f"{feature.where}: column {feature.column!r} holds {kind}, not lists; name the separator between its "
-                         f"values, for example separator='|'.")
+        raise ValueError(
+            f"{feature.where}: column {feature.column!r} holds {kind}, not lists; name the separator between its "
+            f"values, for example separator='|'."
+        )
     return pc.split_pattern(as_strings(column), feature.separator or "|").cast(pa.large_list(pa.large_string()))
 
 
@@ -120,11 +131,13 @@ def _encode_strings(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
 
 def _encode_text(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     text = fitted.feature
-    return hashed_pieces(column, words=text.words, characters=text.characters, buckets=text.buckets, max_length=text.max_length)
+    return hashed_pieces(
+        column, words=text.words, characters=text.characters, buckets=text.buckets, max_length=text.max_length
+    )
 
 
 def _encode_pretrained(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-    """Rows of the trained table; or the frozen vectors, with missing="zeros" a last column that is 1 where there is none."""
+    """Rows of the trained table, or the frozen vectors; with missing="zeros" a last column is 1 where there is none."""
     rows = fitted.vocabulary.rows(column)
     if not fitted.feature.frozen:
         return rows

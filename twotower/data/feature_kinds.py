@@ -18,8 +18,8 @@ class Feature:
     Attributes:
         side: the tower it belongs to, "user" or "item".
         name: its name within the tower.
-        column: the column it reads; empty means its name. An item feature reads the items table; a user feature the users
-            table or, where only the interactions have the column, the interaction (the context of a query).
+        column: the column it reads; empty means its name. An item feature reads the items table; a user feature the
+            users table or, where only the interactions have the column, the interaction (the context of a query).
         table: features that name one table share its rows and their vocabulary; empty means a table of its own,
             "side.name".
         embedding_size: width of its table. For a feature that is numbers (`float`, a normalised `int`, frozen vectors)
@@ -169,7 +169,9 @@ class TextFeature(Feature):
         self._check(bool(self.words or self.characters), "words", "one or more lengths when characters is empty")
         for field in ("words", "characters"):
             sizes = getattr(self, field)
-            self._check(all(1 <= n <= 8 for n in sizes) and len(set(sizes)) == len(sizes), field, "distinct lengths from 1 to 8")
+            self._check(
+                all(1 <= n <= 8 for n in sizes) and len(set(sizes)) == len(sizes), field, "distinct lengths from 1 to 8"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,9 @@ class PretrainedFeature(Feature):
         choose(dict.fromkeys(("error", "zeros")), self.missing, f"{self.where}.missing")
         npy, parquet = self.path.endswith(".npy"), self.path.endswith(".parquet")
         self._check(npy or parquet, "path", "a .npy or .parquet file")
-        self._check(bool(self.ids) == npy, "ids", "the file with the id of each row" if npy else "empty for a .parquet file")
+        self._check(
+            bool(self.ids) == npy, "ids", "the file with the id of each row" if npy else "empty for a .parquet file"
+        )
 
     @property
     def has_table(self) -> bool:
@@ -221,17 +225,22 @@ class TimestampFeature(Feature):
 
     Attributes:
         parts: which of them.
+        unit: of a column of numbers: s, ms, us or ns since the epoch.
         age_buckets: the age in hours falls in bucket floor(log2(1 + age)), at most the last of these.
     """
 
     embedding_size: int = 8
     parts: tuple[str, ...] = ("hour", "weekday", "age")
+    unit: str = "s"
     age_buckets: int = 20
 
     def __post_init__(self):
         super().__post_init__()
         self._at_least(1, "age_buckets")
-        self._check(bool(self.parts) and len(set(self.parts)) == len(self.parts), "parts", "one or more different parts")
+        choose(dict.fromkeys(("s", "ms", "us", "ns")), self.unit, f"{self.where}.unit")
+        self._check(
+            bool(self.parts) and len(set(self.parts)) == len(self.parts), "parts", "one or more different parts"
+        )
         for part in self.parts:
             choose(dict.fromkeys(("hour", "weekday", "age")), part, f"{self.where}.parts")
 

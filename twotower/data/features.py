@@ -7,8 +7,8 @@ A JSON file, or the same mappings in Python, names the features of each tower:
               "genres": {"type": "strings", "separator": "|", "embedding_size": 16},
               "price": {"type": "float", "log": true}}}
 
-The keys "user_embedding_layers" and "item_embedding_layers" are read as "user" and "item". A tower that is left out reads
-its id alone. `twotower.data.encoder.Encoder` is fitted to a specification.
+The keys "user_embedding_layers" and "item_embedding_layers" are read as "user" and "item". A tower that is left out
+reads its id alone. `twotower.data.encoder.Encoder` is fitted to a specification.
 """
 
 from __future__ import annotations
@@ -61,21 +61,26 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     """The specification that `config` names or holds.
 
     Raises:
-        ConfigError: the file cannot be read, or a feature has an unknown type, an unknown field or a value out of range.
+        ConfigError: the file cannot be read, or a feature has an unknown type, an unknown field or a value out of
+            range; the message names the nearest that is known.
     """
     if not config.path:
         return from_mappings({"user": config.user, "item": config.item})
     if config.user or config.item:
-        raise ConfigError(f"config.features.path={config.path!r} and config.features.user/item are both given: leave one out.")
+        raise ConfigError(
+            f"config.features.path={config.path!r} and config.features.user/item are both given: leave one out."
+        )
     try:
         mappings = json.loads(Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config.features.path={config.path!r} is not a JSON file that can be read: {error}") from None
+        raise ConfigError(
+            f"config.features.path={config.path!r} is not a JSON file that can be read: {error}"
+        ) from None
     return from_mappings(mappings)
 
 
 def from_mappings(mappings: Any) -> FeatureSpec:
-    """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a missing side is its id alone."""
+    """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a side left out is its id."""
     if not isinstance(mappings, Mapping):
         raise ConfigError(f"features={mappings!r} must be a mapping with the keys user and item.")
     check_fields(mappings, _KEYS, "features")
@@ -84,7 +89,9 @@ def from_mappings(mappings: Any) -> FeatureSpec:
         if _KEYS[key] in sides:
             raise ConfigError(f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out.")
         sides[_KEYS[key]] = features
-    return FeatureSpec(**{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES})
+    return FeatureSpec(
+        **{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES}
+    )
 
 
 def _features(side: str, features: Any) -> dict[str, Feature]:
@@ -104,7 +111,9 @@ def _feature(side: str, name: str, fields: Any) -> Feature:
     for field in required:
         if field not in fields:
             raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")
-    values = {field: convert(hints[field], value, f"{where}.{field}") for field, value in fields.items() if field != "type"}
+    values = {
+        field: convert(hints[field], value, f"{where}.{field}") for field, value in fields.items() if field != "type"
+    }
     return cls(side=side, name=name, **values)
 
 
@@ -120,9 +129,13 @@ def _check_shared(first: Feature, other: Feature) -> None:
     vocabulary = isinstance(first, StringFeature) and isinstance(other, StringFeature)
     text = isinstance(first, TextFeature) and isinstance(other, TextFeature)
     if not (vocabulary or text):
-        raise ConfigError(f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
-                          f"can share one, and text features can; give one of them another table.")
+        raise ConfigError(
+            f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
+            f"can share one, and text features can; give one of them another table."
+        )
     for field in ("embedding_size", "min_count", "oov_rows") if vocabulary else ("embedding_size", "buckets"):
         if getattr(first, field) != getattr(other, field):
-            raise ConfigError(f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "
-                              f"{first.where}, which shares table={first.table!r}.")
+            raise ConfigError(
+                f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "
+                f"{first.where}, which shares table={first.table!r}."
+            )

@@ -11,13 +11,22 @@ import pyarrow.compute as pc
 
 from twotower.config import ConfigError, check_fields
 from twotower.data import numeric
-from twotower.data.encodings import Fitted, strings_of
-from twotower.data.feature_kinds import Feature, FloatFeature, IntFeature, PretrainedFeature, StringFeature, TimestampFeature
+from twotower.data.encodings import Fitted, naming, strings_of
+from twotower.data.feature_kinds import (
+    Feature,
+    FloatFeature,
+    IntFeature,
+    PretrainedFeature,
+    StringFeature,
+    TimestampFeature,
+)
 from twotower.data.features import FeatureSpec
 from twotower.data.pretrained import check_missing, read_vectors
 from twotower.data.vocabulary import Vocabulary, as_strings
 
 Key = tuple[str, str]
+# Columns of the interactions that no query knows before it is answered.
+_ANSWERS = ("item_id", "label")
 
 
 class Column(NamedTuple):
@@ -54,6 +63,7 @@ def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, ite
             weights = counts[side][counts[side] > 0]
             column = Column(feature, seen[side][name], weights, tables[side][name], is_context=False)
         elif side == "user" and name in train.column_names:
+            _check_context(feature)
             column = Column(feature, train[name], np.ones(len(train), np.int64), train[name], is_context=True)
         else:
             raise _missing_column(feature, tables[side], train)
@@ -69,7 +79,11 @@ def newest_timestamp(train: pa.Table) -> int | None:
 def fit_columns(columns: Mapping[Key, Column], newest: int | None) -> dict[Key, Fitted]:
     """Fits every feature; those that share a table share one vocabulary, over the values of all of them."""
     shared = _vocabularies([column for column in columns.values() if isinstance(column.feature, StringFeature)])
-    return {key: _fit(column, shared, newest) for key, column in columns.items()}
+    fitted = {}
+    for key, column in columns.items():
+        with naming(column.feature):
+            fitted[key] = _fit(column, shared, newest)
+    return fitted
 
 
 def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -> Fitted:
@@ -100,11 +114,14 @@ def _vocabularies(columns: list[Column]) -> dict[str, Vocabulary]:
 def _vocabulary(columns: list[Column]) -> Vocabulary:
     parts = []
     for column in columns:
-        rows, values = strings_of(column.feature, column.values)
+        with naming(column.feature):
+            rows, values = strings_of(column.feature, column.values)
         parts.append((values, column.weights[rows]))
     values, weights = zip(*parts, strict=True)
     feature = columns[0].feature
-    return Vocabulary.fit(pa.chunked_array(values), np.concatenate(weights), min_count=feature.min_count, oov_rows=feature.oov_rows)
+    return Vocabulary.fit(
+        pa.chunked_array(values), np.concatenate(weights), min_count=feature.min_count, oov_rows=feature.oov_rows
+    )
 
 
 def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
@@ -117,13 +134,25 @@ def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
     if pc.count_distinct(ids, mode="all").as_py() < len(ids):
         counts = pc.value_counts(ids)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        raise ValueError(f"The {side}s table has {len(repeated)} ids more than once, the first {repeated[0].as_py()!r}; they "
-                         f"must be unique.")
+        raise ValueError(
+            f"The {side}s table has {len(repeated)} ids more than once, the first {repeated[0].as_py()!r}; they "
+            f"must be unique."
+        )
     places = pc.index_in(as_strings(train[name]), value_set=ids)
     if places.null_count:
         unknown = train[name].filter(places.is_null())[0].as_py()
-        raise ValueError(f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}.")
+        raise ValueError(
+            f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}."
+        )
     return np.bincount(places.to_numpy(), minlength=len(table))
+
+
+def _check_context(feature: Feature) -> None:
+    if feature.column in _ANSWERS:
+        raise ConfigError(
+            f"{feature.where} reads column {feature.column!r} of the interactions, which is what is to be "
+            f"predicted; a query does not know it."
+        )
 
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:

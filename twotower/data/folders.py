@@ -21,14 +21,13 @@ def write_folder(folder: epath.PathLike, kind: str, state: Mapping[str, Any], ar
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        with (temporary / f"{name}.npy").open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-    files = {f"{name}.npy": _digest(temporary / f"{name}.npy") for name in arrays}
-    content = {"version": _VERSION, "state": state, "files": files}
-    content["sha256"] = _content_digest(content)
-    (temporary / f"{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    _replace(temporary, folder)
+    try:
+        _write(temporary, kind, state, arrays)
+        _replace(temporary, folder)
+    except BaseException:
+        if temporary.exists():
+            temporary.rmtree()
+        raise
 
 
 def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -66,6 +65,16 @@ def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
     if content["sha256"] != _content_digest(content):
         raise ValueError(f"{path} is corrupt: its sha256 does not match its content.")
     return content
+
+
+def _write(folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+    files = {f"{name}.npy": _digest(folder / f"{name}.npy") for name in arrays}
+    content = {"version": _VERSION, "state": state, "files": files}
+    content["sha256"] = _content_digest(content)
+    (folder / f"{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _replace(temporary: epath.Path, folder: epath.Path) -> None:

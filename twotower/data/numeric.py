@@ -14,6 +14,7 @@ from twotower.data.vocabulary import as_strings
 
 # Rows of a bucketised table: 0 is padding, 1 is a missing value, then the buckets.
 MISSING_ROW, FIRST_BUCKET = 1, 2
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _PART_ROWS = {"hour": 24, "weekday": 7}
 
 
@@ -32,8 +33,8 @@ def as_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def as_seconds(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds since the epoch, UTC, int64 [N], and which are missing. Text is read as ISO 8601.
+def as_seconds(column: pa.ChunkedArray, where: str, *, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
+    """Seconds since the epoch, UTC, int64 [N], and which are missing. Numbers are in `unit`, text in ISO 8601.
 
     Raises:
         ValueError: a value is not a time; the message names the feature, the row and the value.
@@ -41,8 +42,8 @@ def as_seconds(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndar
     if _is_text(column.type):
         column = _parse(column, pa.timestamp("s"), where)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
-    values = as_numbers(column, where)
+        column, unit = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), "us"
+    values = as_numbers(column, where) / _PER_SECOND[unit]
     missing = np.isnan(values)
     return np.where(missing, 0, np.floor(values)).astype(np.int64), missing
 
@@ -92,7 +93,7 @@ def fit_float(feature: FloatFeature, column: pa.ChunkedArray) -> dict[str, Any]:
 
 def fit_timestamp(feature: TimestampFeature, column: pa.ChunkedArray, newest: int | None) -> dict[str, Any]:
     """The newest training timestamp: that of the log where it has one, else of the column."""
-    seconds, missing = as_seconds(column, feature.where)
+    seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
     return {"newest": newest if newest is not None else int(seconds[~missing].max(initial=0))}
 
 
@@ -112,7 +113,7 @@ def encode_float(feature: FloatFeature, column: pa.ChunkedArray, numbers: dict[s
 
 def encode_timestamp(feature: TimestampFeature, column: pa.ChunkedArray, numbers: dict[str, Any]) -> np.ndarray:
     """A row for each part, int32 [N, parts]; a missing time is the missing row once, then padding."""
-    seconds, missing = as_seconds(column, feature.where)
+    seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
     hours = np.maximum(numbers["newest"] - seconds, 0) / 3600
     values = {
         "hour": seconds // 3600 % 24,

@@ -20,8 +20,8 @@ def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
     """The ids, in the order of the file, and their vectors float32 [V, E].
 
     Raises:
-        ConfigError: the file cannot be read, its width is not `embedding_size`, an id comes twice or has no id or vector
-            beside it, or a vector is not finite. The message names the feature and the file.
+        ConfigError: the file cannot be read, its width is not `embedding_size`, an id comes twice, ids and vectors are
+            not as many, or a vector is not finite. The message names the feature and the file.
     """
     path = _path(feature.path)
     where = f"{feature.where}: {path}"
@@ -41,8 +41,8 @@ def check_missing(feature: PretrainedFeature, vocabulary: Vocabulary, column: pa
     if len(lacking) and feature.missing == "error":
         distinct = pc.unique(lacking)
         raise ConfigError(
-            f"{feature.where}: {feature.path} has no vector for {len(distinct)} of {len(pc.unique(values))} ids in column "
-            f"{feature.column!r}, the first {_few(distinct.to_pylist())}; add them, or set missing to 'zeros'."
+            f"{feature.where}: {feature.path} has no vector for {len(distinct)} of {len(pc.unique(values))} ids "
+            f"in column {feature.column!r}, the first {_few(distinct.to_pylist())}; add them, or set missing to 'zeros'."
         )
 
 
@@ -59,22 +59,30 @@ def _read_parquet(feature: PretrainedFeature, path: Path, where: str) -> tuple[p
     check_fields(dict.fromkeys((feature.id_column, feature.vector_column)), pq.read_schema(path).names, where)
     table = pq.read_table(path, columns=sorted({feature.id_column, feature.vector_column}))
     lists = table[feature.vector_column].combine_chunks()
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)):
+    if not (
+        pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
+    ):
         raise ConfigError(f"{where}: column {feature.vector_column!r} is of type {lists.type}, not lists of numbers.")
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
     if len(np.unique(lengths)) > 1:
         odd = int(np.flatnonzero(lengths != lengths[0])[0])
         raise ConfigError(f"{where}: the vector in row {odd} has width {lengths[odd]}, that in row 0 has {lengths[0]}.")
     flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return as_strings(table[feature.id_column]), flat.reshape(len(lists), -1) if len(lists) else np.zeros((0, 0), np.float32)
+    return as_strings(table[feature.id_column]), flat.reshape(len(lists), -1) if len(lists) else np.zeros(
+        (0, 0), np.float32
+    )
 
 
 def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, where: str) -> None:
     if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind not in "fiu":
-        raise ConfigError(f"{where} holds {vectors.dtype} of shape {vectors.shape}, not one row of numbers for each id.")
+        raise ConfigError(
+            f"{where} holds {vectors.dtype} of shape {vectors.shape}, not one row of numbers for each id."
+        )
     if feature.embedding_size not in (0, vectors.shape[1]):
-        raise ConfigError(f"{where} holds vectors of width {vectors.shape[1]}, but embedding_size={feature.embedding_size}; "
-                          f"set it to {vectors.shape[1]} or 0, and projection for another width.")
+        raise ConfigError(
+            f"{where} holds vectors of width {vectors.shape[1]}, but embedding_size={feature.embedding_size}; "
+            f"set it to {vectors.shape[1]} or 0, and projection for another width."
+        )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise ConfigError(f"{where} holds NaN or infinity in {len(bad)} vectors, the first in row {bad[0]}.")

@@ -35,10 +35,14 @@ def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
 
 def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     """The bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which each starts; a null is empty."""
-    offsets = np.frombuffer(values.buffers()[1], np.int64, len(values) + 1, values.offset * 8) if len(values) else np.zeros(1, np.int64)
+    offsets = (
+        np.frombuffer(values.buffers()[1], np.int64, len(values) + 1, values.offset * 8)
+        if len(values)
+        else np.zeros(1, np.int64)
+    )
     buffer = values.buffers()[2]
     data = np.zeros(0, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8)
-    return data[offsets[0]:offsets[-1]], offsets - offsets[0]
+    return data[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -58,20 +62,20 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
     """A 64-bit hash of each string's UTF-8 bytes, uint64 [N]: the same in every process and on every machine.
 
-    It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once more. Only whole-array
-    operations, and no secret seed as Python's `hash` has.
+    It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once more. Only
+    whole-array operations, and no secret seed as Python's `hash` has.
     """
     data, offsets = utf8(values)
     edges = np.searchsorted(offsets, np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES), side="left")
     edges = np.unique(np.concatenate([[0], np.minimum(edges, len(values)), [len(values)]]))
-    blocks = [_hash_block(data, offsets[low:high + 1]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [_hash_block(data, offsets[low : high + 1]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64)
 
 
 def _hash_block(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     lengths = np.diff(offsets)
     position = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    words = mix64((position << 8 | data[offsets[0]:offsets[-1]]).astype(np.uint64))
+    words = mix64((position << 8 | data[offsets[0] : offsets[-1]]).astype(np.uint64))
     return mix64(segment_sums(words, offsets - offsets[0]) + lengths.astype(np.uint64))
 
 
@@ -92,12 +96,20 @@ class Vocabulary:
             raise ValueError(f"oov_rows={self.oov_rows} must be at least 1: an unknown value needs a row.")
         repeated = len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
         if repeated or self.values.null_count:
-            raise ValueError(f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "
-                             f"and {self.values.null_count} nulls.")
+            raise ValueError(
+                f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "
+                f"and {self.values.null_count} nulls."
+            )
 
     @classmethod
-    def fit(cls, values: pa.Array | pa.ChunkedArray, weights: np.ndarray | None = None, *, min_count: int = 1,
-            oov_rows: int = 1) -> Vocabulary:
+    def fit(
+        cls,
+        values: pa.Array | pa.ChunkedArray,
+        weights: np.ndarray | None = None,
+        *,
+        min_count: int = 1,
+        oov_rows: int = 1,
+    ) -> Vocabulary:
         """The values whose weights [N] (1 each when not given) sum to `min_count` or more, by (sum descending, value).
 
         The order depends on the values and their sums alone, never on the order of the rows.
