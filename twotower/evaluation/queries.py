@@ -13,6 +13,7 @@ from twotower.config import ConfigError, choose
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.history import items_of_users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +87,6 @@ def make_queries(prepared: Prepared, split: str, kind: str) -> Queries:
         seen=items_of_users(seen, num_users=len(prepared.users)),
         counts=np.bincount(prepared.train.item[prepared.train.item >= 0], minlength=len(prepared.items)),
     )
-
-
-def items_of_users(parts: list[Rows], *, num_users: int) -> Csr:
-    """The distinct items of each user in all `parts`, the latest last: by time where there is one, else by place."""
-    user, item = (np.concatenate([getattr(part, name) for part in parts]) for name in ("user", "item"))
-    order = np.arange(len(user))
-    if all(part.timestamp is not None for part in parts):
-        order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")
-    order = order[item[order] >= 0]
-    return Csr.from_pairs(user[order], item[order], num_rows=num_users).distinct(keep="last")
 
 
 def _by_interaction(rows: Rows, item_ids: Any) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
+
+    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation]
+
+Prints a table and writes WORKDIR/evaluation/metrics.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import launch
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best, latest or a step.")
+_K = flags.DEFINE_list("k", None, "Lengths of the lists; by default those of the configuration.")
+_BASELINES = flags.DEFINE_bool("baselines", False, "Measure random, popularity and the like beside the model.")
+_SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
+
+
+def main() -> None:
+    from twotower.evaluation import report
+    from twotower.evaluation.queries import make_queries
+    from twotower.retrieval.retriever import Retriever
+    from twotower.training.run import load_run
+
+    workdir = Path(_WORKDIR.value)
+    run = load_run(workdir, checkpoint=_CHECKPOINT.value)
+    ks = parse_ks(_K.value, run.config.evaluation.ks)
+    measured = report.measure_run(run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value)
+    if (workdir / "bundle").exists():
+        queries = make_queries(run.prepared, _SPLIT.value, "user")
+        measured["index"] = report.measure_index(Retriever.load(workdir / "bundle"), queries.user)
+    path = workdir / "evaluation" / ("metrics.json" if _SPLIT.value == "test" else f"metrics_{_SPLIT.value}.json")
+    report.write_metrics(measured, path)
+    print(f"{report.format_report(measured, ks)}\n\nWritten to {path}.")
+
+
+def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """List lengths in rising order."""
+    from twotower.config import ConfigError
+
+    bad = [k for k in given or () if not k.strip().isdigit() or int(k) < 1]
+    if bad:
+        raise ConfigError(f"--k={','.join(given)}: {bad[0]!r} is not a list length. Give numbers, such as --k=10,50.")
+    return tuple(sorted({int(k) for k in given})) if given else default
+
+
+if __name__ == "__main__":
+    launch.run(main, required=["workdir"])

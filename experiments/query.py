@@ -1,0 +1,138 @@
+"""Asks the bundle of a run.
+
+    python -m experiments.query --workdir=runs/quickstart --user=42 --k=10           # items for a user
+    python -m experiments.query --workdir=runs/quickstart --item=17                  # items like an item
+    python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+from absl import flags
+
+from experiments import launch
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+_USER = flags.DEFINE_string("user", None, "A user id: prints its latest items and what to recommend.")
+_ITEM = flags.DEFINE_string("item", None, "An item id: prints similar items.")
+_USERS = flags.DEFINE_string("users", None, "A file of user ids (CSV or Parquet with a column user_id, or an id a line).")
+_OUT = flags.DEFINE_string("out", None, "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet.")
+_K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
+_EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
+
+WIDEST = 48  # characters of a column
+
+
+def main() -> None:
+    from twotower.config import ConfigError
+    from twotower.retrieval.retriever import Retriever
+    from twotower.training.run import load_config
+
+    if sum(value is not None for value in (_USER.value, _ITEM.value, _USERS.value)) != 1:
+        raise ConfigError("Give one of --user=ID, --item=ID and --users=FILE.")
+    load_config(Path(_WORKDIR.value))  # says what to do where the folder is no run
+    retriever = Retriever.load(Path(_WORKDIR.value) / "bundle")
+    if _USER.value is not None:
+        print_user(retriever, _USER.value, _K.value, exclude_seen=_EXCLUDE_SEEN.value)
+    elif _ITEM.value is not None:
+        print_item(retriever, _ITEM.value, _K.value)
+    else:
+        out = Path(_OUT.value or Path(_WORKDIR.value) / "recommendations.parquet")
+        write_lists(retriever, Path(_USERS.value), out, _K.value, exclude_seen=_EXCLUDE_SEEN.value)
+
+
+def print_user(retriever, user: str, k: int, *, exclude_seen: bool) -> None:
+    """The user's latest items above a table of recommendations."""
+    found = retriever.recommend(user, k=k, exclude_seen=exclude_seen)
+    if not found.known:
+        print(f"User {user} is not known: these are the recommendations for somebody new.\n")
+    latest = retriever.latest_items(user, 5)
+    if latest:
+        print(f"Latest items of user {user}, the latest first:")
+        print(format_items(latest, ranked=False) + "\n")
+    print(f"Recommended to user {user}:")
+    print(format_items(found))
+
+
+def print_item(retriever, item: str, k: int) -> None:
+    """The item above a table of similar ones."""
+    found = retriever.similar_items(item, k)
+    print(f"Items like {item}:")
+    print(format_items([retriever.item(item)], ranked=False) + "\n")
+    print(format_items(found))
+
+
+def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool) -> None:
+    """Lists of many users as Parquet: user_id, rank, item_id, score. Written whole or not at all."""
+    import pyarrow.parquet as pq
+
+    ids = read_ids(users)
+    lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    pq.write_table(lists, temporary)
+    os.replace(temporary, out)
+    unknown = sum(not retriever.knows(user) for user in ids)
+    print(f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users ({unknown:,} of them not known).")
+
+
+def read_ids(path: Path) -> list[str]:
+    """The user ids in a file."""
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    from twotower.config import ConfigError
+
+    if not path.is_file():
+        raise ConfigError(f"--users={path} is not a file.")
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+    elif path.suffix == ".csv" or path.name.endswith(".csv.gz"):
+        as_text = pyarrow.csv.ConvertOptions(column_types={"user_id": "string"})
+        table = pyarrow.csv.read_csv(path, convert_options=as_text)
+    else:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if line and line != "user_id"]
+    if "user_id" not in table.column_names:
+        raise ConfigError(f"--users={path} has no column 'user_id'; it has: {', '.join(table.column_names)}.")
+    return [str(user) for user in table["user_id"].to_pylist() if user is not None]
+
+
+def format_items(items, *, ranked: bool = True) -> str:
+    """A table: rank, item, display columns, score."""
+    if not items:
+        return "  (nothing)"
+    columns = list(items[0].display)
+    head = [*(["rank"] if ranked else []), "item", *columns, *(["score"] if ranked else [])]
+    rows = [
+        [*([str(rank)] if ranked else []), item.item_id, *(_text(item.display[name]) for name in columns),
+         *([f"{item.score:.4f}"] if ranked else [])]
+        for rank, item in enumerate(items, 1)
+    ]  # fmt: skip
+    widths = [max(_width(cell) for cell in column) for column in zip(head, *rows)]
+    return "\n".join("  " + "  ".join(_fill(cell, width) for cell, width in zip(row, widths)) for row in [head, *rows])
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.2f}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+
+
+def _fill(text: str, width: int) -> str:
+    return text + " " * (width - _width(text))
+
+
+def _width(text: str) -> int:
+    """Cells on a terminal: wide letters take two, marks that sit on others none."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+if __name__ == "__main__":
+    launch.run(main, required=["workdir"])

@@ -1,0 +1,140 @@
+"""What is reported of a run: the model beside baselines, the index beside exact search, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.evaluation.baselines import make_baselines
+from twotower.evaluation.evaluate import evaluate, model_scores
+from twotower.evaluation.metrics import ACCURACY
+from twotower.evaluation.queries import Queries, make_queries
+from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.scann import overlap, sample
+from twotower.training.run import Run
+
+INDEX_QUERIES = 1_000
+INDEX_K = 10
+METRICS = (*ACCURACY, "coverage", "novelty", "never_trained")
+
+Measured = dict[str, Any]
+
+
+def measure_run(run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True) -> Measured:
+    """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without.
+
+    Returns:
+        {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
+        "baselines_unmasked": ...}
+    """
+    queries = make_queries(run.prepared, split, run.config.evaluation.query)
+    rankings = {"model": model_scores(run.prepared, run.model, run.weights, queries)}
+    if baselines:
+        rankings |= make_baselines(run.prepared, queries)
+    measured: Measured = {"protocol": _protocol(run, split, queries)}
+    for suffix, mask_seen in (("", True), ("_unmasked", False)):
+        values = {name: evaluate(scores, queries, ks, mask_seen=mask_seen) for name, scores in rankings.items()}
+        measured[f"model{suffix}"] = values.pop("model")
+        if baselines:
+            measured[f"baselines{suffix}"] = values
+    return measured
+
+
+def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
+    """The index of a bundle against exact search, on the vectors of `users` (rows of its users table).
+
+    Returns:
+        recall@10, queries per second in one batch, and the median time of a single query in milliseconds. These two are of
+        this machine, and of the index alone: without encoding users or dropping seen items.
+    """
+    bundle = retriever.bundle
+    queries = retriever.encode_users(bundle.users.take(pa.array(sample(users, INDEX_QUERIES))))
+    exact = bundle.index if isinstance(bundle.index, ExactIndex) else ExactIndex(bundle.vectors)
+    truth = exact.search(queries, min(INDEX_K, len(bundle.vectors)))[1]
+    found = bundle.index.search(queries, truth.shape[1])[1]
+    batch = _seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
+    singles = [_seconds(lambda q=q: bundle.index.search(q[None], INDEX_K), repeats=1) for q in queries[:100]]
+    return {
+        "kind": bundle.index.kind,
+        f"recall@{INDEX_K}": overlap(found, truth),
+        "queries_per_second": round(len(queries) / batch, 1),
+        "single_query_ms": round(1e3 * float(np.median(singles[len(singles) // 10 :])), 4),
+        "queries": len(queries),
+        "items": len(bundle.vectors),
+        "step": bundle.manifest.get("step"),
+    }
+
+
+def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(measured, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
+    """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
+    protocol = measured["protocol"]
+    lines = [
+        f"Step {protocol['step']} on {protocol['split']}: one query a{'n' if protocol['query'] == 'interaction' else ''} "
+        f"{protocol['query']}, exact over all {protocol['items']:,} items."
+    ]
+    for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
+        model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
+        without = model["queries_without_answer"]
+        note = f", {without:,} without an answer that is left" if without else ""
+        lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
+        lines += _comparisons(model, others, min(ks))
+    if "index" in measured:
+        index = measured["index"]
+        lines += ["", f"Index ({index['kind']}, {index['items']:,} items): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} "
+                  f"against exact, {index['queries_per_second']:,.0f} queries/s in a batch, "
+                  f"{index['single_query_ms']:.3f} ms for one."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def format_table(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
+    """A row a metric, a column a ranking."""
+    heads = [name.replace("popularity_", "") for name in columns]
+    widths = [max(len(head), 8) + 2 for head in heads]
+    lines = [f"{'':18}" + "".join(f"{head.replace('_', ' '):>{width}}" for head, width in zip(heads, widths))]
+    for name in METRICS:
+        for k in ks:
+            values = [column[f"{name}@{k}"] for column in columns.values()]
+            lines.append(f"{f'{name}@{k}':18}" + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths)))
+    return "\n".join(lines)
+
+
+def _comparisons(model: Mapping[str, float], others: Mapping[str, Mapping[str, float]], k: int) -> list[str]:
+    lines, name = [], f"recall@{k}"
+    popularity = others.get("popularity", {}).get(name, 0.0)
+    if popularity:
+        lines.append(f"{name}: {model[name] / popularity:.2f} times popularity's.")
+    best = others.get("true_preferences", {}).get(name, 0.0)
+    if best:
+        lines.append(f"{name}: {model[name] / best:.0%} of what ranking by the true preferences reaches.")
+    return lines
+
+
+def _protocol(run: Run, split: str, queries: Queries) -> Measured:
+    return {"split": split, "query": run.config.evaluation.query, "step": run.step, "items": queries.num_items,
+            "asked": len(queries)}  # fmt: skip
+
+
+def _seconds(call: Callable[[], Any], *, repeats: int) -> float:
+    """Median wall-clock time."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

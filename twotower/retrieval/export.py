@@ -1,0 +1,109 @@
+"""From a trained run to a bundle: embed the corpus, build the index, write, and prove that the bundle scores as the trainer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from twotower.config import check_fields
+from twotower.data.batches import Rows
+from twotower.data.prepare import Prepared
+from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, replacing, write_bundle
+from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.scann import TUNING_QUERIES, build_index, sample
+from twotower.training.run import Run
+
+TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
+PARITY_ROWS = 256
+
+
+def export(run: Run, folder: Path) -> Bundle:
+    """Writes the bundle of `run` to `folder`; one that is there is replaced only when the new one is whole.
+
+    Raises:
+        BundleError: the bundle, loaded again, does not score as the trainer does.
+    """
+    bundle = make_bundle(run)
+    with replacing(Path(folder)) as temporary:
+        write_bundle(bundle, temporary, step=run.step)
+        check_parity(run, temporary)
+    logging.info("%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step)
+    return bundle
+
+
+def make_bundle(run: Run) -> Bundle:
+    """Embeds the corpus and builds the index."""
+    prepared, model = run.prepared, run.model
+    vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
+    users = known_users(prepared)
+    some = sample(np.arange(len(users)), TUNING_QUERIES)
+    encoded = prepared.encoder.encode("user", users.take(pa.array(some)))
+    index = build_index(
+        vectors, run.config.retrieval, normalized=model.normalize, queries=embed_rows(model, run.weights, "user", encoded)
+    )
+    return Bundle(
+        config=run.config, encoder=prepared.encoder, model=model, weights=run.weights, vectors=vectors,
+        items=display_items(prepared), users=users, seen=items_of_users(all_rows(prepared), num_users=len(users)), index=index,
+    )  # fmt: skip
+
+
+def known_users(prepared: Prepared) -> pa.Table:
+    """user_id and the raw columns of the user features; of context features, the value in the user's latest row."""
+    encoder = prepared.encoder
+    columns = {name: feature.column for name, feature in encoder.spec.user.items()}
+    own = dict.fromkeys(["user_id", *(column for name, column in columns.items() if name not in encoder.context)])
+    users = prepared.users.select(list(own))
+    if encoder.context:
+        places = latest_rows(all_rows(prepared), num_users=len(users))
+        log = pa.concat_tables([prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default")
+        latest = log.take(pa.array(places, mask=places < 0))
+        for column in dict.fromkeys(columns[name] for name in encoder.context):
+            users = users.append_column(column, latest[column])
+    return users
+
+
+def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
+    return prepared.train, prepared.validation, prepared.test
+
+
+def display_items(prepared: Prepared) -> pa.Table:
+    """item_id and the columns that `config.retrieval.display` names, or all."""
+    display = prepared.config.retrieval.display
+    check_fields(dict.fromkeys(display), prepared.items.column_names, "config.retrieval.display: the items table")
+    return prepared.items.select(list(dict.fromkeys(["item_id", *display]))) if display else prepared.items
+
+
+def check_parity(run: Run, folder: Path) -> None:
+    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the trainer's towers."""
+    retriever = Retriever(load_bundle(folder))
+    prepared, model = run.prepared, run.model
+    latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
+    users = sample(np.flatnonzero(latest >= 0), PARITY_ROWS)
+    items = sample(np.arange(len(prepared.items)), PARITY_ROWS)
+    context = joined_context(prepared, latest[users])
+    user_features = {name: values[users] for name, values in prepared.features["user"].items()} | context
+    item_features = {name: values[items] for name, values in prepared.features["item"].items()}
+    trained = np.asarray(model.embed("user", run.weights, user_features)) @ np.asarray(
+        model.embed("item", run.weights, item_features)
+    ).T
+    served = retriever.encode_users(retriever.bundle.users.take(pa.array(users))) @ retriever.bundle.vectors[items].T
+    compare_scores(served, trained)
+
+
+def compare_scores(served: np.ndarray, trained: np.ndarray) -> None:
+    """Refuses scores that differ by more than `TOLERANCE`."""
+    scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
+    worst = float(np.abs(served - trained).max(initial=0.0))
+    if not worst <= TOLERANCE * scale:  # also where a score is NaN
+        raise BundleError(f"The bundle's scores differ from the trainer's by up to {worst:.2e}; nothing was exported.")
+
+
+def joined_context(prepared: Prepared, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Encoded context of rows of train, validation and test joined."""
+    parts = all_rows(prepared)
+    return {name: np.concatenate([part.context[name] for part in parts])[places] for name in prepared.encoder.context}

@@ -1,0 +1,59 @@
+"""The weights of the towers as files: one .npz of dense parameters, one .npy a table. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from twotower.towers.two_tower import Weights
+
+
+def save_weights(weights: Weights, folder: Path) -> None:
+    """Writes params.npz and tables/NAME.npy."""
+    dense = dict(_flat({"params": weights.params, "batch_stats": weights.batch_stats}))
+    np.savez(folder / "params.npz", **dense)
+    (folder / "tables").mkdir()
+    for name, table in weights.tables.items():
+        np.save(folder / "tables" / f"{quote(name, safe='')}.npy", np.asarray(table), allow_pickle=False)
+
+
+def load_weights(folder: Path) -> Weights:
+    """What `save_weights` wrote, as NumPy arrays."""
+    with np.load(folder / "params.npz", allow_pickle=False) as file:
+        dense = _nested({name: file[name] for name in file.files})
+    paths = sorted((folder / "tables").glob("*.npy"))
+    tables = {unquote(path.stem): np.load(path, allow_pickle=False) for path in paths}
+    return Weights(dense.get("params", {}), tables, dense.get("batch_stats", {}))
+
+
+def model_version(weights: Weights) -> str:
+    """A hash of every weight, its name, type and shape."""
+    digest = hashlib.sha256()
+    for name, array in sorted(_flat(weights._asdict())):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{quote(name, safe='')}/")
+        else:
+            yield prefix + quote(name, safe=""), np.asarray(value)
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in flat.items():
+        *parents, name = (unquote(part) for part in path.split("/"))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
