@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Sets up .venv beside this file and runs twotower in it: see usage below.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'END'
+bash launch_local.sh [--flag=value ...]   install, then the quick start: train, export, evaluate, query
+bash launch_local.sh test [pytest args]   install, then the test suite
+bash launch_local.sh install              install only
+bash launch_local.sh python               print the Python that would be used
+
+The quick start learns a generated shop in runs/quickstart; DATA=movielens learns MovieLens (through TFDS, which downloads
+it) in runs/movielens. Further flags go to experiments.train: --config.training.steps=500. A run that was stopped goes on.
+.venv is made once; a later run reuses it as long as setup.py is the same.
+
+Environment: PYTHON  the Python to use (3.11 or later); by default the first found of python3.13, 3.12, 3.11, python3
+             EXTRAS  extras of setup.py to install, separated by commas
+END
+}
+
+fail() {
+  echo "launch_local.sh: $*" >&2
+  exit 1
+}
+
+suitable() { # a Python of at least 3.11 that can make environments
+  command -v "$1" >/dev/null && "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    suitable "$PYTHON" || fail "PYTHON=$PYTHON is not a Python of 3.11 or later with the module venv."
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3.13 python3.12 python3.11 python3 python; do
+    if suitable "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "no Python of 3.11 or later with the module venv on the PATH. Install one (on Debian and Ubuntu the package" \
+    "python3-venv as well), or name one: PYTHON=/path/to/python bash launch_local.sh"
+}
+
+stamp() { # what an installation was made from: it holds while none of this changes
+  printf '%s %s %s\n' "$(cksum <setup.py)" "$PWD" "$1"
+}
+
+install() { # install EXTRAS, unless .venv has just these already, with or without those of the tests
+  local extras=$1 had python
+  if .venv/bin/python -c '' 2>/dev/null; then
+    had=$(cat .venv/installed 2>/dev/null) || had=
+    if [ "$had" = "$(stamp "$extras")" ] || [ "$had" = "$(stamp "${extras:+$extras,}dev")" ]; then return; fi
+  fi
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=$(find_python)
+    echo "Making .venv with $("$python" --version) ..."
+    "$python" -m venv --clear .venv
+  fi
+  echo "Installing twotower${extras:+[$extras]} into .venv (some minutes the first time) ..."
+  rm -f .venv/installed
+  .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
+  stamp "$extras" >.venv/installed
+}
+
+run() {
+  echo
+  echo "\$ python $*"
+  .venv/bin/python "$@"
+}
+
+quick_start() {
+  local config workdir
+  case ${DATA:-shop} in
+    shop) config=experiments/configs/quickstart.py workdir=runs/quickstart ;;
+    movielens) config=experiments/configs/movielens_small.py workdir=runs/movielens ;;
+    *) fail "DATA=$DATA is not known; DATA=shop (the default) or DATA=movielens" ;;
+  esac
+  install "${EXTRAS:-}"
+  run -m experiments.train "--config=$config" "--workdir=$workdir" "$@"
+  run -m experiments.export "--workdir=$workdir"
+  run -m experiments.evaluate "--workdir=$workdir" --baselines
+  run -m experiments.query "--workdir=$workdir" --user=42 --k=10
+}
+
+# glibc returns the temporary buffers of every training step to the system and fetches them again: up to twice slower.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+
+case ${1:-} in
+  test)
+    shift
+    install "${EXTRAS:+$EXTRAS,}dev"
+    exec .venv/bin/python -m pytest -n 2 "$@"
+    ;;
+  install) install "${EXTRAS:-}" ;;
+  python) find_python ;;
+  -h | --help) usage ;;
+  "" | --*) quick_start "$@" ;;
+  *)
+    usage >&2
+    fail "unknown command '$1'"
+    ;;
+esac

@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Trains on a TPU VM or pod slice: creates or reuses it, installs this tree, runs experiments.train on every worker.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [options] [-- flags of experiments.train]
+
+  --name      of the TPU, created if there is none of this name
+  --zone      where it is, such as us-central2-b
+  --config    the experiment, such as experiments/configs/quickstart.py
+  --workdir   the folder of the run; gs://BUCKET/FOLDER on a slice of several workers
+  --type      accelerator type, such as v4-8 or v5litepod-16; needed to create it
+  --version   runtime version, such as tpu-ubuntu2204-base; needed to create it
+  --project   Google Cloud project; by default that of gcloud
+  --spot      create a spot TPU: cheaper, and taken away at any time
+  --ref       git commit, branch or tag to run; by default the tree as it lies here
+  --dry-run   print each command and run none
+  --help      this
+
+Example: bash launch_tpu.sh --name=towers --zone=us-central2-b --type=v4-8 --version=tpu-ubuntu2204-base \
+           --config=experiments/configs/quickstart.py --workdir=gs://my-bucket/quickstart -- --config.training.steps=5000
+
+Run again, it reuses the TPU and the run goes on from its last checkpoint. The TPU is left running:
+  gcloud compute tpus tpu-vm delete NAME --zone=ZONE
+END
+}
+
+fail() {
+  echo "launch_tpu.sh: $*" >&2
+  exit 1
+}
+
+name='' zone='' type='' version='' project='' spot='' config='' workdir='' ref='' dry_run=''
+train_flags=()
+
+parse() {
+  local flag value
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --) shift && train_flags=("$@") && return ;;
+      --help | -h) usage && exit 0 ;;
+      --spot) spot=yes && shift && continue ;;
+      --dry-run) dry_run=yes && shift && continue ;;
+      --name=* | --zone=* | --type=* | --version=* | --project=* | --config=* | --workdir=* | --ref=*)
+        flag=${1%%=*} value=${1#*=} && shift
+        ;;
+      --name | --zone | --type | --version | --project | --config | --workdir | --ref)
+        [ $# -gt 1 ] || fail "$1 needs a value"
+        flag=$1 value=$2 && shift 2
+        ;;
+      *) fail "unknown flag '$1' (flags of experiments.train go after --); see --help" ;;
+    esac
+    printf -v "${flag#--}" %s "$value"
+  done
+}
+
+check() {
+  local flag
+  for flag in name zone config workdir; do
+    [ -n "${!flag}" ] || fail "--$flag is missing; see --help"
+  done
+  [ -f "${config%%:*}" ] || fail "--config=$config: there is no such file in $PWD"
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH: install the Google Cloud CLI and log in"
+}
+
+quoted() { # the arguments as a shell reads them
+  local word escape="'\\''" space=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@%+,-]*) word="'${word//\'/$escape}'" ;;
+    esac
+    printf '%s%s' "$space" "$word"
+    space=' '
+  done
+}
+
+run() { # prints the command, and runs it unless this is a dry run
+  { quoted "$@" && echo; } >&3
+  [ -n "$dry_run" ] || "$@"
+}
+
+tpu() { # tpu COMMAND ARGUMENTS...
+  run gcloud compute tpus tpu-vm "$@" "--zone=$zone" ${project:+"--project=$project"}
+}
+
+create() {
+  [ -n "$type" ] || fail "--type is missing: there may be no TPU '$name' in $zone, and creating it needs a type; see --help"
+  [ -n "$version" ] || fail "--version is missing: there may be no TPU '$name' in $zone, and creating it needs one; see --help"
+  tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
+}
+
+ensure() { # a TPU of this name that is ready
+  local state
+  if ! state=$(tpu describe "$name" '--format=value(state)' 2>"$scratch/error"); then
+    grep -qiE 'NOT_FOUND|not found' "$scratch/error" || fail "gcloud cannot describe '$name': $(cat "$scratch/error")"
+    create
+    return
+  fi
+  if [ -n "$dry_run" ]; then
+    echo "# only if there is none of this name (which needs --type and --version):" >&3
+    if [ -n "$type$version" ]; then create; fi
+    return
+  fi
+  case $state in
+    READY) echo "# there is a TPU '$name': reusing it" >&3 ;;
+    STOPPED) tpu start "$name" ;;
+    PREEMPTED | TERMINATED) tpu delete "$name" --quiet && create ;;
+    *) fail "the TPU '$name' is in state $state; try again when it is READY" ;;
+  esac
+}
+
+pack() { # the tree into $archive: a commit, or what git tracks or does not ignore
+  if [ -n "$ref" ]; then
+    run git archive --format=tar.gz "--output=$archive" "$ref"
+    return
+  fi
+  echo "# packing the files of $PWD that git does not ignore" >&3
+  [ -z "$dry_run" ] || return 0
+  git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
+    tar -czf "$archive" --null -T -
+}
+
+# On each worker: the tree anew, but for the environment and the runs; a Python of at least 3.11, which the runtime images
+# may lack; and the installation, which is quick when setup.py is the same.
+remote_install='mkdir -p twotower && cd twotower'
+remote_install+=' && find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +'
+remote_install+=' && tar -xzf ../twotower.tar.gz'
+remote_install+=' && { bash launch_local.sh python >/dev/null 2>&1'
+remote_install+=' || { sudo apt-get -qq -o DPkg::Lock::Timeout=600 update'
+remote_install+=' && sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }; }'
+remote_install+=' && EXTRAS=tpu bash launch_local.sh install'
+
+train_command() {
+  printf 'cd twotower && '
+  quoted .venv/bin/python -m experiments.train "--config=$config" "--workdir=$workdir" ${train_flags[@]+"${train_flags[@]}"}
+}
+
+main() {
+  parse "$@"
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  check
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  archive=$scratch/twotower.tar.gz
+  exec 3>&1
+  ensure
+  pack
+  tpu scp "$archive" "$name:twotower.tar.gz" --worker=all
+  tpu ssh "$name" --worker=all "--command=$remote_install"
+  tpu ssh "$name" --worker=all "--command=$(train_command)"
+}
+
+main "$@"

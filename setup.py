@@ -1,0 +1,48 @@
+"""How twotower is installed. Lower bounds alone: what is newer is expected to work, and a pin here would pin every user."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10"],
+    "serve": ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20"],
+    "mlflow": ["mlflow>=3.0"],
+    "bigquery": ["google-cloud-bigquery>=3.20"],
+    "text": ["tokenizers>=0.20", "safetensors>=0.4"],
+    "redis": ["redis>=5.0"],
+    "plots": ["matplotlib>=3.8"],
+    "dev": ["beartype>=0.20", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
+}
+
+setup(
+    name="twotower",
+    version="0.1.0",
+    description="Two-tower retrieval in JAX: from a log of interactions to served recommendations.",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The twotower authors",
+    license="MIT",
+    packages=find_packages(include=["twotower", "twotower.*", "experiments", "experiments.*"]),
+    package_data={"experiments": ["features/*.json"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "etils>=1.9",
+        "flax>=0.12",
+        "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.12",
+        "pyarrow>=18.0",
+        "scann>=1.4.2; platform_system == 'Linux' and python_version < '3.14'",  # without a wheel search is exact
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+)
