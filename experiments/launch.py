@@ -19,14 +19,14 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
 
 
 def _guarded(main: Callable[[], None], argv: list[str]) -> None:
-    from twotower.config import ConfigError
-    from twotower.training.checkpoint import CheckpointError
     from twotower.training.loop import TrainingError
 
     if argv[1:]:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}. Options are given as --name=value.")
     try:
         main()
-    except (ConfigError, CheckpointError, TrainingError) as error:
+    except (ValueError, TrainingError) as error:
+        if not type(error).__module__.startswith("twotower."):
+            raise
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
