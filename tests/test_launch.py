@@ -173,7 +173,8 @@ def test_a_dry_run_needs_no_gcloud(tpu):
 def test_a_failure_of_gcloud_ends_the_launch_and_is_shown(tpu, command):
     result = tpu.run("launch_tpu.sh", *NEEDED, *CREATE, FAILS=command)
     assert result.returncode != 0 and "quota exceeded" in result.stderr
-    assert verbs(tpu.calls())[-1] == command
+    called = verbs(tpu.calls())
+    assert called[-1] == command and called.count(command) == 1
 
 
 def test_a_commit_can_be_run_instead_of_the_tree(tpu):
@@ -271,6 +272,12 @@ def test_an_installation_that_failed_or_broke_is_done_again(local):
     local.calls()
     assert local.run("launch_local.sh", "install", VERSIONS="python3.13").returncode == 0
     assert local.calls() == [install(".")]
+    setup = (local.tree / "setup.py").read_text()
+    (local.tree / "setup.py").write_text(setup + "# another dependency")
+    assert local.run("launch_local.sh", "install", VERSIONS="python3.13", FAILS="pip").returncode == 7
+    (local.tree / "setup.py").write_text(setup)  # and now half of the other one may be installed
+    assert local.run("launch_local.sh", "install", VERSIONS="python3.13").returncode == 0
+    assert local.calls() == [install(".")] * 2
     (local.tree / ".venv/bin/python").unlink()  # its interpreter was removed
     assert local.run("launch_local.sh", "install", VERSIONS="python3.13").returncode == 0
     assert local.calls() == [MAKE, install(".")]
@@ -285,6 +292,7 @@ def test_extras_are_installed_beside_those_of_the_tests(local):
 
 def test_the_tests_run_with_further_arguments_tuned_malloc_and_their_own_status(local, tmp_path):
     assert local.run("launch_local.sh", "test", "-k", "a b", cwd=tmp_path, VERSIONS="python3.13").returncode == 0
+    assert (local.tree / ".venv").exists() and not (tmp_path / ".venv").exists()
     assert local.calls()[-1] == ["python", "-m", "pytest", "-n", "2", "-k", "a b"]
     assert Path(f"{local.calls_file}.env").read_text().splitlines()[-1].split()[0] == "4294967296"
     assert local.run("launch_local.sh", "test", VERSIONS="python3.13", FAILS="pytest").returncode == 7
