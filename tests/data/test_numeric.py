@@ -6,6 +6,9 @@ import pyarrow.compute as pc
 import pytest
 from encoder_shop import DAY, assert_same, fitted, shop
 
+from twotower.data.feature_kinds import FloatFeature, IntFeature
+from twotower.data.numeric import encode_int, fit_float, fit_int
+
 
 def test_buckets_are_quantiles_of_the_training_users():
     train, users, _ = shop(users=400, rows=4000)
@@ -18,6 +21,30 @@ def test_buckets_are_quantiles_of_the_training_users():
     boundaries = encoder.fitted["user", "age"].numbers["boundaries"]
     values = ages["age"].drop_null().to_numpy()
     assert ids[~missing].tolist() == [2 + sum(b <= v for b in boundaries) for v in values]
+
+
+def test_no_bucket_is_left_without_a_training_value():
+    feature = IntFeature(side="item", name="stock", buckets=8)
+    for data, buckets in (
+        ([0] * 90 + [*range(1, 11)], 2),
+        ([*range(80)], 8),
+        ([1, 2] * 9, 2),
+        ([5, 5], 1),
+        ([None], 1),
+    ):
+        values = pa.chunked_array([pa.array(data, pa.int64())])
+        numbers = fit_int(feature, values)
+        rows = encode_int(feature, values.drop_null(), numbers)
+        assert len(numbers["boundaries"]) == buckets - 1
+        assert not len(rows) or set(rows.tolist()) == set(range(2, 2 + buckets))
+
+
+def test_statistics_do_not_depend_on_the_order_of_rows_to_the_last_bit():
+    values = np.random.default_rng(0).lognormal(3, 3, 1001)
+    feature = FloatFeature(side="item", name="price")
+    orders = [np.random.default_rng(seed).permutation(len(values)) for seed in range(10)]
+    fits = [fit_float(feature, pa.chunked_array([values[order]])) for order in orders]
+    assert all(numbers == fits[0] for numbers in fits)
 
 
 def test_given_boundaries_are_taken():
@@ -64,7 +91,7 @@ def test_times_become_hour_weekday_and_age():
     newest = pc.max(train["timestamp"]).as_py()
     encoder = fitted({"user": {"clock": {"type": "timestamp", "column": "timestamp", "age_buckets": 5}}})
     monday_at_5 = 4 * DAY + 5 * 3600
-    asked = [monday_at_5, newest, newest - 3600, newest - 3 * 3600, newest - 7 * 3600, newest + DAY, None]
+    asked = [monday_at_5, newest, newest - 3600, newest - 3 * 3600, newest - 7 * 3600, newest + 1800, None]
     ids = encoder.encode("user", pa.table({"timestamp": asked}))["clock"]
     first = {"hour": 2, "weekday": 2 + 24, "age": 2 + 24 + 7}
     assert ids[0].tolist() == [first["hour"] + 5, first["weekday"], first["age"] + 4]

@@ -79,11 +79,13 @@ def fit_int(feature: IntFeature, column: pa.ChunkedArray) -> dict[str, Any]:
         return {"boundaries": list(feature.boundaries)}
     values = as_numbers(column, feature.where)
     values = values[~np.isnan(values)]
-    if not len(values):
+    above = values[values > values.min(initial=np.inf)]
+    if not len(above):
         return {"boundaries": []}
-    # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge.
+    # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge. Where the least value
+    # is so common that it is a quantile (90 % zeros), it is set apart from the others.
     quantiles = np.quantile(values, np.arange(1, feature.buckets) / feature.buckets, method="higher")
-    return {"boundaries": [float(v) for v in np.unique(quantiles) if v > values.min()]}
+    return {"boundaries": np.unique(np.maximum(quantiles, above.min())).tolist()}
 
 
 def fit_float(feature: FloatFeature, column: pa.ChunkedArray) -> dict[str, Any]:

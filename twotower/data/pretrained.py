@@ -41,8 +41,8 @@ def check_missing(feature: PretrainedFeature, vocabulary: Vocabulary, column: pa
     if len(lacking) and feature.missing == "error":
         distinct = pc.unique(lacking)
         raise ConfigError(
-            f"{feature.where}: {feature.path} has no vector for {len(distinct)} of {len(pc.unique(values))} ids "
-            f"in column {feature.column!r}, the first {_few(distinct.to_pylist())}; add them, or set missing to 'zeros'."
+            f"{feature.where}: {feature.path} has no vector for {len(distinct)} of {len(pc.unique(values))} "
+            f"ids in column {feature.column!r}, the first {_few(distinct.to_pylist())}; add them, or set missing to 'zeros'."
         )
 
 
