@@ -178,16 +178,21 @@ def _parsed_slowly(lines: list[str]) -> pa.ChunkedArray:
 
 
 def _array(values: list) -> pa.Array:
+    """Values of one type as such; of several as text, or lists of text where all are lists."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values])
+        if all(value is None or isinstance(value, list) for value in values):
+            return pa.array([value and [_text(part) for part in value] for value in values], pa.list_(pa.string()))
+        return pa.array([_text(value) for value in values], pa.string())
+
+
+def _text(value: object) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    values = column.to_pylist()
-    texts = [value if value is None else json.dumps(value, default=str, ensure_ascii=False) for value in values]
-    return pa.chunked_array([pa.array(texts, pa.string())])
+    return pa.chunked_array([pa.array([_text(value) for value in column.to_pylist()], pa.string())])
 
 
 def _converted(column: pa.ChunkedArray, convert: Callable, right: str) -> pa.ChunkedArray:

@@ -71,9 +71,14 @@ def _from_tables(config: DataConfig, read: Callable[[TableConfig, str], pa.Table
         marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]
         interactions = pa.concat_tables(marked, promote_options="permissive")
     kind = "parquet" if config.source == "parquet" else "csv"
-    users = tables.read(config.users, "users", keys=("user_id",), kind=kind) if config.users.path else None
-    items = tables.read(config.items, "items", keys=("item_id",), kind=kind) if config.items.path else None
-    return assemble(interactions, users, items)
+    known = {
+        name: tables.read(table, name, keys=(key,), kind=kind) if table.path else None
+        for name, table, key in (
+            ("user_table", config.user_table, "user_id"),
+            ("item_table", config.item_table, "item_id"),
+        )
+    }
+    return assemble(interactions, known["user_table"], known["item_table"])
 
 
 def _grouped(dataset: Dataset, column: str) -> Dataset:

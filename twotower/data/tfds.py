@@ -3,8 +3,8 @@
 The zip is looked for in `data_dir/downloads/manual`, `data_dir/downloads`, `data_dir` itself and the folders of
 `$TWOTOWER_DATA`; where it is in none of them it is downloaded into the first. Its checksum must be the one TFDS has.
 
-TFDS is helped past three places where it would ask for TensorFlow: builders are found by importing their module, archives
-are unpacked beforehand to where TFDS looks for unpacked ones, and its parsers get Python's `open` as their `GFile`.
+TFDS is helped past three places where it would ask for TensorFlow: builders are found by importing their module,
+archives are unpacked beforehand to where TFDS looks for unpacked ones, and its parsers get Python's `open` as `GFile`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from twotower.config import ConfigError, choose
 DATASETS = tuple(f"movielens/{size}-ratings" for size in ("100k", "latest-small", "1m", "20m", "25m"))
 _TABLES = ("interactions", "users", "items")
 _BATCH = 20_000
-# TFDS's name of a column -> ours. Of two that become age, the exact one (100k) is preferred to the age group's first year.
+# TFDS's name of a column -> ours. Of two that become age the exact one (100k) is preferred to the group's first year.
 _INTERACTIONS = {"user_id": "user_id", "movie_id": "item_id", "user_rating": "rating", "timestamp": "timestamp"}
 _ITEMS = {"movie_id": "item_id", "movie_title": "title", "movie_genres": "genres"}
 _USERS = {
