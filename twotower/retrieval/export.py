@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from absl import logging
@@ -88,9 +90,11 @@ def check_parity(run: Run, folder: Path) -> None:
     context = joined_context(prepared, latest[users])
     user_features = {name: values[users] for name, values in prepared.features["user"].items()} | context
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
-    trained = np.asarray(model.embed("user", run.weights, user_features)) @ np.asarray(
-        model.embed("item", run.weights, item_features)
-    ).T
+    user_vectors, item_vectors = (
+        np.asarray(model.embed(side, run.weights, jax.tree.map(jnp.asarray, features)))
+        for side, features in (("user", user_features), ("item", item_features))
+    )
+    trained = user_vectors @ item_vectors.T
     served = retriever.encode_users(retriever.bundle.users.take(pa.array(users))) @ retriever.bundle.vectors[items].T
     compare_scores(served, trained)
 

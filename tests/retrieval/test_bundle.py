@@ -1,0 +1,226 @@
+"""The bundle: whole, unchanged, of one piece, and scoring as the trainer does."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.retrieval.conftest import make_run
+from twotower.config import ConfigError
+from twotower.retrieval import export as export_module
+from twotower.retrieval.bundle import BundleError, _content_digest, _digest, load_bundle, replacing
+from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.export import all_rows, check_parity, compare_scores, export
+from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.weights import load_weights, model_version, save_weights
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A bundle that a test may spoil."""
+    shutil.copytree(exported, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def vectors(run, side, features):
+    """As the trainer computes them."""
+    return np.asarray(run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, dict(features))))
+
+
+def rewrite_manifest(folder, **changes):
+    """Makes a spoilt bundle look whole, as somebody would who mixes two by hand."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest |= changes
+    manifest["files"] = {name: _digest(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": _content_digest(manifest)}))
+
+
+def test_what_is_written_is_what_is_read(run, exported):
+    bundle = load_bundle(exported)
+    assert bundle.config == run.config and bundle.manifest["step"] == 7
+    assert bundle.manifest["metric"] == "dot" and bundle.manifest["normalized"] is True
+    assert bundle.items["item_id"].to_pylist() == run.prepared.items["item_id"].to_pylist()
+    for ours, theirs in zip(jax.tree.leaves(bundle.weights), jax.tree.leaves(run.weights), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert jax.tree.structure(bundle.weights) == jax.tree.structure(run.weights)
+
+
+def test_scores_equal_the_trainers(run, exported):
+    retriever, prepared = Retriever.load(exported), run.prepared
+    # The context of a known user is that of its latest row.
+    joined = np.concatenate([part.context["event"] for part in all_rows(prepared)])
+    latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
+    rows = np.flatnonzero(latest >= 0)
+    features = {name: x[rows] for name, x in prepared.features["user"].items()} | {"event": joined[latest[rows]]}
+    trained = vectors(run, "user", features) @ vectors(run, "item", prepared.features["item"]).T
+    ids = prepared.users["user_id"].take(rows).to_pylist()
+    served = retriever.recommend_many(ids, k=len(prepared.items), exclude_seen=False)
+    position = {item: n for n, item in enumerate(prepared.items["item_id"].to_pylist())}
+    items = np.array([position[i] for i in served["item_id"].to_pylist()]).reshape(len(ids), -1)
+    scores = served["score"].to_numpy().reshape(items.shape)
+    np.testing.assert_allclose(scores, np.take_along_axis(np.asarray(trained), items, axis=1), atol=1e-5)
+
+
+def test_no_file_is_a_pickle(exported):
+    for path in exported.rglob("*.np[yz]"):
+        loaded = np.load(path, allow_pickle=False)
+        assert all(loaded[name] is not None for name in getattr(loaded, "files", []))
+    assert not list(exported.rglob("*.pkl"))
+
+
+def test_any_changed_byte_is_refused_by_name(copy):
+    for path in sorted(p for p in copy.rglob("*") if p.is_file()):
+        original = path.read_bytes()
+        changed = bytearray(original)
+        changed[len(changed) // 2] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(BundleError, match=path.name.replace(".", r"\.")):
+            load_bundle(copy)
+        path.write_bytes(original)
+    load_bundle(copy)
+
+
+def test_a_missing_file_is_refused_by_name(copy):
+    (copy / "item_vectors.npy").unlink()
+    with pytest.raises(BundleError, match="item_vectors.npy is missing"):
+        load_bundle(copy)
+
+
+def test_no_bundle_and_a_foreign_folder(tmp_path):
+    with pytest.raises(BundleError, match="python -m experiments.export --workdir="):
+        load_bundle(tmp_path / "bundle")
+    (tmp_path / "manifest.json").write_text('{"format": "something"}')
+    with pytest.raises(BundleError, match="not the manifest of a twotower bundle"):
+        load_bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text("no json")
+    with pytest.raises(BundleError, match="not JSON"):
+        load_bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "twotower-bundle", "format_version": 99}')
+    with pytest.raises(BundleError, match="format version 99"):
+        load_bundle(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A bundle of the same data and other weights."""
+    run = make_run(tmp_path_factory.mktemp("other"), seed=1)
+    export(run, run.workdir / "bundle")
+    return run.workdir / "bundle"
+
+
+def test_an_index_of_other_vectors_is_refused(copy, other):
+    shutil.copy(other / "index" / "index.json", copy / "index" / "index.json")
+    rewrite_manifest(copy)
+    with pytest.raises(BundleError, match="built from other vectors"):
+        load_bundle(copy)
+
+
+def test_a_newer_user_tower_beside_older_items_is_refused(copy, other):
+    shutil.copy(other / "params.npz", copy / "params.npz")
+    shutil.rmtree(copy / "tables")
+    shutil.copytree(other / "tables", copy / "tables")
+    rewrite_manifest(copy)
+    with pytest.raises(BundleError, match="weights of another model"):
+        load_bundle(copy)
+    rewrite_manifest(copy, model_version=json.loads((other / "manifest.json").read_text())["model_version"])
+    with pytest.raises(BundleError, match="but the user tower is of model"):
+        load_bundle(copy)
+
+
+def test_an_export_that_fails_leaves_the_old_bundle(run, copy, monkeypatch):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    def spoil(folder):
+        bundle = load_bundle(folder)
+        bundle.vectors[0, 0] += 1e-3
+        return bundle
+
+    monkeypatch.setattr(export_module, "load_bundle", spoil)
+    with pytest.raises(BundleError, match="scores differ from the trainer's by up to"):
+        export(run, copy)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+
+
+def test_an_export_takes_the_place_of_the_old_bundle_and_of_what_a_killed_one_left(run, copy):
+    (copy / "left").write_text("of the old bundle")
+    (copy.parent / "bundle.123.tmp").mkdir()
+    export(run, copy)
+    assert not (copy / "left").exists() and [path.name for path in copy.parent.iterdir()] == ["bundle"]
+    check_parity(run, copy)
+
+
+def test_parity_is_a_matter_of_1e_5():
+    trained = np.array([[0.5, -0.25]], np.float32)
+    compare_scores(trained + 9e-6, trained)
+    for served in (trained + 2e-5, trained * np.nan):
+        with pytest.raises(BundleError, match="nothing was exported"):
+            compare_scores(served, trained)
+
+
+def test_replacing_a_folder_that_is_not_there(tmp_path):
+    with replacing(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def showing(run, *display):
+    retrieval = dataclasses.replace(run.config.retrieval, display=display)
+    config = dataclasses.replace(run.config, retrieval=retrieval)
+    return dataclasses.replace(run, config=config, prepared=dataclasses.replace(run.prepared, config=config))
+
+
+def test_display_columns_are_chosen_and_checked(run, tmp_path):
+    export(showing(run, "title", "price"), tmp_path / "bundle")
+    assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == ["item_id", "title", "price"]
+    with pytest.raises(ConfigError, match="did you mean 'title'"):
+        export(showing(run, "titel"), tmp_path / "bundle")
+
+
+def test_weights_with_odd_names_survive(run, tmp_path):
+    weights = run.weights._replace(tables={"a/b.c%": np.ones((2, 3), np.float32)}, batch_stats={"user": {"x/y": np.zeros(1)}})
+    save_weights(weights, tmp_path)
+    loaded = load_weights(tmp_path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(weights)
+    assert model_version(loaded) == model_version(weights) != model_version(run.weights)
+
+
+def test_the_version_tells_names_shapes_and_values_apart(run):
+    one = run.weights._replace(tables={"a": np.zeros((2, 3), np.float32)})
+    versions = {
+        model_version(one._replace(tables={name: table}))
+        for name, table in [("a", one.tables["a"]), ("b", one.tables["a"]), ("a", np.zeros((3, 2), np.float32)),
+                            ("a", np.eye(2, 3, dtype=np.float32))]
+    }  # fmt: skip
+    assert len(versions) == 4
+
+
+def test_embedding_in_batches_equals_embedding_at_once(run):
+    features = run.prepared.features["item"]
+    whole = vectors(run, "item", features)
+    np.testing.assert_allclose(embed_rows(run.model, run.weights, "item", features, batch=16), whole, atol=1e-6)
+    none = {name: values[:0] for name, values in features.items()}
+    assert embed_rows(run.model, run.weights, "item", none).shape == (0, 16)
+
+
+def test_seen_items_are_all_rows_with_the_latest_last(run):
+    prepared = run.prepared
+    seen = items_of_users(all_rows(prepared), num_users=len(prepared.users))
+    log = sorted(
+        ((t, u, i) for part in all_rows(prepared) for t, u, i in zip(part.timestamp, part.user, part.item) if i >= 0),
+        key=lambda row: row[0],
+    )
+    expected = [[] for _ in range(len(prepared.users))]
+    for _, user, item in log:
+        if item in expected[user]:
+            expected[user].remove(item)
+        expected[user].append(item)
+    assert [row.tolist() for row in seen] == expected

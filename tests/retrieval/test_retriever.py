@@ -1,0 +1,174 @@
+"""Recommendations against a sort of all scores, and the defined answers to what is not known."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from twotower.retrieval.bundle import BundleError
+from twotower.retrieval.csr import Csr
+from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest, search_without
+
+
+def scores_of(retriever, user):
+    bundle = retriever.bundle
+    row = bundle.users["user_id"].to_pylist().index(user)
+    return bundle.vectors @ retriever.encode_users(bundle.users.slice(row, 1))[0], set(bundle.seen[row].tolist())
+
+
+def busiest(retriever):
+    row = int(retriever.bundle.seen.lengths.argmax())
+    return retriever.bundle.users["user_id"][row].as_py()
+
+
+def test_the_best_items_that_the_user_has_not_seen(retriever):
+    user = busiest(retriever)
+    scores, seen = scores_of(retriever, user)
+    ids = retriever.bundle.items["item_id"].to_pylist()
+    expected = [ids[n] for n in np.argsort(-scores, kind="stable") if n not in seen][:10]
+    found = retriever.recommend(user, k=10)
+    assert [item.item_id for item in found] == expected and found.known
+    np.testing.assert_allclose([item.score for item in found], sorted((scores[n] for n in range(len(ids)) if n not in seen), reverse=True)[:10], atol=1e-6)  # fmt: skip
+    with_seen = retriever.recommend(user, k=10, exclude_seen=False)
+    assert [item.item_id for item in with_seen] == [ids[n] for n in np.argsort(-scores, kind="stable")[:10]]
+
+
+def test_display_columns_come_with_each_item(retriever):
+    first = retriever.recommend(busiest(retriever), k=1)[0]
+    row = retriever.bundle.items["item_id"].to_pylist().index(first.item_id)
+    assert first.display == {n: v for n, v in retriever.bundle.items.slice(row, 1).to_pylist()[0].items() if n != "item_id"}
+
+
+def test_a_list_is_short_only_when_the_corpus_is(retriever):
+    user = busiest(retriever)
+    _, seen = scores_of(retriever, user)
+    size = len(retriever.bundle.items)
+    found = retriever.recommend(user, k=size + 5)
+    assert len(found) == size - len(seen)
+    with pytest.raises(ValueError, match="k=0"):
+        retriever.recommend(user, k=0)
+
+
+def test_an_unknown_user_is_answered_and_marked(retriever):
+    found = retriever.recommend("nobody at all", k=5)
+    assert len(found) == 5 and not found.known
+    assert retriever.latest_items("nobody at all") == []
+    features = retriever.bundle.encoder.encode("user", pa.table({"user_id": ["nobody at all"]}))
+    assert 0 < features["user_id"][0] <= retriever.bundle.encoder.inputs["user"]["user_id"].oov_rows
+
+
+def test_raw_rows_of_somebody_new(retriever):
+    city = retriever.bundle.users["city"].drop_null()[0].as_py()
+    rows = [{"user_id": "new", "city": city}, {"user_id": "new"}]
+    vectors = retriever.encode_users(rows)
+    assert vectors.shape == (2, 16) and not np.allclose(vectors[0], vectors[1])
+    # The columns of all rows count, whichever row names them first.
+    np.testing.assert_allclose(retriever.encode_users(rows[::-1])[::-1], vectors, atol=1e-6)
+    np.testing.assert_allclose(retriever.encode_users(pa.Table.from_pylist(rows)), vectors, atol=1e-6)
+    assert retriever.encode_users([]).shape == (0, 16)
+    found = retriever.recommend(rows=rows[:1], k=3)
+    np.testing.assert_allclose([i.score for i in found], np.sort(retriever.bundle.vectors @ vectors[0])[::-1][:3], atol=1e-6)
+    assert not found.known
+    with pytest.raises(ValueError, match="rows holds 2"):
+        retriever.recommend(rows=rows)
+    with pytest.raises(ValueError, match="user=ID or rows"):
+        retriever.recommend()
+
+
+def test_rows_beside_an_id_still_exclude_what_that_user_has_seen(retriever):
+    user = busiest(retriever)
+    seen = {item.item_id for item in retriever.latest_items(user, 1000)}
+    found = retriever.recommend(user, rows=[{"city": None}], k=len(retriever.bundle.items))
+    assert found.known and not seen & {item.item_id for item in found}
+
+
+def test_many_users_equal_one_by_one(retriever):
+    users = [*retriever.bundle.users["user_id"].to_pylist()[:20], "nobody", busiest(retriever)]
+    table = retriever.recommend_many(users, k=4)
+    assert table.column_names == ["user_id", "rank", "item_id", "score"]
+    lists = [[item.item_id for item in retriever.recommend(user, k=4)] for user in users]
+    assert table["item_id"].to_pylist() == [item for items in lists for item in items]
+    assert table["user_id"].to_pylist() == [user for user in users for _ in range(4)]
+    assert table["rank"].to_pylist() == [1, 2, 3, 4] * len(users)
+    assert len(retriever.recommend_many([], k=4)) == 0
+
+
+def test_ids_that_are_numbers_are_taken_as_text(retriever):
+    user = next(u for u in retriever.bundle.users["user_id"].to_pylist() if u.isdigit())
+    assert retriever.recommend(int(user), k=2) == retriever.recommend(user, k=2)
+
+
+def test_similar_items_are_by_cosine_without_the_item(retriever):
+    vectors, ids = retriever.bundle.vectors, retriever.bundle.items["item_id"].to_pylist()
+    found = retriever.similar_items(ids[5], k=6)
+    expected = [ids[n] for n in np.argsort(-(vectors @ vectors[5]), kind="stable") if n != 5][:6]
+    assert [item.item_id for item in found] == expected
+
+
+def test_similar_items_of_vectors_that_are_not_normalised(retriever):
+    bundle = retriever.bundle
+    lengths = np.linspace(1, 9, len(bundle.vectors), dtype=np.float32)[:, None]
+    model = dataclasses.replace(bundle.model, config=dataclasses.replace(bundle.model.config, normalize=False))
+    longer = dataclasses.replace(bundle, vectors=bundle.vectors * lengths, model=model)
+    ids = bundle.items["item_id"].to_pylist()
+    expected, found = retriever.similar_items(ids[5], 6), Retriever(longer).similar_items(ids[5], 6)
+    assert [i.item_id for i in found] == [i.item_id for i in expected]
+
+
+def test_an_unknown_item_names_the_nearest(retriever):
+    some = retriever.bundle.items["item_id"][0].as_py()
+    with pytest.raises(UnknownItemError, match=f"'{some}x' is not among .* nearest ids are: {some}"):
+        retriever.similar_items(f"{some}x")
+
+
+def test_nearest_among_very_many_looks_at_those_that_begin_alike():
+    known = {f"{letter}{letter}{n}": 0 for letter in "abc" for n in range(10_000)}
+    assert nearest("bb4x56", known)[0][:2] == "bb"
+
+
+def test_latest_items_come_the_latest_first(retriever):
+    user = busiest(retriever)
+    row = retriever.bundle.users["user_id"].to_pylist().index(user)
+    ids = retriever.bundle.items["item_id"].to_pylist()
+    assert [i.item_id for i in retriever.latest_items(user, 3)] == [ids[n] for n in retriever.bundle.seen[row][::-1][:3]]
+
+
+class Forgetful:
+    """An approximate index that finds every second item only, and gives up after `limit`."""
+
+    kind = "approximate"
+
+    def __init__(self, vectors, limit):
+        self.exact, self.num_items, self.limit = ExactIndex(vectors), len(vectors), limit
+
+    def search(self, queries, k):
+        scores, rows = self.exact.search(queries, self.num_items)
+        out_scores, out_rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32)
+        for q, row in enumerate(rows):
+            kept = np.flatnonzero(row % 2 == 0)[: min(k, self.limit)]
+            out_scores[q, : len(kept)], out_rows[q, : len(kept)] = scores[q, kept], row[kept]
+        return out_scores, out_rows
+
+
+@pytest.mark.parametrize("limit", [1, 30, 1000])
+@pytest.mark.parametrize("k", [1, 10, 60, 120])
+def test_lists_are_full_whenever_k_items_exist(limit, k):
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(100, 4)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
+    lists = [rng.permutation(100)[: 14 * q] for q in range(8)]
+    exclude = Csr.from_pairs(np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8)
+    scores, rows = search_without(Forgetful(vectors, limit), queries, k, exclude, exact=lambda: ExactIndex(vectors))
+    assert rows.shape == scores.shape == (8, k)
+    for q, row in enumerate(rows):
+        real = row[row >= 0]
+        assert len(real) == len(set(real.tolist())) == min(k, 100 - 14 * q)
+        assert not set(real.tolist()) & set(lists[q].tolist())
+        np.testing.assert_allclose(scores[q, : len(real)], vectors[real] @ queries[q], rtol=1e-4, atol=1e-5)
+        assert np.isneginf(scores[q, len(real) :]).all() and (np.diff(scores[q, : len(real)]) <= 0).all()
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="no manifest.json"):
+        Retriever.load(tmp_path)
