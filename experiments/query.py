@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from pathlib import Path
 
 from absl import flags
@@ -22,8 +21,6 @@ _USERS = flags.DEFINE_string("users", None, "A file of user ids (CSV or Parquet 
 _OUT = flags.DEFINE_string("out", None, "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet.")
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
-
-WIDEST = 48  # characters of a column
 
 
 def main() -> None:
@@ -46,6 +43,8 @@ def main() -> None:
 
 def print_user(retriever, user: str, k: int, *, exclude_seen: bool) -> None:
     """The user's latest items above a table of recommendations."""
+    from twotower.retrieval.listing import format_items
+
     found = retriever.recommend(user, k=k, exclude_seen=exclude_seen)
     if not found.known:
         print(f"User {user} is not known: these are the recommendations for somebody new.\n")
@@ -59,6 +58,8 @@ def print_user(retriever, user: str, k: int, *, exclude_seen: bool) -> None:
 
 def print_item(retriever, item: str, k: int) -> None:
     """The item above a table of similar ones."""
+    from twotower.retrieval.listing import format_items
+
     found = retriever.similar_items(item, k)
     print(f"Items like {item}:")
     print(format_items([retriever.item(item)], ranked=False) + "\n")
@@ -69,6 +70,8 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     """Lists of many users as Parquet: user_id, rank, item_id, score. Written whole or not at all."""
     import pyarrow.parquet as pq
 
+    from twotower.retrieval.listing import read_ids
+
     ids = read_ids(users)
     lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,61 +80,6 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     os.replace(temporary, out)
     unknown = sum(not retriever.knows(user) for user in ids)
     print(f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users ({unknown:,} of them not known).")
-
-
-def read_ids(path: Path) -> list[str]:
-    """The user ids in a file."""
-    import pyarrow.csv
-    import pyarrow.parquet as pq
-
-    from twotower.config import ConfigError
-
-    if not path.is_file():
-        raise ConfigError(f"--users={path} is not a file.")
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-    elif path.suffix == ".csv" or path.name.endswith(".csv.gz"):
-        as_text = pyarrow.csv.ConvertOptions(column_types={"user_id": "string"})
-        table = pyarrow.csv.read_csv(path, convert_options=as_text)
-    else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if line and line != "user_id"]
-    if "user_id" not in table.column_names:
-        raise ConfigError(f"--users={path} has no column 'user_id'; it has: {', '.join(table.column_names)}.")
-    return [str(user) for user in table["user_id"].to_pylist() if user is not None]
-
-
-def format_items(items, *, ranked: bool = True) -> str:
-    """A table: rank, item, display columns, score."""
-    if not items:
-        return "  (nothing)"
-    columns = list(items[0].display)
-    head = [*(["rank"] if ranked else []), "item", *columns, *(["score"] if ranked else [])]
-    rows = [
-        [*([str(rank)] if ranked else []), item.item_id, *(_text(item.display[name]) for name in columns),
-         *([f"{item.score:.4f}"] if ranked else [])]
-        for rank, item in enumerate(items, 1)
-    ]  # fmt: skip
-    widths = [max(_width(cell) for cell in column) for column in zip(head, *rows)]
-    return "\n".join("  " + "  ".join(_fill(cell, width) for cell, width in zip(row, widths)) for row in [head, *rows])
-
-
-def _text(value) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.2f}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
-
-
-def _fill(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))
-
-
-def _width(text: str) -> int:
-    """Cells on a terminal: wide letters take two, marks that sit on others none."""
-    return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
 
 
 if __name__ == "__main__":

@@ -193,6 +193,14 @@ def test_weights_with_odd_names_survive(run, tmp_path):
     assert model_version(loaded) == model_version(weights) != model_version(run.weights)
 
 
+def test_towers_without_parameters_survive(run, tmp_path):
+    """Matrix factorisation: tables alone."""
+    weights = run.weights._replace(params={"user": {}, "item": {"a": {}}, "log_temperature": np.float32(0)}, batch_stats={})
+    save_weights(weights, tmp_path)
+    assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
+    assert model_version(load_weights(tmp_path)) == model_version(weights)
+
+
 def test_the_version_tells_names_shapes_and_values_apart(run):
     one = run.weights._replace(tables={"a": np.zeros((2, 3), np.float32)})
     versions = {

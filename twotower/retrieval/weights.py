@@ -43,7 +43,9 @@ def model_version(weights: Weights) -> str:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{quote(name, safe='')}/")
+            path = f"{prefix}{quote(name, safe='')}/"
+            # A tower without parameters is an empty mapping, which a file of arrays holds as a path that ends in "/".
+            yield from _flat(value, path) if value else [(path, np.zeros(0))]
         else:
             yield prefix + quote(name, safe=""), np.asarray(value)
 
@@ -55,5 +57,6 @@ def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = array
+        if name:
+            node[name] = array
     return tree

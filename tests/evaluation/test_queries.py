@@ -1,0 +1,99 @@
+"""Queries of both kinds from a log small enough to work out by hand."""
+
+import numpy as np
+import pytest
+
+from twotower.config import ConfigError, from_dict
+from twotower.data.prepare import prepare
+from twotower.evaluation.queries import make_queries
+
+# user, item, split; in order of time. Item z is never in training, so it is not in the corpus; neither is y.
+LOG = [
+    ("ann", "a", "train"), ("ann", "b", "train"), ("ben", "a", "train"), ("ben", "c", "train"), ("cat", "d", "train"),
+    ("ann", "c", "validation"), ("dan", "a", "validation"),
+    ("ann", "d", "test"), ("ann", "c", "test"), ("ann", "z", "test"), ("ann", "z", "test"), ("ann", "y", "test"),
+    ("ann", "d", "test"), ("ben", "a", "test"), ("dan", "b", "test"), ("cat", "z", "test"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    path.write_text("user_id,item_id,timestamp,hour\n" + "".join(f"{u},{i},{t},{t}\n" for t, (u, i, _) in enumerate(LOG)))
+    config = from_dict(
+        {
+            "data": {"source": "csv", "interactions": {"path": str(path)}},
+            "split": {"kind": "time", "validation": 2 / 16, "test": 9 / 16},
+            "features": {
+                "user": {"user_id": {"type": "string", "embedding_size": 2},
+                         "hour": {"type": "string", "embedding_size": 2}},
+                "item": {"item_id": {"type": "string", "embedding_size": 4}},
+            },
+        }
+    )  # fmt: skip
+    prepared = prepare(config)
+    assert [len(part) for part in (prepared.train, prepared.validation, prepared.test)] == [5, 2, 9]
+    return prepared
+
+
+def names(prepared, queries):
+    """[(user, right answers, missing)] by name."""
+    users, items = prepared.users["user_id"].to_pylist(), prepared.items["item_id"].to_pylist()
+    return [
+        (users[u], [items[i] for i in right], int(missing))
+        for u, right, missing in zip(queries.user, queries.right, queries.missing)
+    ]
+
+
+def test_one_query_a_user_with_all_its_distinct_items(prepared):
+    assert sorted(names(prepared, make_queries(prepared, "test", "user"))) == [
+        ("ann", ["d", "c"], 2), ("ben", ["a"], 0), ("cat", [], 1), ("dan", ["b"], 0),
+    ]  # fmt: skip
+
+
+def test_one_query_a_row_with_one_right_answer(prepared):
+    assert names(prepared, make_queries(prepared, "test", "interaction")) == [
+        (user, [item] if item in "abcd" else [], int(item not in "abcd")) for user, item, part in LOG if part == "test"
+    ]
+
+
+def test_test_sees_training_and_validation_and_validation_only_training(prepared):
+    items = prepared.items["item_id"].to_pylist()
+    by_name = {
+        split: {
+            user: [items[i] for i in seen]
+            for user, seen in zip(prepared.users["user_id"].to_pylist(), make_queries(prepared, split, "user").seen)
+        }
+        for split in ("validation", "test")
+    }
+    assert by_name["validation"]["ann"] == ["a", "b"] and by_name["validation"]["dan"] == []
+    assert by_name["test"]["ann"] == ["a", "b", "c"] and by_name["test"]["dan"] == ["a"]
+
+
+def test_answers_that_were_seen_are_dropped_and_missing_ones_are_not(prepared):
+    left = make_queries(prepared, "test", "user").less_seen()
+    assert sorted(names(prepared, left)) == [("ann", ["d"], 2), ("ben", [], 0), ("cat", [], 1), ("dan", ["b"], 0)]
+    assert sorted(left.num_right.tolist()) == [0, 1, 1, 3]
+
+
+def test_the_context_is_that_of_the_row_or_of_the_first_held_out_row(prepared):
+    rows = make_queries(prepared, "test", "interaction")
+    np.testing.assert_array_equal(rows.context["hour"], prepared.test.context["hour"])
+    users = make_queries(prepared, "test", "user")
+    first = [int(np.flatnonzero(prepared.test.user == user)[0]) for user in users.user]
+    np.testing.assert_array_equal(users.context["hour"], prepared.test.context["hour"][first])
+
+
+def test_counts_are_of_training_rows(prepared):
+    counts = make_queries(prepared, "test", "user").counts
+    assert dict(zip(prepared.items["item_id"].to_pylist(), counts.tolist())) == {"a": 2, "b": 1, "c": 1, "d": 1}
+
+
+def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
+    import dataclasses
+
+    empty = dataclasses.replace(prepared, validation=dataclasses.replace(prepared.validation, user=np.zeros(0, np.int32)))
+    with pytest.raises(ConfigError, match="no validation rows"):
+        make_queries(empty, "validation", "user")
+    with pytest.raises(ConfigError, match="did you mean 'interaction'"):
+        make_queries(prepared, "test", "interactions")

@@ -1,0 +1,32 @@
+"""Files of users, and tables that line up."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from twotower.config import ConfigError
+from twotower.retrieval.listing import _width, format_items, read_ids
+from twotower.retrieval.retriever import Recommendation
+
+
+def test_ids_of_every_kind_of_file(tmp_path):
+    (tmp_path / "a.csv").write_text("name,user_id\nx,007\ny,8\n")
+    (tmp_path / "a.txt").write_text("user_id\n007\n8\n")
+    pq.write_table(pa.table({"user_id": [7, 8]}), tmp_path / "a.parquet")
+    assert read_ids(tmp_path / "a.csv") == read_ids(tmp_path / "a.txt") == ["007", "8"]
+    assert read_ids(tmp_path / "a.parquet") == ["7", "8"]
+    (tmp_path / "b.csv").write_text("user\n1\n")
+    with pytest.raises(ConfigError, match="no column 'user_id'; it has: user"):
+        read_ids(tmp_path / "b.csv")
+
+
+def test_a_table_lines_up_in_any_script():
+    items = [
+        Recommendation("1", 0.5, {"title": "نص", "tags": ["a", "b"]}),
+        Recommendation("22", -0.25, {"title": "日本", "tags": None}),
+        Recommendation("3", 0.125, {"title": "x" * 99, "tags": []}),
+    ]
+    lines = format_items(items).splitlines()
+    assert len({_width(line) for line in lines}) == 1
+    assert "a, b" in lines[1] and "…" in lines[3] and lines[0].split() == ["rank", "item", "title", "tags", "score"]
+    assert format_items([]) == "  (nothing)"
