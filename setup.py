@@ -1,4 +1,4 @@
-"""How twotower is installed. Lower bounds alone: what is newer is expected to work, and a pin here would pin every user."""
+"""How twotower is installed. Lower bounds alone: a pin here would pin every user."""
 
 from pathlib import Path
 

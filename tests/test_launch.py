@@ -197,7 +197,7 @@ def test_a_commit_can_be_run_instead_of_the_tree(tpu):
     ((*NEEDED, "--type=v4-8"), "--version is missing"),
     ((*NEEDED, "--zome=z"), "unknown flag '--zome=z'"),
     ((*NEEDED, "--type"), "--type needs a value"),
-    ((*NEEDED[:2], "--config=experiments/configs/none.py", NEEDED[3]), "experiments/configs/none.py: there is no such file"),
+    ((*NEEDED[:2], "--config=configs/none.py", NEEDED[3]), "configs/none.py: there is no such file"),
 ])  # fmt: skip
 def test_a_wrong_command_line_says_what_is_missing_and_changes_nothing(tpu, args, words):
     result = tpu.run("launch_tpu.sh", *args)
@@ -223,7 +223,9 @@ def local(tmp_path) -> Launcher:
 
 
 @pytest.mark.parametrize("versions, chosen", [
-    ("python3.11 python3.12 python3.13 python3", "python3.13"), ("python3.11 python3", "python3.11"), ("python3", "python3"),
+    ("python3.11 python3.12 python3.13 python3", "python3.13"),
+    ("python3.11 python3", "python3.11"),
+    ("python3", "python3"),
 ])  # fmt: skip
 def test_the_first_python_that_works_is_taken(local, versions, chosen):
     assert local.run("launch_local.sh", "python", VERSIONS=versions).stdout.strip() == chosen

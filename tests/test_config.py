@@ -1,0 +1,145 @@
+"""The configuration: whole at the door, or refused with the field, the value and what would be right."""
+
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from twotower.config import Config, ConfigError, SplitConfig, TowerConfig, choose, convert, defaults, from_dict
+
+CHANGED = {
+    "data": {"source": "csv", "where": [["rating", ">=", 4], ["event", "in", ["buy"]]],
+             "interactions": {"path": "a.csv", "columns": {"user_id": "CustomerID"}, "names": ["a", "b"]}},
+    "features": {"user": {"user_id": {"type": "string", "embedding_size": 64}}},
+    "model": {"user": {"layers": [128, 64]}, "temperature": 0.1},
+    "training": {"optimizer": {"learning_rate": 0.01}, "tables": {"kind": "sgd"}, "steps": 7},
+    "evaluation": {"ks": [5]},
+}  # fmt: skip
+
+
+def nested(field: str, value) -> dict:
+    for name in reversed(field.split(".")):
+        value = {name: value}
+    return value
+
+
+def message_of(values) -> str:
+    with pytest.raises(ConfigError) as error:
+        from_dict(values)
+    return str(error.value)
+
+
+def test_what_is_not_given_keeps_its_one_default():
+    assert from_dict({}) == Config() == from_dict(defaults())
+    config = from_dict(CHANGED)
+    assert config.model.user == TowerConfig(layers=(128, 64)) and config.model.item == TowerConfig()
+    assert config.data.interactions.names == ("a", "b") and config.data.interactions.columns == {
+        "user_id": "CustomerID"
+    }
+    assert config.data.where == (("rating", ">=", 4), ("event", "in", ["buy"]))
+    assert config.training.steps == 7 and config.training.batch_size == Config().training.batch_size
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, ml_collections.ConfigDict, ml_collections.FrozenConfigDict], ids=lambda w: w.__name__
+)
+def test_a_mapping_of_any_kind_gives_the_same_configuration(wrap):
+    values = {**CHANGED, "data": {**CHANGED["data"], "where": ()}}  # a frozen ConfigDict turns inner lists to tuples
+    assert from_dict(wrap(values)) == from_dict(values)
+
+
+def test_json_and_back_is_the_same_configuration():
+    for config in (Config(), from_dict(CHANGED)):
+        again = from_dict(json.loads(config.to_json()))
+        assert again == config and again.to_json() == config.to_json()
+
+
+def test_a_configuration_can_be_changed_field_by_field_from_its_defaults():
+    values = defaults()
+    values.training.steps = 3
+    values.split.kind = "random"
+    assert from_dict(values) == dataclasses.replace(
+        Config(), training=dataclasses.replace(Config().training, steps=3), split=SplitConfig(kind="random")
+    )
+
+
+@pytest.mark.parametrize("field, nearest", [
+    ("trainning", "training"), ("training.batchsize", "batch_size"), ("split.accept_leak", "accept_leakage"),
+    ("training.optimizer.learning_rat", "learning_rate"), ("data.interactions.delimeter", "delimiter"),
+    ("model.user.layer", "layers"),
+])  # fmt: skip
+def test_an_unknown_field_is_refused_with_its_place_and_the_nearest_one(field, nearest):
+    message = message_of(nested(field, 1))
+    parent, _, name = f"config.{field}".rpartition(".")
+    assert message.startswith(f"{parent} has no field {name!r}; did you mean {nearest!r}?")
+
+
+def test_an_unknown_field_like_no_other_lists_those_there_are():
+    message = message_of({"split": {"zzzz": 1}})
+    assert "did you mean" not in message and all(field.name in message for field in dataclasses.fields(SplitConfig))
+
+
+@pytest.mark.parametrize("field, value, kind", [
+    ("training.steps", "100", "int"), ("training.steps", 1.5, "int"), ("training.steps", True, "int"),
+    ("training.steps", None, "int"), ("model.temperature", "0.1", "float"), ("model.temperature", False, "float"),
+    ("model.normalize", 1, "bool"), ("data.source", 3, "str"), ("split", "time", "mapping"),
+    ("model.user", 64, "mapping"),
+    ("evaluation.ks", 10, "tuple"), ("data.interactions.columns", ["user_id"], "Mapping"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_with_both_types(field, value, kind):
+    message = message_of(nested(field, value))
+    assert message.startswith(f"config.{field}={value!r} must be") and kind in message
+
+
+def test_a_wrong_element_of_a_sequence_is_named_by_its_place():
+    assert message_of({"model": {"item": {"layers": [64, "32"]}}}).startswith("config.model.item.layers[1]='32'")
+
+
+def test_a_whole_number_is_a_float_where_one_is_asked_for():
+    clip = from_dict({"training": {"optimizer": {"clip_norm": 1}}}).training.optimizer.clip_norm
+    assert clip == 1.0 and isinstance(clip, float)
+    assert convert(int | None, None, "x") is None and convert(float | None, 2, "x") == 2.0
+
+
+@pytest.mark.parametrize("field, value", [
+    ("split.validation", -0.1), ("split.test", 1.0), ("model.user.dropout", 1.5), ("model.item.dropout", -1.0),
+    ("model.temperature", 0.0), ("model.temperature", 2.0), ("retrieval.target_recall", 1.01),
+    ("training.schedule.factor", -0.5), ("data.num_interactions", 10),
+    ("training.batch_size", 0), ("training.steps", 0),
+    ("training.log_every", 0), ("training.validate_every", 0), ("training.keep_checkpoints", 0), ("training.seed", -1),
+    ("training.patience", -1), ("training.schedule.warmup_steps", -1), ("training.optimizer.learning_rate", -1.0),
+    ("training.optimizer.clip_norm", -1.0), ("training.tables.learning_rate", -0.1), ("data.k_core", -1),
+    ("data.duplicates", "frist"), ("evaluation.query", "users"), ("data.interactions.timestamp_unit", "sec"),
+    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)),
+    ("model.temperature", float("nan")), ("training.optimizer.learning_rate", float("nan")),
+])  # fmt: skip
+def test_a_value_out_of_range_is_refused_with_the_field_and_the_value(field, value):
+    message = message_of(nested(field, value))
+    assert f"config.{field}={value!r}" in message and ("must be" in message or "Known:" in message)
+
+
+def test_the_edges_of_a_range_are_allowed():
+    values = {
+        "split": {"validation": 0.0, "test": 0.0},
+        "model": {"temperature": 0.01},
+        "training": {"patience": 0, "steps": 1},
+    }
+    assert from_dict(values).model.temperature == 0.01
+
+
+def test_a_range_holds_for_a_configuration_that_is_made_in_code_too():
+    with pytest.raises(ConfigError, match="config.split.test=2.0 must be between"):
+        Config(split=SplitConfig(test=2.0))
+
+
+def test_choose_gives_the_kind_or_names_the_nearest():
+    kinds = {"softmax": 1, "bpr": 2}
+    assert choose(kinds, "bpr", "config.objective.loss") == 2
+    with pytest.raises(
+        ConfigError, match="config.objective.loss='sofmax' is not known; did you mean 'softmax'.*bpr, softmax"
+    ):
+        choose(kinds, "sofmax", "config.objective.loss")
+    with pytest.raises(ConfigError) as error:
+        choose(kinds, "xyz", "loss")
+    assert "did you mean" not in str(error.value)

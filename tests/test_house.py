@@ -1,0 +1,167 @@
+"""The rules of the house: imports go down, nothing unasked for is loaded, every option is read by something."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from twotower import config
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",), ("evaluation",),
+    ("serving", "integrations"), ("experiments",),
+)  # fmt: skip
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+# google.cloud itself is an empty namespace that orbax looks into
+HEAVY = (
+    "fastapi", "google.cloud.bigquery", "google.cloud.storage", "matplotlib", "mlflow", "redis", "scann",
+    "sentence_transformers", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch",
+)  # fmt: skip
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in ("twotower", "experiments") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(module: str) -> str | None:
+    """The layer of a module of this project, "" for the bare package, None for other people's modules."""
+    top, *rest = module.split(".")
+    return top if top == "experiments" else (rest[0] if rest else "") if top == "twotower" else None
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, anywhere in it, and the line."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def arrows_up(path: Path) -> list[str]:
+    source = layer(module_of(path))
+    found = []
+    for module, line in imports(path):
+        target = layer(module)
+        if target in (None, source, "", "__version__"):  # the package itself is above nothing: it holds a version
+            continue
+        if source == "" or target not in HEIGHT or HEIGHT[target] >= HEIGHT[source]:
+            found.append(
+                f"{path.relative_to(ROOT)}:{line} ({source or 'the package itself'}) imports {module} ({target})"
+            )
+    return found
+
+
+def test_every_module_belongs_to_a_layer():
+    assert {layer(module_of(path)) for path in sources()} - {""} <= set(HEIGHT)
+
+
+def test_imports_go_down_only():
+    up = [arrow for path in sources() for arrow in arrows_up(path)]
+    assert not up, "\n".join(up)
+
+
+@pytest.mark.parametrize("line", [
+    "from twotower.training import loop", "import twotower.training.loop", "from twotower import training",
+    "from ..training.loop import train", "from .. import training", "def f():\n    from experiments import launch",
+    "from twotower.nowhere import x", "import twotower.experiments",
+])  # fmt: skip
+def test_an_arrow_up_is_seen_however_it_is_written(line, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "twotower" / "data" / "low.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "from twotower.config import Config\nfrom twotower import data\nfrom . import batches\nimport numpy\n"
+    )
+    assert arrows_up(path) == []
+    path.write_text(line)
+    assert len(arrows_up(path)) == 1
+
+
+IMPORT_ALL = """
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+    loaded = [heavy for heavy in {heavy!r} if heavy in sys.modules]
+    if loaded:
+        sys.exit(f"import {{name}} loads {{', '.join(loaded)}}")
+"""
+
+
+def load(modules: list[str], heavy: tuple[str, ...]) -> str:
+    """Imports `modules` in a fresh Python; says which of them was the first to load one of `heavy`."""
+    code = IMPORT_ALL.format(modules=modules, heavy=heavy)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr.strip()
+
+
+def test_no_module_loads_what_was_not_asked_for():
+    modules = [module_of(path) for path in sources() if layer(module_of(path)) not in ("experiments", "serving")]
+    assert load(modules, HEAVY) == ""
+
+
+def test_the_package_and_its_configuration_load_the_standard_library_alone():
+    assert load(["twotower", "twotower.config"], (*HEAVY, "jax", "flax", "numpy", "pyarrow", "ml_collections")) == ""
+
+
+def test_a_module_that_loads_too_much_is_named():
+    assert load(["json", "decimal"], ("decimal",)) == "import decimal loads decimal"
+
+
+def attributes_read() -> set[str]:
+    """The names of all attributes that the project reads, its configuration and its experiment files apart."""
+    paths = [path for path in sources() if path.name != "config.py" and path.parent.name != "configs"]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+CLASSES = [cls for cls in vars(config).values() if dataclasses.is_dataclass(cls)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_option_is_read_by_something(cls):
+    unread = {field.name for field in dataclasses.fields(cls)} - attributes_read()
+    assert not unread, f"{cls.__name__}: nothing reads {', '.join(sorted(unread))}"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_option_is_described(cls):
+    """In the docstring of its class; the sections of the whole are described by their own classes."""
+    names = [field.name for field in dataclasses.fields(cls) if cls not in (config.Config, config.FeaturesConfig)]
+    missing = [
+        name for name in names if not re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?:", cls.__doc__, re.MULTILINE)
+    ]
+    assert not missing, f"{cls.__name__}: not described: {', '.join(missing)}"
+
+
+ELSEWHERE = re.compile(
+    r"(^|[^A-Za-z0-9_.])/(tmp|work|farm|root|home/[a-z]+|Users/[A-Za-z]+)/"  # paths of one machine
+    r"|py" r"pi\.org|python" r"hosted\.org|npm" r"js\.(org|com)|registry\.[a-z]+\.[a-z]+"  # package registries
+)  # fmt: skip
+
+
+def test_no_file_names_a_machine_or_a_package_registry():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: nothing says which files are the project's")
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        found += [
+            f"{name}:{n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if ELSEWHERE.search(line)
+        ]
+    assert not found, "\n".join(found)
