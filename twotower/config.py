@@ -50,8 +50,8 @@ class DataConfig:
     Attributes:
         source: a key of `twotower.data.sources.SOURCES`.
         interactions: who did what with which item.
-        users: what is known of users; an empty path means nothing but their ids.
-        items: what is known of items, which is also the corpus; an empty path means the items of the log.
+        user_table: what is known of users; an empty path means nothing but their ids.
+        item_table: what is known of items, which is also the corpus; an empty path means the items of the log.
         test: the test rows of a fixed split.
         dataset: TFDS name, such as movielens/100k-ratings.
         data_dir: where TFDS keeps prepared data; empty means its own default.
@@ -66,8 +66,8 @@ class DataConfig:
 
     source: str = "shop"
     interactions: TableConfig = TableConfig()
-    users: TableConfig = TableConfig()
-    items: TableConfig = TableConfig()
+    user_table: TableConfig = TableConfig()
+    item_table: TableConfig = TableConfig()
     test: TableConfig = TableConfig()
     dataset: str = ""
     data_dir: str = ""
@@ -116,7 +116,7 @@ class TowerConfig:
         layers: widths of the dense layers, the last of which is D and has no activation. Empty: the concatenated
             features are the vector (matrix factorisation when the id is the only feature).
         activation: between the layers: relu, gelu, silu or tanh.
-        dropout: share of hidden units dropped in training.
+        dropout: share of the concatenated features, and of hidden units, dropped in training.
         layer_norm: normalise hidden units per example.
         batch_norm: normalise hidden units per batch.
     """
@@ -188,12 +188,13 @@ class TableOptimizerConfig:
     Attributes:
         kind: a key of `twotower.towers.embeddings.OPTIMIZERS`.
         learning_rate: before the schedule.
-        initial_accumulator: of the Adagrad kinds.
+        initial_accumulator: of the Adagrad kinds. With 0 the first update of a row has length learning_rate x sqrt(D),
+            whatever the batch size; the loss being a mean, gradients are small and even 0.1 would all but stop learning.
     """
 
     kind: str = "rowwise_adagrad"
     learning_rate: float = 0.1
-    initial_accumulator: float = 0.1
+    initial_accumulator: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,7 +303,7 @@ def defaults() -> Any:
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Any) -> Config:
     """Validates a mapping (a ConfigDict, or parsed JSON) into a `Config`.
 
     Raises:
@@ -390,7 +391,7 @@ def _check_ranges(config: Config) -> None:
         at_least(field, 0)
     one_of("data.duplicates", ("all", "first", "last"))
     one_of("evaluation.query", ("user", "interaction"))
-    for table in ("interactions", "users", "items", "test"):
+    for table in ("interactions", "user_table", "item_table", "test"):
         one_of(f"data.{table}.timestamp_unit", ("s", "ms", "us", "ns"))
     check(bool(config.evaluation.ks) and min(config.evaluation.ks, default=0) >= 1,
           "evaluation.ks", config.evaluation.ks, "one or more list lengths of at least 1")

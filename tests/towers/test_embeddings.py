@@ -47,10 +47,11 @@ def _train_dense(optimizer, table, steps):
     return table, state
 
 
-def test_sparse_adagrad_equals_dense_adagrad(key):
+@pytest.mark.parametrize("initial", [0.0, 0.1])
+def test_sparse_adagrad_equals_dense_adagrad(key, initial):
     table = init_table(key, V, D)
-    sparse, slots = _train_sparse("adagrad", table, 30, 0.1)
-    dense, state = _train_dense(optax.adagrad(0.1), table, 30)
+    sparse, slots = _train_sparse("adagrad", table, 30, 0.1, initial)
+    dense, state = _train_dense(optax.adagrad(0.1, initial_accumulator_value=initial, eps=1e-12), table, 30)
     np.testing.assert_allclose(sparse, dense, atol=1e-6)
     np.testing.assert_allclose(slots["accumulator"], state[0].sum_of_squares, rtol=1e-6)
 
@@ -83,7 +84,7 @@ def test_rowwise_adagrad_divides_by_one_number_a_row(key):
     np.add.at(grads, ids, np.asarray(jax.grad(_row_loss)(lookup(table, jnp.asarray(ids)), 0)))
     grads[0] = 0
     accumulator = 0.1 + np.square(grads).mean(-1)
-    np.testing.assert_allclose(new, np.asarray(table) - 0.1 * grads / np.sqrt(accumulator + 1e-7)[:, None], atol=1e-6)
+    np.testing.assert_allclose(new, np.asarray(table) - 0.1 * grads / np.sqrt(accumulator)[:, None], atol=1e-6)
     np.testing.assert_allclose(slots["accumulator"], accumulator, rtol=1e-5)
 
 

@@ -1,5 +1,7 @@
 """A small generated shop, encoded, and a trainer for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -47,7 +49,8 @@ def make(prepared):
         trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder))
         counts = {side: jnp.asarray(c) for side, c in count_rows(prepared).items()}
         batch = make_batches(prepared, config).load(0)
-        return trainer, init_state(trainer, counts), jax.tree.map(jnp.asarray, batch)
+        state = jax.jit(functools.partial(init_state, trainer))(counts)
+        return trainer, state, jax.tree.map(jnp.asarray, batch)
 
     return build
 

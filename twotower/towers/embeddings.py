@@ -106,15 +106,20 @@ def _sgd_update(table, slots, rows, grads, rate, step):
     return _add(table, rows, -rate * grads), slots
 
 
+# Far below optax's 1e-7: of a loss that is a mean over the batch, the square of a row's gradient may be 1e-10, and a larger
+# epsilon (or TensorFlow's initial accumulator of 0.1) would leave rows where they began.
+_ADAGRAD_EPS = 1e-12
+
+
 def _adagrad_update(table, slots, rows, grads, rate, step):
     accumulator = _gather(slots["accumulator"], rows) + jnp.square(grads)
-    update = -rate * jax.lax.rsqrt(accumulator + 1e-7) * grads
+    update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS) * grads
     return _add(table, rows, update), {"accumulator": _set(slots["accumulator"], rows, accumulator)}
 
 
 def _rowwise_adagrad_update(table, slots, rows, grads, rate, step):
     accumulator = _gather(slots["accumulator"], rows) + jnp.mean(jnp.square(grads), -1)
-    update = -rate * jax.lax.rsqrt(accumulator + 1e-7)[:, None] * grads
+    update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS)[:, None] * grads
     return _add(table, rows, update), {"accumulator": _set(slots["accumulator"], rows, accumulator)}
 
 
@@ -128,7 +133,7 @@ def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, e
 
 OPTIMIZERS: Mapping[str, TableOptimizer] = {
     "sgd": TableOptimizer(lambda table, initial: {}, _sgd_update),
-    # Duchi et al. 2011, with optax's epsilon: equal to `optax.adagrad` on the rows touched.
+    # Duchi et al. 2011: equal to `optax.adagrad` on the rows touched.
     "adagrad": TableOptimizer(
         lambda table, initial: {"accumulator": jnp.full_like(table, initial)}, _adagrad_update
     ),

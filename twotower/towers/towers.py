@@ -31,8 +31,8 @@ class MLPTower(nn.Module):
             for name, x in features.items()
         ]
         c = self.config
-        mlp = MLP(c.layers, c.activation, c.dropout, c.layer_norm, c.batch_norm, name="mlp")
-        return mlp(jnp.concatenate(columns, -1), train=train)
+        x = nn.Dropout(c.dropout, deterministic=not train)(jnp.concatenate(columns, -1))
+        return MLP(c.layers, c.activation, c.dropout, c.layer_norm, c.batch_norm, name="mlp")(x, train=train)
 
 
 TOWERS = {"mlp": MLPTower}

@@ -1,0 +1,42 @@
+"""MovieLens-100K, protocol P-TFRS: 80,000 ratings to train, 20,000 to test, titles as ids, each test rating one query.
+
+    TWOTOWER_DATA=... python -m experiments.train    --config=experiments/configs/movielens_100k.py --workdir=runs/ml100k
+    TWOTOWER_DATA=... python -m experiments.evaluate --workdir=runs/ml100k --k=10,100 --baselines
+"""
+
+from twotower.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.data.source = "csv"
+    config.data.interactions.path = "$TWOTOWER_DATA/movielens-100k/u.data"
+    config.data.interactions.delimiter = "\t"
+    config.data.interactions.names = ("user_id", "item_id", "rating", "timestamp")
+    config.data.item_table.path = "$TWOTOWER_DATA/movielens-100k/u.item"
+    config.data.item_table.delimiter = "|"
+    config.data.item_table.encoding = "latin-1"
+    config.data.item_table.names = (
+        "item_id", "title", "released", "video", "imdb", "unknown", "Action", "Adventure", "Animation", "Children", "Comedy",
+        "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
+        "Thriller", "War", "Western",
+    )  # fmt: skip
+    config.data.item_group = "title"
+
+    config.split.kind = "random"
+    config.split.validation = 0.0
+    config.split.test = 0.2
+    # The protocol draws at random, and 18 titles are two films: its figures are comparable with its own kind alone.
+    config.split.accept_leakage = ("random_split", "repeated_pairs", "identical_rows")
+
+    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.model.normalize = False
+    config.model.temperature = 1.0
+    config.model.learn_temperature = False
+
+    config.training.batch_size = 4096
+    config.training.steps = 400
+    config.evaluation.query = "interaction"
+    config.evaluation.ks = (10, 100)
+    return config
