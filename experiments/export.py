@@ -1,6 +1,6 @@
 """Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
 
-    python -m experiments.export --workdir=runs/quickstart [--checkpoint=best]
+python -m experiments.export --workdir=runs/quickstart [--checkpoint=best]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Asks the bundle of a run.
 
-    python -m experiments.query --workdir=runs/quickstart --user=42 --k=10           # items for a user
-    python -m experiments.query --workdir=runs/quickstart --item=17                  # items like an item
-    python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
+python -m experiments.query --workdir=runs/quickstart --user=42 --k=10           # items for a user
+python -m experiments.query --workdir=runs/quickstart --item=17                  # items like an item
+python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from experiments import launch
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _USER = flags.DEFINE_string("user", None, "A user id: prints its latest items and what to recommend.")
 _ITEM = flags.DEFINE_string("item", None, "An item id: prints similar items.")
-_USERS = flags.DEFINE_string("users", None, "A file of user ids (CSV or Parquet with a column user_id, or an id a line).")
-_OUT = flags.DEFINE_string("out", None, "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet.")
+_USERS = flags.DEFINE_string(
+    "users", None, "A file of user ids (CSV or Parquet with a column user_id, or an id a line)."
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet."
+)
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
 

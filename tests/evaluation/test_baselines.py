@@ -87,7 +87,9 @@ def test_random_lists_do_not_depend_on_the_blocks():
 
 def test_random_recall_is_k_over_n():
     queries = some_queries(4_000, 50)
-    assert evaluate(baselines.random_scores(50), queries, (10,), mask_seen=True)["recall@10"] == pytest.approx(0.2, abs=0.02)
+    assert evaluate(baselines.random_scores(50), queries, (10,), mask_seen=True)["recall@10"] == pytest.approx(
+        0.2, abs=0.02
+    )
 
 
 def test_true_preferences_rank_by_the_generator(problem_size=6):

@@ -122,7 +122,7 @@ def test_a_right_answer_above_the_others_is_first(scale):
 
 
 def test_seen_items_never_come_back_though_fewer_than_k_remain():
-    # The best are seen; three remain. Were they pushed down instead, they would fill the list, and coverage would show it.
+    # The best are seen; three remain. Were they pushed down instead, they would fill the list, as coverage would show.
     queries = make([0], [[19]], [list(range(17))], 20)
     scores = np.arange(20, 0, -1, dtype=np.float32)[None]
     found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=True)

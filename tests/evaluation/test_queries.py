@@ -19,7 +19,9 @@ LOG = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "log.csv"
-    path.write_text("user_id,item_id,timestamp,hour\n" + "".join(f"{u},{i},{t},{t}\n" for t, (u, i, _) in enumerate(LOG)))
+    path.write_text(
+        "user_id,item_id,timestamp,hour\n" + "".join(f"{u},{i},{t},{t}\n" for t, (u, i, _) in enumerate(LOG))
+    )
     config = from_dict(
         {
             "data": {"source": "csv", "interactions": {"path": str(path)}},
@@ -92,7 +94,9 @@ def test_counts_are_of_training_rows(prepared):
 def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
     import dataclasses
 
-    empty = dataclasses.replace(prepared, validation=dataclasses.replace(prepared.validation, user=np.zeros(0, np.int32)))
+    empty = dataclasses.replace(
+        prepared, validation=dataclasses.replace(prepared.validation, user=np.zeros(0, np.int32))
+    )
     with pytest.raises(ConfigError, match="no validation rows"):
         make_queries(empty, "validation", "user")
     with pytest.raises(ConfigError, match="did you mean 'interaction'"):

@@ -63,7 +63,9 @@ def test_evaluate_writes_what_it_prints(exported):
         "random", "popularity", "popularity_last_week", "popularity_top_quantile", "true_preferences",
     }  # fmt: skip
     assert measured["index"]["recall@10"] > 0.95 and measured["index"]["queries_per_second"] > 0
-    assert {"recall@5", "recall@10", "ndcg@10", "coverage@10", "novelty@5", "never_trained@10"} <= set(measured["model"])
+    assert {"recall@5", "recall@10", "ndcg@10", "coverage@10", "novelty@5", "never_trained@10"} <= set(
+        measured["model"]
+    )
     best, model = measured["baselines"]["true_preferences"], measured["model"]
     assert best["recall@10"] > measured["baselines"]["random"]["recall@10"]
     assert f"{model['recall@5']:.4f}" in printed and "of what ranking by the true preferences reaches" in printed
@@ -82,7 +84,13 @@ def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
 
 def test_query_writes_lists_of_many_users(exported, tmp_path):
     (tmp_path / "users.txt").write_text("1\nnobody\n\n2\n")
-    printed = launch("query", f"--workdir={exported}", f"--users={tmp_path / 'users.txt'}", f"--out={tmp_path / 'o.parquet'}", "--k=3")
+    printed = launch(
+        "query",
+        f"--workdir={exported}",
+        f"--users={tmp_path / 'users.txt'}",
+        f"--out={tmp_path / 'o.parquet'}",
+        "--k=3",
+    )
     table = pq.read_table(tmp_path / "o.parquet")
     assert table["user_id"].to_pylist() == ["1"] * 3 + ["nobody"] * 3 + ["2"] * 3 and "1 of them not known" in printed
 

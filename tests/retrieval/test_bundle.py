@@ -186,7 +186,9 @@ def test_display_columns_are_chosen_and_checked(run, tmp_path):
 
 
 def test_weights_with_odd_names_survive(run, tmp_path):
-    weights = run.weights._replace(tables={"a/b.c%": np.ones((2, 3), np.float32)}, batch_stats={"user": {"x/y": np.zeros(1)}})
+    weights = run.weights._replace(
+        tables={"a/b.c%": np.ones((2, 3), np.float32)}, batch_stats={"user": {"x/y": np.zeros(1)}}
+    )
     save_weights(weights, tmp_path)
     loaded = load_weights(tmp_path)
     assert jax.tree.structure(loaded) == jax.tree.structure(weights)
@@ -195,7 +197,9 @@ def test_weights_with_odd_names_survive(run, tmp_path):
 
 def test_towers_without_parameters_survive(run, tmp_path):
     """Matrix factorisation: tables alone."""
-    weights = run.weights._replace(params={"user": {}, "item": {"a": {}}, "log_temperature": np.float32(0)}, batch_stats={})
+    weights = run.weights._replace(
+        params={"user": {}, "item": {"a": {}}, "log_temperature": np.float32(0)}, batch_stats={}
+    )
     save_weights(weights, tmp_path)
     assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
     assert model_version(load_weights(tmp_path)) == model_version(weights)

@@ -11,7 +11,8 @@ import pytest
 from twotower.config import ConfigError, RetrievalConfig
 from twotower.retrieval import scann as scann_module
 from twotower.retrieval.exact import ExactIndex, QueryError
-from twotower.retrieval.scann import BadIndexError, ScannIndex, build_index, load_index, overlap, save_index
+from twotower.retrieval.scann import ScannIndex, build_index, load_index, overlap, save_index
+from twotower.retrieval.scann_library import BadIndexError
 
 pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
 TREES = ["scann_tree", "scann_tree_ah"]
@@ -90,6 +91,20 @@ def test_a_moved_folder_loads_and_answers_the_same(built, vectors, tmp_path):
     assert info["vectors"] == "abc" and info["measured_recall"] >= 0.95 and info["kind"] == built.kind
     with pytest.raises(BadIndexError, match="3000 vectors 16 wide"):
         load_index(tmp_path / "second", items[:-1], normalized=True)
+
+
+def test_where_scann_cannot_be_imported_the_search_is_exact(built, vectors, tmp_path, monkeypatch):
+    users, items = vectors
+    save_index(built, tmp_path)
+
+    def fail(*args):
+        raise ImportError("no wheel")
+
+    monkeypatch.setattr(scann_module, "load_searcher", fail)
+    loaded = load_index(tmp_path, items, normalized=True)
+    np.testing.assert_array_equal(loaded.search(users, 10)[1], ExactIndex(items).search(users, 10)[1])
+    monkeypatch.setattr(scann_module, "import_scann", fail)
+    assert build_index(items, RetrievalConfig(index="auto"), normalized=True).kind == "exact"
 
 
 def test_a_truncated_index_is_a_clean_error(built, vectors, tmp_path):
@@ -185,7 +200,7 @@ def test_a_tensorflow_of_another_version_does_not_get_in_the_way(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('undefined symbol')")
     code = """
         import sys, types
-        from twotower.retrieval.scann import import_scann
+        from twotower.retrieval.scann_library import import_scann
         import_scann()
         assert "tensorflow" not in sys.modules
         own = sys.modules["tensorflow"] = types.ModuleType("tensorflow")

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from twotower.data.prepare import Prepared
 from twotower.evaluation import metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs
+from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs, pad_rows
 
 # The scores [b, N] of the queries in a slice.
 Scores = Callable[[slice], Any]
@@ -55,16 +55,22 @@ def evaluate(
     asked = queries.num_right > 0
     measured: dict[str, list[np.ndarray]] = {}
     shown = {k: np.zeros(queries.num_items, bool) for k in ks}
-    for chosen, seen, right in _blocks(queries, block_bytes, mask_seen):
+    for chosen, size, seen, right in _blocks(queries, block_bytes, mask_seen):
+        count = chosen.stop - chosen.start
         values, rows = _measure(
-            jnp.asarray(scores_of(chosen)), *seen, *right, queries.num_right[chosen], queries.counts, ks=tuple(ks)
+            _grown(scores_of(chosen), size),
+            *seen,
+            *right,
+            pad_rows(queries.num_right[chosen], size),
+            queries.counts,
+            ks=tuple(ks),
         )
         if np.isnan(values.pop("poison")):
             raise ScoreError(f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked.")
         for name, value in values.items():
-            measured.setdefault(name, []).append(np.asarray(value))
+            measured.setdefault(name, []).append(np.asarray(value)[:count])
         for k in ks:
-            top = np.asarray(rows)[asked[chosen], :k]
+            top = np.asarray(rows)[:count][asked[chosen], :k]
             shown[k][top[top >= 0]] = True
     result = {name: _average(np.concatenate(values), asked) for name, values in measured.items()}
     result |= {f"coverage@{k}": float(metrics.coverage(jnp.asarray(items))) for k, items in shown.items()}
@@ -93,7 +99,9 @@ def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str
     """weights -> validation metrics, for the training loop; seen items masked."""
     evaluation = prepared.config.evaluation
     queries = make_queries(prepared, "validation", evaluation.query)
-    return lambda weights: evaluate(model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True)
+    return lambda weights: evaluate(
+        model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True
+    )
 
 
 @jax.jit
@@ -102,8 +110,9 @@ def _dot(users: Float[Array, "B D"], items: Float[Array, "N D"]) -> Float[Array,
 
 
 def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
-    """Yields (slice of queries, seen pairs, right pairs); the pairs of all blocks are padded to one size."""
-    size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK))
+    """Yields (slice of queries, size, seen pairs, right pairs). All blocks are to be padded to one size, as their pairs
+    are, so that one program serves all."""
+    size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK, len(queries)))
     chosen = [slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)]
     seen_lengths = np.where(mask_seen, queries.seen.lengths[queries.user], 0)
     sizes = [
@@ -113,21 +122,35 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
     none = Csr.empty(size)
     for part in chosen:
         lists = queries.seen_of(part) if mask_seen else none, queries.right.take(np.arange(part.start, part.stop))
-        yield part, *(
-            pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items) for csr, length in zip(lists, sizes)
+        yield (
+            part,
+            size,
+            *(pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items) for csr, length in zip(lists, sizes)),
         )
+
+
+def _grown(scores: Any, size: int) -> Float[Array, "B N"]:
+    """With rows of zeros up to `size`."""
+    scores = jnp.asarray(scores)
+    return jnp.pad(scores, ((0, size - len(scores)), (0, 0))) if len(scores) < size else scores
 
 
 @functools.partial(jax.jit, static_argnames="ks")
 def _measure(
-    scores: Float[Array, "B N"], seen_query: Int[Array, "S"], seen_item: Int[Array, "S"], right_query: Int[Array, "R"],
-    right_item: Int[Array, "R"], num_right: Int[Array, "B"], counts: Int[Array, "N"], ks: tuple[int, ...],
-) -> tuple[dict[str, Array], Int[Array, "B K"]]:  # fmt: skip
+    scores: Float[Array, "B N"],
+    seen_query: Int[Array, " S"],
+    seen_item: Int[Array, " S"],
+    right_query: Int[Array, " R"],
+    right_item: Int[Array, " R"],
+    num_right: Int[Array, " B"],
+    counts: Int[Array, " N"],
+    ks: tuple[int, ...],
+) -> tuple[dict[str, Array], Int[Array, "B K"]]:
     """Metrics of each query, and the rows of the longest list. "poison" is NaN when a score is."""
     poison = jnp.where(jnp.isnan(scores).any(), jnp.nan, 0.0)
-    scores = scores.at[seen_query, seen_item].set(-jnp.inf, mode="drop")
+    scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
     right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
-    best, rows = blocked_top_k(_behind_equals(scores, right), min(max(ks), scores.shape[1]))
+    best, rows = blocked_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), scores.shape[1]))
     real = ~jnp.isneginf(best)
     hits, rows = jnp.take_along_axis(right, rows, axis=1) & real, jnp.where(real, rows, -1)
     # A corpus smaller than K gives lists that end in nothing.
@@ -144,14 +167,14 @@ def _measure(
     return values, rows
 
 
-def _behind_equals(scores: Float[Array, "B N"], right: Bool[Array, "B N"]) -> Float[Array, "B N"]:
-    """Scores with right answers one step lower, so that they sort after their equals."""
+def _behind_equals(scores: Float[Array, "B N"], query: Int[Array, " R"], item: Int[Array, " R"]) -> Float[Array, "B N"]:
+    """Scores with those of the pairs (query, item) one step lower, so that these sort after their equals."""
     tiny = jnp.finfo(jnp.float32).tiny
     # Numbers below `tiny` compare as 0 on some devices, so the steps around 0 are made by hand.
-    scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores.astype(jnp.float32))
-    lower = jnp.nextafter(scores, -jnp.inf)
-    lower = jnp.where(scores == 0, -tiny, jnp.where(scores == tiny, 0.0, lower))
-    return jnp.where(right, lower, scores)
+    scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores)
+    own = scores.at[query, item].get(mode="fill", fill_value=1.0)
+    lower = jnp.where(own == 0, -tiny, jnp.where(own == tiny, 0.0, jnp.nextafter(own, -jnp.inf)))
+    return scores.at[query, item].set(lower, mode="drop")
 
 
 def _average(values: np.ndarray, where: np.ndarray) -> float:

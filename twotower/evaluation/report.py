@@ -52,8 +52,8 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """The index of a bundle against exact search, on the vectors of `users` (rows of its users table).
 
     Returns:
-        recall@10, queries per second in one batch, and the median time of a single query in milliseconds. These two are of
-        this machine, and of the index alone: without encoding users or dropping seen items.
+        recall@10, queries per second in one batch, and the median time of a single query in milliseconds. These two
+        are of this machine, and of the index alone: without encoding users or dropping seen items.
     """
     bundle = retriever.bundle
     queries = retriever.encode_users(bundle.users.take(pa.array(sample(users, INDEX_QUERIES))))
@@ -84,9 +84,9 @@ def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
 def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
     protocol = measured["protocol"]
+    each = {"user": "a user", "interaction": "an interaction"}[protocol["query"]]
     lines = [
-        f"Step {protocol['step']} on {protocol['split']}: one query a{'n' if protocol['query'] == 'interaction' else ''} "
-        f"{protocol['query']}, exact over all {protocol['items']:,} items."
+        f"Step {protocol['step']} on {protocol['split']}: a query {each}, exact over all {protocol['items']:,} items."
     ]
     for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
         model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
@@ -95,10 +95,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
         lines += _comparisons(model, others, min(ks))
     if "index" in measured:
-        index = measured["index"]
-        lines += ["", f"Index ({index['kind']}, {index['items']:,} items): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} "
-                  f"against exact, {index['queries_per_second']:,.0f} queries/s in a batch, "
-                  f"{index['single_query_ms']:.3f} ms for one."]  # fmt: skip
+        lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
 
 
@@ -123,6 +120,13 @@ def _comparisons(model: Mapping[str, float], others: Mapping[str, Mapping[str, f
     if best:
         lines.append(f"{name}: {model[name] / best:.0%} of what ranking by the true preferences reaches.")
     return lines
+
+
+def _index_line(index: Mapping[str, Any]) -> str:
+    return (
+        f"Index ({index['kind']}, {index['items']:,} items): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against "
+        f"exact, {index['queries_per_second']:,.0f} queries/s in a batch, {index['single_query_ms']:.3f} ms for one."
+    )
 
 
 def _protocol(run: Run, split: str, queries: Queries) -> Measured:

@@ -144,7 +144,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         raise BundleError(
-            f"{folder} is no bundle: it has no manifest.json. Make one: python -m experiments.export --workdir={folder.parent}"
+            f"{folder} is no bundle: it has no manifest.json. "
+            f"Make one: python -m experiments.export --workdir={folder.parent}"
         )
     try:
         manifest = json.loads(path.read_text())
@@ -153,7 +154,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of a twotower bundle.")
     if manifest.get("format_version") != VERSION:
-        raise BundleError(f"{path} has format version {manifest.get('format_version')!r}; this twotower reads {VERSION}.")
+        raise BundleError(
+            f"{path} has format version {manifest.get('format_version')!r}; this twotower reads {VERSION}."
+        )
     if manifest.pop("sha256", None) != _content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written.")
     return manifest

@@ -14,7 +14,9 @@ from twotower.retrieval.exact import next_power_of_two, pad_rows
 BATCH = 4_096
 
 
-def embed_rows(model: Any, weights: Any, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH) -> np.ndarray:
+def embed_rows(
+    model: Any, weights: Any, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH
+) -> np.ndarray:
     """float32 [N, D], the vectors of all rows of `features`.
 
     Args:

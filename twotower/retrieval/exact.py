@@ -93,7 +93,12 @@ class ExactIndex:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _best_of_block(
-    queries: Float[Array, "B D"], items: Float[Array, "N D"], query: Int[Array, "E"], item: Int[Array, "E"], first, k: int
+    queries: Float[Array, "B D"],
+    items: Float[Array, "N D"],
+    query: Int[Array, " E"],
+    item: Int[Array, " E"],
+    first,
+    k: int,
 ):
     """The top k of one block of items whose first row is `first`, less the pairs (query, item)."""
     scores = jnp.einsum("bd,nd->bn", queries, items, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""From a trained run to a bundle: embed the corpus, build the index, write, and prove that the bundle scores as the trainer does."""
+"""From a trained run to a bundle: embed the corpus, build the index, write, prove that it scores as the trainer does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def export(run: Run, folder: Path) -> Bundle:
     with replacing(Path(folder)) as temporary:
         write_bundle(bundle, temporary, step=run.step)
         check_parity(run, temporary)
-    logging.info("%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step)
+    logging.info(
+        "%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step
+    )
     return bundle
 
 
@@ -43,14 +45,18 @@ def make_bundle(run: Run) -> Bundle:
     prepared, model = run.prepared, run.model
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
     users = known_users(prepared)
+    seen = items_of_users(all_rows(prepared), num_users=len(users))
     some = sample(np.arange(len(users)), TUNING_QUERIES)
     encoded = prepared.encoder.encode("user", users.take(pa.array(some)))
     index = build_index(
-        vectors, run.config.retrieval, normalized=model.normalize, queries=embed_rows(model, run.weights, "user", encoded)
+        vectors,
+        run.config.retrieval,
+        normalized=model.normalize,
+        queries=embed_rows(model, run.weights, "user", encoded),
     )
     return Bundle(
         config=run.config, encoder=prepared.encoder, model=model, weights=run.weights, vectors=vectors,
-        items=display_items(prepared), users=users, seen=items_of_users(all_rows(prepared), num_users=len(users)), index=index,
+        items=display_items(prepared), users=users, seen=seen, index=index,
     )  # fmt: skip
 
 
@@ -62,7 +68,9 @@ def known_users(prepared: Prepared) -> pa.Table:
     users = prepared.users.select(list(own))
     if encoder.context:
         places = latest_rows(all_rows(prepared), num_users=len(users))
-        log = pa.concat_tables([prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default")
+        log = pa.concat_tables(
+            [prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default"
+        )
         latest = log.take(pa.array(places, mask=places < 0))
         for column in dict.fromkeys(columns[name] for name in encoder.context):
             users = users.append_column(column, latest[column])

@@ -51,7 +51,13 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    text = f"{value:.2f}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (
+        f"{value:.2f}"
+        if isinstance(value, float)
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
@@ -62,5 +68,6 @@ def _fill(text: str, width: int) -> str:
 def _width(text: str) -> int:
     """Cells on a terminal: wide letters take two, marks that sit on others none."""
     return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
     )

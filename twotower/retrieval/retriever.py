@@ -63,12 +63,17 @@ class Retriever:
         return cls(load_bundle(folder))
 
     def recommend(
-        self, user: Any = None, *, rows: pa.Table | Sequence[Mapping] | None = None, k: int = 10, exclude_seen: bool = True
+        self,
+        user: Any = None,
+        *,
+        rows: pa.Table | Sequence[Mapping] | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
     ) -> Recommendations:
         """The best `k` items of one user; fewer only where fewer exist.
 
         Args:
-            user: an id. One that is not known is encoded by its out-of-vocabulary rows, and `known` is False in the answer.
+            user: an id. One that is not known is encoded by its out-of-vocabulary rows; `known` in the answer is False.
             rows: one row of raw user features instead, or beside an id whose stored features it replaces.
             k: length of the list.
             exclude_seen: leave out the items of the user, as far as the user is known.
@@ -130,7 +135,9 @@ class Retriever:
         if str(item) not in self._item_rows:
             near = nearest(str(item), self._item_rows)
             hint = f" The nearest ids are: {', '.join(near)}." if near else ""
-            raise UnknownItemError(f"item {str(item)!r} is not among the {len(self._item_rows)} items of the corpus.{hint}")
+            raise UnknownItemError(
+                f"item {str(item)!r} is not among the {len(self._item_rows)} items of the corpus.{hint}"
+            )
         return self._item_rows[str(item)]
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
@@ -181,7 +188,9 @@ class Retriever:
         return self._exact if self.bundle.model.normalize else self._unit_vectors[1]
 
 
-def search_without(index: Any, queries: np.ndarray, k: int, exclude: Csr, *, exact: Any) -> tuple[np.ndarray, np.ndarray]:
+def search_without(
+    index: Any, queries: np.ndarray, k: int, exclude: Csr, *, exact: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` items that are not excluded, as `ExactIndex.search` gives them.
 
     An approximate index is asked for more than k; where what is left is short although more items exist, exact search

@@ -1,19 +1,15 @@
-"""Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN with a tree tuned to a recall target.
+"""Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a recall target.
 
-ScaNN ends the process on vectors that are not finite, and pads its answers with row 0: everything that goes in and comes
-out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search.
+ScaNN ends the process on vectors that are not finite, and pads its answers with row 0: everything that goes in and
+comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,14 @@ from absl import logging
 
 from twotower.config import ConfigError, RetrievalConfig, choose
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
+from twotower.retrieval.scann_library import (
+    BadIndexError,
+    build_searcher,
+    import_scann,
+    load_searcher,
+    save_searcher,
+    scann_version,
+)
 
 SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
 BRUTE_FORCE_BELOW = 50_000  # vectors; exact, and within a fraction of a millisecond
@@ -36,10 +40,6 @@ KINDS = {
     "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves",
     "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; normalised vectors only",
 }
-
-
-class BadIndexError(ValueError):
-    """An index that cannot be built or read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +96,16 @@ def load_index(folder: str | os.PathLike, vectors: np.ndarray, *, normalized: bo
     """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
     info = json.loads((Path(folder) / "index.json").read_text())
     if (info["num_items"], info["dim"]) != vectors.shape:
-        raise BadIndexError(f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}.")
+        raise BadIndexError(
+            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}."
+        )
     if info["kind"] == "exact":
         return ExactIndex(vectors, normalized=normalized)
-    return ScannIndex.load(folder)
+    try:
+        return ScannIndex.load(folder)
+    except ImportError as error:
+        logging.warning("Exact search instead of %s: %s", info["kind"], error)
+        return ExactIndex(vectors, normalized=normalized)
 
 
 def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
@@ -123,7 +129,7 @@ class ScannIndex:
 
     @classmethod
     def build(cls, vectors: Any, *, kind: str, queries: Any, target_recall: float) -> ScannIndex:
-        """Builds the searcher (twice the same from the same vectors) and searches as few leaves as reach `target_recall`."""
+        """Builds the searcher (the same each time) and searches as few leaves as reach `target_recall`."""
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         if kind != "scann_brute_force" and num_items < SMALLEST_TREE:
@@ -131,9 +137,15 @@ class ScannIndex:
             kind = "scann_brute_force"
         leaves = 0 if kind == "scann_brute_force" else round(math.sqrt(num_items))
         tuning = Tuning(
-            kind=kind, num_items=num_items, dim=dim, num_leaves=leaves, leaves_to_search=leaves, target_recall=target_recall
+            kind=kind,
+            num_items=num_items,
+            dim=dim,
+            num_leaves=leaves,
+            leaves_to_search=leaves,
+            target_recall=target_recall,
         )
-        index = cls(_build_searcher(vectors, tuning), tuning)
+        reorder = max(REORDER) if kind == "scann_tree_ah" else 0
+        index = cls(build_searcher(vectors, num_leaves=leaves, reorder=reorder), tuning)
         index._tune(vectors, sample(check_queries(queries, dim), TUNING_QUERIES))
         return index
 
@@ -190,7 +202,10 @@ class ScannIndex:
 
     def _fewest_leaves(self, queries: np.ndarray, truth: np.ndarray) -> int:
         """Doubles until the target is reached, then bisects: recall rises with the leaves."""
-        reached = lambda leaves: self._measure(queries, truth, leaves) >= self.tuning.target_recall
+
+        def reached(leaves: int) -> bool:
+            return self._measure(queries, truth, leaves) >= self.tuning.target_recall
+
         high = 1
         while high < self.tuning.num_leaves and not reached(high):
             high *= 2
@@ -205,22 +220,13 @@ class ScannIndex:
         return overlap(trial.search(queries, truth.shape[1])[1], truth)
 
     def save(self, folder: str | os.PathLike) -> None:
-        # Relative: absolute paths would break when the folder moves.
-        with _captured_stderr():
-            self._searcher.serialize(str(folder), relative_path=True)
+        save_searcher(self._searcher, folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> ScannIndex:
         info = json.loads((Path(folder) / "index.json").read_text())
         tuning = Tuning(**{field.name: info[field.name] for field in dataclasses.fields(Tuning)})
-        if (Path(folder) / "scann_docids.pkl").exists():
-            raise BadIndexError(f"{folder}/scann_docids.pkl is a pickle, which is never written here and not read.")
-        pybind = import_scann()
-        try:
-            with _captured_stderr():
-                return cls(pybind.load_searcher(str(folder)), tuning)
-        except (RuntimeError, ValueError) as error:
-            raise BadIndexError(f"{folder} holds no ScaNN index that can be read: {error}") from error
+        return cls(load_searcher(folder), tuning)
 
 
 def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
@@ -231,31 +237,6 @@ def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
 def sample(queries: np.ndarray, count: int) -> np.ndarray:
     """At most `count` rows, evenly spaced."""
     return queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(int)]
-
-
-def import_scann() -> Any:
-    """ScaNN's searcher module.
-
-    ScaNN loads a TensorFlow operation where TensorFlow is installed, and fails with every TensorFlow that it was not built
-    with. The operation is not needed here, so TensorFlow is hidden while ScaNN is imported.
-    """
-    loaded = sys.modules.get("tensorflow")
-    sys.modules["tensorflow"] = None
-    try:
-        from scann.scann_ops.py import scann_ops_pybind
-    except ImportError as error:
-        raise ImportError(f"ScaNN cannot be imported ({error}). Install scann (Linux), or use index=exact.") from error
-    finally:
-        sys.modules.pop("tensorflow")
-        if loaded is not None:
-            sys.modules["tensorflow"] = loaded
-    return scann_ops_pybind
-
-
-def scann_version() -> str:
-    from importlib import metadata
-
-    return metadata.version("scann")
 
 
 def _kind(index: str, num_items: int, normalized: bool) -> str:
@@ -280,41 +261,3 @@ def _has_scann() -> bool:
         logging.info("Exact search: %s", error)
         return False
     return True
-
-
-def _build_searcher(vectors: np.ndarray, tuning: Tuning) -> Any:
-    builder = import_scann().builder(vectors, TUNED_K, "dot_product")
-    if tuning.num_leaves:
-        # random_init=False: k-means++ gives the same tree each time, the default is seeded by the clock.
-        builder = builder.tree(
-            num_leaves=tuning.num_leaves,
-            num_leaves_to_search=tuning.num_leaves,
-            training_sample_size=min(len(vectors), 250_000),
-            min_partition_size=1,
-            random_init=False,
-        )
-    if tuning.kind == "scann_tree_ah":
-        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(max(REORDER))
-    else:
-        builder = builder.score_brute_force()
-    try:
-        with _captured_stderr():
-            return builder.build()
-    except (RuntimeError, ValueError) as error:
-        raise BadIndexError(f"ScaNN cannot build {tuning.kind} over {list(vectors.shape)} vectors: {error}") from error
-
-
-@contextlib.contextmanager
-def _captured_stderr() -> Iterator[None]:
-    """Keeps ScaNN's own log lines, which no setting silences, out of the terminal: they go to the debug log."""
-    sys.stderr.flush()
-    original = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
-            captured.seek(0)
-            logging.debug("ScaNN: %s", captured.read().decode(errors="replace"))
