@@ -14,7 +14,7 @@ from twotower.data.prepare import Prepared, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.loop import Validate, abstract_state, fit, open_checkpoints
-from twotower.training.step import Trainer
+from twotower.training.step import Trainer, chosen_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,16 @@ def train(config: Config, workdir: Path, *, make_validate: Any = None) -> None:
         TrainingError: see `twotower.training.loop.fit`.
     """
     workdir = Path(workdir)
-    _claim(workdir, config)
+    chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
+    _check_free(workdir, config)
     folder = workdir / "encoder"
     known = Encoder.load(folder) if folder.exists() else None
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model)
+    # Only now that everything fits: a mistake found above leaves the folder free for the corrected configuration.
     if known is None:
+        _claim(workdir, config)
         prepared.encoder.save(folder)
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
@@ -90,23 +93,26 @@ def load_config(workdir: Path) -> Config:
     return from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration of a new run; refuses a folder with another one."""
-    path, text = workdir / "config.json", config.to_json()
+def _check_free(workdir: Path, config: Config) -> None:
+    """Refuses a folder that holds a run of another configuration, or something else."""
+    path = workdir / "config.json"
     if path.exists():
-        changed = _differences(json.loads(path.read_text(encoding="utf-8")), json.loads(text))
+        changed = _differences(json.loads(path.read_text(encoding="utf-8")), json.loads(config.to_json()))
         if changed:
             raise ConfigError(
                 f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
                 "delete this one."
             )
-        return
-    if workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder.")
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Writes the configuration of a new run."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = workdir / "config.tmp"
+    temporary.write_text(config.to_json(), encoding="utf-8")
+    os.replace(temporary, workdir / "config.json")
 
 
 def _differences(old: Any, new: Any, where: str = "config") -> list[str]:

@@ -40,11 +40,16 @@ class Trainer:
 
     @classmethod
     def build(cls, config: Config, model: TwoTower) -> Trainer:
-        training = config.training
-        return cls(
-            model, config, choose(LOSSES, config.objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
-            choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"), schedule(training),
-        )  # fmt: skip
+        return cls(model, config, *chosen_kinds(config))
+
+
+def chosen_kinds(config: Config) -> tuple[Callable, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
+    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
+    training = config.training
+    return (
+        choose(LOSSES, config.objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
+        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"), schedule(training),
+    )  # fmt: skip
 
 
 def init_state(trainer: Trainer, frequency: Mapping[str, jax.Array]) -> TrainState:
