@@ -130,6 +130,12 @@ def test_timestamps_are_seconds_whatever_they_were(tmp_path, text, options, expe
     assert rows(path, **options)["timestamp"].to_pylist() == [expected]
 
 
+def test_milliseconds_taken_for_seconds_are_doubted(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        rows(write(tmp_path / "log.csv", "user_id,item_id,timestamp\nu,i,1577934245123\n"))
+    assert "beyond the year 5000: is timestamp_unit='s' right?" in caplog.text
+
+
 def test_fields_of_json_objects_are_columns_with_types_of_their_own(tmp_path):
     first = {"brand": "Noor", "size": {"cm": 4.5}, "tags": ["a", "b"], "stock": 3}
     metadata = [first, {"brand": None, "tags": [1]}, None]
@@ -163,6 +169,8 @@ def test_rows_without_ids_are_dropped_and_counted(tmp_path, caplog):
     path = write(tmp_path / "log.csv", "user_id,item_id\nu,i\n,i\nu,\n\"\",j\n")
     with caplog.at_level("WARNING"):
         assert rows(path).to_pylist() == [{"user_id": "u", "item_id": "i"}]
+    with pytest.raises(ConfigError, match="none of 1 rows has both a user_id and an item_id"):
+        rows(write(tmp_path / "none.csv", "user_id,item_id\n,i\n"))
     assert "dropped 2 of 4 rows without user_id" in caplog.text and "dropped 1 of 2 rows without item_id" in caplog.text
 
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
+from twotower.config import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
@@ -44,8 +46,16 @@ class Dataset:
 
 
 def assemble(interactions: pa.Table, users: pa.Table | None = None, items: pa.Table | None = None) -> Dataset:
-    """A `Dataset` of tables as they were read: rows without ids dropped, entities unique and complete."""
+    """A `Dataset` of tables as they were read: rows without ids dropped, entities unique and complete.
+
+    Raises:
+        ConfigError: no row has both ids.
+    """
+    rows = len(interactions)
     interactions = drop_missing(interactions, ("user_id", "item_id"), "interactions")
+    if not len(interactions):
+        raise ConfigError(f"interactions: none of {rows} rows has both a user_id and an item_id; check "
+                          f"config.data.interactions.columns, which says what they are called in the file.")
     return Dataset(
         interactions=interactions,
         users=_entities(users, interactions["user_id"], "user_id", "users"),

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
+from absl import logging
 
 from twotower.config import ConfigError, TableConfig
 from twotower.data import columns
@@ -22,6 +24,7 @@ from twotower.data.columns import BadValue
 _SUFFIXES = {"csv": (".csv", ".tsv", ".txt", ".dat", ".data", ".gz", ".bz2", ".zst"), "parquet": (".parquet", ".pq")}
 _NUMBERS = ("rating", "weight", "label")
 _NULLS = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null"]
+_YEAR_5000 = 95_617_584_000
 _UNIT = "\x1f"  # ASCII's own field separator stands in for delimiters of several characters
 
 
@@ -204,7 +207,12 @@ def _column(
     name: str, values: pa.ChunkedArray, config: TableConfig, keys: tuple[str, ...], *, typed: bool
 ) -> pa.ChunkedArray:
     if name == "timestamp":
-        return columns.seconds(values, form=config.timestamp_format, unit=config.timestamp_unit)
+        times = columns.seconds(values, form=config.timestamp_format, unit=config.timestamp_unit)
+        latest = pc.max(times).as_py()
+        if latest is not None and latest > _YEAR_5000:
+            unit = config.timestamp_unit
+            logging.warning("timestamp %d is beyond the year 5000: is timestamp_unit=%r right?", latest, unit)
+        return times
     values = columns.plain(values)
     if name in keys:
         return columns.ids(values, typed=typed)
