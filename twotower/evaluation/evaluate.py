@@ -114,7 +114,8 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
     are, so that one program serves all."""
     size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK, len(queries)))
     chosen = [slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)]
-    seen_lengths = np.where(mask_seen, queries.seen.lengths[queries.user], 0)
+    # Also where nothing is masked, so that the same program serves both.
+    seen_lengths = queries.seen.lengths[queries.user]
     sizes = [
         max((next_power_of_two(int(lengths[part].sum())) for part in chosen), default=1)
         for lengths in (seen_lengths, queries.right.lengths)

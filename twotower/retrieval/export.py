@@ -1,4 +1,4 @@
-"""From a trained run to a bundle: embed the corpus, build the index, write, prove that it scores as the trainer does."""
+"""From a run to a bundle: embed the corpus, build the index, write, prove that it scores as the trainer did."""
 
 from __future__ import annotations
 
