@@ -50,6 +50,8 @@ def test_what_is_written_is_what_is_read(run, exported):
     for ours, theirs in zip(jax.tree.leaves(bundle.weights), jax.tree.leaves(run.weights), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert jax.tree.structure(bundle.weights) == jax.tree.structure(run.weights)
+    # On the device, so that answering does not carry the tables there each time.
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.weights))
 
 
 def test_scores_equal_the_trainers(run, exported):

@@ -87,6 +87,8 @@ def test_rows_beside_an_id_still_exclude_what_that_user_has_seen(retriever):
     seen = {item.item_id for item in retriever.latest_items(user, 1000)}
     found = retriever.recommend(user, rows=[{"city": None}], k=len(retriever.bundle.items))
     assert found.known and not seen & {item.item_id for item in found}
+    # The id may stand in the row itself.
+    assert retriever.recommend(rows=[{"user_id": user, "city": None}], k=5) == found[:5]
 
 
 def test_many_users_equal_one_by_one(retriever):

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,7 +113,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     encoder = Encoder.load(folder / "encoder")
     vectors = np.load(folder / "item_vectors.npy", allow_pickle=False)
     bundle = Bundle(
-        config=config, encoder=encoder, model=TwoTower.build(config.model, encoder), weights=weights, vectors=vectors,
+        config=config, encoder=encoder, model=TwoTower.build(config.model, encoder), weights=jax.device_put(weights), vectors=vectors,
         items=pq.read_table(folder / "items.parquet"), users=pq.read_table(folder / "users.parquet"),
         seen=Csr(*(np.load(folder / f"seen_{part}.npy", allow_pickle=False) for part in ("offsets", "items"))),
         index=load_index(folder / "index", vectors, normalized=manifest["normalized"]), manifest=manifest,

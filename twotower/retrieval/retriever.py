@@ -81,15 +81,18 @@ class Retriever:
         check_k(k)
         if user is None and rows is None:
             raise ValueError("recommend needs user=ID or rows=[{...}].")
-        row = -1 if user is None else self._user_rows.get(str(user), -1)
         if rows is None:
-            rows = self._rows_of([str(user)])
-        elif user is not None:
-            rows = [{"user_id": str(user)} | part for part in as_table(rows).to_pylist()]
-        vectors = self.encode_users(rows)
-        if len(vectors) != 1:
-            raise ValueError(f"recommend answers one user; rows holds {len(vectors)}. See recommend_many.")
-        scores, found = self._search(vectors, k, self.bundle.seen.take(np.array([row])) if exclude_seen else None)
+            table = self._rows_of([str(user)])
+        else:
+            given = [dict(row) for row in as_table(rows).to_pylist()]
+            table = as_table(given if user is None else [{**row, "user_id": str(user)} for row in given])
+        if len(table) != 1:
+            raise ValueError(f"recommend answers one user; rows holds {len(table)}. See recommend_many.")
+        name = table["user_id"][0].as_py() if "user_id" in table.column_names else None
+        row = -1 if name is None else self._user_rows.get(str(name), -1)
+        scores, found = self._search(
+            self.encode_users(table), k, self.bundle.seen.take(np.array([row])) if exclude_seen else None
+        )
         return Recommendations(self._display(scores[0], found[0]), known=row >= 0)
 
     def recommend_many(self, user_ids: Sequence[Any], k: int = 10, *, exclude_seen: bool = True) -> pa.Table:
