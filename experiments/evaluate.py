@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation]
 
-Prints a table and writes WORKDIR/evaluation/metrics.json.
+Prints a table and writes WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
 """
 
 from __future__ import annotations

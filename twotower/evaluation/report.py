@@ -84,9 +84,9 @@ def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
 def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
     protocol = measured["protocol"]
-    each = {"user": "a user", "interaction": "an interaction"}[protocol["query"]]
+    each = {"user": "user", "interaction": "held-out interaction"}[protocol["query"]]
     lines = [
-        f"Step {protocol['step']} on {protocol['split']}: a query {each}, exact over all {protocol['items']:,} items."
+        f"Step {protocol['step']} on {protocol['split']}: one query per {each}, exact over all {protocol['items']:,} items."
     ]
     for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
         model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
@@ -124,7 +124,7 @@ def _comparisons(model: Mapping[str, float], others: Mapping[str, Mapping[str, f
 
 def _index_line(index: Mapping[str, Any]) -> str:
     return (
-        f"Index ({index['kind']}, {index['items']:,} items): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against "
+        f"Index ({index['kind']}, {index['items']:,} items, step {index['step']}): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against "
         f"exact, {index['queries_per_second']:,.0f} queries/s in a batch, {index['single_query_ms']:.3f} ms for one."
     )
 

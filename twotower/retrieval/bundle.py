@@ -113,8 +113,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     encoder = Encoder.load(folder / "encoder")
     vectors = np.load(folder / "item_vectors.npy", allow_pickle=False)
     bundle = Bundle(
-        config=config, encoder=encoder, model=TwoTower.build(config.model, encoder), weights=jax.device_put(weights), vectors=vectors,
-        items=pq.read_table(folder / "items.parquet"), users=pq.read_table(folder / "users.parquet"),
+        config=config, encoder=encoder, model=TwoTower.build(config.model, encoder),
+        weights=jax.device_put(weights), vectors=vectors, items=pq.read_table(folder / "items.parquet"), users=pq.read_table(folder / "users.parquet"),
         seen=Csr(*(np.load(folder / f"seen_{part}.npy", allow_pickle=False) for part in ("offsets", "items"))),
         index=load_index(folder / "index", vectors, normalized=manifest["normalized"]), manifest=manifest,
     )  # fmt: skip
