@@ -85,9 +85,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
     protocol = measured["protocol"]
     each = {"user": "user", "interaction": "held-out interaction"}[protocol["query"]]
-    lines = [
-        f"Step {protocol['step']} on {protocol['split']}: one query per {each}, exact over all {protocol['items']:,} items."
-    ]
+    where = f"exact over all {protocol['items']:,} items"
+    lines = [f"Step {protocol['step']} on {protocol['split']}: one query per {each}, {where}."]
     for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
         model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
         without = model["queries_without_answer"]
@@ -124,8 +123,9 @@ def _comparisons(model: Mapping[str, float], others: Mapping[str, Mapping[str, f
 
 def _index_line(index: Mapping[str, Any]) -> str:
     return (
-        f"Index ({index['kind']}, {index['items']:,} items, step {index['step']}): recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against "
-        f"exact, {index['queries_per_second']:,.0f} queries/s in a batch, {index['single_query_ms']:.3f} ms for one."
+        f"Index ({index['kind']}, {index['items']:,} items, step {index['step']}): "
+        f"recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against exact, "
+        f"{index['queries_per_second']:,.0f} queries/s in a batch, {index['single_query_ms']:.3f} ms for one."
     )
 
 

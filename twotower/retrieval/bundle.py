@@ -113,11 +113,17 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     encoder = Encoder.load(folder / "encoder")
     vectors = np.load(folder / "item_vectors.npy", allow_pickle=False)
     bundle = Bundle(
-        config=config, encoder=encoder, model=TwoTower.build(config.model, encoder),
-        weights=jax.device_put(weights), vectors=vectors, items=pq.read_table(folder / "items.parquet"), users=pq.read_table(folder / "users.parquet"),
+        config=config,
+        encoder=encoder,
+        model=TwoTower.build(config.model, encoder),
+        weights=jax.device_put(weights),
+        vectors=vectors,
+        items=pq.read_table(folder / "items.parquet"),
+        users=pq.read_table(folder / "users.parquet"),
         seen=Csr(*(np.load(folder / f"seen_{part}.npy", allow_pickle=False) for part in ("offsets", "items"))),
-        index=load_index(folder / "index", vectors, normalized=manifest["normalized"]), manifest=manifest,
-    )  # fmt: skip
+        index=load_index(folder / "index", vectors, normalized=manifest["normalized"]),
+        manifest=manifest,
+    )
     if not len(bundle.items) == len(vectors) == manifest["num_items"] or len(bundle.users) != len(bundle.seen):
         raise BundleError(f"{folder}: items.parquet, item_vectors.npy, users.parquet and seen_*.npy differ in length.")
     return bundle
