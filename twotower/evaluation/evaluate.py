@@ -57,14 +57,8 @@ def evaluate(
     shown = {k: np.zeros(queries.num_items, bool) for k in ks}
     for chosen, size, seen, right in _blocks(queries, block_bytes, mask_seen):
         count = chosen.stop - chosen.start
-        values, rows = _measure(
-            _grown(scores_of(chosen), size),
-            *seen,
-            *right,
-            pad_rows(queries.num_right[chosen], size),
-            queries.counts,
-            ks=tuple(ks),
-        )
+        scores, num_right = _grown(scores_of(chosen), size), pad_rows(queries.num_right[chosen], size)
+        values, rows = _measure(scores, *seen, *right, num_right, queries.counts, ks=tuple(ks))
         if np.isnan(values.pop("poison")):
             raise ScoreError(f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked.")
         for name, value in values.items():
