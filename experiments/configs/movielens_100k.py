@@ -1,7 +1,11 @@
 """MovieLens-100K, protocol P-TFRS: 80,000 ratings to train, 20,000 to test, titles as ids, each test rating one query.
 
-    TWOTOWER_DATA=... python -m experiments.train    --config=experiments/configs/movielens_100k.py --workdir=runs/ml100k
-    TWOTOWER_DATA=... python -m experiments.evaluate --workdir=runs/ml100k --k=10,100 --baselines
+    export TWOTOWER_DATA=folder   # holds movielens-100k/u.data, u.item and u.user
+    python -m experiments.train --config=experiments/configs/movielens_100k.py --workdir=runs/ml100k
+    python -m experiments.export --workdir=runs/ml100k
+    python -m experiments.evaluate --workdir=runs/ml100k --k=10,100 --baselines
+
+Other seeds: --config.split.seed=1 --config.training.seed=1.
 """
 
 from twotower.config import defaults
@@ -13,6 +17,9 @@ def get_config():
     config.data.interactions.path = "$TWOTOWER_DATA/movielens-100k/u.data"
     config.data.interactions.delimiter = "\t"
     config.data.interactions.names = ("user_id", "item_id", "rating", "timestamp")
+    config.data.user_table.path = "$TWOTOWER_DATA/movielens-100k/u.user"
+    config.data.user_table.delimiter = "|"
+    config.data.user_table.names = ("user_id", "age", "gender", "occupation", "zip")
     config.data.item_table.path = "$TWOTOWER_DATA/movielens-100k/u.item"
     config.data.item_table.delimiter = "|"
     config.data.item_table.encoding = "latin-1"
@@ -29,14 +36,29 @@ def get_config():
     # The protocol draws at random, and 18 titles are two films: its figures are comparable with its own kind alone.
     config.split.accept_leakage = ("random_split", "repeated_pairs", "identical_rows")
 
-    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
-    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    # Every user and title of the corpus is asked about in training, so no id needs to be dropped.
+    config.features.user = {
+        "user_id": {"type": "string", "embedding_size": 128, "oov_rate": 0.0},
+        "age": {"type": "int", "embedding_size": 8},
+        "gender": {"type": "string", "embedding_size": 8},
+        "occupation": {"type": "string", "embedding_size": 8},
+    }
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 128, "oov_rate": 0.0}}
+    config.model.user.layers = (64,)
+    config.model.user.dropout = 0.5
+    config.model.item.layers = (64,)
+    config.model.item.dropout = 0.5
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
 
-    config.training.batch_size = 4096
-    config.training.steps = 400
+    config.training.batch_size = 1024
+    config.training.steps = 2000
+    config.training.validate_every = 1000
+    config.training.tables.learning_rate = 0.3
+    config.training.schedule.kind = "cosine"
+
+    config.retrieval.display = ("released",)
     config.evaluation.query = "interaction"
     config.evaluation.ks = (10, 100)
     return config

@@ -48,7 +48,7 @@ def test_trained_vectors_start_from_the_file(tmp_path):
     rows = encoder.encode("item", pa.table({"item_id": ["i7", "i0", "new", None]}))["clip"]
     table = encoder.tables["clip"]
     assert encoder.inputs["item"]["clip"] == Input(table="clip", oov_rows=2)
-    assert (table.rows, table.width, table.trainable) == (33, 4, True)
+    assert (table.rows, table.width) == (33, 4)
     np.testing.assert_array_equal(table.initial[rows], [vectors[7], vectors[0], np.zeros(4), np.zeros(4)])
     assert rows[2] in (1, 2) and rows[3] == 0
 

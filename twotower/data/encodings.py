@@ -54,13 +54,11 @@ class TableShape:
     Attributes:
         rows: V, of which row 0 is padding.
         width: E.
-        trainable: whether the optimizer changes it.
         initial: float32 [V, E] to start from; None: drawn at random.
     """
 
     rows: int
     width: int
-    trainable: bool = True
     initial: np.ndarray | None = None
 
 

@@ -100,7 +100,8 @@ def fit(trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Valida
                     meter.resume()
                     if record.stopped:
                         break
-    logging.info("Training ended at step %d; best %s %.4f at step %d.", state.step, config.metric, record.best, record.best_step)
+    best = f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
+    logging.info("Training ended at step %d%s.", state.step, best)
     return state
 
 

@@ -89,7 +89,7 @@ def train_step(state: TrainState, batch: Batch, *, trainer: Trainer) -> tuple[Tr
     merged = merge_rows(model, state.tables, features, row_grads)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm((grads, {n: g for n, (_, g) in merged.items()})),
+        "grad_norm": optax.tree.norm((grads, {n: g for n, (_, g) in merged.items()})),
         "temperature": model.temperature(state.params),
     }
     return _apply(trainer, state, grads, merged, stats), metrics
