@@ -195,3 +195,10 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="written by a model with other"):
         run.load_run(copy)
+
+
+def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="--workdir=gs://bucket/run must be a folder of this machine"):
+        run.train(small_config(), "gs://bucket/run")
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from twotower.config import Config, ConfigError, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.prepare import Prepared, prepare
@@ -33,7 +35,7 @@ class Run:
     step: int
 
 
-def train(config: Config, workdir: Path, *, make_validate: Any = None) -> None:
+def train(config: Config, workdir: Path | str, *, make_validate: Any = None) -> None:
     """Trains `config` in `workdir`, or goes on with it.
 
     Args:
@@ -43,7 +45,9 @@ def train(config: Config, workdir: Path, *, make_validate: Any = None) -> None:
         ConfigError: `workdir` holds a run of another configuration, or the data or a field is unusable.
         TrainingError: see `twotower.training.loop.fit`.
     """
-    workdir = Path(workdir)
+    workdir = _local(workdir)
+    if jax.process_count() > 1:
+        raise ConfigError(f"Training runs in one process, and this is one of {jax.process_count()}: launch it on one host.")
     chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
     _check_free(workdir, config)
     folder = workdir / "encoder"
@@ -61,7 +65,7 @@ def train(config: Config, workdir: Path, *, make_validate: Any = None) -> None:
     fit(trainer, prepared, workdir, validate=validate)
 
 
-def load_run(workdir: Path, *, checkpoint: str = "best") -> Run:
+def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     """Loads what `train` left in `workdir`.
 
     Args:
@@ -71,7 +75,7 @@ def load_run(workdir: Path, *, checkpoint: str = "best") -> Run:
         ConfigError: `workdir` is no run.
         CheckpointError: it has no such checkpoint, or a damaged one.
     """
-    workdir = Path(workdir)
+    workdir = _local(workdir)
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
@@ -80,6 +84,13 @@ def load_run(workdir: Path, *, checkpoint: str = "best") -> Run:
         step = _step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
     return Run(workdir, config, prepared, model, state.weights, step)
+
+
+def _local(workdir: Path | str) -> Path:
+    # `Path` would make "gs://bucket" a local folder named "gs:".
+    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
+        raise ConfigError(f"--workdir={workdir} must be a folder of this machine (or one mounted into it).")
+    return Path(workdir)
 
 
 def load_config(workdir: Path) -> Config:
