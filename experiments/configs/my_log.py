@@ -1,0 +1,42 @@
+"""Your own log: one CSV (or Parquet) of who did what with which item, and when.
+
+    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine --config.data.interactions.path=events.csv
+    python -m experiments.export --workdir=runs/mine
+    python -m experiments.evaluate --workdir=runs/mine --baselines
+    python -m experiments.query --workdir=runs/mine --user=42
+
+Columns of other names: --config.data.interactions.columns.user_id=CustomerID. What is known of the items, for the printed
+lists and for features: --config.data.item_table.path=items.csv. Copy this file to change more.
+"""
+
+from twotower.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.data.source = "csv"
+    config.data.interactions.path = "events.csv"
+    config.data.interactions.columns = {
+        "user_id": "user_id",
+        "item_id": "item_id",
+        "timestamp": "timestamp",
+    }
+    config.data.item_table.columns = {"item_id": "item_id"}
+
+    config.split.kind = "time"
+    config.split.validation = 0.05
+    config.split.test = 0.1
+
+    # Ids alone. Features of items and users go here, by column: "title": {"type": "text", "embedding_size": 32}.
+    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1}}
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1}}
+    config.model.user.layers = (64,)
+    config.model.user.dropout = 0.4
+    config.model.item.layers = (64,)
+    config.model.item.dropout = 0.4
+
+    config.training.batch_size = 1024
+    config.training.steps = 3000
+    config.training.validate_every = 200
+    config.training.patience = 4
+    return config
