@@ -23,6 +23,7 @@ from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000
 INDEX_K = 10
+PRINTED_AT_EVERY_K = ("recall", "ndcg")
 METRICS = (*ACCURACY, "coverage", "novelty", "never_trained")
 
 Measured = dict[str, Any]
@@ -99,12 +100,12 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
 
 
 def format_table(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
-    """A row a metric, a column a ranking."""
+    """A column a ranking, a row a metric: recall and NDCG at every K, the others at the shortest (the JSON file has all)."""
     heads = [name.replace("popularity_", "") for name in columns]
     widths = [max(len(head), 8) + 2 for head in heads]
     lines = [f"{'':18}" + "".join(f"{head.replace('_', ' '):>{width}}" for head, width in zip(heads, widths))]
     for name in METRICS:
-        for k in ks:
+        for k in ks if name in PRINTED_AT_EVERY_K else ks[:1]:
             values = [column[f"{name}@{k}"] for column in columns.values()]
             lines.append(f"{f'{name}@{k}':18}" + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths)))
     return "\n".join(lines)
