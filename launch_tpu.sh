@@ -9,7 +9,7 @@ bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [optio
   --name      of the TPU, created if there is none of this name
   --zone      where it is, such as us-central2-b
   --config    the experiment, such as experiments/configs/quickstart.py
-  --workdir   the folder of the run; gs://BUCKET/FOLDER on a slice of several workers
+  --workdir   the folder of the run on the worker, such as runs/quickstart
   --type      accelerator type, such as v4-8 or v5litepod-16; needed to create it
   --version   runtime version, such as tpu-ubuntu2204-base; needed to create it
   --project   Google Cloud project; by default that of gcloud
@@ -19,9 +19,12 @@ bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [optio
   --help      this
 
 Example: bash launch_tpu.sh --name=towers --zone=us-central2-b --type=v4-8 --version=tpu-ubuntu2204-base \
-           --config=experiments/configs/quickstart.py --workdir=gs://my-bucket/quickstart -- --config.training.steps=5000
+           --config=experiments/configs/quickstart.py --workdir=runs/quickstart -- --config.training.steps=5000
 
-Run again, it reuses the TPU and the run goes on from its last checkpoint. The TPU is left running:
+Training uses one process; on a slice of several workers experiments.train says so and ends.
+
+Run again, it reuses the TPU and the run goes on from its last checkpoint. The TPU is left running; fetch the run, delete it:
+  gcloud compute tpus tpu-vm scp --recurse NAME:twotower/runs/quickstart runs/ --zone=ZONE
   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
 END
 }
