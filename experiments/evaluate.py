@@ -17,6 +17,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best, latest or a step.")
 _K = flags.DEFINE_list("k", None, "Lengths of the lists; by default those of the configuration.")
 _BASELINES = flags.DEFINE_bool("baselines", False, "Measure random, popularity and the like beside the model.")
+_QUERIES = flags.DEFINE_integer(
+    "queries", 0, "Ask at most this many, evenly spaced, where all would take too long.", lower_bound=0
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
 
 
@@ -29,7 +32,7 @@ def main() -> None:
     workdir = Path(_WORKDIR.value)
     run = load_run(workdir, checkpoint=_CHECKPOINT.value)
     ks = parse_ks(_K.value, run.config.evaluation.ks)
-    measured = report.measure_run(run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value)
+    measured = report.measure_run(run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value, most=_QUERIES.value)
     if (workdir / "bundle").exists():
         queries = make_queries(run.prepared, _SPLIT.value, "user")
         measured["index"] = report.measure_index(Retriever.load(workdir / "bundle"), queries.user)

@@ -6,6 +6,7 @@ what it does not know. Everything below takes the dataclasses.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import json
@@ -266,11 +267,14 @@ class EvaluationConfig:
 
     Attributes:
         ks: list lengths K.
+        validation_queries: asked at most at each validation, always the same ones, so that training does not wait for
+            millions; 0 asks all. The `evaluate` command asks all.
         query: "user" (all held-out items of a user are right) or "interaction" (each held-out row is a query of its own).
     """
 
     ks: tuple[int, ...] = (10, 50, 100)
     query: str = "user"
+    validation_queries: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,7 +319,7 @@ def from_dict(values: Any) -> Config:
 def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:
     """`kinds[name]`, or a `ConfigError` that names the field, the value and the nearest kind."""
     if name not in kinds:
-        raise ConfigError(f"{field}={name!r} is not known{_nearest(name, kinds)}. Known: {', '.join(sorted(kinds))}.")
+        raise ConfigError(f"{field}={name!r} is not known{_nearest(name, kinds)} Known: {', '.join(sorted(kinds))}.")
     return kinds[name]
 
 
@@ -324,12 +328,12 @@ def check_fields(values: Mapping[str, Any], known: Iterable[str], where: str) ->
     known = list(known)
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where} has no field {name!r}{_nearest(name, known)}. Known: {', '.join(known)}.")
+            raise ConfigError(f"{where} has no field {name!r}{_nearest(name, known)} Known: {', '.join(known)}.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -387,14 +391,25 @@ def _check_ranges(config: Config) -> None:
         at_least(f"training.{field}", 1)
     for field in ("seed", "patience", "resident_megabytes", "schedule.warmup_steps", "optimizer.clip_norm"):
         at_least(f"training.{field}", 0)
-    for field in ("training.optimizer.learning_rate", "training.tables.learning_rate", "data.k_core"):
+    for field in ("evaluation.validation_queries", "training.optimizer.learning_rate", "training.tables.learning_rate", "data.k_core"):
         at_least(field, 0)
     one_of("data.duplicates", ("all", "first", "last"))
     one_of("evaluation.query", ("user", "interaction"))
+    one_of("retrieval.index", ("auto", "exact", "scann_tree", "scann_tree_ah"))
     for table in ("interactions", "user_table", "item_table", "test"):
         one_of(f"data.{table}.timestamp_unit", ("s", "ms", "us", "ns"))
+        delimiter, encoding = (_get(config, f"data.{table}.{field}") for field in ("delimiter", "encoding"))
+        check(bool(delimiter), f"data.{table}.delimiter", delimiter, "one or more characters, such as ',' or '\\t'")
+        check(_is_encoding(encoding), f"data.{table}.encoding", encoding, "an encoding that Python knows, such as 'utf-8'")
     check(bool(config.evaluation.ks) and min(config.evaluation.ks, default=0) >= 1,
           "evaluation.ks", config.evaluation.ks, "one or more list lengths of at least 1")
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return bool(codecs.lookup(name))
+    except LookupError:
+        return False
 
 
 def _get(config: Config, field: str) -> Any:

@@ -5,7 +5,8 @@ import pytest
 
 from twotower.config import ConfigError, from_dict
 from twotower.data.prepare import prepare
-from twotower.evaluation.queries import make_queries
+from twotower.evaluation.queries import Queries, make_queries
+from twotower.retrieval.csr import Csr
 
 # user, item, split; in order of time. Item z is never in training, so it is not in the corpus; neither is y.
 LOG = [
@@ -101,3 +102,12 @@ def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
         make_queries(empty, "validation", "user")
     with pytest.raises(ConfigError, match="did you mean 'interaction'"):
         make_queries(prepared, "test", "interactions")
+
+
+def test_a_sample_asks_some_queries_of_the_whole_corpus():
+    right = Csr.from_pairs(np.arange(10), np.arange(10), num_rows=10)
+    queries = Queries(np.arange(10, dtype=np.int32), right, np.zeros(10, np.int32), Csr.empty(10), np.ones(10, np.int64))
+    assert queries.sample(0) is queries and queries.sample(10) is queries
+    some = queries.sample(4)
+    assert some.user.tolist() == [0, 3, 6, 9] == some.right.values.tolist()
+    assert some.num_items == 10

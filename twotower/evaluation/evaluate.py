@@ -17,6 +17,7 @@ from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs, pad_rows
+from twotower.training.progress import progress
 
 # The scores [b, N] of the queries in a slice.
 Scores = Callable[[slice], Any]
@@ -90,9 +91,9 @@ def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries)
 
 
 def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
-    """weights -> validation metrics, for the training loop; seen items masked."""
+    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of the queries."""
     evaluation = prepared.config.evaluation
-    queries = make_queries(prepared, "validation", evaluation.query)
+    queries = make_queries(prepared, "validation", evaluation.query).sample(evaluation.validation_queries)
     return lambda weights: evaluate(
         model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True
     )
@@ -115,7 +116,7 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
         for lengths in (seen_lengths, queries.right.lengths)
     ]
     none = Csr.empty(size)
-    for part in chosen:
+    for part in progress(chosen, total=len(chosen), what="Evaluation"):
         lists = queries.seen_of(part) if mask_seen else none, queries.right.take(np.arange(part.start, part.stop))
         yield (
             part,

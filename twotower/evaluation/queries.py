@@ -14,6 +14,7 @@ from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.history import items_of_users
+from twotower.retrieval.scann import sample as evenly_spaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Queries:
         """Without the right answers that the user had seen: they cannot come back when seen items are masked."""
         asked = self.user[self.right.rows]
         return dataclasses.replace(self, right=self.right.filter(~self.seen.contains(asked, self.right.values)))
+
+    def sample(self, count: int) -> Queries:
+        """At most `count` of the queries, evenly spaced; all where `count` is 0. Every one is still asked of the whole corpus."""
+        return self.take(evenly_spaced(np.arange(len(self)), count)) if 0 < count < len(self) else self
 
     def take(self, rows: np.ndarray) -> Queries:
         """Some of the queries."""

@@ -29,18 +29,27 @@ METRICS = (*ACCURACY, "coverage", "novelty", "never_trained")
 Measured = dict[str, Any]
 
 
-def measure_run(run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True) -> Measured:
+def measure_run(
+    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0
+) -> Measured:
     """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without.
+
+    Args:
+        ks: list lengths.
+        split: "test" or "validation".
+        baselines: whether to measure them.
+        most: ask at most this many queries, evenly spaced; 0 asks all.
 
     Returns:
         {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
         "baselines_unmasked": ...}
     """
-    queries = make_queries(run.prepared, split, run.config.evaluation.query)
+    every = make_queries(run.prepared, split, run.config.evaluation.query)
+    queries = every.sample(most)
     rankings = {"model": model_scores(run.prepared, run.model, run.weights, queries)}
     if baselines:
         rankings |= make_baselines(run.prepared, queries)
-    measured: Measured = {"protocol": _protocol(run, split, queries)}
+    measured: Measured = {"protocol": _protocol(run, split, queries, len(every))}
     for suffix, mask_seen in (("", True), ("_unmasked", False)):
         values = {name: evaluate(scores, queries, ks, mask_seen=mask_seen) for name, scores in rankings.items()}
         measured[f"model{suffix}"] = values.pop("model")
@@ -88,6 +97,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     each = {"user": "user", "interaction": "held-out interaction"}[protocol["query"]]
     where = f"exact over all {protocol['items']:,} items"
     lines = [f"Step {protocol['step']} on {protocol['split']}: one query per {each}, {where}."]
+    if protocol["asked"] < protocol["available"]:
+        lines.append(f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked.")
     for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
         model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
         without = model["queries_without_answer"]
@@ -130,9 +141,9 @@ def _index_line(index: Mapping[str, Any]) -> str:
     )
 
 
-def _protocol(run: Run, split: str, queries: Queries) -> Measured:
+def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measured:
     return {"split": split, "query": run.config.evaluation.query, "step": run.step, "items": queries.num_items,
-            "asked": len(queries)}  # fmt: skip
+            "asked": len(queries), "available": available}  # fmt: skip
 
 
 def _seconds(call: Callable[[], Any], *, repeats: int) -> float:
