@@ -391,7 +391,9 @@ def _check_ranges(config: Config) -> None:
         at_least(f"training.{field}", 1)
     for field in ("seed", "patience", "resident_megabytes", "schedule.warmup_steps", "optimizer.clip_norm"):
         at_least(f"training.{field}", 0)
-    for field in ("evaluation.validation_queries", "training.optimizer.learning_rate", "training.tables.learning_rate", "data.k_core"):
+    for field in ("optimizer.learning_rate", "tables.learning_rate", "tables.initial_accumulator"):
+        at_least(f"training.{field}", 0)
+    for field in ("evaluation.validation_queries", "data.k_core"):
         at_least(field, 0)
     one_of("data.duplicates", ("all", "first", "last"))
     one_of("evaluation.query", ("user", "interaction"))

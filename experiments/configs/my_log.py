@@ -1,12 +1,13 @@
 """Your own log: one CSV (or Parquet) of who did what with which item, and when.
 
-    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine --config.data.interactions.path=events.csv
+    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine
     python -m experiments.export --workdir=runs/mine
     python -m experiments.evaluate --workdir=runs/mine --baselines
     python -m experiments.query --workdir=runs/mine --user=42
 
-Columns of other names: --config.data.interactions.columns.user_id=CustomerID. What is known of the items, for the printed
-lists and for features: --config.data.item_table.path=items.csv. Copy this file to change more.
+It reads events.csv; for another file, --config.data.interactions.path=FILE, and for columns of other names,
+--config.data.interactions.columns.user_id=CustomerID. What is known of the items, for the printed lists and for features:
+--config.data.item_table.path=items.csv. Copy this file to change more.
 """
 
 from twotower.config import defaults

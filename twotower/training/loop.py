@@ -203,7 +203,7 @@ class _Meter:
     def _refuse(self, step: int, values: Mapping[str, float]) -> None:
         self._checkpoints.wait()
         latest = self._checkpoints.latest()
-        good = f"The last good checkpoint is {self._checkpoints.folder / str(latest)}" if latest else "No checkpoint was saved before it"
+        good = f"The last good checkpoint is {self._checkpoints.folder / str(latest)}" if latest else "There is none before it"
         raise TrainingError(
             f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {step}. {good}. "
             "Lower the learning rates, or set config.training.optimizer.clip_norm."

@@ -138,5 +138,6 @@ def _step(checkpoints: Any, which: str, workdir: Path) -> int:
         raise CheckpointError(f"--checkpoint={which!r} must be best, latest or a step.")
     step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(which, lambda: int(which))()
     if step is None:
-        raise CheckpointError(f"{checkpoints.folder} has no checkpoint yet. Train: python -m experiments.train --workdir={workdir} ...")
+        again = f"python -m experiments.train --config=... --workdir={workdir}"
+        raise CheckpointError(f"{checkpoints.folder} has no checkpoint yet; train until the first validation: {again}")
     return step
