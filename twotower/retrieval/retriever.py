@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.csr import Csr
@@ -157,11 +158,16 @@ class Retriever:
         return str(user) in self._user_rows
 
     def _rows_of(self, ids: Sequence[str]) -> pa.Table:
-        """Stored raw features of known users, and of unknown ones the id alone."""
+        """Stored raw features of known users, of unknown ones the id; all asked at the newest time of the log."""
         users = self.bundle.users
         rows = pa.array([self._user_rows.get(user) for user in ids], pa.int64())
-        place = users.column_names.index("user_id")
-        return users.take(rows).set_column(place, "user_id", pa.array(ids, pa.string()))
+        columns = {name: users[name].take(rows) for name in users.column_names}
+        columns["user_id"] = pa.array(ids, pa.string())
+        encoder = self.bundle.encoder
+        if any(encoder.spec.user[name].column == "timestamp" for name in encoder.context):
+            # The time of a query, not of the user: without one in an unknown user's row nothing trained would answer.
+            columns["timestamp"] = pa.repeat(pc.max(users["timestamp"]), len(ids))
+        return pa.table(columns)
 
     def _search(self, vectors: np.ndarray, k: int, exclude: Csr | None) -> tuple[np.ndarray, np.ndarray]:
         exclude = Csr.empty(len(vectors)) if exclude is None else exclude
