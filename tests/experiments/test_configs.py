@@ -1,0 +1,89 @@
+"""Every shipped configuration loads and says how to run it; two of them run on real data from the log to the metrics."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.export import describe
+from twotower.config import defaults, from_dict
+from twotower.data.features import load_spec
+from twotower.evaluation import report
+from twotower.evaluation.evaluate import make_validate
+from twotower.evaluation.queries import make_queries
+from twotower.retrieval.export import export
+from twotower.retrieval.retriever import Retriever
+from twotower.training.run import load_run, train
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def module(name):
+    return importlib.import_module(f"experiments.configs.{name}")
+
+
+def leaves(values, where=""):
+    """The names of all options, dotted; a mapping that is itself a value (columns, features) ends a name."""
+    open_ended = ("columns", "features.user", "features.item")
+    for name, value in values.items():
+        path = f"{where}{name}"
+        if hasattr(value, "items") and not path.endswith(open_ended):
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_a_configuration_whose_features_load(name, monkeypatch):
+    monkeypatch.chdir(ROOT)  # paths of feature files count from the project's folder
+    config = from_dict(module(name).get_config())
+    spec = load_spec(config.features)
+    assert spec.user and spec.item
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_can_override_every_option(name):
+    assert set(leaves(defaults())) == set(leaves(module(name).get_config()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_docstring_names_its_commands(name):
+    text = module(name).__doc__
+    config = f"--config=experiments/configs/{name}.py"
+    assert config in text, f"experiments/configs/{name}.py must say: python -m experiments.train {config}"
+    for command in ("train", "export", "evaluate"):
+        assert f"python -m experiments.{command} " in text
+
+
+@pytest.fixture(scope="module", params=["movielens_100k", "online_retail"])
+def trained(request, shared_data, tmp_path_factory):
+    config = module(request.param).get_config()
+    config.training.steps = config.training.validate_every = 20
+    config.training.batch_size = 256
+    config.evaluation.ks = (10,)
+    workdir = tmp_path_factory.mktemp("runs") / request.param
+    train(from_dict(config), workdir, make_validate=make_validate)
+    return load_run(workdir)
+
+
+def test_from_the_log_to_the_metrics(trained):
+    folder = trained.workdir / "bundle"
+    bundle = export(trained, folder)  # which proves that the bundle scores as the trainer does
+    assert len(bundle.items) == len(trained.prepared.items) and describe(bundle.index)
+    measured = report.measure_run(trained, ks=(10,))
+    retriever = Retriever.load(folder)
+    queries = make_queries(trained.prepared, "test", "user")
+    measured["index"] = report.measure_index(retriever, queries.user)
+    report.write_metrics(measured, trained.workdir / "evaluation" / "metrics.json")
+    measured = json.loads((trained.workdir / "evaluation" / "metrics.json").read_text())
+    assert measured["index"]["recall@10"] >= 0.95
+    # Twenty steps are enough to tell a model that learns from one that does not.
+    assert measured["model"]["ndcg@10"] > 2 * measured["baselines"]["random"]["ndcg@10"]
+    user = retriever.bundle.users["user_id"][0].as_py()
+    assert len(retriever.recommend(user, k=5)) == 5
+    if "period" in retriever.bundle.encoder.context:  # by id alone a query is asked at the end of the log
+        newest = max(retriever.bundle.users["timestamp"].to_pylist(), key=lambda time: time or 0)
+        at_the_end = retriever.recommend(rows=[{"user_id": "nobody", "timestamp": newest}], k=5)
+        assert [item.item_id for item in retriever.recommend("nobody", k=5)] == [item.item_id for item in at_the_end]
