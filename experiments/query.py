@@ -74,8 +74,11 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     """Lists of many users as Parquet: user_id, rank, item_id, score. Written whole or not at all."""
     import pyarrow.parquet as pq
 
+    from twotower.config import ConfigError
     from twotower.retrieval.listing import read_ids
 
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
     ids = read_ids(users)
     lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def test_a_configuration_can_be_changed_field_by_field_from_its_defaults():
 def test_an_unknown_field_is_refused_with_its_place_and_the_nearest_one(field, nearest):
     message = message_of(nested(field, 1))
     parent, _, name = f"config.{field}".rpartition(".")
-    assert message.startswith(f"{parent} has no field {name!r}; did you mean {nearest!r}?")
+    assert message.startswith(f"{parent} has no field {name!r}; did you mean {nearest!r}? Known: ")
 
 
 def test_an_unknown_field_like_no_other_lists_those_there_are():
@@ -111,7 +111,8 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
     ("training.patience", -1), ("training.schedule.warmup_steps", -1), ("training.optimizer.learning_rate", -1.0),
     ("training.optimizer.clip_norm", -1.0), ("training.tables.learning_rate", -0.1), ("data.k_core", -1),
     ("data.duplicates", "frist"), ("evaluation.query", "users"), ("data.interactions.timestamp_unit", "sec"),
-    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)),
+    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)), ("retrieval.index", "scan"),
+    ("data.interactions.delimiter", ""), ("data.item_table.encoding", "utf-9"),
     ("model.temperature", float("nan")), ("training.optimizer.learning_rate", float("nan")),
 ])  # fmt: skip
 def test_a_value_out_of_range_is_refused_with_the_field_and_the_value(field, value):

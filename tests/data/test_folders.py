@@ -7,6 +7,7 @@ import pytest
 from encoder_shop import assert_same, encode_all, fitted, shop
 
 from twotower.data.encoder import Encoder
+from twotower.data.folders import FolderError
 
 
 def test_a_saved_encoder_encodes_the_same_bits(tmp_path):
@@ -45,7 +46,7 @@ def flip_a_byte(path):
 def test_a_corrupt_or_foreign_folder_is_refused(tmp_path, harm, message):
     fitted().save(tmp_path / "encoder")
     harm(tmp_path / "encoder")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(FolderError, match=message):
         Encoder.load(tmp_path / "encoder")
 
 

@@ -6,7 +6,10 @@ import pyarrow.compute as pc
 import pytest
 from encoder_shop import DAY, assert_same, fitted, shop
 
+from twotower.config import ConfigError
+from twotower.data.encoder import Encoder
 from twotower.data.feature_kinds import FloatFeature, IntFeature
+from twotower.data.features import from_mappings
 from twotower.data.numeric import encode_int, fit_float, fit_int
 
 
@@ -80,10 +83,23 @@ def test_numbers_written_as_text_are_read_and_others_named():
     encoder = fitted({"item": {"price": {"type": "float"}}})
     number = encoder.encode("item", pa.table({"price": [3.5, None, None]}))
     assert_same(encoder.encode("item", pa.table({"price": [" 3.5", "", None]})), number)
-    with pytest.raises(ValueError, match="features.item.price: 'cheap' in row 1 is not a number"):
+    with pytest.raises(ValueError, match="features.item.price: 'cheap' in row 2 is not a number"):
         encoder.encode("item", pa.table({"price": ["3.5", "cheap"]}))
     with pytest.raises(ValueError, match="features.item.price: a column of type list"):
         encoder.encode("item", pa.table({"price": [[1.0]]}))
+
+
+def test_a_value_of_the_wrong_type_is_named_with_its_row_in_the_table():
+    train, users, items = shop()
+    # Rows of the items of training are not rows of the table.
+    unseen = train.filter(pc.not_equal(train["item_id"], items["item_id"][0]))
+    kinds = (("float", "3.5", "a number"), ("int", "3", "a number"), ("timestamp", "2020-01-01", "a time in ISO 8601"))
+    for kind, good, right in kinds:
+        values = pa.array([good] * (len(items) - 1) + ["cheap"])
+        texts = items.set_column(items.column_names.index("price"), "price", values)
+        spec = from_mappings({"item": {"price": {"type": kind}}})
+        with pytest.raises(ConfigError, match=f"features.item.price: 'cheap' in row {len(items)} is not {right}"):
+            Encoder.fit(spec, unseen, users=users, items=texts)
 
 
 def test_times_become_hour_weekday_and_age():
@@ -117,5 +133,5 @@ def test_a_time_is_one_however_it_is_stored():
     assert (
         milliseconds.encode("item", pa.table({"listed": pc.multiply(seconds, 1000)}))["listed"].tolist() == encoded[0]
     )
-    with pytest.raises(ValueError, match="features.item.listed: 'soon' in row 0 is not a time"):
+    with pytest.raises(ValueError, match="features.item.listed: 'soon' in row 1 is not a time"):
         encoder.encode("item", pa.table({"listed": ["soon"]}))

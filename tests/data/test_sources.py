@@ -240,6 +240,7 @@ def test_a_wrong_time_is_named_and_its_form_explained(tmp_path):
         ("userId,item_id\nu,i\n", r"no column 'user_id' \(did you mean 'userId'\?\).*=\{'user_id': 'userId'\}"),
         ("user_id,item_id\nu,i\nu\n", r"log\.csv cannot be read: .*Row #3"),
         ("user_id,user_id\nu,i\n", r"several columns named 'user_id'"),
+        ("user_id;item_id\nu;i\n", r"no column 'user_id'.*separated by ';': set config\.data\.interactions\.delimiter=';'"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path, text, message):
@@ -248,15 +249,37 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, message):
         rows(path)
 
 
+def test_a_column_that_the_file_lacks_can_be_named_or_left_out(tmp_path):
+    path = write(tmp_path / "log.csv", "user,item_id\nu,i\n")
+    given = {"user_id": "user", "item_id": "item_id"}
+    with pytest.raises(ConfigError) as error:
+        rows(path, columns=given | {"timestamp": "timestamp"})
+    offered = f"or that there is none by config.data.interactions.columns={given!r}"
+    assert offered in str(error.value) and rows(path, columns=given).column_names == ["user_id", "item_id"]
+    with pytest.raises(ConfigError) as error:
+        rows(path, columns={"user_id": "user", "item_id": "product"})
+    assert "'product'" in str(error.value) and "there is none" not in str(error.value)
+
+
+def test_a_negative_weight_is_named_with_its_row(tmp_path):
+    for weights, row, value in ((["1", "", "-1"], 3, "'-1'"), (["-0.5", "2", "3"], 1, "'-0.5'")):
+        lines = "".join(f"u,i,{weight}\n" for weight in weights)
+        path = write(tmp_path / "log.csv", f"user_id,item_id,weight\n{lines}")
+        with pytest.raises(ConfigError, match=rf"row {row} .*column 'weight': {value} is not at least 0"):
+            rows(path)
+
+
 def test_paths_that_lead_nowhere_say_why(tmp_path, monkeypatch):
     write(tmp_path / "clicks.csv", LOG)
     (tmp_path / "empty").mkdir()
     monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path / "empty")  # another folder than the one that a relative path was meant for
     for path, message in (
         ("", r"interactions\.path='' is empty"),
         (str(tmp_path / "click.csv"), r"no such file \(did you mean 'clicks\.csv'\?\)"),
         (str(tmp_path / "empty"), r"holds no file that ends in \.csv"),
         ("$NOWHERE/log.csv", r"environment variable NOWHERE is not set"),
+        ("clicks.csv", rf"there is no such file in {tmp_path / 'empty'}"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             rows(path)

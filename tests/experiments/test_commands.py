@@ -1,7 +1,9 @@
 """Export, evaluate and query as they are launched, one after the other, on a run of seconds."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import experiments.launch
 from twotower.config import from_dict
 from twotower.evaluation.evaluate import make_validate
 from twotower.training.run import train
@@ -95,12 +98,92 @@ def test_query_writes_lists_of_many_users(exported, tmp_path):
     assert table["user_id"].to_pylist() == ["1"] * 3 + ["nobody"] * 3 + ["2"] * 3 and "1 of them not known" in printed
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("command, harm, message", [
+    ("query", lambda run: flip(run / "bundle" / "item_vectors.npy"), "item_vectors.npy was changed after the bundle"),
+    ("query", lambda run: (run / "bundle" / "manifest.json").write_text("{"), "manifest.json is corrupt"),
+    ("evaluate", lambda run: flip(run / "encoder" / "vocabulary_0_bytes.npy"), "vocabulary_0_bytes.npy is corrupt"),
+    ("export", lambda run: shutil.rmtree(run / "encoder"), "encoder holds no encoder"),
+    ("export", lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
+])  # fmt: skip
+def test_what_was_damaged_is_named(exported, tmp_path, command, harm, message):
+    shutil.copytree(exported, tmp_path / "run")
+    harm(tmp_path / "run")
+    error = launch(command, f"--workdir={tmp_path / 'run'}", *(["--user=1"] if command == "query" else []), ok=False)
+    assert message in error and "Traceback" not in error
+
+
+MY_LOG = "--config=experiments/configs/my_log.py"
+LOG = "user_id,item_id,timestamp\n" + "".join(f"{n % 7},{n % 5},{1_600_000_000 + n}\n" for n in range(100))
+
+
+@pytest.mark.parametrize("log, flags, message", [
+    (LOG.replace("user_id", "user"), [], "log.csv has no column 'user_id' (did you mean 'user'?)"),
+    (LOG.replace("1600000041", "soon"), [], "log.csv, row 42 (row 43 with the header), column 'timestamp': 'soon'"),
+    (LOG, ["--config.training.step=3"],
+     "--config.training.step: config.training has no option 'step'; did you mean 'steps'?"),
+    (LOG, ["--config.data.interactions.columns.weight=w"], "A mapping is set whole: --config.data.interactions.columns={...}"),
+    (LOG, ["--config.objective.loss=sofmax"], "config.objective.loss='sofmax' is not known; did you mean 'softmax'? Known:"),
+    (LOG, ["--config.features.item={'price': {'type': 'float'}}"],
+     "features.item.price reads column 'price'; the items table has no"),
+    (LOG, ["--config.training.batch_size=1000"], "config.training.batch_size=1000 is larger than the data"),
+    (LOG, ["--config=experiments/configs/nowhere.py"], "No such file or directory: 'experiments/configs/nowhere.py'"),
+])  # fmt: skip
+def test_a_training_that_cannot_start_says_why_in_a_line(tmp_path, log, flags, message):
+    (tmp_path / "log.csv").write_text(log)
+    path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
+    error = launch("train", MY_LOG, f"--workdir={tmp_path / 'run'}", path, *flags, ok=False)
+    assert message in error and "Traceback" not in error
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        experiments.launch._guarded(interrupted, ["train"])
+    assert ended.value.code == 130 and "the same command" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback_and_a_refusal_of_the_machine_does_not():
+    def defect():
+        raise ValueError("of somebody else's")
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
+
+    with pytest.raises(ValueError):
+        experiments.launch._guarded(defect, ["train"])
+    with pytest.raises(SystemExit, match="Error: runs/a: No space left on device"):
+        experiments.launch._guarded(full, ["train"])
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--out"])
+def test_a_place_that_cannot_be_written_is_named(exported, tmp_path, flag):
+    (tmp_path / "file").write_text("1\n")
+    (tmp_path / "log.csv").write_text(LOG)
+    place = f"{flag}={tmp_path / 'file' / 'under'}"
+    if flag == "--workdir":
+        error = launch("train", MY_LOG, place, f"--config.data.interactions.path={tmp_path / 'log.csv'}",
+                       "--config.training.batch_size=8", ok=False)  # fmt: skip
+    else:
+        error = launch("query", f"--workdir={exported}", f"--users={tmp_path / 'file'}", place, ok=False)
+    assert f"Error: {tmp_path / 'file'}" in error and "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "log.csv"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--item=nothing"], "'nothing' is not among"),
         ([], "Give one of --user=ID, --item=ID and --users=FILE"),
         (["--users=nowhere.csv"], "nowhere.csv is not a file"),
+        (["--users=README.md", "--out=tests"], "--out=tests is a folder"),
     ],
 )
 def test_mistakes_are_one_line(exported, flags, message):

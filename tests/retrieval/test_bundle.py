@@ -12,6 +12,7 @@ import pytest
 
 from tests.retrieval.conftest import make_run
 from twotower.config import ConfigError
+from twotower.data.prepare import prepare
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import BundleError, _content_digest, _digest, load_bundle, replacing
 from twotower.retrieval.embed import embed_rows
@@ -183,8 +184,8 @@ def showing(run, *display):
 def test_display_columns_are_chosen_and_checked(run, tmp_path):
     export(showing(run, "title", "price"), tmp_path / "bundle")
     assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == ["item_id", "title", "price"]
-    with pytest.raises(ConfigError, match="did you mean 'title'"):
-        export(showing(run, "titel"), tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="did you mean 'title'"):  # already before training
+        prepare(showing(run, "titel").config)
 
 
 def test_weights_with_odd_names_survive(run, tmp_path):

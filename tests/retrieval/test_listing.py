@@ -9,6 +9,17 @@ from twotower.retrieval.listing import _width, format_items, read_ids
 from twotower.retrieval.retriever import Recommendation
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"", "cannot be read: Empty CSV file"), ("a.parquet", b"nonsense", "cannot be read: .*Parquet"),
+    ("a.txt", "Jos\u00e9".encode("latin-1"), "cannot be read: .*utf-8"), ("a.csv", b"user_id\n", "holds no user id"),
+    ("a.txt", b"\n", "holds no user id"),
+])  # fmt: skip
+def test_a_file_without_ids_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--users=.*{name} {message}"):
+        read_ids(tmp_path / name)
+
+
 def test_ids_of_every_kind_of_file(tmp_path):
     (tmp_path / "a.csv").write_text("name,user_id\nx,007\ny,8\n")
     (tmp_path / "a.txt").write_text("user_id\n007\n8\n")

@@ -59,8 +59,9 @@ def check_fitted(fitted_on: str, split: Split) -> None:
     expected = fingerprint(split.train)
     if fitted_on != expected:
         raise LeakageError(
-            f"the encoder was fitted on rows with fingerprint {fitted_on!r}, but the training rows have {expected!r}: "
-            "its vocabularies and statistics may know held-out rows. Fit it on the training rows alone."
+            f"the encoder was fitted on rows with fingerprint {fitted_on!r}, but the training rows now have {expected!r}: "
+            "the data that config.data names, or how it is split, has changed since, and held-out rows may be known. Bring "
+            "the data back, or train in a new folder."
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 
@@ -46,9 +47,13 @@ def ids(column: pa.ChunkedArray, *, typed: bool) -> pa.ChunkedArray:
     return column
 
 
-def numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """float32 numbers; raises BadValue for text that is none."""
-    return _converted(column, lambda c: _trimmed(c).cast(pa.float64()), "a number").cast(pa.float32())
+def numbers(column: pa.ChunkedArray, *, least: float = -math.inf) -> pa.ChunkedArray:
+    """float32 numbers; raises BadValue for text that is none, and for what is below `least`."""
+    values = _converted(column, lambda c: _trimmed(c).cast(pa.float64()), "a number")
+    low = pc.index(pc.less(values, least), True).as_py()
+    if low >= 0:
+        raise BadValue(low, column[low].as_py(), f"at least {least:g}")
+    return values.cast(pa.float32())
 
 
 def seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> pa.ChunkedArray:

@@ -67,8 +67,7 @@ class Encoder:
         A column that `rows` lacks is missing in every row: half-known users and items can be encoded.
 
         Raises:
-            ConfigError: a feature is unknown (the nearest is named).
-            ValueError: a value cannot be read as its feature's type.
+            ConfigError: a feature is unknown (the nearest is named), or a value cannot be read as its feature's type.
         """
         known = self.spec.side(side)
         names = list(known) if features is None else list(features)
@@ -118,7 +117,7 @@ class Encoder:
         """The encoder that `save` wrote.
 
         Raises:
-            ValueError: the folder holds something else, or a file is missing or corrupt.
+            FolderError: the folder holds something else, or a file is missing or corrupt.
         """
         state, arrays = read_folder(folder, "encoder")
         spec = from_mappings(state["spec"])

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.config import ConfigError
 from twotower.data import numeric
 from twotower.data.feature_kinds import (
     Feature,
@@ -90,7 +91,7 @@ def naming(feature: Feature) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise error if str(error).startswith(feature.where) else ValueError(f"{feature.where}: {error}") from None
+        raise error if str(error).startswith(feature.where) else ConfigError(f"{feature.where}: {error}") from None
 
 
 def strings_of(feature: StringFeature, column: pa.ChunkedArray) -> tuple[np.ndarray, pa.LargeStringArray]:
@@ -111,7 +112,7 @@ def _lists(feature: StringsFeature, column: pa.ChunkedArray) -> pa.LargeListArra
             or [pa.array([], pa.large_list(kind.value_type))]
         )
     if not feature.separator and not pa.types.is_null(kind):
-        raise ValueError(
+        raise ConfigError(
             f"{feature.where}: column {feature.column!r} holds {kind}, not lists; name the separator between its "
             f"values, for example separator='|'."
         )

@@ -68,7 +68,8 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
         return from_mappings({"user": config.user, "item": config.item})
     if config.user or config.item:
         raise ConfigError(
-            f"config.features.path={config.path!r} and config.features.user/item are both given: leave one out."
+            f"config.features.path={config.path!r} and config.features.user/item are both given: leave the path out, "
+            "or set config.features.user={} and config.features.item={}."
         )
     try:
         mappings = json.loads(Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8"))

@@ -88,6 +88,7 @@ def fit_columns(columns: Mapping[Key, Column], newest: int | None) -> dict[Key, 
 
 def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -> Fitted:
     feature, values = column.feature, column.values
+    _check_values(column)
     match feature:
         case StringFeature():
             return Fitted(feature, vocabulary=shared[feature.table])
@@ -102,6 +103,15 @@ def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -
             check_missing(feature, vocabulary, column.every)
             return Fitted(feature, vocabulary=vocabulary, vectors=vectors)
     return Fitted(feature)
+
+
+def _check_values(column: Column) -> None:
+    """Reads all values and not only those of training, so that the row in the message is a row of the table."""
+    match column.feature:
+        case IntFeature() | FloatFeature():
+            numeric.as_numbers(column.every, column.feature.where)
+        case TimestampFeature():
+            numeric.as_seconds(column.every, column.feature.where, unit=column.feature.unit)
 
 
 def _vocabularies(columns: list[Column]) -> dict[str, Vocabulary]:
@@ -157,7 +167,7 @@ def _check_context(feature: Feature) -> None:
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
     known = dict.fromkeys(table.column_names + (train.column_names if feature.side == "user" else []))
-    where = f"{feature.where} reads column {feature.column!r}; the {feature.side}s"
+    where = f"{feature.where} reads column {feature.column!r}; the {feature.side}s table"
     try:
         check_fields({feature.column: None}, known, where)
     except ConfigError as error:

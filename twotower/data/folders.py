@@ -14,6 +14,10 @@ from etils import epath
 _VERSION = 1
 
 
+class FolderError(ValueError):
+    """A folder that holds something else, or is not what was written."""
+
+
 def write_folder(folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `kind`.json and one .npy an array into a temporary folder, then puts it in the place of `folder`."""
     folder = epath.Path(folder)
@@ -34,7 +38,7 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     """The state and the arrays that `write_folder` put there.
 
     Raises:
-        ValueError: the folder holds something else, lacks a file, or a file is not what was written.
+        FolderError: the folder holds something else, lacks a file, or a file is not what was written.
     """
     folder = epath.Path(folder)
     content = _read_json(folder, kind)
@@ -42,9 +46,9 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     for name, digest in content["files"].items():
         path = folder / name
         if not path.exists():
-            raise ValueError(f"{folder} is not a whole {kind}: it lacks {name}.")
+            raise FolderError(f"{folder} is not a whole {kind}: it lacks {name}.")
         if _digest(path) != digest:
-            raise ValueError(f"{path} is corrupt: its content is not what was written with {kind}.json.")
+            raise FolderError(f"{path} is corrupt: its content is not what was written with {kind}.json.")
         with path.open("rb") as file:
             arrays[name.removesuffix(".npy")] = np.load(file, allow_pickle=False)
     return content["state"], arrays
@@ -53,17 +57,17 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
 def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
     path = folder / f"{kind}.json"
     if not path.exists():
-        raise ValueError(f"{folder} holds no {kind}: there is no {kind}.json in it.")
+        raise FolderError(f"{folder} holds no {kind}: there is no {kind}.json in it.")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is corrupt: it is not JSON ({error}).") from None
+        raise FolderError(f"{path} is corrupt: it is not JSON ({error}).") from None
     if not isinstance(content, dict) or not {"version", "state", "files", "sha256"} <= set(content):
-        raise ValueError(f"{path} was not written by twotower: it lacks version, state, files or sha256.")
+        raise FolderError(f"{path} was not written by twotower: it lacks version, state, files or sha256.")
     if content["version"] != _VERSION:
-        raise ValueError(f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}.")
+        raise FolderError(f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}.")
     if content["sha256"] != _content_digest(content):
-        raise ValueError(f"{path} is corrupt: its sha256 does not match its content.")
+        raise FolderError(f"{path} is corrupt: its sha256 does not match its content.")
     return content
 
 

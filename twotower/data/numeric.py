@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.config import ConfigError
 from twotower.data.feature_kinds import FloatFeature, IntFeature, TimestampFeature
 from twotower.data.vocabulary import as_strings
 
@@ -22,14 +23,14 @@ def as_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
     """The column as float64 [N], NaN where a value is missing or not finite.
 
     Raises:
-        ValueError: a value is not a number; the message names the feature, the row and the value.
+        ConfigError: a value is not a number; the message names the feature, the row and the value.
     """
     if _is_text(column.type):
         column = _parse(column, pa.float64(), where)
     try:
         values = column.cast(pa.float64(), safe=False).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(f"{where}: a column of type {column.type} holds no numbers.") from None
+        raise ConfigError(f"{where}: a column of type {column.type} holds no numbers.") from None
     return np.where(np.isfinite(values), values, np.nan)
 
 
@@ -37,7 +38,7 @@ def as_seconds(column: pa.ChunkedArray, where: str, *, unit: str = "s") -> tuple
     """Seconds since the epoch, UTC, int64 [N], and which are missing. Numbers are in `unit`, text in ISO 8601.
 
     Raises:
-        ValueError: a value is not a time; the message names the feature, the row and the value.
+        ConfigError: a value is not a time; the message names the feature, the row and the value.
     """
     if _is_text(column.type):
         column = _parse(column, pa.timestamp("s"), where)
@@ -60,7 +61,7 @@ def _parse(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chunked
     except pa.ArrowInvalid:
         row = next(row for row, text in enumerate(texts) if not _parses(text, kind))
         what = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
-        raise ValueError(f"{where}: {texts[row].as_py()!r} in row {row} is not {what}.") from None
+        raise ConfigError(f"{where}: {texts[row].as_py()!r} in row {row + 1} is not {what}.") from None
 
 
 def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:

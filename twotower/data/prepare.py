@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from twotower.config import Config, ConfigError
+from twotower.config import Config, ConfigError, check_fields
 from twotower.data import sources, split
 from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
@@ -57,6 +57,8 @@ def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
     parts = split.split(dataset.interactions, config.split)
     split.audit(parts, config.split)
     users, items = dataset.users, dataset.items
+    # Read by export alone, but asked for here: else a misspelt column would cost a training.
+    check_fields(dict.fromkeys(config.retrieval.display), items.column_names, "config.retrieval.display: the items table")
     in_corpus = np.ones(len(items), bool) if dataset.has_catalogue else _occurs(parts.train["item_id"], items["item_id"])
     items = items.filter(pa.array(in_corpus))
     encoder = encoder or Encoder.fit(spec, parts.train, users=users, items=items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import io
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -80,8 +81,9 @@ def find(path: str, name: str, kind: str) -> list[Path]:
     found = [Path(expanded)] if os.path.exists(expanded) else sorted(map(Path, glob.glob(expanded, recursive=True)))
     if not found:
         folder = Path(expanded).parent
-        others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        raise ConfigError(f"{field}={path!r}: there is no such file{nearest(Path(expanded).name, others)}.")
+        others = [p.name for p in folder.iterdir() if _is_data(Path(p.name), kind)] if folder.is_dir() else []
+        place = "" if os.path.isabs(expanded) else f" in {os.getcwd()}"
+        raise ConfigError(f"{field}={path!r}: there is no such file{place}{nearest(Path(expanded).name, others)}.")
     return found
 
 
@@ -134,7 +136,7 @@ def _read_file(path: Path, config: TableConfig, name: str, kind: str) -> pa.Tabl
         hint = f"; set config.data.{name}.encoding, for example to 'latin-1'" if "UTF8" in str(error) else ""
         if "Empty CSV file" in str(error):
             hint = f"; config.data.{name}.path must name a file with data"
-        raise ConfigError(f"{name}: {path} cannot be read: {error}{hint}.") from error
+        raise ConfigError(f"{name}: {path} cannot be read: {str(error).rstrip('.')}{hint}.") from error
 
 
 def _read_csv(path: Path, config: TableConfig, name: str) -> pa.Table:
@@ -188,12 +190,9 @@ def _joined(parts: list[pa.Table], name: str, files: _Files) -> pa.Table:
 def _renamed(table: pa.Table, config: TableConfig, name: str, keys: tuple[str, ...], files: _Files) -> pa.Table:
     """Our names for the mapped columns; the others keep theirs, unless a mapped one has taken it."""
     known = table.column_names
-    field = f"config.data.{name}.columns"
     for ours, theirs in {**{key: key for key in keys}, **config.columns}.items():
         if theirs not in known:
-            guess = _nearest(theirs, known) or "ITS NAME IN THE FILE"
-            hint = f"say which it is by {field}={{{ours!r}: {guess!r}}}"
-            hint = hint if ours == theirs else f"{field}[{ours!r}] names it"
+            hint = _hint(ours, theirs, known, config, f"config.data.{name}", optional=ours not in keys)
             raise ConfigError(f"{name}: {files.all()} has no column {theirs!r}{nearest(theirs, known)}; {hint}. "
                               f"It has: {', '.join(known)}.")
     taken = set(config.columns.values())
@@ -201,6 +200,18 @@ def _renamed(table: pa.Table, config: TableConfig, name: str, keys: tuple[str, .
     others = {column: table[column] for column in known if column not in taken and column not in mapped}
     merged = {**mapped, **others}
     return pa.table({**{key: merged[key] for key in keys}, **merged})
+
+
+def _hint(ours: str, theirs: str, known: list[str], config: TableConfig, field: str, *, optional: bool) -> str:
+    """What to do about a column that is not there."""
+    if len(known) == 1 and (used := re.search(r"[;\t|,]", known[0])):
+        return f"its fields look separated by {used[0]!r}: set {field}.delimiter={used[0]!r}"
+    hint = f"{field}.columns[{ours!r}] names it"
+    if ours == theirs:
+        mapping = {**config.columns, ours: _nearest(theirs, known) or "ITS NAME IN THE FILE"}
+        hint = f"say which it is by {field}.columns={mapping!r}"
+    others = {name: column for name, column in config.columns.items() if name != ours}
+    return f"{hint}, or that there is none by {field}.columns={others!r}" if optional else hint
 
 
 def _column(
@@ -217,7 +228,7 @@ def _column(
     if name in keys:
         return columns.ids(values, typed=typed)
     if name in _NUMBERS:
-        return columns.numbers(values)
+        return columns.numbers(values, least=0.0 if name == "weight" else -math.inf)
     if name in ("event", "split", "user_id", "item_id"):
         return columns.ids(values, typed=True)
     text = pa.types.is_string(values.type) and not typed

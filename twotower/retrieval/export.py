@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from twotower.config import check_fields
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, replacing, write_bundle
@@ -84,7 +83,6 @@ def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
 def display_items(prepared: Prepared) -> pa.Table:
     """item_id and the columns that `config.retrieval.display` names, or all."""
     display = prepared.config.retrieval.display
-    check_fields(dict.fromkeys(display), prepared.items.column_names, "config.retrieval.display: the items table")
     return prepared.items.select(list(dict.fromkeys(["item_id", *display]))) if display else prepared.items
 
 

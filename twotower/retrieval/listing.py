@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -17,9 +18,23 @@ WIDEST = 48  # characters of a column
 
 
 def read_ids(path: Path) -> list[str]:
-    """The user ids in a file."""
+    """The user ids in a file: at least one.
+
+    Raises:
+        ConfigError: the file is not there, cannot be read, or holds no id.
+    """
     if not path.is_file():
         raise ConfigError(f"--users={path} is not a file.")
+    try:
+        ids = _read_ids(path)
+    except (pa.ArrowInvalid, UnicodeError) as error:
+        raise ConfigError(f"--users={path} cannot be read: {error}.") from error
+    if not ids:
+        raise ConfigError(f"--users={path} holds no user id.")
+    return ids
+
+
+def _read_ids(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         table = pq.read_table(path)
     elif path.suffix == ".csv" or path.name.endswith(".csv.gz"):
