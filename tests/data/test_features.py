@@ -139,6 +139,14 @@ def test_a_list_instead_of_mappings_is_refused(tmp_path):
         load_spec(FeaturesConfig(path=str(tmp_path / "f.json")))
 
 
+def test_a_file_with_an_unknown_type_is_named_with_the_feature(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text('{"user_embedding_layers": {"city": {"type": "strng", "embedding_size": 8}}}')
+    message = f"{path}: features.user.city.type='strng' is not known; did you mean 'string'? Known: float, int, "
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_spec(FeaturesConfig(path=str(path)))
+
+
 @pytest.mark.parametrize("content", [None, "{broken"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     path = tmp_path / "f.json"

@@ -77,7 +77,10 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
         raise ConfigError(
             f"config.features.path={config.path!r} is not a JSON file that can be read: {error}"
         ) from None
-    return from_mappings(mappings)
+    try:
+        return from_mappings(mappings)
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error}") from None
 
 
 def from_mappings(mappings: Any) -> FeatureSpec:
