@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from encoder_shop import assert_same, encode_all, fitted, shop
+from etils import epath
 
 from twotower.data.encoder import Encoder
-from twotower.data.folders import FolderError
+from twotower.data.folders import FolderError, replacing
 
 
 def test_a_saved_encoder_encodes_the_same_bits(tmp_path):
@@ -72,3 +73,56 @@ def test_a_save_that_dies_leaves_the_old_encoder(tmp_path, monkeypatch):
         fitted({}).save(tmp_path / "encoder")
     assert Encoder.load(tmp_path / "encoder").spec == encoder.spec
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replacing_a_folder_that_is_not_there(tmp_path):
+    with replacing(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "new").exists()
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["file"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_whenever_a_replacement_is_killed_the_next_one_still_has_a_folder_to_replace(tmp_path, renames):
+    """Killed after so many renames, with nothing tidied; the next one fails in its block."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    (tmp_path / "folder.12.tmp").mkdir()  # of a killed one that got less far
+    (tmp_path / "folder.mine.tmp").touch()  # nobody's but the user's
+    if renames:
+        (tmp_path / "folder").rename(tmp_path / "folder.345.old.tmp")
+        (tmp_path / "folder.345.tmp").mkdir()
+    if renames == 2:
+        (tmp_path / "folder.345.tmp").rename(tmp_path / "folder")
+        (tmp_path / "folder" / "new").touch()
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "folder"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["folder", "folder.mine.tmp"]
+    assert names(tmp_path / "folder") == ["new" if renames == 2 else "old"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    rename = type(epath.Path(tmp_path)).rename
+
+    def fails(path, target):
+        if target == tmp_path / "folder" and not path.name.endswith(".old.tmp"):
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", fails)
+    with pytest.raises(OSError, match="no"), replacing(tmp_path / "folder") as new:
+        (new / "new").touch()
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+
+
+def test_a_saved_folder_is_recovered_too(tmp_path):
+    fitted().save(tmp_path / "encoder")
+    (tmp_path / "encoder").rename(tmp_path / "encoder.7.old.tmp")
+    fitted({"user": {}, "item": {}}).save(tmp_path / "encoder")
+    assert names(tmp_path) == ["encoder"]

@@ -12,9 +12,10 @@ import pytest
 
 from tests.retrieval.conftest import make_run
 from twotower.config import ConfigError
+from twotower.data.folders import content_digest, digest
 from twotower.data.prepare import prepare
 from twotower.retrieval import export as export_module
-from twotower.retrieval.bundle import BundleError, _content_digest, _digest, load_bundle, replacing
+from twotower.retrieval.bundle import BundleError, load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import all_rows, check_parity, compare_scores, export
 from twotower.retrieval.history import items_of_users, latest_rows
@@ -39,8 +40,8 @@ def rewrite_manifest(folder, **changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     manifest |= changes
-    manifest["files"] = {name: _digest(folder / name) for name in manifest["files"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": _content_digest(manifest)}))
+    manifest["files"] = {name: digest(folder / name) for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": content_digest(manifest)}))
 
 
 def test_what_is_written_is_what_is_read(run, exported):
@@ -166,13 +167,6 @@ def test_parity_is_a_matter_of_1e_5():
     for served in (trained + 2e-5, trained * np.nan):
         with pytest.raises(BundleError, match="nothing was exported"):
             compare_scores(served, trained)
-
-
-def test_replacing_a_folder_that_is_not_there(tmp_path):
-    with replacing(tmp_path / "new") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "new").exists()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 def showing(run, *display):

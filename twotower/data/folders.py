@@ -1,11 +1,13 @@
-"""A folder of one JSON file and arrays: written whole or not at all, checked when read, no pickle."""
+"""Folders that are written whole or not at all, and checked when read: any, and those of one JSON file and arrays."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,20 +20,41 @@ class FolderError(ValueError):
     """A folder that holds something else, or is not what was written."""
 
 
+@contextlib.contextmanager
+def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
+    """A new empty folder that takes the place of `folder` when the block ends well, and is deleted when it does not.
+
+    Wherever a process is killed, the old folder or the new one is left, at worst under the name that it has between two
+    renames: the next call puts it back.
+    """
+    folder = epath.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
+    temporary = folder.parent / f"{folder.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace(temporary, folder)
+    finally:
+        temporary.rmtree(missing_ok=True)
+
+
+def digest(path: epath.PathLike) -> str:
+    """SHA-256 of a file."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON, whatever the order of its keys; that which it says itself, under "sha256", aside."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def write_folder(folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `kind`.json and one .npy an array into a temporary folder, then puts it in the place of `folder`."""
-    folder = epath.Path(folder)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder) as temporary:
         _write(temporary, kind, state, arrays)
-        _replace(temporary, folder)
-    except BaseException:
-        if temporary.exists():
-            temporary.rmtree()
-        raise
 
 
 def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -43,11 +66,11 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     folder = epath.Path(folder)
     content = _read_json(folder, kind)
     arrays = {}
-    for name, digest in content["files"].items():
+    for name, written in content["files"].items():
         path = folder / name
         if not path.exists():
             raise FolderError(f"{folder} is not a whole {kind}: it lacks {name}.")
-        if _digest(path) != digest:
+        if digest(path) != written:
             raise FolderError(f"{path} is corrupt: its content is not what was written with {kind}.json.")
         with path.open("rb") as file:
             arrays[name.removesuffix(".npy")] = np.load(file, allow_pickle=False)
@@ -66,7 +89,7 @@ def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
         raise FolderError(f"{path} was not written by twotower: it lacks version, state, files or sha256.")
     if content["version"] != _VERSION:
         raise FolderError(f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}.")
-    if content["sha256"] != _content_digest(content):
+    if content["sha256"] != content_digest(content):
         raise FolderError(f"{path} is corrupt: its sha256 does not match its content.")
     return content
 
@@ -75,26 +98,31 @@ def _write(folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapp
     for name, array in arrays.items():
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, array, allow_pickle=False)
-    files = {f"{name}.npy": _digest(folder / f"{name}.npy") for name in arrays}
+    files = {f"{name}.npy": digest(folder / f"{name}.npy") for name in arrays}
     content = {"version": _VERSION, "state": state, "files": files}
-    content["sha256"] = _content_digest(content)
+    content["sha256"] = content_digest(content)
     (folder / f"{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def _recover(folder: epath.Path) -> None:
+    """Puts back what a killed process had moved aside, and deletes what else it left."""
+    left = [path for path in folder.parent.iterdir() if re.fullmatch(rf"{re.escape(folder.name)}\.\d+(\.old)?\.tmp", path.name)]
+    for path in left:
+        if path.name.endswith(".old.tmp") and not folder.exists():
+            path.rename(folder)
+        else:
+            path.rmtree()
+
+
 def _replace(temporary: epath.Path, folder: epath.Path) -> None:
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
+    old = folder.parent / f"{folder.name}.{os.getpid()}.old.tmp"
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
-    if old.exists():
-        old.rmtree()
-
-
-def _content_digest(content: Mapping[str, Any]) -> str:
-    rest = {key: content[key] for key in ("version", "state", "files")}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    with contextlib.suppress(OSError):  # the new one is in its place; the next call deletes what is left
+        old.rmtree(missing_ok=True)

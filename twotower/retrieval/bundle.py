@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import pyarrow.parquet as pq
 import twotower
 from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
+from twotower.data.folders import content_digest, digest
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.scann import load_index, save_index
 from twotower.retrieval.weights import load_weights, model_version, save_weights
@@ -84,14 +83,14 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int) -> dict[str, Any]:
     np.save(folder / "seen_items.npy", bundle.seen.values, allow_pickle=False)
     # What the index was built from, so that it cannot be put beside other vectors or another user tower.
     version = model_version(bundle.weights)
-    save_index(bundle.index, folder / "index", vectors=_digest(folder / "item_vectors.npy"), model_version=version)
+    save_index(bundle.index, folder / "index", vectors=digest(folder / "item_vectors.npy"), model_version=version)
     manifest = {
         "format": FORMAT, "format_version": VERSION, "twotower": twotower.__version__, "packages": _packages(),
         "metric": "dot", "normalized": bundle.model.normalize, "dim": bundle.model.dim, "num_items": len(bundle.items),
         "step": step, "model_version": version,
-        "files": {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        "files": {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     }  # fmt: skip
-    text = json.dumps(manifest | {"sha256": _content_digest(manifest)}, indent=2, sort_keys=True)
+    text = json.dumps(manifest | {"sha256": content_digest(manifest)}, indent=2, sort_keys=True)
     (folder / "manifest.json").write_text(text + "\n")
     return manifest
 
@@ -129,24 +128,6 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     return bundle
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `folder` when the block ends well, and is deleted when it does not."""
-    for left_over in folder.parent.glob(f"{folder.name}.*.tmp"):
-        shutil.rmtree(left_over)  # of an export that was killed
-    temporary = folder.parent / f"{folder.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        old = folder.parent / f"{folder.name}.{os.getpid()}.old.tmp"
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
@@ -164,17 +145,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path} has format version {manifest.get('format_version')!r}; this twotower reads {VERSION}."
         )
-    if manifest.pop("sha256", None) != _content_digest(manifest):
+    if manifest.pop("sha256", None) != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written.")
     return manifest
 
 
 def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for name, digest in manifest["files"].items():
+    for name, written in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise BundleError(f"{path} is missing from the bundle. Export again.")
-        if _digest(path) != digest:
+        if digest(path) != written:
             raise BundleError(f"{path} was changed after the bundle was written: its sha256 is not the manifest's.")
 
 
@@ -195,12 +176,3 @@ def _packages() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _content_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

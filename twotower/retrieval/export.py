@@ -11,8 +11,9 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.data.batches import Rows
+from twotower.data.folders import replacing
 from twotower.data.prepare import Prepared
-from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, replacing, write_bundle
+from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
@@ -30,9 +31,9 @@ def export(run: Run, folder: Path) -> Bundle:
         BundleError: the bundle, loaded again, does not score as the trainer does.
     """
     bundle = make_bundle(run)
-    with replacing(Path(folder)) as temporary:
-        write_bundle(bundle, temporary, step=run.step)
-        check_parity(run, temporary)
+    with replacing(folder) as temporary:
+        write_bundle(bundle, Path(temporary), step=run.step)
+        check_parity(run, Path(temporary))
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step
     )
