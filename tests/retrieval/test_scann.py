@@ -136,6 +136,34 @@ def test_bad_queries_are_refused_and_none_are_answered(built, vectors):
         built.search(vectors[0], 0)
 
 
+@pytest.mark.parametrize("kind", TREES + ["scann_brute_force"])
+def test_queries_of_length_zero_are_refused_where_vectors_are_normalised(kind, vectors, tmp_path):
+    users, items = vectors[0].copy(), vectors[1]
+    users[7] = 0  # not tuned on either: it has no best items
+    index = build_index(items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=users)
+    save_index(index, tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text())["normalized"] is True
+    for each in (index, load_index(tmp_path, items, normalized=True)):
+        with pytest.raises(QueryError, match="query vector 7 is zero"):
+            each.search(users, 4)
+        assert (each.search(users[:7], 4)[1] >= 0).all()
+    assert index.tuning.measured_on in (0, 399)
+
+
+def test_a_zero_query_is_answered_where_vectors_are_not_normalised(vectors):
+    index = build_index(vectors[1], RetrievalConfig(index="scann_tree"), normalized=False, queries=vectors[0])
+    assert index.search(np.zeros((1, 16)), 4)[0].tolist() == [[0.0] * 4]
+
+
+def test_an_index_written_before_it_said_so_is_normalised_as_its_bundle_is(built, vectors, tmp_path):
+    save_index(built, tmp_path)
+    info = json.loads((tmp_path / "index.json").read_text())
+    info.pop("normalized", None)
+    (tmp_path / "index.json").write_text(json.dumps(info))
+    with pytest.raises(QueryError, match="query vector 0 is zero"):
+        load_index(tmp_path, vectors[1], normalized=True).search(np.zeros((1, 16)), 4)
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_vectors_that_are_not_finite_do_not_end_the_process(value):
     code = f"""

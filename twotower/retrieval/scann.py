@@ -49,6 +49,7 @@ class Tuning:
     Attributes:
         kind: a key of `KINDS`.
         num_items, dim: of the vectors.
+        normalized: the vectors have length 1, so that a query of length 0 is a mistake.
         num_leaves: of the tree; 0 without one.
         leaves_to_search: for each query.
         reorder: candidates scored anew with whole vectors; 0 without hashing.
@@ -59,6 +60,7 @@ class Tuning:
     kind: str
     num_items: int
     dim: int
+    normalized: bool = False
     num_leaves: int = 0
     leaves_to_search: int = 0
     reorder: int = 0
@@ -89,7 +91,9 @@ def build_index(vectors: Any, config: RetrievalConfig, *, normalized: bool, quer
     if kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
     queries = vectors if queries is None or not len(queries) else queries
-    return ScannIndex.build(vectors, kind=kind, queries=queries, target_recall=config.target_recall)
+    return ScannIndex.build(
+        vectors, kind=kind, queries=queries, target_recall=config.target_recall, normalized=normalized
+    )
 
 
 def load_index(folder: str | os.PathLike, vectors: np.ndarray, *, normalized: bool) -> Any:
@@ -102,7 +106,7 @@ def load_index(folder: str | os.PathLike, vectors: np.ndarray, *, normalized: bo
     if info["kind"] == "exact":
         return ExactIndex(vectors, normalized=normalized)
     try:
-        return ScannIndex.load(folder)
+        return ScannIndex.load(folder, normalized=normalized)
     except ImportError as error:
         logging.warning("Exact search instead of %s: %s", info["kind"], error)
         return ExactIndex(vectors, normalized=normalized)
@@ -128,7 +132,9 @@ class ScannIndex:
         self.kind, self.num_items, self.dim = tuning.kind, tuning.num_items, tuning.dim
 
     @classmethod
-    def build(cls, vectors: Any, *, kind: str, queries: Any, target_recall: float) -> ScannIndex:
+    def build(
+        cls, vectors: Any, *, kind: str, queries: Any, target_recall: float, normalized: bool = False
+    ) -> ScannIndex:
         """Builds the searcher (the same each time) and searches as few leaves as reach `target_recall`."""
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
@@ -140,13 +146,16 @@ class ScannIndex:
             kind=kind,
             num_items=num_items,
             dim=dim,
+            normalized=normalized,
             num_leaves=leaves,
             leaves_to_search=leaves,
             target_recall=target_recall,
         )
         reorder = max(REORDER) if kind == "scann_tree_ah" else 0
         index = cls(build_searcher(vectors, num_leaves=leaves, reorder=reorder), tuning)
-        index._tune(vectors, sample(check_queries(queries, dim), TUNING_QUERIES))
+        queries = check_queries(queries, dim)
+        queries = queries[queries.any(axis=1)]  # one of length 0 has no best items that could be found
+        index._tune(vectors, sample(queries, TUNING_QUERIES))
         return index
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +167,11 @@ class ScannIndex:
 
         Returns:
             (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k were found.
+
+        Raises:
+            QueryError: as `ExactIndex.search`.
         """
-        queries = check_queries(queries, self.dim)
+        queries = check_queries(queries, self.dim, normalized=self.tuning.normalized)
         check_k(k)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
@@ -223,8 +235,9 @@ class ScannIndex:
         save_searcher(self._searcher, folder)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> ScannIndex:
-        info = json.loads((Path(folder) / "index.json").read_text())
+    def load(cls, folder: str | os.PathLike, *, normalized: bool) -> ScannIndex:
+        """The index that `save_index` wrote; `normalized` is for one written before that stood in index.json."""
+        info = {"normalized": normalized} | json.loads((Path(folder) / "index.json").read_text())
         tuning = Tuning(**{field.name: info[field.name] for field in dataclasses.fields(Tuning)})
         return cls(load_searcher(folder), tuning)
 
