@@ -13,8 +13,8 @@ from twotower.config import ConfigError, choose
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.history import items_of_users
-from twotower.retrieval.scann import sample as evenly_spaced
 
 
 @dataclasses.dataclass(frozen=True)

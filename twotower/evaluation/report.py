@@ -16,9 +16,10 @@ from twotower.evaluation.baselines import make_baselines
 from twotower.evaluation.evaluate import evaluate, model_scores
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
+from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import overlap, sample
+from twotower.retrieval.scann import overlap
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000
@@ -66,7 +67,7 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
         are of this machine, and of the index alone: without encoding users or dropping seen items.
     """
     bundle = retriever.bundle
-    queries = retriever.encode_users(bundle.users.take(pa.array(sample(users, INDEX_QUERIES))))
+    queries = retriever.encode_users(bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES))))
     exact = bundle.index if isinstance(bundle.index, ExactIndex) else ExactIndex(bundle.vectors)
     truth = exact.search(queries, min(INDEX_K, len(bundle.vectors)))[1]
     found = bundle.index.search(queries, truth.shape[1])[1]

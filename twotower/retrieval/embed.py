@@ -1,4 +1,4 @@
-"""Vectors of many users or items, in padded batches of few shapes."""
+"""Vectors of many users or items, in padded batches of few shapes; or of some of them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ def embed_rows(
         padded = {name: pad_rows(values, min(batch, next_power_of_two(rows))) for name, values in part.items()}
         vectors[start : start + rows] = _embed(model, side, weights, padded)[:rows]
     return vectors
+
+
+def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly spaced from the first to the last.
+
+    >>> evenly_spaced(np.arange(10), 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "side"))

@@ -14,10 +14,10 @@ from twotower.data.batches import Rows
 from twotower.data.folders import replacing
 from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
-from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import TUNING_QUERIES, build_index, sample
+from twotower.retrieval.scann import TUNING_QUERIES, build_index
 from twotower.training.run import Run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
@@ -46,7 +46,7 @@ def make_bundle(run: Run) -> Bundle:
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
     users = known_users(prepared)
     seen = items_of_users(all_rows(prepared), num_users=len(users))
-    some = sample(np.arange(len(users)), TUNING_QUERIES)
+    some = evenly_spaced(np.arange(len(users)), TUNING_QUERIES)
     encoded = prepared.encoder.encode("user", users.take(pa.array(some)))
     index = build_index(
         vectors,
@@ -92,8 +92,8 @@ def check_parity(run: Run, folder: Path) -> None:
     retriever = Retriever(load_bundle(folder))
     prepared, model = run.prepared, run.model
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
-    users = sample(np.flatnonzero(latest >= 0), PARITY_ROWS)
-    items = sample(np.arange(len(prepared.items)), PARITY_ROWS)
+    users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
+    items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
     context = joined_context(prepared, latest[users])
     user_features = {name: values[users] for name, values in prepared.features["user"].items()} | context
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from twotower.config import ConfigError, RetrievalConfig, choose
+from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
 from twotower.retrieval.scann_library import (
     BadIndexError,
@@ -155,7 +156,7 @@ class ScannIndex:
         index = cls(build_searcher(vectors, num_leaves=leaves, reorder=reorder), tuning)
         queries = check_queries(queries, dim)
         queries = queries[queries.any(axis=1)]  # one of length 0 has no best items that could be found
-        index._tune(vectors, sample(queries, TUNING_QUERIES))
+        index._tune(vectors, evenly_spaced(queries, TUNING_QUERIES))
         return index
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,11 +246,6 @@ class ScannIndex:
 def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
     """Mean share of each row of `truth` [Q, K] that stands in the same row of `rows` [Q, K]."""
     return float((truth[:, :, None] == rows[:, None, :]).any(-1).mean()) if truth.size else 1.0
-
-
-def sample(queries: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` rows, evenly spaced."""
-    return queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(int)]
 
 
 def _kind(index: str, num_items: int, normalized: bool) -> str:
