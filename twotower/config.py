@@ -251,7 +251,7 @@ class RetrievalConfig:
     """The index and what is shown of an item.
 
     Attributes:
-        index: auto, exact, scann_tree or scann_tree_ah (see `twotower.retrieval.scann`).
+        index: auto, exact, scann_brute_force, scann_tree or scann_tree_ah (see `twotower.retrieval.scann`).
         target_recall: share of the exact top 10 that the index must find; decides how many leaves a query searches.
         display: columns of the items table kept beside the vectors; empty keeps all.
     """
@@ -292,6 +292,10 @@ class Config:
 
     def __post_init__(self):
         _check_ranges(self)
+
+    def trained(self) -> dict[str, Any]:
+        """The sections that decide what training computes: all but `retrieval`, which may change afterwards."""
+        return {name: section for name, section in dataclasses.asdict(self).items() if name != "retrieval"}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
@@ -397,7 +401,7 @@ def _check_ranges(config: Config) -> None:
         at_least(field, 0)
     one_of("data.duplicates", ("all", "first", "last"))
     one_of("evaluation.query", ("user", "interaction"))
-    one_of("retrieval.index", ("auto", "exact", "scann_tree", "scann_tree_ah"))
+    one_of("retrieval.index", ("auto", "exact", "scann_brute_force", "scann_tree", "scann_tree_ah"))
     for table in ("interactions", "user_table", "item_table", "test"):
         one_of(f"data.{table}.timestamp_unit", ("s", "ms", "us", "ns"))
         delimiter, encoding = (_get(config, f"data.{table}.{field}") for field in ("delimiter", "encoding"))

@@ -34,13 +34,13 @@ def _stepper(rows: int):
     from twotower.towers.two_tower import TwoTower
     from twotower.training.step import Trainer, init_state, train_step
 
-    config = from_dict({"training": {"batch_size": 1024}})
+    config = from_dict({"objective": {"symmetric": True}, "training": {"batch_size": 1024}})
     inputs = {side: {"id": Input(table=f"{side}.id")} for side in ("user", "item")}
-    # The user table has the size under test; the item table is a catalogue of 100,000.
-    tables = {"user.id": TableShape(rows=rows, width=64), "item.id": TableShape(rows=100_000, width=64)}
+    # The tables are the users' and a catalogue as large, of half the width so that both fit into memory beside the peer's.
+    tables = {f"{side}.id": TableShape(rows=rows, width=32) for side in inputs}
     model = TwoTower.build_from(config.model, inputs, tables)
     trainer = Trainer.build(config, model)
-    counts = {"user": np.ones(rows, np.float32), "item": np.ones(100_000, np.float32)}
+    counts = {side: np.ones(rows, np.float32) for side in inputs} | {"rows": np.float32(rows)}
     state = [jax.jit(functools.partial(init_state, trainer))(counts)]
     jitted = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0)
     rng = np.random.default_rng(0)
@@ -55,8 +55,7 @@ def _stepper(rows: int):
 
 
 def _batch(rng: np.random.Generator, rows: int) -> dict:
-    user = (rng.zipf(1.1, 1024) % 100_000 * (rows // 100_000)).astype(np.int32)
-    item = (rng.zipf(1.1, 1024) % 100_000).astype(np.int32)
+    user, item = ((rng.zipf(1.1, 1024) % 100_000 * (rows // 100_000)).astype(np.int32) for _ in range(2))
     return {
         "user": user, "item": item, "weight": np.ones(1024, np.float32),
         "user_features": {"id": user}, "item_features": {"id": item},

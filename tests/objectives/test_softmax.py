@@ -82,6 +82,13 @@ def test_other_positives_of_the_user_are_no_negatives(vectors):
     assert gradient(False)[3].any()
 
 
+def test_candidates_of_nobody_are_negatives_of_a_query_of_nobody(vectors):
+    """-1 says that there is no owner; two of them are not the same user."""
+    nobody = jnp.full(B, -1, jnp.int32)
+    got = _loss(*vectors, _candidates(np.arange(B), nobody), owners=nobody)
+    np.testing.assert_allclose(got, _loss(*vectors, _candidates(np.arange(B)), mask_same_user=False), rtol=1e-6)
+
+
 def test_padding_equals_slicing(vectors):
     padded = jnp.concatenate([vectors[1], jnp.full((3, D), 50.0)])
     ids = np.concatenate([np.arange(B), [-1, -1, -1]])
@@ -124,7 +131,7 @@ def test_corrected_popular_negatives_give_the_full_softmax_gradient():
 
 def test_expected_counts_are_those_of_uniformly_drawn_rows():
     counts, rng = np.array([100.0, 10.0, 1.0, 0.0]), np.random.default_rng(0)
-    expected = np.exp(log_expected_count(jnp.asarray(counts, jnp.float32), jnp.arange(4), 32))
+    expected = np.exp(log_expected_count(jnp.asarray(counts, jnp.float32), jnp.float32(counts.sum()), jnp.arange(4), 32))
     rows = np.repeat(np.arange(4), counts.astype(int))
     drawn = np.mean([np.bincount(rng.choice(rows, 32), minlength=4) for _ in range(20_000)], axis=0)
     np.testing.assert_allclose(expected[:3], drawn[:3], rtol=0.05)

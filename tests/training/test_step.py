@@ -97,7 +97,7 @@ def test_the_compiled_step_holds_no_array_of_table_size(make, prepared):
     rows = 307_200
     tables = {n: dataclasses.replace(t, rows=rows) if n == "user.user_id" else t for n, t in trainer.model.tables.items()}
     trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, tables=tables))
-    counts = {"user": jnp.ones(len(prepared.users)), "item": jnp.ones(len(prepared.items))}
+    counts = {"user": jnp.ones(len(prepared.users)), "item": jnp.ones(len(prepared.items)), "rows": jnp.float32(9.0)}
     state = jax.jit(functools.partial(step_module.init_state, trainer))(counts)
     compiled = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0).lower(state, batch).compile()
     memory = compiled.memory_analysis()
@@ -142,9 +142,25 @@ def test_the_temperature_stays_within_bounds_and_is_free_to_return(make):
     assert back.params["log_temperature"] > at_bound.params["log_temperature"]
 
 
+def test_dropout_and_dropped_ids_differ_from_step_to_step(make):
+    still = {"tables": {"learning_rate": 0.0}, "optimizer": {"learning_rate": 0.0}}
+    config = small_config(model={"user": {"layers": (16,), "dropout": 0.5}}, training=still)
+    trainer, state, batch = make(config)
+    first, again = _step(state, batch, trainer=trainer), _step(state, batch, trainer=trainer)
+    assert first[1]["loss"] == again[1]["loss"]
+    # At rate 0 only the randomness of the next step is another.
+    assert _step(first[0], batch, trainer=trainer)[1]["loss"] != first[1]["loss"]
+
+
+def test_weight_decay_of_an_optimizer_that_has_none_is_refused(make):
+    with pytest.raises(ConfigError, match="weight_decay=0.1 needs kind='adamw', not 'adam'"):
+        make(small_config(training={"optimizer": {"weight_decay": 0.1}}))
+
+
 def test_a_fixed_temperature_is_not_trained(make):
     trainer, state, batch = make(small_config(model={"learn_temperature": False}))
     new, _ = _step(state, batch, trainer=trainer)
+    assert jax.grad(lambda p: trainer.model.temperature(p))(state.params)["log_temperature"] == 0
     assert new.params["log_temperature"] == state.params["log_temperature"]
 
 

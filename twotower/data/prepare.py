@@ -15,6 +15,7 @@ from twotower.data import sources, split
 from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
 from twotower.data.features import load_spec
+from twotower.data.interactions import timestamps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Prepared:
         train, validation, test: the interactions.
         features: {"user": {name: [U, ...]}, "item": {name: [N, ...]}}, encoded, in the order of `users` and `items`.
         truth: true factors in the same order, of the generated shop.
-        last: for each user the place in all interactions (train, validation, test joined) of the latest; raw context rows.
+        encoder: fitted on the training rows.
+        raw: the interactions as tables, all columns.
     """
 
     config: Config
@@ -84,9 +86,8 @@ def _rows(table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder) -
         found = pc.index_in(table[name], value_set=among[name].combine_chunks())
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)
 
-    timestamp = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
     return Rows(
-        places("user_id", users), places("item_id", items), _weights(table), timestamp,
+        places("user_id", users), places("item_id", items), _weights(table), timestamps(table),
         encoder.encode("user", table, encoder.context),
     )  # fmt: skip
 

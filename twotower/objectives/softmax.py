@@ -40,7 +40,8 @@ def softmax(
     Returns:
         One loss a query, in nats.
     """
-    scores = jnp.einsum("bd,cd->bc", queries * inverse_temperature, items, preferred_element_type=jnp.float32)
+    at_least_float32 = jnp.promote_types(queries.dtype, jnp.float32)
+    scores = jnp.einsum("bd,cd->bc", queries * inverse_temperature, items, preferred_element_type=at_least_float32)
     logits = scores - candidates.log_expected_count[None, :]
     allowed = _allowed(owners, positives, candidates, mask_same_user)
     positive = jnp.take_along_axis(logits, positives[:, None], axis=1)[:, 0]

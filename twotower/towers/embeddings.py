@@ -44,7 +44,7 @@ def init_table(key: jax.Array, rows: int, width: int) -> Float[Array, "V D"]:
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """The rows of `ids`. An id past the end gives NaN, which stops training, instead of some other row."""
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array, "... D"]:

@@ -38,4 +38,6 @@ class MLP(nn.Module):
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Vectors of norm 1; the zero vector stays zero, with a zero gradient instead of NaN."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    positive = square > 1e-12
+    return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1.0)), 0.0)

@@ -128,7 +128,8 @@ class TwoTower:
 
     def temperature(self, params: Mapping[str, Any]) -> Float[Array, ""]:
         """The number that scores are divided by in the loss."""
-        return jnp.exp(params["log_temperature"])
+        log = params["log_temperature"]
+        return jnp.exp(log if self.config.learn_temperature else jax.lax.stop_gradient(log))
 
     def _columns(self, side: str, rows: Features, features: Features) -> dict[str, jax.Array]:
         def column(name: str, i: Input) -> jax.Array:

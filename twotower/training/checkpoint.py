@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -43,13 +44,19 @@ class Checkpoints:
         folder: where they are.
         metric: the validation metric of the best.
         keep: how many of the latest to keep.
+        run: names the run; a checkpoint of another one is refused.
+        read_only: leave the folder as it is, whatever is being saved in it.
     """
 
-    def __init__(self, folder: epath.PathLike, *, metric: str, keep: int) -> None:
-        self.folder, self._metric = epath.Path(folder), metric
+    def __init__(
+        self, folder: epath.PathLike, *, metric: str, keep: int, run: str, read_only: bool = False
+    ) -> None:
+        self.folder, self._metric, self._run = epath.Path(folder), metric, run
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(metric, keep), best_fn=lambda values: values.get(metric, 0.0),
-            cleanup_tmp_directories=True,
+            # Orbax stores the metrics only where it has a `best_fn`.
+            # Only the trainer may clean up: to a reader a half-written folder is the trainer's save in progress.
+            cleanup_tmp_directories=not read_only, read_only=read_only, create=not read_only,
         )  # fmt: skip
         names = ("state", "record")
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options, item_names=names)
@@ -62,7 +69,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, *, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts to save; training may go on at once, also with `state` donated."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
+        checked = {"run": self._run, "checksum": int(checksum(state)), "loop": dict(record)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked))
         self._manager.save(step, args=items, metrics=dict(metrics))
 
     def latest(self) -> int | None:
@@ -84,7 +92,7 @@ class Checkpoints:
             abstract: shapes, types and shardings to restore onto, always explicit.
 
         Raises:
-            CheckpointError: the files are corrupt, or hold another model's arrays.
+            CheckpointError: the files are corrupt, or hold the arrays of another model or run.
         """
         if step not in self._manager.all_steps():
             known = ", ".join(map(str, self._manager.all_steps())) or "none"
@@ -93,11 +101,34 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
                 f"{self.folder / str(step)} cannot be restored: it is damaged, or was written by a model with other "
-                f"tables or layers than this configuration's. Delete that folder to go on from an earlier checkpoint. ({error})"
+                f"tables or layers than this configuration's. {_REMEDY} ({reason})"
             ) from error
-        return restored.state, restored.record
+        if restored.record["run"] != self._run:
+            raise CheckpointError(f"{self.folder / str(step)} belongs to another run, of another configuration. {_REMEDY}")
+        if restored.record["checksum"] != int(checksum(restored.state)):
+            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: its arrays are not those saved. {_REMEDY}")
+        return restored.state, restored.record["loop"]
+
+
+_REMEDY = "Delete that folder to go on from an earlier checkpoint."
+
+
+@jax.jit
+def checksum(state: Any) -> jax.Array:
+    """A number, uint32, that any change of a single element of any array changes; computed where the arrays are.
+
+    Orbax's files have no checksum of their own: a flipped byte restores without a word.
+    """
+    total = jnp.uint32(0)
+    for place, leaf in enumerate(jax.tree.leaves(state)):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+        # Odd factors are invertible modulo 2^32, so no change of one element cancels out.
+        factors = 2 * jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B1) + 1
+        total += jnp.uint32(2 * place + 1) * jnp.sum(words * factors, dtype=jnp.uint32)
+    return total
 
 
 def abstract_like(state: Any) -> Any:

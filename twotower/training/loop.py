@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -50,14 +52,19 @@ class Record:
         self.stopped = bool(patience) and self.waited >= patience
 
 
-def open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) -> Checkpoints:
+    """The checkpoints of the run in `workdir`; see `Checkpoints`."""
     training = config.training
-    return Checkpoints(Path(workdir) / "checkpoints", metric=training.metric, keep=training.keep_checkpoints)
+    run = hashlib.sha256(json.dumps(config.trained(), sort_keys=True).encode()).hexdigest()[:16]
+    return Checkpoints(
+        Path(workdir) / "checkpoints", metric=training.metric, keep=training.keep_checkpoints, run=run, read_only=read_only
+    )
 
 
 def abstract_state(trainer: Trainer, num_users: int, num_items: int) -> TrainState:
     """The shapes of a state, without allocating it."""
-    counts = {"user": jax.ShapeDtypeStruct((num_users,), "float32"), "item": jax.ShapeDtypeStruct((num_items,), "float32")}
+    shapes = {"user": (num_users,), "item": (num_items,), "rows": ()}
+    counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     return abstract_like(jax.eval_shape(functools.partial(init_state, trainer), counts))
 
 
@@ -100,6 +107,7 @@ def fit(trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Valida
                     meter.resume()
                     if record.stopped:
                         break
+            meter.flush()
     best = f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
     logging.info("Training ended at step %d%s.", state.step, best)
     return state
@@ -119,12 +127,11 @@ def compile_step(trainer: Trainer, batches: Batches) -> Callable[[TrainState, in
     return lambda state, step: jitted(state, resident, jax.device_put(batches.indices(step)))
 
 
-def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
-    """Training rows of each user and of each item of the corpus."""
+def count_rows(prepared: Prepared) -> dict[str, Any]:
+    """Training rows of each user, of each item of the corpus, and in all: `TrainState.frequency`."""
     sizes = {"user": len(prepared.users), "item": len(prepared.items)}
-    return {
-        side: np.bincount(getattr(prepared.train, side), minlength=size).astype(np.float32) for side, size in sizes.items()
-    }
+    counts = {side: np.bincount(getattr(prepared.train, side), minlength=n) for side, n in sizes.items()}
+    return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(len(prepared.train))}
 
 
 def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Record]:
@@ -149,7 +156,10 @@ def _validate_and_save(
     validate: Validate | None,
 ) -> TrainState:  # fmt: skip
     config, step = trainer.config.training, int(state.step)
-    values = dict(validate(state.weights)) if validate else {}
+    try:
+        values = dict(validate(state.weights)) if validate else {}
+    except ValueError as error:  # vectors that cannot be ranked: the parameters are no longer finite
+        raise TrainingError(f"Validation failed at step {step}: {error} {_last_good(checkpoints)}") from error
     value = values.get(config.metric)
     record.update(step, value, config.patience)
     if value is not None:
@@ -161,6 +171,13 @@ def _validate_and_save(
     return state
 
 
+def _last_good(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    where = f"The last good checkpoint is {checkpoints.folder / str(latest)}." if latest else "There is no checkpoint before it."
+    return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
+
+
 class _Meter:
     """Reads the metrics of a step after the next one was launched, averages them and writes them."""
 
@@ -169,7 +186,8 @@ class _Meter:
         self._batch_size, self._log_every = batch_size, log_every
         self._pending: tuple[int, Any] | None = None
         self._window: list[dict[str, float]] = []
-        self._since = self._read_at = time.perf_counter()
+        # The rate is measured from the first step read on, so that compiling does not count.
+        self._since, self._timed, self._read_at, self._step = 0.0, -1, 0.0, 0
 
     def launched(self, step: int, metrics: Any) -> None:
         self.read()
@@ -179,32 +197,34 @@ class _Meter:
         """Validations do not count against the rate of training."""
         self._since += time.perf_counter() - self._read_at
 
+    def flush(self) -> None:
+        """Writes what is left when training ends between two lines."""
+        self.read()
+        if self._window:
+            self._write()
+
     def read(self) -> None:
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (self._step, metrics), self._pending = self._pending, None
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._refuse(step, values)
+            raise TrainingError(
+                f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {self._step}. "
+                f"{_last_good(self._checkpoints)}"
+            )
         self._writer.advance()
         self._window.append(values)
-        self._read_at = time.perf_counter()
-        if step % self._log_every == 0:
-            self._write(step)
+        self._read_at, self._timed = time.perf_counter(), self._timed + 1
+        self._since = self._since if self._timed else self._read_at
+        if self._step % self._log_every == 0:
+            self._write()
 
-    def _write(self, step: int) -> None:
-        now = self._read_at
+    def _write(self) -> None:
         means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
-        means["examples_per_second"] = self._batch_size * len(self._window) / (now - self._since)
-        show = {"loss": f"{means['loss']:.4f}", "examples/s": f"{means['examples_per_second']:,.0f}"}
-        self._writer.write(step, means, show=show)
-        self._window, self._since = [], now
-
-    def _refuse(self, step: int, values: Mapping[str, float]) -> None:
-        self._checkpoints.wait()
-        latest = self._checkpoints.latest()
-        good = f"The last good checkpoint is {self._checkpoints.folder / str(latest)}" if latest else "There is none before it"
-        raise TrainingError(
-            f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {step}. {good}. "
-            "Lower the learning rates, or set config.training.optimizer.clip_norm."
-        )
+        show = {"loss": f"{means['loss']:.4f}"}
+        if self._timed:
+            means["examples_per_second"] = self._batch_size * self._timed / (self._read_at - self._since)
+            show["examples/s"] = f"{means['examples_per_second']:,.0f}"
+        self._writer.write(self._step, means, show=show)
+        self._window, self._since, self._timed = [], self._read_at, 0

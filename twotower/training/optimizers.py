@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig, choose
+from twotower.config import ConfigError, DenseOptimizerConfig, ScheduleConfig, TrainingConfig, choose
 
 DENSE: Mapping[str, Any] = {
     "adam": lambda c: optax.adam(c.learning_rate),
@@ -26,6 +27,9 @@ def _kernels(params: Any) -> Any:
 def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
     """The optimizer that `config` names, behind clipping; without the schedule."""
     kind = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
+    if config.weight_decay and config.kind != "adamw":
+        decay = f"config.training.optimizer.weight_decay={config.weight_decay}"
+        raise ConfigError(f"{decay} needs kind='adamw', not {config.kind!r}.")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), kind) if config.clip_norm else kind
 
 
@@ -60,7 +64,7 @@ def update_plateau(state: PlateauState, value: float, config: ScheduleConfig) ->
     """After a validation: `value` is the metric, larger is better."""
     if config.kind != "plateau":
         return state
-    if value > float(state.best):
+    if np.float32(value) > state.best:
         return PlateauState(state.scale, jnp.float32(value), jnp.int32(0))
     waited = int(state.waited) + 1
     if waited < config.patience:

@@ -49,15 +49,14 @@ def train(config: Config, workdir: Path | str, *, make_validate: Any = None) -> 
     if jax.process_count() > 1:
         raise ConfigError(f"Training runs in one process, and this is one of {jax.process_count()}: launch it on one host.")
     chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
-    _check_free(workdir, config)
     folder = workdir / "encoder"
-    known = Encoder.load(folder) if folder.exists() else None
+    known = Encoder.load(folder) if _is_begun(workdir, config) and folder.exists() else None
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model)
     # Only now that everything fits: a mistake found above leaves the folder free for the corrected configuration.
+    _claim(workdir, config)
     if known is None:
-        _claim(workdir, config)
         prepared.encoder.save(folder)
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
@@ -80,7 +79,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = abstract_state(Trainer.build(config, model), len(prepared.users), len(prepared.items))
-    with open_checkpoints(workdir, config) as checkpoints:
+    with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = _step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
     return Run(workdir, config, prepared, model, state.weights, step)
@@ -101,25 +100,38 @@ def load_config(workdir: Path) -> Config:
             f"--workdir={workdir} is no run: it has no config.json. Train one first: "
             f"python -m experiments.train --config=experiments/configs/quickstart.py --workdir={workdir}"
         )
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return from_dict(_read_json(path))
 
 
-def _check_free(workdir: Path, config: Config) -> None:
-    """Refuses a folder that holds a run of another configuration, or something else."""
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}). Restore it, or delete the folder and train again.") from None
+
+
+def _is_begun(workdir: Path, config: Config) -> bool:
+    """Whether `workdir` holds a run of this configuration; refuses one of another, and a folder of something else.
+
+    A run that never reached a checkpoint (its batch was larger than the data, say) may be begun again otherwise.
+    """
     path = workdir / "config.json"
-    if path.exists():
-        changed = _differences(json.loads(path.read_text(encoding="utf-8")), json.loads(config.to_json()))
-        if changed:
-            raise ConfigError(
-                f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
-                "delete this one."
-            )
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder.")
+    if not path.exists():
+        if workdir.exists() and any(other.name != "config.tmp" for other in workdir.iterdir()):
+            raise ConfigError(f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder.")
+        return False
+    old, new = _read_json(path), json.loads(config.to_json())
+    changed = _differences(*({name: x for name, x in values.items() if name in config.trained()} for values in (old, new)))
+    if changed and any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*")):
+        raise ConfigError(
+            f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
+            "delete this one."
+        )
+    return not changed
 
 
 def _claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration of a new run."""
+    """Writes the configuration of the run."""
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / "config.tmp"
     temporary.write_text(config.to_json(), encoding="utf-8")

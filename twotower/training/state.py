@@ -20,7 +20,7 @@ class TrainState:
         batch_stats: running statistics, see `Weights`.
         opt_state: the dense optimizer's, and the plateau schedule's.
         table_slots: table name -> the sparse optimizer's arrays.
-        frequency: {"user": float32 [U], "item": float32 [N]}, training rows of each.
+        frequency: {"user": float32 [U], "item": float32 [N], "rows": float32 scalar}, training rows of each and in all.
     """
 
     step: Any

@@ -53,7 +53,7 @@ def chosen_kinds(config: Config) -> tuple[Callable, optax.GradientTransformation
 
 
 def init_state(trainer: Trainer, frequency: Mapping[str, jax.Array]) -> TrainState:
-    """A fresh state. `frequency` holds the training rows of each user and item."""
+    """A fresh state. `frequency` is what `TrainState` documents."""
     training = trainer.config.training
     weights = trainer.model.init(jax.random.key(training.seed))
     slots = {n: trainer.sparse.init(t, training.tables.initial_accumulator) for n, t in weights.tables.items()}
@@ -103,7 +103,7 @@ def example_losses(
     size = batch["user"].shape[0]
 
     def one_way(query: str, answer: str) -> jax.Array:
-        counts = log_expected_count(frequency[answer], batch[answer], size) if objective.logq else None
+        counts = log_expected_count(frequency[answer], frequency["rows"], batch[answer], size) if objective.logq else None
         return trainer.loss(
             vectors[query], vectors[answer],
             inverse_temperature=1.0 / trainer.model.temperature(params),

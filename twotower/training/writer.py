@@ -55,7 +55,7 @@ class MetricWriter:
         self._shown |= show
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
-            logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in self._shown.items()))
+            logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in show.items()))
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -1,0 +1,43 @@
+"""What a step asks of the loss: counts, masks and both directions, against a loop over pairs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twotower.config import from_dict
+from twotower.data.encodings import Input, TableShape
+from twotower.towers.two_tower import TwoTower
+from twotower.training.step import Trainer, example_losses
+
+USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
+COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
+
+
+def _by_hand(query, answer, vectors, counts, *, logq, mask_same_user):
+    ids, owners, losses = np.array(answer), np.array(query), []
+    for b in range(len(ids)):
+        kept = [c for c in range(len(ids)) if c == b or (ids[c] != ids[b] and not (mask_same_user and owners[c] == owners[b]))]
+        logit = [vectors[0][b] @ vectors[1][c] / 0.07 - logq * np.log(len(ids) * max(counts[ids[c]], 1) / sum(counts))
+                 for c in range(len(ids))]  # fmt: skip
+        losses.append(np.log(sum(np.exp(logit[c]) for c in kept)) - logit[b])
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("options", [{}, {"logq": False}, {"mask_same_user": False}, {"symmetric": True}], ids=str)
+def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
+    config = from_dict({"objective": options})
+    inputs = {side: {"id": Input(table=side)} for side in ("user", "item")}
+    model = TwoTower.build_from(config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs})
+    rng = np.random.default_rng(0)
+    user, item = (rng.normal(size=(6, 4)).astype(np.float32) / 4 for _ in range(2))
+    batch = {"user": jnp.array(USER), "item": jnp.array(ITEM)}
+    got = example_losses(
+        Trainer.build(config, model), {"log_temperature": jnp.log(jnp.float32(0.07))},
+        {"user": jnp.asarray(user), "item": jnp.asarray(item)}, batch,
+        {k: jnp.array(v) for k, v in COUNTS.items()} | {"rows": jnp.float32(42.0)},
+    )  # fmt: skip
+    by_hand = {k: options.get(k, True) for k in ("logq", "mask_same_user")}
+    expected = _by_hand(USER, ITEM, (user, item), COUNTS["item"], **by_hand)
+    if options.get("symmetric"):
+        expected = (expected + _by_hand(ITEM, USER, (item, user), COUNTS["user"], **by_hand)) / 2
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
