@@ -14,6 +14,7 @@ from tests.retrieval.conftest import make_run
 from twotower.config import ConfigError
 from twotower.data.folders import content_digest, digest
 from twotower.data.prepare import prepare
+from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import BundleError, load_bundle
 from twotower.retrieval.embed import embed_rows
@@ -218,6 +219,16 @@ def test_embedding_in_batches_equals_embedding_at_once(run):
     np.testing.assert_allclose(embed_rows(run.model, run.weights, "item", features, batch=16), whole, atol=1e-6)
     none = {name: values[:0] for name, values in features.items()}
     assert embed_rows(run.model, run.weights, "item", none).shape == (0, 16)
+
+
+def test_embedding_many_batches_shows_progress_and_one_does_not(run, monkeypatch):
+    shown, show = [], embed_module.progress
+    monkeypatch.setattr(embed_module, "progress", lambda *a, **k: shown.append(k["what"]) or show(*a, **k))
+    features = run.prepared.features["item"]
+    embed_rows(run.model, run.weights, "item", features)
+    assert shown == []
+    embed_rows(run.model, run.weights, "item", features, batch=16)
+    assert shown == ["Embedding items"]
 
 
 def test_seen_items_are_all_rows_with_the_latest_last(run):

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex
@@ -100,6 +101,19 @@ def test_many_users_equal_one_by_one(retriever):
     assert table["user_id"].to_pylist() == [user for user in users for _ in range(4)]
     assert table["rank"].to_pylist() == [1, 2, 3, 4] * len(users)
     assert len(retriever.recommend_many([], k=4)) == 0
+
+
+def test_many_users_are_answered_in_parts_with_progress(retriever, monkeypatch):
+    """Memory is bounded by the part, not by the number of users."""
+    users = [*retriever.bundle.users["user_id"].to_pylist()[:20], "nobody"]
+    expected = retriever.recommend_many(users, k=4)
+    asked, shown, index = [], [], retriever.bundle.index
+    search, show = index.search, retriever_module.progress
+    monkeypatch.setattr(retriever_module, "USERS_AT_ONCE", 8)
+    monkeypatch.setattr(index, "search", lambda vectors, *a, **k: asked.append(len(vectors)) or search(vectors, *a, **k))
+    monkeypatch.setattr(retriever_module, "progress", lambda *a, **k: shown.append(k["total"]) or show(*a, **k))
+    assert retriever.recommend_many(users, k=4) == expected
+    assert asked == [8, 8, 5] and shown == [3]
 
 
 def test_ids_that_are_numbers_are_taken_as_text(retriever):

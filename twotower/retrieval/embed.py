@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from twotower.retrieval.exact import next_power_of_two, pad_rows
+from twotower.training.progress import progress
 
 BATCH = 4_096
 
@@ -28,7 +29,9 @@ def embed_rows(
     """
     count = len(next(iter(features.values())))
     vectors = np.zeros((count, model.dim), np.float32)
-    for start in range(0, count, batch):
+    starts = range(0, count, batch)
+    # One batch is over before a bar could be read, and the next question may follow at once.
+    for start in progress(starts, total=len(starts), what=f"Embedding {side}s") if len(starts) > 1 else starts:
         part = {name: values[start : start + batch] for name, values in features.items()}
         rows = min(batch, count - start)
         padded = {name: pad_rows(values, min(batch, next_power_of_two(rows))) for name, values in part.items()}

@@ -15,11 +15,13 @@ import pyarrow.compute as pc
 
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.csr import Csr
-from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.embed import BATCH, embed_rows
 from twotower.retrieval.exact import ExactIndex, check_k
+from twotower.training.progress import progress
 
 # Candidates fetched beyond k to replace seen items; users that have seen more of the best are answered by exact search.
 OVERFETCH = 256
+USERS_AT_ONCE = BATCH  # whose candidates are in memory together
 NEAREST_AMONG = 20_000  # ids compared with a misspelt one
 
 
@@ -100,17 +102,10 @@ class Retriever:
         """Lists of many users: user_id, rank (from 1), item_id, score; k rows a user, in the order given."""
         check_k(k)
         ids = [str(user) for user in user_ids]
-        rows = np.array([self._user_rows.get(user, -1) for user in ids], np.int64)
-        seen = self.bundle.seen.take(rows) if exclude_seen else None
-        scores, found = self._search(self.encode_users(self._rows_of(ids)), k, seen)
-        query, place = np.nonzero(found >= 0)
-        return pa.table(
-            {
-                "user_id": pa.array(ids, pa.string()).take(pa.array(query)),
-                "rank": pa.array(place + 1, pa.int32()),
-                "item_id": self._item_ids.take(pa.array(found[query, place])),
-                "score": pa.array(scores[query, place], pa.float32()),
-            }
+        starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
+        parts = progress(starts, total=len(starts), what="Recommending") if len(starts) > 1 else starts
+        return pa.concat_tables(
+            [self._lists(ids[start : start + USERS_AT_ONCE], k, exclude_seen=exclude_seen) for start in parts]
         )
 
     def similar_items(self, item: Any, k: int = 10) -> Recommendations:
@@ -168,6 +163,21 @@ class Retriever:
             # The time of a query, not of the user: without one in an unknown user's row nothing trained would answer.
             columns["timestamp"] = pa.repeat(pc.max(users["timestamp"]), len(ids))
         return pa.table(columns)
+
+    def _lists(self, ids: list[str], k: int, *, exclude_seen: bool) -> pa.Table:
+        """`recommend_many` of users that are searched for at once."""
+        rows = np.array([self._user_rows.get(user, -1) for user in ids], np.int64)
+        seen = self.bundle.seen.take(rows) if exclude_seen else None
+        scores, found = self._search(self.encode_users(self._rows_of(ids)), k, seen)
+        query, place = np.nonzero(found >= 0)
+        return pa.table(
+            {
+                "user_id": pa.array(ids, pa.string()).take(pa.array(query)),
+                "rank": pa.array(place + 1, pa.int32()),
+                "item_id": self._item_ids.take(pa.array(found[query, place])),
+                "score": pa.array(scores[query, place], pa.float32()),
+            }
+        )
 
     def _search(self, vectors: np.ndarray, k: int, exclude: Csr | None) -> tuple[np.ndarray, np.ndarray]:
         exclude = Csr.empty(len(vectors)) if exclude is None else exclude
