@@ -70,6 +70,11 @@ def test_last_week_counts_only_the_last_seven_days_of_training():
     assert "popularity_last_week" not in make(fake(rows([0, 1]), 4), some_queries(2, 4))
 
 
+def test_last_week_is_seven_days_and_not_six_or_eight():
+    train = rows([0, 0, 0, 1, 1, 2], days=[19, 19, 19, 20, 20, 26])
+    assert ranking(make(fake(train, 3), some_queries(2, 3))["popularity_last_week"]) == [1, 2, 0]
+
+
 def test_top_quantile_is_a_random_order_of_the_most_popular():
     order = np.random.default_rng(0).permutation(50)
     scores = baselines.top_quantile_scores(order, share=0.1)

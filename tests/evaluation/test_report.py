@@ -1,0 +1,51 @@
+"""What a report measures, and on which queries."""
+
+import numpy as np
+import pytest
+
+from tests.retrieval.conftest import make_run
+from twotower.evaluation import report
+from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
+from twotower.evaluation.queries import make_queries
+
+KS = (5, 10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), evaluation={"ks": KS, "validation_queries": 50})
+
+
+def seen_first(prepared, model, weights, queries):
+    """Scores of a model that knows what a user has seen, and after that the right answers."""
+    scores = np.zeros((len(queries), queries.num_items), np.float32)
+    scores[queries.right.rows, queries.right.values] = 1
+    for query, seen in enumerate(queries.seen_of(slice(0, len(queries)))):
+        scores[query, seen] = 2
+    return lambda chosen: scores[chosen]
+
+
+def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
+    monkeypatch.setattr(report, "model_scores", seen_first)
+    monkeypatch.setattr(report, "make_baselines", lambda prepared, queries: {"seen": seen_first(prepared, 0, 0, queries)})
+    measured = report.measure_run(run, ks=(1,), baselines=True)
+    # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was seen.
+    assert measured["model"]["mrr@1"] == measured["baselines"]["seen"]["mrr@1"] > 0.9
+    assert measured["model_unmasked"]["mrr@1"] == measured["baselines_unmasked"]["seen"]["mrr@1"] < 0.5
+    queries = make_queries(run.prepared, "test", run.config.evaluation.query)
+    for suffix, mask_seen in (("", True), ("_unmasked", False)):
+        scores = seen_first(run.prepared, 0, 0, queries)
+        assert measured[f"model{suffix}"] == evaluate(scores, queries, (1,), mask_seen=mask_seen)
+
+
+def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_masked(run):
+    found = make_validate(run.prepared, run.model)(run.weights)
+
+    def measure(split, *, mask_seen):
+        queries = make_queries(run.prepared, split, run.config.evaluation.query).sample(50)
+        scores = model_scores(run.prepared, run.model, run.weights, queries)
+        return evaluate(scores, queries, KS, mask_seen=mask_seen)
+
+    expected = measure("validation", mask_seen=True)
+    assert found == expected
+    assert found != measure("validation", mask_seen=False) and found != measure("test", mask_seen=True)
