@@ -24,9 +24,14 @@ def run(main: Callable[[], None], *, required: Sequence[str]) -> None:
     defect and keeps its traceback.
     """
     flags.mark_flags_as_required(list(required))
-    # Orbax and JAX tell dozens of lines about each checkpoint; their warnings are enough.
-    absl_logging.get_absl_handler().addFilter(lambda r: r.levelno >= logging.WARNING or r.pathname.startswith(_OURS))
+    absl_logging.get_absl_handler().addFilter(_is_for_the_user)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    # JAX and Orbax tell dozens of lines about each checkpoint, and Orbax warns when a run is only read.
+    others = logging.ERROR if "orbax" in record.pathname else logging.WARNING
+    return record.pathname.startswith(_OURS) or record.levelno >= others
 
 
 def _parse(argv: list[str]) -> list[str]:

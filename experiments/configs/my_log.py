@@ -28,16 +28,27 @@ def get_config():
     config.split.validation = 0.05
     config.split.test = 0.1
 
-    # Ids alone. Features of items and users go here, by column: "title": {"type": "text", "embedding_size": 32}.
-    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1}}
-    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1}}
+    # Ids, and the time of the query: the last of eight periods speaks for what is asked tomorrow. A high oov_rate trains the
+    # rows that new users get. What you know of items and users goes here, by column:
+    # "title": {"type": "text", "embedding_size": 32}.
+    config.features.user = {
+        "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
+        "period": {"type": "int", "column": "timestamp", "buckets": 8, "embedding_size": 64},
+    }
+    config.features.item = {
+        "item_id": {"type": "string", "embedding_size": 64},
+    }
     config.model.user.layers = (64,)
     config.model.user.dropout = 0.4
     config.model.item.layers = (64,)
-    config.model.item.dropout = 0.4
+    config.model.item.dropout = 0.2
+    config.model.normalize = False
+    config.model.temperature = 1.0
+    config.model.learn_temperature = False
 
     config.training.batch_size = 1024
     config.training.steps = 3000
     config.training.validate_every = 200
     config.training.patience = 4
+    config.training.metric = "ndcg@10"
     return config
