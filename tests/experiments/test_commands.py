@@ -14,7 +14,7 @@ import pytest
 import experiments.launch
 from twotower.config import from_dict
 from twotower.evaluation.evaluate import make_validate
-from twotower.training.run import train
+from twotower.training.run import load_run, train
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -49,6 +49,21 @@ def trained(tmp_path_factory):
 def exported(trained):
     assert "items" in launch("export", f"--workdir={trained}")
     return trained
+
+
+def test_the_best_checkpoint_is_not_the_latest(tmp_path):
+    """Of a run that gets worse: export takes the best unless it is told otherwise, and evaluate measures the same."""
+    values = iter([0.0, 0.5, 0.9, 0.1])  # the first before training
+    config = CONFIG | {"training": CONFIG["training"] | {"steps": 6, "validate_every": 2}}
+    train(from_dict(config), tmp_path / "run", make_validate=lambda *_: lambda weights: {"recall@10": next(values)})
+    flag = f"--workdir={tmp_path / 'run'}"
+    launch("export", flag)
+    manifest = tmp_path / "run" / "bundle" / "manifest.json"
+    assert json.loads(manifest.read_text())["step"] == 4
+    assert "Step 4 on test" in launch("evaluate", flag, "--k=5")
+    launch("export", flag, "--checkpoint=latest")
+    assert json.loads(manifest.read_text())["step"] == 6
+    assert [load_run(tmp_path / "run", checkpoint=which).step for which in ("best", "latest", "4")] == [4, 6, 4]
 
 
 def test_a_bundle_is_asked_for_before_it_is_there(trained):

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError, RetrievalConfig
+from twotower.config import ConfigError, RetrievalConfig, from_dict
 from twotower.retrieval import scann as scann_module
 from twotower.retrieval.exact import ExactIndex, QueryError
 from twotower.retrieval.scann import ScannIndex, build_index, load_index, overlap, save_index
@@ -219,6 +219,12 @@ def test_auto_chooses_by_size_norm_and_platform(monkeypatch):
 def test_hashing_is_refused_for_vectors_that_are_not_normalised(vectors):
     with pytest.raises(ConfigError, match="scann_tree"):
         build_index(vectors[1], RetrievalConfig(index="scann_tree_ah"), normalized=False)
+
+
+@pytest.mark.parametrize("kind", scann_module.KINDS)
+def test_every_kind_can_be_configured(kind, vectors):
+    config = from_dict({"retrieval": {"index": kind}}).retrieval
+    assert build_index(vectors[1], config, normalized=True).kind == {"auto": "scann_brute_force"}.get(kind, kind)
 
 
 def test_an_unknown_kind_names_the_nearest(vectors):
