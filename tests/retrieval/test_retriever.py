@@ -1,15 +1,21 @@
 """Recommendations against a sort of all scores, and the defined answers to what is not known."""
 
 import dataclasses
+import datetime
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from tests.retrieval.conftest import make_run
+from twotower.config import ConfigError
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest, search_without
 
 
@@ -195,3 +201,44 @@ def test_lists_are_full_whenever_k_items_exist(limit, k):
 def test_a_folder_that_is_no_bundle(tmp_path):
     with pytest.raises(BundleError, match="no manifest.json"):
         Retriever.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """Of a model that reads the time of the query."""
+    features = {"user": {"user_id": {"type": "string", "embedding_size": 8},
+                         "when": {"type": "timestamp", "column": "timestamp", "embedding_size": 8}},
+                "item": {"item_id": {"type": "string", "embedding_size": 8}}}  # fmt: skip
+    run = make_run(tmp_path_factory.mktemp("timed"), features=features)
+    return Retriever(make_bundle(run))
+
+
+def test_a_question_without_a_time_is_asked_at_the_end_of_the_log(timed):
+    """A missing time has a row that training never touched."""
+    newest = pc.max(timed.bundle.users["timestamp"]).as_py()
+    known = busiest(timed)
+    for user in (known, "nobody"):
+        expected = timed.encode_users([{"user_id": user, "timestamp": newest}])[0]
+        as_text = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+        rows = [{"user_id": user}, {"user_id": user, "timestamp": None}, {"user_id": user, "timestamp": newest}]
+        np.testing.assert_allclose(timed.encode_users(rows), np.stack([expected] * 3), atol=1e-6)
+        np.testing.assert_allclose(timed.encode_users(rows[:2]), np.stack([expected] * 2), atol=1e-6)
+        texts = [{"user_id": user, "timestamp": text} for text in (as_text, None, "")]
+        np.testing.assert_allclose(timed.encode_users(texts), np.stack([expected] * 3), atol=1e-6)
+        table = pa.table({"user_id": [user]})
+        found = timed.recommend(rows=table, k=5)
+        np.testing.assert_allclose([i.score for i in found], [i.score for i in timed.recommend(user, k=5)], atol=1e-6)
+        np.testing.assert_allclose(
+            timed.recommend_many([user], k=5)["score"].to_numpy(), [i.score for i in found], atol=1e-6
+        )
+
+
+def test_a_time_that_is_given_is_the_one_that_is_asked_about(timed):
+    newest = pc.max(timed.bundle.users["timestamp"]).as_py()
+    early, late = timed.encode_users([{"user_id": "1", "timestamp": newest - 40 * 86_400}, {"user_id": "1"}])
+    assert not np.allclose(early, late)
+    encoded = timed.bundle.encoder.encode("user", pa.table({"user_id": ["1"], "timestamp": [newest - 40 * 86_400]}))
+    expected = embed_rows(timed.bundle.model, timed.bundle.weights, "user", encoded)[0]
+    np.testing.assert_allclose(early, expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="'soon' in row 1 is not a time"):
+        timed.encode_users([{"user_id": "1", "timestamp": "soon"}])

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.data.numeric import as_seconds
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import BATCH, embed_rows
@@ -123,8 +124,8 @@ class Retriever:
 
     def encode_users(self, rows: pa.Table | Sequence[Mapping]) -> np.ndarray:
         """float32 [Q, D], the vectors of raw user features: an Arrow table, or a list of mappings. What a row lacks is
-        missing, a user_id that was never seen gets its out-of-vocabulary row."""
-        bundle, table = self.bundle, as_table(rows)
+        missing, a timestamp is the newest of the log, a user_id that was never seen gets its out-of-vocabulary row."""
+        bundle, table = self.bundle, self._timed(as_table(rows))
         if not len(table):
             return np.zeros((0, bundle.model.dim), np.float32)
         return embed_rows(bundle.model, bundle.weights, "user", bundle.encoder.encode("user", table))
@@ -153,16 +154,32 @@ class Retriever:
         return str(user) in self._user_rows
 
     def _rows_of(self, ids: Sequence[str]) -> pa.Table:
-        """Stored raw features of known users, of unknown ones the id; all asked at the newest time of the log."""
+        """Stored raw features of known users, and of unknown ones the id."""
         users = self.bundle.users
         rows = pa.array([self._user_rows.get(user) for user in ids], pa.int64())
         columns = {name: users[name].take(rows) for name in users.column_names}
         columns["user_id"] = pa.array(ids, pa.string())
-        encoder = self.bundle.encoder
-        if any(encoder.spec.user[name].column == "timestamp" for name in encoder.context):
-            # The time of a query, not of the user: without one in an unknown user's row nothing trained would answer.
-            columns["timestamp"] = pa.repeat(pc.max(users["timestamp"]), len(ids))
+        if self._newest is not None:
+            del columns["timestamp"]  # the user is asked about now, not when it was last seen
         return pa.table(columns)
+
+    def _timed(self, table: pa.Table) -> pa.Table:
+        """With the newest time of the log where a row lacks its time: nothing trained would answer without one."""
+        if self._newest is None or not len(table):
+            return table
+        if "timestamp" not in table.column_names:
+            return table.append_column("timestamp", pa.repeat(self._newest, len(table)))
+        seconds, missing = as_seconds(table["timestamp"], "rows, column 'timestamp'")
+        times = pa.array(np.where(missing, self._newest, seconds))
+        return table.set_column(table.column_names.index("timestamp"), "timestamp", times)
+
+    @functools.cached_property
+    def _newest(self) -> int | None:
+        """The newest time of the log in seconds, where a context feature reads the time of the query."""
+        encoder = self.bundle.encoder
+        if all(encoder.spec.user[name].column != "timestamp" for name in encoder.context):
+            return None
+        return pc.max(self.bundle.users["timestamp"]).as_py()
 
     def _lists(self, ids: list[str], k: int, *, exclude_seen: bool) -> pa.Table:
         """`recommend_many` of users that are searched for at once."""
