@@ -32,10 +32,13 @@ def main() -> None:
     workdir = Path(_WORKDIR.value)
     run = load_run(workdir, checkpoint=_CHECKPOINT.value)
     ks = parse_ks(_K.value, run.config.evaluation.ks)
+    bundle = workdir / "bundle"
+    # Loaded before the long part: a damaged bundle is told at once.
+    retriever = Retriever.load(bundle) if bundle.exists() else None
     measured = report.measure_run(run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value, most=_QUERIES.value)
-    if (workdir / "bundle").exists():
+    if retriever:
         queries = make_queries(run.prepared, _SPLIT.value, "user")
-        measured["index"] = report.measure_index(Retriever.load(workdir / "bundle"), queries.user)
+        measured["index"] = report.measure_index(retriever, queries.user)
     path = workdir / "evaluation" / ("metrics.json" if _SPLIT.value == "test" else f"metrics_{_SPLIT.value}.json")
     report.write_metrics(measured, path)
     print(f"{report.format_report(measured, ks)}\n\nWritten to {path}.")
