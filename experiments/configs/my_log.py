@@ -1,4 +1,4 @@
-"""Your own log: one CSV (or Parquet) of who did what with which item, and when.
+"""Your own log: one CSV (or Parquet, with --config.data.source=parquet) of who did what with which item, and when.
 
     python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine
     python -m experiments.export --workdir=runs/mine
