@@ -46,7 +46,7 @@ def main() -> None:
 
 def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
     """List lengths in rising order."""
-    from twotower.config import ConfigError
+    from twotower.validation import ConfigError
 
     bad = [k for k in given or () if not k.strip().isdigit() or int(k) < 1]
     if bad:

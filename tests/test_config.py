@@ -6,7 +6,8 @@ import json
 import ml_collections
 import pytest
 
-from twotower.config import Config, ConfigError, SplitConfig, TowerConfig, choose, convert, defaults, from_dict
+from twotower.config import Config, SplitConfig, TowerConfig, defaults, from_dict
+from twotower.validation import ConfigError, choose, convert
 
 CHANGED = {
     "data": {"source": "csv", "where": [["rating", ">=", 4], ["event", "in", ["buy"]]],

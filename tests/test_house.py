@@ -14,7 +14,7 @@ from twotower import config
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",), ("evaluation",),
+    ("validation",), ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",), ("evaluation",),
     ("serving", "integrations"), ("experiments",),
 )  # fmt: skip
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.config import ConfigError, SplitConfig
+from twotower.config import SplitConfig
 from twotower.data.audit import FINDINGS, LeakageError, audit, check_fitted
 from twotower.data.interactions import Split, fingerprint
 from twotower.data.split import split
+from twotower.validation import ConfigError
 
 EVERYTHING = tuple(FINDINGS)
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.batches import Batches, Rows, gather
+from twotower.validation import ConfigError
 
 N, USERS, ITEMS = 103, 11, 7
 

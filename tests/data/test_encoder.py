@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 import pytest
 from encoder_shop import assert_same, encode_all, fitted, shop
 
-from twotower.config import ConfigError
 from twotower.data.encoder import Input
 from twotower.data.interactions import fingerprint
+from twotower.validation import ConfigError
 
 
 def test_inputs_and_tables_say_what_encode_yields():

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from twotower.config import ConfigError, FeaturesConfig
+from twotower.config import FeaturesConfig
 from twotower.data.feature_kinds import FEATURES, StringFeature, StringsFeature
 from twotower.data.features import FeatureSpec, from_mappings, load_spec
+from twotower.validation import ConfigError
 
 VECTORS = {"type": "pretrained", "path": "v.parquet"}
 ALL_KINDS = {

@@ -2,8 +2,9 @@
 
 import pytest
 
-from twotower.config import ConfigError, DataConfig, TableConfig
+from twotower.config import DataConfig, TableConfig
 from twotower.data import sources
+from twotower.validation import ConfigError
 
 
 def write(path, text):

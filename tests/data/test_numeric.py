@@ -6,11 +6,11 @@ import pyarrow.compute as pc
 import pytest
 from encoder_shop import DAY, assert_same, fitted, shop
 
-from twotower.config import ConfigError
 from twotower.data.encoder import Encoder
 from twotower.data.feature_kinds import FloatFeature, IntFeature
 from twotower.data.features import from_mappings
 from twotower.data.numeric import encode_int, fit_float, fit_int
+from twotower.validation import ConfigError
 
 
 def test_buckets_are_quantiles_of_the_training_users():

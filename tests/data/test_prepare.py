@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError, from_dict
+from twotower.config import from_dict
 from twotower.data.audit import LeakageError
 from twotower.data.prepare import prepare
+from twotower.validation import ConfigError
 
 LOG = "user_id,item_id,timestamp,weight\n" + "".join(f"u{n % 7},i{n % 5},{n},{n % 3}.5\n" for n in range(100))
 RANDOM = {"kind": "random", "accept_leakage": ("random_split", "repeated_pairs", "identical_rows")}

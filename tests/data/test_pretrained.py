@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from encoder_shop import assert_same, fitted, shop
 
-from twotower.config import ConfigError
 from twotower.data.encoder import Encoder, Input
+from twotower.validation import ConfigError
 
 
 def write_vectors(folder, kind, ids, vectors):

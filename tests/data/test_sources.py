@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import ConfigError, DataConfig, TableConfig
+from twotower.config import DataConfig, TableConfig
 from twotower.data import sources
 from twotower.data.dataset import collapse
+from twotower.validation import ConfigError
 
 
 def write(path, text, encoding="utf-8"):

@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.config import ConfigError, DataConfig, SplitConfig
+from twotower.config import DataConfig, SplitConfig
 from twotower.data.dataset import Dataset, Truth
 from twotower.data.filters import in_core
 from twotower.data.interactions import codes, fingerprint
 from twotower.data.split import PARTS, filter_rows, split
+from twotower.validation import ConfigError
 
 
 def log_of(users, items, **columns) -> pa.Table:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from twotower.config import ConfigError, DataConfig
+from twotower.config import DataConfig
 from twotower.data import sources, tfds
+from twotower.validation import ConfigError
 
 needs_tfds = pytest.mark.skipif(
     not (importlib.util.find_spec("tensorflow_datasets") and importlib.util.find_spec("array_record")),

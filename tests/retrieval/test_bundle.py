@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.config import ConfigError
 from twotower.data.folders import content_digest, digest
 from twotower.data.prepare import prepare
 from twotower.retrieval import embed as embed_module
@@ -22,6 +21,7 @@ from twotower.retrieval.export import all_rows, check_parity, compare_scores, ex
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import load_weights, model_version, save_weights
+from twotower.validation import ConfigError
 
 
 @pytest.fixture

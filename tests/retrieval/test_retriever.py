@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.config import ConfigError
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.csr import Csr
@@ -17,6 +16,7 @@ from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest, search_without
+from twotower.validation import ConfigError
 
 
 def scores_of(retriever, user):

@@ -9,11 +9,12 @@ import textwrap
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError, RetrievalConfig, from_dict
+from twotower.config import RetrievalConfig, from_dict
 from twotower.retrieval import scann as scann_module
 from twotower.retrieval.exact import ExactIndex, QueryError
 from twotower.retrieval.scann import ScannIndex, build_index, load_index, overlap, save_index
 from twotower.retrieval.scann_library import BadIndexError
+from twotower.validation import ConfigError
 
 pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
 TREES = ["scann_tree", "scann_tree_ah"]

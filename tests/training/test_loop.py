@@ -1,5 +1,6 @@
 """The loop: traced once, resumed to the same bits, stopped in time, never silent about NaN."""
 
+import functools
 import json
 import shutil
 
@@ -7,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.conftest import small_config
-from twotower.config import ConfigError
+from tests.training.conftest import make_batches, small_config
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, run
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.loop import Record, TrainingError, fit, open_checkpoints
 from twotower.training.optimizers import init_plateau, update_plateau
-from twotower.training.step import Trainer
+from twotower.training.step import Trainer, init_state
+from twotower.validation import ConfigError
 
 
 def _trainer(prepared, config):
@@ -281,3 +282,13 @@ def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--workdir=gs://bucket/run must be a folder of this machine"):
         run.train(small_config(), "gs://bucket/run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resident_megabytes", [0, 100])
+def test_tables_are_updated_in_place(prepared, resident_megabytes):
+    config = small_config(training={"resident_megabytes": resident_megabytes})
+    trainer, batches = _trainer(prepared, config), make_batches(prepared, config)
+    state = jax.jit(functools.partial(init_state, trainer))(loop.count_rows(prepared))
+    step = loop.compile_step(trainer, batches)
+    step(state, 0)
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.tables, state.table_slots)))

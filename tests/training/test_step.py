@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from tests.training.conftest import small_config
-from twotower.config import ConfigError
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training import step as step_module
 from twotower.training.step import drop_ids, example_losses, merge_rows, train_step, weighted_mean
+from twotower.validation import ConfigError
 
 
 def _step(state, batch, *, trainer):

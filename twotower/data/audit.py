@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError, SplitConfig, choose
+from twotower.config import SplitConfig
 from twotower.data.interactions import Split, codes, describe, fingerprint, has_timestamps, pair_codes
+from twotower.validation import ConfigError, choose
 
 
 class LeakageError(ConfigError):

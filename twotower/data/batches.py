@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from twotower.config import ConfigError
+from twotower.validation import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

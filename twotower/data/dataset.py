@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from twotower.config import ConfigError
+from twotower.validation import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from twotower.config import check_fields
 from twotower.data import fitting
 from twotower.data.encodings import Fitted, Input, TableShape, encode_column, input_of, shape_of
 from twotower.data.features import SIDES, FeatureSpec, from_mappings
 from twotower.data.folders import read_folder, write_folder
 from twotower.data.interactions import fingerprint
 from twotower.data.vocabulary import Vocabulary
+from twotower.validation import check_fields
 
 __all__ = ["Encoder", "Input", "TableShape"]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError
 from twotower.data import numeric
 from twotower.data.feature_kinds import (
     Feature,
@@ -25,6 +24,7 @@ from twotower.data.feature_kinds import (
 )
 from twotower.data.text import hashed_pieces, pad_rows
 from twotower.data.vocabulary import Vocabulary, as_strings
+from twotower.validation import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 
-from twotower.config import ConfigError, choose
+from twotower.validation import ConfigError, choose
 
 SIDES = ("user", "item")
 

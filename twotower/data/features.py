@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower.config import ConfigError, FeaturesConfig, check_fields, choose, convert
+from twotower.config import FeaturesConfig
 from twotower.data.feature_kinds import FEATURES, SIDES, Feature, StringFeature, TextFeature
+from twotower.validation import ConfigError, check_fields, choose, convert
 
 _KEYS = {"user": "user", "item": "item", "user_embedding_layers": "user", "item_embedding_layers": "item"}
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from twotower.config import ConfigError, DataConfig, check_fields, choose
+from twotower.config import DataConfig
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import codes, pair_codes, timestamps
+from twotower.validation import ConfigError, check_fields, choose
 
 
 def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:

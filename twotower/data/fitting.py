@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError, check_fields
 from twotower.data import numeric
 from twotower.data.encodings import Fitted, naming, strings_of
 from twotower.data.feature_kinds import (
@@ -23,6 +22,7 @@ from twotower.data.feature_kinds import (
 from twotower.data.features import FeatureSpec
 from twotower.data.pretrained import check_missing, read_vectors
 from twotower.data.vocabulary import Vocabulary, as_strings
+from twotower.validation import ConfigError, check_fields
 
 Key = tuple[str, str]
 # Columns of the interactions that no query knows before it is answered.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError
+from twotower.validation import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

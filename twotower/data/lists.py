@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError, TableConfig
+from twotower.config import TableConfig
 from twotower.data import tables
+from twotower.validation import ConfigError
 
 
 def read_pairs(config: TableConfig, name: str) -> pa.Table:

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError
 from twotower.data.feature_kinds import FloatFeature, IntFeature, TimestampFeature
 from twotower.data.vocabulary import as_strings
+from twotower.validation import ConfigError
 
 # Rows of a bucketised table: 0 is padding, 1 is a missing value, then the buckets.
 MISSING_ROW, FIRST_BUCKET = 1, 2

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from twotower.config import Config, ConfigError, check_fields
+from twotower.config import Config
 from twotower.data import sources, split
 from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
 from twotower.data.features import load_spec
 from twotower.data.interactions import timestamps
+from twotower.validation import ConfigError, check_fields
 
 
 @dataclasses.dataclass(frozen=True)

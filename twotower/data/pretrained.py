@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower.config import ConfigError, check_fields
 from twotower.data.feature_kinds import PretrainedFeature
 from twotower.data.vocabulary import Vocabulary, as_strings
+from twotower.validation import ConfigError, check_fields
 
 
 def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:

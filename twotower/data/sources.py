@@ -12,9 +12,10 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError, DataConfig, TableConfig, choose
+from twotower.config import DataConfig, TableConfig
 from twotower.data import lists, synthetic, tables, tfds
 from twotower.data.dataset import Dataset, Truth, assemble, collapse
+from twotower.validation import ConfigError, choose
 
 __all__ = ["SOURCES", "Dataset", "Truth", "load"]
 

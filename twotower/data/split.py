@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import ConfigError, SplitConfig, choose
+from twotower.config import SplitConfig
 from twotower.data.audit import audit, check_fitted
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, codes, describe, timestamps
+from twotower.validation import ConfigError, choose
 
 __all__ = ["SPLITS", "Split", "audit", "check_fitted", "filter_rows", "split"]
 

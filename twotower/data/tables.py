@@ -18,9 +18,10 @@ import pyarrow.csv
 import pyarrow.parquet
 from absl import logging
 
-from twotower.config import ConfigError, TableConfig
+from twotower.config import TableConfig
 from twotower.data import columns
 from twotower.data.columns import BadValue
+from twotower.validation import ConfigError
 
 _SUFFIXES = {"csv": (".csv", ".tsv", ".txt", ".dat", ".data", ".gz", ".bz2", ".zst"), "parquet": (".parquet", ".pq")}
 _NUMBERS = ("rating", "weight", "label")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from twotower.config import ConfigError, choose
+from twotower.validation import ConfigError, choose
 
 DATASETS = tuple(f"movielens/{size}-ratings" for size in ("100k", "latest-small", "1m", "20m", "25m"))
 _TABLES = ("interactions", "users", "items")

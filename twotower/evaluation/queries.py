@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import ConfigError, choose
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.history import items_of_users
+from twotower.validation import ConfigError, choose
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from twotower.config import ConfigError, RetrievalConfig, choose
+from twotower.config import RetrievalConfig
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
 from twotower.retrieval.scann_library import (
@@ -27,6 +27,7 @@ from twotower.retrieval.scann_library import (
     save_searcher,
     scann_version,
 )
+from twotower.validation import ConfigError, choose
 
 SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
 BRUTE_FORCE_BELOW = 50_000  # vectors; exact, and within a fraction of a millisecond

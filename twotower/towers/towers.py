@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twotower.config import TowerConfig, choose
+from twotower.config import TowerConfig
 from twotower.data.encodings import Input
 from twotower.towers.layers import ACTIVATIONS, MLP
+from twotower.validation import choose
 
 
 class MLPTower(nn.Module):

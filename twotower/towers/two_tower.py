@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twotower.config import ConfigError, ModelConfig
+from twotower.config import ModelConfig
 from twotower.data.encoder import Encoder
 from twotower.data.encodings import Input, TableShape
 from twotower.towers.embeddings import init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
+from twotower.validation import ConfigError
 
 SIDES = ("user", "item")
 # The learned temperature is kept within these: below, float32 softmax saturates; above, cosines cannot separate items.

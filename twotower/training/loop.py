@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from twotower.config import Config, ConfigError
+from twotower.config import Config
 from twotower.data.batches import Batches, gather
 from twotower.data.prepare import Prepared
 from twotower.towers.two_tower import Weights
@@ -25,6 +25,7 @@ from twotower.training.checkpoint import Checkpoints, abstract_like
 from twotower.training.state import TrainState
 from twotower.training.step import Trainer, init_state, train_step
 from twotower.training.writer import MetricWriter
+from twotower.validation import ConfigError
 
 Validate = Callable[[Weights], Mapping[str, float]]
 

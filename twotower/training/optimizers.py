@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from twotower.config import ConfigError, DenseOptimizerConfig, ScheduleConfig, TrainingConfig, choose
+from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
+from twotower.validation import ConfigError, choose
 
 DENSE: Mapping[str, Any] = {
     "adam": lambda c: optax.adam(c.learning_rate),

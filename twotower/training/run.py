@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from twotower.config import Config, ConfigError, from_dict
+from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.prepare import Prepared, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.loop import Validate, abstract_state, fit, open_checkpoints
 from twotower.training.step import Trainer, chosen_kinds
+from twotower.validation import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

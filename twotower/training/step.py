@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.config import Config, ObjectiveConfig, choose
+from twotower.config import Config, ObjectiveConfig
 from twotower.data.batches import Batch
 from twotower.objectives import LOSSES
 from twotower.objectives.frequency import log_expected_count
@@ -19,6 +19,7 @@ from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer, merge_duplica
 from twotower.towers.two_tower import SIDES, TEMPERATURES, TwoTower, Weights
 from twotower.training.optimizers import dense_optimizer, init_plateau, schedule
 from twotower.training.state import TrainState
+from twotower.validation import choose
 
 Metrics = dict[str, jax.Array]
 
