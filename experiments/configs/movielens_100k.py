@@ -5,7 +5,9 @@
     python -m experiments.export --workdir=runs/ml100k
     python -m experiments.evaluate --workdir=runs/ml100k --k=10,100 --baselines
 
-Other seeds: --config.split.seed=1 --config.training.seed=1.
+Recall@100 (the share of test ratings whose title is among the first 100), mean of --config.split.seed=S
+--config.training.seed=S for S = 1, 2, 3: .4087 with nothing masked, .6339 with training titles masked. Dropout, widths, rate
+and steps were chosen on a validation tenth (--config.split.validation=0.1 --config.split.seed=7).
 """
 
 from twotower.config import defaults
@@ -45,16 +47,16 @@ def get_config():
     }
     config.features.item = {"item_id": {"type": "string", "embedding_size": 128, "oov_rate": 0.0}}
     config.model.user.layers = (64,)
-    config.model.user.dropout = 0.5
+    config.model.user.dropout = 0.6
     config.model.item.layers = (64,)
-    config.model.item.dropout = 0.5
+    config.model.item.dropout = 0.6
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
 
     config.training.batch_size = 1024
-    config.training.steps = 2000
-    config.training.validate_every = 1000
+    config.training.steps = 2800
+    config.training.validate_every = 1400
     config.training.tables.learning_rate = 0.3
     config.training.schedule.kind = "cosine"
 
