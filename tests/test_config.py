@@ -145,3 +145,10 @@ def test_choose_gives_the_kind_or_names_the_nearest():
     with pytest.raises(ConfigError) as error:
         choose(kinds, "xyz", "loss")
     assert "did you mean" not in str(error.value)
+
+
+def test_a_mapping_of_sections_is_built():
+    config = from_dict({"objective": {"heads": {"click": {"label": "clicked", "weight": 2}}}})
+    assert config.objective.heads["click"].weight == 2.0
+    with pytest.raises(ConfigError, match=r"config.objective.heads.click has no field 'wait'; did you mean 'weight'"):
+        from_dict({"objective": {"heads": {"click": {"wait": 2}}}})

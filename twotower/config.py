@@ -144,20 +144,98 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NegativesConfig:
+    """What each positive is compared with. Sources add up: the correction knows the expected count of an item over all of them.
+
+    Attributes:
+        in_batch: the positives of the other rows of the batch, of every device.
+        uniform: items drawn from the corpus at each step, each equally likely, shared by the batch. -1: as many as a quarter of the
+            batch where the corpus holds items that training never saw (which would else never be a negative), or none.
+        popularity: items drawn at each step in proportion to their training rows to the power `alpha`, shared by the batch.
+        alpha: see `popularity`.
+        catalogue: every item of the corpus is a candidate (full softmax); for small catalogues, and in the place of all of the above.
+        queue: past item vectors kept as candidates, a multiple of the batch size (cross-batch memory); 0 keeps none.
+        queue_warmup: steps before the queue is used.
+        queue_age: steps after which an entry is no longer used; 0: when it is overwritten.
+        mined: hard negatives for each query, drawn from its pool of items ranked high by the model itself.
+        mined_refresh: steps between rankings.
+        mined_ranks: the pool: from the first of these ranks to before the second, known positives left out.
+        mined_margin: items within this of the positive's score, or above it, are left out of the pool as likely positives; -1 keeps them.
+        explicit: hard negatives for each query, drawn from the training rows of its user whose `objective.label` is 0.
+        frequency: how often an item is drawn in a batch: a key of `twotower.objectives.frequency.FREQUENCIES`.
+    """
+
+    in_batch: bool = True
+    uniform: int = -1
+    popularity: int = 0
+    alpha: float = 0.75
+    catalogue: bool = False
+    queue: int = 0
+    queue_warmup: int = 0
+    queue_age: int = 0
+    mined: int = 0
+    mined_refresh: int = 1000
+    mined_ranks: tuple[int, ...] = (10, 100)
+    mined_margin: float = -1.0
+    explicit: int = 0
+    frequency: str = "exact"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """A task beside retrieval: the probability that a row's label is 1, from the vectors of its user and item.
+
+    Attributes:
+        label: the column of the interactions that holds 0, 1 or nothing.
+        weight: of its loss beside the others.
+        pos_weight: how many times a row with label 1 counts.
+        combine: how the two vectors meet: concatenate or multiply.
+        layers: widths of hidden layers.
+    """
+
+    label: str = ""
+    weight: float = 1.0
+    pos_weight: float = 1.0
+    combine: str = "concatenate"
+    layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What training minimises.
 
     Attributes:
-        loss: a key of `twotower.objectives.LOSSES`.
-        logq: subtract the log expected count of each candidate (sampling-bias correction).
+        loss: a key of `twotower.objectives.LOSSES` or `POINTWISE`.
+        logq: subtract the log expected count of each candidate (sampling-bias correction), for the losses that know it.
         mask_same_user: other positives of a query's user are not its negatives.
         symmetric: average with the loss of finding the user among the batch's users.
+        margin: taken off the positive's score (additive margin), or the margin of hinge, triplet and cosine contrastive losses.
+        positive_temperature: of the positive in the bilateral softmax loss; 0 takes the model's temperature.
+        calibration: t of gBCE, from 0 (binary cross-entropy) to 1 (unbiased probabilities).
+        negative_weight: of the negatives' term in the cosine contrastive loss.
+        label: the column of the interactions that holds the label, 0 or 1. Rows with 0 are no positives of a retrieval loss; a
+            pointwise loss learns both. Empty: every row is a positive.
+        pos_weight: how many times a row with label 1 counts in binary cross-entropy.
+        weight: of the retrieval loss beside the heads; 0 trains the heads alone.
+        heads: name -> `HeadConfig`.
+        negatives: see its class.
+        block: queries compared with all candidates at once; 0 chooses.
     """
 
     loss: str = "softmax"
     logq: bool = True
     mask_same_user: bool = True
     symmetric: bool = False
+    margin: float = 0.0
+    positive_temperature: float = 0.0
+    calibration: float = 0.75
+    negative_weight: float = 1.0
+    label: str = ""
+    pos_weight: float = 1.0
+    weight: float = 1.0
+    heads: Mapping[str, HeadConfig] = dataclasses.field(default_factory=dict)
+    negatives: NegativesConfig = NegativesConfig()
+    block: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         (inner, *_) = typing.get_args(hint) or (Any,)
         return tuple(convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and (isinstance(value, Mapping) or hasattr(value, "to_dict")):
-        return dict(value.to_dict() if hasattr(value, "to_dict") else value)
+        (_, inner) = typing.get_args(hint) or (Any, Any)
+        values = value.to_dict() if hasattr(value, "to_dict") else value
+        return {name: convert(inner, x, f"{where}.{name}") if dataclasses.is_dataclass(inner) else x for name, x in values.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))):
