@@ -133,6 +133,25 @@ def test_a_table_begins_as_a_smaller_one_does_and_its_padding_row_is_zero(key):
     assert abs(float(jnp.linalg.norm(large[1:], axis=-1).mean()) - 1) < 0.05
 
 
+@pytest.mark.parametrize("start, count", [(0, 3), (1, 1), (100, 1500), (1023, 2), (1024, 1024)])
+def test_any_slice_of_a_table_can_be_made_alone(key, start, count):
+    table = init_table(key, 1500, D)
+    np.testing.assert_array_equal(init_table(key, 1500, D, start=start, count=count), table[start : start + count])
+    traced = jax.jit(lambda start: init_table(key, 1500, D, start=start, count=count))(jnp.int32(start))
+    np.testing.assert_array_equal(traced, table[start : start + count])
+
+
+def test_the_devices_of_a_mesh_make_the_table_that_one_device_makes(key):
+    share = padded_rows(1500) // 8
+
+    def part():
+        return init_table(key, 1500, D, start=jax.lax.axis_index("devices") * share, count=share)
+
+    mesh, spec = jax.make_mesh((8,), ("devices",)), jax.sharding.PartitionSpec("devices")
+    parts = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(), out_specs=spec))()
+    np.testing.assert_array_equal(parts, init_table(key, 1500, D))
+
+
 def test_an_id_out_of_range_is_nan_not_another_row(key):
     table = init_table(key, 100, D)
     assert jnp.isnan(lookup(table, jnp.array([len(table), -1]))).all()

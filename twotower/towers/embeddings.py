@@ -25,21 +25,34 @@ def padded_rows(rows: int) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def init_table(key: jax.Array, rows: int, width: int) -> Float[Array, "V D"]:
-    """A table of normal rows of expected norm 1, row 0 zero.
+def init_table(
+    key: jax.Array, rows: int, width: int, *, start: int | Int[Array, ""] = 0, count: int | None = None
+) -> Float[Array, "C D"]:
+    """Rows [start, start + count) of a table of normal rows of expected norm 1, its row 0 zero; all padded rows by default.
 
-    Filled block by block: the peak of memory is the table and one block, not a table of random bits beside it. The values
-    of a row depend on the key and its position alone, so a larger table begins with the rows of a smaller one.
+    The values of a row depend on the key and its place alone: each device of a mesh makes its own part of the table that one
+    device would make, and a larger table begins with the rows of a smaller one. Filled chunk by chunk: the peak of memory is
+    the result and one chunk, not a table of random bits beside it.
+
+    Args:
+        rows: used rows of the whole table, which has `padded_rows(rows)`.
+        start: may be traced, `axis_index * count` inside a `shard_map`.
     """
-    blocks = padded_rows(rows) // ROW_MULTIPLE
-    scale = width**-0.5
+    count = padded_rows(rows) if count is None else count
+    chunk = min(count, ROW_MULTIPLE)
+
+    def row(place: Int[Array, ""]) -> jax.Array:
+        values = width**-0.5 * jax.random.normal(jax.random.fold_in(key, place), (width,))
+        return jnp.where(place == PADDING, 0.0, values)
 
     def fill(i: Int[Array, ""], table: jax.Array) -> jax.Array:
-        block = scale * jax.random.normal(jax.random.fold_in(key, i), (ROW_MULTIPLE, width))
-        return jax.lax.dynamic_update_slice(table, block, (i * ROW_MULTIPLE, 0))
+        # The last chunk ends with the table and makes some rows of the one before once more.
+        offset = jnp.minimum(i * chunk, count - chunk)
+        return jax.lax.dynamic_update_slice(table, jax.vmap(row)(start + offset + jnp.arange(chunk)), (offset, 0))
 
-    table = jax.lax.fori_loop(0, blocks, fill, jnp.zeros((blocks * ROW_MULTIPLE, width)))
-    return table.at[PADDING].set(0.0)
+    # Zero by way of `start`: inside a `shard_map` the loop's first value must vary over the mesh as its others do.
+    empty = jnp.full((count, width), start * 0, jnp.result_type(float))
+    return jax.lax.fori_loop(0, -(-count // max(chunk, 1)), fill, empty)
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
