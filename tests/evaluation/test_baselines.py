@@ -46,7 +46,7 @@ def test_never_sold_items_are_shuffled_by_the_seed_alone():
 
 
 def fake(train, num_items, truth=None):
-    return SimpleNamespace(train=train, items=range(num_items), truth=truth)
+    return SimpleNamespace(positives=lambda part: {"train": train}[part], items=range(num_items), truth=truth)
 
 
 def some_queries(num_queries, num_items):

@@ -23,6 +23,7 @@ class Rows:
         weight: float32 [N], at least 0.
         timestamp: int64 [N], seconds since the epoch, or None.
         context: user features of the interaction itself, [N, ...] each.
+        labels: column -> float32 [N], 1, 0, or NaN where missing; of the columns that `config.objective` names.
     """
 
     user: np.ndarray
@@ -30,16 +31,22 @@ class Rows:
     weight: np.ndarray
     timestamp: np.ndarray | None
     context: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, by place or by mask."""
+        return Rows(*jax.tree.map(lambda x: x[rows], tuple(getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
 Batch = dict[str, Any]
 
 
 def gather(data: Mapping[str, Any], index: Any) -> Batch:
-    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features", "item_features": {name: [B, ...]}}.
+    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features", "item_features": {name: [B, ...]},
+    "labels": {column: [B], NaN where missing}}.
 
     Works on NumPy arrays, and inside `jit` on those that rest on the device.
     """
@@ -52,6 +59,7 @@ def gather(data: Mapping[str, Any], index: Any) -> Batch:
         "weight": data["weight"][index],
         "user_features": user_features | context,
         "item_features": {name: x[item] for name, x in data["item_features"].items()},
+        "labels": {name: x[index] for name, x in data["labels"].items()},
     }
 
 
@@ -78,6 +86,7 @@ class Batches:
         self._data = {
             "user": rows.user, "item": rows.item, "weight": rows.weight, "context": dict(rows.context),
             "user_features": dict(features["user"]), "item_features": dict(features["item"]),
+            "labels": dict(rows.labels),
         }  # fmt: skip
         self._rows, self._batch_size, self._seed = len(rows), batch_size, seed
         size = sum(x.nbytes for x in jax.tree.leaves(self._data))

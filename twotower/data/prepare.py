@@ -16,6 +16,7 @@ from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
 from twotower.data.features import load_spec
 from twotower.data.interactions import timestamps
+from twotower.data.labels import check_labels, label_columns, read_labels
 from twotower.validation import ConfigError, check_fields
 
 
@@ -44,6 +45,18 @@ class Prepared:
     truth: sources.Truth | None
     raw: split.Split
 
+    def is_positive(self, part: str) -> np.ndarray:
+        """bool [N], which rows of a part ("train", "validation" or "test") say that a user wanted an item: those with label 1
+        where `config.objective.label` names a column, else all."""
+        rows: Rows = getattr(self, part)
+        label = self.config.objective.label
+        return rows.labels[label] == 1 if label else np.ones(len(rows), bool)
+
+    def positives(self, part: str) -> Rows:
+        """The rows that `is_positive` marks."""
+        rows: Rows = getattr(self, part)
+        return rows.take(self.is_positive(part)) if self.config.objective.label else rows
+
 
 def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
     """Reads and encodes the data that `config` names.
@@ -60,37 +73,47 @@ def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
     parts = split.split(dataset.interactions, config.split)
     split.audit(parts, config.split)
     users, items = dataset.users, dataset.items
+    labels = label_columns(config.objective)
+    check_labels(dataset.interactions, parts.train, labels)
     # Read by export alone, but asked for here: else a misspelt column would cost a training.
     check_fields(dict.fromkeys(config.retrieval.display), items.column_names, "config.retrieval.display: the items table")
     in_corpus = np.ones(len(items), bool) if dataset.has_catalogue else _occurs(parts.train["item_id"], items["item_id"])
     items = items.filter(pa.array(in_corpus))
     encoder = encoder or Encoder.fit(spec, parts.train, users=users, items=items)
     split.check_fitted(encoder.fitted_on, parts)
+    _check_context(encoder, labels)
     logging.info(
         "%d users, %d items in the corpus; rows: %d train, %d validation, %d test.",
         len(users), len(items), len(parts.train), len(parts.validation), len(parts.test),
     )  # fmt: skip
     truth = dataset.truth and dataclasses.replace(dataset.truth, item_factors=dataset.truth.item_factors[in_corpus])
     own = [name for name in encoder.inputs["user"] if name not in encoder.context]
-    return Prepared(
-        config, users, items, *(_rows(part, users, items, encoder) for part in (parts.train, parts.validation, parts.test)),
-        encoder, {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}, truth, parts,
-    )  # fmt: skip
+    features = {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}
+    rows = (_rows(part, users, items, encoder, labels) for part in (parts.train, parts.validation, parts.test))
+    return Prepared(config, users, items, *rows, encoder, features, truth, parts)
 
 
 def _occurs(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:
     return pc.is_in(among, value_set=pc.unique(values)).to_numpy()
 
 
-def _rows(table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder) -> Rows:
+def _rows(table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder, labels: Mapping[str, str]) -> Rows:
     def places(name: str, among: pa.Table) -> np.ndarray:
         found = pc.index_in(table[name], value_set=among[name].combine_chunks())
         return pc.fill_null(found, -1).to_numpy().astype(np.int32)
 
     return Rows(
         places("user_id", users), places("item_id", items), _weights(table), timestamps(table),
-        encoder.encode("user", table, encoder.context),
+        encoder.encode("user", table, encoder.context), read_labels(table, labels),
     )  # fmt: skip
+
+
+def _check_context(encoder: Encoder, labels: Mapping[str, str]) -> None:
+    """A query that knows its own label would be told the answer."""
+    for name in encoder.context:
+        column = encoder.spec.user[name].column
+        if column in labels:
+            raise ConfigError(f"config.features: user feature {name!r} reads column {column!r}, which is {labels[column]}.")
 
 
 def _weights(table: pa.Table) -> np.ndarray:

@@ -8,6 +8,9 @@ at next is drawn from
 renormalised over the items that exist at that moment. Preference is therefore exactly a dot product,
 `Truth.user_factors` with `Truth.item_factors`, which no model can beat on average: the ceiling the quick start reports.
 
+Of some rows it is known whether the shopper `liked` the item (1 or 0, else missing), of all whether he `shared` it: drawn
+with probabilities that `label_probabilities` tells, higher where the item suits him more than others.
+
 A taste likes some categories, brands and materials and a price level, so the columns of the items tell about items
 never sold; it likes items of its own beyond that, and popular ones (Zipf) more. Who shares gender and age shares
 likings.
@@ -40,6 +43,8 @@ ITEM_NOISE = 0.8
 ZIPF = 0.5
 # Sum of the Dirichlet's parameters (below 1 most shoppers have one or two tastes), and how far segments differ.
 CONCENTRATION, SEGMENT_SPREAD = 0.6, 0.6
+# Label -> slope and offset of its logit, see `label_probabilities`, and the share of rows where it is known.
+LABELS = {"liked": (2.0, -5.4, 0.6), "shared": (1.0, -5.0, 1.0)}
 _CHUNK = 500_000
 
 
@@ -59,13 +64,31 @@ def generate(num_interactions: int = 100_000, *, seed: int = 0) -> Dataset:
         joined=shoppers.joined, created=catalogue.created, activity=shoppers.activity,
     )
     user_table, item_table = _user_table(shoppers), _item_table(catalogue)
+    truth = Truth(user_factors=shoppers.theta, item_factors=np.ascontiguousarray(phi.T))
+    labels = _labels(np.random.default_rng([seed, num_interactions, len(rng)]), truth, log)
     return Dataset(
-        interactions=_log_table(log, user_table["user_id"], item_table["item_id"]),
+        interactions=_log_table(log, user_table["user_id"], item_table["item_id"], labels),
         users=user_table,
         items=item_table,
         has_catalogue=True,
-        truth=Truth(user_factors=shoppers.theta, item_factors=np.ascontiguousarray(phi.T)),
+        truth=truth,
     )
+
+
+def label_probabilities(truth: Truth, user: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
+    """Label -> the true probability of 1, float32 [N], for rows (user, item) of the tables:
+
+    sigma(slope log(p(item | user) / mean over users of p(item | user)) + offset)
+
+    No head can have a lower log loss on average than these.
+    """
+    usual = truth.item_factors @ truth.user_factors.mean(axis=0)
+    lift = np.empty(len(user), np.float32)
+    for start in range(0, len(user), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        own = np.einsum("nt,nt->n", truth.user_factors[user[part]], truth.item_factors[item[part]])
+        lift[part] = np.log(own / usual[item[part]])
+    return {name: 1 / (1 + np.exp(-slope * lift - offset)) for name, (slope, offset, _) in LABELS.items()}
 
 
 def write(dataset: Dataset, folder: str | os.PathLike) -> None:
@@ -218,10 +241,22 @@ def _item_table(items: _Items) -> pa.Table:
     })
 
 
-def _log_table(log: Log, user_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> pa.Table:
+def _labels(rng: np.random.Generator, truth: Truth, log: Log) -> dict[str, pa.Array]:
+    labels = {}
+    for name, probability in label_probabilities(truth, log.user, log.item).items():
+        drawn = rng.random(len(log.user)) < probability
+        unknown = rng.random(len(log.user)) >= LABELS[name][-1]
+        labels[name] = pa.array(drawn.astype(np.int64), mask=unknown)
+    return labels
+
+
+def _log_table(
+    log: Log, user_ids: pa.ChunkedArray, item_ids: pa.ChunkedArray, labels: dict[str, pa.Array]
+) -> pa.Table:
     return pa.table({
         "user_id": user_ids.combine_chunks().take(pa.array(log.user)),
         "item_id": item_ids.combine_chunks().take(pa.array(log.item)),
         "timestamp": log.time,
         "event": _pick(EVENTS, log.event),
+        **labels,
     })

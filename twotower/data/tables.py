@@ -229,6 +229,9 @@ def _column(
     if name in keys:
         return columns.ids(values, typed=typed)
     if name in _NUMBERS:
+        if name == "label" and pa.types.is_string(values.type):
+            flags = columns.inferred(values)  # true and false are labels, while a rating of true is a mistake
+            values = flags if pa.types.is_boolean(flags.type) else values
         return columns.numbers(values, least=0.0 if name == "weight" else -math.inf)
     if name in ("event", "split", "user_id", "item_id"):
         return columns.ids(values, typed=True)

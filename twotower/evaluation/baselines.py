@@ -20,7 +20,7 @@ TOP_SHARE = 0.1  # of the items, in "top quantile"
 def make_baselines(prepared: Prepared, queries: Queries, *, seed: int = 0) -> Mapping[str, Scores]:
     """name -> scores of the queries: random, popularity, popularity_top_quantile, and where the data has what they need
     popularity_last_week (timestamps) and true_preferences (the generator's factors)."""
-    num_items, train = len(prepared.items), prepared.train
+    num_items, train = len(prepared.items), prepared.positives("train")
     order = popularity_order(train, num_items, seed=seed)
     baselines = {
         "random": random_scores(num_items, seed=seed),

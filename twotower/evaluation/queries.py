@@ -26,7 +26,7 @@ class Queries:
         right: Q lists of right answers, rows of the corpus.
         missing: int32 [Q], right answers that are not in the corpus: nothing can find them, and they count as missed.
         seen: for each user (not query) the items of its earlier rows.
-        counts: int64 [N], training rows of each item.
+        counts: int64 [N], training rows of each item that are positives.
         context: encoded features of the query itself, [Q, ...] each.
     """
 
@@ -74,7 +74,8 @@ def make_queries(prepared: Prepared, split: str, kind: str) -> Queries:
     """The queries of a split.
 
     Args:
-        split: "validation" or "test". Seen are the training rows, and for test the validation rows too.
+        split: "validation" or "test". Seen are the training rows, and for test the validation rows too; of all of them only
+            those that are positives (`Prepared.is_positive`).
         kind: "user": one query a user, all its distinct held-out items right; its context is that of its first held-out
             row. "interaction": each held-out row is a query with one right answer.
 
@@ -83,14 +84,17 @@ def make_queries(prepared: Prepared, split: str, kind: str) -> Queries:
     """
     earlier = choose({"validation": ("train",), "test": ("train", "validation")}, split, "split")
     make = choose({"user": _by_user, "interaction": _by_interaction}, kind, "config.evaluation.query")
-    rows: Rows = getattr(prepared, split)
-    if not len(rows):
+    if not len(getattr(prepared, split)):
         raise ConfigError(f"There are no {split} rows to evaluate on: config.split.{split} must be above 0.")
-    seen = [getattr(prepared, name) for name in earlier]
+    right = prepared.is_positive(split)
+    if not right.any():
+        label = prepared.config.objective.label
+        raise ConfigError(f"None of the {len(right):,} {split} rows has config.objective.label={label!r} 1: no answer is right.")
+    trained = prepared.positives("train").item
     return Queries(
-        **make(rows, getattr(prepared.raw, split)["item_id"]),
-        seen=items_of_users(seen, num_users=len(prepared.users)),
-        counts=np.bincount(prepared.train.item[prepared.train.item >= 0], minlength=len(prepared.items)),
+        **make(prepared.positives(split), getattr(prepared.raw, split)["item_id"].filter(pa.array(right))),
+        seen=items_of_users([prepared.positives(name) for name in earlier], num_users=len(prepared.users)),
+        counts=np.bincount(trained[trained >= 0], minlength=len(prepared.items)),
     )
 
 

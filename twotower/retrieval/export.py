@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.data import split
 from twotower.data.batches import Rows
 from twotower.data.folders import replacing
 from twotower.data.prepare import Prepared
@@ -18,6 +19,7 @@ from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.scann import TUNING_QUERIES, build_index
+from twotower.retrieval.weights import of_towers
 from twotower.training.run import Run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
@@ -45,7 +47,7 @@ def make_bundle(run: Run) -> Bundle:
     prepared, model = run.prepared, run.model
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
     users = known_users(prepared)
-    seen = items_of_users(all_rows(prepared), num_users=len(users))
+    seen = items_of_users([prepared.positives(part) for part in split.PARTS], num_users=len(users))
     some = evenly_spaced(np.arange(len(users)), TUNING_QUERIES)
     encoded = prepared.encoder.encode("user", users.take(pa.array(some)))
     index = build_index(
@@ -55,7 +57,7 @@ def make_bundle(run: Run) -> Bundle:
         queries=embed_rows(model, run.weights, "user", encoded),
     )
     return Bundle(
-        config=run.config, encoder=prepared.encoder, model=model, weights=run.weights, vectors=vectors,
+        config=run.config, encoder=prepared.encoder, model=model, weights=of_towers(run.weights), vectors=vectors,
         items=display_items(prepared), users=users, seen=seen, index=index,
     )  # fmt: skip
 

@@ -10,7 +10,13 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from twotower.towers.two_tower import Weights
+from twotower.towers.two_tower import SIDES, Weights
+
+
+def of_towers(weights: Weights) -> Weights:
+    """Without what only training reads: heads, and the bias of a loss. Two models that embed alike are one model."""
+    kept = (*SIDES, "log_temperature")
+    return weights._replace(params={name: x for name, x in weights.params.items() if name in kept})
 
 
 def save_weights(weights: Weights, folder: Path) -> None:
