@@ -1,0 +1,195 @@
+r"""The sweep beneath `streaming_loss`: blocks of queries against all candidates, losses and gradients formed together.
+
+Each block sees every candidate, so its losses are complete and their gradient is known while the block's exponentials are still
+in the cache: three matrix products, no recomputation. The gradients are the residuals of a `custom_vjp`, whose backward pass
+only multiplies them by the cotangent; for this reason there are no second derivatives. Evaluated without differentiation, the
+sweep forms the losses alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from twotower.objectives.negatives import Candidates
+
+
+class Scored(NamedTuple):
+    """What the loss is differentiated by."""
+
+    queries: Float[Array, "B D"]
+    items: Float[Array, "C D"]
+    positive: Float[Array, "B"]
+    hard: Float[Array, "B H"]
+    scale: Float[Array, ""]
+    bias: Float[Array, ""]
+    weights: Float[Array, "B"]
+
+
+class Known(NamedTuple):
+    """What it is not: identities, and the logs of expected counts."""
+
+    ids: Int[Array, "B"]
+    owners: Int[Array, "B"]
+    hard_allowed: Bool[Array, "B H"]
+    candidates: Candidates
+
+
+class Form(NamedTuple):
+    """The loss, and how to go about it; static.
+
+    Attributes:
+        of, of_gap, biased: see `twotower.objectives.loss.Loss`.
+        rows: queries in a block, at most.
+        dtype: of the operands of the matrix products.
+    """
+
+    of: Callable[..., jax.Array]
+    of_gap: Callable[[jax.Array], jax.Array] | None
+    biased: bool
+    rows: int
+    dtype: Any
+
+
+class _Block(NamedTuple):
+    """The rows of `Scored` and `Known` that are of one block of n queries."""
+
+    queries: Float[Array, "n D"]
+    positive: Float[Array, "n"]
+    hard: Float[Array, "n H"]
+    weights: Float[Array, "n"]
+    ids: Int[Array, "n"]
+    owners: Int[Array, "n"]
+    hard_allowed: Bool[Array, "n H"]
+
+
+class _Slopes(NamedTuple):
+    """Derivatives of a block's weighted loss by its logits; by the candidates', `factor[:, None] * candidates`."""
+
+    positive: Float[Array, "n"]
+    hard: Float[Array, "n H"]
+    candidates: Float[Array, "n C"]
+    factor: Float[Array, "n"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
+    """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as the ids."""
+    operands = _operands(form, scored)
+
+    def body(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
+        losses, _ = _losses(form, block, *_logits(operands, scored, known, block))
+        return total + jnp.sum(block.weights * losses), None
+
+    start = jnp.zeros((), scored.positive.dtype) + zero(known)
+    return jax.lax.scan(body, start, _blocks(form, operands, scored, known))[0]
+
+
+def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""], Scored]:
+    operands, exact = _operands(form, scored), scored.positive.dtype
+    items = operands[1].T
+
+    def body(totals: tuple, block: _Block) -> tuple[tuple, tuple]:
+        loss, transposed, scale, bias = totals
+        losses, slopes = _losses(form, block, *_logits(operands, scored, known, block), weighted=True)
+        outer = slopes.candidates.astype(items.dtype)
+        queries = slopes.factor[:, None] * jnp.matmul(outer, items, preferred_element_type=exact)
+        scaled = (block.queries * (scored.scale * slopes.factor)[:, None]).astype(items.dtype)
+        # As [D, C]: the CPU forms this product several times as fast as its transpose.
+        transposed += jnp.einsum("nd,nc->dc", scaled, outer, preferred_element_type=exact)
+        scale += jnp.sum(queries * block.queries)
+        if form.biased:
+            bias += jnp.sum(slopes.factor * slopes.candidates.sum(axis=1))
+        loss += jnp.sum(block.weights * losses)
+        return (loss, transposed, scale, bias), (scored.scale * queries, slopes.positive, slopes.hard, losses)
+
+    start = (jnp.zeros((), exact), jnp.zeros(scored.items.shape[::-1], exact), jnp.zeros((), exact), jnp.zeros((), exact))
+    start = jax.tree.map(lambda x: x + zero(known).astype(exact), start)
+    (loss, transposed, scale, bias), rows = jax.lax.scan(body, start, _blocks(form, operands, scored, known))
+    queries, positive, hard, losses = (jax.lax.collapse(x, 0, 2)[: len(known.ids)] for x in rows)
+    # The barrier keeps the transposition out of the loop, where XLA would fold it into the product.
+    items = jax.lax.optimization_barrier(transposed).T
+    gradients = Scored(queries, items, positive, hard, scale, bias, losses)
+    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, scored)
+
+
+def _backward(form: Form, gradients: Scored, cotangent: Float[Array, ""]) -> tuple[Scored, None]:
+    return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients), None
+
+
+sweep.defvjp(_forward, _backward)
+
+
+def zero(known: Known) -> Int[Array, ""]:
+    """0, made of the ids: what it is added to varies over a mesh as they do, which loops and `custom_vjp` ask for."""
+    return 0 * known.ids[:1].sum() + 0 * known.candidates.ids[:1].sum()
+
+
+def _operands(form: Form, scored: Scored) -> tuple[Float[Array, "B D"], Float[Array, "D C"]]:
+    dtype = form.dtype or jnp.result_type(scored.queries, scored.items)
+    return scored.queries.astype(dtype), scored.items.astype(dtype).T
+
+
+def _blocks(form: Form, operands: tuple, scored: Scored, known: Known) -> _Block:
+    """[blocks, n, ...] of each; the last block is filled up with queries of weight 0."""
+    count = len(known.ids)
+    number = max(1, -(-count // form.rows))
+    rows = -(-count // number)
+
+    def cut(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, [(0, number * rows - count)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(number, rows, *x.shape[1:])
+
+    return _Block(*map(cut, (
+        operands[0], scored.positive, scored.hard, scored.weights, known.ids, known.owners, known.hard_allowed,
+    )))  # fmt: skip
+
+
+def _logits(operands: tuple, scored: Scored, known: Known, block: _Block) -> tuple[Float[Array, "n C"], Bool[Array, "n C"]]:
+    """Of the candidates, and which of them are negatives."""
+    candidates = known.candidates
+    scores = jnp.matmul(block.queries, operands[1], preferred_element_type=scored.positive.dtype)
+    logits = scores * scored.scale + (scored.bias - candidates.log_expected_count)[None, :]
+    other = (candidates.ids[None, :] != block.ids[:, None]) & (candidates.owners[None, :] != block.owners[:, None])
+    return logits, other & (candidates.ids >= 0)[None, :]
+
+
+def _losses(
+    form: Form, block: _Block, logits: jax.Array, allowed: jax.Array, weighted: bool = False
+) -> tuple[Float[Array, "n"], _Slopes | None]:
+    """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
+    if form.of_gap is not None:
+        return _by_gap(form.of_gap, block, logits, allowed, weighted)
+    where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
+
+    def of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
+        return form.of(positive, jnp.concatenate([logits, hard], axis=1), where=where)
+
+    if not weighted:
+        return of(block.positive, logits, block.hard), None
+    losses, pull = jax.vjp(of, block.positive, logits, block.hard)
+    positive, candidates, hard = pull(block.weights)
+    return losses, _Slopes(positive, hard, candidates, jnp.ones_like(positive))
+
+
+def _by_gap(
+    of_gap: Callable, block: _Block, logits: jax.Array, allowed: jax.Array, weighted: bool
+) -> tuple[Float[Array, "n"], _Slopes | None]:
+    """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number a query."""
+    kept, hard = jnp.where(allowed, logits, -jnp.inf), jnp.where(block.hard_allowed, block.hard, -jnp.inf)
+    top = jnp.maximum(kept.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
+    none = top == -jnp.inf
+    top = jnp.where(none, 0.0, top)
+    kept, hard = jnp.exp(kept - top[:, None]), jnp.exp(hard - top[:, None])
+    total = jnp.where(none, 1.0, kept.sum(axis=1) + hard.sum(axis=1))
+    gap = top + jnp.log(total) - block.positive
+    if not weighted:
+        return jnp.where(none, 0.0, of_gap(gap)), None
+    losses, pull = jax.vjp(of_gap, gap)
+    slope = jnp.where(none, 0.0, pull(block.weights)[0])
+    return jnp.where(none, 0.0, losses), _Slopes(-slope, hard * (slope / total)[:, None], kept, slope / total)
