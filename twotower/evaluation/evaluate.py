@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from twotower.data.prepare import Prepared
-from twotower.evaluation import metrics
+from twotower.evaluation import heads, metrics
+from twotower.evaluation.metrics import ScoreError
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import embed_rows
@@ -24,10 +25,6 @@ Scores = Callable[[slice], Any]
 
 BLOCK_BYTES = 2**27  # of scores
 LARGEST_BLOCK = 1_024  # queries
-
-
-class ScoreError(ValueError):
-    """Scores that cannot be ranked."""
 
 
 def evaluate(
@@ -91,12 +88,17 @@ def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries)
 
 
 def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
-    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of the queries."""
+    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of the queries; those of heads
+    as "click/auc", over a fixed sample of as many rows."""
     evaluation = prepared.config.evaluation
     queries = make_queries(prepared, "validation", evaluation.query).sample(evaluation.validation_queries)
-    return lambda weights: evaluate(
-        model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True
-    )
+    measure_heads = heads.make_head_metrics(prepared, model, "validation", most=evaluation.validation_queries)
+
+    def validate(weights: Any) -> dict[str, float]:
+        ranked = evaluate(model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True)
+        return ranked | heads.flat(measure_heads(weights))
+
+    return validate
 
 
 @jax.jit

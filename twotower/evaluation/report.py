@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from twotower.evaluation.baselines import make_baselines
 from twotower.evaluation.evaluate import evaluate, model_scores
+from twotower.evaluation.heads import METRICS as HEAD_METRICS
+from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
@@ -39,11 +41,11 @@ def measure_run(
         ks: list lengths.
         split: "test" or "validation".
         baselines: whether to measure them.
-        most: ask at most this many queries, evenly spaced; 0 asks all.
+        most: ask at most this many queries, evenly spaced, and of each head as many rows; 0 asks all.
 
     Returns:
         {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
-        "baselines_unmasked": ...}
+        "baselines_unmasked": ..., and of a model with heads "heads": {name: {"auc": ...}}}
     """
     every = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every.sample(most)
@@ -56,6 +58,8 @@ def measure_run(
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
+    if run.config.objective.heads:
+        measured["heads"] = make_head_metrics(run.prepared, run.model, split, most=most)(run.weights)
     return measured
 
 
@@ -106,6 +110,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         note = f", {without:,} without an answer that is left" if without else ""
         lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
         lines += _comparisons(model, others, min(ks))
+    if measured.get("heads"):
+        lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
     if "index" in measured:
         lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
@@ -120,6 +126,16 @@ def format_table(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) 
         for k in ks if name in PRINTED_AT_EVERY_K else ks[:1]:
             values = [column[f"{name}@{k}"] for column in columns.values()]
             lines.append(f"{f'{name}@{k}':18}" + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths)))
+    return "\n".join(lines)
+
+
+def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
+    """A column a head, a row a metric; "-" where it is not defined."""
+    widths = [max(len(name), 8) + 2 for name in heads]
+    lines = [f"{'':18}" + "".join(f"{name:>{width}}" for name, width in zip(heads, widths))]
+    for name, form in (*((name, ".4f") for name in HEAD_METRICS), ("rows", ",")):
+        cells = [format(values[name], form) if name in values else "-" for values in heads.values()]
+        lines.append(f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
     return "\n".join(lines)
 
 
