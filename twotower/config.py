@@ -6,13 +6,13 @@ what it does not know. Everything below takes the dataclasses.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from twotower.validation import ConfigError, build, choose
+from twotower.ranges import check_ranges
+from twotower.validation import build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,8 @@ class ModelConfig:
         normalize: L2-normalise both vectors, so that scores are cosines.
         temperature: scores are divided by it in the loss (never at serving, where it changes no ranking).
         learn_temperature: train its logarithm, kept within [0.01, 1].
+        dtype: of the arithmetic in the towers and in the products of the loss: float32, or bfloat16 (parameters, sums and
+            vectors stay float32).
     """
 
     user: TowerConfig = TowerConfig()
@@ -141,6 +143,7 @@ class ModelConfig:
     normalize: bool = True
     temperature: float = 0.07
     learn_temperature: bool = True
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,18 +152,19 @@ class NegativesConfig:
 
     Attributes:
         in_batch: the positives of the other rows of the batch, of every device.
-        uniform: items drawn from the corpus at each step, each equally likely, shared by the batch. -1: as many as a quarter of the
-            batch where the corpus holds items that training never saw (which would else never be a negative), or none.
+        uniform: items drawn from the corpus at each step, each equally likely, shared by the batch. -1: a quarter of the batch
+            where the corpus holds items that training never saw (which would else never be a negative), otherwise none.
         popularity: items drawn at each step in proportion to their training rows to the power `alpha`, shared by the batch.
         alpha: see `popularity`.
-        catalogue: every item of the corpus is a candidate (full softmax); for small catalogues, and in the place of all of the above.
+        catalogue: every item of the corpus is a candidate (full softmax), for small catalogues; in the place of all the above.
         queue: past item vectors kept as candidates, a multiple of the batch size (cross-batch memory); 0 keeps none.
         queue_warmup: steps before the queue is used.
         queue_age: steps after which an entry is no longer used; 0: when it is overwritten.
         mined: hard negatives for each query, drawn from its pool of items ranked high by the model itself.
         mined_refresh: steps between rankings.
         mined_ranks: the pool: from the first of these ranks to before the second, known positives left out.
-        mined_margin: items within this of the positive's score, or above it, are left out of the pool as likely positives; -1 keeps them.
+        mined_margin: items that score higher than a positive of the user less this are left out of the pool, being likely
+            positives; -1 keeps them.
         explicit: hard negatives for each query, drawn from the training rows of its user whose `objective.label` is 0.
         frequency: how often an item is drawn in a batch: a key of `twotower.objectives.frequency.FREQUENCIES`.
     """
@@ -303,6 +307,10 @@ class TrainingConfig:
         patience: validations without improvement before training stops; 0 never stops early.
         keep_checkpoints: latest checkpoints kept, beside the best.
         resident_megabytes: encoded data up to this size is copied to the device once; larger data is streamed.
+        steps_per_dispatch: steps that the device runs on its own before it is asked again, for small models; must divide
+            `validate_every` and `steps`.
+        accumulate: parts that a batch is computed in, one after the other, to save memory. It adds no negatives, so it is
+            refused for losses that take them from the batch.
     """
 
     seed: int = 0
@@ -317,6 +325,8 @@ class TrainingConfig:
     patience: int = 0
     keep_checkpoints: int = 2
     resident_megabytes: int = 2048
+    steps_per_dispatch: int = 1
+    accumulate: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,7 +374,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
-        _check_ranges(self)
+        check_ranges(self)
 
     def trained(self) -> dict[str, Any]:
         """The sections that decide what training computes: all but `retrieval`, which may change afterwards."""
@@ -391,59 +401,3 @@ def from_dict(values: Any) -> Config:
         ConfigError: a field is unknown (the nearest one is named), of the wrong type or out of range.
     """
     return build(Config, values, "config")
-
-
-def _check_ranges(config: Config) -> None:
-    def check(ok: bool, field: str, value: Any, right: str) -> None:
-        if not ok:
-            raise ConfigError(f"config.{field}={value!r} must be {right}.")
-
-    def between(field: str, low: float, high: float) -> None:
-        value = _get(config, field)
-        check(low <= value <= high, field, value, f"between {low} and {high}")
-
-    def at_least(field: str, low: float) -> None:
-        value = _get(config, field)
-        check(value >= low, field, value, f"at least {low}")
-
-    def one_of(field: str, known: tuple[str, ...]) -> None:
-        choose(dict.fromkeys(known), _get(config, field), f"config.{field}")
-
-    for field in ("split.validation", "split.test", "model.user.dropout", "model.item.dropout"):
-        between(field, 0.0, 0.99)
-    between("model.temperature", 0.01, 1.0)
-    between("retrieval.target_recall", 0.0, 1.0)
-    between("training.schedule.factor", 0.0, 1.0)
-    at_least("data.num_interactions", 1000)
-    for field in ("batch_size", "steps", "log_every", "validate_every", "keep_checkpoints", "schedule.patience"):
-        at_least(f"training.{field}", 1)
-    for field in ("seed", "patience", "resident_megabytes", "schedule.warmup_steps", "optimizer.clip_norm"):
-        at_least(f"training.{field}", 0)
-    for field in ("optimizer.learning_rate", "tables.learning_rate", "tables.initial_accumulator"):
-        at_least(f"training.{field}", 0)
-    for field in ("evaluation.validation_queries", "data.k_core"):
-        at_least(field, 0)
-    one_of("data.duplicates", ("all", "first", "last"))
-    one_of("evaluation.query", ("user", "interaction"))
-    one_of("retrieval.index", ("auto", "exact", "scann_brute_force", "scann_tree", "scann_tree_ah"))
-    for table in ("interactions", "user_table", "item_table", "test"):
-        one_of(f"data.{table}.timestamp_unit", ("s", "ms", "us", "ns"))
-        delimiter, encoding = (_get(config, f"data.{table}.{field}") for field in ("delimiter", "encoding"))
-        check(bool(delimiter), f"data.{table}.delimiter", delimiter, "one or more characters, such as ',' or '\\t'")
-        check(_is_encoding(encoding), f"data.{table}.encoding", encoding, "an encoding that Python knows, such as 'utf-8'")
-    check(bool(config.evaluation.ks) and min(config.evaluation.ks, default=0) >= 1,
-          "evaluation.ks", config.evaluation.ks, "one or more list lengths of at least 1")
-
-
-def _is_encoding(name: str) -> bool:
-    try:
-        return bool(codecs.lookup(name))
-    except LookupError:
-        return False
-
-
-def _get(config: Config, field: str) -> Any:
-    value: Any = config
-    for name in field.split("."):
-        value = getattr(value, name)
-    return value

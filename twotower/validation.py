@@ -58,7 +58,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping) and (isinstance(value, Mapping) or hasattr(value, "to_dict")):
         (_, inner) = typing.get_args(hint) or (Any, Any)
         values = value.to_dict() if hasattr(value, "to_dict") else value
-        return {name: convert(inner, x, f"{where}.{name}") if dataclasses.is_dataclass(inner) else x for name, x in values.items()}
+        deep = dataclasses.is_dataclass(inner)
+        return {name: convert(inner, x, f"{where}.{name}") if deep else x for name, x in values.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))):

@@ -10,8 +10,9 @@ from twotower.config import from_dict
 from twotower.data.batches import Batches
 from twotower.data.prepare import prepare
 from twotower.towers.two_tower import TwoTower
-from twotower.training.loop import count_rows
-from twotower.training.step import Trainer, init_state
+from twotower.training.init import init_state
+from twotower.training.loop import corpus_of, count_rows
+from twotower.training.state import Trainer
 
 FEATURES = {
     "user": {"user_id": {"type": "string", "embedding_size": 16}, "city": {"type": "string", "embedding_size": 4}},
@@ -46,9 +47,10 @@ def make(prepared):
     """(config) -> (trainer, a fresh state, the first batch)."""
 
     def build(config):
-        trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder))
+        trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
         counts = {side: jnp.asarray(c) for side, c in count_rows(prepared).items()}
-        batch = make_batches(prepared, config).load(0)
+        batches = make_batches(prepared, config)
+        batch = batches.load(batches.indices(0))
         state = jax.jit(functools.partial(init_state, trainer))(counts)
         return trainer, state, jax.tree.map(jnp.asarray, batch)
 

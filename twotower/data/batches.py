@@ -105,9 +105,9 @@ class Batches:
             start, needed = start + len(part), needed - len(part)
         return np.concatenate(parts)
 
-    def load(self, step: int) -> Batch:
-        """Batch `step`, gathered on the host."""
-        return gather(self._data, self.indices(step))
+    def load(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, gathered on the host."""
+        return gather(self._data, indices)
 
     def _shuffle(self, number: int) -> np.ndarray:
         rows = np.arange(self._rows, dtype=np.int32)

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from twotower.retrieval.exact import next_power_of_two, pad_rows
+from twotower.training.mesh import SPLIT, WHOLE, place
 from twotower.training.progress import progress
 
 BATCH = 4_096
@@ -22,20 +24,23 @@ def embed_rows(
 
     Args:
         model: a `TwoTower`.
-        weights: its `Weights`.
+        weights: its `Weights`; where they are divided over a mesh, so is the work, and all processes must take part.
         side: "user" or "item".
         features: encoded, [N, ...] each.
         batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are compiled.
     """
-    count = len(next(iter(features.values())))
+    count, mesh = len(next(iter(features.values()))), _mesh_of(weights)
+    fewest = mesh.size if mesh else 1
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     # One batch is over before a bar could be read, and the next question may follow at once.
     for start in progress(starts, total=len(starts), what=f"Embedding {side}s") if len(starts) > 1 else starts:
         part = {name: values[start : start + batch] for name, values in features.items()}
         rows = min(batch, count - start)
-        padded = {name: pad_rows(values, min(batch, next_power_of_two(rows))) for name, values in part.items()}
-        vectors[start : start + rows] = _embed(model, side, weights, padded)[:rows]
+        size = max(fewest, min(batch, next_power_of_two(rows)))
+        padded = {name: pad_rows(values, size) for name, values in part.items()}
+        padded = place(mesh, padded, SPLIT) if mesh else padded
+        vectors[start : start + rows] = _embed(mesh)(model, side, weights, padded)[:rows]
     return vectors
 
 
@@ -48,6 +53,18 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "side"))
-def _embed(model: Any, side: str, weights: Any, features: Mapping[str, Any]):
-    return model.embed(side, weights, features)
+def _mesh_of(weights: Any) -> Mesh | None:
+    """The mesh of several devices that `weights` are divided over."""
+    places = [x.sharding for x in jax.tree.leaves(weights) if isinstance(x, jax.Array)]
+    meshes = [place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1]
+    return meshes[0] if meshes else None
+
+
+@functools.cache
+def _embed(mesh: Mesh | None) -> Any:
+    def embed(model: Any, side: str, weights: Any, features: Mapping[str, Any]) -> jax.Array:
+        return model.embed(side, weights, features)
+
+    # Every process reads all vectors, so each must hold them.
+    out = NamedSharding(mesh, WHOLE) if mesh else None
+    return jax.jit(embed, static_argnames=("model", "side"), out_shardings=out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,26 +15,47 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }  # fmt: skip
 
 
+def drop_out(x: Float[Array, "B F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B F"]:
+    """Drops a share `rate` of x and scales up the rest; x itself where `keys` is None.
+
+    Each row has its own key, so that the rows of a batch lose the same units however the batch is divided over devices.
+
+    Args:
+        keys: [B] random keys.
+        layer: tells the layers of one tower apart.
+    """
+    if keys is None or not rate:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0.0)
+
+
 class MLP(nn.Module):
-    """Dense layers; every one but the last is normalised, activated and dropped out."""
+    """Dense layers; every one but the last is normalised, activated and dropped out.
+
+    Attributes:
+        dtype: of the arithmetic; parameters stay float32.
+    """
 
     layers: tuple[int, ...]
     activation: str = "relu"
     dropout: float = 0.0
     layer_norm: bool = False
     batch_norm: bool = False
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... F"], *, train: bool = False) -> Float[Array, "... D"]:
-        for width in self.layers[:-1]:
-            x = nn.Dense(width)(x)
+    def __call__(
+        self, x: Float[Array, "... F"], *, keys: Array | None = None, axis: str | None = None
+    ) -> Float[Array, "... D"]:
+        for layer, width in enumerate(self.layers[:-1], 1):
+            x = nn.Dense(width, dtype=self.dtype)(x)
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
+                x = nn.LayerNorm(dtype=self.dtype)(x)
             if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-            x = ACTIVATIONS[self.activation](x)
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.layers[-1])(x) if self.layers else x
+                x = nn.BatchNorm(use_running_average=keys is None, momentum=0.9, axis_name=axis, dtype=self.dtype)(x)
+            x = drop_out(ACTIVATIONS[self.activation](x), self.dropout, keys, layer)
+        return nn.Dense(self.layers[-1], dtype=self.dtype)(x) if self.layers else x
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from twotower.config import TowerConfig
 from twotower.data.encodings import Input
-from twotower.towers.layers import ACTIVATIONS, MLP
+from twotower.towers.layers import ACTIVATIONS, MLP, drop_out
 from twotower.validation import choose
 
 
@@ -20,27 +21,39 @@ class MLPTower(nn.Module):
     Attributes:
         config: of the layers. With none the concatenation itself is the vector.
         projections: feature -> width of a dense layer of its own before the concatenation.
+        dtype: of the arithmetic; parameters and vectors are float32 all the same.
+
+    Called with features [B, ...] each, and in training with a random key for each row ([B], for dropout; None at inference,
+    when running statistics are used too) and the mesh axis over which batch statistics are taken.
     """
 
     config: TowerConfig
     projections: Mapping[str, int]
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, features: dict[str, Float[Array, "..."]], *, train: bool = False) -> Float[Array, "... D"]:
+    def __call__(
+        self, features: dict[str, Float[Array, "..."]], *, keys: Array | None = None, axis: str | None = None
+    ) -> Float[Array, "... D"]:
         columns = [
-            nn.Dense(self.projections[name], name=f"project_{name}")(x) if name in self.projections else x
+            nn.Dense(self.projections[name], dtype=self.dtype, name=f"project_{name}")(x) if name in self.projections else x
             for name, x in features.items()
         ]
         c = self.config
-        x = nn.Dropout(c.dropout, deterministic=not train)(jnp.concatenate(columns, -1))
-        return MLP(c.layers, c.activation, c.dropout, c.layer_norm, c.batch_norm, name="mlp")(x, train=train)
+        x = drop_out(jnp.concatenate(columns, -1), c.dropout, keys, 0)
+        mlp = MLP(c.layers, c.activation, c.dropout, c.layer_norm, c.batch_norm, self.dtype, name="mlp")
+        # Whatever the arithmetic was in, vectors are at least float32: scores of half precision would not rank.
+        return mlp(x, keys=keys, axis=axis).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 TOWERS = {"mlp": MLPTower}
+# What the arithmetic of towers and of the loss's products is in; None keeps the type of the parameters.
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
-def build_tower(config: TowerConfig, inputs: Mapping[str, Input], *, field: str) -> nn.Module:
+def build_tower(config: TowerConfig, inputs: Mapping[str, Input], *, dtype: str, field: str) -> nn.Module:
     """The tower that `config` names for these inputs; `field` is where the configuration holds it, for errors."""
     kind = choose(TOWERS, config.kind, f"{field}.kind")
     choose(ACTIVATIONS, config.activation, f"{field}.activation")
-    return kind(config, {name: i.projection for name, i in inputs.items() if i.projection})
+    dtype = choose(DTYPES, dtype, "config.model.dtype")
+    return kind(config, {name: i.projection for name, i in inputs.items() if i.projection}, dtype)

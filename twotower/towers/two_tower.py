@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
@@ -72,7 +73,7 @@ class TwoTower:
         Raises:
             ConfigError: a tower kind or activation is unknown, or the two towers give vectors of different widths.
         """
-        towers = {side: build_tower(getattr(config, side), inputs[side], field=f"config.model.{side}") for side in SIDES}
+        towers = {side: build_tower(getattr(config, side), inputs[side], dtype=config.dtype, field=f"config.model.{side}") for side in SIDES}
         model = cls(config, inputs, tables, towers, 0)
         dims = {side: jax.eval_shape(lambda s=side: model._embed_example(s)).shape[-1] for side in SIDES}
         if dims["user"] != dims["item"]:
@@ -89,11 +90,33 @@ class TwoTower:
 
     def init(self, key: jax.Array) -> Weights:
         """Fresh weights."""
+        params, stats = self.init_dense(key)
+        tables = {name: self.init_rows(key, name) if self.given(name) is None else self.given(name) for name in self.tables}
+        return Weights(params, jax.tree.map(jnp.asarray, tables), stats)
+
+    def given(self, name: str) -> np.ndarray | None:
+        """The rows that a table starts from where they are given (pretrained vectors), padded; None where they are drawn."""
+        shape = self.tables[name]
+        if shape.initial is None:
+            return None
+        return np.pad(shape.initial.astype(np.float32), ((0, padded_rows(shape.rows) - shape.rows), (0, 0)))
+
+    def init_dense(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fresh `params` and `batch_stats`."""
         variables = {side: self._init_tower(side, jax.random.fold_in(key, i)) for i, side in enumerate(SIDES)}
         params = {side: v.get("params", {}) for side, v in variables.items()}
         params["log_temperature"] = jnp.log(jnp.float32(self.config.temperature))
-        stats = {side: v["batch_stats"] for side, v in variables.items() if "batch_stats" in v}
-        return Weights(params, {name: self._init_table(key, name) for name in self.tables}, stats)
+        return params, {side: v["batch_stats"] for side, v in variables.items() if "batch_stats" in v}
+
+    def init_rows(self, key: jax.Array, name: str, *, start: Any = 0, count: int | None = None) -> Float[Array, "V E"]:
+        """Drawn rows [start, start + count) of a table, all of them by default.
+
+        The key of a table depends on its name alone: adding a feature leaves the others as they were.
+        """
+        shape = self.tables[name]
+        return init_table(
+            jax.random.fold_in(key, zlib.crc32(name.encode())), shape.rows, shape.width, start=start, count=count
+        )
 
     def lookup(self, side: str, tables: Mapping[str, jax.Array], features: Features) -> dict[str, jax.Array]:
         """The table rows that the encoded ids name: feature -> [..., D], or [..., L, D] of multi-valued ones."""
@@ -102,13 +125,16 @@ class TwoTower:
         }
 
     def vectors(
-        self, side: str, weights: Weights, rows: Features, features: Features, *, dropout: jax.Array | None = None
-    ) -> tuple[Float[Array, "B D"], dict[str, Any]]:
+        self, side: str, weights: Weights, rows: Features, features: Features, *, keys: jax.Array | None = None,
+        axis: str | None = None,
+    ) -> tuple[Float[Array, "B D"], dict[str, Any]]:  # fmt: skip
         """The vectors of one side.
 
         Args:
             rows: what `lookup` gave for `features`.
-            dropout: a key in training; None at inference, when nothing is dropped and running statistics are used.
+            keys: a random key for each row in training; None at inference, when nothing is dropped and running statistics are
+                used.
+            axis: the mesh axis over which the batch is divided, for the statistics of batch normalisation.
 
         Returns:
             The vectors, and the side's new batch statistics (empty without batch normalisation).
@@ -116,10 +142,9 @@ class TwoTower:
         variables = {"params": weights.params[side]}
         if side in weights.batch_stats:
             variables["batch_stats"] = weights.batch_stats[side]
-        train = dropout is not None
         x, updates = self.towers[side].apply(
-            variables, self._columns(side, rows, features), train=train,
-            mutable=["batch_stats"] if train else [], rngs={"dropout": dropout} if train else {},
+            variables, self._columns(side, rows, features), keys=keys, axis=axis,
+            mutable=["batch_stats"] if keys is not None else [],
         )  # fmt: skip
         return (l2_normalize(x) if self.normalize else x), updates.get("batch_stats", {})
 
@@ -154,12 +179,3 @@ class TwoTower:
 
     def _embed_example(self, side: str) -> jax.Array:
         return self.towers[side].apply(self._init_tower(side, jax.random.key(0)), self._example(side))
-
-    def _init_table(self, key: jax.Array, name: str) -> jax.Array:
-        shape = self.tables[name]
-        # The key of a table depends on its name alone: adding a feature leaves the others as they were.
-        table = init_table(jax.random.fold_in(key, zlib.crc32(name.encode())), shape.rows, shape.width)
-        if shape.initial is None:
-            return table
-        extra = padded_rows(shape.rows) - shape.rows
-        return jnp.pad(jnp.asarray(shape.initial, jnp.float32), ((0, extra), (0, 0)))

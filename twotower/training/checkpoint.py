@@ -129,9 +129,3 @@ def checksum(state: Any) -> jax.Array:
         factors = 2 * jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B1) + 1
         total += jnp.uint32(2 * place + 1) * jnp.sum(words * factors, dtype=jnp.uint32)
     return total
-
-
-def abstract_like(state: Any) -> Any:
-    """Shapes and types of `state` (from `jax.eval_shape`), placed on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,41 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh, PartitionSpec
 
 from twotower.config import Config
 from twotower.data.batches import Batches, gather
 from twotower.data.prepare import Prepared
+from twotower.objectives.alias import popularity_table
+from twotower.objectives.pools import explicit_pools
 from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
-from twotower.training.checkpoint import Checkpoints, abstract_like
-from twotower.training.state import TrainState
-from twotower.training.step import Trainer, init_state, train_step
-from twotower.training.writer import MetricWriter
+from twotower.training.candidates import Corpus
+from twotower.training.checkpoint import Checkpoints
+from twotower.training.init import abstract_state, init_on
+from twotower.training.memory import check_memory
+from twotower.training.mesh import (
+    AXIS,
+    WHOLE,
+    check_batch,
+    group_of,
+    make_mesh,
+    place,
+    place_parts,
+    process_part,
+    run_on,
+    shardings,
+    state_specs,
+)  # fmt: skip
+from twotower.training.meter import Meter, TrainingError, last_good
+from twotower.training.state import Trainer, TrainState
+from twotower.training.step import train_step
+from twotower.training.writer import open_writer
 from twotower.validation import ConfigError
 
 Validate = Callable[[Weights], Mapping[str, float]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and the last good checkpoint."""
+Mine = Callable[[Weights], Any]
+RunSteps = Callable[[TrainState, int], tuple[TrainState, Any]]
 
 
 @dataclasses.dataclass
@@ -62,86 +78,182 @@ def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) 
     )
 
 
-def abstract_state(trainer: Trainer, num_users: int, num_items: int) -> TrainState:
-    """The shapes of a state, without allocating it."""
-    shapes = {"user": (num_users,), "item": (num_items,), "rows": ()}
-    counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
-    return abstract_like(jax.eval_shape(functools.partial(init_state, trainer), counts))
-
-
-def fit(trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Validate | None) -> TrainState:
+def fit(
+    trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Validate | None, mine: Mine | None = None,
+    mesh: Mesh | None = None,
+) -> TrainState:  # fmt: skip
     """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation stops improving.
 
     Args:
         validate: weights -> validation metrics, which must hold `config.training.metric`; None where nothing is held out.
+        mine: weights -> pools of hard negatives, where `config.objective.negatives.mined` asks for some.
+        mesh: the devices; all of them by default.
 
     Raises:
         TrainingError: the loss or a gradient is not finite.
-        ConfigError: the batch is larger than the data, or the metric is not one that `validate` gives.
+        ConfigError: the batch is larger than the data or cannot be divided over the devices, the run does not fit into their
+            memory, or the metric is not one that `validate` gives.
     """
-    config = trainer.config.training
+    config, mesh = trainer.config.training, mesh or make_mesh()
     batches = Batches(
         prepared.train, prepared.features, batch_size=config.batch_size, seed=config.seed,
         resident_megabytes=config.resident_megabytes,
     )  # fmt: skip
+    _check(trainer, batches, prepared, mesh)
     with open_checkpoints(workdir, trainer.config) as checkpoints:
-        state, record = _start(trainer, prepared, checkpoints)
+        state, record = _start(trainer, prepared, checkpoints, mesh)
         start = int(state.step)
         if record.stopped or start >= config.steps:
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
-        with MetricWriter(workdir, start=start, steps=config.steps) as writer:
-            meter = _Meter(writer, checkpoints, config.batch_size, config.log_every)
+        with open_writer(workdir, start=start, steps=config.steps) as writer:
             if validate and not start:
                 _check_metric(validate(state.weights), config.metric)
-            step_fn = compile_step(trainer, batches)
-            with jax.transfer_guard("disallow"):
-                for step in range(start, config.steps):
-                    state, metrics = step_fn(state, step)
-                    meter.launched(step + 1, metrics)
-                    if (step + 1) % config.validate_every and step + 1 < config.steps:
-                        continue
-                    # A checkpoint must not hold what a step made NaN, so this one step is waited for.
-                    meter.read()
-                    with jax.transfer_guard("allow"):
-                        state = _validate_and_save(trainer, state, record, checkpoints, writer, validate)
-                    meter.resume()
-                    if record.stopped:
-                        break
-            meter.flush()
+            run = _Run(trainer, checkpoints, writer, record, validate, mine, mesh)
+            state = run.steps(state, compile_steps(trainer, batches, prepared, mesh))
     best = f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
     logging.info("Training ended at step %d%s.", state.step, best)
     return state
 
 
-def compile_step(trainer: Trainer, batches: Batches) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
-    """(state, step) -> (state, metrics), with the state donated; batches gathered on the device where they are resident."""
-    if batches.resident is None:
-        jitted = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0)
-        return lambda state, step: jitted(state, jax.device_put(batches.load(step)))
+@dataclasses.dataclass
+class _Run:
+    """What happens between steps."""
 
-    def resident_step(state: TrainState, data: Any, index: jax.Array) -> tuple[TrainState, Any]:
-        return train_step(state, gather(data, index), trainer=trainer)
+    trainer: Trainer
+    checkpoints: Checkpoints
+    writer: Any
+    record: Record
+    validate: Validate | None
+    mine: Mine | None
+    mesh: Mesh
 
-    resident = jax.device_put(batches.resident)
-    jitted = jax.jit(resident_step, donate_argnums=0)
-    return lambda state, step: jitted(state, resident, jax.device_put(batches.indices(step)))
+    def steps(self, state: TrainState, run_steps: RunSteps) -> TrainState:
+        config = self.trainer.config.training
+        meter = Meter(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        with jax.transfer_guard("disallow"):
+            for step in range(int(state.step), config.steps, config.steps_per_dispatch):
+                state = self._mined(state, step)
+                state, metrics = run_steps(state, step)
+                done = step + config.steps_per_dispatch
+                meter.launched(done, metrics)
+                if done % config.validate_every and done < config.steps:
+                    continue
+                # A checkpoint must not hold what a step made NaN, so this one step is waited for.
+                meter.read()
+                with jax.transfer_guard("allow"):
+                    state = self._validate_and_save(state)
+                meter.resume()
+                if self.record.stopped:
+                    break
+        meter.flush()
+        return state
+
+    def _mined(self, state: TrainState, step: int) -> TrainState:
+        """The state with fresh pools of hard negatives, when it is time for them."""
+        negatives = self.trainer.sources.config
+        if not negatives.mined or not step or step % negatives.mined_refresh:
+            return state
+        with jax.transfer_guard("allow"):
+            pools = place(self.mesh, self.mine(state.weights), WHOLE)
+        return state.replace(negatives=state.negatives | {"mined": pools})
+
+    def _validate_and_save(self, state: TrainState) -> TrainState:
+        config, step, record = self.trainer.config.training, int(state.step), self.record
+        try:
+            values = dict(self.validate(state.weights)) if self.validate else {}
+        except ValueError as error:  # vectors that cannot be ranked: the parameters are no longer finite
+            raise TrainingError(f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}") from error
+        value = values.get(config.metric)
+        record.update(step, value, config.patience)
+        if value is not None:
+            plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
+            state = state.replace(opt_state=state.opt_state | {"plateau": place(self.mesh, plateau, WHOLE)})
+            shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
+            self.writer.write(step, {f"validation/{name}": x for name, x in values.items()}, show=shown)
+        self.checkpoints.save(step, state, record=dataclasses.asdict(record), metrics=values)
+        return state
 
 
-def count_rows(prepared: Prepared) -> dict[str, Any]:
-    """Training rows of each user, of each item of the corpus, and in all: `TrainState.frequency`."""
+def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> RunSteps:
+    """(state, step) -> (state after `steps_per_dispatch` steps, metrics of each), with the state donated.
+
+    Batches are gathered on the device where the data is resident; otherwise each process gathers its own rows of each.
+    """
+    count, group = trainer.config.training.steps_per_dispatch, group_of(mesh)
+    resident = None if batches.resident is None else place(mesh, batches.resident, WHOLE)
+    catalogue = make_catalogue(trainer, prepared, mesh, resident)
+
+    def one(state: TrainState, part: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
+        batch = part if data is None else gather(data, part)
+        return train_step(state, batch, catalogue, trainer=trainer, group=group)
+
+    def several(state: TrainState, parts: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
+        if count > 1:
+            return jax.lax.scan(lambda state, part: one(state, part, data, catalogue), state, parts)
+        state, metrics = one(state, jax.tree.map(lambda x: x[0], parts), data, catalogue)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    specs, parts = state_specs(abstract_state(trainer, mesh)), PartitionSpec(None, AXIS)
+    out = shardings(mesh, (specs, WHOLE))
+    jitted = jax.jit(
+        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)), donate_argnums=0, out_shardings=out
+    )
+    size = trainer.config.training.batch_size
+    own = process_part(mesh, size)
+
+    def load(step: int) -> Any:
+        indices = [batches.indices(step + i)[own] for i in range(count)]
+        host = np.stack(indices) if resident is not None else jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
+        return place_parts(mesh, host, parts, size, axis=1)
+
+    return lambda state, step: jitted(state, load(step), resident, catalogue)
+
+
+def make_catalogue(trainer: Trainer, prepared: Prepared, mesh: Mesh, resident: Any) -> dict[str, Any]:
+    """What the step needs of the corpus; see `train_step`."""
+    config, found = trainer.sources.config, {}
+    if trainer.sources.needs_features:
+        given = resident["item_features"] if resident else place(mesh, dict(prepared.features["item"]), WHOLE)
+        found["item_features"] = given
+    if config.popularity:
+        found["popularity"] = place(mesh, popularity_table(count_rows(prepared)["item"], config.alpha), WHOLE)
+    if config.explicit:
+        found["explicit"] = place(mesh, _explicit(trainer, prepared), WHOLE)
+    return found
+
+
+def _explicit(trainer: Trainer, prepared: Prepared) -> Any:
+    labels = prepared.train.labels[trainer.config.objective.label]
+    return explicit_pools(prepared.train, labels, num_users=len(prepared.users))
+
+
+def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+    """Training rows of each user, of each item of the corpus, and in all, float32."""
     sizes = {"user": len(prepared.users), "item": len(prepared.items)}
     counts = {side: np.bincount(getattr(prepared.train, side), minlength=n) for side, n in sizes.items()}
     return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(len(prepared.train))}
 
 
-def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Record]:
+def corpus_of(prepared: Prepared) -> Corpus:
+    """How much there is."""
+    return Corpus(len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum()))
+
+
+def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> None:
+    """Refuses what cannot run on `mesh`, before anything is allocated."""
+    check_batch(trainer.config.training.batch_size, mesh)
+    data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
+    drawn = trainer.sources.needs_features and not data
+    features = sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
+    check_memory(mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features})
+
+
+def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Record]:
     latest = checkpoints.latest()
     if latest is None:
-        state = jax.jit(functools.partial(init_state, trainer))(count_rows(prepared))
-        return state, Record()
-    abstract = abstract_state(trainer, len(prepared.users), len(prepared.items))
-    state, record = checkpoints.restore(latest, abstract)
+        return init_on(mesh, trainer, count_rows(prepared)), Record()
+    state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
     logging.info("Resuming at step %d.", latest)
     return state, Record(**record)
 
@@ -150,82 +262,3 @@ def _check_metric(values: Mapping[str, float], metric: str) -> None:
     """Asked before the first step, so that a misspelt metric does not cost an hour."""
     if metric not in values:
         raise ConfigError(f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}.")
-
-
-def _validate_and_save(
-    trainer: Trainer, state: TrainState, record: Record, checkpoints: Checkpoints, writer: MetricWriter,
-    validate: Validate | None,
-) -> TrainState:  # fmt: skip
-    config, step = trainer.config.training, int(state.step)
-    try:
-        values = dict(validate(state.weights)) if validate else {}
-    except ValueError as error:  # vectors that cannot be ranked: the parameters are no longer finite
-        raise TrainingError(f"Validation failed at step {step}: {error} {_last_good(checkpoints)}") from error
-    value = values.get(config.metric)
-    record.update(step, value, config.patience)
-    if value is not None:
-        plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
-        state = state.replace(opt_state=state.opt_state | {"plateau": plateau})
-        shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
-        writer.write(step, {f"validation/{name}": x for name, x in values.items()}, show=shown)
-    checkpoints.save(step, state, record=dataclasses.asdict(record), metrics=values)
-    return state
-
-
-def _last_good(checkpoints: Checkpoints) -> str:
-    checkpoints.wait()
-    latest = checkpoints.latest()
-    where = f"The last good checkpoint is {checkpoints.folder / str(latest)}." if latest else "There is no checkpoint before it."
-    return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
-
-
-class _Meter:
-    """Reads the metrics of a step after the next one was launched, averages them and writes them."""
-
-    def __init__(self, writer: MetricWriter, checkpoints: Checkpoints, batch_size: int, log_every: int) -> None:
-        self._writer, self._checkpoints = writer, checkpoints
-        self._batch_size, self._log_every = batch_size, log_every
-        self._pending: tuple[int, Any] | None = None
-        self._window: list[dict[str, float]] = []
-        # The rate is measured from the first step read on, so that compiling does not count.
-        self._since, self._timed, self._read_at, self._step = 0.0, -1, 0.0, 0
-
-    def launched(self, step: int, metrics: Any) -> None:
-        self.read()
-        self._pending = (step, metrics)
-
-    def resume(self) -> None:
-        """Validations do not count against the rate of training."""
-        self._since += time.perf_counter() - self._read_at
-
-    def flush(self) -> None:
-        """Writes what is left when training ends between two lines."""
-        self.read()
-        if self._window:
-            self._write()
-
-    def read(self) -> None:
-        if self._pending is None:
-            return
-        (self._step, metrics), self._pending = self._pending, None
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise TrainingError(
-                f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {self._step}. "
-                f"{_last_good(self._checkpoints)}"
-            )
-        self._writer.advance()
-        self._window.append(values)
-        self._read_at, self._timed = time.perf_counter(), self._timed + 1
-        self._since = self._since if self._timed else self._read_at
-        if self._step % self._log_every == 0:
-            self._write()
-
-    def _write(self) -> None:
-        means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
-        show = {"loss": f"{means['loss']:.4f}"}
-        if self._timed:
-            means["examples_per_second"] = self._batch_size * self._timed / (self._read_at - self._since)
-            show["examples/s"] = f"{means['examples_per_second']:,.0f}"
-        self._writer.write(self._step, means, show=show)
-        self._window, self._since, self._timed = [], self._read_at, 0

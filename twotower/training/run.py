@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.prepare import Prepared, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.checkpoint import CheckpointError
-from twotower.training.loop import Validate, abstract_state, fit, open_checkpoints
-from twotower.training.step import Trainer, chosen_kinds
+from twotower.training.init import abstract_state
+from twotower.training.loop import Validate, corpus_of, fit, open_checkpoints
+from twotower.training.mesh import check_batch, make_mesh
+from twotower.training.state import Trainer, chosen_kinds
 from twotower.validation import ConfigError
 
 
@@ -36,33 +39,45 @@ class Run:
     step: int
 
 
-def train(config: Config, workdir: Path | str, *, make_validate: Any = None) -> None:
-    """Trains `config` in `workdir`, or goes on with it.
+def train(
+    config: Config, workdir: Path | str, *, make_validate: Any = None, make_mine: Any = None, devices: int = 0
+) -> None:
+    """Trains `config` in `workdir`, or goes on with it; with several processes, in a folder that all of them see.
 
     Args:
         make_validate: (prepared, model) -> `Validate`, called where validation rows exist.
+        make_mine: (prepared, model) -> `Mine`, called where hard negatives are to be mined.
+        devices: how many to use; 0: all.
 
     Raises:
         ConfigError: `workdir` holds a run of another configuration, or the data or a field is unusable.
         TrainingError: see `twotower.training.loop.fit`.
     """
-    workdir = _local(workdir)
-    if jax.process_count() > 1:
-        raise ConfigError(f"Training runs in one process, and this is one of {jax.process_count()}: launch it on one host.")
+    workdir, mesh = _local(workdir), make_mesh(devices)
+    check_batch(config.training.batch_size, mesh)
     chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
     folder = workdir / "encoder"
     known = Encoder.load(folder) if _is_begun(workdir, config) and folder.exists() else None
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
-    trainer = Trainer.build(config, model)
+    trainer = Trainer.build(config, model, corpus_of(prepared))
     # Only now that everything fits: a mistake found above leaves the folder free for the corrected configuration.
-    _claim(workdir, config)
-    if known is None:
-        prepared.encoder.save(folder)
+    if jax.process_index() == 0:
+        _claim(workdir, config)
+        if known is None:
+            prepared.encoder.save(folder)
+    _meet("the folder of the run is made")
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
         validate = make_validate(prepared, model)
-    fit(trainer, prepared, workdir, validate=validate)
+    mine = make_mine(prepared, model) if trainer.sources.config.mined else None
+    fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
+
+
+def _meet(what: str) -> None:
+    """Waits for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
@@ -79,7 +94,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
-    abstract = abstract_state(Trainer.build(config, model), len(prepared.users), len(prepared.items))
+    abstract = abstract_state(Trainer.build(config, model, corpus_of(prepared)), make_mesh(1))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = _step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)

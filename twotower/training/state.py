@@ -1,12 +1,22 @@
-"""The state of training: arrays only, so that it is the checkpoint."""
+"""The state of training: arrays only, so that it is the checkpoint; and what a step needs besides arrays."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import optax
 
-from twotower.towers.two_tower import Weights
+from twotower.config import Config
+from twotower.objectives import LOSSES, POINTWISE
+from twotower.objectives.frequency import FREQUENCIES
+from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
+from twotower.towers.two_tower import TwoTower, Weights
+from twotower.training.candidates import Corpus, Sources
+from twotower.training.optimizers import dense_optimizer, schedule
+from twotower.validation import ConfigError, choose
 
 
 @flax.struct.dataclass
@@ -15,12 +25,13 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, steps done.
-        params: dense parameters, see `Weights`.
+        params: dense parameters, see `Weights`; also those of the heads, and the bias of a loss that has one.
         tables: embedding tables, see `Weights`.
         batch_stats: running statistics, see `Weights`.
         opt_state: the dense optimizer's, and the plateau schedule's.
         table_slots: table name -> the sparse optimizer's arrays.
-        frequency: {"user": float32 [U], "item": float32 [N], "rows": float32 scalar}, training rows of each and in all.
+        frequency: {"user": ..., "item": ...}, what the estimator of `config.objective.negatives.frequency` keeps.
+        negatives: {"queue": ..., "mined": ...}, as far as they are used.
     """
 
     step: Any
@@ -30,7 +41,86 @@ class TrainState:
     opt_state: Any
     table_slots: Any
     frequency: Any
+    negatives: Any
 
     @property
     def weights(self) -> Weights:
         return Weights(self.params, self.tables, self.batch_stats)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """What a step needs besides arrays; built once, static under `jit`.
+
+    Attributes:
+        loss: a `Loss`, or the function of a pointwise one.
+        constants: of the loss, from the configuration.
+        corpus: how many users and items there are.
+        sources: of negatives; none for a loss that looks at each row alone.
+
+    Raises (from `build`):
+        ConfigError: a loss, optimizer, schedule or estimator is unknown, or options do not go together.
+    """
+
+    model: TwoTower
+    config: Config
+    loss: Any
+    constants: Mapping[str, float]
+    dense: optax.GradientTransformation
+    sparse: TableOptimizer
+    schedule: optax.Schedule
+    corpus: Corpus
+    sources: Sources
+
+    @classmethod
+    def build(cls, config: Config, model: TwoTower, corpus: Corpus) -> Trainer:
+        loss, *optimizers = chosen_kinds(config)
+        constants = {} if config.objective.loss in POINTWISE else loss.constants(config.objective, corpus.items)
+        return cls(model, config, loss, constants, *optimizers, corpus, Sources.build(config, loss, corpus))
+
+
+def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
+    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
+    training, objective = config.training, config.objective
+    _check_objective(config)
+    choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
+    return (
+        choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
+        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"), schedule(training),
+    )  # fmt: skip
+
+
+def _check_objective(config: Config) -> None:
+    """Refuses options of the objective that do not go together."""
+    objective, negatives, training = config.objective, config.objective.negatives, config.training
+    loss, alone = objective.loss, objective.loss in POINTWISE or not objective.weight
+    if loss in POINTWISE and not objective.label:
+        raise ConfigError(
+            f"config.objective.loss={loss!r} learns from labels, and config.objective.label is empty: name the column of the "
+            "interactions that holds 0 or 1, or choose a loss that needs positives alone, such as 'softmax'."
+        )
+    if negatives.explicit and not objective.label:
+        raise ConfigError(
+            f"config.objective.negatives.explicit={negatives.explicit} draws from rows whose label is 0, and "
+            "config.objective.label is empty: name the column of the interactions that holds 0 or 1."
+        )
+    used = (negatives.popularity, negatives.catalogue, negatives.queue, negatives.mined, negatives.explicit)
+    if alone and (any(used) or negatives.uniform > 0):
+        raise ConfigError(f"config.objective.negatives has sources that loss={loss!r} with weight={objective.weight} never uses.")
+    if not alone and not negatives.in_batch and not any(used) and negatives.uniform <= 0:
+        raise ConfigError(
+            "config.objective.negatives has no source: set in_batch=True, or how many to draw by uniform or popularity, or "
+            "catalogue=True."
+        )
+    if training.accumulate > 1 and not alone:
+        raise ConfigError(
+            f"config.training.accumulate={training.accumulate} with loss={loss!r}: a batch computed in parts has the negatives "
+            "of one part, not of the whole, so it is not the larger batch that it seems. The loss is computed in blocks and "
+            f"never holds [B, C] scores: raise config.training.batch_size={training.batch_size} itself, and leave accumulate at 1."
+        )
+    blocks = training.accumulate > 1 or negatives.catalogue
+    if blocks and (config.model.user.batch_norm or config.model.item.batch_norm):
+        raise ConfigError(
+            "config.model with batch_norm=True needs a batch that is computed at once: leave config.training.accumulate at 1 and "
+            "config.objective.negatives.catalogue at False, or choose layer_norm."
+        )

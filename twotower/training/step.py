@@ -1,171 +1,187 @@
-"""One step of training: pure functions of arrays, jitted by the loop."""
+"""One step of training: pure functions of arrays, run by the loop under `jit`, and under `shard_map` on several devices.
+
+The functions see one device's part of the batch and of the table rows; what crosses devices goes through their `Group`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.config import Config, ObjectiveConfig
 from twotower.data.batches import Batch
-from twotower.objectives import LOSSES
-from twotower.objectives.frequency import log_expected_count
-from twotower.objectives.negatives import in_batch
-from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer, merge_duplicates
-from twotower.towers.two_tower import SIDES, TEMPERATURES, TwoTower, Weights
-from twotower.training.optimizers import dense_optimizer, init_plateau, schedule
-from twotower.training.state import TrainState
-from twotower.validation import choose
+from twotower.towers.embeddings import apply_gradients
+from twotower.towers.two_tower import SIDES, TEMPERATURES, Weights
+from twotower.training.candidates import Drawn, draw, features_of, row_keys
+from twotower.training.losses import losses_of, remember, task_weights, weight_sums
+from twotower.training.mesh import ALONE, Group
+from twotower.training.rows import lookup_all, shared_gradients, shared_ids
+from twotower.training.state import Trainer, TrainState
 
 Metrics = dict[str, jax.Array]
+# More rows than this are embedded block by block, so that the hidden units of a whole catalogue are never held at once.
+EMBED_BLOCK = 16_384
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trainer:
-    """What a step needs besides arrays; built once, static under `jit`.
-
-    Raises (from `build`):
-        ConfigError: a loss, optimizer or schedule is unknown.
-    """
-
-    model: TwoTower
-    config: Config
-    loss: Callable[..., jax.Array]
-    dense: optax.GradientTransformation
-    sparse: TableOptimizer
-    schedule: optax.Schedule
-
-    @classmethod
-    def build(cls, config: Config, model: TwoTower) -> Trainer:
-        return cls(model, config, *chosen_kinds(config))
-
-
-def chosen_kinds(config: Config) -> tuple[Callable, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
-    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
-    training = config.training
-    return (
-        choose(LOSSES, config.objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
-        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"), schedule(training),
-    )  # fmt: skip
-
-
-def init_state(trainer: Trainer, frequency: Mapping[str, jax.Array]) -> TrainState:
-    """A fresh state. `frequency` is what `TrainState` documents."""
-    training = trainer.config.training
-    weights = trainer.model.init(jax.random.key(training.seed))
-    slots = {n: trainer.sparse.init(t, training.tables.initial_accumulator) for n, t in weights.tables.items()}
-    opt_state = {"dense": trainer.dense.init(weights.params), "plateau": init_plateau()}
-    return TrainState(jnp.int32(0), *weights, opt_state, slots, dict(frequency))
-
-
-def train_step(state: TrainState, batch: Batch, *, trainer: Trainer) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, batch: Batch, catalogue: Mapping[str, Any], *, trainer: Trainer, group: Group = ALONE
+) -> tuple[TrainState, Metrics]:
     """One gradient step.
 
+    Args:
+        batch: this device's part of the batch.
+        catalogue: what every device has of the corpus, as far as `trainer.sources` needs it: "item_features" [N, ...],
+            "popularity" (an alias table) and "explicit" (pools).
+
     Returns:
-        The next state, and the step's loss, gradient norm (dense and rows) and temperature, as scalars on the device.
+        The next state, and the step's losses, gradient norm (dense and rows) and temperature, as scalars on the device.
     """
-    model = trainer.model
-    drop, dropout = jax.random.split(jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step))
-    features = {
-        side: drop_ids(model.inputs[side], batch[f"{side}_features"], jax.random.fold_in(drop, i))
-        for i, side in enumerate(SIDES)
-    }
-    rows = {side: model.lookup(side, state.tables, features[side]) for side in SIDES}
+    key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
+    drawn = draw(trainer.sources, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group)
+    places = _places(len(batch["user"]), drawn, group)
+    features = _features(trainer, batch, drawn, catalogue, places, jax.random.fold_in(key, 0))
+    dropout = {s: row_keys(jax.random.fold_in(jax.random.fold_in(key, 1), i), places[s]) for i, s in enumerate(SIDES)}
+    asked = shared_ids(trainer.model, features, group)
+    weights = group.sum(weight_sums(trainer.config.objective, batch))
 
-    def loss_of(params: Any, rows: Any) -> tuple[jax.Array, Any]:
-        weights = Weights(params, state.tables, state.batch_stats)
-        vectors, stats = {}, {}
-        for i, side in enumerate(SIDES):
-            key = jax.random.fold_in(dropout, i)
-            vectors[side], new = model.vectors(side, weights, rows[side], features[side], dropout=key)
-            stats |= {side: new} if new else {}
-        losses = example_losses(trainer, params, vectors, batch, state.frequency)
-        return weighted_mean(losses, batch["weight"]), stats
+    def loss_of(params: Any, rows: Any, local: Any) -> tuple[jax.Array, Any]:
+        features, dropout, batch = local
+        vectors, stats = _embed(trainer, state.weights._replace(params=params), rows, features, dropout, group)
+        sums = losses_of(trainer, params, vectors, batch, drawn, state, catalogue, group)
+        means = {name: x / jnp.maximum(weights[name], jnp.finfo(x.dtype).tiny) for name, x in sums.items()}
+        tasks = task_weights(trainer.config.objective)
+        return sum(tasks[name] * mean for name, mean in means.items()), (means, stats, vectors["item"])
 
-    (loss, stats), (grads, row_grads) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(state.params, rows)
-    merged = merge_rows(model, state.tables, features, row_grads)
+    rows = lookup_all(trainer.model, state.tables, features, asked, group)
+    (loss, (means, stats, items)), (grads, row_grads) = _gradients(
+        loss_of, group.vary(state.params), rows, (features, dropout, batch), parts=trainer.config.training.accumulate
+    )
+    tables, row_norm = _update_tables(trainer, state, asked, shared_gradients(trainer.model, row_grads, group), group)
+    grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
     metrics = {
         "loss": loss,
-        "grad_norm": optax.tree.norm((grads, {n: g for n, (_, g) in merged.items()})),
-        "temperature": model.temperature(state.params),
+        "grad_norm": jnp.sqrt(optax.tree.norm(grads, squared=True) + row_norm),
+        "temperature": trainer.model.temperature(state.params),
+    } | ({f"{name}/loss": x for name, x in means.items()} if len(means) > 1 else {})
+    state = remember(trainer, state, batch, items, group)
+    return _apply(trainer, state, grads, tables, stats), metrics
+
+
+def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) -> Any:
+    """The value and gradients of `loss_of` at params and rows, of the whole batch or summed over its parts, one after another.
+
+    The parts of a sum are summed: what `loss_of` divides by must be of the whole batch.
+    """
+    differentiate = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+    if parts == 1:
+        return differentiate(params, rows, local)
+    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (rows, local))
+    (loss, (means, stats, items)), (grads, row_grads) = jax.lax.map(lambda part: differentiate(params, *part), divided)
+    loss, means, grads = jax.tree.map(lambda x: x.sum(0), (loss, means, grads))
+    items, row_grads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (items, row_grads))
+    return (loss, (means, stats, items)), (grads, row_grads)
+
+
+def _places(rows: int, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
+    """What tells the rows of each side apart whatever device they are on: the batch's first, then the items drawn."""
+    batch, shared, hard = rows * group.size, len(drawn.shared) * group.size, drawn.hard.size
+    items = (group.places(rows), batch + group.places(len(drawn.shared)), batch + shared + group.places(hard))
+    return {"user": items[0], "item": jnp.concatenate(items)}
+
+
+def _features(
+    trainer: Trainer, batch: Batch, drawn: Drawn, catalogue: Mapping[str, Any], places: Mapping[str, jax.Array], key: jax.Array
+) -> dict[str, dict[str, jax.Array]]:
+    """The encoded features of both sides, the items drawn after the batch's own, with ids dropped."""
+    features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
+    if len(drawn.ids):
+        extra = features_of(catalogue["item_features"], trainer.model.inputs["item"], drawn.ids)
+        features["item"] = {name: jnp.concatenate([x, extra[name]]) for name, x in features["item"].items()}
+    return {
+        side: drop_ids(trainer.model.inputs[side], features[side], row_keys(jax.random.fold_in(key, i), places[side]))
+        for i, side in enumerate(SIDES)
     }
-    return _apply(trainer, state, grads, merged, stats), metrics
 
 
-def example_losses(
-    trainer: Trainer, params: Any, vectors: Mapping[str, jax.Array], batch: Batch, frequency: Mapping[str, jax.Array]
-) -> jax.Array:
-    """The loss of each row of the batch, [B]: its item among the batch's items and, if symmetric, its user likewise."""
-    objective: ObjectiveConfig = trainer.config.objective
-    size = batch["user"].shape[0]
+def drop_ids(inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
+    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are trained.
 
-    def one_way(query: str, answer: str) -> jax.Array:
-        counts = log_expected_count(frequency[answer], frequency["rows"], batch[answer], size) if objective.logq else None
-        return trainer.loss(
-            vectors[query], vectors[answer],
-            inverse_temperature=1.0 / trainer.model.temperature(params),
-            owners=batch[query], positives=jnp.arange(size, dtype=jnp.int32),
-            candidates=in_batch(batch[answer], batch[query], counts),
-            mask_same_user=objective.mask_same_user,
-        )  # fmt: skip
-
-    forward = one_way("user", "item")
-    return (forward + one_way("item", "user")) / 2 if objective.symmetric else forward
-
-
-def weighted_mean(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """The one place where losses are reduced: sum of weight x loss over the sum of weights; 0 when that is 0."""
-    return jnp.sum(losses * weights) / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
-
-
-def drop_ids(inputs: Mapping[str, Any], features: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are trained."""
+    Args:
+        keys: [B] random keys, one a row.
+    """
 
     def drop(name: str, ids: jax.Array) -> jax.Array:
-        i = inputs[name]
+        i, place = inputs[name], list(inputs).index(name)
         if not i.oov_rate:
             return ids
-        chosen = jax.random.bernoulli(jax.random.fold_in(key, list(inputs).index(name)), i.oov_rate, ids.shape)
+        chosen = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, place), i.oov_rate, ids.shape[1:]))(keys)
         # Known rows begin after padding and the out-of-vocabulary rows; spread over the latter by the id.
         return jnp.where(chosen & (ids > i.oov_rows), 1 + ids % i.oov_rows, ids)
 
     return {name: drop(name, x) if inputs[name].table else x for name, x in features.items()}
 
 
-def merge_rows(
-    model: TwoTower, tables: Mapping[str, jax.Array], features: Mapping[str, Any], row_grads: Mapping[str, Any]
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Table name -> (distinct rows, summed gradients) over all uses of the table by either tower."""
-    uses: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+def _embed(
+    trainer: Trainer, weights: Weights, rows: Any, features: Any, keys: Mapping[str, jax.Array], group: Group
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The vectors of both sides, and the new batch statistics of the towers that have some."""
+    vectors, stats = {}, {}
     for side in SIDES:
-        for name, grads in row_grads[side].items():
-            table = model.inputs[side][name].table
-            uses.setdefault(table, []).append((features[side][name].ravel(), grads.reshape(-1, grads.shape[-1])))
-    return {
-        table: merge_duplicates(*(jnp.concatenate(parts) for parts in zip(*pairs)), tables[table].shape[0])
-        for table, pairs in uses.items()
-    }
+
+        def of(part: Any, side: str = side) -> tuple[jax.Array, Any]:
+            rows, features, keys = part
+            return trainer.model.vectors(side, weights, rows, features, keys=keys, axis=group.axis)
+
+        parts, length = (rows[side], features[side], keys[side]), len(keys[side])
+        if length <= EMBED_BLOCK:
+            vectors[side], new = of(parts)
+            stats |= {side: new} if new else {}
+        else:
+            vectors[side] = _by_blocks(lambda part, of=of: of(part)[0], parts, length)
+    return vectors, stats
 
 
-def _apply(trainer: Trainer, state: TrainState, grads: Any, merged: Mapping[str, Any], stats: Any) -> TrainState:
+def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:
+    """`function` of arrays with `length` rows, a block at a time, its inner results made again for the gradient."""
+    blocks = -(-length // EMBED_BLOCK)
+
+    def divided(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, blocks * EMBED_BLOCK - length), *[(0, 0)] * (x.ndim - 1)))
+        return padded.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
+
+    out = jax.lax.map(jax.checkpoint(function), jax.tree.map(divided, tree))
+    return out.reshape(-1, out.shape[-1])[:length]
+
+
+def _update_tables(
+    trainer: Trainer, state: TrainState, asked: Mapping[str, jax.Array], grads: Mapping[str, jax.Array], group: Group
+) -> tuple[dict[str, Any], jax.Array]:
+    """{"tables", "table_slots"} after the step, of this device's rows, and the square of the norm of their gradient."""
+    factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
+    rate = factor * trainer.config.training.tables.learning_rate
+    tables, slots, norm = {}, {}, jnp.float32(0)
+    for name, table in state.tables.items():
+        if name in asked:
+            table, slots[name], square = apply_gradients(
+                trainer.sparse, table, state.table_slots[name], asked[name], grads[name], rate, state.step,
+                first=group.index() * len(table),
+            )  # fmt: skip
+            norm += square
+        tables[name] = table
+    return {"tables": tables, "table_slots": state.table_slots | slots}, norm
+
+
+def _apply(trainer: Trainer, state: TrainState, grads: Any, tables: Mapping[str, Any], stats: Any) -> TrainState:
     factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
     updates, dense = trainer.dense.update(grads, state.opt_state["dense"], state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: factor * u, updates))
     params["log_temperature"] = _temperature(trainer, state.params, params)
-    rate = factor * trainer.config.training.tables.learning_rate
-    updated = {
-        name: trainer.sparse.update(state.tables[name], state.table_slots[name], rows, row_grads, rate, state.step)
-        for name, (rows, row_grads) in merged.items()
-    }
     return state.replace(
         step=state.step + 1, params=params, opt_state=state.opt_state | {"dense": dense},
-        tables=state.tables | {n: t for n, (t, _) in updated.items()},
-        table_slots=state.table_slots | {n: s for n, (_, s) in updated.items()},
-        batch_stats=state.batch_stats | stats,
+        batch_stats=state.batch_stats | stats, **tables,
     )  # fmt: skip
 
 

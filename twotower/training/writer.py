@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import tqdm
 from absl import logging
 
@@ -56,6 +57,27 @@ class MetricWriter:
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
             logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in show.items()))
+
+
+class _Silent:
+    """What the processes write that are not the first."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float], *, show: Mapping[str, str]) -> None:
+        pass
+
+
+def open_writer(workdir: Path, *, start: int, steps: int) -> MetricWriter | _Silent:
+    """A writer on the first process, and on the others one that writes nothing: all of them know the same metrics."""
+    return _Silent() if jax.process_index() else MetricWriter(workdir, start=start, steps=steps)
 
 
 def _truncate(path: Path, start: int) -> None:

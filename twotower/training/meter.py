@@ -1,0 +1,89 @@
+"""The metrics of steps, read when the next ones are under way, averaged and written; and the stop when one is not finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from twotower.training.checkpoint import Checkpoints
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+def last_good(checkpoints: Checkpoints) -> str:
+    """Where to go on from, for an error message."""
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    where = f"The last good checkpoint is {checkpoints.folder / str(latest)}." if latest else "There is no checkpoint before it."
+    return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
+
+
+class Meter:
+    """Reads the metrics of a dispatch after the next one was launched, averages them and writes them."""
+
+    def __init__(self, writer: Any, checkpoints: Checkpoints, batch_size: int, log_every: int) -> None:
+        self._writer, self._checkpoints = writer, checkpoints
+        self._batch_size, self._log_every = batch_size, log_every
+        self._pending: tuple[int, Any] | None = None
+        self._window: list[dict[str, float]] = []
+        # The rate is measured from the first dispatch read on, so that compiling does not count.
+        self._since: float | None = None
+        self._timed, self._read_at, self._step = 0, 0.0, 0
+
+    def launched(self, step: int, metrics: Any) -> None:
+        """`metrics` [K] of the K steps up to `step` are on their way."""
+        self.read()
+        self._pending = (step, metrics)
+
+    def resume(self) -> None:
+        """Validations do not count against the rate of training."""
+        if self._since is not None:
+            self._since += time.perf_counter() - self._read_at
+
+    def flush(self) -> None:
+        """Writes what is left when training ends between two lines."""
+        self.read()
+        if self._window:
+            self._write()
+
+    def read(self) -> None:
+        """Waits for what was launched."""
+        if self._pending is None:
+            return
+        (last, metrics), self._pending = self._pending, None
+        values = {name: np.asarray(x) for name, x in jax.device_get(metrics).items()}
+        count = len(values["loss"])
+        self._read_at = time.perf_counter()
+        if self._since is None:
+            self._since = self._read_at
+        else:
+            self._timed += count
+        for i in range(count):
+            self._step = last - count + 1 + i
+            self._add({name: float(x[i]) for name, x in values.items()})
+
+    def _add(self, values: dict[str, float]) -> None:
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise TrainingError(
+                f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {self._step}. "
+                f"{last_good(self._checkpoints)}"
+            )
+        self._writer.advance()
+        self._window.append(values)
+        if self._step % self._log_every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
+        show = {"loss": f"{means['loss']:.4f}"}
+        if self._timed:
+            means["examples_per_second"] = self._batch_size * self._timed / (self._read_at - self._since)
+            show["examples/s"] = f"{means['examples_per_second']:,.0f}"
+        self._writer.write(self._step, means, show=show)
+        self._window, self._since, self._timed = [], self._read_at, 0

@@ -1,0 +1,44 @@
+"""Several processes as one run, by `jax.distributed`."""
+
+from __future__ import annotations
+
+import jax
+from absl import logging
+
+from twotower.validation import ConfigError
+
+
+def join(coordinator: str, processes: int, process: int, *, cluster: bool = False) -> None:
+    """Joins the other processes of a run; does nothing for a run of one. To be called before any other use of JAX.
+
+    Args:
+        coordinator: HOST:PORT of process 0; empty where there is one process, or where `cluster` says the rest.
+        processes: how many there are.
+        process: which of them this is.
+        cluster: ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.
+
+    Raises:
+        ConfigError: the three do not go together, or no cluster is found.
+    """
+    if not coordinator:
+        if processes or process >= 0:
+            raise ConfigError(f"--processes={processes} --process={process} need --coordinator=HOST:PORT, the address of process 0.")
+        if cluster:
+            _initialize()
+        return
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process={process} must be from 0 to --processes={processes} less 1.")
+    if ":" not in coordinator or not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:8476.")
+    _initialize(coordinator_address=coordinator, num_processes=processes, process_id=process)
+
+
+def _initialize(**who: object) -> None:
+    try:
+        jax.distributed.initialize(**who)
+    except ValueError as error:  # nothing here says which cluster this is
+        raise ConfigError(
+            f"--distributed: no cluster is known here ({str(error).splitlines()[0]}). Say who is who by "
+            "--coordinator=HOST:PORT --processes=N --process=I."
+        ) from error
+    logging.info("Process %d of %d, with %d devices in all.", jax.process_index(), jax.process_count(), jax.device_count())
