@@ -1,0 +1,192 @@
+"""Does the conformance kit see every known mistake of two-tower training? Each is made on purpose, and must turn a test red.
+
+    python -m experiments.benchmarks.mutations [--quick] [--trap=N] [--json=FILE]
+
+The mistakes are listed in `mistakes` and `mistakes_training` beside this file: a snippet of a module of twotower and what
+takes its place. A child process compiles the module with the change (no file is touched) and runs the tests of
+`tests/conformance` that are marked with the trap's number. First they run without any change, to show that they are green.
+Exits with 1 unless they are and every mistake is caught. "broken" is a mistake that fails in another way than by what a test
+asserts: one that cannot be made as it is written.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from experiments.benchmarks import harness
+from experiments.benchmarks.mistakes import SERVING, Mistake
+from experiments.benchmarks.mistakes_training import TRAINING
+
+TRAP = flags.DEFINE_integer("trap", 0, "Only the mistakes of this number; 0 makes all.")
+
+MISTAKES = tuple(sorted((*SERVING, *TRAINING), key=lambda mistake: mistake.trap))
+ROOT = Path(__file__).resolve().parents[2]
+KIT = ROOT / "tests" / "conformance"
+SECONDS = 300  # that a child may take
+# Imported once, before the children are forked; none of it starts a backend of JAX.
+COMMON = ("jax", "flax.linen", "optax", "orbax.checkpoint", "pyarrow.compute", "pyarrow.csv", "pyarrow.parquet", "pytest",
+          "beartype", "jaxtyping", "ml_collections", "tqdm")  # fmt: skip
+# A test that fails by one of these has not seen the mistake: the changed text does not run.
+UNFIT = ("NameError", "AttributeError", "SyntaxError", "ImportError", "UnboundLocalError", "TypeError", "TypeCheckError")
+
+
+class Outcome(NamedTuple):
+    """What came of some tests.
+
+    Attributes:
+        result: "caught", "missed" or "broken" with a mistake; "green" or "red" without one.
+        by: the first test that failed, and how.
+    """
+
+    result: str
+    by: str
+    seconds: float
+
+
+def tests_by_trap() -> dict[int, list[str]]:
+    """Trap -> the ids of the tests that are marked with it, read from the files of the kit."""
+    found: dict[int, list[str]] = {}
+    for path in sorted(KIT.glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for number in traps_of(node):
+                found.setdefault(number, []).append(f"{path.relative_to(ROOT)}::{node.name}")
+    return found
+
+
+def traps_of(node: ast.AST) -> list[int]:
+    """The numbers of `@pytest.mark.trap(number)` over a function."""
+    calls = [d for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)]
+    return [d.args[0].value for d in calls if ast.unparse(d.func) == "pytest.mark.trap"]
+
+
+def changed_sources(mistake: Mistake) -> dict[str, str]:
+    """Module -> its text with the mistake.
+
+    Raises:
+        ValueError: a snippet does not stand in its module exactly once.
+    """
+    texts: dict[str, str] = {}
+    for module, old, new in mistake.edits:
+        path = ROOT / "twotower" / f"{module.replace('.', '/')}.py"
+        text = texts.get(module) or path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"{mistake.trap}, {mistake.what}: twotower.{module} holds {text.count(old)} times, not once:\n{old}")
+        texts[module] = text.replace(old, new)
+    return {f"twotower.{module}": text for module, text in texts.items()}
+
+
+def attempt(tests: Sequence[str], mistake: Mistake | None, cache: str) -> Outcome:
+    """Runs tests in a child, with the mistake if there is one.
+
+    Args:
+        cache: a folder for compiled programs: most of a mistake's programs are those without it.
+    """
+    start, context = time.perf_counter(), multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(list(tests), changed_sources(mistake) if mistake else {}, cache, send))
+    child.start()
+    send.close()
+    code, failure = None, ("", f"no answer within {SECONDS} s")
+    if receive.poll(SECONDS):
+        with contextlib.suppress(EOFError):
+            code, failure = receive.recv()
+    child.kill()
+    child.join()
+    result = _judge(code, failure[0])
+    if mistake is None:
+        result = "green" if result == "missed" else "red"
+    return Outcome(result, ": ".join(filter(None, failure)), round(time.perf_counter() - start, 1))
+
+
+def _judge(code: int | None, error: str) -> str:
+    if code == 0:
+        return "missed"
+    return "caught" if code == 1 and error and not error.endswith(UNFIT) else "broken"
+
+
+def _child(tests: list[str], sources: Mapping[str, str], cache: str, send: Any) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    import jax
+    import pytest
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _change(sources)
+    first = _FirstFailure()
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+    send.send((int(code), (first.error, first.test)))
+    send.close()
+    os._exit(0)  # without waiting for threads of what was imported
+
+
+def _change(sources: Mapping[str, str]) -> None:
+    """Modules are compiled from `sources` instead of their files, under whatever import hook."""
+    original = SourceFileLoader.get_code
+
+    def get_code(self: SourceFileLoader, name: str) -> Any:
+        return self.source_to_code(sources[name].encode(), self.path) if name in sources else original(self, name)
+
+    SourceFileLoader.get_code = get_code
+
+
+class _FirstFailure:
+    """A plugin of pytest: what failed first, and by which error."""
+
+    test = error = ""
+
+    def pytest_exception_interact(self, node: Any, call: Any) -> None:
+        if not self.test:
+            self.test, self.error = node.nodeid.removeprefix("tests/conformance/"), call.excinfo.type.__name__
+
+
+def chosen(*, trap: int, quick: bool) -> list[Mistake]:
+    """The mistakes to make: all, those of a trap, or the first of each file of the kit."""
+    mistakes = [m for m in MISTAKES if trap in (0, m.trap)]
+    if not quick:
+        return mistakes
+    tests, first = tests_by_trap(), {}
+    for mistake in mistakes:
+        first.setdefault(tests[mistake.trap][0].partition("::")[0], mistake)
+    return list(first.values())
+
+
+def main(argv: list[str]) -> None:
+    for module in COMMON:
+        importlib.import_module(module)
+    mistakes, tests = chosen(trap=TRAP.value, quick=harness.QUICK.value), tests_by_trap()
+    with tempfile.TemporaryDirectory() as cache:
+        before = attempt(list(dict.fromkeys(t for m in mistakes for t in tests[m.trap])), None, cache)
+        print(f"Without a mistake the kit is {before.result} ({before.seconds} s) {before.by}", flush=True)
+        rows = []
+        for mistake in mistakes if before.result == "green" else []:
+            outcome, where = attempt(tests[mistake.trap], mistake, cache), ", ".join(m for m, *_ in mistake.edits)
+            rows.append({"trap": mistake.trap, "mistake": mistake.what, "where": where, **outcome._asdict()})
+            print(f"{mistake.trap:4}  {outcome.result:8}{outcome.seconds:5.1f} s  {mistake.what:50}  {where}", flush=True)
+    caught = sum(row["result"] == "caught" for row in rows)
+    print(f"{caught} of {len(mistakes)} mistakes caught.")
+    if harness.JSON.value:
+        measured = {"benchmark": "mutations", "kit": before._asdict(), "results": rows}
+        Path(harness.JSON.value).write_text(json.dumps(measured, indent=2))
+    sys.exit(caught < len(mistakes))
+
+
+if __name__ == "__main__":
+    app.run(main)
