@@ -182,6 +182,9 @@ def test_the_shop_draws_labels_with_the_probabilities_that_it_tells():
         for side in ("user", "item")
     )
     probabilities = synthetic.label_probabilities(shop.truth, user, item)
+    preference = np.float64(shop.truth.user_factors) @ np.float64(shop.truth.item_factors[item[:9]]).T
+    lift = np.log(preference[user[:9], np.arange(9)] / preference.mean(0))
+    np.testing.assert_allclose(probabilities["liked"][:9], 1 / (1 + np.exp(5.4 - 2 * lift)), rtol=1e-3)
     for name, known in (("liked", 0.6), ("shared", 1.0)):
         labels, p = shop.interactions[name].to_numpy(), probabilities[name]
         given = ~np.isnan(labels)

@@ -17,7 +17,7 @@ from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import BundleError, load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.export import all_rows, check_parity, compare_scores, export
+from twotower.retrieval.export import all_rows, check_parity, compare_scores, export, make_bundle
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import load_weights, model_version, save_weights
@@ -181,6 +181,25 @@ def test_display_columns_are_chosen_and_checked(run, tmp_path):
     assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == ["item_id", "title", "price"]
     with pytest.raises(ConfigError, match="did you mean 'title'"):  # already before training
         prepare(showing(run, "titel").config)
+
+
+def test_heads_and_the_bias_of_a_loss_are_saved_with_weights_but_stay_out_of_the_bundle(run, exported, tmp_path):
+    extra = {"heads": {"like": {"mlp": {"Dense_0": {"kernel": np.ones((16, 1), np.float32)}}}}, "bias": np.float32(3)}
+    weights = run.weights._replace(params=run.weights.params | extra)
+    save_weights(weights, tmp_path)
+    assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
+    assert model_version(load_weights(tmp_path)) == model_version(weights) != model_version(run.weights)
+    bundle = make_bundle(dataclasses.replace(run, weights=weights))
+    assert model_version(bundle.weights) == load_bundle(exported).manifest["model_version"]
+
+
+def test_what_a_user_was_shown_and_did_not_want_is_not_seen(tmp_path):
+    labelled = make_run(tmp_path / "run", objective={"label": "liked"})
+    seen = make_bundle(labelled).seen
+    parts = [getattr(labelled.prepared, name) for name in ("train", "validation", "test")]
+    liked = [(user, item) for part in parts for user, item, x in zip(part.user, part.item, part.labels["liked"]) if x == 1]
+    found = {(user, item) for user in range(len(seen)) for item in seen[user].tolist()}
+    assert found == set(liked) and len(liked) < 0.4 * sum(map(len, parts))
 
 
 def test_weights_with_odd_names_survive(run, tmp_path):
