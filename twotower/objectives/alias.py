@@ -33,12 +33,12 @@ class AliasTable(NamedTuple):
         """`num` ids, with replacement."""
         place, coin = jax.random.split(key)
         cell = jax.random.randint(place, (num,), 0, len(self.alias))
-        own = jax.random.bits(coin, (num,), jnp.uint32) < self.threshold[cell]
-        return jnp.where(own, cell, self.alias[cell]).astype(jnp.int32)
+        own = jax.random.bits(coin, (num,), jnp.uint32) < jnp.asarray(self.threshold)[cell]
+        return jnp.where(own, cell, jnp.asarray(self.alias)[cell]).astype(jnp.int32)
 
     def log_expected_count(self, ids: Int[Array, "*S"], num: int) -> Float[Array, "*S"]:
         """Log of the expected number of times each id is among `num` draws."""
-        return self.log_probability[ids] + jnp.log(float(num))
+        return jnp.asarray(self.log_probability)[ids] + jnp.log(float(num))
 
 
 def popularity_table(counts: np.ndarray, alpha: float) -> AliasTable:

@@ -119,9 +119,10 @@ def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Ar
     slots = _slots(arrays, ids)
     depth, keep = jnp.arange(len(slots))[:, None], 1 - arrays["rate"]
     old = {name: arrays[name].at[depth, slots].get(mode="clip") for name in ("last", "gaps", "times")}
-    # Duplicates all write one value, so their order does not matter.
+    # Duplicates all write one value, so their order does not matter. What is written depends on what was read: else XLA could
+    # write first, and would read from a copy of the whole array.
     new = {
-        "last": jnp.full(slots.shape, step, jnp.int32),
+        "last": jnp.maximum(old["last"], step),
         "gaps": keep * old["gaps"] + (step - old["last"]),
         "times": keep * old["times"] + jax.vmap(_multiplicity)(slots),
     }
@@ -187,8 +188,8 @@ def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
 def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
     """The places of ids: their own, or one by each hash function; past the end for negative ids.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd number, modulo 2^32. Two ids
-    share a place with probability at most 2 / width.
+    Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd number, modulo 2^32. Over the
+    choice of that number, two ids share a place with probability at most 2 / width.
     """
     width = arrays["counts" if "counts" in arrays else "last"].shape[1]
     if "multipliers" not in arrays:

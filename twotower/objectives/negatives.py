@@ -91,8 +91,8 @@ def init_queue(size: int, dim: int) -> dict[str, Array]:
     Returns:
         {"vectors": [Q, D], "ids", "owners", "step": int32 [Q]}; "step" is when an entry was made, -1 for none.
     """
-    empty = jnp.full(size, -1, jnp.int32)
-    return {"vectors": jnp.zeros((size, dim)), "ids": empty, "owners": empty, "step": empty}
+    # Arrays of their own, though equal: a state is donated, and a buffer can be given away only once.
+    return {"vectors": jnp.zeros((size, dim))} | {name: jnp.full(size, -1, jnp.int32) for name in ("ids", "owners", "step")}
 
 
 def push(

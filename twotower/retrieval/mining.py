@@ -25,15 +25,13 @@ def make_mine(prepared: Prepared, model: Any) -> Mine:
 
     Users are asked as they stood at their latest training row. A user without a positive has an empty pool.
     """
-    objective, train = prepared.config.objective, prepared.train
-    positives = train.take(train.labels[objective.label] == 1) if objective.label else train
-    num_users = len(prepared.users)
-    known = items_of_users([positives], num_users=num_users)
+    negatives, train, num_users = prepared.config.objective.negatives, prepared.train, len(prepared.users)
+    known = items_of_users([prepared.positives("train")], num_users=num_users)
     asked = np.flatnonzero(known.lengths)
     latest = latest_rows([train], num_users=num_users)[asked]
     features = {name: values[asked] for name, values in prepared.features["user"].items()}
     features |= {name: values[latest] for name, values in train.context.items()}
-    ranks, margin = objective.negatives.mined_ranks, objective.negatives.mined_margin
+    ranks, margin = negatives.mined_ranks, negatives.mined_margin
 
     def run(weights: Any) -> Pools:
         users = embed_rows(model, weights, "user", features)
