@@ -8,7 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from twotower.towers.embeddings import OPTIMIZERS, init_table, lookup, merge_duplicates, padded_rows, pool
+from twotower.towers.embeddings import (
+    OPTIMIZERS,
+    SCRATCH_ROWS,
+    apply_gradients,
+    init_table,
+    lookup,
+    merge_duplicates,
+    padded_rows,
+    pool,
+)
 
 V, D, N = 1024, 8, 64
 
@@ -99,13 +108,62 @@ def test_rows_not_touched_and_the_padding_row_do_not_change(key, kind):
     assert not np.array_equal(new[touched[1:]], table[touched[1:]])
 
 
-def test_merge_duplicates_sums_and_gives_distinct_rows():
-    ids = np.array([5, 0, 3, 5, 0, 7], np.int32)
+# By passing over the table, by an integer for each row, and by sorting.
+SIZES = (N // 2, N, N + 1, N * SCRATCH_ROWS, N * SCRATCH_ROWS + 1)
+
+
+@pytest.mark.parametrize("num_rows", [6, 10, 6 * SCRATCH_ROWS + 1])
+def test_merge_duplicates_sums_and_gives_distinct_rows(num_rows):
+    ids = np.array([5, 0, 3, 5, 0, 1], np.int32)
     grads = np.arange(12, dtype=np.float32).reshape(6, 2)
-    rows, merged = merge_duplicates(jnp.asarray(ids), jnp.asarray(grads), 10)
+    rows, merged = merge_duplicates(jnp.asarray(ids), jnp.asarray(grads), num_rows)
     assert len(set(np.asarray(rows).tolist())) == 6
-    found = {int(r): m.tolist() for r, m in zip(rows, merged) if r < 10}
-    assert found == {3: [4, 5], 5: [0 + 6, 1 + 7], 7: [10, 11]}
+    found = {int(r): m.tolist() for r, m in zip(rows, merged) if r < num_rows}
+    assert found == {3: [4, 5], 5: [0 + 6, 1 + 7], 1: [10, 11]}
+    assert not merged[rows >= num_rows].any()
+
+
+@pytest.mark.parametrize("num_rows", SIZES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_tables_of_every_size_are_updated_alike(key, kind, num_rows):
+    """A small table is passed over as a whole, a large one by the rows used: the same numbers, and the same rows at rest."""
+    optimizer, big = OPTIMIZERS[kind], N * SCRATCH_ROWS * 2
+    whole = jax.random.normal(key, (big, D))
+    slots = optimizer.init(whole, 0.1)
+    small, small_slots = whole[:num_rows], jax.tree.map(lambda x: x[:num_rows], slots)
+    for step in range(2):
+        ids = jnp.asarray(_ids(step) % num_rows)
+        grads = jax.grad(_row_loss)(lookup(whole, ids), step)
+        whole, slots, norm = apply_gradients(optimizer, whole, slots, ids, grads, 0.1, step)
+        small, small_slots, small_norm = apply_gradients(optimizer, small, small_slots, ids, grads, 0.1, step)
+        np.testing.assert_allclose(small_norm, norm, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b[:num_rows]), (small, small_slots), (whole, slots)
+    )
+
+
+@pytest.mark.parametrize("share", [N, N * 2, N * SCRATCH_ROWS * 2])
+def test_the_shares_of_a_table_are_updated_as_the_whole_is(key, share):
+    """The first row of a later share is no padding, and what is another's is left to it."""
+    optimizer, table = OPTIMIZERS["adagrad"], jax.random.normal(key, (4 * share, D))
+    slots = optimizer.init(table, 0.1)
+    ids = jnp.asarray(np.append(_ids(0)[1:] * 7 % (4 * share), share).astype(np.int32))
+    grads = jax.random.normal(key, (N, D))
+    expected = apply_gradients(optimizer, table, slots, ids, grads, 0.1, 0)
+
+    def part(table, slots):
+        first = jax.lax.axis_index("devices") * share
+        table, slots, norm = apply_gradients(optimizer, table, slots, ids, grads, 0.1, 0, first=first)
+        return table, slots, jax.lax.psum(norm, "devices")
+
+    mesh, split = jax.sharding.Mesh(jax.devices()[:4], "devices"), jax.sharding.PartitionSpec("devices")
+    specs = (split, {"accumulator": split}, jax.sharding.PartitionSpec())
+    found = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs[:2], out_specs=specs))(table, slots)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found[:2], expected[:2])
+    idle = np.setdiff1d(np.arange(4 * share), np.asarray(ids))
+    np.testing.assert_array_equal(found[0][idle], table[idle])
+    assert not np.array_equal(found[0][share], table[share])
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -147,7 +205,7 @@ def test_the_devices_of_a_mesh_make_the_table_that_one_device_makes(key):
     def part():
         return init_table(key, 1500, D, start=jax.lax.axis_index("devices") * share, count=share)
 
-    mesh, spec = jax.make_mesh((8,), ("devices",)), jax.sharding.PartitionSpec("devices")
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:8], "devices"), jax.sharding.PartitionSpec("devices")
     parts = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(), out_specs=spec))()
     np.testing.assert_array_equal(parts, init_table(key, 1500, D))
 
