@@ -10,9 +10,11 @@ import time
 import jax
 import numpy as np
 
-from twotower.training.loop import abstract_state, open_checkpoints
+from twotower.training.init import abstract_state
+from twotower.training.loop import corpus_of, open_checkpoints
+from twotower.training.mesh import make_mesh
 from twotower.training.run import load_run
-from twotower.training.step import Trainer
+from twotower.training.state import Trainer
 
 STEPS = 200
 COMMAND = [
@@ -24,8 +26,7 @@ COMMAND = [
 
 def _final_state(workdir):
     run = load_run(workdir, checkpoint="latest")
-    trainer = Trainer.build(run.config, run.model)
-    abstract = abstract_state(trainer, len(run.prepared.users), len(run.prepared.items))
+    abstract = abstract_state(Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1))
     with open_checkpoints(workdir, run.config) as checkpoints:
         return checkpoints.restore(STEPS, abstract), checkpoints.best()
 

@@ -12,14 +12,22 @@ from tests.training.conftest import make_batches, small_config
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, run
 from twotower.training.checkpoint import CheckpointError, best_step
-from twotower.training.loop import Record, TrainingError, fit, open_checkpoints
+from twotower.training.init import init_on
+from twotower.training.loop import Record, corpus_of, open_checkpoints
+from twotower.training.mesh import make_mesh
+from twotower.training.meter import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
-from twotower.training.step import Trainer, init_state
+from twotower.training.state import Trainer
 from twotower.validation import ConfigError
+
+# On one device, which compiles soonest; test_mesh.py has several.
+ONE = make_mesh(1)
+fit = functools.partial(loop.fit, mesh=ONE)
+train = functools.partial(run.train, devices=1)
 
 
 def _trainer(prepared, config):
-    return Trainer.build(config, TwoTower.build(config.model, prepared.encoder))
+    return Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
 
 
 def _by_norm(weights):
@@ -50,6 +58,19 @@ def test_streamed_training_equals_resident_training(prepared, tmp_path):
     streamed_config = small_config(training={"resident_megabytes": 0})
     streamed = fit(_trainer(prepared, streamed_config), prepared, tmp_path / "b", validate=None)
     _equal_bits(resident, streamed)
+
+
+@pytest.mark.parametrize("resident_megabytes", [0, 100])
+def test_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path, resident_megabytes):
+    config = small_config(training={"resident_megabytes": resident_megabytes})
+    one = fit(_trainer(prepared, config), prepared, tmp_path / "one", validate=_by_norm)
+    config = small_config(training={"resident_megabytes": resident_megabytes, "steps_per_dispatch": 4})
+    four = fit(_trainer(prepared, config), prepared, tmp_path / "four", validate=_by_norm)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, four)
+    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "four")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    losses = [[line["loss"] for line in part if "loss" in line] for part in lines]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp_path):
@@ -103,19 +124,19 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(prepared, tmp_path
 
 
 def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkeypatch):
-    plain = loop.compile_step
+    plain = loop.compile_steps
 
-    def leaky(trainer, batches):
-        step = plain(trainer, batches)
-        return lambda state, i: (step(state, i)[0], {"loss": jax.numpy.add(1.0, np.ones(3)).sum(), "grad_norm": 0.0})
+    def leaky(*args):
+        step = plain(*args)
+        return lambda state, i: (step(state, i)[0], {"loss": jax.numpy.add(1.0, np.ones(3)), "grad_norm": np.ones(1)})
 
-    monkeypatch.setattr(loop, "compile_step", leaky)
+    monkeypatch.setattr(loop, "compile_steps", leaky)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
 
 
 def test_patience_counts_validations_without_improvement():
-    record = Record()
+    record = Record(users=3, items=4)
     for step, value in enumerate([0.1, 0.3, 0.2, 0.3, 0.1]):
         record.update(step, value, patience=3)
     assert (record.best, record.best_step, record.waited, record.stopped) == (0.3, 1, 3, True)
@@ -138,7 +159,7 @@ def test_the_best_step_is_the_earliest_of_equals():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "run"
-    run.train(small_config(), workdir)
+    train(small_config(), workdir)
     return workdir
 
 
@@ -151,26 +172,26 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
 
 def test_a_workdir_with_another_configuration_is_refused(finished):
     with pytest.raises(ConfigError, match="another configuration: config.training.batch_size was 64 and is now 32"):
-        run.train(small_config(training={"batch_size": 32}), finished)
+        train(small_config(training={"batch_size": 32}), finished)
 
 
 def test_a_run_that_was_refused_before_its_first_checkpoint_can_be_corrected(tmp_path):
     with pytest.raises(ConfigError, match="batch_size=100000 is larger than the data"):
-        run.train(small_config(training={"batch_size": 100_000}), tmp_path / "run")
-    run.train(small_config(), tmp_path / "run")
+        train(small_config(training={"batch_size": 100_000}), tmp_path / "run")
+    train(small_config(), tmp_path / "run")
     assert run.load_run(tmp_path / "run").step == 12
 
 
 def test_the_best_checkpoint_is_loaded_unless_another_is_asked_for(tmp_path):
     values = iter([0.0, 0.1, 0.5, 0.4])
-    run.train(small_config(), tmp_path / "run", make_validate=lambda *_: lambda weights: {"recall@10": next(values)})
+    train(small_config(), tmp_path / "run", make_validate=lambda *_: lambda weights: {"recall@10": next(values)})
     assert [run.load_run(tmp_path / "run", checkpoint=c).step for c in ("best", "latest")] == [8, 12]
 
 
 def test_options_of_the_index_may_change_after_training(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
-    run.train(small_config(retrieval={"index": "exact"}), copy)
+    train(small_config(retrieval={"index": "exact"}), copy)
     assert run.load_run(copy).config.retrieval.index == "exact"
 
 
@@ -205,7 +226,7 @@ def test_frequencies_are_those_of_the_training_rows(prepared):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="other files and no config.json"):
-        run.train(small_config(), tmp_path)
+        train(small_config(), tmp_path)
     with pytest.raises(ConfigError, match="is no run"):
         run.load_run(tmp_path)
 
@@ -250,7 +271,7 @@ def test_one_changed_byte_of_a_checkpoint_is_noticed(finished, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_of_the_same_shapes_is_refused(finished, tmp_path):
-    run.train(small_config(training={"seed": 1}), tmp_path / "other")
+    train(small_config(training={"seed": 1}), tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints")
     shutil.copytree(finished / "checkpoints", tmp_path / "other" / "checkpoints")
     with pytest.raises(CheckpointError, match="belongs to another run"):
@@ -264,7 +285,7 @@ def test_a_damaged_configuration_is_named(finished, tmp_path):
     with pytest.raises(ConfigError, match="config.json is damaged"):
         run.load_run(copy)
     with pytest.raises(ConfigError, match="config.json is damaged"):
-        run.train(small_config(), copy)
+        train(small_config(), copy)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
@@ -280,7 +301,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
 def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--workdir=gs://bucket/run must be a folder of this machine"):
-        run.train(small_config(), "gs://bucket/run")
+        train(small_config(), "gs://bucket/run")
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +309,7 @@ def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
 def test_tables_are_updated_in_place(prepared, resident_megabytes):
     config = small_config(training={"resident_megabytes": resident_megabytes})
     trainer, batches = _trainer(prepared, config), make_batches(prepared, config)
-    state = jax.jit(functools.partial(init_state, trainer))(loop.count_rows(prepared))
-    step = loop.compile_step(trainer, batches)
+    state = init_on(ONE, trainer, loop.count_rows(prepared))
+    step = loop.compile_steps(trainer, batches, prepared, ONE)
     step(state, 0)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.tables, state.table_slots)))

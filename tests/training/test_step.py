@@ -10,15 +10,33 @@ import numpy as np
 import optax
 import pytest
 
-from tests.training.conftest import small_config
+from tests.training import conftest
+from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import SIDES, Weights
-from twotower.training import step as step_module
-from twotower.training.step import drop_ids, example_losses, merge_rows, train_step, weighted_mean
+from twotower.training.init import init_state
+from twotower.training.mesh import ALONE
+from twotower.training.rows import lookup_all, shared_gradients, shared_ids
+from twotower.training.step import drop_ids, train_step
 from twotower.validation import ConfigError
+
+# The batch's own negatives alone, so that an oracle needs no draws.
+IN_BATCH = {"negatives": {"uniform": 0}}
+
+
+def small_config(**overrides):
+    return conftest.small_config(**{"objective": IN_BATCH} | overrides)
 
 
 def _step(state, batch, *, trainer):
-    return jax.jit(functools.partial(train_step, trainer=trainer))(state, batch)
+    return jax.jit(functools.partial(train_step, trainer=trainer))(state, batch, {})
+
+
+def _softmax(queries, answers, ids, owners, counts, rows, temperature):
+    """Each query's answer among all answers: items that are no other positive of its owner and not its own again."""
+    logits = queries @ answers.T / temperature - jnp.log(len(ids) * jnp.maximum(counts[ids], 1) / rows)[None]
+    same = (ids[None] == ids[:, None]) | (owners[None] == owners[:, None])
+    kept = jnp.where(same & ~jnp.eye(len(ids), dtype=bool), -jnp.inf, logits)
+    return jax.nn.logsumexp(kept, axis=1) - jnp.diagonal(logits)
 
 
 def _dense_gradients(trainer, state, batch):
@@ -26,8 +44,14 @@ def _dense_gradients(trainer, state, batch):
 
     def loss(params, tables):
         weights = Weights(params, tables, state.batch_stats)
-        vectors = {side: trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES}
-        return weighted_mean(example_losses(trainer, params, vectors, batch, state.frequency), batch["weight"])
+        user, item = (trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES)
+        counts, temperature = state.frequency, trainer.model.temperature(params)
+        counts, rows = {side: counts[side]["counts"] for side in SIDES}, counts["item"]["rows"]
+        losses = _softmax(user, item, batch["item"], batch["user"], counts["item"], rows, temperature)
+        if trainer.config.objective.symmetric:
+            other = _softmax(item, user, batch["user"], batch["item"], counts["user"], rows, temperature)
+            losses = (losses + other) / 2
+        return jnp.sum(losses * batch["weight"]) / batch["weight"].sum()
 
     return jax.value_and_grad(loss, (0, 1))(state.params, state.tables)
 
@@ -38,7 +62,7 @@ def test_one_step_equals_dense_optimizers_on_whole_tables(make, symmetric):
         training={
             "tables": {"kind": "adagrad", "learning_rate": 10.0, "initial_accumulator": 0.1}, "optimizer": {"kind": "sgd"}
         },
-        objective={"symmetric": symmetric},
+        objective=IN_BATCH | {"symmetric": symmetric},
     )  # fmt: skip
     trainer, state, batch = make(config)
     # No id is dropped, so that the oracle sees the same rows.
@@ -65,16 +89,18 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
     model = dataclasses.replace(model, inputs=shared)
     features = {"user": {"user_id": jnp.array([3, 5, 0])}, "item": {"item_id": jnp.array([5, 7, 5])}}
     shared["user"], shared["item"] = {"user_id": shared["user"]["user_id"]}, {"item_id": shared["item"]["item_id"]}
+    ids = shared_ids(model, features, ALONE)
+    rows = lookup_all(model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, ALONE)
+    assert rows["user"]["user_id"][:, 0].tolist() == [6, 10, 0] and rows["item"]["item_id"][:, 0].tolist() == [10, 14, 10]
     grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
-    merged = merge_rows(model, {"shared": jnp.zeros((1024, 2))}, features, grads)
-    assert list(merged) == ["shared"]
-    rows, sums = merged["shared"]
-    assert {int(r): float(s[0]) for r, s in zip(rows, sums) if r < 1024} == {3: 1.0, 5: 21.0, 7: 10.0}
+    given = shared_gradients(model, grads, ALONE)
+    table, _, _ = apply_gradients(OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0)
+    assert {int(r): float(-table[r, 0]) for r in np.flatnonzero(table[:, 0])} == {3: 1.0, 5: 21.0, 7: 10.0}
 
 
 def test_the_jitted_step_equals_the_plain_one(make):
     trainer, state, batch = make(small_config())
-    plain, _ = train_step(state, batch, trainer=trainer)
+    plain, _ = train_step(state, batch, {}, trainer=trainer)
     jitted, _ = _step(state, batch, trainer=trainer)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), plain, jitted)
 
@@ -98,8 +124,8 @@ def test_the_compiled_step_holds_no_array_of_table_size(make, prepared):
     tables = {n: dataclasses.replace(t, rows=rows) if n == "user.user_id" else t for n, t in trainer.model.tables.items()}
     trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, tables=tables))
     counts = {"user": jnp.ones(len(prepared.users)), "item": jnp.ones(len(prepared.items)), "rows": jnp.float32(9.0)}
-    state = jax.jit(functools.partial(step_module.init_state, trainer))(counts)
-    compiled = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0).lower(state, batch).compile()
+    state = jax.jit(functools.partial(init_state, trainer))(counts)
+    compiled = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0).lower(state, batch, {}).compile()
     memory = compiled.memory_analysis()
     table_bytes = state.tables["user.user_id"].nbytes
     assert memory.temp_size_in_bytes < table_bytes / 4
@@ -115,9 +141,16 @@ def test_only_the_share_of_weights_matters(make):
     np.testing.assert_allclose(doubled, _step(state, batch, trainer=trainer)[1]["loss"], rtol=1e-6)
 
 
-def test_the_weighted_mean_divides_by_the_valid_weight():
-    assert weighted_mean(jnp.array([1.0, 3.0, 99.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
-    assert weighted_mean(jnp.array([1.0, 3.0]), jnp.zeros(2)) == 0.0
+def test_rows_without_weight_count_for_nothing(make):
+    trainer, state, batch = make(small_config(objective={"negatives": {"uniform": 8, "in_batch": False}}))
+    catalogue = {"item_features": {name: x[:40] for name, x in batch["item_features"].items()}}
+    trainer = dataclasses.replace(trainer, sources=dataclasses.replace(trainer.sources, items=40))
+    step = jax.jit(functools.partial(train_step, trainer=trainer))
+    half = batch | {"weight": batch["weight"].at[32:].set(0.0)}
+    first = jax.tree.map(lambda x: x[:32], batch)
+    np.testing.assert_allclose(step(state, half, catalogue)[1]["loss"], step(state, first, catalogue)[1]["loss"], rtol=1e-5)
+    nothing = step(state, batch | {"weight": jnp.zeros(64)}, catalogue)
+    assert nothing[1]["loss"] == 0 and nothing[1]["grad_norm"] == 0
 
 
 def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
@@ -125,7 +158,7 @@ def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
 
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
     ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])
-    dropped = drop_ids(inputs, {"id": ids, "kept": ids}, key)
+    dropped = drop_ids(inputs, {"id": ids, "kept": ids}, jax.random.split(key, len(ids)))
     changed = np.asarray(dropped["id"] != ids)
     assert 0.2 < changed[:4000].mean() < 0.3 and not changed[4000:].any()
     assert set(np.asarray(dropped["id"])[changed].tolist()) == {1, 2, 3, 4}

@@ -7,7 +7,10 @@ import pytest
 from twotower.config import from_dict
 from twotower.data.encodings import Input, TableShape
 from twotower.towers.two_tower import TwoTower
-from twotower.training.step import Trainer, example_losses
+from twotower.training.candidates import Corpus, Drawn
+from twotower.training.losses import losses_of
+from twotower.training.mesh import ALONE
+from twotower.training.state import Trainer, TrainState
 
 USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
@@ -30,14 +33,17 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
     model = TwoTower.build_from(config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs})
     rng = np.random.default_rng(0)
     user, item = (rng.normal(size=(6, 4)).astype(np.float32) / 4 for _ in range(2))
-    batch = {"user": jnp.array(USER), "item": jnp.array(ITEM)}
-    got = example_losses(
-        Trainer.build(config, model), {"log_temperature": jnp.log(jnp.float32(0.07))},
-        {"user": jnp.asarray(user), "item": jnp.asarray(item)}, batch,
-        {k: jnp.array(v) for k, v in COUNTS.items()} | {"rows": jnp.float32(42.0)},
-    )  # fmt: skip
+    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
+    params = {"log_temperature": jnp.log(jnp.float32(0.07))}
+    state = TrainState(0, params, {}, {}, {}, {}, rows, {})
+    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
     by_hand = {k: options.get(k, True) for k in ("logq", "mask_same_user")}
     expected = _by_hand(USER, ITEM, (user, item), COUNTS["item"], **by_hand)
     if options.get("symmetric"):
         expected = (expected + _by_hand(ITEM, USER, (item, user), COUNTS["user"], **by_hand)) / 2
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    for b in range(6):
+        batch = {"user": jnp.array(USER), "item": jnp.array(ITEM), "weight": jnp.zeros(6).at[b].set(2.0)}
+        got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)
+        np.testing.assert_allclose(got["retrieval"], 2 * expected[b], rtol=1e-4)

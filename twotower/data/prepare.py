@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -58,11 +58,12 @@ class Prepared:
         return rows.take(self.is_positive(part)) if self.config.objective.label else rows
 
 
-def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
+def prepare(config: Config, *, encoder: Encoder | None = None, fit: Callable[..., Encoder] = Encoder.fit) -> Prepared:
     """Reads and encodes the data that `config` names.
 
     Args:
         encoder: the one that a run was trained with; None fits a new one on the training rows.
+        fit: how to make a new one; takes what `Encoder.fit` takes.
 
     Raises:
         ConfigError: the data cannot be read, or nothing is left of it.
@@ -79,7 +80,7 @@ def prepare(config: Config, *, encoder: Encoder | None = None) -> Prepared:
     check_fields(dict.fromkeys(config.retrieval.display), items.column_names, "config.retrieval.display: the items table")
     in_corpus = np.ones(len(items), bool) if dataset.has_catalogue else _occurs(parts.train["item_id"], items["item_id"])
     items = items.filter(pa.array(in_corpus))
-    encoder = encoder or Encoder.fit(spec, parts.train, users=users, items=items)
+    encoder = encoder or fit(spec, parts.train, users=users, items=items)
     split.check_fitted(encoder.fitted_on, parts)
     _check_context(encoder, labels)
     logging.info(

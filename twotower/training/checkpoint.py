@@ -85,6 +85,10 @@ class Checkpoints:
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
+    def record(self, step: int) -> dict[str, Any]:
+        """The record of `step` alone."""
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record["loop"]
+
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and the record of `step`.
 

@@ -52,8 +52,13 @@ RunSteps = Callable[[TrainState, int], tuple[TrainState, Any]]
 
 @dataclasses.dataclass
 class Record:
-    """What the loop remembers from one validation to the next, saved with each checkpoint as JSON."""
+    """What the loop remembers from one validation to the next, saved with each checkpoint as JSON.
 
+    `users` and `items`, of the corpus, let a checkpoint be read without the data.
+    """
+
+    users: int
+    items: int
     best: float = -math.inf
     best_step: int = 0
     waited: int = 0
@@ -252,7 +257,7 @@ def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -
 def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Record]:
     latest = checkpoints.latest()
     if latest is None:
-        return init_on(mesh, trainer, count_rows(prepared)), Record()
+        return init_on(mesh, trainer, count_rows(prepared)), Record(*trainer.corpus[:2])
     state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
     logging.info("Resuming at step %d.", latest)
     return state, Record(**record)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from twotower.towers.embeddings import ROW_MULTIPLE, lookup
+from twotower.towers.embeddings import ROW_MULTIPLE, lookup, take_rows
 from twotower.validation import ConfigError
 
 AXIS = "devices"
@@ -89,7 +89,7 @@ def lookup_rows(
     if not group.axis:
         return lookup(table, ids)
     mine = _localise(everyone, len(table), group)
-    found = group.scatter_sum(table.at[mine].get(mode="fill", fill_value=0.0))
+    found = group.scatter_sum(take_rows(table, mine, 0.0))
     exists = (ids >= 0) & (ids < len(table) * group.size)
     return jnp.where(exists[:, None], found, jnp.nan)
 

@@ -53,7 +53,7 @@ def train(
         ConfigError: `workdir` holds a run of another configuration, or the data or a field is unusable.
         TrainingError: see `twotower.training.loop.fit`.
     """
-    workdir, mesh = _local(workdir), make_mesh(devices)
+    workdir, mesh = local_folder(workdir), make_mesh(devices)
     check_batch(config.training.batch_size, mesh)
     chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
     folder = workdir / "encoder"
@@ -63,7 +63,7 @@ def train(
     trainer = Trainer.build(config, model, corpus_of(prepared))
     # Only now that everything fits: a mistake found above leaves the folder free for the corrected configuration.
     if jax.process_index() == 0:
-        _claim(workdir, config)
+        claim(workdir, config)
         if known is None:
             prepared.encoder.save(folder)
     _meet("the folder of the run is made")
@@ -90,18 +90,19 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
         ConfigError: `workdir` is no run.
         CheckpointError: it has no such checkpoint, or a damaged one.
     """
-    workdir = _local(workdir)
+    workdir = local_folder(workdir)
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = abstract_state(Trainer.build(config, model, corpus_of(prepared)), make_mesh(1))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
-        step = _step(checkpoints, checkpoint, workdir)
+        step = step_of(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
     return Run(workdir, config, prepared, model, state.weights, step)
 
 
-def _local(workdir: Path | str) -> Path:
+def local_folder(workdir: Path | str) -> Path:
+    """`workdir` as a path; refuses an address."""
     # `Path` would make "gs://bucket" a local folder named "gs:".
     if "://" in str(workdir) or str(workdir).startswith("gs:/"):
         raise ConfigError(f"--workdir={workdir} must be a folder of this machine (or one mounted into it).")
@@ -146,7 +147,7 @@ def _is_begun(workdir: Path, config: Config) -> bool:
     return not changed
 
 
-def _claim(workdir: Path, config: Config) -> None:
+def claim(workdir: Path, config: Config) -> None:
     """Writes the configuration of the run."""
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / "config.tmp"
@@ -161,7 +162,8 @@ def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
     return [] if old == new else [f"{where} was {old!r} and is now {new!r}"]
 
 
-def _step(checkpoints: Any, which: str, workdir: Path) -> int:
+def step_of(checkpoints: Any, which: str, workdir: Path) -> int:
+    """The step that "best", "latest" or a number names."""
     if which not in ("best", "latest") and not which.isdigit():
         raise CheckpointError(f"--checkpoint={which!r} must be best, latest or a step.")
     step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(which, lambda: int(which))()

@@ -87,8 +87,9 @@ def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) 
 
 def _places(rows: int, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
     """What tells the rows of each side apart whatever device they are on: the batch's first, then the items drawn."""
-    batch, shared, hard = rows * group.size, len(drawn.shared) * group.size, drawn.hard.size
-    items = (group.places(rows), batch + group.places(len(drawn.shared)), batch + shared + group.places(hard))
+    batch, hard = rows * group.size, drawn.hard.size * group.size
+    # The shared ones last: how many of them are there to fill up the devices must move nobody else's place.
+    items = (group.places(rows), batch + hard + group.places(len(drawn.shared)), batch + group.places(drawn.hard.size))
     return {"user": items[0], "item": jnp.concatenate(items)}
 
 
