@@ -1,6 +1,7 @@
 """Metrics of heads against loops and other people's code; which rows they are measured on; where they are reported."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from scipy.special import expit
 from scipy.stats import mannwhitneyu
 
 from tests.retrieval.conftest import make_run
-from twotower.config import ObjectiveConfig
+from twotower.config import ObjectiveConfig, from_dict
+from twotower.data.synthetic import label_probabilities
 from twotower.evaluation import heads, report
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.metrics import ScoreError
 from twotower.objectives.multitask import head_logits, init_heads
+from twotower.training.run import load_run, train
 
 HEADS = {"like": {"label": "liked", "combine": "multiply"}, "share": {"label": "shared", "layers": (4,)}}
 
@@ -81,7 +84,9 @@ def test_what_is_not_defined_is_left_out_and_nothing_overflows():
         found = heads.measure_head(np.array(logits), np.array(labels), np.ones(2))
         assert set(heads.METRICS) - set(found) == missing
     assert heads.log_loss(np.array([800.0]), np.array([0.0]), one) == 800.0
-    assert heads.calibration_error(np.array([800.0]), np.array([1.0]), one) == 0.0  # probability 1 is in the last bin
+    # Probability 1 is in the last bin, not one of its own.
+    error = heads.calibration_error(np.array([800.0, 5.0]), np.array([0.0, 1.0]), np.ones(2))
+    assert error == pytest.approx(expit(5.0) / 2)
 
 
 def test_a_head_that_tells_nothing_apart_has_an_auc_of_one_half():
@@ -184,3 +189,27 @@ def test_a_model_without_heads_reports_none(run):
     plain = dataclasses.replace(run, config=config, prepared=dataclasses.replace(run.prepared, config=config))
     assert "heads" not in report.measure_run(plain, ks=(5,), baselines=False)
     assert not any("/" in name for name in make_validate(plain.prepared, plain.model)(plain.weights))
+
+
+def test_a_head_trained_alone_learns_whom_an_item_suits(tmp_path):
+    """End to end, on the generated shop, whose probabilities are known; the best checkpoint is chosen by the head."""
+    ids = {"type": "string", "embedding_size": 16}
+    config = from_dict({
+        "data": {"source": "shop", "num_interactions": 3000},
+        "features": {"user": {"user_id": ids}, "item": {"item_id": ids}},
+        "objective": {"weight": 0.0, "heads": {"like": HEADS["like"]}},
+        "training": {
+            "batch_size": 512, "steps": 30, "validate_every": 15, "metric": "like/auc",
+            "optimizer": {"learning_rate": 0.02}, "tables": {"learning_rate": 0.3},
+        },
+    })  # fmt: skip
+    train(config, tmp_path / "run", make_validate=make_validate)
+    run = load_run(tmp_path / "run")
+    rows = run.prepared.test
+    found = heads.make_head_metrics(run.prepared, run.model, "test")(run.weights)["like"]
+    known = ~np.isnan(rows.labels["liked"]) & (rows.item >= 0)
+    true = label_probabilities(run.prepared.truth, rows.user[known], rows.item[known])["liked"]
+    best = heads.auc(np.float64(true), rows.labels["liked"][known], rows.weight[known])
+    assert 0.6 < found["auc"] < best
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/like/auc" in line] == [15, 30]
