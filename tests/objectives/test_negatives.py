@@ -201,7 +201,7 @@ def test_the_queue_is_as_often_an_item_as_it_states(counts):
     """Three batches of the past, and the one of the step: four times as many draws."""
     rows = make_rows(counts)
     batches, queue = make_batches(rows), negatives.init_queue(3 * B, 1)
-    step_fn, steps = jax.jit(negatives.push), 600
+    step_fn, steps = jax.jit(negatives.push), 300
     observed = np.zeros(N)
     for step in range(steps + 3):
         item = jnp.asarray(rows.item[batches.indices(step)])
@@ -235,7 +235,7 @@ def row_keys(key, rows):
 def test_pools_are_drawn_evenly_for_their_user_alone(pools):
     users = jnp.arange(4, dtype=jnp.int32)
     draw = lambda key: negatives.draw_pool(row_keys(key, users), pools, users, 5)[0]  # noqa: E731
-    ids = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), TRIALS)))
+    ids = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), TRIALS)))
     assert (ids[:, 2] == -1).all()
     for user, items in ((0, np.arange(10, 17)), (1, [20]), (3, np.arange(30, 33))):
         observed = np.bincount(ids[:, user].ravel(), minlength=N)
@@ -271,6 +271,11 @@ def test_a_divided_batch_draws_what_a_whole_one_draws(pools):
     assert len(np.unique(np.asarray(divided[0])[::4], axis=0)) > 1  # rows of one user do not draw alike
 
 
+def test_pools_keep_the_order_given_and_each_item_once():
+    pools = build_pools(np.array([2, 0, 2, 0, 2, 2]), np.array([7, 5, 7, 6, 8, 9]), num_users=3, size=2)
+    assert pools["items"].tolist() == [[5, 6], [-1, -1], [7, 8]] and pools["sizes"].tolist() == [2, 0, 2]
+
+
 def test_explicit_pools_are_what_was_shown_and_never_taken():
     user = np.array([0, 0, 0, 0, 0, 0, 1, 1, 3], np.int32)
     item = np.array([5, 6, 7, 5, 8, 9, 5, 5, 4], np.int32)
@@ -293,7 +298,7 @@ def test_corrected_popular_negatives_give_the_gradient_of_the_full_softmax(count
     stated = np.asarray(table.log_expected_count(IDS, draws), np.float64)
     full = np.exp(scores) / np.exp(scores).sum()
     keys = jax.random.split(jax.random.key(6), 300)
-    drawn = np.asarray(jax.vmap(lambda key: negatives.popularity(key, draws, table))(keys))
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: negatives.popularity(key, draws, table)))(keys))
     times = np.stack([np.bincount(row, minlength=N) for row in drawn])
 
     def error(correction):
