@@ -34,7 +34,8 @@ def case(name: str, dtype: Any = jnp.float32, *, size: int = 13, others: int = 9
     queries, vectors, further = real(size, width), real(size, width), real(others, width)
     ids, owners = rng.integers(0, size // 2, size), rng.integers(0, size // 2, size)
     owners[1] = -1
-    all_ids = np.concatenate([ids, rng.integers(0, size // 2, others - 2), [-1, -1]])
+    padding = min(others, 2)
+    all_ids = np.concatenate([ids, rng.integers(0, size // 2, others - padding), np.full(padding, -1)])
     weights = np.abs(rng.normal(size=size)) + 0.1
     weights[2] = 0.0
     loss = LOSSES[name]

@@ -1,144 +1,139 @@
-"""The loss: order of correction, masks, and the gradient that the correction is for."""
+"""The losses of a positive and its negatives: values by hand, masks, extremes, and what the correction is for."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twotower.objectives.frequency import log_expected_count
-from twotower.objectives.negatives import Candidates, in_batch
-from twotower.objectives.softmax import softmax
+from tests.objectives.cases import ITEMS, OBJECTIVE
+from twotower.config import ObjectiveConfig
+from twotower.objectives import LOSSES
+from twotower.objectives.softmax import corrected_softmax, gbce, softmax
 
-B, D = 12, 6
+LOG = np.log
+
+
+def of(name, positive, negatives, where, objective=OBJECTIVE, num_items=ITEMS):
+    loss = LOSSES[name]
+    return loss.of(positive, negatives, where=where, **loss.constants(objective, num_items))
+
+
+# Odds of 2 for the positive, 3 and 5 for the negatives, 100 for what is masked; or similarities of .8, .9 and .2.
+ODDS = (LOG([2.0]), LOG([[3.0, 100.0, 5.0]]))
+COSINES = (np.array([0.8]), np.array([[0.9, 7.0, 0.2]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "logits", "expected"),
+    [
+        ("softmax", ODDS, LOG((2 + 3 + 5) / 2)),
+        ("corrected_softmax", ODDS, (1 - 2 / 10) * LOG((3 + 5) / 2)),
+        ("bsl", ODDS, LOG((3 + 5) / 2)),
+        # n = 2 of N - 1 = 4: alpha = 1/2, beta = 1 - 0.6 / 2.
+        ("gbce", ODDS, (0.7 * LOG(3 / 2) + LOG(4) + LOG(6)) / 3),
+        ("sigmoid", ODDS, LOG(3 / 2) + LOG(4) + LOG(6)),
+        ("bpr", ODDS, (LOG(1 + 3 / 2) + LOG(1 + 5 / 2)) / 2),
+        ("hinge", COSINES, (0.5 - 0.8 + 0.9) / 2),
+        ("triplet", COSINES, 0.5 - 0.8 + 0.9),
+        ("cosine_contrastive", COSINES, 0.2 + 2 * (0.9 - 0.5) / 2),
+    ],
+)
+def test_values_by_hand(name, logits, expected):
+    objective = ObjectiveConfig(margin=0.5, calibration=0.6, negative_weight=2.0)
+    positive, negatives = (jnp.asarray(x, jnp.float32) for x in logits)
+    got = of(name, positive, negatives, jnp.array([[True, False, True]]), objective, num_items=5)
+    np.testing.assert_allclose(got, [expected], rtol=1e-6)
 
 
 @pytest.fixture
-def vectors():
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(B, D)), jnp.float32), jnp.asarray(rng.normal(size=(B, D)), jnp.float32)
+def logits():
+    rng = np.random.default_rng(3)
+    where = rng.random((6, 9)) < 0.6
+    where[:, 0] = True
+    return jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray(rng.normal(size=(6, 9)), jnp.float32), jnp.asarray(where)
 
 
-def _loss(queries, items, candidates, *, owners=None, temperature=0.5, **options):
-    owners = jnp.arange(len(queries), dtype=jnp.int32) if owners is None else owners
-    positives = jnp.arange(len(queries), dtype=jnp.int32)
-    return softmax(
-        queries, items, inverse_temperature=jnp.float32(1 / temperature), owners=owners, positives=positives,
-        candidates=candidates, **options,
-    )  # fmt: skip
+def _gradients(name, positive, negatives, where):
+    return jax.grad(lambda p, n: of(name, p, n, where).sum(), (0, 1))(positive, negatives)
 
 
-def _candidates(ids, owners=None, log_count=None):
-    ids = jnp.asarray(ids, jnp.int32)
-    owners = jnp.arange(len(ids), dtype=jnp.int32) if owners is None else jnp.asarray(owners, jnp.int32)
-    return Candidates(ids, owners, jnp.zeros(len(ids)) if log_count is None else jnp.asarray(log_count, jnp.float32))
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_equals_sliced(name, logits):
+    positive, negatives, where = logits
+    filled = jnp.where(where, negatives, jnp.inf)  # whatever stands there is not looked at
+    got, gradients = of(name, positive, filled, where), _gradients(name, positive, filled, where)
+    for b in range(len(positive)):
+        kept = np.flatnonzero(where[b])
+        sliced = positive[b : b + 1], negatives[b : b + 1, kept], jnp.ones((1, kept.size), bool)
+        np.testing.assert_allclose(got[b : b + 1], of(name, *sliced), rtol=1e-5)
+        for mine, theirs in zip((gradients[0][b : b + 1], gradients[1][b : b + 1, kept]), _gradients(name, *sliced)):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert not np.asarray(gradients[1])[~np.asarray(where)].any()
 
 
-def _oracle(queries, items, ids, owners, log_count, temperature):
-    """Plain Python, one query at a time."""
-    losses = []
-    for b in range(len(queries)):
-        logit = [float(np.dot(queries[b], v)) / temperature - log_count[c] for c, v in enumerate(items)]
-        kept = [c for c in range(len(items)) if c == b or (ids[c] != ids[b] and owners[c] != owners[b] and ids[c] >= 0)]
-        losses.append(np.log(sum(np.exp(logit[c]) for c in kept)) - logit[b])
-    return losses
-
-
-def test_equals_the_definition_with_every_mask_on(vectors):
-    rng = np.random.default_rng(1)
-    ids, owners = rng.integers(0, 5, B), rng.integers(0, 6, B)
-    items = jnp.concatenate([vectors[1], vectors[0] + 1])
-    all_ids = np.concatenate([ids, rng.integers(0, 5, B - 2), [-1, -1]])
-    all_owners = np.concatenate([owners, np.full(B, -1)])
-    log_count = rng.normal(size=2 * B)
-    got = _loss(
-        vectors[0], items, _candidates(all_ids, all_owners, log_count), owners=jnp.asarray(owners, jnp.int32), temperature=0.2
-    )
-    np.testing.assert_allclose(got, _oracle(*vectors[:1], items, all_ids, all_owners, log_count, 0.2), rtol=2e-5)
-
-
-def test_the_correction_is_subtracted_after_the_temperature(vectors):
-    """At T = 0.05, expected counts 1e-2 and 1e-6 are log(1e4) = 9.2 nats apart, and the rarer one is raised."""
-    queries, items = jnp.zeros((2, D)), jnp.ones((2, D))
-    loss = _loss(queries, items, _candidates([1, 2], log_count=np.log([1e-2, 1e-6])), temperature=0.05)
-    np.testing.assert_allclose(loss[0] - loss[1], np.log(1e4), rtol=1e-5)
-
-
-def test_accidental_hits_have_probability_zero(vectors):
-    ids = np.arange(B)
-    ids[3] = ids[0]
-    gradient = jax.grad(lambda v: _loss(vectors[0], v, _candidates(ids))[0])(vectors[1])
-    np.testing.assert_array_equal(gradient[3], np.zeros(D))
-    assert (np.abs(gradient[4]) > 0).any()
-
-
-def test_other_positives_of_the_user_are_no_negatives(vectors):
-    owners = jnp.arange(B, dtype=jnp.int32).at[3].set(0)
-
-    def gradient(mask):
-        candidates = _candidates(np.arange(B), owners)
-        return jax.grad(lambda v: _loss(vectors[0], v, candidates, owners=owners, mask_same_user=mask)[0])(vectors[1])
-
-    assert not gradient(True)[3].any()
-    assert gradient(False)[3].any()
-
-
-def test_candidates_of_nobody_are_negatives_of_a_query_of_nobody(vectors):
-    """-1 says that there is no owner; two of them are not the same user."""
-    nobody = jnp.full(B, -1, jnp.int32)
-    got = _loss(*vectors, _candidates(np.arange(B), nobody), owners=nobody)
-    np.testing.assert_allclose(got, _loss(*vectors, _candidates(np.arange(B)), mask_same_user=False), rtol=1e-6)
-
-
-def test_padding_equals_slicing(vectors):
-    padded = jnp.concatenate([vectors[1], jnp.full((3, D), 50.0)])
-    ids = np.concatenate([np.arange(B), [-1, -1, -1]])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_order_of_negatives_does_not_matter(name, logits):
+    positive, negatives, where = logits
+    order = np.random.default_rng(0).permutation(negatives.shape[1])
     np.testing.assert_allclose(
-        _loss(vectors[0], padded, _candidates(ids, np.arange(B + 3))), _loss(*vectors, _candidates(np.arange(B))), rtol=1e-6
+        of(name, positive, negatives, where), of(name, positive, negatives[:, order], where[:, order]), rtol=1e-5
     )
 
 
-def test_a_query_with_nothing_but_its_positive_costs_nothing(vectors):
-    loss, gradient = jax.value_and_grad(lambda q: _loss(q, vectors[1], _candidates(np.full(B, 7))).sum())(vectors[0])
-    assert loss == 0 and not np.isnan(gradient).any()
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_query_without_negatives_costs_nothing_and_moves_nothing(name, logits):
+    positive, negatives, where = logits
+    where = where.at[2].set(False)
+    got, (by_positive, by_negatives) = of(name, positive, negatives, where), _gradients(name, positive, negatives, where)
+    assert got[2] == 0 and by_positive[2] == 0 and not by_negatives[2].any()
+    assert np.isfinite(got).all() and (got[np.arange(6) != 2] > 0).any()
 
 
-def test_corrected_popular_negatives_give_the_full_softmax_gradient():
-    """Sampled by popularity and corrected, the expected gradient approaches that of all items; uncorrected it does not."""
-    rng = np.random.default_rng(2)
-    catalogue, counts = 50, np.r_[np.full(5, 200.0), np.full(45, 2.0)]
-    items = jnp.asarray(rng.normal(size=(catalogue, D)) * 0.5, jnp.float32)
-    query, draws, trials = jnp.asarray(rng.normal(size=(1, D)), jnp.float32), 2000, 40
-    log_count = np.log(draws * counts / counts.sum())
-
-    def gradient(ids, correction):
-        candidates = _candidates(ids, np.full(len(ids), -1), correction)
-        return jax.grad(lambda v: _loss(query, v[jnp.asarray(ids)], candidates, temperature=1.0).sum())(items)
-
-    full = gradient(np.arange(catalogue), np.zeros(catalogue))
-
-    def mean_gradient(correct):
-        total = 0.0
-        for _ in range(trials):
-            ids = np.r_[0, rng.choice(catalogue, draws, p=counts / counts.sum())].astype(np.int32)
-            # The positive's own duplicates are masked, so it counts once: its expected count is 1.
-            correction = np.r_[0.0, log_count[ids[1:]]] if correct else np.zeros(draws + 1)
-            total = total + gradient(ids, correction)
-        return total / trials
-
-    assert float(jnp.abs(mean_gradient(True) - full).max()) < 0.02
-    assert float(jnp.abs(mean_gradient(False) - full).max()) > 0.1
+@pytest.mark.parametrize("extreme", [1e4, 1e30])
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_logits_stay_finite(name, extreme, logits):
+    _, negatives, where = logits
+    for positive in (extreme, -extreme):
+        args = jnp.full(6, positive, jnp.float32), negatives * extreme / 10, where
+        assert np.isfinite(of(name, *args)).all()
+        assert all(np.isfinite(g).all() for g in _gradients(name, *args))
 
 
-def test_expected_counts_are_those_of_uniformly_drawn_rows():
-    counts, rng = np.array([100.0, 10.0, 1.0, 0.0]), np.random.default_rng(0)
-    expected = np.exp(log_expected_count(jnp.asarray(counts, jnp.float32), jnp.float32(counts.sum()), jnp.arange(4), 32))
-    rows = np.repeat(np.arange(4), counts.astype(int))
-    drawn = np.mean([np.bincount(rng.choice(rows, 32), minlength=4) for _ in range(20_000)], axis=0)
-    np.testing.assert_allclose(expected[:3], drawn[:3], rtol=0.05)
-    # An item never seen has one pseudo-count: finite, and never more likely than one seen once.
-    assert expected[3] == expected[2] > 0
+def test_calibration_of_zero_is_binary_cross_entropy(logits):
+    positive, negatives, where = logits
+    got = gbce(positive, negatives, where=where, calibration=0.0, num_items=10**6)
+    expected = (-jax.nn.log_sigmoid(positive) - (jax.nn.log_sigmoid(-negatives) * where).sum(1)) / (1 + where.sum(1))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_in_batch_without_counts_corrects_nothing():
-    candidates = in_batch(jnp.arange(3, dtype=jnp.int32), jnp.arange(3, dtype=jnp.int32), None)
-    assert not candidates.log_expected_count.any()
+def test_calibration_of_one_counts_the_positive_as_rarely_as_the_negatives_are_drawn(logits):
+    """The positive's slope is what it would be in the cross-entropy of all items, times the share that was drawn."""
+    positive, negatives, _ = logits
+    everything = jnp.ones(negatives.shape, bool)
+    slope = jax.grad(lambda p: gbce(p, negatives, where=everything, calibration=1.0, num_items=91).sum())(positive)
+    np.testing.assert_allclose(slope, -(9 / 90) * jax.nn.sigmoid(-positive) / (9 + 1), rtol=1e-5)
+
+
+def _mean_gradients(positive_is_sampled: bool):
+    """Mean gradient by the scores of 20 items, of a batch of 64 drawn by popularity, and the full softmax's."""
+    rng, draws, trials = np.random.default_rng(5), 64, 3000
+    share = np.r_[0.3, rng.dirichlet(np.ones(19)) * 0.7]
+    scores = jnp.asarray(rng.normal(size=20), jnp.float32)
+    log_count = jnp.asarray(np.log(draws * share), jnp.float32)
+    drawn = jnp.asarray(rng.choice(20, size=(trials, draws), p=share), jnp.int32)
+
+    def sampled(scores, ids):
+        negatives = (scores[ids] - log_count[ids])[None]
+        positive = scores[:1] - (log_count[:1] if positive_is_sampled else 0.0)
+        return (softmax if positive_is_sampled else corrected_softmax)(positive, negatives, where=(ids != 0)[None])[0]
+
+    full = jax.grad(lambda s: jax.nn.logsumexp(s) - s[0])(scores)
+    return jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(scores, drawn).mean(0), full
+
+
+def test_the_corrected_softmax_approaches_the_full_one_where_the_classic_does_not():
+    """Of a popular positive, which the classic form divides by its expected count of 19."""
+    classic, full = _mean_gradients(True)
+    corrected, _ = _mean_gradients(False)
+    errors = [float(jnp.abs(gradient - full).max()) for gradient in (corrected, classic)]
+    assert errors[0] < 0.02 and errors[1] > 0.08, errors

@@ -53,7 +53,9 @@ def test_equals_the_naive_loss_with_everything_on(name):
         _assert_close(streaming, naive)
 
 
-@pytest.mark.parametrize("changes", [{"mask_same_user": False}, {"hard": None}, {"bias": None}, {"block": 1}, {"block": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"mask_same_user": False}, {"hard": None}, {"bias": None}, {"block": 1}, {"block": 0}], ids=str
+)
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_equals_the_naive_loss_with_a_part_left_out(name, changes):
     with jax.enable_x64(True):
@@ -67,3 +69,144 @@ def test_the_value_alone_is_the_same_value(name):
         c = case(name, jnp.float64)
         value = jax.jit(lambda a: _of(functools.partial(streaming_loss, block=4), c, a))(_differentiable(c))
         _assert_close(value, _of(naive_loss, c, _differentiable(c)))
+
+
+def test_the_value_alone_forms_no_gradient():
+    c = case("softmax")
+    value = lambda a: _of(functools.partial(streaming_loss, block=4), c, a)  # noqa: E731
+    counts = [str(jax.make_jaxpr(f)(_differentiable(c))).count("dot_general") for f in (value, jax.grad(value))]
+    assert counts == [1, 3]
+
+
+def test_rows_of_several_queries_are_queries_of_one_user():
+    """[B, L, D]: the owner of a row is that of its L queries."""
+    c = case("softmax", size=12)
+    cut = lambda x: x.reshape(3, 4, *x.shape[1:])  # noqa: E731
+    owners = jnp.array([3, -1, 5], jnp.int32)
+    options = c.options | {"owners": owners}
+    rows = options | {"weights": cut(options["weights"]), "hard": Hard(*map(cut, options["hard"]))}
+    got = streaming_loss(cut(c.queries), Positives(*map(cut, c.positives)), c.items, c.candidates, **rows, block=5)
+    options["owners"] = jnp.repeat(owners, 4)
+    np.testing.assert_allclose(got, naive_loss(c.queries, c.positives, c.items, c.candidates, **options), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "bpr"])
+def test_missing_hard_negatives_are_none(name):
+    c = case(name)
+    missing = c.options["hard"]._replace(ids=jnp.full((13, 3), -1, jnp.int32), vectors=jnp.full((13, 3, 5), 1e9))
+    with_missing = jax.grad(lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": missing})))(c.queries)
+    without = jax.grad(lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": None})))(c.queries)
+    np.testing.assert_allclose(with_missing, without, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax", "triplet"])
+def test_the_order_of_queries_and_of_candidates_does_not_matter(name):
+    c, rng = case(name), np.random.default_rng(0)
+    of = lambda c: jax.value_and_grad(lambda q, v: streaming_loss(q, c.positives, v, *c[3:4], **c.options), (0, 1))(*c[::2][:2])  # noqa: E731
+    rows, columns = rng.permutation(13), rng.permutation(22)
+    moved = {n: x[rows] for n, x in c.options.items() if n in ("weights", "owners")}
+    moved["hard"] = Hard(*(x[rows] for x in c.options["hard"]))
+    other = Case(
+        c.queries[rows], Positives(*(x[rows] for x in c.positives)), c.items[columns],
+        Candidates(*(x[columns] for x in c.candidates)), c.options | moved,
+    )  # fmt: skip
+    (loss, (queries, items)), (got, (by_queries, by_items)) = of(c), of(other)
+    np.testing.assert_allclose(got, loss, rtol=1e-6)
+    np.testing.assert_allclose(by_queries, queries[rows], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_items, items[columns], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_candidates_equal_none():
+    c = case("softmax")
+    kept = np.flatnonzero(c.candidates.ids >= 0)
+    assert kept.size < len(c.candidates.ids)
+    sliced = streaming_loss(c.queries, c.positives, c.items[kept], Candidates(*(x[kept] for x in c.candidates)), **c.options)
+    filled = c.items.at[-1].set(1e9)
+    np.testing.assert_allclose(streaming_loss(c.queries, c.positives, filled, c.candidates, **c.options), sliced, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "sigmoid"])
+def test_without_negatives_nothing_is_lost_or_moved(name):
+    c = case(name)
+    candidates = c.candidates._replace(ids=jnp.full(22, -1, jnp.int32))
+    value = jax.value_and_grad(lambda q, v: streaming_loss(q, c.positives, v, candidates, **(c.options | {"hard": None})), (0, 1))
+    loss, gradients = value(c.queries, c.items)
+    assert loss == 0 and not any(g.any() for g in gradients)
+
+
+def test_what_is_not_a_number_is_seen():
+    c = case("softmax")
+    assert np.isnan(streaming_loss(c.queries.at[4, 0].set(jnp.nan), *c[1:4], **c.options))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_operands_are_summed_in_float32(name):
+    """Scores of 1e4 and more stay finite, and the gradients of ordinary ones are right to bfloat16's 8 bits."""
+    c = case(name)
+    gradient = lambda scale, dtype: jax.grad(  # noqa: E731
+        lambda v: streaming_loss(c.queries, c.positives, v, c.candidates, **(c.options | {"scale": scale}), dtype=dtype)
+    )(c.items)
+    assert np.isfinite(gradient(1e4, jnp.bfloat16)).all()
+    exact, got = gradient(0.5, None), gradient(0.5, jnp.bfloat16)
+    assert exact.dtype == got.dtype == jnp.float32
+    assert float(jnp.abs(got - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+
+
+def _gathered_loss(arrays, positives, candidates, options, *, fixed):
+    """The loss of one of eight devices that share their items, summed over them."""
+    gather = functools.partial(jax.lax.all_gather, axis_name="devices", tiled=True)
+    options = options | {n: arrays[n] for n in ("scale", "bias")} | fixed
+    options["hard"] = options["hard"]._replace(vectors=arrays["hard"])
+    positives, items = positives._replace(vectors=arrays["items"]), gather(arrays["items"])
+    candidates = Candidates(*map(gather, candidates))
+    return jax.lax.psum(streaming_loss(arrays["queries"], positives, items, candidates, **options, block=8), "devices")
+
+
+def _on_eight(c: Case):
+    """The function of the arrays, and the arrays: the batch cut into eight, temperature and bias everywhere."""
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    cut, whole = PartitionSpec("devices"), PartitionSpec()
+    named = {n: c.options[n] for n in ("weights", "owners", "hard")}
+    arrays = {
+        "queries": c.queries, "items": c.positives.vectors, "hard": c.options["hard"].vectors,
+        "scale": c.options["scale"], "bias": c.options["bias"],
+    }  # fmt: skip
+    fixed = {n: c.options[n] for n in ("loss", "constants", "margin", "positive_temperature", "mask_same_user")}
+    of = functools.partial(_gathered_loss, fixed=fixed)
+    specs = {n: whole if n in ("scale", "bias") else cut for n in arrays}
+    sharded = jax.shard_map(of, mesh=mesh, in_specs=(specs, cut, cut, cut), out_specs=whole, check_vma=True)
+    return (lambda arrays: sharded(arrays, c.positives, c.candidates, named)), arrays
+
+
+@pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "sigmoid"])
+def test_eight_devices_equal_one(name):
+    """Queries local, items gathered: loss and every gradient, in float64, with everything on but padding."""
+    with jax.enable_x64(True):
+        c = case(name, jnp.float64, size=24, others=0)
+        eight, arrays = _on_eight(c)
+
+        def one(a: dict) -> jax.Array:
+            options = c.options | {n: a[n] for n in ("scale", "bias")}
+            options["hard"] = options["hard"]._replace(vectors=a["hard"])
+            return naive_loss(a["queries"], c.positives._replace(vectors=a["items"]), a["items"], c.candidates, **options)
+
+        _assert_close(jax.jit(jax.value_and_grad(eight))(arrays), jax.jit(jax.value_and_grad(one))(arrays))
+
+
+def _computation(text: str, name: str) -> str:
+    """The body of an HLO computation, with those of the computations that it calls."""
+    found = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S).group(0)
+    called = set(re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", found))
+    return found + "".join(_computation(text, other) for other in called)
+
+
+def test_no_collective_in_the_loop_and_no_matrix_of_scores():
+    """Read off the compiled value and gradient on eight devices: 64 queries each, 512 candidates, blocks of 8."""
+    eight, arrays = _on_eight(case("softmax", size=512, others=0, width=4))
+    text = jax.jit(jax.value_and_grad(eight)).lower(arrays).compile().as_text()
+    collective = re.compile(r"all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all")
+    bodies = re.findall(r"body=%?([\w.\-]+)", text)
+    assert bodies and collective.search(text)
+    assert not any(collective.search(_computation(text, body)) for body in bodies)
+    largest = max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    assert largest < 64 * 512
