@@ -40,34 +40,18 @@ class Frequency(NamedTuple):
     learns: bool
 
 
-def log_expected_count(
-    counts: Float[Array, "N"], rows: Float[Array, ""], ids: Int[Array, "*S"], draws: Any
-) -> Float[Array, "*S"]:
-    """Log of the expected number of times an id stands among uniformly drawn training rows.
-
-    log(draws * count / rows), in logs so that nothing is floored; an id that training never saw has one pseudo-count.
-
-    Args:
-        counts: training rows of each id.
-        rows: training rows in all; kept beside the counts, since summing them would cost N at every step.
-        ids: whose expectation to give; within [0, N).
-        draws: rows drawn.
-    """
-    return jnp.log(jnp.maximum(counts[ids], 1.0)) - jnp.log(rows) + _log(draws)
-
-
 def _log(draws: Any) -> Float[Array, ""]:
     return jnp.log(jnp.asarray(draws, jnp.float32))
 
 
 def init_exact(counts: Any, rows: Any) -> Arrays:
-    """float32 of integers beyond 2^24 is off by at most one part in 10^7."""
+    """The counts as they are. Rows in all are kept beside them: to sum them up would cost N at every step."""
     return {"counts": jnp.asarray(counts, jnp.float32), "rows": jnp.asarray(rows, jnp.float32)}
 
 
 def exact_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
-    """See `log_expected_count`."""
-    return log_expected_count(arrays["counts"], arrays["rows"], ids, draws)
+    """log(draws * count / rows), in logs so that nothing is floored; an id that training never saw has one pseudo-count."""
+    return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
 
 
 def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE, hashes: int = 0, width: int = 0) -> Arrays:

@@ -169,9 +169,10 @@ def pool_log_expected_count(pools: Any, users: Int[Array, "B"], ids: Int[Array, 
 
 
 def check_sources(config: NegativesConfig, *, items: int, batch_size: int) -> None:
-    """Refuses sources that cannot be had.
+    """Refuses sources that are asked for more than there is.
 
     Args:
+        config: each field in its range.
         items: N, of the corpus.
 
     Raises:
@@ -185,25 +186,10 @@ def check_sources(config: NegativesConfig, *, items: int, batch_size: int) -> No
     for field in ("uniform", "popularity"):
         whole = f"is more than the {items} items of the corpus: draw at most {items}, or take all of them by catalogue=True."
         check(getattr(config, field) <= items, field, whole)
-    for field in ("popularity", "alpha", "queue", "queue_warmup", "queue_age", "mined", "explicit"):
-        check(getattr(config, field) >= 0, field, "must be at least 0.")
-    check(config.uniform >= -1, "uniform", "must be a number of items, or -1 to have it chosen.")
     near = max(1, round(config.queue / batch_size)) * batch_size
     check(config.queue % batch_size == 0, "queue", f"must be a multiple of the batch size {batch_size}, such as {near}.")
-    check(config.mined_refresh >= 1, "mined_refresh", "must be at least 1 step.")
-    ranks = config.mined_ranks
-    proper = len(ranks) == 2 and 0 <= ranks[0] < ranks[1]
-    check(proper, "mined_ranks", "must be two ranks counted from 0, the first below the second, such as (10, 100).")
     if config.mined:
-        check(ranks[1] <= items, "mined_ranks", f"reaches beyond the {items} items of the corpus: end it at {items} or before.")
-        right = f"is more than the {ranks[1] - ranks[0]} items of a pool: draw at most so many, or widen mined_ranks."
-        check(config.mined <= ranks[1] - ranks[0], "mined", right)
-
-
-def in_batch(
-    ids: Int[Array, "B"], owners: Int[Array, "B"], log_expected_count: Float[Array, "B"] | None
-) -> Candidates:
-    """The positives of the other queries of the batch. Without counts nothing is corrected."""
-    if log_expected_count is None:
-        log_expected_count = jnp.zeros(ids.shape)
-    return Candidates(ids, owners, log_expected_count)
+        first, last = config.mined_ranks
+        check(last <= items, "mined_ranks", f"reaches beyond the {items} items of the corpus: end it at {items} or before.")
+        right = f"is more than the {last - first} items of a pool: draw at most so many, or widen mined_ranks."
+        check(config.mined <= last - first, "mined", right)
