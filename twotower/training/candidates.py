@@ -16,6 +16,7 @@ from twotower.objectives import POINTWISE, negatives
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.towers.embeddings import PADDING
 from twotower.training.mesh import Group
+from twotower.validation import ConfigError
 
 
 class Corpus(NamedTuple):
@@ -65,6 +66,23 @@ class Sources:
         chosen = dataclasses.replace(objective.negatives, uniform=uniform)
         negatives.check_sources(chosen, items=corpus.items, batch_size=batch)
         return cls(chosen, batch, corpus.items, objective.logq and loss.corrects)
+
+    def check_divided(self, devices: int, batch_norm: bool) -> None:
+        """Refuses draws that would be filled up with padding where batch normalisation would take it for items.
+
+        Args:
+            batch_norm: of the item tower.
+
+        Raises:
+            ConfigError: names the nearest number that can be divided.
+        """
+        drawn = self.config.uniform + self.config.popularity
+        if batch_norm and drawn % devices:
+            raise ConfigError(
+                f"config.objective.negatives.uniform={self.config.uniform} and popularity={self.config.popularity} draw {drawn} "
+                f"items, which cannot be divided evenly over {devices} devices, and batch_norm of the item tower would count what "
+                f"fills them up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
+            )
 
     @property
     def hard(self) -> int:

@@ -248,6 +248,7 @@ def corpus_of(prepared: Prepared) -> Corpus:
 def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
     check_batch(trainer.config.training.batch_size, mesh)
+    trainer.sources.check_divided(mesh.size, trainer.config.model.item.batch_norm)
     data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
     drawn = trainer.sources.needs_features and not data
     features = sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
