@@ -193,14 +193,15 @@ class HeadConfig:
         label: the column of the interactions that holds 0, 1 or nothing.
         weight: of its loss beside the others.
         pos_weight: how many times a row with label 1 counts.
-        combine: how the two vectors meet: concatenate or multiply.
+        combine: how the two vectors meet: multiply, or concatenate (which needs hidden layers: without any, the order of items
+            is the same for every user).
         layers: widths of hidden layers.
     """
 
     label: str = ""
     weight: float = 1.0
     pos_weight: float = 1.0
-    combine: str = "concatenate"
+    combine: str = "multiply"
     layers: tuple[int, ...] = ()
 
 

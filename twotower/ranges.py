@@ -105,11 +105,6 @@ def _check_objective(config: Any, check: _Checks) -> None:
     check.at_least(0, *(f"objective.{name}" for name in ("positive_temperature", "negative_weight", "weight", "margin", "block")))
     check.between(0.0, 1.0, "objective.calibration")
     check.true(o.pos_weight > 0, "objective.pos_weight", "above 0")
-    for name, head in o.heads.items():
-        for field, right in (("weight", head.weight >= 0), ("pos_weight", head.pos_weight > 0)):
-            if not right:
-                low = "at least 0" if field == "weight" else "above 0"
-                raise ConfigError(f"config.objective.heads.{name}.{field}={getattr(head, field)} must be {low}.")
     check.true(bool(o.weight or o.heads), "objective.weight", "above 0 where there are no heads to train")
 
 

@@ -140,7 +140,7 @@ def test_what_is_not_a_number_is_seen():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_bfloat16_operands_are_summed_in_float32(name):
+def test_bfloat16_operands(name):
     """Scores of 1e4 and more stay finite, and the gradients of ordinary ones are right to bfloat16's 8 bits."""
     c = case(name)
     gradient = lambda scale, dtype: jax.grad(  # noqa: E731
@@ -150,6 +150,18 @@ def test_bfloat16_operands_are_summed_in_float32(name):
     exact, got = gradient(0.5, None), gradient(0.5, jnp.bfloat16)
     assert exact.dtype == got.dtype == jnp.float32
     assert float(jnp.abs(got - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+
+
+def test_bfloat16_operands_are_summed_in_float32():
+    """Vectors of 8 bits and slopes of 1, as those of triplets are, lose nothing: the sums are all that could."""
+    c = case("triplet")
+    c = c._replace(queries=c.queries.astype(jnp.bfloat16).astype(float), items=c.items.astype(jnp.bfloat16).astype(float))
+    options = c.options | {"weights": jnp.ones(13), "hard": None}
+    value = jax.value_and_grad(lambda q, v, dtype: streaming_loss(q, c.positives, v, c.candidates, **options, dtype=dtype), (0, 1))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
+        value(c.queries, c.items, jnp.bfloat16), value(c.queries, c.items, None),
+    )  # fmt: skip
 
 
 def _gathered_loss(arrays, positives, candidates, options, *, fixed):

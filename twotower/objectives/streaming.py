@@ -74,11 +74,11 @@ def streaming_loss(
     positive = _dots(queries, positives.vectors, exact) - (0.0 if loss.own_margin else margin)
     positive = positive * (1.0 / positive_temperature if loss.bilateral and positive_temperature else scale) + bias
     positive -= log_count(positives.log_expected_count, loss.corrects_positive)
-    hard_logits, hard_allowed = jnp.zeros((*lead, 0), exact), jnp.zeros((*lead, 0), bool)
-    if hard is not None:
-        hard_logits = _dots(queries[..., None, :], hard.vectors, exact) * scale + bias
-        hard_logits -= log_count(hard.log_expected_count, loss.corrects)
-        hard_allowed = (hard.ids >= 0) & (hard.ids != positives.ids[..., None])
+    if hard is None:
+        hard = Hard(queries[..., None, :][..., :0, :], positives.ids[..., None][..., :0], jnp.zeros((*lead, 0), exact))
+    hard_logits = _dots(queries[..., None, :], hard.vectors, exact) * scale + bias
+    hard_logits -= log_count(hard.log_expected_count, loss.corrects)
+    hard_allowed = (hard.ids >= 0) & (hard.ids != positives.ids[..., None])
     owners = jnp.broadcast_to(owners.reshape(owners.shape + (1,) * (len(lead) - owners.ndim)), lead)
     owners = jnp.where(mask_same_user & (owners >= 0), owners, _NOBODY)
 

@@ -86,7 +86,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record of `step` alone."""
+        """The record of `step` alone; raises as `restore`."""
+        self._check(step)
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record["loop"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -98,9 +99,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files are corrupt, or hold the arrays of another model or run.
         """
-        if step not in self._manager.all_steps():
-            known = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {known}.")
+        self._check(step)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
@@ -115,6 +114,11 @@ class Checkpoints:
         if restored.record["checksum"] != int(checksum(restored.state)):
             raise CheckpointError(f"{self.folder / str(step)} cannot be restored: its arrays are not those saved. {_REMEDY}")
         return restored.state, restored.record["loop"]
+
+    def _check(self, step: int) -> None:
+        if step not in self._manager.all_steps():
+            known = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {known}.")
 
 
 _REMEDY = "Delete that folder to go on from an earlier checkpoint."

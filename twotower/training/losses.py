@@ -100,7 +100,8 @@ def _items(
 
     further = None
     if sources.hard:
-        counts = jnp.logaddexp(log_count(drawn.hard), drawn.hard_log_count)
+        counts = log_count(drawn.hard)
+        counts = jnp.logaddexp(counts, drawn.hard_log_count) if sources.corrected else counts
         further = Hard(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
     positives = Positives(own, batch["item"], log_count(batch["item"]))
     return _streamed(

@@ -44,7 +44,8 @@ class Meter:
     def resume(self) -> None:
         """Validations do not count against the rate of training."""
         if self._since is not None:
-            self._since += time.perf_counter() - self._read_at
+            paused = time.perf_counter() - self._read_at
+            self._since, self._read_at = self._since + paused, self._read_at + paused
 
     def flush(self) -> None:
         """Writes what is left when training ends between two lines."""

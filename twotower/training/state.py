@@ -12,6 +12,7 @@ import optax
 from twotower.config import Config
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.multitask import check_heads
 from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import Corpus, Sources
@@ -83,6 +84,7 @@ def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, Tab
     """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
     training, objective = config.training, config.objective
     _check_objective(config)
+    check_heads(objective.heads)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     return (
         choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
