@@ -157,7 +157,9 @@ def test_bfloat16_operands_are_summed_in_float32():
     c = case("triplet")
     c = c._replace(queries=c.queries.astype(jnp.bfloat16).astype(float), items=c.items.astype(jnp.bfloat16).astype(float))
     options = c.options | {"weights": jnp.ones(13), "hard": None}
-    value = jax.value_and_grad(lambda q, v, dtype: streaming_loss(q, c.positives, v, c.candidates, **options, dtype=dtype), (0, 1))
+    value = jax.value_and_grad(
+        lambda q, v, dtype: streaming_loss(q, c.positives, v, c.candidates, **options, dtype=dtype), (0, 1)
+    )
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
         value(c.queries, c.items, jnp.bfloat16), value(c.queries, c.items, None),
