@@ -22,8 +22,8 @@ def hinge(
 ) -> Float[Array, "B"]:
     """Margin ranking, the mean over negatives of max(0, margin - (s_+ - s_c)); Weston et al., ECML 2010 without its ranks.
 
-    >>> hinge(jnp.array([1.0]), jnp.array([[0.9, 0.0]]), where=jnp.ones((1, 2), bool), margin=0.5)  # 0.4 and nothing
-    Array([0.2], dtype=float32)
+    >>> hinge(jnp.array([1.0]), jnp.array([[0.75, 0.0]]), where=jnp.ones((1, 2), bool), margin=0.5)  # 0.25 and nothing
+    Array([0.125], dtype=float32)
     """
     return _mean(jax.nn.relu(margin - positive[:, None] + negatives), where)
 
