@@ -154,7 +154,8 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
         if mesh.is_multi_process:
-            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+            with jax.transfer_guard("allow"):  # meant, which this way of doing it cannot say of itself
+                return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
         return jax.device_put(x, sharding)
 
     return jax.tree.map(put, tree)
@@ -167,7 +168,8 @@ def place_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int
     def put(x: Any) -> jax.Array:
         shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
         if mesh.is_multi_process:
-            return jax.make_array_from_process_local_data(sharding, x, shape)
+            with jax.transfer_guard("allow"):  # see `place`
+                return jax.make_array_from_process_local_data(sharding, x, shape)
         return jax.device_put(x, sharding)
 
     return jax.tree.map(put, tree)
