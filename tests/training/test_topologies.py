@@ -1,0 +1,98 @@
+"""A run saved on some devices goes on on others: the same steps, to the bit where the devices are the same."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks import hlo
+from tests.training.conftest import small_config
+from tests.training.divided import differences
+from twotower.towers.two_tower import TwoTower
+from twotower.training import loop
+from twotower.training.checkpoint import checksum
+from twotower.training.init import abstract_state
+from twotower.training.loop import corpus_of, fit
+from twotower.training.mesh import make_mesh
+from twotower.training.state import Trainer
+
+CONFIG = small_config(
+    model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
+    objective={"negatives": {"queue": 128, "frequency": "gap"}},
+    training={
+        "steps": 8, "validate_every": 2, "log_every": 1, "steps_per_dispatch": 2,
+        "tables": {"kind": "lazy_adam", "learning_rate": 0.01},
+        "schedule": {"kind": "plateau", "patience": 1}, "optimizer": {"kind": "adagrad"},
+    },
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def go_on(prepared, monkeypatch):
+    """(folder, devices, last step or None) -> the state, where the run was not stopped; one compilation for each mesh."""
+    trainer = Trainer.build(CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared))
+    compiled, compile_steps = {}, loop.compile_steps
+
+    def remembered(trainer, batches, prepared, mesh):
+        if mesh not in compiled:
+            compiled[mesh] = compile_steps(trainer, batches, prepared, mesh)
+        return compiled[mesh]
+
+    monkeypatch.setattr(loop, "compile_steps", remembered)
+
+    def run(workdir, devices, until=None):
+        calls = iter(range(10**6))
+
+        def validate(weights):
+            # The last checkpoint is that of the validation before.
+            if until is not None and next(calls) == until:
+                raise Stopped
+            return {"recall@10": 0.5}
+
+        return fit(trainer, prepared, workdir, validate=validate, mesh=make_mesh(devices))
+
+    return run
+
+
+def test_saved_on_eight_devices_it_goes_on_on_four_on_one_and_on_eight_again(go_on, tmp_path):
+    whole = go_on(tmp_path / "whole", 8)
+    with pytest.raises(Stopped):
+        go_on(tmp_path / "moved", 8, until=2)  # one is asked for before the first step
+    shutil.copytree(tmp_path / "moved", tmp_path / "stayed")
+    same = go_on(tmp_path / "stayed", 8)
+    assert not differences(jax.device_get(same), jax.device_get(whole))
+    for devices in (4, 1):
+        with pytest.raises(Stopped):
+            go_on(tmp_path / "moved", devices, until=1)
+    moved = go_on(tmp_path / "moved", 8)
+    assert int(moved.step) == int(whole.step) == 8
+    assert float(moved.opt_state["plateau"].scale) < 1
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves((moved.tables, moved.table_slots)))
+    far = differences(jax.device_get(moved), jax.device_get(whole))
+    assert max(far.values()) < 1e-5, max(far, key=far.get)
+
+
+def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_together(prepared):
+    trainer = Trainer.build(CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared))
+    counts = loop.count_rows(prepared)
+    sums = {n: int(checksum(loop.init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}
+    assert sums[1] == sums[8]
+    program = hlo.read(checksum.lower(abstract_state(trainer, make_mesh(8))).compile().as_text())
+    found = program.collectives()
+    assert found and {collective.kind for collective in found} == {"all-reduce"}
+    assert all(shape.size == 1 for collective in found for shape in collective.shapes)
+
+
+def test_the_checksum_sees_one_element_of_one_device(prepared):
+    mesh = make_mesh(8)
+    table = jax.device_put(jnp.arange(1024 * 4.0).reshape(1024, 4), jax.NamedSharding(mesh, jax.P("devices")))
+    before = int(checksum({"t": table}))
+    places = [(0, 0), (500, 1), (1023, 3)]
+    assert before not in {int(checksum({"t": table.at[place].add(1.0)})) for place in places}
+    assert before == int(checksum({"t": np.asarray(table)}))
