@@ -9,7 +9,7 @@ bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [optio
   --name      of the TPU, created if there is none of this name
   --zone      where it is, such as us-central2-b
   --config    the experiment, such as experiments/configs/quickstart.py
-  --workdir   the folder of the run on the worker, such as runs/quickstart
+  --workdir   the folder of the run on the worker, such as runs/quickstart; of several workers, a folder that all of them see
   --type      accelerator type, such as v4-8 or v5litepod-16; needed to create it
   --version   runtime version, such as tpu-ubuntu2204-base; needed to create it
   --project   Google Cloud project; by default that of gcloud
@@ -21,7 +21,8 @@ bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [optio
 Example: bash launch_tpu.sh --name=towers --zone=us-central2-b --type=v4-8 --version=tpu-ubuntu2204-base \
            --config=experiments/configs/quickstart.py --workdir=runs/quickstart -- --config.training.steps=5000
 
-Training uses one process; on a slice of several workers experiments.train says so and ends.
+The workers of a slice train one run together, each on its own part of every batch. All of them must see the folder of the run:
+name one in a bucket or an NFS share that is mounted at the same place on each, such as --workdir=/mnt/share/runs/quickstart.
 
 Run again, it reuses the TPU and the run goes on from its last checkpoint. The TPU is left running; fetch the run, delete it:
   gcloud compute tpus tpu-vm scp --recurse NAME:twotower/runs/quickstart runs/ --zone=ZONE
@@ -137,7 +138,9 @@ remote_install+=' && EXTRAS=tpu bash launch_local.sh install'
 
 train_command() {
   printf 'cd twotower && '
-  quoted .venv/bin/python -m experiments.train "--config=$config" "--workdir=$workdir" ${train_flags[@]+"${train_flags[@]}"}
+  # The TPU says how many workers there are, and which one this is; a single one is right, too.
+  quoted .venv/bin/python -m experiments.train "--config=$config" "--workdir=$workdir" --distributed \
+    ${train_flags[@]+"${train_flags[@]}"}
 }
 
 main() {

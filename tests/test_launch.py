@@ -131,11 +131,22 @@ def test_every_worker_gets_the_tree_the_installation_and_the_command(tpu):
     )
 
 
+def test_the_workers_of_a_slice_train_one_run_and_are_told_to_share_its_folder(tpu):
+    assert tpu.run("launch_tpu.sh", *NEEDED, "--", "--nodistributed", STATE="READY").returncode == 0
+    train = tpu.calls()[-1]
+    assert "--worker=all" in train  # each of them runs the same command and learns from the TPU which one it is
+    command = shlex.split(next(arg for arg in train if arg.startswith("--command=")).removeprefix("--command="))
+    assert command.index("--distributed") < command.index("--nodistributed")  # the last one counts
+    text = " ".join(tpu.run("launch_tpu.sh", "--help").stdout.split())
+    assert "All of them must see the folder of the run" in text and "bucket or an NFS share" in text
+
+
 def test_flags_reach_the_remote_program_as_they_were_given(tpu):
     assert tpu.run("launch_tpu.sh", *NEEDED, "--", *AWKWARD, STATE="READY").returncode == 0
     command = next(arg for arg in tpu.calls()[-1] if arg.startswith("--command=")).removeprefix("--command=")
     assert command.startswith("cd twotower && ")
-    expected = ["cd", "twotower", "&&", ".venv/bin/python", "-m", "experiments.train", *NEEDED[2:], *AWKWARD]
+    program = [".venv/bin/python", "-m", "experiments.train"]
+    expected = ["cd", "twotower", "&&", *program, *NEEDED[2:], "--distributed", *AWKWARD]
     assert shlex.split(command) == expected
     shown = subprocess.run(["bash", "-c", command.replace("cd twotower && .venv/bin/python", "printf '%s\\0'")],
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
