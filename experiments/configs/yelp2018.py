@@ -1,0 +1,46 @@
+"""Yelp2018, protocol P-CF: the fixed split of the NGCF and LightGCN papers, ids alone, D = 64.
+
+    export TWOTOWER_DATA=folder   # holds yelp2018/train.txt and test.txt
+    python -m experiments.train --config=experiments/configs/yelp2018.py --workdir=runs/yelp
+    python -m experiments.export --workdir=runs/yelp
+    python -m experiments.evaluate --workdir=runs/yelp --k=20
+
+Recall@20 / NDCG@20 with training items masked: FILL.
+Tuned on a tenth of the training rows (--config.split.validation=0.1).
+"""
+
+from twotower.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.data.source = "user_lists"
+    config.data.interactions.path = "$TWOTOWER_DATA/yelp2018/train.txt"
+    config.data.test.path = "$TWOTOWER_DATA/yelp2018/test.txt"
+
+    config.split.kind = "fixed"
+    config.split.validation = 0.0
+    # The protocol has no times: any row may be later than any other.
+    config.split.accept_leakage = ("random_split",)
+
+    # No id is dropped: every user and item of the test is in training, but for a few items.
+    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.model.temperature = 0.1
+    config.model.learn_temperature = False
+
+    config.objective.negatives.in_batch = False
+    config.objective.negatives.uniform = 1024
+
+    config.training.batch_size = 2048
+    config.training.steps = 18_000
+    config.training.validate_every = 3000
+    config.training.steps_per_dispatch = 50
+    config.training.log_every = 500
+    config.training.tables.kind = "lazy_adam"
+    config.training.tables.learning_rate = 0.003
+    config.training.metric = "recall@20"
+
+    config.evaluation.ks = (20,)
+    config.evaluation.validation_queries = 8000
+    return config

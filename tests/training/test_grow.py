@@ -1,0 +1,172 @@
+"""A run taken over to grown data: nothing known is forgotten, new rows begin where they were told to, training goes on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.csv
+import pytest
+
+from tests.training.conftest import small_config
+from twotower.data.encoder import Encoder
+from twotower.data.synthetic import generate
+from twotower.training import run
+from twotower.training.checkpoint import CheckpointError
+from twotower.training.grow import grow
+from twotower.training.init import abstract_state
+from twotower.training.loop import corpus_of, open_checkpoints
+from twotower.training.mesh import make_mesh
+from twotower.training.state import Trainer
+from twotower.validation import ConfigError
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """A shop's log and its items, as files: the first part knows fewer users and items than the whole."""
+    folder = tmp_path_factory.mktemp("log")
+    shop = generate(3000, seed=0)
+    rows = shop.interactions.select(["user_id", "item_id", "timestamp"])
+    for name, part in {"old": rows.slice(0, 1200), "new": rows}.items():
+        pyarrow.csv.write_csv(part, folder / f"{name}.csv")
+    pyarrow.csv.write_csv(shop.items.select(["item_id", "title", "price"]), folder / "items.csv")
+    return folder
+
+
+def _config(log, name, **training):
+    return small_config(
+        data={
+            "source": "csv", "interactions": {"path": str(log / f"{name}.csv"), "timestamp_format": ""},
+            "item_table": {"path": str(log / "items.csv")},
+        },
+        features={
+            "user": {"user_id": {"type": "string", "embedding_size": 16}},
+            "item": {
+                "item_id": {"type": "string", "embedding_size": 16}, "price": {"type": "float"},
+                "title": {"type": "text", "embedding_size": 8, "buckets": 500},
+            },
+        },
+        training={"tables": {"kind": "lazy_adam", "learning_rate": 0.01}} | training,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def old(log, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("old") / "run"
+    run.train(_config(log, "old"), workdir, devices=1)
+    return workdir
+
+
+def _state(workdir, step):
+    loaded = run.load_run(workdir, checkpoint=str(step))
+    trainer = Trainer.build(loaded.config, loaded.model, corpus_of(loaded.prepared))
+    with open_checkpoints(workdir, loaded.config, read_only=True) as checkpoints:
+        return loaded, checkpoints.restore(step, abstract_state(trainer, make_mesh(1)))[0]
+
+
+@pytest.fixture(scope="module", params=["oov", "mean", "content"])
+def grown(request, log, old, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp(request.param) / "run"
+    how = "mean" if request.param == "content" else request.param  # users have no other features
+    if request.param == "content":
+        with pytest.raises(ConfigError, match="users by their features other than 'user_id', and there are none: choose oov"):
+            grow(_config(log, "new", steps=20), old, workdir, new_rows="content")
+    grow(_config(log, "new", steps=20), old, workdir, new_rows=how)
+    return how, workdir
+
+
+def test_scores_of_known_pairs_are_the_same_bits(old, grown):
+    (before, _), (after, _) = _state(old, 12), _state(grown[1], 12)
+    tables, scores = {"user": before.prepared.users, "item": before.prepared.items}, []
+    for side, table in tables.items():
+        vocabulary = before.prepared.encoder.fitted[side, f"{side}_id"].vocabulary
+        tables[side] = table.filter(vocabulary.rows(table[f"{side}_id"]) >= vocabulary.first)
+        assert len(tables[side]) > 20
+    for loaded in (before, after):
+        encoder = loaded.prepared.encoder
+        features = {side: jax.tree.map(jnp.asarray, encoder.encode(side, tables[side])) for side in tables}
+        vectors = {side: np.asarray(loaded.model.embed(side, loaded.weights, features[side])) for side in tables}
+        scores.append(vectors["user"] @ vectors["item"].T)
+    np.testing.assert_array_equal(*scores)
+    assert after.prepared.encoder.tables["user.user_id"].rows > before.prepared.encoder.tables["user.user_id"].rows
+
+
+def test_known_rows_and_slots_are_taken_over_and_new_slots_are_fresh(old, grown):
+    (before, state), (after, new) = _state(old, 12), _state(grown[1], 12)
+    assert int(new.step) == 12
+    for name, shape in before.prepared.encoder.tables.items():
+        rows = slice(0, shape.rows)
+        np.testing.assert_array_equal(new.tables[name][rows], state.tables[name][rows])
+        for part, slot in state.table_slots[name].items():
+            np.testing.assert_array_equal(new.table_slots[name][part][rows], slot[rows])
+            assert not np.any(new.table_slots[name][part][shape.rows :])
+            assert np.any(slot[rows])
+    jax.tree.map(np.testing.assert_array_equal, (new.params, new.opt_state), (state.params, state.opt_state))
+    np.testing.assert_array_equal(new.frequency["item"]["rows"], len(after.prepared.train))
+
+
+def test_new_rows_begin_where_they_were_told_to(old, grown):
+    how, workdir = grown
+    (before, state), (after, new) = _state(old, 12), _state(workdir, 12)
+    vocabularies = [x.prepared.encoder.fitted["user", "user_id"].vocabulary for x in (before, after)]
+    added = vocabularies[1].values[len(vocabularies[0].values) :]
+    assert len(added) > 5
+    rows = np.asarray(new.tables["user.user_id"])[vocabularies[1].rows(added)]
+    table = np.asarray(state.tables["user.user_id"])
+    if how == "oov":
+        np.testing.assert_array_equal(rows, table[vocabularies[0].rows(added)])
+    else:
+        known = table[vocabularies[0].first : vocabularies[0].size]
+        np.testing.assert_allclose(rows, np.broadcast_to(known.mean(0), rows.shape), rtol=1e-6)
+
+
+def test_training_goes_on(log, grown):
+    workdir = grown[1]
+    run.train(_config(log, "new", steps=20), workdir, devices=1)
+    assert run.load_run(workdir, checkpoint="latest").step == 20
+
+
+def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
+    """Items alone have other features; the new item that is a copy of a known one begins as its neighbours' mean."""
+    from twotower.training import grow as module
+
+    loaded, state = _state(old, 12)
+    encoder, config = loaded.prepared.encoder, _config(log, "new", steps=20)
+    prepared = module.prepare(config, fit=lambda *a, **k: module.grown(encoder, *a, **k))
+    name = "item.item_id"
+    added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
+    rows = module.NEW_ROWS["content"](name, added, state, encoder, prepared, ("item", "item_id"))
+    content = module._content(
+        {n: i for n, i in encoder.inputs["item"].items() if n != "item_id"}, state.tables, prepared.features["item"]
+    )
+    ids = prepared.features["item"]["item_id"]
+    known = np.flatnonzero((ids < added.start) & (ids >= encoder.fitted["item", "item_id"].vocabulary.first))
+    for row, place in zip(rows, (int(np.flatnonzero(ids == i)[0]) for i in added)):
+        nearest = known[np.argsort(-(content[known] @ content[place]), kind="stable")[: module.NEIGHBOURS]]
+        np.testing.assert_allclose(row, np.asarray(state.tables[name])[ids[nearest]].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"model": {"user": {"layers": (8,)}, "item": {"layers": (8,)}}}, "config.model differs"),
+    ({"training": {"tables": {"kind": "sgd"}, "steps": 20}}, "config.training.tables.kind differs"),
+    ({"training": {"tables": {"kind": "lazy_adam"}}}, "config.training.steps=12 counts from the beginning.*step 12"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_and_leaves_nothing(log, old, tmp_path, change, message):
+    config = _config(log, "new")
+    values = dataclasses.asdict(config)
+    for section, fields in change.items():
+        values[section] |= fields
+    from twotower.config import from_dict
+
+    with pytest.raises(ConfigError, match=message):
+        grow(from_dict(values), old, tmp_path / "run", new_rows="oov")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_and_a_step_that_is_not_there_are_refused(log, old, tmp_path):
+    with pytest.raises(ConfigError, match="must be a new or empty folder"):
+        grow(_config(log, "new", steps=20), old, old, new_rows="oov")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+        grow(_config(log, "new", steps=20), old, tmp_path / "run", new_rows="oov", checkpoint="5")
+    with pytest.raises(ConfigError, match="--new_rows='men' is not known; did you mean 'mean'"):
+        grow(_config(log, "new", steps=20), old, tmp_path / "run", new_rows="men")
