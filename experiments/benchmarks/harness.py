@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -42,13 +43,25 @@ def alternate(runs: Mapping[str, Callable[[], None]], *, rounds: int, repeats: i
 
 def report(title: str, times: Mapping[str, list[float]], *, unit: str, base: str) -> None:
     """Prints best and median and their ratios to `base`; writes them to --json."""
+    write_json(title, table(title, times, unit=unit, base=base), unit=unit, base=base)
+
+
+def table(title: str, times: Mapping[str, list[float]], *, unit: str, base: str) -> dict[str, dict[str, float]]:
+    """Prints best and median and their ratios to `base`, and gives them."""
     rows = {name: {"best": min(t), "median": statistics.median(t)} for name, t in times.items()}
-    print(f"{title}: {unit}\n{'':24}{'best':>10}{'median':>10}{'best/base':>12}{'median/base':>13}")
+    print(f"{title}: {unit}\n{'':32}{'best':>10}{'median':>10}{'best/base':>12}{'median/base':>13}")
     for name, row in rows.items():
         row |= {f"{k}_ratio": row[k] / rows[base][k] for k in ("best", "median")}
-        print(f"{name:24}{row['best']:10.3f}{row['median']:10.3f}{row['best_ratio']:12.2f}{row['median_ratio']:13.2f}")
+        print(
+            f"{name:32}{row['best']:10.3f}{row['median']:10.3f}{row['best_ratio']:12.2f}{row['median_ratio']:13.2f}", flush=True
+        )
+    return rows
+
+
+def write_json(title: str, results: Mapping[str, Any], *, unit: str, base: str) -> None:
+    """Writes figures to --json, if given."""
     if JSON.value:
         path = Path(JSON.value)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"benchmark": title, "unit": unit, "base": base, "results": rows}, indent=2))
+        temporary.write_text(json.dumps({"benchmark": title, "unit": unit, "base": base, "results": results}, indent=2))
         os.replace(temporary, path)

@@ -1,65 +1,95 @@
-"""Does a step cost more when the table is larger? It must not: only the rows of the batch are touched.
+"""Does a step cost more when tables are larger, and do peers update tables faster?
 
-    python -m experiments.benchmarks.table_size [--quick] [--json=FILE]
+    python -m experiments.benchmarks.table_size [--quick] [--json=FILE] [--peers=FOLDER] [--core=N]
 
-Two id-only models that differ in the rows of their tables take turns in one process, on the same ids (Zipf, so that the
-rows in use are the same in number). Reported: the best and median milliseconds a step, and their ratios.
+1. Steps of one table of width 64 (4,096 Zipf-distributed ids looked up, a pointwise loss, its gradient, the update) of V rows,
+   by our sparse optimizers, PyTorch's, and dense Adam of both. Ours of 100,000 rows take their turns beside every other size:
+   flatness is a ratio within one table. The optimizers are apart from one another, so that two such tables fit into memory;
+   what does not is left out.
+2. Whole training steps, as `fit` runs them (batch of 1,024, symmetric softmax, row-wise Adagrad), of two models that differ
+   in the rows of their tables.
+
+Figures are processor time on one core.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+from pathlib import Path
 
-import jax
-import numpy as np
 from absl import app
 
-from experiments.benchmarks import harness
+from experiments.benchmarks import harness, peers
 
-_ROWS = (100_000, 10_000_000)
+_ROWS, _QUICK_ROWS = (10_000, 100_000, 1_000_000, 10_000_000), (10_000, 100_000, 1_000_000)
+_REFERENCE, _WIDTH = 100_000, 64
+# name -> (peer, kind, tables' worth of memory at its peak); each against the first of its group.
+_GROUPS = (
+    {
+        "row-wise Adagrad": ("twotower", "rowwise_adagrad", 1),
+        "Adagrad": ("twotower", "adagrad", 2),
+        "PyTorch sparse Adagrad": ("torch", "adagrad", 2),
+    },
+    {
+        "lazy Adam": ("twotower", "lazy_adam", 3),
+        "PyTorch SparseAdam": ("torch", "lazy_adam", 3),
+        "optax dense Adam": ("twotower", "dense_adam", 5),
+        "PyTorch dense Adam": ("torch", "dense_adam", 4),
+    },
+)
+_WHOLE_ROWS = (100_000, 10_000_000)
 
 
 def main(argv: list[str]) -> None:
-    harness.steady_allocator()
-    rounds, steps = (6, 20) if harness.QUICK.value else (30, 20)
-    runs = {f"{rows:,} rows": _stepper(rows) for rows in _ROWS}
-    times = harness.alternate(runs, rounds=rounds, repeats=steps)
-    harness.report("table_size", times, unit="ms a step", base=f"{_ROWS[0]:,} rows")
+    figures = {}
+    for rows in _QUICK_ROWS if harness.QUICK.value else _ROWS:
+        for group in _GROUPS:
+            figures |= _compare(rows, group)
+    figures |= _whole_steps(_WHOLE_ROWS)
+    harness.write_json("table_size", figures, unit="ms a step", base="first row of each")
 
 
-def _stepper(rows: int):
-    """One training step as a function of nothing, its state donated and kept inside."""
-    from twotower.config import from_dict
-    from twotower.data.encodings import Input, TableShape
-    from twotower.towers.two_tower import TwoTower
-    from twotower.training.step import Trainer, init_state, train_step
-
-    config = from_dict({"objective": {"symmetric": True}, "training": {"batch_size": 1024}})
-    inputs = {side: {"id": Input(table=f"{side}.id")} for side in ("user", "item")}
-    # The tables are the users' and a catalogue as large, of half the width so that both fit into memory beside the peer's.
-    tables = {f"{side}.id": TableShape(rows=rows, width=32) for side in inputs}
-    model = TwoTower.build_from(config.model, inputs, tables)
-    trainer = Trainer.build(config, model)
-    counts = {side: np.ones(rows, np.float32) for side in inputs} | {"rows": np.float32(rows)}
-    state = [jax.jit(functools.partial(init_state, trainer))(counts)]
-    jitted = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0)
-    rng = np.random.default_rng(0)
-    batches = [jax.device_put(_batch(rng, rows)) for _ in range(8)]
-    place = iter(range(10**9))
-
-    def step() -> None:
-        state[0], metrics = jitted(state[0], batches[next(place) % 8])
-        jax.block_until_ready(metrics["loss"])
-
-    return step
+def _compare(rows: int, group: dict[str, tuple[str, str, int]]) -> dict[str, dict]:
+    """Prints and gives the figures of tables of `rows`: the sparse ones by turns, the dense ones, which are large, alone."""
+    results: dict[str, list[float]] = {}
+    sparse = {name: task for name, task in group.items() if "dense" not in name}
+    parts = [sparse] if rows <= 10**6 else [dict(pair) for pair in itertools.combinations(sparse.items(), 2)]
+    for part in [*parts, *({name: task} for name, task in group.items() if name not in sparse)]:
+        needed = sum(tables for *_, tables in part.values()) * rows * _WIDTH * 4
+        if needed > 0.8 * _available_memory():
+            print(f"Without {' and '.join(part)} of {rows:,} rows: {needed / 2**30:.1f} GiB are not available.")
+            continue
+        for name, times in _turns(rows, part).items():
+            results.setdefault(name, []).extend(times)
+    base = next(iter(results), None)
+    title = f"{rows:,} rows, {next(iter(group))}"
+    return {title: harness.table(title, results, unit="ms a step", base=base)} if base else {}
 
 
-def _batch(rng: np.random.Generator, rows: int) -> dict:
-    user, item = ((rng.zipf(1.1, 1024) % 100_000 * (rows // 100_000)).astype(np.int32) for _ in range(2))
-    return {
-        "user": user, "item": item, "weight": np.ones(1024, np.float32),
-        "user_features": {"id": user}, "item_features": {"id": item},
-    }  # fmt: skip
+def _turns(rows: int, part: dict[str, tuple[str, str, int]]) -> dict[str, list[float]]:
+    def task(kind: str, rows: int) -> dict:
+        return {"task": "tables", "kind": kind, "rows": rows, "batch": 4096}
+
+    wanted = {name: (peer, task(kind, rows)) for name, (peer, kind, _) in part.items()}
+    for name, (peer, kind, _) in part.items():
+        if peer == "twotower" and kind != "dense_adam" and rows > _REFERENCE:
+            wanted[f"{name}, {_REFERENCE:,} rows"] = (peer, task(kind, _REFERENCE))
+    with peers.workers(wanted) as found:
+        repeats = peers.repeats_for(found, 20 if harness.QUICK.value else 60)
+        return peers.turns(found, rounds=6 if harness.QUICK.value else 30, repeats=repeats)
+
+
+def _whole_steps(sizes: tuple[int, ...]) -> dict[str, dict]:
+    wanted = {f"{rows:,} rows": ("twotower", {"task": "whole_step", "rows": rows}) for rows in sizes}
+    with peers.workers(wanted) as found:
+        times = peers.turns(found, rounds=6 if harness.QUICK.value else 30, repeats=dict.fromkeys(found, 1))
+    times = {name: [x / 8 for x in dispatches] for name, dispatches in times.items()}
+    return {"whole step": harness.table("whole step", times, unit="ms a step", base=next(iter(times)))}
+
+
+def _available_memory() -> float:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 if __name__ == "__main__":

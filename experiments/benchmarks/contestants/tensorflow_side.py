@@ -1,0 +1,76 @@
+"""TensorFlow Recommenders, tuned: a cached dataset of ready batches, the best number of steps an execution, XLA where faster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from experiments.benchmarks.contestants.turn import (
+    ACCUMULATOR,
+    HIDDEN,
+    INTERACTIONS,
+    ITEMS,
+    RATE,
+    TEMPERATURE,
+    USERS,
+    WIDTH,
+    interactions,
+    seconds,
+    serve,
+)
+
+
+def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not."""
+    import tensorflow as tf
+    import tensorflow_recommenders as tfrs
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    runs, times, steps = {}, {}, INTERACTIONS // batch
+    for together, compiled in ((steps, False),) if quick else ((steps, False), (steps, True), (1, False)):
+        name = f"steps_per_execution={together}{', jit_compile' if compiled else ''}"
+        try:
+            runs[name] = _passes(batch, together, compiled)
+            runs[name](1)
+        except Exception as error:  # not every version can compile every model
+            print(f"TFRS, {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        times[name] = min(seconds(runs[name]) for _ in range(3))
+    best = min(times, key=times.get)
+    return runs[best], f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}, {best}"
+
+
+def _passes(batch: int, together: int, compiled: bool) -> Callable[[int], None]:
+    import tensorflow as tf
+    import tensorflow_recommenders as tfrs
+
+    def tower(rows: int) -> tf.keras.Model:
+        layers = [tf.keras.layers.Embedding(rows, WIDTH), tf.keras.layers.Dense(HIDDEN, "relu"), tf.keras.layers.Dense(WIDTH)]
+        return tf.keras.Sequential([*layers, tf.keras.layers.Lambda(lambda x: tf.math.l2_normalize(x, -1))])
+
+    class Model(tfrs.Model):
+        def __init__(self):
+            super().__init__()
+            self.towers = [tower(USERS + 1), tower(ITEMS + 1)]
+            self.task = tfrs.tasks.Retrieval(temperature=TEMPERATURE)
+
+        def compute_loss(self, inputs, training=False):
+            return self.task(*(f(x) for f, x in zip(self.towers, inputs)), compute_metrics=False)
+
+    users, items = interactions()
+    data = tf.data.Dataset.from_tensor_slices((users, items)).shuffle(INTERACTIONS).batch(batch, drop_remainder=True)
+    steps = INTERACTIONS // batch
+    data = data.cache().shuffle(steps).repeat().prefetch(2)
+    model = Model()
+    optimizer = tf.keras.optimizers.Adagrad(RATE, initial_accumulator_value=ACCUMULATOR, jit_compile=compiled)
+    model.compile(optimizer, steps_per_execution=together, jit_compile=compiled)
+
+    def run(repeats: int) -> None:
+        model.fit(data, epochs=1, steps_per_epoch=steps * repeats, verbose=0)
+
+    return run
+
+
+if __name__ == "__main__":
+    serve({"step": step})

@@ -1,0 +1,113 @@
+"""PyTorch, tuned: tensors made once, no DataLoader, one thread on its one core, compiled where that is faster."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+
+from experiments.benchmarks.contestants.turn import (
+    ACCUMULATOR,
+    HIDDEN,
+    INTERACTIONS,
+    ITEMS,
+    RATE,
+    TEMPERATURE,
+    USERS,
+    WIDTH,
+    interactions,
+    seconds,
+    serve,
+    table_ids,
+    table_targets,
+)
+
+
+def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], str]:
+    """Steps of one table: look up, a pointwise loss, its gradient, the optimizer's update."""
+    import torch
+    from torch.nn.functional import softplus
+
+    torch.set_num_threads(1)
+    sparse = kind != "dense_adam"
+    table = torch.nn.Embedding(rows, WIDTH, sparse=sparse)
+    optimizers = {
+        "adagrad": lambda p: torch.optim.Adagrad(p, 0.05),
+        "lazy_adam": lambda p: torch.optim.SparseAdam(p, 0.001),
+        "dense_adam": lambda p: torch.optim.Adam(p, 0.001, fused=True),
+    }
+    optimizer = optimizers[kind](list(table.parameters()))
+    ids = itertools.cycle(torch.from_numpy(table_ids(rows, batch)).unbind())
+    targets = torch.from_numpy(table_targets(batch))
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            loss = softplus(-(table(next(ids)) * targets).sum(-1)).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return run, f"torch {torch.__version__}"
+
+
+def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or not."""
+    import torch
+
+    torch.set_num_threads(1)
+    runs, times = {}, {}
+    for sparse, compiled in ((False, False),) if quick else itertools.product((False, True), (False, True)):
+        name = f"{'sparse' if sparse else 'dense'} tables{', torch.compile' if compiled else ''}"
+        try:
+            runs[name] = _passes(batch, sparse, compiled)
+            runs[name](1)
+        except Exception as error:  # not every version can compile every kind
+            print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        times[name] = min(seconds(runs[name]) for _ in range(5))
+    best = min(times, key=times.get)
+    return runs[best], f"torch {torch.__version__}, {best}"
+
+
+def _passes(batch: int, sparse: bool, compiled: bool) -> Callable[[int], None]:
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy, normalize
+
+    def tower(rows: int) -> nn.Module:
+        table = nn.Embedding(rows, WIDTH, sparse=sparse)
+        return nn.Sequential(table, nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+
+    towers = nn.ModuleList([tower(USERS + 1), tower(ITEMS + 1)])
+    tables = [x.weight for x in towers.modules() if isinstance(x, nn.Embedding)]
+    dense = [x for x in towers.parameters() if not any(x is t for t in tables)]
+    adagrad = functools.partial(torch.optim.Adagrad, lr=RATE, initial_accumulator_value=ACCUMULATOR)
+    # The fused update is the fastest of dense gradients, and knows no sparse ones.
+    optimizers = [adagrad(dense, fused=True), adagrad(tables)] if sparse else [adagrad(dense + tables, fused=True)]
+    labels = torch.arange(batch)
+
+    def loss_of(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        queries, answers = (normalize(f(x), dim=-1) for f, x in zip(towers, (users, items)))
+        return cross_entropy(queries @ answers.T / TEMPERATURE, labels)
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+    users, items = (torch.from_numpy(x).long() for x in interactions())
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            order = torch.randperm(INTERACTIONS)
+            for index in order[: INTERACTIONS // batch * batch].split(batch):
+                loss = loss_of(users[index], items[index])
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return run
+
+
+if __name__ == "__main__":
+    serve({"tables": tables, "step": step})

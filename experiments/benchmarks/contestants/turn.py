@@ -1,0 +1,65 @@
+"""What a contestant's process does: builds what it was asked for, then runs it as often as each line of its input says."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+WIDTH = 64
+# The sizes of MovieLens-100K, and of the model.
+USERS, ITEMS, INTERACTIONS = 943, 1_682, 80_000
+HIDDEN, TEMPERATURE, RATE, ACCUMULATOR = 128, 0.05, 0.1, 0.1
+
+
+def serve(tasks: Mapping[str, Callable[..., tuple[Callable[[int], None], str]]]) -> None:
+    """Serves the task that the command line asks for.
+
+    Args:
+        tasks: name -> function of the options, which gives a function that repeats the work so many times, and a note.
+    """
+    options = json.loads(sys.argv[1])
+    # Before a framework counts the cores.
+    os.sched_setaffinity(0, {options.pop("core")})
+    out, sys.stdout = sys.stdout, sys.stderr
+    run, note = tasks[options.pop("task")](**options)
+    run(2)
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=out, flush=True)
+
+    answer(note=note)
+    for line in sys.stdin:
+        answer(milliseconds=seconds(run, int(line)) * 1e3)
+
+
+def seconds(run: Callable[[int], None], repeats: int = 1) -> float:
+    """Seconds a repetition, of processor time: on one core what a clock would show were nobody else there."""
+    start = time.process_time()
+    run(repeats)
+    return (time.process_time() - start) / repeats
+
+
+def table_ids(rows: int, batch: int, batches: int = 64) -> np.ndarray:
+    """int64 [batches, batch]: Zipf-distributed ids, as many distinct ones in every table of 100,000 rows or more."""
+    used = min(rows, 100_000)
+    drawn = np.random.default_rng(0).zipf(1.1, (batches, batch)) * 7919 % used
+    return np.maximum(drawn * (rows // used), 1)
+
+
+def table_targets(batch: int) -> np.ndarray:
+    """float32 [batch, WIDTH], with which the rows are multiplied for the loss."""
+    return np.random.default_rng(1).normal(size=(batch, WIDTH)).astype(np.float32)
+
+
+def interactions() -> tuple[np.ndarray, np.ndarray]:
+    """int32 users and items of 80,000 interactions, popular items more often; from 1 on."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, ITEMS + 1)
+    items = rng.choice(ITEMS, INTERACTIONS, p=popularity / popularity.sum())
+    return rng.integers(1, USERS + 1, INTERACTIONS).astype(np.int32), items.astype(np.int32) + 1

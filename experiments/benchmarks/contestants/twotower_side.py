@@ -1,0 +1,131 @@
+"""This library."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from experiments.benchmarks.contestants.turn import (
+    ACCUMULATOR,
+    HIDDEN,
+    INTERACTIONS,
+    ITEMS,
+    RATE,
+    TEMPERATURE,
+    USERS,
+    WIDTH,
+    interactions,
+    serve,
+    table_ids,
+    table_targets,
+)
+
+
+def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], str]:
+    """Steps of one table: look up, a pointwise loss, its gradient, the optimizer's update. "dense_adam" is optax's."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from twotower.towers.embeddings import OPTIMIZERS, apply_gradients, init_table, lookup
+
+    targets = jnp.asarray(table_targets(batch))
+
+    def loss_of(found: jax.Array) -> jax.Array:
+        return jax.nn.softplus(-(found * targets).sum(-1)).mean()
+
+    def sparse(state: Any, ids: jax.Array) -> Any:
+        table, slots, step = state
+        grads = jax.grad(loss_of)(lookup(table, ids))
+        return *apply_gradients(OPTIMIZERS[kind], table, slots, ids, grads, 0.05, step)[:2], step + 1
+
+    def dense(state: Any, ids: jax.Array) -> Any:
+        table, slots, step = state
+        grads = jax.grad(lambda table: loss_of(table[ids]))(table)
+        updates, slots = optax.adam(0.001).update(grads, slots)
+        return optax.apply_updates(table, updates), slots, step + 1
+
+    def init() -> Any:
+        table = init_table(jax.random.key(0), rows, WIDTH)
+        slots = optax.adam(0.001).init(table) if kind == "dense_adam" else OPTIMIZERS[kind].init(table, 0.1)
+        return table, slots, jnp.int32(0)
+
+    state = [jax.jit(init)()]
+    jitted = jax.jit(dense if kind == "dense_adam" else sparse, donate_argnums=0)
+    ids = itertools.cycle([jnp.asarray(x, jnp.int32) for x in table_ids(rows, batch)])
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            state[0] = jitted(state[0], next(ids))
+        jax.block_until_ready(state[0])
+
+    return run, f"jax {jax.__version__}"
+
+
+def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data by the compiled steps of `fit`, a pass a dispatch; with the corrections that peers lack."""
+    del quick  # there is nothing to choose
+    steps, tower = INTERACTIONS // batch, {"layers": (HIDDEN, WIDTH)}
+    config = {
+        "model": {"user": tower, "item": tower, "temperature": TEMPERATURE, "learn_temperature": False},
+        "objective": {"negatives": {"uniform": 0}},
+        "training": {
+            "batch_size": batch, "steps": steps, "validate_every": steps, "steps_per_dispatch": steps,
+            "optimizer": {"kind": "adagrad", "learning_rate": RATE},
+            "tables": {"kind": "adagrad", "learning_rate": RATE, "initial_accumulator": ACCUMULATOR},
+        },
+    }  # fmt: skip
+    users, items = (x - 1 for x in interactions())
+    return _fit(config, {"user": USERS, "item": ITEMS}, users, items, WIDTH)
+
+
+def whole_step(*, rows: int) -> tuple[Callable[[int], None], str]:
+    """Dispatches of eight steps of a model of two tables of `rows`, of half the width so that they fit beside another's."""
+    config = {
+        "objective": {"symmetric": True, "negatives": {"uniform": 0}},
+        "training": {"batch_size": 1024, "steps": 8, "validate_every": 8, "steps_per_dispatch": 8},
+    }
+    users, items = (table_ids(rows, 2**15, 2) - 1).astype("int32")
+    return _fit(config, {"user": rows, "item": rows}, users, items, WIDTH // 2)
+
+
+def _fit(config: Any, sizes: dict[str, int], users: Any, items: Any, width: int) -> tuple[Callable[[int], None], str]:
+    """Repeated dispatches of the compiled steps of `fit`, on ids alone."""
+    import jax
+    import numpy as np
+
+    from twotower.config import from_dict
+    from twotower.data.batches import Batches, Rows
+    from twotower.data.encodings import Input, TableShape
+    from twotower.towers.two_tower import TwoTower
+    from twotower.training.candidates import Corpus
+    from twotower.training.init import init_on
+    from twotower.training.loop import compile_steps
+    from twotower.training.mesh import make_mesh
+    from twotower.training.state import Trainer
+
+    config, mesh = from_dict(config), make_mesh()
+    training = config.training
+    inputs = {side: {"id": Input(table=f"{side}.id")} for side in sizes}
+    shapes = {f"{side}.id": TableShape(rows=rows + 1, width=width) for side, rows in sizes.items()}
+    model = TwoTower.build_from(config.model, inputs, shapes)
+    trainer = Trainer.build(config, model, Corpus(sizes["user"], sizes["item"], 0))
+    rows = Rows(users, items, np.ones(len(users), np.float32), None, {})
+    features = {side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()}
+    batches = Batches(rows, features, batch_size=training.batch_size, seed=0, resident_megabytes=1000)
+    counts = {side: np.bincount(x, minlength=sizes[side]).astype(np.float32) for side, x in (("user", users), ("item", items))}
+    state = [init_on(mesh, trainer, counts | {"rows": np.float32(len(users))})]
+    # Of the prepared data only the corpus' popularity and features would be asked for, by negatives that are not used.
+    run_steps, place = compile_steps(trainer, batches, None, mesh), itertools.count()
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            state[0], metrics = run_steps(state[0], next(place) * training.steps_per_dispatch)
+        jax.block_until_ready(metrics)
+
+    return run, f"jax {jax.__version__}"
+
+
+if __name__ == "__main__":
+    serve({"tables": tables, "step": step, "whole_step": whole_step})
