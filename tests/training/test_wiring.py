@@ -47,3 +47,32 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
         batch = {"user": jnp.array(USER), "item": jnp.array(ITEM), "weight": jnp.zeros(6).at[b].set(2.0)}
         got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)
         np.testing.assert_allclose(got["retrieval"], 2 * expected[b], rtol=1e-4)
+
+
+@pytest.mark.parametrize("logq", [True, False])
+def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
+    options = {"logq": logq, "label": "liked", "negatives": {"explicit": 1}}
+    config = from_dict({"objective": options})
+    inputs = {side: {"id": Input(table=side)} for side in ("user", "item")}
+    model = TwoTower.build_from(config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs})
+    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    rng = np.random.default_rng(0)
+    user, item = (rng.normal(size=(n, 4)).astype(np.float32) / 4 for n in (2, 4))
+    counts = np.array(COUNTS["item"])
+    rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
+    params = {"log_temperature": jnp.log(jnp.float32(0.07))}
+    state = TrainState(0, params, {}, {}, {}, {}, rows, {})
+    # Two rows, items 4 and 5; each has one hard negative, items 6 and 1, from pools of three.
+    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.array([[6], [1]], jnp.int32), jnp.full((2, 1), np.log(1 / 3)))
+    batch = {
+        "user": jnp.array([0, 1]), "item": jnp.array([4, 5]), "weight": jnp.array([1.0, 0.0]), "labels": {"liked": jnp.ones(2)}
+    }
+    vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)["retrieval"]
+
+    def expected_count(i, own):
+        return config.training.batch_size * max(counts[i], 1) / 42 + own
+
+    columns = ((0, 4, 0), (1, 5, 0), (2, 6, 1 / 3))
+    logits = [user[0] @ item[c] / 0.07 - logq * np.log(expected_count(i, own)) for c, i, own in columns]
+    np.testing.assert_allclose(got, np.log(np.sum(np.exp(logits))) - logits[0], rtol=1e-5)
