@@ -41,3 +41,12 @@ def test_items_that_only_later_rows_have_are_not_in_the_corpus_without_a_catalog
 def test_rows_partly_without_times_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no timestamp"):
         prepare(_config(tmp_path, LOG.replace("u3,i3,3,", "u3,i3,,"), split=RANDOM))
+
+
+@pytest.mark.parametrize(
+    "weight,message", [("-1", r"weight=-1.0 in row 1 .*at least 0"), ("0", "weight is 0 in every training row")]
+)
+def test_weights_that_teach_nothing_are_refused(tmp_path, weight, message):
+    text = "\n".join(",".join([*line.split(",")[:3], weight]) for line in LOG.splitlines()[1:])
+    with pytest.raises(ConfigError, match=message):
+        prepare(_config(tmp_path, "user_id,item_id,timestamp,weight\n" + text + "\n"))

@@ -90,7 +90,9 @@ def prepare(config: Config, *, encoder: Encoder | None = None, fit: Callable[...
     truth = dataset.truth and dataclasses.replace(dataset.truth, item_factors=dataset.truth.item_factors[in_corpus])
     own = [name for name in encoder.inputs["user"] if name not in encoder.context]
     features = {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}
-    rows = (_rows(part, users, items, encoder, labels) for part in (parts.train, parts.validation, parts.test))
+    rows = [_rows(part, users, items, encoder, labels) for part in (parts.train, parts.validation, parts.test)]
+    if not rows[0].weight.any():
+        raise ConfigError("weight is 0 in every training row: nothing would be learned. At least one must be above 0.")
     return Prepared(config, users, items, *rows, encoder, features, truth, parts)
 
 
