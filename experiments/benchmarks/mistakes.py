@@ -1,6 +1,6 @@
 """Known mistakes of measuring, indexing and serving, as changes to the modules of twotower.
 
-`experiments.benchmarks.mutations` makes them; those of training are in `experiments.benchmarks.mistakes_training`.
+`experiments.benchmarks.mutations` makes them; those of training are in `mistakes_losses` and `mistakes_training`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ EVALUATION = (
          "True or not held"),
     make(22, "fitted on all rows",
          "data.prepare",
-         "Encoder.fit(spec, parts.train, users=users, items=items)",
-         "Encoder.fit(spec, dataset.interactions, users=users, items=dataset.items)",
+         "fit(spec, parts.train, users=users, items=items)",
+         "fit(spec, dataset.interactions, users=users, items=dataset.items)",
          "data.audit",
          "if fitted_on != expected:",
          "if False:"),

@@ -70,6 +70,8 @@ def test_a_step_masks_by_id_and_by_user():
     trainer = tiny.plain()
     rows = tiny.batch(users=np.arange(tiny.B) % 5, items=np.arange(tiny.B) % 7)
     _, metrics, heard = tiny.step(trainer)(tiny.start(trainer), rows)
+    np.testing.assert_array_equal(heard[0]["shared"]["ids"], rows["item"])
+    np.testing.assert_array_equal(heard[0]["shared"]["owners"], rows["user"])
     np.testing.assert_allclose(metrics["loss"], tiny.loss_by_hand(tiny.start(trainer), heard), rtol=1e-5)
 
 

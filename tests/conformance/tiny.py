@@ -107,10 +107,7 @@ def step(trainer, devices=1):
             return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard
 
     out = (specs, WHOLE, [{"own": SPLIT, "shared": WHOLE}] * (1 + trainer.config.objective.symmetric))
-    quick = {"xla_backend_optimization_level": 0}  # of the compiler: these programs run a few times
-    jitted = jax.jit(
-        run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out), compiler_options=quick
-    )
+    jitted = jax.jit(run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out))
     return lambda state, rows: jitted(state, place(mesh, rows, SPLIT), given)
 
 

@@ -44,7 +44,7 @@ def test_rows_partly_without_times_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weight,message", [("-1", r"weight=-1.0 in row 1 .*at least 0"), ("0", "weight is 0 in every training row")]
+    "weight,message", [("-1", "row 1 .*column 'weight': '-1' is not at least 0"), ("0", "weight is 0 in every training row")]
 )
 def test_weights_that_teach_nothing_are_refused(tmp_path, weight, message):
     text = "\n".join(",".join([*line.split(",")[:3], weight]) for line in LOG.splitlines()[1:])

@@ -2,8 +2,8 @@
 
     python -m tests.training.one_of_several FOLDER DEVICES VALIDATIONS COORDINATOR PROCESSES PROCESS [OVERRIDES]
 
-It has DEVICES devices of its own, joins the others (COORDINATOR "" for a run alone), trains in FOLDER until so many validations
-were asked for (-1: to the end) and writes FOLDER.PROCESS.json.
+It has DEVICES devices of its own, joins the others, trains in FOLDER until so many validations were asked for (-1: to the end)
+and writes FOLDER.PROCESS.json.
 """
 
 import functools
@@ -25,6 +25,7 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     from tests.training.test_processes import config_of
     from twotower.data.batches import Batches
     from twotower.evaluation.evaluate import make_validate
+    from twotower.retrieval.mining import make_mine
     from twotower.training.processes import join
     from twotower.training.run import train
 
@@ -44,11 +45,11 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     join(coordinator, int(processes), int(process))
     stopped = False
     try:
-        train(config_of(**json.loads(overrides)), workdir, make_validate=stopping)
+        train(config_of(**json.loads(overrides)), workdir, make_validate=stopping, make_mine=make_mine)
     except Stopped:
         stopped = True
     report = {"loaded": loaded, "stopped": stopped, "devices": jax.device_count(), "processes": jax.process_count()}
-    with open(f"{workdir}.{max(int(process), 0)}.json", "w", encoding="utf-8") as file:
+    with open(f"{workdir}.{process}.json", "w", encoding="utf-8") as file:
         json.dump(report, file)
 
 

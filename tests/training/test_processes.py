@@ -34,7 +34,11 @@ def config_of(**training):
     }  # fmt: skip
     return conftest.small_config(
         model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
-        objective={"negatives": {"queue": 128, "frequency": "gap"}}, training=fields | training,
+        objective={
+            "negatives": {"queue": 128, "frequency": "gap", "mined": 2, "mined_ranks": (2, 8), "mined_refresh": 2},
+            "heads": {"shared": {"label": "shared", "combine": "multiply"}},
+        },
+        training=fields | training,
     )  # fmt: skip
 
 
@@ -79,10 +83,9 @@ class Group:
 
 
 def _commands(workdir, *, processes, devices, validations=-1, **training):
-    address = f"127.0.0.1:{_free_port()}" if processes > 1 else ""
-    who = [(str(processes), str(i)) for i in range(processes)] if processes > 1 else [("0", "-1")]
+    address = f"127.0.0.1:{_free_port()}"
     program = [sys.executable, "-m", "tests.training.one_of_several", str(workdir), str(devices), str(validations), address]
-    return [[*program, *numbers, json.dumps(training)] for numbers in who]
+    return [[*program, str(processes), str(i), json.dumps(training)] for i in range(processes)]
 
 
 def _train(workdir, **how):
@@ -137,6 +140,7 @@ def test_several_processes_are_one_run_and_each_reads_its_part(alone, prepared, 
     assert all(np.shape(report["loaded"]) == (STEPS, BATCH // processes) for report in reports)
     np.testing.assert_allclose(_losses(tmp_path / "run"), _losses(alone), rtol=1e-5)
     validations = [[line for line in _lines(path) if "validation/recall@10" in line] for path in (tmp_path / "run", alone)]
+    assert "validation/shared/auc" in validations[0][0]
     assert len(validations[0]) == STEPS // 2 and [x.keys() for x in validations[0]] == [x.keys() for x in validations[1]]
     _assert_close(_state(tmp_path / "run"), _state(alone))
     # One process alone wrote the files of the run.
