@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
         tests = {trap: sorted(names, key=lambda name: before.times.get(name, 0.0)) for trap, names in tests.items()}
         for mistake, outcome in attempt_all(mistakes, tests, JOBS.value, cache) if before.result == "green" else ():
             where = ", ".join(dict.fromkeys(module for module, *_ in mistake.edits))
-            rows.append({"trap": mistake.trap, "mistake": mistake.what, "where": where} | outcome._asdict())
+            rows.append({"trap": mistake.trap, "mistake": mistake.what, "where": where} | outcome._replace(times={})._asdict())
             print(f"{mistake.trap:4}  {outcome.result:8}{outcome.seconds:5.1f} s  {mistake.what:52}  {where}", flush=True)
     rows.sort(key=lambda row: row["trap"])
     caught = [row for row in rows if row["result"] == "caught"]

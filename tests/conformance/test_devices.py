@@ -52,6 +52,16 @@ def test_answers_and_hard_negatives_are_gathered_apart(devices):
     np.testing.assert_array_equal(back["shared"]["owners"], rows["item"])
 
 
+@pytest.mark.trap(15)
+def test_vectors_are_those_of_their_ids():
+    """Ids in order and vectors interleaved: the loss of a step is that of the rows that its ids name, hard negatives too."""
+    trainer = tiny.mixed()
+    state = tiny.start(trainer)
+    _, metrics, heard = tiny.step(trainer)(state, tiny.batch())
+    assert (np.asarray(heard[0]["own"]["hard"]) >= 0).all()
+    np.testing.assert_allclose(metrics["loss"], tiny.loss_by_hand(state, heard), rtol=1e-5)
+
+
 @pytest.mark.trap(10)
 @pytest.mark.trap(15)
 def test_every_device_compares_with_the_same_candidates():
