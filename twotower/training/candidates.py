@@ -80,8 +80,8 @@ class Sources:
         if batch_norm and drawn % devices:
             raise ConfigError(
                 f"config.objective.negatives.uniform={self.config.uniform} and popularity={self.config.popularity} draw {drawn} "
-                f"items, which cannot be divided evenly over {devices} devices, and batch_norm of the item tower would count what "
-                f"fills them up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
+                f"items, which cannot be divided evenly over {devices} devices, and batch_norm of the item tower would count "
+                f"what fills them up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
             )
 
     @property
