@@ -1,0 +1,96 @@
+"""Options of the objective: which go together, what is refused and how it is told, and parts of a batch that add up."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training.conftest import small_config
+from twotower.config import from_dict
+from twotower.training.state import chosen_kinds
+from twotower.validation import ConfigError
+
+LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
+
+
+@pytest.mark.parametrize("objective,training,message", [
+    ({"loss": "binary_cross_entropy"}, {}, "learns from labels, and config.objective.label is empty: name the column"),
+    ({"negatives": {"explicit": 4}}, {}, "explicit=4 draws from rows whose label is 0, and config.objective.label is empty"),
+    (LABELLED | {"negatives": {"queue": 64}}, {}, "has sources that loss='binary_cross_entropy' .* never uses"),
+    ({"negatives": {"in_batch": False, "uniform": 0}}, {}, "has no source: set in_batch=True"),
+    ({}, {"accumulate": 4}, "accumulate=4 with loss='softmax': .* not the larger batch .* raise config.training.batch_size=64"),
+    ({"negatives": {"frequency": "gaps"}}, {}, "frequency='gaps' is not known; did you mean 'gap'"),
+    ({"heads": {"like": {"label": "liked", "combine": "add"}}}, {}, "config.objective.heads.like.combine=.add. is not known"),
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_refused_before_data_is_read(objective, training, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen_kinds(small_config(objective=objective, training=training))
+
+
+@pytest.mark.parametrize("values,message", [
+    ({"training": {"steps_per_dispatch": 7}}, "steps_per_dispatch=7 must be a divisor of 200"),
+    ({"training": {"batch_size": 10, "accumulate": 3}}, "accumulate=3 must be a divisor of the batch size 10"),
+    ({"objective": {"negatives": {"queue": 1000}}}, "queue=1000 must be a multiple of config.training.batch_size=1024"),
+    ({"objective": {"negatives": {"catalogue": True, "uniform": 5}}}, "uniform=5 must be 0 with .*catalogue=True"),
+    ({"objective": {"negatives": {"mined_ranks": (5, 5)}}}, "mined_ranks=.5, 5. must be two ranks, the first below the second"),
+    ({"objective": {"negatives": {"alpha": -1.0}}}, "alpha=-1.0 must be at least 0"),
+    ({"objective": {"weight": 0.0}}, "weight=0.0 must be above 0 where there are no heads"),
+    ({"objective": {"pos_weight": 0.0}}, "pos_weight=0.0 must be above 0"),
+    ({"objective": {"calibration": 1.5}}, "calibration=1.5 must be between 0.0 and 1.0"),
+    ({"model": {"dtype": "float16"}}, "config.model.dtype='float16' is not known; did you mean 'bfloat16'"),
+])  # fmt: skip
+def test_values_out_of_range_are_refused_at_the_door(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("section", ["accumulate", "catalogue"])
+def test_batch_statistics_need_a_batch_that_is_computed_at_once(section):
+    objective = LABELLED if section == "accumulate" else {"negatives": {"catalogue": True}}
+    training = {"accumulate": 2} if section == "accumulate" else {}
+    tower = {"layers": (16, 16), "batch_norm": True}
+    config = small_config(objective=objective, training=training, model={"user": tower, "item": tower})
+    with pytest.raises(ConfigError, match="batch_norm=True needs a batch that is computed at once"):
+        chosen_kinds(config)
+
+
+@pytest.mark.parametrize("negatives,message", [
+    ({"uniform": 10_000}, "uniform=10000 is more than the .* items of the corpus"),
+    ({"popularity": 10_000}, "popularity=10000 is more than the .* items of the corpus"),
+    ({"mined": 2, "mined_ranks": (10, 10_000)}, "mined_ranks.* reaches beyond the .* items of the corpus"),
+])  # fmt: skip
+def test_more_items_than_exist_are_refused(make, negatives, message):
+    with pytest.raises(ConfigError, match=message):
+        make(small_config(objective={"negatives": negatives}))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(make):
+    """Of a loss of single rows: the same loss, gradients and updates, heads and all."""
+    from twotower.training.step import train_step
+
+    heads = {"share": {"label": "shared", "combine": "concatenate", "layers": (4,)}}
+    model = {"user": {"layers": (16,), "dropout": 0.3}, "item": {"layers": (16,)}}
+    results = []
+    for parts in (1, 4):
+        config = small_config(objective=LABELLED | {"heads": heads}, training={"accumulate": parts}, model=model)
+        trainer, state, batch = make(config)
+        liked, shared = (jax.random.bernoulli(jax.random.key(i), 0.5, (64,)).astype(np.float32) for i in range(2))
+        batch |= {"labels": {"liked": liked.at[3].set(np.nan), "shared": shared.at[::2].set(np.nan)}}
+        results.append(jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(state, batch))
+    whole, parts = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
+    assert {"retrieval/loss", "share/loss"} <= set(whole[1])
+
+
+def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
+    from twotower.training.step import train_step
+
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer, state, batch = make(small_config(model={"dtype": dtype, "user": {"layers": (16, 16)}, "item": {"layers": (16,)}},
+                                                  objective={"negatives": {"uniform": 0}}))  # fmt: skip
+        new, metrics = jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(state, batch)
+        losses[dtype] = float(metrics["loss"])
+        assert {x.dtype for x in jax.tree.leaves((new.params, new.tables))} == {np.dtype("float32")}
+        assert trainer.model.embed("user", new.weights, batch["user_features"]).dtype == np.float32
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
