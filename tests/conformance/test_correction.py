@@ -177,10 +177,10 @@ def test_a_step_states_one_count_of_an_item_wherever_it_comes_from():
     _, metrics, heard = tiny.step(trainer)(state, tiny.batch())
     p = counts["item"] ** 0.75 / (counts["item"] ** 0.75).sum()
     shared = np.log(tiny.B * np.maximum(counts["item"], 1) / counts["rows"] + 8 / tiny.N + 8 * p)
-    own = heard[0]["own"]
+    own = heard["own"]
     np.testing.assert_allclose(own["log_count"], shared[own["ids"]], rtol=1e-4)
-    known = heard[0]["shared"]["ids"]
-    np.testing.assert_allclose(heard[0]["shared"]["log_expected_count"], shared[known], rtol=1e-4)
+    known = heard["shared"]["ids"]
+    np.testing.assert_allclose(heard["shared"]["log_expected_count"], shared[known], rtol=1e-4)
     pools = given["explicit"]["items"][own["owners"]]
     assert (own["hard"][:, :, None] == pools[:, None, :]).any(-1).all()
     np.testing.assert_allclose(own["hard_log_count"], np.logaddexp(shared[own["hard"]], np.log(3 / 5)), rtol=1e-4)

@@ -134,3 +134,12 @@ def test_the_latest_item_of_a_user_is_the_last_of_equal_times_in_the_file(tmp_pa
     items = prepared.items["item_id"].to_pylist()
     expected = [f"i{n}" for time in range(3) for n in np.flatnonzero(times == time)]
     assert [items[i] for i in items_of_users([prepared.train], num_users=2)[0]] == expected
+
+
+@pytest.mark.trap(19)
+def test_the_share_of_a_list_that_was_never_trained_is_measured():
+    """Items never clicked surface with the direction they began in: how many of them a list holds is reported."""
+    queries = make([0], [[3]], [[]], 6, counts=np.array([4, 0, 2, 1, 0, 0]))
+    found = evaluate(lambda s: np.array([[6, 5, 4, 3, 2, 1]], np.float32), queries, (2, 5), mask_seen=True)
+    assert found["never_trained@2"] == 1 / 2 and found["never_trained@5"] == pytest.approx(2 / 5)
+    assert "never_trained" in report.METRICS

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.training.candidates import log_expected_count
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state
 from twotower.training.mesh import make_mesh
@@ -49,15 +50,19 @@ def test_a_state_goes_from_eight_devices_to_four_to_one_and_back(tmp_path):
 def test_a_step_asks_the_frequencies_before_it_updates_them():
     """Updated before use, an estimate knows the draw that it is to correct, and jumps at resume."""
     trainer = tiny.everything()
-    state = tiny.start(trainer)
+    state, table = tiny.start(trainer), tiny.catalogue(trainer)["popularity"]
     for seed in range(2):
         after, _, heard = tiny.step(trainer)(state, tiny.batch(seed))
-        estimator, counts = FREQUENCIES["gap"], jnp.asarray(tiny.batch(seed)["user"])
-        expected = estimator.log_expected_count(state.frequency["user"], counts, tiny.B)
-        np.testing.assert_allclose(heard[1]["own"]["log_count"], expected, rtol=1e-5)
-        updated = estimator.update(state.frequency["user"], counts, jnp.int32(seed))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.frequency["user"], updated)
-        assert (estimator.log_expected_count(updated, counts, tiny.B) != expected).any()
+        items = jnp.asarray(tiny.batch(seed)["item"])
+        # The queue holds one batch more each time.
+        expected, updated = (
+            log_expected_count(trainer.sources, frequency["item"], table, tiny.B * seed, items)
+            for frequency in (state.frequency, after.frequency)
+        )
+        np.testing.assert_allclose(heard["own"]["log_count"], expected, rtol=1e-5)
+        assert (updated != expected).any()
+        new = FREQUENCIES["gap"].update(state.frequency["item"], items, jnp.int32(seed))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.frequency["item"], new)
         state = after
 
 

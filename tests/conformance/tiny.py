@@ -84,18 +84,16 @@ def mixed():
 
 @functools.cache
 def everything():
-    """All that may differ between devices: draws, a queue, estimates, dropped ids and units, both directions, dense layers."""
+    """All that may differ between devices: draws, a queue, estimates, dropped ids and units, dense layers."""
     negatives = {"uniform": 12, "popularity": 8, "explicit": 3, "queue": 2 * B, "frequency": "gap"}
-    return build(
-        oov_rate=0.3, layers=(6, D), dropout=0.3, objective={"label": "l", "symmetric": True, "negatives": negatives}
-    )
+    return build(oov_rate=0.3, layers=(D,), dropout=0.3, objective={"label": "l", "negatives": negatives})
 
 
 @functools.cache
 def step(trainer, devices=1):
     """(state, batch) -> (state, metrics, heard), compiled once.
 
-    Heard is what the loss is told, without vectors, once a direction: "own", of each query: the id and log count of its positive,
+    Heard is what the loss is told, without vectors: "own", of each query: the id and log count of its positive,
     its owner, its weight and its hard negatives; and "shared": the candidates.
     """
     mesh = make_mesh(devices)
@@ -104,9 +102,9 @@ def step(trainer, devices=1):
     def one(state, rows, given):
         heard = []
         with _listening(heard):
-            return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard
+            return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard[0]
 
-    out = (specs, WHOLE, [{"own": SPLIT, "shared": WHOLE}] * (1 + trainer.config.objective.symmetric))
+    out = (specs, WHOLE, {"own": SPLIT, "shared": WHOLE})
     jitted = jax.jit(run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out))
     return lambda state, rows: jitted(state, place(mesh, rows, SPLIT), given)
 
@@ -136,7 +134,7 @@ def loss_by_hand(state, heard, log_count=None):
     Args:
         log_count: id -> log expected count, in the place of what was heard.
     """
-    heard = jax.tree.map(np.asarray, heard[0])
+    heard = jax.tree.map(np.asarray, heard)
     table = {side: _unit(np.asarray(state.tables[side], np.float64)[OOV + 1 :]) for side in ("user", "item")}
     own, shared = heard["own"], heard["shared"]
     temperature, losses = np.exp(float(state.params["log_temperature"])), []
