@@ -182,5 +182,3 @@ INDEX = (
          "jnp.concatenate([new_scores, scores], axis=1), jnp.concatenate([new_rows, rows], axis=1)"),
 )
 # fmt: on
-
-SERVING = (*EVALUATION, *INDEX)

@@ -197,5 +197,3 @@ NEGATIVES = (
          "scores = jnp.matmul(block.queries, operands[1]).astype(scored.positive.dtype)"),
 )
 # fmt: on
-
-LOSSES = (*CORRECTION, *NEGATIVES)

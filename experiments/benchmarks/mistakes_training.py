@@ -34,13 +34,6 @@ DEVICES = (
          "if not self.axis:\n            return x\n"
          "        others = jax.lax.all_gather(jax.lax.stop_gradient(x), self.axis, tiled=True)\n"
          "        return jax.lax.dynamic_update_slice_in_dim(others, x, self.index() * len(x), 0)"),
-    make(14, "negatives of the own device alone",
-         "training.candidates",
-         "    known = group.share(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))\n",
-         "    known = group.share(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))\n"
-         "    rows = len(known) // group.size\n"
-         "    own = jnp.arange(len(known)) // rows == group.index()\n"
-         "    known = jnp.where(own[:, None], known, -1)\n"),
     make(14, "tables of each device learn from its own batch",
          "training.rows",
          "        table: group.share(jnp.concatenate([flat(row_grads[side][name]) for side, name in uses]))\n",
@@ -211,5 +204,3 @@ STATE = (
          "    if False:\n"),
 )
 # fmt: on
-
-TRAINING = (*DEVICES, *TABLES, *STATE)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,14 +30,15 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments.benchmarks import harness
-from experiments.benchmarks.mistakes import SERVING, Mistake
-from experiments.benchmarks.mistakes_losses import LOSSES
-from experiments.benchmarks.mistakes_training import TRAINING
+from experiments.benchmarks.mistakes import EVALUATION, INDEX, Mistake
+from experiments.benchmarks.mistakes_losses import CORRECTION, NEGATIVES
+from experiments.benchmarks.mistakes_training import DEVICES, STATE, TABLES
 
 TRAP = flags.DEFINE_integer("trap", 0, "Only the mistakes of this number; 0 makes all.")
 JOBS = flags.DEFINE_integer("jobs", os.cpu_count() or 1, "Processes at once.", lower_bound=1)
 
-MISTAKES = tuple(sorted((*SERVING, *LOSSES, *TRAINING), key=lambda mistake: mistake.trap))
+THEMES = (CORRECTION, NEGATIVES, DEVICES, TABLES, STATE, EVALUATION, INDEX)
+MISTAKES = tuple(sorted(itertools.chain(*THEMES), key=lambda mistake: mistake.trap))
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "tests" / "conformance"
 SECONDS = 900  # that a child may take
@@ -44,7 +46,8 @@ SECONDS = 900  # that a child may take
 COMMON = ("jax", "flax.linen", "optax", "orbax.checkpoint", "pyarrow.compute", "pyarrow.csv", "pyarrow.parquet", "pytest",
           "beartype", "jaxtyping", "ml_collections", "tqdm")  # fmt: skip
 # A test that fails by one of these has not seen the mistake: the changed text does not run.
-UNFIT = ("NameError", "AttributeError", "SyntaxError", "ImportError", "UnboundLocalError", "TypeError", "TypeCheckError")
+UNFIT = ("NameError", "AttributeError", "SyntaxError", "ImportError", "UnboundLocalError", "TypeError", "TypeCheckError",
+         "ValueError", "IndexError", "KeyError")  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -193,14 +196,9 @@ class _Watch:
 
 
 def chosen(*, trap: int, quick: bool) -> list[Mistake]:
-    """The mistakes to make: all, those of a trap, or the first of each file of the kit."""
-    mistakes = [m for m in MISTAKES if trap in (0, m.trap)]
-    if not quick:
-        return mistakes
-    tests, first = tests_by_trap(), {}
-    for mistake in mistakes:
-        first.setdefault(tests[mistake.trap][0].partition("::")[0], mistake)
-    return list(first.values())
+    """The mistakes to make: all, those of a trap, or the first of each theme."""
+    known = [theme[0] for theme in THEMES] if quick else MISTAKES
+    return [mistake for mistake in known if trap in (0, mistake.trap)]
 
 
 def main(argv: list[str]) -> None:
