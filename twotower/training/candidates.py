@@ -158,24 +158,29 @@ def features_of(catalogue: Mapping[str, Any], inputs: Mapping[str, Any], ids: In
 
 
 def log_expected_count(
-    sources: Sources, frequency: Any, popularity: Any, queued: Any, ids: Int[Array, "..."]
+    sources: Sources, frequency: Any, popularity: Any, queued: Any, ids: Int[Array, "..."], own: jax.Array | None = None
 ) -> Float[Array, "..."]:
-    """Log of how often the shared sources of a step yield each id: their expected counts summed.
+    """Log of how often the sources of a step yield each id: their expected counts summed; 0 where nothing is corrected.
 
     Args:
         queued: number of entries of the queue in use.
+        own: log of the expected counts that a source of one query alone adds, of the shape of `ids`.
     """
     config, known = sources.config, jnp.maximum(ids, 0)
-    if config.catalogue or not sources.corrected:
+    if not sources.corrected:
         return jnp.zeros(ids.shape)
     parts: list[Callable[[jax.Array], jax.Array]] = []
-    if config.in_batch or config.queue:
+    if config.catalogue:  # every item once
+        parts.append(lambda ids: jnp.zeros(ids.shape))
+    elif config.in_batch or config.queue:
         draws = sources.batch_size * config.in_batch + queued
         parts.append(lambda ids: FREQUENCIES[config.frequency].log_expected_count(frequency, ids, draws))
     if config.uniform:
         parts.append(lambda ids: negatives.uniform_log_expected_count(ids, config.uniform, sources.items))
     if config.popularity:
         parts.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
+    if own is not None:
+        parts.append(lambda ids: own)
     return negatives.mixed_log_expected_count(known, parts)
 
 

@@ -107,7 +107,9 @@ def _from_oov(name: str, added: range, old: TrainState, encoder: Encoder, prepar
     return np.asarray(old.tables[name])[encoder.fitted[use].vocabulary.rows(_values(prepared, use, added))]
 
 
-def _from_mean(name: str, added: range, old: TrainState, encoder: Encoder, prepared: Prepared, use: tuple[str, str]) -> np.ndarray:
+def _from_mean(
+    name: str, added: range, old: TrainState, encoder: Encoder, prepared: Prepared, use: tuple[str, str]
+) -> np.ndarray:
     """All begin as the mean of the known rows."""
     first = encoder.fitted[use].vocabulary.first
     known = np.asarray(old.tables[name])[first : encoder.tables[name].rows]
@@ -125,7 +127,8 @@ def _from_content(
     others = {n: i for n, i in encoder.inputs[side].items() if n != feature and n in prepared.features[side]}
     if not others:
         raise ConfigError(
-            f"--new_rows=content compares {side}s by their features other than {feature!r}, and there are none: choose oov or mean."
+            f"--new_rows=content compares {side}s by their features other than {feature!r}, and there are none: choose oov or "
+            "mean."
         )
     content = _content(others, old.tables, prepared.features[side])
     known = np.flatnonzero((ids >= encoder.fitted[use].vocabulary.first) & (ids < added.start))
@@ -193,7 +196,7 @@ def _check(before: Config, config: Config, workdir: Path) -> None:
         raise ConfigError(f"--workdir={workdir} must be a new or empty folder: the grown run is made there.")
     for section in _KEPT:
         if getattr(before, section) != getattr(config, section):
-            raise ConfigError(f"config.{section} differs from that of the run to grow from; only the data and training may change.")
+            raise ConfigError(f"config.{section} differs from that of the run to grow from: only data and training may change.")
     for part in ("tables", "optimizer"):
         if getattr(before.training, part).kind != getattr(config.training, part).kind:
-            raise ConfigError(f"config.training.{part}.kind differs from that of the run to grow from, whose state is taken over.")
+            raise ConfigError(f"config.training.{part}.kind differs from that of the run to grow from, whose state is kept.")

@@ -95,13 +95,12 @@ def _items(
         items, ids, owners = (jnp.concatenate(pair) for pair in zip((items, ids, owners), (past, *known)))
         queued = used
 
-    def log_count(ids: jax.Array) -> jax.Array:
-        return log_expected_count(sources, state.frequency["item"], catalogue.get("popularity"), queued, ids)
+    def log_count(ids: jax.Array, own: jax.Array | None = None) -> jax.Array:
+        return log_expected_count(sources, state.frequency["item"], catalogue.get("popularity"), queued, ids, own)
 
     further = None
     if sources.hard:
-        counts = log_count(drawn.hard)
-        counts = jnp.logaddexp(counts, drawn.hard_log_count) if sources.corrected else counts
+        counts = log_count(drawn.hard, drawn.hard_log_count)
         further = Hard(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
     positives = Positives(own, batch["item"], log_count(batch["item"]))
     return _streamed(

@@ -22,7 +22,7 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
     """
     if not coordinator:
         if processes or process >= 0:
-            raise ConfigError(f"--processes={processes} --process={process} need --coordinator=HOST:PORT, the address of process 0.")
+            raise ConfigError(f"--processes={processes} --process={process} need --coordinator=HOST:PORT, of process 0.")
         if cluster:
             _initialize()
         return

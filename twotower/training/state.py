@@ -118,7 +118,7 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"config.training.accumulate={training.accumulate} with loss={loss!r}: a batch computed in parts has the negatives "
             "of one part, not of the whole, so it is not the larger batch that it seems. The loss is computed in blocks and "
-            f"never holds [B, C] scores: raise config.training.batch_size={training.batch_size} itself, and leave accumulate at 1."
+            f"never holds [B, C] scores: raise config.training.batch_size={training.batch_size} itself; leave accumulate at 1."
         )
     blocks = training.accumulate > 1 or negatives.catalogue
     if blocks and (config.model.user.batch_norm or config.model.item.batch_norm):
