@@ -14,8 +14,8 @@ from twotower import config
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("validation",), ("ranges",), ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",), ("evaluation",),
-    ("serving", "integrations"), ("experiments",),
+    ("validation",), ("ranges",), ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",),
+    ("evaluation",), ("serving", "integrations"), ("experiments",),
 )  # fmt: skip
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # google.cloud itself is an empty namespace that orbax looks into

@@ -9,7 +9,6 @@ import pyarrow.csv
 import pytest
 
 from tests.training.conftest import small_config
-from twotower.data.encoder import Encoder
 from twotower.data.synthetic import generate
 from twotower.training import run
 from twotower.training.checkpoint import CheckpointError

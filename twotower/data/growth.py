@@ -25,7 +25,7 @@ def grown(old: Encoder, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, 
         ConfigError: the features are not those of `old`.
     """
     if spec.to_dict() != old.spec.to_dict():
-        raise ConfigError("config.features differs from that of the run to grow from: its towers read other features. Train anew.")
+        raise ConfigError("config.features differs from that of the run to grow from, whose towers read other features.")
     new = Encoder.fit(spec, train, users=users, items=items)
     vocabularies = {id(f.vocabulary): _extended(f.vocabulary, new.fitted[key].vocabulary) for key, f in _with_vocabulary(old)}
     fitted = {key: _grown(f, new.fitted[key], vocabularies) for key, f in old.fitted.items()}

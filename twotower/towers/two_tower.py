@@ -73,7 +73,10 @@ class TwoTower:
         Raises:
             ConfigError: a tower kind or activation is unknown, or the two towers give vectors of different widths.
         """
-        towers = {side: build_tower(getattr(config, side), inputs[side], dtype=config.dtype, field=f"config.model.{side}") for side in SIDES}
+        def build(side: str) -> nn.Module:
+            return build_tower(getattr(config, side), inputs[side], dtype=config.dtype, field=f"config.model.{side}")
+
+        towers = {side: build(side) for side in SIDES}
         model = cls(config, inputs, tables, towers, 0)
         dims = {side: jax.eval_shape(lambda s=side: model._embed_example(s)).shape[-1] for side in SIDES}
         if dims["user"] != dims["item"]:
