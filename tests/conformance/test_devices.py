@@ -50,11 +50,12 @@ def test_answers_and_hard_negatives_are_gathered_apart(devices):
 
 
 @pytest.mark.trap(15)
-def test_vectors_are_those_of_their_ids():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_vectors_are_those_of_their_ids(devices):
     """Ids in order and vectors interleaved: the loss of a step is that of the rows that its ids name, hard negatives too."""
     trainer = tiny.mixed()
-    state = tiny.start(trainer)
-    _, metrics, heard = tiny.step(trainer)(state, tiny.batch())
+    state = tiny.start(trainer, devices)
+    _, metrics, heard = tiny.step(trainer, devices)(state, tiny.batch())
     assert (np.asarray(heard["own"]["hard"]) >= 0).all()
     np.testing.assert_allclose(metrics["loss"], tiny.loss_by_hand(state, heard), rtol=1e-5)
 

@@ -38,6 +38,18 @@ def test_row_0_is_padding_and_no_item(table):
     assert not gradient[0].any() and gradient[5].any()
 
 
+@pytest.mark.trap(27)
+def test_each_side_drops_units_of_its_own():
+    """The same of dropout: a unit that a user lost has no gradient in the user's row, and its item lost others."""
+    trainer = tiny.build(dropout=0.5)
+    state = tiny.start(trainer)
+    after, *_ = tiny.step(trainer)(state, tiny.batch(users=np.arange(tiny.B), items=np.arange(tiny.B)))
+    first = tiny.OOV + 1
+    user, item = (np.asarray(after.tables[s] != state.tables[s])[first : first + tiny.B] for s in ("user", "item"))
+    both = user.any(1) & item.any(1)  # a vector of one unit or none has no gradient
+    assert both.sum() > 4 and not user[both].all() and (user[both] != item[both]).mean() > 0.25
+
+
 # Of each form that an update has: few ids of a large table, more of them, and more ids than rows.
 SIZES = pytest.mark.parametrize("rows, count", [(V, 8), (V, 200), (256, 300)])
 
