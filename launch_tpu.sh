@@ -64,6 +64,10 @@ check() {
   for flag in name zone config workdir; do
     [ -n "${!flag}" ] || fail "--$flag is missing; see --help"
   done
+  case $workdir in # a new launch replaces everything else in the worker's folder
+    /* | runs/* | *://*) ;;
+    *) fail "--workdir=$workdir must be under runs/, or an absolute path" ;;
+  esac
   [ -f "${config%%:*}" ] || fail "--config=$config: there is no such file in $PWD"
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH: install the Google Cloud CLI and log in"
 }

@@ -92,6 +92,14 @@ def _check_negatives(config: Any, check: _Checks) -> None:
         len(ranks) == 2 and 0 <= ranks[0] < ranks[1], "objective.negatives.mined_ranks", "two ranks, the first below the second"
     )
     check.true(n.queue % batch == 0, "objective.negatives.queue", f"a multiple of config.training.batch_size={batch}")
+    steps = config.training.steps
+    if n.mined:
+        below = f"below config.training.steps={steps}: before the first ranking there is nothing to draw from"
+        check.true(n.mined_refresh < steps, "objective.negatives.mined_refresh", below)
+        others = n.in_batch or n.catalogue or n.popularity or n.uniform > 0
+        check.true(bool(others), "objective.negatives.mined", "beside other sources: before the first ranking it has nothing")
+    if n.queue:
+        check.true(n.queue_warmup < steps, "objective.negatives.queue_warmup", f"below config.training.steps={steps}")
     if n.catalogue:
         for name in ("uniform", "popularity", "queue"):
             check.true(
@@ -104,8 +112,9 @@ def _check_objective(config: Any, check: _Checks) -> None:
     o = config.objective
     check.at_least(0, *(f"objective.{name}" for name in ("positive_temperature", "negative_weight", "weight", "margin", "block")))
     check.between(0.0, 1.0, "objective.calibration")
+    tasks = [o.weight, *(getattr(head, "weight", 0) for head in o.heads.values())]
     check.true(o.pos_weight > 0, "objective.pos_weight", "above 0")
-    check.true(bool(o.weight or o.heads), "objective.weight", "above 0 where there are no heads to train")
+    check.true(any(tasks), "objective.weight", "above 0 where there are no heads to train")
 
 
 def _is_encoding(name: str) -> bool:

@@ -30,7 +30,8 @@ EVERYTHING = {
         "symmetric": True, "margin": 0.1, "label": "like",
         "heads": {"click": {"label": "click", "combine": "multiply", "weight": 0.5, "pos_weight": 2.0}},
         "negatives": {
-            "uniform": 5, "popularity": 3, "queue": 64, "mined": 2, "mined_ranks": (2, 8), "explicit": 3, "frequency": "gap",
+            "uniform": 5, "popularity": 3, "queue": 64, "mined": 2, "mined_refresh": 4, "mined_ranks": (2, 8), "explicit": 3,
+            "frequency": "gap",
         },
     },
     "training": {"optimizer": {"kind": "adagrad"}},

@@ -56,7 +56,7 @@ def test_batch_statistics_need_a_batch_that_is_computed_at_once(section):
 @pytest.mark.parametrize("negatives,message", [
     ({"uniform": 10_000}, "uniform=10000 is more than the .* items of the corpus"),
     ({"popularity": 10_000}, "popularity=10000 is more than the .* items of the corpus"),
-    ({"mined": 2, "mined_ranks": (10, 10_000)}, "mined_ranks.* reaches beyond the .* items of the corpus"),
+    ({"mined": 2, "mined_refresh": 4, "mined_ranks": (10, 10_000)}, "mined_ranks.* reaches beyond the .* items of the corpus"),
 ])  # fmt: skip
 def test_more_items_than_exist_are_refused(make, negatives, message):
     with pytest.raises(ConfigError, match=message):
@@ -94,3 +94,53 @@ def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
         assert trainer.model.embed("user", new.weights, batch["user_features"]).dtype == np.float32
     assert losses["float32"] != losses["bfloat16"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+
+
+@pytest.mark.parametrize("values,message", [
+    ({"objective": {"loss": "bsl"}}, "'bsl' falls without bound .*learn_temperature=False"),
+    ({"objective": {"loss": "hinge"}}, "margin=0.0 with loss='hinge' is met by vectors that are all alike"),
+    ({"objective": {"calibration": 0.5}}, "calibration=0.5 is not read by loss='softmax'"),
+    ({"objective": LABELLED | {"symmetric": True}}, "symmetric=True is not read by loss='binary_cross_entropy'"),
+])  # fmt: skip
+def test_options_that_a_loss_does_not_read_or_cannot_do_with_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen_kinds(from_dict(values))
+
+
+@pytest.mark.parametrize("negatives,message", [
+    ({"mined": 4}, "mined_refresh=1000 must be below config.training.steps=1000"),
+    ({"mined": 4, "mined_refresh": 100, "in_batch": False, "uniform": 0}, "mined=4 must be beside other sources"),
+    ({"queue": 1024, "queue_warmup": 5000}, "queue_warmup=5000 must be below config.training.steps=1000"),
+])  # fmt: skip
+def test_sources_that_would_never_yield_anything_are_refused(negatives, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({"objective": {"negatives": negatives}})
+
+
+def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(make, monkeypatch):
+    from twotower.training import step as module
+
+    config = small_config(model={"user": {"layers": (16,), "dropout": 0.3}, "item": {"layers": (16, 16), "dropout": 0.3}},
+                          objective={"negatives": {"uniform": 0}})  # fmt: skip
+    trainer, state, batch = make(config)
+    results = []
+    for block in (1000, 24):  # 64 rows: at once, and in three blocks of which the last is not full
+        monkeypatch.setattr(module, "EMBED_BLOCK", block)
+        results.append(jax.jit(lambda s, b: module.train_step(s, b, {}, trainer=trainer))(state, batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(make):
+    from twotower.training import loop
+    from twotower.training.mesh import make_mesh
+
+    tower = {"layers": (16, 16), "batch_norm": True}
+    for values, message in (
+        ({"training": {"batch_size": 20_000}}, "user.batch_norm=True needs .* at most 16,384 rows a device; there are 20,000"),
+        ({"objective": {"label": "liked", "negatives": {"explicit": 2}}}, "item.batch_norm=True with mined or explicit"),
+    ):
+        trainer, _, _ = make(small_config(model={"user": tower, "item": tower}))
+        config = small_config(model={"user": tower, "item": tower}, **values)
+        trainer = type(trainer).build(config, trainer.model, trainer.corpus)
+        with pytest.raises(ConfigError, match=message):
+            loop._check_batch_norm(trainer, make_mesh(1))

@@ -55,7 +55,7 @@ def exact_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) 
 
 
 def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE, hashes: int = 0, width: int = 0) -> Arrays:
-    """Nothing seen yet.
+    """Nothing seen yet. "start" is the step that counts as the first one.
 
     Args:
         counts: of N ids, of which only N matters.
@@ -67,6 +67,7 @@ def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE, hashes: int = 0,
     arrays = {
         "last": jnp.full(shape, -1, jnp.int32), "gaps": jnp.zeros(shape), "times": jnp.zeros(shape),
         "step": jnp.int32(-1), "batch": jnp.float32(0), "items": jnp.float32(len(counts)), "rate": jnp.float32(rate),
+        "start": jnp.int32(0),
     }  # fmt: skip
     return arrays | ({"multipliers": _multipliers(hashes)} if hashes else {})
 
@@ -100,6 +101,7 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
 
 def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
     """The arrays after the batch of `step`. An id that stands in it twice has appeared once, two times."""
+    step = step - arrays["start"]
     slots = _slots(arrays, ids)
     depth, keep = jnp.arange(len(slots))[:, None], 1 - arrays["rate"]
     old = {name: arrays[name].at[depth, slots].get(mode="clip") for name in ("last", "gaps", "times")}

@@ -15,7 +15,7 @@ from twotower.data.batches import Batch
 from twotower.objectives import POINTWISE, negatives
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.towers.embeddings import PADDING
-from twotower.training.mesh import Group
+from twotower.training.mesh import ALONE, Group
 from twotower.validation import ConfigError
 
 
@@ -54,7 +54,7 @@ class Sources:
         """What `config` asks for.
 
         Raises:
-            ConfigError: the sources cannot be had, do not go together, or leave no negatives at all.
+            ConfigError: there are fewer items than are asked for.
         """
         objective, batch = config.objective, config.training.batch_size
         if objective.loss in POINTWISE or not objective.weight:
@@ -88,6 +88,14 @@ class Sources:
     def hard(self) -> int:
         """H."""
         return self.config.mined + self.config.explicit
+
+    @property
+    def candidates(self) -> int:
+        """How many each query is compared with."""
+        config = self.config
+        if config.catalogue:
+            return self.items + self.hard
+        return self.batch_size * config.in_batch + config.uniform + config.popularity + config.queue + self.hard
 
     @property
     def needs_features(self) -> bool:
@@ -188,5 +196,7 @@ def gathered(
     vectors: list[jax.Array], ids: list[jax.Array], owners: list[jax.Array], group: Group
 ) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, "C"]]:
     """All devices' candidates. What goes together is concatenated before it is gathered, ids and owners like vectors."""
+    if not sum(map(len, ids)):  # no collective of nothing
+        group = ALONE
     known = group.share(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))
     return group.gather(jnp.concatenate(vectors)), known[:, 0], known[:, 1]

@@ -57,14 +57,20 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
         )
     prepared = prepare(config, fit=functools.partial(grown, old_encoder))
     trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    if step % config.training.steps_per_dispatch:
+        raise ConfigError(
+            f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
+        )
     fresh = init_on(make_mesh(1), trainer, count_rows(prepared))
     if trainer.sources.config.frequency != "exact":
         logging.info("The estimates of frequency begin anew: they were of the rows of the old corpus.")
     state = migrate(old, fresh, old_encoder, prepared, make)
-    claim(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
     prepared.encoder.save(workdir / "encoder")
     with open_checkpoints(workdir, config) as checkpoints:
         checkpoints.save(step, state, record=dataclasses.asdict(Record(*trainer.corpus[:2])), metrics={})
+    # Last: until the checkpoint is whole this is no run that could be begun from nothing.
+    claim(workdir, config)
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
@@ -75,6 +81,8 @@ def migrate(old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prep
         encoder: of `old`.
         make: see `NEW_ROWS`.
     """
+    for part in ("params", "opt_state"):
+        _check_alike(part, getattr(old, part), getattr(fresh, part))
     uses = _uses(prepared.encoder)
     tables, slots = {}, {}
     for name, table in fresh.tables.items():
@@ -86,10 +94,23 @@ def migrate(old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prep
             rows[added.start : added.stop] = make(name, added, old, encoder, prepared, uses[name])
         tables[name] = rows
         slots[name] = {part: _overlaid(old.table_slots[name][part], x, known) for part, x in fresh.table_slots[name].items()}
+    # The plateau's best was measured on other rows.
+    opt_state = old.opt_state | {"plateau": fresh.opt_state["plateau"]._replace(scale=old.opt_state["plateau"].scale)}
+    frequency = {s: x | ({"start": old.step} if "start" in x else {}) for s, x in fresh.frequency.items()}
     state = fresh.replace(
-        step=old.step, params=old.params, batch_stats=old.batch_stats, opt_state=old.opt_state, tables=tables, table_slots=slots
-    )
+        step=old.step, params=old.params, batch_stats=old.batch_stats, opt_state=opt_state, tables=tables, table_slots=slots,
+        frequency=frequency,
+    )  # fmt: skip
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, fresh)
+
+
+def _check_alike(part: str, old: Any, fresh: Any) -> None:
+    shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (old, fresh)]
+    if jax.tree.structure(old) != jax.tree.structure(fresh) or shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"The {part} of the run to grow from are not those of this configuration: config.objective.loss, its heads and "
+            "config.training.optimizer must stay as they were."
+        )
 
 
 def _overlaid(old: Any, fresh: Any, known: int) -> np.ndarray:
@@ -123,6 +144,7 @@ def _from_content(
     side, feature = use
     ids = prepared.features[side].get(feature)
     if ids is None or ids.ndim != 1:
+        logging.info("Rows of %s begin as out-of-vocabulary rows: %s has no single value of it.", name, side)
         return _from_oov(name, added, old, encoder, prepared, use)
     others = {n: i for n, i in encoder.inputs[side].items() if n != feature and n in prepared.features[side]}
     if not others:

@@ -73,8 +73,8 @@ def _assembled(trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[s
     if config.objective.loss in POINTWISE:
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:
-        # As many negatives as rows to one positive: the loss begins at the odds there are, instead of at one to one.
-        params["bias"] = -jnp.log(jnp.float32(config.training.batch_size))
+        # The loss begins at the odds that there are, of one positive to its candidates, instead of at one to one.
+        params["bias"] = -jnp.log(jnp.float32(trainer.sources.candidates))
     weights = Weights(params, tables, stats)
     slots = {name: trainer.sparse.init(x, config.training.tables.initial_accumulator) for name, x in tables.items()}
     estimator = FREQUENCIES[negatives.frequency]

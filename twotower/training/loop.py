@@ -41,9 +41,12 @@ from twotower.training.mesh import (
 )  # fmt: skip
 from twotower.training.meter import Meter, TrainingError, last_good
 from twotower.training.state import Trainer, TrainState
-from twotower.training.step import train_step
+from twotower.training.step import EMBED_BLOCK, train_step
 from twotower.training.writer import open_writer
 from twotower.validation import ConfigError
+
+# Endings of metrics by which no checkpoint is chosen, the greatest being the best.
+SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
 
 Validate = Callable[[Weights], Mapping[str, float]]
 Mine = Callable[[Weights], Any]
@@ -104,7 +107,7 @@ def fit(
         prepared.train, prepared.features, batch_size=config.batch_size, seed=config.seed,
         resident_megabytes=config.resident_megabytes,
     )  # fmt: skip
-    _check(trainer, batches, prepared, mesh)
+    _check(trainer, batches, prepared, mesh, mine)
     with open_checkpoints(workdir, trainer.config) as checkpoints:
         state, record = _start(trainer, prepared, checkpoints, mesh)
         start = int(state.step)
@@ -138,7 +141,7 @@ class _Run:
         meter = Meter(self.writer, self.checkpoints, config.batch_size, config.log_every)
         with jax.transfer_guard("disallow"):
             for step in range(int(state.step), config.steps, config.steps_per_dispatch):
-                state = self._mined(state, step)
+                state = self._mined(state, step, meter)
                 state, metrics = run_steps(state, step)
                 done = step + config.steps_per_dispatch
                 meter.launched(done, metrics)
@@ -154,13 +157,16 @@ class _Run:
         meter.flush()
         return state
 
-    def _mined(self, state: TrainState, step: int) -> TrainState:
+    def _mined(self, state: TrainState, step: int, meter: Meter) -> TrainState:
         """The state with fresh pools of hard negatives, when it is time for them."""
         negatives = self.trainer.sources.config
         if not negatives.mined or not step or step % negatives.mined_refresh:
             return state
+        # A loss that is not finite is told as such, before its vectors are refused for it.
+        meter.read()
         with jax.transfer_guard("allow"):
             pools = place(self.mesh, self.mine(state.weights), WHOLE)
+        meter.resume()
         return state.replace(negatives=state.negatives | {"mined": pools})
 
     def _validate_and_save(self, state: TrainState) -> TrainState:
@@ -245,14 +251,40 @@ def corpus_of(prepared: Prepared) -> Corpus:
     return Corpus(len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum()))
 
 
-def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> None:
+def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh, mine: Mine | None) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
-    check_batch(trainer.config.training.batch_size, mesh)
+    check_batch(trainer.config.training, mesh)
+    _check_batch_norm(trainer, mesh)
+    if trainer.sources.config.mined and mine is None:
+        raise ConfigError(
+            f"config.objective.negatives.mined={trainer.sources.config.mined} needs a function that ranks items: pass make_mine "
+            "(twotower.retrieval.mining.make_mine) as experiments.train does."
+        )
     trainer.sources.check_divided(mesh.size, trainer.config.model.item.batch_norm)
     data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
     drawn = trainer.sources.needs_features and not data
     features = sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
     check_memory(mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features})
+
+
+def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
+    """Statistics are of a batch that is embedded at once, of rows that are users or items."""
+    size, drawn, model = trainer.config.training.batch_size, trainer.sources, trainer.config.model
+    items = size * (1 + drawn.hard) + drawn.config.uniform + drawn.config.popularity
+    rows = {"user": size // mesh.size, "item": -(-items // mesh.size)}
+    for side in ("user", "item"):
+        if not getattr(model, side).batch_norm:
+            continue
+        if rows[side] > EMBED_BLOCK:
+            raise ConfigError(
+                f"config.model.{side}.batch_norm=True needs a batch that is embedded at once, at most {EMBED_BLOCK:,} rows a "
+                f"device; there are {rows[side]:,}. Choose a smaller batch, more devices, or layer_norm."
+            )
+        if side == "item" and drawn.hard:
+            raise ConfigError(
+                "config.model.item.batch_norm=True with mined or explicit negatives would count the empty places of users who "
+                "have none: choose layer_norm."
+            )
 
 
 def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Record]:
@@ -268,3 +300,5 @@ def _check_metric(values: Mapping[str, float], metric: str) -> None:
     """Asked before the first step, so that a misspelt metric does not cost an hour."""
     if metric not in values:
         raise ConfigError(f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}.")
+    if metric.endswith(SMALLER_IS_BETTER) or metric.startswith(("never_trained", "queries")):
+        raise ConfigError(f"config.training.metric={metric!r} is not larger for a better model; recall@10 is, say.")

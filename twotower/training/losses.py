@@ -68,6 +68,13 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     return jnp.where(counts, batch["weight"], 0)
 
 
+def _owners(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
+    """Whose positive each row's answer is; nobody's where the label says that it is none."""
+    if not objective.label:
+        return batch[side]
+    return jnp.where(batch["labels"][objective.label] == 1, batch[side], -1)
+
+
 def _pointwise(trainer: Trainer, params: Any, users: jax.Array, items: jax.Array, batch: Batch) -> jax.Array:
     objective = trainer.config.objective
     scores = jnp.sum(users * items, -1) / trainer.model.temperature(params) + params["bias"]
@@ -85,7 +92,7 @@ def _items(
     own, others, hard = jnp.split(vectors["item"], [rows, rows + shared])
     parts = [(others, drawn.shared, jnp.full(shared, -1, jnp.int32))]
     if sources.config.in_batch and not sources.config.catalogue:
-        parts.insert(0, (own, batch["item"], batch["user"]))
+        parts.insert(0, (own, batch["item"], _owners(trainer.config.objective, batch, "user")))
     items, ids, owners = gathered(*map(list, zip(*parts)), group)
     queued = 0
     if sources.config.queue:
@@ -103,15 +110,16 @@ def _items(
         counts = log_count(drawn.hard, drawn.hard_log_count)
         further = Hard(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
     positives = Positives(own, batch["item"], log_count(batch["item"]))
+    known = Candidates(ids, owners, log_count(ids))
     return _streamed(
-        trainer, params, vectors["user"], positives, items, Candidates(ids, owners, log_count(ids)), batch, batch["user"], further
+        trainer, params, vectors["user"], positives, items, known, batch, batch["user"], further, trainer.corpus.items
     )
 
 
 def _users(trainer: Trainer, params: Any, vectors: Vectors, batch: Batch, state: TrainState, group: Group) -> jax.Array:
     """The items' users among the batch's."""
     own = vectors["item"][: len(batch["user"])]
-    users, ids, owners = gathered([vectors["user"]], [batch["user"]], [batch["item"]], group)
+    users, ids, owners = gathered([vectors["user"]], [batch["user"]], [_owners(trainer.config.objective, batch, "item")], group)
 
     def log_count(ids: jax.Array) -> jax.Array:
         if not trainer.sources.corrected:
@@ -120,19 +128,21 @@ def _users(trainer: Trainer, params: Any, vectors: Vectors, batch: Batch, state:
         return estimator.log_expected_count(state.frequency["user"], ids, trainer.sources.batch_size)
 
     positives = Positives(vectors["user"], batch["user"], log_count(batch["user"]))
-    return _streamed(trainer, params, own, positives, users, Candidates(ids, owners, log_count(ids)), batch, batch["item"], None)
+    known = Candidates(ids, owners, log_count(ids))
+    return _streamed(trainer, params, own, positives, users, known, batch, batch["item"], None, trainer.corpus.users)
 
 
 def _streamed(
     trainer: Trainer, params: Any, queries: jax.Array, positives: Positives, candidates: jax.Array, known: Candidates,
-    batch: Batch, owners: jax.Array, hard: Hard | None,
+    batch: Batch, owners: jax.Array, hard: Hard | None, corpus: int,
 ) -> jax.Array:  # fmt: skip
+    """Args: corpus: how many things there are that candidates may be."""
     objective, loss = trainer.config.objective, trainer.loss
     return streaming_loss(
         queries, positives, candidates, known, loss=loss, weights=_row_weights(objective, batch),
         scale=1 / trainer.model.temperature(params), bias=params.get("bias"), owners=owners, hard=hard,
         margin=objective.margin, positive_temperature=objective.positive_temperature,
-        mask_same_user=objective.mask_same_user, constants=trainer.constants, block=objective.block,
+        mask_same_user=objective.mask_same_user, constants=loss.constants(objective, corpus), block=objective.block,
         dtype=DTYPES[trainer.config.model.dtype],
     )  # fmt: skip
 
@@ -151,5 +161,6 @@ def remember(trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array
     kept = state.negatives
     if config.queue:
         vectors = group.share(jax.lax.stop_gradient(items[: len(batch["item"])]))
-        kept = kept | {"queue": push(kept["queue"], vectors, ids["item"], ids["user"], state.step)}
+        owners = group.share(_owners(trainer.config.objective, batch, "user"))
+        kept = kept | {"queue": push(kept["queue"], vectors, ids["item"], owners, state.step)}
     return state.replace(frequency=frequency, negatives=kept)

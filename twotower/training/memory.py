@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,10 +62,12 @@ def _limit(mesh: Mesh) -> int | None:
     if devices[0].platform != "cpu":
         stats = devices[0].memory_stats() or {}
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    try:  # devices of a CPU share its memory
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
-    except (ValueError, OSError):
-        return None
+    # Devices of a CPU share its memory. What the system keeps of files, such as the log just read, is free as well.
+    known = Path("/proc/meminfo")
+    for line in known.read_text().splitlines() if known.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // len(devices)
+    return None
 
 
 def _size(count: int) -> str:

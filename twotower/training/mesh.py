@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from twotower.config import TrainingConfig
 from twotower.towers.embeddings import ROW_MULTIPLE, lookup, take_rows
 from twotower.validation import ConfigError
 
@@ -188,12 +189,18 @@ def run_on(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Cal
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be divided evenly."""
-    if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
+def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
+    """Refuses a batch that cannot be divided evenly over the devices, or on each into the parts it is to be computed in."""
+    size, parts = training.batch_size, training.accumulate
+    if size % mesh.size:
+        below = size // mesh.size * mesh.size
         near = f"{below} or {below + mesh.size}" if below else f"{mesh.size}"
         raise ConfigError(
-            f"config.training.batch_size={batch_size} cannot be divided evenly over {mesh.size} devices: choose {near}, or "
-            f"--devices={math.gcd(batch_size, mesh.size)}."
+            f"config.training.batch_size={size} cannot be divided evenly over {mesh.size} devices: choose {near}, or "
+            f"--devices={math.gcd(size, mesh.size)}."
+        )
+    if size // mesh.size % parts:
+        raise ConfigError(
+            f"config.training.accumulate={parts} must divide the {size // mesh.size} rows of config.training.batch_size={size} "
+            f"that each of {mesh.size} devices has."
         )

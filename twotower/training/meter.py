@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from twotower.training.checkpoint import Checkpoints
 
@@ -35,6 +36,7 @@ class Meter:
         # The rate is measured from the first dispatch read on, so that compiling does not count.
         self._since: float | None = None
         self._timed, self._read_at, self._step = 0, 0.0, 0
+        self._told = False
 
     def launched(self, step: int, metrics: Any) -> None:
         """`metrics` [K] of the K steps up to `step` are on their way."""
@@ -75,6 +77,12 @@ class Meter:
                 f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {self._step}. "
                 f"{last_good(self._checkpoints)}"
             )
+        if values["grad_norm"] == 0 and not self._told:
+            self._told = True
+            logging.warning(
+                "Step %d has no gradient at all: no row of its batch has a weight, a label or a negative to learn from. With a "
+                "batch of one user, say, every other item is another positive of that user.", self._step,
+            )  # fmt: skip
         self._writer.advance()
         self._window.append(values)
         if self._step % self._log_every == 0:

@@ -18,6 +18,7 @@ from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, corpus_of, fit, open_checkpoints
+from twotower.training.memory import check_memory
 from twotower.training.mesh import check_batch, make_mesh
 from twotower.training.state import Trainer, chosen_kinds
 from twotower.validation import ConfigError
@@ -54,7 +55,7 @@ def train(
         TrainingError: see `twotower.training.loop.fit`.
     """
     workdir, mesh = local_folder(workdir), make_mesh(devices)
-    check_batch(config.training.batch_size, mesh)
+    check_batch(config.training, mesh)
     chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
     folder = workdir / "encoder"
     known = Encoder.load(folder) if _is_begun(workdir, config) and folder.exists() else None
@@ -67,6 +68,11 @@ def train(
         if known is None:
             prepared.encoder.save(folder)
     _meet("the folder of the run is made")
+    if not (workdir / "config.json").exists():
+        raise ConfigError(
+            f"--workdir={workdir} is not seen by process {jax.process_index()}: several processes need one folder that all of "
+            "them see, such as a network file system or a mounted bucket."
+        )
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
         validate = make_validate(prepared, model)
@@ -94,7 +100,9 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
-    abstract = abstract_state(Trainer.build(config, model, corpus_of(prepared)), make_mesh(1))
+    mesh = make_mesh(1)
+    abstract = abstract_state(Trainer.build(config, model, corpus_of(prepared)), mesh)
+    check_memory(mesh, abstract, {})
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import optax
 
-from twotower.config import Config
+from twotower.config import Config, ObjectiveConfig
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.multitask import check_heads
@@ -55,7 +54,6 @@ class Trainer:
 
     Attributes:
         loss: a `Loss`, or the function of a pointwise one.
-        constants: of the loss, from the configuration.
         corpus: how many users and items there are.
         sources: of negatives; none for a loss that looks at each row alone.
 
@@ -66,7 +64,6 @@ class Trainer:
     model: TwoTower
     config: Config
     loss: Any
-    constants: Mapping[str, float]
     dense: optax.GradientTransformation
     sparse: TableOptimizer
     schedule: optax.Schedule
@@ -76,14 +73,14 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: Corpus) -> Trainer:
         loss, *optimizers = chosen_kinds(config)
-        constants = {} if config.objective.loss in POINTWISE else loss.constants(config.objective, corpus.items)
-        return cls(model, config, loss, constants, *optimizers, corpus, Sources.build(config, loss, corpus))
+        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus))
 
 
 def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
     """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
     training, objective = config.training, config.objective
     _check_objective(config)
+    _check_loss(config)
     check_heads(objective.heads)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     return (
@@ -126,3 +123,25 @@ def _check_objective(config: Config) -> None:
             "config.model with batch_norm=True needs a batch that is computed at once: leave config.training.accumulate at 1 and "
             "config.objective.negatives.catalogue at False, or choose layer_norm."
         )
+
+
+def _check_loss(config: Config) -> None:
+    """Refuses options that the loss does not read, and those without which it learns nothing."""
+    objective, model, name = config.objective, config.model, config.objective.loss
+    pointwise = name in POINTWISE
+    loss = choose(LOSSES | POINTWISE, name, "config.objective.loss")
+    read = {
+        "positive_temperature": not pointwise and loss.bilateral, "calibration": name == "gbce", "pos_weight": pointwise,
+        "negative_weight": name == "cosine_contrastive", "margin": not pointwise, "symmetric": not pointwise,
+    }  # fmt: skip
+    for field, is_read in read.items():
+        value = getattr(objective, field)
+        if not is_read and value != getattr(ObjectiveConfig(), field):
+            raise ConfigError(f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them out.")
+    if not pointwise and loss.bilateral and model.learn_temperature:
+        raise ConfigError(
+            f"config.objective.loss={name!r} falls without bound as the temperature does: set "
+            "config.model.learn_temperature=False."
+        )
+    if name in ("hinge", "triplet") and not objective.margin:
+        raise ConfigError(f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: set, say, 0.2.")

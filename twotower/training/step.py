@@ -150,8 +150,9 @@ def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:
     blocks = -(-length // EMBED_BLOCK)
 
     def divided(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, blocks * EMBED_BLOCK - length), *[(0, 0)] * (x.ndim - 1)))
-        return padded.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
+        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut off.
+        filled = jnp.concatenate([x, x[: blocks * EMBED_BLOCK - length]])
+        return filled.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
 
     out = jax.lax.map(jax.checkpoint(function), jax.tree.map(divided, tree))
     return out.reshape(-1, out.shape[-1])[:length]
