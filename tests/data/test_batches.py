@@ -41,7 +41,7 @@ def test_order_is_a_function_of_seed_and_step():
 
 def test_a_batch_joins_rows_with_their_entities_and_context():
     batches = _batches()
-    index, batch = batches.indices(4), batches.load(4)
+    index, batch = batches.indices(4), batches.load(batches.indices(4))
     np.testing.assert_array_equal(batch["user_features"]["id"], batch["user"] + 100)
     np.testing.assert_array_equal(batch["user_features"]["hour"], index)
     np.testing.assert_array_equal(batch["item_features"]["words"][:, 0], batch["item"] * 3)
@@ -50,7 +50,7 @@ def test_a_batch_joins_rows_with_their_entities_and_context():
 def test_gathered_on_the_device_equals_streamed():
     batches = _batches()
     on_device = jax.jit(gather)(batches.resident, batches.indices(2))
-    jax.tree.map(np.testing.assert_array_equal, on_device, batches.load(2))
+    jax.tree.map(np.testing.assert_array_equal, on_device, batches.load(batches.indices(2)))
 
 
 def test_data_above_the_budget_is_not_resident():

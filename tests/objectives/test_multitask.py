@@ -16,7 +16,7 @@ from twotower.validation import ConfigError
 B, D = 16, 5
 HEADS = {
     "click": {"label": "clicked", "combine": "multiply", "weight": 0.5, "pos_weight": 3.0},
-    "like": {"label": "liked", "layers": (7,)},
+    "like": {"label": "liked", "combine": "concatenate", "layers": (7,)},
 }
 
 

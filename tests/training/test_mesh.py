@@ -10,6 +10,7 @@ import pytest
 
 from experiments.benchmarks import hlo
 from tests.training.divided import INPUTS, Case, differences, make_trainer, on_mesh
+from twotower.config import TrainingConfig
 from twotower.data.encodings import TableShape
 from twotower.objectives import LOSSES
 from twotower.objectives.frequency import FREQUENCIES
@@ -162,7 +163,7 @@ def test_no_array_holds_the_scores_and_the_sweep_is_alone(compiled):
     held = {shape.dims for shape in program.shapes() if {candidates, BATCH} & set(shape.dims[1:])}
     assert any(dims[-1] == candidates for dims in held)  # a block of the sweep
     most = max(dims[0] for dims in held if len(dims) == 2 and dims[-1] in (candidates, BATCH))
-    assert most <= 128 < BATCH // DEVICES
+    assert most <= 256 < BATCH // DEVICES
     assert program.looped and not [found for found in program.collectives() if found.in_loop]
 
 
@@ -184,10 +185,12 @@ def test_a_number_of_devices_that_does_not_divide_them_is_refused():
 
 def test_a_batch_that_cannot_be_divided_is_refused_and_offered_two_ways():
     with pytest.raises(ConfigError, match="batch_size=100 cannot .* over 8 devices: choose 96 or 104, or --devices=4"):
-        check_batch(100, make_mesh(8))
+        check_batch(TrainingConfig(batch_size=100), make_mesh(8))
     with pytest.raises(ConfigError, match="batch_size=3 .* choose 8, or --devices=1"):
-        check_batch(3, make_mesh(8))
-    check_batch(96, make_mesh(8))
+        check_batch(TrainingConfig(batch_size=3), make_mesh(8))
+    check_batch(TrainingConfig(batch_size=96, accumulate=4), make_mesh(8))
+    with pytest.raises(ConfigError, match="accumulate=8 must divide the 12 rows of .*batch_size=96 that each of 8 devices has"):
+        check_batch(TrainingConfig(batch_size=96, accumulate=8), make_mesh(8))
 
 
 def test_draws_that_batch_norm_would_see_filled_up_are_refused():

@@ -161,6 +161,7 @@ def remember(trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array
     kept = state.negatives
     if config.queue:
         vectors = group.share(jax.lax.stop_gradient(items[: len(batch["item"])]))
-        owners = group.share(_owners(trainer.config.objective, batch, "user"))
+        labelled = trainer.config.objective.label
+        owners = group.share(_owners(trainer.config.objective, batch, "user")) if labelled else ids["user"]
         kept = kept | {"queue": push(kept["queue"], vectors, ids["item"], owners, state.step)}
     return state.replace(frequency=frequency, negatives=kept)
