@@ -5,8 +5,8 @@
     python -m experiments.export --workdir=runs/yelp
     python -m experiments.evaluate --workdir=runs/yelp --k=20
 
-Recall@20 / NDCG@20 with training items masked: FILL.
-Tuned on a tenth of the training rows (--config.split.validation=0.1).
+Recall@20 / NDCG@20 with training items masked; published for matrix factorisation with a softmax loss: .0721 / .0592. Not yet
+measured on the test rows: the options are being chosen on a tenth of the training rows (--config.split.validation=0.1).
 """
 
 from twotower.config import defaults
@@ -33,8 +33,9 @@ def get_config():
     config.objective.negatives.uniform = 1024
 
     config.training.batch_size = 2048
-    config.training.steps = 18_000
+    config.training.steps = 24_000
     config.training.validate_every = 3000
+    config.training.schedule.kind = "cosine"
     config.training.steps_per_dispatch = 50
     config.training.log_every = 500
     config.training.tables.kind = "lazy_adam"
