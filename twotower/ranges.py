@@ -49,6 +49,8 @@ def _check_data(config: Any, check: _Checks) -> None:
     check.one_of(("user", "interaction"), "evaluation.query")
     check.one_of(("auto", "exact", "scann_brute_force", "scann_tree", "scann_tree_ah"), "retrieval.index")
     check.one_of(("float32", "bfloat16"), "model.dtype")
+    for tower in ("model.user.layers", "model.item.layers"):
+        check.true(min(_get(config, tower), default=1) >= 1, tower, "widths of at least 1")
     for table in ("interactions", "user_table", "item_table", "test"):
         check.one_of(("s", "ms", "us", "ns"), f"data.{table}.timestamp_unit")
         delimiter, encoding = f"data.{table}.delimiter", f"data.{table}.encoding"
@@ -65,7 +67,8 @@ def _check_training(config: Any, check: _Checks) -> None:
     check.at_least(1, *training("batch_size", "steps", "log_every", "validate_every", "keep_checkpoints", "schedule.patience"))
     check.at_least(1, *training("steps_per_dispatch", "accumulate"))
     check.at_least(0, *training("seed", "patience", "resident_megabytes", "schedule.warmup_steps", "optimizer.clip_norm"))
-    check.at_least(0, *training("optimizer.learning_rate", "tables.learning_rate", "tables.initial_accumulator"))
+    check.at_least(0, *training("optimizer.learning_rate", "optimizer.weight_decay"))
+    check.at_least(0, *training("tables.learning_rate", "tables.initial_accumulator"))
     t, parts = config.training, [config.training.validate_every, config.training.steps]
     if config.objective.negatives.mined:
         parts.append(config.objective.negatives.mined_refresh)

@@ -97,7 +97,7 @@ def test_shown_and_refused_items_are_mined_like_others(run):
     features = {"user": dict(run.config.features.user), "item": dict(run.config.features.item)}
     values = {
         "data": {"source": "shop", "num_interactions": 3000}, "features": features,
-        "objective": {"label": "liked", "negatives": {"mined": 2, "mined_ranks": (0, 5000)}},
+        "objective": {"label": "liked", "negatives": {"mined": 2, "mined_refresh": 100, "mined_ranks": (0, 5000)}},
     }  # fmt: skip
     prepared = prepare(from_dict(values))
     pools = make_mine(prepared, run.model)(run.weights)

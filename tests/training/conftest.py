@@ -10,8 +10,8 @@ from twotower.config import from_dict
 from twotower.data.batches import Batches
 from twotower.data.prepare import prepare
 from twotower.towers.two_tower import TwoTower
+from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import init_state
-from twotower.training.loop import corpus_of, count_rows
 from twotower.training.state import Trainer
 
 FEATURES = {

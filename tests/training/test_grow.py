@@ -11,10 +11,11 @@ import pytest
 from tests.training.conftest import small_config
 from twotower.data.synthetic import generate
 from twotower.training import run
+from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.grow import grow
 from twotower.training.init import abstract_state
-from twotower.training.loop import corpus_of, open_checkpoints
+from twotower.training.loop import open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.state import Trainer
 from twotower.validation import ConfigError

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 
+from twotower.training.catalogue import corpus_of
 from twotower.training.init import abstract_state
-from twotower.training.loop import corpus_of, open_checkpoints
+from twotower.training.loop import open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.run import load_run
 from twotower.training.state import Trainer

@@ -35,6 +35,8 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(objecti
     ({"objective": {"negatives": {"alpha": -1.0}}}, "alpha=-1.0 must be at least 0"),
     ({"objective": {"weight": 0.0}}, "weight=0.0 must be above 0 where there are no heads"),
     ({"objective": {"pos_weight": 0.0}}, "pos_weight=0.0 must be above 0"),
+    ({"model": {"user": {"layers": (8, 0)}}}, "config.model.user.layers=.8, 0. must be widths of at least 1"),
+    ({"training": {"optimizer": {"weight_decay": -1.0}}}, "weight_decay=-1.0 must be at least 0"),
     ({"objective": {"calibration": 1.5}}, "calibration=1.5 must be between 0.0 and 1.0"),
     ({"model": {"dtype": "float16"}}, "config.model.dtype='float16' is not known; did you mean 'bfloat16'"),
 ])  # fmt: skip

@@ -15,8 +15,9 @@ import pytest
 from tests.training import conftest
 from tests.training.divided import differences
 from twotower.data.batches import Batches
+from twotower.training.catalogue import corpus_of
 from twotower.training.init import abstract_state
-from twotower.training.loop import corpus_of, open_checkpoints
+from twotower.training.loop import open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.processes import join
 from twotower.training.run import load_run

@@ -46,7 +46,7 @@ def _dense_gradients(trainer, state, batch):
         weights = Weights(params, tables, state.batch_stats)
         user, item = (trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES)
         counts, temperature = state.frequency, trainer.model.temperature(params)
-        counts, rows = {side: counts[side]["counts"] for side in SIDES}, counts["item"]["rows"]
+        counts, rows = {side: x["counts"] for side, x in counts.items()}, counts["item"]["rows"]
         losses = _softmax(user, item, batch["item"], batch["user"], counts["item"], rows, temperature)
         if trainer.config.objective.symmetric:
             other = _softmax(item, user, batch["user"], batch["item"], counts["user"], rows, temperature)

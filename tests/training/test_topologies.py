@@ -12,9 +12,10 @@ from tests.training.conftest import small_config
 from tests.training.divided import differences
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop
+from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import checksum
 from twotower.training.init import abstract_state
-from twotower.training.loop import corpus_of, fit
+from twotower.training.loop import fit
 from twotower.training.mesh import make_mesh
 from twotower.training.state import Trainer
 

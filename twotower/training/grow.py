@@ -22,8 +22,9 @@ from twotower.data.growth import grown
 from twotower.data.prepare import Prepared, prepare
 from twotower.towers.two_tower import SIDES, TwoTower
 from twotower.training.candidates import Corpus
+from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import abstract_state, init_on
-from twotower.training.loop import Record, corpus_of, count_rows, open_checkpoints
+from twotower.training.loop import Record, open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.run import claim, load_config, local_folder, step_of
 from twotower.training.state import Trainer, TrainState

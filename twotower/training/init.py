@@ -77,7 +77,8 @@ def _assembled(trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[s
         params["bias"] = -jnp.log(jnp.float32(trainer.sources.candidates))
     weights = Weights(params, tables, stats)
     slots = {name: trainer.sparse.init(x, config.training.tables.initial_accumulator) for name, x in tables.items()}
-    estimator = FREQUENCIES[negatives.frequency]
+    # Users are candidates of the symmetric loss alone.
+    estimator, sides = FREQUENCIES[negatives.frequency], SIDES if config.objective.symmetric else ("item",)
     kept = {}
     if negatives.queue:
         kept["queue"] = init_queue(negatives.queue, trainer.model.dim)
@@ -86,5 +87,5 @@ def _assembled(trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[s
         kept["mined"] = {"items": jnp.full(shape, -1, jnp.int32), "sizes": jnp.zeros(shape[0], jnp.int32)}
     return TrainState(
         jnp.int32(0), *weights, {"dense": trainer.dense.init(params), "plateau": init_plateau()}, slots,
-        {side: estimator.init(counts[side], counts["rows"]) for side in SIDES}, kept,
+        {side: estimator.init(counts[side], counts["rows"]) for side in sides}, kept,
     )  # fmt: skip

@@ -15,9 +15,10 @@ from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.prepare import Prepared, prepare
 from twotower.towers.two_tower import TwoTower, Weights
+from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.init import abstract_state
-from twotower.training.loop import Validate, corpus_of, fit, open_checkpoints
+from twotower.training.loop import Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory
 from twotower.training.mesh import check_batch, make_mesh
 from twotower.training.state import Trainer, chosen_kinds

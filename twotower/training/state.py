@@ -30,7 +30,8 @@ class TrainState:
         batch_stats: running statistics, see `Weights`.
         opt_state: the dense optimizer's, and the plateau schedule's.
         table_slots: table name -> the sparse optimizer's arrays.
-        frequency: {"user": ..., "item": ...}, what the estimator of `config.objective.negatives.frequency` keeps.
+        frequency: {"item": ...}, and "user" for a symmetric loss: what the estimator of `config.objective.negatives.frequency`
+            keeps.
         negatives: {"queue": ..., "mined": ...}, as far as they are used.
     """
 

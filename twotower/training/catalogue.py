@@ -1,0 +1,45 @@
+"""What training knows of the whole corpus: how much there is, how often each thing occurs, what negatives are drawn from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from twotower.data.prepare import Prepared
+from twotower.objectives.alias import popularity_table
+from twotower.objectives.pools import explicit_pools
+from twotower.training.candidates import Corpus
+from twotower.training.mesh import WHOLE, place
+from twotower.training.state import Trainer
+
+
+def make_catalogue(trainer: Trainer, prepared: Prepared, mesh: Mesh, resident: Any) -> dict[str, Any]:
+    """What the step needs of the corpus; see `train_step`."""
+    config, found = trainer.sources.config, {}
+    if trainer.sources.needs_features:
+        given = resident["item_features"] if resident else place(mesh, dict(prepared.features["item"]), WHOLE)
+        found["item_features"] = given
+    if config.popularity:
+        found["popularity"] = place(mesh, popularity_table(count_rows(prepared)["item"], config.alpha), WHOLE)
+    if config.explicit:
+        found["explicit"] = place(mesh, _explicit(trainer, prepared), WHOLE)
+    return found
+
+
+def _explicit(trainer: Trainer, prepared: Prepared) -> Any:
+    labels = prepared.train.labels[trainer.config.objective.label]
+    return explicit_pools(prepared.train, labels, num_users=len(prepared.users))
+
+
+def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+    """Training rows of each user, of each item of the corpus, and in all, float32."""
+    sizes = {"user": len(prepared.users), "item": len(prepared.items)}
+    counts = {side: np.bincount(getattr(prepared.train, side), minlength=n) for side, n in sizes.items()}
+    return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(len(prepared.train))}
+
+
+def corpus_of(prepared: Prepared) -> Corpus:
+    """How much there is."""
+    return Corpus(len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum()))
