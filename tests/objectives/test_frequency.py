@@ -183,3 +183,15 @@ def test_an_update_touches_the_rows_of_the_batch_alone(name):
     ids, step = jax.ShapeDtypeStruct((B,), "int32"), jax.ShapeDtypeStruct((), "int32")
     compiled = jax.jit(estimator.update, donate_argnums=0).lower(arrays, ids, step).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < items
+
+
+def test_gaps_count_from_the_step_that_the_estimates_begin_at():
+    """As after growing, when training is far from its first step and nothing has been seen yet."""
+    estimator, batches = FREQUENCIES["gap"], np.random.default_rng(0).integers(0, 20, (30, 8)).astype(np.int32)
+    early = late = estimator.init(jnp.ones(20), jnp.float32(20))
+    late = late | {"start": jnp.int32(4000)}
+    for step, ids in enumerate(batches):
+        early = estimator.update(early, jnp.asarray(ids), jnp.int32(step))
+        late = estimator.update(late, jnp.asarray(ids), jnp.int32(4000 + step))
+    ids = jnp.arange(20)
+    np.testing.assert_array_equal(estimator.log_expected_count(early, ids, 8), estimator.log_expected_count(late, ids, 8))

@@ -47,6 +47,12 @@ CATALOGUE = {
     "model": {"user": TOWER, "item": TOWER}, "objective": {"loss": "gbce", "negatives": {"catalogue": True}},
     "training": {"tables": {"kind": "adagrad", "initial_accumulator": 0.1}},
 }  # fmt: skip
+# No candidate is shared by the batch, so there is nothing to gather.
+HARD = {
+    "model": {"user": TOWER, "item": {"layers": (8,)}},
+    "objective": {"label": "like", "negatives": {"in_batch": False, "uniform": 0, "explicit": 3}},
+    "training": {"tables": {"kind": "adagrad", "initial_accumulator": 0.1}, "optimizer": {"kind": "adagrad"}},
+}  # fmt: skip
 LABELS = {
     "model": {"user": TOWER, "item": TOWER}, "objective": {"loss": "binary_cross_entropy", "label": "like", "pos_weight": 3.0},
     "training": {"accumulate": 2},
@@ -55,8 +61,8 @@ LABELS = {
 
 @pytest.mark.parametrize(
     "values, several",
-    [(EVERYTHING, (8,)), (PLAIN, (2, 4)), (CATALOGUE, (4,)), (LABELS, (8,))],
-    ids=["everything", "plain", "catalogue", "labels"],
+    [(EVERYTHING, (8,)), (PLAIN, (2, 4)), (CATALOGUE, (4,)), (HARD, (2,)), (LABELS, (8,))],
+    ids=["everything", "plain", "catalogue", "hard", "labels"],
 )
 def test_several_devices_equal_one_in_float64(values, several):
     with jax.enable_x64(True):

@@ -76,3 +76,25 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
     columns = ((0, 4, 0), (1, 5, 0), (2, 6, 1 / 3))
     logits = [user[0] @ item[c] / 0.07 - logq * np.log(expected_count(i, own)) for c, i, own in columns]
     np.testing.assert_allclose(got, np.log(np.sum(np.exp(logits))) - logits[0], rtol=1e-5)
+
+
+def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
+    """It is in the batch with label 0, and so nobody's positive: not masked as another positive of the user would be."""
+    config = from_dict({"objective": {"label": "liked", "logq": False, "negatives": {"uniform": 0}}})
+    inputs = {side: {"id": Input(table=side)} for side in ("user", "item")}
+    model = TwoTower.build_from(config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs})
+    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    rng = np.random.default_rng(0)
+    user, item = (rng.normal(size=(3, 4)).astype(np.float32) / 4 for _ in range(2))
+    params = {"log_temperature": jnp.log(jnp.float32(0.07))}
+    state = TrainState(0, params, {}, {}, {}, {}, {"item": {"counts": jnp.ones(8), "rows": jnp.float32(8)}}, {})
+    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0)))
+    # All rows are of user 0, who liked items 4 and 6 and refused item 5.
+    batch = {
+        "user": jnp.array([0, 0, 0]), "item": jnp.array([4, 5, 6]), "weight": jnp.array([1.0, 1.0, 0.0]),
+        "labels": {"liked": jnp.array([1.0, 0.0, 1.0])},
+    }  # fmt: skip
+    vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)["retrieval"]
+    logits = user[0] @ item[:2].T / 0.07
+    np.testing.assert_allclose(got, np.log(np.exp(logits).sum()) - logits[0], rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def lookup_all(
         ids = [features[side][name] for side, name in uses]
         flat = jnp.concatenate([x.ravel() for x in ids])
         found = lookup_rows(tables[table], flat, asked[table], group)
-        ends = list(_running_sum(x.size for x in ids))
+        ends = list(itertools.accumulate(x.size for x in ids))
         for (side, name), x, part in zip(uses, ids, jnp.split(found, ends[:-1])):
             rows[side][name] = part.reshape(*x.shape, found.shape[-1])
     return rows
@@ -62,10 +63,3 @@ def shared_gradients(model: TwoTower, row_grads: Mapping[str, Any], group: Group
         table: group.share(jnp.concatenate([flat(row_grads[side][name]) for side, name in uses]))
         for table, uses in uses_of(model).items()
     }
-
-
-def _running_sum(sizes: Any) -> Any:
-    total = 0
-    for size in sizes:
-        total += size
-        yield total
