@@ -189,11 +189,11 @@ NEGATIVES = (
          "    return jax.nn.relu(margin - positive + hardest)"),
     make(12, "0 x -inf where everything is masked",
          "objectives.sweep",
-         "    none = top == -jnp.inf\n",
-         "    none = jnp.zeros(top.shape, bool)\n"),
+         "    none = total == 0\n",
+         "    none = jnp.zeros(total.shape, bool)\n"),
     make(12, "logits in half precision",
          "objectives.sweep",
-         "scores = jnp.matmul(block.queries, operands[1], preferred_element_type=scored.positive.dtype)",
-         "scores = jnp.matmul(block.queries, operands[1]).astype(scored.positive.dtype)"),
+         "scores = jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)",
+         "scores = jnp.matmul(block.queries, operands.columns).astype(scored.positive.dtype)"),
 )
 # fmt: on

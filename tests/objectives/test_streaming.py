@@ -63,6 +63,23 @@ def test_equals_the_naive_loss_with_a_part_left_out(name, changes):
         _assert_close(streaming, naive)
 
 
+@pytest.mark.parametrize("length", [1.0, 5.0, 15.0])
+@pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "bsl"])
+def test_no_exponential_vanishes_however_far_logits_are_below_what_lengths_allow(name, length):
+    """Every item points away from some queries: their greatest logits are down to -225, where 225 was possible."""
+    c = case(name)
+    away = jnp.eye(1, 5) * length + jnp.arange(5)[None, :] / 100
+    queries, items = c.queries.at[3:9].set(away), jnp.abs(c.items) * 0.01 - away
+    c = c._replace(queries=queries, items=items, positives=c.positives._replace(vectors=items[jnp.arange(13)]))
+    arrays = _differentiable(c) | {"scale": jnp.float32(1.0)}
+    naive, streaming = (
+        jax.value_and_grad(lambda a, f=f: _of(f, c, a, hard=None))(arrays)
+        for f in (naive_loss, functools.partial(streaming_loss, block=4))
+    )
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(naive))
+    _assert_close(streaming, naive, 2e-4)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_value_alone_is_the_same_value(name):
     with jax.enable_x64(True):

@@ -97,7 +97,7 @@ def streaming_loss(
 
 def _block_rows(candidates: int) -> int:
     """Queries in a block: on a CPU few, so that a block's logits stay in the cache; elsewhere enough to fill the device."""
-    fewest, logits = (128, 2**20) if jax.default_backend() == "cpu" else (1024, 2**26)
+    fewest, logits = (256, 2**20) if jax.default_backend() == "cpu" else (1024, 2**26)
     return max(fewest, logits // max(candidates, 1))
 
 

@@ -19,6 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 from twotower.objectives.negatives import Candidates
 
 
+# How far below its bound the greatest logit of a query may be: its exponential, e^-60, is as many nats from the least normal
+# number of float32 as matter beside it.
+_SPREAD = 60.0
+
+
 class Scored(NamedTuple):
     """What the loss is differentiated by."""
 
@@ -56,16 +61,32 @@ class Form(NamedTuple):
     dtype: Any
 
 
+class _Operands(NamedTuple):
+    """What is multiplied, in the layouts of the three products: XLA for CPUs multiplies transposed bfloat16 far slower."""
+
+    queries: Float[Array, "B D"]
+    items: Float[Array, "C D"]
+    columns: Float[Array, "D C"]
+
+
 class _Block(NamedTuple):
-    """The rows of `Scored` and `Known` that are of one block of n queries."""
+    """The rows of `Scored` and `Known` that are of one block of n queries; `columns` are the queries once more."""
 
     queries: Float[Array, "n D"]
+    columns: Float[Array, "D n"]
     positive: Float[Array, "n"]
     hard: Float[Array, "n H"]
     weights: Float[Array, "n"]
     ids: Int[Array, "n"]
     owners: Int[Array, "n"]
     hard_allowed: Bool[Array, "n H"]
+
+
+class _Bound(NamedTuple):
+    """No candidate's logit for a query q is greater than slope |q| + level. An infinite slope says nothing."""
+
+    slope: Float[Array, ""]
+    level: Float[Array, ""]
 
 
 class _Slopes(NamedTuple):
@@ -81,9 +102,10 @@ class _Slopes(NamedTuple):
 def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
     """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as the ids."""
     operands = _operands(form, scored)
+    bound = _bound(form, operands, scored, known)
 
     def body(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
-        losses, _ = _losses(form, block, *_logits(operands, scored, known, block))
+        losses, _ = _losses(form, block, *_logits(operands, scored, known, block), bound)
         return total + jnp.sum(block.weights * losses), None
 
     start = jnp.zeros((), scored.positive.dtype) + zero(known)
@@ -92,16 +114,16 @@ def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
 
 def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""], Scored]:
     operands, exact = _operands(form, scored), scored.positive.dtype
-    items = operands[1].T
+    bound = _bound(form, operands, scored, known)
 
     def body(totals: tuple, block: _Block) -> tuple[tuple, tuple]:
         loss, transposed, scale, bias = totals
-        losses, slopes = _losses(form, block, *_logits(operands, scored, known, block), weighted=True)
-        outer = slopes.candidates.astype(items.dtype)
-        queries = slopes.factor[:, None] * jnp.matmul(outer, items, preferred_element_type=exact)
-        scaled = (block.queries * (scored.scale * slopes.factor)[:, None]).astype(items.dtype)
+        losses, slopes = _losses(form, block, *_logits(operands, scored, known, block), bound, weighted=True)
+        outer = slopes.candidates.astype(operands.items.dtype)
+        queries = slopes.factor[:, None] * jnp.matmul(outer, operands.items, preferred_element_type=exact)
+        scaled = (block.columns * (scored.scale * slopes.factor)[None, :]).astype(outer.dtype)
         # As [D, C]: the CPU forms this product several times as fast as its transpose.
-        transposed += jnp.einsum("nd,nc->dc", scaled, outer, preferred_element_type=exact)
+        transposed += jnp.matmul(scaled, outer, preferred_element_type=exact)
         scale += jnp.sum(queries * block.queries)
         if form.biased:
             bias += jnp.sum(slopes.factor * slopes.candidates.sum(axis=1))
@@ -130,12 +152,38 @@ def zero(known: Known) -> Int[Array, ""]:
     return 0 * known.ids[:1].sum() + 0 * known.candidates.ids[:1].sum()
 
 
-def _operands(form: Form, scored: Scored) -> tuple[Float[Array, "B D"], Float[Array, "D C"]]:
+def _operands(form: Form, scored: Scored) -> _Operands:
     dtype = form.dtype or jnp.result_type(scored.queries, scored.items)
-    return scored.queries.astype(dtype), scored.items.astype(dtype).T
+    queries, items = scored.queries.astype(dtype), scored.items.astype(dtype)
+    return _Operands(queries, items, _transposed(items))
 
 
-def _blocks(form: Form, operands: tuple, scored: Scored, known: Known) -> _Block:
+def _transposed(x: jax.Array) -> jax.Array:
+    """With a barrier, so that XLA does not fold the transposition into the products of the loop."""
+    return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+
+
+def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bound | None:
+    """What spares a block the search for its greatest logits, a pass over all of them; None where they are needed.
+
+    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds by much. The greatest one
+    is always right; a bound is if it is not so far above that exponentials vanish, which the longest vectors decide.
+    """
+    if form.of_gap is None or scored.hard.shape[1] or jax.default_backend() != "cpu":
+        return None
+
+    def longest(vectors: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.square(vectors.astype(scored.positive.dtype)).sum(-1).max(initial=0.0))
+
+    valid, levels = known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count
+    highest = jnp.max(levels, where=valid, initial=-jnp.inf)
+    lowest = jnp.min(levels, where=valid, initial=jnp.inf)
+    slope = jnp.abs(scored.scale) * longest(operands.items)
+    near = (highest >= lowest) & (2 * slope * longest(operands.queries) + highest - lowest < _SPREAD)
+    return _Bound(jnp.where(near, slope, jnp.inf), highest)
+
+
+def _blocks(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Block:
     """[blocks, n, ...] of each; the last block is filled up with queries of weight 0."""
     count = len(known.ids)
     number = max(1, -(-count // form.rows))
@@ -145,26 +193,27 @@ def _blocks(form: Form, operands: tuple, scored: Scored, known: Known) -> _Block
         filled = jnp.pad(x, [(0, number * rows - count)] + [(0, 0)] * (x.ndim - 1))
         return filled.reshape(number, rows, *x.shape[1:])
 
-    return _Block(*map(cut, (
-        operands[0], scored.positive, scored.hard, scored.weights, known.ids, known.owners, known.hard_allowed,
-    )))  # fmt: skip
+    queries, *others = map(cut, (
+        operands.queries, scored.positive, scored.hard, scored.weights, known.ids, known.owners, known.hard_allowed,
+    ))  # fmt: skip
+    return _Block(queries, _transposed(queries), *others)
 
 
-def _logits(operands: tuple, scored: Scored, known: Known, block: _Block) -> tuple[Float[Array, "n C"], Bool[Array, "n C"]]:
+def _logits(operands: _Operands, scored: Scored, known: Known, block: _Block) -> tuple[Float[Array, "n C"], Bool[Array, "n C"]]:
     """Of the candidates, and which of them are negatives."""
     candidates = known.candidates
-    scores = jnp.matmul(block.queries, operands[1], preferred_element_type=scored.positive.dtype)
+    scores = jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
     logits = scores * scored.scale + (scored.bias - candidates.log_expected_count)[None, :]
     other = (candidates.ids[None, :] != block.ids[:, None]) & (candidates.owners[None, :] != block.owners[:, None])
     return logits, other & (candidates.ids >= 0)[None, :]
 
 
 def _losses(
-    form: Form, block: _Block, logits: jax.Array, allowed: jax.Array, weighted: bool = False
+    form: Form, block: _Block, logits: jax.Array, allowed: jax.Array, bound: _Bound | None, weighted: bool = False
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
     """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
     if form.of_gap is not None:
-        return _by_gap(form.of_gap, block, logits, allowed, weighted)
+        return _by_gap(form.of_gap, block, logits, allowed, bound, weighted)
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
     def of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
@@ -178,18 +227,33 @@ def _losses(
 
 
 def _by_gap(
-    of_gap: Callable, block: _Block, logits: jax.Array, allowed: jax.Array, weighted: bool
+    of_gap: Callable, block: _Block, logits: jax.Array, allowed: jax.Array, bound: _Bound | None, weighted: bool
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
     """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number a query."""
     kept, hard = jnp.where(allowed, logits, -jnp.inf), jnp.where(block.hard_allowed, block.hard, -jnp.inf)
-    top = jnp.maximum(kept.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
-    none = top == -jnp.inf
-    top = jnp.where(none, 0.0, top)
+    top = _top(block, kept, hard, bound)
     kept, hard = jnp.exp(kept - top[:, None]), jnp.exp(hard - top[:, None])
-    total = jnp.where(none, 1.0, kept.sum(axis=1) + hard.sum(axis=1))
+    total = kept.sum(axis=1) + hard.sum(axis=1)
+    none = total == 0
+    total = jnp.where(none, 1.0, total)
     gap = top + jnp.log(total) - block.positive
     if not weighted:
         return jnp.where(none, 0.0, of_gap(gap)), None
     losses, pull = jax.vjp(of_gap, gap)
     slope = jnp.where(none, 0.0, pull(block.weights)[0])
     return jnp.where(none, 0.0, losses), _Slopes(-slope, hard * (slope / total)[:, None], kept, slope / total)
+
+
+def _top(
+    block: _Block, kept: Float[Array, "n C"], hard: Float[Array, "n H"], bound: _Bound | None
+) -> Float[Array, "n"]:
+    """A finite number near each query's greatest logit and not far below it."""
+
+    def greatest(kept: jax.Array) -> jax.Array:
+        found = jnp.maximum(kept.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
+        return jnp.where(found == -jnp.inf, 0.0, found)
+
+    if bound is None:
+        return greatest(kept)
+    lengths = jnp.sqrt(jnp.square(block.queries.astype(kept.dtype)).sum(axis=1))
+    return jax.lax.cond(bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, kept)
