@@ -14,6 +14,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the field, its value and what would be right."""
 
 
+class ScoreError(ValueError):
+    """Scores that cannot be ranked or measured, being no numbers."""
+
+
 def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:
     """`kinds[name]`, or a `ConfigError` that names the field, the value and the nearest kind."""
     if name not in kinds:

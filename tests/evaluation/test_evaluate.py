@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twotower.evaluation.evaluate import ScoreError, dot_scores, evaluate
+from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries
 from twotower.retrieval.csr import Csr
+from twotower.validation import ScoreError
 
 KS = (1, 5, 20)
 

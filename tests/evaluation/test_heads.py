@@ -15,9 +15,9 @@ from twotower.config import ObjectiveConfig, from_dict
 from twotower.data.synthetic import label_probabilities
 from twotower.evaluation import heads, report
 from twotower.evaluation.evaluate import make_validate
-from twotower.evaluation.metrics import ScoreError
 from twotower.objectives.multitask import head_logits, init_heads
 from twotower.training.run import load_run, train
+from twotower.validation import ScoreError
 
 HEADS = {"like": {"label": "liked", "combine": "multiply"}, "share": {"label": "shared", "layers": (4,)}}
 

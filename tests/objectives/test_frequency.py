@@ -119,17 +119,6 @@ def test_an_id_that_stopped_coming_fades():
     assert gone == pytest.approx(0.1, rel=0.1) and stayed == pytest.approx(1, rel=1e-5)
 
 
-def test_gaps_of_hashed_ids_are_those_of_the_place_least_shared(zipf):
-    share, batches = zipf
-    wide = run(GAP, fresh(GAP, hashes=4, width=1024), batches[:300])
-    direct = run(GAP, fresh(GAP), batches[:300])
-    ids = np.arange(N)
-    np.testing.assert_allclose(expected(GAP, wide, ids, B), expected(GAP, direct, ids, B), rtol=1e-4)
-    narrow = [expected(GAP, run(GAP, fresh(GAP, hashes=h, width=128), batches[:300]), ids, B) for h in (1, 4)]
-    error = [np.abs(np.log(x / (B * share))).mean() for x in narrow]
-    assert error[1] < 0.7 * error[0]
-
-
 def test_the_sketch_counts_duplicates_and_is_exact_where_nothing_collides(zipf):
     batches = zipf[1][:50]
     arrays = run(SKETCH, fresh(SKETCH), batches)

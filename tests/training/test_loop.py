@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import make_batches, small_config
+from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
-from twotower.training import loop, run
+from twotower.training import loop, memory, run
 from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
@@ -19,7 +20,7 @@ from twotower.training.mesh import make_mesh
 from twotower.training.meter import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
 from twotower.training.state import Trainer
-from twotower.validation import ConfigError
+from twotower.validation import ConfigError, ScoreError
 
 # On one device, which compiles soonest; test_mesh.py has several.
 ONE = make_mesh(1)
@@ -171,6 +172,21 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
     assert again.step == 8
 
 
+def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypatch):
+    whole = run.load_run(finished)
+    monkeypatch.setattr(memory, "_limit", lambda mesh: 150_000)  # of 3 tables, 1,024 x 16 or x 4 or 512 x 8, and their state
+    divided = run.load_run(finished)
+    _equal_bits(whole.weights, divided.weights)
+    tables = [(r.weights.tables["user.user_id"].sharding.num_devices) for r in (whole, divided)]
+    assert tables == [1, 8]
+    rows = {name: values[:20] for name, values in whole.prepared.features["user"].items()}
+    vectors = [embed_rows(r.model, r.weights, "user", rows) for r in (whole, divided)]
+    np.testing.assert_allclose(*vectors, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(memory, "_limit", lambda mesh: 1000)
+    with pytest.raises(ConfigError, match="on each of 8 devices"):
+        run.load_run(finished)
+
+
 def test_a_workdir_with_another_configuration_is_refused(finished):
     with pytest.raises(ConfigError, match="another configuration: config.training.batch_size was 64 and is now 32"):
         train(small_config(training={"batch_size": 32}), finished)
@@ -208,7 +224,7 @@ def test_vectors_that_cannot_be_ranked_stop_with_the_last_good_checkpoint(prepar
     def validate(weights):
         validate.calls += 1
         if validate.calls == 3:
-            raise ValueError("Scores hold NaN.")
+            raise ScoreError("Scores hold NaN.")
         return {"recall@10": 0.1}
 
     validate.calls = 0

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from twotower.data.prepare import Prepared
 from twotower.evaluation import heads, metrics
-from twotower.evaluation.metrics import ScoreError
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs, pad_rows
 from twotower.training.progress import progress
+from twotower.validation import ScoreError
 
 # The scores [b, N] of the queries in a slice.
 Scores = Callable[[slice], Any]

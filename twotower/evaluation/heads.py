@@ -13,9 +13,9 @@ import numpy as np
 
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
-from twotower.evaluation.metrics import ScoreError
 from twotower.objectives.multitask import head_logits
 from twotower.retrieval.embed import embed_rows, evenly_spaced
+from twotower.validation import ScoreError
 
 BINS = 15  # of probabilities, as Guo et al. have
 BLOCK_ROWS = 2**17  # embedded at once

@@ -15,10 +15,6 @@ Right = Int[Array, " B"]
 Where = Bool[Array, "B K"] | None
 
 
-class ScoreError(ValueError):
-    """Scores that cannot be ranked."""
-
-
 def recall(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
     """Share of the right answers that are in the list: |hits| / |right|.
 

@@ -54,22 +54,19 @@ def exact_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) 
     return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
 
 
-def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE, hashes: int = 0, width: int = 0) -> Arrays:
+def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
     """Nothing seen yet. "start" is the step that counts as the first one.
 
     Args:
         counts: of N ids, of which only N matters.
         rate: alpha, of the moving averages.
-        hashes: hash functions for ids of an open vocabulary; 0 gives each of the N ids a place of its own.
-        width: places a hash function, a power of two.
     """
-    shape = (hashes, width) if hashes else (1, len(counts))
-    arrays = {
+    shape = (len(counts),)
+    return {
         "last": jnp.full(shape, -1, jnp.int32), "gaps": jnp.zeros(shape), "times": jnp.zeros(shape),
         "step": jnp.int32(-1), "batch": jnp.float32(0), "items": jnp.float32(len(counts)), "rate": jnp.float32(rate),
         "start": jnp.int32(0),
     }  # fmt: skip
-    return arrays | ({"multipliers": _multipliers(hashes)} if hashes else {})
 
 
 def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
@@ -87,33 +84,35 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
     estimates are appearances over steps. An id never seen counts as if seen once, just now, and among N ids as no likelier than
     all of them alike.
     """
-    slots = _slots(arrays, ids.ravel())
-    depth = jnp.arange(len(slots))[:, None]
-    last = arrays["last"].at[depth, slots].get(mode="fill", fill_value=-1)
-    times, gaps = (arrays[name].at[depth, slots].get(mode="fill", fill_value=0) for name in ("times", "gaps"))
+    places = _places(arrays, ids)
+    last = arrays["last"].at[places].get(mode="fill", fill_value=-1)
+    times, gaps = (arrays[name].at[places].get(mode="fill", fill_value=0) for name in ("times", "gaps"))
     steps = (arrays["step"] + 1).astype(jnp.float32)
     seen = last >= 0
-    rates = jnp.where(seen, times / jnp.where(seen, gaps + (arrays["step"] - last), 1), 0).min(0)
+    rates = times / jnp.where(seen, gaps + (arrays["step"] - last), 1)
     unseen = 1 / jnp.maximum(steps * arrays["batch"], arrays["items"])
-    per_row = jnp.where(seen.all(0), rates / jnp.maximum(arrays["batch"], 1), unseen)
-    return (jnp.log(per_row) + _log(draws)).reshape(ids.shape)
+    return jnp.log(jnp.where(seen, rates / jnp.maximum(arrays["batch"], 1), unseen)) + _log(draws)
 
 
 def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
     """The arrays after the batch of `step`. An id that stands in it twice has appeared once, two times."""
     step = step - arrays["start"]
-    slots = _slots(arrays, ids)
-    depth, keep = jnp.arange(len(slots))[:, None], 1 - arrays["rate"]
-    old = {name: arrays[name].at[depth, slots].get(mode="clip") for name in ("last", "gaps", "times")}
+    places, keep = _places(arrays, ids), 1 - arrays["rate"]
+    old = {name: arrays[name].at[places].get(mode="clip") for name in ("last", "gaps", "times")}
     # Duplicates all write one value, so their order does not matter. What is written depends on what was read: else XLA could
     # write first, and would read from a copy of the whole array.
     new = {
         "last": jnp.maximum(old["last"], step),
         "gaps": keep * old["gaps"] + (step - old["last"]),
-        "times": keep * old["times"] + jax.vmap(_multiplicity)(slots),
+        "times": keep * old["times"] + _multiplicity(places),
     }
-    written = {name: arrays[name].at[depth, slots].set(x, mode="drop") for name, x in new.items()}
+    written = {name: arrays[name].at[places].set(x, mode="drop") for name, x in new.items()}
     return arrays | written | {"step": jnp.asarray(step, jnp.int32), "batch": jnp.float32(ids.size)}
+
+
+def _places(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
+    """Of ids in the arrays of gaps; past the end for negative ids."""
+    return jnp.where(ids >= 0, ids, len(arrays["last"]))
 
 
 def init_sketch(
@@ -172,14 +171,12 @@ def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
 
 
 def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
-    """The places of ids: their own, or one by each hash function; past the end for negative ids.
+    """The counters of ids, one by each hash function; past the end for negative ids.
 
     Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd number, modulo 2^32. Over the
     choice of that number, two ids share a place with probability at most 2 / width.
     """
-    width = arrays["counts" if "counts" in arrays else "last"].shape[1]
-    if "multipliers" not in arrays:
-        return jnp.where(ids >= 0, ids, width)[None].astype(jnp.int32)
+    width = arrays["counts"].shape[1]
     product = arrays["multipliers"][:, None] * ids.astype(jnp.uint32)[None]
     slots = (product >> jnp.uint32(33 - width.bit_length())).astype(jnp.int32)
     return jnp.where(ids[None] >= 0, slots, width)

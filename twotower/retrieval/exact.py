@@ -14,12 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from twotower.retrieval.csr import Csr
+from twotower.validation import ScoreError
 
 ITEM_BLOCK = 65_536
 BLOCK_BYTES = 2**27  # of scores
 
 
-class QueryError(ValueError):
+class QueryError(ScoreError):
     """Query vectors that no ranking can be made from: the message names the first bad row."""
 
 

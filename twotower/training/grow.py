@@ -25,7 +25,7 @@ from twotower.training.candidates import Corpus
 from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import Record, open_checkpoints
-from twotower.training.mesh import make_mesh
+from twotower.training.mesh import host_mesh
 from twotower.training.run import claim, load_config, local_folder, step_of
 from twotower.training.state import Trainer, TrainState
 from twotower.validation import ConfigError, choose
@@ -62,7 +62,7 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
         raise ConfigError(
             f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
         )
-    fresh = init_on(make_mesh(1), trainer, count_rows(prepared))
+    fresh = init_on(host_mesh(), trainer, count_rows(prepared))
     if trainer.sources.config.frequency != "exact":
         logging.info("The estimates of frequency begin anew: they were of the rows of the old corpus.")
     state = migrate(old, fresh, old_encoder, prepared, make)
@@ -204,13 +204,13 @@ def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
 
 
 def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tuple[TrainState, int]:
-    """The state on one device; how many users and items it was trained with is read from the checkpoint itself."""
+    """The state in the memory of this machine; how many users and items it was trained with is read from the checkpoint itself."""
     with open_checkpoints(source, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, which, source)
         record = Record(**checkpoints.record(step))
         corpus = Corpus(record.users, record.items, unseen=0)
         trainer = Trainer.build(config, TwoTower.build(config.model, encoder), corpus)
-        state, _ = checkpoints.restore(step, abstract_state(trainer, make_mesh(1)))
+        state, _ = checkpoints.restore(step, abstract_state(trainer, host_mesh()))
     return jax.device_get(state), step
 
 

@@ -41,7 +41,7 @@ from twotower.training.meter import Meter, TrainingError, last_good
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
 from twotower.training.writer import open_writer
-from twotower.validation import ConfigError
+from twotower.validation import ConfigError, ScoreError
 
 # Endings of metrics by which no checkpoint is chosen, the greatest being the best.
 SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
@@ -171,7 +171,7 @@ class _Run:
         config, step, record = self.trainer.config.training, int(state.step), self.record
         try:
             values = dict(self.validate(state.weights)) if self.validate else {}
-        except ValueError as error:  # vectors that cannot be ranked: the parameters are no longer finite
+        except ScoreError as error:  # the parameters are no longer finite
             raise TrainingError(f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}") from error
         value = values.get(config.metric)
         record.update(step, value, config.patience)

@@ -38,6 +38,12 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
         )
 
 
+def fits(mesh: Mesh, state: Any) -> bool:
+    """Whether each device of `mesh` has room for its part of `state`; see `check_memory`."""
+    limit = _limit(mesh)
+    return limit is None or _bytes_on_each(state) <= limit
+
+
 def _bytes_on_each(tree: Any) -> int:
     def count(x: Any) -> int:
         return int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize

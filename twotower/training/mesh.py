@@ -120,6 +120,11 @@ def make_mesh(devices: int = 0) -> Mesh:
     return Mesh(np.asarray(known[:count]), (AXIS,))
 
 
+def host_mesh() -> Mesh:
+    """The memory of this machine as a mesh of one device, for what is to be made without an accelerator."""
+    return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), (AXIS,))
+
+
 def group_of(mesh: Mesh) -> Group:
     """The group inside `shard_map` over `mesh`; alone where it has one device, whose program needs no collectives."""
     return Group(AXIS, mesh.size) if mesh.size > 1 else ALONE

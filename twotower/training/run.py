@@ -19,9 +19,9 @@ from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, fit, open_checkpoints
-from twotower.training.memory import check_memory
+from twotower.training.memory import check_memory, fits
 from twotower.training.mesh import check_batch, make_mesh
-from twotower.training.state import Trainer, chosen_kinds
+from twotower.training.state import Trainer, TrainState, chosen_kinds
 from twotower.validation import ConfigError
 
 
@@ -101,13 +101,25 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
-    mesh = make_mesh(1)
-    abstract = abstract_state(Trainer.build(config, model, corpus_of(prepared)), mesh)
-    check_memory(mesh, abstract, {})
+    abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_of(prepared)))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
     return Run(workdir, config, prepared, model, state.weights, step)
+
+
+def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
+    """The state to restore onto: on one device, or divided over all of this process where one cannot hold it.
+
+    Raises:
+        ConfigError: all together cannot either.
+    """
+    mesh = make_mesh(1)
+    if not fits(mesh, abstract_state(trainer, mesh)):
+        mesh = make_mesh()
+    abstract = abstract_state(trainer, mesh)
+    check_memory(mesh, abstract, {})
+    return abstract
 
 
 def local_folder(workdir: Path | str) -> Path:
