@@ -6,12 +6,14 @@ First the two in float64, for every loss, with every mask, correction and margin
 Then value and gradient (by queries, items and temperature) of the in-batch softmax, D = 64, with the logQ correction and
 accidental hits masked, in turns:
 
-    naive       the [B, B] logits as one writes them, with optax's cross-entropy
-    reference   `twotower.objectives.reference.naive_loss`, which also holds them
-    streaming   `streaming_loss`
+    naive            the [B, B] logits as one writes them, with optax's cross-entropy
+    reference        `twotower.objectives.reference.naive_loss`, which also holds them
+    streaming        `streaming_loss`
+    naive, bf16      the naive form with the operands of its products in bfloat16
+    streaming, bf16  `streaming_loss` likewise; sums are float32 in all of them
 
 At 65,536 the streaming loss is alone: one buffer of the others would be 17 GB. Pinned to one core (`taskset -c 1`) the ratios
-are steadier.
+are steadier. Bfloat16 gains only on processors that multiply it (AMX or AVX512-BF16 on x86).
 """
 
 from __future__ import annotations
@@ -45,28 +47,30 @@ def main(argv: list[str]) -> None:
     print("float64, everything on, largest relative difference of a value or gradient between reference and streaming:")
     print("  " + ", ".join(f"{name} {difference:.0e}" for name, difference in worst.items()))
     times: dict[str, list[float]] = {}
-    print(f"{'B':>8}  {'form':12}{'ms':>10}{'examples/s':>14}{'temporary MB':>14}{'naive/form':>12}")
+    print(f"{'B':>8}  {'form':16}{'ms':>10}{'examples/s':>14}{'temporary MB':>14}{'naive/form':>12}")
+    half = functools.partial(functools.partial, dtype=jnp.bfloat16)
+    streaming = {"streaming": streaming_loss, "streaming, bf16": half(streaming_loss)}
     for size in _QUICK_SIZES if quick else _SIZES:
-        forms = {"naive": _naive, "reference": naive_loss} if size <= _LARGEST_NAIVE else {}
-        calls = {name: _compiled(form, size) for name, form in (forms | {"streaming": streaming_loss}).items()}
+        forms = {"naive": _naive, "reference": naive_loss, "naive, bf16": half(_naive)} if size <= _LARGEST_NAIVE else {}
+        calls = {name: _compiled(form, size) for name, form in (forms | streaming).items()}
         # Several calls a turn: the pages that a form gives back are taken from the time of the call that follows.
         rounds, repeats = (10 if size <= 4096 else 2, max(4, 8192 // size)) if forms else (1, 1)
         found = harness.alternate({name: call for name, (call, _) in calls.items()}, rounds=rounds, repeats=repeats)
         for name, ms in found.items():
             ratio = min(found["naive"]) / min(ms) if "naive" in found else float("nan")
             megabytes = calls[name][1] / 1e6
-            print(f"{size:8,}  {name:12}{min(ms):10.1f}{size / min(ms) * 1e3:14,.0f}{megabytes:14.1f}{ratio:12.2f}")
+            print(f"{size:8,}  {name:16}{min(ms):10.1f}{size / min(ms) * 1e3:14,.0f}{megabytes:14.1f}{ratio:12.2f}")
         times |= {f"{name} {size:,}": ms for name, ms in found.items()}
     harness.report("loss", times, unit="ms for value and gradient", base=next(iter(times)))
 
 
 def _naive(
     queries: jax.Array, positives: Positives, items: jax.Array, candidates: Candidates, *, scale: jax.Array, weights: jax.Array,
-    **_: Any,
+    dtype: Any = jnp.float32, **_: Any,
 ) -> jax.Array:  # fmt: skip
     """The in-batch softmax as one writes it; each query's positive is the candidate of its own place."""
     places = jnp.arange(len(queries))
-    logits = queries @ items.T * scale - candidates.log_expected_count[None, :]
+    logits = jnp.matmul(queries.astype(dtype), items.T.astype(dtype), preferred_element_type=jnp.float32) * scale - candidates.log_expected_count[None, :]
     hits = (candidates.ids[None, :] == positives.ids[:, None]) & (places[None, :] != places[:, None])
     return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(jnp.where(hits, -jnp.inf, logits), places))
 

@@ -10,13 +10,14 @@ import pytest
 
 from twotower.towers.embeddings import (
     OPTIMIZERS,
-    SCRATCH_ROWS,
     apply_gradients,
     init_table,
     lookup,
     merge_duplicates,
     padded_rows,
     pool,
+    slots_by_hashing,
+    slots_by_sorting,
 )
 
 V, D, N = 1024, 8, 64
@@ -108,11 +109,11 @@ def test_rows_not_touched_and_the_padding_row_do_not_change(key, kind):
     assert not np.array_equal(new[touched[1:]], table[touched[1:]])
 
 
-# By passing over the table, by an integer for each row, and by sorting.
-SIZES = (N // 2, N, N + 1, N * SCRATCH_ROWS, N * SCRATCH_ROWS + 1)
+# By passing over the table, and by the rows used.
+SIZES = (N // 2, N, N + 1, 9 * N)
 
 
-@pytest.mark.parametrize("num_rows", [6, 10, 6 * SCRATCH_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [6, 10, 1000])
 def test_merge_duplicates_sums_and_gives_distinct_rows(num_rows):
     ids = np.array([5, 0, 3, 5, 0, 1], np.int32)
     grads = np.arange(12, dtype=np.float32).reshape(6, 2)
@@ -123,11 +124,28 @@ def test_merge_duplicates_sums_and_gives_distinct_rows(num_rows):
     assert not merged[rows >= num_rows].any()
 
 
+@pytest.mark.parametrize("ids", ["alike", "few", "many", "of no row", "one", "that differ in their last bits"])
+@pytest.mark.parametrize("find", [slots_by_hashing, slots_by_sorting])
+def test_distinct_ids_are_found_whatever_they_are(find, ids):
+    """Every id's places share one slot, which holds its row; all other slots hold rows past the end, each another one."""
+    rng, rows = np.random.default_rng(3), 2**30
+    local = {
+        "alike": np.full(300, 7), "few": rng.integers(0, 5, 300), "many": rng.integers(0, rows, 300),
+        "of no row": np.where(rng.random(300) < 0.5, rows, rng.integers(0, 40, 300)), "one": np.array([rows - 1]),
+        "that differ in their last bits": np.arange(300) * 2**21 + rng.integers(0, 2, 300),
+    }[ids].astype(np.int32)  # fmt: skip
+    slot, found = map(np.asarray, jax.jit(functools.partial(find, num_rows=rows))(jnp.asarray(local)))
+    inside = local < rows
+    np.testing.assert_array_equal(found[slot[inside]], local[inside])
+    assert (slot[~inside] == len(local)).all() and len(np.unique(found)) == len(local)
+    np.testing.assert_array_equal(np.sort(found[found < rows]), np.unique(local[inside]))
+
+
 @pytest.mark.parametrize("num_rows", SIZES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_tables_of_every_size_are_updated_alike(key, kind, num_rows):
     """A small table is passed over as a whole, a large one by the rows used: the same numbers, and the same rows at rest."""
-    optimizer, big = OPTIMIZERS[kind], N * SCRATCH_ROWS * 2
+    optimizer, big = OPTIMIZERS[kind], 20 * N
     whole = jax.random.normal(key, (big, D))
     slots = optimizer.init(whole, 0.1)
     small, small_slots = whole[:num_rows], jax.tree.map(lambda x: x[:num_rows], slots)
@@ -142,7 +160,7 @@ def test_tables_of_every_size_are_updated_alike(key, kind, num_rows):
     )
 
 
-@pytest.mark.parametrize("share", [N, N * 2, N * SCRATCH_ROWS * 2])
+@pytest.mark.parametrize("share", [N, N * 2, 20 * N])
 def test_the_shares_of_a_table_are_updated_as_the_whole_is(key, share):
     """The first row of a later share is no padding, and what is another's is left to it."""
     optimizer, table = OPTIMIZERS["adagrad"], jax.random.normal(key, (4 * share, D))
