@@ -84,6 +84,8 @@ class SplitConfig:
         validation: share of rows held out for validation (any value above 0 for leave_last_out: one row a user).
         test: share of rows held out for test (likewise).
         seed: of a random choice of rows.
+        held: fixed, where no row is named validation: a "random" share of the training rows, or the "latest" share of each
+            user's, which is what to tune on where the test rows are later ones.
         accept_leakage: findings of the leakage audit that the protocol at hand knowingly accepts, by name.
     """
 
@@ -91,6 +93,7 @@ class SplitConfig:
     validation: float = 0.1
     test: float = 0.1
     seed: int = 0
+    held: str = "random"
     accept_leakage: tuple[str, ...] = ()
 
 
@@ -300,6 +303,8 @@ class TrainingConfig:
     Attributes:
         seed: of initialisation, data order and dropout.
         batch_size: B, which is also the number of in-batch candidates.
+        recency: the training rows of a user weigh half as much for each so many later ones of that user, so that vectors follow
+            what users want now; 0: all alike.
         steps: gradient steps in all.
         optimizer, tables, schedule: see their classes.
         log_every: steps between lines of metrics.
@@ -316,6 +321,7 @@ class TrainingConfig:
 
     seed: int = 0
     batch_size: int = 1024
+    recency: float = 0.0
     steps: int = 1000
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()

@@ -265,6 +265,20 @@ def test_a_fixed_split_follows_its_column_and_draws_validation_from_train_only_i
     assert parts_of(drawn, kind="fixed", validation=0.0)["validation"] == []
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_fixed_split_may_hold_out_the_latest_rows_of_each_user(timed):
+    rows = random_log(6, n=300, users=20, times=400)
+    rows = (rows if timed else rows.drop_columns("timestamp")).append_column("split", pa.repeat("train", 300))
+    parts = parts_of(rows, kind="fixed", held="latest", validation=0.2, test=0.0)
+    history = collections.defaultdict(list)
+    for row in sorted(rows.to_pylist(), key=lambda r: r.get("timestamp", 0)):
+        history[row["user_id"]].append(row["row"])
+    expected = [row for seen in history.values() for row in seen[len(seen) - round(len(seen) * 0.2) :]]
+    assert parts["validation"] == sorted(expected) and len(parts["train"]) == 300 - len(expected)
+    with pytest.raises(ConfigError, match="config.split.held='newest' is not known"):
+        parts_of(rows, kind="fixed", held="newest", validation=0.2, test=0.0)
+
+
 @pytest.mark.parametrize(
     "rows, config, words",
     [

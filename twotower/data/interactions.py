@@ -58,6 +58,20 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
     return column.to_numpy().astype(np.int64)
 
 
+def places_from_end(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """How many later rows the user of each row has, and how many in all: int64 [N] each.
+
+    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order.
+    """
+    users, times = codes(rows["user_id"]), timestamps(rows)
+    keys = (users,) if times is None else (times, users)  # the last key is the first to sort by
+    order = np.lexsort(keys)  # stable: equal keys stay in file order
+    counts = np.bincount(users)
+    later = np.empty(len(users), np.int64)
+    later[order] = np.cumsum(counts)[users[order]] - 1 - np.arange(len(users))
+    return later, counts[users]
+
+
 def describe(rows: pa.Table, row: int) -> str:
     """One row for a message: its ids and, where there is one, its timestamp."""
     names = [name for name in ("user_id", "item_id", "timestamp") if name in rows.column_names]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from twotower.config import SplitConfig
 from twotower.data.audit import audit, check_fitted
 from twotower.data.filters import filter_rows
-from twotower.data.interactions import Split, codes, describe, timestamps
+from twotower.data.interactions import Split, describe, places_from_end, timestamps
 from twotower.validation import ConfigError, choose
 
 __all__ = ["SPLITS", "Split", "audit", "check_fitted", "filter_rows", "split"]
@@ -63,15 +63,11 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users with fewer than
     three rows stay in train. Without a share for test (validation) no row goes there.
     """
-    users, times = codes(rows["user_id"]), timestamps(rows)
-    keys = (users,) if times is None else (times, users)  # the last key is the first to sort by
-    order = np.lexsort(keys)  # stable: equal keys stay in file order
-    counts = np.bincount(users)
-    from_end = np.cumsum(counts)[users[order]] - 1 - np.arange(len(users))
+    later, count = places_from_end(rows)
     wanted = [part for part, share in ((TEST, config.test), (VALIDATION, config.validation)) if share > 0]
-    parts = np.full(len(users), TRAIN, np.int8)
+    parts = np.full(len(later), TRAIN, np.int8)
     for place, part in enumerate(wanted):
-        parts[order[(from_end == place) & (counts[users[order]] >= 3)]] = part
+        parts[(later == place) & (count >= 3)] = part
     return parts
 
 
@@ -86,7 +82,7 @@ def at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 def as_given(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Follows the column `split`; if no row says validation, a random share of train becomes it. Parts, int8 [N]."""
+    """Follows the column `split`; if no row says validation, a share of train becomes it, by `held`. Parts, int8 [N]."""
     if "split" not in rows.column_names:
         raise ConfigError(
             "config.split.kind='fixed' needs a column 'split' of train, validation and test, or a file "
@@ -102,9 +98,23 @@ def as_given(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     parts = index.to_numpy().astype(np.int8)
     if not (parts == VALIDATION).any():
         train = np.flatnonzero(parts == TRAIN)
-        order = np.random.default_rng(config.seed).permutation(len(train))
-        parts[train[order[: round(len(train) * config.validation)]]] = VALIDATION
+        hold = choose(HELD, config.held, "config.split.held")
+        parts[train[hold(rows.take(pa.array(train)), config)]] = VALIDATION
     return parts
+
+
+def _random_share(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    order = np.random.default_rng(config.seed).permutation(rows.num_rows)
+    return order[: round(rows.num_rows * config.validation)]
+
+
+def _latest_share_of_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    later, count = places_from_end(rows)
+    return np.flatnonzero(later < np.round(count * config.validation))
+
+
+# How `fixed` chooses validation rows where none are named: places among the training rows.
+HELD: dict[str, Callable[[pa.Table, SplitConfig], np.ndarray]] = {"random": _random_share, "latest": _latest_share_of_users}
 
 
 SPLITS: dict[str, Callable[[pa.Table, SplitConfig], np.ndarray]] = {
