@@ -1,0 +1,74 @@
+"""Keeps the vectors of each run by date, and compares those of two runs.
+
+python -m experiments.history --history=runs/history --append=runs/quickstart [--run_date=2026-11-25]   # vectors of its bundle
+python -m experiments.history --history=runs/history --list
+python -m experiments.history --history=runs/history --drift=2026-11-24/quickstart,2026-11-25/quickstart [--plot=drift.png]
+
+The history is a Parquet dataset (see `twotower.integrations.embedding_history`). A repeat of --append replaces what that run
+left on that date, so give the logical date where a scheduler may repeat it on another day.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from absl import flags
+
+from experiments import launch
+
+_HISTORY = flags.DEFINE_string("history", None, "The folder of the history.")
+_APPEND = flags.DEFINE_string("append", None, "The folder of a run with a bundle, whose vectors to keep.")
+_RUN_DATE = flags.DEFINE_string("run_date", None, "YYYY-MM-DD of the run; by default today, UTC.")
+_RUN_ID = flags.DEFINE_string("run_id", None, "What the run is called; by default as its folder.")
+_EXPERIMENT_ID = flags.DEFINE_string("experiment_id", "", "What was run; by default a hash of the configuration.")
+_LIST = flags.DEFINE_bool("list", False, "Print what is kept.")
+
+
+def main() -> None:
+    from twotower.integrations.embedding_history import EmbeddingHistory, parse_date
+    from twotower.validation import ConfigError
+
+    if sum([_APPEND.value is not None, _LIST.value]) != 1:
+        raise ConfigError("Give one of --append=RUN and --list.")
+    history = EmbeddingHistory(_HISTORY.value)
+    today = datetime.datetime.now(datetime.UTC).date()
+    date = parse_date(_RUN_DATE.value, "--run_date") if _RUN_DATE.value else today
+    if _APPEND.value is not None:
+        append(history, Path(_APPEND.value), date)
+    else:
+        print_versions(history)
+
+
+def append(history, workdir: Path, date: datetime.date) -> None:
+    """Keeps the vectors of the bundle of `workdir`."""
+    from twotower.integrations.embedding_history import blocks_of, version_of
+    from twotower.retrieval.retriever import Retriever
+    from twotower.training.run import load_config
+
+    load_config(workdir)  # says what to do where the folder is no run
+    retriever = Retriever.load(workdir / "bundle")
+    run_id = _RUN_ID.value or workdir.resolve().name
+    version = version_of(retriever, run_date=date, run_id=run_id, experiment_id=_EXPERIMENT_ID.value)
+    history.append(version, blocks_of(retriever))
+    for side in ("user", "item"):
+        stored = history.find(side, version.name)
+        print(f"{stored.path}: {stored.rows:,} {side} vectors, {stored.width} wide.")
+
+
+def print_versions(history) -> None:
+    """A line for each file."""
+    lines = [("", "run", "experiment", "model", "vectors", "width")]
+    for side in ("user", "item"):
+        for one in history.stored(side):
+            v = one.version
+            lines.append((side, v.name, v.experiment_id, v.model_version[:12], f"{one.rows:,}", str(one.width)))
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    if len(lines) == 1:
+        print(f"  {history.folder} holds nothing yet.")
+
+
+if __name__ == "__main__":
+    launch.run(main, required=["history"])
