@@ -1,11 +1,12 @@
 """Keeps the vectors of each run by date, and compares those of two runs.
 
-python -m experiments.history --history=runs/history --append=runs/quickstart [--run_date=2026-11-25]   # vectors of its bundle
+python -m experiments.history --history=runs/history --append=runs/quickstart [--run_date=2026-11-25]
 python -m experiments.history --history=runs/history --list
+python -m experiments.history --history=runs/history --bigquery=PROJECT.DATASET --run_date=2026-11-25   # also beside --append
 python -m experiments.history --history=runs/history --drift=2026-11-24/quickstart,2026-11-25/quickstart [--plot=drift.png]
 
 The history is a Parquet dataset (see `twotower.integrations.embedding_history`). A repeat of --append replaces what that run
-left on that date, so give the logical date where a scheduler may repeat it on another day.
+left on that date, one of --bigquery the date's partition, so give the logical date where a scheduler may repeat it on another day.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _APPEND = flags.DEFINE_string("append", None, "The folder of a run with a bundle
 _RUN_DATE = flags.DEFINE_string("run_date", None, "YYYY-MM-DD of the run; by default today, UTC.")
 _RUN_ID = flags.DEFINE_string("run_id", None, "What the run is called; by default as its folder.")
 _EXPERIMENT_ID = flags.DEFINE_string("experiment_id", "", "What was run; by default a hash of the configuration.")
+_BIGQUERY = flags.DEFINE_string("bigquery", None, "PROJECT.DATASET or DATASET: load all runs of the date into its tables.")
 _LIST = flags.DEFINE_bool("list", False, "Print what is kept.")
 
 
@@ -29,14 +31,17 @@ def main() -> None:
     from twotower.integrations.embedding_history import EmbeddingHistory, parse_date
     from twotower.validation import ConfigError
 
-    if sum([_APPEND.value is not None, _LIST.value]) != 1:
-        raise ConfigError("Give one of --append=RUN and --list.")
+    keeps = _APPEND.value is not None or _BIGQUERY.value is not None
+    if sum([keeps, _LIST.value]) != 1:
+        raise ConfigError("Give one of --append=RUN (with or without --bigquery), --bigquery=PROJECT.DATASET and --list.")
     history = EmbeddingHistory(_HISTORY.value)
     today = datetime.datetime.now(datetime.UTC).date()
     date = parse_date(_RUN_DATE.value, "--run_date") if _RUN_DATE.value else today
     if _APPEND.value is not None:
         append(history, Path(_APPEND.value), date)
-    else:
+    if _BIGQUERY.value is not None:
+        load(history, _BIGQUERY.value, date)
+    if _LIST.value:
         print_versions(history)
 
 
@@ -54,6 +59,16 @@ def append(history, workdir: Path, date: datetime.date) -> None:
     for side in ("user", "item"):
         stored = history.find(side, version.name)
         print(f"{stored.path}: {stored.rows:,} {side} vectors, {stored.width} wide.")
+
+
+def load(history, dataset: str, date: datetime.date) -> None:
+    """Loads a date into BigQuery."""
+    from twotower.data.bigquery import make_client
+    from twotower.integrations.bigquery_history import BigQueryHistory
+
+    project = dataset.rpartition(".")[0]
+    for table, rows in BigQueryHistory(make_client(project), dataset).load(history, date).items():
+        print(f"{table}: {rows:,} rows of {date}.")
 
 
 def print_versions(history) -> None:

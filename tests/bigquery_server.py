@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[tuple[BigQuery, str]]:
-    """The server's state and address."""
+    """What the server holds, and its address."""
     state = BigQuery()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -6,7 +6,6 @@ import sys
 import pyarrow as pa
 import pytest
 
-from tests.bigquery_server import serving
 from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
 from twotower.data import sources
@@ -34,10 +33,8 @@ def shuffled(table, step=17):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    with serving() as (state, address):
-        monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", address)
-        yield state
+def server(bigquery_server):
+    return bigquery_server
 
 
 def load(project="p", **given):
@@ -122,7 +119,7 @@ def test_what_cannot_be_read_is_named_in_a_line(server, table, message):
 
 @pytest.mark.parametrize("data, message", [
     ({"source": "csv", "interactions": {"query": "SELECT 1"}}, "config.data.interactions.query='SELECT 1' must be empty unless"),
-    ({"source": "bigquery", "item_table": {"path": "a.b", "query": "SELECT 1"}}, "config.data.item_table.path='a.b' must be empty"),
+    ({"source": "bigquery", "item_table": {"path": "a.b", "query": "SELECT 1"}}, "data.item_table.path='a.b' must be empty"),
 ])  # fmt: skip
 def test_a_query_beside_files_or_a_path_is_refused(data, message):
     with pytest.raises(ConfigError, match=message):
