@@ -2,11 +2,11 @@
 
 python -m experiments.history --history=runs/history --append=runs/quickstart [--run_date=2026-11-25]
 python -m experiments.history --history=runs/history --list
-python -m experiments.history --history=runs/history --bigquery=PROJECT.DATASET --run_date=2026-11-25   # also beside --append
+python -m experiments.history --history=runs/history --bigquery=PROJECT.DATASET --run_date=2026-11-25  # or beside --append
 python -m experiments.history --history=runs/history --drift=2026-11-24/quickstart,2026-11-25/quickstart [--plot=drift.png]
 
 The history is a Parquet dataset (see `twotower.integrations.embedding_history`). A repeat of --append replaces what that run
-left on that date, one of --bigquery the date's partition, so give the logical date where a scheduler may repeat it on another day.
+left on that date, one of --bigquery the partition of the date: give the logical date where a scheduler may repeat it on another.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _RUN_DATE = flags.DEFINE_string("run_date", None, "YYYY-MM-DD of the run; by def
 _RUN_ID = flags.DEFINE_string("run_id", None, "What the run is called; by default as its folder.")
 _EXPERIMENT_ID = flags.DEFINE_string("experiment_id", "", "What was run; by default a hash of the configuration.")
 _BIGQUERY = flags.DEFINE_string("bigquery", None, "PROJECT.DATASET or DATASET: load all runs of the date into its tables.")
+_DRIFT = flags.DEFINE_list("drift", None, "OLD,NEW: two versions of --list, each DATE/RUN, to compare.")
+_SIDE = flags.DEFINE_enum("side", "item", ["item", "user"], "Whose vectors --drift compares.")
+_K = flags.DEFINE_integer("k", 10, "Nearest neighbours that --drift compares.", lower_bound=1)
+_PLOT = flags.DEFINE_string("plot", None, "Where --drift writes a plot, such as drift.png.")
 _LIST = flags.DEFINE_bool("list", False, "Print what is kept.")
 
 
@@ -32,8 +36,8 @@ def main() -> None:
     from twotower.validation import ConfigError
 
     keeps = _APPEND.value is not None or _BIGQUERY.value is not None
-    if sum([keeps, _LIST.value]) != 1:
-        raise ConfigError("Give one of --append=RUN (with or without --bigquery), --bigquery=PROJECT.DATASET and --list.")
+    if sum([keeps, _LIST.value, _DRIFT.value is not None]) != 1:
+        raise ConfigError("Give one of --append=RUN (and --bigquery), --bigquery=PROJECT.DATASET, --list and --drift=OLD,NEW.")
     history = EmbeddingHistory(_HISTORY.value)
     today = datetime.datetime.now(datetime.UTC).date()
     date = parse_date(_RUN_DATE.value, "--run_date") if _RUN_DATE.value else today
@@ -43,6 +47,8 @@ def main() -> None:
         load(history, _BIGQUERY.value, date)
     if _LIST.value:
         print_versions(history)
+    if _DRIFT.value is not None:
+        print_drift(history, _DRIFT.value)
 
 
 def append(history, workdir: Path, date: datetime.date) -> None:
@@ -83,6 +89,21 @@ def print_versions(history) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     if len(lines) == 1:
         print(f"  {history.folder} holds nothing yet.")
+
+
+def print_drift(history, names: list[str]) -> None:
+    """How far the vectors have moved, and a plot where one is asked for."""
+    from twotower.integrations import drift
+    from twotower.validation import ConfigError
+
+    if len(names) != 2:
+        raise ConfigError(f"--drift={','.join(names)} must name two versions, OLD,NEW, each DATE/RUN as --list prints them.")
+    old, new = (history.read(history.find(_SIDE.value, name)) for name in names)
+    found = drift.compare(old, new, k=_K.value)
+    print(f"{_SIDE.value} vectors, {names[0]} -> {names[1]}\n{drift.summary(found)}")
+    if _PLOT.value:
+        drift.plot(found, _PLOT.value, title=f"{_SIDE.value} vectors: {names[0]} to {names[1]}")
+        print(f"Plotted to {_PLOT.value}.")
 
 
 if __name__ == "__main__":
