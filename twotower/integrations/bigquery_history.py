@@ -91,9 +91,7 @@ class BigQueryHistory:
         partition = f"{table.reference}${run_date:%Y%m%d}"
         with tempfile.TemporaryFile() as file, refusals(f"table {partition}", HistoryError):
             _write(file, stored, run_date)
-            job = self.client.load_table_from_file(
-                file, partition, rewind=True, size=file.tell(), location=table.location, job_config=config
-            )
+            job = self.client.load_table_from_file(file, partition, rewind=True, location=table.location, job_config=config)
             return job.result().output_rows
 
 
