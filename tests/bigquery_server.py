@@ -55,7 +55,7 @@ class BigQuery:
         self.page = 1000
         self.calls: list[str] = []
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.uploads: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self.uploads: dict[str, dict[str, Any]] = {}
 
     def put(self, name: str, rows: pa.Table, kind: str = "TABLE") -> None:
         """A table that is there already."""
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.calls.append(f"{self.command} {parts.path}")
         try:
             if "/upload/" in parts.path:
-                self._upload(parts.path, query, body)
+                self._upload(parts.path, body)
             else:
                 self._send(200, self.state.answer(self.command, parts.path, query, body))
         except Refused as refused:
@@ -186,26 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_GET
 
-    def _upload(self, path: str, query: dict[str, str], body: bytes) -> None:
-        if query.get("uploadType") == "multipart":
-            boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-            about, payload = (part.split(b"\r\n\r\n", 1)[1] for part in body.split(b"--" + boundary)[1:3])
-            self._send(200, self.state.load(json.loads(about), payload.removesuffix(b"\r\n")))
-        elif self.command == "POST":  # a resumable upload begins
+    def _upload(self, path: str, body: bytes) -> None:
+        """A resumable upload, begun and then sent at once."""
+        if self.command == "POST":
             key = str(len(self.state.uploads))
-            self.state.uploads[key] = (json.loads(body), b"")
+            self.state.uploads[key] = json.loads(body)
             self._send(200, {}, {"Location": f"http://{self.headers['Host']}{path}/{key}"})
         else:
-            self._chunk(path.rpartition("/")[2], body)
-
-    def _chunk(self, key: str, body: bytes) -> None:
-        job, before = self.state.uploads[key]
-        self.state.uploads[key] = (job, before + body)
-        last, _, total = self.headers["Content-Range"].rpartition("/")
-        if total != "*" and len(before + body) == int(total):
-            self._send(200, self.state.load(*self.state.uploads[key]))
-        else:
-            self._send(308, {}, {"Range": f"bytes=0-{len(before + body) - 1}"})
+            self._send(200, self.state.load(self.state.uploads[path.rpartition("/")[2]], body))
 
     def _send(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = json.dumps(content).encode()

@@ -76,16 +76,6 @@ def test_a_date_takes_the_place_of_its_own_partition_alone(server, sink, history
     assert server.tables[USERS].rows["run_date"].to_pylist() == [DAY] * 20
 
 
-def test_large_payloads_are_resumed_uploads_of_the_same_rows(server, sink, history):
-    history.append(version(date=NEXT), {"item": [block(25_000, width=64, seed=n, prefix=f"{n}-") for n in range(2)]})
-    assert sink.load(history, NEXT) == {"p.shop.item_embeddings": 50_000}
-    assert server.uploads, "the payload was meant to be too large for one request"
-    np.testing.assert_array_equal(
-        np.stack(server.tables[ITEMS].rows["vector"].to_numpy(zero_copy_only=False)),
-        history.read(history.find("item", f"{NEXT}/shop"))[1],
-    )
-
-
 def test_a_load_that_fails_leaves_the_partition_as_it_was(server, sink, history):
     sink.load(history, DAY)
     before = server.tables[ITEMS].rows
