@@ -170,9 +170,11 @@ def bundle_version(retriever: Retriever) -> str:
 
 def _connect(url: str, timeout: float) -> Any:
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
-    # The client's own retries wait for seconds, while a server answers without Redis in a millisecond.
-    options = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": None}
+    # The client's own retries may wait for seconds, while a server answers without Redis in a millisecond.
+    options = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 0)}
     try:
         return redis.Redis.from_url(url, **options)
     except ValueError as error:
