@@ -8,7 +8,7 @@ README = Path(__file__).parent / "README.md"
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20"],
-    "mlflow": ["mlflow>=3.0"],
+    "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13"],
     "bigquery": ["google-cloud-bigquery>=3.20"],
     "text": ["tokenizers>=0.20", "safetensors>=0.4"],
     "redis": ["redis>=5.0"],
