@@ -149,9 +149,13 @@ def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
         sink._load(table, stored, DAY)
 
 
-def test_the_command_loads_a_date(server, tmp_path, history):
-    command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", "--bigquery=p.shop"]
+def test_the_command_appends_a_bundle_and_loads_its_date(server, history, workdir, retriever):
+    command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", f"--append={workdir}"]
     where = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
-    done = subprocess.run([*command, "--run_date=2026-11-25"], capture_output=True, text=True, **where)
+    flags = ["--run_id=new", "--run_date=2026-11-26", "--bigquery=p.shop"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, **where)
     assert done.returncode == 0, done.stderr
-    assert "p.shop.item_embeddings: 30 rows of 2026-11-25" in done.stdout and len(server.tables[ITEMS].rows) == 30
+    items = len(retriever.bundle.items)
+    assert "run-new.parquet" in done.stdout and f"p.shop.item_embeddings: {items:,} rows of 2026-11-26." in done.stdout
+    assert server.tables[ITEMS].rows["entity_id"].to_pylist() == retriever.bundle.items["item_id"].to_pylist()
+    assert [one.version.name for one in history.stored("user")] == ["2026-11-25/shop", "2026-11-26/new"]

@@ -201,16 +201,17 @@ def test_runs_of_one_configuration_share_an_experiment(retriever):
     assert experiment(run_id="a") == experiment(run_id="b") != experiment(run_id="a", experiment_id="mine") == "mine"
 
 
-def test_the_command_appends_and_lists(tmp_path, workdir):
+def test_the_command_lists_and_does_one_thing_at_a_time(history):
     def launch(*flags):
-        command = [sys.executable, "-m", "experiments.history", f"--history={tmp_path / 'history'}", *flags]
+        command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", *flags]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
-    appended = launch(f"--append={workdir}", "--run_date=2026-11-25")
-    assert appended.returncode == 0, appended.stderr
-    assert "run-shop.parquet" in appended.stdout and "item vectors, 16 wide" in appended.stdout
-    listed = launch("--list").stdout.splitlines()
-    assert [line.split()[:2] for line in listed[1:]] == [["user", "2026-11-25/shop"], ["item", "2026-11-25/shop"]]
-    wrong = launch(f"--append={workdir}", "--list")
+    history.append(version(), {"item": [block(30)], "user": [block(20)]})
+    listed = launch("--list")
+    assert listed.returncode == 0, listed.stderr
+    assert [line.split() for line in listed.stdout.splitlines()[1:]] == [
+        ["user", "2026-11-25/shop", "e", "m", "20", "4"], ["item", "2026-11-25/shop", "e", "m", "30", "4"],
+    ]  # fmt: skip
+    wrong = launch("--drift=2026-11-25/shop,2026-11-25/shop", "--list")
     assert wrong.returncode == 1 and "Give one of --append=RUN" in wrong.stderr and "Traceback" not in wrong.stderr

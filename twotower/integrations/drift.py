@@ -23,7 +23,7 @@ from twotower.retrieval.exact import top_k
 from twotower.validation import extra
 
 NEIGHBOURS = 10
-SAMPLE = 5_000  # entities whose neighbours are compared
+SAMPLE = 2_000  # entities whose neighbours are compared
 
 
 @dataclasses.dataclass(frozen=True)
