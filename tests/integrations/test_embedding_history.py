@@ -154,6 +154,10 @@ def test_a_file_of_something_else_or_a_damaged_one_is_named(history):
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(HistoryError, match=r"run-shop\.parquet is no file of the history"):
         history.stored("item")
+    history.append(version(), {"item": [block(100)]})
+    path.rename(path.with_name("run-other.parquet"))
+    with pytest.raises(HistoryError, match="was moved or renamed: it holds the vectors of 2026-11-25/shop"):
+        history.stored("item")
 
 
 @pytest.mark.parametrize("run", ["", "a/b", "../a", "a b", "x" * 51, "a\n"])
@@ -180,6 +184,8 @@ def test_dates_and_places_are_checked(history):
     history.append(version(), {"item": [block(1)]})
     with pytest.raises(HistoryError, match=r"no item vectors of '2026-11-24/shop' \(DATE/RUN\); the latest are: 2026-11-25/shop"):
         history.find("item", "2026-11-24/shop")
+    with pytest.raises(HistoryError, match="the date of DATE/RUN='shop' must be a date"):
+        history.find("item", "shop")
 
 
 def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):

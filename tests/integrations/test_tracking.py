@@ -106,6 +106,10 @@ def test_what_cannot_be_logged_is_said(store, workdir, tmp_path, monkeypatch):
         track(tmp_path / "nothing", uri=store, experiment="none")
     with pytest.raises(ConfigError, match="MLflow at foo://host/x refuses"):
         track(workdir, uri="foo://me:secret@host/x", experiment="none")
+    gone = {"uri": store, "experiment": "none", "run_id": "0" * 32}
+    (workdir / "mlflow.json").write_text(json.dumps(gone))
+    with pytest.raises(ConfigError, match=rf"not found\. To log to a new run of MLflow, delete {workdir}/mlflow\.json\."):
+        track(workdir, uri=store, experiment="none")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match=r"tracking needs the extra 'mlflow' .*pip install 'twotower\[mlflow\]'"):
         track(workdir, uri=store, experiment="none")

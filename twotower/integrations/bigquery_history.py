@@ -54,8 +54,7 @@ class BigQueryHistory:
         Raises:
             HistoryError: nothing of that date is kept, a table has other columns, partitions or widths, or BigQuery refuses.
         """
-        of_date = {side: [one for one in history.stored(side) if one.version.run_date == run_date] for side in TABLES}
-        of_date = {side: found for side, found in of_date.items() if found}
+        of_date = {side: found for side in TABLES if (found := history.stored(side, run_date))}
         if not of_date:
             raise HistoryError(f"{history.folder} holds no vectors of {run_date}; append a run of that date first.")
         widths = {side: _width(side, found) for side, found in of_date.items()}

@@ -119,18 +119,21 @@ class EmbeddingHistory:
             for temporary, _ in written:
                 temporary.unlink(missing_ok=True)
 
-    def stored(self, side: str) -> list[Stored]:
-        """What there is of a side, in the order of dates and then of run ids."""
-        found = (_stored(path) for path in (self.folder / TABLES[side]).glob("run_date=*/run-*.parquet"))
+    def stored(self, side: str, run_date: datetime.date | None = None) -> list[Stored]:
+        """What there is of a side, of one date or of all, in the order of dates and then of run ids."""
+        partition = f"run_date={run_date or '*'}"
+        found = (_stored(path) for path in (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet"))
         return sorted(found, key=lambda stored: (stored.version.run_date, stored.version.run_id))
 
     def find(self, side: str, name: str) -> Stored:
         """The stored vectors that DATE/RUN names; raises `HistoryError` with those there are."""
-        known = {one.version.name: one for one in self.stored(side)}
-        if name not in known:
-            latest = ", ".join(list(known)[-10:]) or "none"
-            raise HistoryError(f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}.")
-        return known[name]
+        date, _, run_id = name.partition("/")
+        known = self.stored(side, parse_date(date, "the date of DATE/RUN"))
+        for one in known:
+            if one.version.run_id == run_id:
+                return one
+        latest = ", ".join(one.version.name for one in self.stored(side)[-10:]) or "none"
+        raise HistoryError(f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}.")
 
     def read(self, stored: Stored) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Entity ids, and their vectors float32 [N, D]."""
@@ -220,6 +223,8 @@ def _stored(path: Path) -> Stored:
         version = Version(**about | {"run_date": datetime.date.fromisoformat(about["run_date"])})
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise HistoryError(f"{path} is no file of the history, or is damaged ({error}). Append that run again.") from None
+    if (path.parent.name, path.name) != (f"run_date={version.run_date}", f"run-{version.run_id}.parquet"):
+        raise HistoryError(f"{path} was moved or renamed: it holds the vectors of {version.name}.")
     return Stored(version=version, path=path, rows=rows, width=width)
 
 

@@ -54,7 +54,9 @@ def track(workdir: Path | str, *, uri: str, experiment: str, artifacts: str = ""
         if (lines and lines[-1][0] >= config.training.steps) or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:
-        raise ConfigError(f"MLflow at {_without_password(uri)} refuses: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        hint = f" To log to a new run of MLflow, delete {workdir / STATE}." if (workdir / STATE).exists() else ""
+        raise ConfigError(f"MLflow at {_without_password(uri)} refuses: {reason}.{hint}") from error
     return run_id
 
 
