@@ -1,5 +1,6 @@
 """The history: what was put in comes out, whoever reads it; a repeat changes nothing, a failure leaves nothing."""
 
+import dataclasses
 import datetime
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from tests.extras import extra
 from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError, Version, blocks_of, parse_date, version_of
 from twotower.retrieval.exact import QueryError
+from twotower.retrieval.retriever import Retriever
 
 ROOT = Path(__file__).parents[2]
 DAY = datetime.date(2026, 11, 25)
@@ -193,6 +195,8 @@ def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
     history.append(one, blocks_of(retriever, block=16))
     (users, queries), (items, vectors) = (history.read(history.find(side, one.name)) for side in ("user", "item"))
     assert one.model_version == retriever.bundle.manifest["model_version"]
+    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}))
+    assert version_of(unwritten, run_date=DAY, run_id="shop") == one
     assert users.equals(retriever.bundle.users["user_id"]) and items.equals(retriever.bundle.items["item_id"])
     for row in (0, 17, len(users) - 1):
         best = np.argsort(-(vectors @ queries[row]), kind="stable")[:5]

@@ -1,5 +1,6 @@
 """Redis: what is published is found, whole versions only; without Redis everything goes on. A real server, on loopback."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from tests.integrations.test_embedding_history import block
 from twotower.integrations.embedding_history import blocks_of
 from twotower.integrations.redis_store import CachedRetriever, RedisStore, StoreError, bundle_version
 from twotower.retrieval.exact import QueryError
+from twotower.retrieval.retriever import Retriever
 from twotower.validation import ConfigError
 
 redis = extra("redis", "redis")
@@ -161,6 +163,9 @@ def test_lists_come_from_redis_and_are_the_retrievers(server, store, retriever):
     key = f"shop:{bundle_version(retriever)}:list:3:1:{user}"
     server.client.set(key, '{"known": true, "items": [["from redis", 1.5, {}]]}')
     assert [item.item_id for item in cached.recommend(user, k=3)] == ["from redis"]
+    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}))
+    with pytest.raises(StoreError, match="a bundle that was not written has no version"):
+        CachedRetriever(unwritten, store)
     assert "from redis" not in [item.item_id for item in cached.recommend(user, k=4)]
 
 

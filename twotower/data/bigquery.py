@@ -80,7 +80,8 @@ def refusals(what: str, error_type: type[ValueError] = ConfigError) -> Iterator[
     try:
         yield
     except (GoogleAPIError, GoogleAuthError) as error:
-        reason = (getattr(error, "message", "") or str(error)).splitlines()[0].rstrip(".")
+        told = [one["message"] for one in getattr(error, "errors", ()) if isinstance(one, dict) and one.get("message")]
+        reason = (told or [str(error)])[0].splitlines()[0].rstrip(".")
         raise error_type(f"{what}: BigQuery refuses: {reason}.") from error
 
 

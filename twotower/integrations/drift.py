@@ -136,7 +136,7 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     _histogram(left, drift.cosines, np.linspace(min(0.0, float(drift.cosines.min())), 1.0, 51), "cosine after alignment")
-    _histogram(right, drift.overlaps, np.linspace(0.0, 1.0, 12), "share of nearest neighbours kept")
+    _histogram(right, drift.overlaps, np.linspace(-0.05, 1.05, 12), "share of nearest neighbours kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
     try:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from twotower.data.folders import content_digest
 from twotower.retrieval.exact import check_vectors
 from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.weights import model_version
 from twotower.training.progress import progress
 
 TABLES = {"user": "user_embeddings", "item": "item_embeddings"}
@@ -183,9 +184,8 @@ def version_of(retriever: Retriever, *, run_date: datetime.date, run_id: str, ex
     """
     bundle = retriever.bundle
     experiment_id = experiment_id or content_digest(bundle.config.trained())[:12]
-    return Version(
-        run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=bundle.manifest["model_version"]
-    )
+    weights = bundle.manifest.get("model_version") or model_version(bundle.weights)
+    return Version(run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights)
 
 
 def parse_date(text: str, field: str) -> datetime.date:

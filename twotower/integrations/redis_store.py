@@ -165,6 +165,8 @@ class CachedRetriever:
 
 def bundle_version(retriever: Retriever) -> str:
     """A hash of all that is in a bundle: of two bundles with other weights, items, users or index, another."""
+    if not retriever.bundle.manifest:
+        raise StoreError("a bundle that was not written has no version; export it, and load it from its folder.")
     return content_digest(retriever.bundle.manifest)[:16]
 
 
