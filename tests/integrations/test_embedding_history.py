@@ -205,9 +205,15 @@ def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
 
 
 def test_runs_of_one_configuration_share_an_experiment(retriever):
-    def experiment(**values):
-        return version_of(retriever, run_date=DAY, **values).experiment_id
+    def experiment(one=retriever, **values):
+        return version_of(one, run_date=DAY, **values).experiment_id
 
+    def changed(**training):
+        config = retriever.bundle.config
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+        return Retriever(dataclasses.replace(retriever.bundle, config=config))
+
+    assert experiment(changed(seed=7), run_id="a") == experiment(run_id="a") != experiment(changed(steps=7), run_id="a")
     assert experiment(run_id="a") == experiment(run_id="b") != experiment(run_id="a", experiment_id="mine") == "mine"
 
 

@@ -180,10 +180,11 @@ def version_of(retriever: Retriever, *, run_date: datetime.date, run_id: str, ex
     """The version of a bundle's vectors.
 
     Args:
-        experiment_id: by default a hash of what decides training, which runs of one configuration share.
+        experiment_id: by default a hash of what decides training but for its seed, which runs of one configuration share.
     """
-    bundle = retriever.bundle
-    experiment_id = experiment_id or content_digest(bundle.config.trained())[:12]
+    bundle, trained = retriever.bundle, retriever.bundle.config.trained()
+    unseeded = trained | {"training": {name: x for name, x in trained["training"].items() if name != "seed"}}
+    experiment_id = experiment_id or content_digest(unseeded)[:12]
     weights = bundle.manifest.get("model_version") or model_version(bundle.weights)
     return Version(run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights)
 
