@@ -136,6 +136,7 @@ def test_odd_ids_stay_apart_and_models_do_not_meet(server, store):
     vectors = np.arange(len(names) * 4, dtype=np.float32).reshape(-1, 4)
     store.publish("v1", {"item": [(pa.array(names), vectors)], "user": [block(2)]})
     np.testing.assert_array_equal(store.vectors("item", names)[0], vectors)
+    assert store.vectors("item", ["\ud800", "1"])[1].tolist() == [False, True]
     other = RedisStore(server.url, name="other", timeout=5.0)
     assert other.current() is None and other.vectors("item", names)[1].tolist() == [False] * len(names)
     with pytest.raises(ConfigError, match="name='a:b' must be of"):

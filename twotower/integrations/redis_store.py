@@ -128,13 +128,14 @@ class RedisStore:
         self._is_away = False
         return answer
 
-    def list_key(self, version: str, user: Any, k: int, *, exclude_seen: bool) -> str:
+    def list_key(self, version: str, user: Any, k: int, *, exclude_seen: bool) -> bytes:
         return self._key(version, f"list:{k}:{int(exclude_seen)}", user)
 
-    def _key(self, version: str, kind: str, name: Any) -> str:
-        return f"{self.name}:{version}:{kind}:{name}"  # the id last: whatever is in it, no two keys are the same
+    def _key(self, version: str, kind: str, name: Any) -> bytes:
+        # The id last: whatever is in it, no two keys are the same. It may be half a character, which a request can hold.
+        return f"{self.name}:{version}:{kind}:{name}".encode("utf-8", "surrogatepass")
 
-    def _write(self, pairs: Iterable[tuple[str, np.ndarray]], ttl: int) -> None:
+    def _write(self, pairs: Iterable[tuple[bytes, np.ndarray]], ttl: int) -> None:
         pipeline = self._publisher.pipeline(transaction=False)
         for key, vector in pairs:
             pipeline.set(key, vector.tobytes(), ex=ttl)
