@@ -15,7 +15,7 @@ it) in runs/movielens. Further flags go to experiments.train: --config.training.
 .venv is made once; a later run reuses it as long as setup.py is the same.
 
 Environment: PYTHON  the Python to use (3.11 or later); by default the first found of python3.13, 3.12, 3.11, python3
-             EXTRAS  extras of setup.py to install, separated by commas
+             EXTRAS  extras of setup.py to install, separated by commas; tests of those that are missing are skipped
 END
 }
 

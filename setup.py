@@ -8,12 +8,12 @@ README = Path(__file__).parent / "README.md"
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20"],
-    "mlflow": ["mlflow>=3.0"],
+    "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13"],
     "bigquery": ["google-cloud-bigquery>=3.20"],
     "text": ["tokenizers>=0.20", "safetensors>=0.4"],
     "redis": ["redis>=5.0"],
     "plots": ["matplotlib>=3.8"],
-    "dev": ["beartype>=0.20", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
+    "dev": ["beartype>=0.20", "duckdb>=1.0", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
 }
 
 setup(

@@ -31,3 +31,13 @@ def shared_data():
     from pathlib import Path
 
     return Path(folder).resolve()
+
+
+@pytest.fixture
+def bigquery_server(monkeypatch):
+    """What a server in this process holds, which the library's BigQuery clients ask in this test."""
+    from tests.bigquery_server import serving
+
+    with serving() as (state, address):
+        monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", address)
+        yield state

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.extras import extra, program
+
 ROOT = Path(__file__).parent.parent
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "git", "grep", "gzip", "mkdir", "mktemp", "rm", "tar")
 
@@ -350,3 +352,32 @@ def test_continuous_integration_runs_the_tests_on_the_data_beside_the_project(lo
     data.mkdir(parents=True)
     assert run() == str(data)
     assert local.run(".ci/run", VERSIONS="python3.13", FAILS="pytest").returncode == 7
+
+
+APT = """#!/bin/bash
+echo "$@" >>"$CALLS.apt"
+if [ -n "${NO_APT:-}" ]; then exit 100; fi
+"""
+
+
+def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_missing(local):
+    for command in ("apt-get", "sudo"):
+        local.stand_in(command, APT if command == "apt-get" else '#!/bin/bash\nshift\nexec "$@"\n')
+    apt = Path(f"{local.calls_file}.apt")
+    for env in ({}, {"NO_APT": "1"}):
+        result = local.run(".ci/run", VERSIONS="python3.13", **env)
+        assert result.returncode == 0 and ("its tests will fail" in result.stderr) == bool(env)
+    assert apt.read_text().splitlines() == ["update -qq", "install -y -qq redis-server", "update -qq"]
+    assert local.calls()[1] == install(".[bigquery,mlflow,plots,redis,dev]")
+    apt.unlink()
+    local.stand_in("redis-server", "#!/bin/bash\n")
+    assert local.run(".ci/run", VERSIONS="python3.13").returncode == 0 and not apt.exists()
+
+
+@pytest.mark.parametrize("complete, outcome", [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_a_test_of_what_is_missing_is_skipped_but_fails_in_continuous_integration(monkeypatch, complete, outcome):
+    monkeypatch.setenv("TWOTOWER_COMPLETE", complete)
+    with pytest.raises(outcome, match="nowhere is not installed: EXTRAS=redis bash launch_local.sh test"):
+        extra("nowhere", "redis")
+    with pytest.raises(outcome, match="no-such-server is not installed: apt-get install it"):
+        program("no-such-server", "it")

@@ -20,7 +20,9 @@ class TableConfig:
     """Where one table is read from, and which of its columns is which.
 
     Attributes:
-        path: a file, a folder or a glob of CSV (also .gz) or Parquet files; environment variables and ~ are expanded.
+        path: a file, a folder or a glob of CSV (also .gz) or Parquet files; environment variables and ~ are expanded. Of the
+            source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE of the client's project.
+        query: SQL of BigQuery, in the place of a path.
         columns: our name -> the file's name, for example {"user_id": "CustomerID"}. "metadata.brand" names a field of a
             column of JSON objects. Columns not named keep their own names.
         names: the column names of a file that has no header line.
@@ -31,6 +33,7 @@ class TableConfig:
     """
 
     path: str = ""
+    query: str = ""
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
     delimiter: str = ","
@@ -51,6 +54,8 @@ class DataConfig:
         test: the test rows of a fixed split.
         dataset: TFDS name, such as movielens/100k-ratings.
         data_dir: where TFDS keeps prepared data; empty means its own default.
+        project: of BigQuery, which pays for its queries; empty means that of the environment's credentials.
+        location: where BigQuery runs queries; empty lets it find out.
         num_interactions: size of the generated shop.
         shop_seed: seed of the generated shop.
         where: rows to keep, as (column, operator, value); operators are ==, !=, <, <=, >, >=, in, not in, starts with,
@@ -67,6 +72,8 @@ class DataConfig:
     test: TableConfig = TableConfig()
     dataset: str = ""
     data_dir: str = ""
+    project: str = ""
+    location: str = ""
     num_interactions: int = 100_000
     shop_seed: int = 0
     where: tuple[tuple, ...] = ()

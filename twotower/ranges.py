@@ -56,6 +56,10 @@ def _check_data(config: Any, check: _Checks) -> None:
         delimiter, encoding = f"data.{table}.delimiter", f"data.{table}.encoding"
         check.true(bool(_get(config, delimiter)), delimiter, "one or more characters, such as ',' or '\\t'")
         check.true(_is_encoding(_get(config, encoding)), encoding, "an encoding that Python knows, such as 'utf-8'")
+        path, query = f"data.{table}.path", f"data.{table}.query"
+        if _get(config, query):
+            check.true(config.data.source == "bigquery", query, "empty unless config.data.source='bigquery'")
+            check.true(not _get(config, path), path, f"empty beside a config.{query}")
     ks = config.evaluation.ks
     check.true(bool(ks) and min(ks, default=0) >= 1, "evaluation.ks", "one or more list lengths of at least 1")
 

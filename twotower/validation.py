@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -16,6 +17,15 @@ class ConfigError(ValueError):
 
 class ScoreError(ValueError):
     """Scores that cannot be ranked or measured, being no numbers."""
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Turns a failed import into a `ConfigError` that says which extra of setup.py `what` needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{what} needs the extra {name!r} ({error}): pip install 'twotower[{name}]'.") from error
 
 
 def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:

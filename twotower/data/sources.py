@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import DataConfig, TableConfig
-from twotower.data import lists, synthetic, tables, tfds
+from twotower.data import bigquery, lists, synthetic, tables, tfds
 from twotower.data.dataset import Dataset, Truth, assemble, collapse
 from twotower.validation import ConfigError, choose
 
@@ -38,6 +38,12 @@ def _parquet(config: DataConfig) -> Dataset:
     return _from_tables(config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="parquet"))
 
 
+def _bigquery(config: DataConfig) -> Dataset:
+    client = bigquery.make_client(config.project, config.location)
+    read = functools.partial(bigquery.read, client=client)
+    return _from_tables(config, functools.partial(read, keys=("user_id", "item_id")), read_known=read)
+
+
 def _pairs(config: DataConfig) -> Dataset:
     return _from_tables(config, lists.read_pairs)
 
@@ -57,6 +63,7 @@ def _tfds(config: DataConfig) -> Dataset:
 SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
     "csv": _csv,
     "parquet": _parquet,
+    "bigquery": _bigquery,
     "tfds": _tfds,
     "pairs": _pairs,
     "user_lists": _user_lists,
@@ -64,22 +71,29 @@ SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-def _from_tables(config: DataConfig, read: Callable[[TableConfig, str], pa.Table]) -> Dataset:
-    """The log by `read`, with the rows of `config.test` after it; users and items always from tables."""
+def _from_tables(
+    config: DataConfig, read: Callable[[TableConfig, str], pa.Table], *, read_known: Callable[..., pa.Table] | None = None
+) -> Dataset:
+    """The log by `read`, with the rows of `config.test` after it; users and items by `read_known`, or from files."""
     interactions = read(config.interactions, "interactions")
-    if config.test.path:
+    if _is_given(config.test):
         parts = [("train", interactions), ("test", read(config.test, "test"))]
         marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]
         interactions = pa.concat_tables(marked, promote_options="permissive")
     kind = "parquet" if config.source == "parquet" else "csv"
+    read_known = read_known or functools.partial(tables.read, kind=kind)
     known = {
-        name: tables.read(table, name, keys=(key,), kind=kind) if table.path else None
+        name: read_known(table, name, keys=(key,)) if _is_given(table) else None
         for name, table, key in (
             ("user_table", config.user_table, "user_id"),
             ("item_table", config.item_table, "item_id"),
         )
     }
     return assemble(interactions, known["user_table"], known["item_table"])
+
+
+def _is_given(table: TableConfig) -> bool:
+    return bool(table.path or table.query)
 
 
 def _grouped(dataset: Dataset, column: str) -> Dataset:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import io
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,32 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: str) ->
     files = _Files(paths, np.cumsum([len(part) for part in parts]), header=not config.names)
     if not sum(len(part) for part in parts):
         raise ConfigError(f"{name}: {files.all()} has no rows; config.data.{name}.path must name a file with data.")
-    typed = _is_parquet(paths[0], kind)
+    typed, table = _is_parquet(paths[0], kind), _joined(parts, name, files)
+    place = functools.partial(files.place, typed=typed)
+    return shaped(table, config, name, keys=keys, origin=files.all(), place=place, typed=typed)
+
+
+def shaped(
+    table: pa.Table, config: TableConfig, name: str, *, keys: tuple[str, ...], origin: str, place: Callable[[int], str],
+    typed: bool,
+) -> pa.Table:  # fmt: skip
+    """`table` with our column names and types, as `read` returns it.
+
+    Args:
+        origin: where the rows come from, for messages.
+        place: what a row is called there.
+        typed: whether the columns have types already; else they are text.
+    """
     wanted = {source.split(".")[0] for source in config.columns.values() if "." in source}
     try:
         column = ", ".join(sorted(wanted))
-        table = columns.expand(_joined(parts, name, files), wanted=wanted)
-        table = _renamed(table, config, name, keys, files)
+        table = columns.expand(table, wanted=wanted)
+        table = _renamed(table, config, name, keys, origin)
         for column in table.column_names:
             values = _column(column, table[column], config, keys, typed=typed)
             table = table.set_column(table.column_names.index(column), column, values)
     except BadValue as error:
-        raise ConfigError(f"{name}: {files.place(error.row, typed)}, column {config.columns.get(column, column)!r}: "
+        raise ConfigError(f"{name}: {place(error.row)}, column {config.columns.get(column, column)!r}: "
                           f"{error.value!r} is not {error.right}.") from None
     return table
 
@@ -188,13 +204,13 @@ def _joined(parts: list[pa.Table], name: str, files: _Files) -> pa.Table:
         raise ConfigError(f"{name}: the files of {files.all()} disagree about a column's type: {error}.") from error
 
 
-def _renamed(table: pa.Table, config: TableConfig, name: str, keys: tuple[str, ...], files: _Files) -> pa.Table:
+def _renamed(table: pa.Table, config: TableConfig, name: str, keys: tuple[str, ...], origin: str) -> pa.Table:
     """Our names for the mapped columns; the others keep theirs, unless a mapped one has taken it."""
     known = table.column_names
     for ours, theirs in {**{key: key for key in keys}, **config.columns}.items():
         if theirs not in known:
             hint = _hint(ours, theirs, known, config, f"config.data.{name}", optional=ours not in keys)
-            raise ConfigError(f"{name}: {files.all()} has no column {theirs!r}{nearest(theirs, known)}; {hint}. "
+            raise ConfigError(f"{name}: {origin} has no column {theirs!r}{nearest(theirs, known)}; {hint}. "
                               f"It has: {', '.join(known)}.")
     taken = set(config.columns.values())
     mapped = {ours: table[theirs] for ours, theirs in config.columns.items()}

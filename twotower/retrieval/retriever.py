@@ -130,6 +130,10 @@ class Retriever:
             return np.zeros((0, bundle.model.dim), np.float32)
         return embed_rows(bundle.model, bundle.weights, "user", bundle.encoder.encode("user", table))
 
+    def embed_users(self, user_ids: Sequence[Any]) -> np.ndarray:
+        """float32 [Q, D], the vectors that recommendations for these users are made with, whether they are known or not."""
+        return self.encode_users(self._rows_of([str(user) for user in user_ids]))
+
     def item_row(self, item: Any) -> int:
         """The row of an item in the corpus; raises `UnknownItemError` with the nearest ids."""
         if str(item) not in self._item_rows:

@@ -1,0 +1,27 @@
+"""Tests of an extra skip where it is not installed, and say which; where TWOTOWER_COMPLETE is set they fail instead."""
+
+import importlib
+import os
+import shutil
+from types import ModuleType
+
+import pytest
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """The module, which the extra `name` of setup.py installs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        _missing(f"{module} is not installed: EXTRAS={name} bash launch_local.sh test")
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program, which a package of the system installs."""
+    return shutil.which(name) or _missing(f"{name} is not installed: apt-get install {package}")
+
+
+def _missing(message: str) -> None:
+    if os.environ.get("TWOTOWER_COMPLETE"):
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message, allow_module_level=True)

@@ -1,0 +1,20 @@
+"""The bundle of a small run that was never trained: not to be changed."""
+
+import pytest
+
+from tests.retrieval.conftest import make_run
+from twotower.retrieval.export import export
+from twotower.retrieval.retriever import Retriever
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "shop", data={"num_interactions": 1000})
+    (run.workdir / "config.json").write_text(run.config.to_json())
+    export(run, run.workdir / "bundle")
+    return run.workdir
+
+
+@pytest.fixture(scope="session")
+def retriever(workdir):
+    return Retriever.load(workdir / "bundle")
