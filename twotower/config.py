@@ -310,8 +310,6 @@ class TrainingConfig:
     Attributes:
         seed: of initialisation, data order and dropout.
         batch_size: B, which is also the number of in-batch candidates.
-        recency: the training rows of a user weigh half as much for each so many later ones of that user, so that vectors follow
-            what users want now; 0: all alike.
         steps: gradient steps in all.
         optimizer, tables, schedule: see their classes.
         log_every: steps between lines of metrics.
@@ -328,7 +326,6 @@ class TrainingConfig:
 
     seed: int = 0
     batch_size: int = 1024
-    recency: float = 0.0
     steps: int = 1000
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()

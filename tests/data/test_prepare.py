@@ -28,17 +28,6 @@ def test_rows_are_places_in_the_tables_with_their_weights_and_times(tmp_path):
     np.testing.assert_array_equal(prepared.test.timestamp, np.arange(90, 100))
 
 
-def test_rows_weigh_less_the_more_rows_of_their_user_are_later(tmp_path):
-    shuffled = np.random.default_rng(0).permutation(LOG.splitlines()[1:])
-    text = "\n".join(["user_id,item_id,timestamp,weight", *shuffled]) + "\n"
-    train = prepare(_config(tmp_path, text, training={"recency": 2.0})).train
-    weights = dict(zip(train.timestamp.tolist(), train.weight.tolist()))
-    # Every seventh row is of the same user, and the rows before 80 are training's.
-    expected = {n: (n % 3 + 0.5) * 0.5 ** (len(range(n + 7, 80, 7)) / 2) for n in range(80)}
-    assert weights == pytest.approx(expected)
-    assert prepare(_config(tmp_path, text, training={"recency": 2.0})).test.weight.max() == 2.5
-
-
 def test_a_split_that_leaks_is_refused_before_anything_is_fitted(tmp_path):
     with pytest.raises(LeakageError, match="random_split"):
         prepare(_config(tmp_path, split={"kind": "random"}))

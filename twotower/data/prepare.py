@@ -15,7 +15,7 @@ from twotower.data import sources, split
 from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
 from twotower.data.features import load_spec
-from twotower.data.interactions import places_from_end, timestamps
+from twotower.data.interactions import timestamps
 from twotower.data.labels import check_labels, label_columns, read_labels
 from twotower.validation import ConfigError, check_fields
 
@@ -91,7 +91,6 @@ def prepare(config: Config, *, encoder: Encoder | None = None, fit: Callable[...
     own = [name for name in encoder.inputs["user"] if name not in encoder.context]
     features = {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}
     rows = [_rows(part, users, items, encoder, labels) for part in (parts.train, parts.validation, parts.test)]
-    rows[0] = dataclasses.replace(rows[0], weight=rows[0].weight * _recency(parts.train, config.training.recency))
     if not rows[0].weight.any():
         raise ConfigError("weight is 0 in every training row: nothing would be learned. At least one must be above 0.")
     return Prepared(config, users, items, *rows, encoder, features, truth, parts)
@@ -110,13 +109,6 @@ def _rows(table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder, l
         places("user_id", users), places("item_id", items), _weights(table), timestamps(table),
         encoder.encode("user", table, encoder.context), read_labels(table, labels),
     )  # fmt: skip
-
-
-def _recency(train: pa.Table, half: float) -> np.ndarray | np.float32:
-    """float32 [N], see `TrainingConfig.recency`."""
-    if not half:
-        return np.float32(1)
-    return (0.5 ** (places_from_end(train)[0] / half)).astype(np.float32)
 
 
 def _check_context(encoder: Encoder, labels: Mapping[str, str]) -> None:
