@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 from twotower.validation import ConfigError, choose
 
@@ -245,6 +246,49 @@ class TimestampFeature(Feature):
             choose(dict.fromkeys(("hour", "weekday", "age")), part, f"{self.where}.parts")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HistoryFeature(Feature):
+    """The items of a user's strictly earlier interactions, the latest last: a feature of the user tower, at most one.
+
+    It is built from the interactions, whatever columns there are. Rows that are asked about bring it themselves, in `column`: a
+    list of item ids, or of {"item_id": ..., "event": ..., "timestamp": ...}, the latest last.
+
+    Attributes:
+        max_length: L, events kept: the latest ones.
+        reads: the features of an item that are read at each event, from the tables of the item tower; the first is one of a
+            single value of the item's id.
+        gaps: buckets of the time between an event and the one before it, bucket floor(log2(1 + seconds)); 0: not read.
+        weights: event -> its weight in a bag, above 0; an event that is not named weighs 1.
+        half_life: days in which the weight of an event in a bag falls by half; 0: never.
+    """
+
+    max_length: int = 50
+    reads: tuple[str, ...] = ("item_id",)
+    gaps: int = 0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    half_life: float = 0.0
+    embedding_size: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check(self.side == "user", "side", "user: items have no history")
+        self._check(self.embedding_size == 0, "embedding_size", "left out: vectors are those of the item's own tables")
+        self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
+        self._at_least(1, "max_length")
+        self._at_least(0, "gaps", "half_life")
+        numbers = all(isinstance(x, (int, float)) and 0 < x < math.inf for x in self.weights.values())
+        self._check(numbers, "weights", "a mapping of events to numbers above 0")
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether events of one history weigh differently."""
+        return bool(self.weights or self.half_life)
+
+
 FEATURES: dict[str, type[Feature]] = {
     "string": StringFeature,
     "strings": StringsFeature,
@@ -253,4 +297,5 @@ FEATURES: dict[str, type[Feature]] = {
     "text": TextFeature,
     "pretrained": PretrainedFeature,
     "timestamp": TimestampFeature,
+    "history": HistoryFeature,
 }

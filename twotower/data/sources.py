@@ -6,6 +6,7 @@ and items unique and complete. It filters nothing but rows without ids.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
 
 def _from_tables(config: DataConfig, read: Callable[[TableConfig, str], pa.Table]) -> Dataset:
     """The log by `read`, with the rows of `config.test` after it; users and items always from tables."""
-    interactions = read(config.interactions, "interactions")
+    interactions = read(dataclasses.replace(config.interactions, path=config.path or config.interactions.path), "interactions")
     if config.test.path:
         parts = [("train", interactions), ("test", read(config.test, "test"))]
         marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]

@@ -74,7 +74,8 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: Corpus) -> Trainer:
         loss, *optimizers = chosen_kinds(config)
-        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus))
+        places = model.history_length + 1 if config.training.examples == "sequences" else 1
+        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
 
 
 def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
