@@ -6,8 +6,9 @@
     python -m experiments.evaluate --workdir=runs/beauty --k=10 --baselines
 
 Any file of one user a line, "user item item ..." in order of time, has the same protocol: --config.data.path=FILE. Per user the
-last item is the test, the one before it validation; at test time the model sees validation too. All items of training are ranked
-less those that the user has seen, and a test item that training never saw is a miss; recall@10 and NDCG@10 are means over all users.
+last item is the test, the one before it validation; at test time the model sees validation too. All items of training are
+ranked less those that the user has seen, and a test item that training never saw is a miss; recall@10 and NDCG@10 are means over
+all users.
 
 Published for dot products: recall@10 .0921, NDCG@10 .0531 (SASRec, sampled softmax); .0928, .0523 (eSASRec). Not yet measured.
 """

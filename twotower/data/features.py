@@ -118,7 +118,7 @@ def _feature(side: str, name: str, fields: Any) -> Feature:
     cls = choose(FEATURES, str(fields["type"]), f"{where}.type")
     hints = {field: hint for field, hint in typing.get_type_hints(cls).items() if field not in ("side", "name")}
     check_fields(fields, ["type", *hints], where)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING and f.name in hints]
+    required = [f.name for f in dataclasses.fields(cls) if f.name in hints and f.default is f.default_factory]
     for field in required:
         if field not in fields:
             raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")

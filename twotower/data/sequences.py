@@ -72,13 +72,19 @@ class Plan:
         return out
 
     def rates(self, events: int) -> np.ndarray:
-        """float64 [events], how often a pass has each event as a target."""
-        rates, cropped = np.ones(events), np.flatnonzero(self.ends - self.begins > self.lengths)
-        for window in cropped:
-            begin, end, length = self.begins[window], self.ends[window], self.lengths[window]
-            rates[begin:end] = _rates(end - begin, length) if self.crop == "random" else 0.0
-            if self.crop == "last":
-                rates[end - length + 1 : end] = 1.0
+        """float64 [events], how often a pass has each event as a target that counts.
+
+        The first of a window does not, its history being cut off, unless it is the user's first.
+        """
+        rates, cropped = np.ones(events), self.ends - self.begins > self.lengths
+        sizes = (self.ends - self.begins)[cropped]
+        at, last, length = _ramp(sizes), *(np.repeat(x, sizes) for x in (sizes - self.lengths[cropped], self.lengths[cropped]))
+        if self.crop == "last":
+            found = at > last
+        else:  # windows begin at 0 to `last`, each as likely
+            windows = np.minimum(at - 1, last) - np.maximum(at - length + 1, 0) + 1
+            found = (np.maximum(windows, 0) + (at == 0)) / (last + 1)
+        rates[np.repeat(self.begins[cropped], sizes) + at] = found
         return rates
 
     def _starts(self, windows: np.ndarray, passes: np.ndarray) -> np.ndarray:
@@ -211,13 +217,3 @@ def gather_sequences(data: Mapping[str, Any], places: Any) -> Batch:
 def _ramp(lengths: np.ndarray) -> np.ndarray:
     """0, 1, ... of each length, one after the other."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _rates(events: int, length: int) -> np.ndarray:
-    """Of one user's events, how often a window of `length` at a random place has each as a target that counts.
-
-    The first of a window does not, its history being cut off, unless it is the user's first.
-    """
-    at, last = np.arange(events), events - length
-    windows = np.minimum(at - 1, last) - np.maximum(at - length + 1, 0) + 1
-    return (np.maximum(windows, 0) + (at == 0)) / (last + 1)

@@ -15,7 +15,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }  # fmt: skip
 
 
-def drop_out(x: Float[Array, "B F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B F"]:
+def drop_out(x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B *F"]:
     """Drops a share `rate` of x and scales up the rest; x itself where `keys` is None.
 
     Each row has its own key, so that the rows of a batch lose the same units however the batch is divided over devices.
