@@ -24,7 +24,7 @@ def get_config():
     config.split.kind = "leave_last_out"
 
     config.features.user = {"history": {"type": "history", "max_length": 50}}
-    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0, "initial_norm": 0.2}}
     config.model.history.kind = "causal"
     config.model.history.block = "ligr"
     config.model.history.blocks = 2

@@ -24,7 +24,7 @@ def get_config():
 
     # No id is dropped: all but a few items of validation and test are in training.
     config.features.user = {"history": {"type": "history", "max_length": 200}}
-    config.features.item = {"item_id": {"type": "string", "embedding_size": 128, "oov_rate": 0.0}}
+    config.features.item = {"item_id": {"type": "string", "embedding_size": 128, "oov_rate": 0.0, "initial_norm": 0.2}}
     config.model.history.kind = "causal"
     config.model.history.block = "ligr"
     config.model.history.blocks = 2

@@ -65,11 +65,13 @@ class TableShape:
         rows: V, of which row 0 is padding.
         width: E.
         initial: float32 [V, E] to start from; None: drawn at random.
+        norm: expected norm of drawn rows.
     """
 
     rows: int
     width: int
     initial: np.ndarray | None = None
+    norm: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,7 +212,7 @@ def shape_of(fitted: Fitted) -> TableShape:
     feature = fitted.feature
     match feature:
         case StringFeature():
-            return TableShape(rows=fitted.vocabulary.size, width=feature.embedding_size)
+            return TableShape(rows=fitted.vocabulary.size, width=feature.embedding_size, norm=feature.initial_norm)
         case TextFeature():
             return TableShape(rows=feature.buckets, width=feature.embedding_size)
         case TimestampFeature():

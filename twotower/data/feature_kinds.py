@@ -72,15 +72,19 @@ class StringFeature(Feature):
         min_count: training rows a value needs to have a row of its own.
         oov_rows: rows that all other values are spread over, by hash.
         oov_rate: share of the ids replaced by an out-of-vocabulary row in training, so that those rows are trained.
+        initial_norm: expected norm of the rows that training starts from. What is seen rarely stays near its random beginning,
+            which a small one keeps from scoring high.
     """
 
     min_count: int = 1
     oov_rows: int = 8
     oov_rate: float = 0.01
+    initial_norm: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         self._at_least(1, "min_count", "oov_rows")
+        self._check(0 < self.initial_norm < math.inf, "initial_norm", "above 0")
         self._check(0 <= self.oov_rate < 1, "oov_rate", "at least 0 and below 1")
 
 

@@ -159,7 +159,7 @@ def _check_shared(first: Feature, other: Feature) -> None:
             f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
             f"can share one, and text features can; give one of them another table."
         )
-    for field in ("embedding_size", "min_count", "oov_rows") if vocabulary else ("embedding_size", "buckets"):
+    for field in ("embedding_size", "min_count", "oov_rows", "initial_norm") if vocabulary else ("embedding_size", "buckets"):
         if getattr(first, field) != getattr(other, field):
             raise ConfigError(
                 f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "

@@ -157,10 +157,10 @@ def _transform(encoder: _Encoder, x: Array, mask: Array, position: Array, keys: 
             f"config.model.history.heads={config.heads} must divide the width of the events, {width}"
             f"{', into even parts for rotary positions' if config.positions == 'rotary' else ''}."
         )
-    start = encoder.param("start", nn.initializers.normal(1.0), (width,))
+    start = encoder.param("start", nn.initializers.normal(0.1), (width,))
     x = jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
     if choose(POSITIONS, config.positions, "config.model.history.positions"):
-        table = encoder.param("positions", nn.initializers.normal(0.1), (encoder.length + 1, width))
+        table = encoder.param("positions", nn.initializers.normal(0.02), (encoder.length + 1, width))
         x = x + table[position].astype(x.dtype)
     x = drop_out(x, config.dropout, keys, _FIRST_LAYER)
     block = choose(BLOCKS, config.block, "config.model.history.block")

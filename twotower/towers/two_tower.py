@@ -100,7 +100,7 @@ class TwoTower:
 
     def init(self, key: jax.Array) -> Weights:
         """Fresh weights."""
-        params, stats = self.init_dense(key)
+        params, stats = jax.jit(self.init_dense)(key)  # one program to compile, not one an operation
         tables = {name: self.init_rows(key, name) if self.given(name) is None else self.given(name) for name in self.tables}
         return Weights(params, jax.tree.map(jnp.asarray, tables), stats)
 
@@ -124,9 +124,8 @@ class TwoTower:
         The key of a table depends on its name alone: adding a feature leaves the others as they were.
         """
         shape = self.tables[name]
-        return init_table(
-            jax.random.fold_in(key, zlib.crc32(name.encode())), shape.rows, shape.width, start=start, count=count
-        )
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return init_table(key, shape.rows, shape.width, start=start, count=count, norm=shape.norm)
 
     def lookup(self, side: str, tables: Mapping[str, jax.Array], features: Features) -> dict[str, jax.Array]:
         """The table rows that the encoded ids name: feature -> [..., D], or [..., L, D] of multi-valued ones."""
