@@ -256,6 +256,8 @@ class ObjectiveConfig:
         weight: of the retrieval loss beside the heads; 0 trains the heads alone.
         heads: name -> `HeadConfig`.
         negatives: see its class.
+        matryoshka: widths below D at which the retrieval loss is taken too, of vectors cut to their first numbers (and normalised
+            again where vectors are); all count alike. Vectors can then be cut to any of them.
         block: queries compared with all candidates at once; 0 chooses.
     """
 
@@ -272,6 +274,7 @@ class ObjectiveConfig:
     weight: float = 1.0
     heads: Mapping[str, HeadConfig] = dataclasses.field(default_factory=dict)
     negatives: NegativesConfig = NegativesConfig()
+    matryoshka: tuple[int, ...] = ()
     block: int = 0
 
 

@@ -108,7 +108,7 @@ def test_requests_bring_ids_or_mappings_of_any_length():
     x, y, z = enc.fitted["item", "item_id"].vocabulary.rows(pa.array(["x", "y", "z"], pa.large_string()))
     got = encoded(enc, [["x", "y", "z", "x"], [], None, ["y", None, "z"]])[IDS]
     np.testing.assert_array_equal(got, [[y, z, x], [0, 0, 0], [0, 0, 0], [y, z, 0]])
-    mappings = [[{"item_id": i} for i in ids] if ids is not None else None for ids in (["x", "y", "z", "x"], [], None, ["y", "z"])]
+    mappings = [ids and [{"item_id": i} for i in ids] for ids in (["x", "y", "z", "x"], [], None, ["y", "z"])]
     np.testing.assert_array_equal(encoded(enc, mappings)[IDS], got)
     assert encoded(enc, [["never seen"]])[IDS][0, 0] in (1, 2, 3)  # an out-of-vocabulary row, as in the item tower
     nothing = enc.encode("user", pa.table({"other": [1, 2]}))
@@ -116,7 +116,9 @@ def test_requests_bring_ids_or_mappings_of_any_length():
     assert enc.encode("user", pa.table({"history": pa.array([], pa.list_(pa.string()))}))[IDS].shape == (0, 3)
 
 
-@pytest.mark.parametrize("rows,message", [([1, 2], "holds int64; a history is a list"), ([[{"id": "x"}]], "must have an item_id")])
+@pytest.mark.parametrize("rows,message", [
+    ([1, 2], "holds int64; a history is a list"), ([[{"id": "x"}]], "must have an item_id"),
+])  # fmt: skip
 def test_requests_that_are_no_histories_are_refused(rows, message):
     with pytest.raises(ConfigError, match=f"features.user.history: .*{message}"):
         encoded(encoder(), rows)
@@ -135,7 +137,8 @@ def test_weights_of_events_fall_with_their_age_and_gaps_are_buckets():
 
 def test_what_is_read_of_an_item_beside_its_id():
     enc = encoder({"reads": ["item_id", "kind"]})
-    item = dict(zip(("x", "y", "z"), enc.encode("item", pa.table({"item_id": ["x", "y", "z"], "kind": ["p|q", "p", None]}))["kind"]))
+    items = pa.table({"item_id": ["x", "y", "z"], "kind": ["p|q", "p", None]})
+    item = dict(zip(("x", "y", "z"), enc.encode("item", items)["kind"]))
     got = encoded(enc, [["x", "z", "unknown"], ["y"]])["history/kind"]
     assert got.shape == (2, 3, 16)
     np.testing.assert_array_equal(got[0, 0], item["x"])

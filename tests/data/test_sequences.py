@@ -19,7 +19,8 @@ def test_rows_are_filled_with_whole_sequences(lengths):
     assert sorted(order) == list(range(len(lengths)))
     for row in range(rows.max() + 1):
         here = rows == row
-        assert slots[here].tolist() == np.append(0, np.cumsum(lengths[order[here]])[:-1]).tolist() and lengths[order[here]].sum() <= size
+        ends = np.cumsum(lengths[order[here]])
+        assert slots[here].tolist() == [0, *ends[:-1]] and ends[-1] <= size
     assert rows.max() + 1 <= np.ceil(1.3 * lengths.sum() / size)  # first fit decreasing is within 11/9 of the best
 
 
@@ -42,7 +43,8 @@ def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times):
     seen = []
     for b, s in np.argwhere(places[..., 0] >= 0):
         target, at = places[b, s, 0], asked[b, s]
-        assert batch["user"][b, s] == prepared.train.user[order[target]] and batch["item"][b, s] == prepared.train.item[order[target]]
+        for name in ("user", "item"):
+            assert batch[name][b, s] == getattr(prepared.train, name)[order[target]]
         known = (segment[b] == segment[b, s]) & (np.arange(plan.places) <= at) & (position[b] > 0)
         for name in expected:  # what the tower may read there is what the row's own history is, but for what was cut off
             history, cut = batch["user_features"][name][b, known], expected[name][target]

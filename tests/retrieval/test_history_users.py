@@ -75,8 +75,8 @@ def test_a_bundle_whose_histories_are_not_the_trainers_is_refused(run, tmp_path,
 
     def cut(prepared):
         users = stored(prepared)
-        place = users.column_names.index("history")
-        return users.set_column(place, "history", pa.array([row[:-1] for row in users["history"].to_pylist()], users["history"].type))
+        place, column = users.column_names.index("history"), users["history"]
+        return users.set_column(place, "history", pa.array([row[:-1] for row in column.to_pylist()], column.type))
 
     monkeypatch.setattr(export_module, "known_users", cut)
     with pytest.raises(BundleError, match="scores differ from the trainer's"):

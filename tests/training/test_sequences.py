@@ -26,6 +26,7 @@ from twotower.validation import ConfigError
 L = 16
 CATALOGUE = {"catalogue": True, "in_batch": False, "uniform": 0}
 MIXED = {"uniform": 7, "popularity": 5}
+HISTORY = {"blocks": 1, "heads": 2, "dropout": 0.0, "expansion": 1}
 SGD = {"optimizer": {"kind": "sgd", "learning_rate": 0.1}, "tables": {"kind": "sgd", "learning_rate": 0.1}}
 
 
@@ -40,7 +41,7 @@ def config_of(path, *, examples="sequences", objective=None, history=None, train
             },
             "item": {"item_id": {"type": "string", "embedding_size": 8, "oov_rate": rate}},
         },
-        "model": {"user": {"layers": (8,)}, "history": {"blocks": 1, "heads": 2, "dropout": 0.0, "expansion": 1} | (history or {})},
+        "model": {"user": {"layers": (8,)}, "history": HISTORY | (history or {})},
         "objective": objective or {},
         "training": SGD | {"examples": examples, "batch_size": 8, "steps": 4, "validate_every": 4} | (training or {}),
     })  # fmt: skip
