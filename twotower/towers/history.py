@@ -21,6 +21,7 @@ from twotower.validation import ConfigError, choose
 
 # Layers of a history are numbered from here on, apart from those of the tower around it; see `drop_out`.
 _FIRST_LAYER = 1_000
+_BLOCK = 50  # queries that causal attention takes at once, about
 
 
 class History(NamedTuple):
@@ -111,9 +112,7 @@ class Causal(_Encoder):
         return jnp.take_along_axis(x, history.valid.sum(1)[:, None, None], axis=1)[:, 0]
 
     def _encode(self, x: Array, segment: Array, position: Array, keys: Array | None) -> Array:
-        order = jnp.arange(x.shape[1])
-        mask = (segment[:, :, None] == segment[:, None, :]) & (order[:, None] >= order[None, :])[None]
-        return _transform(self, x, mask, position, keys)
+        return _transform(self, x, segment, position, keys, causal=True)
 
 
 class Bidirectional(_Encoder):
@@ -122,7 +121,7 @@ class Bidirectional(_Encoder):
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
         x, segment, position = _started(self.events(history, keys), history.valid)
-        x = _transform(self, x, segment[:, :, None] == segment[:, None, :], position, keys)
+        x = _transform(self, x, segment, position, keys, causal=False)
         choose(POOLINGS, self.config.pooling, "config.model.history.pooling")
         if self.config.pooling == "cls":
             return x[:, 0]
@@ -149,7 +148,9 @@ def _attention_logits(x: Array, dtype: Any) -> Float[Array, "B L"]:
     return nn.Dense(1, use_bias=False, dtype=dtype, name="attention")(hidden)[..., 0].astype(jnp.float32)
 
 
-def _transform(encoder: _Encoder, x: Array, mask: Array, position: Array, keys: Array | None) -> Array:
+def _transform(
+    encoder: _Encoder, x: Array, segment: Array, position: Array, keys: Array | None, *, causal: bool
+) -> Array:
     """The blocks, within the scope of `encoder`, over events with places for start tokens, [B, S, F]."""
     config, width = encoder.config, x.shape[-1]
     if width % config.heads or (config.positions == "rotary" and width // config.heads % 2):
@@ -165,29 +166,52 @@ def _transform(encoder: _Encoder, x: Array, mask: Array, position: Array, keys: 
     x = drop_out(x, config.dropout, keys, _FIRST_LAYER)
     block = choose(BLOCKS, config.block, "config.model.history.block")
     for i in range(config.blocks):
-        x = block(config, i, encoder.dtype, name=f"block_{i}")(x, mask, position, keys=keys)
+        x = block(config, i, causal, encoder.dtype, name=f"block_{i}")(x, segment, position, keys=keys)
     return nn.LayerNorm(name="norm")(x)
 
 
 class _Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017); with rotary positions (Su et al. 2021) turned by them."""
+    """Multi-head attention (Vaswani et al. 2017) within segments; with rotary positions (Su et al. 2021) turned by them."""
 
     config: HistoryConfig
+    causal: bool
     dtype: Any
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S F"], mask: Bool[Array, "B S S"], position: Int[Array, "B S"]
+        self, x: Float[Array, "B S F"], segment: Int[Array, "B S"], position: Int[Array, "B S"]
     ) -> Float[Array, "B S F"]:
         width, heads = x.shape[-1], self.config.heads
         qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = (part.reshape(*x.shape[:2], heads, width // heads) for part in jnp.split(qkv, 3, -1))
         if self.config.positions == "rotary":
             q, k = rotated(q, position), rotated(k, position)
-        logits = jnp.einsum("bshd,bthd->bhst", q, k) * (width // heads) ** -0.5
-        shares = jax.nn.softmax(jnp.where(mask[:, None], logits.astype(jnp.float32), -jnp.inf), -1)
-        out = jnp.einsum("bhst,bthd->bshd", shares.astype(v.dtype), v)
+        out = attend(q * (width // heads) ** -0.5, k, v, segment, causal=self.causal)
         return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(x.shape))
+
+
+def attend(
+    q: Float[Array, "B S H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], segment: Int[Array, "B S"], *, causal: bool
+) -> Float[Array, "B S H d"]:
+    """The mean of v by the softmax of q . k over the places of a segment; where `causal`, up to the place itself.
+
+    Queries go in blocks, so that what a causal query cannot see is not computed but for the corner of its block.
+    """
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    length, out = q.shape[2], []
+    size = -(-length // max(1, length // _BLOCK)) if causal else length
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        seen = stop if causal else length
+        place, other = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
+        mask = segment[:, start:stop, None] == segment[:, None, :seen]
+        mask = mask & (place >= other)[None] if causal else mask
+        logits = jnp.einsum("bhsd,bhtd->bhst", q[:, :, start:stop], k[:, :, :seen], preferred_element_type=jnp.float32)
+        logits = jnp.where(mask[:, None], logits, -1e30)  # of these, one at least is allowed: the place itself
+        shares = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        mean = jnp.einsum("bhst,bhtd->bhsd", shares.astype(v.dtype), v[:, :, :seen], preferred_element_type=jnp.float32)
+        out.append(mean / shares.sum(-1, keepdims=True))
+    return jnp.concatenate(out, 2).transpose(0, 2, 1, 3).astype(v.dtype)
 
 
 def rotated(x: Float[Array, "B S H d"], position: Int[Array, "B S"]) -> Float[Array, "B S H d"]:
@@ -204,12 +228,13 @@ class SasrecBlock(nn.Module):
 
     config: HistoryConfig
     index: int
+    causal: bool
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
+    def __call__(self, x: Array, segment: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
-        added = _Attention(c, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), mask, position)
+        added = _Attention(c, self.causal, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), segment, position)
         x = x + drop_out(added, c.dropout, keys, layer).astype(x.dtype)
         hidden = nn.relu(nn.Dense(c.expansion * width, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)))
         return x + drop_out(nn.Dense(width, dtype=self.dtype)(hidden), c.dropout, keys, layer + 1).astype(x.dtype)
@@ -223,17 +248,18 @@ class LigrBlock(nn.Module):
 
     config: HistoryConfig
     index: int
+    causal: bool
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
+    def __call__(self, x: Array, segment: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
 
         def gated(added: Array, layer: int) -> Array:
             gate = nn.sigmoid(nn.Dense(width, dtype=self.dtype)(x))
             return x + (drop_out(added, c.dropout, keys, layer) * gate).astype(x.dtype)
 
-        x = gated(_Attention(c, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), mask, position), layer)
+        x = gated(_Attention(c, self.causal, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), segment, position), layer)
         normed = nn.LayerNorm(dtype=self.dtype)(x)
         hidden = [nn.Dense(c.expansion * width, use_bias=False, dtype=self.dtype)(normed) for _ in range(2)]
         return gated(nn.Dense(width, use_bias=False, dtype=self.dtype)(nn.silu(hidden[0]) * hidden[1]), layer + 1)
