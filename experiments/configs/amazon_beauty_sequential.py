@@ -29,6 +29,7 @@ def get_config():
     config.model.history.block = "ligr"
     config.model.history.blocks = 2
     config.model.history.heads = 2
+    config.model.history.expansion = 2
     config.model.history.dropout = 0.5
     config.model.normalize = False
     config.model.temperature = 1.0

@@ -70,7 +70,7 @@ class _Encoder(nn.Module):
         """The vector of each event, of mean square 1 for rows of norm 1, and what its gap says."""
         x = history.vectors * jnp.sqrt(jnp.float32(history.vectors.shape[-1])).astype(history.vectors.dtype)
         if self.config.width:
-            x = nn.Dense(self.config.width, dtype=self.dtype, name="project")(x)
+            x = flat(nn.Dense(self.config.width, dtype=self.dtype, name="project"), x)
         if self.gaps:
             table = self.param("gaps", nn.initializers.normal(0.1), (self.gaps + 1, x.shape[-1]))
             x = x + table[history.gaps].astype(x.dtype)
@@ -167,7 +167,12 @@ def _transform(
     block = choose(BLOCKS, config.block, "config.model.history.block")
     for i in range(config.blocks):
         x = block(config, i, causal, encoder.dtype, name=f"block_{i}")(x, segment, position, keys=keys)
-    return nn.LayerNorm(name="norm")(x)
+    return flat(nn.LayerNorm(name="norm"), x)
+
+
+def flat(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array, "B S G"]:
+    """`module` of each place: on a CPU, gradients of products of [B S, F] are formed faster than those of [B, S, F]."""
+    return module(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class _Attention(nn.Module):
@@ -182,35 +187,43 @@ class _Attention(nn.Module):
         self, x: Float[Array, "B S F"], segment: Int[Array, "B S"], position: Int[Array, "B S"]
     ) -> Float[Array, "B S F"]:
         width, heads = x.shape[-1], self.config.heads
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = flat(nn.Dense(3 * width, dtype=self.dtype, name="qkv"), x)
         q, k, v = (part.reshape(*x.shape[:2], heads, width // heads) for part in jnp.split(qkv, 3, -1))
         if self.config.positions == "rotary":
             q, k = rotated(q, position), rotated(k, position)
         out = attend(q * (width // heads) ** -0.5, k, v, segment, causal=self.causal)
-        return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(x.shape))
+        return flat(nn.Dense(width, dtype=self.dtype, name="out"), out.reshape(x.shape))
 
 
 def attend(
-    q: Float[Array, "B S H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], segment: Int[Array, "B S"], *, causal: bool
-) -> Float[Array, "B S H d"]:
+    q: Float[Array, "B S H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], segment: Int[Array, "B S"], *,
+    causal: bool,
+) -> Float[Array, "B S H d"]:  # fmt: skip
     """The mean of v by the softmax of q . k over the places of a segment; where `causal`, up to the place itself.
 
     Queries go in blocks, so that what a causal query cannot see is not computed but for the corner of its block.
     """
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    length, out = q.shape[2], []
+    length = q.shape[2]
     size = -(-length // max(1, length // _BLOCK)) if causal else length
+
+    # Its shares are made again for the gradient: to keep them costs more than to make them.
+    @jax.checkpoint
+    def block(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        logits = jnp.einsum("bhsd,bhtd->bhst", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.where(mask[:, None], logits, -1e30)  # of these, one at least is allowed: the place itself
+        shares = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        mean = jnp.einsum("bhst,bhtd->bhsd", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return mean / shares.sum(-1, keepdims=True)
+
+    out = []
     for start in range(0, length, size):
         stop = min(start + size, length)
         seen = stop if causal else length
         place, other = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
         mask = segment[:, start:stop, None] == segment[:, None, :seen]
         mask = mask & (place >= other)[None] if causal else mask
-        logits = jnp.einsum("bhsd,bhtd->bhst", q[:, :, start:stop], k[:, :, :seen], preferred_element_type=jnp.float32)
-        logits = jnp.where(mask[:, None], logits, -1e30)  # of these, one at least is allowed: the place itself
-        shares = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        mean = jnp.einsum("bhst,bhtd->bhsd", shares.astype(v.dtype), v[:, :, :seen], preferred_element_type=jnp.float32)
-        out.append(mean / shares.sum(-1, keepdims=True))
+        out.append(block(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
     return jnp.concatenate(out, 2).transpose(0, 2, 1, 3).astype(v.dtype)
 
 
@@ -234,10 +247,11 @@ class SasrecBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segment: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
-        added = _Attention(c, self.causal, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), segment, position)
+        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
+        added = _Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position)
         x = x + drop_out(added, c.dropout, keys, layer).astype(x.dtype)
-        hidden = nn.relu(nn.Dense(c.expansion * width, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)))
-        return x + drop_out(nn.Dense(width, dtype=self.dtype)(hidden), c.dropout, keys, layer + 1).astype(x.dtype)
+        hidden = nn.relu(flat(nn.Dense(c.expansion * width, dtype=self.dtype), flat(nn.LayerNorm(dtype=self.dtype), x)))
+        return x + drop_out(flat(nn.Dense(width, dtype=self.dtype), hidden), c.dropout, keys, layer + 1).astype(x.dtype)
 
 
 class LigrBlock(nn.Module):
@@ -256,13 +270,14 @@ class LigrBlock(nn.Module):
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
 
         def gated(added: Array, layer: int) -> Array:
-            gate = nn.sigmoid(nn.Dense(width, dtype=self.dtype)(x))
+            gate = nn.sigmoid(flat(nn.Dense(width, dtype=self.dtype), x))
             return x + (drop_out(added, c.dropout, keys, layer) * gate).astype(x.dtype)
 
-        x = gated(_Attention(c, self.causal, self.dtype, name="attention")(nn.LayerNorm(dtype=self.dtype)(x), segment, position), layer)
-        normed = nn.LayerNorm(dtype=self.dtype)(x)
-        hidden = [nn.Dense(c.expansion * width, use_bias=False, dtype=self.dtype)(normed) for _ in range(2)]
-        return gated(nn.Dense(width, use_bias=False, dtype=self.dtype)(nn.silu(hidden[0]) * hidden[1]), layer + 1)
+        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
+        x = gated(_Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position), layer)
+        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
+        hidden = [flat(nn.Dense(c.expansion * width, use_bias=False, dtype=self.dtype), normed) for _ in range(2)]
+        return gated(flat(nn.Dense(width, use_bias=False, dtype=self.dtype), nn.silu(hidden[0]) * hidden[1]), layer + 1)
 
 
 BLOCKS: Mapping[str, type[nn.Module]] = {"sasrec": SasrecBlock, "ligr": LigrBlock}
