@@ -122,7 +122,7 @@ def fit(
 
 def _batches(prepared: Prepared, config: TrainingConfig) -> Batches:
     """The batches of training rows or of sequences."""
-    options = {name: getattr(config, name) for name in ("batch_size", "seed", "resident_megabytes")}
+    options = {"batch_size": config.batch_size, "seed": config.seed, "resident_megabytes": config.resident_megabytes}
     if prepared.plan is not None:
         return SequenceBatches(prepared.train, prepared.features, prepared.histories, prepared.plan, **options)
     return Batches(prepared.train, prepared.features, prepared.histories, **options)
