@@ -50,7 +50,8 @@ def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times):
             history, cut = batch["user_features"][name][b, known], expected[name][target]
             count = (expected[IDS][target] > 0).sum()
             assert batch["weight"][b, s] == (len(history) > 0 or count == 0)
-            if name == HISTORY_GAP:
+            if name == HISTORY_GAP:  # what was before the first event that is read is not known
+                assert not history[:1].any() and (history[1:] > 0).all()
                 history, cut = history[1:], cut[count - len(history) + 1 :]
                 count = len(history)
             np.testing.assert_array_equal(history, cut[:count][len(cut[:count]) - len(history) :] if len(history) else [])

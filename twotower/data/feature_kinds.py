@@ -72,8 +72,7 @@ class StringFeature(Feature):
         min_count: training rows a value needs to have a row of its own.
         oov_rows: rows that all other values are spread over, by hash.
         oov_rate: share of the ids replaced by an out-of-vocabulary row in training, so that those rows are trained.
-        initial_norm: expected norm of the rows that training starts from. What is seen rarely stays near its random beginning,
-            which a small one keeps from scoring high.
+        initial_norm: expected norm of the rows that training starts from; what is seen rarely stays near them.
     """
 
     min_count: int = 1
@@ -252,16 +251,14 @@ class TimestampFeature(Feature):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistoryFeature(Feature):
-    """The items of a user's strictly earlier interactions, the latest last: a feature of the user tower, at most one.
+    """The items of a user's strictly earlier interactions: a feature of the user tower, at most one.
 
-    It is built from the interactions, whatever columns there are. Rows that are asked about bring it themselves, in `column`: a
-    list of item ids, or of {"item_id": ..., "event": ..., "timestamp": ...}, the latest last.
+    Requests bring it in `column`: item ids, or {"item_id": ..., "event": ..., "timestamp": ...}, the latest last.
 
     Attributes:
         max_length: L, events kept: the latest ones.
-        reads: the features of an item that are read at each event, from the tables of the item tower; the first is one of a
-            single value of the item's id.
-        gaps: buckets of the time between an event and the one before it, bucket floor(log2(1 + seconds)); 0: not read.
+        reads: the features of an item that are read at each event, from the tables of the item tower; the first is its id.
+        gaps: buckets of the time since the event before, floor(log2(1 + seconds)); 0: not read.
         weights: event -> its weight in a bag, above 0; an event that is not named weighs 1.
         half_life: days in which the weight of an event in a bag falls by half; 0: never.
     """
@@ -275,13 +272,13 @@ class HistoryFeature(Feature):
 
     def __post_init__(self):
         super().__post_init__()
+        above = all(isinstance(x, (int, float)) and 0 < x < math.inf for x in self.weights.values())
         self._check(self.side == "user", "side", "user: items have no history")
-        self._check(self.embedding_size == 0, "embedding_size", "left out: vectors are those of the item's own tables")
+        self._check(self.embedding_size == 0, "embedding_size", "left out: vectors are rows of the item's own tables")
         self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
+        self._check(above, "weights", "a mapping of events to numbers above 0")
         self._at_least(1, "max_length")
         self._at_least(0, "gaps", "half_life")
-        numbers = all(isinstance(x, (int, float)) and 0 < x < math.inf for x in self.weights.values())
-        self._check(numbers, "weights", "a mapping of events to numbers above 0")
 
     @property
     def has_table(self) -> bool:
@@ -289,7 +286,7 @@ class HistoryFeature(Feature):
 
     @property
     def is_weighted(self) -> bool:
-        """Whether events of one history weigh differently."""
+        """Whether events weigh differently."""
         return bool(self.weights or self.half_life)
 
 
