@@ -48,6 +48,7 @@ class DataConfig:
 
     Attributes:
         source: a key of `twotower.data.sources.SOURCES`.
+        path: of the interactions, in the place of `interactions.path`; empty: that one.
         interactions: who did what with which item.
         user_table: what is known of users; an empty path means nothing but their ids.
         item_table: what is known of items, which is also the corpus; an empty path means the items of the log.
@@ -66,6 +67,7 @@ class DataConfig:
     """
 
     source: str = "shop"
+    path: str = ""
     interactions: TableConfig = TableConfig()
     user_table: TableConfig = TableConfig()
     item_table: TableConfig = TableConfig()
@@ -136,11 +138,40 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HistoryConfig:
+    """How the user tower reads a feature of type "history"; what comes of it is concatenated with the user's other features.
+
+    Attributes:
+        kind: a key of `twotower.towers.history.HISTORIES`: bag (weighted mean), attention (mean by learned weights), causal (a
+            Transformer whose every position knows what is before it alone) or bidirectional (one that is pooled).
+        width: of a dense layer on the vector of each event; 0: as wide as what the item's tables give.
+        blocks: of the Transformer.
+        heads: of its attention; must divide the width.
+        block: sasrec (attention and two dense layers, each added to its input) or ligr (both gated, the layers SwiGLU).
+        expansion: width of the hidden units of a block, in widths.
+        positions: learned, or rotary.
+        dropout: share of the units dropped in training, of the events' vectors and of what each block adds.
+        pooling: of the bidirectional kind: mean, cls (a learned token's vector) or attention.
+    """
+
+    kind: str = "causal"
+    width: int = 0
+    blocks: int = 2
+    heads: int = 2
+    block: str = "sasrec"
+    expansion: int = 4
+    positions: str = "learned"
+    dropout: float = 0.2
+    pooling: str = "mean"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The pair of towers and how their vectors are compared.
 
     Attributes:
         user, item: the towers.
+        history: how the user tower reads the user's history, where that is a feature.
         normalize: L2-normalise both vectors, so that scores are cosines.
         temperature: scores are divided by it in the loss (never at serving, where it changes no ranking).
         learn_temperature: train its logarithm, kept within [0.01, 1].
@@ -150,6 +181,7 @@ class ModelConfig:
 
     user: TowerConfig = TowerConfig()
     item: TowerConfig = TowerConfig()
+    history: HistoryConfig = HistoryConfig()
     normalize: bool = True
     temperature: float = 0.07
     learn_temperature: bool = True
@@ -234,6 +266,8 @@ class ObjectiveConfig:
         weight: of the retrieval loss beside the heads; 0 trains the heads alone.
         heads: name -> `HeadConfig`.
         negatives: see its class.
+        matryoshka: widths below D at which the retrieval loss is taken too, of vectors cut to their first numbers (and normalised
+            again where vectors are); all count alike. Vectors can then be cut to any of them.
         block: queries compared with all candidates at once; 0 chooses.
     """
 
@@ -250,6 +284,7 @@ class ObjectiveConfig:
     weight: float = 1.0
     heads: Mapping[str, HeadConfig] = dataclasses.field(default_factory=dict)
     negatives: NegativesConfig = NegativesConfig()
+    matryoshka: tuple[int, ...] = ()
     block: int = 0
 
 
@@ -310,6 +345,10 @@ class TrainingConfig:
     Attributes:
         seed: of initialisation, data order and dropout.
         batch_size: B, which is also the number of in-batch candidates.
+        examples: "interactions": each row is an example, whose history is what is before it. "sequences": each user's sequence is
+            one, and every position is trained in one pass (a causal history is needed). A row of the batch then has L + 1 places
+            that whole sequences are packed into, so that short ones do not cost what a long one does.
+        crop: of a sequence longer than L: train the "last" part, or a "random" one, another in each pass.
         steps: gradient steps in all.
         optimizer, tables, schedule: see their classes.
         log_every: steps between lines of metrics.
@@ -326,6 +365,8 @@ class TrainingConfig:
 
     seed: int = 0
     batch_size: int = 1024
+    examples: str = "interactions"
+    crop: str = "last"
     steps: int = 1000
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()

@@ -12,7 +12,7 @@ from twotower.validation import ConfigError, choose
 
 def check_ranges(config: Any) -> None:
     """Refuses the first option of a `Config` that is out of range, or does not go with another."""
-    for part in (_check_data, _check_training, _check_negatives, _check_objective):
+    for part in (_check_data, _check_history, _check_training, _check_negatives, _check_objective):
         part(config, _Checks(config))
 
 
@@ -62,6 +62,27 @@ def _check_data(config: Any, check: _Checks) -> None:
             check.true(not _get(config, path), path, f"empty beside a config.{query}")
     ks = config.evaluation.ks
     check.true(bool(ks) and min(ks, default=0) >= 1, "evaluation.ks", "one or more list lengths of at least 1")
+
+
+def _check_history(config: Any, check: _Checks) -> None:
+    check.between(0.0, 0.99, "model.history.dropout")
+    check.at_least(0, "model.history.width")
+    check.at_least(1, *(f"model.history.{name}" for name in ("blocks", "heads", "expansion")))
+    check.one_of(("interactions", "sequences"), "training.examples")
+    check.one_of(("last", "random"), "training.crop")
+    if config.training.examples == "interactions":
+        right = "'last' with config.training.examples='interactions', whose histories are the latest events always"
+        check.true(config.training.crop == "last", "training.crop", right)
+        return
+    needed = {
+        "model.history.kind": ("causal", ": in other kinds a position knows what is after it"),
+        "objective.negatives.queue": (0, ", whose batches have another number of positives each time"),
+        "training.accumulate": (1, ", whose batches are computed at once"),
+        "model.user.batch_norm": (False, ", whose batches have empty places"),
+        "model.item.batch_norm": (False, ", whose batches have empty places"),
+    }
+    for field, (value, why) in needed.items():
+        check.true(_get(config, field) == value, field, f"{value!r} with config.training.examples='sequences'{why}")
 
 
 def _check_training(config: Any, check: _Checks) -> None:

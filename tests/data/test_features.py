@@ -16,8 +16,10 @@ ALL_KINDS = {
         "user_id": {"type": "string", "embedding_size": 64, "min_count": 2, "oov_rows": 4, "oov_rate": 0.05},
         "clock": {"type": "timestamp", "column": "timestamp", "parts": ["hour", "weekday"]},
         "age": {"type": "int", "boundaries": [18, 25.5, 40]},
+        "history": {"type": "history", "reads": ["item_id", "genres"], "weights": {"buy": 10, "view": 1.0}, "half_life": 7},
     },
     "item": {
+        "item_id": {"type": "string"},
         "genres": {"type": "strings", "separator": "|", "max_length": 4, "table": "genres"},
         "genre": {"type": "string", "table": "genres"},
         "year": {"type": "int", "normalize": True},
@@ -143,7 +145,7 @@ def test_a_list_instead_of_mappings_is_refused(tmp_path):
 def test_a_file_with_an_unknown_type_is_named_with_the_feature(tmp_path):
     path = tmp_path / "f.json"
     path.write_text('{"user_embedding_layers": {"city": {"type": "strng", "embedding_size": 8}}}')
-    message = f"{path}: features.user.city.type='strng' is not known; did you mean 'string'? Known: float, int, "
+    message = f"{path}: features.user.city.type='strng' is not known; did you mean 'string'? Known: float, history, int, "
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_spec(FeaturesConfig(path=str(path)))
 

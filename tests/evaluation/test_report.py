@@ -49,3 +49,13 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
     expected = measure("validation", mask_seen=True)
     assert found == expected
     assert found != measure("validation", mask_seen=False) and found != measure("test", mask_seen=True)
+
+
+def test_items_and_users_that_training_never_saw_are_measured_apart(run):
+    measured = report.measure_run(run, ks=KS, baselines=False)
+    queries, trained = make_queries(run.prepared, "test", "user"), set(run.prepared.train.user.tolist())
+    new = [sum(queries.counts[item] == 0 for item in right) for right in queries.less_seen().right]
+    assert measured["new_items"]["model"]["queries"] == sum(count > 0 for count in new) > 3
+    asked = [user not in trained and count > 0 for user, count in zip(queries.user, queries.less_seen().num_right)]
+    assert measured["new_users"]["model"]["queries"] == sum(asked) > 0
+    assert "Right answers that training never saw" in report.format_report(measured, KS)

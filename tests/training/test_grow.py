@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow.csv
 import pytest
 
+from tests.data.test_histories import encoder
 from tests.training.conftest import small_config
 from twotower.data.synthetic import generate
+from twotower.training import grow as grow_module
 from twotower.training import run
 from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError
@@ -170,3 +172,8 @@ def test_a_folder_in_use_and_a_step_that_is_not_there_are_refused(log, old, tmp_
         grow(_config(log, "new", steps=20), old, tmp_path / "run", new_rows="oov", checkpoint="5")
     with pytest.raises(ConfigError, match="--new_rows='men' is not known; did you mean 'mean'"):
         grow(_config(log, "new", steps=20), old, tmp_path / "run", new_rows="men")
+
+
+def test_new_rows_of_a_table_that_histories_read_are_those_of_its_items():
+    uses = grow_module._uses(encoder({"reads": ["item_id", "kind"]}))
+    assert uses == {"item.item_id": ("item", "item_id"), "item.kind": ("item", "kind")}

@@ -11,6 +11,7 @@ from twotower.training.candidates import Corpus, Drawn
 from twotower.training.losses import losses_of
 from twotower.training.mesh import ALONE
 from twotower.training.state import Trainer, TrainState
+from twotower.validation import ConfigError
 
 USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
@@ -98,3 +99,29 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
     got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)["retrieval"]
     logits = user[0] @ item[:2].T / 0.07
     np.testing.assert_allclose(got, np.log(np.exp(logits).sum()) - logits[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
+    model = {"normalize": normalize, "temperature": 0.5}
+    inputs = {side: {"id": Input(table=side)} for side in ("user", "item")}
+    tables = {side: TableShape(rows=10, width=8) for side in inputs}
+    rng = np.random.default_rng(0)
+    vectors = {side: rng.normal(size=(6, 8)).astype(np.float32) for side in inputs}
+    batch = {"user": jnp.array(USER), "item": jnp.array(ITEM), "weight": jnp.ones(6)}
+    rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
+    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
+
+    def loss(width, **objective):
+        config = from_dict({"model": model, "objective": {"symmetric": True} | objective})
+        trainer = Trainer.build(config, TwoTower.build_from(config.model, inputs, tables), Corpus(4, 8, 0))
+        cut = {side: x[:, :width] for side, x in vectors.items()}
+        cut = {side: jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x) for side, x in cut.items()}
+        params = {"log_temperature": jnp.log(jnp.float32(0.5))}
+        state = TrainState(0, params, {}, {}, {}, {}, rows, {})
+        return losses_of(trainer, params, cut, batch, drawn, state, {}, ALONE)["retrieval"]
+
+    np.testing.assert_allclose(loss(8, matryoshka=(4, 2)), np.mean([loss(width) for width in (8, 4, 2)]), rtol=1e-5)
+    for wrong in ((8,), (0,), (4, 4)):
+        with pytest.raises(ConfigError, match="must be different widths below that of the vectors, 8"):
+            loss(8, matryoshka=wrong)

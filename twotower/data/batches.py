@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from twotower.data.histories import SPANS, Histories, windows
 from twotower.validation import ConfigError
 
 
@@ -44,15 +45,20 @@ class Rows:
 Batch = dict[str, Any]
 
 
-def gather(data: Mapping[str, Any], index: Any) -> Batch:
+def gather(data: Mapping[str, Any], index: Any, *, length: int = 0) -> Batch:
     """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features", "item_features": {name: [B, ...]},
     "labels": {column: [B], NaN where missing}}.
 
     Works on NumPy arrays, and inside `jit` on those that rest on the device.
+
+    Args:
+        length: L of the histories whose spans are in the context, if there are any.
     """
     user, item = data["user"][index], data["item"][index]
     user_features = {name: x[user] for name, x in data["user_features"].items()}
     context = {name: x[index] for name, x in data["context"].items()}
+    if SPANS in context:
+        context |= windows(data["events"], data["reads"], context.pop(SPANS), length)
     return {
         "user": user,
         "item": item,
@@ -75,20 +81,28 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Rows, features: Mapping[str, Mapping[str, np.ndarray]], *,
+        self, rows: Rows, features: Mapping[str, Mapping[str, np.ndarray]], histories: Histories | None = None, *,
         batch_size: int, seed: int, resident_megabytes: int,
     ) -> None:  # fmt: skip
-        if batch_size > len(rows):
-            raise ConfigError(
-                f"config.training.batch_size={batch_size} is larger than the data: there are {len(rows)} training rows. "
-                f"Choose at most {len(rows)}."
-            )
-        self._data = {
+        data = {
             "user": rows.user, "item": rows.item, "weight": rows.weight, "context": dict(rows.context),
             "user_features": dict(features["user"]), "item_features": dict(features["item"]),
             "labels": dict(rows.labels),
         }  # fmt: skip
-        self._rows, self._batch_size, self._seed = len(rows), batch_size, seed
+        self._length = histories.length if histories else 0
+        if histories:
+            data |= {"events": histories.trained, "reads": histories.reads}
+        self._begin(data, len(rows), "training rows", batch_size, seed, resident_megabytes)
+
+    def _begin(
+        self, data: dict[str, Any], rows: int, what: str, batch_size: int, seed: int, resident_megabytes: int
+    ) -> None:
+        if batch_size > rows:
+            raise ConfigError(
+                f"config.training.batch_size={batch_size} is larger than the data: there are {rows} {what}. "
+                f"Choose at most {rows}."
+            )
+        self._data, self._rows, self._batch_size, self._seed = data, rows, batch_size, seed
         size = sum(x.nbytes for x in jax.tree.leaves(self._data))
         self.resident = self._data if size <= resident_megabytes * 2**20 else None
         # A batch needs the pass it lies in, and the next one where it crosses the border.
@@ -105,9 +119,14 @@ class Batches:
             start, needed = start + len(part), needed - len(part)
         return np.concatenate(parts)
 
+    @property
+    def gather(self) -> Callable[[Mapping[str, Any], Any], Batch]:
+        """(data, what `indices` gives) -> the batch, on the host or inside `jit`."""
+        return functools.partial(gather, length=self._length)
+
     def load(self, indices: np.ndarray) -> Batch:
         """The rows at `indices`, gathered on the host."""
-        return gather(self._data, indices)
+        return self.gather(self._data, indices)
 
     def _shuffle(self, number: int) -> np.ndarray:
         rows = np.arange(self._rows, dtype=np.int32)

@@ -12,9 +12,10 @@ import pyarrow as pa
 from etils import epath
 
 from twotower.data import fitting
-from twotower.data.encodings import Fitted, Input, TableShape, encode_column, input_of, shape_of
+from twotower.data.encodings import Fitted, Input, TableShape, encode_column, inputs_of, shape_of
 from twotower.data.features import SIDES, FeatureSpec, from_mappings
 from twotower.data.folders import read_folder, write_folder
+from twotower.data.histories import encode_histories, read_items
 from twotower.data.interactions import fingerprint
 from twotower.data.vocabulary import Vocabulary
 from twotower.validation import check_fields
@@ -57,12 +58,23 @@ class Encoder:
                 type.
         """
         columns = fitting.training_columns(spec, train, users=users, items=items)
-        fitted = fitting.fit_columns(columns, fitting.newest_timestamp(train))
-        context = tuple(name for name in spec.user if columns["user", name].is_context)
-        return cls(spec=spec, fitted=fitted, context=context, fitted_on=fingerprint(train))
+        newest = fitting.newest_timestamp(train)
+        fitted = fitting.fit_columns(columns, newest)
+        fitted |= fitting.fit_history(spec, fitted, newest)
+        context = tuple(name for name in spec.user if ("user", name) in columns and columns["user", name].is_context)
+        return cls(spec=spec, fitted=fitted, context=context, fitted_on=fingerprint(train)).reading(items)
+
+    def reading(self, items: pa.Table) -> Encoder:
+        """With what a history reads of `items` beside their ids; itself where it reads nothing else, or there is none."""
+        if self.spec.history is None or not self.spec.history.reads[1:]:
+            return self
+        key = ("user", self.spec.history.name)
+        encoded = self.encode("item", items, self.spec.history.reads)
+        return dataclasses.replace(self, fitted={**self.fitted, key: read_items(self.fitted[key], encoded)})
 
     def encode(self, side: str, rows: pa.Table, features: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The features (all of the side by default) of N rows: int32 [N] or [N, L], or float32 [N, width].
+        """The features (all of the side by default) of N rows: int32 [N] or [N, L], or float32 [N, width]; of a history several
+        arrays, see `twotower.data.histories`.
 
         A column that `rows` lacks is missing in every row: half-known users and items can be encoded.
 
@@ -72,18 +84,28 @@ class Encoder:
         known = self.spec.side(side)
         names = list(known) if features is None else list(features)
         check_fields(dict.fromkeys(names), known, f"The encoder of the {side} tower")
-        return {name: self._encode(side, name, rows) for name in names}
+        arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            arrays |= self._encode(side, name, rows)
+        return arrays
 
-    def _encode(self, side: str, name: str, rows: pa.Table) -> np.ndarray:
+    def _encode(self, side: str, name: str, rows: pa.Table) -> dict[str, np.ndarray]:
         fitted = self.fitted[side, name]
         present = fitted.feature.column in rows.column_names
         column = rows[fitted.feature.column] if present else pa.chunked_array([pa.nulls(rows.num_rows)])
-        return encode_column(fitted, column)
+        if fitted.feature is self.spec.history:
+            return encode_histories(fitted, column)
+        return {name: encode_column(fitted, column)}
 
     @functools.cached_property
     def inputs(self) -> dict[str, dict[str, Input]]:
-        """side -> feature -> how a tower reads it."""
-        return {side: {name: input_of(self.fitted[side, name]) for name in self.spec.side(side)} for side in SIDES}
+        """side -> array of `encode` -> how a tower reads it; of a history, what is read at each event."""
+        items = {name: self.fitted["item", name] for name in self.spec.item}
+        inputs: dict[str, dict[str, Input]] = {side: {} for side in SIDES}
+        for side in SIDES:
+            for name in self.spec.side(side):
+                inputs[side] |= inputs_of(name, self.fitted[side, name], items)
+        return inputs
 
     @functools.cached_property
     def tables(self) -> dict[str, TableShape]:
@@ -109,6 +131,8 @@ class Encoder:
             if fitted.vectors is not None:
                 entry["vectors"] = f"vectors_{len(state['features'])}"
                 arrays[entry["vectors"]] = fitted.vectors
+            entry["reads"] = {of: f"reads_{len(state['features'])}_{i}" for i, of in enumerate(fitted.reads)}
+            arrays |= {key: fitted.reads[of] for of, key in entry["reads"].items()}
             state["features"].append(entry)
         write_folder(folder, "encoder", state, arrays)
 
@@ -133,5 +157,6 @@ class Encoder:
                 vocabulary=vocabularies.get(name),
                 vectors=arrays.get(entry.get("vectors")),
                 numbers=entry["numbers"],
+                reads={of: arrays[key] for of, key in entry.get("reads", {}).items()},
             )
         return cls(spec=spec, fitted=fitted, context=tuple(state["context"]), fitted_on=state["fitted_on"])

@@ -15,6 +15,7 @@ from twotower.data import numeric
 from twotower.data.feature_kinds import (
     Feature,
     FloatFeature,
+    HistoryFeature,
     IntFeature,
     PretrainedFeature,
     StringFeature,
@@ -25,6 +26,10 @@ from twotower.data.feature_kinds import (
 from twotower.data.text import hashed_pieces, pad_rows
 from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError
+
+# Arrays beside the items of a history, [N, L] as they are; the last two of sequences packed into rows, [B, S].
+HISTORY_GAP, HISTORY_WEIGHT = "history gap", "history weight"
+HISTORY_SEGMENT, HISTORY_POSITION = "history segment", "history position"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Input:
         projection: width of a dense layer applied to the feature before the tower; 0 = none.
         oov_rate: share of ids replaced by an out-of-vocabulary row (1 to oov_rows) in training.
         oov_rows: how many such rows the table has.
+        events: L of what is read at each event of a history, [N, L, ...]; 0 for all other features.
+        gaps: of the first such feature: buckets of the time between events that stand beside it.
     """
 
     table: str = ""
@@ -46,6 +53,8 @@ class Input:
     projection: int = 0
     oov_rate: float = 0.0
     oov_rows: int = 0
+    events: int = 0
+    gaps: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +65,13 @@ class TableShape:
         rows: V, of which row 0 is padding.
         width: E.
         initial: float32 [V, E] to start from; None: drawn at random.
+        norm: expected norm of drawn rows.
     """
 
     rows: int
     width: int
     initial: np.ndarray | None = None
+    norm: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,12 +82,14 @@ class Fitted:
         vocabulary: of strings; of the ids of pretrained vectors. One object for the features that share a table.
         vectors: pretrained, float32 [ids, E].
         numbers: statistics, as JSON holds them.
+        reads: of a history: what it reads of an item beside its id, encoded, [V, ...] by the row of the vocabulary.
     """
 
     feature: Feature
     vocabulary: Vocabulary | None = None
     vectors: np.ndarray | None = None
     numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def encode_column(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
@@ -160,6 +173,20 @@ _ENCODE: dict[type[Feature], Callable[[Fitted, pa.ChunkedArray], np.ndarray]] = 
 }
 
 
+def inputs_of(name: str, fitted: Fitted, items: Mapping[str, Fitted]) -> dict[str, Input]:
+    """How a tower reads the arrays of one feature, by the name of each.
+
+    Args:
+        items: item feature -> what was fitted for it, of which a history reads some.
+    """
+    feature = fitted.feature
+    if not isinstance(feature, HistoryFeature):
+        return {name: input_of(fitted)}
+    read = {f"{name}/{of}": dataclasses.replace(input_of(items[of]), events=feature.max_length) for of in feature.reads}
+    first = next(iter(read))
+    return read | {first: dataclasses.replace(read[first], gaps=feature.gaps)}
+
+
 def input_of(fitted: Fitted) -> Input:
     """How a tower reads what `encode_column` yields."""
     feature = fitted.feature
@@ -185,7 +212,7 @@ def shape_of(fitted: Fitted) -> TableShape:
     feature = fitted.feature
     match feature:
         case StringFeature():
-            return TableShape(rows=fitted.vocabulary.size, width=feature.embedding_size)
+            return TableShape(rows=fitted.vocabulary.size, width=feature.embedding_size, norm=feature.initial_norm)
         case TextFeature():
             return TableShape(rows=feature.buckets, width=feature.embedding_size)
         case TimestampFeature():

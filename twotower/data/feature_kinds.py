@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 from twotower.validation import ConfigError, choose
 
@@ -71,15 +72,18 @@ class StringFeature(Feature):
         min_count: training rows a value needs to have a row of its own.
         oov_rows: rows that all other values are spread over, by hash.
         oov_rate: share of the ids replaced by an out-of-vocabulary row in training, so that those rows are trained.
+        initial_norm: expected norm of the rows that training starts from; what is seen rarely stays near them.
     """
 
     min_count: int = 1
     oov_rows: int = 8
     oov_rate: float = 0.01
+    initial_norm: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         self._at_least(1, "min_count", "oov_rows")
+        self._check(0 < self.initial_norm < math.inf, "initial_norm", "above 0")
         self._check(0 <= self.oov_rate < 1, "oov_rate", "at least 0 and below 1")
 
 
@@ -245,6 +249,47 @@ class TimestampFeature(Feature):
             choose(dict.fromkeys(("hour", "weekday", "age")), part, f"{self.where}.parts")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HistoryFeature(Feature):
+    """The items of a user's strictly earlier interactions: a feature of the user tower, at most one.
+
+    Requests bring it in `column`: item ids, or {"item_id": ..., "event": ..., "timestamp": ...}, the latest last.
+
+    Attributes:
+        max_length: L, events kept: the latest ones.
+        reads: the features of an item that are read at each event, from the tables of the item tower; the first is its id.
+        gaps: buckets of the time since the event before, floor(log2(1 + seconds)); 0: not read.
+        weights: event -> its weight in a bag, above 0; an event that is not named weighs 1.
+        half_life: days in which the weight of an event in a bag falls by half; 0: never.
+    """
+
+    max_length: int = 50
+    reads: tuple[str, ...] = ("item_id",)
+    gaps: int = 0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    half_life: float = 0.0
+    embedding_size: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        above = all(isinstance(x, (int, float)) and 0 < x < math.inf for x in self.weights.values())
+        self._check(self.side == "user", "side", "user: items have no history")
+        self._check(self.embedding_size == 0, "embedding_size", "left out: vectors are rows of the item's own tables")
+        self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
+        self._check(above, "weights", "a mapping of events to numbers above 0")
+        self._at_least(1, "max_length")
+        self._at_least(0, "gaps", "half_life")
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether events weigh differently."""
+        return bool(self.weights or self.half_life)
+
+
 FEATURES: dict[str, type[Feature]] = {
     "string": StringFeature,
     "strings": StringsFeature,
@@ -253,4 +298,5 @@ FEATURES: dict[str, type[Feature]] = {
     "text": TextFeature,
     "pretrained": PretrainedFeature,
     "timestamp": TimestampFeature,
+    "history": HistoryFeature,
 }

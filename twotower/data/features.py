@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config import FeaturesConfig
-from twotower.data.feature_kinds import FEATURES, SIDES, Feature, StringFeature, TextFeature
+from twotower.data.feature_kinds import FEATURES, SIDES, Feature, HistoryFeature, StringFeature, StringsFeature, TextFeature
 from twotower.validation import ConfigError, check_fields, choose, convert
 
 _KEYS = {"user": "user", "item": "item", "user_embedding_layers": "user", "item_embedding_layers": "item"}
@@ -45,9 +45,15 @@ class FeatureSpec:
         for feature in self:
             if feature.has_table:
                 _check_shared(by_table.setdefault(feature.table, feature), feature)
+        _check_history([f for f in self if isinstance(f, HistoryFeature)], self.item)
 
     def __iter__(self) -> Iterator[Feature]:
         return itertools.chain(self.user.values(), self.item.values())
+
+    @property
+    def history(self) -> HistoryFeature | None:
+        """The feature that is the user's history."""
+        return next((f for f in self.user.values() if isinstance(f, HistoryFeature)), None)
 
     def side(self, side: str) -> dict[str, Feature]:
         """The features of the tower "user" or "item"."""
@@ -112,7 +118,7 @@ def _feature(side: str, name: str, fields: Any) -> Feature:
     cls = choose(FEATURES, str(fields["type"]), f"{where}.type")
     hints = {field: hint for field, hint in typing.get_type_hints(cls).items() if field not in ("side", "name")}
     check_fields(fields, ["type", *hints], where)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name in hints]
+    required = [f.name for f in dataclasses.fields(cls) if f.name in hints and f.default is f.default_factory]
     for field in required:
         if field not in fields:
             raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")
@@ -127,6 +133,21 @@ def _to_dict(feature: Feature) -> dict[str, Any]:
     return {"type": kind} | {k: v for k, v in dataclasses.asdict(feature).items() if k not in ("side", "name")}
 
 
+def _check_history(histories: list[HistoryFeature], item: Mapping[str, Feature]) -> None:
+    """Refuses a second history, and one that reads what items do not have."""
+    for history in histories[1:]:
+        raise ConfigError(f"{history.where} is a second history beside {histories[0].where}: a user has one. Leave one out.")
+    for history in histories:
+        for name in history.reads:
+            choose(item, name, f"{history.where}.reads")
+        first = item[history.reads[0]]
+        if not isinstance(first, StringFeature) or isinstance(first, StringsFeature) or first.column != "item_id":
+            raise ConfigError(
+                f"{history.where}.reads={history.reads!r} must begin with a string feature of the column 'item_id': "
+                f"{first.where} is another."
+            )
+
+
 def _check_shared(first: Feature, other: Feature) -> None:
     """Refuses two features that name one table but would shape it differently."""
     if first is other:
@@ -138,7 +159,7 @@ def _check_shared(first: Feature, other: Feature) -> None:
             f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
             f"can share one, and text features can; give one of them another table."
         )
-    for field in ("embedding_size", "min_count", "oov_rows") if vocabulary else ("embedding_size", "buckets"):
+    for field in ("embedding_size", "min_count", "oov_rows", "initial_norm") if vocabulary else ("embedding_size", "buckets"):
         if getattr(first, field) != getattr(other, field):
             raise ConfigError(
                 f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "

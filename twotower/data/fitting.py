@@ -14,6 +14,7 @@ from twotower.data.encodings import Fitted, naming, strings_of
 from twotower.data.feature_kinds import (
     Feature,
     FloatFeature,
+    HistoryFeature,
     IntFeature,
     PretrainedFeature,
     StringFeature,
@@ -58,6 +59,8 @@ def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, ite
     seen = {side: table.filter(pa.array(counts[side] > 0)) for side, table in tables.items()}
     columns = {}
     for feature in spec:
+        if isinstance(feature, HistoryFeature):  # made of the interactions themselves
+            continue
         side, name = feature.side, feature.column
         if name in tables[side].column_names:
             weights = counts[side][counts[side] > 0]
@@ -74,6 +77,15 @@ def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, ite
 def newest_timestamp(train: pa.Table) -> int | None:
     """The latest training timestamp in seconds since the epoch; None where the log has none."""
     return pc.max(train["timestamp"]).as_py() if "timestamp" in train.column_names else None
+
+
+def fit_history(spec: FeatureSpec, fitted: Mapping[Key, Fitted], newest: int | None) -> dict[Key, Fitted]:
+    """The history of a user, if it is a feature: the vocabulary of items, and the time that ages are counted from."""
+    feature = spec.history
+    if feature is None:
+        return {}
+    vocabulary = fitted["item", feature.reads[0]].vocabulary
+    return {("user", feature.name): Fitted(feature, vocabulary=vocabulary, numbers={"newest": newest or 0})}
 
 
 def fit_columns(columns: Mapping[Key, Column], newest: int | None) -> dict[Key, Fitted]:

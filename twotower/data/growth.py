@@ -29,7 +29,7 @@ def grown(old: Encoder, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, 
     new = Encoder.fit(spec, train, users=users, items=items)
     vocabularies = {id(f.vocabulary): _extended(f.vocabulary, new.fitted[key].vocabulary) for key, f in _with_vocabulary(old)}
     fitted = {key: _grown(f, new.fitted[key], vocabularies) for key, f in old.fitted.items()}
-    return dataclasses.replace(new, fitted=fitted)
+    return dataclasses.replace(new, fitted=fitted).reading(items)
 
 
 def _with_vocabulary(encoder: Encoder) -> list:

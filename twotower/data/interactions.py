@@ -14,11 +14,22 @@ from twotower.validation import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of the interactions, each in exactly one part, in file order within a part."""
+    """Rows of the interactions, each in exactly one part, in file order within a part.
+
+    Attributes:
+        places: of each part, where its rows stood in the file, int64; None: the parts follow each other.
+    """
 
     train: pa.Table
     validation: pa.Table
     test: pa.Table
+    places: tuple[np.ndarray, ...] | None = None
+
+    def file_order(self) -> np.ndarray:
+        """int64 [N], where each row of the joined parts stood in the file."""
+        if self.places is None:
+            return np.arange(len(self.train) + len(self.validation) + len(self.test))
+        return np.concatenate(self.places)
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:

@@ -15,8 +15,10 @@ from twotower.data import sources, split
 from twotower.data.batches import Rows
 from twotower.data.encoder import Encoder
 from twotower.data.features import load_spec
+from twotower.data.histories import SPANS, Histories, build_histories
 from twotower.data.interactions import timestamps
 from twotower.data.labels import check_labels, label_columns, read_labels
+from twotower.data.sequences import Plan
 from twotower.validation import ConfigError, check_fields
 
 
@@ -32,6 +34,8 @@ class Prepared:
         truth: true factors in the same order, of the generated shop.
         encoder: fitted on the training rows.
         raw: the interactions as tables, all columns.
+        histories: of users, where that is a feature; the context of a row then holds the span of its history.
+        plan: of the sequences that are the examples of training, if they are.
     """
 
     config: Config
@@ -44,6 +48,15 @@ class Prepared:
     features: Mapping[str, Mapping[str, np.ndarray]]
     truth: sources.Truth | None
     raw: split.Split
+    histories: Histories | None = None
+    plan: Plan | None = None
+
+    def user_features(self, users: np.ndarray, context: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """{array: [N, ...]}, the encoded features of users in a context such as `Rows.context` has."""
+        own = {name: values[users] for name, values in self.features["user"].items()}
+        if self.histories is None:
+            return own | dict(context)
+        return own | {name: x for name, x in context.items() if name != SPANS} | self.histories.take(context[SPANS])
 
     def is_positive(self, part: str) -> np.ndarray:
         """bool [N], which rows of a part ("train", "validation" or "test") say that a user wanted an item: those with label 1
@@ -88,12 +101,38 @@ def prepare(config: Config, *, encoder: Encoder | None = None, fit: Callable[...
         len(users), len(items), len(parts.train), len(parts.validation), len(parts.test),
     )  # fmt: skip
     truth = dataset.truth and dataclasses.replace(dataset.truth, item_factors=dataset.truth.item_factors[in_corpus])
-    own = [name for name in encoder.inputs["user"] if name not in encoder.context]
+    own = [name for name, f in encoder.spec.user.items() if name not in encoder.context and f is not encoder.spec.history]
     features = {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}
     rows = [_rows(part, users, items, encoder, labels) for part in (parts.train, parts.validation, parts.test)]
     if not rows[0].weight.any():
         raise ConfigError("weight is 0 in every training row: nothing would be learned. At least one must be above 0.")
-    return Prepared(config, users, items, *rows, encoder, features, truth, parts)
+    histories, rows = _with_histories(encoder, parts, rows, len(users))
+    plan = _plan(config, histories)
+    return Prepared(config, users, items, *rows, encoder, features, truth, parts, histories, plan)
+
+
+def _plan(config: Config, histories: Histories | None) -> Plan | None:
+    """How training sequences are packed, where they are the examples."""
+    if config.training.examples != "sequences":
+        return None
+    if histories is None:
+        raise ConfigError(
+            "config.training.examples='sequences' needs a history to be read: config.features.user={'history': {'type': "
+            "'history'}, ...}."
+        )
+    return Plan.build(histories, crop=config.training.crop, seed=config.training.seed)
+
+
+def _with_histories(
+    encoder: Encoder, parts: split.Split, rows: list[Rows], num_users: int
+) -> tuple[Histories | None, list[Rows]]:
+    """The histories, where they are a feature, and the rows with theirs in their context."""
+    if encoder.spec.history is None:
+        return None, rows
+    fitted = encoder.fitted["user", encoder.spec.history.name]
+    histories = build_histories(fitted, parts, [r.user for r in rows], [r.timestamp for r in rows], num_users)
+    spans = [histories.spans[part] for part in split.PARTS]
+    return histories, [dataclasses.replace(r, context={**r.context, SPANS: s}) for r, s in zip(rows, spans)]
 
 
 def _occurs(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:

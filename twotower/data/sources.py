@@ -6,6 +6,7 @@ and items unique and complete. It filters nothing but rows without ids.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -75,7 +76,7 @@ def _from_tables(
     config: DataConfig, read: Callable[[TableConfig, str], pa.Table], *, read_known: Callable[..., pa.Table] | None = None
 ) -> Dataset:
     """The log by `read`, with the rows of `config.test` after it; users and items by `read_known`, or from files."""
-    interactions = read(config.interactions, "interactions")
+    interactions = read(dataclasses.replace(config.interactions, path=config.path or config.interactions.path), "interactions")
     if _is_given(config.test):
         parts = [("train", interactions), ("test", read(config.test, "test"))]
         marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]

@@ -27,6 +27,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
         ConfigError: the kind is unknown, needs a column that is missing, or leaves a part empty that was asked for.
     """
     parts = choose(SPLITS, config.kind, "config.split.kind")(interactions, config)
+    places = [np.flatnonzero(parts == part) for part in range(3)]
     tables = [interactions.filter(pa.array(parts == part)) for part in range(3)]
     asked = (True, config.validation > 0, config.test > 0)
     for name, table, wanted in zip(PARTS, tables, asked):
@@ -35,7 +36,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
                 f"config.split.kind={config.kind!r} with validation={config.validation} and test={config.test} leaves "
                 f"no {name} rows of {interactions.num_rows:,}. {_HINTS[config.kind]}"
             )
-    return Split(*tables)
+    return Split(*tables, places=tuple(places))
 
 
 def by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:

@@ -77,8 +77,7 @@ def dot_scores(users: Any, items: Any) -> Scores:
 
 def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> np.ndarray:
     """float32 [Q, D]"""
-    features = {name: values[queries.user] for name, values in prepared.features["user"].items()}
-    return embed_rows(model, weights, "user", features | dict(queries.context))
+    return embed_rows(model, weights, "user", prepared.user_features(queries.user, queries.context))
 
 
 def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> Scores:

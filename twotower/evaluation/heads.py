@@ -137,9 +137,8 @@ def _logits(prepared: Prepared, model: Any, weights: Any, rows: Rows, apply: Cal
     parts = []
     for start in range(0, len(rows), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
-        features = {name: x[rows.user[block]] for name, x in prepared.features["user"].items()}
         context = {name: x[block] for name, x in rows.context.items()}
-        users = embed_rows(model, weights, "user", features | context)
+        users = embed_rows(model, weights, "user", prepared.user_features(rows.user[block], context))
         parts.append(jax.device_get(apply(weights.params["heads"], users, item_vectors[place[block]])))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -58,6 +58,15 @@ class Queries:
         asked = self.user[self.right.rows]
         return dataclasses.replace(self, right=self.right.filter(~self.seen.contains(asked, self.right.values)))
 
+    def of_new_items(self) -> Queries:
+        """With the right answers alone that training never saw; many queries then have none."""
+        kept = self.counts[self.right.values] == 0
+        return dataclasses.replace(self, right=self.right.filter(kept), missing=np.zeros_like(self.missing))
+
+    def of_new_users(self, known: np.ndarray) -> Queries:
+        """Those of users without a training row; `known` are the users of training rows."""
+        return self.take(np.flatnonzero(~np.isin(self.user, known)))
+
     def sample(self, count: int) -> Queries:
         """At most `count` of the queries, evenly spaced; all where `count` is 0. Every one is still asked of the whole corpus."""
         return self.take(evenly_spaced(np.arange(len(self)), count)) if 0 < count < len(self) else self

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.evaluation.baselines import make_baselines
+from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
 from twotower.evaluation.heads import make_head_metrics
@@ -45,7 +45,8 @@ def measure_run(
 
     Returns:
         {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
-        "baselines_unmasked": ..., and of a model with heads "heads": {name: {"auc": ...}}}
+        "baselines_unmasked": ..., of items and users that training never saw "new_items" and "new_users", each {"model": ...,
+        "random": ...}, and of a model with heads "heads": {name: {"auc": ...}}}
     """
     every = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every.sample(most)
@@ -58,8 +59,24 @@ def measure_run(
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
+    measured |= _measure_new(run, queries, ks)
     if run.config.objective.heads:
         measured["heads"] = make_head_metrics(run.prepared, run.model, split, most=most)(run.weights)
+    return measured
+
+
+def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
+    """{"new_items": right answers that training never saw, "new_users": queries of users that it never saw}, as far as there are
+    any: the model's metrics over the whole corpus with seen items masked, and a random ranking's."""
+    measured: Measured = {}
+    parts = {"new_items": queries.of_new_items(), "new_users": queries.of_new_users(run.prepared.train.user)}
+    for name, part in parts.items():
+        part = part.take(np.flatnonzero(part.num_right > 0))
+        if len(part):
+            rankings = {
+                "model": model_scores(run.prepared, run.model, run.weights, part), "random": random_scores(part.num_items)
+            }
+            measured[name] = {kind: evaluate(scores, part, ks, mask_seen=True) for kind, scores in rankings.items()}
     return measured
 
 
@@ -110,6 +127,10 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         note = f", {without:,} without an answer that is left" if without else ""
         lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
         lines += _comparisons(model, others, min(ks))
+    for name, what in (("new_items", "Right answers that training never saw"), ("new_users", "Users that training never saw")):
+        if name in measured:
+            asked = measured[name]["model"]["queries"]
+            lines += ["", f"{what} ({asked:,} queries, seen items masked):", format_table(measured[name], ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
     if "index" in measured:

@@ -15,6 +15,7 @@ from twotower.training.mesh import SPLIT, WHOLE, place
 from twotower.training.progress import progress
 
 BATCH = 4_096
+EVENTS = 2**16  # of the histories of a batch, at most
 
 
 def embed_rows(
@@ -29,8 +30,11 @@ def embed_rows(
         features: encoded, [N, ...] each.
         batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are compiled.
     """
+    if side == "user" and model.history_length:
+        batch = min(batch, next_power_of_two(EVENTS // model.history_length))
     count, mesh = len(next(iter(features.values()))), _mesh_of(weights)
     fewest = mesh.size if mesh else 1
+    batch = max(batch, fewest)
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     # One batch is over before a bar could be read, and the next question may follow at once.

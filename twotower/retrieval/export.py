@@ -13,6 +13,7 @@ from absl import logging
 from twotower.data import split
 from twotower.data.batches import Rows
 from twotower.data.folders import replacing
+from twotower.data.histories import SPANS
 from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
@@ -67,7 +68,13 @@ def known_users(prepared: Prepared) -> pa.Table:
     encoder = prepared.encoder
     columns = {name: feature.column for name, feature in encoder.spec.user.items()}
     own = dict.fromkeys(["user_id", *(column for name, column in columns.items() if name not in encoder.context)])
-    users = prepared.users.select(list(own))
+    users = prepared.users
+    if prepared.histories is not None:
+        column = encoder.spec.history.column
+        users = users.select([n for n in users.column_names if n != column]).append_column(
+            column, prepared.histories.stored(prepared.raw)
+        )
+    users = users.select(list(own))
     if encoder.context:
         places = latest_rows(all_rows(prepared), num_users=len(users))
         log = pa.concat_tables(
@@ -97,7 +104,9 @@ def check_parity(run: Run, folder: Path) -> None:
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
     context = joined_context(prepared, latest[users])
-    user_features = {name: values[users] for name, values in prepared.features["user"].items()} | context
+    if prepared.histories is not None:  # users are served with all that they did
+        context[SPANS] = prepared.histories.now(users)
+    user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors, item_vectors = (
         np.asarray(model.embed(side, run.weights, jax.tree.map(jnp.asarray, features)))

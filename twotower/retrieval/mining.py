@@ -29,8 +29,7 @@ def make_mine(prepared: Prepared, model: Any) -> Mine:
     known = items_of_users([prepared.positives("train")], num_users=num_users)
     asked = np.flatnonzero(known.lengths)
     latest = latest_rows([train], num_users=num_users)[asked]
-    features = {name: values[asked] for name, values in prepared.features["user"].items()}
-    features |= {name: values[latest] for name, values in train.context.items()}
+    features = prepared.user_features(asked, {name: values[latest] for name, values in train.context.items()})
     ranks, margin = negatives.mined_ranks, negatives.mined_margin
 
     def run(weights: Any) -> Pools:

@@ -80,7 +80,7 @@ class Retriever:
             user: an id. One that is not known is encoded by its out-of-vocabulary rows; `known` in the answer is False.
             rows: one row of raw user features instead, or beside an id whose stored features it replaces.
             k: length of the list.
-            exclude_seen: leave out the items of the user, as far as the user is known.
+            exclude_seen: leave out the items of the user, as far as the user is known, and those of a history in `rows`.
         """
         check_k(k)
         if user is None and rows is None:
@@ -94,9 +94,8 @@ class Retriever:
             raise ValueError(f"recommend answers one user; rows holds {len(table)}. See recommend_many.")
         name = table["user_id"][0].as_py() if "user_id" in table.column_names else None
         row = -1 if name is None else self._user_rows.get(str(name), -1)
-        scores, found = self._search(
-            self.encode_users(table), k, self.bundle.seen.take(np.array([row])) if exclude_seen else None
-        )
+        seen = Csr.from_pairs(*np.broadcast_arrays(0, self._seen_by(table, row)), num_rows=1) if exclude_seen else None
+        scores, found = self._search(self.encode_users(table), k, seen)
         return Recommendations(self._display(scores[0], found[0]), known=row >= 0)
 
     def recommend_many(self, user_ids: Sequence[Any], k: int = 10, *, exclude_seen: bool = True) -> pa.Table:
@@ -156,6 +155,14 @@ class Retriever:
 
     def knows(self, user: Any) -> bool:
         return str(user) in self._user_rows
+
+    def _seen_by(self, table: pa.Table, row: int) -> np.ndarray:
+        """int32, the items of a user (-1: not known) and of the history in its one row of raw features."""
+        seen, history = self.bundle.seen.take(np.array([row])).values, self.bundle.encoder.spec.history
+        events = table[history.column][0].as_py() if history and history.column in table.column_names else None
+        ids = [event["item_id"] if isinstance(event, dict) else event for event in events or ()]
+        brought = [self._item_rows[str(item)] for item in ids if str(item) in self._item_rows]
+        return np.concatenate([seen, np.array(brought, np.int32)])
 
     def _rows_of(self, ids: Sequence[str]) -> pa.Table:
         """Stored raw features of known users, and of unknown ones the id."""

@@ -31,9 +31,9 @@ def padded_rows(rows: int) -> int:
 
 
 def init_table(
-    key: jax.Array, rows: int, width: int, *, start: int | Int[Array, ""] = 0, count: int | None = None
+    key: jax.Array, rows: int, width: int, *, start: int | Int[Array, ""] = 0, count: int | None = None, norm: float = 1.0
 ) -> Float[Array, "C D"]:
-    """Rows [start, start + count) of a table of normal rows of expected norm 1, its row 0 zero; all padded rows by default.
+    """Rows [start, start + count) of a table of normal rows of that expected norm, its row 0 zero; all padded rows by default.
 
     The values of a row depend on the key and its place alone: each device of a mesh makes its own part of the table that one
     device would make, and a larger table begins with the rows of a smaller one. Filled chunk by chunk: the peak of memory is
@@ -47,7 +47,7 @@ def init_table(
     chunk = min(count, ROW_MULTIPLE)
 
     def row(place: Int[Array, ""]) -> jax.Array:
-        values = width**-0.5 * jax.random.normal(jax.random.fold_in(key, place), (width,))
+        values = norm * width**-0.5 * jax.random.normal(jax.random.fold_in(key, place), (width,))
         return jnp.where(place == PADDING, 0.0, values)
 
     def fill(i: Int[Array, ""], table: jax.Array) -> jax.Array:

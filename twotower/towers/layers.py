@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "tanh": jnp.tanh
 }  # fmt: skip
 
 
-def drop_out(x: Float[Array, "B F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B F"]:
+def drop_out(x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B *F"]:
     """Drops a share `rate` of x and scales up the rest; x itself where `keys` is None.
 
-    Each row has its own key, so that the rows of a batch lose the same units however the batch is divided over devices.
+    Each row has its own key, so that the rows of a batch lose the same units however the batch is divided over devices. The bits
+    of a unit are a hash of two random words of its row and of its place: drawing all of them costs a CPU more than a dense layer.
 
     Args:
         keys: [B] random keys.
@@ -26,8 +28,18 @@ def drop_out(x: Float[Array, "B F"], rate: float, keys: Array | None, layer: int
     """
     if keys is None or not rate:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0.0)
+    words = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, layer), (2,), jnp.uint32))(keys)
+    first, second = (words[:, i].reshape(-1, *[1] * (x.ndim - 1)) for i in range(2))
+    place = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
+    kept = _mix(_mix(place + first) ^ second) >= jnp.uint32(rate * 2**32)
+    return jnp.where(kept, x / (1 - rate), 0.0)
+
+
+def _mix(x: UInt32[Array, "*B"]) -> UInt32[Array, "*B"]:
+    """A bijection whose every output bit depends on every input bit (lowbias32 of Wellons' hash prospector)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 class MLP(nn.Module):

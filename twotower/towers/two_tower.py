@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.data.encoder import Encoder
-from twotower.data.encodings import Input, TableShape
-from twotower.towers.embeddings import init_table, lookup, padded_rows, pool
+from twotower.data.encodings import HISTORY_GAP, HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_WEIGHT, Input, TableShape
+from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
 from twotower.validation import ConfigError
@@ -74,7 +74,9 @@ class TwoTower:
             ConfigError: a tower kind or activation is unknown, or the two towers give vectors of different widths.
         """
         def build(side: str) -> nn.Module:
-            return build_tower(getattr(config, side), inputs[side], dtype=config.dtype, field=f"config.model.{side}")
+            return build_tower(
+                getattr(config, side), inputs[side], history=config.history, dtype=config.dtype, field=f"config.model.{side}"
+            )
 
         towers = {side: build(side) for side in SIDES}
         model = cls(config, inputs, tables, towers, 0)
@@ -91,9 +93,14 @@ class TwoTower:
     def normalize(self) -> bool:
         return self.config.normalize
 
+    @property
+    def history_length(self) -> int:
+        """L of the histories of users; 0 where they are not read."""
+        return max((i.events for i in self.inputs["user"].values()), default=0)
+
     def init(self, key: jax.Array) -> Weights:
         """Fresh weights."""
-        params, stats = self.init_dense(key)
+        params, stats = jax.jit(self.init_dense)(key)  # one program to compile, not one an operation
         tables = {name: self.init_rows(key, name) if self.given(name) is None else self.given(name) for name in self.tables}
         return Weights(params, jax.tree.map(jnp.asarray, tables), stats)
 
@@ -117,9 +124,8 @@ class TwoTower:
         The key of a table depends on its name alone: adding a feature leaves the others as they were.
         """
         shape = self.tables[name]
-        return init_table(
-            jax.random.fold_in(key, zlib.crc32(name.encode())), shape.rows, shape.width, start=start, count=count
-        )
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return init_table(key, shape.rows, shape.width, start=start, count=count, norm=shape.norm)
 
     def lookup(self, side: str, tables: Mapping[str, jax.Array], features: Features) -> dict[str, jax.Array]:
         """The table rows that the encoded ids name: feature -> [..., D], or [..., L, D] of multi-valued ones."""
@@ -130,8 +136,8 @@ class TwoTower:
     def vectors(
         self, side: str, weights: Weights, rows: Features, features: Features, *, keys: jax.Array | None = None,
         axis: str | None = None,
-    ) -> tuple[Float[Array, "B D"], dict[str, Any]]:  # fmt: skip
-        """The vectors of one side.
+    ) -> tuple[Float[Array, "B *S D"], dict[str, Any]]:  # fmt: skip
+        """The vectors of one side; of sequences packed into rows, one for each place.
 
         Args:
             rows: what `lookup` gave for `features`.
@@ -146,12 +152,12 @@ class TwoTower:
         if side in weights.batch_stats:
             variables["batch_stats"] = weights.batch_stats[side]
         x, updates = self.towers[side].apply(
-            variables, self._columns(side, rows, features), keys=keys, axis=axis,
+            variables, self._columns(side, rows, features), history=self._history(side, rows, features), keys=keys, axis=axis,
             mutable=["batch_stats"] if keys is not None else [],
         )  # fmt: skip
         return (l2_normalize(x) if self.normalize else x), updates.get("batch_stats", {})
 
-    def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B D"]:
+    def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B *S D"]:
         """The vectors of encoded features, as served: no dropout, running statistics."""
         return self.vectors(side, weights, self.lookup(side, weights.tables, features), features)[0]
 
@@ -160,25 +166,45 @@ class TwoTower:
         log = params["log_temperature"]
         return jnp.exp(log if self.config.learn_temperature else jax.lax.stop_gradient(log))
 
-    def _columns(self, side: str, rows: Features, features: Features) -> dict[str, jax.Array]:
+    def _columns(self, side: str, rows: Features, features: Features, *, of_events: bool = False) -> dict[str, jax.Array]:
+        """What the tower reads of a user or item, or else of each event of its history."""
         def column(name: str, i: Input) -> jax.Array:
             if not i.table:
                 return features[name]
             return pool(rows[name], features[name]) if i.length else rows[name]
 
-        return {name: column(name, i) for name, i in self.inputs[side].items()}
+        return {name: column(name, i) for name, i in self.inputs[side].items() if bool(i.events) == of_events}
 
-    def _example(self, side: str) -> dict[str, jax.Array]:
-        def zeros(i: Input) -> jax.Array:
-            if not i.table:
-                return jnp.zeros((1, i.width))
-            return jnp.zeros((1, i.length, self.tables[i.table].width) if i.length else (1, self.tables[i.table].width))
+    def _history(self, side: str, rows: Features, features: Features) -> dict[str, Any] | None:
+        """The fields of `twotower.towers.history.History`; None without one."""
+        first = next((name for name, i in self.inputs[side].items() if i.events), None)
+        if first is None:
+            return None
+        segment = features.get(HISTORY_SEGMENT)
+        return {
+            "vectors": self._columns(side, rows, features, of_events=True),
+            # Packed, it is the start tokens that have no item.
+            "valid": features[first] != PADDING if segment is None else segment > 0,
+            "gaps": features.get(HISTORY_GAP), "log_weights": features.get(HISTORY_WEIGHT), "segment": segment,
+            "position": features.get(HISTORY_POSITION),
+        }  # fmt: skip
 
-        columns = {name: zeros(i) for name, i in self.inputs[side].items()}
-        return {n: x.mean(-2) if self.inputs[side][n].table and self.inputs[side][n].length else x for n, x in columns.items()}
+    def _example(self, side: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the tower reads of one user or item, all of it padding, and of its history."""
+        rows, features = {}, {}
+        for name, i in self.inputs[side].items():
+            shape = (1, *([i.events] if i.events else []), *([i.length] if i.length else []))
+            features[name] = jnp.zeros(shape, jnp.int32) if i.table else jnp.zeros((*shape, i.width))
+            if i.table:
+                rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
+            if i.gaps:
+                features[HISTORY_GAP] = jnp.zeros(shape, jnp.int32)
+        return self._columns(side, rows, features), self._history(side, rows, features)
 
     def _init_tower(self, side: str, key: jax.Array) -> dict[str, Any]:
-        return self.towers[side].init(key, self._example(side))
+        columns, history = self._example(side)
+        return self.towers[side].init(key, columns, history=history)
 
     def _embed_example(self, side: str) -> jax.Array:
-        return self.towers[side].apply(self._init_tower(side, jax.random.key(0)), self._example(side))
+        columns, history = self._example(side)
+        return self.towers[side].apply(self._init_tower(side, jax.random.key(0)), columns, history=history)

@@ -39,7 +39,7 @@ class Sources:
 
     Attributes:
         config: with `uniform` decided.
-        batch_size: B of all devices.
+        batch_size: B of all devices; of packed sequences, the places of all rows.
         items: N.
         corrected: whether log expected counts are subtracted; else they are all 0.
     """
@@ -50,13 +50,16 @@ class Sources:
     corrected: bool
 
     @classmethod
-    def build(cls, config: Config, loss: Any, corpus: Corpus) -> Sources:
+    def build(cls, config: Config, loss: Any, corpus: Corpus, *, places: int = 1) -> Sources:
         """What `config` asks for.
+
+        Args:
+            places: of a row of the batch, see `twotower.data.sequences`.
 
         Raises:
             ConfigError: there are fewer items than are asked for.
         """
-        objective, batch = config.objective, config.training.batch_size
+        objective, batch = config.objective, config.training.batch_size * places
         if objective.loss in POINTWISE or not objective.weight:
             return cls(NegativesConfig(in_batch=False, uniform=0), batch, corpus.items, False)
         uniform = objective.negatives.uniform

@@ -34,10 +34,17 @@ def _explicit(trainer: Trainer, prepared: Prepared) -> Any:
 
 
 def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
-    """Training rows of each user, of each item of the corpus, and in all, float32."""
-    sizes = {"user": len(prepared.users), "item": len(prepared.items)}
-    counts = {side: np.bincount(getattr(prepared.train, side), minlength=n) for side, n in sizes.items()}
-    return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(len(prepared.train))}
+    """Training rows of each user, of each item of the corpus, and in all, float32.
+
+    Of sequences, how often a pass has each as a target; "in all" are then the places, filled or not, that a pass has.
+    """
+    sizes, plan = {"user": len(prepared.users), "item": len(prepared.items)}, prepared.plan
+    rates, rows = None, len(prepared.train)
+    if plan is not None:
+        rates, rows = np.zeros(rows), len(plan) * plan.places
+        rates[prepared.histories.orders["train"]] = plan.rates(len(rates))
+    counts = {side: np.bincount(getattr(prepared.train, side), rates, minlength=n) for side, n in sizes.items()}
+    return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(rows)}
 
 
 def corpus_of(prepared: Prepared) -> Corpus:

@@ -197,6 +197,8 @@ def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
     uses: dict[str, tuple[str, str]] = {}
     for side in SIDES:
         for name, i in encoder.inputs[side].items():
+            if i.events:  # a history reads tables that are the items'
+                continue
             fitted: Fitted = encoder.fitted[side, name]
             if i.table and fitted.vocabulary is not None:
                 uses.setdefault(i.table, (side, name))

@@ -15,9 +15,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
-from twotower.config import Config
-from twotower.data.batches import Batches, gather
+from twotower.config import Config, TrainingConfig
+from twotower.data.batches import Batches
 from twotower.data.prepare import Prepared
+from twotower.data.sequences import SequenceBatches
 from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
 from twotower.training.catalogue import count_rows, make_catalogue
@@ -101,10 +102,7 @@ def fit(
             memory, or the metric is not one that `validate` gives.
     """
     config, mesh = trainer.config.training, mesh or make_mesh()
-    batches = Batches(
-        prepared.train, prepared.features, batch_size=config.batch_size, seed=config.seed,
-        resident_megabytes=config.resident_megabytes,
-    )  # fmt: skip
+    batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)
     with open_checkpoints(workdir, trainer.config) as checkpoints:
         state, record = _start(trainer, prepared, checkpoints, mesh)
@@ -120,6 +118,14 @@ def fit(
     best = f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
     logging.info("Training ended at step %d%s.", state.step, best)
     return state
+
+
+def _batches(prepared: Prepared, config: TrainingConfig) -> Batches:
+    """The batches of training rows or of sequences."""
+    options = {"batch_size": config.batch_size, "seed": config.seed, "resident_megabytes": config.resident_megabytes}
+    if prepared.plan is not None:
+        return SequenceBatches(prepared.train, prepared.features, prepared.histories, prepared.plan, **options)
+    return Batches(prepared.train, prepared.features, prepared.histories, **options)
 
 
 @dataclasses.dataclass
@@ -194,7 +200,7 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
     catalogue = make_catalogue(trainer, prepared, mesh, resident)
 
     def one(state: TrainState, part: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
-        batch = part if data is None else gather(data, part)
+        batch = part if data is None else batches.gather(data, part)
         return train_step(state, batch, catalogue, trainer=trainer, group=group)
 
     def several(state: TrainState, parts: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:

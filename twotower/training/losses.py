@@ -14,6 +14,7 @@ from twotower.objectives import POINTWISE, streaming_loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.multitask import head_losses
 from twotower.objectives.negatives import Candidates, Hard, Positives, push, queue_candidates
+from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import DTYPES
 from twotower.training.candidates import Drawn, gathered, log_expected_count
 from twotower.training.mesh import Group
@@ -136,15 +137,29 @@ def _streamed(
     trainer: Trainer, params: Any, queries: jax.Array, positives: Positives, candidates: jax.Array, known: Candidates,
     batch: Batch, owners: jax.Array, hard: Hard | None, corpus: int,
 ) -> jax.Array:  # fmt: skip
-    """Args: corpus: how many things there are that candidates may be."""
+    """The mean over all widths that vectors are compared at.
+
+    Args:
+        corpus: how many things there are that candidates may be.
+    """
     objective, loss = trainer.config.objective, trainer.loss
-    return streaming_loss(
-        queries, positives, candidates, known, loss=loss, weights=_row_weights(objective, batch),
-        scale=1 / trainer.model.temperature(params), bias=params.get("bias"), owners=owners, hard=hard,
-        margin=objective.margin, positive_temperature=objective.positive_temperature,
-        mask_same_user=objective.mask_same_user, constants=loss.constants(objective, corpus), block=objective.block,
-        dtype=DTYPES[trainer.config.model.dtype],
-    )  # fmt: skip
+    options = {
+        "loss": loss, "weights": _row_weights(objective, batch), "scale": 1 / trainer.model.temperature(params),
+        "bias": params.get("bias"), "owners": owners, "margin": objective.margin,
+        "positive_temperature": objective.positive_temperature, "mask_same_user": objective.mask_same_user,
+        "constants": loss.constants(objective, corpus), "block": objective.block,
+        "dtype": DTYPES[trainer.config.model.dtype],
+    }  # fmt: skip
+
+    def of_width(width: int) -> jax.Array:
+        def cut(vectors: jax.Array) -> jax.Array:
+            return l2_normalize(vectors[..., :width]) if trainer.model.normalize else vectors[..., :width]
+
+        own, further = positives._replace(vectors=cut(positives.vectors)), hard and hard._replace(vectors=cut(hard.vectors))
+        return streaming_loss(cut(queries), own, cut(candidates), known, hard=further, **options)
+
+    whole = streaming_loss(queries, positives, candidates, known, hard=hard, **options)
+    return (whole + sum(map(of_width, objective.matryoshka))) / (1 + len(objective.matryoshka))
 
 
 def remember(trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array, group: Group) -> TrainState:

@@ -74,7 +74,14 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: Corpus) -> Trainer:
         loss, *optimizers = chosen_kinds(config)
-        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus))
+        widths = config.objective.matryoshka
+        if any(not 0 < width < model.dim for width in widths) or len(set(widths)) < len(widths):
+            raise ConfigError(
+                f"config.objective.matryoshka={widths} must be different widths below that of the vectors, {model.dim}: for "
+                f"example ({model.dim // 2}, {model.dim // 4})."
+            )
+        places = model.history_length + 1 if config.training.examples == "sequences" else 1
+        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
 
 
 def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:

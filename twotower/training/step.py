@@ -39,9 +39,10 @@ def train_step(
     Returns:
         The next state, and the step's losses, gradient norm (dense and rows) and temperature, as scalars on the device.
     """
+    batch = flattened(batch)
     key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
     drawn = draw(trainer.sources, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group)
-    places = _places(len(batch["user"]), drawn, group)
+    places = _places(batch, drawn, group)
     features = _features(trainer, batch, drawn, catalogue, places, jax.random.fold_in(key, 0))
     dropout = {s: row_keys(jax.random.fold_in(jax.random.fold_in(key, 1), i), places[s]) for i, s in enumerate(SIDES)}
     asked = shared_ids(trainer.model, features, group)
@@ -50,6 +51,7 @@ def train_step(
     def loss_of(params: Any, rows: Any, local: Any) -> tuple[jax.Array, Any]:
         features, dropout, batch = local
         vectors, stats = _embed(trainer, state.weights._replace(params=params), rows, features, dropout, group)
+        vectors["user"] = _asked(vectors["user"], batch)
         sums = losses_of(trainer, params, vectors, batch, drawn, state, catalogue, group)
         means = {name: x / jnp.maximum(weights[name], jnp.finfo(x.dtype).tiny) for name, x in sums.items()}
         tasks = task_weights(trainer.config.objective)
@@ -85,12 +87,21 @@ def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) 
     return (loss, (means, stats, items)), (grads, row_grads)
 
 
-def _places(rows: int, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
+def flattened(batch: Batch) -> Batch:
+    """A batch of packed sequences with a row for each place, but for "user_features" and "asked"; another batch as it is."""
+    if batch["user"].ndim == 1:
+        return batch
+    kept = ("user_features", "asked")
+    return {name: x if name in kept else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for name, x in batch.items()}
+
+
+def _places(batch: Batch, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
     """What tells the rows of each side apart whatever device they are on: the batch's first, then the items drawn."""
-    batch, hard = rows * group.size, drawn.hard.size * group.size
+    rows, users = len(batch["user"]), len(next(iter(batch["user_features"].values())))
+    everyone, hard = rows * group.size, drawn.hard.size * group.size
     # The shared ones last: how many of them are there to fill up the devices must move nobody else's place.
-    items = (group.places(rows), batch + hard + group.places(len(drawn.shared)), batch + group.places(drawn.hard.size))
-    return {"user": items[0], "item": jnp.concatenate(items)}
+    items = (group.places(rows), everyone + hard + group.places(len(drawn.shared)), everyone + group.places(drawn.hard.size))
+    return {"user": group.places(users), "item": jnp.concatenate(items)}
 
 
 def _features(
@@ -122,7 +133,7 @@ def drop_ids(inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys:
         # Known rows begin after padding and the out-of-vocabulary rows; spread over the latter by the id.
         return jnp.where(chosen & (ids > i.oov_rows), 1 + ids % i.oov_rows, ids)
 
-    return {name: drop(name, x) if inputs[name].table else x for name, x in features.items()}
+    return {name: drop(name, x) if name in inputs and inputs[name].table else x for name, x in features.items()}
 
 
 def _embed(
@@ -143,6 +154,15 @@ def _embed(
         else:
             vectors[side] = _by_blocks(lambda part, of=of: of(part)[0], parts, length)
     return vectors, stats
+
+
+def _asked(vectors: jax.Array, batch: Batch) -> jax.Array:
+    """A user vector for each row of a flattened batch, [B S, D] of [B, S, D]."""
+    if vectors.ndim == 2:
+        return vectors
+    if "asked" in batch:
+        vectors = jnp.take_along_axis(vectors, batch["asked"][..., None], axis=1)
+    return vectors.reshape(-1, vectors.shape[-1])
 
 
 def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:

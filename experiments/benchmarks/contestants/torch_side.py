@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from experiments.benchmarks.contestants.turn import (
     ACCUMULATOR,
+    FILMS,
     HIDDEN,
     INTERACTIONS,
     ITEMS,
@@ -18,6 +19,7 @@ from experiments.benchmarks.contestants.turn import (
     WIDTH,
     interactions,
     seconds,
+    sequences,
     serve,
     table_ids,
     table_targets,
@@ -109,5 +111,72 @@ def _passes(batch: int, sparse: bool, compiled: bool) -> Callable[[int], None]:
     return run
 
 
+def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Steps of the same Transformer: blocks normalised before each part, a start token, learned positions, full cross-entropy."""
+    import torch
+
+    torch.set_num_threads(1)
+    runs, times = {}, {}
+    for compiled in (False,) if quick else (False, True):
+        name = "torch.compile" if compiled else "eager"
+        try:
+            runs[name] = _sequence_steps(length, batch, compiled)
+            runs[name](1)
+        except Exception as error:  # not every version can compile every kind
+            print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        times[name] = min(seconds(runs[name]) for _ in range(3))
+    best = min(times, key=times.get)
+    return runs[best], f"torch {torch.__version__}, {best}"
+
+
+def _sequence_steps(length: int, batch: int, compiled: bool) -> Callable[[int], None]:
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy, dropout, relu, scaled_dot_product_attention
+
+    heads, rate = 2, 0.2
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+            added = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+            x = x + dropout(self.out(added), rate)
+            return x + dropout(self.down(relu(self.up(self.norms[1](x)))), rate)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items, self.positions = nn.Embedding(FILMS, WIDTH), nn.Embedding(length + 1, WIDTH)
+            self.start, self.norm = nn.Parameter(torch.zeros(WIDTH)), nn.LayerNorm(WIDTH)
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, items: torch.Tensor) -> torch.Tensor:
+            x = torch.cat([self.start.expand(len(items), 1, -1), self.items(items[:, :-1]) * WIDTH**0.5], 1)
+            x = self.norm(self.blocks(dropout(x + self.positions.weight, rate)))
+            return cross_entropy(x.flatten(0, 1) @ self.items.weight.T, items.flatten())
+
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    loss_of = torch.compile(model) if compiled else model
+    users = torch.from_numpy(sequences(length)).long()
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            loss = loss_of(users[torch.randint(len(users), (batch,))])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return run
+
+
 if __name__ == "__main__":
-    serve({"tables": tables, "step": step})
+    serve({"tables": tables, "step": step, "sequence": sequence})

@@ -15,6 +15,7 @@ WIDTH = 64
 # The sizes of MovieLens-100K, and of the model.
 USERS, ITEMS, INTERACTIONS = 943, 1_682, 80_000
 BATCHES = 64
+FILMS = 3_416  # of MovieLens-1M, as papers have it
 HIDDEN, TEMPERATURE, RATE, ACCUMULATOR = 128, 0.05, 0.1, 0.1
 
 
@@ -60,6 +61,15 @@ def table_ids(rows: int, batch: int, batches: int = BATCHES) -> np.ndarray:
 def table_targets(batch: int) -> np.ndarray:
     """float32 [batch, WIDTH], with which the rows are multiplied for the loss."""
     return np.random.default_rng(1).normal(size=(batch, WIDTH)).astype(np.float32)
+
+
+def sequences(length: int) -> np.ndarray:
+    """int64 [512, length + 1]: items of users whose sequences fill their rows, popular ones more often; all `FILMS` occur."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(10, FILMS + 10)
+    drawn = rng.choice(FILMS, (512, length + 1), p=popularity / popularity.sum())
+    drawn.flat[rng.choice(drawn.size, FILMS, replace=False)] = np.arange(FILMS)
+    return drawn
 
 
 def interactions() -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from experiments.benchmarks.contestants.turn import (
     USERS,
     WIDTH,
     interactions,
+    sequences,
     serve,
     table_ids,
     table_targets,
@@ -127,5 +128,50 @@ def _fit(config: Any, sizes: dict[str, int], users: Any, items: Any, width: int)
     return run, f"jax {jax.__version__}"
 
 
+def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Steps of the configuration of MovieLens-1M with a smaller, plain model, on users who fill their rows."""
+    import tempfile
+    from pathlib import Path
+
+    import jax
+
+    from experiments.configs import movielens_1m_sequential
+    from twotower.config import from_dict
+    from twotower.data.prepare import prepare
+    from twotower.data.sequences import SequenceBatches
+    from twotower.towers.two_tower import TwoTower
+    from twotower.training.catalogue import corpus_of, count_rows
+    from twotower.training.init import init_on
+    from twotower.training.loop import compile_steps
+    from twotower.training.mesh import make_mesh
+    from twotower.training.state import Trainer
+
+    config = movielens_1m_sequential.get_config()
+    config.split.validation = config.split.test = 0.0
+    config.split.accept_leakage = ("repeated_pairs",)
+    config.features.user["history"]["max_length"] = length
+    config.features.item["item_id"]["embedding_size"] = WIDTH
+    config.model.history.block = "sasrec"
+    config.training.batch_size, config.training.crop = batch, "last"
+    with tempfile.TemporaryDirectory() as folder:
+        config.data.path = str(Path(folder) / "pairs.txt")
+        Path(config.data.path).write_text("".join(f"{u} {i}\n" for u, row in enumerate(sequences(length)) for i in row))
+        prepared = prepare(from_dict(config))
+    trainer = Trainer.build(prepared.config, TwoTower.build(prepared.config.model, prepared.encoder), corpus_of(prepared))
+    batches = SequenceBatches(
+        prepared.train, prepared.features, prepared.histories, prepared.plan, batch_size=batch, seed=0, resident_megabytes=1000
+    )
+    mesh = make_mesh()
+    state = [init_on(mesh, trainer, count_rows(prepared))]
+    run_steps, place = compile_steps(trainer, batches, prepared, mesh), itertools.count()
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            state[0], metrics = run_steps(state[0], next(place))
+        jax.block_until_ready(metrics)
+
+    return run, f"jax {jax.__version__}"
+
+
 if __name__ == "__main__":
-    serve({"tables": tables, "step": step, "whole_step": whole_step})
+    serve({"tables": tables, "step": step, "whole_step": whole_step, "sequence": sequence})

@@ -1,0 +1,83 @@
+"""Users who are what they did: by id, unknown, and with a history that the request brings."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.retrieval.conftest import make_run
+from twotower.retrieval import export as export_module
+from twotower.retrieval.bundle import BundleError
+from twotower.retrieval.export import export
+from twotower.retrieval.retriever import Retriever
+from twotower.validation import ConfigError
+
+HISTORY = {"type": "history", "max_length": 4, "reads": ["item_id", "category"], "weights": {"purchase": 10.0}, "gaps": 8}
+FEATURES = {
+    "user": {"city": {"type": "string", "embedding_size": 4}, "history": HISTORY},
+    "item": {"item_id": {"type": "string", "embedding_size": 16}, "category": {"type": "string", "embedding_size": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    model = {"user": {"layers": (16,)}, "item": {"layers": (16,)}, "history": {"kind": "causal", "heads": 2, "blocks": 1}}
+    return make_run(tmp_path_factory.mktemp("history"), features=FEATURES, model=model)
+
+
+@pytest.fixture(scope="module")
+def retriever(run):
+    export(run, run.workdir / "bundle")  # which proves that the bundle scores as the trainer did
+    return Retriever.load(run.workdir / "bundle")
+
+
+def ids(found):
+    return [item.item_id for item in found]
+
+
+def test_a_known_user_is_asked_with_all_that_they_did(run, retriever):
+    log = pa.concat_tables([run.prepared.raw.train, run.prepared.raw.validation, run.prepared.raw.test]).to_pylist()
+    user = run.prepared.raw.test["user_id"][0].as_py()
+    own = sorted((row for row in log if row["user_id"] == user), key=lambda row: row["timestamp"])[-HISTORY["max_length"] :]
+    city = run.prepared.users.to_pylist()[run.prepared.users["user_id"].to_pylist().index(user)]["city"]
+    history = [{name: row[name] for name in ("item_id", "event", "timestamp")} for row in own]
+    by_hand = retriever.encode_users([{"user_id": user, "city": city, "history": history}])
+    stored = retriever.encode_users(retriever.bundle.users.take(pa.array([retriever._user_rows[user]])))
+    np.testing.assert_allclose(by_hand, stored, atol=1e-6)
+    found = retriever.recommend(user, k=10)
+    assert found.known and ids(found) == ids(retriever.recommend(user, rows=[{"city": city, "history": history}], k=10))
+    assert ids(retriever.recommend(user, rows=[{"city": city, "history": []}], k=10)) != ids(found)
+
+
+def test_an_unknown_user_is_asked_with_an_empty_history(retriever):
+    found = retriever.recommend("nobody", k=5)
+    assert not found.known and ids(found) == ids(retriever.recommend(rows=[{"history": []}], k=5))
+    assert ids(found) == ids(retriever.recommend(rows=[{"city": None}], k=5))
+
+
+def test_a_request_brings_any_history(retriever):
+    known = retriever.bundle.items["item_id"].to_pylist()[:6]
+    plain = retriever.recommend(rows=[{"history": known}], k=5)
+    assert len(plain) == 5 and not plain.known and not set(ids(plain)) & set(known)
+    size = len(retriever.bundle.items)
+    assert len(retriever.recommend(rows=[{"history": known}], k=size)) == size - len(known)
+    assert ids(plain) == ids(retriever.recommend(rows=[{"history": known[:2] + known[-4:]}], k=5))  # the latest L
+    assert ids(retriever.recommend(rows=[{"history": ["no such item", None, known[0]]}], k=5))
+    lists = retriever.recommend_many(["nobody", *retriever.bundle.users["user_id"].to_pylist()[:3]], k=3)
+    assert len(lists) == 12
+    with pytest.raises(ConfigError, match="features.user.history: column 'history' holds string"):
+        retriever.recommend(rows=[{"history": "P1"}], k=5)
+
+
+def test_a_bundle_whose_histories_are_not_the_trainers_is_refused(run, tmp_path, monkeypatch):
+    stored = export_module.known_users
+
+    def cut(prepared):
+        users = stored(prepared)
+        place, column = users.column_names.index("history"), users["history"]
+        return users.set_column(place, "history", pa.array([row[:-1] for row in column.to_pylist()], column.type))
+
+    monkeypatch.setattr(export_module, "known_users", cut)
+    with pytest.raises(BundleError, match="scores differ from the trainer's"):
+        export(dataclasses.replace(run, workdir=tmp_path), tmp_path / "bundle")
