@@ -21,7 +21,7 @@ from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import overlap
+from twotower.retrieval.tuning import overlap
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000

@@ -120,7 +120,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         items=pq.read_table(folder / "items.parquet"),
         users=pq.read_table(folder / "users.parquet"),
         seen=Csr(*(np.load(folder / f"seen_{part}.npy", allow_pickle=False) for part in ("offsets", "items"))),
-        index=load_index(folder / "index", vectors, normalized=manifest["normalized"]),
+        index=load_index(folder / "index", vectors),
         manifest=manifest,
     )
     if not len(bundle.items) == len(vectors) == manifest["num_items"] or len(bundle.users) != len(bundle.seen):

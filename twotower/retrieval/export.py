@@ -18,7 +18,8 @@ from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bu
 from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import TUNING_QUERIES, build_index
+from twotower.retrieval.scann import build_index
+from twotower.retrieval.tuning import TUNING_QUERIES
 from twotower.retrieval.weights import of_towers
 from twotower.training.run import Run
 
@@ -55,6 +56,7 @@ def make_bundle(run: Run) -> Bundle:
         run.config.retrieval,
         normalized=model.normalize,
         queries=embed_rows(model, run.weights, "user", encoded),
+        popularity=item_counts(prepared),
     )
     return Bundle(
         config=run.config, encoder=prepared.encoder, model=model, weights=of_towers(run.weights), vectors=vectors,
@@ -77,6 +79,12 @@ def known_users(prepared: Prepared) -> pa.Table:
         for column in dict.fromkeys(columns[name] for name in encoder.context):
             users = users.append_column(column, latest[column])
     return users
+
+
+def item_counts(prepared: Prepared) -> np.ndarray:
+    """int64 [N], the training rows of each item that are positives."""
+    trained = prepared.positives("train").item
+    return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
 
 
 def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
