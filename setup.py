@@ -30,6 +30,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "etils>=1.9",
+        "flatbuffers>=24.3",  # jax.export writes and reads by it without asking for it
         "flax>=0.12",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",

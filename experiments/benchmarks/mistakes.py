@@ -102,10 +102,9 @@ EVALUATION = (
 INDEX = (
     make(7, "the correction is left in at serving",
          "retrieval.retriever",
-         "return search_without(self.bundle.index, vectors, k, exclude, exact=lambda: self._exact)",
-         "scores, rows = search_without(self.bundle.index, vectors, k, exclude, exact=lambda: self._exact)\n"
-         "        counts = np.bincount(self.bundle.seen.values, minlength=len(self.bundle.vectors))\n"
-         "        return scores - np.log(np.maximum(counts[rows], 1.0)), rows"),
+         "return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only)",
+         "scores, rows = snapshot.search(vectors, k, exclude=exclude, where=where, only=only)\n"
+         "        return snapshot, scores - np.log(np.maximum(live.bundle.counts[rows], 1.0)), rows"),
     make(7, "the correction is left in at evaluation",
          "evaluation.evaluate",
          "    return dot_scores(query_vectors(prepared, model, weights, queries), items)",
@@ -126,7 +125,7 @@ INDEX = (
          "if False:"),
     make(9, "the bundle says another normalisation",
          "retrieval.bundle",
-         '"normalized": bundle.model.normalize',
+         '"normalized": bundle.normalized',
          '"normalized": True'),
     make(18, "no version of the weights",
          "retrieval.bundle",
@@ -141,9 +140,9 @@ INDEX = (
          'scores.at[query, item].set(-jnp.inf, mode="drop")',
          'scores.at[query, item].add(-1e5, mode="drop")'),
     make(24, "excluded items fill a short list",
-         "retrieval.retriever",
-         "rows = _padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)",
-         "rows = _padded(np.take_along_axis(rows, order, axis=1), k, -1)"),
+         "retrieval.search",
+         "rows = padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)",
+         "rows = padded(np.take_along_axis(rows, order, axis=1), k, -1)"),
     make(32, "few leaves, untuned",
          "retrieval.scann",
          "leaves = min(self.num_leaves, math.ceil(times * found.leaves))",

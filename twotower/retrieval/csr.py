@@ -65,6 +65,11 @@ class Csr:
         """Only the values where `keep` (bool [M]) holds; as many rows as before."""
         return Csr.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
 
+    def joined(self, other: Csr) -> Csr:
+        """Each list followed by the other's."""
+        rows, values = np.concatenate([self.rows, other.rows]), np.concatenate([self.values, other.values])
+        return Csr.from_pairs(rows, values, num_rows=len(self))
+
     def distinct(self, *, keep: str = "first") -> Csr:
         """Each value once a row, where it stands "first" or "last"."""
         values = self.values if keep == "first" else self.values[::-1]
