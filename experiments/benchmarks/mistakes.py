@@ -102,7 +102,7 @@ EVALUATION = (
 INDEX = (
     make(7, "the correction is left in at serving",
          "retrieval.retriever",
-         "return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only)",
+         "return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight)",
          "scores, rows = snapshot.search(vectors, k, exclude=exclude, where=where, only=only)\n"
          "        return snapshot, scores - np.log(np.maximum(live.bundle.counts[rows], 1.0)), rows"),
     make(7, "the correction is left in at evaluation",

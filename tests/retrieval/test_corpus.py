@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.retrieval.corpus import conditions
+from twotower.retrieval.conditions import conditions
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, QueryError
 from twotower.retrieval.live import Corpus, UnknownItemError
@@ -73,7 +73,7 @@ def test_any_sequence_of_changes_equals_a_dictionary(index):
         elif kind < 9:
             assert corpus.delete([*ids, "never"]) == sum(model.pop(i, None) is not None for i in ids)
         else:
-            corpus.rebalance(index)
+            corpus.rebalance(lambda vectors, counts: index(vectors))
         some = [i for i in ids if i in corpus.numbers]
         check(corpus.snapshot, model, queries, exclude=some, numbers=corpus.numbers)
         if step % 7 == 0:
@@ -103,7 +103,7 @@ def test_changes_while_the_index_is_built_are_in_it():
     upsert(corpus, model, ["i1", "new1", "new2"], rng)
     versions = []
 
-    def build(vectors):
+    def build(vectors, counts):
         """What happens meanwhile: changes to what was indexed, what was new, and what nobody knew."""
         versions.append(corpus.snapshot.version)
         upsert(corpus, model, ["i2", "new1", "later"], rng, brand="y")
@@ -119,7 +119,7 @@ def test_changes_while_the_index_is_built_are_in_it():
     check(corpus.snapshot, model, queries, numbers=corpus.numbers)
     check(corpus.snapshot, model, queries, where={"brand": ["y"]}, numbers=corpus.numbers)
     assert corpus.snapshot.version > versions[0] and corpus.snapshot.count == 4  # i2, i3, new1, later
-    corpus.rebalance(ExactIndex)
+    corpus.rebalance(lambda vectors, counts: ExactIndex(vectors))
     check(corpus.snapshot, model, queries, numbers=corpus.numbers)
     assert corpus.snapshot.count == 0 and corpus.snapshot.dead == 0
 
@@ -130,7 +130,7 @@ def test_nothing_at_all_can_be_searched_and_filled():
     queries = rng.normal(size=(2, DIM)).astype(np.float32)
     corpus.delete(list(model))
     check(corpus.snapshot, {}, queries, numbers=corpus.numbers)
-    corpus.rebalance(ExactIndex)
+    corpus.rebalance(lambda vectors, counts: ExactIndex(vectors))
     check(corpus.snapshot, {}, queries, numbers=corpus.numbers)
     model.clear()
     upsert(corpus, model, ["i1", "again"], rng)

@@ -20,6 +20,7 @@ from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.popularity import widened
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tuning import overlap
 from twotower.training.run import Run
@@ -72,8 +73,9 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """
     bundle = retriever.bundle
     queries = retriever.encode_users(bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES))))
-    exact = bundle.index if isinstance(bundle.index, ExactIndex) else ExactIndex(bundle.vectors)
-    truth = exact.search(queries, min(INDEX_K, len(bundle.vectors)))[1]
+    truth = ExactIndex(bundle.vectors).search(queries, min(INDEX_K, len(bundle.vectors)))[1]
+    if bundle.index.dim > queries.shape[1]:  # popularity is not weighed here
+        queries = widened(queries, 0.0)
     found = bundle.index.search(queries, truth.shape[1])[1]
     batch = _seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
     singles = [_seconds(lambda q=q: bundle.index.search(q[None], INDEX_K), repeats=1) for q in queries[:100]]

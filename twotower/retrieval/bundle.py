@@ -31,6 +31,7 @@ from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.folders import content_digest, digest
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.scann import load_index, save_index
 from twotower.retrieval.served import Towers
 from twotower.retrieval.weights import load_weights, model_version, save_weights
@@ -55,7 +56,7 @@ class Bundle:
         user_vectors: float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: for each user its items, distinct, the latest last.
-        index: over `vectors`; see `twotower.retrieval.scann`.
+        index: over `vectors`, with one more coordinate where `config.retrieval.popularity` says so; see `retrieval.scann`.
         manifest: see the head of this file, with its own "sha256"; {} before it is written.
         folder: where it was loaded from; None where it only is in memory.
     """
@@ -126,15 +127,22 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     _check_index(folder, manifest)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
               for name in ("item_vectors", "item_counts", "user_vectors", "seen_offsets", "seen_items")}  # fmt: skip
+    config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     bundle = Bundle(
-        config=from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        config=config,
         encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=arrays["item_vectors"],
         items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
         users=pq.read_table(folder / "users.parquet"), seen=Csr(np.asarray(arrays["seen_offsets"]), arrays["seen_items"]),
-        index=load_index(folder / "index", arrays["item_vectors"]), manifest=manifest, folder=folder.absolute(),
+        index=load_index(folder / "index", _indexed(config, arrays)), manifest=manifest, folder=folder.absolute(),
     )  # fmt: skip
     _check_lengths(bundle, manifest)
     return bundle
+
+
+def _indexed(config: Config, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The vectors that the index was built from."""
+    vectors = arrays["item_vectors"]
+    return widened(vectors, coordinate(arrays["item_counts"], vectors.shape[1])[0]) if config.retrieval.popularity else vectors
 
 
 def _load_towers(folder: Path, weights: Any) -> Towers:

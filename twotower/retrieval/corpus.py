@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.data.filters import matches
+from twotower.retrieval.conditions import Where, matching
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, check_queries
+from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.search import Allowed, merge, search_without
 
 NEVER = np.iinfo(np.int64).max
 FIRST_CAPACITY = 1_024
 REMEMBERED = 64  # conditions whose matching rows are kept
-
-Where = tuple[tuple[str, str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +39,7 @@ class Main:
         index: over `vectors`.
         vectors: float32 [N, D].
         items: item_id and display columns, N rows.
+        counts: int64 [N], training rows of each item.
         numbers: int64 [N], the number of each row's item.
         places: int64, the row of each number; -1 without one.
         died: int64 [N], the change that took each row away.
@@ -48,18 +48,27 @@ class Main:
     index: Any
     vectors: np.ndarray
     items: pa.Table
+    counts: np.ndarray
     numbers: np.ndarray
     places: np.ndarray
     died: np.ndarray
 
     @classmethod
-    def make(cls, index: Any, vectors: np.ndarray, items: pa.Table, numbers: np.ndarray, total: int) -> Main:
+    def make(
+        cls, index: Any, vectors: np.ndarray, items: pa.Table, counts: np.ndarray, numbers: np.ndarray, total: int
+    ) -> Main:
         """Args:
         total: numbers given so far.
         """
         places = np.full(total, -1, np.int64)
         places[numbers] = np.arange(len(numbers))
-        return cls(index, vectors, items.combine_chunks(), numbers, places, np.full(len(numbers), NEVER))
+        return cls(index, vectors, items.combine_chunks(), counts, numbers, places, np.full(len(numbers), NEVER))
+
+    @functools.cached_property
+    def popularity(self) -> tuple[np.ndarray, float] | None:
+        """What `popularity.coordinate` gives, where the index has that coordinate."""
+        dim = self.vectors.shape[1]
+        return coordinate(self.counts, dim) if self.index.dim == dim + 1 else None
 
     def row_of(self, numbers: np.ndarray) -> np.ndarray:
         """The row of each number; -1 without one."""
@@ -80,6 +89,7 @@ class Delta:
     Attributes:
         vectors: float32 [capacity, D].
         numbers: int64 [capacity], of the item in each slot.
+        logs: float32 [capacity], the log count of each.
         born, died: int64 [capacity], the changes that brought it and took it away.
         rows: item_id and display columns of each slot; grows.
         tables: (first slot, the same columns of it and the next) of each update; grows.
@@ -87,6 +97,7 @@ class Delta:
 
     vectors: np.ndarray
     numbers: np.ndarray
+    logs: np.ndarray
     born: np.ndarray
     died: np.ndarray
     rows: list[dict]
@@ -95,7 +106,8 @@ class Delta:
     @classmethod
     def empty(cls, dim: int, capacity: int = FIRST_CAPACITY) -> Delta:
         fill = lambda value: np.full(capacity, value, np.int64)  # noqa: E731
-        return cls(np.zeros((capacity, dim), np.float32), fill(-1), fill(NEVER), fill(NEVER), [], [])
+        logs = np.zeros(capacity, np.float32)
+        return cls(np.zeros((capacity, dim), np.float32), fill(-1), logs, fill(NEVER), fill(NEVER), [], [])
 
     def grown(self, needed: int) -> Delta:
         """Itself, or a copy with room for `needed` slots; readers keep the old arrays."""
@@ -103,7 +115,7 @@ class Delta:
         if needed <= size:
             return self
         larger = Delta.empty(self.vectors.shape[1], max(needed, 2 * size))
-        for name in ("vectors", "numbers", "born", "died"):
+        for name in ("vectors", "numbers", "logs", "born", "died"):
             getattr(larger, name)[:size] = getattr(self, name)
         return dataclasses.replace(larger, rows=self.rows, tables=self.tables)
 
@@ -135,7 +147,7 @@ class Snapshot:
 
     def search(
         self, queries: np.ndarray, k: int, *, exclude: Csr | None = None, where: Where = (), only: np.ndarray | None = None,
-        cosine: bool = False,
+        popularity_weight: float = 0.0, cosine: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """The best `k` items alive.
 
@@ -144,6 +156,7 @@ class Snapshot:
             exclude: for each query, numbers of items that must not come back.
             where: conditions (column, operator, value) that items must satisfy, as of `config.data.where`.
             only: numbers of the items that may come back; all by default.
+            popularity_weight: times the log count of an item is added to its score.
             cosine: rank by cosine instead of the dot product.
 
         Returns:
@@ -151,16 +164,22 @@ class Snapshot:
         """
         main, delta, count = self.main, self.delta, self.count
         index, vectors = main.units if cosine and not main.index.normalized else (main.index, main.vectors)
-        queries = check_queries(queries, index.dim, normalized=index.normalized)
+        queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
+        known, last = queries, None
+        if index.dim > vectors.shape[1]:
+            last, factor = main.popularity
+            known = widened(queries, popularity_weight * factor)
+        elif popularity_weight:
+            raise ValueError(f"popularity_weight={popularity_weight} needs an index with that coordinate: export with "
+                             "config.retrieval.popularity=True.")  # fmt: skip
         exclude = Csr.empty(len(queries)) if exclude is None else exclude
-        scores, rows = search_without(
-            index, vectors, queries, k, _renumbered(exclude, main.row_of(exclude.values)), allowed=self._allowed(where, only)
-        )
+        banned, allowed = _renumbered(exclude, main.row_of(exclude.values)), self._allowed(where, only)
+        scores, rows = search_without(index, vectors, known, k, banned, allowed=allowed, last=last)
         if not count:
             return scores, rows.astype(np.int64)
-        alive = self.slots_alive & self._slots_matching(where)
+        alive = self.slots_alive & self._slotsmatching(where)
         alive &= True if only is None else np.isin(delta.numbers[:count], only)
-        found = queries @ delta.vectors[:count].T
+        found = queries @ delta.vectors[:count].T + popularity_weight * delta.logs[None, :count]
         if cosine:
             found /= np.maximum(np.linalg.norm(delta.vectors[:count], axis=1), 1e-30)[None, :]
         found[:, ~alive] = -np.inf
@@ -220,7 +239,7 @@ class Snapshot:
             )  # fmt: skip
         mask = main.died > version
         if where:
-            mask &= self._remembered(("main", where), lambda: _matching(main.items, where))
+            mask &= self._remembered(("main", where), lambda: matching(main.items, where))
         if only is not None:
             listed = np.zeros(len(mask), bool)
             rows = main.row_of(only)
@@ -228,14 +247,14 @@ class Snapshot:
             mask &= listed
         return Allowed.mask(mask)
 
-    def _slots_matching(self, where: Where) -> np.ndarray:
+    def _slotsmatching(self, where: Where) -> np.ndarray:
         """bool [count]; only slots that came since the question was last asked are looked at."""
         if not where:
             return np.ones(self.count, bool)
         known = self.remembered.get(("delta", where), np.zeros(0, bool))
         if len(known) < self.count:
             new = [table for first, table in tuple(self.delta.tables) if len(known) <= first < self.count]
-            known = np.concatenate([known, _matching(pa.concat_tables(new), where)])
+            known = np.concatenate([known, matching(pa.concat_tables(new), where)])
             self._remember(("delta", where), known)
         return known[: self.count]
 
@@ -256,26 +275,6 @@ def merge_places(scores: np.ndarray, rows: np.ndarray, more: np.ndarray, places:
     """As `search.merge`; of equal scores what was indexed comes first."""
     scores, places = merge(scores, rows, more, places, k)
     return scores, places.astype(np.int64)
-
-
-def conditions(where: Mapping[str, Any] | Sequence[Sequence[Any]] | None) -> Where:
-    """Conditions in one form: {"brand": "x", "size": ["s", "m"]} asks for equality or membership."""
-    if not where:
-        return ()
-    if isinstance(where, Mapping):
-        where = [(name, "in" if _several(value) else "==", value) for name, value in where.items()]
-    return tuple(tuple(tuple(part) if _several(part) else part for part in condition) for condition in where)
-
-
-def _several(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset))
-
-
-def _matching(items: pa.Table, where: Where) -> np.ndarray:
-    mask = np.ones(len(items), bool)
-    for condition in where:
-        mask &= matches(items, condition, field=f"where {condition!r}", table="the bundle").to_numpy()
-    return mask
 
 
 def _renumbered(exclude: Csr, rows: np.ndarray) -> Csr:

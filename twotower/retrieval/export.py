@@ -16,10 +16,9 @@ from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.popularity import index_items
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import build_index
 from twotower.retrieval.served import Towers, export_tower
-from twotower.retrieval.tuning import TUNING_QUERIES
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import of_towers
 from twotower.training.run import Run
@@ -51,10 +50,7 @@ def make_bundle(run: Run) -> Bundle:
     users, counts = known_users(prepared), item_counts(prepared)
     encoded = UserRows(prepared.encoder, users).encoded()
     user_vectors = np.concatenate([embed_rows(model, run.weights, "user", block) for block in encoded])
-    index = build_index(
-        vectors, run.config.retrieval, normalized=model.normalize, queries=evenly_spaced(user_vectors, TUNING_QUERIES),
-        popularity=counts,
-    )  # fmt: skip
+    index = index_items(run.config, vectors, counts, user_vectors)
     return Bundle(
         config=run.config, encoder=prepared.encoder, towers=make_towers(run), vectors=vectors, items=display_items(prepared),
         counts=counts, user_vectors=user_vectors, users=users, index=index,

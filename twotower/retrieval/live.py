@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from twotower.retrieval.corpus import NEVER, Delta, Main, Snapshot
 from twotower.retrieval.exact import QueryError, check_vectors
+from twotower.retrieval.popularity import log_counts
 
 NEAREST_AMONG = 20_000  # ids compared with a misspelt one
 
-# (vectors [N, D]) -> an index over them
-BuildIndex = Callable[[np.ndarray], Any]
+# (vectors [N, D], training rows of each [N]) -> an index over them
+BuildIndex = Callable[[np.ndarray, np.ndarray], Any]
 
 
 class UnknownItemError(ValueError):
@@ -33,10 +34,14 @@ class Corpus:
         lock: held while a change is made.
     """
 
-    def __init__(self, index: Any, vectors: np.ndarray, items: pa.Table, lock: threading.RLock | None = None):
+    def __init__(
+        self, index: Any, vectors: np.ndarray, items: pa.Table, counts: np.ndarray | None = None,
+        lock: threading.RLock | None = None,
+    ):  # fmt: skip
         count = len(items)
         self.numbers: dict[str, int] = {item: n for n, item in enumerate(items["item_id"].to_pylist())}
-        main = Main.make(index, vectors, items, np.arange(count, dtype=np.int64), count)
+        self._counts = np.zeros(count, np.int64) if counts is None else np.asarray(counts)
+        main = Main.make(index, vectors, items, self._counts, np.arange(count, dtype=np.int64), count)
         self.snapshot = Snapshot(main, Delta.empty(vectors.shape[1]), 0, 0, 0, {})
         self.lock = threading.RLock() if lock is None else lock
         self._slots: dict[int, int] = {}  # number -> its slot, of those that have one
@@ -50,6 +55,11 @@ class Corpus:
         """int64, the numbers of the ids that ever were in the corpus."""
         known = self.numbers
         return np.array([known[item] for item in dict.fromkeys(map(str, ids)) if item in known], np.int64)
+
+    def counts_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64, the training rows of the items; 0 of what came after training."""
+        known = numbers < len(self._counts)
+        return np.where(known, np.append(self._counts, 0)[np.where(known, numbers, -1)], 0)
 
     def place(self, snapshot: Snapshot, item: Any) -> int:
         """Where an item is; raises `UnknownItemError` with the nearest ids."""
@@ -71,9 +81,9 @@ class Corpus:
         main = self.snapshot.main
         if "item_id" not in items.column_names:
             raise ValueError(f"upsert needs a column 'item_id'; the rows have: {', '.join(items.column_names) or 'none'}.")
-        vectors = check_vectors(vectors, what="item") if len(items) else np.zeros((0, main.index.dim), np.float32)
-        if vectors.shape != (len(items), main.index.dim):
-            wanted = [len(items), main.index.dim]
+        vectors = check_vectors(vectors, what="item") if len(items) else np.zeros((0, main.vectors.shape[1]), np.float32)
+        if vectors.shape != (len(items), main.vectors.shape[1]):
+            wanted = [len(items), main.vectors.shape[1]]
             raise QueryError(f"item vectors are of shape {list(vectors.shape)}; of these items they must be of {wanted}.")
         zero = ~vectors.any(axis=1)
         if main.index.normalized and zero.any():
@@ -95,6 +105,7 @@ class Corpus:
         numbers = [self.numbers.setdefault(item, len(self.numbers)) for item in items["item_id"].to_pylist()]
         slots = slice(old.count, count)
         delta.vectors[slots], delta.numbers[slots], delta.born[slots] = vectors, numbers, version
+        delta.logs[slots] = log_counts(self.counts_of(np.array(numbers)))
         delta.rows.extend(items.to_pylist())
         delta.tables.append((old.count, items))
         dead = old.dead + sum(self._kill(delta, number, version) == "row" for number in numbers)
@@ -114,12 +125,13 @@ class Corpus:
         with self.lock:
             then = self.snapshot
         numbers, vectors, items = then.alive()
-        index = build(vectors)
+        counts = self.counts_of(numbers)
+        index = build(vectors, counts)
         with self.lock:
             now, total = self.snapshot, len(self.numbers)
             fresh = Corpus.__new__(Corpus)
-            fresh.numbers, fresh._slots = self.numbers, {}
-            main = Main.make(index, vectors, items, numbers, total)
+            fresh.numbers, fresh._slots, fresh._counts = self.numbers, {}, self._counts
+            main = Main.make(index, vectors, items, counts, numbers, total)
             fresh.snapshot = Snapshot(main, Delta.empty(vectors.shape[1]), 0, now.version, 0, {})
             fresh._follow(then, now)
             # At once: no reader may see the new index without the changes made while it was built.

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.changes import ChangesError
-from twotower.retrieval.corpus import Snapshot, Where, conditions
+from twotower.retrieval.conditions import Where, conditions
+from twotower.retrieval.corpus import Snapshot
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import check_k
 from twotower.retrieval.live import UnknownItemError, nearest
@@ -60,7 +61,8 @@ class Retriever:
     What may be asked of any list: `exclude_seen` leaves out the user's items, as far as the user is known; `deny` leaves out
     items by id; `allow` names the only items that may come back; `where` asks for items whose display columns satisfy
     conditions: {"category": "shoes", "brand": ["a", "b"]}, or [("price", "<=", 20), ...] with the operators of
-    `config.data.where`. A list has K items whenever K exist.
+    `config.data.where`. A list has K items whenever K exist. `popularity_weight` times the log of an item's training rows is
+    added to its score, where the bundle was exported with `config.retrieval.popularity`.
     """
 
     def __init__(self, bundle: Bundle):
@@ -98,7 +100,7 @@ class Retriever:
 
     def recommend(
         self, user: Any = None, *, rows: Rows | None = None, k: int = 10, exclude_seen: bool = True, where: Conditions = None,
-        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (),
+        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (), popularity_weight: float = 0.0,
     ) -> Recommendations:  # fmt: skip
         """The best `k` items of one user; fewer only where fewer exist.
 
@@ -106,7 +108,7 @@ class Retriever:
             user: an id. One that is not known is encoded by its out-of-vocabulary rows; `known` in the answer is False.
             rows: one row of raw user features instead, or beside an id whose stored features it replaces.
             k: length of the list.
-            exclude_seen, where, allow, deny: see the class.
+            exclude_seen, where, allow, deny, popularity_weight: see the class.
         """
         check_k(k)
         if user is None and rows is None:
@@ -120,19 +122,20 @@ class Retriever:
                 raise ValueError(f"recommend answers one user; rows holds {len(table)}. See recommend_many.")
             name = table["user_id"][0].as_py() if "user_id" in table.column_names else None
             vectors, row = self.encode_users(table), self._places(() if name is None else (str(name),), 1)
-        snapshot, scores, places = self._search(vectors, row if exclude_seen else None, k, conditions(where), allow, deny)
+        users = row if exclude_seen else None
+        snapshot, scores, places = self._search(vectors, users, k, conditions(where), allow, deny, popularity_weight)
         return Recommendations(_listed(snapshot, scores[0], places[0]), known=bool(row[0] >= 0))
 
     def recommend_many(
         self, user_ids: Sequence[Any], k: int = 10, *, exclude_seen: bool = True, where: Conditions = None,
-        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (),
+        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (), popularity_weight: float = 0.0,
     ) -> pa.Table:  # fmt: skip
         """Lists of many users: user_id, rank (from 1), item_id, score; k rows a user, in the order given."""
         check_k(k)
         ids = [str(user) for user in user_ids]
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
         parts = progress(starts, total=len(starts), what="Recommending") if len(starts) > 1 else starts
-        options = (k, conditions(where), None if allow is None else list(allow), list(deny))
+        options = (k, conditions(where), None if allow is None else list(allow), list(deny), popularity_weight)
         return pa.concat_tables([self._lists(ids[start : start + USERS_AT_ONCE], exclude_seen, *options) for start in parts])
 
     def similar_items(
@@ -163,6 +166,13 @@ class Retriever:
         table, towers = as_table(rows), self.bundle.towers
         encoded = self.bundle.encoder.encode("item", table) if len(table) else {}
         return towers.embed("item", encoded) if len(table) else np.zeros((0, towers.dim), np.float32)
+
+    def item_vectors(self, item_ids: Iterable[Any]) -> np.ndarray:
+        """float32 [N, D], of items of the corpus; raises `UnknownItemError`."""
+        corpus = self._live.corpus
+        snapshot = corpus.snapshot
+        vectors = [snapshot.vector(corpus.place(snapshot, item)) for item in item_ids]
+        return np.stack(vectors) if vectors else np.zeros((0, self.bundle.towers.dim), np.float32)
 
     def upsert(self, rows: Rows, *, vectors: np.ndarray | None = None) -> int:
         """Adds items, or replaces those with the same ids: durable when this returns, and found by every later search.
@@ -228,10 +238,10 @@ class Retriever:
         finally:
             self._maintenance.release()
 
-    def _lists(self, ids: list[str], exclude_seen: bool, k: int, where: Where, allow: Any, deny: Any) -> pa.Table:
+    def _lists(self, ids: list[str], exclude_seen: bool, *asked: Any) -> pa.Table:
         """`recommend_many` of users that are searched for at once."""
         vectors, rows = self._vectors_of(ids)
-        snapshot, scores, places = self._search(vectors, rows if exclude_seen else None, k, where, allow, deny)
+        snapshot, scores, places = self._search(vectors, rows if exclude_seen else None, *asked)
         query, rank = np.nonzero(places >= 0)
         return pa.table(
             {
@@ -243,7 +253,7 @@ class Retriever:
         )
 
     def _search(
-        self, vectors: np.ndarray, users: np.ndarray | None, k: int, where: Where, allow: Any, deny: Any
+        self, vectors: np.ndarray, users: np.ndarray | None, k: int, where: Where, allow: Any, deny: Any, weight: float
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         live = self._live  # one of them, whatever takes its place meanwhile
         exclude = Csr.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
@@ -252,7 +262,7 @@ class Retriever:
             exclude = exclude.joined(_lists_of(denied, len(vectors)))
         only = None if allow is None else live.corpus.numbers_of(allow)
         snapshot = live.corpus.snapshot
-        return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only)
+        return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight)
 
     def _vectors_of(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors, and rows of the users table (-1 of unknown users): of known users those stored."""

@@ -115,9 +115,7 @@ def load_index(folder: str | os.PathLike, vectors: np.ndarray) -> Any:
     """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
     info = json.loads((Path(folder) / "index.json").read_text())
     if (info["num_items"], info["dim"]) != vectors.shape:
-        raise BadIndexError(
-            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}."
-        )
+        raise BadIndexError(f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}.")
     if info["kind"] == "exact":
         return ExactIndex(vectors, normalized=info["normalized"])
     try:

@@ -40,8 +40,9 @@ class Allowed(NamedTuple):
 
 
 def search_without(
-    index: Any, vectors: np.ndarray, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    index: Any, vectors: np.ndarray, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None,
+    last: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The best `k` items that are allowed and not excluded, as `ExactIndex.search` gives them.
 
     Args:
@@ -49,6 +50,7 @@ def search_without(
         vectors: [N, D], those of the index.
         exclude: for each query, rows that must not come back.
         allowed: the rows that may; all by default.
+        last: [N], one more coordinate that the index has behind those of `vectors`, and the queries too.
     """
     exclude = Csr.empty(len(queries)) if exclude is None else exclude
     if isinstance(index, ExactIndex) and allowed is None:
@@ -60,7 +62,7 @@ def search_without(
         fetched = int(SPARE * fetched * index.num_items / max(count, 1)) + 1
     if isinstance(index, ExactIndex) or fetched > k + 2 * OVERFETCH:
         checked = check_queries(queries, index.dim, normalized=index.normalized)
-        return exact_among(vectors, _rows_of(allowed), checked, k, exclude)
+        return exact_among(vectors, _rows_of(allowed), checked, k, exclude, last=last)
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
     keep = (rows >= 0) & ~exclude.contains(np.arange(len(rows))[:, None], rows)
     if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
@@ -74,12 +76,14 @@ def search_without(
         listed = listed.filter(allowed.test(listed.values))
     short = np.flatnonzero((rows >= 0).sum(1) < np.minimum(k, count - listed.lengths))
     if short.size:
-        scores[short], rows[short] = exact_among(vectors, _rows_of(allowed), queries[short], k, exclude.take(short))
+        left = exclude.take(short)
+        scores[short], rows[short] = exact_among(vectors, _rows_of(allowed), queries[short], k, left, last=last)
     return scores, rows
 
 
 def exact_among(
-    vectors: np.ndarray, among: np.ndarray | None, queries: np.ndarray, k: int, exclude: Csr | None = None
+    vectors: np.ndarray, among: np.ndarray | None, queries: np.ndarray, k: int, exclude: Csr | None = None, *,
+    last: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` of the rows `among` (rising; None: all) by NumPy, which compiles nothing; of equal scores the lower row first.
 
@@ -96,7 +100,9 @@ def exact_among(
         for first in range(0, total, ROW_BLOCK):
             stop = min(first + ROW_BLOCK, total)
             block = np.arange(first, stop) if among is None else among[first:stop]
-            found = queries[part] @ (vectors[first:stop] if among is None else vectors[block]).T
+            found = queries[part, : vectors.shape[1]] @ (vectors[first:stop] if among is None else vectors[block]).T
+            if last is not None:
+                found += queries[part, -1:] * last[block][None, :]
             if skip is not None:
                 _drop(found, block, skip)
             scores[part], rows[part] = merge(scores[part], rows[part], found, block[None, :].repeat(len(found), 0), k)

@@ -29,10 +29,8 @@ from twotower.retrieval.changes import (
 )
 from twotower.retrieval.corpus import Snapshot
 from twotower.retrieval.csr import Csr
-from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.live import Corpus
-from twotower.retrieval.scann import build_index
-from twotower.retrieval.tuning import TUNING_QUERIES
+from twotower.retrieval.popularity import index_items
 
 
 class Staged(NamedTuple):
@@ -58,7 +56,7 @@ class Live:
         lock: held while anything changes.
         """
         self.bundle, self._lock = bundle, lock
-        self.corpus = Corpus(bundle.index, bundle.vectors, bundle.items, lock)
+        self.corpus = Corpus(bundle.index, bundle.vectors, bundle.items, bundle.counts, lock)
         self._log = self._replayed(bundle.folder) if bundle.folder else None
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
@@ -143,8 +141,7 @@ class Live:
 
     def _compacted(self, then: Snapshot) -> Bundle:
         numbers, vectors, items = then.alive()
-        total, known = len(self.corpus.numbers), self.bundle.counts
-        counts = np.where(numbers < len(known), np.append(known, 0)[np.minimum(numbers, len(known))], 0)
+        total, counts = len(self.corpus.numbers), self.corpus.counts_of(numbers)
         places = np.full(total, -1, np.int64)
         places[numbers] = np.arange(len(numbers))
         seen = places[self.bundle.seen.values] if total else np.zeros(0, np.int64)
@@ -152,10 +149,8 @@ class Live:
         index = self._index(vectors, counts) if then.count or then.dead else then.main.index
         return dataclasses.replace(self.bundle, vectors=vectors, items=items, counts=counts, seen=seen, index=index, manifest={})
 
-    def _index(self, vectors: np.ndarray, counts: np.ndarray | None = None) -> object:
-        bundle = self.bundle
-        queries = evenly_spaced(bundle.user_vectors, TUNING_QUERIES)
-        return build_index(vectors, bundle.config.retrieval, normalized=bundle.normalized, queries=queries, popularity=counts)
+    def _index(self, vectors: np.ndarray, counts: np.ndarray) -> object:
+        return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)
 
     def _writable(self) -> ChangeLog:
         if self._log is None:
