@@ -28,6 +28,7 @@ from twotower.retrieval.search import Allowed, merge, search_without
 
 NEVER = np.iinfo(np.int64).max
 FIRST_CAPACITY = 1_024
+FEW = 64  # rows that are looked up one by one
 REMEMBERED = 64  # conditions whose matching rows are kept
 
 
@@ -65,13 +66,25 @@ class Main:
         return cls(index, vectors, items.combine_chunks(), counts, numbers, places, np.full(len(numbers), NEVER))
 
     @functools.cached_property
+    def columns(self) -> list[tuple[str, pa.Array]]:
+        """Of `items`, whose columns are in one piece each."""
+        return [(name, self.items[name].chunk(0)) for name in self.items.column_names]
+
+    @functools.cached_property
     def popularity(self) -> tuple[np.ndarray, float] | None:
         """What `popularity.coordinate` gives, where the index has that coordinate."""
         dim = self.vectors.shape[1]
         return coordinate(self.counts, dim) if self.index.dim == dim + 1 else None
 
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether each row's number is the row."""
+        return bool((self.numbers == np.arange(len(self.numbers))).all())
+
     def row_of(self, numbers: np.ndarray) -> np.ndarray:
         """The row of each number; -1 without one."""
+        if self.in_order and (not len(numbers) or numbers.max() < len(self.numbers)):
+            return numbers
         known = numbers < len(self.places)
         return np.where(known, self.places[np.where(known, numbers, 0)], -1) if len(self.places) else np.full(len(numbers), -1)
 
@@ -203,6 +216,8 @@ class Snapshot:
     def rows(self, places: np.ndarray) -> list[dict]:
         """item_id and display columns of the item in each place."""
         first = len(self.main.numbers)
+        if 0 < len(places) <= FEW and (places < first).all():
+            return [{name: column[place].as_py() for name, column in self.main.columns} for place in places.tolist()]
         inside = places < first
         main = iter(self.main.items.take(pa.array(places[inside])).to_pylist())
         return [next(main) if place < first else dict(self.delta.rows[place - first]) for place in places]
@@ -237,6 +252,8 @@ class Snapshot:
                 len(main.numbers) - self.dead, lambda rows: main.died[rows] > version,
                 lambda: np.flatnonzero(main.died > version),
             )  # fmt: skip
+        if only is None and not self.dead:
+            return self._remembered(("allowed", where), lambda: Allowed.mask(matching(main.items, where)))
         mask = main.died > version
         if where:
             mask &= self._remembered(("main", where), lambda: matching(main.items, where))
@@ -258,14 +275,14 @@ class Snapshot:
             self._remember(("delta", where), known)
         return known[: self.count]
 
-    def _remembered(self, key: tuple, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def _remembered(self, key: tuple, compute: Callable[[], Any]) -> Any:
         found = self.remembered.get(key)
         if found is None:
             found = compute()
             self._remember(key, found)
         return found
 
-    def _remember(self, key: tuple, value: np.ndarray) -> None:
+    def _remember(self, key: tuple, value: Any) -> None:
         if len(self.remembered) >= REMEMBERED:
             self.remembered.clear()
         self.remembered[key] = value
@@ -279,7 +296,7 @@ def merge_places(scores: np.ndarray, rows: np.ndarray, more: np.ndarray, places:
 
 def _renumbered(exclude: Csr, rows: np.ndarray) -> Csr:
     """`exclude` with other values; those of -1 are left out."""
-    if not len(rows):
+    if not len(rows) or rows is exclude.values:
         return exclude
     return Csr(exclude.offsets, rows.astype(np.int32)) if rows.min() >= 0 else Csr.from_pairs(
         exclude.rows[rows >= 0], rows[rows >= 0], num_rows=len(exclude)

@@ -73,11 +73,16 @@ class Tuning:
         return self.kind == "scann_tree_ah"
 
     def effort(self, k: int) -> tuple[int, int]:
-        """(leaves, candidates scored anew) of a search for `k` items."""
-        found = next((e for e in self.efforts if e.k >= k), self.efforts[-1])
-        times = max(1.0, k / found.k)
-        leaves = min(self.num_leaves, math.ceil(times * found.leaves))
-        return leaves, min(self.num_items, math.ceil(times * found.reorder))
+        """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths, between their efforts."""
+        above = next((e for e in self.efforts if e.k >= k), self.efforts[-1])
+        below = next((e for e in reversed(self.efforts) if e.k <= k), above)
+        if above.k > below.k:
+            share = math.log(k / below.k) / math.log(above.k / below.k)
+            between = ((below.leaves, above.leaves), (below.reorder, above.reorder))
+            leaves, reorder = (low * (high / low) ** share if low else 0 for low, high in between)
+        else:
+            leaves, reorder = (max(1.0, k / above.k) * x for x in (above.leaves, above.reorder))
+        return min(self.num_leaves, math.ceil(leaves - 1e-9)), min(self.num_items, math.ceil(reorder - 1e-9))
 
 
 def build_index(

@@ -16,8 +16,10 @@ from twotower.retrieval.exact import ExactIndex, check_queries
 
 OVERFETCH = 1_000  # candidates beyond k at most
 SPARE = 1.5  # times the candidates that would do if the allowed items were anywhere
+CHEAPER = 4  # times as many allowed items as would be fetched are compared faster than found
 COMPARED = 2**24  # scores at once
 ROW_BLOCK = 65_536
+FEW = 256  # entries of a list that are compared directly
 
 
 class Allowed(NamedTuple):
@@ -60,21 +62,25 @@ def search_without(
     fetched = k + min(most, OVERFETCH)
     if count < index.num_items:
         fetched = int(SPARE * fetched * index.num_items / max(count, 1)) + 1
-    if isinstance(index, ExactIndex) or fetched > k + 2 * OVERFETCH:
+    if isinstance(index, ExactIndex) or fetched > k + 2 * OVERFETCH or count <= CHEAPER * fetched < index.num_items:
         checked = check_queries(queries, index.dim, normalized=index.normalized)
         return exact_among(vectors, _rows_of(allowed), checked, k, exclude, last=last)
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
-    keep = (rows >= 0) & ~exclude.contains(np.arange(len(rows))[:, None], rows)
+    keep = rows >= 0
+    if most:
+        keep &= ~_listed(exclude, rows)
     if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
         keep &= allowed.test(np.maximum(rows, 0))
     order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(keep, order, axis=1)
     scores = padded(np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf), k, -np.inf)
     rows = padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)
-    listed = exclude.distinct()
-    if allowed is not None:
-        listed = listed.filter(allowed.test(listed.values))
-    short = np.flatnonzero((rows >= 0).sum(1) < np.minimum(k, count - listed.lengths))
+    short = np.flatnonzero(kept.sum(1) < k)
+    if short.size:
+        listed = exclude.take(short).distinct()
+        if allowed is not None:
+            listed = listed.filter(allowed.test(listed.values))
+        short = short[kept.sum(1)[short] < np.minimum(k, count - listed.lengths)]
     if short.size:
         left = exclude.take(short)
         scores[short], rows[short] = exact_among(vectors, _rows_of(allowed), queries[short], k, left, last=last)
@@ -129,7 +135,14 @@ def merge(
 
 def padded(array: np.ndarray, k: int, value: float) -> np.ndarray:
     """`array` [Q, <= k] as [Q, k]."""
-    return np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)
+    return array if array.shape[1] == k else np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)
+
+
+def _listed(lists: Csr, rows: np.ndarray) -> np.ndarray:
+    """Which of the rows [Q, M] stand in the list of their query."""
+    if len(lists) == 1 and len(lists.values) <= FEW:
+        return (rows[0, :, None] == lists.values[None, :]).any(1)[None, :]
+    return lists.contains(np.arange(len(rows))[:, None], rows)
 
 
 def _rows_of(allowed: Allowed | None) -> np.ndarray | None:
