@@ -98,6 +98,11 @@ class Retriever:
         """How many items there are now."""
         return len(self._live.corpus.snapshot)
 
+    @property
+    def changes(self) -> int:
+        """How many changes were made to the bundle since it was written."""
+        return self._live.corpus.snapshot.version
+
     def recommend(
         self, user: Any = None, *, rows: Rows | None = None, k: int = 10, exclude_seen: bool = True, where: Conditions = None,
         allow: Iterable[Any] | None = None, deny: Iterable[Any] = (), popularity_weight: float = 0.0,

@@ -34,7 +34,11 @@ class UserRows:
     def encoded(self) -> Iterator[dict[str, np.ndarray]]:
         """Encoded features of all known users, in blocks."""
         for start in range(0, len(self._users), BLOCK):
-            yield self.encode(self._asked_now(self._users.slice(start, BLOCK)))
+            yield self.encode(self.stored(slice(start, start + BLOCK)))
+
+    def stored(self, rows: slice) -> pa.Table:
+        """Raw features of some known users, as `rows_of` gives them."""
+        return self._asked_now(self._users.slice(rows.start, rows.stop - rows.start))
 
     def rows_of(self, ids: Sequence[str]) -> pa.Table:
         """Stored raw features of known users, and of unknown ones the id."""
