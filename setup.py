@@ -13,7 +13,9 @@ EXTRAS = {
     "text": ["tokenizers>=0.20", "safetensors>=0.4"],
     "redis": ["redis>=5.0"],
     "plots": ["matplotlib>=3.8"],
-    "dev": ["beartype>=0.20", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
+    "faiss": ["faiss-cpu>=1.8"],
+    "hnswlib": ["hnswlib>=0.8"],
+    "dev": ["beartype>=0.20", "faiss-cpu>=1.8", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
 }
 
 setup(

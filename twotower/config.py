@@ -335,7 +335,7 @@ class RetrievalConfig:
     """The index and what is shown of an item.
 
     Attributes:
-        index: auto, exact, scann_brute_force, scann_tree or scann_tree_ah (see `twotower.retrieval.scann`).
+        index: auto, exact, scann_brute_force, scann_tree, scann_tree_ah, hnswlib or faiss (see `twotower.retrieval.scann`).
         target_recall: share of the exact top `k` that the index must find; decides how hard a query searches.
         k: length of the lists that the index is tuned for; longer ones are tuned beside it.
         popularity: index one more coordinate, the log count of training rows, so that a query may weigh popularity.

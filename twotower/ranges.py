@@ -48,7 +48,8 @@ def _check_data(config: Any, check: _Checks) -> None:
     check.at_least(1, "retrieval.k")
     check.one_of(("all", "first", "last"), "data.duplicates")
     check.one_of(("user", "interaction"), "evaluation.query")
-    check.one_of(("auto", "exact", "scann_brute_force", "scann_tree", "scann_tree_ah"), "retrieval.index")
+    scann = ("scann_brute_force", "scann_tree", "scann_tree_ah")
+    check.one_of(("auto", "exact", *scann, "hnswlib", "faiss"), "retrieval.index")
     check.one_of(("float32", "bfloat16"), "model.dtype")
     for tower in ("model.user.layers", "model.item.layers"):
         check.true(min(_get(config, tower), default=1) >= 1, tower, "widths of at least 1")

@@ -1,7 +1,8 @@
 """Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a recall target.
 
 ScaNN ends the process on vectors that are not finite, and pads its answers with row 0: everything that goes in and
-comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search.
+comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search, and
+hnswlib and FAISS can be asked for (`twotower.retrieval.graphs`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from absl import logging
 from twotower.config import RetrievalConfig
 from twotower.retrieval import tuning as tuner
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
+from twotower.retrieval.graphs import GRAPHS, GraphIndex
 from twotower.retrieval.scann_library import (
     BadIndexError,
     build_searcher,
@@ -40,6 +42,8 @@ KINDS = {
     "scann_brute_force": "exhaustive search by ScaNN",
     "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves",
     "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; normalised vectors only",
+    "hnswlib": "a graph, by hnswlib",
+    "faiss": "a graph, by FAISS",
 }
 
 
@@ -67,6 +71,17 @@ class Tuning:
     efforts: tuple[Effort, ...] = ()
     recall_by_decile: tuple[float | None, ...] = ()
     tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)  # with speeds, which no two builds share
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Tuning:
+        """From what `save_index` wrote."""
+        values = {field.name: info[field.name] for field in dataclasses.fields(cls)}
+        values |= {
+            "efforts": tuple(Effort(**effort) for effort in info["efforts"]),
+            "tried": tuple(Trial(**trial) for trial in info["tried"]),
+            "recall_by_decile": tuple(info["recall_by_decile"]),
+        }
+        return cls(**values)
 
     @property
     def hashed(self) -> bool:
@@ -98,11 +113,11 @@ def build_index(
         popularity: [N], for the recall of each of its deciles.
 
     Returns:
-        An `ExactIndex` or a `ScannIndex`.
+        An `ExactIndex`, a `ScannIndex` or a `GraphIndex`.
 
     Raises:
         ConfigError: the kind is unknown, or unfit for vectors that are not normalised.
-        ImportError: ScaNN was asked for by name and cannot be imported.
+        ImportError: a library was asked for by name and cannot be imported.
     """
     choose(KINDS, config.index, "config.retrieval.index")
     vectors = check_vectors(vectors, what="item")
@@ -110,6 +125,9 @@ def build_index(
     if kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
     queries = vectors if queries is None or not len(queries) else queries
+    if kind in GRAPHS:
+        tuning = Tuning(kind, *vectors.shape, normalized, target_recall=config.target_recall)
+        return GraphIndex.build(vectors, tuning, queries=queries, k=config.k, popularity=popularity)
     return ScannIndex.build(
         vectors, kind=kind, queries=queries, target_recall=config.target_recall, k=config.k, normalized=normalized,
         popularity=popularity,
@@ -124,7 +142,8 @@ def load_index(folder: str | os.PathLike, vectors: np.ndarray) -> Any:
     if info["kind"] == "exact":
         return ExactIndex(vectors, normalized=info["normalized"])
     try:
-        return ScannIndex.load(folder)
+        load = GraphIndex.load if info["kind"] in GRAPHS else ScannIndex.load
+        return load(folder, Tuning.of(info))
     except ImportError as error:
         logging.warning("Exact search instead of %s: %s", info["kind"], error)
         return ExactIndex(vectors, normalized=info["normalized"])
@@ -134,9 +153,11 @@ def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
     """Writes `index` and, in index.json, its settings, what was tried for it, and what else is given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(index, ScannIndex):
+    if isinstance(index, (ScannIndex, GraphIndex)):
         index.save(folder)
-        info = dataclasses.asdict(index.tuning) | {"scann_version": scann_version()}
+        info = dataclasses.asdict(index.tuning)
+        if isinstance(index, ScannIndex):
+            info["scann_version"] = scann_version()
     else:
         info = {"kind": "exact", "num_items": index.num_items, "dim": index.dim, "normalized": index.normalized}
     (folder / "index.json").write_text(json.dumps(info | more, indent=2, sort_keys=True) + "\n")
@@ -226,16 +247,9 @@ class ScannIndex:
         save_searcher(self._searcher, folder)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> ScannIndex:
+    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> ScannIndex:
         """The index that `save_index` wrote."""
-        info = json.loads((Path(folder) / "index.json").read_text())
-        values = {field.name: info[field.name] for field in dataclasses.fields(Tuning)}
-        values |= {
-            "efforts": tuple(Effort(**effort) for effort in info["efforts"]),
-            "tried": tuple(Trial(**trial) for trial in info["tried"]),
-            "recall_by_decile": tuple(info["recall_by_decile"]),
-        }
-        return cls(load_searcher(folder), Tuning(**values))
+        return cls(load_searcher(folder), tuning)
 
 
 # What is built where a kind cannot reach the target. A tree that searches all its leaves is exact.

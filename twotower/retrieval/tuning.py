@@ -81,6 +81,7 @@ class Problem:
         num_leaves: of its tree.
         hashed: whether candidates are scored anew.
         target: the recall to reach.
+        graph: leaves are the candidates that the search of a graph keeps: at least as many as the list is long.
     """
 
     search: Search
@@ -88,6 +89,7 @@ class Problem:
     num_leaves: int
     hashed: bool
     target: float
+    graph: bool = False
 
     def work(self, leaves: int, reorder: int) -> float:
         """Of one search, in candidates scored anew."""
@@ -170,12 +172,13 @@ def _fewest_leaves(
         trials.append(_try(problem, tuning, k, leaves, reorder))
         return trials[-1].reached
 
-    high, most = 1, problem.num_leaves
+    first, most = min(k if problem.graph else 1, problem.num_leaves), problem.num_leaves
+    high = first
     while not reached(high):
         if high == most or problem.work(high, reorder) >= limit:
             return
         high = min(2 * high, most)
-    low = high // 2
+    low = max(high // 2, first - 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)
