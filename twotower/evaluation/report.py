@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.evaluation.baselines import make_baselines
-from twotower.evaluation.evaluate import evaluate, model_scores
+from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
-from twotower.retrieval.popularity import widened
+from twotower.retrieval.popularity import log_counts, widened
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tuning import overlap
 from twotower.training.run import Run
@@ -34,8 +34,9 @@ Measured = dict[str, Any]
 
 
 def measure_run(
-    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0
-) -> Measured:
+    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0,
+    popularity_weights: Sequence[float] = (),
+) -> Measured:  # fmt: skip
     """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without.
 
     Args:
@@ -43,10 +44,12 @@ def measure_run(
         split: "test" or "validation".
         baselines: whether to measure them.
         most: ask at most this many queries, evenly spaced, and of each head as many rows; 0 asks all.
+        popularity_weights: times the log count of an item is added to its score; each is measured, seen items masked.
 
     Returns:
         {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
-        "baselines_unmasked": ..., and of a model with heads "heads": {name: {"auc": ...}}}
+        "baselines_unmasked": ..., of a model with heads "heads": {name: {"auc": ...}}, and with `popularity_weights`
+        "popularity_weights": {"0.05": {"recall@10": ...}}}
     """
     every = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every.sample(most)
@@ -59,9 +62,20 @@ def measure_run(
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
+    if popularity_weights:
+        measured["popularity_weights"] = frontier(rankings["model"], queries, ks, popularity_weights)
     if run.config.objective.heads:
         measured["heads"] = make_head_metrics(run.prepared, run.model, split, most=most)(run.weights)
     return measured
+
+
+def frontier(scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]) -> Measured:
+    """What each weight of popularity gives, by weight: recall against coverage and novelty."""
+    logs, found = log_counts(queries.counts), {}
+    for weight in weights:
+        weighed = lambda chosen, weight=weight: scores_of(chosen) + weight * logs[None, :]  # noqa: E731
+        found[f"{weight:g}"] = evaluate(weighed, queries, ks, mask_seen=True)
+    return found
 
 
 def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
@@ -112,6 +126,9 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         note = f", {without:,} without an answer that is left" if without else ""
         lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
         lines += _comparisons(model, others, min(ks))
+    if "popularity_weights" in measured:
+        columns = {f"weight {weight}": values for weight, values in measured["popularity_weights"].items()}
+        lines += ["", "Popularity weighed, seen items masked:", format_table(columns, ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
     if "index" in measured:

@@ -197,8 +197,7 @@ class Snapshot:
             found /= np.maximum(np.linalg.norm(delta.vectors[:count], axis=1), 1e-30)[None, :]
         found[:, ~alive] = -np.inf
         found[exclude.contains(np.arange(len(queries))[:, None], delta.numbers[None, :count])] = -np.inf
-        places = np.broadcast_to(len(main.numbers) + np.arange(count), found.shape)
-        return merge_places(scores, rows, found, places, k)
+        return merge(scores, rows.astype(np.int64), found, len(main.numbers) + np.arange(count), k)
 
     def place_of(self, number: int) -> int:
         """Where the item is now; -1 where it is not alive."""
@@ -286,12 +285,6 @@ class Snapshot:
         if len(self.remembered) >= REMEMBERED:
             self.remembered.clear()
         self.remembered[key] = value
-
-
-def merge_places(scores: np.ndarray, rows: np.ndarray, more: np.ndarray, places: np.ndarray, k: int):
-    """As `search.merge`; of equal scores what was indexed comes first."""
-    scores, places = merge(scores, rows, more, places, k)
-    return scores, places.astype(np.int64)
 
 
 def _renumbered(exclude: Csr, rows: np.ndarray) -> Csr:

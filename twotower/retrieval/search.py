@@ -113,26 +113,36 @@ def exact_among(
                 found += queries[part, -1:] * last[block][None, :]
             if skip is not None:
                 _drop(found, block, skip)
-            scores[part], rows[part] = merge(scores[part], rows[part], found, block[None, :].repeat(len(found), 0), k)
+            scores[part], rows[part] = merge(scores[part], rows[part], found, block, k)
     return scores, rows
 
 
 def merge(
     scores: np.ndarray, rows: np.ndarray, more: np.ndarray, more_rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of two lists of each query; a score of -inf is no item."""
-    scores, rows = np.concatenate([scores, more], axis=1), np.concatenate([rows, more_rows], axis=1)
-    rows = np.where(np.isneginf(scores), -1, rows)
-    if scores.shape[1] > 4 * k:
-        # All that equal the k-th are kept, so that ties are broken by row and not by where a partition left them.
-        least = -np.partition(-scores, k - 1, axis=1)[:, k - 1]
-        width = max(k, int((scores >= least[:, None]).sum(1).max())) if np.isfinite(least).all() else scores.shape[1]
-        if width < scores.shape[1]:
-            kept = np.argpartition(-scores, width - 1, axis=1)[:, :width]
-            scores, rows = np.take_along_axis(scores, kept, 1), np.take_along_axis(rows, kept, 1)
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-    return padded(scores, k, -np.inf).astype(np.float32), padded(rows, k, -1).astype(np.int32)
+    """The best `k` of two sets of items for each query; of equal scores the lower row first.
+
+    Args:
+        scores, rows: [Q, k], a list so far; a score of -inf is no item.
+        more: [Q, M], scores of the items `more_rows` [M]; likewise.
+    """
+    least = scores[:, -1]
+    if np.isneginf(least).any() and more.shape[1] > k:
+        at = more.shape[1] - k
+        least = np.maximum(least, np.partition(more, at, axis=1)[:, at])
+    # All that equal the k-th are looked at, so that rows break ties and not the place where a partition left them.
+    query, column = np.nonzero((more >= least[:, None]) & ~np.isneginf(more))
+    known, place = np.nonzero(~np.isneginf(scores))
+    queries = np.concatenate([known, query])
+    values = np.concatenate([scores[known, place], more[query, column]])
+    items = np.concatenate([rows[known, place], more_rows[column]])
+    order = np.lexsort((items, -values, queries))
+    queries = queries[order]
+    rank = np.arange(len(order)) - np.searchsorted(queries, np.arange(len(scores)))[queries]
+    order, queries, rank = order[rank < k], queries[rank < k], rank[rank < k]
+    best, best_rows = np.full((len(scores), k), -np.inf, np.float32), np.full((len(scores), k), -1, rows.dtype)
+    best[queries, rank], best_rows[queries, rank] = values[order], items[order]
+    return best, best_rows
 
 
 def padded(array: np.ndarray, k: int, value: float) -> np.ndarray:
