@@ -234,13 +234,13 @@ def recall_by_decile(rows: np.ndarray, truth: np.ndarray, popularity: np.ndarray
 
 
 def format_tuning(tuning: Any) -> str:
-    """What was tried for an index, as a table, and what was chosen."""
+    """What was tried for an index (the telling part of it) as a table, and what was chosen."""
     if not tuning.tried:
         return f"{tuning.kind}: exact, nothing to tune."
     lines = [f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
              f"{'':2}{'k':>6}{'leaves':>8}{'reorder':>9}{'recall':>9}{'-margin':>9}{'queries/s':>11}"]  # fmt: skip
     chosen = {(e.k, e.leaves, e.reorder): e for e in tuning.efforts}
-    for trial in sorted(tuning.tried, key=lambda t: (t.k, t.reorder, t.leaves)):
+    for trial in _telling(tuning.tried, set(chosen)):
         mark = "chosen" if (trial.k, trial.leaves, trial.reorder) in chosen else "" if trial.reached else "too low"
         lines.append(f"{'':2}{trial.k:6}{trial.leaves:8}{trial.reorder:9}{trial.recall:9.4f}{trial.recall - trial.margin:9.4f}"
                      f"{trial.queries_per_second:11,.0f}  {mark}".rstrip())  # fmt: skip
@@ -251,6 +251,17 @@ def format_tuning(tuning: Any) -> str:
         cells = ("-" if value is None else f"{value:.3f}" for value in tuning.recall_by_decile)
         lines.append(f"Recall@{tuning.efforts[0].k} by decile of popularity, the least popular first: {' '.join(cells)}")
     return "\n".join(lines)
+
+
+def _telling(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
+    """Of each length and number of candidates the fewest leaves that reached the target, or the best; and those chosen."""
+    best: dict[tuple[int, int], Trial] = {}
+    for trial in trials:
+        known = best.get(key := (trial.k, trial.reorder))
+        rank = lambda t: (t.reached, -t.leaves if t.reached else t.recall)  # noqa: E731
+        best[key] = trial if known is None or rank(trial) > rank(known) else known
+    told = {t for t in trials if (t.k, t.leaves, t.reorder) in chosen} | set(best.values())
+    return sorted(told, key=lambda t: (t.k, t.reorder, t.leaves))
 
 
 def plot_tuning(trials: Sequence[Trial], target: float, path: Path) -> None:
