@@ -180,6 +180,8 @@ def test_conditions_on_numbers_and_on_what_is_not_there():
     assert ask({"item_id": []}) == set()
     with pytest.raises(ConfigError, match="did you mean 'price'"):
         ask([("prize", "<=", 2)])
+    with pytest.raises(ConfigError, match="must hold texts, numbers"):
+        ask({"price": {"above": 2}})
 
 
 def test_an_item_that_is_gone_is_not_known():

@@ -181,6 +181,16 @@ def test_a_damaged_log_is_refused_and_one_of_another_version_is_told(folder, cap
     assert len(Retriever.load(folder)) == len(retriever.bundle.items) and "another version of the bundle" in caplog.text
 
 
+def test_a_bundle_that_a_killed_process_had_moved_aside_is_found(folder):
+    """Between the two renames of a replacement there is no folder under the name."""
+    retriever = Retriever.load(folder)
+    change(retriever)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder.rename(folder.with_name(f"bundle.{gone.pid}.old.tmp"))
+    assert lists_of(Retriever.load(folder)) == lists_of(retriever)
+
+
 WRITER = """if True:
     import itertools, sys, threading
     from twotower.retrieval.retriever import Retriever

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import twotower
 from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
-from twotower.data.folders import content_digest, digest
+from twotower.data.folders import content_digest, digest, put_back
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.scann import load_index, save_index
@@ -119,6 +119,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         BundleError: the folder is no bundle, a file is missing or changed, or parts do not belong together.
     """
     folder = Path(folder)
+    put_back(folder)
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
     weights = load_weights(folder)

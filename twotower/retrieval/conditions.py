@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.data.filters import matches
+from twotower.validation import ConfigError
 
 # (column, operator, value) each, as of `config.data.where`; what a cache may be keyed by.
 Where = tuple[tuple[str, str, Any], ...]
@@ -20,7 +21,12 @@ def conditions(where: Mapping[str, Any] | Sequence[Sequence[Any]] | None) -> Whe
         return ()
     if isinstance(where, Mapping):
         where = [(name, "in" if _several(value) else "==", value) for name, value in where.items()]
-    return tuple(tuple(tuple(part) if _several(part) else part for part in condition) for condition in where)
+    found = tuple(tuple(tuple(part) if _several(part) else part for part in condition) for condition in where)
+    try:
+        hash(found)
+    except TypeError as error:
+        raise ConfigError(f"where={where!r} must hold texts, numbers, and lists of them: {error}.") from None
+    return found
 
 
 def matching(items: pa.Table, where: Where) -> np.ndarray:

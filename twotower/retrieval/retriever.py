@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.data.folders import put_back
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.changes import ChangesError
 from twotower.retrieval.conditions import Where, conditions
@@ -26,7 +27,6 @@ from twotower.retrieval.users import UserRows, as_table
 from twotower.training.progress import progress
 
 __all__ = ["Recommendation", "Recommendations", "Retriever", "UnknownItemError", "as_table", "nearest"]
-
 USERS_AT_ONCE = BATCH  # whose candidates are in memory together
 
 Rows = pa.Table | Sequence[Mapping]
@@ -80,6 +80,7 @@ class Retriever:
             ChangesError: the log of its changes is damaged.
         """
         folder = Path(folder)
+        put_back(folder)
         if (folder / "manifest.json").exists() or not (run := _run_of(folder)):
             return cls(load_bundle(folder))
         if run == folder and (folder / "bundle").exists():
@@ -100,7 +101,7 @@ class Retriever:
 
     @property
     def changes(self) -> int:
-        """How many changes were made to the bundle since it was written."""
+        """How many changes there were since the bundle was written."""
         return self._live.corpus.snapshot.version
 
     def recommend(
@@ -262,8 +263,7 @@ class Retriever:
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         live = self._live  # one of them, whatever takes its place meanwhile
         exclude = Csr.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
-        denied = live.corpus.numbers_of(deny)
-        if len(denied):
+        if len(denied := live.corpus.numbers_of(deny)):
             exclude = exclude.joined(_lists_of(denied, len(vectors)))
         only = None if allow is None else live.corpus.numbers_of(allow)
         snapshot = live.corpus.snapshot
