@@ -13,7 +13,9 @@ EXTRAS = {
     "text": ["tokenizers>=0.20", "safetensors>=0.4"],
     "redis": ["redis>=5.0"],
     "plots": ["matplotlib>=3.8"],
-    "dev": ["beartype>=0.20", "duckdb>=1.0", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
+    "faiss": ["faiss-cpu>=1.8"],
+    "hnswlib": ["hnswlib>=0.8"],
+    "dev": ["beartype>=0.20", "duckdb>=1.0", "faiss-cpu>=1.8", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
 }
 
 setup(
@@ -30,6 +32,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "etils>=1.9",
+        "flatbuffers>=24.3",  # jax.export writes and reads by it without asking for it
         "flax>=0.12",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10",

@@ -7,6 +7,7 @@ Prints a table and writes WORKDIR/evaluation/metrics.json (metrics_validation.js
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -20,6 +21,7 @@ _BASELINES = flags.DEFINE_bool("baselines", False, "Measure random, popularity a
 _QUERIES = flags.DEFINE_integer(
     "queries", 0, "Ask at most this many, evenly spaced, where all would take too long.", lower_bound=0
 )
+_WEIGHTS = flags.DEFINE_list("popularity_weights", [], "Measure lists with popularity weighed too: --popularity_weights=0,.05.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
 
 
@@ -35,7 +37,10 @@ def main() -> None:
     bundle = workdir / "bundle"
     # Loaded before the long part: a damaged bundle is told at once.
     retriever = Retriever.load(bundle) if bundle.exists() else None
-    measured = report.measure_run(run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value, most=_QUERIES.value)
+    weights = parse_weights(_WEIGHTS.value)
+    measured = report.measure_run(
+        run, ks=ks, split=_SPLIT.value, baselines=_BASELINES.value, most=_QUERIES.value, popularity_weights=weights
+    )
     if retriever:
         queries = make_queries(run.prepared, _SPLIT.value, "user")
         measured["index"] = report.measure_index(retriever, queries.user)
@@ -52,6 +57,19 @@ def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ..
     if bad:
         raise ConfigError(f"--k={','.join(given)}: {bad[0]!r} is not a list length. Give numbers, such as --k=10,50.")
     return tuple(sorted({int(k) for k in given})) if given else default
+
+
+def parse_weights(given: list[str]) -> tuple[float, ...]:
+    """Weights of popularity."""
+    from twotower.validation import ConfigError
+
+    try:
+        weights = tuple(float(weight) for weight in given)
+    except ValueError as error:
+        raise ConfigError(f"--popularity_weights={','.join(given)}: {error}. Give numbers, such as 0,.02,.05.") from None
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"--popularity_weights={','.join(given)} must be finite.")
+    return weights
 
 
 if __name__ == "__main__":

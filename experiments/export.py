@@ -1,10 +1,13 @@
 """Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
 
-python -m experiments.export --workdir=runs/quickstart [--checkpoint=best]
+    python -m experiments.export --workdir=runs/quickstart [--checkpoint=best] [--target_recall=.95 --k=100] [--plot=index.png]
+
+Prints what was tried for the index, and what it was measured to find.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -13,25 +16,45 @@ from experiments import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best, latest or a step.")
+_TARGET_RECALL = flags.DEFINE_float(
+    "target_recall", None, "Share of the exact lists that the index must find, in the place of the configuration's.", 0.0, 1.0
+)
+_K = flags.DEFINE_integer("k", None, "Length of those lists, likewise.", lower_bound=1)
+_PLOT = flags.DEFINE_string("plot", None, "Draw recall against queries per second into this file (extra: plots).")
 
 
 def main() -> None:
     from twotower.retrieval.export import export
+    from twotower.retrieval.tuning import format_tuning, plot_tuning
     from twotower.training.run import load_run
 
     folder = Path(_WORKDIR.value) / "bundle"
-    bundle = export(load_run(Path(_WORKDIR.value), checkpoint=_CHECKPOINT.value), folder)
+    bundle = export(with_index_of(load_run(Path(_WORKDIR.value), checkpoint=_CHECKPOINT.value)), folder)
+    tuning = getattr(bundle.index, "tuning", None)
+    if tuning is not None:
+        print(format_tuning(tuning))
+    if _PLOT.value and tuning is not None and tuning.tried:
+        plot_tuning(tuning.tried, tuning.target_recall, Path(_PLOT.value))
     print(f"{folder}: {len(bundle.items):,} items, {len(bundle.users):,} users, {describe(bundle.index)}.")
+
+
+def with_index_of(run):
+    """The run with the index that the flags ask for."""
+    given = {"target_recall": _TARGET_RECALL.value, "k": _K.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(run.config, retrieval=dataclasses.replace(run.config.retrieval, **given))
+    return dataclasses.replace(run, config=config)
 
 
 def describe(index) -> str:
     """The index in words."""
     tuning = getattr(index, "tuning", None)
-    if tuning is None or not tuning.num_leaves:
+    if tuning is None or not tuning.efforts:
         return f"{index.kind} index"
+    effort = tuning.efforts[0]
     return (
-        f"{index.kind} index that searches {tuning.leaves_to_search} of {tuning.num_leaves} leaves and finds "
-        f"{tuning.measured_recall:.1%} of the exact top 10"
+        f"{index.kind} index that searches {effort.leaves} of {tuning.num_leaves} leaves and finds {effort.recall:.1%} of the "
+        f"exact top {effort.k}"
     )
 
 

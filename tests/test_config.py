@@ -112,7 +112,7 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
     ("training.patience", -1), ("training.schedule.warmup_steps", -1), ("training.optimizer.learning_rate", -1.0),
     ("training.optimizer.clip_norm", -1.0), ("training.tables.learning_rate", -0.1), ("data.k_core", -1),
     ("data.duplicates", "frist"), ("evaluation.query", "users"), ("data.interactions.timestamp_unit", "sec"),
-    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)), ("retrieval.index", "scan"),
+    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)), ("retrieval.index", "scan"), ("retrieval.k", 0),
     ("data.interactions.delimiter", ""), ("data.item_table.encoding", "utf-9"),
     ("model.temperature", float("nan")), ("training.optimizer.learning_rate", float("nan")),
 ])  # fmt: skip

@@ -20,7 +20,7 @@ LAYERS = (
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
-    "fastapi", "google.cloud.bigquery", "google.cloud.storage", "matplotlib", "mlflow", "redis", "scann",
+    "faiss", "fastapi", "hnswlib", "google.cloud.bigquery", "google.cloud.storage", "matplotlib", "mlflow", "redis", "scann",
     "sentence_transformers", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch",
 )  # fmt: skip
 

@@ -386,13 +386,17 @@ class RetrievalConfig:
     """The index and what is shown of an item.
 
     Attributes:
-        index: auto, exact, scann_brute_force, scann_tree or scann_tree_ah (see `twotower.retrieval.scann`).
-        target_recall: share of the exact top 10 that the index must find; decides how many leaves a query searches.
+        index: auto, exact, scann_brute_force, scann_tree, scann_tree_ah, hnswlib or faiss (see `twotower.retrieval.scann`).
+        target_recall: share of the exact top `k` that the index must find; decides how hard a query searches.
+        k: length of the lists that the index is tuned for; longer ones are tuned beside it.
+        popularity: index one more coordinate, the log count of training rows, so that a query may weigh popularity.
         display: columns of the items table kept beside the vectors; empty keeps all.
     """
 
     index: str = "auto"
     target_recall: float = 0.98
+    k: int = 10
+    popularity: bool = False
     display: tuple[str, ...] = ()
 
 

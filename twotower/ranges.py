@@ -45,9 +45,11 @@ def _check_data(config: Any, check: _Checks) -> None:
     check.between(0.0, 1.0, "retrieval.target_recall", "training.schedule.factor")
     check.at_least(1000, "data.num_interactions")
     check.at_least(0, "evaluation.validation_queries", "data.k_core")
+    check.at_least(1, "retrieval.k")
     check.one_of(("all", "first", "last"), "data.duplicates")
     check.one_of(("user", "interaction"), "evaluation.query")
-    check.one_of(("auto", "exact", "scann_brute_force", "scann_tree", "scann_tree_ah"), "retrieval.index")
+    scann = ("scann_brute_force", "scann_tree", "scann_tree_ah")
+    check.one_of(("auto", "exact", *scann, "hnswlib", "faiss"), "retrieval.index")
     check.one_of(("float32", "bfloat16"), "model.dtype")
     for tower in ("model.user.layers", "model.item.layers"):
         check.true(min(_get(config, tower), default=1) >= 1, tower, "widths of at least 1")

@@ -38,6 +38,17 @@ def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
         assert measured[f"model{suffix}"] == evaluate(scores, queries, (1,), mask_seen=mask_seen)
 
 
+def test_weights_of_popularity_move_lists_from_the_model_to_popularity(run):
+    """Weight 0 is the model, a great one popularity, whatever the model says."""
+    measured = report.measure_run(run, ks=KS, baselines=True, popularity_weights=(0.0, 0.1, 1e4))
+    found = measured["popularity_weights"]
+    assert list(found) == ["0", "0.1", "10000"] and found["0"] == measured["model"]
+    novelty = [found[weight]["novelty@10"] for weight in found]
+    assert novelty[0] > novelty[1] > novelty[2]
+    assert novelty[2] == pytest.approx(measured["baselines"]["popularity"]["novelty@10"], abs=0.02)
+    assert "weight 0.1" in report.format_report(measured, KS)
+
+
 def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_masked(run):
     found = make_validate(run.prepared, run.model)(run.weights)
 

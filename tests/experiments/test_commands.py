@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import experiments.launch
 from twotower.config import from_dict
 from twotower.evaluation.evaluate import make_validate
+from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.retriever import Retriever
 from twotower.training.run import load_run, train
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +114,20 @@ def test_query_writes_lists_of_many_users(exported, tmp_path):
     )
     table = pq.read_table(tmp_path / "o.parquet")
     assert table["user_id"].to_pylist() == ["1"] * 3 + ["nobody"] * 3 + ["2"] * 3 and "1 of them not known" in printed
+
+
+def test_a_retriever_of_a_run_or_of_a_checkpoint(exported, tmp_path):
+    """Its bundle where it has one; otherwise one is made in memory, and the folder stays as it is."""
+    run = load_run(exported)
+    expected = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
+    bare = shutil.copytree(exported, tmp_path / "run", ignore=shutil.ignore_patterns("bundle*"))
+    before = sorted(bare.rglob("*"))
+    for place in (bare, bare / "checkpoints" / "4", exported / "checkpoints" / "4"):
+        found = Retriever.load(place)
+        np.testing.assert_array_equal(found.bundle.vectors, expected)
+        assert found.bundle.manifest == {} and len(found.recommend("nobody", k=3)) == 3
+    assert sorted(bare.rglob("*")) == before
+    assert Retriever.load(exported).bundle.folder == exported / "bundle"
 
 
 def flip(path):

@@ -21,6 +21,7 @@ from twotower.retrieval.export import all_rows, check_parity, compare_scores, ex
 from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import load_weights, model_version, save_weights
+from twotower.towers.two_tower import Weights
 from twotower.validation import ConfigError
 
 
@@ -50,11 +51,12 @@ def test_what_is_written_is_what_is_read(run, exported):
     assert bundle.config == run.config and bundle.manifest["step"] == 7
     assert bundle.manifest["metric"] == "dot" and bundle.manifest["normalized"] is True
     assert bundle.items["item_id"].to_pylist() == run.prepared.items["item_id"].to_pylist()
-    for ours, theirs in zip(jax.tree.leaves(bundle.weights), jax.tree.leaves(run.weights), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(bundle.towers.weights), jax.tree.leaves(run.weights._asdict()), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert jax.tree.structure(bundle.weights) == jax.tree.structure(run.weights)
+    assert jax.tree.structure(bundle.towers.weights) == jax.tree.structure(run.weights._asdict())
     # On the device, so that answering does not carry the tables there each time.
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.weights))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.towers._arrays))
+    assert isinstance(bundle.vectors, np.memmap) and isinstance(bundle.user_vectors, np.memmap)
 
 
 def test_scores_equal_the_trainers(run, exported):
@@ -144,8 +146,9 @@ def test_an_export_that_fails_leaves_the_old_bundle(run, copy, monkeypatch):
 
     def spoil(folder):
         bundle = load_bundle(folder)
-        bundle.vectors[0, 0] += 1e-3
-        return bundle
+        vectors = np.array(bundle.vectors)
+        vectors[0, 0] += 1e-3
+        return dataclasses.replace(bundle, vectors=vectors)
 
     monkeypatch.setattr(export_module, "load_bundle", spoil)
     with pytest.raises(BundleError, match="scores differ from the trainer's by up to"):
@@ -185,12 +188,12 @@ def test_display_columns_are_chosen_and_checked(run, tmp_path):
 
 def test_heads_and_the_bias_of_a_loss_are_saved_with_weights_but_stay_out_of_the_bundle(run, exported, tmp_path):
     extra = {"heads": {"like": {"mlp": {"Dense_0": {"kernel": np.ones((16, 1), np.float32)}}}}, "bias": np.float32(3)}
-    weights = run.weights._replace(params=run.weights.params | extra)
+    weights = run.weights._replace(params=run.weights.params | extra)._asdict()
     save_weights(weights, tmp_path)
     assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
-    assert model_version(load_weights(tmp_path)) == model_version(weights) != model_version(run.weights)
-    bundle = make_bundle(dataclasses.replace(run, weights=weights))
-    assert model_version(bundle.weights) == load_bundle(exported).manifest["model_version"]
+    assert model_version(load_weights(tmp_path)) == model_version(weights) != model_version(run.weights._asdict())
+    bundle = make_bundle(dataclasses.replace(run, weights=Weights(**weights)))
+    assert model_version(bundle.towers.weights) == load_bundle(exported).manifest["model_version"]
 
 
 def test_what_a_user_was_shown_and_did_not_want_is_not_seen(tmp_path):
@@ -205,18 +208,18 @@ def test_what_a_user_was_shown_and_did_not_want_is_not_seen(tmp_path):
 def test_weights_with_odd_names_survive(run, tmp_path):
     weights = run.weights._replace(
         tables={"a/b.c%": np.ones((2, 3), np.float32)}, batch_stats={"user": {"x/y": np.zeros(1)}}
-    )
+    )._asdict()
     save_weights(weights, tmp_path)
     loaded = load_weights(tmp_path)
     assert jax.tree.structure(loaded) == jax.tree.structure(weights)
-    assert model_version(loaded) == model_version(weights) != model_version(run.weights)
+    assert model_version(loaded) == model_version(weights) != model_version(run.weights._asdict())
 
 
 def test_towers_without_parameters_survive(run, tmp_path):
     """Matrix factorisation: tables alone."""
     weights = run.weights._replace(
         params={"user": {}, "item": {"a": {}}, "log_temperature": np.float32(0)}, batch_stats={}
-    )
+    )._asdict()
     save_weights(weights, tmp_path)
     assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
     assert model_version(load_weights(tmp_path)) == model_version(weights)
@@ -225,7 +228,7 @@ def test_towers_without_parameters_survive(run, tmp_path):
 def test_the_version_tells_names_shapes_and_values_apart(run):
     one = run.weights._replace(tables={"a": np.zeros((2, 3), np.float32)})
     versions = {
-        model_version(one._replace(tables={name: table}))
+        model_version(one._replace(tables={name: table})._asdict())
         for name, table in [("a", one.tables["a"]), ("b", one.tables["a"]), ("a", np.zeros((3, 2), np.float32)),
                             ("a", np.eye(2, 3, dtype=np.float32))]
     }  # fmt: skip

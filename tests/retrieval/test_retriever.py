@@ -12,10 +12,10 @@ from tests.retrieval.conftest import make_run
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.csr import Csr
-from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import make_bundle
-from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest, search_without
+from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest
+from twotower.retrieval.search import search_without
 from twotower.validation import ConfigError
 
 
@@ -137,8 +137,7 @@ def test_similar_items_are_by_cosine_without_the_item(retriever):
 def test_similar_items_of_vectors_that_are_not_normalised(retriever):
     bundle = retriever.bundle
     lengths = np.linspace(1, 9, len(bundle.vectors), dtype=np.float32)[:, None]
-    model = dataclasses.replace(bundle.model, config=dataclasses.replace(bundle.model.config, normalize=False))
-    longer = dataclasses.replace(bundle, vectors=bundle.vectors * lengths, model=model)
+    longer = dataclasses.replace(bundle, vectors=bundle.vectors * lengths, index=ExactIndex(bundle.vectors * lengths))
     ids = bundle.items["item_id"].to_pylist()
     expected, found = retriever.similar_items(ids[5], 6), Retriever(longer).similar_items(ids[5], 6)
     assert [i.item_id for i in found] == [i.item_id for i in expected]
@@ -167,10 +166,10 @@ def test_latest_items_come_the_latest_first(retriever):
 class Forgetful:
     """An approximate index that finds every second item only, and gives up after `limit`."""
 
-    kind = "approximate"
+    kind, normalized = "approximate", False
 
     def __init__(self, vectors, limit):
-        self.exact, self.num_items, self.limit = ExactIndex(vectors), len(vectors), limit
+        self.exact, self.num_items, self.limit, self.dim = ExactIndex(vectors), len(vectors), limit, vectors.shape[1]
 
     def search(self, queries, k):
         scores, rows = self.exact.search(queries, self.num_items)
@@ -188,7 +187,7 @@ def test_lists_are_full_whenever_k_items_exist(limit, k):
     vectors, queries = rng.normal(size=(100, 4)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
     lists = [rng.permutation(100)[: 14 * q] for q in range(8)]
     exclude = Csr.from_pairs(np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8)
-    scores, rows = search_without(Forgetful(vectors, limit), queries, k, exclude, exact=lambda: ExactIndex(vectors))
+    scores, rows = search_without(Forgetful(vectors, limit), vectors, queries, k, exclude)
     assert rows.shape == scores.shape == (8, k)
     for q, row in enumerate(rows):
         real = row[row >= 0]
@@ -238,7 +237,7 @@ def test_a_time_that_is_given_is_the_one_that_is_asked_about(timed):
     early, late = timed.encode_users([{"user_id": "1", "timestamp": newest - 40 * 86_400}, {"user_id": "1"}])
     assert not np.allclose(early, late)
     encoded = timed.bundle.encoder.encode("user", pa.table({"user_id": ["1"], "timestamp": [newest - 40 * 86_400]}))
-    expected = embed_rows(timed.bundle.model, timed.bundle.weights, "user", encoded)[0]
+    expected = timed.bundle.towers.embed("user", encoded)[0]
     np.testing.assert_allclose(early, expected, atol=1e-6)
     with pytest.raises(ConfigError, match="'soon' in row 1 is not a time"):
         timed.encode_users([{"user_id": "1", "timestamp": "soon"}])

@@ -98,7 +98,9 @@ OPERATORS: dict[str, tuple[Callable[[pa.ChunkedArray, Any, str], pa.ChunkedArray
 }
 
 
-def matches(rows: pa.Table, condition: tuple, *, field: str) -> pa.ChunkedArray:
+def matches(
+    rows: pa.Table, condition: tuple, *, field: str, table: str = "the interactions table"
+) -> pa.ChunkedArray:
     """Which rows satisfy `condition`: bool [N], never null.
 
     A null satisfies `!=`, `not in` and `not starts with` and nothing else; `== None` and `!= None` ask for nulls.
@@ -106,7 +108,7 @@ def matches(rows: pa.Table, condition: tuple, *, field: str) -> pa.ChunkedArray:
     if len(condition) != 3:
         raise ConfigError(f"{field} must be (column, operator, value), such as ('rating', '>=', 4).")
     name, operator, value = condition
-    check_fields({name: value}, rows.column_names, f"{field}: the interactions table")
+    check_fields({name: value}, rows.column_names, f"{field}: {table}")
     compute, inverted = choose(OPERATORS, operator, f"{field}: the operator")
     column = rows[name]
     if pa.types.is_dictionary(column.type):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,37 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
         _replace(temporary, folder)
     finally:
         temporary.rmtree(missing_ok=True)
+
+
+def put_back(folder: epath.PathLike, *, patience: float = 2.0) -> None:
+    """Where `folder` is missing because a process was killed while it replaced it, puts the old one back.
+
+    Args:
+        patience: seconds to wait for a process that is replacing it just now.
+    """
+    folder = epath.Path(folder)
+    end = time.monotonic() + patience
+    while not folder.exists() and folder.parent.exists():
+        left = [path for path in folder.parent.iterdir() if re.fullmatch(rf"{re.escape(folder.name)}\.\d+\.old\.tmp", path.name)]
+        if not left:
+            return
+        if not _runs(int(left[0].name.split(".")[-3])) or time.monotonic() > end:
+            left[0].rename(folder)
+        else:
+            time.sleep(0.01)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this machine has that number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def digest(path: epath.PathLike) -> str:

@@ -13,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.evaluation.baselines import make_baselines, random_scores
-from twotower.evaluation.evaluate import evaluate, model_scores
+from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.popularity import log_counts, widened
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import overlap
+from twotower.retrieval.tuning import overlap
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000
@@ -33,8 +34,9 @@ Measured = dict[str, Any]
 
 
 def measure_run(
-    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0
-) -> Measured:
+    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0,
+    popularity_weights: Sequence[float] = (),
+) -> Measured:  # fmt: skip
     """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without.
 
     Args:
@@ -42,11 +44,13 @@ def measure_run(
         split: "test" or "validation".
         baselines: whether to measure them.
         most: ask at most this many queries, evenly spaced, and of each head as many rows; 0 asks all.
+        popularity_weights: times the log count of an item is added to its score; each is measured, seen items masked.
 
     Returns:
         {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
         "baselines_unmasked": ..., of items and users that training never saw "new_items" and "new_users", each {"model": ...,
-        "random": ...}, and of a model with heads "heads": {name: {"auc": ...}}}
+        "random": ...}, of a model with heads "heads": {name: {"auc": ...}}, and with `popularity_weights`
+        "popularity_weights": {"0.05": {"recall@10": ...}}}
     """
     every = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every.sample(most)
@@ -60,6 +64,8 @@ def measure_run(
         if baselines:
             measured[f"baselines{suffix}"] = values
     measured |= _measure_new(run, queries, ks)
+    if popularity_weights:
+        measured["popularity_weights"] = frontier(rankings["model"], queries, ks, popularity_weights)
     if run.config.objective.heads:
         measured["heads"] = make_head_metrics(run.prepared, run.model, split, most=most)(run.weights)
     return measured
@@ -80,6 +86,15 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
     return measured
 
 
+def frontier(scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]) -> Measured:
+    """What each weight of popularity gives, by weight: recall against coverage and novelty."""
+    logs, found = log_counts(queries.counts), {}
+    for weight in weights:
+        weighed = lambda chosen, weight=weight: scores_of(chosen) + weight * logs[None, :]  # noqa: E731
+        found[f"{weight:g}"] = evaluate(weighed, queries, ks, mask_seen=True)
+    return found
+
+
 def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """The index of a bundle against exact search, on the vectors of `users` (rows of its users table).
 
@@ -89,8 +104,9 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """
     bundle = retriever.bundle
     queries = retriever.encode_users(bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES))))
-    exact = bundle.index if isinstance(bundle.index, ExactIndex) else ExactIndex(bundle.vectors)
-    truth = exact.search(queries, min(INDEX_K, len(bundle.vectors)))[1]
+    truth = ExactIndex(bundle.vectors).search(queries, min(INDEX_K, len(bundle.vectors)))[1]
+    if bundle.index.dim > queries.shape[1]:  # popularity is not weighed here
+        queries = widened(queries, 0.0)
     found = bundle.index.search(queries, truth.shape[1])[1]
     batch = _seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
     singles = [_seconds(lambda q=q: bundle.index.search(q[None], INDEX_K), repeats=1) for q in queries[:100]]
@@ -131,6 +147,9 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         if name in measured:
             asked = measured[name]["model"]["queries"]
             lines += ["", f"{what} ({asked:,} queries, seen items masked):", format_table(measured[name], ks)]
+    if "popularity_weights" in measured:
+        columns = {f"weight {weight}": values for weight, values in measured["popularity_weights"].items()}
+        lines += ["", "Popularity weighed, seen items masked:", format_table(columns, ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
     if "index" in measured:

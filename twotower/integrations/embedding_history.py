@@ -185,7 +185,7 @@ def version_of(retriever: Retriever, *, run_date: datetime.date, run_id: str, ex
     bundle, trained = retriever.bundle, retriever.bundle.config.trained()
     unseeded = trained | {"training": {name: x for name, x in trained["training"].items() if name != "seed"}}
     experiment_id = experiment_id or content_digest(unseeded)[:12]
-    weights = bundle.manifest.get("model_version") or model_version(bundle.weights)
+    weights = bundle.manifest.get("model_version") or model_version(bundle.towers.weights)
     return Version(run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights)
 
 

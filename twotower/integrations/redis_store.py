@@ -146,7 +146,7 @@ class CachedRetriever:
     """Recommends as its retriever does, from Redis where an equal question was answered lately.
 
     Args:
-        ttl: seconds that a list lives, and for which it may hold an item that has since been deleted from a live index.
+        ttl: seconds that a list lives. Lists of a live index are asked for anew after every change to it.
     """
 
     def __init__(self, retriever: Retriever, store: RedisStore, *, ttl: int = 60):
@@ -155,7 +155,8 @@ class CachedRetriever:
 
     def recommend(self, user: Any, k: int = 10, *, exclude_seen: bool = True) -> Recommendations:
         """As `Retriever.recommend` for an id."""
-        key = self.store.list_key(self._version, user, k, exclude_seen=exclude_seen)
+        version = f"{self._version}.{self.retriever.changes}"
+        key = self.store.list_key(version, user, k, exclude_seen=exclude_seen)
         found = _parsed(self.store.ask(lambda client: client.get(key)))
         if found is None:
             found = self.retriever.recommend(user, k=k, exclude_seen=exclude_seen)

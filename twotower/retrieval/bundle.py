@@ -2,11 +2,13 @@
 
 ```
 manifest.json    format, versions, metric, checkpoint step, hash of the weights, sha256 of every other file
-config.json  encoder/  params.npz  tables/     the towers
-item_vectors.npy  items.parquet                the corpus: vectors; ids and display columns, in the same order
-users.parquet  seen_offsets.npy  seen_items.npy   raw features of known users, and their items, the latest last
+config.json  encoder/  params.npz  tables/     what the towers read, and their weights
+user_tower.stablehlo  item_tower.stablehlo     the towers, as programs that need neither Flax nor the model's code
+item_vectors.npy  items.parquet  item_counts.npy   the corpus in one order: vectors; ids and display columns; training rows
+user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy   known users: vectors; raw features; items, the latest last
 index/                                         the index over the item vectors
 ```
+Vectors are mapped into memory, not read. Changes made to a loaded bundle are kept beside it: see `twotower.retrieval.changes`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,70 +29,86 @@ import pyarrow.parquet as pq
 import twotower
 from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
-from twotower.data.folders import content_digest, digest
+from twotower.data.folders import content_digest, digest, put_back
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.scann import load_index, save_index
+from twotower.retrieval.served import Towers
 from twotower.retrieval.weights import load_weights, model_version, save_weights
-from twotower.towers.two_tower import TwoTower, Weights
 
-FORMAT, VERSION = "twotower-bundle", 1
-PACKAGES = ("jax", "flax", "numpy", "pyarrow", "scann")
+FORMAT, VERSION = "twotower-bundle", 2
+PACKAGES = ("jax", "numpy", "pyarrow", "scann")
+SIDES = ("user", "item")
 
 
 class BundleError(ValueError):
     """A bundle that is missing, changed, or made of parts that do not belong together."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
     """A bundle in memory.
 
     Attributes:
-        manifest: see the head of this file; {} before it is written.
         vectors: float32 [N, D].
         items: item_id and display columns, N rows.
+        counts: int64 [N], training rows of each item.
+        user_vectors: float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: for each user its items, distinct, the latest last.
-        index: over `vectors`; see `twotower.retrieval.scann`.
+        index: over `vectors`, with one more coordinate where `config.retrieval.popularity` says so; see `retrieval.scann`.
+        manifest: see the head of this file, with its own "sha256"; {} before it is written.
+        folder: where it was loaded from; None where it only is in memory.
     """
 
     config: Config
     encoder: Encoder
-    model: TwoTower
-    weights: Weights
+    towers: Towers
     vectors: np.ndarray
     items: pa.Table
+    counts: np.ndarray
+    user_vectors: np.ndarray
     users: pa.Table
     seen: Csr
     index: Any
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def normalized(self) -> bool:
+        """Whether vectors have length 1."""
+        return self.config.model.normalize
 
 
-def write_bundle(bundle: Bundle, folder: Path, *, step: int) -> dict[str, Any]:
+def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dict[str, Any]:
     """Writes `bundle` into the empty `folder`, and returns its manifest.
 
     Args:
         step: of the checkpoint that the weights come from.
+        more: what else the manifest is to say.
     """
     (folder / "config.json").write_text(bundle.config.to_json(), encoding="utf-8")
     bundle.encoder.save(folder / "encoder")
-    save_weights(bundle.weights, folder)
-    np.save(folder / "item_vectors.npy", bundle.vectors, allow_pickle=False)
+    save_weights(bundle.towers.weights, folder)
+    for side in SIDES:
+        (folder / f"{side}_tower.stablehlo").write_bytes(bundle.towers.programs[side])
+    arrays = {"item_vectors": bundle.vectors, "item_counts": bundle.counts, "user_vectors": bundle.user_vectors,
+              "seen_offsets": bundle.seen.offsets, "seen_items": bundle.seen.values}  # fmt: skip
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
     pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
-    np.save(folder / "seen_offsets.npy", bundle.seen.offsets, allow_pickle=False)
-    np.save(folder / "seen_items.npy", bundle.seen.values, allow_pickle=False)
     # What the index was built from, so that it cannot be put beside other vectors or another user tower.
-    version = model_version(bundle.weights)
+    version = model_version(bundle.towers.weights)
     save_index(bundle.index, folder / "index", vectors=digest(folder / "item_vectors.npy"), model_version=version)
     manifest = {
         "format": FORMAT, "format_version": VERSION, "twotower": twotower.__version__, "packages": _packages(),
-        "metric": "dot", "normalized": bundle.model.normalize, "dim": bundle.model.dim, "num_items": len(bundle.items),
-        "step": step, "model_version": version,
+        "metric": "dot", "normalized": bundle.normalized, "dim": bundle.towers.dim, "num_items": len(bundle.items),
+        "step": step, "model_version": version, **more,
         "files": {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     }  # fmt: skip
-    text = json.dumps(manifest | {"sha256": content_digest(manifest)}, indent=2, sort_keys=True)
-    (folder / "manifest.json").write_text(text + "\n")
+    manifest["sha256"] = content_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
 
 
@@ -102,30 +119,52 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         BundleError: the folder is no bundle, a file is missing or changed, or parts do not belong together.
     """
     folder = Path(folder)
+    put_back(folder)
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
     weights = load_weights(folder)
     if model_version(weights) != manifest["model_version"]:
         raise BundleError(f"{folder} has weights of another model than its manifest says. Export again.")
     _check_index(folder, manifest)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+              for name in ("item_vectors", "item_counts", "user_vectors", "seen_offsets", "seen_items")}  # fmt: skip
     config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    encoder = Encoder.load(folder / "encoder")
-    vectors = np.load(folder / "item_vectors.npy", allow_pickle=False)
     bundle = Bundle(
         config=config,
-        encoder=encoder,
-        model=TwoTower.build(config.model, encoder),
-        weights=jax.device_put(weights),
-        vectors=vectors,
-        items=pq.read_table(folder / "items.parquet"),
-        users=pq.read_table(folder / "users.parquet"),
-        seen=Csr(*(np.load(folder / f"seen_{part}.npy", allow_pickle=False) for part in ("offsets", "items"))),
-        index=load_index(folder / "index", vectors, normalized=manifest["normalized"]),
-        manifest=manifest,
-    )
-    if not len(bundle.items) == len(vectors) == manifest["num_items"] or len(bundle.users) != len(bundle.seen):
-        raise BundleError(f"{folder}: items.parquet, item_vectors.npy, users.parquet and seen_*.npy differ in length.")
+        encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=arrays["item_vectors"],
+        items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
+        users=pq.read_table(folder / "users.parquet"), seen=Csr(np.asarray(arrays["seen_offsets"]), arrays["seen_items"]),
+        index=load_index(folder / "index", _indexed(config, arrays)), manifest=manifest, folder=folder.absolute(),
+    )  # fmt: skip
+    _check_lengths(bundle, manifest)
     return bundle
+
+
+def _indexed(config: Config, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The vectors that the index was built from."""
+    vectors = arrays["item_vectors"]
+    return widened(vectors, coordinate(arrays["item_counts"], vectors.shape[1])[0]) if config.retrieval.popularity else vectors
+
+
+def _load_towers(folder: Path, weights: Any) -> Towers:
+    programs = {side: (folder / f"{side}_tower.stablehlo").read_bytes() for side in SIDES}
+    try:
+        return Towers(programs, weights)
+    except ImportError:
+        raise
+    except Exception as error:  # JAX raises many kinds for a program of a version that it does not read; the cause is kept
+        raise BundleError(f"{folder}: the towers (*.stablehlo) cannot be read by this JAX: {error}. Export again.") from error
+
+
+def _check_lengths(bundle: Bundle, manifest: Mapping[str, Any]) -> None:
+    items = {len(bundle.items), len(bundle.vectors), len(bundle.counts), manifest["num_items"]}
+    users = {len(bundle.users), len(bundle.user_vectors), len(bundle.seen)}
+    widths = {bundle.vectors.shape[1], bundle.user_vectors.shape[1], bundle.towers.dim, manifest["dim"]}
+    for found, files in ((items, "items.parquet, item_vectors.npy and item_counts.npy differ in length"),
+                         (users, "users.parquet, user_vectors.npy and seen_*.npy differ in length"),
+                         (widths, "the vectors and the towers differ in width")):  # fmt: skip
+        if len(found) > 1:
+            raise BundleError(f"{bundle.folder}: {files} ({', '.join(map(str, sorted(found)))}). Export again.")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -145,7 +184,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path} has format version {manifest.get('format_version')!r}; this twotower reads {VERSION}."
         )
-    if manifest.pop("sha256", None) != content_digest(manifest):
+    if manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written.")
     return manifest
 

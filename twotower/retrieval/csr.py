@@ -56,6 +56,9 @@ class Csr:
     def take(self, rows: np.ndarray) -> Csr:
         """The lists of `rows`, in that order; a row of -1 is an empty list."""
         rows = np.asarray(rows, np.int64)
+        if len(rows) == 1 and rows[0] >= 0:
+            values = np.asarray(self[rows[0]])
+            return Csr(offsets=np.array([0, len(values)], np.int64), values=values)
         lengths = np.where(rows >= 0, self.lengths[rows], 0) if len(self) else np.zeros(len(rows), np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = self.offsets[rows] - offsets[:-1]
@@ -64,6 +67,11 @@ class Csr:
     def filter(self, keep: np.ndarray) -> Csr:
         """Only the values where `keep` (bool [M]) holds; as many rows as before."""
         return Csr.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
+
+    def joined(self, other: Csr) -> Csr:
+        """Each list followed by the other's."""
+        rows, values = np.concatenate([self.rows, other.rows]), np.concatenate([self.values, other.values])
+        return Csr.from_pairs(rows, values, num_rows=len(self))
 
     def distinct(self, *, keep: str = "first") -> Csr:
         """Each value once a row, where it stands "first" or "last"."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from absl import logging
@@ -18,8 +17,10 @@ from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.popularity import index_items
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import TUNING_QUERIES, build_index
+from twotower.retrieval.served import Towers, export_tower
+from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import of_towers
 from twotower.training.run import Run
 
@@ -44,23 +45,26 @@ def export(run: Run, folder: Path) -> Bundle:
 
 
 def make_bundle(run: Run) -> Bundle:
-    """Embeds the corpus and builds the index."""
+    """Embeds the corpus and the users, and builds the index."""
     prepared, model = run.prepared, run.model
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
-    users = known_users(prepared)
-    seen = items_of_users([prepared.positives(part) for part in split.PARTS], num_users=len(users))
-    some = evenly_spaced(np.arange(len(users)), TUNING_QUERIES)
-    encoded = prepared.encoder.encode("user", users.take(pa.array(some)))
-    index = build_index(
-        vectors,
-        run.config.retrieval,
-        normalized=model.normalize,
-        queries=embed_rows(model, run.weights, "user", encoded),
-    )
+    users, counts = known_users(prepared), item_counts(prepared)
+    encoded = UserRows(prepared.encoder, users).encoded()
+    user_vectors = np.concatenate([embed_rows(model, run.weights, "user", block) for block in encoded])
+    index = index_items(run.config, vectors, counts, user_vectors)
     return Bundle(
-        config=run.config, encoder=prepared.encoder, model=model, weights=of_towers(run.weights), vectors=vectors,
-        items=display_items(prepared), users=users, seen=seen, index=index,
+        config=run.config, encoder=prepared.encoder, towers=make_towers(run), vectors=vectors, items=display_items(prepared),
+        counts=counts, user_vectors=user_vectors, users=users, index=index,
+        seen=items_of_users([prepared.positives(part) for part in split.PARTS], num_users=len(users)),
     )  # fmt: skip
+
+
+def make_towers(run: Run) -> Towers:
+    """The towers of a run as programs."""
+    arrays = jax.tree.map(np.asarray, of_towers(run.weights))
+    known = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
+    examples = {"user": next(known.encoded()), "item": run.prepared.features["item"]}
+    return Towers({side: export_tower(run.model, arrays, side, x) for side, x in examples.items()}, arrays)
 
 
 def known_users(prepared: Prepared) -> pa.Table:
@@ -86,6 +90,12 @@ def known_users(prepared: Prepared) -> pa.Table:
     return users
 
 
+def item_counts(prepared: Prepared) -> np.ndarray:
+    """int64 [N], the training rows of each item that are positives."""
+    trained = prepared.positives("train").item
+    return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
+
+
 def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
     return prepared.train, prepared.validation, prepared.test
 
@@ -99,7 +109,7 @@ def display_items(prepared: Prepared) -> pa.Table:
 def check_parity(run: Run, folder: Path) -> None:
     """Compares scores of the bundle in `folder`, loaded as a server would, with those of the trainer's towers."""
     retriever = Retriever(load_bundle(folder))
-    prepared, model = run.prepared, run.model
+    bundle, prepared, model = retriever.bundle, run.prepared, run.model
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
@@ -108,13 +118,15 @@ def check_parity(run: Run, folder: Path) -> None:
         context[SPANS] = prepared.histories.now(users)
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
-    user_vectors, item_vectors = (
-        np.asarray(model.embed(side, run.weights, jax.tree.map(jnp.asarray, features)))
-        for side, features in (("user", user_features), ("item", item_features))
-    )
+    user_vectors = embed_rows(model, run.weights, "user", user_features)
+    item_vectors = embed_rows(model, run.weights, "item", item_features)
     trained = user_vectors @ item_vectors.T
-    served = retriever.encode_users(retriever.bundle.users.take(pa.array(users))) @ retriever.bundle.vectors[items].T
-    compare_scores(served, trained)
+    known = bundle.users.take(pa.array(users))
+    compare_scores(retriever.encode_users(known) @ bundle.vectors[items].T, trained)
+    compare_scores(retriever.encode_users(known) @ bundle.towers.embed("item", item_features).T, trained)
+    # Stored vectors are of users asked about now, which a context of time tells from their latest row.
+    now = retriever.encode_users(retriever.user_rows.rows_of(known["user_id"].to_pylist()))
+    compare_scores(bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T)
 
 
 def compare_scores(served: np.ndarray, trained: np.ndarray) -> None:

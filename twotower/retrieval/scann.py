@@ -1,7 +1,8 @@
 """Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a recall target.
 
 ScaNN ends the process on vectors that are not finite, and pads its answers with row 0: everything that goes in and
-comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search.
+comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search, and
+hnswlib and FAISS can be asked for (`twotower.retrieval.graphs`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 from absl import logging
 
 from twotower.config import RetrievalConfig
-from twotower.retrieval.embed import evenly_spaced
+from twotower.retrieval import tuning as tuner
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
+from twotower.retrieval.graphs import GRAPHS, GraphIndex
 from twotower.retrieval.scann_library import (
     BadIndexError,
     build_searcher,
@@ -27,20 +29,21 @@ from twotower.retrieval.scann_library import (
     save_searcher,
     scann_version,
 )
+from twotower.retrieval.tuning import Effort, Problem, Trial
 from twotower.validation import ConfigError, choose
 
 SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
-BRUTE_FORCE_BELOW = 50_000  # vectors; exact, and within a fraction of a millisecond
+BRUTE_FORCE_BELOW = 50_000 * 64  # numbers in all vectors; exact, and within a fraction of a millisecond
 HASHING_FROM = 200_000  # vectors; from here asymmetric hashing beats comparing whole vectors in the leaves
-TUNED_K = 10
-TUNING_QUERIES = 500
-REORDER = (100, 200, 400, 800)  # candidates scored anew with whole vectors, tried in this order
+SHARE_OF_CORPUS = 20  # a list of more than one in so many items is found by looking at all of them
 KINDS = {
-    "auto": "what suits the number of vectors and the platform",
+    "auto": "what suits the number, width and length of vectors, the lists asked for, and the platform",
     "exact": "exhaustive search by JAX",
     "scann_brute_force": "exhaustive search by ScaNN",
     "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves",
     "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; normalised vectors only",
+    "hnswlib": "a graph, by hnswlib",
+    "faiss": "a graph, by FAISS",
 }
 
 
@@ -53,76 +56,110 @@ class Tuning:
         num_items, dim: of the vectors.
         normalized: the vectors have length 1, so that a query of length 0 is a mistake.
         num_leaves: of the tree; 0 without one.
-        leaves_to_search: for each query.
-        reorder: candidates scored anew with whole vectors; 0 without hashing.
-        target_recall: of the exact top 10.
-        measured_recall: mean share of the exact top 10 that was found by `measured_on` query vectors.
+        target_recall: of the exact lists.
+        efforts: by rising list length; () where the search is exhaustive.
+        recall_by_decile: see `tuning.tune`.
+        tried: every setting that was tried.
     """
 
     kind: str
     num_items: int
     dim: int
-    normalized: bool = False
+    normalized: bool
     num_leaves: int = 0
-    leaves_to_search: int = 0
-    reorder: int = 0
     target_recall: float = 1.0
-    measured_recall: float = 1.0
-    measured_on: int = 0
+    efforts: tuple[Effort, ...] = ()
+    recall_by_decile: tuple[float | None, ...] = ()
+    tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)  # with speeds, which no two builds share
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Tuning:
+        """From what `save_index` wrote."""
+        values = {field.name: info[field.name] for field in dataclasses.fields(cls)}
+        values |= {
+            "efforts": tuple(Effort(**effort) for effort in info["efforts"]),
+            "tried": tuple(Trial(**trial) for trial in info["tried"]),
+            "recall_by_decile": tuple(info["recall_by_decile"]),
+        }
+        return cls(**values)
+
+    @property
+    def hashed(self) -> bool:
+        return self.kind == "scann_tree_ah"
+
+    def effort(self, k: int) -> tuple[int, int]:
+        """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths, between their efforts."""
+        above = next((e for e in self.efforts if e.k >= k), self.efforts[-1])
+        below = next((e for e in reversed(self.efforts) if e.k <= k), above)
+        if above.k > below.k:
+            share = math.log(k / below.k) / math.log(above.k / below.k)
+            between = ((below.leaves, above.leaves), (below.reorder, above.reorder))
+            leaves, reorder = (low * (high / low) ** share if low else 0 for low, high in between)
+        else:
+            leaves, reorder = (max(1.0, k / above.k) * x for x in (above.leaves, above.reorder))
+        return min(self.num_leaves, math.ceil(leaves - 1e-9)), min(self.num_items, math.ceil(reorder - 1e-9))
 
 
-def build_index(vectors: Any, config: RetrievalConfig, *, normalized: bool, queries: Any = None) -> Any:
+def build_index(
+    vectors: Any, config: RetrievalConfig, *, normalized: bool, queries: Any = None, popularity: np.ndarray | None = None
+) -> Any:
     """The index `config.index` over `vectors`.
 
     Args:
         vectors: float [N, D], finite.
         config: the kind and the recall it must reach.
         normalized: the vectors have length 1.
-        queries: float [Q, D] user vectors to tune on, at most 500 of which are used; without any, items are used.
+        queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items are.
+        popularity: [N], for the recall of each of its deciles.
 
     Returns:
-        An `ExactIndex` or a `ScannIndex`.
+        An `ExactIndex`, a `ScannIndex` or a `GraphIndex`.
 
     Raises:
         ConfigError: the kind is unknown, or unfit for vectors that are not normalised.
-        ImportError: ScaNN was asked for by name and cannot be imported.
+        ImportError: a library was asked for by name and cannot be imported.
     """
     choose(KINDS, config.index, "config.retrieval.index")
     vectors = check_vectors(vectors, what="item")
-    kind = _kind(config.index, len(vectors), normalized)
+    kind = _kind(config, *vectors.shape, normalized)
     if kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
     queries = vectors if queries is None or not len(queries) else queries
+    if kind in GRAPHS:
+        tuning = Tuning(kind, *vectors.shape, normalized, target_recall=config.target_recall)
+        return GraphIndex.build(vectors, tuning, queries=queries, k=config.k, popularity=popularity)
     return ScannIndex.build(
-        vectors, kind=kind, queries=queries, target_recall=config.target_recall, normalized=normalized
-    )
+        vectors, kind=kind, queries=queries, target_recall=config.target_recall, k=config.k, normalized=normalized,
+        popularity=popularity,
+    )  # fmt: skip
 
 
-def load_index(folder: str | os.PathLike, vectors: np.ndarray, *, normalized: bool) -> Any:
+def load_index(folder: str | os.PathLike, vectors: np.ndarray) -> Any:
     """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
     info = json.loads((Path(folder) / "index.json").read_text())
     if (info["num_items"], info["dim"]) != vectors.shape:
-        raise BadIndexError(
-            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}."
-        )
+        raise BadIndexError(f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}.")
     if info["kind"] == "exact":
-        return ExactIndex(vectors, normalized=normalized)
+        return ExactIndex(vectors, normalized=info["normalized"])
     try:
-        return ScannIndex.load(folder, normalized=normalized)
+        load = GraphIndex.load if info["kind"] in GRAPHS else ScannIndex.load
+        return load(folder, Tuning.of(info))
     except ImportError as error:
         logging.warning("Exact search instead of %s: %s", info["kind"], error)
-        return ExactIndex(vectors, normalized=normalized)
+        return ExactIndex(vectors, normalized=info["normalized"])
 
 
 def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
-    """Writes `index` and, in index.json, its settings and what else is given."""
+    """Writes `index` and, in index.json, its settings, what was tried for it, and what else is given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(index, ScannIndex):
+    if isinstance(index, (ScannIndex, GraphIndex)):
         index.save(folder)
-        info = dataclasses.asdict(index.tuning) | {"scann_version": scann_version()}
+        info = dataclasses.asdict(index.tuning)
+        if isinstance(index, ScannIndex):
+            info["scann_version"] = scann_version()
     else:
-        info = {"kind": "exact", "num_items": index.num_items, "dim": index.dim}
+        info = {"kind": "exact", "num_items": index.num_items, "dim": index.dim, "normalized": index.normalized}
     (folder / "index.json").write_text(json.dumps(info | more, indent=2, sort_keys=True) + "\n")
 
 
@@ -132,33 +169,31 @@ class ScannIndex:
     def __init__(self, searcher: Any, tuning: Tuning):
         self._searcher, self.tuning = searcher, tuning
         self.kind, self.num_items, self.dim = tuning.kind, tuning.num_items, tuning.dim
+        self.normalized = tuning.normalized
 
     @classmethod
     def build(
-        cls, vectors: Any, *, kind: str, queries: Any, target_recall: float, normalized: bool = False
-    ) -> ScannIndex:
-        """Builds the searcher (the same each time) and searches as few leaves as reach `target_recall`."""
+        cls, vectors: Any, *, kind: str, queries: Any, target_recall: float, k: int = 10, normalized: bool = False,
+        popularity: np.ndarray | None = None,
+    ) -> ScannIndex:  # fmt: skip
+        """Builds the searcher (the same each time) and finds how hard it must search; see `tuning.tune`."""
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         if kind != "scann_brute_force" and num_items < SMALLEST_TREE:
             logging.warning("%s needs %d vectors; %d are searched by brute force.", kind, SMALLEST_TREE, num_items)
             kind = "scann_brute_force"
-        leaves = 0 if kind == "scann_brute_force" else round(math.sqrt(num_items))
-        tuning = Tuning(
-            kind=kind,
-            num_items=num_items,
-            dim=dim,
-            normalized=normalized,
-            num_leaves=leaves,
-            leaves_to_search=leaves,
-            target_recall=target_recall,
-        )
-        reorder = max(REORDER) if kind == "scann_tree_ah" else 0
-        index = cls(build_searcher(vectors, num_leaves=leaves, reorder=reorder), tuning)
+        if kind == "scann_brute_force":
+            return cls(build_searcher(vectors, num_leaves=0, reorder=0), Tuning(kind, num_items, dim, normalized))
+        tuning = Tuning(kind, num_items, dim, normalized, round(math.sqrt(num_items)), target_recall)
+        reorder = min(num_items, k * max(tuner.CANDIDATES)) if tuning.hashed else 0
+        index = cls(build_searcher(vectors, num_leaves=tuning.num_leaves, reorder=reorder), tuning)
         queries = check_queries(queries, dim)
         queries = queries[queries.any(axis=1)]  # one of length 0 has no best items that could be found
-        index._tune(vectors, evenly_spaced(queries, TUNING_QUERIES))
-        return index
+        if index._tune(vectors, queries if len(queries) else vectors, k, popularity):
+            return index
+        logging.warning("%s does not reach recall %.4g at any effort; whole vectors are compared.", kind, target_recall)
+        return cls.build(vectors, kind=FALLBACK[kind], queries=queries, target_recall=target_recall, k=k,
+                         normalized=normalized, popularity=popularity)  # fmt: skip
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The (nearly) best items, best first.
@@ -173,93 +208,65 @@ class ScannIndex:
         Raises:
             QueryError: as `ExactIndex.search`.
         """
-        queries = check_queries(queries, self.dim, normalized=self.tuning.normalized)
+        queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
+        return self.search_with(queries, k, *(self.tuning.effort(k) if self.tuning.num_leaves else (0, 0)))
+
+    def search_with(self, queries: np.ndarray, k: int, leaves: int, reorder: int) -> tuple[np.ndarray, np.ndarray]:
+        """`search` of checked queries with an effort of one's own."""
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
-        if len(queries):
-            found, distances = self._search(queries, min(k, self.num_items))
-            # ScaNN fills short lists with row 0 at distance NaN.
-            missing = np.isnan(distances)
-            rows[:, : found.shape[1]] = np.where(missing, -1, found.astype(np.int32))
-            scores[:, : found.shape[1]] = np.where(missing, -np.inf, distances)
+        if not len(queries) or not self.num_items:
+            return scores, rows
+        options = {"final_num_neighbors": min(k, self.num_items)}
+        if self.tuning.num_leaves:
+            options["leaves_to_search"] = leaves
+        if self.tuning.hashed:
+            # Fewer candidates than the list is long would cut it short without a word.
+            options["pre_reorder_num_neighbors"] = max(reorder, options["final_num_neighbors"])
+        search = self._searcher.search_batched_parallel if len(queries) >= 256 else self._searcher.search_batched
+        found, distances = search(queries, **options)
+        # ScaNN fills short lists with row 0 at distance NaN.
+        missing = np.isnan(distances)
+        rows[:, : found.shape[1]] = np.where(missing, -1, found.astype(np.int32))
+        scores[:, : found.shape[1]] = np.where(missing, -np.inf, distances)
         return scores, rows
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        tuning, options = self.tuning, {"final_num_neighbors": k}
-        if tuning.num_leaves:
-            # Tuned for lists of ten: longer ones need leaves that hold several times k items.
-            enough = math.ceil(4 * k * tuning.num_leaves / tuning.num_items)
-            options["leaves_to_search"] = min(tuning.num_leaves, max(tuning.leaves_to_search, enough))
-        if tuning.reorder:
-            options["pre_reorder_num_neighbors"] = min(self.num_items, max(tuning.reorder, 4 * k))
-        search = self._searcher.search_batched_parallel if len(queries) >= 256 else self._searcher.search_batched
-        return search(queries, **options)
-
-    def _tune(self, vectors: np.ndarray, queries: np.ndarray) -> None:
-        """Finds the fewest leaves (and, with hashing, candidates) whose recall on `queries` reaches the target."""
-        if not self.tuning.num_leaves or not len(queries):
-            return
-        truth = ExactIndex(vectors).search(queries, min(TUNED_K, self.num_items))[1]
-        for reorder in REORDER if self.kind == "scann_tree_ah" else (0,):
-            self.tuning = dataclasses.replace(self.tuning, reorder=reorder, leaves_to_search=self.tuning.num_leaves)
-            if self._measure(queries, truth, self.tuning.num_leaves) >= self.tuning.target_recall:
-                break
-        leaves = self._fewest_leaves(queries, truth)
-        measured = self._measure(queries, truth, leaves)
-        self.tuning = dataclasses.replace(
-            self.tuning, leaves_to_search=leaves, measured_recall=round(measured, 4), measured_on=len(queries)
-        )
-        log = logging.info if measured >= self.tuning.target_recall else logging.warning
-        log("%s searches %d of %d leaves: recall@%d %.4f, target %.4f", self.kind, leaves, self.tuning.num_leaves,
-            TUNED_K, measured, self.tuning.target_recall)  # fmt: skip
-
-    def _fewest_leaves(self, queries: np.ndarray, truth: np.ndarray) -> int:
-        """Doubles until the target is reached, then bisects: recall rises with the leaves."""
-
-        def reached(leaves: int) -> bool:
-            return self._measure(queries, truth, leaves) >= self.tuning.target_recall
-
-        high = 1
-        while high < self.tuning.num_leaves and not reached(high):
-            high *= 2
-        low, high = high // 2, min(high, self.tuning.num_leaves)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached(middle) else (middle, high)
-        return high
-
-    def _measure(self, queries: np.ndarray, truth: np.ndarray, leaves: int) -> float:
-        trial = ScannIndex(self._searcher, dataclasses.replace(self.tuning, leaves_to_search=leaves))
-        return overlap(trial.search(queries, truth.shape[1])[1], truth)
+    def _tune(self, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None) -> bool:
+        """Whether some effort reaches the target: the cheapest is then that of the index."""
+        tuning = self.tuning
+        problem = Problem(self.search_with, self.num_items, tuning.num_leaves, tuning.hashed, tuning.target_recall)
+        efforts, tried, deciles = tuner.tune(problem, vectors, queries, k, popularity)
+        self.tuning = dataclasses.replace(tuning, efforts=efforts, tried=tried, recall_by_decile=deciles)
+        for effort in efforts:
+            logging.info("%s, lists of %d: %d of %d leaves, %d candidates, recall %.4f, target %.4f.", self.kind, effort.k,
+                         effort.leaves, tuning.num_leaves, effort.reorder, effort.recall, tuning.target_recall)  # fmt: skip
+        return bool(efforts)
 
     def save(self, folder: str | os.PathLike) -> None:
         save_searcher(self._searcher, folder)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, *, normalized: bool) -> ScannIndex:
-        """The index that `save_index` wrote; `normalized` is for one written before that stood in index.json."""
-        info = {"normalized": normalized} | json.loads((Path(folder) / "index.json").read_text())
-        tuning = Tuning(**{field.name: info[field.name] for field in dataclasses.fields(Tuning)})
+    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> ScannIndex:
+        """The index that `save_index` wrote."""
         return cls(load_searcher(folder), tuning)
 
 
-def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
-    """Mean share of each row of `truth` [Q, K] that stands in the same row of `rows` [Q, K]."""
-    return float((truth[:, :, None] == rows[:, None, :]).any(-1).mean()) if truth.size else 1.0
+# What is built where a kind cannot reach the target. A tree that searches all its leaves is exact.
+FALLBACK = {"scann_tree_ah": "scann_tree", "scann_tree": "scann_brute_force"}
 
 
-def _kind(index: str, num_items: int, normalized: bool) -> str:
-    if index == "scann_tree_ah" and not normalized:
+def _kind(config: RetrievalConfig, num_items: int, dim: int, normalized: bool) -> str:
+    if config.index == "scann_tree_ah" and not normalized:
         raise ConfigError(
             "config.retrieval.index='scann_tree_ah' loses recall on vectors that are not normalised (measured: 0.87). "
             "Use 'scann_tree', or model.normalize=True."
         )
-    if index != "auto":
-        return index
+    if config.index != "auto":
+        return config.index
     if num_items < SMALLEST_TREE or not _has_scann():
         return "exact"
-    if num_items < BRUTE_FORCE_BELOW:
+    if num_items * dim < BRUTE_FORCE_BELOW or num_items < SHARE_OF_CORPUS * config.k:
         return "scann_brute_force"
     return "scann_tree_ah" if num_items >= HASHING_FROM and normalized else "scann_tree"
 

@@ -10,37 +10,39 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from twotower.towers.two_tower import SIDES, Weights
+# The fields of `Weights`, which itself cannot be imported without Flax: {"params", "tables", "batch_stats"}.
+Arrays = Mapping[str, Mapping[str, Any]]
+KEPT = ("user", "item", "log_temperature")
 
 
-def of_towers(weights: Weights) -> Weights:
-    """Without what only training reads: heads, and the bias of a loss. Two models that embed alike are one model."""
-    kept = (*SIDES, "log_temperature")
-    return weights._replace(params={name: x for name, x in weights.params.items() if name in kept})
+def of_towers(weights: Any) -> Arrays:
+    """The arrays of `Weights` without what only training reads: heads, and the bias of a loss. Two models that embed alike are
+    one model."""
+    return weights._asdict() | {"params": {name: x for name, x in weights.params.items() if name in KEPT}}
 
 
-def save_weights(weights: Weights, folder: Path) -> None:
+def save_weights(weights: Arrays, folder: Path) -> None:
     """Writes params.npz and tables/NAME.npy."""
-    dense = dict(_flat({"params": weights.params, "batch_stats": weights.batch_stats}))
+    dense = dict(_flat({"params": weights["params"], "batch_stats": weights["batch_stats"]}))
     np.savez(folder / "params.npz", **dense)
     (folder / "tables").mkdir()
-    for name, table in weights.tables.items():
+    for name, table in weights["tables"].items():
         np.save(folder / "tables" / f"{quote(name, safe='')}.npy", np.asarray(table), allow_pickle=False)
 
 
-def load_weights(folder: Path) -> Weights:
+def load_weights(folder: Path) -> Arrays:
     """What `save_weights` wrote, as NumPy arrays."""
     with np.load(folder / "params.npz", allow_pickle=False) as file:
         dense = _nested({name: file[name] for name in file.files})
     paths = sorted((folder / "tables").glob("*.npy"))
     tables = {unquote(path.stem): np.load(path, allow_pickle=False) for path in paths}
-    return Weights(dense.get("params", {}), tables, dense.get("batch_stats", {}))
+    return {"params": dense.get("params", {}), "tables": tables, "batch_stats": dense.get("batch_stats", {})}
 
 
-def model_version(weights: Weights) -> str:
+def model_version(weights: Arrays) -> str:
     """A hash of every weight, its name, type and shape."""
     digest = hashlib.sha256()
-    for name, array in sorted(_flat(weights._asdict())):
+    for name, array in sorted(_flat(weights)):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
     return digest.hexdigest()
