@@ -152,6 +152,7 @@ class HistoryConfig:
         positions: learned, or rotary.
         dropout: share of the units dropped in training, of the events' vectors and of what each block adds.
         pooling: of the bidirectional kind: mean, cls (a learned token's vector) or attention.
+        recency: of the bags: learn how much an event counts by how many follow it, beside its other weights.
     """
 
     kind: str = "causal"
@@ -163,6 +164,7 @@ class HistoryConfig:
     positions: str = "learned"
     dropout: float = 0.2
     pooling: str = "mean"
+    recency: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@
     python -m experiments.export --workdir=runs/yelp
     python -m experiments.evaluate --workdir=runs/yelp --k=20
 
-Recall@20 / NDCG@20 with training items masked; published for matrix factorisation with a softmax loss: .0721 / .0592. Not yet
-measured on the test rows: the options are being chosen on a tenth of the training rows (--config.split.validation=0.1).
+Recall@20 / NDCG@20 with training items masked; published for matrix factorisation with a softmax loss .0721 / .0592, for
+LightGCN .0744 / .0617. Not yet measured on the test rows. The lists of the files are in the order of time, and the test rows are the last fifth
+of each user's, so the user is what they did last: a bag of the latest 30 places, in which an event's weight by how many followed it is learned.
+Options were chosen on each user's latest tenth of the training rows (--config.split.validation=0.1).
 """
 
 from twotower.config import defaults
@@ -20,26 +22,31 @@ def get_config():
 
     config.split.kind = "fixed"
     config.split.validation = 0.0
+    config.split.held = "latest"
     # The protocol has no times: any row may be later than any other.
     config.split.accept_leakage = ("random_split",)
 
-    # No id is dropped: every user and item of the test is in training, but for a few items.
-    config.features.user = {"user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    # No id is dropped: every item of the test is in training, but for a few.
+    config.features.user = {"history": {"type": "history", "max_length": 30}}
     config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0}}
+    config.model.history.kind = "bag"
+    config.model.history.recency = True
+    config.model.history.dropout = 0.1
     config.model.temperature = 0.1
     config.model.learn_temperature = False
+    config.model.dtype = "bfloat16"
 
-    config.objective.negatives.in_batch = False
     config.objective.negatives.uniform = 1024
 
     config.training.batch_size = 2048
-    config.training.steps = 24_000
-    config.training.validate_every = 3000
+    config.training.steps = 10_000
+    config.training.validate_every = 2000
     config.training.schedule.kind = "cosine"
-    config.training.steps_per_dispatch = 50
+    config.training.steps_per_dispatch = 10
     config.training.log_every = 500
+    config.training.optimizer.learning_rate = 0.003
     config.training.tables.kind = "lazy_adam"
-    config.training.tables.learning_rate = 0.003
+    config.training.tables.learning_rate = 0.01
     config.training.metric = "recall@20"
 
     config.evaluation.ks = (20,)

@@ -43,7 +43,7 @@ def test_a_known_user_is_asked_with_all_that_they_did(run, retriever):
     city = run.prepared.users.to_pylist()[run.prepared.users["user_id"].to_pylist().index(user)]["city"]
     history = [{name: row[name] for name in ("item_id", "event", "timestamp")} for row in own]
     by_hand = retriever.encode_users([{"user_id": user, "city": city, "history": history}])
-    stored = retriever.encode_users(retriever.bundle.users.take(pa.array([retriever._user_rows[user]])))
+    stored = retriever.embed_users([user])
     np.testing.assert_allclose(by_hand, stored, atol=1e-6)
     found = retriever.recommend(user, k=10)
     assert found.known and ids(found) == ids(retriever.recommend(user, rows=[{"city": city, "history": history}], k=10))

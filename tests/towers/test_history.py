@@ -118,6 +118,21 @@ def test_a_weighted_bag_is_the_weighted_mean():
     assert not np.allclose(twice(history), twice(history._replace(log_weights=None)))
 
 
+def test_a_bag_may_learn_what_recent_events_are_worth():
+    history = of([3, 6])
+    weights = np.exp(-np.arange(L) / 10)
+    expected = [weights[:n][::-1] @ x[:n] / weights[:n].sum() * np.sqrt(E) for n, x in zip((3, 6), np.asarray(history.vectors))]
+    bag = HISTORIES["bag"](HistoryConfig(kind="bag", dropout=0.0, recency=True), L, 0)
+    params = bag.init(jax.random.key(0), history)
+    np.testing.assert_allclose(bag.apply(params, history), expected, rtol=1e-4, atol=1e-6)
+    learned = jax.grad(lambda params: bag.apply(params, history)[0, 0])(params)["params"]["recency"]
+    assert jnp.all(learned[:3] != 0) and not jnp.any(learned[3:])
+    turned = of([6])._replace(vectors=of([6]).vectors[:, ::-1])
+    for kind in ("bag", "attention"):
+        apply = make(kind, recency=True)
+        assert not np.allclose(apply(turned), apply(of([6]))), kind
+
+
 def test_pooling_nothing_is_zero_and_so_is_its_gradient():
     of = jax.jit(jax.grad(lambda x, logits: pooled(x, logits, jnp.zeros((1, 3), bool)).sum(), (0, 1)))
     grad = of(jnp.ones((1, 3, 2)), jnp.ones((1, 3)))

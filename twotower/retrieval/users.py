@@ -52,7 +52,8 @@ class UserRows:
         history = self._encoder.spec.history
         lists = rows[history.column].to_pylist() if history and history.column in rows.column_names else []
         events = [event for events in lists for event in events or ()]
-        return [str(event["item_id"] if isinstance(event, dict) else event) for event in events]
+        ids = (event["item_id"] if isinstance(event, dict) else event for event in events)
+        return [str(item) for item in ids if item is not None]
 
     def _asked_now(self, rows: pa.Table) -> pa.Table:
         """The user is asked about now, not when it was last seen."""

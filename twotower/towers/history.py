@@ -77,14 +77,28 @@ class _Encoder(nn.Module):
         return x
 
 
+    def given_logits(self, history: History) -> Float[Array, "B L"]:
+        """Of a bag: what weighs an event beside what it is."""
+        logits = jnp.zeros(history.valid.shape, jnp.float32) if history.log_weights is None else history.log_weights
+        if not self.config.recency:
+            return logits
+        weights = self.param("recency", _fading, (self.length,))
+        later = history.valid.sum(1, keepdims=True) - 1 - jnp.arange(self.length)[None, :]
+        return logits + weights[jnp.maximum(later, 0)]
+
+
+def _fading(key: Array, shape: tuple[int]) -> Float[Array, "L"]:
+    """Log weights to begin with: an event counts e times less for every ten that follow it."""
+    return -jnp.arange(shape[0], dtype=jnp.float32) / 10
+
+
 class Bag(_Encoder):
     """The mean of the events by their weights."""
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
         x = self.events(history, keys)
-        logits = jnp.zeros(history.valid.shape, jnp.float32) if history.log_weights is None else history.log_weights
-        return drop_out(pooled(x, logits, history.valid), self.config.dropout, keys, _FIRST_LAYER)
+        return drop_out(pooled(x, self.given_logits(history), history.valid), self.config.dropout, keys, _FIRST_LAYER)
 
 
 class AttentionBag(_Encoder):
@@ -93,9 +107,7 @@ class AttentionBag(_Encoder):
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
         x = self.events(history, keys)
-        logits = _attention_logits(x, self.dtype)
-        if history.log_weights is not None:
-            logits = logits + history.log_weights
+        logits = _attention_logits(x, self.dtype) + self.given_logits(history)
         return drop_out(pooled(x, logits, history.valid), self.config.dropout, keys, _FIRST_LAYER)
 
 
