@@ -195,7 +195,7 @@ def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
     history.append(one, blocks_of(retriever, block=16))
     (users, queries), (items, vectors) = (history.read(history.find(side, one.name)) for side in ("user", "item"))
     assert one.model_version == retriever.bundle.manifest["model_version"]
-    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}))
+    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}, folder=None))
     assert version_of(unwritten, run_date=DAY, run_id="shop") == one
     assert users.equals(retriever.bundle.users["user_id"]) and items.equals(retriever.bundle.items["item_id"])
     for row in (0, 17, len(users) - 1):

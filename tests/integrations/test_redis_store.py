@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,19 +162,28 @@ def test_lists_come_from_redis_and_are_the_retrievers(server, store, retriever):
                 assert list(found) == list(expected) and found.known == expected.known
     keys = list(server.client.scan_iter("shop:*:list:*"))
     assert len(keys) == 4 and all(0 < server.client.ttl(key) <= 60 for key in keys)
-    key = f"shop:{bundle_version(retriever)}:list:3:1:{user}"
+    key = f"shop:{bundle_version(retriever)}.0:list:3:1:{user}"
     server.client.set(key, '{"known": true, "items": [["from redis", 1.5, {}]]}')
     assert [item.item_id for item in cached.recommend(user, k=3)] == ["from redis"]
-    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}))
+    unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}, folder=None))
     with pytest.raises(StoreError, match="a bundle that was not written has no version"):
         CachedRetriever(unwritten, store)
     assert "from redis" not in [item.item_id for item in cached.recommend(user, k=4)]
 
 
+def test_no_list_outlives_a_change_of_the_items(store, workdir, tmp_path):
+    shutil.copytree(workdir / "bundle", tmp_path / "bundle")
+    live = Retriever.load(tmp_path / "bundle")
+    cached, user = CachedRetriever(live, store), live.bundle.users["user_id"][0].as_py()
+    best = cached.recommend(user, k=3)[0].item_id
+    live.delete([best])
+    assert best not in [item.item_id for item in cached.recommend(user, k=3)]
+
+
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b"7", b'{"known": true}', b'{"known": true, "items": [[1]]}', b"\xff"])
 def test_what_is_no_list_is_answered_anew(server, store, retriever, garbage):
     cached = CachedRetriever(retriever, store)
-    server.client.set(f"shop:{bundle_version(retriever)}:list:3:1:1", garbage)
+    server.client.set(f"shop:{bundle_version(retriever)}.0:list:3:1:1", garbage)
     assert list(cached.recommend("1", k=3)) == list(retriever.recommend("1", k=3))
     server.client.set("shop:current", garbage)
     assert store.current() is None and not store.vectors("item", ["1"])[1].any()
