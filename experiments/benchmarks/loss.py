@@ -70,7 +70,8 @@ def _naive(
 ) -> jax.Array:  # fmt: skip
     """The in-batch softmax as one writes it; each query's positive is the candidate of its own place."""
     places = jnp.arange(len(queries))
-    logits = jnp.matmul(queries.astype(dtype), items.T.astype(dtype), preferred_element_type=jnp.float32) * scale - candidates.log_expected_count[None, :]
+    scores = jnp.matmul(queries.astype(dtype), items.T.astype(dtype), preferred_element_type=jnp.float32)
+    logits = scores * scale - candidates.log_expected_count[None, :]
     hits = (candidates.ids[None, :] == positives.ids[:, None]) & (places[None, :] != places[:, None])
     return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(jnp.where(hits, -jnp.inf, logits), places))
 

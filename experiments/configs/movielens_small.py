@@ -17,8 +17,8 @@ rows:
     seen items masked         .3528 (.3334 to .3753)     .3118        .0324
     nothing masked            .3326 (.3123 to .3541)     .3032        .0317
 
-The gain over popularity, masked, is .041; its standard error is .016 over users and .012 over seeds. Recall@10 of the index against
-exact: 1.0 (auto: ScaNN, brute force), .982 (--config.retrieval.index=scann_tree). A user asked about by id gets the
+The gain over popularity, masked, is .041; its standard error is .016 over users and .012 over seeds. Recall@10 of the index
+against exact: 1.0 (auto: ScaNN, brute force), .982 (--config.retrieval.index=scann_tree). A user asked about by id gets the
 last period; Retriever.recommend(rows=[{...}]) must bring its timestamp.
 """
 

@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twotower.objectives.negatives import Candidates
 
-
 # How far below its bound the greatest logit of a query may be: its exponential, e^-60, is as many nats from the least normal
 # number of float32 as matter beside it.
 _SPREAD = 60.0

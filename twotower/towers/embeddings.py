@@ -109,8 +109,8 @@ def merge_duplicates(
         rows = jnp.where(touched, places, num_rows + places)
         slot, count = local, num_rows
     else:
-        ways = {"cpu": slots_by_hashing, "default": slots_by_sorting}
-        slot, rows = jax.lax.platform_dependent(local, **{name: functools.partial(f, num_rows=num_rows) for name, f in ways.items()})
+        hashing, sorting = (functools.partial(find, num_rows=num_rows) for find in (slots_by_hashing, slots_by_sorting))
+        slot, rows = jax.lax.platform_dependent(local, cpu=hashing, default=sorting)
     return rows, jnp.zeros((count, grads.shape[1]), grads.dtype).at[slot].add(grads, mode="drop")
 
 

@@ -206,7 +206,7 @@ def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
 
 
 def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tuple[TrainState, int]:
-    """The state in the memory of this machine; how many users and items it was trained with is read from the checkpoint itself."""
+    """The state, in the memory of this machine; how many users and items it knows is read from the checkpoint itself."""
     with open_checkpoints(source, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, which, source)
         record = Record(**checkpoints.record(step))
