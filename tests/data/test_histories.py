@@ -1,5 +1,6 @@
 """Histories: what a user had done strictly before, against a loop over rows; and as a request brings them."""
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +10,7 @@ from twotower.data.encoder import Encoder
 from twotower.data.encodings import HISTORY_GAP, HISTORY_WEIGHT
 from twotower.data.features import from_mappings
 from twotower.data.growth import grown
-from twotower.data.histories import KNOWN, SPANS
+from twotower.data.histories import KNOWN, SPANS, windows
 from twotower.data.prepare import prepare
 from twotower.data.split import PARTS
 from twotower.validation import ConfigError
@@ -35,7 +36,10 @@ def prepared_of(path, split, **history):
     return prepare(from_dict({
         "data": {"source": "csv", "interactions": {"path": str(path)}},
         "split": {"validation": 0.2, "test": 0.2, "accept_leakage": tuple(LEAKS)} | split,
-        "features": {"user": {"history": {"type": "history", "max_length": L} | history}, "item": {"item_id": ITEM["item_id"]}},
+        "features": {
+            "user": {"history": {"type": "history", "max_length": L} | history},
+            "item": {"item_id": ITEM["item_id"], "kind": {"type": "string", "column": "item_id"}},
+        },
     }))  # fmt: skip
 
 
@@ -148,6 +152,17 @@ def test_what_is_read_of_an_item_beside_its_id():
         IDS: ("item.item_id", 3), "history/kind": ("item.kind", 3)
     }  # fmt: skip
     assert enc.fitted["user", "history"].vocabulary is enc.fitted["item", "item_id"].vocabulary
+
+
+def test_histories_are_the_same_inside_jit(tmp_path):
+    path = write_log(tmp_path / "log.csv", times=10**6)
+    prepared = prepared_of(path, {"kind": "time"}, gaps=6, weights={"buy": 3.0}, reads=("item_id", "kind"))
+    histories, spans = prepared.histories, prepared.train.context[SPANS]
+    inside = jax.jit(windows, static_argnums=3)(histories.trained, histories.reads, spans, L)
+    outside = histories.take(spans)
+    assert inside.keys() == outside.keys() and {HISTORY_GAP, HISTORY_WEIGHT, IDS, "history/kind"} == outside.keys()
+    for name, x in outside.items():
+        np.testing.assert_array_equal(inside[name], x, err_msg=name)
 
 
 def test_saved_and_grown_it_encodes_alike(tmp_path):

@@ -105,7 +105,7 @@ def read_events(events: Mapping[str, Any], reads: Mapping[str, Any], places: Any
     found = {name: x[places] * valid for name, x in events.items()}
     if HISTORY_GAP in found:
         found[HISTORY_GAP] = found[HISTORY_GAP] * ~first
-    ids = next(iter(found.values()))
+    ids = next((x for name, x in found.items() if name not in (HISTORY_GAP, HISTORY_WEIGHT)))  # `jit` sorts by name
     return found | {name: x[ids] for name, x in reads.items()}
 
 
