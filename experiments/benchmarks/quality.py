@@ -1,6 +1,6 @@
 """Which negatives and which correction rank best? The same model, steps and temperature, with one objective after another.
 
-    python -m experiments.benchmarks.quality [--data=movielens_100k,yelp2018] [--seeds=3] [--quick] [--json=FILE]
+    python -m experiments.benchmarks.quality [--data=movielens_100k,yelp2018] [--seeds=3] [--steps=N] [--quick] [--json=FILE]
 
 Trains the shipped configuration with each objective and measures on a tenth of its training rows, held out; the test rows are
 not looked at. Nothing is tuned for one objective alone. --quick: a short training of each on MovieLens-100K, to see it run.
@@ -21,6 +21,8 @@ from experiments.benchmarks import harness
 
 _DATA = flags.DEFINE_list("data", ["movielens_100k", "yelp2018"], "Configurations to train.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Trainings of each, with as many seeds.", lower_bound=1)
+
+_STEPS = flags.DEFINE_integer("steps", 0, "Of each training; 0 takes as many as the configuration has.", lower_bound=0)
 
 _ALONE = {"in_batch": False, "uniform": 0}
 # Name -> options of the objective; "B" stands for the batch size, so that all have as many negatives from each source.
@@ -62,7 +64,8 @@ def _measure(name: str, objective: str, seed: int) -> dict[str, float]:
     values["objective"] |= chosen | {"negatives": values["objective"]["negatives"] | {"catalogue": False} | chosen["negatives"]}
     values["split"] |= {"validation": 0.1, "seed": 7}
     values["evaluation"] |= {"ks": (20,)}
-    values["training"] |= {"seed": seed, "validate_every": values["training"]["steps"], "metric": "recall@20"}
+    steps = _STEPS.value or values["training"]["steps"]
+    values["training"] |= {"seed": seed, "steps": steps, "validate_every": steps, "metric": "recall@20"}
     if harness.QUICK.value:
         values["training"] |= {"steps": 40, "validate_every": 40, "steps_per_dispatch": 1}
     with tempfile.TemporaryDirectory() as folder:
