@@ -224,7 +224,8 @@ class ScannIndex:
         if self.tuning.hashed:
             # Fewer candidates than the list is long would cut it short without a word.
             options["pre_reorder_num_neighbors"] = max(reorder, options["final_num_neighbors"])
-        search = self._searcher.search_batched_parallel if len(queries) >= 256 else self._searcher.search_batched
+        several = len(queries) >= 256 and _cores() > 1  # on one core its threads only stand in each other's way
+        search = self._searcher.search_batched_parallel if several else self._searcher.search_batched
         found, distances = search(queries, **options)
         # ScaNN fills short lists with row 0 at distance NaN.
         missing = np.isnan(distances)
@@ -269,6 +270,11 @@ def _kind(config: RetrievalConfig, num_items: int, dim: int, normalized: bool) -
     if num_items * dim < BRUTE_FORCE_BELOW or num_items < SHARE_OF_CORPUS * config.k:
         return "scann_brute_force"
     return "scann_tree_ah" if num_items >= HASHING_FROM and normalized else "scann_tree"
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_scann() -> bool:
