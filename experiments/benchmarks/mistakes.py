@@ -106,7 +106,7 @@ EVALUATION = (
          '.at[seen_query, seen_item].set(-jnp.inf, mode="drop")',
          '.at[seen_query, seen_item].add(-1e5, mode="drop")'),
     make(35, "the first in the file is the last in time",
-         "data.split",
+         "data.interactions",
          "keys = (users,) if times is None else (times, users)",
          "keys = (users,) if times is None else (-np.arange(len(users)), times, users)"),
     make(35, "an unstable sort of the history",

@@ -46,8 +46,9 @@ DEVICES = (
          "return jnp.arange(length, dtype=jnp.int32)"),
     make(14, "the filling of a mesh moves other places",
          "training.step",
-         "batch + hard + group.places(len(drawn.shared)), batch + group.places(drawn.hard.size))",
-         "batch + group.places(len(drawn.shared)), batch + len(drawn.shared) * group.size + group.places(drawn.hard.size))"),
+         "everyone + hard + group.places(len(drawn.shared)), everyone + group.places(drawn.hard.size))",
+         "everyone + group.places(len(drawn.shared)), "
+         "everyone + len(drawn.shared) * group.size + group.places(drawn.hard.size))"),
     make(15, "hard negatives interleaved",
          "training.losses",
          "hard.reshape(rows, sources.hard, -1)",

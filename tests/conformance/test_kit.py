@@ -40,7 +40,7 @@ RUN = """
 import json, tempfile
 from experiments.benchmarks.mutations import Attempt, tests_by_trap
 from experiments.benchmarks.mistakes import make
-module, old = "data.split", "order = np.lexsort(keys)  # stable"
+module, old = "data.interactions", "order = np.lexsort(keys)  # stable"
 mistakes = [make(35, "", module, old, new) for new in (
     "order = np.lexsort((-np.arange(len(users)), *keys))  # ", "order = 1 * np.lexsort(keys)  # ", "order = nothing  # ")]
 with tempfile.TemporaryDirectory() as cache:

@@ -79,7 +79,9 @@ def test_a_bundle_is_asked_for_before_it_is_there(trained):
 def test_evaluate_writes_what_it_prints(exported):
     printed = launch("evaluate", f"--workdir={exported}", "--k=10,5", "--baselines")
     measured = json.loads((exported / "evaluation" / "metrics.json").read_text())
-    assert set(measured) == {"protocol", "model", "model_unmasked", "baselines", "baselines_unmasked", "index"}
+    assert set(measured) == {
+        "protocol", "model", "model_unmasked", "baselines", "baselines_unmasked", "new_items", "new_users", "index",
+    }  # fmt: skip
     assert set(measured["baselines"]) == {
         "random", "popularity", "popularity_last_week", "popularity_top_quantile", "true_preferences",
     }  # fmt: skip
