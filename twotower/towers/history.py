@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower.config import HistoryConfig
-from twotower.towers.layers import drop_out
+from twotower.towers.layers import dense, drop_out, of_activations
 from twotower.validation import ConfigError, choose
 
 # Layers of a history are numbered from here on, apart from those of the tower around it; see `drop_out`.
@@ -70,7 +70,7 @@ class _Encoder(nn.Module):
         """The vector of each event, of mean square 1 for rows of norm 1, and what its gap says."""
         x = history.vectors * jnp.sqrt(jnp.float32(history.vectors.shape[-1])).astype(history.vectors.dtype)
         if self.config.width:
-            x = flat(nn.Dense(self.config.width, dtype=self.dtype, name="project"), x)
+            x = flat(dense(self.config.width, self.dtype, name="project"), x)
         if self.gaps:
             table = self.param("gaps", nn.initializers.normal(0.1), (self.gaps + 1, x.shape[-1]))
             x = x + table[history.gaps].astype(x.dtype)
@@ -156,8 +156,8 @@ def _started(x: Array, valid: Array) -> tuple[Array, Array, Array]:
 
 
 def _attention_logits(x: Array, dtype: Any) -> Float[Array, "B L"]:
-    hidden = jnp.tanh(nn.Dense(x.shape[-1], dtype=dtype, name="attention_hidden")(x))
-    return nn.Dense(1, use_bias=False, dtype=dtype, name="attention")(hidden)[..., 0].astype(jnp.float32)
+    hidden = jnp.tanh(dense(x.shape[-1], dtype, name="attention_hidden")(x))
+    return dense(1, dtype, use_bias=False, name="attention")(hidden)[..., 0].astype(jnp.float32)
 
 
 def _transform(
@@ -199,12 +199,12 @@ class _Attention(nn.Module):
         self, x: Float[Array, "B S F"], segment: Int[Array, "B S"], position: Int[Array, "B S"]
     ) -> Float[Array, "B S F"]:
         width, heads = x.shape[-1], self.config.heads
-        qkv = flat(nn.Dense(3 * width, dtype=self.dtype, name="qkv"), x)
+        qkv = flat(dense(3 * width, self.dtype, name="qkv"), x)
         q, k, v = (part.reshape(*x.shape[:2], heads, width // heads) for part in jnp.split(qkv, 3, -1))
         if self.config.positions == "rotary":
             q, k = rotated(q, position), rotated(k, position)
         out = attend(q * (width // heads) ** -0.5, k, v, segment, causal=self.causal)
-        return flat(nn.Dense(width, dtype=self.dtype, name="out"), out.reshape(x.shape))
+        return flat(dense(width, self.dtype, name="out"), out.reshape(x.shape))
 
 
 def attend(
@@ -259,11 +259,11 @@ class SasrecBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segment: Array, position: Array, *, keys: Array | None) -> Float[Array, "B S F"]:
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
-        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
+        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
         added = _Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position)
         x = x + drop_out(added, c.dropout, keys, layer).astype(x.dtype)
-        hidden = nn.relu(flat(nn.Dense(c.expansion * width, dtype=self.dtype), flat(nn.LayerNorm(dtype=self.dtype), x)))
-        return x + drop_out(flat(nn.Dense(width, dtype=self.dtype), hidden), c.dropout, keys, layer + 1).astype(x.dtype)
+        hidden = nn.relu(flat(dense(c.expansion * width, self.dtype), flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)))
+        return x + drop_out(flat(dense(width, self.dtype), hidden), c.dropout, keys, layer + 1).astype(x.dtype)
 
 
 class LigrBlock(nn.Module):
@@ -282,14 +282,14 @@ class LigrBlock(nn.Module):
         c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
 
         def gated(added: Array, layer: int) -> Array:
-            gate = nn.sigmoid(flat(nn.Dense(width, dtype=self.dtype), x))
+            gate = nn.sigmoid(flat(dense(width, self.dtype), x))
             return x + (drop_out(added, c.dropout, keys, layer) * gate).astype(x.dtype)
 
-        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
+        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
         x = gated(_Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position), layer)
-        normed = flat(nn.LayerNorm(dtype=self.dtype), x)
-        hidden = [flat(nn.Dense(c.expansion * width, use_bias=False, dtype=self.dtype), normed) for _ in range(2)]
-        return gated(flat(nn.Dense(width, use_bias=False, dtype=self.dtype), nn.silu(hidden[0]) * hidden[1]), layer + 1)
+        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
+        hidden = [flat(dense(c.expansion * width, self.dtype, use_bias=False), normed) for _ in range(2)]
+        return gated(flat(dense(width, self.dtype, use_bias=False), nn.silu(hidden[0]) * hidden[1]), layer + 1)
 
 
 BLOCKS: Mapping[str, type[nn.Module]] = {"sasrec": SasrecBlock, "ligr": LigrBlock}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from twotower.config import HistoryConfig, TowerConfig
 from twotower.data.encodings import Input
 from twotower.towers.history import HISTORIES, History
-from twotower.towers.layers import ACTIVATIONS, MLP, drop_out
+from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
 from twotower.validation import choose
 
 
@@ -43,7 +43,7 @@ class MLPTower(nn.Module):
         """Args: history: fields of `History`; "vectors" is a mapping like `features`, of each event."""
         def projected(columns: dict[str, Any]) -> list[Array]:
             return [
-                nn.Dense(self.projections[name], dtype=self.dtype, name=f"project_{name}".replace("/", "_"))(x)
+                dense(self.projections[name], self.dtype, name=f"project_{name}".replace("/", "_"))(x)
                 if name in self.projections else x for name, x in columns.items()
             ]  # fmt: skip
 
