@@ -34,18 +34,22 @@ def get_config():
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
+    config.model.dtype = "bfloat16"
 
     config.objective.negatives.catalogue = True
     config.objective.negatives.in_batch = False
 
     config.training.examples = "sequences"
     config.training.batch_size = 64
-    config.training.steps = 4000
-    config.training.validate_every = 100
+    config.training.steps = 2500
+    config.training.validate_every = 250
     config.training.patience = 6
     config.training.metric = "ndcg@10"
+    config.training.optimizer.learning_rate = 2e-3
+    config.training.schedule.kind = "cosine"
+    config.training.schedule.warmup_steps = 100
     config.training.tables.kind = "lazy_adam"
-    config.training.tables.learning_rate = 1e-3
+    config.training.tables.learning_rate = 2e-3
 
     config.evaluation.ks = (10,)
     return config

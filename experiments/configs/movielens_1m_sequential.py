@@ -34,6 +34,7 @@ def get_config():
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
+    config.model.dtype = "bfloat16"
 
     # Full softmax: a catalogue of thousands costs less than sampling from it loses.
     config.objective.negatives.catalogue = True
@@ -41,14 +42,16 @@ def get_config():
 
     config.training.examples = "sequences"
     config.training.crop = "random"
-    config.training.batch_size = 64
-    config.training.steps = 6000
-    config.training.validate_every = 250
+    config.training.batch_size = 32
+    config.training.steps = 4000
+    config.training.validate_every = 500
     config.training.patience = 6
     config.training.metric = "ndcg@10"
+    config.training.optimizer.learning_rate = 2e-3
+    config.training.schedule.kind = "cosine"
     config.training.schedule.warmup_steps = 200
     config.training.tables.kind = "lazy_adam"
-    config.training.tables.learning_rate = 1e-3
+    config.training.tables.learning_rate = 2e-3
 
     config.evaluation.ks = (10,)
     return config
