@@ -50,7 +50,7 @@ class Weights(NamedTuple):
 class TwoTower:
     """The towers of one configuration and encoder: pure functions, no arrays but the initial rows of `tables`.
 
-    Compared by identity, so that it can be a static argument of `jit`.
+    Compared by identity, so that it can be a static argument of `jit`. `dim` is D of what `embed` gives; see `cut`.
     """
 
     config: ModelConfig
@@ -158,8 +158,17 @@ class TwoTower:
         return (l2_normalize(x) if self.normalize else x), updates.get("batch_stats", {})
 
     def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B *S D"]:
-        """The vectors of encoded features, as served: no dropout, running statistics."""
-        return self.vectors(side, weights, self.lookup(side, weights.tables, features), features)[0]
+        """The vectors of encoded features, as served: no dropout, running statistics, cut to `dim`."""
+        vectors = self.vectors(side, weights, self.lookup(side, weights.tables, features), features)[0]
+        return vectors if vectors.shape[-1] == self.dim else self.shorten(vectors, self.dim)
+
+    def shorten(self, vectors: Float[Array, "... D"], width: int) -> Float[Array, "... W"]:
+        """The first `width` numbers of vectors, normalised again where vectors are (Matryoshka, Kusupati et al., 2022)."""
+        return l2_normalize(vectors[..., :width]) if self.normalize else vectors[..., :width]
+
+    def cut(self, width: int) -> TwoTower:
+        """The same towers, whose `embed` gives shortened vectors; needs the same weights."""
+        return dataclasses.replace(self, dim=width)
 
     def temperature(self, params: Mapping[str, Any]) -> Float[Array, ""]:
         """The number that scores are divided by in the loss."""
