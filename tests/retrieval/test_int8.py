@@ -44,19 +44,19 @@ def test_the_largest_number_is_127_steps_and_the_length_stays():
     stored = quantize(vectors)
     assert stored.codes.tolist() == [[127, -64, 1], [0, 0, 0], [-127, 42, 85]]
     expected = np.linalg.norm(vectors, axis=1) / np.maximum(np.linalg.norm(stored.codes, axis=1), 1)
-    np.testing.assert_allclose(stored.scales, expected, rtol=2**-16)
+    np.testing.assert_allclose(stored.scales, expected, rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(stored), stored.codes * stored.scales[:, None])
     for rows in (0, slice(1, 3), np.array([2, 0])):
         np.testing.assert_array_equal(stored[rows], np.asarray(stored)[rows])
     lengths = np.linalg.norm(np.asarray(quantize(drawn())), axis=1)
-    np.testing.assert_allclose(lengths, np.linalg.norm(drawn(), axis=1), rtol=2**-16)
+    np.testing.assert_allclose(lengths, np.linalg.norm(drawn(), axis=1), rtol=1e-6)
 
 
 def test_rounding_what_is_rounded_changes_nothing():
     once = quantize(drawn())
     twice = quantize(np.asarray(once))
     np.testing.assert_array_equal(twice.codes, once.codes)
-    np.testing.assert_array_equal(twice.scales, once.scales)
+    np.testing.assert_allclose(twice.scales, once.scales, rtol=2e-7)
 
 
 def test_scores_differ_by_less_than_the_bound_which_is_not_idle():
@@ -149,7 +149,7 @@ def test_parts_that_do_not_belong_together_are_refused(folder, exported):
     np.save(folder / "item_scales.npy", scales)
     shutil.copy(exported / "config.json", folder / "config.json")
     rewrite_manifest(folder)
-    with pytest.raises(BundleError, match="holds int8 with item_scales.npy, but config.retrieval.vectors='float32'"):
+    with pytest.raises(BundleError, match="item_vectors.npy holds int8, but config.retrieval.vectors='float32'"):
         load_bundle(folder)
 
 
@@ -174,7 +174,7 @@ def test_an_item_keeps_its_score_when_items_are_indexed_anew_and_written(folder,
     assert np.load(folder / "item_vectors.npy").dtype == np.int8
     live = Retriever.load(folder)
     assert score() == pytest.approx(before, abs=1e-6)
-    np.testing.assert_array_equal(live.item_vectors(["new"])[0], np.asarray(quantize(vector[None]))[0])
+    np.testing.assert_allclose(live.item_vectors(["new"])[0], np.asarray(quantize(vector[None]))[0], rtol=1e-6)
     assert live.bundle.manifest["against_full"]["recall@10"] < 1 and live.bundle.manifest["compactions"] == 1
     near = [item.score for item in live.similar_items("new", k=5)]
     assert near == sorted(near, reverse=True) and max(near) <= 1 + 1e-4

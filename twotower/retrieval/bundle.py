@@ -156,11 +156,10 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
 def _stored_vectors(folder: Path, kind: str) -> Vectors:
     """The item vectors, stored as `config.retrieval.vectors` says."""
     vectors = _mapped(folder, "item_vectors")
-    scales = folder / "item_scales.npy"
-    if vectors.dtype != kind or scales.exists() != (kind == "int8"):
-        beside = "with" if scales.exists() else "without"
-        raise BundleError(f"{folder}: item_vectors.npy holds {vectors.dtype} {beside} item_scales.npy, but "
-                          f"config.retrieval.vectors={kind!r}. Export again.")  # fmt: skip
+    if vectors.dtype != kind:
+        raise BundleError(
+            f"{folder}: item_vectors.npy holds {vectors.dtype}, but config.retrieval.vectors={kind!r}. Export again."
+        )
     if kind != "int8":
         return vectors
     try:

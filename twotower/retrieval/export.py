@@ -133,13 +133,15 @@ def known_users(prepared: Prepared) -> pa.Table:
             column, prepared.histories.stored(prepared.raw)
         )
     users = users.select(list(own))
-    if encoder.context:
+    asked_when = encoder.spec.history is not None and encoder.spec.history.request_gap
+    if encoder.context or asked_when:
         places = latest_rows(all_rows(prepared), num_users=len(users))
         log = pa.concat_tables(
             [prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default"
         )
         latest = log.take(pa.array(places, mask=places < 0))
-        for column in dict.fromkeys(columns[name] for name in encoder.context):
+        read = [columns[name] for name in encoder.context] + ["timestamp"] * asked_when
+        for column in dict.fromkeys(read):
             users = users.append_column(column, latest[column])
     return users
 
@@ -172,7 +174,7 @@ def check_parity(run: Run, folder: Path) -> None:
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
     context = joined_context(prepared, latest[users])
     if prepared.histories is not None:  # users are served with all that they did
-        context[SPANS] = prepared.histories.now(users)
+        context[SPANS] = prepared.histories.now(users, when(prepared, latest[users]))
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors = embed_rows(model, run.weights, "user", user_features)
@@ -196,6 +198,12 @@ def compare_scores(served: np.ndarray, trained: np.ndarray, rounding: np.ndarray
         worst = float(differ.max(initial=0.0))
         allowed = f" (rounding to int8 allows {float(np.max(rounding)):.2e})" if np.any(rounding) else ""
         raise BundleError(f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; nothing was exported.")
+
+
+def when(prepared: Prepared, places: np.ndarray) -> np.ndarray | None:
+    """Times of rows of train, validation and test joined; None without."""
+    times = [rows.timestamp for rows in all_rows(prepared)]
+    return None if any(x is None for x in times) else np.concatenate(times)[places]
 
 
 def joined_context(prepared: Prepared, places: np.ndarray) -> dict[str, np.ndarray]:

@@ -49,14 +49,13 @@ Vectors = np.ndarray | Int8Vectors
 def quantize(vectors: np.ndarray) -> Int8Vectors:
     """Codes of float [N, D]: the largest number of an item is 127 steps; then its scale is set so that its length is kept.
 
-    A scale has 16 bits, with which products with codes are exact: quantised once more, dequantised vectors stay as they are.
+    Quantised once more, dequantised vectors have the same codes, and scales that differ by rounding alone.
     """
     steps = _steps(vectors)[:, None]
     codes = np.rint(np.divide(vectors, steps, out=np.zeros(vectors.shape), where=steps > 0)).astype(np.int8)
     lengths = np.linalg.norm(np.asarray(vectors, np.float64), axis=1)
     scales = lengths / np.maximum(np.linalg.norm(codes.astype(np.float64), axis=1), 1)
-    fraction, exponent = np.frexp(scales)
-    return Int8Vectors(codes, np.ldexp(np.rint(fraction * 2**16) / 2**16, exponent).astype(np.float32))
+    return Int8Vectors(codes, scales.astype(np.float32))
 
 
 def as_stored(vectors: np.ndarray, like: Vectors) -> Vectors:

@@ -19,7 +19,15 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.data.encoder import Encoder
-from twotower.data.encodings import HISTORY_GAP, HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_WEIGHT, Input, TableShape
+from twotower.data.encodings import (
+    HISTORY_GAP,
+    HISTORY_POSITION,
+    HISTORY_SEGMENT,
+    HISTORY_UNTIL,
+    HISTORY_WEIGHT,
+    Input,
+    TableShape,
+)
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
@@ -195,7 +203,7 @@ class TwoTower:
             # Packed, it is the start tokens that have no item.
             "valid": features[first] != PADDING if segment is None else segment > 0,
             "gaps": features.get(HISTORY_GAP), "log_weights": features.get(HISTORY_WEIGHT), "segment": segment,
-            "position": features.get(HISTORY_POSITION),
+            "position": features.get(HISTORY_POSITION), "until": features.get(HISTORY_UNTIL),
         }  # fmt: skip
 
     def _example(self, side: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -207,7 +215,7 @@ class TwoTower:
             if i.table:
                 rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
             if i.gaps:
-                features[HISTORY_GAP] = jnp.zeros(shape, jnp.int32)
+                features[HISTORY_GAP] = features[HISTORY_UNTIL] = jnp.zeros(shape[:2], jnp.int32)
         return self._columns(side, rows, features), self._history(side, rows, features)
 
     def _init_tower(self, side: str, key: jax.Array) -> dict[str, Any]:
