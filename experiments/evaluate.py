@@ -1,12 +1,13 @@
 """Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
-    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation]
+    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation] [--dim=32]
 
 Prints a table and writes WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -22,6 +23,9 @@ _QUERIES = flags.DEFINE_integer(
     "queries", 0, "Ask at most this many, evenly spaced, where all would take too long.", lower_bound=0
 )
 _WEIGHTS = flags.DEFINE_list("popularity_weights", [], "Measure lists with popularity weighed too: --popularity_weights=0,.05.")
+_DIM = flags.DEFINE_integer(
+    "dim", None, "Width that vectors are cut to, in the place of config.retrieval.dim's.", lower_bound=1
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
 
 
@@ -33,6 +37,9 @@ def main() -> None:
 
     workdir = Path(_WORKDIR.value)
     run = load_run(workdir, checkpoint=_CHECKPOINT.value)
+    if _DIM.value:
+        retrieval = dataclasses.replace(run.config.retrieval, dim=_DIM.value)
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, retrieval=retrieval))
     ks = parse_ks(_K.value, run.config.evaluation.ks)
     bundle = workdir / "bundle"
     # Loaded before the long part: a damaged bundle is told at once.

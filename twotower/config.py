@@ -392,6 +392,9 @@ class RetrievalConfig:
         target_recall: share of the exact top `k` that the index must find; decides how hard a query searches.
         k: length of the lists that the index is tuned for; longer ones are tuned beside it.
         popularity: index one more coordinate, the log count of training rows, so that a query may weigh popularity.
+        dim: width that the vectors of users and items are cut to: one of `objective.matryoshka`; 0 keeps all of D.
+        vectors: how item vectors are stored: float32, or int8 with a scale for each item, a quarter of the size (see
+            `twotower.retrieval.int8`). What either loses is measured at export and stands in the manifest.
         display: columns of the items table kept beside the vectors; empty keeps all.
     """
 
@@ -399,6 +402,8 @@ class RetrievalConfig:
     target_recall: float = 0.98
     k: int = 10
     popularity: bool = False
+    dim: int = 0
+    vectors: str = "float32"
     display: tuple[str, ...] = ()
 
 

@@ -46,6 +46,8 @@ def _check_data(config: Any, check: _Checks) -> None:
     check.at_least(1000, "data.num_interactions")
     check.at_least(0, "evaluation.validation_queries", "data.k_core")
     check.at_least(1, "retrieval.k")
+    check.at_least(0, "retrieval.dim")
+    check.one_of(("float32", "int8"), "retrieval.vectors")
     check.one_of(("all", "first", "last"), "data.duplicates")
     check.one_of(("user", "interaction"), "evaluation.query")
     scann = ("scann_brute_force", "scann_tree", "scann_tree_ah")

@@ -137,7 +137,7 @@ INDEX = (
          '"squared_l2"'),
     make(9, "export compares nothing",
          "retrieval.export",
-         "if not worst <= TOLERANCE * scale:",
+         "if not (differ <= TOLERANCE * scale + rounding).all():",
          "if False:"),
     make(9, "the bundle says another normalisation",
          "retrieval.bundle",

@@ -7,7 +7,7 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.data.encoder import Encoder
-from twotower.data.encodings import HISTORY_GAP, HISTORY_WEIGHT
+from twotower.data.encodings import HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT
 from twotower.data.features import from_mappings
 from twotower.data.growth import grown
 from twotower.data.histories import KNOWN, SPANS, windows
@@ -139,6 +139,36 @@ def test_weights_of_events_fall_with_their_age_and_gaps_are_buckets():
     np.testing.assert_array_equal(got[HISTORY_GAP], [[0, 8, 3], [0, 0, 0]])  # 1 + min(floor(log2(1 + s)), 7)
 
 
+def bucket(seconds, buckets):
+    return 1 + min(int(np.log2(1 + seconds)), buckets - 1)
+
+
+@pytest.mark.parametrize("times,kind", [(40, "leave_last_out"), (10**6, "time")], ids=["ties", "times"])
+def test_of_a_request_its_time_is_known_and_nothing_else(tmp_path, times, kind):
+    path = write_log(tmp_path / "log.csv", times=times)
+    prepared = prepared_of(path, {"kind": kind}, gaps=25, request_gap=True)
+    lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]
+    for part in PARTS:
+        got = prepared.histories.take(getattr(prepared, part).context[SPANS])[HISTORY_UNTIL]
+        raw, places = getattr(prepared.raw, part), prepared.raw.places
+        known = [place for which in KNOWN[part] for place in places[which]]
+        for row, (user, time) in enumerate(zip(raw["user_id"].to_pylist(), raw["timestamp"].to_pylist())):
+            happened = sorted(int(lines[p][2]) for p in known if lines[p][0] == user and int(lines[p][2]) < time)[-L:]
+            expected = [bucket(seconds, 25) for seconds in np.diff([*happened, time])]
+            assert got[row].tolist() == expected + [0] * (L - len(expected)), (part, row)
+
+
+def test_a_request_may_bring_its_time_and_what_is_missing_has_a_bucket_of_its_own():
+    enc = encoder({"gaps": 8, "request_gap": True})
+    event = lambda item, time: {"item_id": item, "timestamp": time}  # noqa: E731
+    lists = [[event("x", 10), event("y", 13)], [event("x", 10), event("y", None)], [], [event("x", 20)], [event("z", 0)] * 5]
+    column = pa.array(lists, pa.list_(pa.struct([("item_id", pa.string()), ("timestamp", pa.int64())])))
+    asked = pa.table({"history": column, "timestamp": pa.array([17, 17, 17, None, 10**9])})
+    found = enc.encode("user", asked)[HISTORY_UNTIL].tolist()
+    assert found == [[3, 3, 0], [9, 9, 0], [0, 0, 0], [9, 0, 0], [1, 1, 8]]
+    assert enc.encode("user", asked.drop_columns(["timestamp"]))[HISTORY_UNTIL].tolist()[0] == [3, 9, 0]
+
+
 def test_what_is_read_of_an_item_beside_its_id():
     enc = encoder({"reads": ["item_id", "kind"]})
     items = pa.table({"item_id": ["x", "y", "z"], "kind": ["p|q", "p", None]})
@@ -156,11 +186,11 @@ def test_what_is_read_of_an_item_beside_its_id():
 
 def test_histories_are_the_same_inside_jit(tmp_path):
     path = write_log(tmp_path / "log.csv", times=10**6)
-    prepared = prepared_of(path, {"kind": "time"}, gaps=6, weights={"buy": 3.0}, reads=("item_id", "kind"))
+    prepared = prepared_of(path, {"kind": "time"}, gaps=6, weights={"buy": 3.0}, reads=("item_id", "kind"), request_gap=True)
     histories, spans = prepared.histories, prepared.train.context[SPANS]
     inside = jax.jit(windows, static_argnums=3)(histories.trained, histories.reads, spans, L)
     outside = histories.take(spans)
-    assert inside.keys() == outside.keys() and {HISTORY_GAP, HISTORY_WEIGHT, IDS, "history/kind"} == outside.keys()
+    assert inside.keys() == outside.keys() == {HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT, IDS, "history/kind"}
     for name, x in outside.items():
         np.testing.assert_array_equal(inside[name], x, err_msg=name)
 
@@ -187,6 +217,7 @@ def test_saved_and_grown_it_encodes_alike(tmp_path):
     ({"h": {"type": "history"}, "g": {"type": "history"}}, "features.user.g is a second history"),
     ({"h": {"type": "history", "reads": ["item"]}}, "features.user.h.reads='item' is not known; did you mean 'item_id'"),
     ({"h": {"type": "history", "reads": ["kind"]}}, "must begin with a string feature of the column 'item_id'"),
+    ({"h": {"type": "history", "request_gap": True}}, "features.user.h.gaps=0 must be how many buckets request_gap has"),
     ({"h": {"type": "history", "max_length": 0}}, "features.user.h.max_length=0 must be at least 1"),
     ({"h": {"type": "history", "weights": {"view": 0}}}, "must be a mapping of events to numbers above 0"),
     ({"h": {"type": "history", "embedding_size": 8}}, "features.user.h.embedding_size=8 must be left out"),
@@ -210,11 +241,13 @@ def test_what_the_log_does_not_have_is_refused(tmp_path, field, value, message):
 
 def test_stored_histories_are_those_of_the_end_of_the_log(tmp_path):
     path = write_log(tmp_path / "log.csv", times=10**6)
-    prepared = prepared_of(path, {"kind": "time"}, gaps=6, half_life=2.0, weights={"buy": 3})
+    prepared = prepared_of(path, {"kind": "time"}, gaps=6, half_life=2.0, weights={"buy": 3}, request_gap=True)
     users = np.arange(len(prepared.users))
     stored = prepared.users.append_column("history", prepared.histories.stored(prepared.raw))
+    newest = max(part["timestamp"].to_numpy().max() for part in (prepared.raw.validation, prepared.raw.test))
+    stored = stored.append_column("timestamp", pa.array(np.full(len(users), newest)))
     now, again = prepared.histories.take(prepared.histories.now(users)), prepared.encoder.encode("user", stored)
-    assert set(now) == set(again) == {IDS, HISTORY_GAP, HISTORY_WEIGHT}
+    assert set(now) == set(again) == {IDS, HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT}
     for name in now:
         np.testing.assert_allclose(again[name], now[name], rtol=1e-6)
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]

@@ -29,9 +29,10 @@ def begun(tmp_path, *, times=None, crop="last", rows=120, **history):
     return prepared, Plan.build(prepared.histories, crop=crop, seed=0)
 
 
-@pytest.mark.parametrize("times", [None, 40], ids=["no times", "ties"])
-def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times):
-    prepared, plan = begun(tmp_path, times=times, **({"gaps": 5} if times else {}))
+@pytest.mark.parametrize("times,feature", [(None, {}), (40, {"gaps": 5}), (40, {"gaps": 30, "request_gap": True})],
+                         ids=["no times", "ties", "ties, times of requests"])  # fmt: skip
+def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times, feature):
+    prepared, plan = begun(tmp_path, times=times, **feature)
     data = sequence_data(prepared.train, prepared.features, prepared.histories)
     places = plan.expand(np.arange(len(plan)), np.zeros(len(plan), int))
     batch = gather_sequences(data, places)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +14,8 @@ from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.validation import ConfigError
 
-HISTORY = {"type": "history", "max_length": 4, "reads": ["item_id", "category"], "weights": {"purchase": 10.0}, "gaps": 8}
+HISTORY = {"type": "history", "max_length": 4, "reads": ["item_id", "category"], "weights": {"purchase": 10.0}}
+HISTORY |= {"gaps": 30, "request_gap": True}
 FEATURES = {
     "user": {"city": {"type": "string", "embedding_size": 4}, "history": HISTORY},
     "item": {"item_id": {"type": "string", "embedding_size": 16}, "category": {"type": "string", "embedding_size": 8}},
@@ -23,7 +25,10 @@ FEATURES = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     model = {"user": {"layers": (16,)}, "item": {"layers": (16,)}, "history": {"kind": "causal", "heads": 2, "blocks": 1}}
-    return make_run(tmp_path_factory.mktemp("history"), features=FEATURES, model=model)
+    run = make_run(tmp_path_factory.mktemp("history"), features=FEATURES, model=model)
+    history = run.weights.params["user"]["history"]
+    history["until"] = jax.random.normal(jax.random.key(1), history["until"].shape)  # as if it had been trained
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,21 @@ def test_a_known_user_is_asked_with_all_that_they_did(run, retriever):
     found = retriever.recommend(user, k=10)
     assert found.known and ids(found) == ids(retriever.recommend(user, rows=[{"city": city, "history": history}], k=10))
     assert ids(retriever.recommend(user, rows=[{"city": city, "history": []}], k=10)) != ids(found)
+
+
+def test_a_vector_depends_on_when_one_asks(run, retriever):
+    user = run.prepared.raw.test["user_id"][0].as_py()
+    row = retriever.user_rows.rows_of([user]).to_pylist()[0]
+    log = [time for name in ("train", "validation", "test") for time in getattr(run.prepared.raw, name)["timestamp"].to_pylist()]
+    last, newest = row["history"][-1]["timestamp"], max(log)
+    stored = retriever.embed_users([user])
+    for time in (newest, None):  # now, which is the newest time of the log
+        np.testing.assert_allclose(retriever.encode_users([row | {"timestamp": time}]), stored, atol=1e-6)
+    for since, same in ((newest - last + 2**28, False), (newest - last, True), (1, False)):
+        vectors = retriever.encode_users([row | {"timestamp": last + since}])
+        assert np.allclose(vectors, stored, atol=1e-4) == same, since
+    late = retriever.encode_users([row | {"history": [{**row["history"][-1], "timestamp": None}]}])
+    assert not np.allclose(late, retriever.encode_users([row | {"history": row["history"][-1:]}]), atol=1e-4)
 
 
 def test_an_unknown_user_is_asked_with_an_empty_history(retriever):

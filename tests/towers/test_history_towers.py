@@ -69,6 +69,24 @@ def test_no_position_depends_on_a_later_item_or_on_another_sequence(block, posit
         assert sorted(map(tuple, known)) == expected, (b, s)
 
 
+def test_no_position_knows_when_a_later_one_was_asked():
+    rows = packed(of([3, 4, 2]), [[0, 1], [2]], 10)
+    every = jnp.arange(rows.valid.size).reshape(rows.valid.shape)  # a bucket for each place
+    rows = rows._replace(gaps=jnp.zeros_like(every), until=every)
+    module = HISTORIES["causal"](HistoryConfig(dropout=0.0, expansion=1, blocks=2), L, every.size - 2, None, True)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(module.init, jax.random.key(1), rows)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), shapes)["params"]
+
+    def vectors(table):
+        return jnp.square(module.apply({"params": params | {"until": table}}, rows)) @ jnp.arange(1.0, E + 1)
+
+    jacobian = np.abs(jax.jit(jax.jacrev(vectors))(params["until"])).max(-1)
+    segment, position = np.asarray(rows.segment), np.asarray(rows.position)
+    for b, s in np.argwhere(segment > 0):
+        known = [every[b, t] for t in range(s + 1) if segment[b, t] == segment[b, s] and position[b, t] > 0]
+        assert np.flatnonzero(jacobian[b, s] > 1e-7).tolist() == known, (b, s)
+
+
 @pytest.mark.parametrize("block,positions", KINDS)
 def test_packed_sequences_have_the_vectors_of_each_alone(block, positions):
     apply = make("causal", block=block, positions=positions)

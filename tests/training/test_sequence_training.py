@@ -86,7 +86,7 @@ def one_step(prepared, trainer, rows):
 ], ids=["full softmax", "ties, mixed, symmetric"])  # fmt: skip
 def test_all_positions_in_one_pass_are_every_prefix_by_itself(tmp_path_factory, times, objective, history):
     path = log(tmp_path_factory.getbasetemp(), times)
-    feature = {"gaps": 6} if times else {}
+    feature = {"gaps": 12, "request_gap": True} if times else {}
     found = {}
     for examples in ("interactions", "sequences"):
         config = config_of(path, examples=examples, objective=objective, history=history, feature=feature)
@@ -107,7 +107,7 @@ def test_eight_devices_do_what_one_does(tmp_path_factory):
     objective = {"negatives": MIXED | {"frequency": "gap"}, "symmetric": True}
     config = config_of(
         log(tmp_path_factory.getbasetemp(), 30), objective=objective, history={"dropout": 0.3}, rate=0.2,
-        training={"batch_size": 8}, feature={"max_length": 6, "gaps": 6},
+        training={"batch_size": 8}, feature={"max_length": 6, "gaps": 6, "request_gap": True},
     )  # fmt: skip
     prepared, trainer = prepared_and_trainer(config)
     catalogue, found = catalogue_of(prepared, trainer), {}

@@ -94,7 +94,8 @@ class Encoder:
         present = fitted.feature.column in rows.column_names
         column = rows[fitted.feature.column] if present else pa.chunked_array([pa.nulls(rows.num_rows)])
         if fitted.feature is self.spec.history:
-            return encode_histories(fitted, column)
+            asked = rows["timestamp"] if self.spec.history.request_gap and "timestamp" in rows.column_names else None
+            return encode_histories(fitted, column, asked=asked)
         return {name: encode_column(fitted, column)}
 
     @functools.cached_property

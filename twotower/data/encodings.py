@@ -28,7 +28,7 @@ from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError
 
 # Arrays beside the items of a history, [N, L] as they are; the last two of sequences packed into rows, [B, S].
-HISTORY_GAP, HISTORY_WEIGHT = "history gap", "history weight"
+HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT = "history gap", "history until", "history weight"
 HISTORY_SEGMENT, HISTORY_POSITION = "history segment", "history position"
 
 
@@ -45,6 +45,7 @@ class Input:
         oov_rows: how many such rows the table has.
         events: L of what is read at each event of a history, [N, L, ...]; 0 for all other features.
         gaps: of the first such feature: buckets of the time between events that stand beside it.
+        until: of the first such feature: whether the time until the next event, or the request, stands beside it too.
     """
 
     table: str = ""
@@ -55,6 +56,7 @@ class Input:
     oov_rows: int = 0
     events: int = 0
     gaps: int = 0
+    until: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +186,7 @@ def inputs_of(name: str, fitted: Fitted, items: Mapping[str, Fitted]) -> dict[st
         return {name: input_of(fitted)}
     read = {f"{name}/{of}": dataclasses.replace(input_of(items[of]), events=feature.max_length) for of in feature.reads}
     first = next(iter(read))
-    return read | {first: dataclasses.replace(read[first], gaps=feature.gaps)}
+    return read | {first: dataclasses.replace(read[first], gaps=feature.gaps, until=feature.request_gap)}
 
 
 def input_of(fitted: Fitted) -> Input:

@@ -259,6 +259,11 @@ class HistoryFeature(Feature):
         max_length: L, events kept: the latest ones.
         reads: the features of an item that are read at each event, from the tables of the item tower; the first is its id.
         gaps: buckets of the time since the event before, floor(log2(1 + seconds)); 0: not read.
+        request_gap: read beside each event the time until the one that follows, in as many buckets, and beside the latest the
+            time until the request. A user's vector then depends on when one asks: in training and evaluation at the time of the
+            row to be predicted, of which nothing else is known; in serving at the "timestamp" of the row that is asked with, by
+            default the newest time of the log. Only comparable with models that know when they are asked: most published
+            figures of sequential recommenders are of models that do not.
         weights: event -> its weight in a bag, above 0; an event that is not named weighs 1.
         half_life: days in which the weight of an event in a bag falls by half; 0: never.
     """
@@ -266,6 +271,7 @@ class HistoryFeature(Feature):
     max_length: int = 50
     reads: tuple[str, ...] = ("item_id",)
     gaps: int = 0
+    request_gap: bool = False
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     half_life: float = 0.0
     embedding_size: int = 0
@@ -277,6 +283,7 @@ class HistoryFeature(Feature):
         self._check(self.embedding_size == 0, "embedding_size", "left out: vectors are rows of the item's own tables")
         self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
         self._check(above, "weights", "a mapping of events to numbers above 0")
+        self._check(bool(self.gaps) or not self.request_gap, "gaps", "how many buckets request_gap has")
         self._at_least(1, "max_length")
         self._at_least(0, "gaps", "half_life")
 

@@ -5,6 +5,9 @@ its length. `windows` makes arrays of spans, on the host or inside `jit`:
 
     "history/item_id"  int32 [N, L], rows of the item's table, 0 after the last event; one such array for each feature read
     "history gap"      int32 [N, L], bucket of the time since the event before, from 1; 0 where there is none
+    "history until"    int32 [N, L], likewise until the event after, and of the latest event until the request; `gaps` + 1 where
+                       one of these times is missing. Only with `request_gap`, and then each span has a third number: the bucket
+                       of its latest event
     "history weight"   float32 [N, L], log of the weight of each event beside that of the others
 
 An event is earlier when its time is: events of the same second do not know of each other. Without times the order of the file is
@@ -21,8 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.encodings import HISTORY_GAP, HISTORY_WEIGHT, Fitted
+from twotower.data.encodings import HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT, Fitted
 from twotower.data.interactions import Split
+from twotower.data.numeric import as_seconds
 from twotower.data.vocabulary import as_strings
 from twotower.validation import ConfigError
 
@@ -31,6 +35,7 @@ KNOWN = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
 # Which of these have events of their own: validation rows know what training rows know.
 _STORED = {"train": "train", "validation": "train", "test": "test", "now": "now"}
 _DAY = 86_400
+_BESIDE = (HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT)  # what stands beside the items
 # The name, in the context of a row, of the span of its history.
 SPANS = "history span"
 
@@ -44,7 +49,8 @@ class Histories:
         events: array -> [M, ...], those that training rows know of first.
         offsets: "train", "test" or "now" -> int64 [U + 1], where the events of each user begin.
         orders: likewise -> int64 [events], their places among the rows of all parts joined.
-        spans: part -> int32 [rows, 2], the history of each of its rows: first event, and the one after the last.
+        spans: part -> int32 [rows, 2 or 3], the history of each of its rows: first event, and the one after the last.
+        times: int64 [M], of the events, in seconds; empty without.
     """
 
     fitted: Fitted
@@ -52,6 +58,7 @@ class Histories:
     offsets: Mapping[str, np.ndarray]
     orders: Mapping[str, np.ndarray]
     spans: Mapping[str, np.ndarray]
+    times: np.ndarray
 
     @property
     def length(self) -> int:
@@ -72,10 +79,14 @@ class Histories:
         """The arrays of some histories."""
         return windows(self.events, self.reads, spans, self.length)
 
-    def now(self, users: np.ndarray) -> np.ndarray:
-        """int32 [N, 2], the histories of users as they stand at the end of the log."""
+    def now(self, users: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
+        """int32 [N, 2 or 3], the histories of users as they stand at the end of the log.
+
+        Args:
+            asked: [N], when each is asked about, in seconds; the newest time of the log by default.
+        """
         begin, end = self.offsets["now"][users], self.offsets["now"][np.asarray(users) + 1]
-        return np.stack([np.maximum(begin, end - self.length), end], axis=1).astype(np.int32)
+        return _spans(self.fitted, begin, end, self.times, self.times.max(initial=0) if asked is None else asked)
 
     def stored(self, raw: Split) -> pa.Array:
         """The raw histories of all users as they stand at the end of the log, such as a request would bring them."""
@@ -93,11 +104,15 @@ class Histories:
 
 
 def windows(events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int) -> dict[str, Any]:
-    """The arrays [N, L] of spans [N, 2] of at most L events, filled up with 0; of NumPy arrays, or inside `jit`."""
+    """The arrays [N, L] of spans [N, 2 or 3] of at most L events, filled up with 0; of NumPy arrays, or inside `jit`."""
     slot = np.arange(length, dtype=np.int32)[None]
     places = spans[:, :1] + slot
-    valid = places < spans[:, 1:]
-    return read_events(events, reads, places * valid, valid, first=slot == 0)
+    valid = places < spans[:, 1:2]
+    found = read_events(events, reads, places * valid, valid, first=slot == 0)
+    if HISTORY_UNTIL in found:
+        latest = places == spans[:, 1:2] - 1
+        found[HISTORY_UNTIL] = found[HISTORY_UNTIL] * ~latest + spans[:, 2:] * latest
+    return found
 
 
 def read_events(events: Mapping[str, Any], reads: Mapping[str, Any], places: Any, valid: Any, *, first: Any) -> dict[str, Any]:
@@ -105,7 +120,7 @@ def read_events(events: Mapping[str, Any], reads: Mapping[str, Any], places: Any
     found = {name: x[places] * valid for name, x in events.items()}
     if HISTORY_GAP in found:
         found[HISTORY_GAP] = found[HISTORY_GAP] * ~first
-    ids = next((x for name, x in found.items() if name not in (HISTORY_GAP, HISTORY_WEIGHT)))  # `jit` sorts by name
+    ids = next((x for name, x in found.items() if name not in _BESIDE))  # `jit` sorts by name
     return found | {name: x[ids] for name, x in reads.items()}
 
 
@@ -131,26 +146,34 @@ def build_histories(
     when = np.unique(time if timed else place, return_inverse=True)[1]
     keys = user * (when.max(initial=0) + 1) + when
     columns = _event_arrays(fitted, log["item_id"], log["event"] if "event" in log.column_names else None, time)
-    events, offsets, orders, spans = [], {}, {}, {}
+    events, offsets, orders, ends = [], {}, {}, {}
     base = 0
     for name in ("train", "test", "now"):
         chosen = np.flatnonzero(np.isin(part, KNOWN[name]))
         order = orders[name] = chosen[np.lexsort((place[chosen], keys[chosen]))]
         offsets[name] = base + np.append(0, np.cumsum(np.bincount(user[chosen], minlength=num_users)))
-        events.append({n: x[order] for n, x in columns.items()} | _gaps(fitted, time, order))
+        events.append({n: x[order] for n, x in columns.items()} | _gaps(fitted, time, order) | _until(fitted, time, order))
         for asked, known in _STORED.items():
             if known == name and asked != "now":
                 rows = part == list(KNOWN).index(asked)
-                end = base + np.searchsorted(keys[order], keys[rows], side="left")
-                begin = np.maximum(offsets[name][user[rows]], end - fitted.feature.max_length)
-                spans[asked] = np.stack([begin, end], axis=1).astype(np.int32)
+                ends[asked] = rows, offsets[name][user[rows]], base + np.searchsorted(keys[order], keys[rows], side="left")
         base += len(order)
     joined = {n: np.concatenate([level[n] for level in events]) for n in events[0]}
-    return Histories(fitted, joined, offsets, orders, spans)
+    times = np.concatenate([time[order] for order in orders.values()]) if timed else np.zeros(0)
+    spans = {
+        asked: _spans(fitted, begin, end, times, time[rows] if timed else np.nan) for asked, (rows, begin, end) in ends.items()
+    }
+    return Histories(fitted, joined, offsets, orders, spans, times)
 
 
-def encode_histories(fitted: Fitted, column: pa.ChunkedArray) -> dict[str, np.ndarray]:
-    """The arrays of raw histories: lists of item ids or of mappings, the latest last; null is an empty one."""
+def encode_histories(
+    fitted: Fitted, column: pa.ChunkedArray, *, asked: pa.ChunkedArray | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of raw histories: lists of item ids or of mappings, the latest last; null is an empty one.
+
+    Args:
+        asked: when each is asked for; None: not known.
+    """
     feature, count = fitted.feature, len(column)
     lists = _as_lists(fitted, column)
     owners, flat = pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists)
@@ -162,16 +185,17 @@ def encode_histories(fitted: Fitted, column: pa.ChunkedArray) -> dict[str, np.nd
     after = np.bincount(owners[kept], minlength=count)[owners] - _running(kept, owners)  # how many kept ones follow
     kept &= after < feature.max_length
     chosen, owners = pa.array(kept), owners[kept]
-    time = None
+    time = known = None
     if _is_timed(fitted):
-        newest = fitted.numbers["newest"]
         given = fields.get("timestamp", pa.nulls(len(flat), pa.int64())).filter(chosen).cast(pa.int64())
-        time = pc.fill_null(given, newest).to_numpy().astype(np.int64)
+        time = pc.fill_null(given, fitted.numbers["newest"]).to_numpy().astype(np.int64)
+        known = np.where(given.is_null().to_numpy(zero_copy_only=False), np.nan, time)
     event = fields["event"].filter(chosen) if "event" in fields else None
     values = _event_arrays(fitted, pa.chunked_array([items.filter(chosen)]), event, time)
-    values |= _gaps(fitted, time, np.arange(len(owners)))
-    ends = np.cumsum(np.bincount(owners, minlength=count))
-    spans = np.stack([np.append(0, ends[:-1]), ends], axis=1).astype(np.int32) if count else np.zeros((0, 2), np.int32)
+    values |= _gaps(fitted, time, np.arange(len(owners))) | _until(fitted, known, np.arange(len(owners)))
+    lengths = np.bincount(owners, minlength=count)
+    ends = np.cumsum(lengths)
+    spans = _spans(fitted, ends - lengths, ends, known, np.nan if asked is None else _seconds(fitted, asked))
     # One more event, of nothing: an empty span must have something to point at.
     padded = {name: np.concatenate([x, np.zeros(1, x.dtype)]) for name, x in values.items()}
     reads = {f"{feature.name}/{of}": x for of, x in fitted.reads.items()}
@@ -212,11 +236,33 @@ def _event_arrays(fitted: Fitted, items: Any, event: Any, time: np.ndarray | Non
 
 def _gaps(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
     """Buckets from 1 on of the time since the event before in `order`; of a user's first event they mean nothing."""
+    return {HISTORY_GAP: _buckets(fitted, np.diff(time[order], prepend=time[order][:1]))} if fitted.feature.gaps else {}
+
+
+def _until(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
+    """Likewise until the event after; of a user's last event they mean nothing."""
+    return {HISTORY_UNTIL: _buckets(fitted, np.diff(time[order], append=time[order][-1:]))} if fitted.feature.request_gap else {}
+
+
+def _spans(fitted: Fitted, begin: np.ndarray, end: np.ndarray, times: np.ndarray | None, asked: Any) -> np.ndarray:
+    """int32 [N, 2 or 3], of the last L events within [begin, end).
+
+    Args:
+        times: [M], of the events in seconds, NaN where missing.
+        asked: [N] or one number: when each history is asked for, likewise.
+    """
+    spans = [np.maximum(begin, end - fitted.feature.max_length), end]
+    if fitted.feature.request_gap:
+        since = asked - np.append(times, np.nan)[np.maximum(end, 1) - 1]
+        spans.append(np.where(end > begin, _buckets(fitted, since), 0))
+    return np.stack(spans, axis=1).astype(np.int32)
+
+
+def _buckets(fitted: Fitted, seconds: np.ndarray) -> np.ndarray:
+    """int32, from 1 on; NaN has one of its own."""
     buckets = fitted.feature.gaps
-    if not buckets:
-        return {}
-    since = np.diff(time[order], prepend=time[order][:1])
-    return {HISTORY_GAP: (1 + np.minimum(np.log2(1 + np.maximum(since, 0)), buckets - 1).astype(np.int32)).astype(np.int32)}
+    known = 1 + np.minimum(np.log2(1 + np.maximum(np.nan_to_num(seconds), 0)), buckets - 1).astype(np.int32)
+    return np.where(np.isnan(seconds), buckets + 1, known).astype(np.int32)
 
 
 def _is_timed(fitted: Fitted) -> bool:
@@ -230,6 +276,12 @@ def _check_columns(fitted: Fitted, log: pa.Table, timed: bool) -> None:
     for field in ("gaps", "half_life"):
         if getattr(feature, field) and not timed:
             raise ConfigError(f"{feature.where}.{field}={getattr(feature, field)} needs a time in every row; this log has none.")
+
+
+def _seconds(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+    """Seconds since the epoch, NaN where missing."""
+    seconds, missing = as_seconds(column, f"{fitted.feature.where}, column 'timestamp'")
+    return np.where(missing, np.nan, seconds)
 
 
 def _as_lists(fitted: Fitted, column: pa.ChunkedArray) -> pa.LargeListArray:

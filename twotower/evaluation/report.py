@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.export import served_model
 from twotower.retrieval.popularity import log_counts, widened
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tuning import overlap
@@ -37,7 +39,8 @@ def measure_run(
     run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0,
     popularity_weights: Sequence[float] = (),
 ) -> Measured:  # fmt: skip
-    """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without.
+    """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without; of vectors cut to
+    `config.retrieval.dim`, as a bundle has them.
 
     Args:
         ks: list lengths.
@@ -52,12 +55,15 @@ def measure_run(
         "random": ...}, of a model with heads "heads": {name: {"auc": ...}}, and with `popularity_weights`
         "popularity_weights": {"0.05": {"recall@10": ...}}}
     """
+    whole, run = run.model, dataclasses.replace(run, model=served_model(run))
     every = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every.sample(most)
     rankings = {"model": model_scores(run.prepared, run.model, run.weights, queries)}
     if baselines:
         rankings |= make_baselines(run.prepared, queries)
     measured: Measured = {"protocol": _protocol(run, split, queries, len(every))}
+    if run.model is not whole:
+        measured["protocol"]["dim"] = run.model.dim
     for suffix, mask_seen in (("", True), ("_unmasked", False)):
         values = {name: evaluate(scores, queries, ks, mask_seen=mask_seen) for name, scores in rankings.items()}
         measured[f"model{suffix}"] = values.pop("model")
@@ -67,7 +73,7 @@ def measure_run(
     if popularity_weights:
         measured["popularity_weights"] = frontier(rankings["model"], queries, ks, popularity_weights)
     if run.config.objective.heads:
-        measured["heads"] = make_head_metrics(run.prepared, run.model, split, most=most)(run.weights)
+        measured["heads"] = make_head_metrics(run.prepared, whole, split, most=most)(run.weights)
     return measured
 
 
@@ -133,7 +139,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
     protocol = measured["protocol"]
     each = {"user": "user", "interaction": "held-out interaction"}[protocol["query"]]
-    where = f"exact over all {protocol['items']:,} items"
+    where = f"exact over all {protocol['items']:,} items" + (f", vectors cut to {protocol['dim']}" if "dim" in protocol else "")
     lines = [f"Step {protocol['step']} on {protocol['split']}: one query per {each}, {where}."]
     if protocol["asked"] < protocol["available"]:
         lines.append(f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked.")

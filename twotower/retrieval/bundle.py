@@ -5,6 +5,7 @@ manifest.json    format, versions, metric, checkpoint step, hash of the weights,
 config.json  encoder/  params.npz  tables/     what the towers read, and their weights
 user_tower.stablehlo  item_tower.stablehlo     the towers, as programs that need neither Flax nor the model's code
 item_vectors.npy  items.parquet  item_counts.npy   the corpus in one order: vectors; ids and display columns; training rows
+item_scales.npy                                beside vectors stored as int8: see `twotower.retrieval.int8`
 user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy   known users: vectors; raw features; items, the latest last
 index/                                         the index over the item vectors
 ```
@@ -31,6 +32,7 @@ from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.folders import content_digest, digest, put_back
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.int8 import Int8Vectors, Vectors
 from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.scann import load_index, save_index
 from twotower.retrieval.served import Towers
@@ -39,6 +41,7 @@ from twotower.retrieval.weights import load_weights, model_version, save_weights
 FORMAT, VERSION = "twotower-bundle", 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")
 SIDES = ("user", "item")
+INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 
 class BundleError(ValueError):
@@ -50,7 +53,7 @@ class Bundle:
     """A bundle in memory.
 
     Attributes:
-        vectors: float32 [N, D].
+        vectors: float32 [N, D], or int8 that is read as such.
         items: item_id and display columns, N rows.
         counts: int64 [N], training rows of each item.
         user_vectors: float32 [U, D].
@@ -64,7 +67,7 @@ class Bundle:
     config: Config
     encoder: Encoder
     towers: Towers
-    vectors: np.ndarray
+    vectors: Vectors
     items: pa.Table
     counts: np.ndarray
     user_vectors: np.ndarray
@@ -92,15 +95,20 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     save_weights(bundle.towers.weights, folder)
     for side in SIDES:
         (folder / f"{side}_tower.stablehlo").write_bytes(bundle.towers.programs[side])
-    arrays = {"item_vectors": bundle.vectors, "item_counts": bundle.counts, "user_vectors": bundle.user_vectors,
+    arrays = {"item_counts": bundle.counts, "user_vectors": bundle.user_vectors,
               "seen_offsets": bundle.seen.offsets, "seen_items": bundle.seen.values}  # fmt: skip
+    if isinstance(bundle.vectors, Int8Vectors):
+        arrays |= {"item_vectors": bundle.vectors.codes, "item_scales": bundle.vectors.scales}
+    else:
+        arrays |= {"item_vectors": bundle.vectors}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
     # What the index was built from, so that it cannot be put beside other vectors or another user tower.
     version = model_version(bundle.towers.weights)
-    save_index(bundle.index, folder / "index", vectors=digest(folder / "item_vectors.npy"), model_version=version)
+    built_from = {name: digest(folder / f"item_{name}.npy") for name in INDEXED if f"item_{name}" in arrays}
+    save_index(bundle.index, folder / "index", model_version=version, **built_from)
     manifest = {
         "format": FORMAT, "format_version": VERSION, "twotower": twotower.__version__, "packages": _packages(),
         "metric": "dot", "normalized": bundle.normalized, "dim": bundle.towers.dim, "num_items": len(bundle.items),
@@ -126,24 +134,43 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     if model_version(weights) != manifest["model_version"]:
         raise BundleError(f"{folder} has weights of another model than its manifest says. Export again.")
     _check_index(folder, manifest)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-              for name in ("item_vectors", "item_counts", "user_vectors", "seen_offsets", "seen_items")}  # fmt: skip
+    arrays = {name: _mapped(folder, name) for name in ("item_counts", "user_vectors", "seen_offsets", "seen_items")}
     config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    vectors = _stored_vectors(folder, config.retrieval.vectors)
     bundle = Bundle(
         config=config,
-        encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=arrays["item_vectors"],
+        encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=vectors,
         items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
         users=pq.read_table(folder / "users.parquet"), seen=Csr(np.asarray(arrays["seen_offsets"]), arrays["seen_items"]),
-        index=load_index(folder / "index", _indexed(config, arrays)), manifest=manifest, folder=folder.absolute(),
+        index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])), manifest=manifest,
+        folder=folder.absolute(),
     )  # fmt: skip
     _check_lengths(bundle, manifest)
     return bundle
 
 
-def _indexed(config: Config, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+def _mapped(folder: Path, name: str) -> np.ndarray:
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _stored_vectors(folder: Path, kind: str) -> Vectors:
+    """The item vectors, stored as `config.retrieval.vectors` says."""
+    vectors = _mapped(folder, "item_vectors")
+    if vectors.dtype != kind:
+        raise BundleError(
+            f"{folder}: item_vectors.npy holds {vectors.dtype}, but config.retrieval.vectors={kind!r}. Export again."
+        )
+    if kind != "int8":
+        return vectors
+    try:
+        return Int8Vectors(vectors, _mapped(folder, "item_scales"))
+    except ValueError as error:
+        raise BundleError(f"{folder}: item_vectors.npy and item_scales.npy do not go together: {error} Export again.") from error
+
+
+def _indexed(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
     """The vectors that the index was built from."""
-    vectors = arrays["item_vectors"]
-    return widened(vectors, coordinate(arrays["item_counts"], vectors.shape[1])[0]) if config.retrieval.popularity else vectors
+    return widened(vectors, coordinate(counts, vectors.shape[1])[0]) if config.retrieval.popularity else vectors
 
 
 def _load_towers(folder: Path, weights: Any) -> Towers:
@@ -200,8 +227,9 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
     info = json.loads((folder / "index" / "index.json").read_text())
-    if info["vectors"] != manifest["files"]["item_vectors.npy"]:
-        raise BundleError(f"{folder}/index was built from other vectors than item_vectors.npy. Export again.")
+    for name in INDEXED:
+        if info.get(name) != manifest["files"].get(f"item_{name}.npy"):
+            raise BundleError(f"{folder}/index was built from other {name} than item_{name}.npy. Export again.")
     if info["model_version"] != manifest["model_version"]:
         raise BundleError(
             f"{folder}/index holds items of model {info['model_version'][:12]}, but the user tower is of model "

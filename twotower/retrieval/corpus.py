@@ -23,6 +23,7 @@ import pyarrow as pa
 from twotower.retrieval.conditions import Where, matching
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, check_queries
+from twotower.retrieval.int8 import Vectors, as_stored
 from twotower.retrieval.popularity import coordinate, widened
 from twotower.retrieval.search import Allowed, merge, search_without
 
@@ -38,7 +39,7 @@ class Main:
 
     Attributes:
         index: over `vectors`.
-        vectors: float32 [N, D].
+        vectors: float32 [N, D], or int8 that is read as such.
         items: item_id and display columns, N rows.
         counts: int64 [N], training rows of each item.
         numbers: int64 [N], the number of each row's item.
@@ -47,7 +48,7 @@ class Main:
     """
 
     index: Any
-    vectors: np.ndarray
+    vectors: Vectors
     items: pa.Table
     counts: np.ndarray
     numbers: np.ndarray
@@ -56,7 +57,7 @@ class Main:
 
     @classmethod
     def make(
-        cls, index: Any, vectors: np.ndarray, items: pa.Table, counts: np.ndarray, numbers: np.ndarray, total: int
+        cls, index: Any, vectors: Vectors, items: pa.Table, counts: np.ndarray, numbers: np.ndarray, total: int
     ) -> Main:
         """Args:
         total: numbers given so far.
@@ -91,7 +92,8 @@ class Main:
     @functools.cached_property
     def units(self) -> tuple[ExactIndex, np.ndarray]:
         """The vectors at length 1 (a zero one stays) and an index over them, where they have other lengths."""
-        units = self.vectors / np.maximum(np.linalg.norm(self.vectors, axis=1, keepdims=True), 1e-30)
+        units = np.asarray(self.vectors)
+        units = units / np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-30)
         return ExactIndex(units), units
 
 
@@ -232,15 +234,16 @@ class Snapshot:
         found[late] = [self.delta.rows[place - first]["item_id"] for place in places[late]]
         return pa.array(found.tolist(), pa.string())
 
-    def alive(self) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-        """Numbers, vectors and display columns of all items alive: rows of the index first, then slots."""
+    def alive(self) -> tuple[np.ndarray, Vectors, pa.Table]:
+        """Numbers, vectors (stored as `main`'s) and display columns of all items alive: rows of the index first, then slots."""
         rows, slots = np.flatnonzero(self.main.died > self.version), np.flatnonzero(self.slots_alive)
         tables = [self.main.items.take(pa.array(rows))]
         if slots.size:
             chunks = [table for first, table in tuple(self.delta.tables) if first < self.count]
             tables.append(pa.concat_tables(chunks).take(pa.array(slots)))
         numbers = np.concatenate([self.main.numbers[rows], self.delta.numbers[slots]])
-        return numbers, np.concatenate([self.main.vectors[rows], self.delta.vectors[slots]]), pa.concat_tables(tables)
+        vectors = np.concatenate([self.main.vectors[rows], self.delta.vectors[slots]])
+        return numbers, as_stored(vectors, self.main.vectors), pa.concat_tables(tables)
 
     def _allowed(self, where: Where, only: np.ndarray | None) -> Allowed | None:
         main, version = self.main, self.version

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,27 +18,39 @@ from twotower.data.histories import SPANS
 from twotower.data.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
+from twotower.retrieval.exact import top_k
 from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.int8 import Int8Vectors, error_bound, quantize
 from twotower.retrieval.popularity import index_items
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.served import Towers, export_tower
+from twotower.retrieval.tuning import TUNING_QUERIES, ndcg, overlap
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import of_towers
+from twotower.towers.two_tower import TwoTower
 from twotower.training.run import Run
+from twotower.validation import ConfigError
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
 PARITY_ROWS = 256
+AGAINST_FULL = (10, 100)  # K of the lists that stored vectors are measured by
 
 
 def export(run: Run, folder: Path) -> Bundle:
     """Writes the bundle of `run` to `folder`; one that is there is replaced only when the new one is whole.
 
+    Returns:
+        The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there says what that loses: see
+        `measure_against_full`.
+
     Raises:
         BundleError: the bundle, loaded again, does not score as the trainer does.
+        ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
     """
     bundle = make_bundle(run)
+    more = {} if _is_full(run, bundle) else {"against_full": measure_against_full(run, bundle)}
     with replacing(folder) as temporary:
-        write_bundle(bundle, Path(temporary), step=run.step)
+        bundle = dataclasses.replace(bundle, manifest=write_bundle(bundle, Path(temporary), step=run.step, **more))
         check_parity(run, Path(temporary))
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step
@@ -45,9 +59,11 @@ def export(run: Run, folder: Path) -> Bundle:
 
 
 def make_bundle(run: Run) -> Bundle:
-    """Embeds the corpus and the users, and builds the index."""
+    """Embeds the corpus and the users, and builds the index; raises `ConfigError` as `export`."""
+    run = dataclasses.replace(run, model=served_model(run))
     prepared, model = run.prepared, run.model
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
+    vectors = quantize(vectors) if run.config.retrieval.vectors == "int8" else vectors
     users, counts = known_users(prepared), item_counts(prepared)
     encoded = UserRows(prepared.encoder, users).encoded()
     user_vectors = np.concatenate([embed_rows(model, run.weights, "user", block) for block in encoded])
@@ -57,6 +73,44 @@ def make_bundle(run: Run) -> Bundle:
         counts=counts, user_vectors=user_vectors, users=users, index=index,
         seen=items_of_users([prepared.positives(part) for part in split.PARTS], num_users=len(users)),
     )  # fmt: skip
+
+
+def served_model(run: Run) -> TwoTower:
+    """The model of a run, cut to `config.retrieval.dim`."""
+    model, dim, trained = run.model, run.config.retrieval.dim, run.config.objective.matryoshka
+    if dim in (0, model.dim):
+        return model
+    if dim not in trained:
+        widths = ", ".join(map(str, sorted({model.dim, *trained}, reverse=True)))
+        raise ConfigError(
+            f"config.retrieval.dim={dim} is not a width that the model was trained for: {widths}. Others are trained with "
+            "config.objective.matryoshka."
+        )
+    return model.cut(dim)
+
+
+def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
+    """What the stored vectors of `bundle` lose, by exact search for known users, against the whole float32 vectors of `run`.
+
+    Returns:
+        "dim" of the whole vectors, "users" asked, "recall@K": share of the top K by whole vectors that is in the top K by
+        stored ones, and "ndcg@K" of these lists, where what whole vectors find is what is right.
+    """
+    places = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
+    encoded = UserRows(bundle.encoder, bundle.users.take(pa.array(places))).encoded()
+    users = np.concatenate([embed_rows(run.model, run.weights, "user", block) for block in encoded])
+    items = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
+    found, measured = {}, {"dim": run.model.dim, "users": len(users)}
+    for k in AGAINST_FULL:
+        pairs = (users, items), (bundle.user_vectors[places], bundle.vectors)
+        full, stored = (top_k(*pair, min(k, len(items)))[1] for pair in pairs)
+        found |= {f"recall@{k}": overlap(stored, full), f"ndcg@{k}": ndcg(stored, full)}
+    return measured | {name: round(value, 4) for name, value in found.items()}
+
+
+def _is_full(run: Run, bundle: Bundle) -> bool:
+    """Whether the bundle has the vectors of the run as they are."""
+    return bundle.towers.dim == run.model.dim and not isinstance(bundle.vectors, Int8Vectors)
 
 
 def make_towers(run: Run) -> Towers:
@@ -79,13 +133,15 @@ def known_users(prepared: Prepared) -> pa.Table:
             column, prepared.histories.stored(prepared.raw)
         )
     users = users.select(list(own))
-    if encoder.context:
+    asked_when = encoder.spec.history is not None and encoder.spec.history.request_gap
+    if encoder.context or asked_when:
         places = latest_rows(all_rows(prepared), num_users=len(users))
         log = pa.concat_tables(
             [prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default"
         )
         latest = log.take(pa.array(places, mask=places < 0))
-        for column in dict.fromkeys(columns[name] for name in encoder.context):
+        read = [columns[name] for name in encoder.context] + ["timestamp"] * asked_when
+        for column in dict.fromkeys(read):
             users = users.append_column(column, latest[column])
     return users
 
@@ -107,34 +163,47 @@ def display_items(prepared: Prepared) -> pa.Table:
 
 
 def check_parity(run: Run, folder: Path) -> None:
-    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the trainer's towers."""
+    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the trainer's towers, cut as it says.
+
+    Of vectors stored as int8 they may differ by what rounding explains, item by item; those of the towers may not.
+    """
     retriever = Retriever(load_bundle(folder))
-    bundle, prepared, model = retriever.bundle, run.prepared, run.model
+    bundle, prepared, model = retriever.bundle, run.prepared, served_model(run)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
     context = joined_context(prepared, latest[users])
     if prepared.histories is not None:  # users are served with all that they did
-        context[SPANS] = prepared.histories.now(users)
+        context[SPANS] = prepared.histories.now(users, when(prepared, latest[users]))
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors = embed_rows(model, run.weights, "user", user_features)
     item_vectors = embed_rows(model, run.weights, "item", item_features)
     trained = user_vectors @ item_vectors.T
     known = bundle.users.take(pa.array(users))
-    compare_scores(retriever.encode_users(known) @ bundle.vectors[items].T, trained)
+    rounding = error_bound(user_vectors, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
+    compare_scores(retriever.encode_users(known) @ bundle.vectors[items].T, trained, rounding)
     compare_scores(retriever.encode_users(known) @ bundle.towers.embed("item", item_features).T, trained)
     # Stored vectors are of users asked about now, which a context of time tells from their latest row.
     now = retriever.encode_users(retriever.user_rows.rows_of(known["user_id"].to_pylist()))
-    compare_scores(bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T)
+    rounding = error_bound(now, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
+    compare_scores(bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T, rounding)
 
 
-def compare_scores(served: np.ndarray, trained: np.ndarray) -> None:
-    """Refuses scores that differ by more than `TOLERANCE`."""
+def compare_scores(served: np.ndarray, trained: np.ndarray, rounding: np.ndarray | float = 0.0) -> None:
+    """Refuses scores [Q, N] that differ by more than `TOLERANCE` and what `rounding` [Q, N] allows each."""
     scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
-    worst = float(np.abs(served - trained).max(initial=0.0))
-    if not worst <= TOLERANCE * scale:  # also where a score is NaN
-        raise BundleError(f"The bundle's scores differ from the trainer's by up to {worst:.2e}; nothing was exported.")
+    differ = np.abs(served - trained)
+    if not (differ <= TOLERANCE * scale + rounding).all():  # also where a score is NaN
+        worst = float(differ.max(initial=0.0))
+        allowed = f" (rounding to int8 allows {float(np.max(rounding)):.2e})" if np.any(rounding) else ""
+        raise BundleError(f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; nothing was exported.")
+
+
+def when(prepared: Prepared, places: np.ndarray) -> np.ndarray | None:
+    """Times of rows of train, validation and test joined; None without."""
+    times = [rows.timestamp for rows in all_rows(prepared)]
+    return None if any(x is None for x in times) else np.concatenate(times)[places]
 
 
 def joined_context(prepared: Prepared, places: np.ndarray) -> dict[str, np.ndarray]:

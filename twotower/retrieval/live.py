@@ -13,12 +13,13 @@ import pyarrow as pa
 
 from twotower.retrieval.corpus import NEVER, Delta, Main, Snapshot
 from twotower.retrieval.exact import QueryError, check_vectors
+from twotower.retrieval.int8 import Vectors, as_stored
 from twotower.retrieval.popularity import log_counts
 
 NEAREST_AMONG = 20_000  # ids compared with a misspelt one
 
 # (vectors [N, D], training rows of each [N]) -> an index over them
-BuildIndex = Callable[[np.ndarray, np.ndarray], Any]
+BuildIndex = Callable[[Vectors, np.ndarray], Any]
 
 
 class UnknownItemError(ValueError):
@@ -35,7 +36,7 @@ class Corpus:
     """
 
     def __init__(
-        self, index: Any, vectors: np.ndarray, items: pa.Table, counts: np.ndarray | None = None,
+        self, index: Any, vectors: Vectors, items: pa.Table, counts: np.ndarray | None = None,
         lock: threading.RLock | None = None,
     ):  # fmt: skip
         count = len(items)
@@ -72,7 +73,8 @@ class Corpus:
         return place
 
     def check(self, items: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-        """The items in the schema of the bundle, and their vectors, or an error before anything is changed.
+        """The items in the schema of the bundle, and their vectors, or an error before anything is changed. Beside int8 vectors
+        they are rounded as those are, so that scores stay what they are when items are indexed anew or written.
 
         Raises:
             QueryError: a vector is not finite, of the wrong width, or zero where vectors are normalised.
@@ -93,7 +95,7 @@ class Corpus:
         if None in ids or len(set(ids)) < len(ids):
             twice = next((i for n, i in enumerate(ids) if i is None or i in ids[:n]), None)
             raise ValueError(f"item_id {twice!r} in the rows of upsert is {'missing' if twice is None else 'there twice'}.")
-        return pa.table(columns, schema=self.schema), vectors
+        return pa.table(columns, schema=self.schema), np.asarray(as_stored(vectors, main.vectors))
 
     def upsert(self, items: pa.Table, vectors: np.ndarray) -> None:
         """Adds checked items, or puts them in the place of those with the same ids. The lock is held by the caller."""

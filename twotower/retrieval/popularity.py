@@ -12,6 +12,7 @@ import numpy as np
 
 from twotower.config import Config
 from twotower.retrieval.embed import evenly_spaced
+from twotower.retrieval.int8 import Vectors
 from twotower.retrieval.scann import build_index
 from twotower.retrieval.tuning import TUNING_QUERIES
 
@@ -31,12 +32,12 @@ def coordinate(counts: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
     return (scale * logs).astype(np.float32), float(1.0 / scale)
 
 
-def widened(vectors: np.ndarray, last: Any) -> np.ndarray:
+def widened(vectors: Vectors, last: Any) -> np.ndarray:
     """float32 [N, D + 1], with one more coordinate."""
     return np.column_stack([vectors, np.broadcast_to(np.float32(last), len(vectors))]).astype(np.float32)
 
 
-def index_items(config: Config, vectors: np.ndarray, counts: np.ndarray, users: np.ndarray) -> Any:
+def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Any:
     """The index that a bundle of `config` has over item vectors [N, D], tuned on user vectors [U, D]."""
     queries = evenly_spaced(users, TUNING_QUERIES)
     if config.retrieval.popularity:

@@ -21,6 +21,7 @@ from twotower.config import RetrievalConfig
 from twotower.retrieval import tuning as tuner
 from twotower.retrieval.exact import ExactIndex, check_k, check_queries, check_vectors
 from twotower.retrieval.graphs import GRAPHS, GraphIndex
+from twotower.retrieval.int8 import Vectors
 from twotower.retrieval.scann_library import (
     BadIndexError,
     build_searcher,
@@ -134,7 +135,7 @@ def build_index(
     )  # fmt: skip
 
 
-def load_index(folder: str | os.PathLike, vectors: np.ndarray) -> Any:
+def load_index(folder: str | os.PathLike, vectors: Vectors) -> Any:
     """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
     info = json.loads((Path(folder) / "index.json").read_text())
     if (info["num_items"], info["dim"]) != vectors.shape:

@@ -13,6 +13,7 @@ import numpy as np
 
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, check_queries
+from twotower.retrieval.int8 import Vectors
 from twotower.retrieval.sharded import ShardedIndex
 
 EXHAUSTIVE = (ExactIndex, ShardedIndex)  # which know themselves what is excluded
@@ -44,7 +45,7 @@ class Allowed(NamedTuple):
 
 
 def search_without(
-    index: Any, vectors: np.ndarray, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None,
+    index: Any, vectors: Vectors, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None,
     last: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The best `k` items that are allowed and not excluded, as `ExactIndex.search` gives them.
@@ -90,7 +91,7 @@ def search_without(
 
 
 def exact_among(
-    vectors: np.ndarray, among: np.ndarray | None, queries: np.ndarray, k: int, exclude: Csr | None = None, *,
+    vectors: Vectors, among: np.ndarray | None, queries: np.ndarray, k: int, exclude: Csr | None = None, *,
     last: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` of the rows `among` (rising; None: all) by NumPy, which compiles nothing; of equal scores the lower row first.

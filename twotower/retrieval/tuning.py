@@ -223,6 +223,16 @@ def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
     return float(found_in(truth, rows).mean()) if truth.size else 1.0
 
 
+def ndcg(rows: np.ndarray, truth: np.ndarray) -> float:
+    """Mean NDCG of the lists `rows` [Q, K], where the rows of `truth` [Q, K] are right, all alike.
+
+    >>> round(ndcg(np.array([[4, 9]]), np.array([[9, 3]])), 4)  # 1 / log2(3) of 1 + 1 / log2(3)
+    0.3869
+    """
+    gains = 1 / np.log2(np.arange(rows.shape[1]) + 2)
+    return float((found_in(rows, truth) @ gains).mean() / gains[: truth.shape[1]].sum()) if truth.size else 1.0
+
+
 def recall_by_decile(rows: np.ndarray, truth: np.ndarray, popularity: np.ndarray) -> tuple[float | None, ...]:
     """The share found of the true items in each tenth of the corpus, from the least to the most popular; see `tune`."""
     place = np.empty(len(popularity), np.int64)

@@ -29,6 +29,7 @@ from twotower.retrieval.changes import (
 )
 from twotower.retrieval.corpus import Snapshot
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.int8 import Vectors
 from twotower.retrieval.live import Corpus
 from twotower.retrieval.popularity import index_items
 
@@ -93,8 +94,9 @@ class Live:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         staging.mkdir()
         manifest = self.bundle.manifest
+        kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
         write_bundle(
-            self._compacted(then), staging, step=manifest["step"], compactions=manifest.get("compactions", 0) + 1
+            self._compacted(then), staging, step=manifest["step"], compactions=manifest.get("compactions", 0) + 1, **kept
         )
         for path in staging.rglob("*"):
             _sync(path)
@@ -149,7 +151,7 @@ class Live:
         index = self._index(vectors, counts) if then.count or then.dead else then.main.index
         return dataclasses.replace(self.bundle, vectors=vectors, items=items, counts=counts, seen=seen, index=index, manifest={})
 
-    def _index(self, vectors: np.ndarray, counts: np.ndarray) -> object:
+    def _index(self, vectors: Vectors, counts: np.ndarray) -> object:
         return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)
 
     def _writable(self) -> ChangeLog:

@@ -71,9 +71,10 @@ class UserRows:
 
     @functools.cached_property
     def _newest(self) -> int | None:
-        """The newest time of the log in seconds, where a context feature reads the time of the query."""
-        encoder = self._encoder
-        if all(encoder.spec.user[name].column != "timestamp" for name in encoder.context):
+        """The newest time of the log in seconds, where a context feature or the history reads the time of the query."""
+        encoder, history = self._encoder, self._encoder.spec.history
+        read = any(encoder.spec.user[name].column == "timestamp" for name in encoder.context)
+        if not read and not (history and history.request_gap):
             return None
         return pc.max(self._users["timestamp"]).as_py()
 

@@ -31,6 +31,7 @@ class History(NamedTuple):
         vectors: of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of each.
         valid: which places hold an event.
         gaps: bucket of the time since the event before, 0 for none; None where it is not read.
+        until: bucket of the time until the event after, or the request, from 1; None where it is not read.
         log_weights: of the events of a bag; None where all weigh the same.
         segment: of packed sequences: which of the row's sequences each place is of, from 1; 0 where it is of none.
         position: of packed sequences: events before it in its sequence; the start token stands at 0, the first event at 1.
@@ -42,6 +43,7 @@ class History(NamedTuple):
     log_weights: Float[Array, "B L"] | None = None
     segment: Int[Array, "B L"] | None = None
     position: Int[Array, "B L"] | None = None
+    until: Int[Array, "B L"] | None = None
 
 
 def pooled(vectors: Float[Array, "B L E"], logits: Float[Array, "B L"], where: Bool[Array, "B L"]) -> Float[Array, "B E"]:
@@ -58,6 +60,7 @@ class _Encoder(nn.Module):
     Attributes:
         length: L.
         gaps: buckets of the time between events; 0: none.
+        until: whether the time until the next event, or the request, is read too.
         dtype: of the arithmetic; parameters and vectors are float32 all the same.
     """
 
@@ -65,15 +68,20 @@ class _Encoder(nn.Module):
     length: int
     gaps: int = 0
     dtype: Any = None
+    until: bool = False
 
     def events(self, history: History, keys: Array | None) -> Float[Array, "B L F"]:
-        """The vector of each event, of mean square 1 for rows of norm 1, and what its gap says."""
+        """The vector of each event, of mean square 1 for rows of norm 1, and what the times around it say."""
         x = history.vectors * jnp.sqrt(jnp.float32(history.vectors.shape[-1])).astype(history.vectors.dtype)
         if self.config.width:
             x = flat(dense(self.config.width, self.dtype, name="project"), x)
         if self.gaps:
             table = self.param("gaps", nn.initializers.normal(0.1), (self.gaps + 1, x.shape[-1]))
             x = x + table[history.gaps].astype(x.dtype)
+        if self.until:
+            # 0 to begin with: a missing time, which no log has, is not trained and says nothing.
+            table = self.param("until", nn.initializers.zeros, (self.gaps + 2, x.shape[-1]))
+            x = x + table[history.until].astype(x.dtype)
         return x
 
 

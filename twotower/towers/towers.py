@@ -72,5 +72,7 @@ def build_tower(
     first = next((i for i in inputs.values() if i.events), None)
     reader = None
     if first is not None:
-        reader = choose(HISTORIES, history.kind, "config.model.history.kind")(history, first.events, first.gaps, dtype)
+        reader = choose(HISTORIES, history.kind, "config.model.history.kind")(
+            history, first.events, first.gaps, dtype, first.until
+        )
     return kind(config, {name: i.projection for name, i in inputs.items() if i.projection}, reader, dtype)

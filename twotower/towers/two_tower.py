@@ -19,7 +19,15 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.data.encoder import Encoder
-from twotower.data.encodings import HISTORY_GAP, HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_WEIGHT, Input, TableShape
+from twotower.data.encodings import (
+    HISTORY_GAP,
+    HISTORY_POSITION,
+    HISTORY_SEGMENT,
+    HISTORY_UNTIL,
+    HISTORY_WEIGHT,
+    Input,
+    TableShape,
+)
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
@@ -50,7 +58,7 @@ class Weights(NamedTuple):
 class TwoTower:
     """The towers of one configuration and encoder: pure functions, no arrays but the initial rows of `tables`.
 
-    Compared by identity, so that it can be a static argument of `jit`.
+    Compared by identity, so that it can be a static argument of `jit`. `dim` is D of what `embed` gives; see `cut`.
     """
 
     config: ModelConfig
@@ -158,8 +166,17 @@ class TwoTower:
         return (l2_normalize(x) if self.normalize else x), updates.get("batch_stats", {})
 
     def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B *S D"]:
-        """The vectors of encoded features, as served: no dropout, running statistics."""
-        return self.vectors(side, weights, self.lookup(side, weights.tables, features), features)[0]
+        """The vectors of encoded features, as served: no dropout, running statistics, cut to `dim`."""
+        vectors = self.vectors(side, weights, self.lookup(side, weights.tables, features), features)[0]
+        return vectors if vectors.shape[-1] == self.dim else self.shorten(vectors, self.dim)
+
+    def shorten(self, vectors: Float[Array, "... D"], width: int) -> Float[Array, "... W"]:
+        """The first `width` numbers of vectors, normalised again where vectors are (Matryoshka, Kusupati et al., 2022)."""
+        return l2_normalize(vectors[..., :width]) if self.normalize else vectors[..., :width]
+
+    def cut(self, width: int) -> TwoTower:
+        """The same towers, whose `embed` gives shortened vectors; needs the same weights."""
+        return dataclasses.replace(self, dim=width)
 
     def temperature(self, params: Mapping[str, Any]) -> Float[Array, ""]:
         """The number that scores are divided by in the loss."""
@@ -186,7 +203,7 @@ class TwoTower:
             # Packed, it is the start tokens that have no item.
             "valid": features[first] != PADDING if segment is None else segment > 0,
             "gaps": features.get(HISTORY_GAP), "log_weights": features.get(HISTORY_WEIGHT), "segment": segment,
-            "position": features.get(HISTORY_POSITION),
+            "position": features.get(HISTORY_POSITION), "until": features.get(HISTORY_UNTIL),
         }  # fmt: skip
 
     def _example(self, side: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -198,7 +215,7 @@ class TwoTower:
             if i.table:
                 rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
             if i.gaps:
-                features[HISTORY_GAP] = jnp.zeros(shape, jnp.int32)
+                features[HISTORY_GAP] = features[HISTORY_UNTIL] = jnp.zeros(shape[:2], jnp.int32)
         return self._columns(side, rows, features), self._history(side, rows, features)
 
     def _init_tower(self, side: str, key: jax.Array) -> dict[str, Any]:

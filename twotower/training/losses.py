@@ -14,7 +14,6 @@ from twotower.objectives import POINTWISE, streaming_loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.multitask import head_losses
 from twotower.objectives.negatives import Candidates, Hard, Positives, push, queue_candidates
-from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import DTYPES
 from twotower.training.candidates import Drawn, gathered, log_expected_count
 from twotower.training.mesh import Group
@@ -153,7 +152,7 @@ def _streamed(
 
     def of_width(width: int) -> jax.Array:
         def cut(vectors: jax.Array) -> jax.Array:
-            return l2_normalize(vectors[..., :width]) if trainer.model.normalize else vectors[..., :width]
+            return trainer.model.shorten(vectors, width)
 
         own, further = positives._replace(vectors=cut(positives.vectors)), hard and hard._replace(vectors=cut(hard.vectors))
         return streaming_loss(cut(queries), own, cut(candidates), known, hard=further, **options)
