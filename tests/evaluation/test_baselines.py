@@ -46,7 +46,8 @@ def test_never_sold_items_are_shuffled_by_the_seed_alone():
 
 
 def fake(train, num_items, truth=None):
-    return SimpleNamespace(positives=lambda part: {"train": train}[part], items=range(num_items), truth=truth)
+    parts = {"train": train, "validation": rows([])}
+    return SimpleNamespace(positives=parts.__getitem__, items=range(num_items), users=range(10), truth=truth)
 
 
 def some_queries(num_queries, num_items):

@@ -83,7 +83,7 @@ def test_evaluate_writes_what_it_prints(exported):
         "protocol", "model", "model_unmasked", "baselines", "baselines_unmasked", "new_items", "new_users", "index",
     }  # fmt: skip
     assert set(measured["baselines"]) == {
-        "random", "popularity", "popularity_last_week", "popularity_top_quantile", "true_preferences",
+        "random", "popularity", "popularity_last_week", "popularity_top_quantile", "item_knn", "ease", "true_preferences",
     }  # fmt: skip
     assert measured["index"]["recall@10"] > 0.95 and measured["index"]["queries_per_second"] > 0
     assert {"recall@5", "recall@10", "ndcg@10", "coverage@10", "novelty@5", "never_trained@10"} <= set(

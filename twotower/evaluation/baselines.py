@@ -11,7 +11,9 @@ import numpy as np
 from twotower.data.batches import Rows
 from twotower.data.prepare import Prepared
 from twotower.evaluation.evaluate import Scores, dot_scores
-from twotower.evaluation.queries import Queries
+from twotower.evaluation.item_to_item import make_item_to_item
+from twotower.evaluation.queries import Queries, make_queries
+from twotower.retrieval.history import items_of_users
 
 WEEK = 7 * 24 * 3600  # seconds
 TOP_SHARE = 0.1  # of the items, in "top quantile"
@@ -19,7 +21,8 @@ TOP_SHARE = 0.1  # of the items, in "top quantile"
 
 def make_baselines(prepared: Prepared, queries: Queries, *, seed: int = 0) -> Mapping[str, Scores]:
     """name -> scores of the queries: random, popularity, popularity_top_quantile, and where the data has what they need
-    popularity_last_week (timestamps) and true_preferences (the generator's factors)."""
+    popularity_last_week (timestamps), item_knn and ease (a log that they can manage) and true_preferences (the generator's
+    factors)."""
     num_items, train = len(prepared.items), prepared.positives("train")
     order = popularity_order(train, num_items, seed=seed)
     baselines = {
@@ -30,6 +33,12 @@ def make_baselines(prepared: Prepared, queries: Queries, *, seed: int = 0) -> Ma
     if train.timestamp is not None:
         last_week = train.timestamp > train.timestamp.max() - WEEK
         baselines["popularity_last_week"] = same_for_all(popularity_order(train, num_items, among=last_week, seed=seed))
+    known = items_of_users([train], num_users=len(prepared.users))
+    tuning = None
+    if len(prepared.positives("validation")):  # what training validates with
+        evaluation = prepared.config.evaluation
+        tuning = make_queries(prepared, "validation", evaluation.query).sample(evaluation.validation_queries)
+    baselines |= make_item_to_item(known, queries, tuning)
     if prepared.truth is not None:
         truth = prepared.truth
         baselines["true_preferences"] = dot_scores(truth.user_factors[queries.user], truth.item_factors)
