@@ -21,7 +21,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
     "faiss", "fastapi", "hnswlib", "google.cloud.bigquery", "google.cloud.storage", "matplotlib", "mlflow", "redis", "scann",
-    "sentence_transformers", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch",
+    "safetensors", "sentence_transformers", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch",
 )  # fmt: skip
 
 

@@ -368,7 +368,7 @@ def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_mi
         result = local.run(".ci/run", VERSIONS="python3.13", **env)
         assert result.returncode == 0 and ("its tests will fail" in result.stderr) == bool(env)
     assert apt.read_text().splitlines() == ["update -qq", "install -y -qq redis-server", "update -qq"]
-    assert local.calls()[1] == install(".[bigquery,mlflow,plots,redis,dev]")
+    assert local.calls()[1] == install(".[bigquery,mlflow,plots,redis,text,dev]")
     apt.unlink()
     local.stand_in("redis-server", "#!/bin/bash\n")
     assert local.run(".ci/run", VERSIONS="python3.13").returncode == 0 and not apt.exists()

@@ -4,9 +4,21 @@
     python -m experiments.export --workdir=runs/arabic
     python -m experiments.evaluate --workdir=runs/arabic --k=10,50 --baselines
 
-A view weighs 1, an item in the cart 5, a purchase 10, and half of that after 30 days. An eighth of the item ids is dropped in
-training, so that title, category, brand and price learn to stand alone; what `evaluate` prints of right answers that training
-never saw is found by them. One cut in time. Not yet measured.
+A view weighs 1, an item in the cart 5, a purchase 10, and half of that after 30 days. Items are their id and their Arabic
+title. Half of the ids are dropped in training, so that titles learn to stand alone; items that training never saw, which
+`evaluate` prints apart, are found by nothing else. One cut in time: the last 10 % of the rows are the test, the 5 % before
+them validation. All 2,500 items are ranked for each user; seen items are masked.
+
+Tuned on validation alone. On test, mean ± deviation of training.seed 0, 1, 2, and the bar, baselines of the same training rows:
+
+                                         model            bar
+    recall@10                            .2143 ± .0015    above popularity's .0280 (true preferences reach .3170)
+    NDCG@10                              .1681 ± .0017    above popularity's .0191 (.2534)
+    recall@50 of items never trained     .2199 ± .0215    five times a random ranking's .020 (50 of 2,500)
+
+The last is of 97 users. With category, brand and price beside the title, category and brand read by the history too, and
+oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818 ± .0195; but then new items lean on those columns: with
+the title alone told of them, .028. A training takes half a minute of one core.
 """
 
 from twotower.config import defaults
@@ -25,16 +37,13 @@ def get_config():
         "city": {"type": "string", "embedding_size": 8},
         "gender": {"type": "string", "embedding_size": 8},
         "history": {
-            "type": "history", "max_length": 50, "reads": ("item_id", "title_ar", "category", "brand"), "half_life": 30.0,
+            "type": "history", "max_length": 50, "reads": ("item_id",), "half_life": 30.0,
             "weights": {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0},
         },
     }  # fmt: skip
     config.features.item = {
-        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.125},
-        "title_ar": {"type": "text", "embedding_size": 32, "max_length": 48},
-        "category": {"type": "string", "embedding_size": 16},
-        "brand": {"type": "string", "embedding_size": 16},
-        "price": {"type": "float", "log": True},
+        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.5},
+        "title_ar": {"type": "text", "embedding_size": 64, "max_length": 48},
     }
     config.model.history.kind = "bag"
     config.model.history.dropout = 0.2
@@ -44,7 +53,7 @@ def get_config():
     config.model.item.dropout = 0.2
 
     config.training.batch_size = 512
-    config.training.steps = 1200
+    config.training.steps = 600
     config.training.optimizer.learning_rate = 2e-3
     config.training.tables.learning_rate = 0.05
     config.training.schedule.kind = "cosine"

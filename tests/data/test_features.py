@@ -27,6 +27,7 @@ ALL_KINDS = {
         "title": {"type": "text", "words": [1, 2], "characters": [3], "buckets": 5000},
         "clip": VECTORS | {"column": "item_id", "projection": 8},
         "bert": {"type": "pretrained", "path": "v.npy", "ids": "ids.txt", "frozen": False, "missing": "zeros"},
+        "minilm": {"type": "sentence", "column": "title", "model": "folder", "cache": "$CACHE", "embedding_size": 0},
     },
 }
 
@@ -115,6 +116,10 @@ def test_numbers_without_a_table_have_no_dense_layer_unless_asked():
     (VECTORS | {"ids": "ids.txt"}, r"features.item.x.ids='ids.txt' must be empty for a .parquet file"),
     (VECTORS | {"missing": "zero"}, r"features.item.x.missing='zero' is not known; did you mean 'zeros'\?"),
     (VECTORS | {"projection": -1}, r"features.item.x.projection=-1 must be at least 0"),
+    ({"type": "sentence", "model": " "}, r"features.item.x.model=' ' must be a folder or the name of a model"),
+    ({"type": "sentence", "cache": ""}, r"features.item.x.cache='' must be a folder"),
+    ({"type": "sentence", "embedding_size": -1}, r"features.item.x.embedding_size=-1 must be at least 0"),
+    ({"type": "sentence", "table": "t"}, r"features.item.x.table='t' must be left out"),
     ({"type": "timestamp", "parts": ["hours"]}, r"features.item.x.parts='hours' is not known; did you mean 'hour'\?"),
     ({"type": "timestamp", "parts": ["age", "age"]}, r"x.parts=\('age', 'age'\) must be one or more different"),
     ({"type": "timestamp", "unit": "min"}, r"features.item.x.unit='min' is not known"),

@@ -13,7 +13,9 @@ from etils import epath
 
 from twotower.data import fitting
 from twotower.data.encodings import Fitted, Input, TableShape, encode_column, inputs_of, shape_of
-from twotower.data.features import SIDES, FeatureSpec, from_mappings
+from twotower.data.feature_base import SIDES
+from twotower.data.feature_kinds import SentenceFeature
+from twotower.data.features import FeatureSpec, from_mappings
 from twotower.data.folders import read_folder, write_folder
 from twotower.data.histories import encode_histories, read_items
 from twotower.data.interactions import fingerprint
@@ -112,6 +114,11 @@ class Encoder:
     def tables(self) -> dict[str, TableShape]:
         """The embedding tables by name."""
         return {fitted.feature.table: shape_of(fitted) for fitted in self.fitted.values() if fitted.feature.has_table}
+
+    @property
+    def sentences(self) -> list[Fitted]:
+        """The features whose new texts need a model."""
+        return [fitted for fitted in self.fitted.values() if isinstance(fitted.feature, SentenceFeature)]
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes JSON and .npy files, whole or not at all."""

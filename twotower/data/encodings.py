@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data import numeric
+from twotower.data.feature_base import Feature
 from twotower.data.feature_kinds import (
-    Feature,
     FloatFeature,
     HistoryFeature,
     IntFeature,
     PretrainedFeature,
+    SentenceFeature,
     StringFeature,
     StringsFeature,
     TextFeature,
     TimestampFeature,
 )
+from twotower.data.sentences import encode_sentences
 from twotower.data.text import hashed_pieces, pad_rows
 from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError
@@ -81,8 +83,9 @@ class Fitted:
     """A feature and what was fitted for it.
 
     Attributes:
-        vocabulary: of strings; of the ids of pretrained vectors. One object for the features that share a table.
-        vectors: pretrained, float32 [ids, E].
+        vocabulary: of strings; of the ids of pretrained vectors, of the texts of sentence vectors. One object for the features
+            that share a table.
+        vectors: pretrained, or of sentences, float32 [ids, E].
         numbers: statistics, as JSON holds them.
         reads: of a history: what it reads of an item beside its id, encoded, [V, ...] by the row of the vocabulary.
     """
@@ -145,9 +148,7 @@ def _encode_strings(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
 
 def _encode_text(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     text = fitted.feature
-    return hashed_pieces(
-        column, words=text.words, characters=text.characters, buckets=text.buckets, max_length=text.max_length
-    )
+    return hashed_pieces(column, words=text.words, characters=text.characters, buckets=text.buckets, max_length=text.max_length)
 
 
 def _encode_pretrained(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
@@ -158,6 +159,10 @@ def _encode_pretrained(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     found = rows - fitted.vocabulary.first
     vectors = np.where(found[:, None] < 0, np.float32(0), fitted.vectors[np.maximum(found, 0)])
     return np.append(vectors, (found[:, None] < 0).astype(np.float32), axis=1) if _has_flag(fitted) else vectors
+
+
+def _encode_sentence(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+    return encode_sentences(fitted.feature, fitted.vocabulary, fitted.vectors, fitted.numbers["model"], column)
 
 
 def _has_flag(fitted: Fitted) -> bool:
@@ -171,6 +176,7 @@ _ENCODE: dict[type[Feature], Callable[[Fitted, pa.ChunkedArray], np.ndarray]] = 
     FloatFeature: lambda fitted, column: numeric.encode_float(fitted.feature, column, fitted.numbers),
     TextFeature: _encode_text,
     PretrainedFeature: _encode_pretrained,
+    SentenceFeature: _encode_sentence,
     TimestampFeature: lambda fitted, column: numeric.encode_timestamp(fitted.feature, column, fitted.numbers),
 }
 
@@ -204,6 +210,8 @@ def input_of(fitted: Fitted) -> Input:
             return Input(table=feature.table, projection=feature.projection, oov_rows=feature.oov_rows)
         case PretrainedFeature():
             return Input(width=fitted.vectors.shape[1] + _has_flag(fitted), projection=feature.projection)
+        case SentenceFeature():
+            return Input(width=fitted.vectors.shape[1], projection=feature.embedding_size)
         case IntFeature(normalize=False):
             return Input(table=feature.table)
     return Input(width=2, projection=feature.embedding_size)

@@ -7,61 +7,8 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from twotower.validation import ConfigError, choose
-
-SIDES = ("user", "item")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Feature:
-    """What every feature has.
-
-    Attributes:
-        side: the tower it belongs to, "user" or "item".
-        name: its name within the tower.
-        column: the column it reads; empty means its name. An item feature reads the items table; a user feature the
-            users table or, where only the interactions have the column, the interaction (the context of a query).
-        table: features that name one table share its rows and their vocabulary; empty means a table of its own,
-            "side.name".
-        embedding_size: width of its table. For a feature that is numbers (`float`, a normalised `int`, frozen vectors)
-            the width of a dense layer put before the tower; 0 is none.
-    """
-
-    side: str
-    name: str
-    column: str = ""
-    table: str = ""
-    embedding_size: int = 32
-
-    def __post_init__(self):
-        self._check(self.side in SIDES, "side", "user or item")
-        self._check(self.embedding_size >= self._least_width, "embedding_size", f"at least {self._least_width}")
-        self._check(self.has_table or not self.table, "table", "left out: this feature is numbers and has no table")
-        object.__setattr__(self, "column", self.column or self.name)
-        if self.has_table and not self.table:
-            object.__setattr__(self, "table", f"{self.side}.{self.name}")
-
-    @property
-    def has_table(self) -> bool:
-        """Whether the feature is rows of a table (else it is numbers)."""
-        return True
-
-    @property
-    def _least_width(self) -> int:
-        return int(self.has_table)
-
-    @property
-    def where(self) -> str:
-        """The feature as error messages call it."""
-        return f"features.{self.side}.{self.name}"
-
-    def _check(self, ok: bool, field: str, right: str) -> None:
-        if not ok:
-            raise ConfigError(f"{self.where}.{field}={getattr(self, field)!r} must be {right}.")
-
-    def _at_least(self, low: int, *fields: str) -> None:
-        for field in fields:
-            self._check(getattr(self, field) >= low, field, f"at least {low}")
+from twotower.data.feature_base import Feature
+from twotower.validation import choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,9 +120,7 @@ class TextFeature(Feature):
         self._check(bool(self.words or self.characters), "words", "one or more lengths when characters is empty")
         for field in ("words", "characters"):
             sizes = getattr(self, field)
-            self._check(
-                all(1 <= n <= 8 for n in sizes) and len(set(sizes)) == len(sizes), field, "distinct lengths from 1 to 8"
-            )
+            self._check(all(1 <= n <= 8 for n in sizes) and len(set(sizes)) == len(sizes), field, "distinct lengths from 1 to 8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +155,7 @@ class PretrainedFeature(Feature):
         choose(dict.fromkeys(("error", "zeros")), self.missing, f"{self.where}.missing")
         npy, parquet = self.path.endswith(".npy"), self.path.endswith(".parquet")
         self._check(npy or parquet, "path", "a .npy or .parquet file")
-        self._check(
-            bool(self.ids) == npy, "ids", "the file with the id of each row" if npy else "empty for a .parquet file"
-        )
+        self._check(bool(self.ids) == npy, "ids", "the file with the id of each row" if npy else "empty for a .parquet file")
 
     @property
     def has_table(self) -> bool:
@@ -221,6 +164,33 @@ class PretrainedFeature(Feature):
     @property
     def _least_width(self) -> int:
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceFeature(Feature):
+    """Text as the vector that a frozen sentence encoder gives it; the extra "text" reads the model, without PyTorch.
+
+    The vectors of all texts of the table are kept in the encoder and in the bundle, so that the model is needed once, and
+    again for texts that are new.
+
+    Attributes:
+        model: a sentence-transformers model of the BERT or XLM-RoBERTa family: a folder, or its name on the Hugging Face Hub.
+        cache: the folder where vectors are kept, by model and text, for other runs; environment variables and ~ are expanded.
+        embedding_size: width of the dense layer put between the vector and the tower, all of it that is trained; 0 is none.
+    """
+
+    model: str = "paraphrase-multilingual-MiniLM-L12-v2"
+    cache: str = "~/.cache/twotower/sentences"
+    embedding_size: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check(bool(self.model.strip()), "model", "a folder or the name of a model")
+        self._check(bool(self.cache.strip()), "cache", "a folder")
+
+    @property
+    def has_table(self) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,9 +212,7 @@ class TimestampFeature(Feature):
         super().__post_init__()
         self._at_least(1, "age_buckets")
         choose(dict.fromkeys(("s", "ms", "us", "ns")), self.unit, f"{self.where}.unit")
-        self._check(
-            bool(self.parts) and len(set(self.parts)) == len(self.parts), "parts", "one or more different parts"
-        )
+        self._check(bool(self.parts) and len(set(self.parts)) == len(self.parts), "parts", "one or more different parts")
         for part in self.parts:
             choose(dict.fromkeys(("hour", "weekday", "age")), part, f"{self.where}.parts")
 
@@ -304,6 +272,7 @@ FEATURES: dict[str, type[Feature]] = {
     "float": FloatFeature,
     "text": TextFeature,
     "pretrained": PretrainedFeature,
+    "sentence": SentenceFeature,
     "timestamp": TimestampFeature,
     "history": HistoryFeature,
 }

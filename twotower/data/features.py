@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config import FeaturesConfig
-from twotower.data.feature_kinds import FEATURES, SIDES, Feature, HistoryFeature, StringFeature, StringsFeature, TextFeature
+from twotower.data.feature_base import SIDES, Feature
+from twotower.data.feature_kinds import FEATURES, HistoryFeature, StringFeature, StringsFeature, TextFeature
 from twotower.validation import ConfigError, check_fields, choose, convert
 
 _KEYS = {"user": "user", "item": "item", "user_embedding_layers": "user", "item_embedding_layers": "item"}
@@ -81,9 +82,7 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     try:
         mappings = json.loads(Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config.features.path={config.path!r} is not a JSON file that can be read: {error}"
-        ) from None
+        raise ConfigError(f"config.features.path={config.path!r} is not a JSON file that can be read: {error}") from None
     try:
         return from_mappings(mappings)
     except ConfigError as error:
@@ -100,9 +99,7 @@ def from_mappings(mappings: Any) -> FeatureSpec:
         if _KEYS[key] in sides:
             raise ConfigError(f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out.")
         sides[_KEYS[key]] = features
-    return FeatureSpec(
-        **{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES}
-    )
+    return FeatureSpec(**{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES})
 
 
 def _features(side: str, features: Any) -> dict[str, Feature]:
@@ -122,9 +119,7 @@ def _feature(side: str, name: str, fields: Any) -> Feature:
     for field in required:
         if field not in fields:
             raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")
-    values = {
-        field: convert(hints[field], value, f"{where}.{field}") for field, value in fields.items() if field != "type"
-    }
+    values = {field: convert(hints[field], value, f"{where}.{field}") for field, value in fields.items() if field != "type"}
     return cls(side=side, name=name, **values)
 
 

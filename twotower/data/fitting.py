@@ -11,17 +11,19 @@ import pyarrow.compute as pc
 
 from twotower.data import numeric
 from twotower.data.encodings import Fitted, naming, strings_of
+from twotower.data.feature_base import Feature
 from twotower.data.feature_kinds import (
-    Feature,
     FloatFeature,
     HistoryFeature,
     IntFeature,
     PretrainedFeature,
+    SentenceFeature,
     StringFeature,
     TimestampFeature,
 )
 from twotower.data.features import FeatureSpec
 from twotower.data.pretrained import check_missing, read_vectors
+from twotower.data.sentences import fit_sentences
 from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError, check_fields
 
@@ -114,6 +116,9 @@ def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -
             vocabulary, vectors = read_vectors(feature)
             check_missing(feature, vocabulary, column.every)
             return Fitted(feature, vocabulary=vocabulary, vectors=vectors)
+        case SentenceFeature():
+            vocabulary, vectors, sha256 = fit_sentences(feature, column.every)
+            return Fitted(feature, vocabulary=vocabulary, vectors=vectors, numbers={"model": sha256})
     return Fitted(feature)
 
 
@@ -157,15 +162,12 @@ def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
         counts = pc.value_counts(ids)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         raise ValueError(
-            f"The {side}s table has {len(repeated)} ids more than once, the first {repeated[0].as_py()!r}; they "
-            f"must be unique."
+            f"The {side}s table has {len(repeated)} ids more than once, the first {repeated[0].as_py()!r}; they must be unique."
         )
     places = pc.index_in(as_strings(train[name]), value_set=ids)
     if places.null_count:
         unknown = train[name].filter(places.is_null())[0].as_py()
-        raise ValueError(
-            f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}."
-        )
+        raise ValueError(f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}.")
     return np.bincount(places.to_numpy(), minlength=len(table))
 
 

@@ -22,7 +22,7 @@ def grown(old: Encoder, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, 
     encoded alike. A new value gets a row when it has `min_count` training rows in the new data.
 
     Raises:
-        ConfigError: the features are not those of `old`.
+        ConfigError: the features are not those of `old`, or a sentence encoder is another.
     """
     if spec.to_dict() != old.spec.to_dict():
         raise ConfigError("config.features differs from that of the run to grow from, whose towers read other features.")
@@ -42,6 +42,8 @@ def _grown(old: Fitted, new: Fitted, vocabularies: dict[int, Vocabulary]) -> Fit
     vocabulary = vocabularies[id(old.vocabulary)]
     if old.vectors is None:
         return dataclasses.replace(old, vocabulary=vocabulary)
+    if old.numbers != new.numbers:
+        raise ConfigError(f"{old.feature.where}.model={old.feature.model!r} is another model now than the run to grow from read.")
     added = new.vocabulary.rows(vocabulary.values[len(old.vectors) :]) - new.vocabulary.first
     return dataclasses.replace(old, vocabulary=vocabulary, vectors=np.concatenate([old.vectors, new.vectors[added]]))
 

@@ -1,7 +1,7 @@
 """The bundle: everything that recommending needs, in one folder that proves what it is.
 
 ```
-manifest.json    format, versions, metric, checkpoint step, hash of the weights, sha256 of every other file
+manifest.json    format, versions, metric, checkpoint step, hash of the weights, sentence encoders, sha256 of every other file
 config.json  encoder/  params.npz  tables/     what the towers read, and their weights
 user_tower.stablehlo  item_tower.stablehlo     the towers, as programs that need neither Flax nor the model's code
 item_vectors.npy  items.parquet  item_counts.npy   the corpus in one order: vectors; ids and display columns; training rows
@@ -31,6 +31,7 @@ import twotower
 from twotower.config import Config, from_dict
 from twotower.data.encoder import Encoder
 from twotower.data.folders import content_digest, digest, put_back
+from twotower.data.sentences import warn_of_missing_extra
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.int8 import Int8Vectors, Vectors
 from twotower.retrieval.popularity import coordinate, widened
@@ -112,12 +113,17 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     manifest = {
         "format": FORMAT, "format_version": VERSION, "twotower": twotower.__version__, "packages": _packages(),
         "metric": "dot", "normalized": bundle.normalized, "dim": bundle.towers.dim, "num_items": len(bundle.items),
-        "step": step, "model_version": version, **more,
+        "step": step, "model_version": version, "sentence_models": _sentence_models(bundle.encoder), **more,
         "files": {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     }  # fmt: skip
     manifest["sha256"] = content_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
+
+
+def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
+    """What a server must have to embed texts that are new: feature -> the name of its model, and the SHA-256 of its files."""
+    return {f.feature.where: {"model": f.feature.model, "sha256": f.numbers["model"]} for f in encoder.sentences}
 
 
 def load_bundle(folder: str | os.PathLike) -> Bundle:
@@ -146,6 +152,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         folder=folder.absolute(),
     )  # fmt: skip
     _check_lengths(bundle, manifest)
+    for fitted in bundle.encoder.sentences:
+        warn_of_missing_extra(fitted.feature)
     return bundle
 
 
