@@ -16,6 +16,8 @@ Tuned on validation alone. On test, mean ± deviation of training.seed 0, 1, 2, 
     NDCG@10                              .1681 ± .0017    above popularity's .0191 (.2534)
     recall@50 of items never trained     .2199 ± .0215    five times a random ranking's .020 (50 of 2,500)
 
+Item-kNN reaches .2359 and .1788 on these rows, EASE .2442 and .1906; neither can find a new item.
+
 The last is of 97 users. With category, brand and price beside the title, category and brand read by the history too, and
 oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818 ± .0195; but then new items lean on those columns: with
 the title alone told of them, .028. A training takes half a minute of one core.

@@ -27,9 +27,11 @@ def get_config():
     config.model.user.dropout = 0.4
     config.model.item.layers = (64,)
     config.model.item.dropout = 0.4
+    config.model.history.kind = "bag"
+    config.model.history.dropout = 0.2
 
     config.training.batch_size = 1024
-    config.training.steps = 600
+    config.training.steps = 400
     config.training.optimizer.learning_rate = 2e-3
     config.training.tables.learning_rate = 0.05
     config.training.schedule.kind = "cosine"
