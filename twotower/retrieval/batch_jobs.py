@@ -25,7 +25,6 @@ from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.sharded import ShardedIndex
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import model_version, of_towers
 from twotower.training.mesh import SPLIT, WHOLE, make_mesh, place
@@ -79,9 +78,7 @@ def recommend_all(
     """
     bundle = load_bundle(folder)
     if not approximate:
-        mesh = make_mesh(devices)
-        options = {"normalized": bundle.normalized}
-        index = ShardedIndex(bundle.vectors, mesh, **options) if mesh.size > 1 else ExactIndex(bundle.vectors, **options)
+        index = ExactIndex(bundle.vectors, normalized=bundle.normalized, mesh=make_mesh(devices))
         bundle = dataclasses.replace(bundle, index=index)
     retriever = Retriever(bundle)
     job = {"job": "recommend", "bundle": bundle.manifest["sha256"], "k": k, "exclude_seen": exclude_seen,
