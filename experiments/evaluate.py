@@ -1,12 +1,14 @@
 """Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
-    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation]
+    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation] [--devices=N]
 
-Prints a table and writes WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
+Each device scores and ranks its own part of the items. Prints a table and writes WORKDIR/evaluation/metrics.json
+(metrics_validation.json for that split).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -22,17 +24,20 @@ _QUERIES = flags.DEFINE_integer(
     "queries", 0, "Ask at most this many, evenly spaced, where all would take too long.", lower_bound=0
 )
 _WEIGHTS = flags.DEFINE_list("popularity_weights", [], "Measure lists with popularity weighed too: --popularity_weights=0,.05.")
+_DEVICES = flags.DEFINE_integer("devices", 0, "Devices to measure on; 0: all.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
 
 
 def main() -> None:
     from twotower.evaluation import report
     from twotower.evaluation.queries import make_queries
+    from twotower.retrieval.batch_jobs import divided
     from twotower.retrieval.retriever import Retriever
     from twotower.training.run import load_run
 
     workdir = Path(_WORKDIR.value)
     run = load_run(workdir, checkpoint=_CHECKPOINT.value)
+    run = dataclasses.replace(run, weights=divided(run.weights, _DEVICES.value))
     ks = parse_ks(_K.value, run.config.evaluation.ks)
     bundle = workdir / "bundle"
     # Loaded before the long part: a damaged bundle is told at once.

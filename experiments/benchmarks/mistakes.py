@@ -123,7 +123,7 @@ INDEX = (
          "        return snapshot, scores - np.log(np.maximum(live.bundle.counts[rows], 1.0)), rows"),
     make(7, "the correction is left in at evaluation",
          "evaluation.evaluate",
-         "    return dot_scores(query_vectors(prepared, model, weights, queries), items)",
+         "    return dot_scores(query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights))",
          "    dots = dot_scores(query_vectors(prepared, model, weights, queries), items)\n"
          "    return lambda chosen: dots(chosen) - np.log(np.maximum(queries.counts, 1.0))[None, :]"),
     make(9, "the index normalises",
