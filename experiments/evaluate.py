@@ -1,8 +1,10 @@
 """Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
     python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines [--split=validation] [--dim=32]
+        [--devices=N]
 
-Prints a table and writes WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
+Each device scores and ranks its own part of the items. Prints a table and writes WORKDIR/evaluation/metrics.json
+(metrics_validation.json for that split).
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ _WEIGHTS = flags.DEFINE_list("popularity_weights", [], "Measure lists with popul
 _DIM = flags.DEFINE_integer(
     "dim", None, "Width that vectors are cut to, in the place of config.retrieval.dim's.", lower_bound=1
 )
+_DEVICES = flags.DEFINE_integer("devices", 0, "Devices to measure on; 0: all.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
 
 
 def main() -> None:
     from twotower.evaluation import report
     from twotower.evaluation.queries import make_queries
+    from twotower.retrieval.batch_jobs import divided
     from twotower.retrieval.retriever import Retriever
     from twotower.training.run import load_run
 
@@ -40,6 +44,7 @@ def main() -> None:
     if _DIM.value:
         retrieval = dataclasses.replace(run.config.retrieval, dim=_DIM.value)
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, retrieval=retrieval))
+    run = dataclasses.replace(run, weights=divided(run.weights, _DEVICES.value))
     ks = parse_ks(_K.value, run.config.evaluation.ks)
     bundle = workdir / "bundle"
     # Loaded before the long part: a damaged bundle is told at once.

@@ -99,7 +99,7 @@ def _fresh(name):
 
     from twotower.evaluation import evaluate as module
 
-    return jax.jit(getattr(module, name).__wrapped__, static_argnames="ks")
+    return jax.jit(getattr(module, name).__wrapped__, static_argnames=("ks", "padding", "mesh"))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, float(np.finfo(np.float32).tiny), 3e38])

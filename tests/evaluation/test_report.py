@@ -1,5 +1,7 @@
 """What a report measures, and on which queries."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from tests.retrieval.conftest import make_run
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
+from twotower.retrieval.batch_jobs import divided
 
 KS = (5, 10)
 
@@ -60,6 +63,16 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
     expected = measure("validation", mask_seen=True)
     assert found == expected
     assert found != measure("validation", mask_seen=False) and found != measure("test", mask_seen=True)
+
+
+def test_a_run_on_a_mesh_has_the_figures_of_one_device(run):
+    measured = report.measure_run(run, ks=KS, baselines=False, most=40)
+    weights = divided(run.weights, 8)
+    on_mesh = report.measure_run(dataclasses.replace(run, weights=weights), ks=KS, baselines=False, most=40)
+    queries = make_queries(run.prepared, "test", run.config.evaluation.query)
+    assert len(model_scores(run.prepared, run.model, weights, queries)(slice(0, 3)).sharding.device_set) == 8
+    for name in ("model", "model_unmasked"):
+        assert on_mesh[name] == pytest.approx(measured[name])
 
 
 def test_items_and_users_that_training_never_saw_are_measured_apart(run):

@@ -1,10 +1,13 @@
 """Exact search against a stable NumPy sort."""
 
+import jax
 import numpy as np
 import pytest
 
+from twotower.retrieval import exact, host_top_k
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, QueryError, top_k
+from twotower.retrieval.host_top_k import RunningTopK
 
 
 def oracle(queries, items, k, exclude=None):
@@ -27,8 +30,10 @@ def vectors():
 
 
 @pytest.mark.parametrize("k", [1, 10, 301, 400])
-@pytest.mark.parametrize("item_block", [7, 64, 1000])
-def test_equals_a_stable_sort(vectors, k, item_block):
+@pytest.mark.parametrize("backend, item_block", [("cpu", 7), ("cpu", 64), ("cpu", 1000), ("gpu", 64), ("gpu", 1000)])
+def test_equals_a_stable_sort(vectors, backend, k, item_block, monkeypatch):
+    """Selecting as on a CPU and as on an accelerator."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     queries, items = vectors
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, k)
     expected_scores, expected_rows = oracle(queries, items, k)
@@ -36,8 +41,9 @@ def test_equals_a_stable_sort(vectors, k, item_block):
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-@pytest.mark.parametrize("item_block", [7, 1000])
-def test_excluded_items_never_come_back(vectors, item_block):
+@pytest.mark.parametrize("backend, item_block", [("cpu", 7), ("cpu", 1000), ("gpu", 64)])
+def test_excluded_items_never_come_back(vectors, backend, item_block, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     queries, items = vectors
     rng = np.random.default_rng(2)
     # From nobody excluded to all but two: fewer than k remain for the last queries.
@@ -53,9 +59,57 @@ def test_excluded_items_never_come_back(vectors, item_block):
 def test_many_query_blocks_equal_one(vectors, monkeypatch):
     queries, items = vectors
     whole = top_k(queries, items, 9)
-    monkeypatch.setattr("twotower.retrieval.exact.BLOCK_BYTES", 4 * 65_536 * 5)
+    sizes = []
+    monkeypatch.setattr(exact, "HOST_BLOCK_BYTES", 4 * len(items) * 5)
+    monkeypatch.setattr(exact, "RunningTopK", lambda count, k: sizes.append(count) or RunningTopK(count, k))
     for one, many in zip(whole, top_k(queries, items, 9)):
         np.testing.assert_array_equal(one, many)
+    assert sizes == [5] * 7 + [2]
+
+
+@pytest.mark.parametrize("item_block", [32, 96, 4_000])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monkeypatch):
+    """All scores alike: every group reaches the least, and only the first K equals may be kept."""
+    monkeypatch.setattr(host_top_k, "WIDEST", 1)
+    items, queries = np.full((3_211, 2), value, np.float32), np.ones((5, 2), np.float32)
+    items[3_210] = 9.0
+    scores, rows = ExactIndex(items, item_block=item_block).search(queries, 7)
+    assert rows.tolist() == [[3_210, 0, 1, 2, 3, 4, 5]] * 5
+    assert scores.tolist() == [[18.0, *[2 * value] * 6]] * 5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_scores_that_only_rise_or_fall_along_the_corpus(order, monkeypatch):
+    """Each block beats the one before, so that the lists so far grow and must be cut; or none does."""
+    monkeypatch.setattr(host_top_k, "WIDEST", 2)
+    items = np.arange(1_000, dtype=np.float32)[::order, None] // 3  # three of each score
+    for one, other in zip(ExactIndex(items, item_block=64).search(np.ones((3, 1)), 10), oracle(np.ones((3, 1)), items, 10)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_scores_that_overflow_are_ranked_if_infinite_and_refused_if_nan():
+    items = np.zeros((200, 2), np.float32)
+    items[150], items[9] = (3e38, 3e38), (1.0, -2.0)
+    scores, rows = ExactIndex(items).search(np.array([[1e3, 0.0]], np.float32), 3)
+    assert rows.tolist() == [[150, 9, 0]] and scores.tolist() == [[np.inf, 1e3, 0.0]]
+    with pytest.raises(QueryError, match="overflow float32 to NaN"):
+        ExactIndex(items).search(np.array([[1.0, 0.0], [1e3, -1e3]], np.float32), 3)
+
+
+@pytest.mark.parametrize("backend, approximate", [("cpu", 0), ("gpu", 0), ("tpu", 1)])
+def test_only_a_tpu_selects_approximately_and_only_when_asked(vectors, backend, approximate, monkeypatch):
+    calls, select = [], jax.lax.approx_max_k
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.lax, "approx_max_k", lambda x, k, **options: calls.append(options) or select(x, k, **options))
+    queries, items = vectors
+    index = ExactIndex(items, recall_target=0.85)
+    np.testing.assert_array_equal(index.search(queries, 6)[0], oracle(queries, items, 6)[0])  # a CPU does it exactly
+    assert calls == [{"recall_target": 0.85}] * approximate
+    ExactIndex(items).search(queries, 11)
+    assert len(calls) == approximate
+    with pytest.raises(ValueError, match="recall_target=0"):
+        ExactIndex(items, recall_target=0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

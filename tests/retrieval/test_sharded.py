@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from tests.retrieval.test_exact import oracle
-from twotower.retrieval import exact, sharded
+from twotower.retrieval import exact
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, QueryError
-from twotower.retrieval.sharded import ShardedIndex
 from twotower.training.mesh import make_mesh
 
 
@@ -25,13 +24,12 @@ def some_excluded():
     return Csr.from_pairs(np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37)
 
 
-@pytest.mark.parametrize("devices, k", [(2, 10), (8, 1), (8, 50), (8, 301), (8, 400)])
-def test_equals_a_stable_sort_less_what_is_excluded(vectors, devices, k, monkeypatch):
-    monkeypatch.setattr(sharded, "MOST_QUERIES", 16)
-    monkeypatch.setattr(exact, "ITEM_BLOCK", 16)
+@pytest.mark.parametrize("devices, k, item_block", [(2, 10, 16), (8, 1, 16), (8, 50, 99), (8, 301, 16), (8, 400, 99)])
+def test_equals_a_stable_sort_less_what_is_excluded(vectors, devices, k, item_block, monkeypatch):
+    monkeypatch.setattr(exact, "MOST_QUERIES", 16)
     queries, items = vectors
     exclude = some_excluded()
-    index = ShardedIndex(items, make_mesh(devices))
+    index = ExactIndex(items, mesh=make_mesh(devices), item_block=item_block)
     for skip in (None, exclude) if k == 50 else (exclude,):
         scores, rows = index.search(queries, k, exclude=skip)
         expected = oracle(queries, items, k, skip)
@@ -42,7 +40,7 @@ def test_equals_a_stable_sort_less_what_is_excluded(vectors, devices, k, monkeyp
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_fewer_items_than_devices(count):
     items, queries = np.eye(8, dtype=np.float32)[:count], np.ones((3, 8), np.float32)
-    index = ShardedIndex(items, make_mesh(8))
+    index = ExactIndex(items, mesh=make_mesh(8))
     for one, other in zip(index.search(queries, 4), ExactIndex(items).search(queries, 4)):
         np.testing.assert_array_equal(one, other)
 
@@ -50,10 +48,11 @@ def test_fewer_items_than_devices(count):
 def test_devices_hold_their_own_items_and_send_lists_alone(vectors):
     queries, items = vectors
     mesh = make_mesh(8)
-    index = ShardedIndex(items, mesh)
-    assert {shard.data.shape for shard in index._vectors.addressable_shards} == {(38, 5)}
-    given = (np.zeros((4, 5), np.float32), np.zeros(1, np.int32), np.zeros(1, np.int32), np.int32(301))
-    text = sharded._compiled(mesh, 38, 6).lower(index._vectors, *given).compile().as_text()
+    index = ExactIndex(items, mesh=mesh)
+    (block,) = index._blocks
+    assert {shard.data.shape for shard in block.addressable_shards} == {(38, 5)}
+    given = (np.zeros((4, 5), np.float32), np.zeros(1, np.int32), np.zeros(1, np.int32), np.int32(0), np.int32(301))
+    text = exact._best_of_block(mesh, 6, 1.0).lower(block, *given).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather" in line and "= " in line]
     assert gathered and all("[4,48]" in line or "[8,4,6]" in line or "[4,8,6]" in line for line in gathered), gathered
     assert "all-to-all" not in text and "all-reduce" not in text
@@ -61,7 +60,7 @@ def test_devices_hold_their_own_items_and_send_lists_alone(vectors):
 
 def test_what_cannot_be_ranked_is_refused(vectors):
     queries, items = vectors
-    index = ShardedIndex(items, make_mesh(8), normalized=True)
+    index = ExactIndex(items, mesh=make_mesh(8), normalized=True)
     with pytest.raises(QueryError, match="4 wide"):
         index.search(queries[:, :4], 3)
     with pytest.raises(QueryError, match="is zero"):

@@ -1,4 +1,4 @@
-"""Exact evaluation over the whole corpus, in blocks on the device."""
+"""Exact evaluation over the whole corpus, in blocks on the device or on a mesh, of which each device scores its own items."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from twotower.data.prepare import Prepared
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
-from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.embed import embed_rows, mesh_of
 from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs, pad_rows
+from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, localise, place
 from twotower.training.progress import progress
 from twotower.validation import ScoreError
 
-# The scores [b, N] of the queries in a slice.
+# The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last may be no items.
 Scores = Callable[[slice], Any]
 
 BLOCK_BYTES = 2**27  # of scores
 LARGEST_BLOCK = 1_024  # queries
+COLUMNS = P(None, AXIS)
 
 
 def evaluate(
@@ -55,8 +59,8 @@ def evaluate(
     shown = {k: np.zeros(queries.num_items, bool) for k in ks}
     for chosen, size, seen, right in _blocks(queries, block_bytes, mask_seen):
         count = chosen.stop - chosen.start
-        scores, num_right = _grown(scores_of(chosen), size), pad_rows(queries.num_right[chosen], size)
-        values, rows = _measure(scores, *seen, *right, num_right, queries.counts, ks=tuple(ks))
+        scores, asks = scores_of(chosen), (*seen, *right, pad_rows(queries.num_right[chosen], size))
+        values, rows = _measured_on(mesh_of(scores), _grown(scores, size), asks, queries.counts, tuple(ks))
         if np.isnan(values.pop("poison")):
             raise ScoreError(f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked.")
         for name, value in values.items():
@@ -69,10 +73,14 @@ def evaluate(
     return result | {"queries": int(asked.sum()), "queries_without_answer": int((~asked).sum())}
 
 
-def dot_scores(users: Any, items: Any) -> Scores:
-    """Scores of user vectors [Q, D] with item vectors [N, D]."""
-    items = jnp.asarray(items)
-    return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
+def dot_scores(users: Any, items: Any, *, mesh: Mesh | None = None) -> Scores:
+    """Scores of user vectors [Q, D] with item vectors [N, D], which are divided over the `mesh`, if there is one."""
+    if mesh is None:
+        items = jnp.asarray(items)
+        return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
+    items = place(mesh, pad_rows(items, -(-len(items) // mesh.size) * mesh.size), SPLIT)
+    dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
+    return lambda chosen: dot(place(mesh, users[chosen], WHOLE), items)
 
 
 def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> np.ndarray:
@@ -81,9 +89,9 @@ def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries
 
 
 def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> Scores:
-    """The scores of the two towers."""
+    """The scores of the two towers, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
-    return dot_scores(query_vectors(prepared, model, weights, queries), items)
+    return dot_scores(query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights))
 
 
 def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
@@ -132,8 +140,31 @@ def _grown(scores: Any, size: int) -> Float[Array, "B N"]:
     return jnp.pad(scores, ((0, size - len(scores)), (0, 0))) if len(scores) < size else scores
 
 
-@functools.partial(jax.jit, static_argnames="ks")
-def _measure(
+def _measured_on(mesh: Mesh | None, scores: Any, asks: tuple[Any, ...], counts: np.ndarray, ks: tuple[int, ...]) -> Any:
+    """`_measure` of arrays of this process."""
+    if mesh is None:
+        return _measure(scores, *asks, counts, ks=ks)
+    padding = scores.shape[1] - len(counts)
+    asks, counts = place(mesh, asks, WHOLE), place(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SPLIT)
+    return _measure(scores, *asks, counts, ks=ks, padding=padding, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("ks", "padding", "mesh"))
+def _measure(*arrays: Array, ks: tuple[int, ...], padding: int = 0, mesh: Mesh | None = None) -> Any:
+    """Metrics of each query, and the rows of the longest list, the same on every device. "poison" is NaN when a score is.
+
+    Args:
+        arrays: as of `_measure_part`; with a mesh, the columns of the scores and the counts are divided over it.
+        padding: so many of the last columns are no items.
+    """
+    if mesh is None:
+        return _measure_part(*arrays, ks=ks, padding=padding, group=ALONE)
+    part = functools.partial(_measure_part, ks=ks, padding=padding, group=group_of(mesh))
+    specs = (COLUMNS, WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, SPLIT)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)(*arrays)
+
+
+def _measure_part(
     scores: Float[Array, "B N"],
     seen_query: Int[Array, " S"],
     seen_item: Int[Array, " S"],
@@ -141,27 +172,46 @@ def _measure(
     right_item: Int[Array, " R"],
     num_right: Int[Array, " B"],
     counts: Int[Array, " N"],
+    *,
     ks: tuple[int, ...],
+    padding: int,
+    group: Group,
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Metrics of each query, and the rows of the longest list. "poison" is NaN when a score is."""
-    poison = jnp.where(jnp.isnan(scores).any(), jnp.nan, 0.0)
+    """`_measure` on one device, which has N of the items."""
+    width, num_items = scores.shape[1], scores.shape[1] * group.size - padding
+    poison = jnp.where(group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0, jnp.nan, 0.0)
+    seen_item, right_item = (item if group is ALONE else localise(item, width, group) for item in (seen_item, right_item))
     scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
+    if padding:
+        scores = jnp.where((group.places(width) < num_items)[None, :], scores, -jnp.inf)
     right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
-    best, rows = blocked_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), scores.shape[1]))
+    best, rows = blocked_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
+    found = best, group.places(width)[rows], jnp.take_along_axis(right, rows, axis=1), counts[rows]
+    best, rows, hits, seen_before = _best_of_all(found, max(ks), group)
     real = ~jnp.isneginf(best)
-    hits, rows = jnp.take_along_axis(right, rows, axis=1) & real, jnp.where(real, rows, -1)
+    hits, rows = hits & real, jnp.where(real, rows, -1)
     # A corpus smaller than K gives lists that end in nothing.
     missing = [(0, 0), (0, max(ks) - rows.shape[1])]
     hits, rows = jnp.pad(hits, missing), jnp.pad(rows, missing, constant_values=-1)
-    seen_before = jnp.where(rows >= 0, counts[rows], 0)
+    seen_before, total = jnp.pad(jnp.where(real, seen_before, 0), missing), group.sum(counts.sum())
     values: dict[str, Array] = {"poison": poison}
     for k in ks:
         real = rows[:, :k] >= 0
         for name, metric in metrics.ACCURACY.items():
             values[f"{name}@{k}"] = metric(hits[:, :k], num_right)
-        values[f"novelty@{k}"] = metrics.novelty(seen_before[:, :k], counts.sum(), counts.size, where=real)
+        values[f"novelty@{k}"] = metrics.novelty(seen_before[:, :k], total, num_items, where=real)
         values[f"never_trained@{k}"] = metrics.never_trained(seen_before[:, :k], where=real)
     return values, rows
+
+
+def _best_of_all(lists: tuple[Array, ...], k: int, group: Group) -> tuple[Array, ...]:
+    """The best `k` of all devices' lists [B, K] of (scores, ...): in the order of devices, which is that of rows, so that of
+    equal scores the lower row stays first."""
+    if group is ALONE:
+        return lists
+    lists = tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists)
+    best, at = jax.lax.top_k(lists[0], min(k, lists[0].shape[1]))
+    return best, *(jnp.take_along_axis(x, at, axis=1) for x in lists[1:])
 
 
 def _behind_equals(scores: Float[Array, "B N"], query: Int[Array, " R"], item: Int[Array, " R"]) -> Float[Array, "B N"]:

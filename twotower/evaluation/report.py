@@ -20,7 +20,7 @@ from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.embed import evenly_spaced
-from twotower.retrieval.exact import ExactIndex
+from twotower.retrieval.exact import ExactIndex, pad_rows
 from twotower.retrieval.export import served_model
 from twotower.retrieval.popularity import log_counts, widened
 from twotower.retrieval.retriever import Retriever
@@ -96,7 +96,11 @@ def frontier(scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Se
     """What each weight of popularity gives, by weight: recall against coverage and novelty."""
     logs, found = log_counts(queries.counts), {}
     for weight in weights:
-        weighed = lambda chosen, weight=weight: scores_of(chosen) + weight * logs[None, :]  # noqa: E731
+
+        def weighed(chosen: slice, weight: float = weight) -> Any:
+            scores = scores_of(chosen)
+            return scores + weight * pad_rows(logs, scores.shape[1])[None, :]
+
         found[f"{weight:g}"] = evaluate(weighed, queries, ks, mask_seen=True)
     return found
 

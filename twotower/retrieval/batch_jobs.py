@@ -25,7 +25,6 @@ from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.sharded import ShardedIndex
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import model_version, of_towers
 from twotower.training.mesh import SPLIT, WHOLE, make_mesh, place
@@ -70,22 +69,21 @@ def embed_all(run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), 
 
 def recommend_all(
     folder: Path, out: Path, k: int, *, exclude_seen: bool = True, approximate: bool = False, devices: int = 0,
-    tasks: Tasks = Tasks(), part: int = PART,
+    recall_target: float = 1.0, tasks: Tasks = Tasks(), part: int = PART,
 ) -> None:  # fmt: skip
     """Writes the lists of all known users of the bundle in `folder`: user_id, rank, item_id, score.
 
     Args:
         approximate: ask the bundle's index; otherwise the search is exact, the items divided over `devices` (0: all).
+        recall_target: of that search on TPUs; see `ExactIndex`.
     """
     bundle = load_bundle(folder)
     if not approximate:
-        mesh = make_mesh(devices)
-        options = {"normalized": bundle.normalized}
-        index = ShardedIndex(bundle.vectors, mesh, **options) if mesh.size > 1 else ExactIndex(bundle.vectors, **options)
+        index = ExactIndex(bundle.vectors, normalized=bundle.normalized, mesh=make_mesh(devices), recall_target=recall_target)
         bundle = dataclasses.replace(bundle, index=index)
     retriever = Retriever(bundle)
     job = {"job": "recommend", "bundle": bundle.manifest["sha256"], "k": k, "exclude_seen": exclude_seen,
-           "approximate": approximate, "changes": retriever.changes}  # fmt: skip
+           "approximate": approximate, "recall_target": recall_target, "changes": retriever.changes}  # fmt: skip
     ids = bundle.users["user_id"]
 
     def make(rows: slice) -> pa.Table:

@@ -32,7 +32,7 @@ def embed_rows(
     """
     if side == "user" and model.history_length:
         batch = min(batch, next_power_of_two(EVENTS // model.history_length))
-    count, mesh = len(next(iter(features.values()))), _mesh_of(weights)
+    count, mesh = len(next(iter(features.values()))), mesh_of(weights)
     fewest = mesh.size if mesh else 1
     batch = max(batch, fewest)
     vectors = np.zeros((count, model.dim), np.float32)
@@ -57,9 +57,9 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def _mesh_of(weights: Any) -> Mesh | None:
-    """The mesh of several devices that `weights` are divided over."""
-    places = [x.sharding for x in jax.tree.leaves(weights) if isinstance(x, jax.Array)]
+def mesh_of(arrays: Any) -> Mesh | None:
+    """The mesh of several devices that `arrays` are divided over."""
+    places = [x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     meshes = [place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1]
     return meshes[0] if meshes else None
 

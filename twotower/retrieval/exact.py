@@ -1,6 +1,8 @@
-"""Exact search: the K items of greatest dot product, in blocks of queries and of items on the device.
+"""Exact search: the K items of greatest dot product, in blocks of queries and of items, on one device or divided over a mesh.
 
-Blocks bound the memory, and on a GPU they are also faster: XLA sorts a row that `top_k` takes whole.
+Blocks bound the memory, and on a GPU they are also faster: XLA sorts a row that `top_k` takes whole. On a CPU XLA multiplies and
+NumPy selects. Over a mesh each device holds its part of every block, finds the best of it, and K scores and rows of each are
+merged: no device holds another's items.
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.host_top_k import GROUP, RunningTopK, group_size
+from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, group_of, localise, place
 from twotower.validation import ScoreError
 
-ITEM_BLOCK = 65_536
+ITEM_BLOCK = 65_536  # of each device
 BLOCK_BYTES = 2**27  # of scores
+# glibc asks the system for every buffer of 32 MiB and more, and the system clears it each time: half of a search's time.
+HOST_BLOCK_BYTES = 2**25 - 2**20
+MOST_QUERIES = 1_024  # at once
 
 
 class QueryError(ScoreError):
@@ -35,21 +43,36 @@ def top_k(queries: Any, items: Any, k: int, *, exclude: Csr | None = None, norma
 
 
 class ExactIndex:
-    """Item vectors on the device, searched exhaustively."""
+    """Item vectors on the device or divided over those of a mesh, searched exhaustively."""
 
     kind = "exact"
 
-    def __init__(self, vectors: Any, *, normalized: bool = False, item_block: int = ITEM_BLOCK):
+    def __init__(
+        self, vectors: Any, *, normalized: bool = False, item_block: int = ITEM_BLOCK, mesh: Mesh | None = None,
+        recall_target: float = 1.0,
+    ):  # fmt: skip
         """Args:
-        vectors: float [N, D].
+        vectors: float [N, D]; with a mesh of several processes, which each has whole (memory-mapped, say).
         normalized: vectors have length 1, so that a query of length 0 is a mistake.
-        item_block: items compared at once.
+        item_block: items compared at once on each device.
+        mesh: whose devices get their rows of each block alone; None is the default device.
+        recall_target: below 1, TPUs select by `jax.lax.approx_max_k`, whose lists hold this share of the best in
+            expectation; other devices select exactly all the same.
         """
+        if not 0 < recall_target <= 1:
+            raise ValueError(f"recall_target={recall_target} must lie in (0, 1].")
         vectors = check_vectors(vectors, what="item")
         self.num_items, self.dim = vectors.shape
         self.normalized = normalized
-        self._block = item_block
-        self._blocks = [jnp.asarray(vectors[i : i + item_block]) for i in range(0, self.num_items, item_block)]
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self._host = self._mesh is None and jax.default_backend() == "cpu"
+        self._recall_target = recall_target if jax.default_backend() == "tpu" else 1.0
+        devices = self._mesh.size if self._mesh else 1
+        self._rows = max(1, min(item_block, -(-self.num_items // devices)))  # of a block, on each device
+        self._block = self._rows * devices
+        unit = devices if self._mesh else GROUP if self._host and self._rows >= GROUP else 1
+        parts = (vectors[i : i + self._block] for i in range(0, self.num_items, self._block))
+        self._blocks = [self._placed(pad_rows(part, -(-len(part) // unit) * unit), SPLIT) for part in parts]
 
     def search(self, queries: Any, k: int, *, exclude: Csr | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The best items, best first; of equal scores the lower row first.
@@ -63,7 +86,7 @@ class ExactIndex:
             (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k items remain.
 
         Raises:
-            QueryError: a query is of the wrong width, not finite, or zero where vectors are normalised.
+            QueryError: a query is of the wrong width, not finite, or zero where vectors are normalised; or a score overflows.
             ValueError: k < 1, or `exclude` is not one list a query.
         """
         queries = check_queries(queries, self.dim, normalized=self.normalized)
@@ -72,40 +95,87 @@ class ExactIndex:
             raise ValueError(f"exclude holds {len(exclude)} lists for {len(queries)} queries; give one list a query.")
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
-        step = max(1, min(BLOCK_BYTES // (4 * self._block), 1024))
+        if not self.num_items:
+            return scores, rows
+        search, most = (self._search_host, HOST_BLOCK_BYTES) if self._host else (self._search_devices, BLOCK_BYTES)
+        step = max(1, min(most // (4 * self._rows), MOST_QUERIES))
         for start in range(0, len(queries), step):
             chosen = slice(start, min(start + step, len(queries)))
             skip = None if exclude is None else exclude.take(np.arange(chosen.start, chosen.stop))
-            found, where = self._search_block(queries[chosen], min(k, self.num_items), skip)
+            found, where = search(queries[chosen], min(step, next_power_of_two(chosen.stop - start)), k, skip)
             scores[chosen, : found.shape[1]], rows[chosen, : where.shape[1]] = found, where
         return scores, rows
 
-    def _search_block(self, queries: np.ndarray, k: int, exclude: Csr | None) -> tuple[np.ndarray, np.ndarray]:
-        count = len(queries)
-        queries = pad_rows(queries, next_power_of_two(count))
-        best = None
+    def _search_host(self, queries: np.ndarray, size: int, k: int, exclude: Csr | None) -> tuple[np.ndarray, np.ndarray]:
+        best, padded = RunningTopK(len(queries), k), pad_rows(queries, size)
+        for number, items in enumerate(self._blocks):
+            first = number * self._block
+            real = min(self._block, self.num_items - first)
+            pairs = excluded_pairs(exclude, first, first + len(items))
+            found = _scores_and_maxima(padded, items, *pairs, count=real, size=group_size(len(items), k))
+            values, maxima = (np.asarray(part)[: len(queries)] for part in found)
+            check_scores(maxima)
+            best.add(values, maxima, first)
+        return best.best()
+
+    def _search_devices(self, queries: np.ndarray, size: int, k: int, exclude: Csr | None) -> tuple[np.ndarray, np.ndarray]:
+        best, padded = None, self._placed(pad_rows(queries, size), WHOLE)
         for number, items in enumerate(self._blocks):
             first = number * self._block
             pairs = excluded_pairs(exclude, first, first + len(items))
-            found = _best_of_block(queries, items, *pairs, first, min(k, len(items)))
+            more = self._placed((*pairs, np.int32(first), np.int32(self.num_items)), WHOLE)
+            found = _best_of_block(self._mesh, k, self._recall_target)(items, padded, *more)
             best = found if best is None else _merge(*best, *found, k)
-        return tuple(np.asarray(part)[:count] for part in best) if best else (np.zeros((count, 0)),) * 2
+        scores, rows = (np.asarray(part)[: len(queries)] for part in best)
+        check_scores(scores)
+        return scores, rows
+
+    def _placed(self, tree: Any, spec: Any) -> Any:
+        return place(self._mesh, tree, spec) if self._mesh else jax.tree.map(jnp.asarray, tree)
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _best_of_block(
-    queries: Float[Array, "B D"],
-    items: Float[Array, "N D"],
-    query: Int[Array, " E"],
-    item: Int[Array, " E"],
-    first,
-    k: int,
-):
-    """The top k of one block of items whose first row is `first`, less the pairs (query, item)."""
+def _scores(
+    queries: Float[Array, "B D"], items: Float[Array, "N D"], query: Int[Array, " E"], item: Int[Array, " E"]
+) -> Float[Array, "B N"]:
+    """Those of the pairs (query, item) are -inf."""
     scores = jnp.einsum("bd,nd->bn", queries, items, precision=jax.lax.Precision.HIGHEST)
-    scores = scores.at[query, item].set(-jnp.inf, mode="drop")
-    best, rows = jax.lax.top_k(scores, k)
-    return best, jnp.where(jnp.isneginf(best), -1, rows + first)
+    return scores.at[query, item].set(-jnp.inf, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames=("count", "size"))
+def _scores_and_maxima(queries, items, query, item, count: int, size: int):
+    """Scores [B, N] of a block, -inf from the `count`-th on, and the maxima of their groups of `size`."""
+    scores = _scores(queries, items, query, item).at[:, count:].set(-jnp.inf)
+    return scores, scores.reshape(len(queries), -1, size).max(-1)
+
+
+@functools.cache
+def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
+    """(items divided, queries, pairs (query, item) left out, the block's first row, N) -> (scores, rows) [B, <= k], the same
+    on every device: the best of the block."""
+    group = group_of(mesh) if mesh else ALONE
+
+    def search(
+        items: Float[Array, "M D"], queries: Float[Array, "B D"], query: Int[Array, " E"], item: Int[Array, " E"],
+        first: Int[Array, ""], count: Int[Array, ""],
+    ):  # fmt: skip
+        places, most = group.places(len(items)), min(k, len(items))
+        scores = _scores(queries, items, query, item if mesh is None else localise(item, len(items), group))
+        scores = scores if mesh is None else jnp.where((first + places)[None, :] < count, scores, -jnp.inf)
+        select = functools.partial(jax.lax.approx_max_k, recall_target=recall_target) if recall_target < 1 else jax.lax.top_k
+        best, at = select(scores, most)
+        rows = jnp.where(jnp.isneginf(best), -1, first + places[at])
+        if mesh is None:
+            return best, rows
+        # In the order of devices, which is that of rows: of equal scores the lower row stays first.
+        best, rows = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (best, rows))
+        best, at = jax.lax.top_k(best, min(k, best.shape[1]))
+        return best, jnp.take_along_axis(rows, at, axis=1)
+
+    if mesh is None:
+        return jax.jit(search)
+    specs = (SPLIT, WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
+    return jax.jit(jax.shard_map(search, mesh=mesh, in_specs=specs, out_specs=(WHOLE, WHOLE), check_vma=False))
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -154,6 +224,12 @@ def next_power_of_two(n: int) -> int:
 def check_k(k: int) -> None:
     if k < 1:
         raise ValueError(f"k={k} must be at least 1.")
+
+
+def check_scores(scores: np.ndarray) -> None:
+    """Refuses NaN, which finite vectors give where products overflow to both infinities."""
+    if np.isnan(scores).any():
+        raise QueryError("Scores overflow float32 to NaN; they cannot be ranked. The vectors are too long.")
 
 
 def check_vectors(vectors: Any, *, what: str) -> Any:

@@ -14,9 +14,7 @@ import numpy as np
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, check_queries
 from twotower.retrieval.int8 import Vectors
-from twotower.retrieval.sharded import ShardedIndex
 
-EXHAUSTIVE = (ExactIndex, ShardedIndex)  # which know themselves what is excluded
 OVERFETCH = 1_000  # candidates beyond k at most
 SPARE = 1.5  # times the candidates that would do if the allowed items were anywhere
 CHEAPER = 4  # times as many allowed items as would be fetched are compared faster than found
@@ -51,21 +49,21 @@ def search_without(
     """The best `k` items that are allowed and not excluded, as `ExactIndex.search` gives them.
 
     Args:
-        index: an `ExactIndex`, a `ShardedIndex` or a `ScannIndex`.
+        index: an `ExactIndex`, a `ScannIndex` or a `GraphIndex`.
         vectors: [N, D], those of the index.
         exclude: for each query, rows that must not come back.
         allowed: the rows that may; all by default.
         last: [N], one more coordinate that the index has behind those of `vectors`, and the queries too.
     """
     exclude = Csr.empty(len(queries)) if exclude is None else exclude
-    if isinstance(index, EXHAUSTIVE) and allowed is None:
+    if isinstance(index, ExactIndex) and allowed is None:
         return index.search(queries, k, exclude=exclude)
     count = index.num_items if allowed is None else allowed.count
     most = int(exclude.lengths.max(initial=0))
     fetched = k + min(most, OVERFETCH)
     if count < index.num_items:
         fetched = int(SPARE * fetched * index.num_items / max(count, 1)) + 1
-    if isinstance(index, EXHAUSTIVE) or fetched > k + 2 * OVERFETCH or count <= CHEAPER * fetched < index.num_items:
+    if isinstance(index, ExactIndex) or fetched > k + 2 * OVERFETCH or count <= CHEAPER * fetched < index.num_items:
         checked = check_queries(queries, index.dim, normalized=index.normalized)
         return exact_among(vectors, _rows_of(allowed), checked, k, exclude, last=last)
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))

@@ -89,13 +89,13 @@ def lookup_rows(
     """
     if not group.axis:
         return lookup(table, ids)
-    mine = _localise(everyone, len(table), group)
+    mine = localise(everyone, len(table), group)
     found = group.scatter_sum(take_rows(table, mine, 0.0))
     exists = (ids >= 0) & (ids < len(table) * group.size)
     return jnp.where(exists[:, None], found, jnp.nan)
 
 
-def _localise(ids: Int[Array, "M"], rows: int, group: Group) -> Int[Array, "M"]:
+def localise(ids: Int[Array, "M"], rows: int, group: Group) -> Int[Array, "M"]:
     """Row numbers of a whole table as those of this device's `rows`; `rows`, which is past the end, for others' rows."""
     local = ids - group.index() * rows
     return jnp.where((local >= 0) & (local < rows), local, rows)
