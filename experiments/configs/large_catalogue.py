@@ -6,7 +6,8 @@
     python -m experiments.benchmarks.index --workdir=runs/large --target_recall=.95
 
 200,000 items and 64 dimensions; a million with --config.data.num_items=1_000_000 --config.data.num_interactions=4_000_000, wider
-with --config.model.user.layers="(128, 128)" and the same of model.item. The bundle holds the vectors and searches them exactly: the benchmark builds the indexes itself.
+with --config.model.user.layers="(128, 128)" and the same of model.item. The bundle searches its vectors exactly: the benchmark
+builds the indexes itself.
 """
 
 from twotower.config import defaults
