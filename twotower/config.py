@@ -58,6 +58,7 @@ class DataConfig:
         project: of BigQuery, which pays for its queries; empty means that of the environment's credentials.
         location: where BigQuery runs queries; empty lets it find out.
         num_interactions: size of the generated shop.
+        num_items: its items; 0: as many as suit its size.
         shop_seed: seed of the generated shop.
         where: rows to keep, as (column, operator, value); operators are ==, !=, <, <=, >, >=, in, not in, starts with,
             not starts with. ("rating", ">=", 4) and ("event", "in", ("purchase",)) are the usual ones.
@@ -77,6 +78,7 @@ class DataConfig:
     project: str = ""
     location: str = ""
     num_interactions: int = 100_000
+    num_items: int = 0
     shop_seed: int = 0
     where: tuple[tuple, ...] = ()
     k_core: int = 0

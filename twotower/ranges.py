@@ -44,7 +44,7 @@ def _check_data(config: Any, check: _Checks) -> None:
     check.between(0.01, 1.0, "model.temperature")
     check.between(0.0, 1.0, "retrieval.target_recall", "training.schedule.factor")
     check.at_least(1000, "data.num_interactions")
-    check.at_least(0, "evaluation.validation_queries", "data.k_core")
+    check.at_least(0, "evaluation.validation_queries", "data.k_core", "data.num_items")
     check.at_least(1, "retrieval.k")
     check.at_least(0, "retrieval.dim")
     check.one_of(("float32", "int8"), "retrieval.vectors")

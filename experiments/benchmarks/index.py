@@ -2,10 +2,13 @@
 
     python -m experiments.benchmarks.index [--items=200000 --dim=64 --target_recall=.95 --k=10] [--workdir=RUN] [--quick]
 
-Vectors are those of the bundle of --workdir, or drawn: a mixture of N / 150 clusters with a falling spectrum, users near items.
-Every index is tuned on one half of the users and measured on the other: the fewest leaves, probes or candidates whose recall,
-less 1.64 standard errors, reaches the target; peers for each of several builds. One thread, unless --threads says otherwise
-(twotower and JAX take the cores they are given: pin the process). Needs faiss-cpu and hnswlib.
+Vectors are those of the bundle of --workdir (experiments/configs/large_catalogue.py learns many in minutes), or drawn: a mixture
+of N / 150 clusters with a falling spectrum, users near items. Every index is tuned on one half of the users and measured on the
+other: the fewest leaves, probes or candidates whose recall, less 1.64 standard errors, reaches the target; peers for each of
+several builds. Each peer takes turns with ours: "ours" says how many times ours is as fast, in batches and for single queries.
+
+One thread, and processor time, which a busy machine lengthens less; with --threads=2 both, and the clock on the wall (twotower
+and JAX take the cores they are given: pin the process). Needs faiss-cpu and hnswlib.
 """
 
 from __future__ import annotations
@@ -29,26 +32,44 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "A run whose bundle's vectors are 
 _TARGET = flags.DEFINE_float("target_recall", 0.95, "The recall to reach.")
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.")
 _THREADS = flags.DEFINE_integer("threads", 1, "Of every contestant.")
+_PEERS = flags.DEFINE_list("peers", [], "Only those whose names hold one of these: exact, hnswlib, HNSW, IVF.")
+_INDEX = flags.DEFINE_string("index", "auto", "Ours: config.retrieval.index.")
 _GRID = flags.DEFINE_bool("grid", False, "Also compare the tuner's choice with the best of a full grid.")
 USERS = 4_000
+ROUNDS, SINGLES = 5, 200  # turns that contestants take; single queries in each
+
+# (queries, k, effort) -> (scores, rows)
+Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 class Built(NamedTuple):
     """An index that can be asked.
 
     Attributes:
-        search: (queries, k, effort) -> (scores, rows).
         most: the greatest effort; 0 where there is none to choose.
         graph: the effort is at least k.
-        size: bytes on the disk.
+        write: (path) writes it; its size counts.
     """
 
-    name: str
-    search: Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
-    most: int
-    graph: bool
-    seconds: float
-    size: int
+    search: Search
+    most: int = 0
+    graph: bool = False
+    write: Callable[[Path], Any] = lambda path: None
+
+
+# A peer: its name, and what builds it; with what more its name says where one build is asked in several ways.
+Peer = tuple[str, Callable[[], dict[str, Built]]]
+
+
+def now() -> float:
+    """Seconds: of this process's processor time where it has one thread, else of the clock."""
+    return time.process_time() if _THREADS.value == 1 else time.perf_counter()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = now()
+    call()
+    return now() - start
 
 
 def draw(items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,93 +92,104 @@ def load(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(evenly_spaced(bundle.user_vectors, USERS)), np.asarray(bundle.vectors)
 
 
-def exact_peers(vectors: np.ndarray) -> Iterator[Built]:
+def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
     """JAX, NumPy and FAISS, comparing all."""
     import faiss
 
     from twotower.retrieval.exact import ExactIndex
     from twotower.retrieval.search import exact_among
 
-    index, flat = ExactIndex(vectors), faiss.IndexFlatIP(vectors.shape[1])
-    flat.add(vectors)
-    yield Built("exact, JAX (ours)", lambda q, k, _: index.search(q, k), 0, False, 0.0, vectors.nbytes)
-    yield Built("exact, NumPy (ours)", lambda q, k, _: exact_among(vectors, None, q, k), 0, False, 0.0, vectors.nbytes)
-    yield Built("exact, FAISS flat", lambda q, k, _: flat.search(q, k), 0, False, 0.0, vectors.nbytes)
+    def flat() -> dict[str, Built]:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        return {"": Built(lambda q, k, _: index.search(q, k))}
+
+    def jax() -> dict[str, Built]:
+        index = ExactIndex(vectors)
+        return {"": Built(lambda q, k, _: index.search(q, k))}
+
+    yield "exact, JAX (ours)", jax
+    yield "exact, NumPy (ours)", lambda: {"": Built(lambda q, k, _: exact_among(vectors, None, q, k))}
+    yield "exact, FAISS flat", flat
 
 
-def graph_peers(vectors: np.ndarray) -> Iterator[Built]:
+def graph_peers(vectors: np.ndarray) -> Iterator[Peer]:
     """HNSW of two widths by two libraries."""
-    import faiss
+    for links in (16,) if harness.QUICK.value else (16, 32):
+        yield f"hnswlib M={links}", lambda links=links: _hnswlib(vectors, links)
+        yield f"FAISS HNSW{links}", lambda links=links: _faiss_hnsw(vectors, links)
+
+
+def _hnswlib(vectors: np.ndarray, links: int) -> dict[str, Built]:
     import hnswlib
 
-    for links in (16,) if harness.QUICK.value else (16, 32):
-        start = time.perf_counter()
-        graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
-        graph.init_index(max_elements=len(vectors), M=links, ef_construction=200, random_seed=0)
-        graph.add_items(vectors, num_threads=_THREADS.value)
+    graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
+    graph.init_index(max_elements=len(vectors), M=links, ef_construction=200, random_seed=0)
+    graph.add_items(vectors, num_threads=_THREADS.value)
 
-        def ask(queries: np.ndarray, k: int, ef: int, graph: Any = graph) -> tuple[np.ndarray, np.ndarray]:
-            graph.set_ef(max(ef, k))
-            rows, distances = graph.knn_query(queries, k=k, num_threads=_THREADS.value)
-            return 1.0 - distances, rows.astype(np.int64)
+    def ask(queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        graph.set_ef(max(ef, k))
+        rows, distances = graph.knn_query(queries, k=k, num_threads=_THREADS.value)
+        return 1.0 - distances, rows.astype(np.int64)
 
-        size = _size(lambda path, graph=graph: graph.save_index(str(path)))
-        yield Built(f"hnswlib M={links}", ask, 4_096, True, time.perf_counter() - start, size)
-        start = time.perf_counter()
-        hnsw = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-        hnsw.hnsw.efConstruction = 200
-        hnsw.add(vectors)
-
-        def search(queries: np.ndarray, k: int, ef: int, hnsw: Any = hnsw) -> tuple[np.ndarray, np.ndarray]:
-            return hnsw.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(ef, k)))
-
-        size = _size(lambda path, hnsw=hnsw: faiss.write_index(hnsw, str(path)))
-        yield Built(f"FAISS HNSW{links}", search, 4_096, True, time.perf_counter() - start, size)
+    return {"": Built(ask, 4_096, True, lambda path: graph.save_index(str(path)))}
 
 
-def inverted_peers(vectors: np.ndarray) -> Iterator[Built]:
-    """FAISS inverted files over whole vectors, and over 4-bit product codes with the best scored anew."""
+def _faiss_hnsw(vectors: np.ndarray, links: int) -> dict[str, Built]:
     import faiss
 
-    dim, root = vectors.shape[1], round(math.sqrt(len(vectors)))
-    codes = f"PQ{dim // 2}x4fs,RFlat"
-    for lists in (root,) if harness.QUICK.value else (root, 4 * root):
+    hnsw = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    hnsw.hnsw.efConstruction = 200
+    hnsw.add(vectors)
+
+    def search(queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        return hnsw.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(ef, k)))
+
+    return {"": Built(search, 4_096, True, lambda path: faiss.write_index(hnsw, str(path)))}
+
+
+def inverted_peers(vectors: np.ndarray) -> Iterator[Peer]:
+    """FAISS inverted files over whole vectors, and over 4-bit product codes with the best scored anew."""
+    root, codes = math.sqrt(len(vectors)), f"PQ{vectors.shape[1] // 2}x4fs,RFlat"
+    for lists in (round(times * root) for times in ((1,) if harness.QUICK.value else (2, 4, 8))):
         for kind in ("Flat", codes):
-            for again in (1,) if kind == "Flat" else (8, 32):
-                start = time.perf_counter()
-                index = faiss.index_factory(dim, f"IVF{lists},{kind}", faiss.METRIC_INNER_PRODUCT)
-                index.train(vectors)
-                index.add(vectors)
-
-                def search(queries: np.ndarray, k: int, probes: int, index: Any = index, again: int = again):
-                    inner = faiss.SearchParametersIVF(nprobe=probes)
-                    if isinstance(index, faiss.IndexIVFFlat):
-                        return index.search(queries, k, params=inner)
-                    return index.search(queries, k, params=faiss.IndexRefineSearchParameters(
-                        k_factor=again, base_index_params=inner))  # fmt: skip
-
-                name = f"FAISS IVF{lists},{kind}" + (f" x{again}" if kind != "Flat" else "")
-                size = _size(lambda path, index=index: faiss.write_index(index, str(path)))
-                yield Built(name, search, lists, False, time.perf_counter() - start, size)
+            yield f"FAISS IVF{lists},{kind}", lambda lists=lists, kind=kind: _inverted(vectors, lists, kind)
 
 
-def _size(write: Callable[[Path], Any]) -> int:
+def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
+    import faiss
+
+    index = faiss.index_factory(vectors.shape[1], f"IVF{lists},{kind}", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+
+    def search(queries: np.ndarray, k: int, probes: int, again: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        params = faiss.SearchParametersIVF(nprobe=probes)
+        if again:
+            params = faiss.IndexRefineSearchParameters(k_factor=again, base_index_params=params)
+        return index.search(queries, k, params=params)
+
+    def ways(again: int) -> Built:
+        return Built(lambda *asked: search(*asked, again), lists, False, lambda path: faiss.write_index(index, str(path)))
+
+    return {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (4, 16, 32)}
+
+
+def size_of(write: Callable[[Path], Any]) -> int:
+    """Bytes of what it writes."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "index")
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
+def make_ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
     """The index as export builds it, for `users` to tune on."""
     from twotower.config import RetrievalConfig
     from twotower.retrieval.scann import build_index, save_index
 
-    start = time.perf_counter()
-    config = RetrievalConfig(target_recall=_TARGET.value, k=_K.value)
+    config = RetrievalConfig(index=_INDEX.value, target_recall=_TARGET.value, k=_K.value)
     index = build_index(vectors, config, normalized=True, queries=users)
-    seconds = time.perf_counter() - start
-    size = _size(lambda path: save_index(index, path))
-    return index, Built(f"twotower ({index.kind})", lambda q, k, _: index.search(q, k), 0, False, seconds, size)
+    return index, Built(lambda q, k, _: index.search(q, k), write=lambda path: save_index(index, path))
 
 
 def tuned(built: Built, tuning: np.ndarray, vectors: np.ndarray) -> int | None:
@@ -172,37 +204,77 @@ def tuned(built: Built, tuning: np.ndarray, vectors: np.ndarray) -> int | None:
     return efforts[0].leaves if efforts else None
 
 
-def measure(built: Built, effort: int, held_out: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Recall, the best of five batches, and the median of single queries."""
+class Speed(NamedTuple):
+    """Seconds a query, in batches and alone; and the recall."""
+
+    batch: float
+    single: float
+    recall: float
+
+
+def measure(contestants: list[tuple[Built, int]], held_out: np.ndarray, truth: np.ndarray) -> list[Speed]:
+    """Of each (index, effort), which take turns: the best round in batches, the median of single queries in the best round."""
     from twotower.retrieval.tuning import overlap
 
-    k = truth.shape[1]
-    batches = [_seconds(lambda: built.search(held_out, k, effort)) for _ in range(5)]
-    singles = [_seconds(lambda q=q: built.search(q[None], k, effort)) for q in held_out[:500]]
-    return {
-        "recall": overlap(built.search(held_out, k, effort)[1], truth), "effort": effort,
-        "queries_per_second": len(held_out) / min(batches), "single_ms": 1e3 * float(np.median(singles)),
-        "build_s": built.seconds, "megabytes": built.size / 1e6,
+    k, count = truth.shape[1], len(contestants)
+    batches, singles = ([[] for _ in range(count)] for _ in range(2))
+    for turn in range(ROUNDS):
+        some = held_out[(turn * SINGLES + np.arange(SINGLES)) % len(held_out)]
+        for n, (built, effort) in enumerate(contestants):
+            batches[n].append(seconds(lambda: built.search(held_out, k, effort)) / len(held_out))  # noqa: B023
+            singles[n].append(np.median([seconds(lambda q=q: built.search(q[None], k, effort)) for q in some]))  # noqa: B023
+    found = [overlap(built.search(held_out, k, effort)[1], truth) for built, effort in contestants]
+    return [Speed(min(batches[n]), float(min(singles[n])), found[n]) for n in range(count)]
+
+
+def grid_best(index: Any, users: np.ndarray, vectors: np.ndarray, held_out: np.ndarray, truth: np.ndarray) -> str:
+    """What tuning takes, and the fastest of a full grid of leaves and candidates that reaches the target beside its choice."""
+    from twotower.retrieval import tuning as tuner
+
+    k, tuning = truth.shape[1], index.tuning
+    problem = tuner.Problem(index.search_with, len(vectors), tuning.num_leaves, tuning.hashed, tuning.target_recall)
+    spent = seconds(lambda: tuner.tune(problem, vectors, users, k))
+    settings = [tuning.effort(k)]
+    for reorder in [k * times for times in tuner.CANDIDATES] if tuning.hashed else [0]:
+        for leaves in sorted({max(1, round(tuning.num_leaves * 1.1**-step)) for step in range(100)}):
+            if tuner.overlap(index.search_with(held_out, k, leaves, reorder)[1], truth) >= tuning.target_recall:
+                settings.append((leaves, reorder))
+                break  # more leaves are slower
+    speeds = measure([(Built(lambda q, k, _, s=s: index.search_with(q, k, *s)), 0) for s in settings], held_out, truth)
+    text = [f"Tuning takes {spent:.1f} s and chose {settings[0]}, (leaves, candidates). Best of a full grid"]
+    for way in ("batch", "single"):
+        best = min(range(len(settings)), key=lambda n: getattr(speeds[n], way))
+        times = getattr(speeds[0], way) / getattr(speeds[best], way)
+        text.append(f"{way}: {settings[best]}, to which the tuner's takes {times:.2f} times as long")
+    return "; ".join(text) + "."
+
+
+def shown(name: str, speed: Speed, ours: Speed, effort: int, build: float, built: Built) -> dict[str, float]:
+    """One row, printed."""
+    row = {
+        "recall": speed.recall, "effort": effort, "queries_per_second": 1 / speed.batch, "ours_batch": speed.batch / ours.batch,
+        "single_ms": 1e3 * speed.single, "ours_single": speed.single / ours.single, "build_s": build,
+        "megabytes": size_of(built.write) / 1e6,
     }  # fmt: skip
+    print(f"{name:36}{row['recall']:8.4f}{effort:8}{row['queries_per_second']:11,.0f}{row['ours_batch']:6.2f}"
+          f"{row['single_ms']:11.4f}{row['ours_single']:6.2f}{build:9.1f}{row['megabytes']:8.1f}", flush=True)  # fmt: skip
+    return row
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def grid_best(index: Any, held_out: np.ndarray, truth: np.ndarray) -> str:
-    """The fastest of a full grid of leaves and candidates that reaches the target, beside what the tuner chose."""
-    from twotower.retrieval.tuning import CANDIDATES, overlap
-
-    k, tuning, best = truth.shape[1], index.tuning, (0.0, 0, 0)
-    for reorder in [k * times for times in CANDIDATES] if tuning.hashed else [0]:
-        for leaves in sorted({max(1, round(tuning.num_leaves * 1.15**-step)) for step in range(60)}):
-            seconds = min(_seconds(lambda: index.search_with(held_out, k, leaves, reorder)) for _ in range(2))  # noqa: B023
-            if overlap(index.search_with(held_out, k, leaves, reorder)[1], truth) >= tuning.target_recall:
-                best = max(best, (len(held_out) / seconds, leaves, reorder))
-    return f"best of a full grid: {best[0]:,.0f} queries/s at {best[1]} leaves, {best[2]} candidates"
+def against(own: Built, peer: Peer, users: np.ndarray, vectors: np.ndarray, truth: np.ndarray) -> dict[str, dict]:
+    """The rows of a peer in all its ways, each tuned and measured in turns with ours."""
+    name, make = peer
+    start, rows = now(), {}
+    ways = make()
+    build, held_out = now() - start, np.ascontiguousarray(users[1::2])
+    for way, other in ways.items():
+        effort = tuned(other, users[::2], vectors)
+        if effort is None:
+            print(f"{name + way:36}does not reach the target; built in {build:.1f} s", flush=True)
+            continue
+        ours, theirs = measure([(own, 0), (other, effort)], held_out, truth)
+        rows[name + way] = shown(name + way, theirs, ours, effort, build, other)
+    return rows
 
 
 def main(argv: list[str]) -> None:
@@ -213,26 +285,23 @@ def main(argv: list[str]) -> None:
     faiss.omp_set_num_threads(_THREADS.value)
     items = 10_000 if harness.QUICK.value else _ITEMS.value
     users, vectors = load(Path(_WORKDIR.value)) if _WORKDIR.value else draw(items, _DIM.value)
-    tuning, held_out = users[::2], np.ascontiguousarray(users[1::2])
+    held_out = np.ascontiguousarray(users[1::2])
     truth = ExactIndex(vectors).search(held_out, _K.value)[1]
-    cores = len(os.sched_getaffinity(0))
-    print(f"{len(vectors):,} items of width {vectors.shape[1]}, k={_K.value}, target {_TARGET.value}, {cores} cores, "
-          f"{_THREADS.value} threads, {len(held_out)} held-out users")  # fmt: skip
-    print(f"{'':34}{'recall':>8}{'effort':>8}{'queries/s':>11}{'single ms':>11}{'build s':>9}{'MB':>8}")
-    index, own = ours(tuning, vectors)
-    results = {}
-    for makes in (lambda _: [own], exact_peers, graph_peers, inverted_peers):
-        for built in makes(vectors):
-            effort = tuned(built, tuning, vectors)
-            if effort is None:
-                print(f"{built.name:34}does not reach the target")
-                continue
-            results[built.name] = row = measure(built, effort, held_out, truth)
-            print(f"{built.name:34}{row['recall']:8.4f}{effort:8}{row['queries_per_second']:11,.0f}{row['single_ms']:11.4f}"
-                  f"{row['build_s']:9.1f}{row['megabytes']:8.1f}", flush=True)  # fmt: skip
-    if _GRID.value and getattr(index, "tuning", None) and index.tuning.efforts:
-        print(grid_best(index, held_out, truth))
-    harness.write_json("index", results, unit="queries_per_second", base=own.name)
+    print(f"{len(vectors):,} items of width {vectors.shape[1]}, k={_K.value}, target {_TARGET.value}, "
+          f"{len(os.sched_getaffinity(0))} cores, {_THREADS.value} threads, {len(held_out)} held-out users")  # fmt: skip
+    print(f"{'':36}{'recall':>8}{'effort':>8}{'queries/s':>11}{'ours':>6}{'single ms':>11}{'ours':>6}{'build s':>9}{'MB':>8}")
+    start = now()
+    index, own = make_ours(users[::2], vectors)
+    build, (speed,) = now() - start, measure([(own, 0)], held_out, truth)
+    name, efforts = f"twotower ({index.kind})", getattr(getattr(index, "tuning", None), "efforts", ())
+    results = {name: shown(name, speed, speed, efforts[0].leaves if efforts else 0, build, own)}
+    if _GRID.value and efforts:
+        print(grid_best(index, users[::2], vectors, held_out, truth), flush=True)
+    for peers in (exact_peers, graph_peers, inverted_peers):
+        for peer in peers(vectors):
+            if not _PEERS.value or any(text in peer[0] for text in _PEERS.value):
+                results |= against(own, peer, users, vectors, truth)
+    harness.write_json("index", results, unit="queries_per_second", base=name)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _user_lists(config: DataConfig) -> Dataset:
 
 
 def _shop(config: DataConfig) -> Dataset:
-    return synthetic.generate(config.num_interactions, seed=config.shop_seed)
+    return synthetic.generate(config.num_interactions, seed=config.shop_seed, num_items=config.num_items)
 
 
 def _tfds(config: DataConfig) -> Dataset:

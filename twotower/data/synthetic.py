@@ -48,13 +48,13 @@ LABELS = {"liked": (2.0, -5.4, 0.6), "shared": (1.0, -5.0, 1.0)}
 _CHUNK = 500_000
 
 
-def generate(num_interactions: int = 100_000, *, seed: int = 0) -> Dataset:
+def generate(num_interactions: int = 100_000, *, seed: int = 0, num_items: int = 0) -> Dataset:
     """The shop's log with exactly `num_interactions` rows in order of time, its shoppers, its items and the truth.
 
     One shopper per 25 rows or so, and a number of items that grows more slowly (2,500 at 100,000 rows, 100,000 at ten
-    million). The same numbers give the same bytes on the same versions of NumPy and Arrow.
+    million) unless `num_items` is given. The same numbers give the same bytes on the same versions of NumPy and Arrow.
     """
-    users, items = _sizes(num_interactions)
+    users, items = _sizes(num_interactions, num_items)
     rng = [np.random.default_rng([seed, num_interactions, part]) for part in range(4)]
     catalogue = _items(rng[0], items)
     phi = _phi(rng[1], catalogue)
@@ -105,8 +105,8 @@ def write(dataset: Dataset, folder: str | os.PathLike) -> None:
         temporary.replace(folder / f"{name}.npy")
 
 
-def _sizes(num_interactions: int) -> tuple[int, int]:
-    return max(20, num_interactions // 25), max(50, round(2500 * (num_interactions / 100_000) ** 0.8))
+def _sizes(num_interactions: int, num_items: int) -> tuple[int, int]:
+    return max(20, num_interactions // 25), num_items or max(50, round(2500 * (num_interactions / 100_000) ** 0.8))
 
 
 @dataclasses.dataclass(frozen=True)
