@@ -126,14 +126,15 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     if model_version(weights) != manifest["model_version"]:
         raise BundleError(f"{folder} has weights of another model than its manifest says. Export again.")
     _check_index(folder, manifest)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    # Plain arrays over the mapped files: indexing a `np.memmap` is slower by ten microseconds.
+    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
               for name in ("item_vectors", "item_counts", "user_vectors", "seen_offsets", "seen_items")}  # fmt: skip
     config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     bundle = Bundle(
         config=config,
         encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=arrays["item_vectors"],
         items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
-        users=pq.read_table(folder / "users.parquet"), seen=Csr(np.asarray(arrays["seen_offsets"]), arrays["seen_items"]),
+        users=pq.read_table(folder / "users.parquet"), seen=Csr(arrays["seen_offsets"], arrays["seen_items"]),
         index=load_index(folder / "index", _indexed(config, arrays)), manifest=manifest, folder=folder.absolute(),
     )  # fmt: skip
     _check_lengths(bundle, manifest)
