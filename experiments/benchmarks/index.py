@@ -72,24 +72,24 @@ def seconds(call: Callable[[], Any]) -> float:
     return now() - start
 
 
-def draw(items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(items: int, dim: int, users: int = USERS) -> tuple[np.ndarray, np.ndarray]:
     """(users, items), unit vectors; see the head of this file."""
     rng = np.random.default_rng(0)
     unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)  # noqa: E731
     spectrum = np.arange(1, dim + 1) ** -0.5
     centres = rng.normal(size=(max(items // 150, 8), dim))
     vectors = unit((centres[rng.integers(0, len(centres), items)] + 0.6 * rng.normal(size=(items, dim))) * spectrum)
-    near = vectors[rng.integers(0, items, USERS)]
+    near = vectors[rng.integers(0, items, users)]
     return unit(near + 0.25 / np.sqrt(dim) * rng.normal(size=near.shape)), vectors
 
 
-def load(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
+def load(workdir: Path, users: int = USERS) -> tuple[np.ndarray, np.ndarray]:
     """(users, items) of a bundle."""
     from twotower.retrieval.bundle import load_bundle
     from twotower.retrieval.embed import evenly_spaced
 
     bundle = load_bundle(workdir / "bundle")
-    return np.asarray(evenly_spaced(bundle.user_vectors, USERS)), np.asarray(bundle.vectors)
+    return np.asarray(evenly_spaced(bundle.user_vectors, users)), np.asarray(bundle.vectors)
 
 
 def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:

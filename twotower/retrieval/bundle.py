@@ -147,7 +147,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         config=config,
         encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=vectors,
         items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
-        users=pq.read_table(folder / "users.parquet"), seen=Csr(np.asarray(arrays["seen_offsets"]), arrays["seen_items"]),
+        users=pq.read_table(folder / "users.parquet"), seen=Csr(arrays["seen_offsets"], arrays["seen_items"]),
         index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])), manifest=manifest,
         folder=folder.absolute(),
     )  # fmt: skip
@@ -158,7 +158,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
 
 
 def _mapped(folder: Path, name: str) -> np.ndarray:
-    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    # A plain array over the mapped file: indexing a `np.memmap` is slower by ten microseconds.
+    return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
 
 def _stored_vectors(folder: Path, kind: str) -> Vectors:

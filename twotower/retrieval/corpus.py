@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from twotower.retrieval.conditions import Where, matching
 from twotower.retrieval.csr import Csr
+from twotower.retrieval.display import reader
 from twotower.retrieval.exact import ExactIndex, check_queries
 from twotower.retrieval.int8 import Vectors, as_stored
 from twotower.retrieval.popularity import coordinate, widened
@@ -29,7 +30,7 @@ from twotower.retrieval.search import Allowed, merge, search_without
 
 NEVER = np.iinfo(np.int64).max
 FIRST_CAPACITY = 1_024
-FEW = 64  # rows that are looked up one by one
+FEW = 256  # rows that are looked up one by one
 REMEMBERED = 64  # conditions whose matching rows are kept
 
 
@@ -67,9 +68,9 @@ class Main:
         return cls(index, vectors, items.combine_chunks(), counts, numbers, places, np.full(len(numbers), NEVER))
 
     @functools.cached_property
-    def columns(self) -> list[tuple[str, pa.Array]]:
-        """Of `items`, whose columns are in one piece each."""
-        return [(name, self.items[name].chunk(0)) for name in self.items.column_names]
+    def columns(self) -> list[tuple[str, Callable[[int], Any]]]:
+        """The name of each column of `items`, and what gives its value of a row."""
+        return [(name, reader(self.items[name])) for name in self.items.column_names]
 
     @functools.cached_property
     def popularity(self) -> tuple[np.ndarray, float] | None:
@@ -218,7 +219,7 @@ class Snapshot:
         """item_id and display columns of the item in each place."""
         first = len(self.main.numbers)
         if 0 < len(places) <= FEW and (places < first).all():
-            return [{name: column[place].as_py() for name, column in self.main.columns} for place in places.tolist()]
+            return [{name: read(place) for name, read in self.main.columns} for place in places.tolist()]
         inside = places < first
         main = iter(self.main.items.take(pa.array(places[inside])).to_pylist())
         return [next(main) if place < first else dict(self.delta.rows[place - first]) for place in places]
@@ -256,15 +257,14 @@ class Snapshot:
             )  # fmt: skip
         if only is None and not self.dead:
             return self._remembered(("allowed", where), lambda: Allowed.mask(matching(main.items, where)))
-        mask = main.died > version
+        if only is None:
+            return Allowed.mask((main.died > version) & self._remembered(("main", where), lambda: matching(main.items, where)))
+        rows = np.unique(main.row_of(only))
+        rows = rows[rows >= 0]
+        rows = rows[main.died[rows] > version]
         if where:
-            mask &= self._remembered(("main", where), lambda: matching(main.items, where))
-        if only is not None:
-            listed = np.zeros(len(mask), bool)
-            rows = main.row_of(only)
-            listed[rows[rows >= 0]] = True
-            mask &= listed
-        return Allowed.mask(mask)
+            rows = rows[self._remembered(("main", where), lambda: matching(main.items, where))[rows]]
+        return Allowed.listed(rows)
 
     def _slotsmatching(self, where: Where) -> np.ndarray:
         """bool [count]; only slots that came since the question was last asked are looked at."""

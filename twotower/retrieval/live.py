@@ -54,8 +54,8 @@ class Corpus:
 
     def numbers_of(self, ids: Iterable[Any]) -> np.ndarray:
         """int64, the numbers of the ids that ever were in the corpus."""
-        known = self.numbers
-        return np.array([known[item] for item in dict.fromkeys(map(str, ids)) if item in known], np.int64)
+        numbers = map(self.numbers.get, dict.fromkeys(map(str, ids)))
+        return np.array([number for number in numbers if number is not None], np.int64)
 
     def counts_of(self, numbers: np.ndarray) -> np.ndarray:
         """int64, the training rows of the items; 0 of what came after training."""

@@ -92,6 +92,7 @@ class Tuning:
     def hashed(self) -> bool:
         return self.kind == "scann_tree_ah"
 
+    @functools.lru_cache(maxsize=1_024)  # noqa: B019  one tuning an index, a few lengths of lists
     def effort(self, k: int) -> tuple[int, int]:
         """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths, between their efforts."""
         above = next((e for e in self.efforts if e.k >= k), self.efforts[-1])

@@ -41,6 +41,11 @@ class Allowed(NamedTuple):
         """Where `mask` [N] holds."""
         return cls(int(mask.sum()), mask.__getitem__, lambda: np.flatnonzero(mask))
 
+    @classmethod
+    def listed(cls, listed: np.ndarray) -> Allowed:
+        """The rows `listed`, which rise."""
+        return cls(len(listed), lambda rows: np.isin(rows, listed), lambda: listed)
+
 
 def search_without(
     index: Any, vectors: Vectors, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None,
@@ -72,6 +77,8 @@ def search_without(
         keep &= ~_listed(exclude, rows)
     if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
         keep &= allowed.test(np.maximum(rows, 0))
+    if keep[:, :k].all() and keep.shape[1] >= k:  # nearly always
+        return scores[:, :k], rows[:, :k]
     order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(keep, order, axis=1)
     scores = padded(np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf), k, -np.inf)
