@@ -9,7 +9,14 @@ The user tower reads the user's id and a bag of the last 50 films whose weights 
 id and its genres. Both directions of the loss, a learned temperature that starts at .07. Films of one second do not know of
 each other.
 
-MEASURED
+Tuned on validation alone. On test, seen films masked, mean ± deviation of training.seed 0, 1, 2, and the bars, baselines of the
+same training rows (python -m experiments.repeat --config=experiments/configs/movielens_100k_video.py --workdir=... --baselines):
+
+                 model             EASE      item-kNN   popularity
+    recall@10    .1780 ± .0040     .1423     .1369      .0807
+    NDCG@10      .0920 ± .0009     .0821     .0704      .0404
+
+A training takes a minute. A bidirectional Transformer in the place of the bag reached .072 on validation, where the bag reaches .100.
 """
 
 from twotower.config import defaults
