@@ -15,7 +15,7 @@ from twotower.training import loop, memory, run
 from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
-from twotower.training.loop import Record, open_checkpoints
+from twotower.training.loop import Record, changed, open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.meter import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
@@ -330,3 +330,12 @@ def test_tables_are_updated_in_place(prepared, resident_megabytes):
     step = loop.compile_steps(trainer, batches, prepared, ONE)
     step(state, 0)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.tables, state.table_slots)))
+
+
+def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
+    old, defaults = {"seed": 3, "schedule": {"kind": "cosine"}}, {"seed": 0, "schedule": {"kind": "constant"}}
+    new, later = old | {"schedule": {"kind": "cosine", "floor": 0.0}, "ema": {}}, {
+        "seed": 0, "schedule": {"kind": "constant", "floor": 0.0}, "ema": {},
+    }  # fmt: skip
+    assert changed(new, later) == changed(old, defaults) == {"seed": 3, "schedule": {"kind": "cosine"}}
+    assert changed(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)["schedule"] == {"kind": "cosine", "floor": 0.1}
