@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import harness
+from experiments.benchmarks.index_peers import Built, Peer, exact_peers, graph_peers, inverted_peers
 
 _ITEMS = flags.DEFINE_integer("items", 200_000, "N of the drawn vectors.")
 _DIM = flags.DEFINE_integer("dim", 64, "D of the drawn vectors.")
@@ -37,28 +38,6 @@ _INDEX = flags.DEFINE_string("index", "auto", "Ours: config.retrieval.index.")
 _GRID = flags.DEFINE_bool("grid", False, "Also compare the tuner's choice with the best of a full grid.")
 USERS = 4_000
 ROUNDS, SINGLES = 5, 200  # turns that contestants take; single queries in each
-
-# (queries, k, effort) -> (scores, rows)
-Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
-
-
-class Built(NamedTuple):
-    """An index that can be asked.
-
-    Attributes:
-        most: the greatest effort; 0 where there is none to choose.
-        graph: the effort is at least k.
-        write: (path) writes it; its size counts.
-    """
-
-    search: Search
-    most: int = 0
-    graph: bool = False
-    write: Callable[[Path], Any] = lambda path: None
-
-
-# A peer: its name, and what builds it; with what more its name says where one build is asked in several ways.
-Peer = tuple[str, Callable[[], dict[str, Built]]]
 
 
 def now() -> float:
@@ -90,89 +69,6 @@ def load(workdir: Path, users: int = USERS) -> tuple[np.ndarray, np.ndarray]:
 
     bundle = load_bundle(workdir / "bundle")
     return np.asarray(evenly_spaced(bundle.user_vectors, users)), np.asarray(bundle.vectors)
-
-
-def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
-    """JAX, NumPy and FAISS, comparing all."""
-    import faiss
-
-    from twotower.retrieval.exact import ExactIndex
-    from twotower.retrieval.search import exact_among
-
-    def flat() -> dict[str, Built]:
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        return {"": Built(lambda q, k, _: index.search(q, k))}
-
-    def jax() -> dict[str, Built]:
-        index = ExactIndex(vectors)
-        return {"": Built(lambda q, k, _: index.search(q, k))}
-
-    yield "exact, JAX (ours)", jax
-    yield "exact, NumPy (ours)", lambda: {"": Built(lambda q, k, _: exact_among(vectors, None, q, k))}
-    yield "exact, FAISS flat", flat
-
-
-def graph_peers(vectors: np.ndarray) -> Iterator[Peer]:
-    """HNSW of two widths by two libraries."""
-    for links in (16,) if harness.QUICK.value else (16, 32):
-        yield f"hnswlib M={links}", lambda links=links: _hnswlib(vectors, links)
-        yield f"FAISS HNSW{links}", lambda links=links: _faiss_hnsw(vectors, links)
-
-
-def _hnswlib(vectors: np.ndarray, links: int) -> dict[str, Built]:
-    import hnswlib
-
-    graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
-    graph.init_index(max_elements=len(vectors), M=links, ef_construction=200, random_seed=0)
-    graph.add_items(vectors, num_threads=_THREADS.value)
-
-    def ask(queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        graph.set_ef(max(ef, k))
-        rows, distances = graph.knn_query(queries, k=k, num_threads=_THREADS.value)
-        return 1.0 - distances, rows.astype(np.int64)
-
-    return {"": Built(ask, 4_096, True, lambda path: graph.save_index(str(path)))}
-
-
-def _faiss_hnsw(vectors: np.ndarray, links: int) -> dict[str, Built]:
-    import faiss
-
-    hnsw = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-    hnsw.hnsw.efConstruction = 200
-    hnsw.add(vectors)
-
-    def search(queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        return hnsw.search(queries, k, params=faiss.SearchParametersHNSW(efSearch=max(ef, k)))
-
-    return {"": Built(search, 4_096, True, lambda path: faiss.write_index(hnsw, str(path)))}
-
-
-def inverted_peers(vectors: np.ndarray) -> Iterator[Peer]:
-    """FAISS inverted files over whole vectors, and over 4-bit product codes with the best scored anew."""
-    root, codes = math.sqrt(len(vectors)), f"PQ{vectors.shape[1] // 2}x4fs,RFlat"
-    for lists in (round(times * root) for times in ((1,) if harness.QUICK.value else (2, 4, 8))):
-        for kind in ("Flat", codes):
-            yield f"FAISS IVF{lists},{kind}", lambda lists=lists, kind=kind: _inverted(vectors, lists, kind)
-
-
-def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
-    import faiss
-
-    index = faiss.index_factory(vectors.shape[1], f"IVF{lists},{kind}", faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    index.add(vectors)
-
-    def search(queries: np.ndarray, k: int, probes: int, again: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        params = faiss.SearchParametersIVF(nprobe=probes)
-        if again:
-            params = faiss.IndexRefineSearchParameters(k_factor=again, base_index_params=params)
-        return index.search(queries, k, params=params)
-
-    def ways(again: int) -> Built:
-        return Built(lambda *asked: search(*asked, again), lists, False, lambda path: faiss.write_index(index, str(path)))
-
-    return {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (4, 16, 32)}
 
 
 def size_of(write: Callable[[Path], Any]) -> int:
@@ -228,16 +124,20 @@ def measure(contestants: list[tuple[Built, int]], held_out: np.ndarray, truth: n
 
 
 def grid_best(index: Any, users: np.ndarray, vectors: np.ndarray, held_out: np.ndarray, truth: np.ndarray) -> str:
-    """What tuning takes, and the fastest of a full grid of leaves and candidates that reaches the target beside its choice."""
+    """What tuning takes, and beside its choice the fastest of a full grid of leaves and candidates, by the tuner's own rule of
+    what reaches the target."""
     from twotower.retrieval import tuning as tuner
+    from twotower.retrieval.exact import ExactIndex
 
     k, tuning = truth.shape[1], index.tuning
     problem = tuner.Problem(index.search_with, len(vectors), tuning.num_leaves, tuning.hashed, tuning.target_recall)
     spent = seconds(lambda: tuner.tune(problem, vectors, users, k))
-    settings = [tuning.effort(k)]
+    settings, asked = [tuning.effort(k)], np.ascontiguousarray(tuner.evenly_spaced(users, tuner.TUNING_QUERIES)[::2])
+    exact = ExactIndex(vectors).search(asked, k)[1]
     for reorder in [k * times for times in tuner.CANDIDATES] if tuning.hashed else [0]:
         for leaves in sorted({max(1, round(tuning.num_leaves * 1.1**-step)) for step in range(100)}):
-            if tuner.overlap(index.search_with(held_out, k, leaves, reorder)[1], truth) >= tuning.target_recall:
+            found = tuner.found_in(exact, index.search_with(asked, k, leaves, reorder)[1]).mean(1)
+            if found.mean() - tuner.MARGIN * found.std() / math.sqrt(len(found)) >= tuning.target_recall:
                 settings.append((leaves, reorder))
                 break  # more leaves are slower
     speeds = measure([(Built(lambda q, k, _, s=s: index.search_with(q, k, *s)), 0) for s in settings], held_out, truth)
@@ -297,10 +197,11 @@ def main(argv: list[str]) -> None:
     results = {name: shown(name, speed, speed, efforts[0].leaves if efforts else 0, build, own)}
     if _GRID.value and efforts:
         print(grid_best(index, users[::2], vectors, held_out, truth), flush=True)
-    for peers in (exact_peers, graph_peers, inverted_peers):
-        for peer in peers(vectors):
-            if not _PEERS.value or any(text in peer[0] for text in _PEERS.value):
-                results |= against(own, peer, users, vectors, truth)
+    quick = harness.QUICK.value
+    graphs = graph_peers(vectors, (16,) if quick else (16, 32), _THREADS.value)
+    for peer in (*exact_peers(vectors), *graphs, *inverted_peers(vectors, (1,) if quick else (2, 4, 8))):
+        if not _PEERS.value or any(text in peer[0] for text in _PEERS.value):
+            results |= against(own, peer, users, vectors, truth)
     harness.write_json("index", results, unit="queries_per_second", base=name)
 
 

@@ -16,7 +16,7 @@ same training rows (python -m experiments.repeat --config=experiments/configs/mo
     recall@10    .1780 ± .0040     .1423     .1369      .0807
     NDCG@10      .0920 ± .0009     .0821     .0704      .0404
 
-A training takes a minute. A bidirectional Transformer in the place of the bag reached .072 on validation, where the bag reaches .100.
+A training takes a minute. A bidirectional Transformer in the place of the bag reached .072 on validation, the bag .100.
 """
 
 from twotower.config import defaults

@@ -11,7 +11,7 @@ from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tuning import TIE
 
 K, TARGET = 10, 0.95
-FEW = 25  # values of a column; where there are more, a condition asks for every value in one of so many groups
+FEW = 20  # values of a column; where there are more, a condition asks for every value in one of so many groups
 TEXTS, NUMBERS = ("item_id", "title", "title_ar", "category", "brand", "material"), ("price", "created")
 
 

@@ -1,8 +1,8 @@
 """Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a recall target.
 
-ScaNN ends the process on vectors that are not finite, and pads its answers with row 0: everything that goes in and
-comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto" means exact search, and
-hnswlib and FAISS can be asked for (`twotower.retrieval.graphs`).
+ScaNN ends the process on vectors that are not finite, answers short queries of codes at random, and pads its answers with row 0:
+everything that goes in and comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto"
+means exact search, and hnswlib and FAISS can be asked for (`twotower.retrieval.graphs`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from twotower.retrieval.scann_library import (
     save_searcher,
     scann_version,
 )
-from twotower.retrieval.tuning import Effort, Problem, Trial
+from twotower.retrieval.tuned import Tuning
+from twotower.retrieval.tuning import Problem
 from twotower.validation import ConfigError, choose
 
 SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
@@ -40,6 +41,9 @@ HASHING_FROM = 200_000  # vectors; from here asymmetric hashing beats comparing 
 # Leaves for each of sqrt(N). Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3 times the items for one recall, and 8
 # spend more time on choosing leaves than they save within them.
 LEAVES_PER_ROOT = 3
+# Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a step that does not shrink with
+# the query. Measured: right at 1e-3, arbitrary items without a word from 1e-4 down.
+SHORT = 0.1
 SHARE_OF_CORPUS = 20  # a list of more than one in so many items is found by looking at all of them
 KINDS = {
     "auto": "what suits the number, width and length of vectors, the lists asked for, and the platform",
@@ -50,60 +54,6 @@ KINDS = {
     "hnswlib": "a graph, by hnswlib",
     "faiss": "a graph, by FAISS",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How a ScaNN index is searched, and what that was measured to find.
-
-    Attributes:
-        kind: a key of `KINDS`.
-        num_items, dim: of the vectors.
-        normalized: the vectors have length 1, so that a query of length 0 is a mistake.
-        num_leaves: of the tree; 0 without one.
-        target_recall: of the exact lists.
-        efforts: by rising list length; () where the search is exhaustive.
-        recall_by_decile: see `tuning.tune`.
-        tried: every setting that was tried.
-    """
-
-    kind: str
-    num_items: int
-    dim: int
-    normalized: bool
-    num_leaves: int = 0
-    target_recall: float = 1.0
-    efforts: tuple[Effort, ...] = ()
-    recall_by_decile: tuple[float | None, ...] = ()
-    tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)  # with speeds, which no two builds share
-
-    @classmethod
-    def of(cls, info: dict[str, Any]) -> Tuning:
-        """From what `save_index` wrote."""
-        values = {field.name: info[field.name] for field in dataclasses.fields(cls)}
-        values |= {
-            "efforts": tuple(Effort(**effort) for effort in info["efforts"]),
-            "tried": tuple(Trial(**trial) for trial in info["tried"]),
-            "recall_by_decile": tuple(info["recall_by_decile"]),
-        }
-        return cls(**values)
-
-    @property
-    def hashed(self) -> bool:
-        return self.kind == "scann_tree_ah"
-
-    @functools.lru_cache(maxsize=1_024)  # noqa: B019  one tuning an index, a few lengths of lists
-    def effort(self, k: int) -> tuple[int, int]:
-        """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths, between their efforts."""
-        above = next((e for e in self.efforts if e.k >= k), self.efforts[-1])
-        below = next((e for e in reversed(self.efforts) if e.k <= k), above)
-        if above.k > below.k:
-            share = math.log(k / below.k) / math.log(above.k / below.k)
-            between = ((below.leaves, above.leaves), (below.reorder, above.reorder))
-            leaves, reorder = (low * (high / low) ** share if low else 0 for low, high in between)
-        else:
-            leaves, reorder = (max(1.0, k / above.k) * x for x in (above.leaves, above.reorder))
-        return min(self.num_leaves, math.ceil(leaves - 1e-9)), min(self.num_items, math.ceil(reorder - 1e-9))
 
 
 def build_index(
@@ -217,7 +167,13 @@ class ScannIndex:
         """
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
-        return self.search_with(queries, k, *(self._effort(k) if self.tuning.num_leaves else (0, 0)))
+        effort = self._effort(k) if self.tuning.num_leaves else (0, 0)
+        if not self.tuning.hashed or _least_square(queries) >= SHORT**2:
+            return self.search_with(queries, k, *effort)
+        lengths = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
+        lengths[lengths == 0.0] = 1.0
+        scores, rows = self.search_with((queries / lengths).astype(np.float32), k, *effort)
+        return (scores * lengths).astype(np.float32), rows
 
     def search_with(self, queries: np.ndarray, k: int, leaves: int, reorder: int) -> tuple[np.ndarray, np.ndarray]:
         """`search` of checked queries with an effort of one's own."""
@@ -288,6 +244,13 @@ def _kind(config: RetrievalConfig, num_items: int, dim: int, normalized: bool) -
     if num_items * dim < BRUTE_FORCE_BELOW or num_items < SHARE_OF_CORPUS * config.k:
         return "scann_brute_force"
     return "scann_tree_ah" if num_items >= HASHING_FROM and normalized else "scann_tree"
+
+
+def _least_square(queries: np.ndarray) -> float:
+    """Of the lengths."""
+    if len(queries) == 1:
+        return float(np.vdot(queries, queries))
+    return float(np.einsum("qd,qd->q", queries, queries).min(initial=np.inf))
 
 
 def _none_found(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
