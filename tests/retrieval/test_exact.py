@@ -77,6 +77,7 @@ def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monk
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, 7)
     assert rows.tolist() == [[3_210, 0, 1, 2, 3, 4, 5]] * 5
     assert scores.tolist() == [[18.0, *[2 * value] * 6]] * 5
+    assert ExactIndex(items[:3_210], item_block=item_block).search(queries, 7)[1].tolist() == [[0, 1, 2, 3, 4, 5, 6]] * 5
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -98,6 +98,14 @@ def test_rows_beside_an_id_still_exclude_what_that_user_has_seen(retriever):
     assert retriever.recommend(rows=[{"user_id": user, "city": None}], k=5) == found[:5]
 
 
+def test_allowed_items_must_satisfy_the_conditions_too(retriever):
+    items = retriever.bundle.items
+    allowed = items["item_id"].to_pylist()[::3]
+    cheap = set(items.filter(pc.less_equal(items["price"], 30.0))["item_id"].to_pylist())
+    found = retriever.recommend("nobody at all", k=len(items), allow=allowed, where=[("price", "<=", 30)])
+    assert set() != {item.item_id for item in found} == set(allowed) & cheap != set(allowed)
+
+
 def test_many_users_equal_one_by_one(retriever):
     users = [*retriever.bundle.users["user_id"].to_pylist()[:20], "nobody", busiest(retriever)]
     table = retriever.recommend_many(users, k=4)

@@ -15,8 +15,7 @@ def reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     >>> [read(row) for row in range(3)]
     ['a', None, 'été']
     """
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
     kind = array.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         read = _text(array)
