@@ -160,7 +160,7 @@ INDEX = (
          "rows = padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)",
          "rows = padded(np.take_along_axis(rows, order, axis=1), k, -1)"),
     make(32, "few leaves, untuned",
-         "retrieval.scann",
+         "retrieval.tuned",
          "return min(self.num_leaves, math.ceil(leaves - 1e-9)),",
          "return 2,"),
     make(32, "all leaves, untuned",
