@@ -113,4 +113,4 @@ def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
     def ways(again: int) -> Built:
         return Built(lambda *asked: search(*asked, again), lists, False, lambda path: faiss.write_index(index, str(path)))
 
-    return {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (4, 16, 32)}
+    return {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (16, 32, 64)}

@@ -98,6 +98,14 @@ def test_sizes_grow_with_the_log(shop):
     np.testing.assert_allclose(shop.truth.user_factors.sum(axis=1), 1, rtol=1e-5)
 
 
+def test_as_many_items_as_asked_all_of_them_to_be_met():
+    config = DataConfig(source="shop", num_interactions=2_000, num_items=700)
+    shop = sources.load(config)
+    _, items = codes(shop)
+    assert len(shop.items) == len(shop.truth.item_factors) == 700 and len(shop.interactions) == 2_000
+    assert len(np.unique(items)) > 350 and items.max() > 600
+
+
 def test_the_truth_beats_popularity_and_a_simple_model_comes_near_it(shop):
     users, items = codes(shop)
     train, known = int(0.8 * len(users)), int(0.9 * len(users))

@@ -40,6 +40,33 @@ CASES = {
         print(len(corpus.snapshot), corpus.snapshot.search(users, 5)[1].min() >= 0)
     """, ["item vector 0 is not finite (1 of 1 are ", "item vector 0 is not finite (1 of 1 are ",
           "item vectors are of shape [1, 9]; of the", "item vectors are of shape [2, 8]; of the", "1500 True"]),
+    "what is no query, one by one and in a batch": ("""
+        for kind in ("scann_tree", "scann_tree_ah", "scann_brute_force"):
+            index, kinds = build(kind), set()
+            for value in (np.nan, np.inf, -np.inf, 0.0):
+                for queries in (np.full((1, 8), value), np.r_[users, np.full((1, 8), value)], [[value] + 7 * [0]]):
+                    try:
+                        print(index.search(np.asarray(queries, np.float32), 5))
+                    except ValueError as error:
+                        kinds.add(str(error)[str(error).index("is"):][:13])
+            for queries, k in ((users[:, :7], 5), (np.c_[users, users], 5), (users[0], 5), (users, 0), (users, -1)):
+                try:
+                    print(index.search(queries, k))
+                except ValueError as error:
+                    kinds.add(str(error)[:18])
+            print(sorted(kinds), index.search(users, 5)[1].min() >= 0)
+    """, ["['is not finite', 'is zero altho', 'k=-1 must be at le', 'k=0 must be at lea', 'query vectors are ', "
+          "'query vectors must'] True"] * 3),
+    "queries of any length": ("""
+        for kind in ("scann_tree", "scann_tree_ah", "scann_brute_force"):
+            index = build(kind)
+            for length in (1e-35, 1e-8, 1e-4, 1e-2, 10.0, 1e30):
+                for these in (users, users[:1]):
+                    found, where = index.search((these * length).astype(np.float32), 5)
+                    one = index.search(these, 5)
+                    if (where != one[1]).mean() > 0.02 or not np.allclose(found / length, one[0], rtol=1e-3, atol=1e-4):
+                        print(kind, length, "is answered otherwise")
+    """, []),
     "lists longer than what the leaves hold, and than the corpus": ("""
         for kind in ("scann_tree", "scann_tree_ah", "scann_brute_force"):
             index = build(kind)

@@ -105,7 +105,7 @@ def write(dataset: Dataset, folder: str | os.PathLike) -> None:
         temporary.replace(folder / f"{name}.npy")
 
 
-def _sizes(num_interactions: int, num_items: int) -> tuple[int, int]:
+def _sizes(num_interactions: int, num_items: int = 0) -> tuple[int, int]:
     return max(20, num_interactions // 25), num_items or max(50, round(2500 * (num_interactions / 100_000) ** 0.8))
 
 

@@ -49,8 +49,9 @@ KINDS = {
     "auto": "what suits the number, width and length of vectors, the lists asked for, and the platform",
     "exact": "exhaustive search by JAX",
     "scann_brute_force": "exhaustive search by ScaNN",
-    "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves",
-    "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; normalised vectors only",
+    "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves; the fastest where queries come in hundreds",
+    "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; the fastest for single queries of "
+    "large catalogues; normalised vectors only",
     "hnswlib": "a graph, by hnswlib",
     "faiss": "a graph, by FAISS",
 }
