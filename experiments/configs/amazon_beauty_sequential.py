@@ -10,7 +10,15 @@ last item is the test, the one before it validation; at test time the model sees
 ranked less those that the user has seen, and a test item that training never saw is a miss; recall@10 and NDCG@10 are means over
 all users.
 
-Published for dot products: recall@10 .0921, NDCG@10 .0531 (SASRec, sampled softmax); .0928, .0523 (eSASRec). Not yet measured.
+Tuned on validation alone. On test, training.seed 0, beside the best published dot products (SASRec, sampled softmax; eSASRec) and
+EASE of the same training rows:
+
+                 model       published        EASE
+    recall@10    .0956       .0921, .0928     .0695
+    NDCG@10      .0580       .0531, .0523     .0392
+
+One standard error of recall@10 is .002. A training takes nine minutes of one core. 2,500 steps are some 50 passes; a longer log needs
+as many passes: raise config.training.steps with it.
 """
 
 from twotower.config import defaults
