@@ -84,7 +84,7 @@ def test_what_is_written_is_mapped_and_a_quarter_of_the_size(run, exported8):
     whole = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
     codes = np.load(folder / "item_vectors.npy")
     assert codes.dtype == np.int8 and 4 * codes.nbytes == whole.nbytes
-    assert isinstance(bundle.vectors.codes, np.memmap) and isinstance(bundle.vectors.scales, np.memmap)
+    assert isinstance(bundle.vectors.codes.base, np.memmap) and isinstance(bundle.vectors.scales.base, np.memmap)
     np.testing.assert_array_equal(np.asarray(bundle.vectors), np.asarray(quantize(whole)))
     # What that loses, counted by hand.
     users = np.asarray(bundle.user_vectors)
