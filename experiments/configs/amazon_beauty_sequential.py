@@ -17,8 +17,8 @@ EASE of the same training rows:
     recall@10    .0956       .0921, .0928     .0695
     NDCG@10      .0580       .0531, .0523     .0392
 
-One standard error of recall@10 is .002. A training takes nine minutes of one core. 2,500 steps are some 50 passes; a longer log needs
-as many passes: raise config.training.steps with it.
+One standard error of recall@10 is .002. A training takes nine minutes of one core. 2,500 steps are some 50 passes; a longer log
+needs as many passes: raise config.training.steps with it.
 """
 
 from twotower.config import defaults

@@ -9,15 +9,15 @@ Any file of one pair "user item" a line, a user's items in order of time, has th
 the last item is the test, the one before it validation; at test time the model sees validation too. All items of training are
 ranked less those that the user has seen; HR@10 (hit_rate) and NDCG@10 are means over all users.
 
-Tuned on validation alone. On test, training.seed 0 and 1, beside the best published dot products (SASRec, full cross-entropy; SASRec,
-3,000 negatives) and EASE of the same training rows:
+Tuned on validation alone. On test, training.seed 0 and 1, beside the best published dot products (SASRec, full cross-entropy;
+SASRec, 3,000 negatives) and EASE of the same training rows:
 
                  model            published        EASE
     HR@10        .3217, .3293     .3152, .3159     .1086
     NDCG@10      .1881, .1907     .1821, .1857     .0536
 
-One standard error of HR@10 is .005. A training takes half an hour of one core. 4,000 steps are some 38 passes; a longer log needs as
-many passes: raise config.training.steps with it.
+One standard error of HR@10 is .005. A training takes half an hour of one core. 4,000 steps are some 38 passes; a longer log needs
+as many passes: raise config.training.steps with it.
 """
 
 from twotower.config import defaults
