@@ -354,6 +354,8 @@ class TrainingConfig:
             that whole sequences are packed into, so that short ones do not cost what a long one does.
         crop: of a sequence longer than L: train the "last" part, or a "random" one, another in each pass.
         steps: gradient steps in all.
+        passes: over the training data, at least: where `steps` are fewer, they and `validate_every` are stretched to as many, so
+            that a longer log is trained as thoroughly.
         optimizer, tables, schedule: see their classes.
         log_every: steps between lines of metrics.
         validate_every: steps between validations, each followed by a checkpoint.
@@ -372,6 +374,7 @@ class TrainingConfig:
     examples: str = "interactions"
     crop: str = "last"
     steps: int = 1000
+    passes: float = 0.0
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -55,6 +55,21 @@ def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, mon
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_steps_are_stretched_to_as_many_passes_as_are_asked_for(prepared, tmp_path):
+    config = small_config()  # 12 steps, validated every 4
+    rows, batch = prepared.examples, config.training.batch_size
+    few = _trainer(prepared, small_config(training={"passes": 11.5 * batch / rows}))
+    assert few.over(rows) is few
+    more = {"passes": 20 * batch / rows, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
+    trainer = _trainer(prepared, small_config(training=more))
+    stretched = trainer.over(rows)
+    assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)
+    assert trainer.schedule(12) < 1e-6 and abs(float(stretched.schedule(12)) - 0.5) < 1e-6
+    assert int(fit(trainer, prepared, tmp_path, validate=_by_norm).step) == 24
+    with open_checkpoints(tmp_path, trainer.config, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 24  # by the configuration as it was given
+
+
 def test_streamed_training_equals_resident_training(prepared, tmp_path):
     resident = fit(_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
     streamed_config = small_config(training={"resident_megabytes": 0})

@@ -51,6 +51,11 @@ class Prepared:
     histories: Histories | None = None
     plan: Plan | None = None
 
+    @property
+    def examples(self) -> int:
+        """How many a pass over the training data has: rows, or packed rows of whole sequences."""
+        return len(self.train if self.plan is None else self.plan)
+
     def user_features(self, users: np.ndarray, context: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{array: [N, ...]}, the encoded features of users in a context such as `Rows.context` has."""
         own = {name: values[users] for name, values in self.features["user"].items()}

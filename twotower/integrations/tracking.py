@@ -51,7 +51,9 @@ def track(workdir: Path | str, *, uri: str, experiment: str, artifacts: str = ""
         lines = list(_lines(workdir / "metrics.jsonl"))
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
-        if (lines and lines[-1][0] >= config.training.steps) or (workdir / "bundle").exists():
+        # How many steps so many passes are is known to the training alone.
+        ended = lines and not config.training.passes and lines[-1][0] >= config.training.steps
+        if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:
         reason = str(error).splitlines()[0].rstrip(".")

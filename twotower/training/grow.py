@@ -51,13 +51,14 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
     _check(before, config, workdir)
     old_encoder = Encoder.load(source / "encoder")
     old, step = _restore(source, before, old_encoder, checkpoint)
-    if step >= config.training.steps:
-        raise ConfigError(
-            f"config.training.steps={config.training.steps} counts from the beginning, and the checkpoint is of step {step}: "
-            f"set it to {step} and as many as are to follow."
-        )
     prepared = prepare(config, fit=functools.partial(grown, old_encoder))
     trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    steps = trainer.over(prepared.examples).config.training.steps
+    if step >= steps:
+        raise ConfigError(
+            f"config.training.steps={steps} counts from the beginning, and the checkpoint is of step {step}: "
+            f"set it to {step} and as many as are to follow."
+        )
     if step % config.training.steps_per_dispatch:
         raise ConfigError(
             f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."

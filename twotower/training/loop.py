@@ -118,10 +118,13 @@ def fit(
         ConfigError: the batch is larger than the data or cannot be divided over the devices, the run does not fit into their
             memory, or the metric is not one that `validate` gives.
     """
+    identity, trainer = trainer.config, trainer.over(prepared.examples)
     config, mesh = trainer.config.training, mesh or make_mesh()
     batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)
-    with open_checkpoints(workdir, trainer.config) as checkpoints:
+    if config.steps != identity.training.steps:
+        logging.info("%d steps, for config.training.passes=%g over the data.", config.steps, config.passes)
+    with open_checkpoints(workdir, identity) as checkpoints:
         state, record = _start(trainer, prepared, checkpoints, mesh)
         start = int(state.step)
         if record.stopped or start >= config.steps:

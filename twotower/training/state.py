@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.struct
@@ -82,6 +83,22 @@ class Trainer:
             )
         places = model.history_length + 1 if config.training.examples == "sequences" else 1
         return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
+
+    def over(self, examples: int) -> Trainer:
+        """Itself, its steps stretched to `config.training.passes` over so many examples where they are fewer.
+
+        As many validations share them as before, and each ends with a whole dispatch.
+        """
+        training = self.config.training
+        needed = training.passes * examples / training.batch_size
+        if needed <= training.steps:
+            return self
+        validations = math.ceil(training.steps / training.validate_every)
+        dispatches = math.ceil(needed / validations / training.steps_per_dispatch)
+        every = dispatches * training.steps_per_dispatch
+        training = dataclasses.replace(training, steps=validations * every, validate_every=every)
+        config = dataclasses.replace(self.config, training=training)
+        return dataclasses.replace(self, config=config, schedule=schedule(training))
 
 
 def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
