@@ -104,7 +104,7 @@ def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
     bound = _bound(form, operands, scored, known)
 
     def body(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
-        losses, _ = _losses(form, block, *_logits(operands, scored, known, block), bound)
+        losses, _ = _losses(form, scored, known, block, _scores(operands, scored, block), bound)
         return total + jnp.sum(block.weights * losses), None
 
     start = jnp.zeros((), scored.positive.dtype) + zero(known)
@@ -117,7 +117,7 @@ def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""]
 
     def body(totals: tuple, block: _Block) -> tuple[tuple, tuple]:
         loss, transposed, scale, bias = totals
-        losses, slopes = _losses(form, block, *_logits(operands, scored, known, block), bound, weighted=True)
+        losses, slopes = _losses(form, scored, known, block, _scores(operands, scored, block), bound, weighted=True)
         outer = slopes.candidates.astype(operands.items.dtype)
         queries = slopes.factor[:, None] * jnp.matmul(outer, operands.items, preferred_element_type=exact)
         scaled = (block.columns * (scored.scale * slopes.factor)[None, :]).astype(outer.dtype)
@@ -174,9 +174,9 @@ def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bo
     def longest(vectors: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.square(vectors.astype(scored.positive.dtype)).sum(-1).max(initial=0.0))
 
-    valid, levels = known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count
-    highest = jnp.max(levels, where=valid, initial=-jnp.inf)
-    lowest = jnp.min(levels, where=valid, initial=jnp.inf)
+    levels = _levels(scored, known)
+    highest = jnp.max(levels, initial=-jnp.inf)
+    lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
     slope = jnp.abs(scored.scale) * longest(operands.items)
     near = (highest >= lowest) & (2 * slope * longest(operands.queries) + highest - lowest < _SPREAD)
     return _Bound(jnp.where(near, slope, jnp.inf), highest)
@@ -198,21 +198,29 @@ def _blocks(form: Form, operands: _Operands, scored: Scored, known: Known) -> _B
     return _Block(queries, _transposed(queries), *others)
 
 
-def _logits(operands: _Operands, scored: Scored, known: Known, block: _Block) -> tuple[Float[Array, "n C"], Bool[Array, "n C"]]:
-    """Of the candidates, and which of them are negatives."""
-    candidates = known.candidates
-    scores = jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
-    logits = scores * scored.scale + (scored.bias - candidates.log_expected_count)[None, :]
-    other = (candidates.ids[None, :] != block.ids[:, None]) & (candidates.owners[None, :] != block.owners[:, None])
-    return logits, other & (candidates.ids >= 0)[None, :]
+def _scores(operands: _Operands, scored: Scored, block: _Block) -> Float[Array, "n C"]:
+    return jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
+
+
+def _levels(scored: Scored, known: Known) -> Float[Array, "C"]:
+    """What is added to a candidate's scaled score; -inf where there is none."""
+    return jnp.where(known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, -jnp.inf)
+
+
+def _hits(known: Known, block: _Block) -> Bool[Array, "n C"]:
+    """Which candidates are the query's own positive, or another of its owner's."""
+    ids, owners = known.candidates.ids, known.candidates.owners
+    return (ids[None, :] == block.ids[:, None]) | (owners[None, :] == block.owners[:, None])
 
 
 def _losses(
-    form: Form, block: _Block, logits: jax.Array, allowed: jax.Array, bound: _Bound | None, weighted: bool = False
+    form: Form, scored: Scored, known: Known, block: _Block, scores: jax.Array, bound: _Bound | None, weighted: bool = False
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
     """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
     if form.of_gap is not None:
-        return _by_gap(form.of_gap, block, logits, allowed, bound, weighted)
+        return _by_gap(form, functools.partial(_kept, scored, known, block), block, scores, bound, weighted)
+    logits = scores * scored.scale + (scored.bias - known.candidates.log_expected_count)[None, :]
+    allowed = ~_hits(known, block) & (known.candidates.ids >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
     def of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
@@ -225,34 +233,50 @@ def _losses(
     return losses, _Slopes(positive, hard, candidates, jnp.ones_like(positive))
 
 
+def _kept(scored: Scored, known: Known, block: _Block, scores: Float[Array, "n C"]) -> Float[Array, "n C"]:
+    """The logits of negatives, -inf elsewhere."""
+    return jnp.where(_hits(known, block), -jnp.inf, scores * scored.scale + _levels(scored, known)[None, :])
+
+
+def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
+    """As `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties going up."""
+    if jax.default_backend() != "cpu" or exponentials.dtype != jnp.float32 or dtype != jnp.bfloat16:
+        return exponentials.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(exponentials, jnp.uint32) + 0x8000
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
 def _by_gap(
-    of_gap: Callable, block: _Block, logits: jax.Array, allowed: jax.Array, bound: _Bound | None, weighted: bool
+    form: Form, kept_of: Callable, block: _Block, scores: jax.Array, bound: _Bound | None, weighted: bool
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
     """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number a query."""
-    kept, hard = jnp.where(allowed, logits, -jnp.inf), jnp.where(block.hard_allowed, block.hard, -jnp.inf)
-    top = _top(block, kept, hard, bound)
-    kept, hard = jnp.exp(kept - top[:, None]), jnp.exp(hard - top[:, None])
-    total = kept.sum(axis=1) + hard.sum(axis=1)
+    hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
+    top = _top(block, kept_of, scores, hard, bound)
+    kept, hard = jnp.exp(kept_of(scores) - top[:, None]), jnp.exp(hard - top[:, None])
+    if form.dtype:
+        kept = _narrow(kept, form.dtype)
+    total = kept.sum(axis=1, dtype=hard.dtype) + hard.sum(axis=1)
     none = total == 0
     total = jnp.where(none, 1.0, total)
     gap = top + jnp.log(total) - block.positive
     if not weighted:
-        return jnp.where(none, 0.0, of_gap(gap)), None
-    losses, pull = jax.vjp(of_gap, gap)
+        return jnp.where(none, 0.0, form.of_gap(gap)), None
+    losses, pull = jax.vjp(form.of_gap, gap)
     slope = jnp.where(none, 0.0, pull(block.weights)[0])
     return jnp.where(none, 0.0, losses), _Slopes(-slope, hard * (slope / total)[:, None], kept, slope / total)
 
 
 def _top(
-    block: _Block, kept: Float[Array, "n C"], hard: Float[Array, "n H"], bound: _Bound | None
+    block: _Block, kept_of: Callable, scores: Float[Array, "n C"], hard: Float[Array, "n H"], bound: _Bound | None
 ) -> Float[Array, "n"]:
     """A finite number near each query's greatest logit and not far below it."""
 
-    def greatest(kept: jax.Array) -> jax.Array:
+    def greatest(scores: jax.Array) -> jax.Array:
+        kept = kept_of(scores)
         found = jnp.maximum(kept.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
         return jnp.where(found == -jnp.inf, 0.0, found)
 
     if bound is None:
-        return greatest(kept)
-    lengths = jnp.sqrt(jnp.square(block.queries.astype(kept.dtype)).sum(axis=1))
-    return jax.lax.cond(bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, kept)
+        return greatest(scores)
+    lengths = jnp.sqrt(jnp.square(block.queries.astype(scores.dtype)).sum(axis=1))
+    return jax.lax.cond(bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, scores)

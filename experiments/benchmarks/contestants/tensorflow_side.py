@@ -21,17 +21,18 @@ from experiments.benchmarks.contestants.turn import (
 
 
 def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not."""
+    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not, in bfloat16 or not."""
     import tensorflow as tf
     import tensorflow_recommenders as tfrs
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     runs, times, steps = {}, {}, INTERACTIONS // batch
-    for together, compiled in ((steps, False),) if quick else ((steps, False), (steps, True), (1, False)):
-        name = f"steps_per_execution={together}{', jit_compile' if compiled else ''}"
+    float32 = ((steps, False, False), (steps, True, False), (1, False, False))
+    for together, compiled, half in float32[:1] if quick else (*float32, (steps, False, True), (steps, True, True)):
+        name = f"steps_per_execution={together}{', jit_compile' if compiled else ''}{', bfloat16' if half else ''}"
         try:
-            runs[name] = _passes(batch, together, compiled)
+            runs[name] = _passes(batch, together, compiled, half)
             runs[name](1)
         except Exception as error:  # not every version can compile every model
             print(f"TFRS, {name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -41,13 +42,15 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
     return runs[best], f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}, {best}"
 
 
-def _passes(batch: int, together: int, compiled: bool) -> Callable[[int], None]:
+def _passes(batch: int, together: int, compiled: bool, half: bool) -> Callable[[int], None]:
     import tensorflow as tf
     import tensorflow_recommenders as tfrs
 
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16" if half else "float32")
+
     def tower(rows: int) -> tf.keras.Model:
         layers = [tf.keras.layers.Embedding(rows, WIDTH), tf.keras.layers.Dense(HIDDEN, "relu"), tf.keras.layers.Dense(WIDTH)]
-        return tf.keras.Sequential([*layers, tf.keras.layers.Lambda(lambda x: tf.math.l2_normalize(x, -1))])
+        return tf.keras.Sequential([*layers, tf.keras.layers.Lambda(lambda x: tf.math.l2_normalize(x, -1), dtype="float32")])
 
     class Model(tfrs.Model):
         def __init__(self):

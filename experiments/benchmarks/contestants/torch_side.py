@@ -55,15 +55,15 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
 
 
 def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or not."""
+    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or not, in bfloat16 or not."""
     import torch
 
     torch.set_num_threads(1)
     runs, times = {}, {}
-    for sparse, compiled in ((False, False),) if quick else itertools.product((False, True), (False, True)):
-        name = f"{'sparse' if sparse else 'dense'} tables{', torch.compile' if compiled else ''}"
+    for sparse, compiled, half in ((False, False, False),) if quick else itertools.product((False, True), repeat=3):
+        name = f"{'sparse' if sparse else 'dense'} tables{', torch.compile' if compiled else ''}{', bfloat16' if half else ''}"
         try:
-            runs[name] = _passes(batch, sparse, compiled)
+            runs[name] = _passes(batch, sparse, compiled, half)
             runs[name](1)
         except Exception as error:  # not every version can compile every kind
             print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -73,7 +73,7 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
     return runs[best], f"torch {torch.__version__}, {best}"
 
 
-def _passes(batch: int, sparse: bool, compiled: bool) -> Callable[[int], None]:
+def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[int], None]:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, normalize
@@ -101,7 +101,8 @@ def _passes(batch: int, sparse: bool, compiled: bool) -> Callable[[int], None]:
         for _ in range(repeats):
             order = torch.randperm(INTERACTIONS)
             for index in order[: INTERACTIONS // batch * batch].split(batch):
-                loss = loss_of(users[index], items[index])
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    loss = loss_of(users[index], items[index])
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
