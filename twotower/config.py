@@ -448,8 +448,28 @@ class Config:
         """The sections that decide what training computes: all but `retrieval`, which may change afterwards."""
         return {name: section for name, section in dataclasses.asdict(self).items() if name != "retrieval"}
 
+    def identity(self) -> dict[str, Any]:
+        """What of `trained` differs from the defaults: an option that a later version adds leaves it as it was."""
+        return changed(self.trained(), Config().trained())
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in `values` that are not as in `defaults`, section by section.
+
+    >>> changed({"seed": 1, "schedule": {"kind": "cosine", "factor": 1}}, {"seed": 0, "schedule": {"kind": "", "factor": 1}})
+    {'seed': 1, 'schedule': {'kind': 'cosine'}}
+    """
+    found = {name: None for name in defaults if name not in values}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = changed(value, default), {}
+        if value != default:
+            found[name] = value
+    return found
 
 
 def defaults() -> Any:

@@ -5,8 +5,8 @@
 Two id tables of width 64, towers 128-64, L2-normalised, in-batch softmax at temperature 0.05, Adagrad; 943 users, 1,682 items,
 80,000 interactions. A turn is a pass over all of them, with whatever each needs to shuffle and load. Ours are the compiled
 steps of `fit`, with the sampling-bias correction and with accidental hits and the user's other positives masked, which
-neither peer does here. Peers choose their best options by time, as they are warmed up, but not with --quick. Figures are
-processor time.
+neither peer does here. Each chooses its best options by time, float32 or bfloat16 among them, as it is warmed up, but not with
+--quick. Figures are processor time.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ SASRec, 3,000 negatives) and EASE of the same training rows:
     HR@10        .3217, .3293     .3152, .3159     .1086
     NDCG@10      .1881, .1907     .1821, .1857     .0536
 
-One standard error of HR@10 is .005. A training takes half an hour of one core. Its 4,000 steps are 39 passes; a longer log is given
-more, so that they are as many.
+One standard error of HR@10 is .005. A training takes half an hour of one core. Its 4,000 steps are 39 passes; a longer log is
+given more, so that they are as many.
 """
 
 from twotower.config import defaults

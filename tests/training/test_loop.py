@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import make_batches, small_config
+from twotower.config import changed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
 from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
-from twotower.training.loop import Record, changed, open_checkpoints
+from twotower.training.loop import Record, open_checkpoints
 from twotower.training.mesh import make_mesh
 from twotower.training.meter import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau

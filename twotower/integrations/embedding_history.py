@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from twotower.config import Config
 from twotower.data.folders import content_digest
 from twotower.retrieval.exact import check_vectors
 from twotower.retrieval.retriever import Retriever
@@ -180,11 +181,11 @@ def version_of(retriever: Retriever, *, run_date: datetime.date, run_id: str, ex
     """The version of a bundle's vectors.
 
     Args:
-        experiment_id: by default a hash of what decides training but for its seed, which runs of one configuration share.
+        experiment_id: by default a hash of `Config.identity` but for the seed, which runs of one configuration share.
     """
-    bundle, trained = retriever.bundle, retriever.bundle.config.trained()
-    unseeded = trained | {"training": {name: x for name, x in trained["training"].items() if name != "seed"}}
-    experiment_id = experiment_id or content_digest(unseeded)[:12]
+    bundle, config = retriever.bundle, retriever.bundle.config
+    unseeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=Config().training.seed))
+    experiment_id = experiment_id or content_digest(unseeded.identity())[:12]
     weights = bundle.manifest.get("model_version") or model_version(bundle.towers.weights)
     return Version(run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights)
 

@@ -79,27 +79,10 @@ class Record:
 def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) -> Checkpoints:
     """The checkpoints of the run in `workdir`; see `Checkpoints`."""
     training = config.training
-    # Of what differs from the defaults, so that an option that a later version adds leaves runs as they are.
-    run = hashlib.sha256(json.dumps(changed(config.trained(), Config().trained()), sort_keys=True).encode()).hexdigest()[:16]
+    run = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:16]
     return Checkpoints(
         Path(workdir) / "checkpoints", metric=training.metric, keep=training.keep_checkpoints, run=run, read_only=read_only
     )
-
-
-def changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in `values` that are not as in `defaults`, section by section.
-
-    >>> changed({"seed": 1, "schedule": {"kind": "cosine", "factor": 1}}, {"seed": 0, "schedule": {"kind": "", "factor": 1}})
-    {'seed': 1, 'schedule': {'kind': 'cosine'}}
-    """
-    found = {name: None for name in defaults if name not in values}
-    for name, value in values.items():
-        default = defaults.get(name)
-        if isinstance(value, Mapping) and isinstance(default, Mapping):
-            value, default = changed(value, default), {}
-        if value != default:
-            found[name] = value
-    return found
 
 
 def fit(

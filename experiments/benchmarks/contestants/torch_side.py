@@ -118,10 +118,10 @@ def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], N
 
     torch.set_num_threads(1)
     runs, times = {}, {}
-    for compiled in (False,) if quick else (False, True):
-        name = "torch.compile" if compiled else "eager"
+    for compiled, half in ((False, False),) if quick else itertools.product((False, True), repeat=2):
+        name = f"{'torch.compile' if compiled else 'eager'}{', bfloat16' if half else ''}"
         try:
-            runs[name] = _sequence_steps(length, batch, compiled)
+            runs[name] = _sequence_steps(length, batch, compiled, half)
             runs[name](1)
         except Exception as error:  # not every version can compile every kind
             print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -131,7 +131,7 @@ def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], N
     return runs[best], f"torch {torch.__version__}, {best}"
 
 
-def _sequence_steps(length: int, batch: int, compiled: bool) -> Callable[[int], None]:
+def _sequence_steps(length: int, batch: int, compiled: bool, half: bool) -> Callable[[int], None]:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, dropout, relu, scaled_dot_product_attention
@@ -170,7 +170,8 @@ def _sequence_steps(length: int, batch: int, compiled: bool) -> Callable[[int], 
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            loss = loss_of(users[torch.randint(len(users), (batch,))])
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = loss_of(users[torch.randint(len(users), (batch,))])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
