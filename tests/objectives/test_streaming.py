@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from tests.objectives.cases import Case, case
-from twotower.objectives import LOSSES
+from twotower.objectives import LOSSES, sweep
 from twotower.objectives.negatives import Candidates, Hard, Positives
 from twotower.objectives.reference import naive_loss
 from twotower.objectives.streaming import streaming_loss
@@ -167,6 +167,15 @@ def test_bfloat16_operands(name):
     exact, got = gradient(0.5, None), gradient(0.5, jnp.bfloat16)
     assert exact.dtype == got.dtype == jnp.float32
     assert float(jnp.abs(got - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+
+
+def test_bfloat16_exponentials_are_rounded_to_nearest_and_hide_nothing():
+    drawn = jnp.asarray(np.random.default_rng(0).uniform(-90, 90, 10_000), jnp.float32)
+    values = jnp.concatenate([jnp.exp(drawn), jnp.float32([0, 1, 3e-39, np.inf, np.nan, -np.nan])])[None]
+    narrow = jax.jit(functools.partial(sweep._narrow, dtype=jnp.bfloat16))(values)
+    expected = values.astype(jnp.bfloat16)
+    ties = (values.view(np.uint32) & 0xFFFF) == 0x8000
+    np.testing.assert_array_equal(narrow[~ties].astype(np.float32), expected[~ties].astype(np.float32))
 
 
 def test_bfloat16_operands_are_summed_in_float32():
