@@ -202,9 +202,13 @@ def _scores(operands: _Operands, scored: Scored, block: _Block) -> Float[Array, 
     return jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
 
 
-def _levels(scored: Scored, known: Known) -> Float[Array, "C"]:
-    """What is added to a candidate's scaled score; -inf where there is none."""
-    return jnp.where(known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, -jnp.inf)
+def _levels(scored: Scored, known: Known, empty: float = -jnp.inf) -> Float[Array, "C"]:
+    """What is added to a candidate's scaled score; `empty` where there is none."""
+    return jnp.where(known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, empty)
+
+
+def _logits(scored: Scored, scores: Float[Array, "n C"], levels: Float[Array, "C"]) -> Float[Array, "n C"]:
+    return scores * scored.scale + levels[None, :]
 
 
 def _hits(known: Known, block: _Block) -> Bool[Array, "n C"]:
@@ -219,7 +223,7 @@ def _losses(
     """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
     if form.of_gap is not None:
         return _by_gap(form, functools.partial(_kept, scored, known, block), block, scores, bound, weighted)
-    logits = scores * scored.scale + (scored.bias - known.candidates.log_expected_count)[None, :]
+    logits = _logits(scored, scores, _levels(scored, known, empty=0.0))
     allowed = ~_hits(known, block) & (known.candidates.ids >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
@@ -235,7 +239,8 @@ def _losses(
 
 def _kept(scored: Scored, known: Known, block: _Block, scores: Float[Array, "n C"]) -> Float[Array, "n C"]:
     """The logits of negatives, -inf elsewhere."""
-    return jnp.where(_hits(known, block), -jnp.inf, scores * scored.scale + _levels(scored, known)[None, :])
+    logits = _logits(scored, scores, _levels(scored, known))
+    return jnp.where(_hits(known, block), -jnp.inf, logits)
 
 
 def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
