@@ -94,7 +94,7 @@ case ${1:-} in
   test)
     shift
     install "${EXTRAS:+$EXTRAS,}dev"
-    exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+    exec .venv/bin/python -m pytest -n 2 "$@"
     ;;
   install) install "${EXTRAS:-}" ;;
   python) find_python ;;
