@@ -16,6 +16,7 @@ WIDTH = 64
 USERS, ITEMS, INTERACTIONS = 943, 1_682, 80_000
 BATCHES = 64
 FILMS = 3_416  # of MovieLens-1M, as papers have it
+EXPANSION = 4  # of a Transformer's hidden layers
 HIDDEN, TEMPERATURE, RATE, ACCUMULATOR = 128, 0.05, 0.1, 0.1
 
 

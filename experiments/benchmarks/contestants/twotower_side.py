@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.benchmarks.contestants.turn import (
     ACCUMULATOR,
+    EXPANSION,
     HIDDEN,
     INTERACTIONS,
     ITEMS,
@@ -172,7 +173,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     config.split.accept_leakage = ("repeated_pairs",)
     config.features.user["history"]["max_length"] = length
     config.features.item["item_id"]["embedding_size"] = WIDTH
-    config.model.history.block, config.model.dtype = "sasrec", dtype
+    config.model.history.block, config.model.history.expansion, config.model.dtype = "sasrec", EXPANSION, dtype
     config.training.batch_size, config.training.crop = batch, "last"
     with tempfile.TemporaryDirectory() as folder:
         config.data.path = str(Path(folder) / "pairs.txt")
