@@ -85,18 +85,22 @@ class Trainer:
         return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
 
     def over(self, examples: int) -> Trainer:
-        """Itself, its steps stretched to `config.training.passes` over so many examples where they are fewer.
+        """Itself, with as many steps as `config.training.passes` over so many examples need.
 
-        As many validations share them as before, and each ends with a whole dispatch.
+        Steps, validations and warm-up keep their proportions, each validation ends with a whole dispatch, and a short log is
+        given no fewer steps than there were to be before the first validation.
         """
         training = self.config.training
-        needed = training.passes * examples / training.batch_size
-        if needed <= training.steps:
+        if not training.passes:
             return self
+        needed = max(training.passes * examples / training.batch_size, training.validate_every)
         validations = math.ceil(training.steps / training.validate_every)
-        dispatches = math.ceil(needed / validations / training.steps_per_dispatch)
-        every = dispatches * training.steps_per_dispatch
-        training = dataclasses.replace(training, steps=validations * every, validate_every=every)
+        every = math.ceil(needed / validations / training.steps_per_dispatch) * training.steps_per_dispatch
+        warmup = round(training.schedule.warmup_steps * validations * every / training.steps)
+        training = dataclasses.replace(
+            training, steps=validations * every, validate_every=every,
+            schedule=dataclasses.replace(training.schedule, warmup_steps=warmup),
+        )  # fmt: skip
         config = dataclasses.replace(self.config, training=training)
         return dataclasses.replace(self, config=config, schedule=schedule(training))
 
