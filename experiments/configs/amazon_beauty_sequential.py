@@ -19,7 +19,8 @@ sampled softmax; eSASRec) and EASE of the same training rows:
     NDCG@10      .0578 +- .0003 (.0580 .0575 .0578)      .0531, .0523     .0392
 
 One standard error of recall@10 is .002. A training takes nine to twelve minutes of one core. Its 2,500 steps are 54 passes;
-another log is given as many.
+another log is given as many (a quick try:
+--config.training.passes=0 --config.training.steps=200).
 """
 
 from twotower.config import defaults
