@@ -354,8 +354,8 @@ class TrainingConfig:
             that whole sequences are packed into, so that short ones do not cost what a long one does.
         crop: of a sequence longer than L: train the "last" part, or a "random" one, another in each pass.
         steps: gradient steps in all.
-        passes: over the training data, so that a log of another length is trained as thoroughly: `steps`, `validate_every` and
-            the warm-up are stretched or shortened to as many, in their proportions; 0 leaves them as they are.
+        steps_for: the examples (rows, or packed rows of whole sequences) that `steps` are meant for: with more or fewer of them
+            there are as many passes, and `steps`, `validate_every` and the warm-up are in proportion; 0 leaves them as they are.
         optimizer, tables, schedule: see their classes.
         log_every: steps between lines of metrics.
         validate_every: steps between validations, each followed by a checkpoint.
@@ -374,7 +374,7 @@ class TrainingConfig:
     examples: str = "interactions"
     crop: str = "last"
     steps: int = 1000
-    passes: float = 0.0
+    steps_for: int = 0
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

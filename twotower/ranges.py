@@ -95,7 +95,7 @@ def _check_training(config: Any, check: _Checks) -> None:
 
     check.at_least(1, *training("batch_size", "steps", "log_every", "validate_every", "keep_checkpoints", "schedule.patience"))
     check.at_least(1, *training("steps_per_dispatch", "accumulate"))
-    check.at_least(0, *training("seed", "passes", "patience", "resident_megabytes", "schedule.warmup_steps"))
+    check.at_least(0, *training("seed", "steps_for", "patience", "resident_megabytes", "schedule.warmup_steps"))
     check.at_least(0, *training("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm"))
     check.at_least(0, *training("tables.learning_rate", "tables.initial_accumulator"))
     t, parts = config.training, [config.training.validate_every, config.training.steps]

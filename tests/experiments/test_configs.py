@@ -61,7 +61,6 @@ def test_its_docstring_names_its_commands(name):
 def trained(request, shared_data, tmp_path_factory):
     config = module(request.param).get_config()
     config.training.steps = config.training.validate_every = 20
-    config.training.passes = 0.0
     config.training.batch_size = 256
     config.evaluation.ks = (10,)
     workdir = tmp_path_factory.mktemp("runs") / request.param

@@ -37,7 +37,6 @@ def small(name, path):
     config.training.tables.learning_rate = 0.01
     config.training.optimizer.learning_rate = 0.003
     config.training.steps = config.training.validate_every = 120
-    config.training.passes = 0.0
     config.training.schedule.warmup_steps = 0
     return config
 

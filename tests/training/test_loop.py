@@ -56,17 +56,16 @@ def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, mon
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_steps_become_as_many_passes_as_are_asked_for(prepared, tmp_path):
-    config = small_config()  # 12 steps, validated every 4
-    rows, batch = prepared.examples, config.training.batch_size
-    as_given = _trainer(prepared, small_config())
+def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepared, tmp_path):
+    rows = prepared.examples
+    as_given = _trainer(prepared, small_config())  # 12 steps, validated every 4
     assert as_given.over(rows) is as_given
-    few = {"passes": 6 * batch / rows, "schedule": {"warmup_steps": 4}}
+    few = {"steps_for": 2 * rows, "schedule": {"warmup_steps": 4}}
     shortened = _trainer(prepared, small_config(training=few)).over(rows).config.training
     assert (shortened.steps, shortened.validate_every, shortened.schedule.warmup_steps) == (6, 2, 2)
-    fewest = _trainer(prepared, small_config(training={"passes": 1e-3})).over(rows).config.training
+    fewest = _trainer(prepared, small_config(training={"steps_for": 1000 * rows})).over(rows).config.training
     assert (fewest.steps, fewest.validate_every) == (6, 2)  # the four before the first validation, in three
-    more = {"passes": 20 * batch / rows, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
+    more = {"steps_for": rows // 2, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
     trainer = _trainer(prepared, small_config(training=more))
     stretched = trainer.over(rows)
     assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)

@@ -51,8 +51,8 @@ def track(workdir: Path | str, *, uri: str, experiment: str, artifacts: str = ""
         lines = list(_lines(workdir / "metrics.jsonl"))
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
-        # How many steps so many passes are is known to the training alone.
-        ended = lines and not config.training.passes and lines[-1][0] >= config.training.steps
+        # How many steps are in proportion to the data is known to the training alone.
+        ended = lines and not config.training.steps_for and lines[-1][0] >= config.training.steps
         if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:

@@ -51,17 +51,17 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
     _check(before, config, workdir)
     old_encoder = Encoder.load(source / "encoder")
     old, step = _restore(source, before, old_encoder, checkpoint)
+    if step % config.training.steps_per_dispatch:
+        raise ConfigError(
+            f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
+        )
     prepared = prepare(config, fit=functools.partial(grown, old_encoder))
     trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
     steps = trainer.over(prepared.examples).config.training.steps
     if step >= steps:
         raise ConfigError(
             f"config.training.steps={steps} counts from the beginning, and the checkpoint is of step {step}: "
-            f"set it to {step} and as many as are to follow."
-        )
-    if step % config.training.steps_per_dispatch:
-        raise ConfigError(
-            f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
+            f"set it to {step} and as many as are to follow, with config.training.steps_for=0."
         )
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))
     if trainer.sources.config.frequency != "exact":

@@ -106,7 +106,8 @@ def fit(
     batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)
     if config.steps != identity.training.steps:
-        logging.info("%d steps, for config.training.passes=%g over the data.", config.steps, config.passes)
+        logging.info("%d steps for %d examples: %d were meant for %d.", config.steps, prepared.examples,
+                     identity.training.steps, config.steps_for)  # fmt: skip
     with open_checkpoints(workdir, identity) as checkpoints:
         state, record = _start(trainer, prepared, checkpoints, mesh)
         start = int(state.step)

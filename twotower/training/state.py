@@ -85,17 +85,16 @@ class Trainer:
         return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
 
     def over(self, examples: int) -> Trainer:
-        """Itself, with as many steps as `config.training.passes` over so many examples need.
+        """Itself, with the steps in proportion to the examples where `config.training.steps_for` says how many they are for.
 
-        Steps, validations and warm-up keep their proportions, each validation ends with a whole dispatch, and a short log is
-        given no fewer steps than there were to be before the first validation.
+        Each validation ends with a whole dispatch, and few examples are given no fewer steps than were to be before the first.
         """
         training = self.config.training
-        if not training.passes:
+        if not training.steps_for:
             return self
-        needed = max(training.passes * examples / training.batch_size, training.validate_every)
-        validations = math.ceil(training.steps / training.validate_every)
-        every = math.ceil(needed / validations / training.steps_per_dispatch) * training.steps_per_dispatch
+        validations, dispatch = math.ceil(training.steps / training.validate_every), training.steps_per_dispatch
+        needed = round(training.steps * examples / training.steps_for / (validations * dispatch))
+        every = max(needed, math.ceil(training.validate_every / (validations * dispatch))) * dispatch
         warmup = round(training.schedule.warmup_steps * validations * every / training.steps)
         training = dataclasses.replace(
             training, steps=validations * every, validate_every=every,
