@@ -17,10 +17,11 @@ side) of B / n queries with B candidates, and three to each dense layer (forward
 
     6 B / n (B D + K) FLOP,  K = 2 (D 2 D + 2 D D) = 8 D^2 numbers in the kernels,  P = K + 6 D biases + 1 temperature.
 
-Both are asserted to the byte and to the FLOP. On a GPU, where there is one, a step is also timed: examples a second, and FLOP/s
-and bytes/s against what the card itself is measured to do, beside PyTorch (`scaling_torch.py`, by --torch_python) on that card.
-Of the bytes, those are counted that no way of doing it can save: a row is read for the towers, its gradient written, read and
-summed, the sum read, and the row read and written by the update, for both tables: 2 x 7 x 4 B D.
+Both are asserted to the byte and to the FLOP. On a GPU, where there is one, a step is also timed, ten to a dispatch, with
+products in float32 (TensorFloat-32, as JAX and PyTorch are set here) and in bfloat16: examples a second, and FLOP/s and bytes/s
+against what the card itself is measured to do, beside PyTorch (`scaling_torch.py`, by --torch_python) on that card. Of the bytes,
+those are counted that no way of doing it can save: a row is read for the towers, its gradient written, read and summed, the sum
+read, and the row read and written by the update, for both tables: 2 x 7 x 4 B D.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +39,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from experiments.benchmarks import harness, hlo
 
 _TORCH = flags.DEFINE_string("torch_python", sys.executable, "A Python with PyTorch for this GPU.")
 _DEVICES = (1, 2, 4, 8)
+_STEPS, _TOGETHER = 50, 10  # timed at once; of a dispatch
 
 
 class Setting(NamedTuple):
@@ -115,7 +117,7 @@ def measured(setting: Setting) -> dict[str, Any]:
     return setting._asdict() | {"collectives": len(found), "sent": sent, "flops": flops}
 
 
-def trainer_of(setting: Setting) -> Any:
+def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
     from twotower.config import from_dict
     from twotower.data.encodings import Input, TableShape
     from twotower.towers.two_tower import TwoTower
@@ -124,7 +126,7 @@ def trainer_of(setting: Setting) -> Any:
 
     layers = {"layers": (2 * setting.width, setting.width)}
     config = from_dict({
-        "model": {"user": layers, "item": layers}, "objective": {"negatives": {"uniform": 0}},
+        "model": {"user": layers, "item": layers, "dtype": dtype}, "objective": {"negatives": {"uniform": 0}},
         "training": {"batch_size": setting.batch},
     })  # fmt: skip
     inputs = {side: {"id": Input(table=side)} for side in ("user", "item")}
@@ -132,86 +134,94 @@ def trainer_of(setting: Setting) -> Any:
     return Trainer.build(config, model, Corpus(setting.rows, setting.rows, 0))
 
 
-def compiled(setting: Setting, mesh: Mesh) -> Any:
-    """The step, compiled from shapes alone."""
+def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "float32") -> Any:
+    """The step, or several to a dispatch, compiled from shapes alone: (state, batch or stacked batches) -> (state, metrics)."""
     from twotower.training.init import abstract_state
-    from twotower.training.mesh import SPLIT, WHOLE, group_of, run_on, shardings, state_specs
+    from twotower.training.mesh import SPLIT, WHOLE, compiler_options, group_of, run_on, shardings, state_specs
     from twotower.training.step import train_step
 
-    trainer, group = trainer_of(setting), group_of(mesh)
+    trainer, group = trainer_of(setting, dtype), group_of(mesh)
     state = abstract_state(trainer, mesh)
-    specs, place = state_specs(state), shardings(mesh, SPLIT)
-    ids, weight = (jax.ShapeDtypeStruct((setting.batch,), dtype, sharding=place) for dtype in ("int32", "float32"))
+    specs, split = state_specs(state), PartitionSpec(None, *SPLIT) if steps else SPLIT
+    shape, place = (steps, setting.batch) if steps else (setting.batch,), shardings(mesh, split)
+    ids, weight = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "float32"))
     features = {f"{side}_features": {"id": ids} for side in ("user", "item")}
     batch = {"user": ids, "item": ids, "weight": weight, "labels": {}} | features
 
     def one(state: Any, batch: Any) -> tuple[Any, Any]:
         return train_step(state, batch, {}, trainer=trainer, group=group)
 
-    step = run_on(mesh, one, (specs, SPLIT), (specs, WHOLE))
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    def several(state: Any, batches: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(one, state, batches)
+
+    step = run_on(mesh, several if steps else one, (specs, split), (specs, WHOLE))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh)).lower(state, batch).compile()
 
 
 def gpu() -> dict[str, Any]:
-    """Times a step on the card and prints what it reaches of the card's peaks, beside PyTorch."""
-    card, results = jax.devices("gpu")[0], {}
-    peaks = {"FLOP/s": _peak_flops(), "bytes/s": _peak_bytes()}
-    print(f"\n{card.device_kind}: measured peaks {peaks['FLOP/s'] / 1e12:.1f} TFLOP/s (float32 as the default precision has it), "
-          f"{peaks['bytes/s'] / 1e9:.0f} GB/s")  # fmt: skip
-    print(f"{'B':>8}{'':>24}{'examples/s':>14}{'TFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'of peak':>9}{'to PyTorch':>12}")
-    for batch in (1024, 4096) if harness.QUICK.value else (1024, 4096, 16_384, 65_536):
-        setting = Setting(width=64, batch=batch, rows=1_000_448, devices=1)
-        seconds = {"twotower": step_seconds(setting, card)} | _torch_seconds(setting)
-        for name, taken in seconds.items():
-            flops, moved = setting.flops() / taken, setting.moved() / taken
-            ratio = seconds.get("PyTorch, torch.compile", float("nan")) / taken
-            print(f"{batch:8,}{name:>24}{batch / taken:14,.0f}{flops / 1e12:10.2f}{flops / peaks['FLOP/s']:9.1%}"
-                  f"{moved / 1e9:8.0f}{moved / peaks['bytes/s']:9.1%}{ratio:12.2f}", flush=True)  # fmt: skip
-        results[str(batch)] = seconds
-    return {"card": card.device_kind, "peaks": peaks, "seconds": results}
+    """Times a step on the card and prints what it reaches of the card's peaks, then PyTorch's."""
+    card = jax.devices("gpu")[0]
+    peaks: dict[str, float] = {dtype: _peak_flops(dtype) for dtype in ("float32", "bfloat16")} | {"bytes": _peak_bytes()}
+    shown = ", ".join(f"{peaks[dtype] / 1e12:.0f} TFLOP/s of {dtype}" for dtype in ("float32", "bfloat16"))
+    print(f"\n{card.device_kind}: measured peaks {shown}, {peaks['bytes'] / 1e9:,.0f} GB/s")
+    print(f"{'B':>8}  {'':32}{'ms':>9}{'examples/s':>14}{'TFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'of peak':>9}{'to ours':>9}")
+    found: dict[tuple[int, str], float] = {}
+    batches = (1024, 4096) if harness.QUICK.value else (1024, 4096, 16_384, 65_536)
+    settings = {batch: Setting(width=64, batch=batch, rows=1_000_448, devices=1) for batch in batches}
+
+    def show(batch: int, name: str, taken: float) -> None:
+        setting, found[batch, name] = settings[batch], taken
+        rate, moved, peak = setting.flops() / taken, setting.moved() / taken, peaks[name.rpartition(" ")[2]]
+        best = min(seconds for (b, who), seconds in found.items() if b == batch and who.startswith("twotower"))
+        print(f"{batch:8,}  {name:32}{taken * 1e3:9.3f}{batch / taken:14,.0f}{rate / 1e12:10.2f}{rate / peak:9.1%}"
+              f"{moved / 1e9:8.0f}{moved / peaks['bytes']:9.1%}{taken / best:9.2f}", flush=True)  # fmt: skip
+
+    for batch, setting in settings.items():
+        for dtype in ("float32", "bfloat16"):
+            show(batch, f"twotower, {dtype}", step_seconds(setting, card, dtype))
+    _torch_seconds(settings[batches[0]], batches, show)
+    return {"card": card.device_kind, "peaks": peaks, "seconds": {f"{name} {batch}": x for (batch, name), x in found.items()}}
 
 
-def step_seconds(setting: Setting, device: Any, steps: int = 50) -> float:
+def step_seconds(setting: Setting, device: Any, dtype: str) -> float:
     """The best time of a step, with its batches on the device and its state donated."""
     from twotower.training.init import init_on
 
     mesh = Mesh(np.asarray([device]), ("devices",))
-    step, rng = compiled(setting, mesh), np.random.default_rng(0)
+    program, rng = compiled(setting, mesh, steps=_TOGETHER, dtype=dtype), np.random.default_rng(0)
     ones = np.ones(setting.rows, np.float32)
-    state = [init_on(mesh, trainer_of(setting), {"user": ones, "item": ones, "rows": np.float32(setting.rows)})]
-
-    def batch() -> dict[str, Any]:
-        user, item = (rng.integers(1, setting.rows, setting.batch).astype(np.int32) for _ in range(2))
-        features = {"user_features": {"id": user}, "item_features": {"id": item}}
-        values = {"user": user, "item": item, "weight": np.ones(setting.batch, np.float32), "labels": {}} | features
-        return jax.device_put(values, step.input_shardings[0][1])
-
-    batches = [batch() for _ in range(8)]
+    state = [init_on(mesh, trainer_of(setting, dtype), {"user": ones, "item": ones, "rows": np.float32(setting.rows)})]
+    user, item = (rng.integers(1, setting.rows, (_TOGETHER, setting.batch)).astype(np.int32) for _ in range(2))
+    features = {"user_features": {"id": user}, "item_features": {"id": item}}
+    values = {"user": user, "item": item, "weight": np.ones(user.shape, np.float32), "labels": {}} | features
+    batches = jax.device_put(values, program.input_shardings[0][1])
 
     def run() -> None:
-        for i in range(steps):
-            state[0], metrics = step(state[0], batches[i % len(batches)])
+        for _ in range(_STEPS // _TOGETHER):
+            state[0], metrics = program(state[0], batches)
         jax.block_until_ready(metrics["loss"])
 
-    return _best(run) / steps
+    return _best(run) / _STEPS
 
 
-def _torch_seconds(setting: Setting) -> dict[str, float]:
-    command = [_TORCH.value, "-m", "experiments.benchmarks.scaling_torch", *map(str, setting)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    if done.returncode:
-        print(f"Without PyTorch: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
-        return {}
-    return json.loads(done.stdout.splitlines()[-1])
+def _torch_seconds(setting: Setting, batches: Sequence[int], show: Callable[[int, str, float], None]) -> None:
+    """Tells `show` each figure as soon as it is there: compiling takes PyTorch minutes."""
+    command = [_TORCH.value, "-m", "experiments.benchmarks.scaling_torch", *map(str, (setting.width, setting.rows, *batches))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as peer:
+        for line in peer.stdout or ():
+            show(**json.loads(line))
+    if peer.returncode:
+        print("PyTorch ended before it had measured all: see above.")
 
 
-def _peak_flops(size: int = 8192) -> float:
-    x, multiply = jnp.ones((size, size)), jax.jit(jnp.matmul)
+def _peak_flops(dtype: str, size: int = 8192) -> float:
+    # Not of ones or zeros, which a card multiplies faster.
+    x, multiply = jax.random.normal(jax.random.key(0), (size, size), dtype), jax.jit(jnp.matmul)
     return 2 * size**3 / _best(lambda: multiply(x, x).block_until_ready())
 
 
 def _peak_bytes(size: int = 2**28) -> float:
-    x, copy = jnp.ones(size), jax.jit(lambda x: x + 1)
+    x, copy = jax.random.normal(jax.random.key(0), size), jax.jit(lambda x: x + 1)
     return 2 * x.nbytes / _best(lambda: copy(x).block_until_ready())
 
 

@@ -1,9 +1,10 @@
 """PyTorch on a GPU, for `scaling.py`: the same step of the same model, tensors on the card, compiled and not.
 
-    python -m experiments.benchmarks.scaling_torch D B V n [DEVICE]
+    python -m experiments.benchmarks.scaling_torch D V B [B ...] [cpu]
 
-Prints {"PyTorch": seconds a step, "PyTorch, torch.compile": ...} as JSON. In-batch softmax without correction or masks, as a
-user of PyTorch writes it: sparse gradients of the tables, products in TF32.
+Prints {"batch": B, "name": "PyTorch, torch.compile, float32", "taken": seconds a step} a line. In-batch softmax without
+correction or masks, as a user of PyTorch writes it: sparse gradients of the tables, fused Adam, float32 products in
+TensorFloat-32, bfloat16 by autocast; compiled once for all batches.
 """
 
 import json
@@ -13,17 +14,21 @@ import time
 STEPS, ROUNDS, TEMPERATURE = 50, 10, 0.07
 
 
-def main(width: int, batch: int, rows: int, device: str) -> None:
+def main(width: int, rows: int, batches: list[int], device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"PyTorch {torch.__version__} sees no GPU.")
     torch.set_float32_matmul_precision("high")
-    forms = {"PyTorch": False, "PyTorch, torch.compile": True}
-    print(json.dumps({name: _seconds(width, batch, rows, device, compiled) for name, compiled in forms.items()}))
+    forms = {"PyTorch, float32": (False, False), "PyTorch, torch.compile, float32": (True, False),
+             "PyTorch, torch.compile, bfloat16": (True, True)}  # fmt: skip
+    for name, form in forms.items():
+        for batch in batches:
+            taken = _seconds(width, batch, rows, device, *form)
+            print(json.dumps({"batch": batch, "name": name, "taken": taken}), flush=True)
 
 
-def _seconds(width: int, batch: int, rows: int, device: str, compiled: bool) -> float:
+def _seconds(width: int, batch: int, rows: int, device: str, compiled: bool, half: bool) -> float:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, normalize
@@ -40,8 +45,9 @@ def _seconds(width: int, batch: int, rows: int, device: str, compiled: bool) -> 
     ids = torch.randint(1, rows, (8, 2, batch), device=device)
 
     def loss_of(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        queries, answers = (normalize(t(x), dim=-1) for t, x in zip(towers, (users, items)))
-        return cross_entropy(queries @ answers.T / TEMPERATURE, labels)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            queries, answers = (normalize(t(x), dim=-1) for t, x in zip(towers, (users, items)))
+            return cross_entropy(queries @ answers.T / TEMPERATURE, labels)
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
@@ -63,5 +69,5 @@ def _seconds(width: int, batch: int, rows: int, device: str, compiled: bool) -> 
 
 
 if __name__ == "__main__":
-    numbers = [int(x) for x in sys.argv[1:4]]
-    main(*numbers, sys.argv[5] if len(sys.argv) > 5 else "cuda")
+    numbers = [int(x) for x in sys.argv[1:] if x.isdigit()]
+    main(numbers[0], numbers[1], numbers[2:], "cpu" if "cpu" in sys.argv else "cuda")

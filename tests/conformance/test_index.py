@@ -206,37 +206,47 @@ def _top_k_widths(function, *shapes):
 
 @pytest.mark.trap(34)
 def test_no_top_k_takes_a_whole_row():
-    """XLA sorts the row that `top_k` takes on a GPU: evaluation and search take blocks, and merge."""
-    scores = jax.ShapeDtypeStruct((2, 5 * exact.ITEM_BLOCK + 7), "float32")
-    widths = _top_k_widths(lambda s: exact.blocked_top_k(s, 100), scores)
-    assert len(widths) > 5 and max(widths) <= exact.ITEM_BLOCK
+    """XLA sorts the row that `top_k` takes on a GPU: evaluation and search find the best groups first."""
+    scores = jax.ShapeDtypeStruct((2, 4_000_007), "float32")
+    widths = _top_k_widths(lambda s: exact.grouped_top_k(s, 100), scores)
+    assert len(widths) > 2 and max(widths) <= 32 * 100
     pairs, lists = jax.ShapeDtypeStruct((4,), "int32"), jax.ShapeDtypeStruct((2,), "int32")
     counts = jax.ShapeDtypeStruct((scores.shape[1],), "int32")
     measured = _top_k_widths(lambda *x: evaluate._measure.__wrapped__(*x, ks=(10,)), scores, *[pairs] * 4, lists, counts)
-    assert max(measured) <= exact.ITEM_BLOCK
+    assert len(measured) > 2 and max(measured) <= 32 * 10
 
 
 @pytest.mark.trap(34)
 def test_a_search_takes_no_whole_row_either(monkeypatch):
-    """The same for the index on an accelerator: what it gives to `top_k` is never wider than a block."""
+    """The same for the index on an accelerator, which compares a block of the items at once."""
     widths, top_k = [], jax.lax.top_k
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.lax, "top_k", lambda x, k: (widths.append(x.shape[-1]), top_k(x, k))[1])
     items = np.zeros((exact.ITEM_BLOCK + 13, 1), np.float32)
     items[-1] = 1.0
-    assert ExactIndex(items).search(np.ones((1, 1)), 3)[1].tolist() == [[exact.ITEM_BLOCK + 12, 0, 1]]
-    assert widths and max(widths) <= exact.ITEM_BLOCK
+    index = ExactIndex(items)
+    assert index.search(np.ones((1, 1)), 3)[1].tolist() == [[exact.ITEM_BLOCK + 12, 0, 1]]
+    assert widths and max(widths) <= 32 * 3
+    assert max(len(block) for block in index._blocks) == exact.ITEM_BLOCK
 
 
 @pytest.mark.trap(34)
-def test_blocks_merge_to_the_answer_of_the_whole_row(monkeypatch):
-    """Merged blocks must still be the stable sort of the whole row, ties included."""
-    monkeypatch.setattr(exact, "ITEM_BLOCK", 16)
-    scores = np.random.default_rng(0).integers(0, 9, (3, 50)).astype(np.float32)
-    found, rows = exact.blocked_top_k(jnp.asarray(scores), 20)
-    expected = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+@pytest.mark.parametrize("width", [50, 333, 5_000])
+def test_the_best_groups_hold_the_answer_of_the_whole_row(width):
+    """The stable sort of the whole row, ties included."""
+    scores = np.random.default_rng(0).integers(0, 9, (3, width)).astype(np.float32)
+    scores[0] = -np.inf
+    found, rows = exact.grouped_top_k(jnp.asarray(scores), 5)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, 1))
+
+
+@pytest.mark.trap(34)
+def test_blocks_merge_to_the_answer_of_the_whole_row():
+    """Of equal scores the lower row stays first, in whichever block it is."""
+    scores = np.random.default_rng(0).integers(0, 9, (3, 50)).astype(np.float32)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :20]
     index = ExactIndex(np.eye(50, dtype=np.float32), item_block=16)
     np.testing.assert_array_equal(index.search(scores, 20)[1], expected)
     assert max(len(block) for block in index._blocks) == 16

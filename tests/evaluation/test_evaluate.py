@@ -85,10 +85,10 @@ def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes):
             assert found[f"{name}@{k}"] == pytest.approx(value, rel=1e-5), f"{name}@{k}"
 
 
-def test_a_long_corpus_in_blocks_equals_a_short_one(problem, monkeypatch):
+def test_a_long_corpus_in_groups_equals_a_short_one(problem, monkeypatch):
     scores, queries = problem
     expected = evaluate(lambda s: scores[s], queries, KS, mask_seen=True)
-    monkeypatch.setattr("twotower.retrieval.exact.ITEM_BLOCK", 9)
+    monkeypatch.setattr("twotower.retrieval.exact.SIZES", (4, 2))
     monkeypatch.setattr("twotower.evaluation.evaluate._measure", _fresh("_measure"))
     assert evaluate(lambda s: scores[s], queries, KS, mask_seen=True) == pytest.approx(expected)
 

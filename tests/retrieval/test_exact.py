@@ -9,6 +9,8 @@ from twotower.retrieval.csr import Csr
 from twotower.retrieval.exact import ExactIndex, QueryError, top_k
 from twotower.retrieval.host_top_k import RunningTopK
 
+SCORES = exact._scores
+
 
 def oracle(queries, items, k, exclude=None):
     """Stable sort of all scores, less the excluded; -1 and -inf after the last."""
@@ -89,13 +91,26 @@ def test_scores_that_only_rise_or_fall_along_the_corpus(order, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_scores_that_overflow_are_ranked_if_infinite_and_refused_if_nan():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_scores_that_overflow_are_ranked_where_infinite(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     items = np.zeros((200, 2), np.float32)
     items[150], items[9] = (3e38, 3e38), (1.0, -2.0)
     scores, rows = ExactIndex(items).search(np.array([[1e3, 0.0]], np.float32), 3)
     assert rows.tolist() == [[150, 9, 0]] and scores.tolist() == [[np.inf, 1e3, 0.0]]
+
+
+@pytest.mark.parametrize("nan", [np.nan, -np.nan])
+@pytest.mark.parametrize("backend, count", [("cpu", 201), ("gpu", 203)])
+def test_scores_that_are_nan_are_refused(backend, count, nan, monkeypatch):
+    """Of either sign: products of finite vectors give either, or infinity, as the processor happens to add them up."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(exact, "_best_of_block", exact._best_of_block.__wrapped__)
+    monkeypatch.setattr(exact, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan))
+    jax.clear_caches()
     with pytest.raises(QueryError, match="overflow float32 to NaN"):
-        ExactIndex(items).search(np.array([[1.0, 0.0], [1e3, -1e3]], np.float32), 3)
+        ExactIndex(np.ones((count, 2))).search(np.ones((3, 2), np.float32), 3)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("backend, approximate", [("cpu", 0), ("gpu", 0), ("tpu", 1)])

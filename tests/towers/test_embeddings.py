@@ -13,11 +13,12 @@ from twotower.towers.embeddings import (
     apply_gradients,
     init_table,
     lookup,
+    merge_by_hashing,
+    merge_by_sorting,
     merge_duplicates,
     padded_rows,
     pool,
     slots_by_hashing,
-    slots_by_sorting,
 )
 
 V, D, N = 1024, 8, 64
@@ -113,32 +114,67 @@ def test_rows_not_touched_and_the_padding_row_do_not_change(key, kind):
 SIZES = (N // 2, N, N + 1, 9 * N)
 
 
+MERGES = {"of this platform": merge_duplicates, "hashing": merge_by_hashing, "sorting": merge_by_sorting}
+
+
 @pytest.mark.parametrize("num_rows", [6, 10, 1000])
-def test_merge_duplicates_sums_and_gives_distinct_rows(num_rows):
-    ids = np.array([5, 0, 3, 5, 0, 1], np.int32)
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+def test_merge_duplicates_sums_and_gives_distinct_rows(merge, num_rows):
+    ids = np.array([5, num_rows, 3, 5, num_rows, 1], np.int32)  # a padded one and another device's have no row
     grads = np.arange(12, dtype=np.float32).reshape(6, 2)
-    rows, merged = merge_duplicates(jnp.asarray(ids), jnp.asarray(grads), num_rows)
+    rows, merged = merge(jnp.asarray(ids), jnp.asarray(grads), num_rows=num_rows)
     assert len(set(np.asarray(rows).tolist())) == 6
     found = {int(r): m.tolist() for r, m in zip(rows, merged) if r < num_rows}
     assert found == {3: [4, 5], 5: [0 + 6, 1 + 7], 1: [10, 11]}
     assert not merged[rows >= num_rows].any()
 
 
-@pytest.mark.parametrize("ids", ["alike", "few", "many", "of no row", "one", "that differ in their last bits"])
-@pytest.mark.parametrize("find", [slots_by_hashing, slots_by_sorting])
-def test_distinct_ids_are_found_whatever_they_are(find, ids):
-    """Every id's places share one slot, which holds its row; all other slots hold rows past the end, each another one."""
-    rng, rows = np.random.default_rng(3), 2**30
-    local = {
+IDS = ["alike", "few", "many", "of no row", "one", "that differ in their last bits"]
+
+
+def _local(ids: str, rows: int) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return {
         "alike": np.full(300, 7), "few": rng.integers(0, 5, 300), "many": rng.integers(0, rows, 300),
         "of no row": np.where(rng.random(300) < 0.5, rows, rng.integers(0, 40, 300)), "one": np.array([rows - 1]),
-        "that differ in their last bits": np.arange(300) * 2**21 + rng.integers(0, 2, 300),
+        "that differ in their last bits": np.arange(300) * (rows // 300) + rng.integers(0, 2, 300),
     }[ids].astype(np.int32)  # fmt: skip
-    slot, found = map(np.asarray, jax.jit(functools.partial(find, num_rows=rows))(jnp.asarray(local)))
+
+
+@pytest.mark.parametrize("ids", IDS)
+def test_distinct_ids_are_found_whatever_they_are(ids):
+    """Every id's places share one slot, which holds its row; all other slots hold rows past the end, each another one."""
+    rows = 2**30
+    local = _local(ids, rows)
+    slot, found = map(np.asarray, jax.jit(functools.partial(slots_by_hashing, num_rows=rows))(jnp.asarray(local)))
     inside = local < rows
     np.testing.assert_array_equal(found[slot[inside]], local[inside])
     assert (slot[~inside] == len(local)).all() and len(np.unique(found)) == len(local)
     np.testing.assert_array_equal(np.sort(found[found < rows]), np.unique(local[inside]))
+
+
+@pytest.mark.parametrize("num_rows", [300, 301, 2**20])
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("merge", [merge_by_hashing, merge_by_sorting])
+def test_gradients_are_summed_whatever_the_ids_are(merge, ids, num_rows):
+    """Of whole numbers, which every order of adding sums alike."""
+    local = _local(ids, num_rows)
+    grads = np.random.default_rng(4).integers(-9, 9, (len(local), 3)).astype(np.float32)
+    rows, merged = map(np.asarray, jax.jit(functools.partial(merge, num_rows=num_rows))(jnp.asarray(local), jnp.asarray(grads)))
+    assert len(np.unique(rows)) == len(rows) == min(len(local), num_rows) and len(merged) == len(rows)
+    used = np.flatnonzero(rows < num_rows)
+    np.testing.assert_array_equal(np.sort(rows[used]), np.unique(local[local < num_rows]))
+    for row, total in zip(rows[used], merged[used]):
+        np.testing.assert_array_equal(total, grads[local == row].sum(0))
+    assert not merged[rows >= num_rows].any()
+    if num_rows <= len(local):
+        np.testing.assert_array_equal(used, rows[used])
+
+
+def test_sums_by_sorting_scatter_into_distinct_rows_alone():
+    """A scatter that adds to one row twice does so in any order on a GPU."""
+    text = jax.jit(functools.partial(merge_by_sorting, num_rows=5)).lower(jnp.zeros(9, jnp.int32), jnp.zeros((9, 2))).as_text()
+    assert text.count('"stablehlo.scatter"(') == text.count("unique_indices = true") == 2
 
 
 @pytest.mark.parametrize("num_rows", SIZES)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.training.conftest import make_batches, small_config
 from twotower.config import changed
+from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
@@ -17,7 +18,7 @@ from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
 from twotower.training.loop import Record, open_checkpoints
-from twotower.training.mesh import make_mesh
+from twotower.training.mesh import compiler_options, make_mesh
 from twotower.training.meter import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
 from twotower.training.state import Trainer
@@ -359,3 +360,22 @@ def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
     }  # fmt: skip
     assert changed(new, later) == changed(old, defaults) == {"seed": 3, "schedule": {"kind": "cosine"}}
     assert changed(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)["schedule"] == {"kind": "cosine", "floor": 0.1}
+
+
+def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, monkeypatch):
+    """What they are compiled with. There is none here: that another option is refused shows that the compiler is told."""
+    assert compiler_options(make_mesh(2)) == compiler_options(None) == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (compiler_options(None), compiler_options(make_mesh(2))) == ({"xla_gpu_deterministic_ops": True}, {})
+    monkeypatch.undo()
+    assert jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_ops": True})(1.0) == 2.0  # there is such an option
+    config = small_config()
+    trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    weights = init_on(make_mesh(1), trainer, loop.count_rows(prepared)).weights
+    for module in (loop, embed):
+        monkeypatch.setattr(module, "compiler_options", lambda mesh: {"of_no_compiler": True})
+    monkeypatch.setattr(embed, "_embed", embed._embed.__wrapped__)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):
+        loop.fit(trainer, prepared, tmp_path, validate=None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):
+        embed.embed_rows(trainer.model, weights, "item", prepared.features["item"])

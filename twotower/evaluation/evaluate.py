@@ -18,7 +18,7 @@ from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import embed_rows, mesh_of
-from twotower.retrieval.exact import blocked_top_k, next_power_of_two, pad_pairs, pad_rows
+from twotower.retrieval.exact import grouped_top_k, next_power_of_two, pad_pairs, pad_rows
 from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, localise, place
 from twotower.training.progress import progress
 from twotower.validation import ScoreError
@@ -185,7 +185,7 @@ def _measure_part(
     if padding:
         scores = jnp.where((group.places(width) < num_items)[None, :], scores, -jnp.inf)
     right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
-    best, rows = blocked_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
+    best, rows = grouped_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
     found = best, group.places(width)[rows], jnp.take_along_axis(right, rows, axis=1), counts[rows]
     best, rows, hits, seen_before = _best_of_all(found, max(ks), group)
     real = ~jnp.isneginf(best)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from twotower.retrieval.exact import next_power_of_two, pad_rows
-from twotower.training.mesh import SPLIT, WHOLE, place
+from twotower.training.mesh import SPLIT, WHOLE, compiler_options, place
 from twotower.training.progress import progress
 
 BATCH = 4_096
@@ -71,4 +71,4 @@ def _embed(mesh: Mesh | None) -> Any:
 
     # Every process reads all vectors, so each must hold them.
     out = NamedSharding(mesh, WHOLE) if mesh else None
-    return jax.jit(embed, static_argnames=("model", "side"), out_shardings=out)
+    return jax.jit(embed, static_argnames=("model", "side"), out_shardings=out, compiler_options=compiler_options(mesh))

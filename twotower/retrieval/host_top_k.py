@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-GROUP = 32  # scores
+SIZES = (32, 16, 8, 4, 2)  # of a group, in scores
+GROUP = SIZES[0]
 WIDEST = 8  # times K candidates are kept before the best are sorted out
 
 
 def group_size(count: int, k: int) -> int:
     """How many of `count` scores to take the maximum of: a divisor of `count` that leaves more groups than the list is long."""
-    return next((size for size in (GROUP, 16, 8, 4, 2) if count % size == 0 and count >= 2 * k * size), 1)
+    return next((size for size in SIZES if count % size == 0 and count >= 2 * k * size), 1)
 
 
 class RunningTopK:

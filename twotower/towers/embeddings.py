@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Rows are padded to a fixed multiple, not to the device count, so that a checkpoint fits any topology.
 ROW_MULTIPLE = 1024
@@ -23,6 +23,8 @@ PADDING = 0
 _FOLD = 8
 # Places for each id of a batch where distinct ids are found by hashing: few enough for the cache, and most ids are alone.
 _HASH_PLACES = 8
+# Sums that one round of `merge_by_sorting` adds up.
+_NEIGHBOURS = 4
 
 
 def padded_rows(rows: int) -> int:
@@ -89,7 +91,7 @@ def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array
 def merge_duplicates(
     ids: Int[Array, "N"], grads: Float[Array, "N D"], num_rows: int, *, first: int | Int[Array, ""] = 0
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
-    """Sums the gradients of equal ids, in the order of the batch.
+    """Sums the gradients of equal ids.
 
     Ids are of the whole table. Those of padding and those outside [first, first + num_rows), which another device holds, have
     no part in the result.
@@ -100,18 +102,59 @@ def merge_duplicates(
             than that it is `num_rows`, and place i holds row i or none: the update then passes over the whole table.
         grads [M, D]: the summed gradient of `rows`; 0 in the places left over.
     """
-    count, dtype = ids.size, ids.dtype
     owned = (ids != PADDING) & (ids >= first) & (ids < first + num_rows)
-    local = jnp.where(owned, ids - first, num_rows).astype(dtype)
+    local = jnp.where(owned, ids - first, num_rows).astype(ids.dtype)
+    hashing, sorting = (functools.partial(merge, num_rows=num_rows) for merge in (merge_by_hashing, merge_by_sorting))
+    return jax.lax.platform_dependent(local, grads, cpu=hashing, default=sorting)
+
+
+def merge_by_hashing(
+    local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
+) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
+    """`merge_duplicates` of rows [0, num_rows], the last of which is none: sums form one after the other, as a CPU does them."""
+    count = local.size
     if num_rows <= count:
         touched = jnp.zeros(num_rows, bool).at[local].set(True, mode="drop")
-        places = jnp.arange(num_rows, dtype=dtype)
-        rows = jnp.where(touched, places, num_rows + places)
-        slot, count = local, num_rows
+        slot, rows, count = local, _in_places(touched, local.dtype), num_rows
     else:
-        hashing, sorting = (functools.partial(find, num_rows=num_rows) for find in (slots_by_hashing, slots_by_sorting))
-        slot, rows = jax.lax.platform_dependent(local, cpu=hashing, default=sorting)
+        slot, rows = slots_by_hashing(local, num_rows=num_rows)
     return rows, jnp.zeros((count, grads.shape[1]), grads.dtype).at[slot].add(grads, mode="drop")
+
+
+def merge_by_sorting(
+    local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
+) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
+    """As `merge_by_hashing`, by sums of neighbours, of neighbours of neighbours and so on among the sorted ids.
+
+    Two additions that a GPU makes to one place come in any order: sums by scattering would have other bits in every run.
+    """
+    places = jnp.arange(local.size, dtype=local.dtype)
+    ordered, order = jax.lax.sort((local, places), num_keys=1)
+    sums, span = grads[order], 1
+    while span < local.size:
+        # A barrier, or XLA would make one kernel of all rounds, each of which reads the one before several times.
+        sums = jax.lax.optimization_barrier(sum(_of_same(ordered, sums, i * span) for i in range(1, _NEIGHBOURS)) + sums)
+        span *= _NEIGHBOURS
+    kept = jnp.append(ordered[1:] != ordered[:-1], True) & (ordered < num_rows)
+    rows, sums = jnp.where(kept, ordered, num_rows + places), jnp.where(kept[:, None], sums, 0.0)
+    if num_rows > local.size:
+        return rows, sums
+    put = functools.partial(dict, mode="drop", unique_indices=True)
+    touched = jnp.zeros(num_rows, bool).at[rows].set(True, **put())
+    return _in_places(touched, local.dtype), jnp.zeros((num_rows, grads.shape[1]), grads.dtype).at[rows].set(sums, **put())
+
+
+def _in_places(touched: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
+    """Each row that is touched in its place; elsewhere one past the end."""
+    places = jnp.arange(len(touched), dtype=dtype)
+    return jnp.where(touched, places, len(touched) + places)
+
+
+def _of_same(ordered: Int[Array, "N"], sums: Float[Array, "N D"], distance: int) -> Float[Array, "N D"]:
+    """The sums that stand `distance` places before, where those are of the same id; 0 elsewhere."""
+    count = max(len(ordered) - distance, 0)
+    found = jnp.where((ordered[distance:] == ordered[:count])[:, None], sums[:count], 0.0)
+    return jnp.pad(found, ((len(ordered) - count, 0), (0, 0)))
 
 
 def slots_by_hashing(local: Int[Array, "N"], *, num_rows: int) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
@@ -135,15 +178,6 @@ def slots_by_hashing(local: Int[Array, "N"], *, num_rows: int) -> tuple[Int[Arra
     slot, _ = jax.lax.while_loop(lambda carry: (carry[0] < 0).any(), lambda carry: settle(*carry), start)
     rows = jnp.where((slot == places) & (local < num_rows), local, num_rows + places)
     return jnp.where(local < num_rows, slot, count), rows
-
-
-def slots_by_sorting(local: Int[Array, "N"], *, num_rows: int) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-    """As `slots_by_hashing`, without a loop whose end the host must wait for."""
-    ordered = jax.lax.sort(local)
-    slot = jnp.searchsorted(ordered, local, method="scan").astype(local.dtype)
-    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    rows = jnp.where(new & (ordered < num_rows), ordered, num_rows + jnp.arange(local.size, dtype=local.dtype))
-    return jnp.where(local < num_rows, slot, local.size), rows
 
 
 Slots = dict[str, Any]

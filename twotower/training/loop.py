@@ -29,6 +29,7 @@ from twotower.training.mesh import (
     AXIS,
     WHOLE,
     check_batch,
+    compiler_options,
     group_of,
     make_mesh,
     place,
@@ -216,8 +217,9 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
     specs, parts = state_specs(abstract_state(trainer, mesh)), PartitionSpec(None, AXIS)
     out = shardings(mesh, (specs, WHOLE))
     jitted = jax.jit(
-        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)), donate_argnums=0, out_shardings=out
-    )
+        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)), donate_argnums=0, out_shardings=out,
+        compiler_options=compiler_options(mesh),
+    )  # fmt: skip
     size = trainer.config.training.batch_size
     own = process_part(mesh, size)
 

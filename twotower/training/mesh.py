@@ -194,6 +194,15 @@ def run_on(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Cal
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, bool]:
+    """What makes a program of `mesh` (None: of the default device) give the same bits in every run.
+
+    A GPU otherwise adds in any order to one place, and XLA chooses its products by timing them.
+    """
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    return {"xla_gpu_deterministic_ops": True} if platform == "gpu" else {}
+
+
 def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
     """Refuses a batch that cannot be divided evenly over the devices, or on each into the parts it is to be computed in."""
     size, parts = training.batch_size, training.accumulate
