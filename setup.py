@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 EXTRAS = {
+    "cuda": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13"],

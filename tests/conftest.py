@@ -1,10 +1,19 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Shared by the workers of this run and the processes that tests start, which compile many programs alike.
+    programs = tempfile.mkdtemp(prefix="twotower-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
 
 import jax
 import pytest
