@@ -26,7 +26,7 @@ def some_excluded():
 
 @pytest.mark.parametrize("devices, k, item_block", [(2, 10, 16), (8, 1, 16), (8, 50, 99), (8, 301, 16), (8, 400, 99)])
 def test_equals_a_stable_sort_less_what_is_excluded(vectors, devices, k, item_block, monkeypatch):
-    monkeypatch.setattr(exact, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(exact, "HOST_BLOCK_QUERIES", 16)
     queries, items = vectors
     exclude = some_excluded()
     index = ExactIndex(items, mesh=make_mesh(devices), item_block=item_block)

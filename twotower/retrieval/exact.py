@@ -22,8 +22,10 @@ from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, group_of, localise
 from twotower.validation import ScoreError
 
 ITEM_BLOCK = 65_536  # of each device
-BLOCK_BYTES, BLOCK_QUERIES = 2**30, 4_096  # of scores; compared with a block of items at once
-# glibc asks the system for every buffer of 32 MiB and more, and the system clears it each time: half of a search's time.
+# Bytes of the scores of a block on each device, and queries in it: enough to fill an accelerator.
+BLOCK_BYTES, BLOCK_QUERIES = 2**30, 4_096
+# On a CPU, few: glibc asks the system for every buffer of 32 MiB and more, and the system clears it each time, which is half of a
+# search's time; and the devices of a mesh share one memory.
 HOST_BLOCK_BYTES, HOST_BLOCK_QUERIES = 2**25 - 2**20, 1_024
 
 
@@ -97,7 +99,8 @@ class ExactIndex:
         if not self.num_items:
             return scores, rows
         search = self._search_host if self._host else self._search_devices
-        size, most = (HOST_BLOCK_BYTES, HOST_BLOCK_QUERIES) if self._host else (BLOCK_BYTES, BLOCK_QUERIES)
+        on_cpu = jax.default_backend() == "cpu"
+        size, most = (HOST_BLOCK_BYTES, HOST_BLOCK_QUERIES) if on_cpu else (BLOCK_BYTES, BLOCK_QUERIES)
         step = max(1, min(size // (4 * self._rows), most))
         for start in range(0, len(queries), step):
             chosen = slice(start, min(start + step, len(queries)))
@@ -193,6 +196,7 @@ def grouped_top_k(scores: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B 
     As in `twotower.retrieval.host_top_k`, of which it is the form for accelerators: the K groups of neighbours with the
     greatest maxima hold the best K. Of equal maxima the first groups do, since each holds a score as good, on a lower row.
     """
+    # Of the row a fourth at most is looked at twice.
     size = next((size for size in SIZES if scores.shape[1] >= 4 * k * size), 1)
     if size == 1:
         return tuple(jax.lax.top_k(scores, k))

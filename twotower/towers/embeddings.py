@@ -139,9 +139,9 @@ def merge_by_sorting(
     rows, sums = jnp.where(kept, ordered, num_rows + places), jnp.where(kept[:, None], sums, 0.0)
     if num_rows > local.size:
         return rows, sums
-    put = functools.partial(dict, mode="drop", unique_indices=True)
-    touched = jnp.zeros(num_rows, bool).at[rows].set(True, **put())
-    return _in_places(touched, local.dtype), jnp.zeros((num_rows, grads.shape[1]), grads.dtype).at[rows].set(sums, **put())
+    distinct = {"mode": "drop", "unique_indices": True}
+    touched = jnp.zeros(num_rows, bool).at[rows].set(True, **distinct)
+    return _in_places(touched, local.dtype), jnp.zeros((num_rows, grads.shape[1]), grads.dtype).at[rows].set(sums, **distinct)
 
 
 def _in_places(touched: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
