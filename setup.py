@@ -16,7 +16,14 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
-    "dev": ["beartype>=0.20", "duckdb>=1.0", "faiss-cpu>=1.8", "pytest>=8.0", "pytest-xdist>=3.5", "scipy>=1.13"],
+    "dev": [
+        "beartype>=0.20",
+        "duckdb>=1.0",
+        "faiss-cpu>=1.8",
+        "pytest>=8.0",
+        "pytest-xdist>=3.5",
+        "scipy>=1.13",
+    ],
 }
 
 setup(
@@ -43,7 +50,8 @@ setup(
         "optax>=0.2.4",
         "orbax-checkpoint>=0.12",
         "pyarrow>=18.0",
-        "scann>=1.4.2; platform_system == 'Linux' and python_version < '3.14'",  # without a wheel search is exact
+        # Without a wheel search is exact.
+        "scann>=1.4.2; platform_system == 'Linux' and python_version < '3.14'",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",

@@ -1,12 +1,15 @@
 """Takes a trained run over to data with new users, items and values; training then goes on.
 
-    python -m experiments.grow --source=runs/mine --config=experiments/configs/my_log.py --workdir=runs/mine_2 \\
+    python -m experiments.grow --source=runs/mine --config=experiments/configs/my_log.py
+    --workdir=runs/mine_2 \\
         --config.training.steps=4000 [--new_rows=oov|mean|content]
-    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2 --config.training.steps=4000
+    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2
+    --config.training.steps=4000
 
-Known users and items keep their rows and what the optimizer knows of them; before the first further step their scores are the
-same to the bit. New rows begin as the out-of-vocabulary row that they were until now (oov), as the mean of the known (mean), or
-as the mean of the nearest known by all other features (content).
+Known users and items keep their rows and what the optimizer knows of them; before the first further
+step their scores are the same to the bit. New rows begin as the out-of-vocabulary row that they
+were until now (oov), as the mean of the known (mean), or as the mean of the nearest known by all
+other features (content).
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from ml_collections import config_flags
 
 from experiments import launch
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, on the grown data and with more steps.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, on the grown data and with more steps."
+)
 _SOURCE = flags.DEFINE_string("source", None, "The folder of the run to go on from.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the new run.")
 _NEW_ROWS = flags.DEFINE_string("new_rows", "oov", "What new rows begin as: oov, mean or content.")
@@ -27,7 +32,13 @@ def main() -> None:
     from twotower.config import from_dict
     from twotower.training.grow import grow
 
-    grow(from_dict(_CONFIG.value), _SOURCE.value, _WORKDIR.value, new_rows=_NEW_ROWS.value, checkpoint=_CHECKPOINT.value)
+    grow(
+        from_dict(_CONFIG.value),
+        _SOURCE.value,
+        _WORKDIR.value,
+        new_rows=_NEW_ROWS.value,
+        checkpoint=_CHECKPOINT.value,
+    )
 
 
 if __name__ == "__main__":

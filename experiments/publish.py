@@ -1,8 +1,10 @@
 """Publishes the vectors of a run's bundle in Redis, where several processes read them.
 
-python -m experiments.publish --workdir=runs/quickstart --redis=redis://localhost:6379/0 [--name=shop] [--ttl=86400]
+python -m experiments.publish --workdir=runs/quickstart --redis=redis://localhost:6379/0
+[--name=shop] [--ttl=86400]
 
-Readers find the vectors that were current before until all of the new ones are there. See `twotower.integrations.redis_store`.
+Readers find the vectors that were current before until all of the new ones are there. See
+`twotower.integrations.redis_store`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def main() -> None:
     retriever = Retriever.load(Path(_WORKDIR.value) / "bundle")
     version = bundle_version(retriever)
     counts = store.publish(version, blocks_of(retriever), ttl=_TTL.value)
-    print(f"{_NAME.value}:{version}: {counts['user']:,} user and {counts['item']:,} item vectors, for {_TTL.value:,} seconds.")
+    print(
+        f"{_NAME.value}:{version}: {counts['user']:,} user and {counts['item']:,} item vectors, for {_TTL.value:,} seconds."
+    )
 
 
 if __name__ == "__main__":

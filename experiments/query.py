@@ -15,13 +15,17 @@ from absl import flags
 from experiments import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-_USER = flags.DEFINE_string("user", None, "A user id: prints its latest items and what to recommend.")
+_USER = flags.DEFINE_string(
+    "user", None, "A user id: prints its latest items and what to recommend."
+)
 _ITEM = flags.DEFINE_string("item", None, "An item id: prints similar items.")
 _USERS = flags.DEFINE_string(
     "users", None, "A file of user ids (CSV or Parquet with a column user_id, or an id a line)."
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet."
+    "out",
+    None,
+    "Where --users writes its Parquet file; by default WORKDIR/recommendations.parquet.",
 )
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
@@ -71,7 +75,8 @@ def print_item(retriever, item: str, k: int) -> None:
 
 
 def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool) -> None:
-    """Lists of many users as Parquet: user_id, rank, item_id, score. Written whole or not at all."""
+    """Lists of many users as Parquet: user_id, rank, item_id, score. Written whole or not at
+    all."""
     import pyarrow.parquet as pq
 
     from twotower.retrieval.listing import read_ids
@@ -86,7 +91,9 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     pq.write_table(lists, temporary)
     os.replace(temporary, out)
     unknown = sum(not retriever.knows(user) for user in ids)
-    print(f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users ({unknown:,} of them not known).")
+    print(
+        f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users ({unknown:,} of them not known)."
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Trains an experiment, or goes on with it, on all devices of this machine or of several.
 
-    python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart [--config.training.steps=500]
+    python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+    [--config.training.steps=500]
 
-Several processes: the same command on every machine with a folder that all of them see, and --distributed where the cluster
-says who is who (Cloud TPU, Slurm, Kubernetes); elsewhere --coordinator=HOST:PORT --processes=N --process=0 … N-1.
+Several processes: the same command on every machine with a folder that all of them see, and
+--distributed where the cluster says who is who (Cloud TPU, Slurm, Kubernetes); elsewhere
+--coordinator=HOST:PORT --processes=N --process=0 … N-1.
 """
 
 from __future__ import annotations
@@ -13,13 +15,23 @@ from ml_collections import config_flags
 
 from experiments import launch
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a Python file with get_config().")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: a Python file with get_config()."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to train on; 0: all.", lower_bound=0)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster says.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster says who is who.")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are, with --coordinator.", lower_bound=0)
-_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0 on, with --coordinator.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, as the cluster says."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where no cluster says who is who."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", 0, "How many processes there are, with --coordinator.", lower_bound=0
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", -1, "Which of them this is, from 0 on, with --coordinator."
+)
 
 
 def main() -> None:
@@ -31,7 +43,13 @@ def main() -> None:
 
     config = from_dict(_CONFIG.value)
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, cluster=_DISTRIBUTED.value)
-    train(config, _WORKDIR.value, make_validate=make_validate, make_mine=make_mine, devices=_DEVICES.value)
+    train(
+        config,
+        _WORKDIR.value,
+        make_validate=make_validate,
+        make_mine=make_mine,
+        devices=_DEVICES.value,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The part of BigQuery's REST interface that the library uses, in this process: tables in memory, and load jobs that check
-schema, partition and Parquet payload as BigQuery does. Queries are known by their text."""
+"""The part of BigQuery's REST interface that the library uses, in this process: tables in memory,
+and load jobs that check schema, partition and Parquet payload as BigQuery does. Queries are known
+by their text."""
 
 from __future__ import annotations
 
@@ -20,8 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 ALIASES = {"INT64": "INTEGER", "FLOAT64": "FLOAT", "BOOL": "BOOLEAN"}
-TYPES = {"string": "STRING", "int64": "INTEGER", "float": "FLOAT", "double": "FLOAT", "bool": "BOOLEAN", "date32[day]": "DATE",
-         "timestamp[us, tz=UTC]": "TIMESTAMP"}  # fmt: skip
+TYPES = {
+    "string": "STRING",
+    "int64": "INTEGER",
+    "float": "FLOAT",
+    "double": "FLOAT",
+    "bool": "BOOLEAN",
+    "date32[day]": "DATE",
+    "timestamp[us, tz=UTC]": "TIMESTAMP",
+}
 
 
 class Refused(Exception):
@@ -59,7 +67,10 @@ class BigQuery:
 
     def put(self, name: str, rows: pa.Table, kind: str = "TABLE") -> None:
         """A table that is there already."""
-        self.tables[name] = Table({**_reference("p", *name.split(".")), "type": kind, "schema": {"fields": fields(rows)}}, rows)
+        self.tables[name] = Table(
+            {**_reference("p", *name.split(".")), "type": kind, "schema": {"fields": fields(rows)}},
+            rows,
+        )
 
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> dict[str, Any]:
         for verb, pattern, handler in ROUTES:
@@ -80,10 +91,14 @@ class BigQuery:
         self.tables[name] = Table(resource | {"type": "TABLE", "location": "EU"})
         return self.tables[name].resource
 
-    def get(self, project: str, dataset: str, table: str, query: dict, body: bytes) -> dict[str, Any]:
+    def get(
+        self, project: str, dataset: str, table: str, query: dict, body: bytes
+    ) -> dict[str, Any]:
         return self._table(project, f"{dataset}.{table}").resource
 
-    def rows(self, project: str, dataset: str, table: str, query: dict, body: bytes) -> dict[str, Any]:
+    def rows(
+        self, project: str, dataset: str, table: str, query: dict, body: bytes
+    ) -> dict[str, Any]:
         one = self._table(project, f"{dataset}.{table}")
         if one.resource["type"] == "VIEW":
             raise Refused(400, "invalid", f"Cannot list a table of type VIEW: {table}")
@@ -95,13 +110,22 @@ class BigQuery:
         sql = job["configuration"]["query"]["query"]
         if sql not in self.queries:
             raise Refused(400, "invalidQuery", f"Syntax error: Unexpected query {sql!r} at [1:1]")
-        job["configuration"]["query"]["destinationTable"] = {"projectId": project, "datasetId": "_anonymous", "tableId": "result"}
+        job["configuration"]["query"]["destinationTable"] = {
+            "projectId": project,
+            "datasetId": "_anonymous",
+            "tableId": "result",
+        }
         return self._done(job | {"statistics": {"query": {"statementType": "SELECT"}}})
 
     def results(self, project: str, job: str, query: dict, body: bytes) -> dict[str, Any]:
         rows = self.queries[self.jobs[job]["configuration"]["query"]["query"]]
         reference = self.jobs[job]["jobReference"]
-        return {"jobComplete": True, "jobReference": reference, "schema": {"fields": fields(rows)}, **self._page(rows, query)}
+        return {
+            "jobComplete": True,
+            "jobReference": reference,
+            "schema": {"fields": fields(rows)},
+            **self._page(rows, query),
+        }
 
     def job(self, project: str, job: str, query: dict, body: bytes) -> dict[str, Any]:
         return self.jobs[job]
@@ -123,17 +147,29 @@ class BigQuery:
         infer = load.get("parquetOptions", {}).get("enableListInference", False)
         wanted, given = table.resource["schema"]["fields"], fields(new, infer=infer)
         if _plain(wanted) != _plain(given):
-            raise Refused(400, "invalid", f"Provided Schema does not match Table {name}: {_plain(given)}")
+            raise Refused(
+                400, "invalid", f"Provided Schema does not match Table {name}: {_plain(given)}"
+            )
         column = table.resource.get("timePartitioning", {}).get("field")
         if partition:
             day = datetime.datetime.strptime(partition, "%Y%m%d").date()
-            if table.resource["timePartitioning"]["type"] != "DAY" or set(new[column].to_pylist()) - {day}:
-                raise Refused(400, "invalid", f"The row's value of {column} is not in the partition {partition}")
+            if table.resource["timePartitioning"]["type"] != "DAY" or set(
+                new[column].to_pylist()
+            ) - {day}:
+                raise Refused(
+                    400,
+                    "invalid",
+                    f"The row's value of {column} is not in the partition {partition}",
+                )
         if self.broken:
             raise Refused(500, "backendError", self.broken)
         old = table.rows if table.rows is not None else new.slice(0, 0)
         if load["writeDisposition"] == "WRITE_TRUNCATE":
-            old = old.filter(pc.not_equal(old[column], pa.scalar(day))) if partition else old.slice(0, 0)
+            old = (
+                old.filter(pc.not_equal(old[column], pa.scalar(day)))
+                if partition
+                else old.slice(0, 0)
+            )
         table.rows = pa.concat_tables([old, new.select(old.column_names)])
         return len(new)
 
@@ -145,7 +181,10 @@ class BigQuery:
     def _page(self, rows: pa.Table, query: dict[str, str]) -> dict[str, Any]:
         start = int(query.get("pageToken") or query.get("startIndex") or 0)
         stop = min(start + min(self.page, int(query.get("maxResults", self.page))), len(rows))
-        some = [{"f": [{"v": _json(v)} for v in row.values()]} for row in rows.slice(start, stop - start).to_pylist()]
+        some = [
+            {"f": [{"v": _json(v)} for v in row.values()]}
+            for row in rows.slice(start, stop - start).to_pylist()
+        ]
         more = {"pageToken": str(stop)} if stop < len(rows) else {}
         return {"totalRows": str(len(rows)), "rows": some, **more}
 
@@ -182,7 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, self.state.answer(self.command, parts.path, query, body))
         except Refused as refused:
             error = {"reason": refused.reason, "message": str(refused)}
-            self._send(refused.status, {"error": {"code": refused.status, "message": str(refused), "errors": [error]}})
+            self._send(
+                refused.status,
+                {"error": {"code": refused.status, "message": str(refused), "errors": [error]}},
+            )
 
     do_POST = do_PUT = do_GET
 
@@ -195,10 +237,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, self.state.load(self.state.uploads[path.rpartition("/")[2]], body))
 
-    def _send(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None
+    ) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -223,7 +271,8 @@ def serving() -> Iterator[tuple[BigQuery, str]]:
 
 
 def fields(rows: pa.Table, *, infer: bool = True) -> list[dict[str, Any]]:
-    """The schema that BigQuery takes from Parquet; lists are records unless it is told to infer them."""
+    """The schema that BigQuery takes from Parquet; lists are records unless it is told to infer
+    them."""
     return [_field(field, infer) for field in rows.schema]
 
 
@@ -250,4 +299,10 @@ def _json(value: Any) -> Any:
         return [{"v": _json(one)} for one in value]
     if isinstance(value, datetime.datetime):
         return str(round(value.timestamp() * 1e6))
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else None if value is None else str(value)
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else None
+        if value is None
+        else str(value)
+    )

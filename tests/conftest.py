@@ -6,14 +6,19 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what tests do. The passes that decide what a program holds and moves run all the same.
+# Compiling is most of what tests do. The passes that decide what a program holds and moves run all
+# the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Shared by the workers of this run and the processes that tests start, which compile many programs alike.
+    # Shared by the workers of this run and the processes that tests start, which compile many
+    # programs alike.
     programs = tempfile.mkdtemp(prefix="twotower-programs-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-                   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
 import pytest
@@ -44,7 +49,8 @@ def shared_data():
 
 @pytest.fixture
 def bigquery_server(monkeypatch):
-    """What a server in this process holds, which the library's BigQuery clients ask in this test."""
+    """What a server in this process holds, which the library's BigQuery clients ask in this
+    test."""
     from tests.bigquery_server import serving
 
     with serving() as (state, address):

@@ -1,4 +1,5 @@
-"""Tests of an extra skip where it is not installed, and say which; where TWOTOWER_COMPLETE is set they fail instead."""
+"""Tests of an extra skip where it is not installed, and say which; where TWOTOWER_COMPLETE is set
+they fail instead."""
 
 import importlib
 import os

@@ -1,4 +1,5 @@
-"""The configuration: whole at the door, or refused with the field, the value and what would be right."""
+"""The configuration: whole at the door, or refused with the field, the value and what would be
+right."""
 
 import dataclasses
 import json
@@ -10,13 +11,20 @@ from twotower.config import Config, SplitConfig, TowerConfig, defaults, from_dic
 from twotower.validation import ConfigError, choose, convert
 
 CHANGED = {
-    "data": {"source": "csv", "where": [["rating", ">=", 4], ["event", "in", ["buy"]]],
-             "interactions": {"path": "a.csv", "columns": {"user_id": "CustomerID"}, "names": ["a", "b"]}},
+    "data": {
+        "source": "csv",
+        "where": [["rating", ">=", 4], ["event", "in", ["buy"]]],
+        "interactions": {
+            "path": "a.csv",
+            "columns": {"user_id": "CustomerID"},
+            "names": ["a", "b"],
+        },
+    },
     "features": {"user": {"user_id": {"type": "string", "embedding_size": 64}}},
     "model": {"user": {"layers": [128, 64]}, "temperature": 0.1},
     "training": {"optimizer": {"learning_rate": 0.01}, "tables": {"kind": "sgd"}, "steps": 7},
     "evaluation": {"ks": [5]},
-}  # fmt: skip
+}
 
 
 def nested(field: str, value) -> dict:
@@ -43,10 +51,15 @@ def test_what_is_not_given_keeps_its_one_default():
 
 
 @pytest.mark.parametrize(
-    "wrap", [dict, ml_collections.ConfigDict, ml_collections.FrozenConfigDict], ids=lambda w: w.__name__
+    "wrap",
+    [dict, ml_collections.ConfigDict, ml_collections.FrozenConfigDict],
+    ids=lambda w: w.__name__,
 )
 def test_a_mapping_of_any_kind_gives_the_same_configuration(wrap):
-    values = {**CHANGED, "data": {**CHANGED["data"], "where": ()}}  # a frozen ConfigDict turns inner lists to tuples
+    values = {
+        **CHANGED,
+        "data": {**CHANGED["data"], "where": ()},
+    }  # a frozen ConfigDict turns inner lists to tuples
     assert from_dict(wrap(values)) == from_dict(values)
 
 
@@ -61,15 +74,23 @@ def test_a_configuration_can_be_changed_field_by_field_from_its_defaults():
     values.training.steps = 3
     values.split.kind = "random"
     assert from_dict(values) == dataclasses.replace(
-        Config(), training=dataclasses.replace(Config().training, steps=3), split=SplitConfig(kind="random")
+        Config(),
+        training=dataclasses.replace(Config().training, steps=3),
+        split=SplitConfig(kind="random"),
     )
 
 
-@pytest.mark.parametrize("field, nearest", [
-    ("trainning", "training"), ("training.batchsize", "batch_size"), ("split.accept_leak", "accept_leakage"),
-    ("training.optimizer.learning_rat", "learning_rate"), ("data.interactions.delimeter", "delimiter"),
-    ("model.user.layer", "layers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, nearest",
+    [
+        ("trainning", "training"),
+        ("training.batchsize", "batch_size"),
+        ("split.accept_leak", "accept_leakage"),
+        ("training.optimizer.learning_rat", "learning_rate"),
+        ("data.interactions.delimeter", "delimiter"),
+        ("model.user.layer", "layers"),
+    ],
+)
 def test_an_unknown_field_is_refused_with_its_place_and_the_nearest_one(field, nearest):
     message = message_of(nested(field, 1))
     parent, _, name = f"config.{field}".rpartition(".")
@@ -78,23 +99,37 @@ def test_an_unknown_field_is_refused_with_its_place_and_the_nearest_one(field, n
 
 def test_an_unknown_field_like_no_other_lists_those_there_are():
     message = message_of({"split": {"zzzz": 1}})
-    assert "did you mean" not in message and all(field.name in message for field in dataclasses.fields(SplitConfig))
+    assert "did you mean" not in message and all(
+        field.name in message for field in dataclasses.fields(SplitConfig)
+    )
 
 
-@pytest.mark.parametrize("field, value, kind", [
-    ("training.steps", "100", "int"), ("training.steps", 1.5, "int"), ("training.steps", True, "int"),
-    ("training.steps", None, "int"), ("model.temperature", "0.1", "float"), ("model.temperature", False, "float"),
-    ("model.normalize", 1, "bool"), ("data.source", 3, "str"), ("split", "time", "mapping"),
-    ("model.user", 64, "mapping"),
-    ("evaluation.ks", 10, "tuple"), ("data.interactions.columns", ["user_id"], "Mapping"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value, kind",
+    [
+        ("training.steps", "100", "int"),
+        ("training.steps", 1.5, "int"),
+        ("training.steps", True, "int"),
+        ("training.steps", None, "int"),
+        ("model.temperature", "0.1", "float"),
+        ("model.temperature", False, "float"),
+        ("model.normalize", 1, "bool"),
+        ("data.source", 3, "str"),
+        ("split", "time", "mapping"),
+        ("model.user", 64, "mapping"),
+        ("evaluation.ks", 10, "tuple"),
+        ("data.interactions.columns", ["user_id"], "Mapping"),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused_with_both_types(field, value, kind):
     message = message_of(nested(field, value))
     assert message.startswith(f"config.{field}={value!r} must be") and kind in message
 
 
 def test_a_wrong_element_of_a_sequence_is_named_by_its_place():
-    assert message_of({"model": {"item": {"layers": [64, "32"]}}}).startswith("config.model.item.layers[1]='32'")
+    assert message_of({"model": {"item": {"layers": [64, "32"]}}}).startswith(
+        "config.model.item.layers[1]='32'"
+    )
 
 
 def test_a_whole_number_is_a_float_where_one_is_asked_for():
@@ -103,19 +138,43 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
     assert convert(int | None, None, "x") is None and convert(float | None, 2, "x") == 2.0
 
 
-@pytest.mark.parametrize("field, value", [
-    ("split.validation", -0.1), ("split.test", 1.0), ("model.user.dropout", 1.5), ("model.item.dropout", -1.0),
-    ("model.temperature", 0.0), ("model.temperature", 2.0), ("retrieval.target_recall", 1.01),
-    ("training.schedule.factor", -0.5), ("data.num_interactions", 10),
-    ("training.batch_size", 0), ("training.steps", 0),
-    ("training.log_every", 0), ("training.validate_every", 0), ("training.keep_checkpoints", 0), ("training.seed", -1),
-    ("training.patience", -1), ("training.schedule.warmup_steps", -1), ("training.optimizer.learning_rate", -1.0),
-    ("training.optimizer.clip_norm", -1.0), ("training.tables.learning_rate", -0.1), ("data.k_core", -1),
-    ("data.duplicates", "frist"), ("evaluation.query", "users"), ("data.interactions.timestamp_unit", "sec"),
-    ("evaluation.ks", ()), ("evaluation.ks", (10, 0)), ("retrieval.index", "scan"), ("retrieval.k", 0),
-    ("data.interactions.delimiter", ""), ("data.item_table.encoding", "utf-9"),
-    ("model.temperature", float("nan")), ("training.optimizer.learning_rate", float("nan")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("split.validation", -0.1),
+        ("split.test", 1.0),
+        ("model.user.dropout", 1.5),
+        ("model.item.dropout", -1.0),
+        ("model.temperature", 0.0),
+        ("model.temperature", 2.0),
+        ("retrieval.target_recall", 1.01),
+        ("training.schedule.factor", -0.5),
+        ("data.num_interactions", 10),
+        ("training.batch_size", 0),
+        ("training.steps", 0),
+        ("training.log_every", 0),
+        ("training.validate_every", 0),
+        ("training.keep_checkpoints", 0),
+        ("training.seed", -1),
+        ("training.patience", -1),
+        ("training.schedule.warmup_steps", -1),
+        ("training.optimizer.learning_rate", -1.0),
+        ("training.optimizer.clip_norm", -1.0),
+        ("training.tables.learning_rate", -0.1),
+        ("data.k_core", -1),
+        ("data.duplicates", "frist"),
+        ("evaluation.query", "users"),
+        ("data.interactions.timestamp_unit", "sec"),
+        ("evaluation.ks", ()),
+        ("evaluation.ks", (10, 0)),
+        ("retrieval.index", "scan"),
+        ("retrieval.k", 0),
+        ("data.interactions.delimiter", ""),
+        ("data.item_table.encoding", "utf-9"),
+        ("model.temperature", float("nan")),
+        ("training.optimizer.learning_rate", float("nan")),
+    ],
+)
 def test_a_value_out_of_range_is_refused_with_the_field_and_the_value(field, value):
     message = message_of(nested(field, value))
     assert f"config.{field}={value!r}" in message and ("must be" in message or "Known:" in message)
@@ -139,7 +198,8 @@ def test_choose_gives_the_kind_or_names_the_nearest():
     kinds = {"softmax": 1, "bpr": 2}
     assert choose(kinds, "bpr", "config.objective.loss") == 2
     with pytest.raises(
-        ConfigError, match="config.objective.loss='sofmax' is not known; did you mean 'softmax'.*bpr, softmax"
+        ConfigError,
+        match="config.objective.loss='sofmax' is not known; did you mean 'softmax'.*bpr, softmax",
     ):
         choose(kinds, "sofmax", "config.objective.loss")
     with pytest.raises(ConfigError) as error:
@@ -150,5 +210,8 @@ def test_choose_gives_the_kind_or_names_the_nearest():
 def test_a_mapping_of_sections_is_built():
     config = from_dict({"objective": {"heads": {"click": {"label": "clicked", "weight": 2}}}})
     assert config.objective.heads["click"].weight == 2.0
-    with pytest.raises(ConfigError, match=r"config.objective.heads.click has no field 'wait'; did you mean 'weight'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.objective.heads.click has no field 'wait'; did you mean 'weight'",
+    ):
         from_dict({"objective": {"heads": {"click": {"wait": 2}}}})

@@ -1,4 +1,5 @@
-"""The rules of the house: imports go down, nothing unasked for is loaded, every option is read by something."""
+"""The rules of the house: imports go down, nothing unasked for is loaded, every option is read by
+something."""
 
 import ast
 import dataclasses
@@ -14,19 +15,44 @@ from twotower import config
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("validation",), ("ranges",), ("config",), ("data",), ("towers",), ("objectives",), ("training",), ("retrieval",),
-    ("evaluation",), ("serving", "integrations"), ("experiments",),
-)  # fmt: skip
+    ("validation",),
+    ("ranges",),
+    ("config",),
+    ("data",),
+    ("towers",),
+    ("objectives",),
+    ("training",),
+    ("retrieval",),
+    ("evaluation",),
+    ("serving", "integrations"),
+    ("experiments",),
+)
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
-    "faiss", "fastapi", "hnswlib", "google.cloud.bigquery", "google.cloud.storage", "matplotlib", "mlflow", "redis", "scann",
-    "safetensors", "sentence_transformers", "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch",
-)  # fmt: skip
+    "faiss",
+    "fastapi",
+    "hnswlib",
+    "google.cloud.bigquery",
+    "google.cloud.storage",
+    "matplotlib",
+    "mlflow",
+    "redis",
+    "scann",
+    "safetensors",
+    "sentence_transformers",
+    "tensorboardX",
+    "tensorflow",
+    "tensorflow_datasets",
+    "tokenizers",
+    "torch",
+)
 
 
 def sources() -> list[Path]:
-    return sorted(path for package in ("twotower", "experiments") for path in (ROOT / package).rglob("*.py"))
+    return sorted(
+        path for package in ("twotower", "experiments") for path in (ROOT / package).rglob("*.py")
+    )
 
 
 def module_of(path: Path) -> str:
@@ -35,7 +61,8 @@ def module_of(path: Path) -> str:
 
 
 def layer(module: str) -> str | None:
-    """The layer of a module of this project, "" for the bare package, None for other people's modules."""
+    """The layer of a module of this project, "" for the bare package, None for other people's
+    modules."""
     top, *rest = module.split(".")
     return top if top == "experiments" else (rest[0] if rest else "") if top == "twotower" else None
 
@@ -47,7 +74,9 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             module = ".".join([*above, *filter(None, [node.module])])
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
 
@@ -57,7 +86,12 @@ def arrows_up(path: Path) -> list[str]:
     found = []
     for module, line in imports(path):
         target = layer(module)
-        if target in (None, source, "", "__version__"):  # the package itself is above nothing: it holds a version
+        if target in (
+            None,
+            source,
+            "",
+            "__version__",
+        ):  # the package itself is above nothing: it holds a version
             continue
         if source == "" or target not in HEIGHT or HEIGHT[target] >= HEIGHT[source]:
             found.append(
@@ -75,11 +109,19 @@ def test_imports_go_down_only():
     assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("line", [
-    "from twotower.training import loop", "import twotower.training.loop", "from twotower import training",
-    "from ..training.loop import train", "from .. import training", "def f():\n    from experiments import launch",
-    "from twotower.nowhere import x", "import twotower.experiments",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from twotower.training import loop",
+        "import twotower.training.loop",
+        "from twotower import training",
+        "from ..training.loop import train",
+        "from .. import training",
+        "def f():\n    from experiments import launch",
+        "from twotower.nowhere import x",
+        "import twotower.experiments",
+    ],
+)
 def test_an_arrow_up_is_seen_however_it_is_written(line, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "twotower" / "data" / "low.py"
@@ -103,18 +145,31 @@ for name in {modules!r}:
 
 
 def load(modules: list[str], heavy: tuple[str, ...]) -> str:
-    """Imports `modules` in a fresh Python; says which of them was the first to load one of `heavy`."""
+    """Imports `modules` in a fresh Python; says which of them was the first to load one of
+    `heavy`."""
     code = IMPORT_ALL.format(modules=modules, heavy=heavy)
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stderr.strip()
 
 
 def test_no_module_loads_what_was_not_asked_for():
-    modules = [module_of(path) for path in sources() if layer(module_of(path)) not in ("experiments", "serving")]
+    modules = [
+        module_of(path)
+        for path in sources()
+        if layer(module_of(path)) not in ("experiments", "serving")
+    ]
     assert load(modules, HEAVY) == ""
 
 
 def test_the_package_and_its_configuration_load_the_standard_library_alone():
-    assert load(["twotower", "twotower.config"], (*HEAVY, "jax", "flax", "numpy", "pyarrow", "ml_collections")) == ""
+    assert (
+        load(
+            ["twotower", "twotower.config"],
+            (*HEAVY, "jax", "flax", "numpy", "pyarrow", "ml_collections"),
+        )
+        == ""
+    )
 
 
 def test_a_module_that_loads_too_much_is_named():
@@ -122,10 +177,21 @@ def test_a_module_that_loads_too_much_is_named():
 
 
 def attributes_read() -> set[str]:
-    """The names of all attributes that the project reads, its configuration and its experiment files apart."""
-    paths = [path for path in sources() if path.name not in ("config.py", "ranges.py") and path.parent.name != "configs"]
-    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    """The names of all attributes that the project reads, its configuration and its experiment
+    files apart."""
+    paths = [
+        path
+        for path in sources()
+        if path.name not in ("config.py", "ranges.py") and path.parent.name != "configs"
+    ]
+    nodes = (
+        node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    )
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
 
 
 CLASSES = [cls for cls in vars(config).values() if dataclasses.is_dataclass(cls)]
@@ -139,18 +205,28 @@ def test_every_option_is_read_by_something(cls):
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_option_is_described(cls):
-    """In the docstring of its class; the sections of the whole are described by their own classes."""
-    names = [field.name for field in dataclasses.fields(cls) if cls not in (config.Config, config.FeaturesConfig)]
+    """In the docstring of its class; the sections of the whole are described by their own
+    classes."""
+    names = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if cls not in (config.Config, config.FeaturesConfig)
+    ]
     missing = [
-        name for name in names if not re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?:", cls.__doc__, re.MULTILINE)
+        name
+        for name in names
+        if not re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?:", cls.__doc__, re.MULTILINE)
     ]
     assert not missing, f"{cls.__name__}: not described: {', '.join(missing)}"
 
 
 ELSEWHERE = re.compile(
     r"(^|[^A-Za-z0-9_.])/(tmp|work|farm|root|home/[a-z]+|Users/[A-Za-z]+)/"  # paths of one machine
-    r"|py" r"pi\.org|python" r"hosted\.org|npm" r"js\.(org|com)|registry\.[a-z]+\.[a-z]+"  # package registries
-)  # fmt: skip
+    r"|py"
+    r"pi\.org|python"
+    r"hosted\.org|npm"
+    r"js\.(org|com)|registry\.[a-z]+\.[a-z]+"  # package registries
+)
 
 
 def test_no_file_names_a_machine_or_a_package_registry():
@@ -162,6 +238,8 @@ def test_no_file_names_a_machine_or_a_package_registry():
         path = ROOT / name
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         found += [
-            f"{name}:{n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if ELSEWHERE.search(line)
+            f"{name}:{n}: {line.strip()}"
+            for n, line in enumerate(text.splitlines(), 1)
+            if ELSEWHERE.search(line)
         ]
     assert not found, "\n".join(found)

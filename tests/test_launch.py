@@ -1,4 +1,5 @@
-"""The launchers against stand-ins: a gcloud and Pythons that record how they were called and run nothing."""
+"""The launchers against stand-ins: a gcloud and Pythons that record how they were called and run
+nothing."""
 
 import os
 import shlex
@@ -12,7 +13,21 @@ import pytest
 from tests.extras import extra, program
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "git", "grep", "gzip", "mkdir", "mktemp", "rm", "tar")
+TOOLS = (
+    "bash",
+    "cat",
+    "cksum",
+    "cp",
+    "dirname",
+    "env",
+    "git",
+    "grep",
+    "gzip",
+    "mkdir",
+    "mktemp",
+    "rm",
+    "tar",
+)
 
 GCLOUD = r"""#!/bin/bash
 { printf '%s\0' "$@"; printf '\1'; } >>"$CALLS"
@@ -25,7 +40,8 @@ if [ "$command" = describe ]; then
 fi
 """
 
-# A Python that is suitable if VERSIONS names it; `-m venv` makes an environment of the same stand-in.
+# A Python that is suitable if VERSIONS names it; `-m venv` makes an environment of the same
+# stand-in.
 PYTHON = r"""#!/bin/bash
 name=$(basename "$0")
 case $1 in
@@ -48,7 +64,13 @@ class Launcher:
         self.bin.mkdir()
         for tool in (*TOOLS, "basename"):
             os.symlink(shutil.which(tool), self.bin / tool)
-        for name in (".ci/run", "launch_local.sh", "launch_tpu.sh", "setup.py", "experiments/configs/quickstart.py"):
+        for name in (
+            ".ci/run",
+            "launch_local.sh",
+            "launch_tpu.sh",
+            "setup.py",
+            "experiments/configs/quickstart.py",
+        ):
             target = self.tree / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target)
@@ -57,10 +79,14 @@ class Launcher:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def run(self, script: str, *args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *args: str, cwd: Path | None = None, **env: str
+    ) -> subprocess.CompletedProcess:
         env = {"PATH": str(self.bin), "HOME": str(self.tree), "CALLS": str(self.calls_file), **env}
         command = ["bash", str(self.tree / script), *args]
-        return subprocess.run(command, cwd=cwd or self.tree, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=cwd or self.tree, env=env, capture_output=True, text=True, timeout=60
+        )
 
     def calls(self) -> list[list[str]]:
         """The recorded calls since the last time this was asked."""
@@ -83,7 +109,12 @@ def tpu(tmp_path) -> Launcher:
     return launcher
 
 
-NEEDED = ("--name=my tpu", "--zone=z", "--config=experiments/configs/quickstart.py", "--workdir=gs://b/a folder")
+NEEDED = (
+    "--name=my tpu",
+    "--zone=z",
+    "--config=experiments/configs/quickstart.py",
+    "--workdir=gs://b/a folder",
+)
 CREATE = ("--type=v4-16", "--version=base")
 AWKWARD = ("--config.data.where=(('a b', '>=', 4),)", '--config.x=$HOME;`date` "q" \\ *')
 
@@ -109,9 +140,15 @@ def test_a_tpu_that_is_not_there_is_created_with_what_was_asked(tpu):
     assert all("--project=p q" in call for call in calls)
 
 
-@pytest.mark.parametrize("state, expected", [
-    ("READY", []), ("STOPPED", ["start"]), ("PREEMPTED", ["delete", "create"]), ("TERMINATED", ["delete", "create"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "state, expected",
+    [
+        ("READY", []),
+        ("STOPPED", ["start"]),
+        ("PREEMPTED", ["delete", "create"]),
+        ("TERMINATED", ["delete", "create"]),
+    ],
+)
 def test_a_tpu_that_is_there_is_reused_started_or_replaced(tpu, state, expected):
     result = tpu.run("launch_tpu.sh", *NEEDED, *CREATE, STATE=state)
     assert result.returncode == 0, result.stderr
@@ -136,8 +173,12 @@ def test_every_worker_gets_the_tree_the_installation_and_the_command(tpu):
 def test_the_workers_of_a_slice_train_one_run_and_are_told_to_share_its_folder(tpu):
     assert tpu.run("launch_tpu.sh", *NEEDED, "--", "--nodistributed", STATE="READY").returncode == 0
     train = tpu.calls()[-1]
-    assert "--worker=all" in train  # each of them runs the same command and learns from the TPU which one it is
-    command = shlex.split(next(arg for arg in train if arg.startswith("--command=")).removeprefix("--command="))
+    assert (
+        "--worker=all" in train
+    )  # each of them runs the same command and learns from the TPU which one it is
+    command = shlex.split(
+        next(arg for arg in train if arg.startswith("--command=")).removeprefix("--command=")
+    )
     assert command.index("--distributed") < command.index("--nodistributed")  # the last one counts
     text = " ".join(tpu.run("launch_tpu.sh", "--help").stdout.split())
     assert "All of them must see the folder of the run" in text and "bucket or an NFS share" in text
@@ -145,13 +186,19 @@ def test_the_workers_of_a_slice_train_one_run_and_are_told_to_share_its_folder(t
 
 def test_flags_reach_the_remote_program_as_they_were_given(tpu):
     assert tpu.run("launch_tpu.sh", *NEEDED, "--", *AWKWARD, STATE="READY").returncode == 0
-    command = next(arg for arg in tpu.calls()[-1] if arg.startswith("--command=")).removeprefix("--command=")
+    command = next(arg for arg in tpu.calls()[-1] if arg.startswith("--command=")).removeprefix(
+        "--command="
+    )
     assert command.startswith("cd twotower && ")
     program = [".venv/bin/python", "-m", "experiments.train"]
     expected = ["cd", "twotower", "&&", *program, *NEEDED[2:], "--distributed", *AWKWARD]
     assert shlex.split(command) == expected
-    shown = subprocess.run(["bash", "-c", command.replace("cd twotower && .venv/bin/python", "printf '%s\\0'")],
-                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    shown = subprocess.run(
+        ["bash", "-c", command.replace("cd twotower && .venv/bin/python", "printf '%s\\0'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert shown.split("\0")[:-1] == expected[4:]
 
 
@@ -166,7 +213,9 @@ def test_values_may_be_given_after_a_space(tpu):
 def test_a_dry_run_prints_each_command_as_a_shell_reads_it_and_runs_none(tpu):
     dry = tpu.run("launch_tpu.sh", *NEEDED, *CREATE, "--dry-run", "--", *AWKWARD)
     assert dry.returncode == 0 and tpu.calls() == []
-    printed = [shlex.split(line)[1:] for line in dry.stdout.splitlines() if not line.startswith("#")]
+    printed = [
+        shlex.split(line)[1:] for line in dry.stdout.splitlines() if not line.startswith("#")
+    ]
     assert tpu.run("launch_tpu.sh", *NEEDED, *CREATE, "--", *AWKWARD).returncode == 0
 
     def without_archive(calls):
@@ -201,17 +250,23 @@ def test_a_commit_can_be_run_instead_of_the_tree(tpu):
     assert result.returncode != 0 and "nowhere" in result.stderr
 
 
-@pytest.mark.parametrize("args, words", [
-    (NEEDED[1:], "--name is missing"),
-    ((NEEDED[0], *NEEDED[2:]), "--zone is missing"),
-    (NEEDED[:2], "--config is missing"),
-    (NEEDED[:3], "--workdir is missing"),
-    (NEEDED, "--type is missing"),
-    ((*NEEDED, "--type=v4-8"), "--version is missing"),
-    ((*NEEDED, "--zome=z"), "unknown flag '--zome=z'"),
-    ((*NEEDED, "--type"), "--type needs a value"),
-    ((*NEEDED[:2], "--config=configs/none.py", NEEDED[3]), "configs/none.py: there is no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (NEEDED[1:], "--name is missing"),
+        ((NEEDED[0], *NEEDED[2:]), "--zone is missing"),
+        (NEEDED[:2], "--config is missing"),
+        (NEEDED[:3], "--workdir is missing"),
+        (NEEDED, "--type is missing"),
+        ((*NEEDED, "--type=v4-8"), "--version is missing"),
+        ((*NEEDED, "--zome=z"), "unknown flag '--zome=z'"),
+        ((*NEEDED, "--type"), "--type needs a value"),
+        (
+            (*NEEDED[:2], "--config=configs/none.py", NEEDED[3]),
+            "configs/none.py: there is no such file",
+        ),
+    ],
+)
 def test_a_wrong_command_line_says_what_is_missing_and_changes_nothing(tpu, args, words):
     result = tpu.run("launch_tpu.sh", *args)
     assert result.returncode == 1 and words in result.stderr
@@ -220,7 +275,18 @@ def test_a_wrong_command_line_says_what_is_missing_and_changes_nothing(tpu, args
 
 def test_help_names_every_flag(tpu):
     text = tpu.run("launch_tpu.sh", "--help").stdout
-    flags = ("name", "zone", "type", "version", "project", "spot", "config", "workdir", "ref", "dry-run")
+    flags = (
+        "name",
+        "zone",
+        "type",
+        "version",
+        "project",
+        "spot",
+        "config",
+        "workdir",
+        "ref",
+        "dry-run",
+    )
     assert all(f"--{flag} " in text for flag in flags)
 
 
@@ -235,25 +301,35 @@ def local(tmp_path) -> Launcher:
     return launcher
 
 
-@pytest.mark.parametrize("versions, chosen", [
-    ("python3.11 python3.12 python3.13 python3", "python3.13"),
-    ("python3.11 python3", "python3.11"),
-    ("python3", "python3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "versions, chosen",
+    [
+        ("python3.11 python3.12 python3.13 python3", "python3.13"),
+        ("python3.11 python3", "python3.11"),
+        ("python3", "python3"),
+    ],
+)
 def test_the_first_python_that_works_is_taken(local, versions, chosen):
     assert local.run("launch_local.sh", "python", VERSIONS=versions).stdout.strip() == chosen
 
 
 def test_a_python_can_be_named_and_is_checked(local):
     versions = "python3.11 python3.13"
-    assert local.run("launch_local.sh", "python", VERSIONS=versions, PYTHON="python3.11").stdout.strip() == "python3.11"
+    assert (
+        local.run(
+            "launch_local.sh", "python", VERSIONS=versions, PYTHON="python3.11"
+        ).stdout.strip()
+        == "python3.11"
+    )
     result = local.run("launch_local.sh", "python", VERSIONS=versions, PYTHON="python3.12")
     assert result.returncode == 1 and "PYTHON=python3.12" in result.stderr
 
 
 def test_no_suitable_python_is_an_error_that_says_what_to_do(local):
     result = local.run("launch_local.sh", "test", VERSIONS="")
-    assert result.returncode == 1 and "3.11 or later" in result.stderr and "PYTHON=" in result.stderr
+    assert (
+        result.returncode == 1 and "3.11 or later" in result.stderr and "PYTHON=" in result.stderr
+    )
     assert local.calls() == [] and not (local.tree / ".venv").exists()
 
 
@@ -289,7 +365,9 @@ def test_an_installation_that_failed_or_broke_is_done_again(local):
     assert local.calls() == [install(".")]
     setup = (local.tree / "setup.py").read_text()
     (local.tree / "setup.py").write_text(setup + "# another dependency")
-    assert local.run("launch_local.sh", "install", VERSIONS="python3.13", FAILS="pip").returncode == 7
+    assert (
+        local.run("launch_local.sh", "install", VERSIONS="python3.13", FAILS="pip").returncode == 7
+    )
     (local.tree / "setup.py").write_text(setup)  # and now half of the other one may be installed
     assert local.run("launch_local.sh", "install", VERSIONS="python3.13").returncode == 0
     assert local.calls() == [install(".")] * 2
@@ -299,29 +377,55 @@ def test_an_installation_that_failed_or_broke_is_done_again(local):
 
 
 def test_extras_are_installed_beside_those_of_the_tests(local):
-    assert local.run("launch_local.sh", "install", VERSIONS="python3.13", EXTRAS="tpu").returncode == 0
+    assert (
+        local.run("launch_local.sh", "install", VERSIONS="python3.13", EXTRAS="tpu").returncode == 0
+    )
     assert local.calls() == [MAKE, install(".[tpu]")]
     assert local.run("launch_local.sh", "test", VERSIONS="python3.13", EXTRAS="tpu").returncode == 0
     assert local.calls()[0] == install(".[tpu,dev]")
 
 
 def test_the_tests_run_with_further_arguments_tuned_malloc_and_their_own_status(local, tmp_path):
-    assert local.run("launch_local.sh", "test", "-k", "a b", cwd=tmp_path, VERSIONS="python3.13").returncode == 0
+    assert (
+        local.run(
+            "launch_local.sh", "test", "-k", "a b", cwd=tmp_path, VERSIONS="python3.13"
+        ).returncode
+        == 0
+    )
     assert (local.tree / ".venv").exists() and not (tmp_path / ".venv").exists()
     assert local.calls()[-1] == ["python", "-m", "pytest", "-n", "2", "-k", "a b"]
     assert Path(f"{local.calls_file}.env").read_text().splitlines()[-1].split()[0] == "4294967296"
-    assert local.run("launch_local.sh", "test", VERSIONS="python3.13", FAILS="pytest").returncode == 7
+    assert (
+        local.run("launch_local.sh", "test", VERSIONS="python3.13", FAILS="pytest").returncode == 7
+    )
 
 
-@pytest.mark.parametrize("data, config, workdir", [
-    ("", "quickstart", "runs/quickstart"), ("movielens", "movielens_small", "runs/movielens"),
-])  # fmt: skip
-def test_the_quick_start_trains_exports_evaluates_and_queries_one_folder(local, tmp_path, data, config, workdir):
-    result = local.run("launch_local.sh", "--config.training.steps=5", cwd=tmp_path, VERSIONS="python3.13", DATA=data)
+@pytest.mark.parametrize(
+    "data, config, workdir",
+    [
+        ("", "quickstart", "runs/quickstart"),
+        ("movielens", "movielens_small", "runs/movielens"),
+    ],
+)
+def test_the_quick_start_trains_exports_evaluates_and_queries_one_folder(
+    local, tmp_path, data, config, workdir
+):
+    result = local.run(
+        "launch_local.sh",
+        "--config.training.steps=5",
+        cwd=tmp_path,
+        VERSIONS="python3.13",
+        DATA=data,
+    )
     assert result.returncode == 0, result.stderr
     at = f"--workdir={workdir}"
     assert [call[2:] for call in local.calls()[2:]] == [
-        ["experiments.train", f"--config=experiments/configs/{config}.py", at, "--config.training.steps=5"],
+        [
+            "experiments.train",
+            f"--config=experiments/configs/{config}.py",
+            at,
+            "--config.training.steps=5",
+        ],
         ["experiments.export", at],
         ["experiments.evaluate", at, "--baselines"],
         ["experiments.query", at, "--user=42", "--k=10"],
@@ -329,13 +433,20 @@ def test_the_quick_start_trains_exports_evaluates_and_queries_one_folder(local, 
 
 
 def test_a_stage_that_fails_ends_the_quick_start(local):
-    assert local.run("launch_local.sh", VERSIONS="python3.13", FAILS="experiments.export").returncode == 7
+    assert (
+        local.run("launch_local.sh", VERSIONS="python3.13", FAILS="experiments.export").returncode
+        == 7
+    )
     assert local.calls()[-1][2] == "experiments.export"
 
 
-@pytest.mark.parametrize("args, env, words", [
-    (["tset"], {}, "unknown command 'tset'"), ([], {"DATA": "movielenz"}, "DATA=movielenz is not known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, env, words",
+    [
+        (["tset"], {}, "unknown command 'tset'"),
+        ([], {"DATA": "movielenz"}, "DATA=movielenz is not known"),
+    ],
+)
 def test_a_wrong_command_is_refused_before_anything_is_installed(local, args, env, words):
     result = local.run("launch_local.sh", *args, VERSIONS="python3.13", **env)
     assert result.returncode == 1 and words in result.stderr and local.calls() == []
@@ -367,17 +478,27 @@ def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_mi
     for env in ({}, {"NO_APT": "1"}):
         result = local.run(".ci/run", VERSIONS="python3.13", **env)
         assert result.returncode == 0 and ("its tests will fail" in result.stderr) == bool(env)
-    assert apt.read_text().splitlines() == ["update -qq", "install -y -qq redis-server", "update -qq"]
+    assert apt.read_text().splitlines() == [
+        "update -qq",
+        "install -y -qq redis-server",
+        "update -qq",
+    ]
     assert local.calls()[1] == install(".[bigquery,mlflow,plots,redis,text,dev]")
     apt.unlink()
     local.stand_in("redis-server", "#!/bin/bash\n")
     assert local.run(".ci/run", VERSIONS="python3.13").returncode == 0 and not apt.exists()
 
 
-@pytest.mark.parametrize("complete, outcome", [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
-def test_a_test_of_what_is_missing_is_skipped_but_fails_in_continuous_integration(monkeypatch, complete, outcome):
+@pytest.mark.parametrize(
+    "complete, outcome", [("", pytest.skip.Exception), ("1", pytest.fail.Exception)]
+)
+def test_a_test_of_what_is_missing_is_skipped_but_fails_in_continuous_integration(
+    monkeypatch, complete, outcome
+):
     monkeypatch.setenv("TWOTOWER_COMPLETE", complete)
-    with pytest.raises(outcome, match="nowhere is not installed: EXTRAS=redis bash launch_local.sh test"):
+    with pytest.raises(
+        outcome, match="nowhere is not installed: EXTRAS=redis bash launch_local.sh test"
+    ):
         extra("nowhere", "redis")
     with pytest.raises(outcome, match="no-such-server is not installed: apt-get install it"):
         program("no-such-server", "it")

@@ -1,4 +1,5 @@
-"""The type checker of the test run: beartype, which takes an int where a float is asked, as Python does."""
+"""The type checker of the test run: beartype, which takes an int where a float is asked, as Python
+does."""
 
 from beartype import BeartypeConf, beartype
 

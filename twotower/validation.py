@@ -1,4 +1,5 @@
-"""Validation at the door: every refusal names the field, echoes the value and offers the nearest right one."""
+"""Validation at the door: every refusal names the field, echoes the value and offers the nearest
+right one."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the field, its value and what would be right."""
+    """A configuration that cannot be run: the message names the field, its value and what would be
+    right."""
 
 
 class ScoreError(ValueError):
@@ -25,13 +27,17 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ConfigError(f"{what} needs the extra {name!r} ({error}): pip install 'twotower[{name}]'.") from error
+        raise ConfigError(
+            f"{what} needs the extra {name!r} ({error}): pip install 'twotower[{name}]'."
+        ) from error
 
 
 def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:
     """`kinds[name]`, or a `ConfigError` that names the field, the value and the nearest kind."""
     if name not in kinds:
-        raise ConfigError(f"{field}={name!r} is not known{_nearest(name, kinds)} Known: {', '.join(sorted(kinds))}.")
+        raise ConfigError(
+            f"{field}={name!r} is not known{_nearest(name, kinds)} Known: {', '.join(sorted(kinds))}."
+        )
     return kinds[name]
 
 
@@ -40,7 +46,9 @@ def check_fields(values: Mapping[str, Any], known: Iterable[str], where: str) ->
     known = list(known)
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where} has no field {name!r}{_nearest(name, known)} Known: {', '.join(known)}.")
+            raise ConfigError(
+                f"{where} has no field {name!r}{_nearest(name, known)} Known: {', '.join(known)}."
+            )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -49,13 +57,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def build(cls: type, values: Any, where: str) -> Any:
-    """A dataclass `cls` of a mapping of its fields, likewise nested; `where` is what the mapping is called."""
+    """A dataclass `cls` of a mapping of its fields, likewise nested; `where` is what the mapping is
+    called."""
     if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
-        raise ConfigError(f"{where}={values!r} must be a mapping with the fields of {cls.__name__}.")
+        raise ConfigError(
+            f"{where}={values!r} must be a mapping with the fields of {cls.__name__}."
+        )
     values = values.to_dict() if hasattr(values, "to_dict") else values
     hints = typing.get_type_hints(cls)
     check_fields(values, hints, where)
-    return cls(**{name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    return cls(
+        **{name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    )
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
@@ -69,13 +82,23 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         (inner, *_) = typing.get_args(hint) or (Any,)
         return tuple(convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping) and (isinstance(value, Mapping) or hasattr(value, "to_dict")):
+    if (
+        isinstance(origin, type)
+        and issubclass(origin, Mapping)
+        and (isinstance(value, Mapping) or hasattr(value, "to_dict"))
+    ):
         (_, inner) = typing.get_args(hint) or (Any, Any)
         values = value.to_dict() if hasattr(value, "to_dict") else value
         deep = dataclasses.is_dataclass(inner)
-        return {name: convert(inner, x, f"{where}.{name}") if deep else x for name, x in values.items()}
+        return {
+            name: convert(inner, x, f"{where}.{name}") if deep else x for name, x in values.items()
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is Any or (isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))):
+    if hint is Any or (
+        isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))
+    ):
         return value
-    raise ConfigError(f"{where}={value!r} must be of type {getattr(hint, '__name__', hint)}, not {type(value).__name__}.")
+    raise ConfigError(
+        f"{where}={value!r} must be of type {getattr(hint, '__name__', hint)}, not {type(value).__name__}."
+    )

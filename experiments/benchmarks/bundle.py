@@ -1,13 +1,16 @@
-"""How fast a bundle loads, and how fast it answers one user: a million items to load, 200,000 to ask, in this process.
+"""How fast a bundle loads, and how fast it answers one user: a million items to load, 200,000 to
+ask, in this process.
 
-    taskset -c 0 python -m experiments.benchmarks.bundle [--load_items=1000000 --ask_items=200000] [--keep=FOLDER] [--quick]
+    taskset -c 0 python -m experiments.benchmarks.bundle [--load_items=1000000 --ask_items=200000]
+    [--keep=FOLDER] [--quick]
 
-The bundles are those of a generated shop with fresh weights, whose items and users are drawn: unit vectors as in
-`experiments.benchmarks.index`, titles, categories and prices repeated, 40 seen items a user. Index, files and checks are those
-of an export. Loading is compared with the least that a careful reader does, the SHA-256 of every file; an answer with the index
-alone, one query at a time. Promised are answers of p50 under .3 ms and p99 under 2 ms at 200,000 items, and a million items
-loaded in under 5 s. Times are of the processor, not of the clock, so that other work on the machine is not counted. --keep leaves
-the bundles in a folder, and takes those that are there.
+The bundles are those of a generated shop with fresh weights, whose items and users are drawn: unit
+vectors as in `experiments.benchmarks.index`, titles, categories and prices repeated, 40 seen items
+a user. Index, files and checks are those of an export. Loading is compared with the least that a
+careful reader does, the SHA-256 of every file; an answer with the index alone, one query at a time.
+Promised are answers of p50 under .3 ms and p99 under 2 ms at 200,000 items, and a million items
+loaded in under 5 s. Times are of the processor, not of the clock, so that other work on the machine
+is not counted. --keep leaves the bundles in a folder, and takes those that are there.
 """
 
 from __future__ import annotations
@@ -58,9 +61,15 @@ def make(folder: Path, items: int) -> None:
     counts = np.sort(rng.zipf(1.3, items) % 10_000)[::-1].astype(np.int64)
     seen = Csr(np.arange(USERS + 1, dtype=np.int64) * SEEN, _distinct(rng, items))
     bundle = dataclasses.replace(
-        small, vectors=vectors, items=_repeated(rng, small.items, "item_id", items), counts=counts, user_vectors=users,
-        users=_repeated(rng, small.users, "user_id", USERS), seen=seen, index=index_items(config, vectors, counts, users),
-    )  # fmt: skip
+        small,
+        vectors=vectors,
+        items=_repeated(rng, small.items, "item_id", items),
+        counts=counts,
+        user_vectors=users,
+        users=_repeated(rng, small.users, "user_id", USERS),
+        seen=seen,
+        index=index_items(config, vectors, counts, users),
+    )
     folder.mkdir(parents=True)
     write_bundle(bundle, folder, step=0)
 
@@ -68,7 +77,11 @@ def make(folder: Path, items: int) -> None:
 def _distinct(rng: np.random.Generator, items: int) -> np.ndarray:
     """SEEN items of each user, one of each SEEN-th of the corpus."""
     part = items // SEEN
-    return (rng.integers(0, part, (USERS, SEEN)) + part * np.arange(SEEN)[None, :]).ravel().astype(np.int32)
+    return (
+        (rng.integers(0, part, (USERS, SEEN)) + part * np.arange(SEEN)[None, :])
+        .ravel()
+        .astype(np.int32)
+    )
 
 
 def _repeated(rng: np.random.Generator, table: pa.Table, name: str, count: int) -> pa.Table:
@@ -84,7 +97,10 @@ def loading(folder: Path) -> dict[str, list[float]]:
     from twotower.retrieval.retriever import Retriever
 
     files = [path for path in folder.rglob("*") if path.is_file()]
-    runs = {"SHA-256 of its files": lambda: [digest(path) for path in files], "Retriever.load": lambda: Retriever.load(folder)}
+    runs = {
+        "SHA-256 of its files": lambda: [digest(path) for path in files],
+        "Retriever.load": lambda: Retriever.load(folder),
+    }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(LOADS):
         for name, run in runs.items():
@@ -100,7 +116,10 @@ def questions(retriever: Any) -> dict[str, Callable[[int], Any]]:
     bundle = retriever.bundle
     rng = np.random.default_rng(1)
     rows = rng.permutation(len(bundle.users))
-    users, vectors = bundle.users["user_id"].take(pa.array(rows)).to_pylist(), np.ascontiguousarray(bundle.user_vectors[rows])
+    users, vectors = (
+        bundle.users["user_id"].take(pa.array(rows)).to_pylist(),
+        np.ascontiguousarray(bundle.user_vectors[rows]),
+    )
     items = bundle.items["item_id"].to_pylist()
     category = bundle.items["category"][0].as_py()
     price = float(np.median(bundle.items["price"].drop_null().to_numpy()))
@@ -147,23 +166,39 @@ def percentiles(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         found[name] = row = {f"p{share}": float(np.percentile(values, share)) for share in (50, 99)}
         base = next(iter(found.values()))
         row |= {f"{key}_ratio": row[key] / base[key] for key in ("p50", "p99")}
-        print(f"{name:32}{row['p50']:10.3f}{row['p99']:10.3f}{row['p50_ratio']:10.2f}{row['p99_ratio']:10.2f}", flush=True)
+        print(
+            f"{name:32}{row['p50']:10.3f}{row['p99']:10.3f}{row['p50_ratio']:10.2f}{row['p99_ratio']:10.2f}",
+            flush=True,
+        )
     return found
 
 
 def main(argv: list[str]) -> None:
     load, ask = (20_000, 20_000) if harness.QUICK.value else (_LOAD.value, _ASK.value)
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {count: Path(_KEEP.value or temporary) / f"items-{count}" for count in dict.fromkeys((ask, load))}
+        folders = {
+            count: Path(_KEEP.value or temporary) / f"items-{count}"
+            for count in dict.fromkeys((ask, load))
+        }
         for count, folder in folders.items():
             if not (folder / "manifest.json").exists():
                 start = time.perf_counter()
                 make(folder, count)
-                print(f"{count:,} items: index built and bundle written in {time.perf_counter() - start:.0f} s", flush=True)
+                print(
+                    f"{count:,} items: index built and bundle written in {time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
         print(f"{ask:,} items, {USERS:,} users, lists of {K}")
         answers = percentiles(answering(folders[ask]))
-        loads = harness.table(f"{load:,} items", loading(folders[load]), unit="milliseconds", base="SHA-256 of its files")
-    harness.write_json("bundle", {"answers": answers, "loads": loads}, unit="milliseconds", base="the index alone")
+        loads = harness.table(
+            f"{load:,} items",
+            loading(folders[load]),
+            unit="milliseconds",
+            base="SHA-256 of its files",
+        )
+    harness.write_json(
+        "bundle", {"answers": answers, "loads": loads}, unit="milliseconds", base="the index alone"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Exact search of whole lists for all users: twotower against FAISS's flat index and NumPy, in one process and on the same cores.
+"""Exact search of whole lists for all users: twotower against FAISS's flat index and NumPy, in one
+process and on the same cores.
 
-    taskset -c 0 python -m experiments.benchmarks.exact [--workdir=RUN | --list_items=38048 --dim=64] [--list_k=20,100] [--quick]
+    taskset -c 0 python -m experiments.benchmarks.exact [--workdir=RUN | --list_items=38048
+    --dim=64] [--list_k=20,100] [--quick]
 
-Vectors are those of the bundle of --workdir, or drawn as in `experiments.benchmarks.index`, of the size of Yelp2018. The lists
-are compared first: they may differ only where two scores are within rounding. The contestants take turns, and times are of the
-processor, not of the clock, so that other work on the machine is not counted. Needs faiss-cpu.
+Vectors are those of the bundle of --workdir, or drawn as in `experiments.benchmarks.index`, of the
+size of Yelp2018. The lists are compared first: they may differ only where two scores are within
+rounding. The contestants take turns, and times are of the processor, not of the clock, so that
+other work on the machine is not counted. Needs faiss-cpu.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ ROUNDS = 3
 BLOCK = 256  # queries that NumPy takes at once
 
 
-def contestants(vectors: np.ndarray) -> dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
+def contestants(
+    vectors: np.ndarray,
+) -> dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
     """name -> (queries, k) -> (scores, rows)"""
     import faiss
 
@@ -35,8 +40,11 @@ def contestants(vectors: np.ndarray) -> dict[str, Callable[[np.ndarray, int], tu
     faiss.omp_set_num_threads(flags.FLAGS.threads)
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)
-    return {"twotower": ExactIndex(vectors).search, "FAISS IndexFlatIP": flat.search,
-            "NumPy argpartition": lambda queries, k: partitioned(queries, vectors, k)}  # fmt: skip
+    return {
+        "twotower": ExactIndex(vectors).search,
+        "FAISS IndexFlatIP": flat.search,
+        "NumPy argpartition": lambda queries, k: partitioned(queries, vectors, k),
+    }
 
 
 def partitioned(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,12 +55,17 @@ def partitioned(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.nd
         rows = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
         best = np.take_along_axis(scores, rows, axis=1)
         order = np.argsort(-best, axis=1)
-        found.append((np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)))
+        found.append(
+            (np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1))
+        )
     return tuple(np.concatenate(part) for part in zip(*found))
 
 
-def check(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], name: str) -> float:
-    """The share of places with the same item; refuses lists whose scores differ by more than rounding."""
+def check(
+    found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], name: str
+) -> float:
+    """The share of places with the same item; refuses lists whose scores differ by more than
+    rounding."""
     worst = float(np.abs(found[0] - expected[0]).max())
     if worst > 1e-5:
         raise SystemExit(f"{name}: scores of the lists differ from FAISS's by up to {worst:.1e}.")
@@ -61,16 +74,27 @@ def check(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.n
 
 def main(argv: list[str]) -> None:
     workdir, count = flags.FLAGS.workdir, 4_096 if harness.QUICK.value else _USERS.value
-    users, vectors = load(Path(workdir), count) if workdir else draw(_ITEMS.value, flags.FLAGS.dim, count)
-    print(f"{len(users):,} users, {len(vectors):,} items of width {vectors.shape[1]}, {flags.FLAGS.threads} threads")
+    users, vectors = (
+        load(Path(workdir), count) if workdir else draw(_ITEMS.value, flags.FLAGS.dim, count)
+    )
+    print(
+        f"{len(users):,} users, {len(vectors):,} items of width {vectors.shape[1]}, {flags.FLAGS.threads} threads"
+    )
     searches, results = contestants(vectors), {}
     for k in map(int, _K.value):
         expected = searches["FAISS IndexFlatIP"](users, k)
         same = {name: check(search(users, k), expected, name) for name, search in searches.items()}
-        print(f"K = {k}: places with FAISS's item: " + ", ".join(f"{name} {x:.4%}" for name, x in same.items()))
-        runs = {name: lambda search=search, k=k: search(users, k) for name, search in searches.items()}
+        print(
+            f"K = {k}: places with FAISS's item: "
+            + ", ".join(f"{name} {x:.4%}" for name, x in same.items())
+        )
+        runs = {
+            name: lambda search=search, k=k: search(users, k) for name, search in searches.items()
+        }
         times = harness.alternate(runs, rounds=ROUNDS, repeats=1, clock=time.process_time)
-        results[f"k={k}"] = harness.table(f"all lists of {k}", times, unit="milliseconds", base="FAISS IndexFlatIP")
+        results[f"k={k}"] = harness.table(
+            f"all lists of {k}", times, unit="milliseconds", base="FAISS IndexFlatIP"
+        )
     harness.write_json("exact", results, unit="milliseconds", base="FAISS IndexFlatIP")
 
 

@@ -19,7 +19,8 @@ JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
 
 
 def steady_allocator() -> None:
-    """Keeps glibc from returning and asking again for XLA's buffers at every step, which can double the time of one."""
+    """Keeps glibc from returning and asking again for XLA's buffers at every step, which can double
+    the time of one."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         mmap_threshold, trim_threshold = -3, -1
@@ -28,9 +29,14 @@ def steady_allocator() -> None:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of each run, one figure a round: the runs take turns, so that a busy machine slows all alike.
+    """Milliseconds a call of each run, one figure a round: the runs take turns, so that a busy
+    machine slows all alike.
 
     Args:
         clock: seconds; `time.process_time` does not count what other processes take of the cores.
@@ -52,14 +58,17 @@ def report(title: str, times: Mapping[str, list[float]], *, unit: str, base: str
     write_json(title, table(title, times, unit=unit, base=base), unit=unit, base=base)
 
 
-def table(title: str, times: Mapping[str, list[float]], *, unit: str, base: str) -> dict[str, dict[str, float]]:
+def table(
+    title: str, times: Mapping[str, list[float]], *, unit: str, base: str
+) -> dict[str, dict[str, float]]:
     """Prints best and median and their ratios to `base`, and gives them."""
     rows = {name: {"best": min(t), "median": statistics.median(t)} for name, t in times.items()}
     print(f"{title}: {unit}\n{'':32}{'best':>10}{'median':>10}{'best/base':>12}{'median/base':>13}")
     for name, row in rows.items():
         row |= {f"{k}_ratio": row[k] / rows[base][k] for k in ("best", "median")}
         print(
-            f"{name:32}{row['best']:10.3f}{row['median']:10.3f}{row['best_ratio']:12.2f}{row['median_ratio']:13.2f}", flush=True
+            f"{name:32}{row['best']:10.3f}{row['median']:10.3f}{row['best_ratio']:12.2f}{row['median_ratio']:13.2f}",
+            flush=True,
         )
     return rows
 
@@ -69,5 +78,9 @@ def write_json(title: str, results: Mapping[str, Any], *, unit: str, base: str) 
     if JSON.value:
         path = Path(JSON.value)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"benchmark": title, "unit": unit, "base": base, "results": results}, indent=2))
+        temporary.write_text(
+            json.dumps(
+                {"benchmark": title, "unit": unit, "base": base, "results": results}, indent=2
+            )
+        )
         os.replace(temporary, path)

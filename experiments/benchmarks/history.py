@@ -1,9 +1,11 @@
 """How fast are vectors kept, read and compared, and is a list from Redis sooner than a new one?
 
-    python -m experiments.benchmarks.history [--quick] [--json=FILE] [--redis=redis://localhost:6379/9 --workdir=RUN]
+    python -m experiments.benchmarks.history [--quick] [--json=FILE]
+    [--redis=redis://localhost:6379/9 --workdir=RUN]
 
-A million vectors of width 64 (with --quick, a tenth) beside `numpy.save` of the same. The part with Redis wants a server and
-the bundle of a run; its keys begin with "benchmark" and live for ten minutes.
+A million vectors of width 64 (with --quick, a tenth) beside `numpy.save` of the same. The part with
+Redis wants a server and the bundle of a run; its keys begin with "benchmark" and live for ten
+minutes.
 """
 
 from __future__ import annotations
@@ -35,13 +37,20 @@ def main(argv: list[str]) -> None:
     ids = pa.array([f"item-{n}" for n in range(rows)])
     with tempfile.TemporaryDirectory() as folder:
         history = EmbeddingHistory(folder)
-        version = Version(run_date=datetime.date(2026, 11, 25), run_id="a", experiment_id="e", model_version="m")
-        blocks = [(ids.slice(start, BLOCK), vectors[start : start + BLOCK]) for start in range(0, rows, BLOCK)]
+        version = Version(
+            run_date=datetime.date(2026, 11, 25), run_id="a", experiment_id="e", model_version="m"
+        )
+        blocks = [
+            (ids.slice(start, BLOCK), vectors[start : start + BLOCK])
+            for start in range(0, rows, BLOCK)
+        ]
         runs = {
             "numpy.save": lambda: np.save(Path(folder) / "vectors.npy", vectors),
             "append": lambda: history.append(version, {"item": blocks}),
             "read": lambda: history.read(history.find("item", version.name)),
-            "drift": lambda: drift.compare(history.read(history.find("item", version.name)), (pa.chunked_array([ids]), moved)),
+            "drift": lambda: drift.compare(
+                history.read(history.find("item", version.name)), (pa.chunked_array([ids]), moved)
+            ),
         }
         times = harness.alternate(runs, rounds=2, repeats=1)
         size = history.find("item", version.name).path.stat().st_size
@@ -56,9 +65,15 @@ def redis(ids: pa.Array, vectors: np.ndarray) -> None:
     store = RedisStore(_REDIS.value, name="benchmark", timeout=1.0)
     retriever = Retriever.load(Path(_WORKDIR.value) / "bundle")
     cached = CachedRetriever(retriever, store, ttl=600)
-    user, some, names = retriever.bundle.users["user_id"][0].as_py(), ids.slice(0, 20_000), ids.slice(0, 100).to_pylist()
+    user, some, names = (
+        retriever.bundle.users["user_id"][0].as_py(),
+        ids.slice(0, 20_000),
+        ids.slice(0, 100).to_pylist(),
+    )
     block = (some, vectors[: len(some)])
-    publish = harness.alternate({"a vector": lambda: store.publish("v", {"item": [block]}, ttl=600)}, rounds=3, repeats=1)
+    publish = harness.alternate(
+        {"a vector": lambda: store.publish("v", {"item": [block]}, ttl=600)}, rounds=3, repeats=1
+    )
     runs = {
         "recommend": lambda: retriever.recommend(user, k=10),
         "recommend, cached": lambda: cached.recommend(user, k=10),

@@ -1,6 +1,8 @@
-"""Reads a compiled program: what its devices say to each other, what it multiplies, and how large its arrays are.
+"""Reads a compiled program: what its devices say to each other, what it multiplies, and how large
+its arrays are.
 
-The text is that of `compiled.as_text()`, in which shapes are those of one device. Loops count as often as they run.
+The text is that of `compiled.as_text()`, in which shapes are those of one device. Loops count as
+often as they run.
 """
 
 from __future__ import annotations
@@ -11,13 +13,34 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "reduce-scatter",
+)
 # Bytes of a number, where they are not 4.
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c\d+)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 
 
 class Shape(NamedTuple):
@@ -73,9 +96,15 @@ class Collective(NamedTuple):
         return sum(shape.nbytes for shape in self.shapes)
 
     def sent(self, devices: int) -> float:
-        """Bytes that each device sends, and receives, where the devices form a ring: (n - 1) / n of the whole to gather or to
-        scatter it; an all-reduce is both."""
-        return self.times * self.nbytes * (devices - 1) / devices * (2 if self.kind == "all-reduce" else 1)
+        """Bytes that each device sends, and receives, where the devices form a ring: (n - 1) / n of
+        the whole to gather or to scatter it; an all-reduce is both."""
+        return (
+            self.times
+            * self.nbytes
+            * (devices - 1)
+            / devices
+            * (2 if self.kind == "all-reduce" else 1)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +138,12 @@ class Program:
                 kind = line.kind.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                given = tuple(shape for operand in line.operands for shape in known.get(operand, ()))
-                result = line.shapes[len(given) :] if len(line.shapes) > len(given) else line.shapes  # "-start" has both
+                given = tuple(
+                    shape for operand in line.operands for shape in known.get(operand, ())
+                )
+                result = (
+                    line.shapes[len(given) :] if len(line.shapes) > len(given) else line.shapes
+                )  # "-start" has both
                 whole = max(given, result, key=lambda shapes: sum(shape.nbytes for shape in shapes))
                 found.append(Collective(kind, whole, self.times.get(name, 0), name in self.looped))
         return found
@@ -138,7 +171,10 @@ def read(text: str) -> Program:
             lines = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(row):
-            shapes = (Shape(dtype, tuple(map(int, dims.split(",") if dims else ()))) for dtype, dims in _SHAPE.findall(found[2]))
+            shapes = (
+                Shape(dtype, tuple(map(int, dims.split(",") if dims else ())))
+                for dtype, dims in _SHAPE.findall(found[2])
+            )
             lines.append(Instruction(found[1], tuple(shapes), found[3], found[4]))
     times: dict[str, int] = {}
     looped: set[str] = set()
@@ -147,7 +183,12 @@ def read(text: str) -> Program:
 
 
 def _count(
-    computations: dict[str, list[Instruction]], name: str, often: int, inside: bool, times: dict[str, int], looped: set[str]
+    computations: dict[str, list[Instruction]],
+    name: str,
+    often: int,
+    inside: bool,
+    times: dict[str, int],
+    looped: set[str],
 ) -> None:
     """Adds that `name` runs so `often`, and all that it calls."""
     times[name] = times.get(name, 0) + often
@@ -155,9 +196,18 @@ def _count(
         looped.add(name)
     for line in computations[name]:
         is_loop = line.kind == "while"
-        trips = re.search(r'known_trip_count[^\d}]*(\d+)', line.rest) if is_loop else None
+        trips = re.search(r"known_trip_count[^\d}]*(\d+)", line.rest) if is_loop else None
         branches = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
-        called = _CALLED.findall(line.rest) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
+        called = _CALLED.findall(line.rest) + (
+            re.findall(r"[\w.\-]+", branches[1]) if branches else []
+        )
         for other in called:
             if other in computations:
-                _count(computations, other, often * (int(trips[1]) if trips else 1), inside or is_loop, times, looped)
+                _count(
+                    computations,
+                    other,
+                    often * (int(trips[1]) if trips else 1),
+                    inside or is_loop,
+                    times,
+                    looped,
+                )

@@ -1,4 +1,5 @@
-"""Exact search, graphs and inverted files that `experiments.benchmarks.index` compares with: each a name and what builds it."""
+"""Exact search, graphs and inverted files that `experiments.benchmarks.index` compares with: each a
+name and what builds it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Built(NamedTuple):
     write: Callable[[Path], Any] = lambda path: None
 
 
-# A peer: its name, and what builds it; with what more its name says where one build is asked in several ways.
+# A peer: its name, and what builds it; with what more its name says where one build is asked in
+# several ways.
 Peer = tuple[str, Callable[[], dict[str, Built]]]
 
 
@@ -49,7 +51,10 @@ def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
         return {"": Built(lambda q, k, _: index.search(q, k))}
 
     yield "exact, JAX (ours)", jax
-    yield "exact, NumPy (ours)", lambda: {"": Built(lambda q, k, _: exact_among(vectors, None, q, k))}
+    yield (
+        "exact, NumPy (ours)",
+        lambda: {"": Built(lambda q, k, _: exact_among(vectors, None, q, k))},
+    )
     yield "exact, FAISS flat", flat
 
 
@@ -89,12 +94,15 @@ def _faiss_hnsw(vectors: np.ndarray, links: int) -> dict[str, Built]:
 
 
 def inverted_peers(vectors: np.ndarray, per_root: Sequence[int]) -> Iterator[Peer]:
-    """FAISS inverted files over whole vectors, and over 4-bit product codes with the best scored anew; so many lists for each of
-    the root of N."""
+    """FAISS inverted files over whole vectors, and over 4-bit product codes with the best scored
+    anew; so many lists for each of the root of N."""
     codes = f"PQ{vectors.shape[1] // 2}x4fs,RFlat"
     for lists in (round(times * math.sqrt(len(vectors))) for times in per_root):
         for kind in ("Flat", codes):
-            yield f"FAISS IVF{lists},{kind}", lambda lists=lists, kind=kind: _inverted(vectors, lists, kind)
+            yield (
+                f"FAISS IVF{lists},{kind}",
+                lambda lists=lists, kind=kind: _inverted(vectors, lists, kind),
+            )
 
 
 def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
@@ -104,13 +112,22 @@ def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
     index.train(vectors)
     index.add(vectors)
 
-    def search(queries: np.ndarray, k: int, probes: int, again: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        queries: np.ndarray, k: int, probes: int, again: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         params = faiss.SearchParametersIVF(nprobe=probes)
         if again:
             params = faiss.IndexRefineSearchParameters(k_factor=again, base_index_params=params)
         return index.search(queries, k, params=params)
 
     def ways(again: int) -> Built:
-        return Built(lambda *asked: search(*asked, again), lists, False, lambda path: faiss.write_index(index, str(path)))
+        return Built(
+            lambda *asked: search(*asked, again),
+            lists,
+            False,
+            lambda path: faiss.write_index(index, str(path)),
+        )
 
-    return {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (16, 32, 64)}
+    return (
+        {"": ways(0)} if kind == "Flat" else {f" x{again}": ways(again) for again in (16, 32, 64)}
+    )

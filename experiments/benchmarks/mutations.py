@@ -1,12 +1,14 @@
-"""Does the conformance kit see every known mistake of two-tower training? Each is made on purpose, and must turn a test red.
+"""Does the conformance kit see every known mistake of two-tower training? Each is made on purpose,
+and must turn a test red.
 
     python -m experiments.benchmarks.mutations [--quick] [--trap=N] [--jobs=N] [--json=FILE]
 
-The mistakes are listed in the files `mistakes*.py` beside this one: a snippet of a module of twotower and what
-takes its place. A child process compiles the module with the change (no file is touched) and runs the tests of
-`tests/conformance` that are marked with the trap's number. First they run without any change, to show that they are green.
-Exits with 1 unless they are and every mistake is caught. "broken" is a mistake that fails in another way than by what a test
-asserts: one that cannot be made as it is written.
+The mistakes are listed in the files `mistakes*.py` beside this one: a snippet of a module of
+twotower and what takes its place. A child process compiles the module with the change (no file is
+touched) and runs the tests of `tests/conformance` that are marked with the trap's number. First
+they run without any change, to show that they are green. Exits with 1 unless they are and every
+mistake is caught. "broken" is a mistake that fails in another way than by what a test asserts: one
+that cannot be made as it is written.
 """
 
 from __future__ import annotations
@@ -43,11 +45,33 @@ ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "tests" / "conformance"
 SECONDS = 900  # that a child may take
 # Imported once, before the children are forked; none of it starts a backend of JAX.
-COMMON = ("jax", "flax.linen", "optax", "orbax.checkpoint", "pyarrow.compute", "pyarrow.csv", "pyarrow.parquet", "pytest",
-          "beartype", "jaxtyping", "ml_collections", "tqdm")  # fmt: skip
+COMMON = (
+    "jax",
+    "flax.linen",
+    "optax",
+    "orbax.checkpoint",
+    "pyarrow.compute",
+    "pyarrow.csv",
+    "pyarrow.parquet",
+    "pytest",
+    "beartype",
+    "jaxtyping",
+    "ml_collections",
+    "tqdm",
+)
 # A test that fails by one of these has not seen the mistake: the changed text does not run.
-UNFIT = ("NameError", "AttributeError", "SyntaxError", "ImportError", "UnboundLocalError", "TypeError", "TypeCheckError",
-         "ValueError", "IndexError", "KeyError")  # fmt: skip
+UNFIT = (
+    "NameError",
+    "AttributeError",
+    "SyntaxError",
+    "ImportError",
+    "UnboundLocalError",
+    "TypeError",
+    "TypeCheckError",
+    "ValueError",
+    "IndexError",
+    "KeyError",
+)
 
 
 class Outcome(NamedTuple):
@@ -92,7 +116,9 @@ def changed_sources(mistake: Mistake) -> dict[str, str]:
         path = ROOT / "twotower" / f"{module.replace('.', '/')}.py"
         text = texts.get(module) or path.read_text(encoding="utf-8")
         if text.count(old) != 1:
-            raise ValueError(f"{mistake.trap}, {mistake.what}: twotower.{module} holds {text.count(old)} times, not once:\n{old}")
+            raise ValueError(
+                f"{mistake.trap}, {mistake.what}: twotower.{module} holds {text.count(old)} times, not once:\n{old}"
+            )
         texts[module] = text.replace(old, new)
     return {f"twotower.{module}".removesuffix(".__init__"): text for module, text in texts.items()}
 
@@ -105,7 +131,11 @@ class Attempt:
     """
 
     def __init__(self, tests: Sequence[str], mistake: Mistake | None, cache: str) -> None:
-        context, self.mistake, self._start = multiprocessing.get_context("fork"), mistake, time.perf_counter()
+        context, self.mistake, self._start = (
+            multiprocessing.get_context("fork"),
+            mistake,
+            time.perf_counter(),
+        )
         self.answer, send = context.Pipe(duplex=False)
         sources = changed_sources(mistake) if mistake else {}
         self._child = context.Process(target=_child, args=(list(tests), sources, cache, send))
@@ -123,7 +153,12 @@ class Attempt:
         result = _judge(code, error)
         if self.mistake is None:
             result = "green" if result == "missed" else "red"
-        return Outcome(result, ": ".join(filter(None, (error, test))), round(time.perf_counter() - self._start, 1), times)
+        return Outcome(
+            result,
+            ": ".join(filter(None, (error, test))),
+            round(time.perf_counter() - self._start, 1),
+            times,
+        )
 
 
 def attempt_all(
@@ -161,13 +196,18 @@ def _child(tests: list[str], sources: Mapping[str, str], cache: str, send: Any) 
     changed, watch = _change(sources), _Watch()
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[watch])
     unread = ", ".join(sources.keys() - changed)
-    send.send((None, "", f"{unread} is not imported", {}) if unread else (int(code), watch.error, watch.test, watch.times))
+    send.send(
+        (None, "", f"{unread} is not imported", {})
+        if unread
+        else (int(code), watch.error, watch.test, watch.times)
+    )
     send.close()
     os._exit(0)  # without waiting for threads of what was imported
 
 
 def _change(sources: Mapping[str, str]) -> set[str]:
-    """Modules are compiled from `sources` instead of their files, under whatever import hook; those that were, as it goes on."""
+    """Modules are compiled from `sources` instead of their files, under whatever import hook; those
+    that were, as it goes on."""
     original, changed = SourceFileLoader.get_code, set()
 
     def get_code(self: SourceFileLoader, name: str) -> Any:
@@ -181,14 +221,18 @@ def _change(sources: Mapping[str, str]) -> set[str]:
 
 
 class _Watch:
-    """A plugin of pytest: what failed first, by which error, and how long each test took, whatever its parameters."""
+    """A plugin of pytest: what failed first, by which error, and how long each test took, whatever
+    its parameters."""
 
     def __init__(self) -> None:
         self.test, self.error, self.times = "", "", dict[str, float]()
 
     def pytest_exception_interact(self, node: Any, call: Any) -> None:
         if not self.test:
-            self.test, self.error = node.nodeid.removeprefix("tests/conformance/"), call.excinfo.type.__name__
+            self.test, self.error = (
+                node.nodeid.removeprefix("tests/conformance/"),
+                call.excinfo.type.__name__,
+            )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         test = report.nodeid.partition("[")[0]
@@ -206,19 +250,39 @@ def main(argv: list[str]) -> None:
         importlib.import_module(module)
     mistakes, tests, rows = chosen(trap=TRAP.value, quick=harness.QUICK.value), tests_by_trap(), []
     with tempfile.TemporaryDirectory() as cache:
-        before = Attempt(list(dict.fromkeys(t for m in mistakes for t in tests[m.trap])), None, cache).outcome()
-        print(f"Without a mistake the kit is {before.result} ({before.seconds} s) {before.by}", flush=True)
+        before = Attempt(
+            list(dict.fromkeys(t for m in mistakes for t in tests[m.trap])), None, cache
+        ).outcome()
+        print(
+            f"Without a mistake the kit is {before.result} ({before.seconds} s) {before.by}",
+            flush=True,
+        )
         # Quick tests first: a mistake is caught by the first that fails.
-        tests = {trap: sorted(names, key=lambda name: before.times.get(name, 0.0)) for trap, names in tests.items()}
-        for mistake, outcome in attempt_all(mistakes, tests, JOBS.value, cache) if before.result == "green" else ():
+        tests = {
+            trap: sorted(names, key=lambda name: before.times.get(name, 0.0))
+            for trap, names in tests.items()
+        }
+        for mistake, outcome in (
+            attempt_all(mistakes, tests, JOBS.value, cache) if before.result == "green" else ()
+        ):
             where = ", ".join(dict.fromkeys(module for module, *_ in mistake.edits))
-            rows.append({"trap": mistake.trap, "mistake": mistake.what, "where": where} | outcome._replace(times={})._asdict())
-            print(f"{mistake.trap:4}  {outcome.result:8}{outcome.seconds:5.1f} s  {mistake.what:52}  {where}", flush=True)
+            rows.append(
+                {"trap": mistake.trap, "mistake": mistake.what, "where": where}
+                | outcome._replace(times={})._asdict()
+            )
+            print(
+                f"{mistake.trap:4}  {outcome.result:8}{outcome.seconds:5.1f} s  {mistake.what:52}  {where}",
+                flush=True,
+            )
     rows.sort(key=lambda row: row["trap"])
     caught = [row for row in rows if row["result"] == "caught"]
     for row in [row for row in rows if row not in caught]:
-        print(f"Not caught: {row['trap']}, {row['mistake']} ({row['where']}): {row['result']} {row['by']}")
-    print(f"{len(caught)} of {len(mistakes)} mistakes caught, of {len({m.trap for m in mistakes})} traps.")
+        print(
+            f"Not caught: {row['trap']}, {row['mistake']} ({row['where']}): {row['result']} {row['by']}"
+        )
+    print(
+        f"{len(caught)} of {len(mistakes)} mistakes caught, of {len({m.trap for m in mistakes})} traps."
+    )
     if harness.JSON.value:
         measured = {"benchmark": "mutations", "kit": before._asdict(), "results": rows}
         Path(harness.JSON.value).write_text(json.dumps(measured, indent=2))

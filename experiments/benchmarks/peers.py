@@ -1,7 +1,9 @@
-"""Peers to compare with, each in a process of its own that is pinned, kept warm, and given turns by one driver.
+"""Peers to compare with, each in a process of its own that is pinned, kept warm, and given turns by
+one driver.
 
-Peers are extras of the benchmarks, never of the library: each is installed by pip, from whatever index that is configured for,
-into a virtual environment of its own under --peers. One that cannot be installed is said to be missing, and the others run.
+Peers are extras of the benchmarks, never of the library: each is installed by pip, from whatever
+index that is configured for, into a virtual environment of its own under --peers. One that cannot
+be installed is said to be missing, and the others run.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ from typing import Any
 
 from absl import flags
 
-PEERS = flags.DEFINE_string("peers", "", "Folder of the peers' environments; by default one in the user's cache folder.")
+PEERS = flags.DEFINE_string(
+    "peers", "", "Folder of the peers' environments; by default one in the user's cache folder."
+)
 CORE = flags.DEFINE_integer("core", -1, "The core that all are pinned to; the last one by default.")
 
 _ROOT = Path(__file__).parents[2]
-# What to install, in order of preference: a build for CPUs alone is found only where an index offers it.
+# What to install, in order of preference: a build for CPUs alone is found only where an index
+# offers it.
 _PACKAGES = {
     "torch": (("torch==2.13.0+cpu", "numpy"), ("torch==2.13.0", "numpy")),
     "tensorflow": (("tensorflow==2.21.0", "tf_keras==2.21.0", "tensorflow-recommenders==0.7.7"),),
 }
-# For all alike: glibc otherwise returns buffers to the system and asks for them again at every step, which can double the time
-# of one; and large arrays in huge pages.
+# For all alike: glibc otherwise returns buffers to the system and asks for them again at every
+# step, which can double the time of one; and large arrays in huge pages.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -40,7 +45,8 @@ _ENVIRONMENT = {
 
 
 def python_of(peer: str) -> str | None:
-    """The interpreter that has `peer`, installed where needed; None, and a line that says why, where that cannot be."""
+    """The interpreter that has `peer`, installed where needed; None, and a line that says why,
+    where that cannot be."""
     if peer == "twotower":
         return sys.executable
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -55,7 +61,9 @@ def python_of(peer: str) -> str | None:
         if not error:
             (folder / "ready").touch()
             return str(python)
-    print(f"Without {peer}, which cannot be installed: {error.strip().splitlines()[-1]}", flush=True)
+    print(
+        f"Without {peer}, which cannot be installed: {error.strip().splitlines()[-1]}", flush=True
+    )
     return None
 
 
@@ -69,7 +77,8 @@ def _run(*command: str) -> str:
 
 
 class Worker:
-    """One contestant: a process that runs `experiments.benchmarks.contestants.<module>` and times what it is told to.
+    """One contestant: a process that runs `experiments.benchmarks.contestants.<module>` and times
+    what it is told to.
 
     Attributes:
         note: what the contestant has to say of itself, a version or the options that it found best.
@@ -77,10 +86,20 @@ class Worker:
 
     def __init__(self, peer: str, python: str, options: Mapping[str, Any]) -> None:
         core = CORE.value if CORE.value >= 0 else max(os.sched_getaffinity(0))
-        command = (python, "-m", f"experiments.benchmarks.contestants.{peer}_side", json.dumps({**options, "core": core}))
+        command = (
+            python,
+            "-m",
+            f"experiments.benchmarks.contestants.{peer}_side",
+            json.dumps({**options, "core": core}),
+        )
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(_ROOT)}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=_ROOT,
         )
         self.note = ""
 
@@ -101,20 +120,24 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"A contestant ended with status {self._process.wait()}: {self._process.args[-1]}")
+            raise RuntimeError(
+                f"A contestant ended with status {self._process.wait()}: {self._process.args[-1]}"
+            )
         return json.loads(line)
 
 
 @contextlib.contextmanager
 def workers(wanted: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, Worker]]:
-    """Warm workers: name -> (peer, options), those of missing peers left out; ended on the way out."""
+    """Warm workers: name -> (peer, options), those of missing peers left out; ended on the way
+    out."""
     found: dict[str, Worker] = {}
     try:
         for name, (peer, options) in wanted.items():
             python = python_of(peer)
             if python:
                 found[name] = Worker(peer, python, options)
-                # One after the other: they share a core, and a choice made by timing should not be disturbed.
+                # One after the other: they share a core, and a choice made by timing should not be
+                # disturbed.
                 found[name].ready()
         yield found
     finally:
@@ -122,8 +145,11 @@ def workers(wanted: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Iterator[dic
             worker.close()
 
 
-def turns(contestants: Mapping[str, Worker], *, rounds: int, repeats: Mapping[str, int]) -> dict[str, list[float]]:
-    """Milliseconds a repetition of each, one figure a round: they take turns, so that a busy machine slows all alike."""
+def turns(
+    contestants: Mapping[str, Worker], *, rounds: int, repeats: Mapping[str, int]
+) -> dict[str, list[float]]:
+    """Milliseconds a repetition of each, one figure a round: they take turns, so that a busy
+    machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, worker in contestants.items():
@@ -134,4 +160,3 @@ def turns(contestants: Mapping[str, Worker], *, rounds: int, repeats: Mapping[st
 def repeats_for(contestants: Mapping[str, Worker], milliseconds: float) -> dict[str, int]:
     """How often each is to run for its turn to take about so long."""
     return {name: max(1, round(milliseconds / worker(1))) for name, worker in contestants.items()}
-

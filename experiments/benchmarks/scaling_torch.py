@@ -1,10 +1,12 @@
-"""PyTorch on a GPU, for `scaling.py`: the same step of the same model, tensors on the card, compiled and not.
+"""PyTorch on a GPU, for `scaling.py`: the same step of the same model, tensors on the card,
+compiled and not.
 
     python -m experiments.benchmarks.scaling_torch D V B [B ...] [cpu]
 
-Prints {"batch": B, "name": "PyTorch, torch.compile, float32", "taken": seconds a step} a line. In-batch softmax without
-correction or masks, as a user of PyTorch writes it: sparse gradients of the tables, fused Adam, float32 products in
-TensorFloat-32, bfloat16 by autocast; compiled once for all batches.
+Prints {"batch": B, "name": "PyTorch, torch.compile, float32", "taken": seconds a step} a line.
+In-batch softmax without correction or masks, as a user of PyTorch writes it: sparse gradients of
+the tables, fused Adam, float32 products in TensorFloat-32, bfloat16 by autocast; compiled once for
+all batches.
 """
 
 import json
@@ -20,8 +22,11 @@ def main(width: int, rows: int, batches: list[int], device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"PyTorch {torch.__version__} sees no GPU.")
     torch.set_float32_matmul_precision("high")
-    forms = {"PyTorch, float32": (False, False), "PyTorch, torch.compile, float32": (True, False),
-             "PyTorch, torch.compile, bfloat16": (True, True)}  # fmt: skip
+    forms = {
+        "PyTorch, float32": (False, False),
+        "PyTorch, torch.compile, float32": (True, False),
+        "PyTorch, torch.compile, bfloat16": (True, True),
+    }
     for name, form in forms.items():
         for batch in batches:
             taken = _seconds(width, batch, rows, device, *form)

@@ -2,11 +2,13 @@
 
     python -m experiments.benchmarks.table_size [--quick] [--json=FILE] [--peers=FOLDER] [--core=N]
 
-1. Steps of one table of width 64 (4,096 Zipf-distributed ids looked up, a pointwise loss, its gradient, the update) of V rows,
-   by our sparse optimizers, PyTorch's, and dense Adam of both. Ours of 100,000 rows take their turns beside every other size:
-   flatness is a ratio within one table. The optimizers are apart from one another, so that two such tables fit into memory;
-   what does not is left out.
-2. Whole training steps, as `fit` runs them (batch of 1,024, symmetric softmax, row-wise Adagrad), of two models that differ
+1. Steps of one table of width 64 (4,096 Zipf-distributed ids looked up, a pointwise loss, its
+gradient, the update) of V rows,
+   by our sparse optimizers, PyTorch's, and dense Adam of both. Ours of 100,000 rows take their
+   turns beside every other size: flatness is a ratio within one table. The optimizers are apart
+   from one another, so that two such tables fit into memory; what does not is left out.
+2. Whole training steps, as `fit` runs them (batch of 1,024, symmetric softmax, row-wise Adagrad),
+of two models that differ
    in the rows of their tables.
 
 Figures are processor time on one core.
@@ -50,14 +52,21 @@ def main(argv: list[str]) -> None:
 
 
 def _compare(rows: int, group: dict[str, tuple[str, str, int]]) -> dict[str, dict]:
-    """Prints and gives the figures of tables of `rows`: the sparse ones by turns, the dense ones, which are large, alone."""
+    """Prints and gives the figures of tables of `rows`: the sparse ones by turns, the dense ones,
+    which are large, alone."""
     results: dict[str, list[float]] = {}
     sparse = {name: task for name, task in group.items() if "dense" not in name}
-    parts = [sparse] if rows <= 10**6 else [dict(pair) for pair in itertools.combinations(sparse.items(), 2)]
+    parts = (
+        [sparse]
+        if rows <= 10**6
+        else [dict(pair) for pair in itertools.combinations(sparse.items(), 2)]
+    )
     for part in [*parts, *({name: task} for name, task in group.items() if name not in sparse)]:
         needed = sum(tables for *_, tables in part.values()) * rows * _WIDTH * 4
         if needed > 0.8 * _available_memory():
-            print(f"Without {' and '.join(part)} of {rows:,} rows: {needed / 2**30:.1f} GiB are not available.")
+            print(
+                f"Without {' and '.join(part)} of {rows:,} rows: {needed / 2**30:.1f} GiB are not available."
+            )
             continue
         for name, times in _turns(rows, part).items():
             results.setdefault(name, []).extend(times)
@@ -80,11 +89,17 @@ def _turns(rows: int, part: dict[str, tuple[str, str, int]]) -> dict[str, list[f
 
 
 def _whole_steps(sizes: tuple[int, ...]) -> dict[str, dict]:
-    wanted = {f"{rows:,} rows": ("twotower", {"task": "whole_step", "rows": rows}) for rows in sizes}
+    wanted = {
+        f"{rows:,} rows": ("twotower", {"task": "whole_step", "rows": rows}) for rows in sizes
+    }
     with peers.workers(wanted) as found:
-        times = peers.turns(found, rounds=6 if harness.QUICK.value else 30, repeats=dict.fromkeys(found, 1))
+        times = peers.turns(
+            found, rounds=6 if harness.QUICK.value else 30, repeats=dict.fromkeys(found, 1)
+        )
     times = {name: [x / 8 for x in dispatches] for name, dispatches in times.items()}
-    return {"whole step": harness.table("whole step", times, unit="ms a step", base=next(iter(times)))}
+    return {
+        "whole step": harness.table("whole step", times, unit="ms a step", base=next(iter(times)))
+    }
 
 
 def _available_memory() -> float:

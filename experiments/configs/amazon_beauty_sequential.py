@@ -1,25 +1,27 @@
 """Amazon Beauty, protocol P-SEQ: what will each customer review next, from the last 50 items.
 
     export TWOTOWER_DATA=folder   # holds amazon-beauty/Beauty.txt
-    python -m experiments.repeat --config=experiments/configs/amazon_beauty_sequential.py --workdir=runs/beauty_seeds --baselines
-    python -m experiments.train --config=experiments/configs/amazon_beauty_sequential.py --workdir=runs/beauty   # or one seed
-    python -m experiments.export --workdir=runs/beauty
-    python -m experiments.evaluate --workdir=runs/beauty --k=10 --baselines
+    python -m experiments.repeat --config=experiments/configs/amazon_beauty_sequential.py
+    --workdir=runs/beauty_seeds --baselines python -m experiments.train
+    --config=experiments/configs/amazon_beauty_sequential.py --workdir=runs/beauty   # or one seed
+    python -m experiments.export --workdir=runs/beauty python -m experiments.evaluate
+    --workdir=runs/beauty --k=10 --baselines
 
-Any file of one user a line, "user item item ..." in order of time, has the same protocol: --config.data.path=FILE. Per user the
-last item is the test, the one before it validation; at test time the model sees validation too. All items of training are
-ranked less those that the user has seen, and a test item that training never saw is a miss; recall@10 and NDCG@10 are means over
-all users.
+Any file of one user a line, "user item item ..." in order of time, has the same protocol:
+--config.data.path=FILE. Per user the last item is the test, the one before it validation; at test
+time the model sees validation too. All items of training are ranked less those that the user has
+seen, and a test item that training never saw is a miss; recall@10 and NDCG@10 are means over all
+users.
 
-Tuned on validation alone. On test, training.seed 0, 1 and 2 (mean and deviation), beside the best published dot products (SASRec,
-sampled softmax; eSASRec) and EASE of the same training rows:
+Tuned on validation alone. On test, training.seed 0, 1 and 2 (mean and deviation), beside the best
+published dot products (SASRec, sampled softmax; eSASRec) and EASE of the same training rows:
 
                  model                                   published        EASE
     recall@10    .0955 +- .0002 (.0956 .0956 .0953)      .0921, .0928     .0695
     NDCG@10      .0578 +- .0003 (.0580 .0575 .0578)      .0531, .0523     .0392
 
-One standard error of recall@10 is .002. A training takes nine to twelve minutes of one core. Its 2,500 steps are 54 passes;
-another log is given as many.
+One standard error of recall@10 is .002. A training takes nine to twelve minutes of one core. Its
+2,500 steps are 54 passes; another log is given as many.
 """
 
 from twotower.config import defaults
@@ -33,7 +35,9 @@ def get_config():
     config.split.kind = "leave_last_out"
 
     config.features.user = {"history": {"type": "history", "max_length": 50}}
-    config.features.item = {"item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0, "initial_norm": 0.2}}
+    config.features.item = {
+        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.0, "initial_norm": 0.2}
+    }
     config.model.history.kind = "causal"
     config.model.history.block = "ligr"
     config.model.history.blocks = 2

@@ -1,15 +1,18 @@
-"""The generated shop with Arabic titles: a buyer is the weighted events of the past, and new items are found by their text.
+"""The generated shop with Arabic titles: a buyer is the weighted events of the past, and new items
+are found by their text.
 
     python -m experiments.train --config=experiments/configs/arabic_shop.py --workdir=runs/arabic
     python -m experiments.export --workdir=runs/arabic
     python -m experiments.evaluate --workdir=runs/arabic --k=10,50 --baselines
 
-A view weighs 1, an item in the cart 5, a purchase 10, and half of that after 30 days. Items are their id and their Arabic
-title. Half of the ids are dropped in training, so that titles learn to stand alone; items that training never saw, which
-`evaluate` prints apart, are found by nothing else. One cut in time: the last 10 % of the rows are the test, the 5 % before
-them validation. All 2,500 items are ranked for each user; seen items are masked.
+A view weighs 1, an item in the cart 5, a purchase 10, and half of that after 30 days. Items are
+their id and their Arabic title. Half of the ids are dropped in training, so that titles learn to
+stand alone; items that training never saw, which `evaluate` prints apart, are found by nothing
+else. One cut in time: the last 10 % of the rows are the test, the 5 % before them validation. All
+2,500 items are ranked for each user; seen items are masked.
 
-Tuned on validation alone. On test, mean ± deviation of training.seed 0, 1, 2, and the bar, baselines of the same training rows:
+Tuned on validation alone. On test, mean ± deviation of training.seed 0, 1, 2, and the bar,
+baselines of the same training rows:
 
                                          model            bar
     recall@10                            .2143 ± .0015    above popularity's .0280 (true preferences reach .3170)
@@ -18,9 +21,10 @@ Tuned on validation alone. On test, mean ± deviation of training.seed 0, 1, 2, 
 
 Item-kNN reaches .2359 and .1788 on these rows, EASE .2442 and .1906; neither can find a new item.
 
-The last is of 97 users. With category, brand and price beside the title, category and brand read by the history too, and
-oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818 ± .0195; but then new items lean on those columns: with
-the title alone told of them, .028. A training takes half a minute of one core.
+The last is of 97 users. With category, brand and price beside the title, category and brand read by
+the history too, and oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818 ± .0195;
+but then new items lean on those columns: with the title alone told of them, .028. A training takes
+half a minute of one core.
 """
 
 from twotower.config import defaults
@@ -39,10 +43,13 @@ def get_config():
         "city": {"type": "string", "embedding_size": 8},
         "gender": {"type": "string", "embedding_size": 8},
         "history": {
-            "type": "history", "max_length": 50, "reads": ("item_id",), "half_life": 30.0,
+            "type": "history",
+            "max_length": 50,
+            "reads": ("item_id",),
+            "half_life": 30.0,
             "weights": {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0},
         },
-    }  # fmt: skip
+    }
     config.features.item = {
         "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.5},
         "title_ar": {"type": "text", "embedding_size": 64, "max_length": 48},

@@ -1,30 +1,49 @@
-"""MovieLens-100K as a video service has it, protocol P-LOO: what was liked (4 stars or more), the last liked film of each user.
+"""MovieLens-100K as a video service has it, protocol P-LOO: what was liked (4 stars or more), the
+last liked film of each user.
 
     export TWOTOWER_DATA=folder   # holds movielens-100k/u.data and u.item
-    python -m experiments.train --config=experiments/configs/movielens_100k_video.py --workdir=runs/video
-    python -m experiments.export --workdir=runs/video
-    python -m experiments.evaluate --workdir=runs/video --k=10,50 --baselines
+    python -m experiments.train --config=experiments/configs/movielens_100k_video.py
+    --workdir=runs/video python -m experiments.export --workdir=runs/video python -m
+    experiments.evaluate --workdir=runs/video --k=10,50 --baselines
 
-The user tower reads the user's id and a bag of the last 50 films whose weights by recency are learned; the item tower the film's
-id and its genres. Both directions of the loss, a learned temperature that starts at .07. Films of one second do not know of
-each other.
+The user tower reads the user's id and a bag of the last 50 films whose weights by recency are
+learned; the item tower the film's id and its genres. Both directions of the loss, a learned
+temperature that starts at .07. Films of one second do not know of each other.
 
-Tuned on validation alone. On test, seen films masked, mean ± deviation of training.seed 0, 1, 2, and the bars, baselines of the
-same training rows (python -m experiments.repeat --config=experiments/configs/movielens_100k_video.py --workdir=... --baselines):
+Tuned on validation alone. On test, seen films masked, mean ± deviation of training.seed 0, 1, 2,
+and the bars, baselines of the same training rows (python -m experiments.repeat
+--config=experiments/configs/movielens_100k_video.py --workdir=... --baselines):
 
                  model             EASE      item-kNN   popularity
     recall@10    .1780 ± .0040     .1423     .1369      .0807
     NDCG@10      .0920 ± .0009     .0821     .0704      .0404
 
-A training takes a minute. A bidirectional Transformer in the place of the bag reached .072 on validation, the bag .100.
+A training takes a minute. A bidirectional Transformer in the place of the bag reached .072 on
+validation, the bag .100.
 """
 
 from twotower.config import defaults
 
 GENRES = (
-    "Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror",
-    "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
-)  # fmt: skip
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
 
 
 def get_config():
@@ -36,11 +55,21 @@ def get_config():
     config.data.item_table.path = "$TWOTOWER_DATA/movielens-100k/u.item"
     config.data.item_table.delimiter = "|"
     config.data.item_table.encoding = "latin-1"
-    config.data.item_table.names = ("item_id", "title", "released", "video", "imdb", "unknown", *GENRES)
+    config.data.item_table.names = (
+        "item_id",
+        "title",
+        "released",
+        "video",
+        "imdb",
+        "unknown",
+        *GENRES,
+    )
     config.data.where = (("rating", ">=", 4),)
 
     config.split.kind = "leave_last_out"
-    config.split.accept_leakage = ("future_rows",)  # the protocol holds out each user's last film, whenever that was
+    config.split.accept_leakage = (
+        "future_rows",
+    )  # the protocol holds out each user's last film, whenever that was
 
     # A flag a genre; 0 and 1 fall into two buckets.
     genres = {name: {"type": "int", "boundaries": (1.0,), "embedding_size": 4} for name in GENRES}

@@ -1,25 +1,26 @@
 """MovieLens latest-small through TFDS, cut in time: which films will each user rate next?
 
     export TWOTOWER_DATA=folder   # optional: where a folder in it holds ml-latest-small.zip, nothing is downloaded
-    python -m experiments.train --config=experiments/configs/movielens_small.py --workdir=runs/movielens_small
-    python -m experiments.export --workdir=runs/movielens_small
-    python -m experiments.evaluate --workdir=runs/movielens_small --k=10,50,100 --baselines
-    python -m experiments.query --workdir=runs/movielens_small --user=414 --k=10
+    python -m experiments.train --config=experiments/configs/movielens_small.py
+    --workdir=runs/movielens_small python -m experiments.export --workdir=runs/movielens_small
+    python -m experiments.evaluate --workdir=runs/movielens_small --k=10,50,100 --baselines python
+    -m experiments.query --workdir=runs/movielens_small --user=414 --k=10
 
-Protocol: all 100,836 ratings, whatever their value. One cut in time: 70 % train (up to August 2013), 15 % validation,
-15 % test (from 19 November 2016). All 9,742 films are ranked for each of the 96 users of the test rows, 87 of whom
-are new.
+Protocol: all 100,836 ratings, whatever their value. One cut in time: 70 % train (up to August
+2013), 15 % validation, 15 % test (from 19 November 2016). All 9,742 films are ranked for each of
+the 96 users of the test rows, 87 of whom are new.
 
-Tuned on validation alone. On test, mean of training.seed 0, 1, 2 (lowest to highest), baselines of the same training
-rows:
+Tuned on validation alone. On test, mean of training.seed 0, 1, 2 (lowest to highest), baselines of
+the same training rows:
 
     NDCG@10                   model                      popularity   last week
     seen items masked         .3528 (.3334 to .3753)     .3118        .0324
     nothing masked            .3326 (.3123 to .3541)     .3032        .0317
 
-The gain over popularity, masked, is .041; its standard error is .016 over users and .012 over seeds. Recall@10 of the index
-against exact: 1.0 (auto: ScaNN, brute force), .982 (--config.retrieval.index=scann_tree). A user asked about by id gets the
-last period; Retriever.recommend(rows=[{...}]) must bring its timestamp.
+The gain over popularity, masked, is .041; its standard error is .016 over users and .012 over
+seeds. Recall@10 of the index against exact: 1.0 (auto: ScaNN, brute force), .982
+(--config.retrieval.index=scann_tree). A user asked about by id gets the last period;
+Retriever.recommend(rows=[{...}]) must bring its timestamp.
 """
 
 from twotower.config import defaults
@@ -34,9 +35,9 @@ def get_config():
     config.split.validation = 0.15
     config.split.test = 0.15
 
-    # Nine of ten held-out users are new. What helps them is the out-of-vocabulary rows, well trained by a high
-    # oov_rate, and the time of the query: one of four periods of equally many rows, the last of which speaks for the
-    # future.
+    # Nine of ten held-out users are new. What helps them is the out-of-vocabulary rows, well
+    # trained by a high oov_rate, and the time of the query: one of four periods of equally many
+    # rows, the last of which speaks for the future.
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.6},
         "period": {"type": "int", "column": "timestamp", "buckets": 4, "embedding_size": 64},

@@ -1,27 +1,29 @@
 """A year of a gift shop's invoices, from its CSV as it is; what will each customer buy next?
 
     export TWOTOWER_DATA=folder   # holds online-retail/online_retail.csv.gz
-    python -m experiments.train --config=experiments/configs/online_retail.py --workdir=runs/online_retail
-    python -m experiments.export --workdir=runs/online_retail
-    python -m experiments.evaluate --workdir=runs/online_retail --k=10,50,100 --baselines
-    python -m experiments.query --workdir=runs/online_retail --user=17850 --k=10
+    python -m experiments.train --config=experiments/configs/online_retail.py
+    --workdir=runs/online_retail python -m experiments.export --workdir=runs/online_retail python -m
+    experiments.evaluate --workdir=runs/online_retail --k=10,50,100 --baselines python -m
+    experiments.query --workdir=runs/online_retail --user=17850 --k=10
 
-Protocol: cancelled invoices, quantities that are not positive and rows without a customer are dropped: 397,924 rows
-of 4,339 customers are left. One cut in time: validation from 2 November 2011, test from 21 November to 9 December.
-All 4,070 codes are ranked for each customer of the test rows. Repeated purchases stay (config.data.duplicates="all"):
-"first" would hide that customers come back to an item, and "last" would remove from training what is bought again
-later, which tells of the future. They count where nothing is masked; with seen items masked only items new to the
-customer are right answers.
+Protocol: cancelled invoices, quantities that are not positive and rows without a customer are
+dropped: 397,924 rows of 4,339 customers are left. One cut in time: validation from 2 November 2011,
+test from 21 November to 9 December. All 4,070 codes are ranked for each customer of the test rows.
+Repeated purchases stay (config.data.duplicates="all"): "first" would hide that customers come back
+to an item, and "last" would remove from training what is bought again later, which tells of the
+future. They count where nothing is masked; with seen items masked only items new to the customer
+are right answers.
 
-Tuned on validation alone. On test, mean of training.seed 0, 1, 2 (lowest to highest), baselines of the same training
-rows:
+Tuned on validation alone. On test, mean of training.seed 0, 1, 2 (lowest to highest), baselines of
+the same training rows:
 
     NDCG@10                   model                      EASE     item-kNN   popularity   last week
     seen items masked         .0911 (.0872 to .0938)     .0739    .0559      .0273        .0689
     nothing masked            .2433 (.2315 to .2503)     .2115    .1483      .0740        .1263
 
-Recall@10 of the index against exact: 1.0 (auto: ScaNN, brute force), .978 (--config.retrieval.index=scann_tree). A
-customer asked about by id gets the last period; Retriever.recommend(rows=[{...}]) must bring its timestamp.
+Recall@10 of the index against exact: 1.0 (auto: ScaNN, brute force), .978
+(--config.retrieval.index=scann_tree). A customer asked about by id gets the last period;
+Retriever.recommend(rows=[{...}]) must bring its timestamp.
 """
 
 from twotower.config import defaults
@@ -33,7 +35,11 @@ def get_config():
     config = defaults()
     config.data.source = "csv"
     config.data.interactions.path = _CSV
-    config.data.interactions.columns = {"user_id": "CustomerID", "item_id": "StockCode", "timestamp": "InvoiceDate"}
+    config.data.interactions.columns = {
+        "user_id": "CustomerID",
+        "item_id": "StockCode",
+        "timestamp": "InvoiceDate",
+    }
     config.data.user_table.path = _CSV
     config.data.user_table.columns = {"user_id": "CustomerID"}
     config.data.item_table.path = _CSV
@@ -47,8 +53,9 @@ def get_config():
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.05},
         "country": {"type": "string", "column": "Country", "embedding_size": 8},
-        # When the query is asked, as one of 32 periods with equally many rows. What sells changes with the season; a
-        # later query falls in the last period, so the newest rows of training speak for the time after it.
+        # When the query is asked, as one of 32 periods with equally many rows. What sells changes
+        # with the season; a later query falls in the last period, so the newest rows of training
+        # speak for the time after it.
         "period": {"type": "int", "column": "timestamp", "buckets": 32, "embedding_size": 64},
     }
     config.features.item = {

@@ -1,4 +1,5 @@
-"""The generated shop: 100,000 views, carts and purchases of 4,000 users and 2,500 items, whose true preferences are known.
+"""The generated shop: 100,000 views, carts and purchases of 4,000 users and 2,500 items, whose true
+preferences are known.
 
     bash launch_local.sh
 

@@ -5,12 +5,14 @@
     python -m experiments.export --workdir=runs/yelp
     python -m experiments.evaluate --workdir=runs/yelp --k=20
 
-Recall@20 / NDCG@20 with training items masked, mean of --config.training.seed=0, 1, 2: .0777 / .0653 (deviations .0002 / .0001).
-Published: matrix factorisation .0725 / .0599, LightGCN .0744 / .0617, both with BSL. Training takes 8 minutes on one core.
+Recall@20 / NDCG@20 with training items masked, mean of --config.training.seed=0, 1, 2: .0777 /
+.0653 (deviations .0002 / .0001). Published: matrix factorisation .0725 / .0599, LightGCN .0744 /
+.0617, both with BSL. Training takes 8 minutes on one core.
 
-The lists of the files are in the order of time, and the test rows are the last fifth of each user's. So the user is what they
-did last: a bag of the latest 30 places, where what an event counts for, by how many followed it, is learned. Options were chosen
-on the latest tenth of each user's training rows (--config.split.validation=0.1).
+The lists of the files are in the order of time, and the test rows are the last fifth of each
+user's. So the user is what they did last: a bag of the latest 30 places, where what an event counts
+for, by how many followed it, is learned. Options were chosen on the latest tenth of each user's
+training rows (--config.split.validation=0.1).
 """
 
 from twotower.config import defaults

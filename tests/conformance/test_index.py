@@ -1,4 +1,5 @@
-"""Traps of the index and of serving: another metric, old vectors, untuned trees, arbitrary answers."""
+"""Traps of the index and of serving: another metric, old vectors, untuned trees, arbitrary
+answers."""
 
 import dataclasses
 import json
@@ -51,29 +52,37 @@ def _unit(vectors):
 
 def _dots(run, users):
     """The dot products of the towers' vectors, and nothing else: [users, N]."""
-    embed = lambda side, features: np.asarray(run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, features)))  # noqa: E731
+    embed = lambda side, features: np.asarray(
+        run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, features))
+    )  # noqa: E731
     rows = run.prepared.encoder.encode("user", users)
     return embed("user", rows) @ embed("item", dict(run.prepared.features["item"])).T
 
 
 @pytest.mark.trap(7)
 def test_served_scores_are_dot_products_whatever_the_popularity(fresh, bundled):
-    """The correction left in at serving favours or punishes popular items: a served score is the plain dot product."""
+    """The correction left in at serving favours or punishes popular items: a served score is the
+    plain dot product."""
     retriever = Retriever.load(bundled)
     users = retriever.bundle.users.slice(0, 8)
     lists = retriever.recommend_many(users["user_id"].to_pylist(), k=20, exclude_seen=False)
     place = {item: n for n, item in enumerate(fresh.prepared.items["item_id"].to_pylist())}
     items = np.array([place[item] for item in lists["item_id"].to_pylist()]).reshape(8, 20)
     dots = _dots(fresh, users)
-    np.testing.assert_allclose(lists["score"].to_numpy().reshape(8, 20), np.take_along_axis(dots, items, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        lists["score"].to_numpy().reshape(8, 20), np.take_along_axis(dots, items, 1), atol=1e-5
+    )
     np.testing.assert_array_equal(items, np.argsort(-dots, axis=1, kind="stable")[:, :20])
 
 
 @pytest.mark.trap(7)
 def test_evaluated_scores_are_dot_products_whatever_the_popularity(fresh):
-    """Measured with the correction, served without: evaluation ranks by the plain dot product too."""
+    """Measured with the correction, served without: evaluation ranks by the plain dot product
+    too."""
     queries = make_queries(fresh.prepared, "test", "interaction")
-    scores = np.asarray(evaluate.model_scores(fresh.prepared, fresh.model, fresh.weights, queries)(slice(0, 8)))
+    scores = np.asarray(
+        evaluate.model_scores(fresh.prepared, fresh.model, fresh.weights, queries)(slice(0, 8))
+    )
     event = fresh.prepared.raw.test["event"].slice(0, 8)
     users = fresh.prepared.users.take(fresh.prepared.test.user[:8]).append_column("event", event)
     np.testing.assert_allclose(scores, _dots(fresh, users), atol=1e-5)
@@ -82,12 +91,15 @@ def test_evaluated_scores_are_dot_products_whatever_the_popularity(fresh):
 @pytest.fixture(scope="module")
 def unscaled(tmp_path_factory):
     """A run whose vectors have any length."""
-    return make_run(tmp_path_factory.mktemp("unscaled"), model={"normalize": False, "temperature": 1.0})
+    return make_run(
+        tmp_path_factory.mktemp("unscaled"), model={"normalize": False, "temperature": 1.0}
+    )
 
 
 @pytest.mark.trap(9)
 def test_the_index_ranks_by_the_metric_of_training(unscaled, tmp_path):
-    """Trained on dot product, indexed by distance: vectors of different lengths rank as the dot product ranks them."""
+    """Trained on dot product, indexed by distance: vectors of different lengths rank as the dot
+    product ranks them."""
     bundle = make_bundle(unscaled)
     assert np.ptp(np.linalg.norm(bundle.vectors, axis=1)) > 0.5
     users = bundle.users.slice(0, 16)
@@ -105,23 +117,31 @@ def test_scann_ranks_by_the_metric_of_training(scann, kind):
     rng = np.random.default_rng(0)
     items = rng.normal(size=(1200, 8)) * rng.lognormal(0, 1, (1200, 1))
     queries = rng.normal(size=(20, 8)).astype(np.float32)
-    index = build_index(items, RetrievalConfig(index=kind, target_recall=1.0), normalized=False, queries=queries)
-    assert overlap(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10]) > 0.99
+    index = build_index(
+        items, RetrievalConfig(index=kind, target_recall=1.0), normalized=False, queries=queries
+    )
+    assert (
+        overlap(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10]) > 0.99
+    )
 
 
 @pytest.mark.trap(9)
 def test_export_refuses_a_bundle_that_scores_otherwise_than_the_trainer(unscaled, tmp_path):
-    """Vectors normalised on the way to the index alone: export compares the written bundle with the towers."""
+    """Vectors normalised on the way to the index alone: export compares the written bundle with the
+    towers."""
     bundle = make_bundle(unscaled)
     vectors = _unit(bundle.vectors)
-    write_bundle(dataclasses.replace(bundle, vectors=vectors, index=ExactIndex(vectors)), tmp_path, step=1)
+    write_bundle(
+        dataclasses.replace(bundle, vectors=vectors, index=ExactIndex(vectors)), tmp_path, step=1
+    )
     with pytest.raises(BundleError, match="scores differ from the trainer's"):
         check_parity(unscaled, tmp_path)
 
 
 @pytest.mark.trap(18)
 def test_item_vectors_of_an_older_step_are_refused(fresh, bundled, tmp_path):
-    """Recall decays quietly when items are older than the user tower: the index knows the weights it was made with."""
+    """Recall decays quietly when items are older than the user tower: the index knows the weights
+    it was made with."""
     trained_on = dataclasses.replace(fresh, weights=fresh.model.init(jax.random.key(1)))
     mixed, newer = tmp_path / "mixed", tmp_path / "newer"
     newer.mkdir()
@@ -132,7 +152,9 @@ def test_item_vectors_of_an_older_step_are_refused(fresh, bundled, tmp_path):
     rewrite_manifest(mixed)
     with pytest.raises(BundleError, match="weights of another model"):
         load_bundle(mixed)
-    rewrite_manifest(mixed, model_version=json.loads((newer / "manifest.json").read_text())["model_version"])
+    rewrite_manifest(
+        mixed, model_version=json.loads((newer / "manifest.json").read_text())["model_version"]
+    )
     with pytest.raises(BundleError, match="the user tower is of model"):
         load_bundle(mixed)
 
@@ -140,7 +162,8 @@ def test_item_vectors_of_an_older_step_are_refused(fresh, bundled, tmp_path):
 @pytest.mark.trap(24)
 @pytest.mark.parametrize("index", [ExactIndex, None], ids=["exact", "approximate"])
 def test_excluded_items_never_come_back_though_fewer_than_k_remain(index):
-    """Pushed down by 1e5 they return when the list cannot be filled: they are dropped, and the list is short."""
+    """Pushed down by 1e5 they return when the list cannot be filled: they are dropped, and the list
+    is short."""
 
     class Approximate:
         """Searches as a ScaNN index does: without knowing what is excluded."""
@@ -152,19 +175,29 @@ def test_excluded_items_never_come_back_though_fewer_than_k_remain(index):
 
     items = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     queries = items[:3] * 2
-    exclude = Csr.from_pairs(np.repeat([0, 1], [9, 12]), np.r_[np.arange(9), np.arange(12)], num_rows=3)
+    exclude = Csr.from_pairs(
+        np.repeat([0, 1], [9, 12]), np.r_[np.arange(9), np.arange(12)], num_rows=3
+    )
     found = search_without((index or (lambda _: Approximate()))(items), items, queries, 5, exclude)
     scores, rows = found
-    assert set(rows[0, :3]) == {9, 10, 11} and (rows[0, 3:] == -1).all() and (rows[1] == -1).all() and (rows[2] >= 0).all()
+    assert (
+        set(rows[0, :3]) == {9, 10, 11}
+        and (rows[0, 3:] == -1).all()
+        and (rows[1] == -1).all()
+        and (rows[2] >= 0).all()
+    )
     assert np.isneginf(scores[rows < 0]).all()
 
 
 @pytest.mark.trap(32)
 def test_a_tree_is_tuned_until_it_reaches_its_recall(scann):
-    """Default settings of a tree lose recall: the leaves searched are those that reach the target, and are said."""
+    """Default settings of a tree lose recall: the leaves searched are those that reach the target,
+    and are said."""
     rng = np.random.default_rng(0)
     items, queries = _unit(rng.normal(size=(1500, 12))), _unit(rng.normal(size=(100, 12)))
-    index = ScannIndex.build(items, kind="scann_tree", queries=queries, target_recall=0.95, normalized=True)
+    index = ScannIndex.build(
+        items, kind="scann_tree", queries=queries, target_recall=0.95, normalized=True
+    )
     recall = overlap(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10])
     assert recall >= 0.95 and index.tuning.efforts[0].recall >= 0.95
     assert index.tuning.efforts[0].leaves < index.tuning.num_leaves
@@ -188,13 +221,16 @@ def test_scann_is_not_asked_what_says_nothing(scann, value):
     items = _unit(np.random.default_rng(0).normal(size=(60, 4)))
     queries = items[:3].copy()
     queries[1] = value
-    index = build_index(items, RetrievalConfig(index="scann_brute_force"), normalized=True, queries=items)
+    index = build_index(
+        items, RetrievalConfig(index="scann_brute_force"), normalized=True, queries=items
+    )
     with pytest.raises(QueryError, match="query vector 1 is"):
         index.search(queries, 5)
 
 
 def _top_k_widths(function, *shapes):
-    """The widths of the arrays that `function` gives to `top_k`, from its trace: nothing is computed."""
+    """The widths of the arrays that `function` gives to `top_k`, from its trace: nothing is
+    computed."""
     widths, left = [], [jax.make_jaxpr(function)(*shapes).jaxpr]
     while left:
         for equation in left.pop().eqns:
@@ -206,13 +242,16 @@ def _top_k_widths(function, *shapes):
 
 @pytest.mark.trap(34)
 def test_no_top_k_takes_a_whole_row():
-    """XLA sorts the row that `top_k` takes on a GPU: evaluation and search find the best groups first."""
+    """XLA sorts the row that `top_k` takes on a GPU: evaluation and search find the best groups
+    first."""
     scores = jax.ShapeDtypeStruct((2, 4_000_007), "float32")
     widths = _top_k_widths(lambda s: exact.grouped_top_k(s, 100), scores)
     assert len(widths) > 2 and max(widths) <= 32 * 100
     pairs, lists = jax.ShapeDtypeStruct((4,), "int32"), jax.ShapeDtypeStruct((2,), "int32")
     counts = jax.ShapeDtypeStruct((scores.shape[1],), "int32")
-    measured = _top_k_widths(lambda *x: evaluate._measure.__wrapped__(*x, ks=(10,)), scores, *[pairs] * 4, lists, counts)
+    measured = _top_k_widths(
+        lambda *x: evaluate._measure.__wrapped__(*x, ks=(10,)), scores, *[pairs] * 4, lists, counts
+    )
     assert len(measured) > 2 and max(measured) <= 32 * 10
 
 

@@ -1,4 +1,5 @@
-"""The kit itself: every trap has a test and a mistake, and the benchmark tells a mistake that is seen from one that is not."""
+"""The kit itself: every trap has a test and a mistake, and the benchmark tells a mistake that is
+seen from one that is not."""
 
 import ast
 import json
@@ -31,7 +32,8 @@ def test_every_test_of_the_kit_names_its_trap_and_says_what_it_is():
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.trap} {mistake.what}")
 def test_every_mistake_can_still_be_made(mistake):
-    """A snippet that stands in its module no longer: write the mistake anew, for the code as it is now."""
+    """A snippet that stands in its module no longer: write the mistake anew, for the code as it is
+    now."""
     for name, text in mutations.changed_sources(mistake).items():
         compile(text, name, "exec")
 
@@ -50,5 +52,7 @@ with tempfile.TemporaryDirectory() as cache:
 
 
 def test_a_mistake_that_matters_is_caught_and_a_harmless_change_is_missed():
-    done = subprocess.run([sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == ["caught", "missed", "broken"]

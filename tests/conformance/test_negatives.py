@@ -16,18 +16,38 @@ B, C, H, D = 3, 6, 2, 4
 def _arrays(scale=1.0):
     rng = np.random.default_rng(0)
     shapes = {"queries": (B, D), "positives": (B, D), "items": (C, D), "hard": (B, H, D)}
-    return {name: jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    return {
+        name: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
 
 
-def _loss(arrays, *, ids=range(10, 10 + C), owners=(-1,) * C, hard=((-1,) * H,) * B, loss="softmax", dtype=None, **options):
+def _loss(
+    arrays,
+    *,
+    ids=range(10, 10 + C),
+    owners=(-1,) * C,
+    hard=((-1,) * H,) * B,
+    loss="softmax",
+    dtype=None,
+    **options,
+):
     """Of B queries, of users 0 to B - 1, whose answers have the ids 0 to B - 1."""
     whole, kind = lambda x: jnp.asarray(x, jnp.int32), LOSSES[loss]  # noqa: E731
     return streaming_loss(
-        arrays["queries"], Positives(arrays["positives"], whole(range(B)), jnp.zeros(B)), arrays["items"],
-        Candidates(whole(ids), whole(owners), jnp.zeros(C)), loss=kind, weights=jnp.ones(B), scale=2.0,
-        owners=whole(range(B)), hard=Hard(arrays["hard"], whole(hard), jnp.zeros((B, H))), dtype=dtype,
-        constants=kind.constants(OBJECTIVE, 9), **options,
-    )  # fmt: skip
+        arrays["queries"],
+        Positives(arrays["positives"], whole(range(B)), jnp.zeros(B)),
+        arrays["items"],
+        Candidates(whole(ids), whole(owners), jnp.zeros(C)),
+        loss=kind,
+        weights=jnp.ones(B),
+        scale=2.0,
+        owners=whole(range(B)),
+        hard=Hard(arrays["hard"], whole(hard), jnp.zeros((B, H))),
+        dtype=dtype,
+        constants=kind.constants(OBJECTIVE, 9),
+        **options,
+    )
 
 
 def _gradients(arrays, **options):
@@ -37,27 +57,42 @@ def _gradients(arrays, **options):
 @pytest.mark.trap(10)
 @pytest.mark.parametrize("loss", ["softmax", "bpr"])
 def test_an_accidental_hit_has_probability_zero(loss):
-    """"Removed" by adding 1e-40, a hit stays a negative: its gradient, which is its probability, is exactly 0.
+    """ "Removed" by adding 1e-40, a hit stays a negative: its gradient, which is its probability,
+    is exactly 0.
 
-    Hits are known by id, wherever they stand: candidate 4 and a hard negative are the answer of query 1.
+    Hits are known by id, wherever they stand: candidate 4 and a hard negative are the answer of
+    query 1.
     """
     ids, hard = [10, 11, 12, 13, 1, 15], [[-1, -1], [1, 20], [-1, -1]]
     arrays = _arrays()
     moved = arrays | {"items": arrays["items"].at[4].add(7.0)}
-    (_, before), (_, after) = (_gradients(a, ids=ids, hard=hard, loss=loss) for a in (arrays, moved))
+    (_, before), (_, after) = (
+        _gradients(a, ids=ids, hard=hard, loss=loss) for a in (arrays, moved)
+    )
     # Moved far, it leaves query 1 as it was, to the bit.
-    assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [True, False, True]
+    assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [
+        True,
+        False,
+        True,
+    ]
     assert not before["hard"][1, 0].any() and before["hard"][1, 1].any()
 
 
 @pytest.mark.trap(11)
 def test_other_answers_of_the_user_are_no_negatives():
-    """Another positive of the same user as a negative: moved far, candidate 2 of user 1 leaves query 1 as it was."""
+    """Another positive of the same user as a negative: moved far, candidate 2 of user 1 leaves
+    query 1 as it was."""
     arrays, owners = _arrays(), [-1, -1, 1, -1, -1, 2]
     moved = arrays | {"items": arrays["items"].at[2].add(7.0)}
     (_, before), (_, after) = (_gradients(a, owners=owners) for a in (arrays, moved))
-    assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [True, False, True]
-    (_, before), (_, after) = (_gradients(a, owners=owners, mask_same_user=False) for a in (arrays, moved))
+    assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [
+        True,
+        False,
+        True,
+    ]
+    (_, before), (_, after) = (
+        _gradients(a, owners=owners, mask_same_user=False) for a in (arrays, moved)
+    )
     assert (before["queries"][1] != after["queries"][1]).any()
     assert ObjectiveConfig().mask_same_user
 
@@ -66,8 +101,11 @@ def test_other_answers_of_the_user_are_no_negatives():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_query_without_a_negative_costs_nothing(loss, dtype):
-    """A mask by adding finfo.min leaves a sum of masked ones: with all masked, loss and gradients are 0 and no NaN."""
-    value, gradients = _gradients(_arrays(), ids=[-1] * C, hard=[[-1, 0], [1, 1], [-1, 2]], loss=loss, dtype=dtype)
+    """A mask by adding finfo.min leaves a sum of masked ones: with all masked, loss and gradients
+    are 0 and no NaN."""
+    value, gradients = _gradients(
+        _arrays(), ids=[-1] * C, hard=[[-1, 0], [1, 1], [-1, 2]], loss=loss, dtype=dtype
+    )
     assert value == 0
     for gradient in gradients.values():
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
@@ -75,7 +113,8 @@ def test_a_query_without_a_negative_costs_nothing(loss, dtype):
 
 @pytest.mark.trap(12)
 def test_logits_are_float32_whatever_multiplies():
-    """Logits and masks in half precision overflow: with float16 operands and scores beyond 65,504 the loss is float32's."""
+    """Logits and masks in half precision overflow: with float16 operands and scores beyond 65,504
+    the loss is float32's."""
     arrays = {name: jnp.round(x) for name, x in _arrays(150.0).items()}
     value, gradients = _gradients(arrays, dtype=jnp.float16, ids=[10, 11, -1, 13, 1, 15])
     expected, exact = _gradients(arrays, ids=[10, 11, -1, 13, 1, 15])

@@ -28,22 +28,33 @@ def _log(*rows):
     ids=["at random", "what others did later", "the same pair", "the same moment"],
 )
 def test_a_split_that_leaks_fails_the_run_unless_accepted_by_name(kind, parts):
-    """Numbers too good: random splits of timed rows, trends of other users and repeated pairs are refused."""
+    """Numbers too good: random splits of timed rows, trends of other users and repeated pairs are
+    refused."""
     train, test = (_log(*rows) for rows in parts)
     leaky = Split(train, test.slice(0, 0), test)
     with pytest.raises(LeakageError) as refused:
         audit(leaky, SplitConfig(kind=kind))
     offered = refused.value.args[0].split("accept_leakage=")[1]
-    assert audit(leaky, SplitConfig(kind=kind, accept_leakage=tuple(name for name in FINDINGS if name in offered)))
+    assert audit(
+        leaky,
+        SplitConfig(kind=kind, accept_leakage=tuple(name for name in FINDINGS if name in offered)),
+    )
 
 
 @pytest.mark.trap(35)
 def test_of_equal_times_the_order_of_the_file_decides():
-    """Tied timestamps sorted as it happens move up to a quarter of the targets: the last row in the file is the last."""
+    """Tied timestamps sorted as it happens move up to a quarter of the targets: the last row in the
+    file is the last."""
     rng = np.random.default_rng(0)
     users, items = np.repeat([f"u{n}" for n in range(40)], 5), [f"i{n}" for n in range(200)]
     order = rng.permutation(200)
-    rows = pa.table({"user_id": users[order], "item_id": items, "timestamp": pa.array(np.full(200, 7), pa.int64())})
+    rows = pa.table(
+        {
+            "user_id": users[order],
+            "item_id": items,
+            "timestamp": pa.array(np.full(200, 7), pa.int64()),
+        }
+    )
     parts = split(rows, SplitConfig(kind="leave_last_out"))
     for name, place in (("test", -1), ("validation", -2)):
         expected = {u: [i for v, i in zip(users[order], items) if v == u][place] for u in users}

@@ -1,4 +1,5 @@
-"""Traps of what a checkpoint must hold: the optimizer's slots and the estimates of frequency, on any division of devices."""
+"""Traps of what a checkpoint must hold: the optimizer's slots and the estimates of frequency, on
+any division of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +19,32 @@ def _open(folder):
 
 
 def _equal(state, other):
-    for (path, array), expected in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True):
+    for (path, array), expected in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True
+    ):
         np.testing.assert_array_equal(array, expected, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.trap(29)
 @pytest.mark.trap(30)
 def test_a_state_goes_from_eight_devices_to_four_to_one_and_back(tmp_path):
-    """Slots that are not restored restart training cold, and frequencies jump: every array comes back, where it is asked for.
+    """Slots that are not restored restart training cold, and frequencies jump: every array comes
+    back, where it is asked for.
 
     Slots and estimates are made to differ from fresh ones first.
     """
-    trainer = tiny.build(objective={"negatives": {"uniform": 8, "frequency": "gap"}}, training={"tables": {"kind": "adagrad"}})
+    trainer = tiny.build(
+        objective={"negatives": {"uniform": 8, "frequency": "gap"}},
+        training={"tables": {"kind": "adagrad"}},
+    )
     fresh = tiny.start(trainer, 8)
-    state = jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 7 + 1, fresh)
-    assert all((a != b).all() for a, b in zip(jax.tree.leaves(state.table_slots), jax.tree.leaves(fresh.table_slots)))
+    state = jax.tree.map(
+        lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 7 + 1, fresh
+    )
+    assert all(
+        (a != b).all()
+        for a, b in zip(jax.tree.leaves(state.table_slots), jax.tree.leaves(fresh.table_slots))
+    )
     with _open(tmp_path) as checkpoints:
         for step, devices in enumerate((4, 1, 8)):
             checkpoints.save(step, state, record={}, metrics={})
@@ -62,7 +74,9 @@ def test_a_step_asks_the_frequencies_before_it_updates_them():
         np.testing.assert_allclose(heard["own"]["log_count"], expected, rtol=1e-5)
         assert (updated != expected).any()
         new = FREQUENCIES["gap"].update(state.frequency["item"], items, jnp.int32(seed))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.frequency["item"], new)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.frequency["item"], new
+        )
         state = after
 
 
@@ -70,7 +84,8 @@ def test_a_step_asks_the_frequencies_before_it_updates_them():
 @pytest.mark.trap(30)
 @pytest.mark.parametrize("name", FREQUENCIES)
 def test_estimates_are_arrays_alone_and_padding_does_not_touch_them(name):
-    """What is no array is not in the checkpoint; and rows without an id, which fill a batch up, are not counted as one."""
+    """What is no array is not in the checkpoint; and rows without an id, which fill a batch up, are
+    not counted as one."""
     estimator = FREQUENCIES[name]
     arrays = estimator.init(jnp.arange(1.0, 9.0), jnp.float32(36))
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(arrays))
@@ -86,7 +101,8 @@ def test_estimates_are_arrays_alone_and_padding_does_not_touch_them(name):
 
 @pytest.mark.trap(30)
 def test_ids_are_hashed_alike_in_every_process():
-    """Python's salted hash differs from process to process: these are the counters of ids 0 to 3, now and always."""
+    """Python's salted hash differs from process to process: these are the counters of ids 0 to 3,
+    now and always."""
     sketch = FREQUENCIES["sketch"]
     arrays = sketch.init(jnp.ones(4), jnp.float32(4))
     arrays = sketch.update(arrays, jnp.arange(4, dtype=jnp.int32), jnp.int32(0))

@@ -27,25 +27,34 @@ def table():
 
 @pytest.mark.trap(25)
 def test_row_0_is_padding_and_no_item(table):
-    """Id 0 as both: no value has row 0, it is zero, it is masked by length, and what it holds changes nothing."""
+    """Id 0 as both: no value has row 0, it is zero, it is masked by length, and what it holds
+    changes nothing."""
     assert KNOWN.rows(pa.array(["v0", "new", None, "v49"])).tolist()[2] == 0
     assert (KNOWN.rows(pa.array(["v0", "new", "v49"])) > 0).all() and not table[0].any()
     ids = jnp.array([[5, 7, 0, 0], [0, 0, 0, 0]])
     other = table.at[0].set(99.0)
     for one in (table, other):
-        np.testing.assert_allclose(pool(lookup(one, ids), ids), [(table[5] + table[7]) / 2, np.zeros(E)], rtol=1e-6)
+        np.testing.assert_allclose(
+            pool(lookup(one, ids), ids), [(table[5] + table[7]) / 2, np.zeros(E)], rtol=1e-6
+        )
     gradient = jax.grad(lambda t: jnp.sum(jnp.sin(pool(lookup(t, ids), ids))))(other)
     assert not gradient[0].any() and gradient[5].any()
 
 
 @pytest.mark.trap(27)
 def test_each_side_drops_units_of_its_own():
-    """The same of dropout: a unit that a user lost has no gradient in the user's row, and its item lost others."""
+    """The same of dropout: a unit that a user lost has no gradient in the user's row, and its item
+    lost others."""
     trainer = tiny.build(dropout=0.5)
     state = tiny.start(trainer)
-    after, *_ = tiny.step(trainer)(state, tiny.batch(users=np.arange(tiny.B), items=np.arange(tiny.B)))
+    after, *_ = tiny.step(trainer)(
+        state, tiny.batch(users=np.arange(tiny.B), items=np.arange(tiny.B))
+    )
     first = tiny.OOV + 1
-    user, item = (np.asarray(after.tables[s] != state.tables[s])[first : first + tiny.B] for s in ("user", "item"))
+    user, item = (
+        np.asarray(after.tables[s] != state.tables[s])[first : first + tiny.B]
+        for s in ("user", "item")
+    )
     both = user.any(1) & item.any(1)  # a vector of one unit or none has no gradient
     assert both.sum() > 4 and not user[both].all() and (user[both] != item[both]).mean() > 0.25
 
@@ -57,12 +66,15 @@ SIZES = pytest.mark.parametrize("rows, count", [(V, 8), (V, 200), (256, 300)])
 @pytest.mark.trap(25)
 @SIZES
 def test_no_update_reaches_row_0(table, rows, count):
-    """Padding has a gradient when it is looked up with the others: its row stays zero all the same."""
+    """Padding has a gradient when it is looked up with the others: its row stays zero all the
+    same."""
     ids, table = jnp.zeros(count, jnp.int32).at[:3].set(jnp.array([3, 0, 7])), table[:rows]
     for kind, optimizer in OPTIMIZERS.items():
-        update = jax.jit(lambda table, ids, optimizer=optimizer: apply_gradients(
-            optimizer, table, optimizer.init(table, 0.0), ids, jnp.ones((count, E)), 0.1, 0
-        ))  # fmt: skip
+        update = jax.jit(
+            lambda table, ids, optimizer=optimizer: apply_gradients(
+                optimizer, table, optimizer.init(table, 0.0), ids, jnp.ones((count, E)), 0.1, 0
+            )
+        )
         new, _, _ = update(table, ids)
         assert not new[0].any() and (new[3] != table[3]).all(), kind
 
@@ -82,21 +94,37 @@ def test_the_first_item_of_the_corpus_is_an_item():
 
 @pytest.mark.trap(26)
 def test_an_id_out_of_range_is_nan_on_any_number_of_devices(table):
-    """Clamped or wrapped it would be another row, silently: it is NaN, which stops training; its neighbours are themselves."""
+    """Clamped or wrapped it would be another row, silently: it is NaN, which stops training; its
+    neighbours are themselves."""
     ids = jnp.array([3, V, -1, V - 1, 10 * V, 0, 5, -V])
     mesh, group = make_mesh(4), Group("devices", 4)
     over_devices = jax.shard_map(
-        lambda t, i: lookup_rows(t, i, group.share(i), group), mesh=mesh, in_specs=(SPLIT, SPLIT), out_specs=SPLIT
+        lambda t, i: lookup_rows(t, i, group.share(i), group),
+        mesh=mesh,
+        in_specs=(SPLIT, SPLIT),
+        out_specs=SPLIT,
     )
     for found in (lookup(table, ids), jax.jit(over_devices)(table, ids)):
-        assert np.isnan(found).all(1).tolist() == [False, True, True, False, True, False, False, True]
-        np.testing.assert_array_equal(found[jnp.array([0, 3, 5, 6])], table[jnp.array([3, V - 1, 0, 5])])
+        assert np.isnan(found).all(1).tolist() == [
+            False,
+            True,
+            True,
+            False,
+            True,
+            False,
+            False,
+            True,
+        ]
+        np.testing.assert_array_equal(
+            found[jnp.array([0, 3, 5, 6])], table[jnp.array([3, V - 1, 0, 5])]
+        )
 
 
 @pytest.mark.trap(26)
 @pytest.mark.trap(27)
 def test_unknown_values_have_several_rows_of_their_own():
-    """One row for all unknown ids gives every new user one list: they are spread by hash, and lie within the table."""
+    """One row for all unknown ids gives every new user one list: they are spread by hash, and lie
+    within the table."""
     rows = KNOWN.rows(pa.array([f"new{n}" for n in range(400)]))
     assert set(rows.tolist()) == set(range(1, 9)) and np.bincount(rows)[1:].min() > 20
     assert KNOWN.rows(pa.array([f"v{n}" for n in range(50)])).min() == 9 and KNOWN.size == 59
@@ -106,10 +134,15 @@ def test_unknown_values_have_several_rows_of_their_own():
 
 @pytest.mark.trap(27)
 def test_known_ids_are_dropped_so_that_rows_of_unknown_ones_are_trained():
-    """Untrained rows are random: a share of known ids stands in for unknown ones, over all their rows, never padding."""
+    """Untrained rows are random: a share of known ids stands in for unknown ones, over all their
+    rows, never padding."""
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4)}
-    ids = jnp.concatenate([jnp.arange(5, 1005), jnp.zeros(100, jnp.int32), jnp.ones(100, jnp.int32)]).astype(jnp.int32)
-    found = np.asarray(drop_ids(inputs, {"id": ids}, jax.random.split(jax.random.key(0), 1200))["id"])
+    ids = jnp.concatenate(
+        [jnp.arange(5, 1005), jnp.zeros(100, jnp.int32), jnp.ones(100, jnp.int32)]
+    ).astype(jnp.int32)
+    found = np.asarray(
+        drop_ids(inputs, {"id": ids}, jax.random.split(jax.random.key(0), 1200))["id"]
+    )
     dropped = found[:1000] != ids[:1000]
     assert 0.2 < dropped.mean() < 0.3 and set(found[:1000][dropped].tolist()) == {1, 2, 3, 4}
     np.testing.assert_array_equal(found[1000:], ids[1000:])
@@ -117,11 +150,17 @@ def test_known_ids_are_dropped_so_that_rows_of_unknown_ones_are_trained():
 
 @pytest.mark.trap(27)
 def test_a_step_trains_rows_of_unknown_ids_and_each_side_drops_its_own():
-    """In the whole step; and one key for both sides would drop a user and its item together, or neither."""
+    """In the whole step; and one key for both sides would drop a user and its item together, or
+    neither."""
     trainer = tiny.build(oov_rate=0.5)
     state = tiny.start(trainer)
-    after, *_ = tiny.step(trainer)(state, tiny.batch(users=np.arange(tiny.B), items=np.arange(tiny.B)))
-    moved = {side: np.asarray((after.tables[side] != state.tables[side]).any(1)) for side in ("user", "item")}
+    after, *_ = tiny.step(trainer)(
+        state, tiny.batch(users=np.arange(tiny.B), items=np.arange(tiny.B))
+    )
+    moved = {
+        side: np.asarray((after.tables[side] != state.tables[side]).any(1))
+        for side in ("user", "item")
+    }
     for side, rows in moved.items():
         assert rows[1 : tiny.OOV + 1].all() and not rows[0], side
     user, item = (rows[tiny.OOV + 1 : tiny.OOV + 1 + tiny.B] for rows in moved.values())
@@ -132,13 +171,16 @@ def test_a_step_trains_rows_of_unknown_ids_and_each_side_drops_its_own():
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @SIZES
 def test_rows_that_no_batch_touched_keep_their_bits(table, kind, rows, count):
-    """Dense Adam or decay moves rows that nobody touched: each step changes those it used, and leaves those of the one before."""
+    """Dense Adam or decay moves rows that nobody touched: each step changes those it used, and
+    leaves those of the one before."""
     optimizer, table = OPTIMIZERS[kind], table[:rows]
     update = jax.jit(lambda *x: apply_gradients(optimizer, *x, jnp.ones((count, E)), 0.1, 0)[:2])
     slots = optimizer.init(table, 0.1)
     for first in (20, 120):
         new, slots = update(table, slots, jnp.arange(count, dtype=jnp.int32) % 5 + first)
-        assert np.flatnonzero(np.asarray(new != table).any(1)).tolist() == list(range(first, first + 5))
+        assert np.flatnonzero(np.asarray(new != table).any(1)).tolist() == list(
+            range(first, first + 5)
+        )
         table = new
 
 
@@ -149,7 +191,10 @@ def test_a_step_moves_the_rows_it_used_alone(devices):
     trainer = tiny.everything()
     state = tiny.start(trainer, devices)
     after, _, heard = tiny.step(trainer, devices)(state, tiny.batch())
-    used = {"user": {*np.asarray(heard["own"]["owners"])}, "item": {*np.asarray(heard["shared"]["ids"])}}
+    used = {
+        "user": {*np.asarray(heard["own"]["owners"])},
+        "item": {*np.asarray(heard["shared"]["ids"])},
+    }
     used["item"] |= {*np.asarray(heard["own"]["hard"]).ravel()}
     for side, ids in used.items():
         changed = set(np.flatnonzero(np.asarray(after.tables[side] != state.tables[side]).any(1)))
@@ -159,8 +204,16 @@ def test_a_step_moves_the_rows_it_used_alone(devices):
 
 @pytest.mark.trap(28)
 def test_decay_is_of_kernels_alone():
-    """Decay on tables shrinks rare items; tables are not optax's, and of what is, biases and scales are spared."""
-    optimizer = dense_optimizer(DenseOptimizerConfig(kind="adamw", learning_rate=1.0, weight_decay=0.5))
-    params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "log_temperature": jnp.float32(-2.0)}
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    """Decay on tables shrinks rare items; tables are not optax's, and of what is, biases and scales
+    are spared."""
+    optimizer = dense_optimizer(
+        DenseOptimizerConfig(kind="adamw", learning_rate=1.0, weight_decay=0.5)
+    )
+    params = {
+        "layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "log_temperature": jnp.float32(-2.0),
+    }
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     assert (updates["layer"]["kernel"] == -0.5).all() and not updates["layer"]["bias"].any()

@@ -1,4 +1,5 @@
-"""A shop of a few users and items without files: a trainer, its state and its step, on any number of devices."""
+"""A shop of a few users and items without files: a trainer, its state and its step, on any number
+of devices."""
 
 import contextlib
 import functools
@@ -13,31 +14,61 @@ from twotower.towers.two_tower import TwoTower
 from twotower.training import losses
 from twotower.training.candidates import Corpus
 from twotower.training.init import abstract_state, init_on
-from twotower.training.mesh import SPLIT, WHOLE, group_of, make_mesh, place, run_on, shardings, state_specs
+from twotower.training.mesh import (
+    SPLIT,
+    WHOLE,
+    group_of,
+    make_mesh,
+    place,
+    run_on,
+    shardings,
+    state_specs,
+)
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
 
 U, N, B, D, OOV = 24, 40, 16, 4, 2
-PLAIN = {"optimizer": {"kind": "sgd", "learning_rate": 0.02}, "tables": {"kind": "sgd", "learning_rate": 0.1}}
+PLAIN = {
+    "optimizer": {"kind": "sgd", "learning_rate": 0.02},
+    "tables": {"kind": "sgd", "learning_rate": 0.1},
+}
 
 
 def build(*, oov_rate=0.0, layers=(), dropout=0.0, objective=None, training=None):
-    """A trainer of ids alone, by plain gradient descent, which hides no factor. Items from 30 on have no training row."""
-    inputs = {side: {"id": Input(table=side, oov_rate=oov_rate, oov_rows=OOV)} for side in ("user", "item")}
-    tables = {"user": TableShape(rows=U + OOV + 1, width=D), "item": TableShape(rows=N + OOV + 1, width=D)}
+    """A trainer of ids alone, by plain gradient descent, which hides no factor. Items from 30 on
+    have no training row."""
+    inputs = {
+        side: {"id": Input(table=side, oov_rate=oov_rate, oov_rows=OOV)}
+        for side in ("user", "item")
+    }
+    tables = {
+        "user": TableShape(rows=U + OOV + 1, width=D),
+        "item": TableShape(rows=N + OOV + 1, width=D),
+    }
     towers = {side: {"layers": layers, "dropout": dropout} for side in inputs}
-    config = from_dict({
-        "model": towers, "objective": {"negatives": {"uniform": 0}} | (objective or {}),
-        "training": {"batch_size": B} | PLAIN | (training or {}),
-    })  # fmt: skip
-    return Trainer.build(config, TwoTower.build_from(config.model, inputs, tables), Corpus(U, N, N - 30))
+    config = from_dict(
+        {
+            "model": towers,
+            "objective": {"negatives": {"uniform": 0}} | (objective or {}),
+            "training": {"batch_size": B} | PLAIN | (training or {}),
+        }
+    )
+    return Trainer.build(
+        config, TwoTower.build_from(config.model, inputs, tables), Corpus(U, N, N - 30)
+    )
 
 
 def counts(seed=0):
     """Training rows of users and items, in no order."""
     rng = np.random.default_rng(seed)
-    item = np.append(rng.permutation(2.0 ** (np.arange(30) % 7)), np.zeros(N - 30)).astype(np.float32)
-    return {"user": np.full(U, item.sum() / U, np.float32), "item": item, "rows": np.float32(item.sum())}
+    item = np.append(rng.permutation(2.0 ** (np.arange(30) % 7)), np.zeros(N - 30)).astype(
+        np.float32
+    )
+    return {
+        "user": np.full(U, item.sum() / U, np.float32),
+        "item": item,
+        "rows": np.float32(item.sum()),
+    }
 
 
 def batch(seed=0, users=None, items=None):
@@ -46,20 +77,27 @@ def batch(seed=0, users=None, items=None):
     user = np.asarray(rng.integers(0, U // 2, B) if users is None else users, np.int32)
     item = np.asarray(rng.integers(0, 20, B) if items is None else items, np.int32)
     return {
-        "user": user, "item": item, "weight": rng.uniform(0.5, 2, B).astype(np.float32), "labels": {"l": np.ones(B, np.float32)},
-        "user_features": {"id": user + OOV + 1}, "item_features": {"id": item + OOV + 1},
-    }  # fmt: skip
+        "user": user,
+        "item": item,
+        "weight": rng.uniform(0.5, 2, B).astype(np.float32),
+        "labels": {"l": np.ones(B, np.float32)},
+        "user_features": {"id": user + OOV + 1},
+        "item_features": {"id": item + OOV + 1},
+    }
 
 
 def catalogue(trainer):
-    """What `train_step` needs of the corpus: features, popularity, and five explicit negatives of each user."""
+    """What `train_step` needs of the corpus: features, popularity, and five explicit negatives of
+    each user."""
     config, found = trainer.sources.config, {}
     if trainer.sources.needs_features:
         found["item_features"] = {"id": np.arange(N, dtype=np.int32) + OOV + 1}
     if config.popularity:
         found["popularity"] = popularity_table(counts()["item"], config.alpha)
     if config.explicit:
-        items = np.stack([np.random.default_rng(u).permutation(N)[:5] for u in range(U)]).astype(np.int32)
+        items = np.stack([np.random.default_rng(u).permutation(N)[:5] for u in range(U)]).astype(
+            np.int32
+        )
         found["explicit"] = {"items": items, "sizes": np.full(U, 5, np.int32)}
     return found
 
@@ -79,25 +117,33 @@ def plain():
 @functools.cache
 def mixed():
     """Candidates of every kind that is drawn; vectors are rows of tables."""
-    return build(objective={"label": "l", "negatives": {"uniform": 8, "popularity": 8, "explicit": 3}})
+    return build(
+        objective={"label": "l", "negatives": {"uniform": 8, "popularity": 8, "explicit": 3}}
+    )
 
 
 @functools.cache
 def everything():
-    """All that may differ between devices: draws, a queue, estimates, dropped ids and units, dense layers."""
+    """All that may differ between devices: draws, a queue, estimates, dropped ids and units, dense
+    layers."""
     negatives = {"uniform": 12, "popularity": 8, "explicit": 3, "queue": 2 * B, "frequency": "gap"}
-    return build(oov_rate=0.3, layers=(D,), dropout=0.3, objective={"label": "l", "negatives": negatives})
+    return build(
+        oov_rate=0.3, layers=(D,), dropout=0.3, objective={"label": "l", "negatives": negatives}
+    )
 
 
 @functools.cache
 def step(trainer, devices=1):
     """(state, batch) -> (state, metrics, heard), compiled once.
 
-    Heard is what the loss is told, without vectors: "own", of each query: the id and log count of its positive,
-    its owner, its weight and its hard negatives; and "shared": the candidates.
+    Heard is what the loss is told, without vectors: "own", of each query: the id and log count of
+    its positive, its owner, its weight and its hard negatives; and "shared": the candidates.
     """
     mesh = make_mesh(devices)
-    specs, given = state_specs(abstract_state(trainer, mesh)), place(mesh, catalogue(trainer), WHOLE)
+    specs, given = (
+        state_specs(abstract_state(trainer, mesh)),
+        place(mesh, catalogue(trainer), WHOLE),
+    )
 
     def one(state, rows, given):
         heard = []
@@ -105,7 +151,9 @@ def step(trainer, devices=1):
             return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard[0]
 
     out = (specs, WHOLE, {"own": SPLIT, "shared": WHOLE})
-    jitted = jax.jit(run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out))
+    jitted = jax.jit(
+        run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out)
+    )
     return lambda state, rows: jitted(state, place(mesh, rows, SPLIT), given)
 
 
@@ -114,8 +162,12 @@ def _listening(heard):
     original = losses.streaming_loss
 
     def listen(queries, positives, items, candidates, *, hard=None, **options):
-        own = {"ids": positives.ids, "log_count": positives.log_expected_count, "owners": options["owners"],
-               "weights": options["weights"]}  # fmt: skip
+        own = {
+            "ids": positives.ids,
+            "log_count": positives.log_expected_count,
+            "owners": options["owners"],
+            "weights": options["weights"],
+        }
         if hard is not None:
             own |= {"hard": hard.ids, "hard_log_count": hard.log_expected_count}
         heard.append({"own": own, "shared": candidates._asdict()})
@@ -129,19 +181,25 @@ def _listening(heard):
 
 
 def loss_by_hand(state, heard, log_count=None):
-    """The weighted mean loss of what was heard of a step from `state`, one pair after the other in float64, from table rows.
+    """The weighted mean loss of what was heard of a step from `state`, one pair after the other in
+    float64, from table rows.
 
     Args:
         log_count: id -> log expected count, in the place of what was heard.
     """
     heard = jax.tree.map(np.asarray, heard)
-    table = {side: _unit(np.asarray(state.tables[side], np.float64)[OOV + 1 :]) for side in ("user", "item")}
+    table = {
+        side: _unit(np.asarray(state.tables[side], np.float64)[OOV + 1 :])
+        for side in ("user", "item")
+    }
     own, shared = heard["own"], heard["shared"]
     temperature, losses = np.exp(float(state.params["log_temperature"])), []
     for b, (item, user) in enumerate(zip(own["ids"], own["owners"])):
 
         def logit(i, heard, user=user):
-            return table["user"][user] @ table["item"][i] / temperature - (log_count(i) if log_count else heard)
+            return table["user"][user] @ table["item"][i] / temperature - (
+                log_count(i) if log_count else heard
+            )
 
         negative = (shared["ids"] >= 0) & (shared["ids"] != item) & (shared["owners"] != user)
         pairs = [*zip(shared["ids"][negative], shared["log_expected_count"][negative])]

@@ -28,32 +28,50 @@ SPEC = {
 
 
 def shop(seed=0, users=40, items=30, rows=600):
-    """(training rows, users, items): the last users and items have no training row; every tenth value is missing."""
+    """(training rows, users, items): the last users and items have no training row; every tenth
+    value is missing."""
     rng = np.random.default_rng(seed)
 
     def holes(values):
         return [None if rng.random() < 0.1 else value for value in values]
 
-    train = pa.table({
-        "user_id": [f"u{n}" for n in rng.integers(0, users - 5, rows)],
-        "item_id": [f"i{n}" for n in rng.zipf(1.5, rows) % (items - 5)],
-        "timestamp": rng.integers(0, 400 * DAY, rows),
-        "page": holes(rng.choice(["home", "search", "mail"], rows, p=[0.6, 0.3, 0.1]).tolist()),
-    })  # fmt: skip
+    train = pa.table(
+        {
+            "user_id": [f"u{n}" for n in rng.integers(0, users - 5, rows)],
+            "item_id": [f"i{n}" for n in rng.zipf(1.5, rows) % (items - 5)],
+            "timestamp": rng.integers(0, 400 * DAY, rows),
+            "page": holes(rng.choice(["home", "search", "mail"], rows, p=[0.6, 0.3, 0.1]).tolist()),
+        }
+    )
     user_table = pa.table(
-        {"user_id": [f"u{n}" for n in range(users)], "age": pa.array(holes(rng.integers(10, 80, users).tolist()))}
+        {
+            "user_id": [f"u{n}" for n in range(users)],
+            "age": pa.array(holes(rng.integers(10, 80, users).tolist())),
+        }
     )
     genres = ["action", "drama", "comedy", "war"]
-    item_table = pa.table({
-        "item_id": [f"i{n}" for n in range(items)],
-        "genres": holes(["|".join(rng.choice(genres, rng.integers(0, 5), replace=False)) for _ in range(items)]),
-        "tags": holes([rng.choice(["new", "sale", "acme"], rng.integers(0, 3)).tolist() for _ in range(items)]),
-        "brand": holes(rng.choice(["acme", "umbrella"], items).tolist()),
-        "stock": pa.array(holes(rng.integers(0, 9, items).tolist())),
-        "price": pa.array(holes(rng.lognormal(3, 1, items).tolist())),
-        "title": holes([f"Shoe number {n} حذاء" for n in range(items)]),
-        "listed": pa.array(holes(rng.integers(0, 400 * DAY, items).tolist())),
-    })  # fmt: skip
+    item_table = pa.table(
+        {
+            "item_id": [f"i{n}" for n in range(items)],
+            "genres": holes(
+                [
+                    "|".join(rng.choice(genres, rng.integers(0, 5), replace=False))
+                    for _ in range(items)
+                ]
+            ),
+            "tags": holes(
+                [
+                    rng.choice(["new", "sale", "acme"], rng.integers(0, 3)).tolist()
+                    for _ in range(items)
+                ]
+            ),
+            "brand": holes(rng.choice(["acme", "umbrella"], items).tolist()),
+            "stock": pa.array(holes(rng.integers(0, 9, items).tolist())),
+            "price": pa.array(holes(rng.lognormal(3, 1, items).tolist())),
+            "title": holes([f"Shoe number {n} حذاء" for n in range(items)]),
+            "listed": pa.array(holes(rng.integers(0, 400 * DAY, items).tolist())),
+        }
+    )
     return train, user_table, item_table
 
 

@@ -20,56 +20,135 @@ def part(*rows: tuple) -> pa.Table:
         "user_id": pa.array([row[0] for row in rows], pa.string()),
         "item_id": pa.array([row[1] for row in rows], pa.string()),
     }
-    return pa.table(columns | ({"timestamp": pa.array([row[2] for row in rows], pa.int64())} if timed else {}))
+    return pa.table(
+        columns | ({"timestamp": pa.array([row[2] for row in rows], pa.int64())} if timed else {})
+    )
 
 
 def found(split: Split, kind: str) -> dict[str, int]:
-    return {finding.name: finding.rows for finding in audit(split, SplitConfig(kind=kind, accept_leakage=EVERYTHING))}
+    return {
+        finding.name: finding.rows
+        for finding in audit(split, SplitConfig(kind=kind, accept_leakage=EVERYTHING))
+    }
 
 
 TRAIN = [("u", "a", 10), ("u", "b", 20), ("v", "a", 11), ("v", "c", 30)]
 
-# fmt: off
 CASES = {  # name: (kind, train, validation, test, findings)
     "time: clean": ("time", TRAIN, [("u", "c", 31)], [("v", "b", 32)], {}),
     "time: people come back": ("time", TRAIN, [("u", "a", 31)], [("v", "a", 32)], {}),
-    "time: a test row at the last training second":
-        ("time", TRAIN, [], [("v", "b", 30), ("u", "c", 31)], {"time_order": 1}),
-    "time: validation after test":
-        ("time", TRAIN, [("u", "c", 40)], [("v", "b", 35), ("v", "d", 41)], {"time_order": 1}),
-    "random: with times": ("random", TRAIN, [("u", "c", 5)], [("v", "b", 15), ("v", "d", 16)], {"random_split": 3}),
-    "random: a pair again":
-        ("random", TRAIN, [], [("v", "b", 15), ("v", "c", 16)], {"random_split": 2, "repeated_pairs": 1}),
-    "random: a row again":
-        ("random", TRAIN, [], [("v", "c", 30)], {"random_split": 1, "repeated_pairs": 1, "identical_rows": 1}),
-    "random: test repeats validation":
-        ("random", TRAIN, [("u", "c", 5)], [("u", "c", 6)], {"random_split": 2, "repeated_pairs": 1}),
-    "leave_last_out: a test row before another user's training row":
-        ("leave_last_out", TRAIN, [], [("u", "c", 25), ("v", "b", 31)], {"future_rows": 1}),
-    "leave_last_out: all test rows after all training rows":
-        ("leave_last_out", TRAIN, [], [("u", "c", 30), ("v", "b", 31)], {}),
-    "leave_last_out: validation alone": ("leave_last_out", TRAIN, [("u", "c", 15)], [], {"future_rows": 2}),
-    "leave_last_out: a pair again": ("leave_last_out", TRAIN, [], [("u", "a", 31)], {"repeated_pairs": 1}),
+    "time: a test row at the last training second": (
+        "time",
+        TRAIN,
+        [],
+        [("v", "b", 30), ("u", "c", 31)],
+        {"time_order": 1},
+    ),
+    "time: validation after test": (
+        "time",
+        TRAIN,
+        [("u", "c", 40)],
+        [("v", "b", 35), ("v", "d", 41)],
+        {"time_order": 1},
+    ),
+    "random: with times": (
+        "random",
+        TRAIN,
+        [("u", "c", 5)],
+        [("v", "b", 15), ("v", "d", 16)],
+        {"random_split": 3},
+    ),
+    "random: a pair again": (
+        "random",
+        TRAIN,
+        [],
+        [("v", "b", 15), ("v", "c", 16)],
+        {"random_split": 2, "repeated_pairs": 1},
+    ),
+    "random: a row again": (
+        "random",
+        TRAIN,
+        [],
+        [("v", "c", 30)],
+        {"random_split": 1, "repeated_pairs": 1, "identical_rows": 1},
+    ),
+    "random: test repeats validation": (
+        "random",
+        TRAIN,
+        [("u", "c", 5)],
+        [("u", "c", 6)],
+        {"random_split": 2, "repeated_pairs": 1},
+    ),
+    "leave_last_out: a test row before another user's training row": (
+        "leave_last_out",
+        TRAIN,
+        [],
+        [("u", "c", 25), ("v", "b", 31)],
+        {"future_rows": 1},
+    ),
+    "leave_last_out: all test rows after all training rows": (
+        "leave_last_out",
+        TRAIN,
+        [],
+        [("u", "c", 30), ("v", "b", 31)],
+        {},
+    ),
+    "leave_last_out: validation alone": (
+        "leave_last_out",
+        TRAIN,
+        [("u", "c", 15)],
+        [],
+        {"future_rows": 2},
+    ),
+    "leave_last_out: a pair again": (
+        "leave_last_out",
+        TRAIN,
+        [],
+        [("u", "a", 31)],
+        {"repeated_pairs": 1},
+    ),
     "fixed: clean": ("fixed", TRAIN, [("u", "c", 31)], [("v", "b", 32)], {}),
-    "fixed: out of order": ("fixed", TRAIN, [], [("u", "c", 15), ("v", "b", 32)], {"time_order": 1}),
-    "fixed: a row again":
-        ("fixed", TRAIN, [], [("v", "c", 30)], {"time_order": 1, "repeated_pairs": 1, "identical_rows": 1}),
+    "fixed: out of order": (
+        "fixed",
+        TRAIN,
+        [],
+        [("u", "c", 15), ("v", "b", 32)],
+        {"time_order": 1},
+    ),
+    "fixed: a row again": (
+        "fixed",
+        TRAIN,
+        [],
+        [("v", "c", 30)],
+        {"time_order": 1, "repeated_pairs": 1, "identical_rows": 1},
+    ),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_audit_finds_what_was_planted_and_counts_its_rows(name):
     kind, train, validation, test, expected = CASES[name]
     assert (
-        found(Split(*(part(*rows) if rows else part(*train).slice(0, 0) for rows in (train, validation, test))), kind)
+        found(
+            Split(
+                *(
+                    part(*rows) if rows else part(*train).slice(0, 0)
+                    for rows in (train, validation, test)
+                )
+            ),
+            kind,
+        )
         == expected
     )
 
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("random", {"repeated_pairs": 1}), ("leave_last_out", {"repeated_pairs": 1}), ("fixed", {"repeated_pairs": 1})],
+    [
+        ("random", {"repeated_pairs": 1}),
+        ("leave_last_out", {"repeated_pairs": 1}),
+        ("fixed", {"repeated_pairs": 1}),
+    ],
 )
 def test_without_timestamps_only_pairs_can_be_compared(kind, expected):
     train, test = part(("u", "a"), ("u", "b"), ("v", "a")), part(("v", "b"), ("u", "b"))
@@ -77,7 +156,10 @@ def test_without_timestamps_only_pairs_can_be_compared(kind, expected):
 
 
 def test_pairs_are_compared_by_both_ids():
-    train, test = part(("u", "a"), ("v", "b"), ("x", "c")), part(("u", "b"), ("v", "a"), ("a", "u"), ("c", "x"))
+    train, test = (
+        part(("u", "a"), ("v", "b"), ("x", "c")),
+        part(("u", "b"), ("v", "a"), ("a", "u"), ("c", "x")),
+    )
     assert found(Split(train, train.slice(0, 0), test), "random") == {}
 
 
@@ -86,11 +168,14 @@ def test_repeats_are_those_of_sets_of_tuples(seed):
     rng = np.random.default_rng(seed)
     rows = [
         (str(u), str(i), int(t))
-        for u, i, t in zip(rng.integers(20, size=300), rng.integers(20, size=300), rng.integers(3, size=300))
+        for u, i, t in zip(
+            rng.integers(20, size=300), rng.integers(20, size=300), rng.integers(3, size=300)
+        )
     ]
     parts = split(part(*rows), SplitConfig(kind="random", validation=0.2, test=0.2, seed=seed))
     train, validation, test = (
-        [tuple(row.values()) for row in table.to_pylist()] for table in (parts.train, parts.validation, parts.test)
+        [tuple(row.values()) for row in table.to_pylist()]
+        for table in (parts.train, parts.validation, parts.test)
     )
 
     def repeats(width: int) -> int:
@@ -98,7 +183,11 @@ def test_repeats_are_those_of_sets_of_tuples(seed):
         held = sum(row[:width] in before for row in validation)
         return held + sum(row[:width] in before | {v[:width] for v in validation} for row in test)
 
-    assert found(parts, "random") == {"random_split": 120, "repeated_pairs": repeats(2), "identical_rows": repeats(3)}
+    assert found(parts, "random") == {
+        "random_split": 120,
+        "repeated_pairs": repeats(2),
+        "identical_rows": repeats(3),
+    }
     assert repeats(2) > repeats(3) > 0
 
 
@@ -106,7 +195,9 @@ def test_a_split_by_time_of_a_log_that_repeats_itself_passes_by_default():
     rng = np.random.default_rng(0)
     rows = [
         (str(u), str(i), int(t))
-        for u, i, t in zip(rng.integers(5, size=300), rng.integers(5, size=300), rng.integers(30, size=300))
+        for u, i, t in zip(
+            rng.integers(5, size=300), rng.integers(5, size=300), rng.integers(30, size=300)
+        )
     ]
     assert audit(split(part(*rows + rows), SplitConfig()), SplitConfig()) == []
 
@@ -128,12 +219,16 @@ def test_a_refusal_says_what_was_found_with_an_example_why_it_flatters_and_how_t
     with pytest.raises(LeakageError) as error:
         audit(rows, SplitConfig(kind="random", accept_leakage=("random_split",)))
     assert "random_split:" not in str(error.value)
-    accepted = audit(rows, SplitConfig(kind="random", accept_leakage=("random_split", "repeated_pairs")))
+    accepted = audit(
+        rows, SplitConfig(kind="random", accept_leakage=("random_split", "repeated_pairs"))
+    )
     assert [finding.name for finding in accepted] == ["random_split", "repeated_pairs"]
 
 
 def test_an_unknown_name_among_the_accepted_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="accept_leakage='random_splits'.*did you mean 'random_split'"):
+    with pytest.raises(
+        ConfigError, match="accept_leakage='random_splits'.*did you mean 'random_split'"
+    ):
         audit(Split(*[part(*TRAIN)] * 3), SplitConfig(accept_leakage=("random_splits",)))
 
 

@@ -1,4 +1,5 @@
-"""Batches: every row once a pass, a function of (seed, step) alone, one content whether resident or streamed."""
+"""Batches: every row once a pass, a function of (seed, step) alone, one content whether resident or
+streamed."""
 
 import jax
 import numpy as np
@@ -14,12 +15,20 @@ def _batches(batch_size=10, seed=0, resident_megabytes=100, rows=N):
     rng = np.random.default_rng(0)
     return Batches(
         Rows(
-            rng.integers(0, USERS, rows).astype(np.int32), rng.integers(0, ITEMS, rows).astype(np.int32),
-            rng.random(rows, np.float32), None, {"hour": np.arange(rows, dtype=np.int32)},
+            rng.integers(0, USERS, rows).astype(np.int32),
+            rng.integers(0, ITEMS, rows).astype(np.int32),
+            rng.random(rows, np.float32),
+            None,
+            {"hour": np.arange(rows, dtype=np.int32)},
         ),
-        {"user": {"id": np.arange(USERS, dtype=np.int32) + 100}, "item": {"words": np.arange(ITEMS * 3).reshape(ITEMS, 3)}},
-        batch_size=batch_size, seed=seed, resident_megabytes=resident_megabytes,
-    )  # fmt: skip
+        {
+            "user": {"id": np.arange(USERS, dtype=np.int32) + 100},
+            "item": {"words": np.arange(ITEMS * 3).reshape(ITEMS, 3)},
+        },
+        batch_size=batch_size,
+        seed=seed,
+        resident_megabytes=resident_megabytes,
+    )
 
 
 def test_every_row_once_a_pass_though_batches_cross_its_end():
@@ -58,5 +67,7 @@ def test_data_above_the_budget_is_not_resident():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ConfigError, match="batch_size=200 is larger than the data: there are 103 training rows"):
+    with pytest.raises(
+        ConfigError, match="batch_size=200 is larger than the data: there are 103 training rows"
+    ):
         _batches(batch_size=200)

@@ -1,4 +1,5 @@
-"""The encoder's folder: the same bits after a round trip; whole or not at all; corrupt and foreign ones refused."""
+"""The encoder's folder: the same bits after a round trip; whole or not at all; corrupt and foreign
+ones refused."""
 
 import json
 
@@ -16,7 +17,11 @@ def test_a_saved_encoder_encodes_the_same_bits(tmp_path):
     encoder.save(tmp_path / "encoder")
     again = Encoder.load(tmp_path / "encoder")
     assert_same(encode_all(again, shop(seed=1)), encode_all(encoder, shop(seed=1)))
-    assert (again.spec, again.context, again.fitted_on) == (encoder.spec, encoder.context, encoder.fitted_on)
+    assert (again.spec, again.context, again.fitted_on) == (
+        encoder.spec,
+        encoder.context,
+        encoder.fitted_on,
+    )
     assert (again.inputs, again.tables.keys()) == (encoder.inputs, encoder.tables.keys())
     assert {path.suffix for path in (tmp_path / "encoder").iterdir()} == {".json", ".npy"}
 
@@ -34,16 +39,43 @@ def flip_a_byte(path):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda folder: (folder / "encoder.json").unlink(), "holds no encoder: there is no encoder.json"),
-    (lambda folder: (folder / "encoder.json").write_text("{"), "encoder.json is corrupt: it is not JSON"),
-    (lambda folder: (folder / "encoder.json").write_bytes(b"\xff\xfe"), "encoder.json is corrupt: it is not JSON"),
-    (lambda folder: (folder / "encoder.json").write_text('{"layers": 3}'), "encoder.json was not written by twotower"),
-    (lambda folder: (folder / "vocabulary_0_bytes.npy").unlink(), "it lacks vocabulary_0_bytes.npy"),
-    (lambda folder: flip_a_byte(folder / "vocabulary_0_bytes.npy"), "vocabulary_0_bytes.npy is corrupt"),
-    (lambda folder: flip_a_number(folder / "encoder.json"), "encoder.json is corrupt: its sha256"),
-    (lambda folder: set_version(folder / "encoder.json"), "has version 99; this twotower reads version 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (
+            lambda folder: (folder / "encoder.json").unlink(),
+            "holds no encoder: there is no encoder.json",
+        ),
+        (
+            lambda folder: (folder / "encoder.json").write_text("{"),
+            "encoder.json is corrupt: it is not JSON",
+        ),
+        (
+            lambda folder: (folder / "encoder.json").write_bytes(b"\xff\xfe"),
+            "encoder.json is corrupt: it is not JSON",
+        ),
+        (
+            lambda folder: (folder / "encoder.json").write_text('{"layers": 3}'),
+            "encoder.json was not written by twotower",
+        ),
+        (
+            lambda folder: (folder / "vocabulary_0_bytes.npy").unlink(),
+            "it lacks vocabulary_0_bytes.npy",
+        ),
+        (
+            lambda folder: flip_a_byte(folder / "vocabulary_0_bytes.npy"),
+            "vocabulary_0_bytes.npy is corrupt",
+        ),
+        (
+            lambda folder: flip_a_number(folder / "encoder.json"),
+            "encoder.json is corrupt: its sha256",
+        ),
+        (
+            lambda folder: set_version(folder / "encoder.json"),
+            "has version 99; this twotower reads version 1",
+        ),
+    ],
+)
 def test_a_corrupt_or_foreign_folder_is_refused(tmp_path, harm, message):
     fitted().save(tmp_path / "encoder")
     harm(tmp_path / "encoder")
@@ -87,7 +119,9 @@ def test_replacing_a_folder_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_whenever_a_replacement_is_killed_the_next_one_still_has_a_folder_to_replace(tmp_path, renames):
+def test_whenever_a_replacement_is_killed_the_next_one_still_has_a_folder_to_replace(
+    tmp_path, renames
+):
     """Killed after so many renames, with nothing tidied; the next one fails in its block."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()

@@ -1,4 +1,5 @@
-"""Labels from the log to the batch; what is no label is refused by name, and only rows with label 1 are answers."""
+"""Labels from the log to the batch; what is no label is refused by name, and only rows with label 1
+are answers."""
 
 import jax
 import numpy as np
@@ -34,12 +35,14 @@ def make(tmp_path, table, *, objective=None, features=None, kind="parquet", **da
     path = tmp_path / f"log.{kind}"
     (pyarrow.parquet.write_table if kind == "parquet" else pa.csv.write_csv)(table, path)
     return prepare(
-        from_dict({
-            "data": {"source": kind, "interactions": {"path": str(path)}, **data},
-            "objective": objective or {"label": "click", "heads": {"like": {"label": "like"}}},
-            "features": features or {},
-        })
-    )  # fmt: skip
+        from_dict(
+            {
+                "data": {"source": kind, "interactions": {"path": str(path)}, **data},
+                "objective": objective or {"label": "click", "heads": {"like": {"label": "like"}}},
+                "features": features or {},
+            }
+        )
+    )
 
 
 def expected(n):
@@ -58,21 +61,34 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["click", "label"])
 def test_a_label_is_0_1_or_nan_however_it_is_written(tmp_path, kind, form, name):
-    prepared = make(tmp_path, log(FORMS[form], name=name), kind=kind, objective={"heads": {"a": {"label": name}}})
-    found = np.concatenate([getattr(prepared, part).labels[name] for part in ("train", "validation", "test")])
+    prepared = make(
+        tmp_path,
+        log(FORMS[form], name=name),
+        kind=kind,
+        objective={"heads": {"a": {"label": name}}},
+    )
+    found = np.concatenate(
+        [getattr(prepared, part).labels[name] for part in ("train", "validation", "test")]
+    )
     np.testing.assert_array_equal(found, expected(ROWS))
     assert found.dtype == np.float32 and list(prepared.train.labels) == [name]
 
 
 def test_a_column_named_twice_is_read_once_and_no_column_is_read_unasked(tmp_path):
-    prepared = make(tmp_path, log(CLICK), objective={"label": "like", "heads": {"a": {"label": "like"}, "b": {"label": "click"}}})
+    prepared = make(
+        tmp_path,
+        log(CLICK),
+        objective={"label": "like", "heads": {"a": {"label": "like"}, "b": {"label": "click"}}},
+    )
     assert sorted(prepared.test.labels) == ["click", "like"]
     assert make(tmp_path, log(CLICK), objective={"loss": "softmax"}).train.labels == {}
 
 
 def test_a_batch_has_the_labels_of_its_rows_on_the_host_and_on_the_device(tmp_path):
     prepared = make(tmp_path, log(CLICK))
-    batches = Batches(prepared.train, prepared.features, batch_size=16, seed=0, resident_megabytes=1)
+    batches = Batches(
+        prepared.train, prepared.features, batch_size=16, seed=0, resident_megabytes=1
+    )
     index = batches.indices(1)
     assert not np.array_equal(index, np.sort(index))
     for batch in (gather(batches.resident, index), jax.jit(gather)(batches.resident, index)):
@@ -83,23 +99,45 @@ def test_a_batch_has_the_labels_of_its_rows_on_the_host_and_on_the_device(tmp_pa
 def test_where_filters_rows_with_their_labels(tmp_path):
     prepared = make(tmp_path, log(CLICK), where=(("clicks", "!=", 2), ("click", "!=", None)))
     kept = np.array([n for n in range(ROWS) if n % 4 != 2 and CLICK[n % 7] is not None])
-    np.testing.assert_array_equal(prepared.train.labels["click"], expected(ROWS)[kept][: len(prepared.train)])
+    np.testing.assert_array_equal(
+        prepared.train.labels["click"], expected(ROWS)[kept][: len(prepared.train)]
+    )
     np.testing.assert_array_equal(prepared.train.timestamp, kept[: len(prepared.train)])
 
 
 REFUSED = {
-    "no such column, the nearest named": (CLICK, {"label": "clik"}, r"objective\.label='clik'.*no field 'clik'.*mean 'click'"),
-    "of a head": (CLICK, {"heads": {"x": {"label": "lik"}}}, r"heads\.x\.label='lik'.*did you mean 'like'"),
+    "no such column, the nearest named": (
+        CLICK,
+        {"label": "clik"},
+        r"objective\.label='clik'.*no field 'clik'.*mean 'click'",
+    ),
+    "of a head": (
+        CLICK,
+        {"heads": {"x": {"label": "lik"}}},
+        r"heads\.x\.label='lik'.*did you mean 'like'",
+    ),
     "a head without one": (CLICK, {"heads": {"x": {}}}, r"heads\.x\.label='' must name"),
-    "a count": (CLICK, {"label": "clicks"}, r"label='clicks': 2 in row 3 .*user_id='u2', item_id='i2', timestamp=2"),
+    "a count": (
+        CLICK,
+        {"label": "clicks"},
+        r"label='clicks': 2 in row 3 .*user_id='u2', item_id='i2', timestamp=2",
+    ),
     "minus one": ([1, 0, 1, -1], {"label": "click"}, r"'click': -1 in row 4 "),
     "a share": ([1, 0.5, 0], {"label": "click"}, r"'click': 0\.5 in row 2 "),
     "infinite": ([1.0, 0.0, 1.0, float("inf")], {"label": "click"}, r"'click': inf in row 4 "),
     "text": ([None, "1", "0"], {"label": "click"}, r"'click': '1' in row 2 "),
-    "no ones": ([0, None], {"label": "click"}, r"of 56 training rows none has label 1 \(28 have none at all\)"),
-    "no zeros": ([1, None, 1, 1], {"heads": {"x": {"label": "click"}}}, r"heads\.x\.label='click'.*none has label 0"),
+    "no ones": (
+        [0, None],
+        {"label": "click"},
+        r"of 56 training rows none has label 1 \(28 have none at all\)",
+    ),
+    "no zeros": (
+        [1, None, 1, 1],
+        {"heads": {"x": {"label": "click"}}},
+        r"heads\.x\.label='click'.*none has label 0",
+    ),
     "nothing": ([None], {"label": "click"}, r"none has label 0 \(56 have none"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -118,16 +156,25 @@ def test_both_labels_must_occur_in_training_not_just_in_the_log(tmp_path):
 
 def test_a_query_may_not_know_a_label(tmp_path):
     text = {"type": "string", "embedding_size": 2}
-    features = {"user": {"user_id": text, "told": text | {"column": "click"}}, "item": {"item_id": text | {"embedding_size": 4}}}
-    with pytest.raises(ConfigError, match=r"'told' reads column 'click', which is config\.objective\.label"):
+    features = {
+        "user": {"user_id": text, "told": text | {"column": "click"}},
+        "item": {"item_id": text | {"embedding_size": 4}},
+    }
+    with pytest.raises(
+        ConfigError, match=r"'told' reads column 'click', which is config\.objective\.label"
+    ):
         make(tmp_path, log(CLICK), features=features)
-    assert make(tmp_path, log(CLICK), features=features, objective={"label": "like"}).encoder.context == ("told",)
+    assert make(
+        tmp_path, log(CLICK), features=features, objective={"label": "like"}
+    ).encoder.context == ("told",)
 
 
 def chosen(part, right):
     """{(user, item)} of the rows of `part` with label 1, or of all."""
     first, last = {"train": (0, 56), "validation": (56, 63), "test": (63, 70)}[part]
-    return {(f"u{n % 6}", f"i{n % 5}") for n in range(first, last) if not right or CLICK[n % 7] == 1}
+    return {
+        (f"u{n % 6}", f"i{n % 5}") for n in range(first, last) if not right or CLICK[n % 7] == 1
+    }
 
 
 def pairs(prepared, lists, users):
@@ -138,11 +185,15 @@ def pairs(prepared, lists, users):
 @pytest.mark.parametrize("kind", ["user", "interaction"])
 @pytest.mark.parametrize("label", ["click", ""])
 def test_only_rows_with_label_1_are_right_answers_and_seen(tmp_path, kind, label):
-    prepared = make(tmp_path, log(CLICK), objective={"label": label, "heads": {"a": {"label": "click"}}})
+    prepared = make(
+        tmp_path, log(CLICK), objective={"label": label, "heads": {"a": {"label": "click"}}}
+    )
     queries = make_queries(prepared, "test", kind)
     assert pairs(prepared, queries.right, queries.user) == chosen("test", label)
     everyone = np.arange(len(prepared.users))
-    assert pairs(prepared, queries.seen, everyone) == chosen("train", label) | chosen("validation", label)
+    assert pairs(prepared, queries.seen, everyone) == chosen("train", label) | chosen(
+        "validation", label
+    )
     rows = [n for n in range(56) if not label or CLICK[n % 7] == 1]
     items = prepared.items["item_id"].to_pylist()
     assert queries.counts.tolist() == [sum(items[i] == f"i{n % 5}" for n in rows) for i in range(5)]
@@ -159,7 +210,9 @@ def test_an_answer_outside_of_the_corpus_counts_only_with_label_1(tmp_path):
 def test_without_any_right_answer_there_is_nothing_to_evaluate(tmp_path):
     late = pa.array([int(n < 40) for n in range(ROWS)])
     prepared = make(tmp_path, log(CLICK).set_column(3, "click", late))
-    with pytest.raises(ConfigError, match=r"None of the 7 test rows has config\.objective\.label='click' 1"):
+    with pytest.raises(
+        ConfigError, match=r"None of the 7 test rows has config\.objective\.label='click' 1"
+    ):
         make_queries(prepared, "test", "user")
 
 
@@ -169,7 +222,9 @@ def test_popularity_counts_only_rows_with_label_1(tmp_path):
     table["item_id"] = ["i0" if n % 2 else f"i{n % 5}" for n in range(ROWS)]
     table["click"] = [0 if item == "i0" else 1 for item in table["item_id"]]
     prepared = make(tmp_path, pa.table(table))
-    scores = make_baselines(prepared, make_queries(prepared, "test", "user"))["popularity"](slice(0, 1))
+    scores = make_baselines(prepared, make_queries(prepared, "test", "user"))["popularity"](
+        slice(0, 1)
+    )
     assert prepared.items["item_id"][int(np.argmin(scores))].as_py() == "i0"
 
 
@@ -178,18 +233,28 @@ def test_the_shop_draws_labels_with_the_probabilities_that_it_tells():
 
     shop = synthetic.generate(20_000, seed=2)
     user, item = (
-        pa.compute.index_in(shop.interactions[f"{side}_id"], getattr(shop, f"{side}s")[f"{side}_id"]).to_numpy()
+        pa.compute.index_in(
+            shop.interactions[f"{side}_id"], getattr(shop, f"{side}s")[f"{side}_id"]
+        ).to_numpy()
         for side in ("user", "item")
     )
     probabilities = synthetic.label_probabilities(shop.truth, user, item)
-    preference = np.float64(shop.truth.user_factors) @ np.float64(shop.truth.item_factors[item[:9]]).T
+    preference = (
+        np.float64(shop.truth.user_factors) @ np.float64(shop.truth.item_factors[item[:9]]).T
+    )
     lift = np.log(preference[user[:9], np.arange(9)] / preference.mean(0))
-    np.testing.assert_allclose(probabilities["liked"][:9], 1 / (1 + np.exp(5.4 - 2 * lift)), rtol=1e-3)
+    np.testing.assert_allclose(
+        probabilities["liked"][:9], 1 / (1 + np.exp(5.4 - 2 * lift)), rtol=1e-3
+    )
     for name, known in (("liked", 0.6), ("shared", 1.0)):
         labels, p = shop.interactions[name].to_numpy(), probabilities[name]
         given = ~np.isnan(labels)
         assert given.mean() == pytest.approx(known, abs=0.015) and 0.02 < p.mean() < 0.6
-        for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 1)):  # each row its own probability, not one share for all
+        for low, high in (
+            (0, 0.1),
+            (0.1, 0.3),
+            (0.3, 1),
+        ):  # each row its own probability, not one share for all
             rows = given & (p >= low) & (p < high)
             if rows.sum() > 500:
                 assert labels[rows].mean() == pytest.approx(p[rows].mean(), abs=0.03)

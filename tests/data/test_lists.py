@@ -1,4 +1,5 @@
-"""Pair files and user-list files: a log written in two ways, the fixed split, and the papers' own files."""
+"""Pair files and user-list files: a log written in two ways, the fixed split, and the papers' own
+files."""
 
 import pytest
 
@@ -14,7 +15,9 @@ def write(path, text):
 
 def load(source, path, **tables):
     tables = {name: TableConfig(**value) for name, value in tables.items()}
-    return sources.load(DataConfig(source=source, interactions=TableConfig(path=str(path)), **tables))
+    return sources.load(
+        DataConfig(source=source, interactions=TableConfig(path=str(path)), **tables)
+    )
 
 
 def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path):
@@ -23,7 +26,9 @@ def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path
     expected = [("1", "10"), ("1", "11"), ("2", "10")]
     for source, path in (("pairs", pairs), ("user_lists", lists)):
         table = load(source, path).interactions
-        assert list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist())) == expected, source
+        assert list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist())) == expected, (
+            source
+        )
     with pytest.raises(ConfigError, match=r"lists\.txt, line 1: '1 10 11'"):
         load("pairs", lists)
 

@@ -60,23 +60,36 @@ def test_given_boundaries_are_taken():
 def test_floats_are_normalised_over_training_items(log):
     train, users, items = shop()
     encoder = fitted({"item": {"price": {"type": "float", "log": log}}})
-    seen = items.filter(pc.is_in(items["item_id"], train["item_id"]))["price"].drop_null().to_numpy()
+    seen = (
+        items.filter(pc.is_in(items["item_id"], train["item_id"]))["price"].drop_null().to_numpy()
+    )
     scaled = np.log1p(seen) if log else seen
     values = encoder.encode("item", pa.table({"price": seen}))["price"]
-    np.testing.assert_allclose(values[:, 0], (scaled - scaled.mean()) / scaled.std(), rtol=1e-5, atol=1e-6)
-    odd = encoder.encode("item", pa.table({"price": [None, float("nan"), float("inf"), -3.0]}))["price"]
+    np.testing.assert_allclose(
+        values[:, 0], (scaled - scaled.mean()) / scaled.std(), rtol=1e-5, atol=1e-6
+    )
+    odd = encoder.encode("item", pa.table({"price": [None, float("nan"), float("inf"), -3.0]}))[
+        "price"
+    ]
     assert odd[:3].tolist() == [[0, 1]] * 3 and odd[3, 1] == 0 and np.isfinite(odd).all()
 
 
 def test_constant_and_absent_numbers_are_finite():
     train, users, items = shop()
-    same = items.set_column(items.column_names.index("price"), "price", pa.array([2.5] * len(items)))
-    none = items.set_column(items.column_names.index("price"), "price", pa.nulls(len(items), pa.float64()))
+    same = items.set_column(
+        items.column_names.index("price"), "price", pa.array([2.5] * len(items))
+    )
+    none = items.set_column(
+        items.column_names.index("price"), "price", pa.nulls(len(items), pa.float64())
+    )
     spec = {"item": {"price": {"type": "float"}, "level": {"type": "int", "column": "price"}}}
     for table, asked in ((same, [2.5, 3.5]), (none, [2.5, 3.5])):
         encoder = fitted(spec, (train, users, table))
         encoded = encoder.encode("item", pa.table({"price": asked}))
-        assert np.isfinite(encoded["price"]).all() and encoded["level"].max() < encoder.tables["item.level"].rows
+        assert (
+            np.isfinite(encoded["price"]).all()
+            and encoded["level"].max() < encoder.tables["item.level"].rows
+        )
 
 
 def test_numbers_written_as_text_are_read_and_others_named():
@@ -93,21 +106,37 @@ def test_a_value_of_the_wrong_type_is_named_with_its_row_in_the_table():
     train, users, items = shop()
     # Rows of the items of training are not rows of the table.
     unseen = train.filter(pc.not_equal(train["item_id"], items["item_id"][0]))
-    kinds = (("float", "3.5", "a number"), ("int", "3", "a number"), ("timestamp", "2020-01-01", "a time in ISO 8601"))
+    kinds = (
+        ("float", "3.5", "a number"),
+        ("int", "3", "a number"),
+        ("timestamp", "2020-01-01", "a time in ISO 8601"),
+    )
     for kind, good, right in kinds:
         values = pa.array([good] * (len(items) - 1) + ["cheap"])
         texts = items.set_column(items.column_names.index("price"), "price", values)
         spec = from_mappings({"item": {"price": {"type": kind}}})
-        with pytest.raises(ConfigError, match=f"features.item.price: 'cheap' in row {len(items)} is not {right}"):
+        with pytest.raises(
+            ConfigError, match=f"features.item.price: 'cheap' in row {len(items)} is not {right}"
+        ):
             Encoder.fit(spec, unseen, users=users, items=texts)
 
 
 def test_times_become_hour_weekday_and_age():
     train, users, items = shop()
     newest = pc.max(train["timestamp"]).as_py()
-    encoder = fitted({"user": {"clock": {"type": "timestamp", "column": "timestamp", "age_buckets": 5}}})
+    encoder = fitted(
+        {"user": {"clock": {"type": "timestamp", "column": "timestamp", "age_buckets": 5}}}
+    )
     monday_at_5 = 4 * DAY + 5 * 3600
-    asked = [monday_at_5, newest, newest - 3600, newest - 3 * 3600, newest - 7 * 3600, newest + 1800, None]
+    asked = [
+        monday_at_5,
+        newest,
+        newest - 3600,
+        newest - 3 * 3600,
+        newest - 7 * 3600,
+        newest + 1800,
+        None,
+    ]
     ids = encoder.encode("user", pa.table({"timestamp": asked}))["clock"]
     first = {"hour": 2, "weekday": 2 + 24, "age": 2 + 24 + 7}
     assert ids[0].tolist() == [first["hour"] + 5, first["weekday"], first["age"] + 4]
@@ -127,11 +156,16 @@ def test_a_time_is_one_however_it_is_stored():
         moments.cast(pa.string()),
         moments.cast(pa.timestamp("ms", "UTC")),
     ]
-    encoded = [encoder.encode("item", pa.table({"listed": column}))["listed"].tolist() for column in stored]
+    encoded = [
+        encoder.encode("item", pa.table({"listed": column}))["listed"].tolist() for column in stored
+    ]
     assert all(ids == encoded[0] for ids in encoded)
     milliseconds = fitted({"item": {"listed": {"type": "timestamp", "unit": "ms"}}})
     assert (
-        milliseconds.encode("item", pa.table({"listed": pc.multiply(seconds, 1000)}))["listed"].tolist() == encoded[0]
+        milliseconds.encode("item", pa.table({"listed": pc.multiply(seconds, 1000)}))[
+            "listed"
+        ].tolist()
+        == encoded[0]
     )
     with pytest.raises(ValueError, match="features.item.listed: 'soon' in row 1 is not a time"):
         encoder.encode("item", pa.table({"listed": ["soon"]}))

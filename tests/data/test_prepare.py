@@ -1,4 +1,5 @@
-"""From a configuration to arrays: nothing is fitted on a split that leaks, every column of a row arrives."""
+"""From a configuration to arrays: nothing is fitted on a split that leaks, every column of a row
+arrives."""
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from twotower.data.audit import LeakageError
 from twotower.data.prepare import prepare
 from twotower.validation import ConfigError
 
-LOG = "user_id,item_id,timestamp,weight\n" + "".join(f"u{n % 7},i{n % 5},{n},{n % 3}.5\n" for n in range(100))
+LOG = "user_id,item_id,timestamp,weight\n" + "".join(
+    f"u{n % 7},i{n % 5},{n},{n % 3}.5\n" for n in range(100)
+)
 RANDOM = {"kind": "random", "accept_leakage": ("random_split", "repeated_pairs", "identical_rows")}
 
 
@@ -24,7 +27,9 @@ def test_rows_are_places_in_the_tables_with_their_weights_and_times(tmp_path):
     assert [(users[u], items[i]) for u, i in zip(prepared.train.user, prepared.train.item)] == [
         (f"u{n % 7}", f"i{n % 5}") for n in range(80)
     ]
-    np.testing.assert_array_equal(prepared.train.weight, np.float32([n % 3 + 0.5 for n in range(80)]))
+    np.testing.assert_array_equal(
+        prepared.train.weight, np.float32([n % 3 + 0.5 for n in range(80)])
+    )
     np.testing.assert_array_equal(prepared.test.timestamp, np.arange(90, 100))
 
 
@@ -44,7 +49,11 @@ def test_rows_partly_without_times_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weight,message", [("-1", "row 1 .*column 'weight': '-1' is not at least 0"), ("0", "weight is 0 in every training row")]
+    "weight,message",
+    [
+        ("-1", "row 1 .*column 'weight': '-1' is not at least 0"),
+        ("0", "weight is 0 in every training row"),
+    ],
 )
 def test_weights_that_teach_nothing_are_refused(tmp_path, weight, message):
     text = "\n".join(",".join([*line.split(",")[:3], weight]) for line in LOG.splitlines()[1:])

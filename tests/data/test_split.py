@@ -15,7 +15,9 @@ from twotower.validation import ConfigError
 
 
 def log_of(users, items, **columns) -> pa.Table:
-    return pa.table({"user_id": [str(u) for u in users], "item_id": [str(i) for i in items], **columns})
+    return pa.table(
+        {"user_id": [str(u) for u in users], "item_id": [str(i) for i in items], **columns}
+    )
 
 
 def dataset_of(rows: pa.Table, truth: Truth | None = None) -> Dataset:
@@ -23,7 +25,9 @@ def dataset_of(rows: pa.Table, truth: Truth | None = None) -> Dataset:
     return Dataset(interactions=rows, users=users, items=items, has_catalogue=False, truth=truth)
 
 
-def random_log(seed: int, n: int = 400, users: int = 30, items: int = 25, times: int = 40) -> pa.Table:
+def random_log(
+    seed: int, n: int = 400, users: int = 30, items: int = 25, times: int = 40
+) -> pa.Table:
     rng = np.random.default_rng(seed)
     skewed = (rng.random((2, n)) ** 2 * [[users], [items]]).astype(int)
     table = log_of(*skewed, timestamp=rng.integers(times, size=n), row=np.arange(n))
@@ -120,10 +124,14 @@ def test_a_wrong_condition_names_the_culprit_and_what_is_right(condition, words)
 
 def test_no_row_left_counts_what_each_filter_removed():
     with pytest.raises(ConfigError) as error:
-        kept_rows(random_log(0), where=(("timestamp", ">=", 20), ("user_id", "==", "nobody")), k_core=2)
+        kept_rows(
+            random_log(0), where=(("timestamp", ">=", 20), ("user_id", "==", "nobody")), k_core=2
+        )
     late = sum(t >= 20 for t in random_log(0)["timestamp"].to_pylist())
     assert "no training rows" in str(error.value)
-    assert f"removed {400 - late} of 400" in str(error.value) and f"removed {late} of {late}" in str(error.value)
+    assert f"removed {400 - late} of 400" in str(
+        error.value
+    ) and f"removed {late} of {late}" in str(error.value)
 
 
 # duplicates and k-core
@@ -163,7 +171,9 @@ def test_the_core_is_what_remains_after_peeling_one_id_at_a_time(k):
 
 
 def test_a_chain_falls_apart_one_link_a_round():
-    n = 50  # user u has items u and u + 1: only the ends have one row, and each round takes one more from each end
+    # User u has items u and u + 1: only the ends have one row, and each round takes one more from
+    # each end.
+    n = 50
     users, items = np.repeat(np.arange(n), 2), np.arange(n).repeat(2) + np.tile([0, 1], n)
     assert not in_core(users, items, k=2).any()
     circle = items % n
@@ -180,7 +190,9 @@ def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_no
         ("item", cored.items, cored.truth.item_factors),
     ):
         left = table[f"{side}_id"].to_pylist()
-        assert set(left) == set(cored.interactions[f"{side}_id"].to_pylist()) and len(left) < len(ids[side])
+        assert set(left) == set(cored.interactions[f"{side}_id"].to_pylist()) and len(left) < len(
+            ids[side]
+        )
         assert factors[:, 0].tolist() == [float(v) for v in left]
     plain = filter_rows(dataset_of(rows, truth), DataConfig(where=(("user_id", "==", "3"),)))
     assert plain.users.num_rows == len(ids["user"]) and plain.truth is truth
@@ -205,7 +217,11 @@ def test_every_row_lands_in_exactly_one_part_in_file_order(kind, config):
     parts = parts_of(random_log(4), kind=kind, **config)
     assert sorted(sum(parts.values(), [])) == list(range(400))
     assert all(rows == sorted(rows) for rows in parts.values())
-    assert [bool(rows) for rows in parts.values()] == [True, config.get("validation", 1) > 0, config.get("test", 1) > 0]
+    assert [bool(rows) for rows in parts.values()] == [
+        True,
+        config.get("validation", 1) > 0,
+        config.get("test", 1) > 0,
+    ]
 
 
 @pytest.mark.parametrize("times", [5, 40, 10**6])
@@ -222,7 +238,9 @@ def test_a_time_split_divides_no_second_and_keeps_the_shares(times):
 
 @pytest.mark.parametrize("timed", [True, False])
 @pytest.mark.parametrize("validation, test", [(0.1, 0.1), (0.0, 0.1), (0.1, 0.0)])
-def test_leave_last_out_takes_the_last_rows_of_each_user_with_ties_by_file_order(timed, validation, test):
+def test_leave_last_out_takes_the_last_rows_of_each_user_with_ties_by_file_order(
+    timed, validation, test
+):
     rows = random_log(6, n=150, users=60, times=4)
     rows = rows if timed else rows.drop_columns("timestamp")
     history = collections.defaultdict(list)
@@ -244,16 +262,24 @@ def test_leave_last_out_takes_the_last_rows_of_each_user_with_ties_by_file_order
 
 def test_a_random_split_has_exact_sizes_and_follows_its_seed():
     rows = log_of(range(1000), range(1000), row=range(1000))
-    one, again, other = (parts_of(rows, kind="random", validation=0.0, test=0.2, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (
+        parts_of(rows, kind="random", validation=0.0, test=0.2, seed=seed) for seed in (1, 1, 2)
+    )
     assert one == again != other
     assert [len(rows) for rows in one.values()] == [800, 0, 200]
-    assert abs(np.mean(one["test"]) - 500) < 60  # six standard errors would be 110: drawn from everywhere
+    assert (
+        abs(np.mean(one["test"]) - 500) < 60
+    )  # six standard errors would be 110: drawn from everywhere
 
 
 def test_a_fixed_split_follows_its_column_and_draws_validation_from_train_only_if_none_is_given():
     given = ["train", "test", "validation", "train", "train", "test"]
     rows = log_of(range(6), range(6), split=given, row=range(6))
-    assert parts_of(rows, kind="fixed", validation=0.9) == {"train": [0, 3, 4], "validation": [2], "test": [1, 5]}
+    assert parts_of(rows, kind="fixed", validation=0.9) == {
+        "train": [0, 3, 4],
+        "validation": [2],
+        "test": [1, 5],
+    }
     drawn = log_of(range(100), range(100), split=["train"] * 80 + ["test"] * 20, row=range(100))
     parts = parts_of(drawn, kind="fixed", validation=0.1, seed=3)
     assert len(parts["validation"]) == 8 and parts["test"] == list(range(80, 100))
@@ -268,12 +294,16 @@ def test_a_fixed_split_follows_its_column_and_draws_validation_from_train_only_i
 @pytest.mark.parametrize("timed", [True, False])
 def test_a_fixed_split_may_hold_out_the_latest_rows_of_each_user(timed):
     rows = random_log(6, n=300, users=20, times=400)
-    rows = (rows if timed else rows.drop_columns("timestamp")).append_column("split", pa.repeat("train", 300))
+    rows = (rows if timed else rows.drop_columns("timestamp")).append_column(
+        "split", pa.repeat("train", 300)
+    )
     parts = parts_of(rows, kind="fixed", held="latest", validation=0.2, test=0.0)
     history = collections.defaultdict(list)
     for row in sorted(rows.to_pylist(), key=lambda r: r.get("timestamp", 0)):
         history[row["user_id"]].append(row["row"])
-    expected = [row for seen in history.values() for row in seen[len(seen) - round(len(seen) * 0.2) :]]
+    expected = [
+        row for seen in history.values() for row in seen[len(seen) - round(len(seen) * 0.2) :]
+    ]
     assert parts["validation"] == sorted(expected) and len(parts["train"]) == 300 - len(expected)
     with pytest.raises(ConfigError, match="config.split.held='newest' is not known"):
         parts_of(rows, kind="fixed", held="newest", validation=0.2, test=0.0)
@@ -283,14 +313,22 @@ def test_a_fixed_split_may_hold_out_the_latest_rows_of_each_user(timed):
     "rows, config, words",
     [
         (log_of([1] * 9, range(9), timestamp=[7] * 9), {}, ("no train rows", "'time'", "of 9")),
-        (log_of([1] * 9, range(9), timestamp=range(9)), {"validation": 0.01}, ("no validation rows", "0.01")),
+        (
+            log_of([1] * 9, range(9), timestamp=range(9)),
+            {"validation": 0.01},
+            ("no validation rows", "0.01"),
+        ),
         (
             log_of([1] * 9, range(9), timestamp=range(9)),
             {"validation": 0.6, "test": 0.4},
             ("validation=0.6", "test=0.4", "share for train"),
         ),
         (log_of(range(9), range(9)), {}, ("'timestamp'", "leave_last_out")),
-        (log_of([7, 8, 9], "abc", timestamp=[1, None, 3]), {}, ("1 of 3 rows", "row 2", "user_id='8'")),
+        (
+            log_of([7, 8, 9], "abc", timestamp=[1, None, 3]),
+            {},
+            ("1 of 3 rows", "row 2", "user_id='8'"),
+        ),
         (log_of(range(9), range(9)), {"kind": "leave_last_out"}, ("at least three rows",)),
         (
             log_of(range(9), range(9)),
@@ -304,7 +342,11 @@ def test_a_fixed_split_may_hold_out_the_latest_rows_of_each_user(timed):
             ("row 2", "'tset'", "train, validation, test"),
         ),
         (log_of("uv", "ab", split=["train", None]), {"kind": "fixed"}, ("row 2", "None")),
-        (log_of("uv", "ab", split=["test", "test"]), {"kind": "fixed", "validation": 0.0}, ("no train rows",)),
+        (
+            log_of("uv", "ab", split=["test", "test"]),
+            {"kind": "fixed", "validation": 0.0},
+            ("no train rows",),
+        ),
     ],
     ids=lambda v: str(v)[:40],
 )

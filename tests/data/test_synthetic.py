@@ -1,4 +1,5 @@
-"""The generated shop: what it says of itself is so, the same seed gives the same bytes, and it can be learnt."""
+"""The generated shop: what it says of itself is so, the same seed gives the same bytes, and it can
+be learnt."""
 
 import numpy as np
 import pyarrow.compute as pc
@@ -26,7 +27,13 @@ def test_exactly_as_many_rows_as_asked_and_the_same_bytes_for_the_same_seed(tmp_
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):
         synthetic.write(synthetic.generate(rows, seed=seed), tmp_path / run)
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"interactions.parquet", "users.parquet", "items.parquet", "user_factors.npy", "item_factors.npy"}
+    assert names == {
+        "interactions.parquet",
+        "users.parquet",
+        "items.parquet",
+        "user_factors.npy",
+        "item_factors.npy",
+    }
     for name in names:
         one, same, other = ((tmp_path / run / name).read_bytes() for run in "abc")
         assert one == same and one != other, name
@@ -38,7 +45,9 @@ def test_what_is_written_reads_back_as_what_was_generated(tmp_path):
     synthetic.write(made, tmp_path)
     names = ("interactions", "users", "items")
     log, users, items = (TableConfig(path=str(tmp_path / f"{name}.parquet")) for name in names)
-    read = sources.load(DataConfig(source="parquet", interactions=log, user_table=users, item_table=items))
+    read = sources.load(
+        DataConfig(source="parquet", interactions=log, user_table=users, item_table=items)
+    )
     for name in names:
         assert getattr(read, name).equals(getattr(made, name)), name
 
@@ -49,7 +58,10 @@ def test_nobody_acts_before_joining_and_nothing_is_seen_before_it_exists(shop):
     joined, created = shop.users["joined"].to_numpy(), shop.items["created"].to_numpy()
     assert (np.diff(time) >= 0).all()
     assert (time >= joined[users]).all() and (time >= created[items]).all()
-    assert 0.05 < (joined > shop_log.START).mean() < 0.2 and 0.05 < (created > shop_log.START).mean() < 0.2
+    assert (
+        0.05 < (joined > shop_log.START).mean() < 0.2
+        and 0.05 < (created > shop_log.START).mean() < 0.2
+    )
 
 
 def test_a_cart_follows_a_view_of_the_item_and_a_purchase_follows_a_cart(shop):
@@ -57,7 +69,9 @@ def test_a_cart_follows_a_view_of_the_item_and_a_purchase_follows_a_cart(shop):
     done = set()
     counts = dict.fromkeys(synthetic.EVENTS, 0)
     for row in shop.interactions.slice(0, 30_000).to_pylist():
-        assert row["event"] == "view" or (row["user_id"], row["item_id"], needs[row["event"]]) in done
+        assert (
+            row["event"] == "view" or (row["user_id"], row["item_id"], needs[row["event"]]) in done
+        )
         done.add((row["user_id"], row["item_id"], row["event"]))
         counts[row["event"]] += 1
     assert counts["view"] > 3 * counts["add_to_cart"] > 3 * counts["purchase"] > 0
@@ -69,9 +83,13 @@ def test_items_are_drawn_by_the_true_preference():
     phi = rng.dirichlet(np.full(6, 1.0), 4).astype(np.float32)
     created = np.array([0, 0, 0, 0, 10, 0])
     for time in (5, 20):
-        item = shop_log._draw_items(rng, np.zeros(200_000, int), np.full(200_000, time), theta, created, phi)
+        item = shop_log._draw_items(
+            rng, np.zeros(200_000, int), np.full(200_000, time), theta, created, phi
+        )
         expected = (theta @ phi)[0] * (created <= time)
-        np.testing.assert_allclose(np.bincount(item, minlength=6) / len(item), expected / expected.sum(), atol=0.005)
+        np.testing.assert_allclose(
+            np.bincount(item, minlength=6) / len(item), expected / expected.sum(), atol=0.005
+        )
 
 
 def test_the_day_has_a_rhythm_and_events_of_a_session_are_minutes_apart(shop):
@@ -85,8 +103,14 @@ def test_the_day_has_a_rhythm_and_events_of_a_session_are_minutes_apart(shop):
 
 def test_titles_say_what_the_item_is_in_both_languages(shop):
     rings = [row for row in shop.items.to_pylist() if row["category"] == "rings"]
-    assert rings and all("ring" in row["title"] and row["material"] in row["title"] for row in rings)
-    gold = [row["title_ar"] for row in rings if row["material"] == "gold" and "wedding" not in row["title"]]
+    assert rings and all(
+        "ring" in row["title"] and row["material"] in row["title"] for row in rings
+    )
+    gold = [
+        row["title_ar"]
+        for row in rings
+        if row["material"] == "gold" and "wedding" not in row["title"]
+    ]
     assert gold and all(title.startswith("خاتم ذهب") for title in gold)
     assert len(pc.unique(shop.items["category"])) == len(synthetic.words.CATEGORIES)
 
@@ -94,7 +118,10 @@ def test_titles_say_what_the_item_is_in_both_languages(shop):
 def test_sizes_grow_with_the_log(shop):
     assert (len(shop.users), len(shop.items)) == (4_000, 2_500)
     assert synthetic._sizes(10_000_000) == (400_000, 99_527)
-    assert shop.truth.user_factors.shape == (4_000, 32) and shop.truth.item_factors.shape == (2_500, 32)
+    assert shop.truth.user_factors.shape == (4_000, 32) and shop.truth.item_factors.shape == (
+        2_500,
+        32,
+    )
     np.testing.assert_allclose(shop.truth.user_factors.sum(axis=1), 1, rtol=1e-5)
 
 
@@ -102,7 +129,9 @@ def test_as_many_items_as_asked_all_of_them_to_be_met():
     config = DataConfig(source="shop", num_interactions=2_000, num_items=700)
     shop = sources.load(config)
     _, items = codes(shop)
-    assert len(shop.items) == len(shop.truth.item_factors) == 700 and len(shop.interactions) == 2_000
+    assert (
+        len(shop.items) == len(shop.truth.item_factors) == 700 and len(shop.interactions) == 2_000
+    )
     assert len(np.unique(items)) > 350 and items.max() > 600
 
 
@@ -112,7 +141,9 @@ def test_the_truth_beats_popularity_and_a_simple_model_comes_near_it(shop):
     shape = (len(shop.users), len(shop.items))
 
     def seen(rows):
-        return sparse.csr_matrix((np.ones(len(users[rows]), np.float32), (users[rows], items[rows])), shape)
+        return sparse.csr_matrix(
+            (np.ones(len(users[rows]), np.float32), (users[rows], items[rows])), shape
+        )
 
     counts, before, after = seen(slice(train)), seen(slice(known)), seen(slice(known, None))
     queries = np.unique(users[known:])

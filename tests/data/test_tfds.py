@@ -17,7 +17,9 @@ from twotower.data import sources, tfds
 from twotower.validation import ConfigError
 
 needs_tfds = pytest.mark.skipif(
-    not (importlib.util.find_spec("tensorflow_datasets") and importlib.util.find_spec("array_record")),
+    not (
+        importlib.util.find_spec("tensorflow_datasets") and importlib.util.find_spec("array_record")
+    ),
     reason="tensorflow-datasets or array-record is not installed: the extra 'tfds'",
 )
 SMALL = "movielens/latest-small-ratings"
@@ -50,19 +52,31 @@ def test_latest_small_from_the_original_zip(shared_data, tmp_path):
     manual.mkdir(parents=True)
     shutil.copy(shared_data / "movielens-latest-small" / "ml-latest-small.zip", manual)
     environment = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW, SMALL, tmp_path], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, SMALL, tmp_path], check=True, env=environment
+    )
     shutil.rmtree(tmp_path / "downloads")
     for record in tmp_path.rglob("*.array_record-*"):
         record.unlink()  # what is left is the columns: the second reading needs nothing else
     data = load(SMALL, tmp_path)
     assert (len(data.interactions), len(data.users), len(data.items)) == (100_836, 610, 9_742)
-    assert data.interactions.schema.names == ["user_id", "item_id", "rating", "timestamp"] and data.has_catalogue
+    assert (
+        data.interactions.schema.names == ["user_id", "item_id", "rating", "timestamp"]
+        and data.has_catalogue
+    )
     first = data.items.filter(pc.equal(data.items["item_id"], "1")).to_pylist()
-    assert first == [{"item_id": "1", "title": "Toy Story (1995)",
-                      "genres": ["Adventure", "Animation", "Children", "Comedy", "Fantasy"]}]  # fmt: skip
+    assert first == [
+        {
+            "item_id": "1",
+            "title": "Toy Story (1995)",
+            "genres": ["Adventure", "Animation", "Children", "Comedy", "Fantasy"],
+        }
+    ]
     same = (pc.equal(data.interactions[name], "1") for name in ("user_id", "item_id"))
     first = data.interactions.filter(pc.and_(*same))
-    assert first.to_pylist() == [{"user_id": "1", "item_id": "1", "rating": 4.0, "timestamp": 964982703}]
+    assert first.to_pylist() == [
+        {"user_id": "1", "item_id": "1", "rating": 4.0, "timestamp": 964982703}
+    ]
 
 
 @needs_tfds
@@ -71,14 +85,18 @@ def test_100k_has_features_of_its_users(shared_data, tmp_path, monkeypatch):
 
     archive = tmp_path / "downloads" / "ml-100k.zip"
     archive.parent.mkdir()
-    ratings = (shared_data / "movielens-100k" / "u.data").read_text().splitlines(keepends=True)[:500]
+    ratings = (
+        (shared_data / "movielens-100k" / "u.data").read_text().splitlines(keepends=True)[:500]
+    )
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("ml-100k/u.data", "".join(ratings))
         for name in ("u.item", "u.user"):
             file.write(shared_data / "movielens-100k" / name, f"ml-100k/{name}")
     infos = dict(movielens.Movielens.url_infos)
     url = next(url for url in infos if url.endswith("ml-100k.zip"))
-    known = type(infos[url])(archive.stat().st_size, hashlib.sha256(archive.read_bytes()).hexdigest(), "ml-100k.zip")
+    known = type(infos[url])(
+        archive.stat().st_size, hashlib.sha256(archive.read_bytes()).hexdigest(), "ml-100k.zip"
+    )
     monkeypatch.setattr(movielens.Movielens, "url_infos", {**infos, url: known})
     data = load("movielens/100k-ratings", tmp_path)
     expected = sorted(tuple(line.split()) for line in ratings)
@@ -98,7 +116,9 @@ def builder(checksum, url="file:///nowhere/ml-latest-small.zip"):
 
 def test_a_zip_that_is_nowhere_is_asked_for_by_name_and_place(tmp_path, monkeypatch):
     monkeypatch.delenv("TWOTOWER_DATA", raising=False)
-    message = r"ml-latest-small\.zip is in none of .*cannot be downloaded .*Put the zip into .*manual"
+    message = (
+        r"ml-latest-small\.zip is in none of .*cannot be downloaded .*Put the zip into .*manual"
+    )
     with pytest.raises(ConfigError, match=message):
         tfds._archive(builder("0"), tmp_path / "downloads")
 
@@ -121,5 +141,7 @@ def test_a_damaged_zip_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
 
 
 def test_an_unknown_dataset_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(ConfigError, match=r"'movielens/100k-rating'.*did you mean 'movielens/100k-ratings'"):
+    with pytest.raises(
+        ConfigError, match=r"'movielens/100k-rating'.*did you mean 'movielens/100k-ratings'"
+    ):
         load("movielens/100k-rating", tmp_path)

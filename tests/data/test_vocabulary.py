@@ -26,7 +26,9 @@ def python_mix(x):
 
 def python_hash(text):
     data = text.encode()
-    return python_mix((sum(python_mix(place << 8 | byte) for place, byte in enumerate(data)) + len(data)) & MASK)
+    return python_mix(
+        (sum(python_mix(place << 8 | byte) for place, byte in enumerate(data)) + len(data)) & MASK
+    )
 
 
 def skewed(count=5000, seed=0):
@@ -56,7 +58,10 @@ def test_the_hash_ignores_slices_and_blocks(monkeypatch):
 @pytest.mark.parametrize("min_count", [1, 3])
 def test_fit_orders_by_count_then_value(min_count):
     values = skewed()
-    expected = sorted((v for v, n in Counter(values).items() if n >= min_count), key=lambda v: (-Counter(values)[v], v))
+    expected = sorted(
+        (v for v, n in Counter(values).items() if n >= min_count),
+        key=lambda v: (-Counter(values)[v], v),
+    )
     fitted = Vocabulary.fit(pa.array(values), min_count=min_count, oov_rows=3)
     assert fitted.values.to_pylist() == expected
     assert fitted.size == 1 + 3 + len(expected)
@@ -108,18 +113,26 @@ def test_row_0_is_null_alone():
 
 def test_unknown_values_spread_over_all_oov_rows():
     fitted = Vocabulary.fit(pa.array(["known"]), oov_rows=8)
-    counts = np.bincount(fitted.rows(pa.array([f"new{n}" for n in range(8000)])), minlength=fitted.size)
+    counts = np.bincount(
+        fitted.rows(pa.array([f"new{n}" for n in range(8000)])), minlength=fitted.size
+    )
     assert counts[0] == 0 and counts[9] == 0
     assert counts[1:9].min() > 850 and counts[1:9].max() < 1150
 
 
-@pytest.mark.parametrize("convert", [
-    lambda values: pa.chunked_array([values.slice(0, 3), values.slice(3)]),
-    lambda values: values.dictionary_encode(),
-    lambda values: pa.chunked_array([values.slice(0, 3).dictionary_encode(), values.slice(3).dictionary_encode()]),
-    lambda values: pa.concat_arrays([pa.array(["x"]), values]).slice(1),
-    lambda values: values.cast(pa.large_string()),
-], ids=["chunks", "dictionary", "dictionaries", "slice", "large"])  # fmt: skip
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda values: pa.chunked_array([values.slice(0, 3), values.slice(3)]),
+        lambda values: values.dictionary_encode(),
+        lambda values: pa.chunked_array(
+            [values.slice(0, 3).dictionary_encode(), values.slice(3).dictionary_encode()]
+        ),
+        lambda values: pa.concat_arrays([pa.array(["x"]), values]).slice(1),
+        lambda values: values.cast(pa.large_string()),
+    ],
+    ids=["chunks", "dictionary", "dictionaries", "slice", "large"],
+)
 def test_storage_makes_no_difference(convert):
     values = pa.array([*skewed(50), None, "new"])
     fitted = Vocabulary.fit(values.slice(0, 30))
@@ -130,7 +143,9 @@ def test_storage_makes_no_difference(convert):
 def test_integers_are_their_text():
     fitted = Vocabulary.fit(pa.array([42, 42, 7]))
     assert fitted.values.to_pylist() == ["42", "7"]
-    np.testing.assert_array_equal(fitted.rows(pa.array(["42", "7"])), fitted.rows(pa.array([42, 7])))
+    np.testing.assert_array_equal(
+        fitted.rows(pa.array(["42", "7"])), fitted.rows(pa.array([42, 7]))
+    )
 
 
 def test_nothing_fitted_knows_nothing():
@@ -157,4 +172,6 @@ def test_broken_vocabularies_are_refused():
     with pytest.raises(ValueError, match="list"):
         Vocabulary.fit(pa.array([["a"], ["b"]]))
     with pytest.raises(ValueError):
-        Vocabulary.from_arrays({"bytes": np.array([0xFF], np.uint8), "offsets": np.array([0, 1])}, oov_rows=1)
+        Vocabulary.from_arrays(
+            {"bytes": np.array([0xFF], np.uint8), "offsets": np.array([0, 1])}, oov_rows=1
+        )

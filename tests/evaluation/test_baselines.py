@@ -17,7 +17,13 @@ DAY = 24 * 3600
 def rows(items, days=None):
     count = len(items)
     timestamp = None if days is None else np.array(days, np.int64) * DAY
-    return Rows(np.zeros(count, np.int32), np.array(items, np.int32), np.ones(count, np.float32), timestamp, {})
+    return Rows(
+        np.zeros(count, np.int32),
+        np.array(items, np.int32),
+        np.ones(count, np.float32),
+        timestamp,
+        {},
+    )
 
 
 def ranking(scores_of, query=0):
@@ -41,26 +47,36 @@ def test_never_sold_items_are_shuffled_by_the_seed_alone():
     train = rows([0])
     one, same, other = (baselines.popularity_order(train, 500, seed=s) for s in (1, 1, 2))
     assert one.tolist() == same.tolist() != other.tolist()
-    # Were they left in the order of the file, a right answer early in the file would be found for nothing.
+    # Were they left in the order of the file, a right answer early in the file would be found for
+    # nothing.
     assert abs(np.corrcoef(np.arange(499), one[1:])[0, 1]) < 0.2
 
 
 def fake(train, num_items, truth=None):
     parts = {"train": train, "validation": rows([])}
-    return SimpleNamespace(positives=parts.__getitem__, items=range(num_items), users=range(10), truth=truth)
+    return SimpleNamespace(
+        positives=parts.__getitem__, items=range(num_items), users=range(10), truth=truth
+    )
 
 
 def some_queries(num_queries, num_items):
-    right = Csr.from_pairs(np.arange(num_queries), np.arange(num_queries) % num_items, num_rows=num_queries)
+    right = Csr.from_pairs(
+        np.arange(num_queries), np.arange(num_queries) % num_items, num_rows=num_queries
+    )
     return Queries(
-        user=np.arange(num_queries), right=right, missing=np.zeros(num_queries, np.int32), seen=Csr.empty(num_queries),
+        user=np.arange(num_queries),
+        right=right,
+        missing=np.zeros(num_queries, np.int32),
+        seen=Csr.empty(num_queries),
         counts=np.ones(num_items, np.int64),
-    )  # fmt: skip
+    )
 
 
 def make(prepared, queries):
     """Without the run-time check of types: `prepared` is a stand-in."""
-    return getattr(baselines.make_baselines, "__wrapped__", baselines.make_baselines)(prepared, queries)
+    return getattr(baselines.make_baselines, "__wrapped__", baselines.make_baselines)(
+        prepared, queries
+    )
 
 
 def test_last_week_counts_only_the_last_seven_days_of_training():
@@ -93,14 +109,17 @@ def test_random_lists_do_not_depend_on_the_blocks():
 
 def test_random_recall_is_k_over_n():
     queries = some_queries(4_000, 50)
-    assert evaluate(baselines.random_scores(50), queries, (10,), mask_seen=True)["recall@10"] == pytest.approx(
-        0.2, abs=0.02
-    )
+    assert evaluate(baselines.random_scores(50), queries, (10,), mask_seen=True)[
+        "recall@10"
+    ] == pytest.approx(0.2, abs=0.02)
 
 
 def test_true_preferences_rank_by_the_generator(problem_size=6):
     rng = np.random.default_rng(0)
-    users, items = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(9, 3)).astype(np.float32)
+    users, items = (
+        rng.normal(size=(6, 3)).astype(np.float32),
+        rng.normal(size=(9, 3)).astype(np.float32),
+    )
     truth = SimpleNamespace(user_factors=users, item_factors=items)
     scores = make(fake(rows([0]), 9, truth), some_queries(6, 9))["true_preferences"]
     assert ranking(scores, 4) == np.argsort(-(items @ users[4])).tolist()

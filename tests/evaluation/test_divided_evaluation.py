@@ -1,4 +1,5 @@
-"""Evaluation with the items divided over a mesh: the numbers of one device, and no device sees another's scores."""
+"""Evaluation with the items divided over a mesh: the numbers of one device, and no device sees
+another's scores."""
 
 import jax
 import numpy as np
@@ -14,22 +15,33 @@ from twotower.validation import ScoreError
 
 
 def problem(num_items, largest=9):
-    """40 queries of 25 users; their vectors are their scores, small integers, so that many are equal, also between devices."""
+    """40 queries of 25 users; their vectors are their scores, small integers, so that many are
+    equal, also between devices."""
     rng = np.random.default_rng(3)
     seen = [rng.permutation(num_items)[: rng.integers(0, num_items)] for _ in range(25)]
     right = [rng.permutation(num_items)[: rng.integers(1, largest)] for _ in range(40)]
-    queries = make(rng.integers(0, 25, 40), right, seen, num_items, missing=rng.integers(0, 2, 40),
-                   counts=rng.integers(0, 4, num_items))  # fmt: skip
+    queries = make(
+        rng.integers(0, 25, 40),
+        right,
+        seen,
+        num_items,
+        missing=rng.integers(0, 2, 40),
+        counts=rng.integers(0, 4, num_items),
+    )
     return rng.integers(-3, 4, (40, num_items)).astype(np.float32), queries
 
 
-@pytest.mark.parametrize("devices, num_items, masked", [(2, 43, 1), (4, 43, 0), (8, 43, 1), (8, 40, 0), (8, 5, 1)])
+@pytest.mark.parametrize(
+    "devices, num_items, masked", [(2, 43, 1), (4, 43, 0), (8, 43, 1), (8, 40, 0), (8, 5, 1)]
+)
 def test_every_figure_is_that_of_one_device(devices, num_items, masked):
     mask_seen, (scores, queries) = bool(masked), problem(num_items, min(9, num_items))
     items = np.eye(num_items, dtype=np.float32)
     alone = evaluate(dot_scores(scores, items), queries, KS, mask_seen=mask_seen)
     divided = dot_scores(scores, items, mesh=make_mesh(devices))
-    assert evaluate(divided, queries, KS, mask_seen=mask_seen, block_bytes=4 * num_items * 16) == alone
+    assert (
+        evaluate(divided, queries, KS, mask_seen=mask_seen, block_bytes=4 * num_items * 16) == alone
+    )
     for k in KS:
         for name, value in oracle(scores, queries, k, mask_seen)[0].items():
             assert alone[f"{name}@{k}"] == pytest.approx(value, rel=1e-5), f"{name}@{k}"
@@ -53,12 +65,21 @@ def test_a_score_that_is_nan_on_any_device_is_refused(where):
 
 
 def test_devices_score_their_own_items_and_send_lists_alone():
-    mesh, scores = make_mesh(8), dot_scores(np.ones((6, 4), np.float32), np.ones((800, 4), np.float32), mesh=make_mesh(8))
+    mesh, scores = (
+        make_mesh(8),
+        dot_scores(np.ones((6, 4), np.float32), np.ones((800, 4), np.float32), mesh=make_mesh(8)),
+    )
     found = scores(slice(0, 6))
-    assert found.sharding.spec == P(None, AXIS) and {x.data.shape for x in found.addressable_shards} == {(6, 100)}
+    assert found.sharding.spec == P(None, AXIS) and {
+        x.data.shape for x in found.addressable_shards
+    } == {(6, 100)}
     pairs = place(mesh, (*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32)), WHOLE)
     counts = place(mesh, np.ones(800, np.int32), SPLIT)
     text = module._measure.lower(found, *pairs, counts, ks=(5,), mesh=mesh).compile().as_text()
-    moved = [line for line in text.splitlines() if ("all-gather" in line or "all-to-all" in line) and "= " in line]
+    moved = [
+        line
+        for line in text.splitlines()
+        if ("all-gather" in line or "all-to-all" in line) and "= " in line
+    ]
     assert moved and not any("800" in line or "100]" in line for line in moved), moved
     assert len(jax.devices()) == 8

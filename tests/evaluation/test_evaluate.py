@@ -16,7 +16,9 @@ KS = (1, 5, 20)
 
 def csr(lists):
     lengths = [len(x) for x in lists]
-    return Csr.from_pairs(np.repeat(np.arange(len(lists)), lengths), np.concatenate([*lists, []]), num_rows=len(lists))
+    return Csr.from_pairs(
+        np.repeat(np.arange(len(lists)), lengths), np.concatenate([*lists, []]), num_rows=len(lists)
+    )
 
 
 def make(user, right, seen, num_items, *, missing=None, counts=None):
@@ -53,22 +55,29 @@ def oracle(scores, queries, k, mask_seen):
             "ndcg": sum(hit / math.log2(r + 1) for r, hit in enumerate(gains, 1)) / ideal,
             "mrr": 1 / (gains.index(True) + 1) if any(gains) else 0.0,
             "map": sum(precisions) / min(number, k),
-            "novelty": np.mean([-math.log2((queries.counts[n] + 1) / (total + size)) for n in top]) if top else 0.0,
+            "novelty": np.mean([-math.log2((queries.counts[n] + 1) / (total + size)) for n in top])
+            if top
+            else 0.0,
             "never_trained": np.mean([queries.counts[n] == 0 for n in top]) if top else 0.0,
         }.items():
             totals[name] = totals.get(name, 0.0) + value
-    result = {name: value / used for name, value in totals.items()} | {"coverage": len(shown) / size}
+    result = {name: value / used for name, value in totals.items()} | {
+        "coverage": len(shown) / size
+    }
     return result, used
 
 
 @pytest.fixture
 def problem():
-    """60 queries of 25 users over 40 items; many ties, items unknown to training, users that saw nearly everything."""
+    """60 queries of 25 users over 40 items; many ties, items unknown to training, users that saw
+    nearly everything."""
     rng = np.random.default_rng(3)
     seen = [rng.permutation(40)[: rng.integers(0, 39)] for _ in range(25)]
     user = rng.integers(0, 25, 60)
     right = [rng.permutation(40)[: rng.integers(0, 9)] for _ in range(60)]
-    queries = make(user, right, seen, 40, missing=rng.integers(0, 2, 60), counts=rng.integers(0, 4, 40))
+    queries = make(
+        user, right, seen, 40, missing=rng.integers(0, 2, 60), counts=rng.integers(0, 4, 40)
+    )
     queries = queries.take(np.flatnonzero(queries.num_right > 0))
     return rng.integers(-3, 4, (len(queries), 40)).astype(np.float32), queries
 
@@ -102,11 +111,15 @@ def _fresh(name):
     return jax.jit(getattr(module, name).__wrapped__, static_argnames=("ks", "padding", "mesh"))
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, float(np.finfo(np.float32).tiny), 3e38])
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, float(np.finfo(np.float32).tiny), 3e38]
+)
 def test_a_collapsed_model_finds_nothing(value):
     # One right answer, 19 wrong ones of the same score: it comes last, and never into the first 19.
     queries = make([0], [[0]], [[]], 20)
-    found = evaluate(lambda s: np.full((1, 20), value, np.float32), queries, (19, 20), mask_seen=True)
+    found = evaluate(
+        lambda s: np.full((1, 20), value, np.float32), queries, (19, 20), mask_seen=True
+    )
     assert found["recall@19"] == 0.0 and found["recall@20"] == 1.0
     assert found["mrr@20"] == pytest.approx(1 / 20)
 
@@ -115,7 +128,8 @@ def test_a_collapsed_model_finds_nothing(value):
 def test_a_right_answer_above_the_others_is_first(scale):
     # The other bound: being put behind equals must not put it behind what is really lower.
     scores = -np.ones((2, 20), np.float32) * scale
-    # (Within one step of float32, 1e-7 of the value, the two cannot be told apart, and it is not given the benefit.)
+    # (Within one step of float32, 1e-7 of the value, the two cannot be told apart, and it is not
+    # given the benefit.)
     two_steps = np.nextafter(np.nextafter(np.float32(-scale), np.float32(0)), np.float32(0))
     scores[0, 7], scores[1, 3] = scale, two_steps
     queries = make([0, 0], [[7], [3]], [[]], 20)
@@ -123,12 +137,15 @@ def test_a_right_answer_above_the_others_is_first(scale):
 
 
 def test_seen_items_never_come_back_though_fewer_than_k_remain():
-    # The best are seen; three remain. Were they pushed down instead, they would fill the list, as coverage would show.
+    # The best are seen; three remain. Were they pushed down instead, they would fill the list, as
+    # coverage would show.
     queries = make([0], [[19]], [list(range(17))], 20)
     scores = np.arange(20, 0, -1, dtype=np.float32)[None]
     found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=True)
     assert found["coverage@10"] == pytest.approx(3 / 20)
-    assert found["precision@10"] == pytest.approx(1 / 10) and found["mrr@10"] == pytest.approx(1 / 3)
+    assert found["precision@10"] == pytest.approx(1 / 10) and found["mrr@10"] == pytest.approx(
+        1 / 3
+    )
     assert evaluate(lambda s: scores[s], queries, (10,), mask_seen=False)["recall@10"] == 0.0
 
 
@@ -152,6 +169,11 @@ def test_nan_scores_are_refused():
 
 def test_dot_scores_are_dot_products():
     rng = np.random.default_rng(0)
-    users, items = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(9, 4)).astype(np.float32)
-    np.testing.assert_allclose(dot_scores(users, items)(slice(2, 5)), users[2:5] @ items.T, rtol=1e-5, atol=1e-6)
+    users, items = (
+        rng.normal(size=(6, 4)).astype(np.float32),
+        rng.normal(size=(9, 4)).astype(np.float32),
+    )
+    np.testing.assert_allclose(
+        dot_scores(users, items)(slice(2, 5)), users[2:5] @ items.T, rtol=1e-5, atol=1e-6
+    )
     assert isinstance(dot_scores(users, items)(slice(0, 1)), jnp.ndarray)

@@ -1,4 +1,5 @@
-"""Metrics of heads against loops and other people's code; which rows they are measured on; where they are reported."""
+"""Metrics of heads against loops and other people's code; which rows they are measured on; where
+they are reported."""
 
 import dataclasses
 import json
@@ -19,7 +20,10 @@ from twotower.objectives.multitask import head_logits, init_heads
 from twotower.training.run import load_run, train
 from twotower.validation import ScoreError
 
-HEADS = {"like": {"label": "liked", "combine": "multiply"}, "share": {"label": "shared", "layers": (4,)}}
+HEADS = {
+    "like": {"label": "liked", "combine": "multiply"},
+    "share": {"label": "shared", "layers": (4,)},
+}
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -27,7 +31,11 @@ def sample(request):
     """(logits with many ties, labels, weights) of 300 rows."""
     rng = np.random.default_rng(request.param)
     logits = np.round(rng.normal(size=300) * 3) / 2
-    return logits, (rng.random(300) < expit(logits + 0.5)).astype(float), rng.integers(0, 4, 300).astype(float)
+    return (
+        logits,
+        (rng.random(300) < expit(logits + 0.5)).astype(float),
+        rng.integers(0, 4, 300).astype(float),
+    )
 
 
 def repeated(logits, labels, weights):
@@ -42,7 +50,11 @@ def test_auc_is_the_share_of_pairs_in_the_right_order_with_equals_half(sample):
     won = total = 0.0
     for i in ones:
         for j in zeros:
-            won += weights[i] * weights[j] * (float(logits[i] > logits[j]) + 0.5 * float(logits[i] == logits[j]))
+            won += (
+                weights[i]
+                * weights[j]
+                * (float(logits[i] > logits[j]) + 0.5 * float(logits[i] == logits[j]))
+            )
             total += weights[i] * weights[j]
     assert heads.auc(*sample) == pytest.approx(won / total, rel=1e-12)
 
@@ -70,7 +82,11 @@ def test_the_others_are_what_counting_rows_one_by_one_gives(sample):
     for b in range(15):
         inside = [(p, y) for p, _, y in rows if b / 15 <= p < (b + 1) / 15 or (b == 14 and p == 1)]
         if inside:
-            error += len(inside) / count * abs(np.mean([p for p, _ in inside]) - np.mean([y for _, y in inside]))
+            error += (
+                len(inside)
+                / count
+                * abs(np.mean([p for p, _ in inside]) - np.mean([y for _, y in inside]))
+            )
     expected["calibration_error"] = error
     found = heads.measure_head(*sample)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-10)
@@ -79,8 +95,11 @@ def test_the_others_are_what_counting_rows_one_by_one_gives(sample):
 
 def test_what_is_not_defined_is_left_out_and_nothing_overflows():
     one = np.ones(1)
-    for logits, labels, missing in (([2.0, -1.0], [1.0, 1.0], {"auc"}), ([-2.0, -1.0], [0.0, 1.0], {"precision"}),
-                                    ([-2.0, -1.0], [0.0, 0.0], {"auc", "precision", "recall", "calibration"})):  # fmt: skip
+    for logits, labels, missing in (
+        ([2.0, -1.0], [1.0, 1.0], {"auc"}),
+        ([-2.0, -1.0], [0.0, 1.0], {"precision"}),
+        ([-2.0, -1.0], [0.0, 0.0], {"auc", "precision", "recall", "calibration"}),
+    ):
         found = heads.measure_head(np.array(logits), np.array(labels), np.ones(2))
         assert set(heads.METRICS) - set(found) == missing
     assert heads.log_loss(np.array([800.0]), np.array([0.0]), one) == 800.0
@@ -98,16 +117,22 @@ def run(tmp_path_factory):
     sections = {"objective": {"heads": HEADS}, "evaluation": {"ks": (5,), "validation_queries": 40}}
     run = make_run(tmp_path_factory.mktemp("run"), **sections)
     params = init_heads(run.config.objective.heads, run.model.dim, jax.random.key(1))
-    return dataclasses.replace(run, weights=run.weights._replace(params=run.weights.params | {"heads": params}))
+    return dataclasses.replace(
+        run, weights=run.weights._replace(params=run.weights.params | {"heads": params})
+    )
 
 
 def logits_by_row(run, rows):
     """The towers and the heads on each row apart."""
     features = {
-        "user": {n: x[rows.user] for n, x in run.prepared.features["user"].items()} | dict(rows.context),
+        "user": {n: x[rows.user] for n, x in run.prepared.features["user"].items()}
+        | dict(rows.context),
         "item": {n: x[rows.item] for n, x in run.prepared.features["item"].items()},
     }
-    users, items = (run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, features[side])) for side in ("user", "item"))
+    users, items = (
+        run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, features[side]))
+        for side in ("user", "item")
+    )
     return head_logits(run.config.objective.heads, run.weights.params["heads"], users, items)
 
 
@@ -118,7 +143,9 @@ def measured_by_row(run, part, *, among=None):
         labels = rows.labels[head["label"]]
         known = np.flatnonzero(~np.isnan(labels))
         known = known if among is None else known[np.linspace(0, len(known) - 1, among).astype(int)]
-        found[name] = heads.measure_head(np.asarray(logits[name])[known], labels[known], rows.weight[known])
+        found[name] = heads.measure_head(
+            np.asarray(logits[name])[known], labels[known], rows.weight[known]
+        )
     return found
 
 
@@ -130,7 +157,12 @@ def approx(measured):
 def test_heads_are_measured_on_the_labelled_rows_of_a_part(run, part, monkeypatch):
     monkeypatch.setattr(heads, "BLOCK_ROWS", 50)
     expected = measured_by_row(run, part)
-    assert 100 < expected["like"]["rows"] < expected["share"]["rows"] == len(getattr(run.prepared, part))
+    assert (
+        100
+        < expected["like"]["rows"]
+        < expected["share"]["rows"]
+        == len(getattr(run.prepared, part))
+    )
     assert heads.make_head_metrics(run.prepared, run.model, part)(run.weights) == approx(expected)
 
 
@@ -142,10 +174,15 @@ def test_a_sample_is_of_the_labelled_rows_of_each_head_and_evenly_spaced(run):
 
 def test_rows_without_label_item_or_weight_are_left_out(run):
     rows = run.prepared.test
-    labels = {"liked": np.where(np.arange(len(rows)) % 2, rows.labels["liked"], np.nan), "shared": rows.labels["shared"]}
+    labels = {
+        "liked": np.where(np.arange(len(rows)) % 2, rows.labels["liked"], np.nan),
+        "shared": rows.labels["shared"],
+    }
     weight, item = rows.weight.copy(), rows.item.copy()
     weight[10:20], item[30:40] = 0, -1
-    odd = dataclasses.replace(run.prepared, test=dataclasses.replace(rows, labels=labels, weight=weight, item=item))
+    odd = dataclasses.replace(
+        run.prepared, test=dataclasses.replace(rows, labels=labels, weight=weight, item=item)
+    )
     kept = np.setdiff1d(np.arange(len(rows)), [*range(10, 20), *range(30, 40)])
     expected = {}
     for name, head in HEADS.items():
@@ -153,7 +190,9 @@ def test_rows_without_label_item_or_weight_are_left_out(run):
         logits = np.asarray(logits_by_row(run, rows)[name])[known]
         expected[name] = heads.measure_head(logits, labels[head["label"]][known], weight[known])
     assert heads.make_head_metrics(odd, run.model, "test")(run.weights) == approx(expected)
-    none = dataclasses.replace(rows, labels=labels | {"liked": np.full(len(rows), np.nan, np.float32)})
+    none = dataclasses.replace(
+        rows, labels=labels | {"liked": np.full(len(rows), np.nan, np.float32)}
+    )
     unlabelled = dataclasses.replace(run.prepared, test=none)
     assert list(heads.make_head_metrics(unlabelled, run.model, "test")(run.weights)) == ["share"]
 
@@ -168,9 +207,14 @@ def test_validation_has_the_metrics_of_heads_beside_those_of_retrieval(run):
 
 def test_a_head_that_became_nan_is_not_passed_over(run):
     params = run.weights.params
-    spoilt = params | {"heads": params["heads"] | {"share": jax.tree.map(lambda x: x * jnp.nan, params["heads"]["share"])}}
+    spoilt = params | {
+        "heads": params["heads"]
+        | {"share": jax.tree.map(lambda x: x * jnp.nan, params["heads"]["share"])}
+    }
     with pytest.raises(ScoreError, match="head 'share' are NaN"):
-        heads.make_head_metrics(run.prepared, run.model, "test")(run.weights._replace(params=spoilt))
+        heads.make_head_metrics(run.prepared, run.model, "test")(
+            run.weights._replace(params=spoilt)
+        )
 
 
 def test_the_report_has_a_table_of_heads(run):
@@ -180,29 +224,44 @@ def test_the_report_has_a_table_of_heads(run):
     row = next(line for line in printed.splitlines() if line.startswith("auc"))
     assert row.split()[1:] == [f"{measured['heads'][name]['auc']:.4f}" for name in HEADS]
     del measured["heads"]["share"]["precision"]
-    row = next(line for line in report.format_heads(measured["heads"]).splitlines() if line.startswith("precision"))
+    row = next(
+        line
+        for line in report.format_heads(measured["heads"]).splitlines()
+        if line.startswith("precision")
+    )
     assert row.split()[2] == "-"
 
 
 def test_a_model_without_heads_reports_none(run):
     config = dataclasses.replace(run.config, objective=ObjectiveConfig())
-    plain = dataclasses.replace(run, config=config, prepared=dataclasses.replace(run.prepared, config=config))
+    plain = dataclasses.replace(
+        run, config=config, prepared=dataclasses.replace(run.prepared, config=config)
+    )
     assert "heads" not in report.measure_run(plain, ks=(5,), baselines=False)
-    assert not any("/" in name for name in make_validate(plain.prepared, plain.model)(plain.weights))
+    assert not any(
+        "/" in name for name in make_validate(plain.prepared, plain.model)(plain.weights)
+    )
 
 
 def test_a_head_trained_alone_learns_whom_an_item_suits(tmp_path):
-    """End to end, on the generated shop, whose probabilities are known; the best checkpoint is chosen by the head."""
+    """End to end, on the generated shop, whose probabilities are known; the best checkpoint is
+    chosen by the head."""
     ids = {"type": "string", "embedding_size": 16}
-    config = from_dict({
-        "data": {"source": "shop", "num_interactions": 3000},
-        "features": {"user": {"user_id": ids}, "item": {"item_id": ids}},
-        "objective": {"weight": 0.0, "heads": {"like": HEADS["like"]}},
-        "training": {
-            "batch_size": 512, "steps": 30, "validate_every": 15, "metric": "like/auc",
-            "optimizer": {"learning_rate": 0.02}, "tables": {"learning_rate": 0.3},
-        },
-    })  # fmt: skip
+    config = from_dict(
+        {
+            "data": {"source": "shop", "num_interactions": 3000},
+            "features": {"user": {"user_id": ids}, "item": {"item_id": ids}},
+            "objective": {"weight": 0.0, "heads": {"like": HEADS["like"]}},
+            "training": {
+                "batch_size": 512,
+                "steps": 30,
+                "validate_every": 15,
+                "metric": "like/auc",
+                "optimizer": {"learning_rate": 0.02},
+                "tables": {"learning_rate": 0.3},
+            },
+        }
+    )
     train(config, tmp_path / "run", make_validate=make_validate)
     run = load_run(tmp_path / "run")
     rows = run.prepared.test
@@ -211,5 +270,7 @@ def test_a_head_trained_alone_learns_whom_an_item_suits(tmp_path):
     true = label_probabilities(run.prepared.truth, rows.user[known], rows.item[known])["liked"]
     best = heads.auc(np.float64(true), rows.labels["liked"][known], rows.weight[known])
     assert 0.6 < found["auc"] < best
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "validation/like/auc" in line] == [15, 30]

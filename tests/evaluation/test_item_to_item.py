@@ -1,4 +1,5 @@
-"""Item-kNN and EASE against their formulas written out densely, and what they are fitted on and asked with."""
+"""Item-kNN and EASE against their formulas written out densely, and what they are fitted on and
+asked with."""
 
 import logging
 
@@ -21,7 +22,10 @@ USERS, ITEMS = 60, 40
 def random_log(seed=0):
     """Rows with duplicates; users 0 to 4 and items 0 to 3 have none."""
     rng = np.random.default_rng(seed)
-    user, item = rng.integers(5, USERS, 900).astype(np.int32), (4 + 36 * rng.random(900) ** 2).astype(np.int32)
+    user, item = (
+        rng.integers(5, USERS, 900).astype(np.int32),
+        (4 + 36 * rng.random(900) ** 2).astype(np.int32),
+    )
     assert len(np.unique(user * ITEMS + item)) < 800
     return Rows(user, item, np.ones(900, np.float32), None, {})
 
@@ -42,14 +46,19 @@ def asked(seen, right=None, num_items=ITEMS):
     right = np.zeros(len(seen), int) if right is None else right
     answers = Csr.from_pairs(np.arange(len(seen)), right, num_rows=len(seen))
     return Queries(
-        user=np.arange(len(seen), dtype=np.int32), right=answers, missing=np.zeros(len(seen), np.int32), seen=seen,
+        user=np.arange(len(seen), dtype=np.int32),
+        right=answers,
+        missing=np.zeros(len(seen), np.int32),
+        seen=seen,
         counts=np.bincount(seen.values, minlength=num_items),
-    )  # fmt: skip
+    )
 
 
 def naive_cosines(x):
     both, count = x.T @ x, x.sum(0)
-    cosine = np.divide(both, np.sqrt(np.outer(count, count)), where=both > 0, out=np.zeros_like(both))
+    cosine = np.divide(
+        both, np.sqrt(np.outer(count, count)), where=both > 0, out=np.zeros_like(both)
+    )
     np.fill_diagonal(cosine, 0)
     return cosine
 
@@ -68,7 +77,9 @@ def test_the_nearest_items_are_those_of_greatest_cosine_without_the_item_itself(
     for item in range(ITEMS):
         np.testing.assert_allclose(similarity[item], np.sort(expected[item])[::-1][:7], rtol=1e-6)
         real = similarity[item] > 0
-        np.testing.assert_allclose(expected[item, near[item, real]], similarity[item, real], rtol=1e-6)
+        np.testing.assert_allclose(
+            expected[item, near[item, real]], similarity[item, real], rtol=1e-6
+        )
         assert len(set(near[item, real])) == real.sum() and item not in near[item, real]
         assert real.any() == (item >= 4)
 
@@ -117,7 +128,8 @@ def test_a_user_without_history_finds_nothing_and_new_items_are_not_found():
 
 
 def communities(num_items=60, users=300, own=10):
-    """Each user takes `own` of the 20 items of its third and the right answer is one more of them."""
+    """Each user takes `own` of the 20 items of its third and the right answer is one more of
+    them."""
     rng = np.random.default_rng(0)
     taken = [rng.permutation(20)[: own + 1] + 20 * rng.integers(0, 3) for _ in range(users)]
     seen = np.concatenate([items[:own] for items in taken])
@@ -127,8 +139,12 @@ def communities(num_items=60, users=300, own=10):
 
 def test_both_find_what_popularity_cannot():
     train, queries = communities()
-    rows = Rows(train.rows.astype(np.int32), train.values, np.ones(len(train.values), np.float32), None, {})
-    popularity = evaluate(same_for_all(popularity_order(rows, 60)), queries, (10,), mask_seen=True)["recall@10"]
+    rows = Rows(
+        train.rows.astype(np.int32), train.values, np.ones(len(train.values), np.float32), None, {}
+    )
+    popularity = evaluate(same_for_all(popularity_order(rows, 60)), queries, (10,), mask_seen=True)[
+        "recall@10"
+    ]
     made = item_to_item.make_item_to_item(train, queries, queries)
     assert set(made) == {"item_knn", "ease"}
     for scores in made.values():
@@ -137,7 +153,10 @@ def test_both_find_what_popularity_cannot():
 
 def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
     """Of the neighbours the best of all; of the ridges the last before one that is no better."""
-    train, tuning = lists_of(random_log()), asked(lists_of(random_log()), right=np.random.default_rng(5).integers(4, 40, USERS))
+    train, tuning = (
+        lists_of(random_log()),
+        asked(lists_of(random_log()), right=np.random.default_rng(5).integers(4, 40, USERS)),
+    )
     monkeypatch.setattr(item_to_item, "NEIGHBOURS", (8, 1, 16))
     monkeypatch.setattr(item_to_item, "RIDGES", (1000.0, 100.0, 10.0, 30.0))
 
@@ -146,12 +165,16 @@ def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
 
     near, similarity = item_to_item.nearest_items(train, ITEMS, 16)
     eight, one, sixteen = (
-        measure(item_to_item.neighbour_scores(near[:, :n], similarity[:, :n])(tuning)) for n in item_to_item.NEIGHBOURS
+        measure(item_to_item.neighbour_scores(near[:, :n], similarity[:, :n])(tuning))
+        for n in item_to_item.NEIGHBOURS
     )
     assert one < eight < sixteen
     made = item_to_item.make_item_to_item(train, tuning, tuning)
     assert measure(made["item_knn"]) == sixteen
-    ridges = [measure(item_to_item.weight_scores(naive_ease(matrix(train), r))(tuning)) for r in item_to_item.RIDGES]
+    ridges = [
+        measure(item_to_item.weight_scores(naive_ease(matrix(train), r))(tuning))
+        for r in item_to_item.RIDGES
+    ]
     assert ridges[0] < ridges[1] > ridges[2] and ridges[3] > ridges[1]
     assert measure(made["ease"]) == pytest.approx(ridges[1], abs=1e-6)
 
@@ -167,16 +190,25 @@ def test_a_log_that_is_too_large_is_left_out_and_said(monkeypatch, caplog):
         assert "item_knn and ease are left out" in caplog.text
 
 
-@pytest.mark.parametrize("split, parts", [("validation", ["train"]), ("test", ["train", "validation"])])
+@pytest.mark.parametrize(
+    "split, parts", [("validation", ["train"]), ("test", ["train", "validation"])]
+)
 @pytest.mark.parametrize("kind", ["user", "interaction"])
-def test_they_are_fitted_on_training_and_asked_with_all_that_was_earlier(tmp_path, monkeypatch, split, parts, kind):
+def test_they_are_fitted_on_training_and_asked_with_all_that_was_earlier(
+    tmp_path, monkeypatch, split, parts, kind
+):
     rng = np.random.default_rng(2)
     lines = [f"u{rng.integers(12)},i{rng.integers(9)},{time}" for time in range(120)]
     (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]))
-    prepared = prepare(from_dict({
-        "data": {"source": "csv", "interactions": {"path": str(tmp_path / "log.csv")}}, "evaluation": {"query": kind},
-        "split": {"kind": "time", "validation": 0.2, "test": 0.2},
-    }))  # fmt: skip
+    prepared = prepare(
+        from_dict(
+            {
+                "data": {"source": "csv", "interactions": {"path": str(tmp_path / "log.csv")}},
+                "evaluation": {"query": kind},
+                "split": {"kind": "time", "validation": 0.2, "test": 0.2},
+            }
+        )
+    )
     monkeypatch.setattr(item_to_item, "RIDGES", (3.0,))
     monkeypatch.setattr(item_to_item, "NEIGHBOURS", (8,))
     queries = make_queries(prepared, split, kind)

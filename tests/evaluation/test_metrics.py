@@ -36,7 +36,9 @@ def lists():
 
 
 def hits_of(ranked, right):
-    return jnp.array([[i in r for i in items] for items, r in zip(ranked, right)]), jnp.array([len(r) for r in right])
+    return jnp.array([[i in r for i in items] for items, r in zip(ranked, right)]), jnp.array(
+        [len(r) for r in right]
+    )
 
 
 @pytest.mark.parametrize("name", metrics.ACCURACY)
@@ -53,7 +55,9 @@ def test_masking_equals_slicing(lists, name):
     top = jnp.broadcast_to(jnp.arange(12) < 5, hits.shape)
     np.testing.assert_array_equal(metric(hits, right, where=top), metric(hits[:, :5], right))
     odd = jnp.broadcast_to(jnp.arange(12) % 2 == 1, hits.shape)
-    np.testing.assert_allclose(metric(hits, right, where=odd), metric(hits[:, 1::2], right), rtol=1e-6)
+    np.testing.assert_allclose(
+        metric(hits, right, where=odd), metric(hits[:, 1::2], right), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", metrics.ACCURACY)

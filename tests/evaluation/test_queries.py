@@ -9,32 +9,48 @@ from twotower.evaluation.queries import Queries, make_queries
 from twotower.retrieval.csr import Csr
 from twotower.validation import ConfigError
 
-# user, item, split; in order of time. Item z is never in training, so it is not in the corpus; neither is y.
+# user, item, split; in order of time. Item z is never in training, so it is not in the corpus;
+# neither is y.
 LOG = [
-    ("ann", "a", "train"), ("ann", "b", "train"), ("ben", "a", "train"), ("ben", "c", "train"), ("cat", "d", "train"),
-    ("ann", "c", "validation"), ("dan", "a", "validation"),
-    ("ann", "d", "test"), ("ann", "c", "test"), ("ann", "z", "test"), ("ann", "z", "test"), ("ann", "y", "test"),
-    ("ann", "d", "test"), ("ben", "a", "test"), ("dan", "b", "test"), ("cat", "z", "test"),
-]  # fmt: skip
+    ("ann", "a", "train"),
+    ("ann", "b", "train"),
+    ("ben", "a", "train"),
+    ("ben", "c", "train"),
+    ("cat", "d", "train"),
+    ("ann", "c", "validation"),
+    ("dan", "a", "validation"),
+    ("ann", "d", "test"),
+    ("ann", "c", "test"),
+    ("ann", "z", "test"),
+    ("ann", "z", "test"),
+    ("ann", "y", "test"),
+    ("ann", "d", "test"),
+    ("ben", "a", "test"),
+    ("dan", "b", "test"),
+    ("cat", "z", "test"),
+]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "log.csv"
     path.write_text(
-        "user_id,item_id,timestamp,hour\n" + "".join(f"{u},{i},{t},{t}\n" for t, (u, i, _) in enumerate(LOG))
+        "user_id,item_id,timestamp,hour\n"
+        + "".join(f"{u},{i},{t},{t}\n" for t, (u, i, _) in enumerate(LOG))
     )
     config = from_dict(
         {
             "data": {"source": "csv", "interactions": {"path": str(path)}},
             "split": {"kind": "time", "validation": 2 / 16, "test": 9 / 16},
             "features": {
-                "user": {"user_id": {"type": "string", "embedding_size": 2},
-                         "hour": {"type": "string", "embedding_size": 2}},
+                "user": {
+                    "user_id": {"type": "string", "embedding_size": 2},
+                    "hour": {"type": "string", "embedding_size": 2},
+                },
                 "item": {"item_id": {"type": "string", "embedding_size": 4}},
             },
         }
-    )  # fmt: skip
+    )
     prepared = prepare(config)
     assert [len(part) for part in (prepared.train, prepared.validation, prepared.test)] == [5, 2, 9]
     return prepared
@@ -51,13 +67,18 @@ def names(prepared, queries):
 
 def test_one_query_a_user_with_all_its_distinct_items(prepared):
     assert sorted(names(prepared, make_queries(prepared, "test", "user"))) == [
-        ("ann", ["d", "c"], 2), ("ben", ["a"], 0), ("cat", [], 1), ("dan", ["b"], 0),
-    ]  # fmt: skip
+        ("ann", ["d", "c"], 2),
+        ("ben", ["a"], 0),
+        ("cat", [], 1),
+        ("dan", ["b"], 0),
+    ]
 
 
 def test_one_query_a_row_with_one_right_answer(prepared):
     assert names(prepared, make_queries(prepared, "test", "interaction")) == [
-        (user, [item] if item in "abcd" else [], int(item not in "abcd")) for user, item, part in LOG if part == "test"
+        (user, [item] if item in "abcd" else [], int(item not in "abcd"))
+        for user, item, part in LOG
+        if part == "test"
     ]
 
 
@@ -66,7 +87,9 @@ def test_test_sees_training_and_validation_and_validation_only_training(prepared
     by_name = {
         split: {
             user: [items[i] for i in seen]
-            for user, seen in zip(prepared.users["user_id"].to_pylist(), make_queries(prepared, split, "user").seen)
+            for user, seen in zip(
+                prepared.users["user_id"].to_pylist(), make_queries(prepared, split, "user").seen
+            )
         }
         for split in ("validation", "test")
     }
@@ -76,7 +99,12 @@ def test_test_sees_training_and_validation_and_validation_only_training(prepared
 
 def test_answers_that_were_seen_are_dropped_and_missing_ones_are_not(prepared):
     left = make_queries(prepared, "test", "user").less_seen()
-    assert sorted(names(prepared, left)) == [("ann", ["d"], 2), ("ben", [], 0), ("cat", [], 1), ("dan", ["b"], 0)]
+    assert sorted(names(prepared, left)) == [
+        ("ann", ["d"], 2),
+        ("ben", [], 0),
+        ("cat", [], 1),
+        ("dan", ["b"], 0),
+    ]
     assert sorted(left.num_right.tolist()) == [0, 1, 1, 3]
 
 
@@ -90,7 +118,12 @@ def test_the_context_is_that_of_the_row_or_of_the_first_held_out_row(prepared):
 
 def test_counts_are_of_training_rows(prepared):
     counts = make_queries(prepared, "test", "user").counts
-    assert dict(zip(prepared.items["item_id"].to_pylist(), counts.tolist())) == {"a": 2, "b": 1, "c": 1, "d": 1}
+    assert dict(zip(prepared.items["item_id"].to_pylist(), counts.tolist())) == {
+        "a": 2,
+        "b": 1,
+        "c": 1,
+        "d": 1,
+    }
 
 
 def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
@@ -107,7 +140,13 @@ def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
 
 def test_a_sample_asks_some_queries_of_the_whole_corpus():
     right = Csr.from_pairs(np.arange(10), np.arange(10), num_rows=10)
-    queries = Queries(np.arange(10, dtype=np.int32), right, np.zeros(10, np.int32), Csr.empty(10), np.ones(10, np.int64))
+    queries = Queries(
+        np.arange(10, dtype=np.int32),
+        right,
+        np.zeros(10, np.int32),
+        Csr.empty(10),
+        np.ones(10, np.int64),
+    )
     assert queries.sample(0) is queries and queries.sample(10) is queries
     some = queries.sample(4)
     assert some.user.tolist() == [0, 3, 6, 9] == some.right.values.tolist()

@@ -30,11 +30,18 @@ def seen_first(prepared, model, weights, queries):
 
 def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
     monkeypatch.setattr(report, "model_scores", seen_first)
-    monkeypatch.setattr(report, "make_baselines", lambda prepared, queries: {"seen": seen_first(prepared, 0, 0, queries)})
+    monkeypatch.setattr(
+        report,
+        "make_baselines",
+        lambda prepared, queries: {"seen": seen_first(prepared, 0, 0, queries)},
+    )
     measured = report.measure_run(run, ks=(1,), baselines=True)
-    # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was seen.
+    # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was
+    # seen.
     assert measured["model"]["mrr@1"] == measured["baselines"]["seen"]["mrr@1"] > 0.9
-    assert measured["model_unmasked"]["mrr@1"] == measured["baselines_unmasked"]["seen"]["mrr@1"] < 0.5
+    assert (
+        measured["model_unmasked"]["mrr@1"] == measured["baselines_unmasked"]["seen"]["mrr@1"] < 0.5
+    )
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
     for suffix, mask_seen in (("", True), ("_unmasked", False)):
         scores = seen_first(run.prepared, 0, 0, queries)
@@ -62,24 +69,39 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
 
     expected = measure("validation", mask_seen=True)
     assert found == expected
-    assert found != measure("validation", mask_seen=False) and found != measure("test", mask_seen=True)
+    assert found != measure("validation", mask_seen=False) and found != measure(
+        "test", mask_seen=True
+    )
 
 
 def test_a_run_on_a_mesh_has_the_figures_of_one_device(run):
     measured = report.measure_run(run, ks=KS, baselines=False, most=40)
     weights = divided(run.weights, 8)
-    on_mesh = report.measure_run(dataclasses.replace(run, weights=weights), ks=KS, baselines=False, most=40)
+    on_mesh = report.measure_run(
+        dataclasses.replace(run, weights=weights), ks=KS, baselines=False, most=40
+    )
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
-    assert len(model_scores(run.prepared, run.model, weights, queries)(slice(0, 3)).sharding.device_set) == 8
+    assert (
+        len(
+            model_scores(run.prepared, run.model, weights, queries)(slice(0, 3)).sharding.device_set
+        )
+        == 8
+    )
     for name in ("model", "model_unmasked"):
         assert on_mesh[name] == pytest.approx(measured[name])
 
 
 def test_items_and_users_that_training_never_saw_are_measured_apart(run):
     measured = report.measure_run(run, ks=KS, baselines=False)
-    queries, trained = make_queries(run.prepared, "test", "user"), set(run.prepared.train.user.tolist())
+    queries, trained = (
+        make_queries(run.prepared, "test", "user"),
+        set(run.prepared.train.user.tolist()),
+    )
     new = [sum(queries.counts[item] == 0 for item in right) for right in queries.less_seen().right]
     assert measured["new_items"]["model"]["queries"] == sum(count > 0 for count in new) > 3
-    asked = [user not in trained and count > 0 for user, count in zip(queries.user, queries.less_seen().num_right)]
+    asked = [
+        user not in trained and count > 0
+        for user, count in zip(queries.user, queries.less_seen().num_right)
+    ]
     assert measured["new_users"]["model"]["queries"] == sum(asked) > 0
     assert "Right answers that training never saw" in report.format_report(measured, KS)

@@ -1,4 +1,5 @@
-"""What a short training on the generated shop makes of Arabic titles, of items that nobody has seen."""
+"""What a short training on the generated shop makes of Arabic titles, of items that nobody has
+seen."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,10 @@ from twotower.training.run import load_run, train
 # Every noun of the shop with every material of its shelf: (title, shelf).
 TITLES = [
     (f"{noun} {material}", shelf)
-    for shelf, category in enumerate(CATEGORIES) for _, noun in category.nouns for _, material in category.materials
-]  # fmt: skip
+    for shelf, category in enumerate(CATEGORIES)
+    for _, noun in category.nouns
+    for _, material in category.materials
+]
 RING, CHAIN = "خاتم ذهب", "سلسال ذهب"
 
 
@@ -45,22 +48,38 @@ def test_titles_of_like_products_are_closer_than_unlike_ones(embed):
     vectors = embed(titles)
     cosines = vectors @ vectors.T
     ring, chain = titles.index(RING), titles.index(CHAIN)
-    unlike = np.array(["ذهب" not in title for title in titles]) & ~np.isin(shelves, shelves[[ring, chain]])
+    unlike = np.array(["ذهب" not in title for title in titles]) & ~np.isin(
+        shelves, shelves[[ring, chain]]
+    )
     for one in (ring, chain):
         assert cosines[ring, chain] > cosines[one, unlike].mean() + 0.1
         assert np.mean(cosines[ring, chain] > cosines[one, unlike]) > 0.75
     np.fill_diagonal(cosines, -1)
     nearest = shelves[cosines.argmax(axis=1)]
-    assert np.mean(nearest == shelves) > 0.85  # what shoppers of one shelf buy together, whatever it is made of
+    assert (
+        np.mean(nearest == shelves) > 0.85
+    )  # what shoppers of one shelf buy together, whatever it is made of
 
 
-@pytest.mark.parametrize("title, others", [
-    (RING, ["خَاتَمُ ذَهَبٍ", "خـــاتم ذهــب", "  خاتم   ذهب ", "خاتم\u200f ذهب"]),  # vowels, tatweel, blanks, marks of direction
-    ("ألماس أبيض", ["الماس ابيض", "آلماس إبيض", "ٱلماس أَبيض"]),  # alef with and without hamza, madda, wasla
-    ("إصدار كلاسيكي", ["اصدار كلاسيكى", "إصدار کلاسیکی"]),  # yaa, alef maqsura, the Persian keyboard's letters
-    ("ساعة فضة", ["ساعه فضه", "سَاعَة فِضَّة"]),  # taa marbuta
-    ("سوار رقم 12", ["سوار رقم ١٢", "سوار رقم ۱۲"]),  # digits
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "title, others",
+    [
+        (
+            RING,
+            ["خَاتَمُ ذَهَبٍ", "خـــاتم ذهــب", "  خاتم   ذهب ", "خاتم\u200f ذهب"],
+        ),  # vowels, tatweel, blanks, marks of direction
+        (
+            "ألماس أبيض",
+            ["الماس ابيض", "آلماس إبيض", "ٱلماس أَبيض"],
+        ),  # alef with and without hamza, madda, wasla
+        (
+            "إصدار كلاسيكي",
+            ["اصدار كلاسيكى", "إصدار کلاسیکی"],
+        ),  # yaa, alef maqsura, the Persian keyboard's letters
+        ("ساعة فضة", ["ساعه فضه", "سَاعَة فِضَّة"]),  # taa marbuta
+        ("سوار رقم 12", ["سوار رقم ١٢", "سوار رقم ۱۲"]),  # digits
+    ],
+)
 def test_another_spelling_of_a_title_has_the_very_same_vector(embed, title, others):
     vectors = embed([title, *others, CHAIN])
     np.testing.assert_array_equal(vectors[1:-1], np.repeat(vectors[:1], len(others), axis=0))

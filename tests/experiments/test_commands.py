@@ -34,9 +34,12 @@ CONFIG = {
 def launch(command, *flags, ok=True):
     """The standard output of a command, or its standard error where it must fail."""
     done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{command}", *flags], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-m", f"experiments.{command}", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert (done.returncode == 0) == ok, done.stderr
     return done.stdout if ok else done.stderr
 
@@ -55,10 +58,15 @@ def exported(trained):
 
 
 def test_the_best_checkpoint_is_not_the_latest(tmp_path):
-    """Of a run that gets worse: export takes the best unless it is told otherwise, and evaluate measures the same."""
+    """Of a run that gets worse: export takes the best unless it is told otherwise, and evaluate
+    measures the same."""
     values = iter([0.0, 0.5, 0.9, 0.1])  # the first before training
     config = CONFIG | {"training": CONFIG["training"] | {"steps": 6, "validate_every": 2}}
-    train(from_dict(config), tmp_path / "run", make_validate=lambda *_: lambda weights: {"recall@10": next(values)})
+    train(
+        from_dict(config),
+        tmp_path / "run",
+        make_validate=lambda *_: lambda weights: {"recall@10": next(values)},
+    )
     flag = f"--workdir={tmp_path / 'run'}"
     launch("export", flag)
     manifest = tmp_path / "run" / "bundle" / "manifest.json"
@@ -66,7 +74,9 @@ def test_the_best_checkpoint_is_not_the_latest(tmp_path):
     assert "Step 4 on test" in launch("evaluate", flag, "--k=5")
     launch("export", flag, "--checkpoint=latest")
     assert json.loads(manifest.read_text())["step"] == 6
-    assert [load_run(tmp_path / "run", checkpoint=which).step for which in ("best", "latest", "4")] == [4, 6, 4]
+    assert [
+        load_run(tmp_path / "run", checkpoint=which).step for which in ("best", "latest", "4")
+    ] == [4, 6, 4]
 
 
 def test_a_bundle_is_asked_for_before_it_is_there(trained):
@@ -80,18 +90,39 @@ def test_evaluate_writes_what_it_prints(exported):
     printed = launch("evaluate", f"--workdir={exported}", "--k=10,5", "--baselines")
     measured = json.loads((exported / "evaluation" / "metrics.json").read_text())
     assert set(measured) == {
-        "protocol", "model", "model_unmasked", "baselines", "baselines_unmasked", "new_items", "new_users", "index",
-    }  # fmt: skip
+        "protocol",
+        "model",
+        "model_unmasked",
+        "baselines",
+        "baselines_unmasked",
+        "new_items",
+        "new_users",
+        "index",
+    }
     assert set(measured["baselines"]) == {
-        "random", "popularity", "popularity_last_week", "popularity_top_quantile", "item_knn", "ease", "true_preferences",
-    }  # fmt: skip
+        "random",
+        "popularity",
+        "popularity_last_week",
+        "popularity_top_quantile",
+        "item_knn",
+        "ease",
+        "true_preferences",
+    }
     assert measured["index"]["recall@10"] > 0.95 and measured["index"]["queries_per_second"] > 0
-    assert {"recall@5", "recall@10", "ndcg@10", "coverage@10", "novelty@5", "never_trained@10"} <= set(
-        measured["model"]
-    )
+    assert {
+        "recall@5",
+        "recall@10",
+        "ndcg@10",
+        "coverage@10",
+        "novelty@5",
+        "never_trained@10",
+    } <= set(measured["model"])
     best, model = measured["baselines"]["true_preferences"], measured["model"]
     assert best["recall@10"] > measured["baselines"]["random"]["recall@10"]
-    assert f"{model['recall@5']:.4f}" in printed and "of what ranking by the true preferences reaches" in printed
+    assert (
+        f"{model['recall@5']:.4f}" in printed
+        and "of what ranking by the true preferences reaches" in printed
+    )
 
 
 def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
@@ -115,11 +146,15 @@ def test_query_writes_lists_of_many_users(exported, tmp_path):
         "--k=3",
     )
     table = pq.read_table(tmp_path / "o.parquet")
-    assert table["user_id"].to_pylist() == ["1"] * 3 + ["nobody"] * 3 + ["2"] * 3 and "1 of them not known" in printed
+    assert (
+        table["user_id"].to_pylist() == ["1"] * 3 + ["nobody"] * 3 + ["2"] * 3
+        and "1 of them not known" in printed
+    )
 
 
 def test_a_retriever_of_a_run_or_of_a_checkpoint(exported, tmp_path):
-    """Its bundle where it has one; otherwise one is made in memory, and the folder stays as it is."""
+    """Its bundle where it has one; otherwise one is made in memory, and the folder stays as it
+    is."""
     run = load_run(exported)
     expected = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
     bare = shutil.copytree(exported, tmp_path / "run", ignore=shutil.ignore_patterns("bundle*"))
@@ -138,36 +173,91 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("command, harm, message", [
-    ("query", lambda run: flip(run / "bundle" / "item_vectors.npy"), "item_vectors.npy was changed after the bundle"),
-    ("query", lambda run: (run / "bundle" / "manifest.json").write_text("{"), "manifest.json is corrupt"),
-    ("evaluate", lambda run: flip(run / "encoder" / "vocabulary_0_bytes.npy"), "vocabulary_0_bytes.npy is corrupt"),
-    ("export", lambda run: shutil.rmtree(run / "encoder"), "encoder holds no encoder"),
-    ("export", lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, harm, message",
+    [
+        (
+            "query",
+            lambda run: flip(run / "bundle" / "item_vectors.npy"),
+            "item_vectors.npy was changed after the bundle",
+        ),
+        (
+            "query",
+            lambda run: (run / "bundle" / "manifest.json").write_text("{"),
+            "manifest.json is corrupt",
+        ),
+        (
+            "evaluate",
+            lambda run: flip(run / "encoder" / "vocabulary_0_bytes.npy"),
+            "vocabulary_0_bytes.npy is corrupt",
+        ),
+        ("export", lambda run: shutil.rmtree(run / "encoder"), "encoder holds no encoder"),
+        ("export", lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
+    ],
+)
 def test_what_was_damaged_is_named(exported, tmp_path, command, harm, message):
     shutil.copytree(exported, tmp_path / "run")
     harm(tmp_path / "run")
-    error = launch(command, f"--workdir={tmp_path / 'run'}", *(["--user=1"] if command == "query" else []), ok=False)
+    error = launch(
+        command,
+        f"--workdir={tmp_path / 'run'}",
+        *(["--user=1"] if command == "query" else []),
+        ok=False,
+    )
     assert message in error and "Traceback" not in error
 
 
 MY_LOG = "--config=experiments/configs/my_log.py"
-LOG = "user_id,item_id,timestamp\n" + "".join(f"{n % 7},{n % 5},{1_600_000_000 + n}\n" for n in range(100))
+LOG = "user_id,item_id,timestamp\n" + "".join(
+    f"{n % 7},{n % 5},{1_600_000_000 + n}\n" for n in range(100)
+)
 
 
-@pytest.mark.parametrize("log, flags, message", [
-    (LOG.replace("user_id", "user"), [], "log.csv has no column 'user_id' (did you mean 'user'?)"),
-    (LOG.replace("1600000041", "soon"), [], "log.csv, row 42 (row 43 with the header), column 'timestamp': 'soon'"),
-    (LOG, ["--config.training.step=3"],
-     "--config.training.step: config.training has no option 'step'; did you mean 'steps'?"),
-    (LOG, ["--config.data.interactions.columns.weight=w"], "A mapping is set whole: --config.data.interactions.columns={...}"),
-    (LOG, ["--config.objective.loss=sofmax"], "config.objective.loss='sofmax' is not known; did you mean 'softmax'? Known:"),
-    (LOG, ["--config.features.item={'price': {'type': 'float'}}"],
-     "features.item.price reads column 'price'; the items table has no"),
-    (LOG, ["--config.training.batch_size=1000"], "config.training.batch_size=1000 is larger than the data"),
-    (LOG, ["--config=experiments/configs/nowhere.py"], "No such file or directory: 'experiments/configs/nowhere.py'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "log, flags, message",
+    [
+        (
+            LOG.replace("user_id", "user"),
+            [],
+            "log.csv has no column 'user_id' (did you mean 'user'?)",
+        ),
+        (
+            LOG.replace("1600000041", "soon"),
+            [],
+            "log.csv, row 42 (row 43 with the header), column 'timestamp': 'soon'",
+        ),
+        (
+            LOG,
+            ["--config.training.step=3"],
+            "--config.training.step: config.training has no option 'step'; did you mean 'steps'?",
+        ),
+        (
+            LOG,
+            ["--config.data.interactions.columns.weight=w"],
+            "A mapping is set whole: --config.data.interactions.columns={...}",
+        ),
+        (
+            LOG,
+            ["--config.objective.loss=sofmax"],
+            "config.objective.loss='sofmax' is not known; did you mean 'softmax'? Known:",
+        ),
+        (
+            LOG,
+            ["--config.features.item={'price': {'type': 'float'}}"],
+            "features.item.price reads column 'price'; the items table has no",
+        ),
+        (
+            LOG,
+            ["--config.training.batch_size=1000"],
+            "config.training.batch_size=1000 is larger than the data",
+        ),
+        (
+            LOG,
+            ["--config=experiments/configs/nowhere.py"],
+            "No such file or directory: 'experiments/configs/nowhere.py'",
+        ),
+    ],
+)
 def test_a_training_that_cannot_start_says_why_in_a_line(tmp_path, log, flags, message):
     (tmp_path / "log.csv").write_text(log)
     path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
@@ -203,10 +293,18 @@ def test_a_place_that_cannot_be_written_is_named(exported, tmp_path, flag):
     (tmp_path / "log.csv").write_text(LOG)
     place = f"{flag}={tmp_path / 'file' / 'under'}"
     if flag == "--workdir":
-        error = launch("train", MY_LOG, place, f"--config.data.interactions.path={tmp_path / 'log.csv'}",
-                       "--config.training.batch_size=8", ok=False)  # fmt: skip
+        error = launch(
+            "train",
+            MY_LOG,
+            place,
+            f"--config.data.interactions.path={tmp_path / 'log.csv'}",
+            "--config.training.batch_size=8",
+            ok=False,
+        )
     else:
-        error = launch("query", f"--workdir={exported}", f"--users={tmp_path / 'file'}", place, ok=False)
+        error = launch(
+            "query", f"--workdir={exported}", f"--users={tmp_path / 'file'}", place, ok=False
+        )
     assert f"Error: {tmp_path / 'file'}" in error and "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "log.csv"]
 
@@ -233,5 +331,9 @@ def test_what_is_no_list_length(exported, k):
 
 @pytest.mark.parametrize("command", ["export", "evaluate", "query"])
 def test_a_folder_that_is_no_run(command, tmp_path):
-    error = launch(command, f"--workdir={tmp_path}", *(["--user=1"] if command == "query" else []), ok=False)
-    assert "is no run" in error and "python -m experiments.train" in error and "Traceback" not in error
+    error = launch(
+        command, f"--workdir={tmp_path}", *(["--user=1"] if command == "query" else []), ok=False
+    )
+    assert (
+        "is no run" in error and "python -m experiments.train" in error and "Traceback" not in error
+    )

@@ -1,4 +1,5 @@
-"""Every shipped configuration loads and says how to run it; two of them run on real data from the log to the metrics."""
+"""Every shipped configuration loads and says how to run it; two of them run on real data from the
+log to the metrics."""
 
 import importlib
 import json
@@ -17,7 +18,9 @@ from twotower.retrieval.retriever import Retriever
 from twotower.training.run import load_run, train
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(
+    path.stem for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__"
+)
 
 
 def module(name):
@@ -25,7 +28,8 @@ def module(name):
 
 
 def leaves(values, where=""):
-    """The names of all options, dotted; a mapping that is itself a value (columns, features) ends a name."""
+    """The names of all options, dotted; a mapping that is itself a value (columns, features) ends a
+    name."""
     open_ended = ("columns", "features.user", "features.item")
     for name, value in values.items():
         path = f"{where}{name}"
@@ -52,7 +56,9 @@ def test_the_command_line_can_override_every_option(name):
 def test_its_docstring_names_its_commands(name):
     text = module(name).__doc__
     config = f"--config=experiments/configs/{name}.py"
-    assert config in text, f"experiments/configs/{name}.py must say: python -m experiments.train {config}"
+    assert config in text, (
+        f"experiments/configs/{name}.py must say: python -m experiments.train {config}"
+    )
     for command in ("train", "export", "evaluate"):
         assert f"python -m experiments.{command} " in text
 
@@ -83,7 +89,11 @@ def test_from_the_log_to_the_metrics(trained):
     assert measured["model"]["ndcg@10"] > 2 * measured["baselines"]["random"]["ndcg@10"]
     user = retriever.bundle.users["user_id"][0].as_py()
     assert len(retriever.recommend(user, k=5)) == 5
-    if "period" in retriever.bundle.encoder.context:  # by id alone a query is asked at the end of the log
+    if (
+        "period" in retriever.bundle.encoder.context
+    ):  # by id alone a query is asked at the end of the log
         newest = max(retriever.bundle.users["timestamp"].to_pylist(), key=lambda time: time or 0)
         at_the_end = retriever.recommend(rows=[{"user_id": "nobody", "timestamp": newest}], k=5)
-        assert [item.item_id for item in retriever.recommend("nobody", k=5)] == [item.item_id for item in at_the_end]
+        assert [item.item_id for item in retriever.recommend("nobody", k=5)] == [
+            item.item_id for item in at_the_end
+        ]

@@ -1,6 +1,5 @@
 """Reading compiled programs: what is counted is what was written."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -47,8 +46,10 @@ def test_the_size_of_a_collective_is_that_of_the_whole():
     found = {collective.kind: collective for collective in _program(step).collectives()}
     whole = 8 * 16 * 4
     assert {kind: collective.nbytes for kind, collective in found.items()} == {
-        "all-gather": whole, "reduce-scatter": whole, "all-reduce": 4
-    }  # fmt: skip
+        "all-gather": whole,
+        "reduce-scatter": whole,
+        "all-reduce": 4,
+    }
     assert found["all-gather"].sent(4) == found["reduce-scatter"].sent(4) == whole * 3 / 4
     assert found["all-reduce"].sent(4) == 2 * 4 * 3 / 4
 

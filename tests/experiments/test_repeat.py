@@ -18,13 +18,29 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs")
-    small = ("data.num_interactions=3000", "training.steps=4", "training.validate_every=4", "training.batch_size=64",
-             "training.steps_per_dispatch=1")  # fmt: skip
+    small = (
+        "data.num_interactions=3000",
+        "training.steps=4",
+        "training.validate_every=4",
+        "training.batch_size=64",
+        "training.steps_per_dispatch=1",
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.repeat", "--config=experiments/configs/quickstart.py", f"--workdir={workdir}",
-         "--seeds=2", "--baselines", *(f"--config.{option}" for option in small)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "experiments.repeat",
+            "--config=experiments/configs/quickstart.py",
+            f"--workdir={workdir}",
+            "--seeds=2",
+            "--baselines",
+            *(f"--config.{option}" for option in small),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert not done.returncode, done.stderr
     return workdir, done.stdout
 
@@ -48,5 +64,7 @@ def test_the_table_has_means_and_deviations_beside_the_baselines(repeated):
     values = [each["model"]["recall@10"] for each in written.values()]
     line = next(line for line in printed.splitlines() if line.startswith("recall@10 ")).split()
     popularity = written["seed-0"]["baselines"]["popularity"]["recall@10"]
-    assert line[1:5] == [f"{x:.4f}" for x in (np.mean(values), np.std(values, ddof=1), min(values), max(values))]
+    assert line[1:5] == [
+        f"{x:.4f}" for x in (np.mean(values), np.std(values, ddof=1), min(values), max(values))
+    ]
     assert f"{popularity:.4f}" in line[5:]

@@ -17,7 +17,8 @@ ITEMS = 40
 
 
 def sequences(users=120, seed=0):
-    """Walks through 40 items, each of which is followed by the next one but for a tenth of the steps; of 3 to 15 steps."""
+    """Walks through 40 items, each of which is followed by the next one but for a tenth of the
+    steps; of 3 to 15 steps."""
     rng = np.random.default_rng(seed)
     walks = []
     for _ in range(users):
@@ -44,8 +45,14 @@ def small(name, path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walks")
-    (folder / "pairs.txt").write_text("".join(f"{u} {i}\n" for u, walk in enumerate(sequences(), 1) for i in walk))
-    train(from_dict(small("movielens_1m_sequential", folder / "pairs.txt")), folder / "run", make_validate=make_validate)
+    (folder / "pairs.txt").write_text(
+        "".join(f"{u} {i}\n" for u, walk in enumerate(sequences(), 1) for i in walk)
+    )
+    train(
+        from_dict(small("movielens_1m_sequential", folder / "pairs.txt")),
+        folder / "run",
+        make_validate=make_validate,
+    )
     return load_run(folder / "run")
 
 
@@ -56,13 +63,20 @@ def test_from_a_file_of_pairs_to_the_next_item(run):
     assert model["mrr@10"] > 0.6 and popular["mrr@10"] < 0.2
     export(run, run.workdir / "bundle")
     retriever = Retriever.load(run.workdir / "bundle")
-    answers = [retriever.recommend(rows=[{"history": [str(i - 1), str(i)]}], k=1)[0].item_id for i in range(2, 40)]
+    answers = [
+        retriever.recommend(rows=[{"history": [str(i - 1), str(i)]}], k=1)[0].item_id
+        for i in range(2, 40)
+    ]
     assert np.mean([answer == str(i + 1) for i, answer in enumerate(answers, 2)]) > 0.8
 
 
 def test_a_test_item_that_training_never_saw_is_a_miss(tmp_path):
     walks = [*sequences(users=20), np.array([1, 2, 3, 999])]
-    (tmp_path / "lists.txt").write_text("".join(f"{u} {' '.join(map(str, walk))}\n" for u, walk in enumerate(walks, 1)))
+    (tmp_path / "lists.txt").write_text(
+        "".join(f"{u} {' '.join(map(str, walk))}\n" for u, walk in enumerate(walks, 1))
+    )
     prepared = prepare(from_dict(small("amazon_beauty_sequential", tmp_path / "lists.txt")))
-    assert "999" not in prepared.items["item_id"].to_pylist() and (prepared.test.item == -1).sum() >= 1
+    assert (
+        "999" not in prepared.items["item_id"].to_pylist() and (prepared.test.item == -1).sum() >= 1
+    )
     assert len(prepared.test) == 21 and prepared.plan.places == 13

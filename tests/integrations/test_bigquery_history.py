@@ -1,4 +1,5 @@
-"""Dates of the history in BigQuery: the real client against a server that checks schema, partition and payload."""
+"""Dates of the history in BigQuery: the real client against a server that checks schema, partition
+and payload."""
 
 import datetime
 import os
@@ -42,19 +43,30 @@ def test_a_date_arrives_as_it_is_kept(server, sink, history):
     assert sink.load(history, DAY) == {"p.shop.user_embeddings": 20, "p.shop.item_embeddings": 35}
     expected = history.dataset("item").to_table()
     found = server.tables[ITEMS].rows
-    assert found.select(expected.column_names).sort_by([("run_id", "ascending"), ("entity_id", "ascending")]).equals(
-        expected.sort_by([("run_id", "ascending"), ("entity_id", "ascending")])
+    assert (
+        found.select(expected.column_names)
+        .sort_by([("run_id", "ascending"), ("entity_id", "ascending")])
+        .equals(expected.sort_by([("run_id", "ascending"), ("entity_id", "ascending")]))
     )
 
 
 def test_the_tables_are_fit_for_vector_search(server, sink, history):
     sink.load(history, DAY)
     resource = server.tables[ITEMS].resource
-    columns = {field["name"]: (field["type"], field["mode"]) for field in resource["schema"]["fields"]}
-    assert columns["vector"] == ("FLOAT", "REPEATED") and columns["run_date"] == ("DATE", "NULLABLE")
-    assert resource["timePartitioning"] == {"type": "DAY", "field": "run_date"} and resource["labels"] == {"vector_width": "4"}
+    columns = {
+        field["name"]: (field["type"], field["mode"]) for field in resource["schema"]["fields"]
+    }
+    assert columns["vector"] == ("FLOAT", "REPEATED") and columns["run_date"] == (
+        "DATE",
+        "NULLABLE",
+    )
+    assert resource["timePartitioning"] == {"type": "DAY", "field": "run_date"} and resource[
+        "labels"
+    ] == {"vector_width": "4"}
     assert {len(vector) for vector in server.tables[ITEMS].rows["vector"].to_pylist()} == {4}
-    assert all(np.isfinite(server.tables[ITEMS].rows["vector"].combine_chunks().flatten().to_numpy()))
+    assert all(
+        np.isfinite(server.tables[ITEMS].rows["vector"].combine_chunks().flatten().to_numpy())
+    )
 
 
 def test_it_is_one_load_job_a_date_and_a_repeat_changes_nothing(server, sink, history):
@@ -81,7 +93,10 @@ def test_a_load_that_fails_leaves_the_partition_as_it_was(server, sink, history)
     before = server.tables[ITEMS].rows
     history.append(version(), {"item": [block(9)], "user": [block(9)]})
     server.broken = "An internal error"
-    with pytest.raises(HistoryError, match=r"table p\.shop\.user_embeddings\$20261125: BigQuery refuses: .*An internal error"):
+    with pytest.raises(
+        HistoryError,
+        match=r"table p\.shop\.user_embeddings\$20261125: BigQuery refuses: .*An internal error",
+    ):
         sink.load(history, DAY)
     assert server.tables[ITEMS].rows.equals(before) and len(server.tables[USERS].rows) == 20
     server.broken = ""
@@ -90,7 +105,9 @@ def test_a_load_that_fails_leaves_the_partition_as_it_was(server, sink, history)
 
 
 def changed(resource, **field):
-    fields = [one | field if one["name"] == "vector" else one for one in resource["schema"]["fields"]]
+    fields = [
+        one | field if one["name"] == "vector" else one for one in resource["schema"]["fields"]
+    ]
     return resource | {"schema": {"fields": fields}}
 
 
@@ -99,16 +116,39 @@ def without(resource, name):
     return resource | {"schema": {"fields": fields}}
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda r: changed(r, mode="NULLABLE"), "column 'vector' is FLOAT NULLABLE and must be FLOAT REPEATED"),
-    (lambda r: changed(r, type="STRING"), "column 'vector' is STRING REPEATED and must be FLOAT REPEATED"),
-    (lambda r: changed(r, name="embedding"), "column 'vector' is nothing and must be FLOAT REPEATED"),
-    (lambda r: without(r, "run_id"), "column 'run_id' is nothing and must be STRING NULLABLE"),
-    (lambda r: {k: v for k, v in r.items() if k != "timePartitioning"}, "must be partitioned by the DAY of run_date"),
-    (lambda r: r | {"timePartitioning": {"type": "MONTH", "field": "run_date"}}, "must be partitioned by the DAY of run_date"),
-    (lambda r: r | {"labels": {"vector_width": "8"}}, "holds vectors that are 8 wide .* these are 4 wide"),
-])  # fmt: skip
-def test_a_table_of_another_form_is_refused_by_name_before_anything_is_loaded(server, sink, history, harm, message):
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (
+            lambda r: changed(r, mode="NULLABLE"),
+            "column 'vector' is FLOAT NULLABLE and must be FLOAT REPEATED",
+        ),
+        (
+            lambda r: changed(r, type="STRING"),
+            "column 'vector' is STRING REPEATED and must be FLOAT REPEATED",
+        ),
+        (
+            lambda r: changed(r, name="embedding"),
+            "column 'vector' is nothing and must be FLOAT REPEATED",
+        ),
+        (lambda r: without(r, "run_id"), "column 'run_id' is nothing and must be STRING NULLABLE"),
+        (
+            lambda r: {k: v for k, v in r.items() if k != "timePartitioning"},
+            "must be partitioned by the DAY of run_date",
+        ),
+        (
+            lambda r: r | {"timePartitioning": {"type": "MONTH", "field": "run_date"}},
+            "must be partitioned by the DAY of run_date",
+        ),
+        (
+            lambda r: r | {"labels": {"vector_width": "8"}},
+            "holds vectors that are 8 wide .* these are 4 wide",
+        ),
+    ],
+)
+def test_a_table_of_another_form_is_refused_by_name_before_anything_is_loaded(
+    server, sink, history, harm, message
+):
     sink.load(history, DAY)
     server.tables[ITEMS].resource = harm(server.tables[ITEMS].resource)
     history.append(version(), {"user": [block(3)]})
@@ -121,18 +161,24 @@ def test_what_is_not_there_is_said(server, history):
     client = make_client("p")
     with pytest.raises(HistoryError, match="holds no vectors of 2026-11-26"):
         BigQueryHistory(client, "shop").load(history, NEXT)
-    with pytest.raises(HistoryError, match=r"p\.nowhere\.user_embeddings: BigQuery refuses: .*Not found: Dataset p:nowhere"):
+    with pytest.raises(
+        HistoryError,
+        match=r"p\.nowhere\.user_embeddings: BigQuery refuses: .*Not found: Dataset p:nowhere",
+    ):
         BigQueryHistory(client, "nowhere").load(history, DAY)
     with pytest.raises(HistoryError, match=r"'a\.b\.c' must be PROJECT\.DATASET or DATASET"):
         BigQueryHistory(client, "a.b.c").load(history, DAY)
     history.append(version("wide"), {"item": [block(3, width=8)]})
-    with pytest.raises(HistoryError, match=r"one width .*'2026-11-25/shop': 4, '2026-11-25/wide': 8"):
+    with pytest.raises(
+        HistoryError, match=r"one width .*'2026-11-25/shop': 4, '2026-11-25/wide': 8"
+    ):
         BigQueryHistory(client, "shop").load(history, DAY)
     assert not server.jobs
 
 
 def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
-    """The tests above rest on it: rows of another date than the partition's, lists without inference."""
+    """The tests above rest on it: rows of another date than the partition's, lists without
+    inference."""
     from google.cloud import bigquery
 
     from twotower.integrations import bigquery_history
@@ -140,7 +186,10 @@ def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
     sink.load(history, DAY)
     stored, write = history.stored("item"), bigquery_history._write
     table = sink.client.get_table("p.shop.item_embeddings")
-    with monkeypatch.context() as patch, pytest.raises(HistoryError, match="not in the partition 20261126"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(HistoryError, match="not in the partition 20261126"),
+    ):
         patch.setattr(bigquery_history, "_write", lambda file, some, date: write(file, some, DAY))
         sink._load(table, stored, NEXT)
     without = type("Without", (bigquery.ParquetOptions,), {"enable_list_inference": False})
@@ -150,12 +199,27 @@ def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
 
 
 def test_the_command_appends_a_bundle_and_loads_its_date(server, history, workdir, retriever):
-    command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", f"--append={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.history",
+        f"--history={history.folder}",
+        f"--append={workdir}",
+    ]
     where = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
     flags = ["--run_id=new", "--run_date=2026-11-26", "--bigquery=p.shop"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, **where)
     assert done.returncode == 0, done.stderr
     items = len(retriever.bundle.items)
-    assert "run-new.parquet" in done.stdout and f"p.shop.item_embeddings: {items:,} rows of 2026-11-26." in done.stdout
-    assert server.tables[ITEMS].rows["entity_id"].to_pylist() == retriever.bundle.items["item_id"].to_pylist()
-    assert [one.version.name for one in history.stored("user")] == ["2026-11-25/shop", "2026-11-26/new"]
+    assert (
+        "run-new.parquet" in done.stdout
+        and f"p.shop.item_embeddings: {items:,} rows of 2026-11-26." in done.stdout
+    )
+    assert (
+        server.tables[ITEMS].rows["entity_id"].to_pylist()
+        == retriever.bundle.items["item_id"].to_pylist()
+    )
+    assert [one.version.name for one in history.stored("user")] == [
+        "2026-11-25/shop",
+        "2026-11-26/new",
+    ]

@@ -1,7 +1,9 @@
-"""The same against the package bqemulator, where one is running and TWOTOWER_BQEMULATOR has its address:
+"""The same against the package bqemulator, where one is running and TWOTOWER_BQEMULATOR has its
+address:
 
 pip install bqemulator && bqemulator start --rest-port=9050
-TWOTOWER_BQEMULATOR=http://127.0.0.1:9050 bash launch_local.sh test tests/integrations/test_bqemulator.py
+TWOTOWER_BQEMULATOR=http://127.0.0.1:9050 bash launch_local.sh test
+tests/integrations/test_bqemulator.py
 """
 
 import io
@@ -23,7 +25,9 @@ from twotower.integrations.embedding_history import EmbeddingHistory, HistoryErr
 
 bigquery = extra("google.cloud.bigquery", "bigquery")
 ADDRESS = os.environ.get("TWOTOWER_BQEMULATOR")
-pytestmark = pytest.mark.skipif(not ADDRESS, reason="opt-in: TWOTOWER_BQEMULATOR is not set to the address of a bqemulator")
+pytestmark = pytest.mark.skipif(
+    not ADDRESS, reason="opt-in: TWOTOWER_BQEMULATOR is not set to the address of a bqemulator"
+)
 
 
 @pytest.fixture
@@ -37,7 +41,9 @@ def dataset(monkeypatch):
 def load(client, table, file):
     lists = bigquery.ParquetOptions()
     lists.enable_list_inference = True
-    config = bigquery.LoadJobConfig(source_format="PARQUET", parquet_options=lists, write_disposition="WRITE_TRUNCATE")
+    config = bigquery.LoadJobConfig(
+        source_format="PARQUET", parquet_options=lists, write_disposition="WRITE_TRUNCATE"
+    )
     client.load_table_from_file(file, table, rewind=True, job_config=config).result()
 
 
@@ -59,11 +65,23 @@ def test_the_table_is_made_then_found_fit_and_holds_the_payload(dataset, tmp_pat
 
 
 def test_a_table_and_a_query_are_read(dataset):
-    client, rows, file = make_client("p"), log().select(["user_id", "item_id", "rating"]), io.BytesIO()
+    client, rows, file = (
+        make_client("p"),
+        log().select(["user_id", "item_id", "rating"]),
+        io.BytesIO(),
+    )
     pq.write_table(rows, file)
-    schema = [bigquery.SchemaField(*field) for field in (("user_id", "INT64"), ("item_id", "STRING"), ("rating", "FLOAT64"))]
+    schema = [
+        bigquery.SchemaField(*field)
+        for field in (("user_id", "INT64"), ("item_id", "STRING"), ("rating", "FLOAT64"))
+    ]
     client.create_table(bigquery.Table(f"p.{dataset}.log", schema))
     load(client, f"p.{dataset}.log", file)
-    for table in ({"path": f"{dataset}.log"}, {"query": f"SELECT user_id, item_id, rating FROM `p.{dataset}.log`"}):
-        data = sources.load(DataConfig(source="bigquery", project="p", interactions=TableConfig(**table)))
+    for table in (
+        {"path": f"{dataset}.log"},
+        {"query": f"SELECT user_id, item_id, rating FROM `p.{dataset}.log`"},
+    ):
+        data = sources.load(
+            DataConfig(source="bigquery", project="p", interactions=TableConfig(**table))
+        )
         assert len(data.interactions) == 50 and len(data.users) == 7 and len(data.items) == 5

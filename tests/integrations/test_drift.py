@@ -23,7 +23,9 @@ def draw(rows=200, width=8, seed=0):
 
 
 def orthogonal(width, seed=1):
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0].astype(np.float32)
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0].astype(
+        np.float32
+    )
 
 
 def named(vectors, order=None):
@@ -40,9 +42,14 @@ def test_a_rotation_is_no_drift():
 def test_the_rotation_is_scipys_and_no_other_makes_the_mean_cosine_greater():
     old = drift._units(draw())
     new = drift._units(old @ orthogonal(8) + 0.3 * draw(seed=2))
-    np.testing.assert_allclose(rotation(old, new), scipy.linalg.orthogonal_procrustes(old, new)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        rotation(old, new), scipy.linalg.orthogonal_procrustes(old, new)[0], atol=1e-5
+    )
     best = aligned_cosines(old, new).mean()
-    near = [scipy.linalg.expm(0.01 * (a - a.T)) @ rotation(old, new) for a in draw(50 * 8).reshape(50, 8, 8)]
+    near = [
+        scipy.linalg.expm(0.01 * (a - a.T)) @ rotation(old, new)
+        for a in draw(50 * 8).reshape(50, 8, 8)
+    ]
     assert max((old @ other * new).sum(1).mean() for other in near) < best
 
 
@@ -98,9 +105,13 @@ def test_a_plot_is_a_picture_and_needs_its_extra(tmp_path, monkeypatch):
     extra("matplotlib", "plots")
     found = compare(named(draw()), named(draw(seed=1)))
     drift.plot(found, tmp_path / "new" / "drift.png", title="items")
-    assert (tmp_path / "new" / "drift.png").read_bytes().startswith(b"\x89PNG") and len(list((tmp_path / "new").iterdir())) == 1
+    assert (tmp_path / "new" / "drift.png").read_bytes().startswith(b"\x89PNG") and len(
+        list((tmp_path / "new").iterdir())
+    ) == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"a plot needs the extra 'plots' .*pip install 'twotower\[plots\]'"):
+    with pytest.raises(
+        ConfigError, match=r"a plot needs the extra 'plots' .*pip install 'twotower\[plots\]'"
+    ):
         drift.plot(found, tmp_path / "no.png", title="items")
 
 
@@ -111,7 +122,13 @@ def test_the_command_compares_two_dates(tmp_path):
     history.append(version("again"), {"item": [(ids, vectors @ orthogonal(4))]})
 
     def launch(*flags):
-        command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.history",
+            f"--history={history.folder}",
+            *flags,
+        ]
         where = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
         return subprocess.run(command, capture_output=True, text=True, **where)
 

@@ -1,4 +1,5 @@
-"""The history: what was put in comes out, whoever reads it; a repeat changes nothing, a failure leaves nothing."""
+"""The history: what was put in comes out, whoever reads it; a repeat changes nothing, a failure
+leaves nothing."""
 
 import dataclasses
 import datetime
@@ -15,7 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.extras import extra
-from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError, Version, blocks_of, parse_date, version_of
+from twotower.integrations.embedding_history import (
+    EmbeddingHistory,
+    HistoryError,
+    Version,
+    blocks_of,
+    parse_date,
+    version_of,
+)
 from twotower.retrieval.exact import QueryError
 from twotower.retrieval.retriever import Retriever
 
@@ -24,7 +32,9 @@ DAY = datetime.date(2026, 11, 25)
 
 
 def version(run="shop", date=DAY, **values):
-    return Version(**{"run_date": date, "run_id": run, "experiment_id": "e", "model_version": "m"} | values)
+    return Version(
+        **{"run_date": date, "run_id": run, "experiment_id": "e", "model_version": "m"} | values
+    )
 
 
 def block(rows, width=4, seed=0, prefix="e"):
@@ -33,7 +43,11 @@ def block(rows, width=4, seed=0, prefix="e"):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -42,7 +56,11 @@ def history(tmp_path):
 
 
 def test_what_is_read_is_what_was_appended_block_by_block(history):
-    blocks = [block(70, seed=1, prefix="a"), block(50, seed=2, prefix="b"), block(1, seed=3, prefix="ü,")]
+    blocks = [
+        block(70, seed=1, prefix="a"),
+        block(50, seed=2, prefix="b"),
+        block(1, seed=3, prefix="ü,"),
+    ]
     history.append(version(), {"item": blocks})
     stored = history.find("item", "2026-11-25/shop")
     ids, vectors = history.read(stored)
@@ -53,25 +71,50 @@ def test_what_is_read_is_what_was_appended_block_by_block(history):
 
 def test_a_table_is_partitioned_by_date_with_who_and_what_beside_each_vector(history):
     history.append(version(), {"item": [block(3)], "user": [block(2)]})
-    history.append(version("other", DAY + datetime.timedelta(1), experiment_id="f", model_version="n"), {"item": [block(3, 8)]})
-    table = history.dataset("item").to_table(filter=ds.field("run_date") == DAY + datetime.timedelta(1))
-    assert table.column_names == ["run_id", "experiment_id", "model_version", "entity_id", "vector", "run_date"]
+    history.append(
+        version("other", DAY + datetime.timedelta(1), experiment_id="f", model_version="n"),
+        {"item": [block(3, 8)]},
+    )
+    table = history.dataset("item").to_table(
+        filter=ds.field("run_date") == DAY + datetime.timedelta(1)
+    )
+    assert table.column_names == [
+        "run_id",
+        "experiment_id",
+        "model_version",
+        "entity_id",
+        "vector",
+        "run_date",
+    ]
     assert table.drop_columns("vector").to_pylist()[2] == {
-        "run_id": "other", "experiment_id": "f", "model_version": "n", "entity_id": "e2", "run_date": datetime.date(2026, 11, 26),
-    }  # fmt: skip
+        "run_id": "other",
+        "experiment_id": "f",
+        "model_version": "n",
+        "entity_id": "e2",
+        "run_date": datetime.date(2026, 11, 26),
+    }
     assert table["vector"].type == pa.list_(pa.float32()) and len(table["vector"][0]) == 8
     assert sorted(files(history.folder)) == [
-        "item_embeddings/run_date=2026-11-25/run-shop.parquet", "item_embeddings/run_date=2026-11-26/run-other.parquet",
+        "item_embeddings/run_date=2026-11-25/run-shop.parquet",
+        "item_embeddings/run_date=2026-11-26/run-other.parquet",
         "user_embeddings/run_date=2026-11-25/run-shop.parquet",
-    ]  # fmt: skip
-    assert [one.version.name for one in history.stored("item")] == ["2026-11-25/shop", "2026-11-26/other"]
+    ]
+    assert [one.version.name for one in history.stored("item")] == [
+        "2026-11-25/shop",
+        "2026-11-26/other",
+    ]
 
 
 def test_vectors_have_no_dictionary(history):
     history.append(version(), {"item": [block(100)]})
     group = pq.ParquetFile(history.find("item", "2026-11-25/shop").path).metadata.row_group(0)
-    columns = {group.column(n).path_in_schema.split(".")[0]: group.column(n) for n in range(group.num_columns)}
-    dictionaries = {name for name, column in columns.items() if "DICTIONARY" in str(column.encodings)}
+    columns = {
+        group.column(n).path_in_schema.split(".")[0]: group.column(n)
+        for n in range(group.num_columns)
+    }
+    dictionaries = {
+        name for name, column in columns.items() if "DICTIONARY" in str(column.encodings)
+    }
     assert dictionaries == {"run_id", "experiment_id", "model_version"}
 
 
@@ -96,19 +139,25 @@ def test_a_repeat_changes_nothing_and_a_new_model_replaces_the_run_of_that_date_
     history.append(version(model_version="newer"), {"item": [block(7)]})
     after = files(history.folder)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"item_embeddings/run_date=2026-11-25/run-shop.parquet"} and after.keys() == before.keys()
+    assert (
+        changed == {"item_embeddings/run_date=2026-11-25/run-shop.parquet"}
+        and after.keys() == before.keys()
+    )
     assert history.find("item", "2026-11-25/shop").rows == 7
 
 
 NAN = (pa.array(["a", "b"]), np.array([[1, 2, 3, 4], [1, np.nan, 3, 4]], np.float32))
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (NAN, QueryError, "item vectors of 2026-11-25/shop vector 1 is not finite"),
-    (block(3, width=5), HistoryError, "5 wide after others that are 4 wide"),
-    ((pa.array(["a"]), np.ones((2, 4))), HistoryError, "1 ids for 2 vectors"),
-    ((pa.array(["a", None]), np.ones((2, 4))), HistoryError, "1 ids for 2 vectors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (NAN, QueryError, "item vectors of 2026-11-25/shop vector 1 is not finite"),
+        (block(3, width=5), HistoryError, "5 wide after others that are 4 wide"),
+        ((pa.array(["a"]), np.ones((2, 4))), HistoryError, "1 ids for 2 vectors"),
+        ((pa.array(["a", None]), np.ones((2, 4))), HistoryError, "1 ids for 2 vectors"),
+    ],
+)
 def test_what_cannot_be_kept_leaves_the_history_as_it_was(history, bad, error, message):
     history.append(version(), {"user": [block(4)], "item": [block(4)]})
     before = files(history.folder)
@@ -133,9 +182,14 @@ EmbeddingHistory(sys.argv[1]).append(one, {"item": blocks()})
 
 def test_a_process_that_is_killed_leaves_nothing_that_is_read_and_the_next_cleans_up(history):
     history.append(version("other"), {"item": [block(3)]})
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(history.folder)], env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(history.folder)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert killed.returncode == -signal.SIGKILL and len(files(history.folder)) == 2
-    assert [one.version.run_id for one in history.stored("item")] == ["other"] and history.dataset("item").count_rows() == 3
+    assert [one.version.run_id for one in history.stored("item")] == ["other"] and history.dataset(
+        "item"
+    ).count_rows() == 3
     history.append(version(), {"item": [block(4)]})
     assert len(files(history.folder)) == 2 and history.dataset("item").count_rows() == 7
 
@@ -151,14 +205,18 @@ def test_a_file_of_something_else_or_a_damaged_one_is_named(history):
     history.append(version(), {"item": [block(100)]})
     path = history.find("item", "2026-11-25/shop").path
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(HistoryError, match=r"run-shop\.parquet is no file of the history, or is damaged"):
+    with pytest.raises(
+        HistoryError, match=r"run-shop\.parquet is no file of the history, or is damaged"
+    ):
         history.stored("item")
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(HistoryError, match=r"run-shop\.parquet is no file of the history"):
         history.stored("item")
     history.append(version(), {"item": [block(100)]})
     path.rename(path.with_name("run-other.parquet"))
-    with pytest.raises(HistoryError, match="was moved or renamed: it holds the vectors of 2026-11-25/shop"):
+    with pytest.raises(
+        HistoryError, match="was moved or renamed: it holds the vectors of 2026-11-25/shop"
+    ):
         history.stored("item")
 
 
@@ -184,7 +242,10 @@ def test_dates_and_places_are_checked(history):
     with pytest.raises(HistoryError, match="has no item vectors yet"):
         history.dataset("item")
     history.append(version(), {"item": [block(1)]})
-    with pytest.raises(HistoryError, match=r"no item vectors of '2026-11-24/shop' \(DATE/RUN\); the latest are: 2026-11-25/shop"):
+    with pytest.raises(
+        HistoryError,
+        match=r"no item vectors of '2026-11-24/shop' \(DATE/RUN\); the latest are: 2026-11-25/shop",
+    ):
         history.find("item", "2026-11-24/shop")
     with pytest.raises(HistoryError, match="the date of DATE/RUN='shop' must be a date"):
         history.find("item", "shop")
@@ -193,11 +254,15 @@ def test_dates_and_places_are_checked(history):
 def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
     one = version_of(retriever, run_date=DAY, run_id="shop")
     history.append(one, blocks_of(retriever, block=16))
-    (users, queries), (items, vectors) = (history.read(history.find(side, one.name)) for side in ("user", "item"))
+    (users, queries), (items, vectors) = (
+        history.read(history.find(side, one.name)) for side in ("user", "item")
+    )
     assert one.model_version == retriever.bundle.manifest["model_version"]
     unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}, folder=None))
     assert version_of(unwritten, run_date=DAY, run_id="shop") == one
-    assert users.equals(retriever.bundle.users["user_id"]) and items.equals(retriever.bundle.items["item_id"])
+    assert users.equals(retriever.bundle.users["user_id"]) and items.equals(
+        retriever.bundle.items["item_id"]
+    )
     for row in (0, 17, len(users) - 1):
         best = np.argsort(-(vectors @ queries[row]), kind="stable")[:5]
         found = retriever.recommend(users[row].as_py(), k=5, exclude_seen=False)
@@ -210,16 +275,33 @@ def test_runs_of_one_configuration_share_an_experiment(retriever):
 
     def changed(**training):
         config = retriever.bundle.config
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(config.training, **training)
+        )
         return Retriever(dataclasses.replace(retriever.bundle, config=config))
 
-    assert experiment(changed(seed=7), run_id="a") == experiment(run_id="a") != experiment(changed(steps=7), run_id="a")
-    assert experiment(run_id="a") == experiment(run_id="b") != experiment(run_id="a", experiment_id="mine") == "mine"
+    assert (
+        experiment(changed(seed=7), run_id="a")
+        == experiment(run_id="a")
+        != experiment(changed(steps=7), run_id="a")
+    )
+    assert (
+        experiment(run_id="a")
+        == experiment(run_id="b")
+        != experiment(run_id="a", experiment_id="mine")
+        == "mine"
+    )
 
 
 def test_the_command_lists_and_does_one_thing_at_a_time(history):
     def launch(*flags):
-        command = [sys.executable, "-m", "experiments.history", f"--history={history.folder}", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.history",
+            f"--history={history.folder}",
+            *flags,
+        ]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
@@ -227,7 +309,12 @@ def test_the_command_lists_and_does_one_thing_at_a_time(history):
     listed = launch("--list")
     assert listed.returncode == 0, listed.stderr
     assert [line.split() for line in listed.stdout.splitlines()[1:]] == [
-        ["user", "2026-11-25/shop", "e", "m", "20", "4"], ["item", "2026-11-25/shop", "e", "m", "30", "4"],
-    ]  # fmt: skip
+        ["user", "2026-11-25/shop", "e", "m", "20", "4"],
+        ["item", "2026-11-25/shop", "e", "m", "30", "4"],
+    ]
     wrong = launch("--drift=2026-11-25/shop,2026-11-25/shop", "--list")
-    assert wrong.returncode == 1 and "Give one of --append=RUN" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and "Give one of --append=RUN" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )

@@ -1,4 +1,5 @@
-"""Redis: what is published is found, whole versions only; without Redis everything goes on. A real server, on loopback."""
+"""Redis: what is published is found, whole versions only; without Redis everything goes on. A real
+server, on loopback."""
 
 import dataclasses
 import os
@@ -17,7 +18,12 @@ import pytest
 from tests.extras import extra, program
 from tests.integrations.test_embedding_history import block
 from twotower.integrations.embedding_history import blocks_of
-from twotower.integrations.redis_store import CachedRetriever, RedisStore, StoreError, bundle_version
+from twotower.integrations.redis_store import (
+    CachedRetriever,
+    RedisStore,
+    StoreError,
+    bundle_version,
+)
 from twotower.retrieval.exact import QueryError
 from twotower.retrieval.retriever import Retriever
 from twotower.validation import ConfigError
@@ -36,9 +42,22 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(self.folder)]
+        options = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            str(self.folder),
+        ]
         self.process = subprocess.Popen(
-            [program("redis-server", "redis-server"), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program("redis-server", "redis-server"), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self.client = redis.Redis(port=self.port)
         for _ in range(200):
@@ -79,7 +98,9 @@ def test_the_vectors_of_a_bundle_are_found_by_id(store, retriever):
     np.testing.assert_array_equal(vectors[[0, 2]], retriever.bundle.vectors[[5, 0]])
     assert found.tolist() == [True, False, True] and not vectors[1].any()
     users = retriever.bundle.users["user_id"].to_pylist()
-    np.testing.assert_allclose(store.vectors("user", users)[0], retriever.embed_users(users), atol=1e-6)
+    np.testing.assert_allclose(
+        store.vectors("user", users)[0], retriever.embed_users(users), atol=1e-6
+    )
     assert counts == {"user": len(users), "item": len(ids)}
 
 
@@ -139,7 +160,9 @@ def test_odd_ids_stay_apart_and_models_do_not_meet(server, store):
     np.testing.assert_array_equal(store.vectors("item", names)[0], vectors)
     assert store.vectors("item", ["\ud800", "1"])[1].tolist() == [False, True]
     other = RedisStore(server.url, name="other", timeout=5.0)
-    assert other.current() is None and other.vectors("item", names)[1].tolist() == [False] * len(names)
+    assert other.current() is None and other.vectors("item", names)[1].tolist() == [False] * len(
+        names
+    )
     with pytest.raises(ConfigError, match="name='a:b' must be of"):
         RedisStore(server.url, name="a:b")
 
@@ -180,7 +203,10 @@ def test_no_list_outlives_a_change_of_the_items(store, workdir, tmp_path):
     assert best not in [item.item_id for item in cached.recommend(user, k=3)]
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b"7", b'{"known": true}', b'{"known": true, "items": [[1]]}', b"\xff"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"{", b"[]", b"7", b'{"known": true}', b'{"known": true, "items": [[1]]}', b"\xff"],
+)
 def test_what_is_no_list_is_answered_anew(server, store, retriever, garbage):
     cached = CachedRetriever(retriever, store)
     server.client.set(f"shop:{bundle_version(retriever)}.0:list:3:1:1", garbage)
@@ -232,8 +258,11 @@ class Deaf:
 
 
 @pytest.mark.parametrize("retry_after, times", [(3600.0, 1), (0.0, 6)])
-def test_a_redis_that_does_not_answer_is_asked_once_and_then_left_alone(retriever, retry_after, times):
-    """Each of three questions would ask twice (for the list, and to keep it); the client's own retries would add to that."""
+def test_a_redis_that_does_not_answer_is_asked_once_and_then_left_alone(
+    retriever, retry_after, times
+):
+    """Each of three questions would ask twice (for the list, and to keep it); the client's own
+    retries would add to that."""
     with Deaf() as deaf:
         url = f"redis://127.0.0.1:{deaf.socket.getsockname()[1]}/0"
         cached = CachedRetriever(retriever, RedisStore(url, timeout=0.01, retry_after=retry_after))
@@ -243,19 +272,33 @@ def test_a_redis_that_does_not_answer_is_asked_once_and_then_left_alone(retrieve
 
 
 def test_urls_and_the_extra_are_checked_and_no_password_is_shown(monkeypatch):
-    with pytest.raises(ConfigError, match="the Redis URL that begins with 'http' cannot be used") as error:
+    with pytest.raises(
+        ConfigError, match="the Redis URL that begins with 'http' cannot be used"
+    ) as error:
         RedisStore("http://:secret@localhost")
     assert "secret" not in str(error.value)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ConfigError, match=r"Redis needs the extra 'redis' .*pip install 'twotower\[redis\]'"):
+    with pytest.raises(
+        ConfigError, match=r"Redis needs the extra 'redis' .*pip install 'twotower\[redis\]'"
+    ):
         RedisStore("redis://localhost")
 
 
 def test_the_command_publishes_a_bundle(server, store, workdir, retriever):
-    command = [sys.executable, "-m", "experiments.publish", f"--workdir={workdir}", f"--redis={server.url}", "--name=shop"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.publish",
+        f"--workdir={workdir}",
+        f"--redis={server.url}",
+        "--name=shop",
+    ]
     where = {"cwd": Path(__file__).parents[2], "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
     done = subprocess.run(command, capture_output=True, text=True, **where)
     assert done.returncode == 0, done.stderr
-    assert store.current()["version"] == bundle_version(retriever) and "item vectors, for 86,400 seconds" in done.stdout
+    assert (
+        store.current()["version"] == bundle_version(retriever)
+        and "item vectors, for 86,400 seconds" in done.stdout
+    )
     ids = retriever.bundle.items["item_id"].to_pylist()
     np.testing.assert_array_equal(store.vectors("item", ids)[0], retriever.bundle.vectors)

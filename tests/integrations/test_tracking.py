@@ -15,9 +15,11 @@ mlflow = extra("mlflow", "mlflow")
 extra("sqlalchemy", "mlflow")
 extra("alembic", "mlflow")
 MEASURED = {
-    "protocol": {"split": "test", "step": 4, "query": "user"}, "model": {"recall@10": 0.25},
-    "baselines": {"popularity": {"recall@10": 0.1}}, "index": {"kind": "exact", "recall@10": 1.0},
-}  # fmt: skip
+    "protocol": {"split": "test", "step": 4, "query": "user"},
+    "model": {"recall@10": 0.25},
+    "baselines": {"popularity": {"recall@10": 0.1}},
+    "index": {"kind": "exact", "recall@10": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +53,43 @@ def workdir(tmp_path):
 def test_a_run_is_logged_with_its_configuration_metrics_and_files(store, client, workdir):
     run_id = track(workdir, uri=store, experiment="all")
     run = client.get_run(run_id)
-    assert run.data.params["training.steps"] == "4" and run.data.params["features.item.title _ more.type"] == "text"
+    assert (
+        run.data.params["training.steps"] == "4"
+        and run.data.params["features.item.title _ more.type"] == "text"
+    )
     history = client.get_metric_history(run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(2, 3.5), (4, 3.0)]
-    wanted = {"recall_at_10": 0.2, "test.model.recall_at_10": 0.25, "test.baselines.popularity.recall_at_10": 0.1,
-              "test.index.recall_at_10": 1.0}  # fmt: skip
+    wanted = {
+        "recall_at_10": 0.2,
+        "test.model.recall_at_10": 0.25,
+        "test.baselines.popularity.recall_at_10": 0.1,
+        "test.index.recall_at_10": 1.0,
+    }
     assert wanted.items() <= run.data.metrics.items()
     assert (run.info.run_name, run.info.status) == ("shop", "FINISHED")
     assert {file.path for file in client.list_artifacts(run_id)} == {"config.json", "evaluation"}
-    kept = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/config.json", dst_path=str(workdir / "down"))
+    kept = mlflow.artifacts.download_artifacts(
+        f"{run.info.artifact_uri}/config.json", dst_path=str(workdir / "down")
+    )
     assert open(kept).read() == (workdir / "config.json").read_text()
 
 
-def test_files_lie_beside_the_store_whatever_folder_the_command_was_started_in(store, client, workdir, monkeypatch):
+def test_files_lie_beside_the_store_whatever_folder_the_command_was_started_in(
+    store, client, workdir, monkeypatch
+):
     monkeypatch.chdir(workdir.parent)
     run = client.get_run(track(workdir, uri=store, experiment="files"))
-    assert run.info.artifact_uri.startswith(f"file://{store.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts/")
+    assert run.info.artifact_uri.startswith(
+        f"file://{store.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts/"
+    )
     assert [path.name for path in workdir.parent.iterdir()] == ["shop"]
 
 
 def test_a_repeat_logs_what_is_new_and_nothing_twice(store, client, workdir):
     whole = (workdir / "metrics.jsonl").read_text()
-    (workdir / "metrics.jsonl").write_text(whole.splitlines(keepends=True)[0] + '{"step": 4, "lo')  # in the middle of a line
+    (workdir / "metrics.jsonl").write_text(
+        whole.splitlines(keepends=True)[0] + '{"step": 4, "lo'
+    )  # in the middle of a line
     shutil.rmtree(workdir / "evaluation")
     first = track(workdir, uri=store, experiment="again")
     assert client.get_run(first).info.status == "RUNNING"
@@ -90,14 +107,18 @@ def test_more_metrics_than_a_request_takes(store, client, workdir):
     lines = [{"step": step, "loss": step / 7} for step in range(1, 1_203)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_id = track(workdir, uri=store, experiment="many")
-    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [line["loss"] for line in lines]
+    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [
+        line["loss"] for line in lines
+    ]
 
 
 def test_the_bundle_is_logged_where_it_is_asked_for(store, client, workdir):
     (workdir / "bundle").mkdir()
     (workdir / "bundle" / "manifest.json").write_text('{"model_version": "abc"}')
     run_id = track(workdir, uri=store, experiment="bundle", bundle=True)
-    assert [file.path for file in client.list_artifacts(run_id, "bundle")] == ["bundle/manifest.json"]
+    assert [file.path for file in client.list_artifacts(run_id, "bundle")] == [
+        "bundle/manifest.json"
+    ]
     assert client.get_run(run_id).data.tags["twotower.model_version"] == "abc"
 
 
@@ -108,8 +129,13 @@ def test_what_cannot_be_logged_is_said(store, workdir, tmp_path, monkeypatch):
         track(workdir, uri="foo://me:secret@host/x", experiment="none")
     gone = {"uri": store, "experiment": "none", "run_id": "0" * 32}
     (workdir / "mlflow.json").write_text(json.dumps(gone))
-    with pytest.raises(ConfigError, match=rf"not found\. To log to a new run of MLflow, delete {workdir}/mlflow\.json\."):
+    with pytest.raises(
+        ConfigError,
+        match=rf"not found\. To log to a new run of MLflow, delete {workdir}/mlflow\.json\.",
+    ):
         track(workdir, uri=store, experiment="none")
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ConfigError, match=r"tracking needs the extra 'mlflow' .*pip install 'twotower\[mlflow\]'"):
+    with pytest.raises(
+        ConfigError, match=r"tracking needs the extra 'mlflow' .*pip install 'twotower\[mlflow\]'"
+    ):
         track(workdir, uri=store, experiment="none")

@@ -23,10 +23,20 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-def case(name: str, dtype: Any = jnp.float32, *, size: int = 13, others: int = 9, width: int = 5, hard: int = 3) -> Case:
-    """`size` queries against their own items and `others`, two of which are padding, with accidental hits and users met twice.
+def case(
+    name: str,
+    dtype: Any = jnp.float32,
+    *,
+    size: int = 13,
+    others: int = 9,
+    width: int = 5,
+    hard: int = 3,
+) -> Case:
+    """`size` queries against their own items and `others`, two of which are padding, with
+    accidental hits and users met twice.
 
-    Query 1 is nobody's, query 2 weighs nothing, and some hard negatives are missing or the positive itself.
+    Query 1 is nobody's, query 2 weighs nothing, and some hard negatives are missing or the positive
+    itself.
     """
     rng = np.random.default_rng(7)
     real = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
@@ -35,16 +45,35 @@ def case(name: str, dtype: Any = jnp.float32, *, size: int = 13, others: int = 9
     ids, owners = rng.integers(0, size // 2, size), rng.integers(0, size // 2, size)
     owners[1] = -1
     padding = min(others, 2)
-    all_ids = np.concatenate([ids, rng.integers(0, size // 2, others - padding), np.full(padding, -1)])
+    all_ids = np.concatenate(
+        [ids, rng.integers(0, size // 2, others - padding), np.full(padding, -1)]
+    )
     weights = np.abs(rng.normal(size=size)) + 0.1
     weights[2] = 0.0
     loss = LOSSES[name]
     options = {
-        "loss": loss, "weights": jnp.asarray(weights, dtype), "scale": jnp.asarray(4.0, dtype), "owners": whole(owners),
+        "loss": loss,
+        "weights": jnp.asarray(weights, dtype),
+        "scale": jnp.asarray(4.0, dtype),
+        "owners": whole(owners),
         "bias": jnp.asarray(-0.7, dtype),
-        "hard": Hard(real(size, hard, width), whole(rng.integers(-1, size // 2, (size, hard))), real(size, hard)),
-        "margin": OBJECTIVE.margin, "positive_temperature": 0.3, "mask_same_user": True,
+        "hard": Hard(
+            real(size, hard, width),
+            whole(rng.integers(-1, size // 2, (size, hard))),
+            real(size, hard),
+        ),
+        "margin": OBJECTIVE.margin,
+        "positive_temperature": 0.3,
+        "mask_same_user": True,
         "constants": loss.constants(OBJECTIVE, ITEMS),
-    }  # fmt: skip
-    candidates = Candidates(whole(all_ids), whole(np.concatenate([owners, np.full(others, -1)])), real(size + others))
-    return Case(queries, Positives(vectors, whole(ids), real(size)), jnp.concatenate([vectors, further]), candidates, options)
+    }
+    candidates = Candidates(
+        whole(all_ids), whole(np.concatenate([owners, np.full(others, -1)])), real(size + others)
+    )
+    return Case(
+        queries,
+        Positives(vectors, whole(ids), real(size)),
+        jnp.concatenate([vectors, further]),
+        candidates,
+        options,
+    )

@@ -16,7 +16,8 @@ def count(draw, size=N, trials=TRIALS):
 
 
 def agree(stated, observed, trials=TRIALS):
-    """Log expected counts of one step with counts over `trials`: each within 5 standard deviations, all by chi-square."""
+    """Log expected counts of one step with counts over `trials`: each within 5 standard deviations,
+    all by chi-square."""
     mean = np.exp(np.asarray(stated, np.float64)) * trials
     assert (observed[mean == 0] == 0).all()
     z = ((observed - mean) / np.sqrt(np.maximum(mean, 1e-9)))[mean > 0]

@@ -1,4 +1,5 @@
-"""Estimates of how often an id is drawn: right on skewed streams, under duplicates, for ids never seen, and bounded in memory."""
+"""Estimates of how often an id is drawn: right on skewed streams, under duplicates, for ids never
+seen, and bounded in memory."""
 
 import functools
 
@@ -15,7 +16,8 @@ EXACT, GAP, SKETCH = FREQUENCIES["exact"], FREQUENCIES["gap"], FREQUENCIES["sket
 
 @pytest.fixture(scope="module")
 def zipf():
-    """(probabilities of N ids, the popular ones anywhere; 800 batches of B, in which popular ids stand many times)."""
+    """(probabilities of N ids, the popular ones anywhere; 800 batches of B, in which popular ids
+    stand many times)."""
     rng = np.random.default_rng(0)
     share = rng.permutation(1 / np.arange(1, N + 1))
     share /= share.sum()
@@ -35,7 +37,12 @@ def fresh(estimator, size=N, **options):
 
 
 def expected(estimator, arrays, ids, draws):
-    return np.exp(np.asarray(jax.jit(estimator.log_expected_count)(arrays, jnp.asarray(ids, jnp.int32), draws), np.float64))
+    return np.exp(
+        np.asarray(
+            jax.jit(estimator.log_expected_count)(arrays, jnp.asarray(ids, jnp.int32), draws),
+            np.float64,
+        )
+    )
 
 
 def test_counted_exactly_in_logs_without_a_floor():
@@ -53,12 +60,16 @@ def test_the_estimate_converges_to_the_true_expected_count(name, zipf):
     estimator = FREQUENCIES[name]
     arrays = run(estimator, fresh(estimator), batches)
     ratio = expected(estimator, arrays, np.arange(N), B) / (B * share)
-    # Of an id drawn n times the share is known to 1 / sqrt(n); moving averages forget, so for gaps n is at most 200.
+    # Of an id drawn n times the share is known to 1 / sqrt(n); moving averages forget, so for gaps
+    # n is at most 200.
     known = np.minimum(share * batches.size, 200 if name == "gap" else np.inf)
     assert np.abs((ratio - 1) * np.sqrt(known)).max() < 5
     assert abs(np.average(ratio, weights=known) - 1) < 0.02
-    # The most popular id stands in a batch 20 times; a probability of being in it at all could not say so.
-    assert expected(estimator, arrays, [share.argmax()], B)[0] == pytest.approx(B * share.max(), rel=0.1)
+    # The most popular id stands in a batch 20 times; a probability of being in it at all could not
+    # say so.
+    assert expected(estimator, arrays, [share.argmax()], B)[0] == pytest.approx(
+        B * share.max(), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["gap", "sketch"])
@@ -74,7 +85,8 @@ def test_draws_other_than_the_batch_scale_the_count(name, zipf):
 
 @pytest.mark.parametrize("name", ["gap", "sketch"])
 def test_ids_never_seen_are_defined(name):
-    """As likely as all before anything is known; afterwards as if seen once, and never likelier than an id that was."""
+    """As likely as all before anything is known; afterwards as if seen once, and never likelier
+    than an id that was."""
     estimator = FREQUENCIES[name]
     arrays = fresh(estimator)
     np.testing.assert_allclose(expected(estimator, arrays, np.arange(N), B), B / N, rtol=1e-5)
@@ -102,11 +114,14 @@ def test_without_duplicates_the_gap_estimate_is_that_of_the_paper():
         gap[ids] = (1 - rate) * gap[ids] + rate * (step - last[ids])
         last[ids] = step
     arrays = run(GAP, fresh(GAP, 8, rate=rate), batches)
-    np.testing.assert_allclose(expected(GAP, arrays, ids, 3), 1 / gap[ids], rtol=1e-5)  # of those whose gap is not open
+    np.testing.assert_allclose(
+        expected(GAP, arrays, ids, 3), 1 / gap[ids], rtol=1e-5
+    )  # of those whose gap is not open
 
 
 def test_an_id_that_stands_in_a_batch_many_times_is_expected_that_often():
-    """Id 0 five times in every batch, id 1 four times in every third: the average gap alone would say 1 and 1 / 3."""
+    """Id 0 five times in every batch, id 1 four times in every third: the average gap alone would
+    say 1 and 1 / 3."""
     often, rarely = [0, 0, 2, 0, 0, 0, 3, 4, 5], [0, 1, 0, 1, 0, 1, 0, 1, 0]
     arrays = run(GAP, fresh(GAP, 9), [rarely, often, often] * 20 + [rarely])
     assert expected(GAP, arrays, [0], 9)[0] == pytest.approx(5, rel=1e-5)
@@ -123,7 +138,11 @@ def test_the_sketch_counts_duplicates_and_is_exact_where_nothing_collides(zipf):
     batches = zipf[1][:50]
     arrays = run(SKETCH, fresh(SKETCH), batches)
     counts = np.bincount(batches.ravel(), minlength=N)
-    np.testing.assert_allclose(expected(SKETCH, arrays, np.arange(N), batches.size)[counts > 0], counts[counts > 0], rtol=1e-5)
+    np.testing.assert_allclose(
+        expected(SKETCH, arrays, np.arange(N), batches.size)[counts > 0],
+        counts[counts > 0],
+        rtol=1e-5,
+    )
 
 
 def test_a_crowded_sketch_never_underestimates_and_rises_no_further_than_it_must():
@@ -137,7 +156,9 @@ def test_a_crowded_sketch_never_underestimates_and_rises_no_further_than_it_must
     assert (got > counts * (1 - 1e-5)).all()
     slots = np.asarray(_slots(arrays, jnp.asarray(stream.ravel(), jnp.int32)))
     plain = np.stack([np.bincount(row, minlength=256) for row in slots])
-    least = plain[np.arange(len(slots))[:, None], np.asarray(_slots(arrays, jnp.asarray(ids, jnp.int32)))].min(0)
+    least = plain[
+        np.arange(len(slots))[:, None], np.asarray(_slots(arrays, jnp.asarray(ids, jnp.int32)))
+    ].min(0)
     assert (got < least * (1 + 1e-5)).all() and (got - counts).sum() < 0.6 * (least - counts).sum()
 
 
@@ -157,18 +178,26 @@ def test_a_full_sketch_is_halved_and_says_the_same():
 
 @pytest.mark.parametrize("stride", [1, 7, 1024, 2**16])
 def test_few_ids_share_a_place(stride):
-    """Over the hash functions no more than 2 / width of the pairs do, whatever the distance between ids."""
+    """Over the hash functions no more than 2 / width of the pairs do, whatever the distance between
+    ids."""
     arrays, ids = fresh(SKETCH, width=2048, depth=16), np.arange(1000) * stride
     slots = np.asarray(_slots(arrays, jnp.asarray(ids, jnp.int32)))
     shared = np.stack([np.bincount(row, minlength=2048) for row in slots])
-    assert shared.shape == (16, 2048) and (shared * (shared - 1)).sum(1).mean() <= 2 / 2048 * len(ids) * (len(ids) - 1)
+    assert shared.shape == (16, 2048) and (shared * (shared - 1)).sum(1).mean() <= 2 / 2048 * len(
+        ids
+    ) * (len(ids) - 1)
 
 
 @pytest.mark.parametrize("name", ["gap", "sketch"])
 def test_an_update_touches_the_rows_of_the_batch_alone(name):
-    """No copy of arrays that are as long as there are items: temporary memory is that of a batch."""
+    """No copy of arrays that are as long as there are items: temporary memory is that of a
+    batch."""
     estimator, items = FREQUENCIES[name], 2**20
-    arrays = jax.eval_shape(estimator.init, jax.ShapeDtypeStruct((items,), "float32"), jax.ShapeDtypeStruct((), "float32"))
+    arrays = jax.eval_shape(
+        estimator.init,
+        jax.ShapeDtypeStruct((items,), "float32"),
+        jax.ShapeDtypeStruct((), "float32"),
+    )
     ids, step = jax.ShapeDtypeStruct((B,), "int32"), jax.ShapeDtypeStruct((), "int32")
     compiled = jax.jit(estimator.update, donate_argnums=0).lower(arrays, ids, step).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < items
@@ -176,11 +205,16 @@ def test_an_update_touches_the_rows_of_the_batch_alone(name):
 
 def test_gaps_count_from_the_step_that_the_estimates_begin_at():
     """As after growing, when training is far from its first step and nothing has been seen yet."""
-    estimator, batches = FREQUENCIES["gap"], np.random.default_rng(0).integers(0, 20, (30, 8)).astype(np.int32)
+    estimator, batches = (
+        FREQUENCIES["gap"],
+        np.random.default_rng(0).integers(0, 20, (30, 8)).astype(np.int32),
+    )
     early = late = estimator.init(jnp.ones(20), jnp.float32(20))
     late = late | {"start": jnp.int32(4000)}
     for step, ids in enumerate(batches):
         early = estimator.update(early, jnp.asarray(ids), jnp.int32(step))
         late = estimator.update(late, jnp.asarray(ids), jnp.int32(4000 + step))
     ids = jnp.arange(20)
-    np.testing.assert_array_equal(estimator.log_expected_count(early, ids, 8), estimator.log_expected_count(late, ids, 8))
+    np.testing.assert_array_equal(
+        estimator.log_expected_count(early, ids, 8), estimator.log_expected_count(late, ids, 8)
+    )

@@ -21,8 +21,14 @@ EXACT = FREQUENCIES["exact"]
 
 def make_rows(counts):
     """Training rows in which item i stands counts[i] times."""
-    item = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
-    return Rows(np.arange(len(item), dtype=np.int32), item, np.ones(len(item), np.float32), None, {})
+    item = (
+        np.random.default_rng(0)
+        .permutation(np.repeat(np.arange(len(counts)), counts))
+        .astype(np.int32)
+    )
+    return Rows(
+        np.arange(len(item), dtype=np.int32), item, np.ones(len(item), np.float32), None, {}
+    )
 
 
 def make_batches(rows):
@@ -64,9 +70,18 @@ def test_popularity_of_items_in_any_order(counts, alpha):
     assert observed[3] == observed[5] == 0
 
 
-@pytest.mark.parametrize("weights", [
-    [2.0], [1, 1, 1], [0, 0, 3, 1], [1e9, 1, 1, 1], np.random.default_rng(0).pareto(0.7, 999), 1 / np.arange(1, 5000) ** 1.5,
-], ids=["one", "equal", "zeros", "far apart", "heavy tail", "sorted"])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [2.0],
+        [1, 1, 1],
+        [0, 0, 3, 1],
+        [1e9, 1, 1, 1],
+        np.random.default_rng(0).pareto(0.7, 999),
+        1 / np.arange(1, 5000) ** 1.5,
+    ],
+    ids=["one", "equal", "zeros", "far apart", "heavy tail", "sorted"],
+)
 def test_alias_tables_hold_the_weights_they_were_built_of(weights):
     weights = np.asarray(weights, float)
     table = alias_table(weights)
@@ -79,12 +94,17 @@ def test_alias_tables_hold_the_weights_they_were_built_of(weights):
 
 
 def test_the_coin_of_a_rare_id_is_finer_than_a_float32():
-    """A float32 coin has steps of 2^-23: an id whose share of a cell is 2^-28 would come 32 times too often."""
+    """A float32 coin has steps of 2^-23: an id whose share of a cell is 2^-28 would come 32 times
+    too often."""
     weights = np.r_[2.0**-28, 2.0**-60, np.ones(62)]
     table = alias_table(weights)
-    assert int(table.threshold[0]) == 17 and int(table.threshold[1]) == 1  # of 2^32; the cells of ids are a 64th of all
+    assert (
+        int(table.threshold[0]) == 17 and int(table.threshold[1]) == 1
+    )  # of 2^32; the cells of ids are a 64th of all
     # What cannot be had as finely is stated as it is drawn, and never 0.
-    np.testing.assert_allclose(table.log_probability[:2], np.log([17 / 64, 1 / 64]) - 32 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+        table.log_probability[:2], np.log([17 / 64, 1 / 64]) - 32 * np.log(2), rtol=1e-6
+    )
 
 
 def test_in_batch_is_what_the_batches_hold(counts):
@@ -92,24 +112,35 @@ def test_in_batch_is_what_the_batches_hold(counts):
     rows = make_rows(counts)
     batches, passes = make_batches(rows), 3 * B
     steps = passes * len(rows) // B
-    observed = np.bincount(np.concatenate([rows.item[batches.indices(step)] for step in range(steps)]), minlength=N)
+    observed = np.bincount(
+        np.concatenate([rows.item[batches.indices(step)] for step in range(steps)]), minlength=N
+    )
     stated, seen = np.exp(in_batch_source(counts)(IDS)), counts > 0
     np.testing.assert_allclose(observed[seen], stated[seen] * steps, rtol=1e-5)
-    np.testing.assert_allclose(stated[~seen], B / counts.sum(), rtol=1e-5)  # one pseudo-count, and not 0
+    np.testing.assert_allclose(
+        stated[~seen], B / counts.sum(), rtol=1e-5
+    )  # one pseudo-count, and not 0
 
 
 def test_mixed_sources_add_up(counts):
-    """A popular item comes from all three; what one of them alone says is wrong for every candidate."""
+    """A popular item comes from all three; what one of them alone says is wrong for every
+    candidate."""
     rows, table = make_rows(counts), popularity_table(counts, 0.75)
     batches = make_batches(rows)
     in_batch = np.concatenate([rows.item[batches.indices(step)] for step in range(TRIALS)])
-    observed = np.bincount(in_batch, minlength=N) + count(lambda key: jnp.concatenate(
-        [negatives.uniform(key, 16, N), negatives.popularity(jax.random.fold_in(key, 1), 24, table)]
-    ))  # fmt: skip
+    observed = np.bincount(in_batch, minlength=N) + count(
+        lambda key: jnp.concatenate(
+            [
+                negatives.uniform(key, 16, N),
+                negatives.popularity(jax.random.fold_in(key, 1), 24, table),
+            ]
+        )
+    )
     sources = (
-        in_batch_source(counts), functools.partial(negatives.uniform_log_expected_count, num=16, items=N),
+        in_batch_source(counts),
+        functools.partial(negatives.uniform_log_expected_count, num=16, items=N),
         functools.partial(table.log_expected_count, num=24),
-    )  # fmt: skip
+    )
     seen = counts > 0
     stated = np.asarray(negatives.mixed_log_expected_count(IDS, sources))
     agree(stated[seen], observed[seen])
@@ -135,7 +166,9 @@ def test_duplicates_stay(counts):
 
 
 def push(queue, step, ids=None):
-    batch = jnp.arange(4, dtype=jnp.int32) + 4 * step if ids is None else jnp.asarray(ids, jnp.int32)
+    batch = (
+        jnp.arange(4, dtype=jnp.int32) + 4 * step if ids is None else jnp.asarray(ids, jnp.int32)
+    )
     return negatives.push(queue, jnp.ones((4, 2)) * step, batch, batch + 1000, jnp.int32(step))
 
 
@@ -191,7 +224,10 @@ def test_the_queue_is_as_often_an_item_as_it_states(counts):
         queue = step_fn(queue, jnp.zeros((B, 1)), item, item, jnp.int32(step))
     stated = np.asarray(in_batch_source(counts, 4 * B)(IDS))
     ratio = observed[counts > 0] / (np.exp(stated[counts > 0]) * steps)
-    assert np.abs(ratio - 1).max() < 0.1 and abs(np.average(ratio, weights=counts[counts > 0]) - 1) < 0.005
+    assert (
+        np.abs(ratio - 1).max() < 0.1
+        and abs(np.average(ratio, weights=counts[counts > 0]) - 1) < 0.005
+    )
 
 
 def test_a_queue_that_takes_no_whole_batches_is_refused():
@@ -200,7 +236,8 @@ def test_a_queue_that_takes_no_whole_batches_is_refused():
 
 
 def test_corrected_popular_negatives_give_the_gradient_of_the_full_softmax(counts):
-    """How far logits are pushed down, in expectation: right with log E subtracted, wrong with it added or left out."""
+    """How far logits are pushed down, in expectation: right with log E subtracted, wrong with it
+    added or left out."""
     counts, table = np.maximum(counts, 1), popularity_table(np.maximum(counts, 1), 1.0)
     scores, draws = np.random.default_rng(4).normal(size=N), 1000
     stated = np.asarray(table.log_expected_count(IDS, draws), np.float64)
@@ -211,37 +248,50 @@ def test_corrected_popular_negatives_give_the_gradient_of_the_full_softmax(count
 
     def error(correction):
         weights = times * np.exp(scores - correction)
-        weights[:, 0] = np.exp(scores[0])  # the positive: its own draws are masked, it is there once
+        weights[:, 0] = np.exp(
+            scores[0]
+        )  # the positive: its own draws are masked, it is there once
         return np.abs((weights / weights.sum(1, keepdims=True)).mean(0) - full).max()
 
     assert error(stated) < 0.003
     assert error(-stated) > 0.1 and error(0 * stated) > 0.05
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"uniform": 41}, "uniform=41 is more than the 40 items of the corpus: .* catalogue=True"),
-    ({"popularity": 41}, "popularity=41 is more than the 40 items of the corpus: .* catalogue=True"),
-    ({"queue": 100}, "queue=100 must be a multiple of the batch size 32, such as 96"),
-    ({"mined": 2, "mined_ranks": (10, 41)}, "reaches beyond the 40 items"),
-    ({"mined": 6, "mined_ranks": (10, 15)}, "mined=6 is more than the 5 items of a pool"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"uniform": 41}, "uniform=41 is more than the 40 items of the corpus: .* catalogue=True"),
+        (
+            {"popularity": 41},
+            "popularity=41 is more than the 40 items of the corpus: .* catalogue=True",
+        ),
+        ({"queue": 100}, "queue=100 must be a multiple of the batch size 32, such as 96"),
+        ({"mined": 2, "mined_ranks": (10, 41)}, "reaches beyond the 40 items"),
+        ({"mined": 6, "mined_ranks": (10, 15)}, "mined=6 is more than the 5 items of a pool"),
+    ],
+)
 def test_what_cannot_be_had_is_refused(fields, message):
     with pytest.raises(ConfigError, match=rf"config\.objective\.negatives\..*{message}"):
         negatives.check_sources(NegativesConfig(**fields), items=40, batch_size=32)
 
 
 def test_as_many_as_there_are_is_not_too_many():
-    config = NegativesConfig(uniform=40, popularity=40, queue=96, mined=30, mined_ranks=(10, 40), explicit=5)
+    config = NegativesConfig(
+        uniform=40, popularity=40, queue=96, mined=30, mined_ranks=(10, 40), explicit=5
+    )
     negatives.check_sources(config, items=40, batch_size=32)
 
 
-@pytest.mark.parametrize(("counts", "alpha", "message"), [
-    ([1, -2, 3], 1.0, "item 1 is -2.0: it must be finite and at least 0"),
-    ([1, np.nan], 1.0, "item 1 is nan"),
-    ([0, 0], 1.0, "all 2, is 0: nothing can be drawn"),
-    ([1, 2], -1.0, r"alpha=-1.0 must be at least 0"),
-    ([1, 2], np.nan, r"alpha=nan must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("counts", "alpha", "message"),
+    [
+        ([1, -2, 3], 1.0, "item 1 is -2.0: it must be finite and at least 0"),
+        ([1, np.nan], 1.0, "item 1 is nan"),
+        ([0, 0], 1.0, "all 2, is 0: nothing can be drawn"),
+        ([1, 2], -1.0, r"alpha=-1.0 must be at least 0"),
+        ([1, 2], np.nan, r"alpha=nan must be at least 0"),
+    ],
+)
 def test_weights_that_nothing_can_be_drawn_by_are_refused(counts, alpha, message):
     with pytest.raises(ConfigError, match=message):
         popularity_table(np.array(counts, float), alpha)

@@ -1,4 +1,5 @@
-"""Pools of hard negatives: how they are built, and that they are drawn from as they state, however the batch is divided."""
+"""Pools of hard negatives: how they are built, and that they are drawn from as they state, however
+the batch is divided."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,9 @@ def test_pools_are_drawn_evenly_for_their_user_alone(pools):
 def test_what_a_pool_states_of_its_draws_and_of_others(pools):
     users = jnp.array([0, 2, 3, -1], jnp.int32)
     ids, stated = negatives.draw_pool(row_keys(jax.random.key(1), users), pools, users, 2)
-    np.testing.assert_allclose(stated, np.log([[2 / 7] * 2, [1] * 2, [2 / 3] * 2, [1] * 2]), rtol=1e-5)
+    np.testing.assert_allclose(
+        stated, np.log([[2 / 7] * 2, [1] * 2, [2 / 3] * 2, [1] * 2]), rtol=1e-5
+    )
     assert (np.asarray(ids)[[1, 3]] == -1).all()
     other = negatives.pool_log_expected_count(pools, users[:1], jnp.array([[10, 20, -1]]), 2)
     np.testing.assert_allclose(other, [[np.log(2 / 7), -np.inf, 0]], rtol=1e-5)
@@ -53,18 +56,32 @@ def test_a_divided_batch_draws_what_a_whole_one_draws(pools):
     def draw(users, key):
         mine = jax.lax.axis_index("devices") * 2 + jnp.arange(2)
         hard, _ = negatives.draw_pool(row_keys(key, mine), pools, users, 3)
-        shared = jax.lax.dynamic_slice_in_dim(negatives.uniform(key, 16, N), jax.lax.axis_index("devices") * 2, 2)
+        shared = jax.lax.dynamic_slice_in_dim(
+            negatives.uniform(key, 16, N), jax.lax.axis_index("devices") * 2, 2
+        )
         return hard, shared
 
-    divided = jax.jit(jax.shard_map(draw, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split))(users, key)
-    np.testing.assert_array_equal(divided[0], negatives.draw_pool(row_keys(key, rows), pools, users, 3)[0])
+    divided = jax.jit(
+        jax.shard_map(draw, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split)
+    )(users, key)
+    np.testing.assert_array_equal(
+        divided[0], negatives.draw_pool(row_keys(key, rows), pools, users, 3)[0]
+    )
     np.testing.assert_array_equal(divided[1], negatives.uniform(key, 16, N))
-    assert len(np.unique(np.asarray(divided[0])[::4], axis=0)) > 1  # rows of one user do not draw alike
+    assert (
+        len(np.unique(np.asarray(divided[0])[::4], axis=0)) > 1
+    )  # rows of one user do not draw alike
 
 
 def test_pools_keep_the_order_given_and_each_item_once():
-    pools = build_pools(np.array([2, 0, 2, 0, 2, 2]), np.array([7, 5, 7, 6, 8, 9]), num_users=3, size=2)
-    assert pools["items"].tolist() == [[5, 6], [-1, -1], [7, 8]] and pools["sizes"].tolist() == [2, 0, 2]
+    pools = build_pools(
+        np.array([2, 0, 2, 0, 2, 2]), np.array([7, 5, 7, 6, 8, 9]), num_users=3, size=2
+    )
+    assert pools["items"].tolist() == [[5, 6], [-1, -1], [7, 8]] and pools["sizes"].tolist() == [
+        2,
+        0,
+        2,
+    ]
 
 
 def test_explicit_pools_are_what_was_shown_and_never_taken():
@@ -79,4 +96,6 @@ def test_explicit_pools_are_what_was_shown_and_never_taken():
     assert explicit_pools(rows, label, num_users=5, size=2)["items"][0].tolist() == [5, 8]
     untimed = Rows(user, item, rows.weight, None, {})
     assert explicit_pools(untimed, label, num_users=5)["items"][0].tolist() == [8, 5, 6]
-    assert explicit_pools(untimed, np.ones(9, np.float32), num_users=5)["items"].tolist() == [[-1]] * 5
+    assert (
+        explicit_pools(untimed, np.ones(9, np.float32), num_users=5)["items"].tolist() == [[-1]] * 5
+    )

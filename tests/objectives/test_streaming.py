@@ -19,9 +19,14 @@ from twotower.objectives.streaming import streaming_loss
 def _differentiable(c: Case) -> dict:
     o = c.options
     return {
-        "queries": c.queries, "positives": c.positives.vectors, "items": c.items, "hard": o["hard"].vectors,
-        "scale": o["scale"], "bias": o["bias"], "weights": o["weights"],
-    }  # fmt: skip
+        "queries": c.queries,
+        "positives": c.positives.vectors,
+        "items": c.items,
+        "hard": o["hard"].vectors,
+        "scale": o["scale"],
+        "bias": o["bias"],
+        "weights": o["weights"],
+    }
 
 
 def _of(form, c: Case, arrays: dict, **changes) -> jax.Array:
@@ -36,25 +41,37 @@ def _both(c: Case, **changes) -> list:
     """(loss, gradients) of the naive and of the streaming form."""
     block = changes.pop("block", 4)
     forms = (naive_loss, functools.partial(streaming_loss, block=block))
-    return [jax.jit(jax.value_and_grad(lambda a, f=form: _of(f, c, a, **changes)))(_differentiable(c)) for form in forms]
+    return [
+        jax.jit(jax.value_and_grad(lambda a, f=form: _of(f, c, a, **changes)))(_differentiable(c))
+        for form in forms
+    ]
 
 
 def _assert_close(got, expected, tolerance: float = 1e-10) -> None:
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), got, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), got, expected
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_naive_loss_with_everything_on(name):
-    """Loss and every gradient, in float64; 13 queries in blocks of 4, so that the last is filled up."""
+    """Loss and every gradient, in float64; 13 queries in blocks of 4, so that the last is filled
+    up."""
     with jax.enable_x64(True):
         naive, streaming = _both(case(name, jnp.float64))
-        assert naive[0] > 0.1 and all(jnp.abs(g).max() > 0 for n, g in naive[1].items() if n not in ("scale", "bias"))
-        assert (naive[1]["scale"] != 0) == LOSSES[name].scaled and (naive[1]["bias"] != 0) == LOSSES[name].biased
+        assert naive[0] > 0.1 and all(
+            jnp.abs(g).max() > 0 for n, g in naive[1].items() if n not in ("scale", "bias")
+        )
+        assert (naive[1]["scale"] != 0) == LOSSES[name].scaled and (
+            naive[1]["bias"] != 0
+        ) == LOSSES[name].biased
         _assert_close(streaming, naive)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mask_same_user": False}, {"hard": None}, {"bias": None}, {"block": 1}, {"block": 0}], ids=str
+    "changes",
+    [{"mask_same_user": False}, {"hard": None}, {"bias": None}, {"block": 1}, {"block": 0}],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_equals_the_naive_loss_with_a_part_left_out(name, changes):
@@ -66,11 +83,14 @@ def test_equals_the_naive_loss_with_a_part_left_out(name, changes):
 @pytest.mark.parametrize("length", [1.0, 5.0, 15.0])
 @pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "bsl"])
 def test_no_exponential_vanishes_however_far_logits_are_below_what_lengths_allow(name, length):
-    """Every item points away from some queries: their greatest logits are down to -225, where 225 was possible."""
+    """Every item points away from some queries: their greatest logits are down to -225, where 225
+    was possible."""
     c = case(name)
     away = jnp.eye(1, 5) * length + jnp.arange(5)[None, :] / 100
     queries, items = c.queries.at[3:9].set(away), jnp.abs(c.items) * 0.01 - away
-    c = c._replace(queries=queries, items=items, positives=c.positives._replace(vectors=items[jnp.arange(13)]))
+    c = c._replace(
+        queries=queries, items=items, positives=c.positives._replace(vectors=items[jnp.arange(13)])
+    )
     arrays = _differentiable(c) | {"scale": jnp.float32(1.0)}
     naive, streaming = (
         jax.value_and_grad(lambda a, f=f: _of(f, c, a, hard=None))(arrays)
@@ -84,14 +104,19 @@ def test_no_exponential_vanishes_however_far_logits_are_below_what_lengths_allow
 def test_the_value_alone_is_the_same_value(name):
     with jax.enable_x64(True):
         c = case(name, jnp.float64)
-        value = jax.jit(lambda a: _of(functools.partial(streaming_loss, block=4), c, a))(_differentiable(c))
+        value = jax.jit(lambda a: _of(functools.partial(streaming_loss, block=4), c, a))(
+            _differentiable(c)
+        )
         _assert_close(value, _of(naive_loss, c, _differentiable(c)))
 
 
 def test_the_value_alone_forms_no_gradient():
     c = case("softmax")
     value = lambda a: _of(functools.partial(streaming_loss, block=4), c, a)  # noqa: E731
-    counts = [str(jax.make_jaxpr(f)(_differentiable(c))).count("dot_general") for f in (value, jax.grad(value))]
+    counts = [
+        str(jax.make_jaxpr(f)(_differentiable(c))).count("dot_general")
+        for f in (value, jax.grad(value))
+    ]
     assert counts == [1, 3]
 
 
@@ -102,31 +127,46 @@ def test_rows_of_several_queries_are_queries_of_one_user():
     owners = jnp.array([3, -1, 5], jnp.int32)
     options = c.options | {"owners": owners}
     rows = options | {"weights": cut(options["weights"]), "hard": Hard(*map(cut, options["hard"]))}
-    got = streaming_loss(cut(c.queries), Positives(*map(cut, c.positives)), c.items, c.candidates, **rows, block=5)
+    got = streaming_loss(
+        cut(c.queries), Positives(*map(cut, c.positives)), c.items, c.candidates, **rows, block=5
+    )
     options["owners"] = jnp.repeat(owners, 4)
-    np.testing.assert_allclose(got, naive_loss(c.queries, c.positives, c.items, c.candidates, **options), rtol=1e-5)
+    np.testing.assert_allclose(
+        got, naive_loss(c.queries, c.positives, c.items, c.candidates, **options), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["softmax", "bpr"])
 def test_missing_hard_negatives_are_none(name):
     c = case(name)
-    missing = c.options["hard"]._replace(ids=jnp.full((13, 3), -1, jnp.int32), vectors=jnp.full((13, 3, 5), 1e9))
-    with_missing = jax.grad(lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": missing})))(c.queries)
-    without = jax.grad(lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": None})))(c.queries)
+    missing = c.options["hard"]._replace(
+        ids=jnp.full((13, 3), -1, jnp.int32), vectors=jnp.full((13, 3, 5), 1e9)
+    )
+    with_missing = jax.grad(
+        lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": missing}))
+    )(c.queries)
+    without = jax.grad(lambda q: streaming_loss(q, *c[1:4], **(c.options | {"hard": None})))(
+        c.queries
+    )
     np.testing.assert_allclose(with_missing, without, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["softmax", "triplet"])
 def test_the_order_of_queries_and_of_candidates_does_not_matter(name):
     c, rng = case(name), np.random.default_rng(0)
-    of = lambda c: jax.value_and_grad(lambda q, v: streaming_loss(q, c.positives, v, *c[3:4], **c.options), (0, 1))(*c[::2][:2])  # noqa: E731
+    of = lambda c: jax.value_and_grad(
+        lambda q, v: streaming_loss(q, c.positives, v, *c[3:4], **c.options), (0, 1)
+    )(*c[::2][:2])  # noqa: E731
     rows, columns = rng.permutation(13), rng.permutation(22)
     moved = {n: x[rows] for n, x in c.options.items() if n in ("weights", "owners")}
     moved["hard"] = Hard(*(x[rows] for x in c.options["hard"]))
     other = Case(
-        c.queries[rows], Positives(*(x[rows] for x in c.positives)), c.items[columns],
-        Candidates(*(x[columns] for x in c.candidates)), c.options | moved,
-    )  # fmt: skip
+        c.queries[rows],
+        Positives(*(x[rows] for x in c.positives)),
+        c.items[columns],
+        Candidates(*(x[columns] for x in c.candidates)),
+        c.options | moved,
+    )
     (loss, (queries, items)), (got, (by_queries, by_items)) = of(c), of(other)
     np.testing.assert_allclose(got, loss, rtol=1e-6)
     np.testing.assert_allclose(by_queries, queries[rows], rtol=1e-4, atol=1e-5)
@@ -137,16 +177,27 @@ def test_padding_candidates_equal_none():
     c = case("softmax")
     kept = np.flatnonzero(c.candidates.ids >= 0)
     assert kept.size < len(c.candidates.ids)
-    sliced = streaming_loss(c.queries, c.positives, c.items[kept], Candidates(*(x[kept] for x in c.candidates)), **c.options)
+    sliced = streaming_loss(
+        c.queries,
+        c.positives,
+        c.items[kept],
+        Candidates(*(x[kept] for x in c.candidates)),
+        **c.options,
+    )
     filled = c.items.at[-1].set(1e9)
-    np.testing.assert_allclose(streaming_loss(c.queries, c.positives, filled, c.candidates, **c.options), sliced, rtol=1e-6)
+    np.testing.assert_allclose(
+        streaming_loss(c.queries, c.positives, filled, c.candidates, **c.options), sliced, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "sigmoid"])
 def test_without_negatives_nothing_is_lost_or_moved(name):
     c = case(name)
     candidates = c.candidates._replace(ids=jnp.full(22, -1, jnp.int32))
-    value = jax.value_and_grad(lambda q, v: streaming_loss(q, c.positives, v, candidates, **(c.options | {"hard": None})), (0, 1))
+    value = jax.value_and_grad(
+        lambda q, v: streaming_loss(q, c.positives, v, candidates, **(c.options | {"hard": None})),
+        (0, 1),
+    )
     loss, gradients = value(c.queries, c.items)
     assert loss == 0 and not any(g.any() for g in gradients)
 
@@ -158,10 +209,13 @@ def test_what_is_not_a_number_is_seen():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_operands(name):
-    """Scores of 1e4 and more stay finite, and the gradients of ordinary ones are right to bfloat16's 8 bits."""
+    """Scores of 1e4 and more stay finite, and the gradients of ordinary ones are right to
+    bfloat16's 8 bits."""
     c = case(name)
     gradient = lambda scale, dtype: jax.grad(  # noqa: E731
-        lambda v: streaming_loss(c.queries, c.positives, v, c.candidates, **(c.options | {"scale": scale}), dtype=dtype)
+        lambda v: streaming_loss(
+            c.queries, c.positives, v, c.candidates, **(c.options | {"scale": scale}), dtype=dtype
+        )
     )(c.items)
     assert np.isfinite(gradient(1e4, jnp.bfloat16)).all()
     exact, got = gradient(0.5, None), gradient(0.5, jnp.bfloat16)
@@ -171,25 +225,35 @@ def test_bfloat16_operands(name):
 
 def test_bfloat16_exponentials_are_rounded_to_nearest_and_hide_nothing():
     drawn = jnp.asarray(np.random.default_rng(0).uniform(-90, 90, 10_000), jnp.float32)
-    values = jnp.concatenate([jnp.exp(drawn), jnp.float32([0, 1, 3e-39, np.inf, np.nan, -np.nan])])[None]
+    values = jnp.concatenate([jnp.exp(drawn), jnp.float32([0, 1, 3e-39, np.inf, np.nan, -np.nan])])[
+        None
+    ]
     narrow = jax.jit(functools.partial(sweep._narrow, dtype=jnp.bfloat16))(values)
     expected = values.astype(jnp.bfloat16)
     ties = (values.view(np.uint32) & 0xFFFF) == 0x8000
-    np.testing.assert_array_equal(narrow[~ties].astype(np.float32), expected[~ties].astype(np.float32))
+    np.testing.assert_array_equal(
+        narrow[~ties].astype(np.float32), expected[~ties].astype(np.float32)
+    )
 
 
 def test_bfloat16_operands_are_summed_in_float32():
-    """Vectors of 8 bits and slopes of 1, as those of triplets are, lose nothing: the sums are all that could."""
+    """Vectors of 8 bits and slopes of 1, as those of triplets are, lose nothing: the sums are all
+    that could."""
     c = case("triplet")
-    c = c._replace(queries=c.queries.astype(jnp.bfloat16).astype(float), items=c.items.astype(jnp.bfloat16).astype(float))
+    c = c._replace(
+        queries=c.queries.astype(jnp.bfloat16).astype(float),
+        items=c.items.astype(jnp.bfloat16).astype(float),
+    )
     options = c.options | {"weights": jnp.ones(13), "hard": None}
     value = jax.value_and_grad(
-        lambda q, v, dtype: streaming_loss(q, c.positives, v, c.candidates, **options, dtype=dtype), (0, 1)
+        lambda q, v, dtype: streaming_loss(q, c.positives, v, c.candidates, **options, dtype=dtype),
+        (0, 1),
     )
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
-        value(c.queries, c.items, jnp.bfloat16), value(c.queries, c.items, None),
-    )  # fmt: skip
+        value(c.queries, c.items, jnp.bfloat16),
+        value(c.queries, c.items, None),
+    )
 
 
 def _gathered_loss(arrays, positives, candidates, options, *, fixed):
@@ -199,28 +263,41 @@ def _gathered_loss(arrays, positives, candidates, options, *, fixed):
     options["hard"] = options["hard"]._replace(vectors=arrays["hard"])
     positives, items = positives._replace(vectors=arrays["items"]), gather(arrays["items"])
     candidates = Candidates(*map(gather, candidates))
-    return jax.lax.psum(streaming_loss(arrays["queries"], positives, items, candidates, **options, block=8), "devices")
+    return jax.lax.psum(
+        streaming_loss(arrays["queries"], positives, items, candidates, **options, block=8),
+        "devices",
+    )
 
 
 def _on_eight(c: Case):
-    """The function of the arrays, and the arrays: the batch cut into eight, temperature and bias everywhere."""
+    """The function of the arrays, and the arrays: the batch cut into eight, temperature and bias
+    everywhere."""
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
     cut, whole = PartitionSpec("devices"), PartitionSpec()
     named = {n: c.options[n] for n in ("weights", "owners", "hard")}
     arrays = {
-        "queries": c.queries, "items": c.positives.vectors, "hard": c.options["hard"].vectors,
-        "scale": c.options["scale"], "bias": c.options["bias"],
-    }  # fmt: skip
-    fixed = {n: c.options[n] for n in ("loss", "constants", "margin", "positive_temperature", "mask_same_user")}
+        "queries": c.queries,
+        "items": c.positives.vectors,
+        "hard": c.options["hard"].vectors,
+        "scale": c.options["scale"],
+        "bias": c.options["bias"],
+    }
+    fixed = {
+        n: c.options[n]
+        for n in ("loss", "constants", "margin", "positive_temperature", "mask_same_user")
+    }
     of = functools.partial(_gathered_loss, fixed=fixed)
     specs = {n: whole if n in ("scale", "bias") else cut for n in arrays}
-    sharded = jax.shard_map(of, mesh=mesh, in_specs=(specs, cut, cut, cut), out_specs=whole, check_vma=True)
+    sharded = jax.shard_map(
+        of, mesh=mesh, in_specs=(specs, cut, cut, cut), out_specs=whole, check_vma=True
+    )
     return (lambda arrays: sharded(arrays, c.positives, c.candidates, named)), arrays
 
 
 @pytest.mark.parametrize("name", ["softmax", "corrected_softmax", "sigmoid"])
 def test_eight_devices_equal_one(name):
-    """Queries local, items gathered: loss and every gradient, in float64, with everything on but padding."""
+    """Queries local, items gathered: loss and every gradient, in float64, with everything on but
+    padding."""
     with jax.enable_x64(True):
         c = case(name, jnp.float64, size=24, others=0)
         eight, arrays = _on_eight(c)
@@ -228,9 +305,17 @@ def test_eight_devices_equal_one(name):
         def one(a: dict) -> jax.Array:
             options = c.options | {n: a[n] for n in ("scale", "bias")}
             options["hard"] = options["hard"]._replace(vectors=a["hard"])
-            return naive_loss(a["queries"], c.positives._replace(vectors=a["items"]), a["items"], c.candidates, **options)
+            return naive_loss(
+                a["queries"],
+                c.positives._replace(vectors=a["items"]),
+                a["items"],
+                c.candidates,
+                **options,
+            )
 
-        _assert_close(jax.jit(jax.value_and_grad(eight))(arrays), jax.jit(jax.value_and_grad(one))(arrays))
+        _assert_close(
+            jax.jit(jax.value_and_grad(eight))(arrays), jax.jit(jax.value_and_grad(one))(arrays)
+        )
 
 
 def _computation(text: str, name: str) -> str:
@@ -241,12 +326,16 @@ def _computation(text: str, name: str) -> str:
 
 
 def test_no_collective_in_the_loop_and_no_matrix_of_scores():
-    """Read off the compiled value and gradient on eight devices: 64 queries each, 512 candidates, blocks of 8."""
+    """Read off the compiled value and gradient on eight devices: 64 queries each, 512 candidates,
+    blocks of 8."""
     eight, arrays = _on_eight(case("softmax", size=512, others=0, width=4))
     text = jax.jit(jax.value_and_grad(eight)).lower(arrays).compile().as_text()
     collective = re.compile(r"all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all")
     bodies = re.findall(r"body=%?([\w.\-]+)", text)
     assert bodies and collective.search(text)
     assert not any(collective.search(_computation(text, body)) for body in bodies)
-    largest = max(np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    largest = max(
+        np.prod([int(n) for n in dims.split(",")])
+        for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    )
     assert largest < 64 * 512

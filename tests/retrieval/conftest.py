@@ -1,4 +1,5 @@
-"""A small run that was never trained (its weights are as good as any to check that they arrive), and its bundle."""
+"""A small run that was never trained (its weights are as good as any to check that they arrive),
+and its bundle."""
 
 import jax
 import pytest
@@ -28,7 +29,9 @@ def make_run(workdir, *, seed=0, **sections):
         "model": {"user": {"layers": (16,)}, "item": {"layers": (16,)}},
         "retrieval": {"index": "exact"},
     }
-    config = from_dict({name: values.get(name, {}) | sections.get(name, {}) for name in values | sections})
+    config = from_dict(
+        {name: values.get(name, {}) | sections.get(name, {}) for name in values | sections}
+    )
     prepared = prepare(config)
     model = TwoTower.build(config.model, prepared.encoder)
     workdir.mkdir(exist_ok=True)

@@ -28,8 +28,10 @@ def read(folder):
 def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
     for task in (1, 0):  # two processes, in any order
         embed_all(run, tmp_path, devices=devices, tasks=Tasks(task, 2), part=50)
-    for side, ids, vectors in (("user", retriever.bundle.users["user_id"], retriever.bundle.user_vectors),
-                               ("item", retriever.bundle.items["item_id"], retriever.bundle.vectors)):  # fmt: skip
+    for side, ids, vectors in (
+        ("user", retriever.bundle.users["user_id"], retriever.bundle.user_vectors),
+        ("item", retriever.bundle.items["item_id"], retriever.bundle.vectors),
+    ):
         table = read(tmp_path / f"{side}s")
         assert table[f"{side}_id"].to_pylist() == ids.to_pylist()
         found = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
@@ -38,15 +40,22 @@ def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
         assert len(parts(tmp_path / f"{side}s")) == -(-len(ids) // 50)
 
 
-@pytest.mark.parametrize("options", [{}, {"devices": 1}, {"approximate": True}, {"exclude_seen": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"devices": 1}, {"approximate": True}, {"exclude_seen": False}]
+)
 def test_lists_of_all_users(exported, retriever, tmp_path, options):
     recommend_all(exported, tmp_path / "lists", 5, part=100, **options)
     seen = {"exclude_seen": options.get("exclude_seen", True)}
     expected = retriever.recommend_many(retriever.bundle.users["user_id"].to_pylist(), k=5, **seen)
     found = read(tmp_path / "lists")
-    assert found["user_id"].to_pylist() == expected["user_id"].to_pylist() and found["rank"].equals(expected["rank"])
+    assert found["user_id"].to_pylist() == expected["user_id"].to_pylist() and found["rank"].equals(
+        expected["rank"]
+    )
     np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), atol=1e-6)
-    assert np.mean(np.array(found["item_id"].to_pylist()) == np.array(expected["item_id"].to_pylist())) > 0.999
+    assert (
+        np.mean(np.array(found["item_id"].to_pylist()) == np.array(expected["item_id"].to_pylist()))
+        > 0.999
+    )
 
 
 def numbers(rows):
@@ -62,7 +71,9 @@ def test_parts_that_are_there_are_not_made_again(tmp_path):
         assert len(asked) == expected
     (tmp_path / "out" / "part-000002.parquet").unlink()
     write_parts(tmp_path / "out", {"job": "n"}, 31, make, tasks=Tasks(), part=8)
-    assert [rows.start for rows in asked] == [16] and read(tmp_path / "out")["n"].to_pylist() == list(range(31))
+    assert [rows.start for rows in asked] == [16] and read(tmp_path / "out")[
+        "n"
+    ].to_pylist() == list(range(31))
 
 
 def test_another_job_does_not_go_on_in_the_same_folder(tmp_path):
@@ -91,7 +102,9 @@ KILLED = """if True:
 
 def test_a_killed_job_goes_on_to_the_same_end(tmp_path):
     out = tmp_path / "out"
-    job = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True
+    )
     for line in job.stdout:
         if int(line) > 500:
             os.kill(job.pid, signal.SIGKILL)
@@ -101,7 +114,14 @@ def test_a_killed_job_goes_on_to_the_same_end(tmp_path):
     done = len(parts(out))
     assert 5 <= done < 200
     made = []
-    write_parts(out, {"job": "n"}, 20_000, lambda rows: made.append(1) or numbers(rows), tasks=Tasks(), part=100)
+    write_parts(
+        out,
+        {"job": "n"},
+        20_000,
+        lambda rows: made.append(1) or numbers(rows),
+        tasks=Tasks(),
+        part=100,
+    )
     assert len(made) == 200 - done and read(out)["n"].to_pylist() == list(range(20_000))
 
 
@@ -111,4 +131,9 @@ def test_changes_to_the_bundle_are_in_the_lists(exported, tmp_path):
     user = retriever.bundle.users["user_id"][0].as_py()
     retriever.upsert([{"item_id": "new"}], vectors=retriever.bundle.user_vectors[:1])
     recommend_all(folder, tmp_path / "lists", 1)
-    assert dict(zip(*read(tmp_path / "lists").select(["user_id", "item_id"]).to_pydict().values()))[user] == "new"
+    assert (
+        dict(zip(*read(tmp_path / "lists").select(["user_id", "item_id"]).to_pydict().values()))[
+            user
+        ]
+        == "new"
+    )

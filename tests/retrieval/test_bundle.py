@@ -43,7 +43,9 @@ def rewrite_manifest(folder, **changes):
     del manifest["sha256"]
     manifest |= changes
     manifest["files"] = {name: digest(folder / name) for name in manifest["files"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": content_digest(manifest)}))
+    (folder / "manifest.json").write_text(
+        json.dumps(manifest | {"sha256": content_digest(manifest)})
+    )
 
 
 def test_what_is_written_is_what_is_read(run, exported):
@@ -51,12 +53,16 @@ def test_what_is_written_is_what_is_read(run, exported):
     assert bundle.config == run.config and bundle.manifest["step"] == 7
     assert bundle.manifest["metric"] == "dot" and bundle.manifest["normalized"] is True
     assert bundle.items["item_id"].to_pylist() == run.prepared.items["item_id"].to_pylist()
-    for ours, theirs in zip(jax.tree.leaves(bundle.towers.weights), jax.tree.leaves(run.weights._asdict()), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(bundle.towers.weights), jax.tree.leaves(run.weights._asdict()), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert jax.tree.structure(bundle.towers.weights) == jax.tree.structure(run.weights._asdict())
     # On the device, so that answering does not carry the tables there each time.
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.towers._arrays))
-    assert isinstance(bundle.vectors.base, np.memmap) and isinstance(bundle.user_vectors.base, np.memmap)
+    assert isinstance(bundle.vectors.base, np.memmap) and isinstance(
+        bundle.user_vectors.base, np.memmap
+    )
 
 
 def test_scores_equal_the_trainers(run, exported):
@@ -65,14 +71,18 @@ def test_scores_equal_the_trainers(run, exported):
     joined = np.concatenate([part.context["event"] for part in all_rows(prepared)])
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
     rows = np.flatnonzero(latest >= 0)
-    features = {name: x[rows] for name, x in prepared.features["user"].items()} | {"event": joined[latest[rows]]}
+    features = {name: x[rows] for name, x in prepared.features["user"].items()} | {
+        "event": joined[latest[rows]]
+    }
     trained = vectors(run, "user", features) @ vectors(run, "item", prepared.features["item"]).T
     ids = prepared.users["user_id"].take(rows).to_pylist()
     served = retriever.recommend_many(ids, k=len(prepared.items), exclude_seen=False)
     position = {item: n for n, item in enumerate(prepared.items["item_id"].to_pylist())}
     items = np.array([position[i] for i in served["item_id"].to_pylist()]).reshape(len(ids), -1)
     scores = served["score"].to_numpy().reshape(items.shape)
-    np.testing.assert_allclose(scores, np.take_along_axis(np.asarray(trained), items, axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        scores, np.take_along_axis(np.asarray(trained), items, axis=1), atol=1e-5
+    )
 
 
 def test_no_file_is_a_pickle(exported):
@@ -136,7 +146,9 @@ def test_a_newer_user_tower_beside_older_items_is_refused(copy, other):
     rewrite_manifest(copy)
     with pytest.raises(BundleError, match="weights of another model"):
         load_bundle(copy)
-    rewrite_manifest(copy, model_version=json.loads((other / "manifest.json").read_text())["model_version"])
+    rewrite_manifest(
+        copy, model_version=json.loads((other / "manifest.json").read_text())["model_version"]
+    )
     with pytest.raises(BundleError, match="but the user tower is of model"):
         load_bundle(copy)
 
@@ -161,7 +173,9 @@ def test_an_export_takes_the_place_of_the_old_bundle_and_of_what_a_killed_one_le
     (copy / "left").write_text("of the old bundle")
     (copy.parent / "bundle.123.tmp").mkdir()
     export(run, copy)
-    assert not (copy / "left").exists() and [path.name for path in copy.parent.iterdir()] == ["bundle"]
+    assert not (copy / "left").exists() and [path.name for path in copy.parent.iterdir()] == [
+        "bundle"
+    ]
     check_parity(run, copy)
 
 
@@ -176,22 +190,37 @@ def test_parity_is_a_matter_of_1e_5():
 def showing(run, *display):
     retrieval = dataclasses.replace(run.config.retrieval, display=display)
     config = dataclasses.replace(run.config, retrieval=retrieval)
-    return dataclasses.replace(run, config=config, prepared=dataclasses.replace(run.prepared, config=config))
+    return dataclasses.replace(
+        run, config=config, prepared=dataclasses.replace(run.prepared, config=config)
+    )
 
 
 def test_display_columns_are_chosen_and_checked(run, tmp_path):
     export(showing(run, "title", "price"), tmp_path / "bundle")
-    assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == ["item_id", "title", "price"]
+    assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == [
+        "item_id",
+        "title",
+        "price",
+    ]
     with pytest.raises(ConfigError, match="did you mean 'title'"):  # already before training
         prepare(showing(run, "titel").config)
 
 
-def test_heads_and_the_bias_of_a_loss_are_saved_with_weights_but_stay_out_of_the_bundle(run, exported, tmp_path):
-    extra = {"heads": {"like": {"mlp": {"Dense_0": {"kernel": np.ones((16, 1), np.float32)}}}}, "bias": np.float32(3)}
+def test_heads_and_the_bias_of_a_loss_are_saved_with_weights_but_stay_out_of_the_bundle(
+    run, exported, tmp_path
+):
+    extra = {
+        "heads": {"like": {"mlp": {"Dense_0": {"kernel": np.ones((16, 1), np.float32)}}}},
+        "bias": np.float32(3),
+    }
     weights = run.weights._replace(params=run.weights.params | extra)._asdict()
     save_weights(weights, tmp_path)
     assert jax.tree.structure(load_weights(tmp_path)) == jax.tree.structure(weights)
-    assert model_version(load_weights(tmp_path)) == model_version(weights) != model_version(run.weights._asdict())
+    assert (
+        model_version(load_weights(tmp_path))
+        == model_version(weights)
+        != model_version(run.weights._asdict())
+    )
     bundle = make_bundle(dataclasses.replace(run, weights=Weights(**weights)))
     assert model_version(bundle.towers.weights) == load_bundle(exported).manifest["model_version"]
 
@@ -200,7 +229,12 @@ def test_what_a_user_was_shown_and_did_not_want_is_not_seen(tmp_path):
     labelled = make_run(tmp_path / "run", objective={"label": "liked"})
     seen = make_bundle(labelled).seen
     parts = [getattr(labelled.prepared, name) for name in ("train", "validation", "test")]
-    liked = [(user, item) for part in parts for user, item, x in zip(part.user, part.item, part.labels["liked"]) if x == 1]
+    liked = [
+        (user, item)
+        for part in parts
+        for user, item, x in zip(part.user, part.item, part.labels["liked"])
+        if x == 1
+    ]
     found = {(user, item) for user in range(len(seen)) for item in seen[user].tolist()}
     assert found == set(liked) and len(liked) < 0.4 * sum(map(len, parts))
 
@@ -229,23 +263,31 @@ def test_the_version_tells_names_shapes_and_values_apart(run):
     one = run.weights._replace(tables={"a": np.zeros((2, 3), np.float32)})
     versions = {
         model_version(one._replace(tables={name: table})._asdict())
-        for name, table in [("a", one.tables["a"]), ("b", one.tables["a"]), ("a", np.zeros((3, 2), np.float32)),
-                            ("a", np.eye(2, 3, dtype=np.float32))]
-    }  # fmt: skip
+        for name, table in [
+            ("a", one.tables["a"]),
+            ("b", one.tables["a"]),
+            ("a", np.zeros((3, 2), np.float32)),
+            ("a", np.eye(2, 3, dtype=np.float32)),
+        ]
+    }
     assert len(versions) == 4
 
 
 def test_embedding_in_batches_equals_embedding_at_once(run):
     features = run.prepared.features["item"]
     whole = vectors(run, "item", features)
-    np.testing.assert_allclose(embed_rows(run.model, run.weights, "item", features, batch=16), whole, atol=1e-6)
+    np.testing.assert_allclose(
+        embed_rows(run.model, run.weights, "item", features, batch=16), whole, atol=1e-6
+    )
     none = {name: values[:0] for name, values in features.items()}
     assert embed_rows(run.model, run.weights, "item", none).shape == (0, 16)
 
 
 def test_embedding_many_batches_shows_progress_and_one_does_not(run, monkeypatch):
     shown, show = [], embed_module.progress
-    monkeypatch.setattr(embed_module, "progress", lambda *a, **k: shown.append(k["what"]) or show(*a, **k))
+    monkeypatch.setattr(
+        embed_module, "progress", lambda *a, **k: shown.append(k["what"]) or show(*a, **k)
+    )
     features = run.prepared.features["item"]
     embed_rows(run.model, run.weights, "item", features)
     assert shown == []
@@ -257,7 +299,12 @@ def test_seen_items_are_all_rows_with_the_latest_last(run):
     prepared = run.prepared
     seen = items_of_users(all_rows(prepared), num_users=len(prepared.users))
     log = sorted(
-        ((t, u, i) for part in all_rows(prepared) for t, u, i in zip(part.timestamp, part.user, part.item) if i >= 0),
+        (
+            (t, u, i)
+            for part in all_rows(prepared)
+            for t, u, i in zip(part.timestamp, part.user, part.item)
+            if i >= 0
+        ),
         key=lambda row: row[0],
     )
     expected = [[] for _ in range(len(prepared.users))]

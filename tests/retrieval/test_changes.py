@@ -1,4 +1,5 @@
-"""The log of changes: what is acknowledged is there, what was cut off is not, and anything else is refused."""
+"""The log of changes: what is acknowledged is there, what was cut off is not, and anything else is
+refused."""
 
 import os
 import subprocess
@@ -50,7 +51,9 @@ def test_what_is_appended_is_read_and_gone_on_with(log):
 
 def test_changes_survive_as_they_were():
     times = pa.array([1, 2], pa.timestamp("s"))
-    table = pa.table({"item_id": ["a", "b"], "tags": [["x"], None], "price": [1.5, None], "when": times})
+    table = pa.table(
+        {"item_id": ["a", "b"], "tags": [["x"], None], "price": [1.5, None], "when": times}
+    )
     vectors = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     items, found = decode(encode_upsert(table, vectors))
     assert items.equals(table)
@@ -121,12 +124,17 @@ def test_after_a_failed_sync_nothing_more_is_acknowledged(log, monkeypatch):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_change_is_on_the_disk_when_it_is_acknowledged(tmp_path, monkeypatch, known):
-    """Written before it is synced, synced before it is acknowledged; of a new file the folder too."""
+    """Written before it is synced, synced before it is acknowledged; of a new file the folder
+    too."""
     order, sync = [], os.fsync
     log = ChangeLog(tmp_path / "b.changes", SHA)
     if known:
         log.append(b"Dfirst")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.fstat(descriptor).st_size) or sync(descriptor))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: order.append(os.fstat(descriptor).st_size) or sync(descriptor),
+    )
     log.append(b"D12345")
     size = log.path.stat().st_size
     assert order[-1] == size and (len(order) == 1 if known else len(order) == 3)
@@ -145,7 +153,9 @@ def test_one_process_writes(log):
         except ChangesError as error:
             print(error)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(log), SHA], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(log), SHA], capture_output=True, text=True
+    )
     assert "being written by another process" in done.stdout, done.stderr
     stale = ChangeLog(log, SHA, ends_before := writer.end - HEAD.size - len(b"Dmine"))
     writer.close()

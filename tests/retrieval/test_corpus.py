@@ -15,7 +15,12 @@ DIM = 6
 
 
 def table(ids, brands=None):
-    return pa.table({"item_id": pa.array(ids, pa.string()), "brand": pa.array(brands or ["x"] * len(ids), pa.string())})
+    return pa.table(
+        {
+            "item_id": pa.array(ids, pa.string()),
+            "brand": pa.array(brands or ["x"] * len(ids), pa.string()),
+        }
+    )
 
 
 class Approximate:
@@ -45,17 +50,32 @@ def upsert(corpus, model, ids, rng, brand="x"):
 def check(snapshot, model, queries, *, exclude=(), k=7, where=(), only=None, numbers=None):
     """Ids and scores of every query are those of a sort of the dictionary."""
     banned, count = [numbers[i] for i in exclude], len(queries)
-    lists = Csr.from_pairs(np.repeat(np.arange(count), len(banned)), np.tile(banned, count), num_rows=count)
+    lists = Csr.from_pairs(
+        np.repeat(np.arange(count), len(banned)), np.tile(banned, count), num_rows=count
+    )
     only_numbers = None if only is None else np.array([numbers[i] for i in only], np.int64)
-    scores, places = snapshot.search(queries, k, exclude=lists, where=conditions(where), only=only_numbers)
-    left = {i: v for i, (v, brand) in model.items()
-            if i not in exclude and (only is None or i in only) and (not where or brand in where["brand"])}  # fmt: skip
+    scores, places = snapshot.search(
+        queries, k, exclude=lists, where=conditions(where), only=only_numbers
+    )
+    left = {
+        i: v
+        for i, (v, brand) in model.items()
+        if i not in exclude
+        and (only is None or i in only)
+        and (not where or brand in where["brand"])
+    }
     assert len(snapshot) == len(model)
     for query, score, place in zip(queries, scores, places):
         expected = sorted(left, key=lambda i: -float(left[i] @ query))[:k]
         found = place[place >= 0]
-        assert [row["item_id"] for row in snapshot.rows(found)] == expected == snapshot.item_ids(found).to_pylist()
-        np.testing.assert_allclose(score[place >= 0], [left[i] @ query for i in expected], atol=1e-5)
+        assert (
+            [row["item_id"] for row in snapshot.rows(found)]
+            == expected
+            == snapshot.item_ids(found).to_pylist()
+        )
+        np.testing.assert_allclose(
+            score[place >= 0], [left[i] @ query for i in expected], atol=1e-5
+        )
         assert [row["brand"] for row in snapshot.rows(found)] == [model[i][1] for i in expected]
         assert (place[len(expected) :] == -1).all() and np.isneginf(score[len(expected) :]).all()
 
@@ -71,7 +91,9 @@ def test_any_sequence_of_changes_equals_a_dictionary(index):
         if kind < 5:
             upsert(corpus, model, ids, rng, brand=str(rng.choice(["x", "y"])))
         elif kind < 9:
-            assert corpus.delete([*ids, "never"]) == sum(model.pop(i, None) is not None for i in ids)
+            assert corpus.delete([*ids, "never"]) == sum(
+                model.pop(i, None) is not None for i in ids
+            )
         else:
             corpus.rebalance(lambda vectors, counts: index(vectors))
         some = [i for i in ids if i in corpus.numbers]
@@ -104,7 +126,8 @@ def test_changes_while_the_index_is_built_are_in_it():
     versions = []
 
     def build(vectors, counts):
-        """What happens meanwhile: changes to what was indexed, what was new, and what nobody knew."""
+        """What happens meanwhile: changes to what was indexed, what was new, and what nobody
+        knew."""
         versions.append(corpus.snapshot.version)
         upsert(corpus, model, ["i2", "new1", "later"], rng, brand="y")
         corpus.delete(["i3", "new2"])
@@ -118,7 +141,9 @@ def test_changes_while_the_index_is_built_are_in_it():
     queries = rng.normal(size=(3, DIM)).astype(np.float32)
     check(corpus.snapshot, model, queries, numbers=corpus.numbers)
     check(corpus.snapshot, model, queries, where={"brand": ["y"]}, numbers=corpus.numbers)
-    assert corpus.snapshot.version > versions[0] and corpus.snapshot.count == 4  # i2, i3, new1, later
+    assert (
+        corpus.snapshot.version > versions[0] and corpus.snapshot.count == 4
+    )  # i2, i3, new1, later
     corpus.rebalance(lambda vectors, counts: ExactIndex(vectors))
     check(corpus.snapshot, model, queries, numbers=corpus.numbers)
     assert corpus.snapshot.count == 0 and corpus.snapshot.dead == 0
@@ -137,15 +162,18 @@ def test_nothing_at_all_can_be_searched_and_filled():
     check(corpus.snapshot, model, queries, numbers=corpus.numbers)
 
 
-@pytest.mark.parametrize("vectors, ids, message", [
-    (np.full((1, DIM), np.nan), ["a"], "item vector 0 is not finite"),
-    (np.full((1, DIM), np.inf), ["a"], "item vector 0 is not finite"),
-    (np.ones((1, DIM + 1)), ["a"], r"shape \[1, 7\]; of these items they must be of \[1, 6\]"),
-    (np.ones((2, DIM)), ["a"], r"shape \[2, 6\]"),
-    (np.ones(DIM), ["a"], "must be of shape"),
-    (np.ones((2, DIM)), ["a", "a"], "'a' in the rows of upsert is there twice"),
-    (np.ones((1, DIM)), [None], "is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vectors, ids, message",
+    [
+        (np.full((1, DIM), np.nan), ["a"], "item vector 0 is not finite"),
+        (np.full((1, DIM), np.inf), ["a"], "item vector 0 is not finite"),
+        (np.ones((1, DIM + 1)), ["a"], r"shape \[1, 7\]; of these items they must be of \[1, 6\]"),
+        (np.ones((2, DIM)), ["a"], r"shape \[2, 6\]"),
+        (np.ones(DIM), ["a"], "must be of shape"),
+        (np.ones((2, DIM)), ["a", "a"], "'a' in the rows of upsert is there twice"),
+        (np.ones((1, DIM)), [None], "is missing"),
+    ],
+)
 def test_what_would_spoil_the_corpus_changes_nothing(vectors, ids, message):
     corpus, model = fresh()
     with pytest.raises(ValueError, match=message):
@@ -169,14 +197,18 @@ def test_a_zero_vector_among_normalised_ones_and_a_column_of_another_type():
 def test_conditions_on_numbers_and_on_what_is_not_there():
     vectors = np.eye(4, DIM, dtype=np.float32) + 0.1
     prices = pa.array([1.0, 2.0, 3.0, None])
-    corpus = Corpus(ExactIndex(vectors), vectors, table(["a", "b", "c", "d"]).append_column("price", prices))
+    corpus = Corpus(
+        ExactIndex(vectors), vectors, table(["a", "b", "c", "d"]).append_column("price", prices)
+    )
 
     def ask(where):
         found = corpus.snapshot.search(np.ones((1, DIM)), 4, where=conditions(where))[1][0]
         return set(corpus.snapshot.item_ids(found[found >= 0]).to_pylist())
 
     assert ask([("price", "<=", 2)]) == {"a", "b"} and ask([("price", "==", None)]) == {"d"}
-    assert ask([("price", ">", 1), ("item_id", "!=", "c")]) == {"b"} and ask({"item_id": ["a", "nothing"]}) == {"a"}
+    assert ask([("price", ">", 1), ("item_id", "!=", "c")]) == {"b"} and ask(
+        {"item_id": ["a", "nothing"]}
+    ) == {"a"}
     assert ask({"item_id": []}) == set()
     with pytest.raises(ConfigError, match="did you mean 'price'"):
         ask([("prize", "<=", 2)])

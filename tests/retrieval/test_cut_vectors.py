@@ -1,4 +1,5 @@
-"""Bundles of vectors cut to a width that the model was trained for: everything in them is as wide, and ranks by that."""
+"""Bundles of vectors cut to a width that the model was trained for: everything in them is as wide,
+and ranks by that."""
 
 import numpy as np
 import pytest
@@ -44,14 +45,21 @@ def items_of(run):
 def test_both_towers_and_all_vectors_are_cut_and_normalised_again(whole, folder):
     retriever, full = Retriever.load(folder), Retriever(make_bundle(whole))
     bundle = retriever.bundle
-    assert bundle.manifest["dim"] == bundle.towers.dim == bundle.index.dim == 8 and full.bundle.towers.dim == 16
+    assert (
+        bundle.manifest["dim"] == bundle.towers.dim == bundle.index.dim == 8
+        and full.bundle.towers.dim == 16
+    )
     np.testing.assert_allclose(bundle.vectors, cut(items_of(whole), 8), atol=1e-6)
     np.testing.assert_allclose(bundle.user_vectors, cut(full.bundle.user_vectors, 8), atol=1e-6)
     # The programs too: of users and items that came later.
     rows = [{"user_id": "never seen", "city": "Paris"}]
-    np.testing.assert_allclose(retriever.encode_users(rows), cut(full.encode_users(rows), 8), atol=1e-6)
+    np.testing.assert_allclose(
+        retriever.encode_users(rows), cut(full.encode_users(rows), 8), atol=1e-6
+    )
     rows = [{"item_id": "never seen", "price": 4.0}]
-    np.testing.assert_allclose(retriever.encode_items(rows), cut(full.encode_items(rows), 8), atol=1e-6)
+    np.testing.assert_allclose(
+        retriever.encode_items(rows), cut(full.encode_items(rows), 8), atol=1e-6
+    )
 
 
 def test_answers_agree_with_ranking_by_cut_vectors(whole, folder):
@@ -61,14 +69,18 @@ def test_answers_agree_with_ranking_by_cut_vectors(whole, folder):
     found = retriever.recommend(user, k=len(ids), exclude_seen=False)
     np.testing.assert_allclose([item.score for item in found], np.sort(scores)[::-1], atol=1e-6)
     assert found[0].item_id == ids[int(scores.argmax())]
-    np.testing.assert_allclose(MatchModel.load(folder).match([user] * len(ids), ids), scores, atol=1e-6)
+    np.testing.assert_allclose(
+        MatchModel.load(folder).match([user] * len(ids), ids), scores, atol=1e-6
+    )
 
 
 def test_what_cutting_loses_is_measured(whole, folder):
     full, told = make_bundle(whole), load_bundle(folder).manifest["against_full"]
     users, items = full.user_vectors, full.vectors
-    right, found = (np.argsort(-u @ v.T, axis=1, kind="stable")[:, :10]
-                    for u, v in ((users, items), (cut(users, 8), cut(items, 8))))  # fmt: skip
+    right, found = (
+        np.argsort(-u @ v.T, axis=1, kind="stable")[:, :10]
+        for u, v in ((users, items), (cut(users, 8), cut(items, 8)))
+    )
     hits = (found[:, :, None] == right[:, None, :]).any(2)
     gains = 1 / np.log2(np.arange(10) + 2)
     assert told["recall@10"] == pytest.approx(hits.mean(), abs=1e-3) and told["dim"] == 16
@@ -79,9 +91,18 @@ def test_what_cutting_loses_is_measured(whole, folder):
 def test_held_out_metrics_are_those_of_cut_vectors(whole):
     measured = measure_run(storing(whole, dim=4), ks=(10,), baselines=False)
     queries = make_queries(whole.prepared, "test", "user")
-    users = embed_rows(whole.model, whole.weights, "user", whole.prepared.user_features(queries.user, queries.context))
-    expected = evaluate(dot_scores(cut(users, 4), cut(items_of(whole), 4)), queries, (10,), mask_seen=True)
-    assert measured["model"] == pytest.approx(expected, abs=2e-3) and measured["protocol"]["dim"] == 4
+    users = embed_rows(
+        whole.model,
+        whole.weights,
+        "user",
+        whole.prepared.user_features(queries.user, queries.context),
+    )
+    expected = evaluate(
+        dot_scores(cut(users, 4), cut(items_of(whole), 4)), queries, (10,), mask_seen=True
+    )
+    assert (
+        measured["model"] == pytest.approx(expected, abs=2e-3) and measured["protocol"]["dim"] == 4
+    )
 
 
 def test_vectors_that_are_not_normalised_are_cut_alone(tmp_path):
@@ -93,7 +114,10 @@ def test_vectors_that_are_not_normalised_are_cut_alone(tmp_path):
 
 @pytest.mark.parametrize("dim", [12, 32])
 def test_a_width_that_was_not_trained_is_refused(whole, tmp_path, dim):
-    with pytest.raises(ConfigError, match=f"config.retrieval.dim={dim} is not a width that the model was trained for: 16, 8, 4"):
+    with pytest.raises(
+        ConfigError,
+        match=f"config.retrieval.dim={dim} is not a width that the model was trained for: 16, 8, 4",
+    ):
         export(storing(whole, dim=dim), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     assert make_bundle(storing(whole, dim=16)).towers.dim == 16

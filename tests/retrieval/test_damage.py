@@ -1,5 +1,5 @@
-"""Every file of a bundle of everything, of the log of its changes and of a match model: cut off, emptied, changed, missing, of
-another run or of another version. None is read, each is named."""
+"""Every file of a bundle of everything, of the log of its changes and of a match model: cut off,
+emptied, changed, missing, of another run or of another version. None is read, each is named."""
 
 import json
 import shutil
@@ -16,15 +16,23 @@ from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
 FEATURES = {
-    "user": {"user_id": {"type": "string", "embedding_size": 8}, "history": {"type": "history", "max_length": 5}},
-    "item": {"item_id": {"type": "string", "embedding_size": 8}, "title": {"type": "text", "embedding_size": 4},
-             "price": {"type": "float"}},
-}  # fmt: skip
+    "user": {
+        "user_id": {"type": "string", "embedding_size": 8},
+        "history": {"type": "history", "max_length": 5},
+    },
+    "item": {
+        "item_id": {"type": "string", "embedding_size": 8},
+        "title": {"type": "text", "embedding_size": 4},
+        "price": {"type": "float"},
+    },
+}
 KIND = "scann_tree_ah"  # with the most files
 DAMAGES = {
     "cut off": lambda data, other: data[: len(data) // 2],
     "emptied": lambda data, other: b"",
-    "changed": lambda data, other: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
+    "changed": lambda data, other: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+    ),
     "of another run": lambda data, other: other,
     "missing": lambda data, other: None,
 }
@@ -32,11 +40,16 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """Two folders with bundles of all that a bundle may hold, each with a match model and a log of changes beside it."""
+    """Two folders with bundles of all that a bundle may hold, each with a match model and a log of
+    changes beside it."""
     pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
     folders = []
     for seed in (0, 1):
-        sections = {"data": {"num_items": 1_200}, "features": FEATURES, "retrieval": {"index": KIND, "popularity": True}}
+        sections = {
+            "data": {"num_items": 1_200},
+            "features": FEATURES,
+            "retrieval": {"index": KIND, "popularity": True},
+        }
         run = make_run(tmp_path_factory.mktemp("run"), seed=seed, **sections)
         export(run, run.workdir / "bundle")
         retriever = Retriever.load(run.workdir / "bundle")
@@ -51,7 +64,9 @@ def bundles(tmp_path_factory):
 def each_damaged(folder, other, damage):
     """Yields each file after it was damaged, and puts it back."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert {path.relative_to(folder) for path in files} == {p.relative_to(other) for p in other.rglob("*") if p.is_file()}
+    assert {path.relative_to(folder) for path in files} == {
+        p.relative_to(other) for p in other.rglob("*") if p.is_file()
+    }
     for path in files:
         original = path.read_bytes()
         spoilt = DAMAGES[damage](original, (other / path.relative_to(folder)).read_bytes())
@@ -66,17 +81,27 @@ def each_damaged(folder, other, damage):
 def test_every_file_of_a_bundle(bundles, damage):
     folder, other = (run / "bundle" for run in bundles)
     hashed = set(json.loads((folder / "manifest.json").read_text())["files"])
-    assert hashed == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert hashed == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
+        "manifest.json"
+    }
     damaged = set()
     for path in each_damaged(folder, other, damage):
         with pytest.raises(BundleError) as refused:
             load_bundle(folder)
         # Another manifest is whole: the first file that is not its own is named.
         named = refused.value.args[0]
-        assert path.name in named or (path.name == "manifest.json" and damage == "of another run" and "was changed" in named)
+        assert path.name in named or (
+            path.name == "manifest.json" and damage == "of another run" and "was changed" in named
+        )
         damaged.add(str(path.relative_to(folder)))
     load_bundle(folder)
-    for part in ("manifest.json", "params.npz", "item_vectors.npy", "user_vectors.npy", "index/index.json"):
+    for part in (
+        "manifest.json",
+        "params.npz",
+        "item_vectors.npy",
+        "user_vectors.npy",
+        "index/index.json",
+    ):
         assert part in damaged
     assert {name.split("/")[0] for name in damaged} >= {"tables", "index", "manifest.json"}
 
@@ -89,17 +114,22 @@ def test_every_file_of_a_match_model(bundles, damage):
         with pytest.raises(FolderError) as refused:
             MatchModel.load(folder)
         # Of another run match.json is whole, and the first file that is not its own is named.
-        assert path.name in str(refused.value) or (path.name == "match.json" and damage == "of another run")
+        assert path.name in str(refused.value) or (
+            path.name == "match.json" and damage == "of another run"
+        )
         damaged.append(path.name)
     assert MatchModel.load(folder).dim == 16 and len(damaged) >= 3
 
 
 @pytest.mark.parametrize("damage", ["changed", "of another run", "of another version"])
 def test_the_log_of_changes(bundles, damage):
-    """Cut off within a change, that change was never acknowledged: see test_changes. Without a log there are no changes."""
+    """Cut off within a change, that change was never acknowledged: see test_changes. Without a log
+    there are no changes."""
     logs = [next(run.glob("*.changes")) for run in bundles]
     original = logs[0].read_bytes()
-    spoil = DAMAGES | {"of another version": lambda data, _: MAGIC.replace(b"2", b"3") + data[len(MAGIC) :]}
+    spoil = DAMAGES | {
+        "of another version": lambda data, _: MAGIC.replace(b"2", b"3") + data[len(MAGIC) :]
+    }
     logs[0].write_bytes(spoil[damage](original, logs[1].read_bytes()))
     with pytest.raises(ChangesError, match=logs[0].name):
         Retriever.load(bundles[0] / "bundle")
@@ -111,7 +141,9 @@ def test_the_log_of_changes(bundles, damage):
 def test_files_of_another_version_though_their_hashes_fit(bundles, tmp_path):
     """As a newer or older twotower would leave them."""
     folder = shutil.copytree(bundles[0] / "bundle", tmp_path / "bundle")
-    versioned = [path for path in folder.rglob("*.json") if "version" in json.loads(path.read_text())]
+    versioned = [
+        path for path in folder.rglob("*.json") if "version" in json.loads(path.read_text())
+    ]
     assert versioned
     for path in versioned:
         original, content = path.read_bytes(), json.loads(path.read_text())

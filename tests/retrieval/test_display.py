@@ -29,7 +29,9 @@ COLUMNS = {
 def test_values_are_those_of_arrow(name, first, pieces):
     """Also of a slice, whose buffers begin before it, and of a column of several pieces."""
     column = COLUMNS[name].slice(first)
-    read = reader(pa.chunked_array([column] if pieces == 1 else [column.slice(0, 1), column.slice(1)]))
+    read = reader(
+        pa.chunked_array([column] if pieces == 1 else [column.slice(0, 1), column.slice(1)])
+    )
     found = [read(row) for row in range(len(column))]
     assert found == column.to_pylist()
     assert [type(x) for x in found] == [type(x) for x in column.to_pylist()]

@@ -28,11 +28,15 @@ def oracle(queries, items, k, exclude=None):
 def vectors():
     # Small integers: sums are exact in any order, and ties are plenty.
     rng = np.random.default_rng(1)
-    return rng.integers(-2, 3, (37, 5)).astype(np.float32), rng.integers(-2, 3, (301, 5)).astype(np.float32)
+    return rng.integers(-2, 3, (37, 5)).astype(np.float32), rng.integers(-2, 3, (301, 5)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("k", [1, 10, 301, 400])
-@pytest.mark.parametrize("backend, item_block", [("cpu", 7), ("cpu", 64), ("cpu", 1000), ("gpu", 64), ("gpu", 1000)])
+@pytest.mark.parametrize(
+    "backend, item_block", [("cpu", 7), ("cpu", 64), ("cpu", 1000), ("gpu", 64), ("gpu", 1000)]
+)
 def test_equals_a_stable_sort(vectors, backend, k, item_block, monkeypatch):
     """Selecting as on a CPU and as on an accelerator."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -50,7 +54,9 @@ def test_excluded_items_never_come_back(vectors, backend, item_block, monkeypatc
     rng = np.random.default_rng(2)
     # From nobody excluded to all but two: fewer than k remain for the last queries.
     lists = [rng.permutation(301)[: min(299, 8 * q)] for q in range(len(queries))]
-    exclude = Csr.from_pairs(np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37)
+    exclude = Csr.from_pairs(
+        np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37
+    )
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, 50, exclude=exclude)
     expected_scores, expected_rows = oracle(queries, items, 50, exclude)
     np.testing.assert_array_equal(rows, expected_rows)
@@ -63,7 +69,9 @@ def test_many_query_blocks_equal_one(vectors, monkeypatch):
     whole = top_k(queries, items, 9)
     sizes = []
     monkeypatch.setattr(exact, "HOST_BLOCK_BYTES", 4 * len(items) * 5)
-    monkeypatch.setattr(exact, "RunningTopK", lambda count, k: sizes.append(count) or RunningTopK(count, k))
+    monkeypatch.setattr(
+        exact, "RunningTopK", lambda count, k: sizes.append(count) or RunningTopK(count, k)
+    )
     for one, many in zip(whole, top_k(queries, items, 9)):
         np.testing.assert_array_equal(one, many)
     assert sizes == [5] * 7 + [2]
@@ -79,15 +87,22 @@ def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monk
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, 7)
     assert rows.tolist() == [[3_210, 0, 1, 2, 3, 4, 5]] * 5
     assert scores.tolist() == [[18.0, *[2 * value] * 6]] * 5
-    assert ExactIndex(items[:3_210], item_block=item_block).search(queries, 7)[1].tolist() == [[0, 1, 2, 3, 4, 5, 6]] * 5
+    assert (
+        ExactIndex(items[:3_210], item_block=item_block).search(queries, 7)[1].tolist()
+        == [[0, 1, 2, 3, 4, 5, 6]] * 5
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_scores_that_only_rise_or_fall_along_the_corpus(order, monkeypatch):
-    """Each block beats the one before, so that the lists so far grow and must be cut; or none does."""
+    """Each block beats the one before, so that the lists so far grow and must be cut; or none
+    does."""
     monkeypatch.setattr(host_top_k, "WIDEST", 2)
     items = np.arange(1_000, dtype=np.float32)[::order, None] // 3  # three of each score
-    for one, other in zip(ExactIndex(items, item_block=64).search(np.ones((3, 1)), 10), oracle(np.ones((3, 1)), items, 10)):
+    for one, other in zip(
+        ExactIndex(items, item_block=64).search(np.ones((3, 1)), 10),
+        oracle(np.ones((3, 1)), items, 10),
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -103,10 +118,13 @@ def test_scores_that_overflow_are_ranked_where_infinite(backend, monkeypatch):
 @pytest.mark.parametrize("nan", [np.nan, -np.nan])
 @pytest.mark.parametrize("backend, count", [("cpu", 201), ("gpu", 203)])
 def test_scores_that_are_nan_are_refused(backend, count, nan, monkeypatch):
-    """Of either sign: products of finite vectors give either, or infinity, as the processor happens to add them up."""
+    """Of either sign: products of finite vectors give either, or infinity, as the processor happens
+    to add them up."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(exact, "_best_of_block", exact._best_of_block.__wrapped__)
-    monkeypatch.setattr(exact, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan))
+    monkeypatch.setattr(
+        exact, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan)
+    )
     jax.clear_caches()
     with pytest.raises(QueryError, match="overflow float32 to NaN"):
         ExactIndex(np.ones((count, 2))).search(np.ones((3, 2), np.float32), 3)
@@ -114,13 +132,21 @@ def test_scores_that_are_nan_are_refused(backend, count, nan, monkeypatch):
 
 
 @pytest.mark.parametrize("backend, approximate", [("cpu", 0), ("gpu", 0), ("tpu", 1)])
-def test_only_a_tpu_selects_approximately_and_only_when_asked(vectors, backend, approximate, monkeypatch):
+def test_only_a_tpu_selects_approximately_and_only_when_asked(
+    vectors, backend, approximate, monkeypatch
+):
     calls, select = [], jax.lax.approx_max_k
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax.lax, "approx_max_k", lambda x, k, **options: calls.append(options) or select(x, k, **options))
+    monkeypatch.setattr(
+        jax.lax,
+        "approx_max_k",
+        lambda x, k, **options: calls.append(options) or select(x, k, **options),
+    )
     queries, items = vectors
     index = ExactIndex(items, recall_target=0.85)
-    np.testing.assert_array_equal(index.search(queries, 6)[0], oracle(queries, items, 6)[0])  # a CPU does it exactly
+    np.testing.assert_array_equal(
+        index.search(queries, 6)[0], oracle(queries, items, 6)[0]
+    )  # a CPU does it exactly
     assert calls == [{"recall_target": 0.85}] * approximate
     ExactIndex(items).search(queries, 11)
     assert len(calls) == approximate

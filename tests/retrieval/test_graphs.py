@@ -1,4 +1,5 @@
-"""Graph indexes behind the same meaning as exact search, tuned, saved, and never padding with an item."""
+"""Graph indexes behind the same meaning as exact search, tuned, saved, and never padding with an
+item."""
 
 import subprocess
 import sys
@@ -23,7 +24,9 @@ def unit(vectors):
 def vectors():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(40, 16))
-    return tuple(unit(centres[rng.integers(0, 40, n)] + 0.5 * rng.normal(size=(n, 16))) for n in (400, 2_000))
+    return tuple(
+        unit(centres[rng.integers(0, 40, n)] + 0.5 * rng.normal(size=(n, 16))) for n in (400, 2_000)
+    )
 
 
 def config(kind, target=0.95):
@@ -63,7 +66,11 @@ def test_the_same_vectors_give_the_same_index(built, vectors):
 
 def test_more_than_there_is_and_nothing(built, vectors):
     scores, rows = built.search(vectors[0][:3], 2_100)
-    assert rows.shape == (3, 2_100) and (rows[:, 2_000:] == -1).all() and np.isneginf(scores[rows < 0]).all()
+    assert (
+        rows.shape == (3, 2_100)
+        and (rows[:, 2_000:] == -1).all()
+        and np.isneginf(scores[rows < 0]).all()
+    )
     assert built.search(vectors[0][:0], 4)[1].shape == (0, 4)
     with pytest.raises(QueryError, match="query vector 0 is zero"):
         built.search(np.zeros((1, 16)), 4)

@@ -9,11 +9,16 @@ from twotower.retrieval.retriever import Recommendation
 from twotower.validation import ConfigError
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"", "cannot be read: Empty CSV file"), ("a.parquet", b"nonsense", "cannot be read: .*Parquet"),
-    ("a.txt", "Jos\u00e9".encode("latin-1"), "cannot be read: .*utf-8"), ("a.csv", b"user_id\n", "holds no user id"),
-    ("a.txt", b"\n", "holds no user id"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"", "cannot be read: Empty CSV file"),
+        ("a.parquet", b"nonsense", "cannot be read: .*Parquet"),
+        ("a.txt", "Jos\u00e9".encode("latin-1"), "cannot be read: .*utf-8"),
+        ("a.csv", b"user_id\n", "holds no user id"),
+        ("a.txt", b"\n", "holds no user id"),
+    ],
+)
 def test_a_file_without_ids_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"--users=.*{name} {message}"):
@@ -39,5 +44,9 @@ def test_a_table_lines_up_in_any_script():
     ]
     lines = format_items(items).splitlines()
     assert len({_width(line) for line in lines}) == 1
-    assert "a, b" in lines[1] and "…" in lines[3] and lines[0].split() == ["rank", "item", "title", "tags", "score"]
+    assert (
+        "a, b" in lines[1]
+        and "…" in lines[3]
+        and lines[0].split() == ["rank", "item", "title", "tags", "score"]
+    )
     assert format_items([]) == "  (nothing)"

@@ -40,12 +40,18 @@ def test_unknown_ids_are_an_error_or_nan(saved):
     assert np.isnan(scores).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((["u"], ["a", "b"]), "1 user ids do not go with 2 item ids"), ((["u"], ["a"], "zero"), "unknown='zero' must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((["u"], ["a", "b"]), "1 user ids do not go with 2 item ids"),
+        ((["u"], ["a"], "zero"), "unknown='zero' must be"),
+    ],
+)
 def test_what_is_no_question(saved, arguments, message):
     with pytest.raises(ValueError, match=message):
-        MatchModel.load(saved).match(*arguments[:2], **({"unknown": arguments[2]} if arguments[2:] else {}))
+        MatchModel.load(saved).match(
+            *arguments[:2], **({"unknown": arguments[2]} if arguments[2:] else {})
+        )
 
 
 def test_what_does_not_go_together(vectors):
@@ -58,7 +64,11 @@ def test_what_does_not_go_together(vectors):
 def test_damage_is_refused_by_name(saved, tmp_path):
     for path in sorted(saved.iterdir()):
         original = path.read_bytes()
-        for spoilt in (original[:-1], original[:-3] + bytes([original[-3] ^ 1]) + original[-2:], None):
+        for spoilt in (
+            original[:-1],
+            original[:-3] + bytes([original[-3] ^ 1]) + original[-2:],
+            None,
+        ):
             path.unlink() if spoilt is None else path.write_bytes(spoilt)
             with pytest.raises(FolderError, match=path.name):
                 MatchModel.load(saved)

@@ -47,7 +47,9 @@ def lists(pools):
 @pytest.mark.parametrize("margin", [-1.0, 0.0, 0.5])
 @pytest.mark.parametrize("ranks", [(0, 5), (3, 12), (0, ITEMS)])
 def test_pools_are_the_ranks_asked_for(vectors, known, ranks, margin, monkeypatch):
-    monkeypatch.setattr("twotower.retrieval.mining.BLOCK", 4)  # more than one block of users, and of pairs
+    monkeypatch.setattr(
+        "twotower.retrieval.mining.BLOCK", 4
+    )  # more than one block of users, and of pairs
     monkeypatch.setattr("twotower.retrieval.mining.PAIRS", 3)
     users, items = vectors
     pools = mine(users, items, known, ranks=ranks, margin=margin)
@@ -59,8 +61,14 @@ def test_pools_are_the_ranks_asked_for(vectors, known, ranks, margin, monkeypatc
 
 def test_the_margin_leaves_out_what_scores_like_a_positive(vectors, known):
     users, items = vectors
-    sizes = [mine(users, items, known, ranks=(0, ITEMS), margin=m)["sizes"] for m in (-1.0, 0.0, 1.0)]
-    assert (sizes[0][:-1] > sizes[1][:-1]).all() and (sizes[1] >= sizes[2]).all() and sizes[1].sum() > sizes[2].sum()
+    sizes = [
+        mine(users, items, known, ranks=(0, ITEMS), margin=m)["sizes"] for m in (-1.0, 0.0, 1.0)
+    ]
+    assert (
+        (sizes[0][:-1] > sizes[1][:-1]).all()
+        and (sizes[1] >= sizes[2]).all()
+        and sizes[1].sum() > sizes[2].sum()
+    )
     assert sizes[0][-1] == sizes[2][-1] == ITEMS  # of a user without positives nothing is like one
 
 
@@ -72,14 +80,18 @@ def test_vectors_that_nothing_can_be_ranked_by_are_refused(vectors, known):
 
 
 def test_pools_of_a_model(run):
-    """Of users as they stood at their latest training row, ranked by the weights given; users without rows have none."""
+    """Of users as they stood at their latest training row, ranked by the weights given; users
+    without rows have none."""
     prepared, model = run.prepared, run.model
     pools = make_mine(prepared, model)(run.weights)
     train, num_users = prepared.train, len(prepared.users)
     assert pools["items"].shape == (num_users, 90)  # ranks 10 to 100
     items = embed_rows(model, run.weights, "item", prepared.features["item"])
     asked = np.unique(train.user)
-    assert 0 < len(asked) < num_users and (pools["sizes"][np.setdiff1d(np.arange(num_users), asked)] == 0).all()
+    assert (
+        0 < len(asked) < num_users
+        and (pools["sizes"][np.setdiff1d(np.arange(num_users), asked)] == 0).all()
+    )
     for user in asked[:: len(asked) // 5]:
         rows = np.flatnonzero(train.user == user)
         latest = rows[np.flatnonzero(train.timestamp[rows] == train.timestamp[rows].max())[-1]]
@@ -93,12 +105,17 @@ def test_pools_of_a_model(run):
 
 
 def test_shown_and_refused_items_are_mined_like_others(run):
-    """Only rows with label 1 are known positives: what was shown and not taken may be the hardest negative of all."""
+    """Only rows with label 1 are known positives: what was shown and not taken may be the hardest
+    negative of all."""
     features = {"user": dict(run.config.features.user), "item": dict(run.config.features.item)}
     values = {
-        "data": {"source": "shop", "num_interactions": 3000}, "features": features,
-        "objective": {"label": "liked", "negatives": {"mined": 2, "mined_refresh": 100, "mined_ranks": (0, 5000)}},
-    }  # fmt: skip
+        "data": {"source": "shop", "num_interactions": 3000},
+        "features": features,
+        "objective": {
+            "label": "liked",
+            "negatives": {"mined": 2, "mined_refresh": 100, "mined_ranks": (0, 5000)},
+        },
+    }
     prepared = prepare(from_dict(values))
     pools = make_mine(prepared, run.model)(run.weights)
     liked = prepared.is_positive("train")

@@ -11,7 +11,11 @@ def by_hand(scores, vectors, k, diversity):
     chosen = [max(range(len(scores)), key=lambda i: scores[i])]
     while len(chosen) < k:
         left = [i for i in range(len(scores)) if i not in chosen]
-        worth = {i: (1 - diversity) * scores[i] - diversity * max(cosine(vectors[i], vectors[j]) for j in chosen) for i in left}
+        worth = {
+            i: (1 - diversity) * scores[i]
+            - diversity * max(cosine(vectors[i], vectors[j]) for j in chosen)
+            for i in left
+        }
         chosen.append(max(left, key=lambda i: worth[i]))
     return chosen
 
@@ -28,8 +32,12 @@ def test_marginal_relevance_is_the_formula(diversity):
 
 def test_ends_of_marginal_relevance():
     vectors = np.ones((3, 2))
-    assert sorted(maximal_marginal_relevance(np.arange(3.0), vectors, 9, diversity=0.5).tolist()) == [0, 1, 2]
-    assert maximal_marginal_relevance(np.zeros(0), np.zeros((0, 2)), 9, diversity=0.5).tolist() == []
+    assert sorted(
+        maximal_marginal_relevance(np.arange(3.0), vectors, 9, diversity=0.5).tolist()
+    ) == [0, 1, 2]
+    assert (
+        maximal_marginal_relevance(np.zeros(0), np.zeros((0, 2)), 9, diversity=0.5).tolist() == []
+    )
     with pytest.raises(ValueError, match="diversity=1.5"):
         maximal_marginal_relevance(np.arange(3.0), vectors, 2, diversity=1.5)
 
@@ -40,7 +48,9 @@ def test_caps_hold_in_order(most):
     found = capped(labels, 12, most=most)
     kept, counts = [], {}
     for place, label in enumerate(labels):
-        bound = 10**9 if label is None else most if isinstance(most, int) else most.get(label, 10**9)
+        bound = (
+            10**9 if label is None else most if isinstance(most, int) else most.get(label, 10**9)
+        )
         if counts.get(label, 0) < bound and len(kept) < 12:
             counts[label] = counts.get(label, 0) + 1
             kept.append(place)
@@ -52,7 +62,9 @@ def test_a_list_from_a_retriever(retriever):
     found = retriever.recommend("nobody", k=60)
     vectors = retriever.item_vectors([item.item_id for item in found])
     scores = np.array([item.score for item in found])
-    np.testing.assert_allclose(vectors @ retriever.encode_users([{"user_id": "nobody"}])[0], scores, atol=1e-5)
+    np.testing.assert_allclose(
+        vectors @ retriever.encode_users([{"user_id": "nobody"}])[0], scores, atol=1e-5
+    )
     order = maximal_marginal_relevance(scores, vectors, 20, diversity=0.4)
     assert order[0] == 0 and order.tolist() != list(range(20))
     shown = capped([found[place].display["category"] for place in order], 5, most=1)

@@ -22,7 +22,9 @@ from twotower.validation import ConfigError
 def scores_of(retriever, user):
     bundle = retriever.bundle
     row = bundle.users["user_id"].to_pylist().index(user)
-    return bundle.vectors @ retriever.encode_users(bundle.users.slice(row, 1))[0], set(bundle.seen[row].tolist())
+    return bundle.vectors @ retriever.encode_users(bundle.users.slice(row, 1))[0], set(
+        bundle.seen[row].tolist()
+    )
 
 
 def busiest(retriever):
@@ -38,16 +40,22 @@ def test_the_best_items_that_the_user_has_not_seen(retriever):
     found = retriever.recommend(user, k=10)
     assert [item.item_id for item in found] == expected and found.known
     unseen = np.delete(scores, list(seen))
-    np.testing.assert_allclose([item.score for item in found], np.sort(unseen)[::-1][:10], atol=1e-6)
+    np.testing.assert_allclose(
+        [item.score for item in found], np.sort(unseen)[::-1][:10], atol=1e-6
+    )
     with_seen = retriever.recommend(user, k=10, exclude_seen=False)
-    assert [item.item_id for item in with_seen] == [ids[n] for n in np.argsort(-scores, kind="stable")[:10]]
+    assert [item.item_id for item in with_seen] == [
+        ids[n] for n in np.argsort(-scores, kind="stable")[:10]
+    ]
 
 
 def test_display_columns_come_with_each_item(retriever):
     first = retriever.recommend(busiest(retriever), k=1)[0]
     row = retriever.bundle.items["item_id"].to_pylist().index(first.item_id)
     assert first.display == {
-        n: v for n, v in retriever.bundle.items.slice(row, 1).to_pylist()[0].items() if n != "item_id"
+        n: v
+        for n, v in retriever.bundle.items.slice(row, 1).to_pylist()[0].items()
+        if n != "item_id"
     }
 
 
@@ -76,11 +84,15 @@ def test_raw_rows_of_somebody_new(retriever):
     assert vectors.shape == (2, 16) and not np.allclose(vectors[0], vectors[1])
     # The columns of all rows count, whichever row names them first.
     np.testing.assert_allclose(retriever.encode_users(rows[::-1])[::-1], vectors, atol=1e-6)
-    np.testing.assert_allclose(retriever.encode_users(pa.Table.from_pylist(rows)), vectors, atol=1e-6)
+    np.testing.assert_allclose(
+        retriever.encode_users(pa.Table.from_pylist(rows)), vectors, atol=1e-6
+    )
     assert retriever.encode_users([]).shape == (0, 16)
     found = retriever.recommend(rows=rows[:1], k=3)
     np.testing.assert_allclose(
-        [i.score for i in found], np.sort(retriever.bundle.vectors @ vectors[0])[::-1][:3], atol=1e-6
+        [i.score for i in found],
+        np.sort(retriever.bundle.vectors @ vectors[0])[::-1][:3],
+        atol=1e-6,
     )
     assert not found.known
     with pytest.raises(ValueError, match="rows holds 2"):
@@ -102,7 +114,9 @@ def test_allowed_items_must_satisfy_the_conditions_too(retriever):
     items = retriever.bundle.items
     allowed = items["item_id"].to_pylist()[::3]
     cheap = set(items.filter(pc.less_equal(items["price"], 30.0))["item_id"].to_pylist())
-    found = retriever.recommend("nobody at all", k=len(items), allow=allowed, where=[("price", "<=", 30)])
+    found = retriever.recommend(
+        "nobody at all", k=len(items), allow=allowed, where=[("price", "<=", 30)]
+    )
     assert set() != {item.item_id for item in found} == set(allowed) & cheap != set(allowed)
 
 
@@ -124,8 +138,14 @@ def test_many_users_are_answered_in_parts_with_progress(retriever, monkeypatch):
     asked, shown, index = [], [], retriever.bundle.index
     search, show = index.search, retriever_module.progress
     monkeypatch.setattr(retriever_module, "USERS_AT_ONCE", 8)
-    monkeypatch.setattr(index, "search", lambda vectors, *a, **k: asked.append(len(vectors)) or search(vectors, *a, **k))
-    monkeypatch.setattr(retriever_module, "progress", lambda *a, **k: shown.append(k["total"]) or show(*a, **k))
+    monkeypatch.setattr(
+        index,
+        "search",
+        lambda vectors, *a, **k: asked.append(len(vectors)) or search(vectors, *a, **k),
+    )
+    monkeypatch.setattr(
+        retriever_module, "progress", lambda *a, **k: shown.append(k["total"]) or show(*a, **k)
+    )
     assert retriever.recommend_many(users, k=4) == expected
     assert asked == [8, 8, 5] and shown == [3]
 
@@ -145,7 +165,9 @@ def test_similar_items_are_by_cosine_without_the_item(retriever):
 def test_similar_items_of_vectors_that_are_not_normalised(retriever):
     bundle = retriever.bundle
     lengths = np.linspace(1, 9, len(bundle.vectors), dtype=np.float32)[:, None]
-    longer = dataclasses.replace(bundle, vectors=bundle.vectors * lengths, index=ExactIndex(bundle.vectors * lengths))
+    longer = dataclasses.replace(
+        bundle, vectors=bundle.vectors * lengths, index=ExactIndex(bundle.vectors * lengths)
+    )
     ids = bundle.items["item_id"].to_pylist()
     expected, found = retriever.similar_items(ids[5], 6), Retriever(longer).similar_items(ids[5], 6)
     assert [i.item_id for i in found] == [i.item_id for i in expected]
@@ -153,7 +175,9 @@ def test_similar_items_of_vectors_that_are_not_normalised(retriever):
 
 def test_an_unknown_item_names_the_nearest(retriever):
     some = retriever.bundle.items["item_id"][0].as_py()
-    with pytest.raises(UnknownItemError, match=f"'{some}x' is not among .* nearest ids are: {some}"):
+    with pytest.raises(
+        UnknownItemError, match=f"'{some}x' is not among .* nearest ids are: {some}"
+    ):
         retriever.similar_items(f"{some}x")
 
 
@@ -177,11 +201,19 @@ class Forgetful:
     kind, normalized = "approximate", False
 
     def __init__(self, vectors, limit):
-        self.exact, self.num_items, self.limit, self.dim = ExactIndex(vectors), len(vectors), limit, vectors.shape[1]
+        self.exact, self.num_items, self.limit, self.dim = (
+            ExactIndex(vectors),
+            len(vectors),
+            limit,
+            vectors.shape[1],
+        )
 
     def search(self, queries, k):
         scores, rows = self.exact.search(queries, self.num_items)
-        out_scores, out_rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32)
+        out_scores, out_rows = (
+            np.full((len(queries), k), -np.inf, np.float32),
+            np.full((len(queries), k), -1, np.int32),
+        )
         for q, row in enumerate(rows):
             kept = np.flatnonzero(row % 2 == 0)[: min(k, self.limit)]
             out_scores[q, : len(kept)], out_rows[q, : len(kept)] = scores[q, kept], row[kept]
@@ -192,17 +224,27 @@ class Forgetful:
 @pytest.mark.parametrize("k", [1, 10, 60, 120])
 def test_lists_are_full_whenever_k_items_exist(limit, k):
     rng = np.random.default_rng(0)
-    vectors, queries = rng.normal(size=(100, 4)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
+    vectors, queries = (
+        rng.normal(size=(100, 4)).astype(np.float32),
+        rng.normal(size=(8, 4)).astype(np.float32),
+    )
     lists = [rng.permutation(100)[: 14 * q] for q in range(8)]
-    exclude = Csr.from_pairs(np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8)
+    exclude = Csr.from_pairs(
+        np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8
+    )
     scores, rows = search_without(Forgetful(vectors, limit), vectors, queries, k, exclude)
     assert rows.shape == scores.shape == (8, k)
     for q, row in enumerate(rows):
         real = row[row >= 0]
         assert len(real) == len(set(real.tolist())) == min(k, 100 - 14 * q)
         assert not set(real.tolist()) & set(lists[q].tolist())
-        np.testing.assert_allclose(scores[q, : len(real)], vectors[real] @ queries[q], rtol=1e-4, atol=1e-5)
-        assert np.isneginf(scores[q, len(real) :]).all() and (np.diff(scores[q, : len(real)]) <= 0).all()
+        np.testing.assert_allclose(
+            scores[q, : len(real)], vectors[real] @ queries[q], rtol=1e-4, atol=1e-5
+        )
+        assert (
+            np.isneginf(scores[q, len(real) :]).all()
+            and (np.diff(scores[q, : len(real)]) <= 0).all()
+        )
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):
@@ -213,9 +255,13 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory):
     """Of a model that reads the time of the query."""
-    features = {"user": {"user_id": {"type": "string", "embedding_size": 8},
-                         "when": {"type": "timestamp", "column": "timestamp", "embedding_size": 8}},
-                "item": {"item_id": {"type": "string", "embedding_size": 8}}}  # fmt: skip
+    features = {
+        "user": {
+            "user_id": {"type": "string", "embedding_size": 8},
+            "when": {"type": "timestamp", "column": "timestamp", "embedding_size": 8},
+        },
+        "item": {"item_id": {"type": "string", "embedding_size": 8}},
+    }
     run = make_run(tmp_path_factory.mktemp("timed"), features=features)
     return Retriever(make_bundle(run))
 
@@ -226,25 +272,41 @@ def test_a_question_without_a_time_is_asked_at_the_end_of_the_log(timed):
     known = busiest(timed)
     for user in (known, "nobody"):
         expected = timed.encode_users([{"user_id": user, "timestamp": newest}])[0]
-        as_text = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rows = [{"user_id": user}, {"user_id": user, "timestamp": None}, {"user_id": user, "timestamp": newest}]
+        as_text = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime(
+            "%Y-%m-%d %H:%M:%S"
+        )
+        rows = [
+            {"user_id": user},
+            {"user_id": user, "timestamp": None},
+            {"user_id": user, "timestamp": newest},
+        ]
         np.testing.assert_allclose(timed.encode_users(rows), np.stack([expected] * 3), atol=1e-6)
-        np.testing.assert_allclose(timed.encode_users(rows[:2]), np.stack([expected] * 2), atol=1e-6)
+        np.testing.assert_allclose(
+            timed.encode_users(rows[:2]), np.stack([expected] * 2), atol=1e-6
+        )
         texts = [{"user_id": user, "timestamp": text} for text in (as_text, None, "")]
         np.testing.assert_allclose(timed.encode_users(texts), np.stack([expected] * 3), atol=1e-6)
         table = pa.table({"user_id": [user]})
         found = timed.recommend(rows=table, k=5)
-        np.testing.assert_allclose([i.score for i in found], [i.score for i in timed.recommend(user, k=5)], atol=1e-6)
         np.testing.assert_allclose(
-            timed.recommend_many([user], k=5)["score"].to_numpy(), [i.score for i in found], atol=1e-6
+            [i.score for i in found], [i.score for i in timed.recommend(user, k=5)], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            timed.recommend_many([user], k=5)["score"].to_numpy(),
+            [i.score for i in found],
+            atol=1e-6,
         )
 
 
 def test_a_time_that_is_given_is_the_one_that_is_asked_about(timed):
     newest = pc.max(timed.bundle.users["timestamp"]).as_py()
-    early, late = timed.encode_users([{"user_id": "1", "timestamp": newest - 40 * 86_400}, {"user_id": "1"}])
+    early, late = timed.encode_users(
+        [{"user_id": "1", "timestamp": newest - 40 * 86_400}, {"user_id": "1"}]
+    )
     assert not np.allclose(early, late)
-    encoded = timed.bundle.encoder.encode("user", pa.table({"user_id": ["1"], "timestamp": [newest - 40 * 86_400]}))
+    encoded = timed.bundle.encoder.encode(
+        "user", pa.table({"user_id": ["1"], "timestamp": [newest - 40 * 86_400]})
+    )
     expected = timed.bundle.towers.embed("user", encoded)[0]
     np.testing.assert_allclose(early, expected, atol=1e-6)
     with pytest.raises(ConfigError, match="'soon' in row 1 is not a time"):

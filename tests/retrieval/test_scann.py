@@ -37,7 +37,12 @@ def vectors():
 @pytest.fixture(scope="module", params=TREES)
 def built(request, vectors):
     users, items = vectors
-    return build_index(items, RetrievalConfig(index=request.param, target_recall=0.95), normalized=True, queries=users)
+    return build_index(
+        items,
+        RetrievalConfig(index=request.param, target_recall=0.95),
+        normalized=True,
+        queries=users,
+    )
 
 
 def test_brute_force_equals_exact(vectors):
@@ -51,7 +56,9 @@ def test_brute_force_equals_exact(vectors):
 
 def test_the_same_vectors_give_the_same_index(built, vectors):
     users, items = vectors
-    again = build_index(items, RetrievalConfig(index=built.kind, target_recall=0.95), normalized=True, queries=users)
+    again = build_index(
+        items, RetrievalConfig(index=built.kind, target_recall=0.95), normalized=True, queries=users
+    )
     np.testing.assert_array_equal(again.search(users, 10)[1], built.search(users, 10)[1])
     assert again.tuning == built.tuning
 
@@ -80,7 +87,11 @@ def test_a_moved_folder_loads_and_answers_the_same(built, vectors, tmp_path):
     assert loaded.tuning == built.tuning and loaded.tuning.tried == built.tuning.tried
     np.testing.assert_array_equal(loaded.search(users, 10)[1], built.search(users, 10)[1])
     info = json.loads((tmp_path / "second" / "index.json").read_text())
-    assert info["vectors"] == "abc" and info["efforts"][0]["recall"] >= 0.95 and info["kind"] == built.kind
+    assert (
+        info["vectors"] == "abc"
+        and info["efforts"][0]["recall"] >= 0.95
+        and info["kind"] == built.kind
+    )
     with pytest.raises(BadIndexError, match="3000 vectors 16 wide"):
         load_index(tmp_path / "second", items[:-1])
 
@@ -94,7 +105,9 @@ def test_where_scann_cannot_be_imported_the_search_is_exact(built, vectors, tmp_
 
     monkeypatch.setattr(scann_module, "load_searcher", fail)
     loaded = load_index(tmp_path, items)
-    np.testing.assert_array_equal(loaded.search(users, 10)[1], ExactIndex(items).search(users, 10)[1])
+    np.testing.assert_array_equal(
+        loaded.search(users, 10)[1], ExactIndex(items).search(users, 10)[1]
+    )
     monkeypatch.setattr(scann_module, "import_scann", fail)
     assert build_index(items, RetrievalConfig(index="auto"), normalized=True).kind == "exact"
 
@@ -129,7 +142,9 @@ def test_bad_queries_are_refused_and_none_are_answered(built, vectors):
 def test_queries_of_length_zero_are_refused_where_vectors_are_normalised(kind, vectors, tmp_path):
     users, items = vectors[0].copy(), vectors[1]
     users[7] = 0  # not tuned on either: it has no best items
-    index = build_index(items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=users)
+    index = build_index(
+        items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=users
+    )
     save_index(index, tmp_path)
     assert json.loads((tmp_path / "index.json").read_text())["normalized"] is True
     for each in (index, load_index(tmp_path, items)):
@@ -139,7 +154,9 @@ def test_queries_of_length_zero_are_refused_where_vectors_are_normalised(kind, v
 
 
 def test_a_zero_query_is_answered_where_vectors_are_not_normalised(vectors):
-    index = build_index(vectors[1], RetrievalConfig(index="scann_tree"), normalized=False, queries=vectors[0])
+    index = build_index(
+        vectors[1], RetrievalConfig(index="scann_tree"), normalized=False, queries=vectors[0]
+    )
     assert index.search(np.zeros((1, 16)), 4)[0].tolist() == [[0.0] * 4]
 
 
@@ -156,7 +173,9 @@ def test_vectors_that_are_not_finite_do_not_end_the_process(value):
         except ValueError as error:
             print("refused:", error)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "refused: item vector 7 is not finite (1 of 1500 are not)" in done.stdout
 
@@ -169,7 +188,9 @@ def test_building_writes_nothing_to_the_terminal(vectors, capfd):
 @pytest.mark.parametrize("kind", TREES + ["scann_brute_force"])
 @pytest.mark.parametrize("count", [1, 15, 999])
 def test_few_vectors_are_searched_by_brute_force(kind, count, vectors):
-    index = build_index(vectors[1][:count], RetrievalConfig(index=kind), normalized=True, queries=vectors[0])
+    index = build_index(
+        vectors[1][:count], RetrievalConfig(index=kind), normalized=True, queries=vectors[0]
+    )
     assert index.kind == "scann_brute_force"
     rows = index.search(vectors[0], 20)[1]
     assert ((rows >= 0).sum(1) == min(20, count)).all()
@@ -179,7 +200,9 @@ def test_few_vectors_are_searched_by_brute_force(kind, count, vectors):
 def test_duplicates_and_zero_vectors_are_indexed(kind, vectors):
     items = vectors[1].copy()
     items[:1_000], items[1_000:2_000] = items[0], 0
-    index = build_index(items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=vectors[0])
+    index = build_index(
+        items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=vectors[0]
+    )
     truth = ExactIndex(items).search(vectors[0], 10)[1]
     assert overlap(index.search(vectors[0], 10)[1], truth) >= 0.9
 
@@ -203,10 +226,14 @@ def test_hashing_is_refused_for_vectors_that_are_not_normalised(vectors):
         build_index(vectors[1], RetrievalConfig(index="scann_tree_ah"), normalized=False)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in scann_module.KINDS if kind not in scann_module.GRAPHS])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in scann_module.KINDS if kind not in scann_module.GRAPHS]
+)
 def test_every_kind_can_be_configured(kind, vectors):
     config = from_dict({"retrieval": {"index": kind}}).retrieval
-    assert build_index(vectors[1], config, normalized=True).kind == {"auto": "scann_brute_force"}.get(kind, kind)
+    assert build_index(vectors[1], config, normalized=True).kind == {
+        "auto": "scann_brute_force"
+    }.get(kind, kind)
 
 
 def test_an_unknown_kind_names_the_nearest(vectors):
@@ -215,7 +242,8 @@ def test_an_unknown_kind_names_the_nearest(vectors):
 
 
 def test_a_tensorflow_of_another_version_does_not_get_in_the_way(tmp_path):
-    """ScaNN imports TensorFlow where there is one; it is hidden meanwhile, and there again afterwards."""
+    """ScaNN imports TensorFlow where there is one; it is hidden meanwhile, and there again
+    afterwards."""
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('undefined symbol')")
     code = """
         import sys, types
@@ -227,7 +255,11 @@ def test_a_tensorflow_of_another_version_does_not_get_in_the_way(tmp_path):
         assert sys.modules["tensorflow"] is own
     """
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(code)],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(code),
+        ],
         capture_output=True,
         text=True,
     )

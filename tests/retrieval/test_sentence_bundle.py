@@ -1,4 +1,5 @@
-"""A bundle whose items are embedded by a sentence encoder: it says which, and only texts that are new need it."""
+"""A bundle whose items are embedded by a sentence encoder: it says which, and only texts that are
+new need it."""
 
 import logging
 import sys
@@ -25,8 +26,16 @@ def folder(tmp_path_factory):
     """Of a run with a bundle, and of the model beside it."""
     folder = tmp_path_factory.mktemp("sentences")
     model, cache = str(write_model(folder / "model")), str(folder / "cache")
-    title = {"type": "sentence", "column": "title", "model": model, "cache": cache, "embedding_size": 8}
-    made = make_run(folder / "run", features=FEATURES | {"item": FEATURES["item"] | {"words": title}})
+    title = {
+        "type": "sentence",
+        "column": "title",
+        "model": model,
+        "cache": cache,
+        "embedding_size": 8,
+    }
+    made = make_run(
+        folder / "run", features=FEATURES | {"item": FEATURES["item"] | {"words": title}}
+    )
     export(made, folder / "bundle")  # which proves that the bundle scores as the trainer does
     return folder
 
@@ -43,9 +52,14 @@ def test_a_new_item_is_embedded_by_the_same_model(folder):
     retriever, titles = Retriever.load(folder / "bundle"), ["a ring of gold", "lamp of oak"]
     bundle, rows = retriever.bundle, pa.table({"item_id": ["new", "new"], "price": [9.0, 9.0]})
     served = retriever.encode_items(rows.append_column("title", [titles]))
-    encoded = bundle.encoder.encode("item", rows) | {"words": load_model(folder / "model", "x").encode(titles)}
+    encoded = bundle.encoder.encode("item", rows) | {
+        "words": load_model(folder / "model", "x").encode(titles)
+    }
     np.testing.assert_allclose(served, bundle.towers.embed("item", encoded), atol=1e-5)
-    assert np.abs(served - retriever.encode_items(rows)).max() > 1e-3 and np.abs(served[0] - served[1]).max() > 1e-3
+    assert (
+        np.abs(served - retriever.encode_items(rows)).max() > 1e-3
+        and np.abs(served[0] - served[1]).max() > 1e-3
+    )
 
 
 def test_without_the_extra_all_but_new_texts_is_served(folder, monkeypatch, caplog):
@@ -54,7 +68,10 @@ def test_without_the_extra_all_but_new_texts_is_served(folder, monkeypatch, capl
         monkeypatch.setitem(sys.modules, module, None)
     with caplog.at_level(logging.WARNING):
         retriever = Retriever.load(folder / "bundle")
-    assert "features.item.words: new texts need model" in caplog.text and "pip install 'twotower[text]'" in caplog.text
+    assert (
+        "features.item.words: new texts need model" in caplog.text
+        and "pip install 'twotower[text]'" in caplog.text
+    )
     assert len(retriever.recommend("1", k=5)) == 5
     known = retriever.bundle.items["title"][0].as_py()
     assert retriever.encode_items([{"title": known}]).any()

@@ -19,16 +19,27 @@ from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.served import PLATFORMS
 
 EVERY_KIND = {
-    "user": {"user_id": {"type": "string", "embedding_size": 8}, "event": {"type": "string", "embedding_size": 3}},
-    "item": {"item_id": {"type": "string", "embedding_size": 8}, "title": {"type": "text", "embedding_size": 4},
-             "price": {"type": "float"}, "category": {"type": "strings", "separator": "|", "embedding_size": 4}},
-}  # fmt: skip
+    "user": {
+        "user_id": {"type": "string", "embedding_size": 8},
+        "event": {"type": "string", "embedding_size": 3},
+    },
+    "item": {
+        "item_id": {"type": "string", "embedding_size": 8},
+        "title": {"type": "text", "embedding_size": 4},
+        "price": {"type": "float"},
+        "category": {"type": "strings", "separator": "|", "embedding_size": 4},
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     layers = {"layers": (8,), "layer_norm": True}
-    run = make_run(tmp_path_factory.mktemp("kinds"), features=EVERY_KIND, model={"user": layers, "item": layers})
+    run = make_run(
+        tmp_path_factory.mktemp("kinds"),
+        features=EVERY_KIND,
+        model={"user": layers, "item": layers},
+    )
     return run, make_towers(run)
 
 
@@ -39,7 +50,9 @@ def test_programs_give_the_trainers_vectors_at_any_batch_size(towers):
     trained = embed_rows(run.model, run.weights, "item", features)
     for rows, batch in ((slice(0, 1), 64), (slice(3, 50), 64), (slice(0, 130), 32)):
         part = {name: x[rows] for name, x in features.items()}
-        np.testing.assert_allclose(served.embed("item", part, batch=batch), trained[rows], atol=1e-6)
+        np.testing.assert_allclose(
+            served.embed("item", part, batch=batch), trained[rows], atol=1e-6
+        )
     assert served.embed("item", {name: x[:0] for name, x in features.items()}).shape == (0, 8)
 
 
@@ -70,11 +83,16 @@ WITHOUT_FLAX = """if True:
 
 def test_a_server_needs_neither_flax_nor_the_models_code(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "bundle")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_FLAX, str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLAX, str(folder)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     retriever = Retriever.load(folder)  # with the change that the other process made
     user = retriever.bundle.users["user_id"][0].as_py()
-    lists = [retriever.recommend(user, k=5), retriever.recommend(rows=[{"user_id": "new", "city": "x"}], k=5)]
+    lists = [
+        retriever.recommend(user, k=5),
+        retriever.recommend(rows=[{"user_id": "new", "city": "x"}], k=5),
+    ]
     assert json.loads(done.stdout) == [[item.item_id for item in found] for found in lists]
 
 
@@ -87,11 +105,13 @@ def test_a_program_that_cannot_be_read_is_refused(exported, tmp_path):
 
 
 def test_halves_of_different_lengths_and_widths_are_refused(exported, tmp_path):
-    for n, (name, change, message) in enumerate((
-        ("item_counts", lambda x: x[:-1], "item_counts.npy differ in length"),
-        ("user_vectors", lambda x: x[:-1], "user_vectors.npy and seen_"),
-        ("user_vectors", lambda x: x[:, :-1], "differ in width"),
-    )):  # fmt: skip
+    for n, (name, change, message) in enumerate(
+        (
+            ("item_counts", lambda x: x[:-1], "item_counts.npy differ in length"),
+            ("user_vectors", lambda x: x[:-1], "user_vectors.npy and seen_"),
+            ("user_vectors", lambda x: x[:, :-1], "differ in width"),
+        )
+    ):
         folder = shutil.copytree(exported, tmp_path / f"bundle{n}")
         np.save(folder / f"{name}.npy", change(np.load(folder / f"{name}.npy")))
         rewrite_manifest(folder)
@@ -104,4 +124,6 @@ def test_stored_users_are_answered_as_encoded_ones(retriever):
     encoded = retriever.encode_users(retriever.user_rows.rows_of(users))
     np.testing.assert_allclose(retriever.bundle.user_vectors, encoded, atol=1e-6)
     assert retriever._vectors_of([users[4], "nobody", users[0]])[1].tolist() == [4, -1, 0]
-    np.testing.assert_allclose(retriever._vectors_of([users[4], "nobody"])[0][0], encoded[4], atol=1e-6)
+    np.testing.assert_allclose(
+        retriever._vectors_of([users[4], "nobody"])[0][0], encoded[4], atol=1e-6
+    )

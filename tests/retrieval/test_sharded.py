@@ -15,16 +15,22 @@ from twotower.training.mesh import make_mesh
 def vectors():
     """Small integers: ties are plenty, also between devices."""
     rng = np.random.default_rng(1)
-    return rng.integers(-2, 3, (37, 5)).astype(np.float32), rng.integers(-2, 3, (301, 5)).astype(np.float32)
+    return rng.integers(-2, 3, (37, 5)).astype(np.float32), rng.integers(-2, 3, (301, 5)).astype(
+        np.float32
+    )
 
 
 def some_excluded():
     rng = np.random.default_rng(2)
     lists = [rng.permutation(301)[: min(299, 8 * q)] for q in range(37)]
-    return Csr.from_pairs(np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37)
+    return Csr.from_pairs(
+        np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37
+    )
 
 
-@pytest.mark.parametrize("devices, k, item_block", [(2, 10, 16), (8, 1, 16), (8, 50, 99), (8, 301, 16), (8, 400, 99)])
+@pytest.mark.parametrize(
+    "devices, k, item_block", [(2, 10, 16), (8, 1, 16), (8, 50, 99), (8, 301, 16), (8, 400, 99)]
+)
 def test_equals_a_stable_sort_less_what_is_excluded(vectors, devices, k, item_block, monkeypatch):
     monkeypatch.setattr(exact, "HOST_BLOCK_QUERIES", 16)
     queries, items = vectors
@@ -51,10 +57,18 @@ def test_devices_hold_their_own_items_and_send_lists_alone(vectors):
     index = ExactIndex(items, mesh=mesh)
     (block,) = index._blocks
     assert {shard.data.shape for shard in block.addressable_shards} == {(38, 5)}
-    given = (np.zeros((4, 5), np.float32), np.zeros(1, np.int32), np.zeros(1, np.int32), np.int32(0), np.int32(301))
+    given = (
+        np.zeros((4, 5), np.float32),
+        np.zeros(1, np.int32),
+        np.zeros(1, np.int32),
+        np.int32(0),
+        np.int32(301),
+    )
     text = exact._best_of_block(mesh, 6, 1.0).lower(block, *given).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather" in line and "= " in line]
-    assert gathered and all("[4,48]" in line or "[8,4,6]" in line or "[4,8,6]" in line for line in gathered), gathered
+    assert gathered and all(
+        "[4,48]" in line or "[8,4,6]" in line or "[4,8,6]" in line for line in gathered
+    ), gathered
     assert "all-to-all" not in text and "all-reduce" not in text
 
 

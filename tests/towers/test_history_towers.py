@@ -1,4 +1,5 @@
-"""What reads histories: no position knows the future, padding and neighbours change nothing, pools against NumPy."""
+"""What reads histories: no position knows the future, padding and neighbours change nothing, pools
+against NumPy."""
 
 import functools
 
@@ -17,8 +18,13 @@ KINDS = [("sasrec", "learned"), ("ligr", "rotary")]
 
 @functools.cache
 def _made(kind, gaps, options):
-    module = HISTORIES[kind](HistoryConfig(**{"kind": kind, "dropout": 0.0, "expansion": 1} | dict(options)), L, gaps)
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(module.init, jax.random.key(1), of([3], gaps=gaps))
+    module = HISTORIES[kind](
+        HistoryConfig(**{"kind": kind, "dropout": 0.0, "expansion": 1} | dict(options)), L, gaps
+    )
+    rng, shapes = (
+        np.random.default_rng(0),
+        jax.eval_shape(module.init, jax.random.key(1), of([3], gaps=gaps)),
+    )
     # Zero biases and the like would hide what is mixed up.
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), shapes)
     return jax.jit(functools.partial(module.apply, params))
@@ -30,7 +36,8 @@ def make(kind, gaps=0, **options):
 
 
 def of(lengths, seed=0, gaps=0):
-    """Histories of so many events; what stands behind them is not zero, so that nobody may look at it."""
+    """Histories of so many events; what stands behind them is not zero, so that nobody may look at
+    it."""
     rng = np.random.default_rng(seed)
     valid = jnp.arange(L)[None] < jnp.asarray(lengths)[:, None]
     found = jnp.asarray(rng.integers(0, gaps + 1, valid.shape), jnp.int32) if gaps else None
@@ -38,9 +45,13 @@ def of(lengths, seed=0, gaps=0):
 
 
 def packed(history, rows, places):
-    """The histories of `rows` (lists of numbers) in rows of so many places, a start token before each."""
+    """The histories of `rows` (lists of numbers) in rows of so many places, a start token before
+    each."""
     lengths = np.asarray(history.valid.sum(1))
-    vectors, segment = np.zeros((len(rows), places, E), np.float32), np.zeros((len(rows), places), np.int32)
+    vectors, segment = (
+        np.zeros((len(rows), places, E), np.float32),
+        np.zeros((len(rows), places), np.int32),
+    )
     position = np.zeros_like(segment)
     for r, chosen in enumerate(rows):
         at = 0
@@ -49,7 +60,12 @@ def packed(history, rows, places):
             vectors[r, at + 1 : end] = history.vectors[which, : lengths[which]]
             segment[r, at:end], position[r, at:end] = n, np.arange(end - at)
             at = end
-    return History(jnp.asarray(vectors), jnp.asarray(segment) > 0, segment=jnp.asarray(segment), position=jnp.asarray(position))
+    return History(
+        jnp.asarray(vectors),
+        jnp.asarray(segment) > 0,
+        segment=jnp.asarray(segment),
+        position=jnp.asarray(position),
+    )
 
 
 @pytest.mark.parametrize("block,positions", KINDS)
@@ -60,12 +76,17 @@ def test_no_position_depends_on_a_later_item_or_on_another_sequence(block, posit
     def vectors(x):
         return apply(rows._replace(vectors=x))
 
-    # [B, S, B, S]: what each place knows of each. A sum of squares, so that no coordinate cancels another.
-    jacobian = np.abs(jax.jit(jax.jacrev(lambda x: jnp.square(vectors(x)) @ jnp.arange(1.0, E + 1)))(rows.vectors)).max(-1)
+    # [B, S, B, S]: what each place knows of each. A sum of squares, so that no coordinate cancels
+    # another.
+    jacobian = np.abs(
+        jax.jit(jax.jacrev(lambda x: jnp.square(vectors(x)) @ jnp.arange(1.0, E + 1)))(rows.vectors)
+    ).max(-1)
     segment, position = np.asarray(rows.segment), np.asarray(rows.position)
     for b, s in np.argwhere(segment > 0):
         known = np.argwhere(jacobian[b, s] > 1e-7)
-        expected = [(b, t) for t in range(s + 1) if segment[b, t] == segment[b, s] and position[b, t] > 0]
+        expected = [
+            (b, t) for t in range(s + 1) if segment[b, t] == segment[b, s] and position[b, t] > 0
+        ]
         assert sorted(map(tuple, known)) == expected, (b, s)
 
 
@@ -73,17 +94,27 @@ def test_no_position_knows_when_a_later_one_was_asked():
     rows = packed(of([3, 4, 2]), [[0, 1], [2]], 10)
     every = jnp.arange(rows.valid.size).reshape(rows.valid.shape)  # a bucket for each place
     rows = rows._replace(gaps=jnp.zeros_like(every), until=every)
-    module = HISTORIES["causal"](HistoryConfig(dropout=0.0, expansion=1, blocks=2), L, every.size - 2, None, True)
+    module = HISTORIES["causal"](
+        HistoryConfig(dropout=0.0, expansion=1, blocks=2), L, every.size - 2, None, True
+    )
     rng, shapes = np.random.default_rng(0), jax.eval_shape(module.init, jax.random.key(1), rows)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), shapes)["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), shapes)[
+        "params"
+    ]
 
     def vectors(table):
-        return jnp.square(module.apply({"params": params | {"until": table}}, rows)) @ jnp.arange(1.0, E + 1)
+        return jnp.square(module.apply({"params": params | {"until": table}}, rows)) @ jnp.arange(
+            1.0, E + 1
+        )
 
     jacobian = np.abs(jax.jit(jax.jacrev(vectors))(params["until"])).max(-1)
     segment, position = np.asarray(rows.segment), np.asarray(rows.position)
     for b, s in np.argwhere(segment > 0):
-        known = [every[b, t] for t in range(s + 1) if segment[b, t] == segment[b, s] and position[b, t] > 0]
+        known = [
+            every[b, t]
+            for t in range(s + 1)
+            if segment[b, t] == segment[b, s] and position[b, t] > 0
+        ]
         assert np.flatnonzero(jacobian[b, s] > 1e-7).tolist() == known, (b, s)
 
 
@@ -100,14 +131,27 @@ def test_packed_sequences_have_the_vectors_of_each_alone(block, positions):
         np.testing.assert_allclose(rows[place], prefix[which], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind,options", [
-    ("bag", {}), ("attention", {}), ("causal", {"block": "ligr"}),
-    *(("bidirectional", {"pooling": pooling, "blocks": 1}) for pooling in ("mean", "cls", "attention")),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,options",
+    [
+        ("bag", {}),
+        ("attention", {}),
+        ("causal", {"block": "ligr"}),
+        *(
+            ("bidirectional", {"pooling": pooling, "blocks": 1})
+            for pooling in ("mean", "cls", "attention")
+        ),
+    ],
+    ids=str,
+)
 def test_what_stands_in_padding_changes_nothing_and_an_empty_history_has_a_vector(kind, options):
     apply = make(kind, gaps=5, **options)
     history, other = of([3, 0, 6], gaps=5), of([3, 0, 6], seed=1, gaps=5)
-    changed = [jnp.where(history.valid.reshape(3, L, *[1] * (x.ndim - 2)), x, y) for x, y in zip(history, other) if x is not None]
+    changed = [
+        jnp.where(history.valid.reshape(3, L, *[1] * (x.ndim - 2)), x, y)
+        for x, y in zip(history, other)
+        if x is not None
+    ]
     got = apply(history)
     assert got.shape == (3, E) and np.isfinite(got).all()
     np.testing.assert_array_equal(got, apply(History(changed[0], history.valid, changed[2])))
@@ -120,17 +164,30 @@ def test_what_stands_in_padding_changes_nothing_and_an_empty_history_has_a_vecto
 def test_order_counts_in_transformers_and_not_in_bags():
     history = of([6])
     turned = history._replace(vectors=history.vectors[:, ::-1])
-    for kind, counts in {"bag": False, "attention": False, "causal": True, "bidirectional": True}.items():
+    for kind, counts in {
+        "bag": False,
+        "attention": False,
+        "causal": True,
+        "bidirectional": True,
+    }.items():
         apply = make(kind, positions="learned")
         assert np.allclose(apply(history), apply(turned), atol=1e-6) != counts, kind
 
 
 def test_a_weighted_bag_is_the_weighted_mean():
-    history = of([3, 5])._replace(log_weights=jnp.log(jnp.asarray(np.random.default_rng(0).uniform(1, 10, (2, L)), jnp.float32)))
+    history = of([3, 5])._replace(
+        log_weights=jnp.log(
+            jnp.asarray(np.random.default_rng(0).uniform(1, 10, (2, L)), jnp.float32)
+        )
+    )
     weights = np.where(history.valid, np.exp(history.log_weights), 0)
-    expected = np.einsum("bl,ble->be", weights / weights.sum(1, keepdims=True), history.vectors) * np.sqrt(E)
+    expected = np.einsum(
+        "bl,ble->be", weights / weights.sum(1, keepdims=True), history.vectors
+    ) * np.sqrt(E)
     np.testing.assert_allclose(make("bag")(history), expected, rtol=1e-5)
-    far = history._replace(log_weights=history.log_weights - 500.0)  # old events alone: what counts are their shares
+    far = history._replace(
+        log_weights=history.log_weights - 500.0
+    )  # old events alone: what counts are their shares
     np.testing.assert_allclose(make("bag")(far), expected, rtol=1e-3)
     twice = make("attention")
     assert not np.allclose(twice(history), twice(history._replace(log_weights=None)))
@@ -139,7 +196,10 @@ def test_a_weighted_bag_is_the_weighted_mean():
 def test_a_bag_may_learn_what_recent_events_are_worth():
     history = of([3, 6])
     weights = np.exp(-np.arange(L) / 10)
-    expected = [weights[:n][::-1] @ x[:n] / weights[:n].sum() * np.sqrt(E) for n, x in zip((3, 6), np.asarray(history.vectors))]
+    expected = [
+        weights[:n][::-1] @ x[:n] / weights[:n].sum() * np.sqrt(E)
+        for n, x in zip((3, 6), np.asarray(history.vectors))
+    ]
     bag = HISTORIES["bag"](HistoryConfig(kind="bag", dropout=0.0, recency=True), L, 0)
     params = bag.init(jax.random.key(0), history)
     np.testing.assert_allclose(bag.apply(params, history), expected, rtol=1e-4, atol=1e-6)
@@ -152,7 +212,9 @@ def test_a_bag_may_learn_what_recent_events_are_worth():
 
 
 def test_pooling_nothing_is_zero_and_so_is_its_gradient():
-    of = jax.jit(jax.grad(lambda x, logits: pooled(x, logits, jnp.zeros((1, 3), bool)).sum(), (0, 1)))
+    of = jax.jit(
+        jax.grad(lambda x, logits: pooled(x, logits, jnp.zeros((1, 3), bool)).sum(), (0, 1))
+    )
     grad = of(jnp.ones((1, 3, 2)), jnp.ones((1, 3)))
     assert all(not x.any() for x in grad)
 
@@ -160,23 +222,38 @@ def test_pooling_nothing_is_zero_and_so_is_its_gradient():
 def test_products_of_turned_vectors_depend_on_distances_alone():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 3, 2, E))
     at = jnp.array([[0, 3, 9]])
-    near, far = (jnp.einsum("bshd,bthd->bhst", rotated(x, at + k), rotated(y, at + k)) for k in (0, 57))
+    near, far = (
+        jnp.einsum("bshd,bthd->bhst", rotated(x, at + k), rotated(y, at + k)) for k in (0, 57)
+    )
     np.testing.assert_allclose(near, far, atol=1e-4)
-    np.testing.assert_allclose(jnp.linalg.norm(rotated(x, at), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotated(x, at), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+    )
     np.testing.assert_array_equal(rotated(x, at)[:, 0], x[:, 0])
 
 
 def test_dropped_units_depend_on_the_row_alone():
-    history, keys, apply = of([3, 6, 2]), jax.random.split(jax.random.key(2), 3), make("causal", dropout=0.5, blocks=1)
+    history, keys, apply = (
+        of([3, 6, 2]),
+        jax.random.split(jax.random.key(2), 3),
+        make("causal", dropout=0.5, blocks=1),
+    )
     all_rows = apply(history, keys=keys)
-    np.testing.assert_allclose(all_rows[::-1], apply(jax.tree.map(lambda x: x[::-1], history), keys=keys[::-1]), atol=1e-5)
+    np.testing.assert_allclose(
+        all_rows[::-1], apply(jax.tree.map(lambda x: x[::-1], history), keys=keys[::-1]), atol=1e-5
+    )
     assert not np.allclose(all_rows, apply(history))
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"heads": 3}, "heads=3 must divide the width of the events, 8"), ({"heads": 8, "positions": "rotary"}, "into even parts"),
-    ({"block": "sasrek"}, "did you mean 'sasrec'"), ({"positions": "learnt"}, "did you mean 'learned'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"heads": 3}, "heads=3 must divide the width of the events, 8"),
+        ({"heads": 8, "positions": "rotary"}, "into even parts"),
+        ({"block": "sasrek"}, "did you mean 'sasrec'"),
+        ({"positions": "learnt"}, "did you mean 'learned'"),
+    ],
+)
 def test_transformers_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         make("causal", **options)

@@ -16,10 +16,15 @@ def test_vectors_of_norm_one_and_a_zero_vector_without_a_gradient():
     assert np.isfinite(gradient).all() and gradient[0].any()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have the arithmetic itself")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="other devices have the arithmetic itself"
+)
 def test_a_dense_layer_in_bfloat16_on_a_cpu_rounds_the_operands_alone():
     rng = np.random.default_rng(0)
-    x, g = jnp.asarray(rng.normal(size=(3, 20, 12)), jnp.float32), jnp.asarray(rng.normal(size=(3, 20, 6)), jnp.float32)
+    x, g = (
+        jnp.asarray(rng.normal(size=(3, 20, 12)), jnp.float32),
+        jnp.asarray(rng.normal(size=(3, 20, 6)), jnp.float32),
+    )
     layer = dense(6, jnp.bfloat16)
     params = layer.init(jax.random.key(0), x)
     value, pull = jax.vjp(layer.apply, params, x)

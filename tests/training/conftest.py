@@ -15,7 +15,10 @@ from twotower.training.init import init_state
 from twotower.training.state import Trainer
 
 FEATURES = {
-    "user": {"user_id": {"type": "string", "embedding_size": 16}, "city": {"type": "string", "embedding_size": 4}},
+    "user": {
+        "user_id": {"type": "string", "embedding_size": 16},
+        "city": {"type": "string", "embedding_size": 4},
+    },
     "item": {
         "item_id": {"type": "string", "embedding_size": 16},
         "title": {"type": "text", "embedding_size": 8, "buckets": 500},
@@ -25,7 +28,8 @@ FEATURES = {
 
 
 def small_config(**overrides):
-    """The configuration of a run of seconds; `training={...}` and the like replace single fields."""
+    """The configuration of a run of seconds; `training={...}` and the like replace single
+    fields."""
     values = {
         "data": {"source": "shop", "num_interactions": 3000},
         "features": FEATURES,
@@ -47,7 +51,9 @@ def make(prepared):
     """(config) -> (trainer, a fresh state, the first batch)."""
 
     def build(config):
-        trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+        trainer = Trainer.build(
+            config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+        )
         counts = {side: jnp.asarray(c) for side, c in count_rows(prepared).items()}
         batches = make_batches(prepared, config)
         batch = batches.load(batches.indices(0))
@@ -60,6 +66,9 @@ def make(prepared):
 def make_batches(prepared, config):
     training = config.training
     return Batches(
-        prepared.train, prepared.features, batch_size=training.batch_size, seed=training.seed,
+        prepared.train,
+        prepared.features,
+        batch_size=training.batch_size,
+        seed=training.seed,
         resident_megabytes=training.resident_megabytes,
-    )  # fmt: skip
+    )

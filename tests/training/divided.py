@@ -1,4 +1,5 @@
-"""A small model of everything at once, and its steps on a mesh: what the tests of meshes compare."""
+"""A small model of everything at once, and its steps on a mesh: what the tests of meshes
+compare."""
 
 import functools
 from typing import Any
@@ -17,19 +18,24 @@ from twotower.training.state import Trainer
 from twotower.training.step import train_step
 
 USERS, ITEMS, BATCH = 40, 30, 32
-# Compiling is what these tests cost; code that is not optimised comes to the same numbers but for rounding.
+# Compiling is what these tests cost; code that is not optimised comes to the same numbers but for
+# rounding.
 FAST = {"xla_backend_optimization_level": 0}
-# "both" is read by both towers: the items of a history, and the item itself. "large" is looked for by sorting ids.
+# "both" is read by both towers: the items of a history, and the item itself. "large" is looked for
+# by sorting ids.
 TABLES = {"person": 70, "both": 50, "large": 70_000}
 INPUTS = {
     "user": {
-        "id": Input(table="person", oov_rate=0.3, oov_rows=3), "past": Input(table="both", length=4),
+        "id": Input(table="person", oov_rate=0.3, oov_rows=3),
+        "past": Input(table="both", length=4),
         "age": Input(width=2, projection=3),
     },
     "item": {
-        "id": Input(table="both", oov_rate=0.2, oov_rows=2), "words": Input(table="large", length=3), "price": Input(width=1),
+        "id": Input(table="both", oov_rate=0.2, oov_rows=2),
+        "words": Input(table="large", length=3),
+        "price": Input(width=1),
     },
-}  # fmt: skip
+}
 
 
 def make_trainer(values: dict[str, Any], items: int = ITEMS) -> Trainer:
@@ -37,7 +43,9 @@ def make_trainer(values: dict[str, Any], items: int = ITEMS) -> Trainer:
     values = values | {"training": {"batch_size": BATCH} | values.get("training", {})}
     config: Config = from_dict(values)
     shapes = {name: TableShape(rows=rows, width=8) for name, rows in TABLES.items()}
-    return Trainer.build(config, TwoTower.build_from(config.model, INPUTS, shapes), Corpus(USERS, items, 0))
+    return Trainer.build(
+        config, TwoTower.build_from(config.model, INPUTS, shapes), Corpus(USERS, items, 0)
+    )
 
 
 class Case:
@@ -49,8 +57,11 @@ class Case:
 
     def __init__(self, values: dict[str, Any], dtype: Any):
         self.trainer, self.dtype, rng = make_trainer(values), dtype, np.random.default_rng(3)
-        self.features = {side: _features(rng, side, {"user": USERS, "item": ITEMS}[side]) for side in SIDES}
-        # Few users and items, so that a batch holds each of them several times; some rows weigh nothing.
+        self.features = {
+            side: _features(rng, side, {"user": USERS, "item": ITEMS}[side]) for side in SIDES
+        }
+        # Few users and items, so that a batch holds each of them several times; some rows weigh
+        # nothing.
         self.batches = [self._batch(rng) for _ in range(4)]
         rows = {"user": rng.integers(1, 9, USERS), "item": rng.integers(1, 9, ITEMS), "rows": 200}
         self.counts = {name: np.float32(x) for name, x in rows.items()}
@@ -59,7 +70,10 @@ class Case:
 
     def _batch(self, rng: np.random.Generator) -> dict[str, Any]:
         user, item = (rng.integers(0, n, BATCH).astype(np.int32) for n in (USERS, ITEMS))
-        own = {side: {name: x[ids] for name, x in self.features[side].items()} for side, ids in (("user", user), ("item", item))}
+        own = {
+            side: {name: x[ids] for name, x in self.features[side].items()}
+            for side, ids in (("user", user), ("item", item))
+        }
         labels = {name: rng.choice([0.0, 1.0, np.nan], BATCH) for name in ("click", "like")}
         weight = rng.choice([0.0, 0.5, 1.0, 2.0], BATCH)
         batch = {"user": user, "item": item, "weight": weight, "labels": labels}
@@ -77,22 +91,32 @@ class Case:
 
     def cast(self, tree: Any) -> Any:
         """Real numbers as `dtype`."""
-        return jax.tree.map(lambda x: np.asarray(x, self.dtype) if np.issubdtype(np.result_type(x), np.floating) else x, tree)
+        return jax.tree.map(
+            lambda x: (
+                np.asarray(x, self.dtype) if np.issubdtype(np.result_type(x), np.floating) else x
+            ),
+            tree,
+        )
 
     def _start(self) -> Any:
         """A fresh state, with pools of hard negatives where there would be none yet."""
         state = jax.device_get(init_on(make_mesh(1), self.trainer, self.counts))
         if "mined" in state.negatives:
             low, high = self.trainer.sources.config.mined_ranks
-            state = state.replace(negatives=state.negatives | {"mined": pools(np.random.default_rng(5), high - low)})
+            state = state.replace(
+                negatives=state.negatives | {"mined": pools(np.random.default_rng(5), high - low)}
+            )
         return self.cast(state)
 
     def state(self, mesh: Any) -> Any:
         """The state at the beginning on `mesh`."""
-        return jax.tree.map(lambda x, spec: place(mesh, x, spec), self.start, state_specs(self.start))
+        return jax.tree.map(
+            lambda x, spec: place(mesh, x, spec), self.start, state_specs(self.start)
+        )
 
     def steps(self, devices: int, count: int = 3) -> tuple[Any, list[Any]]:
-        """The state after some steps on so many devices, and the metrics of each, as NumPy arrays."""
+        """The state after some steps on so many devices, and the metrics of each, as NumPy
+        arrays."""
         mesh, metrics = make_mesh(devices), []
         state = self.state(mesh)
         run = jax.jit(on_mesh(self.trainer, mesh), donate_argnums=0, compiler_options=FAST)
@@ -128,13 +152,18 @@ def _features(rng: np.random.Generator, side: str, count: int) -> dict[str, np.n
 
 
 def differences(got: Any, expected: Any) -> dict[str, float]:
-    """Path -> largest difference of an array, of those that differ, beside 1 or the largest of these numbers."""
+    """Path -> largest difference of an array, of those that differ, beside 1 or the largest of
+    these numbers."""
     found = {}
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
         a, b = np.asarray(a), np.asarray(b)
         assert a.shape == b.shape and a.dtype == b.dtype, jax.tree_util.keystr(path)
         unequal = ~((a == b) | (np.isnan(a) & np.isnan(b)))
         if unequal.any():
             scale = max(1.0, float(np.abs(b[unequal]).max()))
-            found[jax.tree_util.keystr(path)] = float(np.abs(a[unequal].astype(np.float64) - b[unequal]).max()) / scale
+            found[jax.tree_util.keystr(path)] = (
+                float(np.abs(a[unequal].astype(np.float64) - b[unequal]).max()) / scale
+            )
     return found

@@ -1,9 +1,11 @@
-"""One process of a run of several, as `experiments.train` starts it, that also tells what it did: see test_processes.py.
+"""One process of a run of several, as `experiments.train` starts it, that also tells what it did:
+see test_processes.py.
 
-    python -m tests.training.one_of_several FOLDER DEVICES VALIDATIONS COORDINATOR PROCESSES PROCESS [OVERRIDES]
+    python -m tests.training.one_of_several FOLDER DEVICES VALIDATIONS COORDINATOR PROCESSES PROCESS
+    [OVERRIDES]
 
-It has DEVICES devices of its own, joins the others, trains in FOLDER until so many validations were asked for (-1: to the end)
-and writes FOLDER.PROCESS.json.
+It has DEVICES devices of its own, joins the others, trains in FOLDER until so many validations were
+asked for (-1: to the end) and writes FOLDER.PROCESS.json.
 """
 
 import functools
@@ -21,7 +23,9 @@ class Stopped(Exception):
 def main(workdir, devices, validations, coordinator, processes, process, overrides="{}"):
     jax.config.update("jax_num_cpu_devices", int(devices))
     # A peer that died is noticed in seconds.
-    jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+    jax.distributed.initialize = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=10
+    )
     from tests.training.test_processes import config_of
     from twotower.data.batches import Batches
     from twotower.evaluation.evaluate import make_validate
@@ -30,7 +34,9 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     from twotower.training.run import train
 
     loaded, load = [], Batches.load
-    Batches.load = lambda self, indices: loaded.append(np.asarray(indices).tolist()) or load(self, indices)
+    Batches.load = lambda self, indices: (
+        loaded.append(np.asarray(indices).tolist()) or load(self, indices)
+    )
 
     def stopping(prepared, model):
         validate, calls = make_validate(prepared, model), iter(range(10**9))
@@ -45,10 +51,17 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     join(coordinator, int(processes), int(process))
     stopped = False
     try:
-        train(config_of(**json.loads(overrides)), workdir, make_validate=stopping, make_mine=make_mine)
+        train(
+            config_of(**json.loads(overrides)), workdir, make_validate=stopping, make_mine=make_mine
+        )
     except Stopped:
         stopped = True
-    report = {"loaded": loaded, "stopped": stopped, "devices": jax.device_count(), "processes": jax.process_count()}
+    report = {
+        "loaded": loaded,
+        "stopped": stopped,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
     with open(f"{workdir}.{process}.json", "w", encoding="utf-8") as file:
         json.dump(report, file)
 

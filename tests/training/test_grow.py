@@ -1,4 +1,5 @@
-"""A run taken over to grown data: nothing known is forgotten, new rows begin where they were told to, training goes on."""
+"""A run taken over to grown data: nothing known is forgotten, new rows begin where they were told
+to, training goes on."""
 
 import dataclasses
 
@@ -25,7 +26,8 @@ from twotower.validation import ConfigError
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    """A shop's log and its items, as files: the first part knows fewer users and items than the whole."""
+    """A shop's log and its items, as files: the first part knows fewer users and items than the
+    whole."""
     folder = tmp_path_factory.mktemp("log")
     shop = generate(3000, seed=0)
     rows = shop.interactions.select(["user_id", "item_id", "timestamp"])
@@ -38,18 +40,20 @@ def log(tmp_path_factory):
 def _config(log, name, **training):
     return small_config(
         data={
-            "source": "csv", "interactions": {"path": str(log / f"{name}.csv"), "timestamp_format": ""},
+            "source": "csv",
+            "interactions": {"path": str(log / f"{name}.csv"), "timestamp_format": ""},
             "item_table": {"path": str(log / "items.csv")},
         },
         features={
             "user": {"user_id": {"type": "string", "embedding_size": 16}},
             "item": {
-                "item_id": {"type": "string", "embedding_size": 16}, "price": {"type": "float"},
+                "item_id": {"type": "string", "embedding_size": 16},
+                "price": {"type": "float"},
                 "title": {"type": "text", "embedding_size": 8, "buckets": 500},
             },
         },
         training={"tables": {"kind": "lazy_adam", "learning_rate": 0.01}} | training,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,10 @@ def grown(request, log, old, tmp_path_factory):
     workdir = tmp_path_factory.mktemp(request.param) / "run"
     how = "mean" if request.param == "content" else request.param  # users have no other features
     if request.param == "content":
-        with pytest.raises(ConfigError, match="users by their features other than 'user_id', and there are none: choose oov"):
+        with pytest.raises(
+            ConfigError,
+            match="users by their features other than 'user_id', and there are none: choose oov",
+        ):
             grow(_config(log, "new", steps=20), old, workdir, new_rows="content")
     grow(_config(log, "new", steps=20), old, workdir, new_rows=how)
     return how, workdir
@@ -86,11 +93,19 @@ def test_scores_of_known_pairs_are_the_same_bits(old, grown):
         assert len(tables[side]) > 20
     for loaded in (before, after):
         encoder = loaded.prepared.encoder
-        features = {side: jax.tree.map(jnp.asarray, encoder.encode(side, tables[side])) for side in tables}
-        vectors = {side: np.asarray(loaded.model.embed(side, loaded.weights, features[side])) for side in tables}
+        features = {
+            side: jax.tree.map(jnp.asarray, encoder.encode(side, tables[side])) for side in tables
+        }
+        vectors = {
+            side: np.asarray(loaded.model.embed(side, loaded.weights, features[side]))
+            for side in tables
+        }
         scores.append(vectors["user"] @ vectors["item"].T)
     np.testing.assert_array_equal(*scores)
-    assert after.prepared.encoder.tables["user.user_id"].rows > before.prepared.encoder.tables["user.user_id"].rows
+    assert (
+        after.prepared.encoder.tables["user.user_id"].rows
+        > before.prepared.encoder.tables["user.user_id"].rows
+    )
 
 
 def test_known_rows_and_slots_are_taken_over_and_new_slots_are_fresh(old, grown):
@@ -103,14 +118,18 @@ def test_known_rows_and_slots_are_taken_over_and_new_slots_are_fresh(old, grown)
             np.testing.assert_array_equal(new.table_slots[name][part][rows], slot[rows])
             assert not np.any(new.table_slots[name][part][shape.rows :])
             assert np.any(slot[rows])
-    jax.tree.map(np.testing.assert_array_equal, (new.params, new.opt_state), (state.params, state.opt_state))
+    jax.tree.map(
+        np.testing.assert_array_equal, (new.params, new.opt_state), (state.params, state.opt_state)
+    )
     np.testing.assert_array_equal(new.frequency["item"]["rows"], len(after.prepared.train))
 
 
 def test_new_rows_begin_where_they_were_told_to(old, grown):
     how, workdir = grown
     (before, state), (after, new) = _state(old, 12), _state(workdir, 12)
-    vocabularies = [x.prepared.encoder.fitted["user", "user_id"].vocabulary for x in (before, after)]
+    vocabularies = [
+        x.prepared.encoder.fitted["user", "user_id"].vocabulary for x in (before, after)
+    ]
     added = vocabularies[1].values[len(vocabularies[0].values) :]
     assert len(added) > 5
     rows = np.asarray(new.tables["user.user_id"])[vocabularies[1].rows(added)]
@@ -129,7 +148,8 @@ def test_training_goes_on(log, grown):
 
 
 def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
-    """Items alone have other features; the new item that is a copy of a known one begins as its neighbours' mean."""
+    """Items alone have other features; the new item that is a copy of a known one begins as its
+    neighbours' mean."""
     from twotower.training import grow as module
 
     loaded, state = _state(old, 12)
@@ -139,20 +159,37 @@ def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
     rows = module.NEW_ROWS["content"](name, added, state, encoder, prepared, ("item", "item_id"))
     content = module._content(
-        {n: i for n, i in encoder.inputs["item"].items() if n != "item_id"}, state.tables, prepared.features["item"]
+        {n: i for n, i in encoder.inputs["item"].items() if n != "item_id"},
+        state.tables,
+        prepared.features["item"],
     )
     ids = prepared.features["item"]["item_id"]
-    known = np.flatnonzero((ids < added.start) & (ids >= encoder.fitted["item", "item_id"].vocabulary.first))
+    known = np.flatnonzero(
+        (ids < added.start) & (ids >= encoder.fitted["item", "item_id"].vocabulary.first)
+    )
     for row, place in zip(rows, (int(np.flatnonzero(ids == i)[0]) for i in added)):
-        nearest = known[np.argsort(-(content[known] @ content[place]), kind="stable")[: module.NEIGHBOURS]]
-        np.testing.assert_allclose(row, np.asarray(state.tables[name])[ids[nearest]].mean(0), atol=1e-5)
+        nearest = known[
+            np.argsort(-(content[known] @ content[place]), kind="stable")[: module.NEIGHBOURS]
+        ]
+        np.testing.assert_allclose(
+            row, np.asarray(state.tables[name])[ids[nearest]].mean(0), atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"model": {"user": {"layers": (8,)}, "item": {"layers": (8,)}}}, "config.model differs"),
-    ({"training": {"tables": {"kind": "sgd"}, "steps": 20}}, "config.training.tables.kind differs"),
-    ({"training": {"tables": {"kind": "lazy_adam"}}}, "config.training.steps=12 counts from the beginning.*step 12"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model": {"user": {"layers": (8,)}, "item": {"layers": (8,)}}}, "config.model differs"),
+        (
+            {"training": {"tables": {"kind": "sgd"}, "steps": 20}},
+            "config.training.tables.kind differs",
+        ),
+        (
+            {"training": {"tables": {"kind": "lazy_adam"}}},
+            "config.training.steps=12 counts from the beginning.*step 12",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_and_leaves_nothing(log, old, tmp_path, change, message):
     config = _config(log, "new")
     values = dataclasses.asdict(config)

@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL at random moments and started again by the same command ends in the same bits."""
+"""A run killed with SIGKILL at random moments and started again by the same command ends in the
+same bits."""
 
 import json
 import os
@@ -20,10 +21,17 @@ from twotower.training.state import Trainer
 
 STEPS = 200
 COMMAND = [
-    sys.executable, "-m", "experiments.train", "--config=experiments/configs/quickstart.py",
-    "--config.data.num_interactions=3000", f"--config.training.steps={STEPS}", "--config.training.batch_size=64",
-    "--config.training.validate_every=10", "--config.training.log_every=5", "--config.training.schedule.kind=plateau",
-]  # fmt: skip
+    sys.executable,
+    "-m",
+    "experiments.train",
+    "--config=experiments/configs/quickstart.py",
+    "--config.data.num_interactions=3000",
+    f"--config.training.steps={STEPS}",
+    "--config.training.batch_size=64",
+    "--config.training.validate_every=10",
+    "--config.training.log_every=5",
+    "--config.training.schedule.kind=plateau",
+]
 
 # Each start compiles for itself, as it does for those who keep no compiled programs.
 ALONE = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
@@ -31,7 +39,9 @@ ALONE = {name: value for name, value in os.environ.items() if name != "JAX_COMPI
 
 def _final_state(workdir):
     run = load_run(workdir, checkpoint="latest")
-    abstract = abstract_state(Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1))
+    abstract = abstract_state(
+        Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1)
+    )
     with open_checkpoints(workdir, run.config) as checkpoints:
         return checkpoints.restore(STEPS, abstract), checkpoints.best()
 
@@ -44,7 +54,12 @@ def _last_step(path):
 
 def _kill_after(workdir, step, delay):
     """Starts the run, and kills it a moment after it has logged `step`."""
-    process = subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ALONE)
+    process = subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=ALONE,
+    )
     try:
         while process.poll() is None and _last_step(workdir / "metrics.jsonl") < step:
             time.sleep(0.005)
@@ -52,7 +67,9 @@ def _kill_after(workdir, step, delay):
     finally:
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"ended by itself before step {step}: {errors.decode()[-2000:]}"
+    assert process.returncode == -signal.SIGKILL, (
+        f"ended by itself before step {step}: {errors.decode()[-2000:]}"
+    )
 
 
 def test_killed_three_times_it_ends_in_the_same_bits(tmp_path):
@@ -61,10 +78,17 @@ def test_killed_three_times_it_ends_in_the_same_bits(tmp_path):
     for step in sorted(rng.sample(range(1, int(0.9 * STEPS)), 3)):
         _kill_after(tmp_path / "killed", step, delay=rng.random() * 0.05)
     for name in ("killed", "whole"):
-        subprocess.run([*COMMAND, f"--workdir={tmp_path / name}"], check=True, capture_output=True, env=ALONE)
+        subprocess.run(
+            [*COMMAND, f"--workdir={tmp_path / name}"], check=True, capture_output=True, env=ALONE
+        )
     (killed, killed_record), killed_best = _final_state(tmp_path / "killed")
     (whole, whole_record), whole_best = _final_state(tmp_path / "whole")
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, err_msg=f"seed {seed}"), killed, whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b, err_msg=f"seed {seed}"), killed, whole
+    )
     assert (killed_record, killed_best) == (whole_record, whole_best), f"seed {seed}"
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps) and steps[-1] == STEPS

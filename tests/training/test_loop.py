@@ -31,7 +31,9 @@ train = functools.partial(run.train, devices=1)
 
 
 def _trainer(prepared, config):
-    return Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    return Trainer.build(
+        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+    )
 
 
 def _by_norm(weights):
@@ -64,8 +66,15 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
     few = {"steps_for": 2 * rows, "schedule": {"warmup_steps": 4}}
     shortened = _trainer(prepared, small_config(training=few)).over(rows).config.training
     assert (shortened.steps, shortened.validate_every, shortened.schedule.warmup_steps) == (6, 2, 2)
-    fewest = _trainer(prepared, small_config(training={"steps_for": 1000 * rows})).over(rows).config.training
-    assert (fewest.steps, fewest.validate_every) == (6, 2)  # the four before the first validation, in three
+    fewest = (
+        _trainer(prepared, small_config(training={"steps_for": 1000 * rows}))
+        .over(rows)
+        .config.training
+    )
+    assert (fewest.steps, fewest.validate_every) == (
+        6,
+        2,
+    )  # the four before the first validation, in three
     more = {"steps_for": rows // 2, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
     trainer = _trainer(prepared, small_config(training=more))
     stretched = trainer.over(rows)
@@ -87,17 +96,27 @@ def test_streamed_training_equals_resident_training(prepared, tmp_path):
 def test_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path, resident_megabytes):
     config = small_config(training={"resident_megabytes": resident_megabytes})
     one = fit(_trainer(prepared, config), prepared, tmp_path / "one", validate=_by_norm)
-    config = small_config(training={"resident_megabytes": resident_megabytes, "steps_per_dispatch": 4})
+    config = small_config(
+        training={"resident_megabytes": resident_megabytes, "steps_per_dispatch": 4}
+    )
     four = fit(_trainer(prepared, config), prepared, tmp_path / "four", validate=_by_norm)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, four)
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "four")]
+    lines = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "four")
+    ]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     losses = [[line["loss"] for line in part if "loss" in line] for part in lines]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp_path):
-    config = small_config(training={"schedule": {"kind": "cosine"}, "tables": {"kind": "lazy_adam", "learning_rate": 0.01}})
+    config = small_config(
+        training={
+            "schedule": {"kind": "cosine"},
+            "tables": {"kind": "lazy_adam", "learning_rate": 0.01},
+        }
+    )
     whole = fit(_trainer(prepared, config), prepared, tmp_path / "whole", validate=_by_norm)
 
     def dies(weights):
@@ -111,7 +130,10 @@ def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp
         fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=dies)
     resumed = fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=_by_norm)
     _equal_bits(whole, resumed)
-    steps = [json.loads(x)["step"] for x in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(x)["step"]
+        for x in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps)
 
 
@@ -123,13 +145,23 @@ def test_a_finished_run_is_left_as_it_is(prepared, tmp_path):
 
 
 def test_the_best_checkpoint_survives_retention_and_training_stops_early(prepared, tmp_path):
-    config = small_config(training={"steps": 100, "validate_every": 2, "patience": 3, "keep_checkpoints": 1})
+    config = small_config(
+        training={"steps": 100, "validate_every": 2, "patience": 3, "keep_checkpoints": 1}
+    )
     values = iter([0.0, 0.1, 0.5, 0.4, 0.5, 0.3])
-    state = fit(_trainer(prepared, config), prepared, tmp_path, validate=lambda w: {"recall@10": next(values)})
+    state = fit(
+        _trainer(prepared, config),
+        prepared,
+        tmp_path,
+        validate=lambda w: {"recall@10": next(values)},
+    )
     assert int(state.step) == 10
     with open_checkpoints(tmp_path, config) as checkpoints:
         assert checkpoints.best() == 4 and checkpoints.latest() == 10
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "4"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "10",
+        "4",
+    ]
 
 
 def test_a_misspelt_metric_is_refused_before_the_first_step(prepared, tmp_path):
@@ -142,7 +174,9 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(prepared, tmp_path
     rates = {"validate_every": 1, "tables": {"learning_rate": 1e38}}
     config = small_config(model={"normalize": False}, training=rates)
     good = r"The last good checkpoint is .*checkpoints/[123]\."
-    with pytest.raises(TrainingError, match=rf"(The loss is|the norm of the gradient) nan.* at step [234]\. {good}"):
+    with pytest.raises(
+        TrainingError, match=rf"(The loss is|the norm of the gradient) nan.* at step [234]\. {good}"
+    ):
         fit(_trainer(prepared, config), prepared, tmp_path, validate=None)
 
 
@@ -151,7 +185,10 @@ def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkey
 
     def leaky(*args):
         step = plain(*args)
-        return lambda state, i: (step(state, i)[0], {"loss": jax.numpy.add(1.0, np.ones(3)), "grad_norm": np.ones(1)})
+        return lambda state, i: (
+            step(state, i)[0],
+            {"loss": jax.numpy.add(1.0, np.ones(3)), "grad_norm": np.ones(1)},
+        )
 
     monkeypatch.setattr(loop, "compile_steps", leaky)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
@@ -166,7 +203,9 @@ def test_patience_counts_validations_without_improvement():
 
 
 def test_the_plateau_halves_after_its_patience():
-    config = small_config(training={"schedule": {"kind": "plateau", "patience": 2, "factor": 0.5}}).training.schedule
+    config = small_config(
+        training={"schedule": {"kind": "plateau", "patience": 2, "factor": 0.5}}
+    ).training.schedule
     state, scales = init_plateau(), []
     for value in [0.1, 0.1, 0.05, 0.7, 0.7, 0.7]:  # float32 holds 0.7 as less than 0.7
         state = update_plateau(state, value, config)
@@ -195,7 +234,9 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
 
 def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypatch):
     whole = run.load_run(finished)
-    monkeypatch.setattr(memory, "_limit", lambda mesh: 150_000)  # of 3 tables, 1,024 x 16 or x 4 or 512 x 8, and their state
+    monkeypatch.setattr(
+        memory, "_limit", lambda mesh: 150_000
+    )  # of 3 tables, 1,024 x 16 or x 4 or 512 x 8, and their state
     divided = run.load_run(finished)
     _equal_bits(whole.weights, divided.weights)
     tables = [(r.weights.tables["user.user_id"].sharding.num_devices) for r in (whole, divided)]
@@ -209,7 +250,9 @@ def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypa
 
 
 def test_a_workdir_with_another_configuration_is_refused(finished):
-    with pytest.raises(ConfigError, match="another configuration: config.training.batch_size was 64 and is now 32"):
+    with pytest.raises(
+        ConfigError, match="another configuration: config.training.batch_size was 64 and is now 32"
+    ):
         train(small_config(training={"batch_size": 32}), finished)
 
 
@@ -222,8 +265,15 @@ def test_a_run_that_was_refused_before_its_first_checkpoint_can_be_corrected(tmp
 
 def test_the_best_checkpoint_is_loaded_unless_another_is_asked_for(tmp_path):
     values = iter([0.0, 0.1, 0.5, 0.4])
-    train(small_config(), tmp_path / "run", make_validate=lambda *_: lambda weights: {"recall@10": next(values)})
-    assert [run.load_run(tmp_path / "run", checkpoint=c).step for c in ("best", "latest")] == [8, 12]
+    train(
+        small_config(),
+        tmp_path / "run",
+        make_validate=lambda *_: lambda weights: {"recall@10": next(values)},
+    )
+    assert [run.load_run(tmp_path / "run", checkpoint=c).step for c in ("best", "latest")] == [
+        8,
+        12,
+    ]
 
 
 def test_options_of_the_index_may_change_after_training(finished, tmp_path):
@@ -249,7 +299,10 @@ def test_vectors_that_cannot_be_ranked_stop_with_the_last_good_checkpoint(prepar
         return {"recall@10": 0.1}
 
     validate.calls = 0
-    with pytest.raises(TrainingError, match=r"failed at step 8: Scores hold NaN. The last good checkpoint is .*checkpoints/4\."):
+    with pytest.raises(
+        TrainingError,
+        match=r"failed at step 8: Scores hold NaN. The last good checkpoint is .*checkpoints/4\.",
+    ):
         fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=validate)
 
 
@@ -280,7 +333,8 @@ def test_data_that_changed_since_training_is_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "which,message", [("3", "no checkpoint of step 3; it has: "), ("newest", "must be best, latest or a step")]
+    "which,message",
+    [("3", "no checkpoint of step 3; it has: "), ("newest", "must be best, latest or a step")],
 )
 def test_checkpoints_that_are_not_there(finished, which, message):
     with pytest.raises(CheckpointError, match=message):
@@ -300,7 +354,10 @@ def test_a_corrupt_checkpoint_names_its_folder(finished, tmp_path):
 def test_one_changed_byte_of_a_checkpoint_is_noticed(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
-    largest = max((copy / "checkpoints" / "12" / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest = max(
+        (copy / "checkpoints" / "12" / "state").rglob("*"),
+        key=lambda path: path.stat().st_size * path.is_file(),
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -338,7 +395,9 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
 
 def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="--workdir=gs://bucket/run must be a folder of this machine"):
+    with pytest.raises(
+        ConfigError, match="--workdir=gs://bucket/run must be a folder of this machine"
+    ):
         train(small_config(), "gs://bucket/run")
     assert not list(tmp_path.iterdir())
 
@@ -354,23 +413,44 @@ def test_tables_are_updated_in_place(prepared, resident_megabytes):
 
 
 def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
-    old, defaults = {"seed": 3, "schedule": {"kind": "cosine"}}, {"seed": 0, "schedule": {"kind": "constant"}}
-    new, later = old | {"schedule": {"kind": "cosine", "floor": 0.0}, "ema": {}}, {
-        "seed": 0, "schedule": {"kind": "constant", "floor": 0.0}, "ema": {},
-    }  # fmt: skip
-    assert changed(new, later) == changed(old, defaults) == {"seed": 3, "schedule": {"kind": "cosine"}}
-    assert changed(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)["schedule"] == {"kind": "cosine", "floor": 0.1}
+    old, defaults = (
+        {"seed": 3, "schedule": {"kind": "cosine"}},
+        {"seed": 0, "schedule": {"kind": "constant"}},
+    )
+    new, later = (
+        old | {"schedule": {"kind": "cosine", "floor": 0.0}, "ema": {}},
+        {
+            "seed": 0,
+            "schedule": {"kind": "constant", "floor": 0.0},
+            "ema": {},
+        },
+    )
+    assert (
+        changed(new, later) == changed(old, defaults) == {"seed": 3, "schedule": {"kind": "cosine"}}
+    )
+    assert changed(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)["schedule"] == {
+        "kind": "cosine",
+        "floor": 0.1,
+    }
 
 
 def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, monkeypatch):
-    """What they are compiled with. There is none here: that another option is refused shows that the compiler is told."""
+    """What they are compiled with. There is none here: that another option is refused shows that
+    the compiler is told."""
     assert compiler_options(make_mesh(2)) == compiler_options(None) == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (compiler_options(None), compiler_options(make_mesh(2))) == ({"xla_gpu_deterministic_ops": True}, {})
+    assert (compiler_options(None), compiler_options(make_mesh(2))) == (
+        {"xla_gpu_deterministic_ops": True},
+        {},
+    )
     monkeypatch.undo()
-    assert jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_ops": True})(1.0) == 2.0  # there is such an option
+    assert (
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_ops": True})(1.0) == 2.0
+    )  # there is such an option
     config = small_config()
-    trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    trainer = Trainer.build(
+        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+    )
     weights = init_on(make_mesh(1), trainer, loop.count_rows(prepared)).weights
     for module in (loop, embed):
         monkeypatch.setattr(module, "compiler_options", lambda mesh: {"of_no_compiler": True})

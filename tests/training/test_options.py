@@ -1,4 +1,5 @@
-"""Options of the objective: which go together, what is refused and how it is told, and parts of a batch that add up."""
+"""Options of the objective: which go together, what is refused and how it is told, and parts of a
+batch that add up."""
 
 import jax
 import numpy as np
@@ -12,34 +13,87 @@ from twotower.validation import ConfigError
 LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
 
 
-@pytest.mark.parametrize("objective,training,message", [
-    ({"loss": "binary_cross_entropy"}, {}, "learns from labels, and config.objective.label is empty: name the column"),
-    ({"negatives": {"explicit": 4}}, {}, "explicit=4 draws from rows whose label is 0, and config.objective.label is empty"),
-    (LABELLED | {"negatives": {"queue": 64}}, {}, "has sources that loss='binary_cross_entropy' .* never uses"),
-    ({"negatives": {"in_batch": False, "uniform": 0}}, {}, "has no source: set in_batch=True"),
-    ({}, {"accumulate": 4}, "accumulate=4 with loss='softmax': .* not the larger batch .* raise config.training.batch_size=64"),
-    ({"negatives": {"frequency": "gaps"}}, {}, "frequency='gaps' is not known; did you mean 'gap'"),
-    ({"heads": {"like": {"label": "liked", "combine": "add"}}}, {}, "config.objective.heads.like.combine=.add. is not known"),
-])  # fmt: skip
-def test_options_that_do_not_go_together_are_refused_before_data_is_read(objective, training, message):
+@pytest.mark.parametrize(
+    "objective,training,message",
+    [
+        (
+            {"loss": "binary_cross_entropy"},
+            {},
+            "learns from labels, and config.objective.label is empty: name the column",
+        ),
+        (
+            {"negatives": {"explicit": 4}},
+            {},
+            "explicit=4 draws from rows whose label is 0, and config.objective.label is empty",
+        ),
+        (
+            LABELLED | {"negatives": {"queue": 64}},
+            {},
+            "has sources that loss='binary_cross_entropy' .* never uses",
+        ),
+        ({"negatives": {"in_batch": False, "uniform": 0}}, {}, "has no source: set in_batch=True"),
+        (
+            {},
+            {"accumulate": 4},
+            "accumulate=4 with loss='softmax': .* not the larger batch .* raise config.training.batch_size=64",
+        ),
+        (
+            {"negatives": {"frequency": "gaps"}},
+            {},
+            "frequency='gaps' is not known; did you mean 'gap'",
+        ),
+        (
+            {"heads": {"like": {"label": "liked", "combine": "add"}}},
+            {},
+            "config.objective.heads.like.combine=.add. is not known",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_data_is_read(
+    objective, training, message
+):
     with pytest.raises(ConfigError, match=message):
         chosen_kinds(small_config(objective=objective, training=training))
 
 
-@pytest.mark.parametrize("values,message", [
-    ({"training": {"steps_per_dispatch": 7}}, "steps_per_dispatch=7 must be a divisor of 200"),
-    ({"training": {"batch_size": 10, "accumulate": 3}}, "accumulate=3 must be a divisor of the batch size 10"),
-    ({"objective": {"negatives": {"queue": 1000}}}, "queue=1000 must be a multiple of config.training.batch_size=1024"),
-    ({"objective": {"negatives": {"catalogue": True, "uniform": 5}}}, "uniform=5 must be 0 with .*catalogue=True"),
-    ({"objective": {"negatives": {"mined_ranks": (5, 5)}}}, "mined_ranks=.5, 5. must be two ranks, the first below the second"),
-    ({"objective": {"negatives": {"alpha": -1.0}}}, "alpha=-1.0 must be at least 0"),
-    ({"objective": {"weight": 0.0}}, "weight=0.0 must be above 0 where there are no heads"),
-    ({"objective": {"pos_weight": 0.0}}, "pos_weight=0.0 must be above 0"),
-    ({"model": {"user": {"layers": (8, 0)}}}, "config.model.user.layers=.8, 0. must be widths of at least 1"),
-    ({"training": {"optimizer": {"weight_decay": -1.0}}}, "weight_decay=-1.0 must be at least 0"),
-    ({"objective": {"calibration": 1.5}}, "calibration=1.5 must be between 0.0 and 1.0"),
-    ({"model": {"dtype": "float16"}}, "config.model.dtype='float16' is not known; did you mean 'bfloat16'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"training": {"steps_per_dispatch": 7}}, "steps_per_dispatch=7 must be a divisor of 200"),
+        (
+            {"training": {"batch_size": 10, "accumulate": 3}},
+            "accumulate=3 must be a divisor of the batch size 10",
+        ),
+        (
+            {"objective": {"negatives": {"queue": 1000}}},
+            "queue=1000 must be a multiple of config.training.batch_size=1024",
+        ),
+        (
+            {"objective": {"negatives": {"catalogue": True, "uniform": 5}}},
+            "uniform=5 must be 0 with .*catalogue=True",
+        ),
+        (
+            {"objective": {"negatives": {"mined_ranks": (5, 5)}}},
+            "mined_ranks=.5, 5. must be two ranks, the first below the second",
+        ),
+        ({"objective": {"negatives": {"alpha": -1.0}}}, "alpha=-1.0 must be at least 0"),
+        ({"objective": {"weight": 0.0}}, "weight=0.0 must be above 0 where there are no heads"),
+        ({"objective": {"pos_weight": 0.0}}, "pos_weight=0.0 must be above 0"),
+        (
+            {"model": {"user": {"layers": (8, 0)}}},
+            "config.model.user.layers=.8, 0. must be widths of at least 1",
+        ),
+        (
+            {"training": {"optimizer": {"weight_decay": -1.0}}},
+            "weight_decay=-1.0 must be at least 0",
+        ),
+        ({"objective": {"calibration": 1.5}}, "calibration=1.5 must be between 0.0 and 1.0"),
+        (
+            {"model": {"dtype": "float16"}},
+            "config.model.dtype='float16' is not known; did you mean 'bfloat16'",
+        ),
+    ],
+)
 def test_values_out_of_range_are_refused_at_the_door(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(values)
@@ -50,16 +104,24 @@ def test_batch_statistics_need_a_batch_that_is_computed_at_once(section):
     objective = LABELLED if section == "accumulate" else {"negatives": {"catalogue": True}}
     training = {"accumulate": 2} if section == "accumulate" else {}
     tower = {"layers": (16, 16), "batch_norm": True}
-    config = small_config(objective=objective, training=training, model={"user": tower, "item": tower})
+    config = small_config(
+        objective=objective, training=training, model={"user": tower, "item": tower}
+    )
     with pytest.raises(ConfigError, match="batch_norm=True needs a batch that is computed at once"):
         chosen_kinds(config)
 
 
-@pytest.mark.parametrize("negatives,message", [
-    ({"uniform": 10_000}, "uniform=10000 is more than the .* items of the corpus"),
-    ({"popularity": 10_000}, "popularity=10000 is more than the .* items of the corpus"),
-    ({"mined": 2, "mined_refresh": 4, "mined_ranks": (10, 10_000)}, "mined_ranks.* reaches beyond the .* items of the corpus"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "negatives,message",
+    [
+        ({"uniform": 10_000}, "uniform=10000 is more than the .* items of the corpus"),
+        ({"popularity": 10_000}, "popularity=10000 is more than the .* items of the corpus"),
+        (
+            {"mined": 2, "mined_refresh": 4, "mined_ranks": (10, 10_000)},
+            "mined_ranks.* reaches beyond the .* items of the corpus",
+        ),
+    ],
+)
 def test_more_items_than_exist_are_refused(make, negatives, message):
     with pytest.raises(ConfigError, match=message):
         make(small_config(objective={"negatives": negatives}))
@@ -73,11 +135,21 @@ def test_parts_of_a_batch_add_up_to_the_whole(make):
     model = {"user": {"layers": (16,), "dropout": 0.3}, "item": {"layers": (16,)}}
     results = []
     for parts in (1, 4):
-        config = small_config(objective=LABELLED | {"heads": heads}, training={"accumulate": parts}, model=model)
+        config = small_config(
+            objective=LABELLED | {"heads": heads}, training={"accumulate": parts}, model=model
+        )
         trainer, state, batch = make(config)
-        liked, shared = (jax.random.bernoulli(jax.random.key(i), 0.5, (64,)).astype(np.float32) for i in range(2))
-        batch |= {"labels": {"liked": liked.at[3].set(np.nan), "shared": shared.at[::2].set(np.nan)}}
-        results.append(jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(state, batch))
+        liked, shared = (
+            jax.random.bernoulli(jax.random.key(i), 0.5, (64,)).astype(np.float32) for i in range(2)
+        )
+        batch |= {
+            "labels": {"liked": liked.at[3].set(np.nan), "shared": shared.at[::2].set(np.nan)}
+        }
+        results.append(
+            jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(
+                state, batch
+            )
+        )
     whole, parts = results
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
     assert {"retrieval/loss", "share/loss"} <= set(whole[1])
@@ -88,9 +160,15 @@ def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
 
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        trainer, state, batch = make(small_config(model={"dtype": dtype, "user": {"layers": (16, 16)}, "item": {"layers": (16,)}},
-                                                  objective={"negatives": {"uniform": 0}}))  # fmt: skip
-        new, metrics = jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(state, batch)
+        trainer, state, batch = make(
+            small_config(
+                model={"dtype": dtype, "user": {"layers": (16, 16)}, "item": {"layers": (16,)}},
+                objective={"negatives": {"uniform": 0}},
+            )
+        )
+        new, metrics = jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(
+            state, batch
+        )
         losses[dtype] = float(metrics["loss"])
         assert {x.dtype for x in jax.tree.leaves((new.params, new.tables))} == {np.dtype("float32")}
         assert trainer.model.embed("user", new.weights, batch["user_features"]).dtype == np.float32
@@ -98,22 +176,40 @@ def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
 
 
-@pytest.mark.parametrize("values,message", [
-    ({"objective": {"loss": "bsl"}}, "'bsl' falls without bound .*learn_temperature=False"),
-    ({"objective": {"loss": "hinge"}}, "margin=0.0 with loss='hinge' is met by vectors that are all alike"),
-    ({"objective": {"calibration": 0.5}}, "calibration=0.5 is not read by loss='softmax'"),
-    ({"objective": LABELLED | {"symmetric": True}}, "symmetric=True is not read by loss='binary_cross_entropy'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"objective": {"loss": "bsl"}}, "'bsl' falls without bound .*learn_temperature=False"),
+        (
+            {"objective": {"loss": "hinge"}},
+            "margin=0.0 with loss='hinge' is met by vectors that are all alike",
+        ),
+        ({"objective": {"calibration": 0.5}}, "calibration=0.5 is not read by loss='softmax'"),
+        (
+            {"objective": LABELLED | {"symmetric": True}},
+            "symmetric=True is not read by loss='binary_cross_entropy'",
+        ),
+    ],
+)
 def test_options_that_a_loss_does_not_read_or_cannot_do_with_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         chosen_kinds(from_dict(values))
 
 
-@pytest.mark.parametrize("negatives,message", [
-    ({"mined": 4}, "mined_refresh=1000 must be below config.training.steps=1000"),
-    ({"mined": 4, "mined_refresh": 100, "in_batch": False, "uniform": 0}, "mined=4 must be beside other sources"),
-    ({"queue": 1024, "queue_warmup": 5000}, "queue_warmup=5000 must be below config.training.steps=1000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "negatives,message",
+    [
+        ({"mined": 4}, "mined_refresh=1000 must be below config.training.steps=1000"),
+        (
+            {"mined": 4, "mined_refresh": 100, "in_batch": False, "uniform": 0},
+            "mined=4 must be beside other sources",
+        ),
+        (
+            {"queue": 1024, "queue_warmup": 5000},
+            "queue_warmup=5000 must be below config.training.steps=1000",
+        ),
+    ],
+)
 def test_sources_that_would_never_yield_anything_are_refused(negatives, message):
     with pytest.raises(ConfigError, match=message):
         from_dict({"objective": {"negatives": negatives}})
@@ -122,13 +218,20 @@ def test_sources_that_would_never_yield_anything_are_refused(negatives, message)
 def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(make, monkeypatch):
     from twotower.training import step as module
 
-    config = small_config(model={"user": {"layers": (16,), "dropout": 0.3}, "item": {"layers": (16, 16), "dropout": 0.3}},
-                          objective={"negatives": {"uniform": 0}})  # fmt: skip
+    config = small_config(
+        model={
+            "user": {"layers": (16,), "dropout": 0.3},
+            "item": {"layers": (16, 16), "dropout": 0.3},
+        },
+        objective={"negatives": {"uniform": 0}},
+    )
     trainer, state, batch = make(config)
     results = []
     for block in (1000, 24):  # 64 rows: at once, and in three blocks of which the last is not full
         monkeypatch.setattr(module, "EMBED_BLOCK", block)
-        results.append(jax.jit(lambda s, b: module.train_step(s, b, {}, trainer=trainer))(state, batch))
+        results.append(
+            jax.jit(lambda s, b: module.train_step(s, b, {}, trainer=trainer))(state, batch)
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 
 
@@ -138,8 +241,14 @@ def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(ma
 
     tower = {"layers": (16, 16), "batch_norm": True}
     for values, message in (
-        ({"training": {"batch_size": 20_000}}, "user.batch_norm=True needs .* at most 16,384 rows a device; there are 20,000"),
-        ({"objective": {"label": "liked", "negatives": {"explicit": 2}}}, "item.batch_norm=True with mined or explicit"),
+        (
+            {"training": {"batch_size": 20_000}},
+            "user.batch_norm=True needs .* at most 16,384 rows a device; there are 20,000",
+        ),
+        (
+            {"objective": {"label": "liked", "negatives": {"explicit": 2}}},
+            "item.batch_norm=True with mined or explicit",
+        ),
     ):
         trainer, _, _ = make(small_config(model={"user": tower, "item": tower}))
         config = small_config(model={"user": tower, "item": tower}, **values)

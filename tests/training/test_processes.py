@@ -1,4 +1,5 @@
-"""Several processes of the operating system are one run: the same numbers, each with its own part of the data."""
+"""Several processes of the operating system are one run: the same numbers, each with its own part
+of the data."""
 
 import json
 import os
@@ -30,17 +31,28 @@ STEPS, BATCH, SECONDS = 6, 64, 240
 def config_of(**training):
     """Streamed, so that what each process loads is seen; with state of every kind to save."""
     fields = {
-        "batch_size": BATCH, "steps": STEPS, "validate_every": 2, "log_every": 1, "resident_megabytes": 0,
-        "tables": {"kind": "adagrad", "initial_accumulator": 0.1}, "optimizer": {"kind": "sgd"},
-    }  # fmt: skip
+        "batch_size": BATCH,
+        "steps": STEPS,
+        "validate_every": 2,
+        "log_every": 1,
+        "resident_megabytes": 0,
+        "tables": {"kind": "adagrad", "initial_accumulator": 0.1},
+        "optimizer": {"kind": "sgd"},
+    }
     return conftest.small_config(
         model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
         objective={
-            "negatives": {"queue": 128, "frequency": "gap", "mined": 2, "mined_ranks": (2, 8), "mined_refresh": 2},
+            "negatives": {
+                "queue": 128,
+                "frequency": "gap",
+                "mined": 2,
+                "mined_ranks": (2, 8),
+                "mined_refresh": 2,
+            },
             "heads": {"shared": {"label": "shared", "combine": "multiply"}},
         },
         training=fields | training,
-    )  # fmt: skip
+    )
 
 
 def _free_port() -> int:
@@ -52,7 +64,11 @@ def _free_port() -> int:
 def _environment(devices=None):
     # Compiling is most of what they do.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(), "XLA_FLAGS": flags}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.getcwd(),
+        "XLA_FLAGS": flags,
+    }
     return environment | ({"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})
 
 
@@ -66,7 +82,13 @@ class Group:
         self.processes = []
         for command in self._commands:
             self.processes.append(
-                subprocess.Popen(command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    command,
+                    env=self._environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
         return self
 
@@ -79,13 +101,24 @@ class Group:
     def wait(self):
         """Their exit statuses and what they said, all of them within one time limit."""
         end = time.monotonic() + SECONDS
-        said = [process.communicate(timeout=max(end - time.monotonic(), 1))[1] for process in self.processes]
+        said = [
+            process.communicate(timeout=max(end - time.monotonic(), 1))[1]
+            for process in self.processes
+        ]
         return [process.returncode for process in self.processes], said
 
 
 def _commands(workdir, *, processes, devices, validations=-1, **training):
     address = f"127.0.0.1:{_free_port()}"
-    program = [sys.executable, "-m", "tests.training.one_of_several", str(workdir), str(devices), str(validations), address]
+    program = [
+        sys.executable,
+        "-m",
+        "tests.training.one_of_several",
+        str(workdir),
+        str(devices),
+        str(validations),
+        address,
+    ]
     return [[*program, str(processes), str(i), json.dumps(training)] for i in range(processes)]
 
 
@@ -103,12 +136,16 @@ def _lines(workdir):
 
 
 def _losses(workdir):
-    return np.array([[x["loss"], x["grad_norm"], x["temperature"]] for x in _lines(workdir) if "loss" in x])
+    return np.array(
+        [[x["loss"], x["grad_norm"], x["temperature"]] for x in _lines(workdir) if "loss" in x]
+    )
 
 
 def _state(workdir, step=STEPS):
     run = load_run(workdir, checkpoint="latest")
-    abstract = abstract_state(Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1))
+    abstract = abstract_state(
+        Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1)
+    )
     with open_checkpoints(workdir, run.config, read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore(step, abstract)[0])
 
@@ -128,30 +165,43 @@ def alone(tmp_path_factory):
 
 
 def _expected_rows(prepared):
-    batches = Batches(prepared.train, prepared.features, batch_size=BATCH, seed=0, resident_megabytes=0)
+    batches = Batches(
+        prepared.train, prepared.features, batch_size=BATCH, seed=0, resident_megabytes=0
+    )
     return np.stack([batches.indices(step) for step in range(STEPS)])
 
 
 @pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)])
-def test_several_processes_are_one_run_and_each_reads_its_part(alone, prepared, tmp_path, processes, devices):
+def test_several_processes_are_one_run_and_each_reads_its_part(
+    alone, prepared, tmp_path, processes, devices
+):
     reports = _train(tmp_path / "run", processes=processes, devices=devices)
     assert {(report["processes"], report["devices"]) for report in reports} == {(processes, 4)}
     rows = np.concatenate([np.array(report["loaded"]) for report in reports], axis=1)
     np.testing.assert_array_equal(rows, _expected_rows(prepared))
     assert all(np.shape(report["loaded"]) == (STEPS, BATCH // processes) for report in reports)
     np.testing.assert_allclose(_losses(tmp_path / "run"), _losses(alone), rtol=1e-5)
-    validations = [[line for line in _lines(path) if "validation/recall@10" in line] for path in (tmp_path / "run", alone)]
+    validations = [
+        [line for line in _lines(path) if "validation/recall@10" in line]
+        for path in (tmp_path / "run", alone)
+    ]
     assert "validation/shared/auc" in validations[0][0]
-    assert len(validations[0]) == STEPS // 2 and [x.keys() for x in validations[0]] == [x.keys() for x in validations[1]]
+    assert len(validations[0]) == STEPS // 2 and [x.keys() for x in validations[0]] == [
+        x.keys() for x in validations[1]
+    ]
     _assert_close(_state(tmp_path / "run"), _state(alone))
     # One process alone wrote the files of the run.
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
-    assert [line["step"] for line in _lines(tmp_path / "run") if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in _lines(tmp_path / "run") if "loss" in line] == list(
+        range(1, STEPS + 1)
+    )
 
 
 def test_one_process_two_and_one_again_end_where_one_does(alone, tmp_path):
     workdir = tmp_path / "run"
-    assert _train(workdir, processes=1, devices=2, validations=2)[0]["stopped"]  # the first is before the first step
+    assert _train(workdir, processes=1, devices=2, validations=2)[0][
+        "stopped"
+    ]  # the first is before the first step
     reports = _train(workdir, processes=2, devices=1, validations=1)
     assert all(report["stopped"] for report in reports)
     np.testing.assert_array_equal([np.shape(report["loaded"])[1] for report in reports], BATCH // 2)
@@ -164,15 +214,28 @@ def test_one_process_two_and_one_again_end_where_one_does(alone, tmp_path):
 def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_real_command(tmp_path):
     def run(workdir, kill_at=None):
         address = f"--coordinator=127.0.0.1:{_free_port()}"
-        options = {"data.num_interactions": 1000, "training.steps": 4, "training.batch_size": 64, "training.validate_every": 2}
+        options = {
+            "data.num_interactions": 1000,
+            "training.steps": 4,
+            "training.batch_size": 64,
+            "training.validate_every": 2,
+        }
         command = [
-            sys.executable, "-m", "experiments.train", "--config=experiments/configs/quickstart.py", f"--workdir={workdir}",
-            address, "--processes=2", *(f"--config.{name}={value}" for name, value in options.items()),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "experiments.train",
+            "--config=experiments/configs/quickstart.py",
+            f"--workdir={workdir}",
+            address,
+            "--processes=2",
+            *(f"--config.{name}={value}" for name, value in options.items()),
+        ]
         with Group([[*command, f"--process={i}"] for i in range(2)], _environment(1)) as group:
             end = time.monotonic() + SECONDS
             while kill_at and not (workdir / "checkpoints" / str(kill_at)).exists():
-                assert time.monotonic() < end and all(process.poll() is None for process in group.processes)
+                assert time.monotonic() < end and all(
+                    process.poll() is None for process in group.processes
+                )
                 time.sleep(0.01)
             if kill_at:
                 return
@@ -186,11 +249,15 @@ def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_rea
 
 
 def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
-    commands = _commands(tmp_path / "run", processes=2, devices=1, steps=100_000, validate_every=50_000)
+    commands = _commands(
+        tmp_path / "run", processes=2, devices=1, steps=100_000, validate_every=50_000
+    )
     with Group(commands, _environment()) as group:
         end = time.monotonic() + SECONDS
         while not (tmp_path / "run" / "metrics.jsonl").exists() or not _lines(tmp_path / "run"):
-            assert time.monotonic() < end and all(process.poll() is None for process in group.processes)
+            assert time.monotonic() < end and all(
+                process.poll() is None for process in group.processes
+            )
             time.sleep(0.05)
         group.processes[1].send_signal(signal.SIGKILL)
         statuses, said = group.wait()
@@ -198,13 +265,16 @@ def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
     assert "Stopped" not in said[0]
 
 
-@pytest.mark.parametrize("given, words", [
-    (("", 2, -1), "--processes=2 --process=-1 need --coordinator=HOST:PORT"),
-    (("", 0, 1), "need --coordinator"),
-    (("10.0.0.2:8476", 2, 2), "--process=2 must be from 0 to --processes=2 less 1"),
-    (("10.0.0.2:8476", 2, -1), "--process=-1 must be from 0"),
-    (("10.0.0.2", 2, 0), "--coordinator=10.0.0.2 must be HOST:PORT"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (("", 2, -1), "--processes=2 --process=-1 need --coordinator=HOST:PORT"),
+        (("", 0, 1), "need --coordinator"),
+        (("10.0.0.2:8476", 2, 2), "--process=2 must be from 0 to --processes=2 less 1"),
+        (("10.0.0.2:8476", 2, -1), "--process=-1 must be from 0"),
+        (("10.0.0.2", 2, 0), "--coordinator=10.0.0.2 must be HOST:PORT"),
+    ],
+)
 def test_who_is_who_is_asked_for_before_anyone_waits(given, words):
     with pytest.raises(ConfigError, match=words):
         join(*given)

@@ -32,8 +32,12 @@ def _step(state, batch, *, trainer):
 
 
 def _softmax(queries, answers, ids, owners, counts, rows, temperature):
-    """Each query's answer among all answers: items that are no other positive of its owner and not its own again."""
-    logits = queries @ answers.T / temperature - jnp.log(len(ids) * jnp.maximum(counts[ids], 1) / rows)[None]
+    """Each query's answer among all answers: items that are no other positive of its owner and not
+    its own again."""
+    logits = (
+        queries @ answers.T / temperature
+        - jnp.log(len(ids) * jnp.maximum(counts[ids], 1) / rows)[None]
+    )
     same = (ids[None] == ids[:, None]) | (owners[None] == owners[:, None])
     kept = jnp.where(same & ~jnp.eye(len(ids), dtype=bool), -jnp.inf, logits)
     return jax.nn.logsumexp(kept, axis=1) - jnp.diagonal(logits)
@@ -44,12 +48,18 @@ def _dense_gradients(trainer, state, batch):
 
     def loss(params, tables):
         weights = Weights(params, tables, state.batch_stats)
-        user, item = (trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES)
+        user, item = (
+            trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES
+        )
         counts, temperature = state.frequency, trainer.model.temperature(params)
         counts, rows = {side: x["counts"] for side, x in counts.items()}, counts["item"]["rows"]
-        losses = _softmax(user, item, batch["item"], batch["user"], counts["item"], rows, temperature)
+        losses = _softmax(
+            user, item, batch["item"], batch["user"], counts["item"], rows, temperature
+        )
         if trainer.config.objective.symmetric:
-            other = _softmax(item, user, batch["user"], batch["item"], counts["user"], rows, temperature)
+            other = _softmax(
+                item, user, batch["user"], batch["item"], counts["user"], rows, temperature
+            )
             losses = (losses + other) / 2
         return jnp.sum(losses * batch["weight"]) / batch["weight"].sum()
 
@@ -60,13 +70,17 @@ def _dense_gradients(trainer, state, batch):
 def test_one_step_equals_dense_optimizers_on_whole_tables(make, symmetric):
     config = small_config(
         training={
-            "tables": {"kind": "adagrad", "learning_rate": 10.0, "initial_accumulator": 0.1}, "optimizer": {"kind": "sgd"}
+            "tables": {"kind": "adagrad", "learning_rate": 10.0, "initial_accumulator": 0.1},
+            "optimizer": {"kind": "sgd"},
         },
         objective=IN_BATCH | {"symmetric": symmetric},
-    )  # fmt: skip
+    )
     trainer, state, batch = make(config)
     # No id is dropped, so that the oracle sees the same rows.
-    inputs = {s: {n: dataclasses.replace(i, oov_rate=0.0) for n, i in trainer.model.inputs[s].items()} for s in SIDES}
+    inputs = {
+        s: {n: dataclasses.replace(i, oov_rate=0.0) for n, i in trainer.model.inputs[s].items()}
+        for s in SIDES
+    }
     trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, inputs=inputs))
     loss, (grads, table_grads) = _dense_gradients(trainer, state, batch)
     table_grads = {name: g.at[0].set(0.0) for name, g in table_grads.items()}
@@ -85,17 +99,36 @@ def test_one_step_equals_dense_optimizers_on_whole_tables(make, symmetric):
 def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
     trainer, state, batch = make(small_config())
     model = trainer.model
-    shared = {s: {n: dataclasses.replace(i, table="shared") for n, i in model.inputs[s].items() if i.table} for s in SIDES}
+    shared = {
+        s: {
+            n: dataclasses.replace(i, table="shared") for n, i in model.inputs[s].items() if i.table
+        }
+        for s in SIDES
+    }
     model = dataclasses.replace(model, inputs=shared)
-    features = {"user": {"user_id": jnp.array([3, 5, 0])}, "item": {"item_id": jnp.array([5, 7, 5])}}
-    shared["user"], shared["item"] = {"user_id": shared["user"]["user_id"]}, {"item_id": shared["item"]["item_id"]}
+    features = {
+        "user": {"user_id": jnp.array([3, 5, 0])},
+        "item": {"item_id": jnp.array([5, 7, 5])},
+    }
+    shared["user"], shared["item"] = (
+        {"user_id": shared["user"]["user_id"]},
+        {"item_id": shared["item"]["item_id"]},
+    )
     ids = shared_ids(model, features, ALONE)
     rows = lookup_all(model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, ALONE)
-    assert rows["user"]["user_id"][:, 0].tolist() == [6, 10, 0] and rows["item"]["item_id"][:, 0].tolist() == [10, 14, 10]
+    assert rows["user"]["user_id"][:, 0].tolist() == [6, 10, 0] and rows["item"]["item_id"][
+        :, 0
+    ].tolist() == [10, 14, 10]
     grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
     given = shared_gradients(model, grads, ALONE)
-    table, _, _ = apply_gradients(OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0)
-    assert {int(r): float(-table[r, 0]) for r in np.flatnonzero(table[:, 0])} == {3: 1.0, 5: 21.0, 7: 10.0}
+    table, _, _ = apply_gradients(
+        OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0
+    )
+    assert {int(r): float(-table[r, 0]) for r in np.flatnonzero(table[:, 0])} == {
+        3: 1.0,
+        5: 21.0,
+        7: 10.0,
+    }
 
 
 def test_the_jitted_step_equals_the_plain_one(make):
@@ -121,17 +154,32 @@ def test_rows_that_the_batch_does_not_use_keep_their_bits(make):
 def test_the_compiled_step_holds_no_array_of_table_size(make, prepared):
     trainer, _, batch = make(small_config())
     rows = 307_200
-    tables = {n: dataclasses.replace(t, rows=rows) if n == "user.user_id" else t for n, t in trainer.model.tables.items()}
+    tables = {
+        n: dataclasses.replace(t, rows=rows) if n == "user.user_id" else t
+        for n, t in trainer.model.tables.items()
+    }
     trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, tables=tables))
-    counts = {"user": jnp.ones(len(prepared.users)), "item": jnp.ones(len(prepared.items)), "rows": jnp.float32(9.0)}
+    counts = {
+        "user": jnp.ones(len(prepared.users)),
+        "item": jnp.ones(len(prepared.items)),
+        "rows": jnp.float32(9.0),
+    }
     state = jax.jit(functools.partial(init_state, trainer))(counts)
-    compiled = jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0).lower(state, batch, {}).compile()
+    compiled = (
+        jax.jit(functools.partial(train_step, trainer=trainer), donate_argnums=0)
+        .lower(state, batch, {})
+        .compile()
+    )
     memory = compiled.memory_analysis()
     table_bytes = state.tables["user.user_id"].nbytes
     assert memory.temp_size_in_bytes < table_bytes / 4
     # Every byte of the tables and of their accumulators is updated in place.
-    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.tables, state.table_slots)))
-    copies = re.findall(rf"= \S*\[{rows},\d+\]\S* (copy|broadcast|add|multiply)\(", compiled.as_text())
+    assert memory.alias_size_in_bytes >= sum(
+        x.nbytes for x in jax.tree.leaves((state.tables, state.table_slots))
+    )
+    copies = re.findall(
+        rf"= \S*\[{rows},\d+\]\S* (copy|broadcast|add|multiply)\(", compiled.as_text()
+    )
     assert not copies
 
 
@@ -142,13 +190,17 @@ def test_only_the_share_of_weights_matters(make):
 
 
 def test_rows_without_weight_count_for_nothing(make):
-    trainer, state, batch = make(small_config(objective={"negatives": {"uniform": 8, "in_batch": False}}))
+    trainer, state, batch = make(
+        small_config(objective={"negatives": {"uniform": 8, "in_batch": False}})
+    )
     catalogue = {"item_features": {name: x[:40] for name, x in batch["item_features"].items()}}
     trainer = dataclasses.replace(trainer, sources=dataclasses.replace(trainer.sources, items=40))
     step = jax.jit(functools.partial(train_step, trainer=trainer))
     half = batch | {"weight": batch["weight"].at[32:].set(0.0)}
     first = jax.tree.map(lambda x: x[:32], batch)
-    np.testing.assert_allclose(step(state, half, catalogue)[1]["loss"], step(state, first, catalogue)[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        step(state, half, catalogue)[1]["loss"], step(state, first, catalogue)[1]["loss"], rtol=1e-5
+    )
     nothing = step(state, batch | {"weight": jnp.zeros(64)}, catalogue)
     assert nothing[1]["loss"] == 0 and nothing[1]["grad_norm"] == 0
 
@@ -166,10 +218,13 @@ def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
 
 
 def test_the_temperature_stays_within_bounds_and_is_free_to_return(make):
-    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd", "learning_rate": 1e6}}))
+    trainer, state, batch = make(
+        small_config(training={"optimizer": {"kind": "sgd", "learning_rate": 1e6}})
+    )
     new, _ = _step(state, batch, trainer=trainer)
     assert any(np.isclose(trainer.model.temperature(new.params), bound) for bound in (0.01, 1.0))
-    # Random vectors are far too sure of themselves at T = 0.01: the gradient leads back inside, and must not be clipped away.
+    # Random vectors are far too sure of themselves at T = 0.01: the gradient leads back inside, and
+    # must not be clipped away.
     at_bound = state.replace(params=state.params | {"log_temperature": jnp.log(jnp.float32(0.01))})
     back, _ = _step(at_bound, batch, trainer=trainer)
     assert back.params["log_temperature"] > at_bound.params["log_temperature"]
@@ -198,11 +253,16 @@ def test_a_fixed_temperature_is_not_trained(make):
 
 
 def test_weight_decay_spares_all_but_kernels(make):
-    config = small_config(training={"optimizer": {"kind": "adamw", "learning_rate": 1.0, "weight_decay": 0.5}})
+    config = small_config(
+        training={"optimizer": {"kind": "adamw", "learning_rate": 1.0, "weight_decay": 0.5}}
+    )
     trainer, state, _ = make(config)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     updates, _ = trainer.dense.update(zeros, state.opt_state["dense"], state.params)
-    moved = {jax.tree_util.keystr(p): bool(jnp.any(u != 0)) for p, u in jax.tree_util.tree_leaves_with_path(updates)}
+    moved = {
+        jax.tree_util.keystr(p): bool(jnp.any(u != 0))
+        for p, u in jax.tree_util.tree_leaves_with_path(updates)
+    }
     assert {name: name.endswith("['kernel']") for name in moved} == moved
 
 
@@ -220,19 +280,29 @@ def test_batch_norm_and_dropout_act_in_training_alone(make):
 
 @pytest.mark.parametrize(
     "kind,warmup,expected",
-    [("constant", 0, {0: 1, 99: 1}), ("constant", 10, {0: 0, 5: 0.5, 10: 1, 99: 1}), ("cosine", 0, {0: 1, 50: 0.5, 100: 0})],
+    [
+        ("constant", 0, {0: 1, 99: 1}),
+        ("constant", 10, {0: 0, 5: 0.5, 10: 1, 99: 1}),
+        ("cosine", 0, {0: 1, 50: 0.5, 100: 0}),
+    ],
 )
 def test_schedules(make, kind, warmup, expected):
-    trainer, _, _ = make(small_config(training={"steps": 100, "schedule": {"kind": kind, "warmup_steps": warmup}}))
+    trainer, _, _ = make(
+        small_config(training={"steps": 100, "schedule": {"kind": kind, "warmup_steps": warmup}})
+    )
     for step, factor in expected.items():
         np.testing.assert_allclose(trainer.schedule(jnp.int32(step)), factor, atol=1e-6)
 
 
 def test_the_schedule_scales_tables_and_dense_parameters_alike(make):
-    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd"}, "tables": {"kind": "sgd"}}))
+    trainer, state, batch = make(
+        small_config(training={"optimizer": {"kind": "sgd"}, "tables": {"kind": "sgd"}})
+    )
     full, _ = _step(state, batch, trainer=trainer)
     plateau = state.opt_state["plateau"]._replace(scale=jnp.float32(0.5))
-    half, _ = _step(state.replace(opt_state=state.opt_state | {"plateau": plateau}), batch, trainer=trainer)
+    half, _ = _step(
+        state.replace(opt_state=state.opt_state | {"plateau": plateau}), batch, trainer=trainer
+    )
     for part in ("params", "tables"):
         whole = jax.tree.map(lambda a, b: a - b, getattr(full, part), getattr(state, part))
         halved = jax.tree.map(lambda a, b: a - b, getattr(half, part), getattr(state, part))
@@ -240,7 +310,11 @@ def test_the_schedule_scales_tables_and_dense_parameters_alike(make):
 
 
 def test_clipping_bounds_the_dense_gradient(make):
-    trainer, state, batch = make(small_config(training={"optimizer": {"kind": "sgd", "learning_rate": 1.0, "clip_norm": 1e-3}}))
+    trainer, state, batch = make(
+        small_config(
+            training={"optimizer": {"kind": "sgd", "learning_rate": 1.0, "clip_norm": 1e-3}}
+        )
+    )
     new, _ = _step(state, batch, trainer=trainer)
     moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.params, state.params))
     assert moved <= 1.001e-3
@@ -261,5 +335,7 @@ def test_unknown_kinds_name_the_nearest(prepared, make, section, fields, message
 
 
 def test_towers_of_different_widths_are_refused(make):
-    with pytest.raises(ConfigError, match="user tower gives vectors of width 16, the item tower of width 8"):
+    with pytest.raises(
+        ConfigError, match="user tower gives vectors of width 16, the item tower of width 8"
+    ):
         make(small_config(model={"item": {"layers": (8,)}}))

@@ -1,4 +1,5 @@
-"""A run saved on some devices goes on on others: the same steps, to the bit where the devices are the same."""
+"""A run saved on some devices goes on on others: the same steps, to the bit where the devices are
+the same."""
 
 import shutil
 
@@ -23,11 +24,15 @@ CONFIG = small_config(
     model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
     objective={"negatives": {"queue": 128, "frequency": "gap"}},
     training={
-        "steps": 8, "validate_every": 2, "log_every": 1, "steps_per_dispatch": 2,
+        "steps": 8,
+        "validate_every": 2,
+        "log_every": 1,
+        "steps_per_dispatch": 2,
         "tables": {"kind": "lazy_adam", "learning_rate": 0.01},
-        "schedule": {"kind": "plateau", "patience": 1}, "optimizer": {"kind": "adagrad"},
+        "schedule": {"kind": "plateau", "patience": 1},
+        "optimizer": {"kind": "adagrad"},
     },
-)  # fmt: skip
+)
 
 
 class Stopped(Exception):
@@ -36,8 +41,11 @@ class Stopped(Exception):
 
 @pytest.fixture
 def go_on(prepared, monkeypatch):
-    """(folder, devices, last step or None) -> the state, where the run was not stopped; one compilation for each mesh."""
-    trainer = Trainer.build(CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared))
+    """(folder, devices, last step or None) -> the state, where the run was not stopped; one
+    compilation for each mesh."""
+    trainer = Trainer.build(
+        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared)
+    )
     compiled, compile_steps = {}, loop.compile_steps
 
     def remembered(trainer, batches, prepared, mesh):
@@ -74,13 +82,17 @@ def test_saved_on_eight_devices_it_goes_on_on_four_on_one_and_on_eight_again(go_
     moved = go_on(tmp_path / "moved", 8)
     assert int(moved.step) == int(whole.step) == 8
     assert float(moved.opt_state["plateau"].scale) < 1
-    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves((moved.tables, moved.table_slots)))
+    assert all(
+        len(x.sharding.device_set) == 8 for x in jax.tree.leaves((moved.tables, moved.table_slots))
+    )
     far = differences(jax.device_get(moved), jax.device_get(whole))
     assert max(far.values()) < 1e-5, max(far, key=far.get)
 
 
 def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_together(prepared):
-    trainer = Trainer.build(CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared))
+    trainer = Trainer.build(
+        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared)
+    )
     counts = loop.count_rows(prepared)
     sums = {n: int(checksum(loop.init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}
     assert sums[1] == sums[8]
@@ -92,7 +104,9 @@ def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_tog
 
 def test_the_checksum_sees_one_element_of_one_device(prepared):
     mesh = make_mesh(8)
-    table = jax.device_put(jnp.arange(1024 * 4.0).reshape(1024, 4), jax.NamedSharding(mesh, jax.P("devices")))
+    table = jax.device_put(
+        jnp.arange(1024 * 4.0).reshape(1024, 4), jax.NamedSharding(mesh, jax.P("devices"))
+    )
     before = int(checksum({"t": table}))
     places = [(0, 0), (500, 1), (1023, 3)]
     assert before not in {int(checksum({"t": table.at[place].add(1.0)})) for place in places}

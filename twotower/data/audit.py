@@ -1,4 +1,5 @@
-"""The leakage audit: what a split lets training know of what it is tested on, refused unless accepted by name."""
+"""The leakage audit: what a split lets training know of what it is tested on, refused unless
+accepted by name."""
 
 from __future__ import annotations
 
@@ -10,12 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import SplitConfig
-from twotower.data.interactions import Split, codes, describe, fingerprint, has_timestamps, pair_codes
+from twotower.data.interactions import (
+    Split,
+    codes,
+    describe,
+    fingerprint,
+    has_timestamps,
+    pair_codes,
+)
 from twotower.validation import ConfigError, choose
 
 
 class LeakageError(ConfigError):
-    """A split whose figures would be too good: the message says why, shows a row, and how to accept it knowingly."""
+    """A split whose figures would be too good: the message says why, shows a row, and how to accept
+    it knowingly."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +61,8 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
 
 
 def check_fitted(fitted_on: str, split: Split) -> None:
-    """Refuses an encoder whose vocabularies and statistics come from other rows than the training rows of `split`.
+    """Refuses an encoder whose vocabularies and statistics come from other rows than the training
+    rows of `split`.
 
     Args:
         fitted_on: `fingerprint` of the rows that the encoder was fitted on.
@@ -79,7 +89,8 @@ def _random_split(split: Split, config: SplitConfig) -> Iterator[Finding]:
 
 
 def _future_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    """Leave-last-out: training rows of some users are later than held-out rows of others, and tell what is coming."""
+    """Leave-last-out: training rows of some users are later than held-out rows of others, and tell
+    what is coming."""
     held = _held(split)[-1:]
     if config.kind != "leave_last_out" or not held or not has_timestamps(split.train):
         return
@@ -96,8 +107,12 @@ def _future_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
 
 
 def _repeated_pairs(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    if config.kind != "time":  # over time people do come back to an item, and a served model meets that too
-        yield from _known("repeated_pairs", split, pair_codes, "have their (user, item) in an earlier part too")
+    if (
+        config.kind != "time"
+    ):  # over time people do come back to an item, and a served model meets that too
+        yield from _known(
+            "repeated_pairs", split, pair_codes, "have their (user, item) in an earlier part too"
+        )
 
 
 def _identical_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
@@ -105,7 +120,10 @@ def _identical_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
         config.kind != "time" or any(_time_order(split, config))
     ):  # rows in order of time differ
         yield from _known(
-            "identical_rows", split, _row_codes, "have their (user, item, timestamp) in an earlier part too"
+            "identical_rows",
+            split,
+            _row_codes,
+            "have their (user, item, timestamp) in an earlier part too",
         )
 
 
@@ -118,7 +136,9 @@ def _time_order(split: Split, config: SplitConfig) -> Iterator[Finding]:
         mask = np.asarray(pc.fill_null(pc.less_equal(rows["timestamp"], latest), False))
         if mask.any():
             early += int(mask.sum())
-            example = f"{describe(rows, int(mask.argmax()))}, where the part before it ends at {latest}"
+            example = (
+                f"{describe(rows, int(mask.argmax()))}, where the part before it ends at {latest}"
+            )
         before = pa.concat_tables([before, rows])
     if early:
         yield Finding(
@@ -161,9 +181,16 @@ def _refusal(refused: list[Finding], config: SplitConfig) -> str:
     lines = [
         f"the leakage audit refuses this split (config.split.kind={config.kind!r}), whose figures would be too good:"
     ]
-    lines += [f"  {finding.name}: {finding.message}. {FINDINGS[finding.name][0]}" for finding in refused]
+    lines += [
+        f"  {finding.name}: {finding.message}. {FINDINGS[finding.name][0]}" for finding in refused
+    ]
     accept = config.accept_leakage + tuple(finding.name for finding in refused)
-    return "\n".join([*lines, f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}."])
+    return "\n".join(
+        [
+            *lines,
+            f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}.",
+        ]
+    )
 
 
 def _held(split: Split) -> list[pa.Table]:
@@ -172,15 +199,21 @@ def _held(split: Split) -> list[pa.Table]:
 
 
 def _row_codes(rows: pa.Table) -> np.ndarray:
-    pairs = codes(pa.chunked_array([pair_codes(rows)]))  # dense, so that the product below cannot overflow
+    pairs = codes(
+        pa.chunked_array([pair_codes(rows)])
+    )  # dense, so that the product below cannot overflow
     times = codes(rows["timestamp"])
     return pairs * (times.max(initial=0) + 1) + times
 
 
-def _known(name: str, split: Split, codes_of: Callable[[pa.Table], np.ndarray], what: str) -> Iterator[Finding]:
+def _known(
+    name: str, split: Split, codes_of: Callable[[pa.Table], np.ndarray], what: str
+) -> Iterator[Finding]:
     """Finds held-out rows whose code appears in an earlier part."""
     held = pa.concat_tables(_held(split) or [split.test])
-    columns = [column for column in ("user_id", "item_id", "timestamp") if column in held.column_names]
+    columns = [
+        column for column in ("user_id", "item_id", "timestamp") if column in held.column_names
+    ]
     rows = pa.concat_tables([part.select(columns) for part in (split.train, *_held(split))])
     values = codes_of(rows)
     start, repeated = split.train.num_rows, np.zeros(0, bool)
@@ -198,6 +231,7 @@ def _known(name: str, split: Split, codes_of: Callable[[pa.Table], np.ndarray], 
 
 
 def _among(few: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """Which of `few` are among `many`: bool [N]. Hashes only `few`; NumPy sorts both, eight times slower."""
+    """Which of `few` are among `many`: bool [N]. Hashes only `few`; NumPy sorts both, eight times
+    slower."""
     candidates = many[np.asarray(pc.is_in(pa.array(many), value_set=pa.array(few)))]
     return np.asarray(pc.is_in(pa.array(few), value_set=pa.array(candidates)))

@@ -1,4 +1,5 @@
-"""Encoded arrays -> batches. Which rows a step sees is a function of (seed, step) alone, so that any step can be resumed."""
+"""Encoded arrays -> batches. Which rows a step sees is a function of (seed, step) alone, so that
+any step can be resumed."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ class Rows:
 
     Attributes:
         user: int32 [N], row of the users table.
-        item: int32 [N], row of the corpus; -1 where the item is not in it (never so in training rows).
+        item: int32 [N], row of the corpus; -1 where the item is not in it (never so in training
+            rows).
         weight: float32 [N], at least 0.
         timestamp: int64 [N], seconds since the epoch, or None.
         context: user features of the interaction itself, [N, ...] each.
-        labels: column -> float32 [N], 1, 0, or NaN where missing; of the columns that `config.objective` names.
+        labels: column -> float32 [N], 1, 0, or NaN where missing; of the columns that
+            `config.objective` names.
     """
 
     user: np.ndarray
@@ -39,15 +42,20 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> Rows:
         """Some of the rows, by place or by mask."""
-        return Rows(*jax.tree.map(lambda x: x[rows], tuple(getattr(self, field.name) for field in dataclasses.fields(self))))
+        return Rows(
+            *jax.tree.map(
+                lambda x: x[rows],
+                tuple(getattr(self, field.name) for field in dataclasses.fields(self)),
+            )
+        )
 
 
 Batch = dict[str, Any]
 
 
 def gather(data: Mapping[str, Any], index: Any, *, length: int = 0) -> Batch:
-    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features", "item_features": {name: [B, ...]},
-    "labels": {column: [B], NaN where missing}}.
+    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features",
+    "item_features": {name: [B, ...]}, "labels": {column: [B], NaN where missing}}.
 
     Works on NumPy arrays, and inside `jit` on those that rest on the device.
 
@@ -72,30 +80,47 @@ def gather(data: Mapping[str, Any], index: Any, *, length: int = 0) -> Batch:
 class Batches:
     """Shuffled batches of B training rows.
 
-    Step s takes the places [s B, (s + 1) B) of an endless stream, one shuffled pass over the rows after the other: every
-    batch is full, so no shape changes and no row is dropped.
+    Step s takes the places [s B, (s + 1) B) of an endless stream, one shuffled pass over the rows
+    after the other: every batch is full, so no shape changes and no row is dropped.
 
     Attributes:
-        resident: the encoded arrays, where they fit in `resident_megabytes`; to be put on the device once, each batch then
-            gathered there. Otherwise None, and `load` gathers on the host.
+        resident: the encoded arrays, where they fit in `resident_megabytes`; to be put on the
+            device once, each batch then gathered there. Otherwise None, and `load` gathers on the
+            host.
     """
 
     def __init__(
-        self, rows: Rows, features: Mapping[str, Mapping[str, np.ndarray]], histories: Histories | None = None, *,
-        batch_size: int, seed: int, resident_megabytes: int,
-    ) -> None:  # fmt: skip
+        self,
+        rows: Rows,
+        features: Mapping[str, Mapping[str, np.ndarray]],
+        histories: Histories | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        resident_megabytes: int,
+    ) -> None:
         data = {
-            "user": rows.user, "item": rows.item, "weight": rows.weight, "context": dict(rows.context),
-            "user_features": dict(features["user"]), "item_features": dict(features["item"]),
+            "user": rows.user,
+            "item": rows.item,
+            "weight": rows.weight,
+            "context": dict(rows.context),
+            "user_features": dict(features["user"]),
+            "item_features": dict(features["item"]),
             "labels": dict(rows.labels),
-        }  # fmt: skip
+        }
         self._length = histories.length if histories else 0
         if histories:
             data |= {"events": histories.trained, "reads": histories.reads}
         self._begin(data, len(rows), "training rows", batch_size, seed, resident_megabytes)
 
     def _begin(
-        self, data: dict[str, Any], rows: int, what: str, batch_size: int, seed: int, resident_megabytes: int
+        self,
+        data: dict[str, Any],
+        rows: int,
+        what: str,
+        batch_size: int,
+        seed: int,
+        resident_megabytes: int,
     ) -> None:
         if batch_size > rows:
             raise ConfigError(

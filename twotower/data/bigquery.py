@@ -1,6 +1,8 @@
-"""Tables of BigQuery, and results of its queries -> one Arrow table with our column names and types.
+"""Tables of BigQuery, and results of its queries -> one Arrow table with our column names and
+types.
 
-Rows come page by page over REST. Of logs beyond some ten million rows, let BigQuery write Parquet (EXPORT DATA) and read that.
+Rows come page by page over REST. Of logs beyond some ten million rows, let BigQuery write Parquet
+(EXPORT DATA) and read that.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _SECONDS = 30.0  # between log lines
 
 
 def make_client(project: str = "", location: str = "") -> Any:
-    """A `google.cloud.bigquery.Client`. Where BIGQUERY_EMULATOR_HOST names an emulator, it needs no credentials.
+    """A `google.cloud.bigquery.Client`. Where BIGQUERY_EMULATOR_HOST names an emulator, it needs no
+    credentials.
 
     Raises:
         ConfigError: the extra bigquery, credentials or a project are missing.
@@ -34,18 +37,25 @@ def make_client(project: str = "", location: str = "") -> Any:
     emulated = bool(os.environ.get("BIGQUERY_EMULATOR_HOST"))
     credentials = AnonymousCredentials() if emulated else None
     try:
-        return bigquery.Client(project or ("emulated" if emulated else None), credentials, location=location or None)
+        return bigquery.Client(
+            project or ("emulated" if emulated else None), credentials, location=location or None
+        )
     except DefaultCredentialsError as error:
-        raise ConfigError(f"BigQuery needs credentials: gcloud auth application-default login. ({error})") from error
+        raise ConfigError(
+            f"BigQuery needs credentials: gcloud auth application-default login. ({error})"
+        ) from error
     except OSError as error:  # the client could not find out the project
-        raise ConfigError(f"config.data.project={project!r} must name a project: the credentials name none.") from error
+        raise ConfigError(
+            f"config.data.project={project!r} must name a project: the credentials name none."
+        ) from error
 
 
 def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Any) -> pa.Table:
-    """The table or query that `config` names, in an order of its own: by time, then by ids, then by the other columns.
+    """The table or query that `config` names, in an order of its own: by time, then by ids, then by
+    the other columns.
 
-    BigQuery's own order differs from time to time, while a later command must find the rows that training found. For the
-    same reason a query over a table that grows needs a condition on time.
+    BigQuery's own order differs from time to time, while a later command must find the rows that
+    training found. For the same reason a query over a table that grows needs a condition on time.
 
     Args:
         name: of the table in the configuration, for messages.
@@ -55,7 +65,8 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Any) 
         What `tables.read` returns of Parquet.
 
     Raises:
-        ConfigError: BigQuery refuses, or there are no rows, or a column is missing or of the wrong type.
+        ConfigError: BigQuery refuses, or there are no rows, or a column is missing or of the wrong
+            type.
     """
     origin = f"table {config.path}" if config.path else f"the result of config.data.{name}.query"
     with refusals(f"{name}: {origin}"):
@@ -63,11 +74,20 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Any) 
     if not any(len(batch) for batch in batches):
         raise ConfigError(f"{name}: {origin} has no rows.")
     table = tables.shaped(
-        pa.Table.from_batches(batches), config, name, keys=keys, origin=origin,
-        place=lambda row: f"{origin}, row {row + 1} as it came", typed=True,
-    )  # fmt: skip
+        pa.Table.from_batches(batches),
+        config,
+        name,
+        keys=keys,
+        origin=origin,
+        place=lambda row: f"{origin}, row {row + 1} as it came",
+        typed=True,
+    )
     order = dict.fromkeys(["timestamp", *keys, *table.column_names])
-    sortable = [column for column in order if column in table.column_names and not pa.types.is_nested(table[column].type)]
+    sortable = [
+        column
+        for column in order
+        if column in table.column_names and not pa.types.is_nested(table[column].type)
+    ]
     return table.sort_by([(column, "ascending") for column in sortable])
 
 
@@ -80,7 +100,11 @@ def refusals(what: str, error_type: type[ValueError] = ConfigError) -> Iterator[
     try:
         yield
     except (GoogleAPIError, GoogleAuthError) as error:
-        told = [one["message"] for one in getattr(error, "errors", ()) if isinstance(one, dict) and one.get("message")]
+        told = [
+            one["message"]
+            for one in getattr(error, "errors", ())
+            if isinstance(one, dict) and one.get("message")
+        ]
         reason = (told or [str(error)])[0].splitlines()[0].rstrip(".")
         raise error_type(f"{what}: BigQuery refuses: {reason}.") from error
 
@@ -101,11 +125,15 @@ def _rows(client: Any, config: TableConfig, name: str) -> Any:
     if config.query:
         return client.query(config.query).result()
     if not config.path:
-        raise ConfigError(f"config.data.{name}.path={config.path!r} must name a table, DATASET.TABLE, or else give a query.")
+        raise ConfigError(
+            f"config.data.{name}.path={config.path!r} must name a table, DATASET.TABLE, or else give a query."
+        )
     try:
         table = client.get_table(config.path)
     except ValueError as error:  # of the client, about the form of the name
-        raise ConfigError(f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or DATASET.TABLE.") from error
+        raise ConfigError(
+            f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or DATASET.TABLE."
+        ) from error
     if table.table_type == "TABLE":
         return client.list_rows(table)
     return client.query(f"SELECT * FROM `{table.reference}`").result()  # of a view

@@ -1,4 +1,5 @@
-"""Columns as files have them -> columns as the library wants them: ids as text, times as seconds, numbers as numbers.
+"""Columns as files have them -> columns as the library wants them: ids as text, times as seconds,
+numbers as numbers.
 
 Everything works on whole columns. Where a value cannot be understood, `BadValue` says in which row.
 """
@@ -34,7 +35,8 @@ def ids(column: pa.ChunkedArray, *, typed: bool) -> pa.ChunkedArray:
     """Ids as strings: 42 is "42" and so is 42.0; empty ones are null.
 
     Args:
-        typed: the file knows types (Parquet); else "42.0" everywhere is what pandas makes of whole numbers with gaps.
+        typed: the file knows types (Parquet); else "42.0" everywhere is what pandas makes of whole
+            numbers with gaps.
     """
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column)
@@ -57,24 +59,31 @@ def numbers(column: pa.ChunkedArray, *, least: float = -math.inf) -> pa.ChunkedA
 
 
 def seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> pa.ChunkedArray:
-    """int64 seconds since the epoch, UTC, of times, dates, numbers of `unit`, or text (`form`, or ISO 8601)."""
+    """int64 seconds since the epoch, UTC, of times, dates, numbers of `unit`, or text (`form`, or
+    ISO 8601)."""
     kind = column.type
     if pa.types.is_temporal(kind):
-        return column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(
-            pa.timestamp("s", getattr(kind, "tz", None)), safe=False).cast(pa.int64())  # fmt: skip
+        return (
+            column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
+            .cast(pa.timestamp("s", getattr(kind, "tz", None)), safe=False)
+            .cast(pa.int64())
+        )
     if form:
         return _by_format(column.cast(pa.string()), form)
     if not pa.types.is_string(kind):
         return _scaled(column, UNITS[unit])
     first = _first(column)
     if first is None or _NUMBER.match(first):
-        return _converted(column, lambda c: _scaled(_numeric(_trimmed(c)), UNITS[unit]), f"a number (of {unit})")
+        return _converted(
+            column, lambda c: _scaled(_numeric(_trimmed(c)), UNITS[unit]), f"a number (of {unit})"
+        )
     right = f"an ISO 8601 time such as 2025-01-31 18:30:00 (else set timestamp_format, for example {_guess(first)!r})"
     return _converted(column, _iso, right)
 
 
 def inferred(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
-    """A column of text as whole numbers, numbers, booleans or seconds, where every value is one; else as it is.
+    """A column of text as whole numbers, numbers, booleans or seconds, where every value is one;
+    else as it is.
 
     Codes keep their text: numbers with leading zeros, and more digits than a float can hold.
     """
@@ -99,7 +108,8 @@ def inferred(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A typed column in one of few types: string, number, boolean, int64 seconds of times, lists of strings."""
+    """A typed column in one of few types: string, number, boolean, int64 seconds of times, lists of
+    strings."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         return plain(column.cast(kind.value_type))
@@ -107,20 +117,33 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return seconds(column)
     if pa.types.is_decimal(kind):
         return column.cast(pa.float64())
-    if any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
-        return _as_text(column) if pa.types.is_nested(kind.value_type) else column.cast(pa.list_(pa.string()))
-    textual = (pa.types.is_null, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+    if any(
+        test(kind)
+        for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    ):
+        return (
+            _as_text(column)
+            if pa.types.is_nested(kind.value_type)
+            else column.cast(pa.list_(pa.string()))
+        )
+    textual = (
+        pa.types.is_null,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+    )
     if any(test(kind) for test in textual):
         return column.cast(pa.string())
     return column
 
 
 def expand(table: pa.Table, *, wanted: set[str]) -> pa.Table:
-    """Fields of structs and of text columns of JSON objects as columns `column.field`, in place of their column.
+    """Fields of structs and of text columns of JSON objects as columns `column.field`, in place of
+    their column.
 
     Args:
-        wanted: columns whose fields are asked for: for these a value that is no JSON object is an error, while another
-            column of which only some values are objects stays text.
+        wanted: columns whose fields are asked for: for these a value that is no JSON object is an
+            error, while another column of which only some values are objects stays text.
     """
     columns: dict[str, pa.ChunkedArray] = {}
     for name in table.column_names:
@@ -152,7 +175,8 @@ def _is_object(text: str | None) -> bool:
 
 
 def _parsed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """JSON objects as structs, null as a struct of nulls; types that differ between rows become text."""
+    """JSON objects as structs, null as a struct of nulls; types that differ between rows become
+    text."""
     lines = pc.fill_null(pc.replace_substring_regex(column, r"[\r\n]+", " "), "{}").to_pylist()
     # One more object than there are rows: Arrow refuses text in which no object has a field.
     text = "\n".join([*lines, '{"": null}']).encode()
@@ -188,12 +212,19 @@ def _array(values: list) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         if all(value is None or isinstance(value, list) for value in values):
-            return pa.array([value and [_text(part) for part in value] for value in values], pa.list_(pa.string()))
+            return pa.array(
+                [value and [_text(part) for part in value] for value in values],
+                pa.list_(pa.string()),
+            )
         return pa.array([_text(value) for value in values], pa.string())
 
 
 def _text(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return (
+        value
+        if value is None or isinstance(value, str)
+        else json.dumps(value, default=str, ensure_ascii=False)
+    )
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -259,7 +290,9 @@ def _any_match(column: pa.ChunkedArray, pattern: str) -> bool:
 
 
 def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
-    first = _first(column)  # most columns are told by their first value, without looking at the others
+    first = _first(
+        column
+    )  # most columns are told by their first value, without looking at the others
     if first is None or not re.match(pattern, first):
         return False
     return pc.all(pc.match_substring_regex(column, pattern)).as_py()

@@ -1,4 +1,5 @@
-"""What every source yields: three Arrow tables, and for the generated shop the truth behind them."""
+"""What every source yields: three Arrow tables, and for the generated shop the truth behind
+them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from twotower.validation import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """The generator's own preferences; user u's preference for item i is `user_factors[u] @ item_factors[i]`.
+    """The generator's own preferences; user u's preference for item i is `user_factors[u] @
+    item_factors[i]`.
 
     Attributes:
         user_factors: float32 [U, T], rows aligned with `Dataset.users`.
@@ -30,8 +32,9 @@ class Dataset:
     """A log and what is known of its users and items.
 
     Attributes:
-        interactions: user_id and item_id (string), and where the source has them timestamp (int64 seconds since the
-            epoch, UTC), event (string), weight, label (float32), split (string) and context columns. File order.
+        interactions: user_id and item_id (string), and where the source has them timestamp (int64
+            seconds since the epoch, UTC), event (string), weight, label (float32), split (string)
+            and context columns. File order.
         users: user_id (string, unique) and columns of users; holds every user of `interactions`.
         items: item_id (string, unique) and columns of items; holds every item of `interactions`.
         has_catalogue: items came from a table of their own, so that all of them can be recommended.
@@ -45,8 +48,11 @@ class Dataset:
     truth: Truth | None = None
 
 
-def assemble(interactions: pa.Table, users: pa.Table | None = None, items: pa.Table | None = None) -> Dataset:
-    """A `Dataset` of tables as they were read: rows without ids dropped, entities unique and complete.
+def assemble(
+    interactions: pa.Table, users: pa.Table | None = None, items: pa.Table | None = None
+) -> Dataset:
+    """A `Dataset` of tables as they were read: rows without ids dropped, entities unique and
+    complete.
 
     Raises:
         ConfigError: no row has both ids.
@@ -54,8 +60,10 @@ def assemble(interactions: pa.Table, users: pa.Table | None = None, items: pa.Ta
     rows = len(interactions)
     interactions = drop_missing(interactions, ("user_id", "item_id"), "interactions")
     if not len(interactions):
-        raise ConfigError(f"interactions: none of {rows} rows has both a user_id and an item_id; check "
-                          f"config.data.interactions.columns, which says what they are called in the file.")
+        raise ConfigError(
+            f"interactions: none of {rows} rows has both a user_id and an item_id; check "
+            f"config.data.interactions.columns, which says what they are called in the file."
+        )
     return Dataset(
         interactions=interactions,
         users=_entities(users, interactions["user_id"], "user_id", "users"),
@@ -69,17 +77,25 @@ def drop_missing(table: pa.Table, columns: tuple[str, ...], name: str) -> pa.Tab
     for column in columns:
         missing = table[column].null_count
         if missing:
-            logging.warning("%s: dropped %d of %d rows without %s", name, missing, len(table), column)
+            logging.warning(
+                "%s: dropped %d of %d rows without %s", name, missing, len(table), column
+            )
             table = table.filter(pc.is_valid(table[column]))
     return table
 
 
 def collapse(table: pa.Table, key: str) -> pa.Table:
-    """One row a value of `key`, in the order of first appearance; each column takes its first non-null value."""
+    """One row a value of `key`, in the order of first appearance; each column takes its first
+    non-null value."""
     codes, count = _codes(table[key])
     if count == len(table):
         return table
-    return pa.table({name: table[name].take(_first_valid(table[name], codes, count)) for name in table.column_names})
+    return pa.table(
+        {
+            name: table[name].take(_first_valid(table[name], codes, count))
+            for name in table.column_names
+        }
+    )
 
 
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, int]:

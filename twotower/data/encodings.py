@@ -29,7 +29,8 @@ from twotower.data.text import hashed_pieces, pad_rows
 from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError
 
-# Arrays beside the items of a history, [N, L] as they are; the last two of sequences packed into rows, [B, S].
+# Arrays beside the items of a history, [N, L] as they are; the last two of sequences packed into
+# rows, [B, S].
 HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT = "history gap", "history until", "history weight"
 HISTORY_SEGMENT, HISTORY_POSITION = "history segment", "history position"
 
@@ -40,14 +41,16 @@ class Input:
 
     Attributes:
         table: its embedding table; empty: the feature is numbers.
-        length: L of ids [N, L], the masked mean of whose rows is taken (0 = padding); 0 for ids [N].
+        length: L of ids [N, L], the masked mean of whose rows is taken (0 = padding); 0 for ids
+            [N].
         width: of numbers, float32 [N, width]; 0 when there is a table.
         projection: width of a dense layer applied to the feature before the tower; 0 = none.
         oov_rate: share of ids replaced by an out-of-vocabulary row (1 to oov_rows) in training.
         oov_rows: how many such rows the table has.
         events: L of what is read at each event of a history, [N, L, ...]; 0 for all other features.
         gaps: of the first such feature: buckets of the time between events that stand beside it.
-        until: of the first such feature: whether the time until the next event, or the request, stands beside it too.
+        until: of the first such feature: whether the time until the next event, or the request,
+            stands beside it too.
     """
 
     table: str = ""
@@ -83,11 +86,12 @@ class Fitted:
     """A feature and what was fitted for it.
 
     Attributes:
-        vocabulary: of strings; of the ids of pretrained vectors, of the texts of sentence vectors. One object for the features
-            that share a table.
+        vocabulary: of strings; of the ids of pretrained vectors, of the texts of sentence vectors.
+            One object for the features that share a table.
         vectors: pretrained, or of sentences, float32 [ids, E].
         numbers: statistics, as JSON holds them.
-        reads: of a history: what it reads of an item beside its id, encoded, [V, ...] by the row of the vocabulary.
+        reads: of a history: what it reads of an item beside its id, encoded, [V, ...] by the row of
+            the vocabulary.
     """
 
     feature: Feature
@@ -109,15 +113,25 @@ def naming(feature: Feature) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise error if str(error).startswith(feature.where) else ConfigError(f"{feature.where}: {error}") from None
+        raise (
+            error
+            if str(error).startswith(feature.where)
+            else ConfigError(f"{feature.where}: {error}")
+        ) from None
 
 
-def strings_of(feature: StringFeature, column: pa.ChunkedArray) -> tuple[np.ndarray, pa.LargeStringArray]:
-    """The row that each value comes from, int64 [M], and the values; a plain string feature has one a row."""
+def strings_of(
+    feature: StringFeature, column: pa.ChunkedArray
+) -> tuple[np.ndarray, pa.LargeStringArray]:
+    """The row that each value comes from, int64 [M], and the values; a plain string feature has one
+    a row."""
     if not isinstance(feature, StringsFeature):
         return np.arange(len(column)), as_strings(column)
     lists = _lists(feature, column)
-    parents, values = pc.list_parent_indices(lists), pc.utf8_trim_whitespace(as_strings(pc.list_flatten(lists)))
+    parents, values = (
+        pc.list_parent_indices(lists),
+        pc.utf8_trim_whitespace(as_strings(pc.list_flatten(lists))),
+    )
     kept = pc.fill_null(pc.not_equal(values, ""), False)
     return parents.filter(kept).to_numpy().astype(np.int64), values.filter(kept)
 
@@ -134,7 +148,9 @@ def _lists(feature: StringsFeature, column: pa.ChunkedArray) -> pa.LargeListArra
             f"{feature.where}: column {feature.column!r} holds {kind}, not lists; name the separator between its "
             f"values, for example separator='|'."
         )
-    return pc.split_pattern(as_strings(column), feature.separator or "|").cast(pa.large_list(pa.large_string()))
+    return pc.split_pattern(as_strings(column), feature.separator or "|").cast(
+        pa.large_list(pa.large_string())
+    )
 
 
 def _encode_string(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
@@ -148,21 +164,34 @@ def _encode_strings(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
 
 def _encode_text(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     text = fitted.feature
-    return hashed_pieces(column, words=text.words, characters=text.characters, buckets=text.buckets, max_length=text.max_length)
+    return hashed_pieces(
+        column,
+        words=text.words,
+        characters=text.characters,
+        buckets=text.buckets,
+        max_length=text.max_length,
+    )
 
 
 def _encode_pretrained(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-    """Rows of the trained table, or the frozen vectors; with missing="zeros" a last column is 1 where there is none."""
+    """Rows of the trained table, or the frozen vectors; with missing="zeros" a last column is 1
+    where there is none."""
     rows = fitted.vocabulary.rows(column)
     if not fitted.feature.frozen:
         return rows
     found = rows - fitted.vocabulary.first
     vectors = np.where(found[:, None] < 0, np.float32(0), fitted.vectors[np.maximum(found, 0)])
-    return np.append(vectors, (found[:, None] < 0).astype(np.float32), axis=1) if _has_flag(fitted) else vectors
+    return (
+        np.append(vectors, (found[:, None] < 0).astype(np.float32), axis=1)
+        if _has_flag(fitted)
+        else vectors
+    )
 
 
 def _encode_sentence(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-    return encode_sentences(fitted.feature, fitted.vocabulary, fitted.vectors, fitted.numbers["model"], column)
+    return encode_sentences(
+        fitted.feature, fitted.vocabulary, fitted.vectors, fitted.numbers["model"], column
+    )
 
 
 def _has_flag(fitted: Fitted) -> bool:
@@ -173,11 +202,15 @@ _ENCODE: dict[type[Feature], Callable[[Fitted, pa.ChunkedArray], np.ndarray]] = 
     StringFeature: _encode_string,
     StringsFeature: _encode_strings,
     IntFeature: lambda fitted, column: numeric.encode_int(fitted.feature, column, fitted.numbers),
-    FloatFeature: lambda fitted, column: numeric.encode_float(fitted.feature, column, fitted.numbers),
+    FloatFeature: lambda fitted, column: numeric.encode_float(
+        fitted.feature, column, fitted.numbers
+    ),
     TextFeature: _encode_text,
     PretrainedFeature: _encode_pretrained,
     SentenceFeature: _encode_sentence,
-    TimestampFeature: lambda fitted, column: numeric.encode_timestamp(fitted.feature, column, fitted.numbers),
+    TimestampFeature: lambda fitted, column: numeric.encode_timestamp(
+        fitted.feature, column, fitted.numbers
+    ),
 }
 
 
@@ -190,9 +223,14 @@ def inputs_of(name: str, fitted: Fitted, items: Mapping[str, Fitted]) -> dict[st
     feature = fitted.feature
     if not isinstance(feature, HistoryFeature):
         return {name: input_of(fitted)}
-    read = {f"{name}/{of}": dataclasses.replace(input_of(items[of]), events=feature.max_length) for of in feature.reads}
+    read = {
+        f"{name}/{of}": dataclasses.replace(input_of(items[of]), events=feature.max_length)
+        for of in feature.reads
+    }
     first = next(iter(read))
-    return read | {first: dataclasses.replace(read[first], gaps=feature.gaps, until=feature.request_gap)}
+    return read | {
+        first: dataclasses.replace(read[first], gaps=feature.gaps, until=feature.request_gap)
+    }
 
 
 def input_of(fitted: Fitted) -> Input:
@@ -201,15 +239,24 @@ def input_of(fitted: Fitted) -> Input:
     match feature:
         case StringFeature():
             length = feature.max_length if isinstance(feature, StringsFeature) else 0
-            return Input(table=feature.table, length=length, oov_rate=feature.oov_rate, oov_rows=feature.oov_rows)
+            return Input(
+                table=feature.table,
+                length=length,
+                oov_rate=feature.oov_rate,
+                oov_rows=feature.oov_rows,
+            )
         case TextFeature():
             return Input(table=feature.table, length=feature.max_length)
         case TimestampFeature():
             return Input(table=feature.table, length=len(feature.parts))
         case PretrainedFeature(frozen=False):
-            return Input(table=feature.table, projection=feature.projection, oov_rows=feature.oov_rows)
+            return Input(
+                table=feature.table, projection=feature.projection, oov_rows=feature.oov_rows
+            )
         case PretrainedFeature():
-            return Input(width=fitted.vectors.shape[1] + _has_flag(fitted), projection=feature.projection)
+            return Input(
+                width=fitted.vectors.shape[1] + _has_flag(fitted), projection=feature.projection
+            )
         case SentenceFeature():
             return Input(width=fitted.vectors.shape[1], projection=feature.embedding_size)
         case IntFeature(normalize=False):
@@ -222,7 +269,9 @@ def shape_of(fitted: Fitted) -> TableShape:
     feature = fitted.feature
     match feature:
         case StringFeature():
-            return TableShape(rows=fitted.vocabulary.size, width=feature.embedding_size, norm=feature.initial_norm)
+            return TableShape(
+                rows=fitted.vocabulary.size, width=feature.embedding_size, norm=feature.initial_norm
+            )
         case TextFeature():
             return TableShape(rows=feature.buckets, width=feature.embedding_size)
         case TimestampFeature():
@@ -231,4 +280,7 @@ def shape_of(fitted: Fitted) -> TableShape:
             # Ids without a vector start at zero, as padding does.
             initial = np.pad(fitted.vectors, ((fitted.vocabulary.first, 0), (0, 0)))
             return TableShape(rows=len(initial), width=initial.shape[1], initial=initial)
-    return TableShape(rows=numeric.FIRST_BUCKET + len(fitted.numbers["boundaries"]) + 1, width=feature.embedding_size)
+    return TableShape(
+        rows=numeric.FIRST_BUCKET + len(fitted.numbers["boundaries"]) + 1,
+        width=feature.embedding_size,
+    )

@@ -16,12 +16,13 @@ class Feature:
     Attributes:
         side: the tower it belongs to, "user" or "item".
         name: its name within the tower.
-        column: the column it reads; empty means its name. An item feature reads the items table; a user feature the
-            users table or, where only the interactions have the column, the interaction (the context of a query).
-        table: features that name one table share its rows and their vocabulary; empty means a table of its own,
-            "side.name".
-        embedding_size: width of its table. For a feature that is numbers (`float`, a normalised `int`, frozen vectors)
-            the width of a dense layer put before the tower; 0 is none.
+        column: the column it reads; empty means its name. An item feature reads the items table; a
+            user feature the users table or, where only the interactions have the column, the
+            interaction (the context of a query).
+        table: features that name one table share its rows and their vocabulary; empty means a table
+            of its own, "side.name".
+        embedding_size: width of its table. For a feature that is numbers (`float`, a normalised
+            `int`, frozen vectors) the width of a dense layer put before the tower; 0 is none.
     """
 
     side: str
@@ -32,8 +33,16 @@ class Feature:
 
     def __post_init__(self):
         self._check(self.side in SIDES, "side", "user or item")
-        self._check(self.embedding_size >= self._least_width, "embedding_size", f"at least {self._least_width}")
-        self._check(self.has_table or not self.table, "table", "left out: this feature is numbers and has no table")
+        self._check(
+            self.embedding_size >= self._least_width,
+            "embedding_size",
+            f"at least {self._least_width}",
+        )
+        self._check(
+            self.has_table or not self.table,
+            "table",
+            "left out: this feature is numbers and has no table",
+        )
         object.__setattr__(self, "column", self.column or self.name)
         if self.has_table and not self.table:
             object.__setattr__(self, "table", f"{self.side}.{self.name}")

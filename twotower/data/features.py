@@ -7,8 +7,8 @@ A JSON file, or the same mappings in Python, names the features of each tower:
               "genres": {"type": "strings", "separator": "|", "embedding_size": 16},
               "price": {"type": "float", "log": true}}}
 
-The keys "user_embedding_layers" and "item_embedding_layers" are read as "user" and "item". A tower that is left out
-reads its id alone. `twotower.data.encoder.Encoder` is fitted to a specification.
+The keys "user_embedding_layers" and "item_embedding_layers" are read as "user" and "item". A tower
+that is left out reads its id alone. `twotower.data.encoder.Encoder` is fitted to a specification.
 """
 
 from __future__ import annotations
@@ -24,10 +24,21 @@ from typing import Any
 
 from twotower.config import FeaturesConfig
 from twotower.data.feature_base import SIDES, Feature
-from twotower.data.feature_kinds import FEATURES, HistoryFeature, StringFeature, StringsFeature, TextFeature
+from twotower.data.feature_kinds import (
+    FEATURES,
+    HistoryFeature,
+    StringFeature,
+    StringsFeature,
+    TextFeature,
+)
 from twotower.validation import ConfigError, check_fields, choose, convert
 
-_KEYS = {"user": "user", "item": "item", "user_embedding_layers": "user", "item_embedding_layers": "item"}
+_KEYS = {
+    "user": "user",
+    "item": "item",
+    "user_embedding_layers": "user",
+    "item_embedding_layers": "item",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +73,18 @@ class FeatureSpec:
 
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The mappings that `from_mappings` takes."""
-        return {side: {name: _to_dict(feature) for name, feature in self.side(side).items()} for side in SIDES}
+        return {
+            side: {name: _to_dict(feature) for name, feature in self.side(side).items()}
+            for side in SIDES
+        }
 
 
 def load_spec(config: FeaturesConfig) -> FeatureSpec:
     """The specification that `config` names or holds.
 
     Raises:
-        ConfigError: the file cannot be read, or a feature has an unknown type, an unknown field or a value out of
-            range; the message names the nearest that is known.
+        ConfigError: the file cannot be read, or a feature has an unknown type, an unknown field or
+            a value out of range; the message names the nearest that is known.
     """
     if not config.path:
         return from_mappings({"user": config.user, "item": config.item})
@@ -80,9 +94,13 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
             "or set config.features.user={} and config.features.item={}."
         )
     try:
-        mappings = json.loads(Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8"))
+        mappings = json.loads(
+            Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8")
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config.features.path={config.path!r} is not a JSON file that can be read: {error}") from None
+        raise ConfigError(
+            f"config.features.path={config.path!r} is not a JSON file that can be read: {error}"
+        ) from None
     try:
         return from_mappings(mappings)
     except ConfigError as error:
@@ -90,53 +108,85 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
 
 
 def from_mappings(mappings: Any) -> FeatureSpec:
-    """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a side left out is its id."""
+    """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a side left
+    out is its id."""
     if not isinstance(mappings, Mapping):
         raise ConfigError(f"features={mappings!r} must be a mapping with the keys user and item.")
     check_fields(mappings, _KEYS, "features")
     sides: dict[str, Any] = {}
     for key, features in mappings.items():
         if _KEYS[key] in sides:
-            raise ConfigError(f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out.")
+            raise ConfigError(
+                f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out."
+            )
         sides[_KEYS[key]] = features
-    return FeatureSpec(**{side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}}) for side in SIDES})
+    return FeatureSpec(
+        **{
+            side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}})
+            for side in SIDES
+        }
+    )
 
 
 def _features(side: str, features: Any) -> dict[str, Feature]:
     if not isinstance(features, Mapping):
-        raise ConfigError(f"features.{side}={features!r} must be a mapping of feature names to their fields.")
+        raise ConfigError(
+            f"features.{side}={features!r} must be a mapping of feature names to their fields."
+        )
     return {name: _feature(side, name, fields) for name, fields in features.items()}
 
 
 def _feature(side: str, name: str, fields: Any) -> Feature:
     where = f"features.{side}.{name}"
     if not isinstance(fields, Mapping) or "type" not in fields:
-        raise ConfigError(f"{where}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}.")
+        raise ConfigError(
+            f"{where}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}."
+        )
     cls = choose(FEATURES, str(fields["type"]), f"{where}.type")
-    hints = {field: hint for field, hint in typing.get_type_hints(cls).items() if field not in ("side", "name")}
+    hints = {
+        field: hint
+        for field, hint in typing.get_type_hints(cls).items()
+        if field not in ("side", "name")
+    }
     check_fields(fields, ["type", *hints], where)
-    required = [f.name for f in dataclasses.fields(cls) if f.name in hints and f.default is f.default_factory]
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name in hints and f.default is f.default_factory
+    ]
     for field in required:
         if field not in fields:
             raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")
-    values = {field: convert(hints[field], value, f"{where}.{field}") for field, value in fields.items() if field != "type"}
+    values = {
+        field: convert(hints[field], value, f"{where}.{field}")
+        for field, value in fields.items()
+        if field != "type"
+    }
     return cls(side=side, name=name, **values)
 
 
 def _to_dict(feature: Feature) -> dict[str, Any]:
     kind = next(kind for kind, cls in FEATURES.items() if cls is type(feature))
-    return {"type": kind} | {k: v for k, v in dataclasses.asdict(feature).items() if k not in ("side", "name")}
+    return {"type": kind} | {
+        k: v for k, v in dataclasses.asdict(feature).items() if k not in ("side", "name")
+    }
 
 
 def _check_history(histories: list[HistoryFeature], item: Mapping[str, Feature]) -> None:
     """Refuses a second history, and one that reads what items do not have."""
     for history in histories[1:]:
-        raise ConfigError(f"{history.where} is a second history beside {histories[0].where}: a user has one. Leave one out.")
+        raise ConfigError(
+            f"{history.where} is a second history beside {histories[0].where}: a user has one. Leave one out."
+        )
     for history in histories:
         for name in history.reads:
             choose(item, name, f"{history.where}.reads")
         first = item[history.reads[0]]
-        if not isinstance(first, StringFeature) or isinstance(first, StringsFeature) or first.column != "item_id":
+        if (
+            not isinstance(first, StringFeature)
+            or isinstance(first, StringsFeature)
+            or first.column != "item_id"
+        ):
             raise ConfigError(
                 f"{history.where}.reads={history.reads!r} must begin with a string feature of the column 'item_id': "
                 f"{first.where} is another."
@@ -154,7 +204,11 @@ def _check_shared(first: Feature, other: Feature) -> None:
             f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
             f"can share one, and text features can; give one of them another table."
         )
-    for field in ("embedding_size", "min_count", "oov_rows", "initial_norm") if vocabulary else ("embedding_size", "buckets"):
+    for field in (
+        ("embedding_size", "min_count", "oov_rows", "initial_norm")
+        if vocabulary
+        else ("embedding_size", "buckets")
+    ):
         if getattr(first, field) != getattr(other, field):
             raise ConfigError(
                 f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "

@@ -18,18 +18,22 @@ from twotower.validation import ConfigError, check_fields, choose
 
 
 def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
-    """Keeps the rows that `config.where`, `config.duplicates` and `config.k_core` ask for, in their order.
+    """Keeps the rows that `config.where`, `config.duplicates` and `config.k_core` ask for, in their
+    order.
 
-    A k-core also restricts the tables of users and items to those that survive; the other filters leave them whole.
+    A k-core also restricts the tables of users and items to those that survive; the other filters
+    leave them whole.
 
     Raises:
-        ConfigError: an unknown column or operator, a value that cannot be compared with its column, or no row left (the
-            message counts what each filter removed).
+        ConfigError: an unknown column or operator, a value that cannot be compared with its column,
+            or no row left (the message counts what each filter removed).
     """
     rows, removed = dataset.interactions, []
     for name, mask in _filters(config):
         kept = rows.filter(pa.array(mask(rows)))
-        removed.append(f"{name} removed {rows.num_rows - kept.num_rows:,} of {rows.num_rows:,} rows")
+        removed.append(
+            f"{name} removed {rows.num_rows - kept.num_rows:,} of {rows.num_rows:,} rows"
+        )
         rows = kept
     for line in removed:
         logging.info("%s", line)
@@ -41,14 +45,19 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
     return _survivors(dataset) if config.k_core > 0 else dataset
 
 
-def _filters(config: DataConfig) -> Iterator[tuple[str, Callable[[pa.Table], np.ndarray | pa.ChunkedArray]]]:
+def _filters(
+    config: DataConfig,
+) -> Iterator[tuple[str, Callable[[pa.Table], np.ndarray | pa.ChunkedArray]]]:
     for i, condition in enumerate(config.where):
         yield (
             f"where {condition!r}",
             lambda rows, c=condition, i=i: matches(rows, c, field=f"config.data.where[{i}]={c!r}"),
         )
     if config.duplicates != "all":
-        yield f"duplicates={config.duplicates!r}", lambda rows: one_per_pair(rows, keep=config.duplicates)
+        yield (
+            f"duplicates={config.duplicates!r}",
+            lambda rows: one_per_pair(rows, keep=config.duplicates),
+        )
     if config.k_core > 0:
         yield (
             f"k_core={config.k_core}",
@@ -72,7 +81,9 @@ def _member(column: pa.ChunkedArray, values: Any, field: str) -> pa.ChunkedArray
 
 
 def _prefix(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or not isinstance(value, str):
+    if not (
+        pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    ) or not isinstance(value, str):
         raise ConfigError(
             f"{field}: a prefix needs a column of text and a text, not {column.type} and {type(value).__name__}."
         )
@@ -103,10 +114,13 @@ def matches(
 ) -> pa.ChunkedArray:
     """Which rows satisfy `condition`: bool [N], never null.
 
-    A null satisfies `!=`, `not in` and `not starts with` and nothing else; `== None` and `!= None` ask for nulls.
+    A null satisfies `!=`, `not in` and `not starts with` and nothing else; `== None` and `!= None`
+    ask for nulls.
     """
     if len(condition) != 3:
-        raise ConfigError(f"{field} must be (column, operator, value), such as ('rating', '>=', 4).")
+        raise ConfigError(
+            f"{field} must be (column, operator, value), such as ('rating', '>=', 4)."
+        )
     name, operator, value = condition
     check_fields({name: value}, rows.column_names, f"{field}: {table}")
     compute, inverted = choose(OPERATORS, operator, f"{field}: the operator")
@@ -118,8 +132,13 @@ def matches(
 
 
 def _scalar(column: pa.ChunkedArray, value: Any, field: str) -> pa.Scalar:
-    """`value` for a comparison with `column`; numbers compare with numbers and text with text, never across."""
-    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
+    """`value` for a comparison with `column`; numbers compare with numbers and text with text,
+    never across."""
+    number = (
+        pa.types.is_integer(column.type)
+        or pa.types.is_floating(column.type)
+        or pa.types.is_decimal(column.type)
+    )
     try:
         if number and isinstance(value, (int, float)) and not isinstance(value, bool):
             return pa.scalar(value)
@@ -133,7 +152,8 @@ def _scalar(column: pa.ChunkedArray, value: Any, field: str) -> pa.Scalar:
 
 
 def one_per_pair(rows: pa.Table, *, keep: str) -> np.ndarray:
-    """Marks the "first" or "last" row of each (user, item), bool [N]: in time if rows have one, then in file order."""
+    """Marks the "first" or "last" row of each (user, item), bool [N]: in time if rows have one,
+    then in file order."""
     pairs, times = pair_codes(rows), timestamps(rows)
     order = np.arange(len(pairs)) if times is None else np.argsort(times, kind="stable")
     order = order if keep == "first" else order[::-1]
@@ -144,14 +164,17 @@ def one_per_pair(rows: pa.Table, *, keep: str) -> np.ndarray:
 
 
 def in_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
-    """Marks the rows of the k-core, bool [N]: the largest set in which every user and every item has at least k rows.
+    """Marks the rows of the k-core, bool [N]: the largest set in which every user and every item
+    has at least k rows.
 
     Args:
         users, items: codes from 0, int64 [N].
     """
     rows = np.arange(len(users))
     while True:
-        kept = (np.bincount(users[rows])[users[rows]] >= k) & (np.bincount(items[rows])[items[rows]] >= k)
+        kept = (np.bincount(users[rows])[users[rows]] >= k) & (
+            np.bincount(items[rows])[items[rows]] >= k
+        )
         if kept.all():
             break
         rows = rows[kept]
@@ -161,10 +184,12 @@ def in_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
 
 
 def _survivors(dataset: Dataset) -> Dataset:
-    """Restricts the users, the items and the true factors, which are aligned with them, to ids of the interactions."""
+    """Restricts the users, the items and the true factors, which are aligned with them, to ids of
+    the interactions."""
     alive = {
         side: pc.is_in(
-            getattr(dataset, f"{side}s")[f"{side}_id"], value_set=pc.unique(dataset.interactions[f"{side}_id"])
+            getattr(dataset, f"{side}s")[f"{side}_id"],
+            value_set=pc.unique(dataset.interactions[f"{side}_id"]),
         )
         for side in ("user", "item")
     }
@@ -174,5 +199,8 @@ def _survivors(dataset: Dataset) -> Dataset:
         item_factors=dataset.truth.item_factors[alive["item"].to_numpy()],
     )
     return dataclasses.replace(
-        dataset, users=dataset.users.filter(alive["user"]), items=dataset.items.filter(alive["item"]), truth=truth
+        dataset,
+        users=dataset.users.filter(alive["user"]),
+        items=dataset.items.filter(alive["item"]),
+        truth=truth,
     )

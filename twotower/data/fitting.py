@@ -1,4 +1,5 @@
-"""What training rows say of each feature: its column, the weight of each value, and what is fitted to them."""
+"""What training rows say of each feature: its column, the weight of each value, and what is fitted
+to them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Column(NamedTuple):
     """A feature and the values it is fitted to.
 
     Attributes:
-        values: one for each user or item that occurs in training, or for each training row of a context feature.
+        values: one for each user or item that occurs in training, or for each training row of a
+            context feature.
         weights: int64 [N], training rows behind each value.
         every: the column with the users or items that do not occur in training.
         is_context: whether it is a column of the interactions.
@@ -49,12 +51,15 @@ class Column(NamedTuple):
     is_context: bool
 
 
-def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table) -> dict[Key, Column]:
+def training_columns(
+    spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
+) -> dict[Key, Column]:
     """The column of every feature.
 
     Raises:
         ConfigError: no table of its side has the column; the nearest is named.
-        ValueError: ids come twice in `users` or `items`, or training rows have ids that are not there.
+        ValueError: ids come twice in `users` or `items`, or training rows have ids that are not
+            there.
     """
     tables = {"user": users, "item": items}
     counts = {side: _training_rows(train, table, side) for side, table in tables.items()}
@@ -66,10 +71,14 @@ def training_columns(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, ite
         side, name = feature.side, feature.column
         if name in tables[side].column_names:
             weights = counts[side][counts[side] > 0]
-            column = Column(feature, seen[side][name], weights, tables[side][name], is_context=False)
+            column = Column(
+                feature, seen[side][name], weights, tables[side][name], is_context=False
+            )
         elif side == "user" and name in train.column_names:
             _check_context(feature)
-            column = Column(feature, train[name], np.ones(len(train), np.int64), train[name], is_context=True)
+            column = Column(
+                feature, train[name], np.ones(len(train), np.int64), train[name], is_context=True
+            )
         else:
             raise _missing_column(feature, tables[side], train)
         columns[side, feature.name] = column
@@ -81,18 +90,28 @@ def newest_timestamp(train: pa.Table) -> int | None:
     return pc.max(train["timestamp"]).as_py() if "timestamp" in train.column_names else None
 
 
-def fit_history(spec: FeatureSpec, fitted: Mapping[Key, Fitted], newest: int | None) -> dict[Key, Fitted]:
-    """The history of a user, if it is a feature: the vocabulary of items, and the time that ages are counted from."""
+def fit_history(
+    spec: FeatureSpec, fitted: Mapping[Key, Fitted], newest: int | None
+) -> dict[Key, Fitted]:
+    """The history of a user, if it is a feature: the vocabulary of items, and the time that ages
+    are counted from."""
     feature = spec.history
     if feature is None:
         return {}
     vocabulary = fitted["item", feature.reads[0]].vocabulary
-    return {("user", feature.name): Fitted(feature, vocabulary=vocabulary, numbers={"newest": newest or 0})}
+    return {
+        ("user", feature.name): Fitted(
+            feature, vocabulary=vocabulary, numbers={"newest": newest or 0}
+        )
+    }
 
 
 def fit_columns(columns: Mapping[Key, Column], newest: int | None) -> dict[Key, Fitted]:
-    """Fits every feature; those that share a table share one vocabulary, over the values of all of them."""
-    shared = _vocabularies([column for column in columns.values() if isinstance(column.feature, StringFeature)])
+    """Fits every feature; those that share a table share one vocabulary, over the values of all of
+    them."""
+    shared = _vocabularies(
+        [column for column in columns.values() if isinstance(column.feature, StringFeature)]
+    )
     fitted = {}
     for key, column in columns.items():
         with naming(column.feature):
@@ -118,12 +137,15 @@ def _fit(column: Column, shared: Mapping[str, Vocabulary], newest: int | None) -
             return Fitted(feature, vocabulary=vocabulary, vectors=vectors)
         case SentenceFeature():
             vocabulary, vectors, sha256 = fit_sentences(feature, column.every)
-            return Fitted(feature, vocabulary=vocabulary, vectors=vectors, numbers={"model": sha256})
+            return Fitted(
+                feature, vocabulary=vocabulary, vectors=vectors, numbers={"model": sha256}
+            )
     return Fitted(feature)
 
 
 def _check_values(column: Column) -> None:
-    """Reads all values and not only those of training, so that the row in the message is a row of the table."""
+    """Reads all values and not only those of training, so that the row in the message is a row of
+    the table."""
     match column.feature:
         case IntFeature() | FloatFeature():
             numeric.as_numbers(column.every, column.feature.where)
@@ -147,7 +169,10 @@ def _vocabulary(columns: list[Column]) -> Vocabulary:
     values, weights = zip(*parts, strict=True)
     feature = columns[0].feature
     return Vocabulary.fit(
-        pa.chunked_array(values), np.concatenate(weights), min_count=feature.min_count, oov_rows=feature.oov_rows
+        pa.chunked_array(values),
+        np.concatenate(weights),
+        min_count=feature.min_count,
+        oov_rows=feature.oov_rows,
     )
 
 
@@ -156,7 +181,9 @@ def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
     name = f"{side}_id"
     for given, what in ((train, "The training rows"), (table, f"The {side}s table")):
         if name not in given.column_names:
-            raise ValueError(f"{what} must have a column {name!r}; columns: {', '.join(given.column_names)}.")
+            raise ValueError(
+                f"{what} must have a column {name!r}; columns: {', '.join(given.column_names)}."
+            )
     ids = as_strings(table[name])
     if pc.count_distinct(ids, mode="all").as_py() < len(ids):
         counts = pc.value_counts(ids)
@@ -167,7 +194,9 @@ def _training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
     places = pc.index_in(as_strings(train[name]), value_set=ids)
     if places.null_count:
         unknown = train[name].filter(places.is_null())[0].as_py()
-        raise ValueError(f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}.")
+        raise ValueError(
+            f"{places.null_count} training rows have a {name} that the {side}s table lacks, the first {unknown!r}."
+        )
     return np.bincount(places.to_numpy(), minlength=len(table))
 
 
@@ -180,7 +209,9 @@ def _check_context(feature: Feature) -> None:
 
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
-    known = dict.fromkeys(table.column_names + (train.column_names if feature.side == "user" else []))
+    known = dict.fromkeys(
+        table.column_names + (train.column_names if feature.side == "user" else [])
+    )
     where = f"{feature.where} reads column {feature.column!r}; the {feature.side}s table"
     try:
         check_fields({feature.column: None}, known, where)

@@ -1,4 +1,5 @@
-"""Folders that are written whole or not at all, and checked when read: any, and those of one JSON file and arrays."""
+"""Folders that are written whole or not at all, and checked when read: any, and those of one JSON
+file and arrays."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ class FolderError(ValueError):
 
 @contextlib.contextmanager
 def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """A new empty folder that takes the place of `folder` when the block ends well, and is deleted when it does not.
+    """A new empty folder that takes the place of `folder` when the block ends well, and is deleted
+    when it does not.
 
-    Wherever a process is killed, the old folder or the new one is left, at worst under the name that it has between two
-    renames: the next call puts it back.
+    Wherever a process is killed, the old folder or the new one is left, at worst under the name
+    that it has between two renames: the next call puts it back.
     """
     folder = epath.Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,8 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def put_back(folder: epath.PathLike, *, patience: float = 2.0) -> None:
-    """Where `folder` is missing because a process was killed while it replaced it, puts the old one back.
+    """Where `folder` is missing because a process was killed while it replaced it, puts the old one
+    back.
 
     Args:
         patience: seconds to wait for a process that is replacing it just now.
@@ -49,7 +52,11 @@ def put_back(folder: epath.PathLike, *, patience: float = 2.0) -> None:
     folder = epath.Path(folder)
     end = time.monotonic() + patience
     while not folder.exists() and folder.parent.exists():
-        left = [path for path in folder.parent.iterdir() if re.fullmatch(rf"{re.escape(folder.name)}\.\d+\.old\.tmp", path.name)]
+        left = [
+            path
+            for path in folder.parent.iterdir()
+            if re.fullmatch(rf"{re.escape(folder.name)}\.\d+\.old\.tmp", path.name)
+        ]
         if not left:
             return
         if not _runs(int(left[0].name.split(".")[-3])) or time.monotonic() > end:
@@ -78,13 +85,17 @@ def digest(path: epath.PathLike) -> str:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON, whatever the order of its keys; that which it says itself, under "sha256", aside."""
+    """SHA-256 of JSON, whatever the order of its keys; that which it says itself, under "sha256",
+    aside."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_folder(folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `kind`.json and one .npy an array into a temporary folder, then puts it in the place of `folder`."""
+def write_folder(
+    folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `kind`.json and one .npy an array into a temporary folder, then puts it in the place
+    of `folder`."""
     with replacing(folder) as temporary:
         _write(temporary, kind, state, arrays)
 
@@ -93,7 +104,8 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     """The state and the arrays that `write_folder` put there.
 
     Raises:
-        FolderError: the folder holds something else, lacks a file, or a file is not what was written.
+        FolderError: the folder holds something else, lacks a file, or a file is not what was
+            written.
     """
     folder = epath.Path(folder)
     content = _read_json(folder, kind)
@@ -103,7 +115,9 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
         if not path.exists():
             raise FolderError(f"{folder} is not a whole {kind}: it lacks {name}.")
         if digest(path) != written:
-            raise FolderError(f"{path} is corrupt: its content is not what was written with {kind}.json.")
+            raise FolderError(
+                f"{path} is corrupt: its content is not what was written with {kind}.json."
+            )
         with path.open("rb") as file:
             arrays[name.removesuffix(".npy")] = np.load(file, allow_pickle=False)
     return content["state"], arrays
@@ -118,15 +132,21 @@ def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise FolderError(f"{path} is corrupt: it is not JSON ({error}).") from None
     if not isinstance(content, dict) or not {"version", "state", "files", "sha256"} <= set(content):
-        raise FolderError(f"{path} was not written by twotower: it lacks version, state, files or sha256.")
+        raise FolderError(
+            f"{path} was not written by twotower: it lacks version, state, files or sha256."
+        )
     if content["version"] != _VERSION:
-        raise FolderError(f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}.")
+        raise FolderError(
+            f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}."
+        )
     if content["sha256"] != content_digest(content):
         raise FolderError(f"{path} is corrupt: its sha256 does not match its content.")
     return content
 
 
-def _write(folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def _write(
+    folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
     for name, array in arrays.items():
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, array, allow_pickle=False)
@@ -138,7 +158,11 @@ def _write(folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapp
 
 def _recover(folder: epath.Path) -> None:
     """Puts back what a killed process had moved aside, and deletes what else it left."""
-    left = [path for path in folder.parent.iterdir() if re.fullmatch(rf"{re.escape(folder.name)}\.\d+(\.old)?\.tmp", path.name)]
+    left = [
+        path
+        for path in folder.parent.iterdir()
+        if re.fullmatch(rf"{re.escape(folder.name)}\.\d+(\.old)?\.tmp", path.name)
+    ]
     for path in left:
         if path.name.endswith(".old.tmp") and not folder.exists():
             path.rename(folder)
@@ -156,5 +180,7 @@ def _replace(temporary: epath.Path, folder: epath.Path) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    with contextlib.suppress(OSError):  # the new one is in its place; the next call deletes what is left
+    with contextlib.suppress(
+        OSError
+    ):  # the new one is in its place; the next call deletes what is left
         old.rmtree(missing_ok=True)

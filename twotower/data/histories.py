@@ -1,17 +1,19 @@
 """Histories: what a user had done before a moment, the latest last, as arrays of the last L events.
 
-The events of all users lie in flat arrays, by user and then in time, so that a history is a span of them: two numbers, whatever
-its length. `windows` makes arrays of spans, on the host or inside `jit`:
+The events of all users lie in flat arrays, by user and then in time, so that a history is a span of
+them: two numbers, whatever its length. `windows` makes arrays of spans, on the host or inside
+`jit`:
 
-    "history/item_id"  int32 [N, L], rows of the item's table, 0 after the last event; one such array for each feature read
-    "history gap"      int32 [N, L], bucket of the time since the event before, from 1; 0 where there is none
-    "history until"    int32 [N, L], likewise until the event after, and of the latest event until the request; `gaps` + 1 where
-                       one of these times is missing. Only with `request_gap`, and then each span has a third number: the bucket
-                       of its latest event
+    "history/item_id"  int32 [N, L], rows of the item's table, 0 after the last event; one such
+    array for each feature read "history gap"      int32 [N, L], bucket of the time since the event
+    before, from 1; 0 where there is none "history until"    int32 [N, L], likewise until the event
+    after, and of the latest event until the request; `gaps` + 1 where
+                       one of these times is missing. Only with `request_gap`, and then each span
+                       has a third number: the bucket of its latest event
     "history weight"   float32 [N, L], log of the weight of each event beside that of the others
 
-An event is earlier when its time is: events of the same second do not know of each other. Without times the order of the file is
-the time.
+An event is earlier when its time is: events of the same second do not know of each other. Without
+times the order of the file is the time.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from twotower.data.numeric import as_seconds
 from twotower.data.vocabulary import as_strings
 from twotower.validation import ConfigError
 
-# Part of a split -> the parts whose events its rows may know of; "now" is what a served user is asked with.
+# Part of a split -> the parts whose events its rows may know of; "now" is what a served user is
+# asked with.
 KNOWN = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
 # Which of these have events of their own: validation rows know what training rows know.
 _STORED = {"train": "train", "validation": "train", "test": "test", "now": "now"}
@@ -49,7 +52,8 @@ class Histories:
         events: array -> [M, ...], those that training rows know of first.
         offsets: "train", "test" or "now" -> int64 [U + 1], where the events of each user begin.
         orders: likewise -> int64 [events], their places among the rows of all parts joined.
-        spans: part -> int32 [rows, 2 or 3], the history of each of its rows: first event, and the one after the last.
+        spans: part -> int32 [rows, 2 or 3], the history of each of its rows: first event, and the
+            one after the last.
         times: int64 [M], of the events, in seconds; empty without.
     """
 
@@ -86,25 +90,41 @@ class Histories:
             asked: [N], when each is asked about, in seconds; the newest time of the log by default.
         """
         begin, end = self.offsets["now"][users], self.offsets["now"][np.asarray(users) + 1]
-        return _spans(self.fitted, begin, end, self.times, self.times.max(initial=0) if asked is None else asked)
+        return _spans(
+            self.fitted,
+            begin,
+            end,
+            self.times,
+            self.times.max(initial=0) if asked is None else asked,
+        )
 
     def stored(self, raw: Split) -> pa.Array:
-        """The raw histories of all users as they stand at the end of the log, such as a request would bring them."""
+        """The raw histories of all users as they stand at the end of the log, such as a request
+        would bring them."""
         spans = self.now(np.arange(len(self.offsets["now"]) - 1))
         lengths = spans[:, 1] - spans[:, 0]
         ends = np.cumsum(lengths)
-        places = np.repeat(spans[:, 0] - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+        places = np.repeat(spans[:, 0] - (ends - lengths), lengths) + np.arange(
+            ends[-1] if len(ends) else 0
+        )
         rows = pa.array(self.orders["now"][places - self.offsets["now"][0]])
         log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-        needed = {"item_id": True, "event": self.fitted.feature.weights, "timestamp": _is_timed(self.fitted)}
+        needed = {
+            "item_id": True,
+            "event": self.fitted.feature.weights,
+            "timestamp": _is_timed(self.fitted),
+        }
         fields = [name for name, read in needed.items() if read]
         values = [log[name].combine_chunks().take(rows) for name in fields]
         flat = values[0] if len(fields) == 1 else pa.StructArray.from_arrays(values, fields)
         return pa.ListArray.from_arrays(pa.array(np.append(0, ends).astype(np.int32)), flat)
 
 
-def windows(events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int) -> dict[str, Any]:
-    """The arrays [N, L] of spans [N, 2 or 3] of at most L events, filled up with 0; of NumPy arrays, or inside `jit`."""
+def windows(
+    events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int
+) -> dict[str, Any]:
+    """The arrays [N, L] of spans [N, 2 or 3] of at most L events, filled up with 0; of NumPy
+    arrays, or inside `jit`."""
     slot = np.arange(length, dtype=np.int32)[None]
     places = spans[:, :1] + slot
     valid = places < spans[:, 1:2]
@@ -115,8 +135,11 @@ def windows(events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, len
     return found
 
 
-def read_events(events: Mapping[str, Any], reads: Mapping[str, Any], places: Any, valid: Any, *, first: Any) -> dict[str, Any]:
-    """The arrays of single events [N, S], 0 where not `valid`; the gap of a `first` one is not known."""
+def read_events(
+    events: Mapping[str, Any], reads: Mapping[str, Any], places: Any, valid: Any, *, first: Any
+) -> dict[str, Any]:
+    """The arrays of single events [N, S], 0 where not `valid`; the gap of a `first` one is not
+    known."""
     found = {name: x[places] * valid for name, x in events.items()}
     if HISTORY_GAP in found:
         found[HISTORY_GAP] = found[HISTORY_GAP] * ~first
@@ -125,7 +148,11 @@ def read_events(events: Mapping[str, Any], reads: Mapping[str, Any], places: Any
 
 
 def build_histories(
-    fitted: Fitted, raw: Split, users: Sequence[np.ndarray], times: Sequence[np.ndarray | None], num_users: int
+    fitted: Fitted,
+    raw: Split,
+    users: Sequence[np.ndarray],
+    times: Sequence[np.ndarray | None],
+    num_users: int,
 ) -> Histories:
     """The histories of the rows of a split.
 
@@ -137,7 +164,10 @@ def build_histories(
         ConfigError: the log lacks a column that the feature reads.
     """
     log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-    part, user = np.repeat(np.arange(3), [len(x) for x in users]), np.concatenate(users).astype(np.int64)
+    part, user = (
+        np.repeat(np.arange(3), [len(x) for x in users]),
+        np.concatenate(users).astype(np.int64),
+    )
     timed = all(time is not None for time, x in zip(times, users) if len(x))
     time = np.concatenate([t for t in times if t is not None]) if timed else None
     _check_columns(fitted, log, timed)
@@ -145,23 +175,36 @@ def build_histories(
     # When each row happened as a number from 0 on, dense, so that one key orders users and times.
     when = np.unique(time if timed else place, return_inverse=True)[1]
     keys = user * (when.max(initial=0) + 1) + when
-    columns = _event_arrays(fitted, log["item_id"], log["event"] if "event" in log.column_names else None, time)
+    columns = _event_arrays(
+        fitted, log["item_id"], log["event"] if "event" in log.column_names else None, time
+    )
     events, offsets, orders, ends = [], {}, {}, {}
     base = 0
     for name in ("train", "test", "now"):
         chosen = np.flatnonzero(np.isin(part, KNOWN[name]))
         order = orders[name] = chosen[np.lexsort((place[chosen], keys[chosen]))]
-        offsets[name] = base + np.append(0, np.cumsum(np.bincount(user[chosen], minlength=num_users)))
-        events.append({n: x[order] for n, x in columns.items()} | _gaps(fitted, time, order) | _until(fitted, time, order))
+        offsets[name] = base + np.append(
+            0, np.cumsum(np.bincount(user[chosen], minlength=num_users))
+        )
+        events.append(
+            {n: x[order] for n, x in columns.items()}
+            | _gaps(fitted, time, order)
+            | _until(fitted, time, order)
+        )
         for asked, known in _STORED.items():
             if known == name and asked != "now":
                 rows = part == list(KNOWN).index(asked)
-                ends[asked] = rows, offsets[name][user[rows]], base + np.searchsorted(keys[order], keys[rows], side="left")
+                ends[asked] = (
+                    rows,
+                    offsets[name][user[rows]],
+                    base + np.searchsorted(keys[order], keys[rows], side="left"),
+                )
         base += len(order)
     joined = {n: np.concatenate([level[n] for level in events]) for n in events[0]}
     times = np.concatenate([time[order] for order in orders.values()]) if timed else np.zeros(0)
     spans = {
-        asked: _spans(fitted, begin, end, times, time[rows] if timed else np.nan) for asked, (rows, begin, end) in ends.items()
+        asked: _spans(fitted, begin, end, times, time[rows] if timed else np.nan)
+        for asked, (rows, begin, end) in ends.items()
     }
     return Histories(fitted, joined, offsets, orders, spans, times)
 
@@ -169,7 +212,8 @@ def build_histories(
 def encode_histories(
     fitted: Fitted, column: pa.ChunkedArray, *, asked: pa.ChunkedArray | None = None
 ) -> dict[str, np.ndarray]:
-    """The arrays of raw histories: lists of item ids or of mappings, the latest last; null is an empty one.
+    """The arrays of raw histories: lists of item ids or of mappings, the latest last; null is an
+    empty one.
 
     Args:
         asked: when each is asked for; None: not known.
@@ -177,25 +221,39 @@ def encode_histories(
     feature, count = fitted.feature, len(column)
     lists = _as_lists(fitted, column)
     owners, flat = pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists)
-    fields = {n: flat.field(n) for n in ("item_id", "event", "timestamp") if pa.types.is_struct(flat.type) and _has(flat, n)}
+    fields = {
+        n: flat.field(n)
+        for n in ("item_id", "event", "timestamp")
+        if pa.types.is_struct(flat.type) and _has(flat, n)
+    }
     items = fields.get("item_id", flat)
     if pa.types.is_struct(items.type):
-        raise ConfigError(f"{feature.where}: the events of a history must have an item_id; these have {flat.type}.")
+        raise ConfigError(
+            f"{feature.where}: the events of a history must have an item_id; these have {flat.type}."
+        )
     kept = pc.is_valid(items).to_numpy(zero_copy_only=False)
-    after = np.bincount(owners[kept], minlength=count)[owners] - _running(kept, owners)  # how many kept ones follow
+    after = np.bincount(owners[kept], minlength=count)[owners] - _running(
+        kept, owners
+    )  # how many kept ones follow
     kept &= after < feature.max_length
     chosen, owners = pa.array(kept), owners[kept]
     time = known = None
     if _is_timed(fitted):
-        given = fields.get("timestamp", pa.nulls(len(flat), pa.int64())).filter(chosen).cast(pa.int64())
+        given = (
+            fields.get("timestamp", pa.nulls(len(flat), pa.int64())).filter(chosen).cast(pa.int64())
+        )
         time = pc.fill_null(given, fitted.numbers["newest"]).to_numpy().astype(np.int64)
         known = np.where(given.is_null().to_numpy(zero_copy_only=False), np.nan, time)
     event = fields["event"].filter(chosen) if "event" in fields else None
     values = _event_arrays(fitted, pa.chunked_array([items.filter(chosen)]), event, time)
-    values |= _gaps(fitted, time, np.arange(len(owners))) | _until(fitted, known, np.arange(len(owners)))
+    values |= _gaps(fitted, time, np.arange(len(owners))) | _until(
+        fitted, known, np.arange(len(owners))
+    )
     lengths = np.bincount(owners, minlength=count)
     ends = np.cumsum(lengths)
-    spans = _spans(fitted, ends - lengths, ends, known, np.nan if asked is None else _seconds(fitted, asked))
+    spans = _spans(
+        fitted, ends - lengths, ends, known, np.nan if asked is None else _seconds(fitted, asked)
+    )
     # One more event, of nothing: an empty span must have something to point at.
     padded = {name: np.concatenate([x, np.zeros(1, x.dtype)]) for name, x in values.items()}
     reads = {f"{feature.name}/{of}": x for of, x in fitted.reads.items()}
@@ -206,7 +264,8 @@ def read_items(fitted: Fitted, encoded: Mapping[str, np.ndarray]) -> Fitted:
     """`fitted` with what it reads of items beside their ids.
 
     Args:
-        encoded: item feature -> [items, ...], its id among them. Items without a row of their own are read by their id alone.
+        encoded: item feature -> [items, ...], its id among them. Items without a row of their own
+            are read by their id alone.
     """
     first, *others = fitted.feature.reads
     ids, vocabulary = encoded[first], fitted.vocabulary
@@ -218,7 +277,9 @@ def read_items(fitted: Fitted, encoded: Mapping[str, np.ndarray]) -> Fitted:
     return dataclasses.replace(fitted, reads=reads)
 
 
-def _event_arrays(fitted: Fitted, items: Any, event: Any, time: np.ndarray | None) -> dict[str, np.ndarray]:
+def _event_arrays(
+    fitted: Fitted, items: Any, event: Any, time: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """What each event is, [M] each."""
     feature = fitted.feature
     found = {f"{feature.name}/{feature.reads[0]}": fitted.vocabulary.rows(items)}
@@ -235,16 +296,27 @@ def _event_arrays(fitted: Fitted, items: Any, event: Any, time: np.ndarray | Non
 
 
 def _gaps(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
-    """Buckets from 1 on of the time since the event before in `order`; of a user's first event they mean nothing."""
-    return {HISTORY_GAP: _buckets(fitted, np.diff(time[order], prepend=time[order][:1]))} if fitted.feature.gaps else {}
+    """Buckets from 1 on of the time since the event before in `order`; of a user's first event they
+    mean nothing."""
+    return (
+        {HISTORY_GAP: _buckets(fitted, np.diff(time[order], prepend=time[order][:1]))}
+        if fitted.feature.gaps
+        else {}
+    )
 
 
 def _until(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
     """Likewise until the event after; of a user's last event they mean nothing."""
-    return {HISTORY_UNTIL: _buckets(fitted, np.diff(time[order], append=time[order][-1:]))} if fitted.feature.request_gap else {}
+    return (
+        {HISTORY_UNTIL: _buckets(fitted, np.diff(time[order], append=time[order][-1:]))}
+        if fitted.feature.request_gap
+        else {}
+    )
 
 
-def _spans(fitted: Fitted, begin: np.ndarray, end: np.ndarray, times: np.ndarray | None, asked: Any) -> np.ndarray:
+def _spans(
+    fitted: Fitted, begin: np.ndarray, end: np.ndarray, times: np.ndarray | None, asked: Any
+) -> np.ndarray:
     """int32 [N, 2 or 3], of the last L events within [begin, end).
 
     Args:
@@ -261,7 +333,9 @@ def _spans(fitted: Fitted, begin: np.ndarray, end: np.ndarray, times: np.ndarray
 def _buckets(fitted: Fitted, seconds: np.ndarray) -> np.ndarray:
     """int32, from 1 on; NaN has one of its own."""
     buckets = fitted.feature.gaps
-    known = 1 + np.minimum(np.log2(1 + np.maximum(np.nan_to_num(seconds), 0)), buckets - 1).astype(np.int32)
+    known = 1 + np.minimum(np.log2(1 + np.maximum(np.nan_to_num(seconds), 0)), buckets - 1).astype(
+        np.int32
+    )
     return np.where(np.isnan(seconds), buckets + 1, known).astype(np.int32)
 
 
@@ -272,10 +346,14 @@ def _is_timed(fitted: Fitted) -> bool:
 def _check_columns(fitted: Fitted, log: pa.Table, timed: bool) -> None:
     feature = fitted.feature
     if feature.weights and "event" not in log.column_names:
-        raise ConfigError(f"{feature.where}.weights={dict(feature.weights)} needs a column 'event' of the interactions.")
+        raise ConfigError(
+            f"{feature.where}.weights={dict(feature.weights)} needs a column 'event' of the interactions."
+        )
     for field in ("gaps", "half_life"):
         if getattr(feature, field) and not timed:
-            raise ConfigError(f"{feature.where}.{field}={getattr(feature, field)} needs a time in every row; this log has none.")
+            raise ConfigError(
+                f"{feature.where}.{field}={getattr(feature, field)} needs a time in every row; this log has none."
+            )
 
 
 def _seconds(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
@@ -288,13 +366,19 @@ def _as_lists(fitted: Fitted, column: pa.ChunkedArray) -> pa.LargeListArray:
     kind = column.type
     if pa.types.is_null(kind):
         return pa.array([None] * len(column), pa.large_list(pa.string()))
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
         raise ConfigError(
             f"{fitted.feature.where}: column {fitted.feature.column!r} holds {kind}; a history is a list of item ids, or of "
             "mappings with an item_id, the latest last."
         )
     kind = pa.large_list(kind.value_type)
-    return pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks]) if column.num_chunks else pa.array([], kind)
+    return (
+        pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks])
+        if column.num_chunks
+        else pa.array([], kind)
+    )
 
 
 def _has(values: pa.StructArray, name: str) -> bool:

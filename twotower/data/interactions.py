@@ -1,4 +1,5 @@
-"""Rows of a log as NumPy columns: codes of their ids, their times, and the parts they are divided into."""
+"""Rows of a log as NumPy columns: codes of their ids, their times, and the parts they are divided
+into."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Split:
     """Rows of the interactions, each in exactly one part, in file order within a part.
 
     Attributes:
-        places: of each part, where its rows stood in the file, int64; None: the parts follow each other.
+        places: of each part, where its rows stood in the file, int64; None: the parts follow each
+            other.
     """
 
     train: pa.Table
@@ -33,7 +35,8 @@ class Split:
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers distinct values from 0 in the order of first appearance: int64 [N]; null is a value like others."""
+    """Numbers distinct values from 0 in the order of first appearance: int64 [N]; null is a value
+    like others."""
     encoded = pc.dictionary_encode(column, null_encoding="encode")
     chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
@@ -90,7 +93,8 @@ def describe(rows: pa.Table, row: int) -> str:
 
 
 def fingerprint(rows: pa.Table) -> str:
-    """Hex digest of who met which item and when, in order; the same however the columns are cut into chunks."""
+    """Hex digest of who met which item and when, in order; the same however the columns are cut
+    into chunks."""
     digest = hashlib.sha256()
     for name in ("user_id", "item_id", "timestamp"):
         if name in rows.column_names:

@@ -20,11 +20,15 @@ def label_columns(objective: ObjectiveConfig) -> dict[str, str]:
         ConfigError: a head names no column.
     """
     fields = {"config.objective.label": objective.label} if objective.label else {}
-    fields |= {f"config.objective.heads.{name}.label": head.label for name, head in objective.heads.items()}
+    fields |= {
+        f"config.objective.heads.{name}.label": head.label for name, head in objective.heads.items()
+    }
     columns: dict[str, str] = {}
     for field, column in fields.items():
         if not column:
-            raise ConfigError(f"{field}='' must name the column of the interactions that holds the head's label.")
+            raise ConfigError(
+                f"{field}='' must name the column of the interactions that holds the head's label."
+            )
         columns.setdefault(column, field)
     return columns
 
@@ -38,11 +42,13 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: dict[str, str]) -> No
         columns: of `label_columns`.
 
     Raises:
-        ConfigError: a column does not exist, holds something other than 0, 1, true, false or nothing, or one label alone in
-            training.
+        ConfigError: a column does not exist, holds something other than 0, 1, true, false or
+            nothing, or one label alone in training.
     """
     for column, field in columns.items():
-        check_fields({column: field}, rows.column_names, f"{field}={column!r}: the interactions table")
+        check_fields(
+            {column: field}, rows.column_names, f"{field}={column!r}: the interactions table"
+        )
         _check_values(rows, column, field)
         known = read_labels(train, columns)[column]
         for value in (0, 1):
@@ -55,8 +61,11 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: dict[str, str]) -> No
 
 
 def read_labels(table: pa.Table, columns: dict[str, str]) -> dict[str, np.ndarray]:
-    """Column -> float32 [N], NaN where the label is missing; the columns have passed `check_labels`."""
-    return {column: table[column].cast(pa.float32()).to_numpy().astype(np.float32) for column in columns}
+    """Column -> float32 [N], NaN where the label is missing; the columns have passed
+    `check_labels`."""
+    return {
+        column: table[column].cast(pa.float32()).to_numpy().astype(np.float32) for column in columns
+    }
 
 
 def _check_values(rows: pa.Table, column: str, field: str) -> None:

@@ -34,8 +34,11 @@ def as_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def as_seconds(column: pa.ChunkedArray, where: str, *, unit: str = "s") -> tuple[np.ndarray, np.ndarray]:
-    """Seconds since the epoch, UTC, int64 [N], and which are missing. Numbers are in `unit`, text in ISO 8601.
+def as_seconds(
+    column: pa.ChunkedArray, where: str, *, unit: str = "s"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds since the epoch, UTC, int64 [N], and which are missing. Numbers are in `unit`, text
+    in ISO 8601.
 
     Raises:
         ConfigError: a value is not a time; the message names the feature, the row and the value.
@@ -50,7 +53,9 @@ def as_seconds(column: pa.ChunkedArray, where: str, *, unit: str = "s") -> tuple
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return (
+        pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    )
 
 
 def _parse(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
@@ -61,7 +66,9 @@ def _parse(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.Chunked
     except pa.ArrowInvalid:
         row = next(row for row, text in enumerate(texts) if not _parses(text, kind))
         what = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
-        raise ConfigError(f"{where}: {texts[row].as_py()!r} in row {row + 1} is not {what}.") from None
+        raise ConfigError(
+            f"{where}: {texts[row].as_py()!r} in row {row + 1} is not {what}."
+        ) from None
 
 
 def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:
@@ -83,9 +90,12 @@ def fit_int(feature: IntFeature, column: pa.ChunkedArray) -> dict[str, Any]:
     above = values[values > values.min(initial=np.inf)]
     if not len(above):
         return {"boundaries": []}
-    # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge. Where the least value
-    # is so common that it is a quantile (90 % zeros), it is set apart from the others.
-    quantiles = np.quantile(values, np.arange(1, feature.buckets) / feature.buckets, method="higher")
+    # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge.
+    # Where the least value is so common that it is a quantile (90 % zeros), it is set apart from
+    # the others.
+    quantiles = np.quantile(
+        values, np.arange(1, feature.buckets) / feature.buckets, method="higher"
+    )
     return {"boundaries": np.unique(np.maximum(quantiles, above.min())).tolist()}
 
 
@@ -94,7 +104,9 @@ def fit_float(feature: FloatFeature, column: pa.ChunkedArray) -> dict[str, Any]:
     return _moments(_log(feature, as_numbers(column, feature.where)))
 
 
-def fit_timestamp(feature: TimestampFeature, column: pa.ChunkedArray, newest: int | None) -> dict[str, Any]:
+def fit_timestamp(
+    feature: TimestampFeature, column: pa.ChunkedArray, newest: int | None
+) -> dict[str, Any]:
     """The newest training timestamp: that of the log where it has one, else of the column."""
     seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
     return {"newest": newest if newest is not None else int(seconds[~missing].max(initial=0))}
@@ -105,17 +117,24 @@ def encode_int(feature: IntFeature, column: pa.ChunkedArray, numbers: dict[str, 
     values = as_numbers(column, feature.where)
     if feature.normalize:
         return _normalised(values, numbers)
-    buckets = FIRST_BUCKET + np.searchsorted(np.asarray(numbers["boundaries"], np.float64), values, side="right")
+    buckets = FIRST_BUCKET + np.searchsorted(
+        np.asarray(numbers["boundaries"], np.float64), values, side="right"
+    )
     return np.where(np.isnan(values), MISSING_ROW, buckets).astype(np.int32)
 
 
-def encode_float(feature: FloatFeature, column: pa.ChunkedArray, numbers: dict[str, Any]) -> np.ndarray:
+def encode_float(
+    feature: FloatFeature, column: pa.ChunkedArray, numbers: dict[str, Any]
+) -> np.ndarray:
     """(normalised value, missing flag), float32 [N, 2]; a missing value is the mean."""
     return _normalised(_log(feature, as_numbers(column, feature.where)), numbers)
 
 
-def encode_timestamp(feature: TimestampFeature, column: pa.ChunkedArray, numbers: dict[str, Any]) -> np.ndarray:
-    """A row for each part, int32 [N, parts]; a missing time is the missing row once, then padding."""
+def encode_timestamp(
+    feature: TimestampFeature, column: pa.ChunkedArray, numbers: dict[str, Any]
+) -> np.ndarray:
+    """A row for each part, int32 [N, parts]; a missing time is the missing row once, then
+    padding."""
     seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
     hours = np.maximum(numbers["newest"] - seconds, 0) / 3600
     values = {

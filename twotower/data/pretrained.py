@@ -20,21 +20,30 @@ def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
     """The ids, in the order of the file, and their vectors float32 [V, E].
 
     Raises:
-        ConfigError: the file cannot be read, its width is not `embedding_size`, an id comes twice, ids and vectors are
-            not as many, or a vector is not finite. The message names the feature and the file.
+        ConfigError: the file cannot be read, its width is not `embedding_size`, an id comes twice,
+            ids and vectors are not as many, or a vector is not finite. The message names the
+            feature and the file.
     """
     path = _path(feature.path)
     where = f"{feature.where}: {path}"
     try:
-        ids, vectors = _read_npy(feature, path) if feature.ids else _read_parquet(feature, path, where)
+        ids, vectors = (
+            _read_npy(feature, path) if feature.ids else _read_parquet(feature, path, where)
+        )
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{where} cannot be read: {error}") from None
+        raise (
+            error
+            if isinstance(error, ConfigError)
+            else ConfigError(f"{where} cannot be read: {error}")
+        ) from None
     _check_vectors(feature, vectors, where)
     _check_ids(ids, len(vectors), where)
     return Vocabulary(ids, oov_rows=feature.oov_rows), vectors.astype(np.float32)
 
 
-def check_missing(feature: PretrainedFeature, vocabulary: Vocabulary, column: pa.ChunkedArray) -> None:
+def check_missing(
+    feature: PretrainedFeature, vocabulary: Vocabulary, column: pa.ChunkedArray
+) -> None:
     """Refuses users or items without a vector, unless `missing` is "zeros"; a null id has none."""
     values = as_strings(column)
     lacking = values.filter(pa.array(vocabulary.rows(values) < vocabulary.first))
@@ -55,22 +64,32 @@ def _read_npy(feature: PretrainedFeature, path: Path) -> tuple[pa.LargeStringArr
     return pa.array(lines, pa.large_string()), np.load(path, allow_pickle=False)
 
 
-def _read_parquet(feature: PretrainedFeature, path: Path, where: str) -> tuple[pa.LargeStringArray, np.ndarray]:
-    check_fields(dict.fromkeys((feature.id_column, feature.vector_column)), pq.read_schema(path).names, where)
+def _read_parquet(
+    feature: PretrainedFeature, path: Path, where: str
+) -> tuple[pa.LargeStringArray, np.ndarray]:
+    check_fields(
+        dict.fromkeys((feature.id_column, feature.vector_column)), pq.read_schema(path).names, where
+    )
     table = pq.read_table(path, columns=sorted({feature.id_column, feature.vector_column}))
     lists = table[feature.vector_column].combine_chunks()
     if not (
-        pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
+        pa.types.is_list(lists.type)
+        or pa.types.is_large_list(lists.type)
+        or pa.types.is_fixed_size_list(lists.type)
     ):
-        raise ConfigError(f"{where}: column {feature.vector_column!r} is of type {lists.type}, not lists of numbers.")
+        raise ConfigError(
+            f"{where}: column {feature.vector_column!r} is of type {lists.type}, not lists of numbers."
+        )
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
     if len(np.unique(lengths)) > 1:
         odd = int(np.flatnonzero(lengths != lengths[0])[0])
-        raise ConfigError(f"{where}: the vector in row {odd} has width {lengths[odd]}, that in row 0 has {lengths[0]}.")
+        raise ConfigError(
+            f"{where}: the vector in row {odd} has width {lengths[odd]}, that in row 0 has {lengths[0]}."
+        )
     flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return as_strings(table[feature.id_column]), flat.reshape(len(lists), -1) if len(lists) else np.zeros(
-        (0, 0), np.float32
-    )
+    return as_strings(table[feature.id_column]), flat.reshape(len(lists), -1) if len(
+        lists
+    ) else np.zeros((0, 0), np.float32)
 
 
 def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, where: str) -> None:
@@ -85,18 +104,24 @@ def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, where: str) 
         )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
-        raise ConfigError(f"{where} holds NaN or infinity in {len(bad)} vectors, the first in row {bad[0]}.")
+        raise ConfigError(
+            f"{where} holds NaN or infinity in {len(bad)} vectors, the first in row {bad[0]}."
+        )
 
 
 def _check_ids(ids: pa.LargeStringArray, rows: int, where: str) -> None:
     if len(ids) != rows:
-        raise ConfigError(f"{where} holds {rows} vectors for {len(ids)} ids; there must be one id for each row.")
+        raise ConfigError(
+            f"{where} holds {rows} vectors for {len(ids)} ids; there must be one id for each row."
+        )
     if ids.null_count:
         raise ConfigError(f"{where} holds {ids.null_count} vectors without an id.")
     counts = pc.value_counts(ids)
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:
-        raise ConfigError(f"{where} holds {len(twice)} ids more than once, the first {_few(twice)}.")
+        raise ConfigError(
+            f"{where} holds {len(twice)} ids more than once, the first {_few(twice)}."
+        )
 
 
 def _few(values: Sequence[str | None], count: int = 5) -> str:

@@ -1,4 +1,5 @@
-"""A sentence-transformers model, found and read from its folder: JSON and safetensors alone, never a pickle."""
+"""A sentence-transformers model, found and read from its folder: JSON and safetensors alone, never
+a pickle."""
 
 from __future__ import annotations
 
@@ -21,9 +22,19 @@ from twotower.data.bert import Architecture, Params, architecture, hidden_states
 from twotower.data.folders import digest
 from twotower.validation import ConfigError, choose, extra
 
-WEIGHTS, CONFIG, TOKENIZER, POOLING = "model.safetensors", "config.json", "tokenizer.json", "pooling"
-MODULES, LENGTHS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
-# Texts are padded to one of these lengths, and calls to _FEW texts or to _TOKENS tokens: a handful of programs is compiled.
+WEIGHTS, CONFIG, TOKENIZER, POOLING = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "pooling",
+)
+MODULES, LENGTHS, PROMPTS = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+# Texts are padded to one of these lengths, and calls to _FEW texts or to _TOKENS tokens: a handful
+# of programs is compiled.
 _LENGTHS = np.array([16, 24, 32, 48, 64, 96, 128, 192, 256, 384])
 _TOKENS, _FEW = 2048, 8
 # Ways of pooling, and the flag that names each in files from before sentence-transformers 6.
@@ -60,7 +71,9 @@ class SentenceModel:
             rows, most = np.flatnonzero(lengths == length), max(_FEW, _TOKENS // length)
             for start in range(0, len(rows), most):
                 part = rows[start : start + most]
-                vectors[part] = self._encode([ids[row] for row in part], length, _FEW if len(part) <= _FEW else most)
+                vectors[part] = self._encode(
+                    [ids[row] for row in part], length, _FEW if len(part) <= _FEW else most
+                )
         return vectors
 
     def _encode(self, ids: list[list[int]], length: int, rows: int) -> np.ndarray:
@@ -69,15 +82,22 @@ class SentenceModel:
         valid[:, 0] = True  # what fills up attends to something: no NaN
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)], valid[row, : len(tokens)] = tokens, True
-        vectors = _pooled(self.params, padded, valid, of=self.of, pooling=self.pooling, normalize=self.normalize)
+        vectors = _pooled(
+            self.params, padded, valid, of=self.of, pooling=self.pooling, normalize=self.normalize
+        )
         return np.asarray(vectors)[: len(ids)]
 
 
 @functools.partial(jax.jit, static_argnames=("of", "pooling", "normalize"))
 def _pooled(
-    params: Params, ids: Int32[Array | np.ndarray, "B L"], valid: Bool[Array | np.ndarray, "B L"], *,
-    of: Architecture, pooling: str, normalize: bool,
-) -> Float[Array, "B D"]:  # fmt: skip
+    params: Params,
+    ids: Int32[Array | np.ndarray, "B L"],
+    valid: Bool[Array | np.ndarray, "B L"],
+    *,
+    of: Architecture,
+    pooling: str,
+    normalize: bool,
+) -> Float[Array, "B D"]:
     x = hidden_states(params, ids, valid, of=of)
     weights = valid.astype(x.dtype)[..., None]
     x = x[:, 0] if pooling == "cls" else (x * weights).sum(axis=1) / weights.sum(axis=1)
@@ -85,7 +105,8 @@ def _pooled(
 
 
 def find_model(name: str, where: str) -> Path:
-    """The folder of a model: `name` itself, or what huggingface_hub has in its cache or can download.
+    """The folder of a model: `name` itself, or what huggingface_hub has in its cache or can
+    download.
 
     Args:
         name: a folder; or OWNER/MODEL of the Hub, without an owner one of "sentence-transformers".
@@ -125,7 +146,8 @@ def load_model(folder: Path, where: str) -> SentenceModel:
     """Reads a model.
 
     Raises:
-        ConfigError: the extra is missing; a file is, or cannot be read; or the model is of a kind that is not supported.
+        ConfigError: the extra is missing; a file is, or cannot be read; or the model is of a kind
+            that is not supported.
     """
     with extra("text", f"{where} (type 'sentence')"):
         from safetensors.numpy import load_file
@@ -139,14 +161,20 @@ def load_model(folder: Path, where: str) -> SentenceModel:
         weights = load_file(files[WEIGHTS])
         tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
     except Exception as error:  # tokenizers raises no narrower kind; the cause is kept
-        raise ConfigError(f"{where}: {files[WEIGHTS]} or {TOKENIZER} beside it cannot be read: {error}") from error
+        raise ConfigError(
+            f"{where}: {files[WEIGHTS]} or {TOKENIZER} beside it cannot be read: {error}"
+        ) from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(min(limits.get("max_seq_length") or of.positions, of.positions))
     params = read_params(weights, of, f"{where}: {files[WEIGHTS]}")
     return SentenceModel(
-        tokenizer, jax.tree.map(jnp.asarray, params), of, pooling=_pooling(files, where), normalize="Normalize" in modules,
+        tokenizer,
+        jax.tree.map(jnp.asarray, params),
+        of,
+        pooling=_pooling(files, where),
+        normalize="Normalize" in modules,
         lower=bool(limits.get("do_lower_case")),
-    )  # fmt: skip
+    )
 
 
 def model_digest(folder: Path, where: str) -> str:
@@ -165,10 +193,12 @@ def model_width(folder: Path, where: str) -> int:
 
 
 def _modules(folder: Path, where: str) -> dict[str, str]:
-    """Kind of each module of a model -> its folder; a model that lists none is a Transformer whose tokens are averaged.
+    """Kind of each module of a model -> its folder; a model that lists none is a Transformer whose
+    tokens are averaged.
 
     Raises:
-        ConfigError: it has others than a Transformer, pooling and normalisation, or texts are to be put behind a prompt.
+        ConfigError: it has others than a Transformer, pooling and normalisation, or texts are to be
+            put behind a prompt.
     """
     path = folder / MODULES
     listed = _json(path, where) if path.exists() else [{"type": "Transformer", "path": ""}]
@@ -207,15 +237,20 @@ def _pooling(files: dict[str, Path], where: str) -> str:
     named = config.get("pooling_mode") or _flagged(config) or "mean"
     modes = [named] if isinstance(named, str) else list(named)
     if len(modes) > 1:
-        raise ConfigError(f"{where}: {files[POOLING]} joins {' and '.join(modes)}; one way of pooling can be read.")
+        raise ConfigError(
+            f"{where}: {files[POOLING]} joins {' and '.join(modes)}; one way of pooling can be read."
+        )
     choose(_MODES, modes[0], f"{where}: {files.get(POOLING)}: pooling_mode")
     return modes[0]
 
 
 def _flagged(config: dict[str, Any]) -> list[str]:
-    """The modes that are on in a file of flags; of those that are not known, what the flag is called."""
+    """The modes that are on in a file of flags; of those that are not known, what the flag is
+    called."""
     names = {flag: mode for mode, flag in _MODES.items()}
-    return [names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    return [
+        names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on
+    ]
 
 
 def _json(path: Path, where: str) -> Any:

@@ -1,4 +1,5 @@
-"""Texts as the vectors of a frozen sentence encoder: each distinct text is encoded once, and kept for other runs."""
+"""Texts as the vectors of a frozen sentence encoder: each distinct text is encoded once, and kept
+for other runs."""
 
 from __future__ import annotations
 
@@ -17,19 +18,30 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.data.feature_kinds import SentenceFeature
-from twotower.data.sentence_model import SentenceModel, find_model, load_model, model_digest, model_width
+from twotower.data.sentence_model import (
+    SentenceModel,
+    find_model,
+    load_model,
+    model_digest,
+    model_width,
+)
 from twotower.data.vocabulary import Vocabulary, as_strings
 from twotower.validation import ConfigError
 
-# Texts of one file of the cache: what a killed process loses. Fewer than _WORTH_KEEPING texts are encoded and not kept.
+# Texts of one file of the cache: what a killed process loses. Fewer than _WORTH_KEEPING texts are
+# encoded and not kept.
 _BLOCK_TEXTS, _WORTH_KEEPING = 2048, 64
 
 
-def fit_sentences(feature: SentenceFeature, column: pa.ChunkedArray) -> tuple[Vocabulary, np.ndarray, str]:
-    """The distinct texts of a column, their vectors float32 [V, E], and the SHA-256 of the model that gave them.
+def fit_sentences(
+    feature: SentenceFeature, column: pa.ChunkedArray
+) -> tuple[Vocabulary, np.ndarray, str]:
+    """The distinct texts of a column, their vectors float32 [V, E], and the SHA-256 of the model
+    that gave them.
 
     Raises:
-        ConfigError: the model is not found, is of a kind that is not supported, or the extra "text" is missing.
+        ConfigError: the model is not found, is of a kind that is not supported, or the extra "text"
+            is missing.
     """
     texts = pc.unique(as_strings(column)).drop_null()
     texts = texts.filter(_says_something(texts))
@@ -39,12 +51,18 @@ def fit_sentences(feature: SentenceFeature, column: pa.ChunkedArray) -> tuple[Vo
 
 
 def encode_sentences(
-    feature: SentenceFeature, vocabulary: Vocabulary, vectors: np.ndarray, sha256: str, column: pa.ChunkedArray
+    feature: SentenceFeature,
+    vocabulary: Vocabulary,
+    vectors: np.ndarray,
+    sha256: str,
+    column: pa.ChunkedArray,
 ) -> np.ndarray:
-    """The vectors float32 [N, E] of texts, those that are new by the model; of a missing or empty one zeros.
+    """The vectors float32 [N, E] of texts, those that are new by the model; of a missing or empty
+    one zeros.
 
     Raises:
-        ConfigError: as `fit_sentences`, or the model that is found is another than that of `sha256`.
+        ConfigError: as `fit_sentences`, or the model that is found is another than that of
+            `sha256`.
     """
     texts = as_strings(column)
     rows = vocabulary.rows(texts) - vocabulary.first
@@ -64,8 +82,10 @@ def warn_of_missing_extra(feature: SentenceFeature) -> None:
     if not all(importlib.util.find_spec(module) for module in ("tokenizers", "safetensors")):
         logging.warning(
             "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), which is not installed; known "
-            "ones have their vectors.", feature.where, feature.model,
-        )  # fmt: skip
+            "ones have their vectors.",
+            feature.where,
+            feature.model,
+        )
 
 
 def _says_something(texts: pa.LargeStringArray) -> pa.BooleanArray:
@@ -89,10 +109,16 @@ def _model(folder: Path, sha256: str, where: str) -> SentenceModel:
     return load_model(folder, where)
 
 
-def _vectors(feature: SentenceFeature, texts: pa.LargeStringArray, folder: Path, sha256: str, width: int) -> np.ndarray:
+def _vectors(
+    feature: SentenceFeature, texts: pa.LargeStringArray, folder: Path, sha256: str, width: int
+) -> np.ndarray:
     """The vectors of distinct texts: from the cache, or by the model, and then put there."""
     if len(texts) < _WORTH_KEEPING:
-        return _model(folder, sha256, feature.where).encode(texts.to_pylist()) if len(texts) else np.zeros((0, width), np.float32)
+        return (
+            _model(folder, sha256, feature.where).encode(texts.to_pylist())
+            if len(texts)
+            else np.zeros((0, width), np.float32)
+        )
     cache = Path(os.path.expanduser(os.path.expandvars(feature.cache))) / sha256
     known, vectors = read_cache(cache, texts, width)
     new, start = np.flatnonzero(~known), time.monotonic()
@@ -103,11 +129,15 @@ def _vectors(feature: SentenceFeature, texts: pa.LargeStringArray, folder: Path,
         _write_cache(cache, block, vectors[rows])
         done = low + len(rows)
         rate = done / (time.monotonic() - start)
-        logging.info("%s: %d of %d texts encoded, %.0f a second.", feature.where, done, len(new), rate)
+        logging.info(
+            "%s: %d of %d texts encoded, %.0f a second.", feature.where, done, len(new), rate
+        )
     return vectors
 
 
-def read_cache(cache: Path, texts: pa.LargeStringArray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def read_cache(
+    cache: Path, texts: pa.LargeStringArray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Which of the texts are there, bool [N], and their vectors, float32 [N, width], 0 elsewhere.
 
     Raises:
@@ -126,28 +156,43 @@ def read_cache(cache: Path, texts: pa.LargeStringArray, width: int) -> tuple[np.
         if low < high:
             rows = order[low:high]
             lists = _read(path, "vector")
-            vectors[rows] = lists.flatten().to_numpy().reshape(-1, width)[places[rows] - end + len(part)]
+            vectors[rows] = (
+                lists.flatten().to_numpy().reshape(-1, width)[places[rows] - end + len(part)]
+            )
             known[rows] = True
     return known, vectors
 
 
 def _read(path: Path, column: str) -> pa.Array:
     try:
-        return pq.read_table(path, columns=[column], page_checksum_verification=True)[column].combine_chunks()
+        return pq.read_table(path, columns=[column], page_checksum_verification=True)[
+            column
+        ].combine_chunks()
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{path} of the cache of sentence vectors is damaged ({error}): delete it.") from None
+        raise ConfigError(
+            f"{path} of the cache of sentence vectors is damaged ({error}): delete it."
+        ) from None
 
 
 def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -> None:
     """One more file, whole or not at all; a cache that cannot be written is done without."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    name = hashlib.sha256("\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    name = hashlib.sha256(
+        "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
+    ).hexdigest()[:32]
     temporary = cache / f"{name}.{os.getpid()}.tmp"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"text": texts, "vector": lists}), temporary, compression="none", write_page_checksum=True)
+        pq.write_table(
+            pa.table({"text": texts, "vector": lists}),
+            temporary,
+            compression="none",
+            write_page_checksum=True,
+        )
         temporary.replace(cache / f"{name}.parquet")
     except OSError as error:
-        logging.warning("%s: vectors of %d texts are not kept for other runs (%s).", cache, len(texts), error)
+        logging.warning(
+            "%s: vectors of %d texts are not kept for other runs (%s).", cache, len(texts), error
+        )
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,7 +1,7 @@
 """Where a log comes from: one dict of readers, each of which yields a `Dataset` of Arrow tables.
 
-A reader keeps the order of the rows, turns ids into strings and timestamps into seconds, and makes the tables of users
-and items unique and complete. It filters nothing but rows without ids.
+A reader keeps the order of the rows, turns ids into strings and timestamps into seconds, and makes
+the tables of users and items unique and complete. It filters nothing but rows without ids.
 """
 
 from __future__ import annotations
@@ -25,24 +25,31 @@ def load(config: DataConfig) -> Dataset:
     """Reads what `config` names; `config.item_group` then takes the place of the item id.
 
     Raises:
-        ConfigError: an unknown source, or a file, row or column that cannot be used; the message says which.
+        ConfigError: an unknown source, or a file, row or column that cannot be used; the message
+            says which.
     """
     dataset = choose(SOURCES, config.source, "config.data.source")(config)
     return _grouped(dataset, config.item_group) if config.item_group else dataset
 
 
 def _csv(config: DataConfig) -> Dataset:
-    return _from_tables(config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="csv"))
+    return _from_tables(
+        config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="csv")
+    )
 
 
 def _parquet(config: DataConfig) -> Dataset:
-    return _from_tables(config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="parquet"))
+    return _from_tables(
+        config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="parquet")
+    )
 
 
 def _bigquery(config: DataConfig) -> Dataset:
     client = bigquery.make_client(config.project, config.location)
     read = functools.partial(bigquery.read, client=client)
-    return _from_tables(config, functools.partial(read, keys=("user_id", "item_id")), read_known=read)
+    return _from_tables(
+        config, functools.partial(read, keys=("user_id", "item_id")), read_known=read
+    )
 
 
 def _pairs(config: DataConfig) -> Dataset:
@@ -54,7 +61,9 @@ def _user_lists(config: DataConfig) -> Dataset:
 
 
 def _shop(config: DataConfig) -> Dataset:
-    return synthetic.generate(config.num_interactions, seed=config.shop_seed, num_items=config.num_items)
+    return synthetic.generate(
+        config.num_interactions, seed=config.shop_seed, num_items=config.num_items
+    )
 
 
 def _tfds(config: DataConfig) -> Dataset:
@@ -73,10 +82,17 @@ SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
 
 
 def _from_tables(
-    config: DataConfig, read: Callable[[TableConfig, str], pa.Table], *, read_known: Callable[..., pa.Table] | None = None
+    config: DataConfig,
+    read: Callable[[TableConfig, str], pa.Table],
+    *,
+    read_known: Callable[..., pa.Table] | None = None,
 ) -> Dataset:
-    """The log by `read`, with the rows of `config.test` after it; users and items by `read_known`, or from files."""
-    interactions = read(dataclasses.replace(config.interactions, path=config.path or config.interactions.path), "interactions")
+    """The log by `read`, with the rows of `config.test` after it; users and items by `read_known`,
+    or from files."""
+    interactions = read(
+        dataclasses.replace(config.interactions, path=config.path or config.interactions.path),
+        "interactions",
+    )
     if _is_given(config.test):
         parts = [("train", interactions), ("test", read(config.test, "test"))]
         marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]
@@ -98,16 +114,21 @@ def _is_given(table: TableConfig) -> bool:
 
 
 def _grouped(dataset: Dataset, column: str) -> Dataset:
-    """`column` of the items becomes the item id, in the log too; items of one group become one row."""
+    """`column` of the items becomes the item id, in the log too; items of one group become one
+    row."""
     items = dataset.items
     if column == "item_id":
         return dataset
     if column not in items.column_names:
         near = tables.nearest(column, items.column_names)
         raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{near}.")
-    group = pc.coalesce(items[column].cast(pa.string()), items["item_id"])  # an item without a group stays itself
+    group = pc.coalesce(
+        items[column].cast(pa.string()), items["item_id"]
+    )  # an item without a group stays itself
     rows = pc.index_in(dataset.interactions["item_id"], value_set=items["item_id"])
     at = dataset.interactions.column_names.index("item_id")
     interactions = dataset.interactions.set_column(at, "item_id", group.take(rows))
-    items = collapse(items.set_column(items.column_names.index("item_id"), "item_id", group), "item_id")
+    items = collapse(
+        items.set_column(items.column_names.index("item_id"), "item_id", group), "item_id"
+    )
     return Dataset(interactions, dataset.users, items, dataset.has_catalogue)

@@ -24,7 +24,8 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     """Divides `interactions` as `config.kind` says.
 
     Raises:
-        ConfigError: the kind is unknown, needs a column that is missing, or leaves a part empty that was asked for.
+        ConfigError: the kind is unknown, needs a column that is missing, or leaves a part empty
+            that was asked for.
     """
     parts = choose(SPLITS, config.kind, "config.split.kind")(interactions, config)
     places = [np.flatnonzero(parts == part) for part in range(3)]
@@ -40,9 +41,11 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
 
 
 def by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Cuts the log at two moments: train < t_validation <= validation < t_test <= test. Part of each row, int8 [N].
+    """Cuts the log at two moments: train < t_validation <= validation < t_test <= test. Part of
+    each row, int8 [N].
 
-    The moments are quantiles of the timestamps. Rows of one second stay together, so a part may exceed its share.
+    The moments are quantiles of the timestamps. Rows of one second stay together, so a part may
+    exceed its share.
     """
     times = timestamps(rows)
     if times is None:
@@ -59,13 +62,17 @@ def by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Holds out the last row of each user for test and the one before it for validation. Part of each row, int8 [N].
+    """Holds out the last row of each user for test and the one before it for validation. Part of
+    each row, int8 [N].
 
-    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users with fewer than
-    three rows stay in train. Without a share for test (validation) no row goes there.
+    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users
+    with fewer than three rows stay in train. Without a share for test (validation) no row goes
+    there.
     """
     later, count = places_from_end(rows)
-    wanted = [part for part, share in ((TEST, config.test), (VALIDATION, config.validation)) if share > 0]
+    wanted = [
+        part for part, share in ((TEST, config.test), (VALIDATION, config.validation)) if share > 0
+    ]
     parts = np.full(len(later), TRAIN, np.int8)
     for place, part in enumerate(wanted):
         parts[(later == place) & (count >= 3)] = part
@@ -83,7 +90,8 @@ def at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 def as_given(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Follows the column `split`; if no row says validation, a share of train becomes it, by `held`. Parts, int8 [N]."""
+    """Follows the column `split`; if no row says validation, a share of train becomes it, by
+    `held`. Parts, int8 [N]."""
     if "split" not in rows.column_names:
         raise ConfigError(
             "config.split.kind='fixed' needs a column 'split' of train, validation and test, or a file "
@@ -115,7 +123,10 @@ def _latest_share_of_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 # How `fixed` chooses validation rows where none are named: places among the training rows.
-HELD: dict[str, Callable[[pa.Table, SplitConfig], np.ndarray]] = {"random": _random_share, "latest": _latest_share_of_users}
+HELD: dict[str, Callable[[pa.Table, SplitConfig], np.ndarray]] = {
+    "random": _random_share,
+    "latest": _latest_share_of_users,
+}
 
 
 SPLITS: dict[str, Callable[[pa.Table, SplitConfig], np.ndarray]] = {

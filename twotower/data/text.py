@@ -1,4 +1,5 @@
-"""Text -> hashed ids of its words and character n-grams, the same on every machine; and vectors computed elsewhere."""
+"""Text -> hashed ids of its words and character n-grams, the same on every machine; and vectors
+computed elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ _ARABIC_MARKS = [
     *range(0x08E3, 0x0900),
     0x0640,
 ]
-_INVISIBLE = [0x00AD, 0x061C, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+_INVISIBLE = [
+    0x00AD,
+    0x061C,
+    *range(0x200B, 0x2010),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2070),
+    0xFEFF,
+]
 _LETTERS = {
     "ى": "ي",
     "ی": "ي",
@@ -53,12 +61,14 @@ _LATIN_ACCENTS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
 
 
 def normalise(text: str) -> str:
-    """One spelling of what readers take for the same: case, width, Latin accents, Arabic vowels, hamza, digits.
+    """One spelling of what readers take for the same: case, width, Latin accents, Arabic vowels,
+    hamza, digits.
 
     >>> normalise("Ａ Café, ＬＯＵＤ"), normalise("أَحْمَد") == normalise("احمد"), normalise("١٢٣")
     ('a cafe, loud', True, '123')
     """
-    # Decomposed, a letter and its marks stand apart: alef with hamza becomes alef and a mark, é becomes e and a mark.
+    # Decomposed, a letter and its marks stand apart: alef with hamza becomes alef and a mark, é
+    # becomes e and a mark.
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return unicodedata.normalize("NFKC", _LATIN_ACCENTS.sub("", text).translate(_TABLE))
 
@@ -73,8 +83,9 @@ def hashed_pieces(
 ) -> Int32[np.ndarray, "N L"]:
     """Ids in [1, buckets) of the pieces of each text, int32 [N, max_length], padded with 0.
 
-    Pieces are runs of `words` words and, within a word and its two boundaries, runs of `characters` characters. The
-    first `max_length` are kept: words before n-grams, shorter runs before longer ones, then as they stand in the text.
+    Pieces are runs of `words` words and, within a word and its two boundaries, runs of `characters`
+    characters. The first `max_length` are kept: words before n-grams, shorter runs before longer
+    ones, then as they stand in the text.
     """
     encoded = as_strings(texts).dictionary_encode()
     distinct = encoded.dictionary
@@ -88,8 +99,11 @@ def hashed_pieces(
     return ids[encoded.indices.fill_null(len(distinct)).to_numpy()]
 
 
-def pad_rows(rows: np.ndarray, ids: np.ndarray, count: int, length: int) -> Int32[np.ndarray, "N L"]:
-    """The first `length` of the ids [M] of each row (rows [M], ascending), int32 [count, length], 0 elsewhere."""
+def pad_rows(
+    rows: np.ndarray, ids: np.ndarray, count: int, length: int
+) -> Int32[np.ndarray, "N L"]:
+    """The first `length` of the ids [M] of each row (rows [M], ascending), int32 [count, length], 0
+    elsewhere."""
     starts = np.searchsorted(rows, np.arange(count))
     place = np.arange(len(rows)) - starts[rows]
     padded = np.zeros((count, length), np.int32)
@@ -111,7 +125,9 @@ def _pieces(
     lengths = np.bincount(word_of_letter, minlength=len(row_of_word))
     bounded, ends = _with_boundaries(points[letter], word_of_letter, lengths)
     pieces = [_word_runs(bounded, lengths, row_of_word, size) for size in sorted(words)]
-    pieces += _character_runs(bounded, ends, np.repeat(row_of_word, lengths + 2), sorted(characters))
+    pieces += _character_runs(
+        bounded, ends, np.repeat(row_of_word, lengths + 2), sorted(characters)
+    )
     rows, hashes = (np.concatenate(part) for part in zip(*pieces, strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], hashes[order]
@@ -129,7 +145,8 @@ def _is_letter(points: np.ndarray) -> np.ndarray:
 def _with_boundaries(
     letters: np.ndarray, word_of_letter: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The letters with a boundary before and after each word, int64 [T], and where the word of each ends, int64 [T]."""
+    """The letters with a boundary before and after each word, int64 [T], and where the word of each
+    ends, int64 [T]."""
     stops = np.cumsum(lengths + 2)
     bounded = np.full(len(letters) + 2 * len(lengths), _WORD_END, np.int64)
     bounded[stops - lengths - 2] = _WORD_START
@@ -137,19 +154,27 @@ def _with_boundaries(
     return bounded, np.repeat(stops, lengths + 2)
 
 
-def _character_runs(bounded: np.ndarray, ends: np.ndarray, rows: np.ndarray, sizes: Sequence[int]) -> list[tuple]:
+def _character_runs(
+    bounded: np.ndarray, ends: np.ndarray, rows: np.ndarray, sizes: Sequence[int]
+) -> list[tuple]:
     pieces, total = [], np.zeros(len(bounded), np.uint64)
     for size in range(1, max(sizes, default=0) + 1):
-        total = total[: len(bounded) - size + 1] + mix64(((size << 21) | bounded[size - 1 :]).astype(np.uint64))
+        total = total[: len(bounded) - size + 1] + mix64(
+            ((size << 21) | bounded[size - 1 :]).astype(np.uint64)
+        )
         if size in sizes:
             # A boundary alone says nothing.
             fits = np.arange(len(total)) + size <= ends[: len(total)]
-            here = np.flatnonzero(fits & ((bounded[: len(total)] < _WORD_START) if size == 1 else True))
+            here = np.flatnonzero(
+                fits & ((bounded[: len(total)] < _WORD_START) if size == 1 else True)
+            )
             pieces.append((rows[here], mix64(total[here] + np.uint64(size))))
     return pieces
 
 
-def _word_runs(bounded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _word_runs(
+    bounded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum(lengths + 2)])
     position = np.arange(len(bounded)) - np.repeat(offsets[:-1], lengths + 2)
     words = mix64(segment_sums(mix64(((position << 21) | bounded).astype(np.uint64)), offsets))

@@ -1,10 +1,13 @@
-"""MovieLens through TensorFlow Datasets, without TensorFlow: prepared once, made columns once, then read as Parquet.
+"""MovieLens through TensorFlow Datasets, without TensorFlow: prepared once, made columns once, then
+read as Parquet.
 
-The zip is looked for in `data_dir/downloads/manual`, `data_dir/downloads`, `data_dir` itself and the folders of
-`$TWOTOWER_DATA`; where it is in none of them it is downloaded into the first. Its checksum must be the one TFDS has.
+The zip is looked for in `data_dir/downloads/manual`, `data_dir/downloads`, `data_dir` itself and
+the folders of `$TWOTOWER_DATA`; where it is in none of them it is downloaded into the first. Its
+checksum must be the one TFDS has.
 
-TFDS is helped past three places where it would ask for TensorFlow: builders are found by importing their module,
-archives are unpacked beforehand to where TFDS looks for unpacked ones, and its parsers get Python's `open` as `GFile`.
+TFDS is helped past three places where it would ask for TensorFlow: builders are found by importing
+their module, archives are unpacked beforehand to where TFDS looks for unpacked ones, and its
+parsers get Python's `open` as `GFile`.
 """
 
 from __future__ import annotations
@@ -27,36 +30,61 @@ from absl import logging
 
 from twotower.validation import ConfigError, choose
 
-DATASETS = tuple(f"movielens/{size}-ratings" for size in ("100k", "latest-small", "1m", "20m", "25m"))
+DATASETS = tuple(
+    f"movielens/{size}-ratings" for size in ("100k", "latest-small", "1m", "20m", "25m")
+)
 _TABLES = ("interactions", "users", "items")
 _BATCH = 20_000
-# TFDS's name of a column -> ours. Of two that become age the exact one (100k) is preferred to the group's first year.
-_INTERACTIONS = {"user_id": "user_id", "movie_id": "item_id", "user_rating": "rating", "timestamp": "timestamp"}
+# TFDS's name of a column -> ours. Of two that become age the exact one (100k) is preferred to the
+# group's first year.
+_INTERACTIONS = {
+    "user_id": "user_id",
+    "movie_id": "item_id",
+    "user_rating": "rating",
+    "timestamp": "timestamp",
+}
 _ITEMS = {"movie_id": "item_id", "movie_title": "title", "movie_genres": "genres"}
 _USERS = {
-    "user_id": "user_id", "user_gender": "gender", "bucketized_user_age": "age", "raw_user_age": "age",
-    "user_occupation_text": "occupation", "user_zip_code": "zip",
-}  # fmt: skip
-_SCHEMAS = {"user_id": pa.string(), "item_id": pa.string(), "rating": pa.float32(), "timestamp": pa.int64(),
-            "title": pa.string(), "genres": pa.list_(pa.string()), "gender": pa.string(), "age": pa.int64(),
-            "occupation": pa.string(), "zip": pa.string()}  # fmt: skip
+    "user_id": "user_id",
+    "user_gender": "gender",
+    "bucketized_user_age": "age",
+    "raw_user_age": "age",
+    "user_occupation_text": "occupation",
+    "user_zip_code": "zip",
+}
+_SCHEMAS = {
+    "user_id": pa.string(),
+    "item_id": pa.string(),
+    "rating": pa.float32(),
+    "timestamp": pa.int64(),
+    "title": pa.string(),
+    "genres": pa.list_(pa.string()),
+    "gender": pa.string(),
+    "age": pa.int64(),
+    "occupation": pa.string(),
+    "zip": pa.string(),
+}
 
 
 def read(dataset: str, *, data_dir: str = "") -> tuple[pa.Table, pa.Table, pa.Table]:
     """Interactions, users and items of one of `DATASETS`.
 
-    The first time it takes some ten seconds for 100,000 ratings, and over an hour for 25 million; what came out is kept
-    in `data_dir` beside TFDS's own files, and read from there in a fraction of a second.
+    The first time it takes some ten seconds for 100,000 ratings, and over an hour for 25 million;
+    what came out is kept in `data_dir` beside TFDS's own files, and read from there in a fraction
+    of a second.
 
     Args:
-        data_dir: where TFDS keeps prepared data; empty means $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        data_dir: where TFDS keeps prepared data; empty means $TFDS_DATA_DIR or
+            ~/tensorflow_datasets.
 
     Returns:
-        interactions(user_id, item_id, rating, timestamp), users(user_id and, of 100k and 1m, gender, age, occupation,
-        zip), items(item_id, title, genres: list of names), every movie of the zip among them.
+        interactions(user_id, item_id, rating, timestamp), users(user_id and, of 100k and 1m,
+        gender, age, occupation, zip), items(item_id, title, genres: list of names), every movie of
+        the zip among them.
 
     Raises:
-        ConfigError: an unknown dataset, or its zip is nowhere and cannot be downloaded, or is not the one TFDS knows.
+        ConfigError: an unknown dataset, or its zip is nowhere and cannot be downloaded, or is not
+            the one TFDS knows.
     """
     choose(dict.fromkeys(DATASETS), dataset, "config.data.dataset")
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -93,8 +121,12 @@ def _columns(dataset: str, root: Path) -> tuple[Path, dict[str, pa.Table]]:
     genres = movies.dataset_info.features["movie_genres"].feature
     tables = {
         "interactions": pa.concat_tables(interactions),
-        "users": _table(list(users.values()), _USERS, {"user_gender": lambda male: "M" if male else "F"}),
-        "items": _table(items, _ITEMS, {"movie_genres": lambda labels: [genres.int2str(int(n)) for n in labels]}),
+        "users": _table(
+            list(users.values()), _USERS, {"user_gender": lambda male: "M" if male else "F"}
+        ),
+        "items": _table(
+            items, _ITEMS, {"movie_genres": lambda labels: [genres.int2str(int(n)) for n in labels]}
+        ),
     }
     return Path(source.dataset_info.data_dir), tables
 
@@ -116,14 +148,23 @@ def _table(examples: list[dict], names: dict[str, str], convert: dict) -> pa.Tab
 
 
 def _python(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value.item() if getattr(value, "ndim", 1) == 0 else value
+    return (
+        value.decode()
+        if isinstance(value, bytes)
+        else value.item()
+        if getattr(value, "ndim", 1) == 0
+        else value
+    )
 
 
 def _source(dataset: str, root: Path) -> Any:
     """A random-access source of the dataset, prepared if it is not yet."""
     try:
         import tensorflow_datasets as tfds
-        from tensorflow_datasets.structured import movielens, movielens_parsing  # registers the builder
+        from tensorflow_datasets.structured import (
+            movielens,
+            movielens_parsing,
+        )  # registers the builder
     except ImportError as error:
         raise ImportError(
             f"reading {dataset} needs tensorflow-datasets, array-record and importlib_resources ({error}): "
@@ -133,7 +174,9 @@ def _source(dataset: str, root: Path) -> Any:
     tfds.disable_progress_bar()
     try:
         builder = tfds.builder(dataset, data_dir=root, file_format="array_record")
-    except ValueError as error:  # prepared before, in a format that cannot be read without TensorFlow
+    except (
+        ValueError
+    ) as error:  # prepared before, in a format that cannot be read without TensorFlow
         raise ConfigError(
             f"{dataset} in {root} cannot be used: {error}. Set config.data.data_dir to another folder."
         ) from error
@@ -150,7 +193,9 @@ def _source(dataset: str, root: Path) -> Any:
 def _plain_files(parsing: types.ModuleType) -> Iterator[None]:
     """The parsers of 100k and 1m open their files by `tf.io.gfile.GFile`; `open` serves as well."""
     before = parsing.tf
-    parsing.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open)))
+    parsing.tf = types.SimpleNamespace(
+        io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open))
+    )
     try:
         yield
     finally:
@@ -196,8 +241,10 @@ def _verified(path: Path, known: Any) -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != known.checksum:
-        raise ConfigError(f"{path}: its sha256 is {found}, but TFDS knows {known.filename} by {known.checksum}; "
-                          f"the file is damaged or of another version. Remove it to have it downloaded again.")
+        raise ConfigError(
+            f"{path}: its sha256 is {found}, but TFDS knows {known.filename} by {known.checksum}; "
+            f"the file is damaged or of another version. Remove it to have it downloaded again."
+        )
     return path
 
 

@@ -1,4 +1,5 @@
-"""Strings <-> rows of an embedding table: 0 is padding, then hashed out-of-vocabulary rows, then the known values."""
+"""Strings <-> rows of an embedding table: 0 is padding, then hashed out-of-vocabulary rows, then
+the known values."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int32, UInt64
 
-# Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within tens of megabytes.
+# Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
+# tens of megabytes.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -30,11 +32,14 @@ def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
     try:
         return values.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"values of type {values.type} are not single strings or numbers ({error})") from None
+        raise ValueError(
+            f"values of type {values.type} are not single strings or numbers ({error})"
+        ) from None
 
 
 def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which each starts; a null is empty."""
+    """The bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which each starts; a
+    null is empty."""
     offsets = (
         np.frombuffer(values.buffers()[1], np.int64, len(values) + 1, values.offset * 8)
         if len(values)
@@ -46,7 +51,8 @@ def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of SplitMix64)."""
+    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of
+    SplitMix64)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -54,21 +60,28 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums of `values[offsets[i]:offsets[i + 1]]`, modulo 2^64 for uint64; an empty segment is 0."""
+    """Sums of `values[offsets[i]:offsets[i + 1]]`, modulo 2^64 for uint64; an empty segment is
+    0."""
     total = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype)])
     return total[offsets[1:]] - total[offsets[:-1]]
 
 
 def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
-    """A 64-bit hash of each string's UTF-8 bytes, uint64 [N]: the same in every process and on every machine.
+    """A 64-bit hash of each string's UTF-8 bytes, uint64 [N]: the same in every process and on
+    every machine.
 
-    It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once more. Only
-    whole-array operations, and no secret seed as Python's `hash` has.
+    It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once
+    more. Only whole-array operations, and no secret seed as Python's `hash` has.
     """
     data, offsets = utf8(values)
-    edges = np.searchsorted(offsets, np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES), side="left")
+    edges = np.searchsorted(
+        offsets, np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES), side="left"
+    )
     edges = np.unique(np.concatenate([[0], np.minimum(edges, len(values)), [len(values)]]))
-    blocks = [_hash_block(data, offsets[low : high + 1]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [
+        _hash_block(data, offsets[low : high + 1])
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64)
 
 
@@ -81,7 +94,8 @@ def _hash_block(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Rows of a table by value: 0 for null (padding), 1 to `oov_rows` for unknown values by hash, then the known ones.
+    """Rows of a table by value: 0 for null (padding), 1 to `oov_rows` for unknown values by hash,
+    then the known ones.
 
     Attributes:
         values: the known values, unique, in the order of their rows.
@@ -93,9 +107,16 @@ class Vocabulary:
 
     def __post_init__(self):
         if self.oov_rows < 1:
-            raise ValueError(f"oov_rows={self.oov_rows} must be at least 1: an unknown value needs a row.")
-        # Hashes that all differ prove that the values do, in less time than counting distinct values takes.
-        repeated = 0 if self._index[2] else len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
+            raise ValueError(
+                f"oov_rows={self.oov_rows} must be at least 1: an unknown value needs a row."
+            )
+        # Hashes that all differ prove that the values do, in less time than counting distinct
+        # values takes.
+        repeated = (
+            0
+            if self._index[2]
+            else len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
+        )
         if repeated or self.values.null_count:
             raise ValueError(
                 f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "
@@ -111,7 +132,8 @@ class Vocabulary:
         min_count: int = 1,
         oov_rows: int = 1,
     ) -> Vocabulary:
-        """The values whose weights [N] (1 each when not given) sum to `min_count` or more, by (sum descending, value).
+        """The values whose weights [N] (1 each when not given) sum to `min_count` or more, by (sum
+        descending, value).
 
         The order depends on the values and their sums alone, never on the order of the rows.
         """
@@ -120,7 +142,9 @@ class Vocabulary:
         rows = encoded.indices.fill_null(0).to_numpy()[present]
         kept_weights = None if weights is None else weights[present]
         counts = np.bincount(rows, kept_weights, minlength=len(encoded.dictionary))
-        table = pa.table({"value": encoded.dictionary, "count": counts}).filter(pa.array(counts >= min_count))
+        table = pa.table({"value": encoded.dictionary, "count": counts}).filter(
+            pa.array(counts >= min_count)
+        )
         order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("value", "ascending")])
         return cls(values=as_strings(table["value"].take(order)), oov_rows=oov_rows)
 
@@ -135,7 +159,8 @@ class Vocabulary:
         return self.first + len(self.values)
 
     def rows(self, values: pa.Array | pa.ChunkedArray) -> Int32[np.ndarray, " N"]:
-        """The row of each value, int32 [N]: 0 for null, a hashed out-of-vocabulary row for an unknown value."""
+        """The row of each value, int32 [N]: 0 for null, a hashed out-of-vocabulary row for an
+        unknown value."""
         if pa.types.is_dictionary(values.type):
             return self._rows_of_dictionary(values)
         values = as_strings(values)
@@ -157,7 +182,8 @@ class Vocabulary:
 
     def _find(self, values: pa.LargeStringArray) -> np.ndarray:
         """Position of each value among the known ones, int64 [N], or -1."""
-        # index_in hashes the whole vocabulary on every call: right for a column, a second too long for one query.
+        # index_in hashes the whole vocabulary on every call: right for a column, a second too long
+        # for one query.
         if len(values) * 16 > len(self.values) or not self._index[2]:
             found = pc.index_in(values, value_set=self.values, skip_nulls=True)
             return found.fill_null(-1).to_numpy().astype(np.int64)
@@ -168,7 +194,8 @@ class Vocabulary:
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Sorted hashes, the positions they belong to, and whether all hashes differ (else they are of no use)."""
+        """Sorted hashes, the positions they belong to, and whether all hashes differ (else they are
+        of no use)."""
         hashes = hash64(self.values)
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order.astype(np.int32), bool(np.all(np.diff(hashes[order])))
@@ -187,6 +214,8 @@ class Vocabulary:
         """
         offsets = np.ascontiguousarray(arrays["offsets"], np.int64)
         data = np.ascontiguousarray(arrays["bytes"], np.uint8)
-        values = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data))
+        values = pa.LargeStringArray.from_buffers(
+            len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)
+        )
         values.validate(full=True)
         return cls(values=values, oov_rows=oov_rows)

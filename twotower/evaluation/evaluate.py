@@ -1,4 +1,5 @@
-"""Exact evaluation over the whole corpus, in blocks on the device or on a mesh, of which each device scores its own items."""
+"""Exact evaluation over the whole corpus, in blocks on the device or on a mesh, of which each
+device scores its own items."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, l
 from twotower.training.progress import progress
 from twotower.validation import ScoreError
 
-# The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last may be no items.
+# The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last
+# may be no items.
 Scores = Callable[[slice], Any]
 
 BLOCK_BYTES = 2**27  # of scores
@@ -32,13 +34,18 @@ COLUMNS = P(None, AXIS)
 
 
 def evaluate(
-    scores_of: Scores, queries: Queries, ks: Sequence[int], *, mask_seen: bool, block_bytes: int = BLOCK_BYTES
+    scores_of: Scores,
+    queries: Queries,
+    ks: Sequence[int],
+    *,
+    mask_seen: bool,
+    block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, float]:
     """Ranks the whole corpus for every query and averages the metrics over the queries.
 
-    A right answer ranks behind every other item of the same score, so that a model that gives all items one score finds
-    nothing. With `mask_seen`, seen items are dropped from the lists and from the right answers; queries that are left
-    without a right answer are not averaged, and counted.
+    A right answer ranks behind every other item of the same score, so that a model that gives all
+    items one score finds nothing. With `mask_seen`, seen items are dropped from the lists and from
+    the right answers; queries that are left without a right answer are not averaged, and counted.
 
     Args:
         scores_of: slice of queries -> float32 [b, N].
@@ -48,7 +55,8 @@ def evaluate(
         block_bytes: of scores at once.
 
     Returns:
-        name@K for every metric and K, "queries" (averaged over) and "queries_without_answer" (not averaged over).
+        name@K for every metric and K, "queries" (averaged over) and "queries_without_answer" (not
+        averaged over).
 
     Raises:
         ScoreError: a score is NaN.
@@ -60,21 +68,28 @@ def evaluate(
     for chosen, size, seen, right in _blocks(queries, block_bytes, mask_seen):
         count = chosen.stop - chosen.start
         scores, asks = scores_of(chosen), (*seen, *right, pad_rows(queries.num_right[chosen], size))
-        values, rows = _measured_on(mesh_of(scores), _grown(scores, size), asks, queries.counts, tuple(ks))
+        values, rows = _measured_on(
+            mesh_of(scores), _grown(scores, size), asks, queries.counts, tuple(ks)
+        )
         if np.isnan(values.pop("poison")):
-            raise ScoreError(f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked.")
+            raise ScoreError(
+                f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked."
+            )
         for name, value in values.items():
             measured.setdefault(name, []).append(np.asarray(value)[:count])
         for k in ks:
             top = np.asarray(rows)[:count][asked[chosen], :k]
             shown[k][top[top >= 0]] = True
     result = {name: _average(np.concatenate(values), asked) for name, values in measured.items()}
-    result |= {f"coverage@{k}": float(metrics.coverage(jnp.asarray(items))) for k, items in shown.items()}
+    result |= {
+        f"coverage@{k}": float(metrics.coverage(jnp.asarray(items))) for k, items in shown.items()
+    }
     return result | {"queries": int(asked.sum()), "queries_without_answer": int((~asked).sum())}
 
 
 def dot_scores(users: Any, items: Any, *, mesh: Mesh | None = None) -> Scores:
-    """Scores of user vectors [Q, D] with item vectors [N, D], which are divided over the `mesh`, if there is one."""
+    """Scores of user vectors [Q, D] with item vectors [N, D], which are divided over the `mesh`, if
+    there is one."""
     if mesh is None:
         items = jnp.asarray(items)
         return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
@@ -91,18 +106,26 @@ def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries
 def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> Scores:
     """The scores of the two towers, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
-    return dot_scores(query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights))
+    return dot_scores(
+        query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights)
+    )
 
 
 def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
-    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of the queries; those of heads
-    as "click/auc", over a fixed sample of as many rows."""
+    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of
+    the queries; those of heads as "click/auc", over a fixed sample of as many rows."""
     evaluation = prepared.config.evaluation
-    queries = make_queries(prepared, "validation", evaluation.query).sample(evaluation.validation_queries)
-    measure_heads = heads.make_head_metrics(prepared, model, "validation", most=evaluation.validation_queries)
+    queries = make_queries(prepared, "validation", evaluation.query).sample(
+        evaluation.validation_queries
+    )
+    measure_heads = heads.make_head_metrics(
+        prepared, model, "validation", most=evaluation.validation_queries
+    )
 
     def validate(weights: Any) -> dict[str, float]:
-        ranked = evaluate(model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True)
+        ranked = evaluate(
+            model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True
+        )
         return ranked | heads.flat(measure_heads(weights))
 
     return validate
@@ -114,10 +137,12 @@ def _dot(users: Float[Array, "B D"], items: Float[Array, "N D"]) -> Float[Array,
 
 
 def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
-    """Yields (slice of queries, size, seen pairs, right pairs). All blocks are to be padded to one size, as their pairs
-    are, so that one program serves all."""
+    """Yields (slice of queries, size, seen pairs, right pairs). All blocks are to be padded to one
+    size, as their pairs are, so that one program serves all."""
     size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK, len(queries)))
-    chosen = [slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)]
+    chosen = [
+        slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)
+    ]
     # Also where nothing is masked, so that the same program serves both.
     seen_lengths = queries.seen.lengths[queries.user]
     sizes = [
@@ -126,11 +151,17 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
     ]
     none = Csr.empty(size)
     for part in progress(chosen, total=len(chosen), what="Evaluation"):
-        lists = queries.seen_of(part) if mask_seen else none, queries.right.take(np.arange(part.start, part.stop))
+        lists = (
+            queries.seen_of(part) if mask_seen else none,
+            queries.right.take(np.arange(part.start, part.stop)),
+        )
         yield (
             part,
             size,
-            *(pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items) for csr, length in zip(lists, sizes)),
+            *(
+                pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items)
+                for csr, length in zip(lists, sizes)
+            ),
         )
 
 
@@ -140,21 +171,30 @@ def _grown(scores: Any, size: int) -> Float[Array, "B N"]:
     return jnp.pad(scores, ((0, size - len(scores)), (0, 0))) if len(scores) < size else scores
 
 
-def _measured_on(mesh: Mesh | None, scores: Any, asks: tuple[Any, ...], counts: np.ndarray, ks: tuple[int, ...]) -> Any:
+def _measured_on(
+    mesh: Mesh | None, scores: Any, asks: tuple[Any, ...], counts: np.ndarray, ks: tuple[int, ...]
+) -> Any:
     """`_measure` of arrays of this process."""
     if mesh is None:
         return _measure(scores, *asks, counts, ks=ks)
     padding = scores.shape[1] - len(counts)
-    asks, counts = place(mesh, asks, WHOLE), place(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SPLIT)
+    asks, counts = (
+        place(mesh, asks, WHOLE),
+        place(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SPLIT),
+    )
     return _measure(scores, *asks, counts, ks=ks, padding=padding, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("ks", "padding", "mesh"))
-def _measure(*arrays: Array, ks: tuple[int, ...], padding: int = 0, mesh: Mesh | None = None) -> Any:
-    """Metrics of each query, and the rows of the longest list, the same on every device. "poison" is NaN when a score is.
+def _measure(
+    *arrays: Array, ks: tuple[int, ...], padding: int = 0, mesh: Mesh | None = None
+) -> Any:
+    """Metrics of each query, and the rows of the longest list, the same on every device. "poison"
+    is NaN when a score is.
 
     Args:
-        arrays: as of `_measure_part`; with a mesh, the columns of the scores and the counts are divided over it.
+        arrays: as of `_measure_part`; with a mesh, the columns of the scores and the counts are
+            divided over it.
         padding: so many of the last columns are no items.
     """
     if mesh is None:
@@ -180,7 +220,9 @@ def _measure_part(
     """`_measure` on one device, which has N of the items."""
     width, num_items = scores.shape[1], scores.shape[1] * group.size - padding
     poison = jnp.where(group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0, jnp.nan, 0.0)
-    seen_item, right_item = (item if group is ALONE else localise(item, width, group) for item in (seen_item, right_item))
+    seen_item, right_item = (
+        item if group is ALONE else localise(item, width, group) for item in (seen_item, right_item)
+    )
     scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
     if padding:
         scores = jnp.where((group.places(width) < num_items)[None, :], scores, -jnp.inf)
@@ -205,8 +247,8 @@ def _measure_part(
 
 
 def _best_of_all(lists: tuple[Array, ...], k: int, group: Group) -> tuple[Array, ...]:
-    """The best `k` of all devices' lists [B, K] of (scores, ...): in the order of devices, which is that of rows, so that of
-    equal scores the lower row stays first."""
+    """The best `k` of all devices' lists [B, K] of (scores, ...): in the order of devices, which is
+    that of rows, so that of equal scores the lower row stays first."""
     if group is ALONE:
         return lists
     lists = tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists)
@@ -214,8 +256,11 @@ def _best_of_all(lists: tuple[Array, ...], k: int, group: Group) -> tuple[Array,
     return best, *(jnp.take_along_axis(x, at, axis=1) for x in lists[1:])
 
 
-def _behind_equals(scores: Float[Array, "B N"], query: Int[Array, " R"], item: Int[Array, " R"]) -> Float[Array, "B N"]:
-    """Scores with those of the pairs (query, item) one step lower, so that these sort after their equals."""
+def _behind_equals(
+    scores: Float[Array, "B N"], query: Int[Array, " R"], item: Int[Array, " R"]
+) -> Float[Array, "B N"]:
+    """Scores with those of the pairs (query, item) one step lower, so that these sort after their
+    equals."""
     tiny = jnp.finfo(jnp.float32).tiny
     # Numbers below `tiny` compare as 0 on some devices, so the steps around 0 are made by hand.
     scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores)

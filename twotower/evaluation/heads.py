@@ -1,6 +1,8 @@
-"""How well heads predict labels: pure functions of logits, labels and weights, and their values for the held-out rows of a run.
+"""How well heads predict labels: pure functions of logits, labels and weights, and their values for
+the held-out rows of a run.
 
-All are NaN where they are not defined (no row with label 1, say); what is not defined is not reported.
+All are NaN where they are not defined (no row with label 1, say); what is not defined is not
+reported.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
 def auc(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """The chance that a row with label 1 is above one with label 0, equals counting half: the area under the ROC curve.
+    """The chance that a row with label 1 is above one with label 0, equals counting half: the area
+    under the ROC curve.
 
-    sum_{i: y=1} sum_{j: y=0} w_i w_j ([s_i > s_j] + [s_i = s_j] / 2) / (sum_{i: y=1} w_i sum_{j: y=0} w_j), exact, by sorting;
-    Hanley and McNeil, Radiology 1982.
+    sum_{i: y=1} sum_{j: y=0} w_i w_j ([s_i > s_j] + [s_i = s_j] / 2) / (sum_{i: y=1} w_i sum_{j:
+    y=0} w_j), exact, by sorting; Hanley and McNeil, Radiology 1982.
 
     >>> auc(np.array([3.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.0]), np.ones(3))
     0.75
@@ -61,28 +64,40 @@ def recall(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Mean probability over the share of label 1; 1 is right on the whole (He et al., Practical lessons, ADKDD 2014, inverse)."""
+    """Mean probability over the share of label 1; 1 is right on the whole (He et al., Practical
+    lessons, ADKDD 2014, inverse)."""
     return _ratio(np.sum(weights * _sigmoid(logits)), np.sum(weights * labels))
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Expected calibration error: rows in `BINS` bins of equal width by probability, sum_b W_b / W |mean p - mean y| in bin b.
+    """Expected calibration error: rows in `BINS` bins of equal width by probability, sum_b W_b / W
+    |mean p - mean y| in bin b.
 
     Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     probabilities = _sigmoid(logits)
     bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    return _ratio(np.abs(np.bincount(bins, weights * (probabilities - labels))).sum(), weights.sum())
+    return _ratio(
+        np.abs(np.bincount(bins, weights * (probabilities - labels))).sum(), weights.sum()
+    )
 
 
 METRICS: Mapping[str, Metric] = {
-    "auc": auc, "log_loss": log_loss, "accuracy": accuracy, "precision": precision, "recall": recall,
-    "calibration": calibration, "calibration_error": calibration_error,
-}  # fmt: skip
+    "auc": auc,
+    "log_loss": log_loss,
+    "accuracy": accuracy,
+    "precision": precision,
+    "recall": recall,
+    "calibration": calibration,
+    "calibration_error": calibration_error,
+}
 
 
-def make_head_metrics(prepared: Prepared, model: Any, part: str, *, most: int = 0) -> Callable[[Any], HeadMetrics]:
-    """weights -> {head: {metric: value, "rows": how many}} over the labelled rows of a part whose item is in the corpus.
+def make_head_metrics(
+    prepared: Prepared, model: Any, part: str, *, most: int = 0
+) -> Callable[[Any], HeadMetrics]:
+    """weights -> {head: {metric: value, "rows": how many}} over the labelled rows of a part whose
+    item is in the corpus.
 
     Args:
         model: a `TwoTower`; the weights' `params["heads"]` are those of `multitask.init_heads`.
@@ -106,7 +121,9 @@ def make_head_metrics(prepared: Prepared, model: Any, part: str, *, most: int = 
             own = logits[name][np.searchsorted(asked, places)]
             if np.isnan(own).any():
                 raise ScoreError(f"Logits of head {name!r} are NaN; they cannot be measured.")
-            found[name] = measure_head(own, rows.labels[heads[name].label][places], rows.weight[places])
+            found[name] = measure_head(
+                own, rows.labels[heads[name].label][places], rows.weight[places]
+            )
         return found
 
     return measure
@@ -116,12 +133,19 @@ def measure_head(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) ->
     """Every metric that is defined, and "rows", how many were measured. Sums are in float64."""
     values = [np.asarray(x, np.float64) for x in (logits, labels, weights)]
     found = {name: metric(*values) for name, metric in METRICS.items()}
-    return {name: value for name, value in found.items() if not np.isnan(value)} | {"rows": len(logits)}
+    return {name: value for name, value in found.items() if not np.isnan(value)} | {
+        "rows": len(logits)
+    }
 
 
 def flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """{"click/auc": ...} of what `make_head_metrics` gives, without the numbers of rows."""
-    return {f"{head}/{name}": x for head, values in measured.items() for name, x in values.items() if name != "rows"}
+    return {
+        f"{head}/{name}": x
+        for head, values in measured.items()
+        for name, x in values.items()
+        if name != "rows"
+    }
 
 
 def _labelled(rows: Rows, label: str, most: int) -> np.ndarray:
@@ -130,16 +154,24 @@ def _labelled(rows: Rows, label: str, most: int) -> np.ndarray:
     return evenly_spaced(places, most) if most else places
 
 
-def _logits(prepared: Prepared, model: Any, weights: Any, rows: Rows, apply: Callable) -> dict[str, np.ndarray]:
+def _logits(
+    prepared: Prepared, model: Any, weights: Any, rows: Rows, apply: Callable
+) -> dict[str, np.ndarray]:
     """Head -> [N], a block of rows at a time."""
     items, place = np.unique(rows.item, return_inverse=True)
-    item_vectors = embed_rows(model, weights, "item", {n: x[items] for n, x in prepared.features["item"].items()})
+    item_vectors = embed_rows(
+        model, weights, "item", {n: x[items] for n, x in prepared.features["item"].items()}
+    )
     parts = []
     for start in range(0, len(rows), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         context = {name: x[block] for name, x in rows.context.items()}
-        users = embed_rows(model, weights, "user", prepared.user_features(rows.user[block], context))
-        parts.append(jax.device_get(apply(weights.params["heads"], users, item_vectors[place[block]])))
+        users = embed_rows(
+            model, weights, "user", prepared.user_features(rows.user[block], context)
+        )
+        parts.append(
+            jax.device_get(apply(weights.params["heads"], users, item_vectors[place[block]]))
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

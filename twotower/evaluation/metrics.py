@@ -1,8 +1,9 @@
 """Ranking metrics: pure, per example. Averaging happens in `twotower.evaluation.evaluate` alone.
 
-The accuracy metrics take `hits` [B, K], whether the item at each rank is a right answer, best first, and `right` [B],
-how many right answers the query has in all. `where` [B, K] says which ranks count: those it leaves out might as well
-not be in the list, so that masking equals slicing. A query without right answers scores 0.
+The accuracy metrics take `hits` [B, K], whether the item at each rank is a right answer, best
+first, and `right` [B], how many right answers the query has in all. `where` [B, K] says which ranks
+count: those it leaves out might as well not be in the list, so that masking equals slicing. A query
+without right answers scores 0.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ def recall(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B
 
 
 def precision(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Share of the list that is right: |hits| / K. A list that could not be filled is still K long."""
+    """Share of the list that is right: |hits| / K. A list that could not be filled is still K
+    long."""
     del right
     return _divide(_only(hits, where).sum(1), _ranks(hits, where)[:, -1])
 
 
 def hit_rate(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """1 where the list holds a right answer, else 0. With one right answer a query it is the recall."""
+    """1 where the list holds a right answer, else 0. With one right answer a query it is the
+    recall."""
     del right
     return _only(hits, where).any(1).astype(jnp.float32)
 
@@ -40,8 +43,8 @@ def ndcg(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]
     """Discounted cumulative gain over that of the best possible list, with binary gains:
     sum_k hit_k / log2(k + 1), divided by sum_{k <= min(|right|, K)} 1 / log2(k + 1).
 
-    Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, TOIS 2002; the ideal list is cut at K,
-    as in the evaluation of NGCF and LightGCN.
+    Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, TOIS 2002; the ideal
+    list is cut at K, as in the evaluation of NGCF and LightGCN.
     """
     ranks = _ranks(hits, where)
     discounts = 1.0 / jnp.log2(jnp.maximum(ranks, 1) + 1.0)
@@ -50,15 +53,18 @@ def ndcg(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]
 
 
 def mrr(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Reciprocal of the rank of the first right answer, 0 where there is none (Voorhees, TREC-8 question answering)."""
+    """Reciprocal of the rank of the first right answer, 0 where there is none (Voorhees, TREC-8
+    question answering)."""
     del right
     return (_only(hits, where) / jnp.maximum(_ranks(hits, where), 1)).max(1)
 
 
 def average_precision(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Mean of the precision at each right answer: (1 / min(|right|, K)) sum_k hit_k (hits up to k) / k.
+    """Mean of the precision at each right answer: (1 / min(|right|, K)) sum_k hit_k (hits up to k)
+    / k.
 
-    Its mean over queries is MAP@K. Dividing by min(|right|, K) lets a perfect list score 1 however short it is.
+    Its mean over queries is MAP@K. Dividing by min(|right|, K) lets a perfect list score 1 however
+    short it is.
     """
     hits, ranks = _only(hits, where), _ranks(hits, where)
     precisions = jnp.cumsum(hits, axis=1) / jnp.maximum(ranks, 1)
@@ -68,10 +74,11 @@ def average_precision(hits: Hits, right: Right, *, where: Where = None) -> Float
 def novelty(
     counts: Int[Array, "B K"], total: Array | int, distinct: Array | int, *, where: Where = None
 ) -> Float[Array, " B"]:
-    """Mean self-information of the recommended items in bits: -log2 p, with p = (count + 1) / (total + distinct).
+    """Mean self-information of the recommended items in bits: -log2 p, with p = (count + 1) /
+    (total + distinct).
 
-    Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010. One is added to each
-    count so that an item never seen has a finite value.
+    Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010.
+    One is added to each count so that an item never seen has a finite value.
 
     Args:
         counts: training rows of the item at each rank.
@@ -83,12 +90,14 @@ def novelty(
 
 
 def never_trained(counts: Int[Array, "B K"], *, where: Where = None) -> Float[Array, " B"]:
-    """Share of the list that no training row names: such items have whatever vector they started with."""
+    """Share of the list that no training row names: such items have whatever vector they started
+    with."""
     return _mean((counts == 0).astype(jnp.float32), where)
 
 
 def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""]:
-    """Share of the corpus that is recommended to anybody. Not per example: it belongs to all lists together."""
+    """Share of the corpus that is recommended to anybody. Not per example: it belongs to all lists
+    together."""
     return recommended.mean(dtype=jnp.float32)
 
 

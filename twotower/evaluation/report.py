@@ -1,4 +1,5 @@
-"""What is reported of a run: the model beside baselines, the index beside exact search, as JSON and as a table."""
+"""What is reported of a run: the model beside baselines, the index beside exact search, as JSON and
+as a table."""
 
 from __future__ import annotations
 
@@ -36,24 +37,32 @@ Measured = dict[str, Any]
 
 
 def measure_run(
-    run: Run, *, ks: Sequence[int], split: str = "test", baselines: bool = True, most: int = 0,
+    run: Run,
+    *,
+    ks: Sequence[int],
+    split: str = "test",
+    baselines: bool = True,
+    most: int = 0,
     popularity_weights: Sequence[float] = (),
-) -> Measured:  # fmt: skip
-    """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without; of vectors cut to
-    `config.retrieval.dim`, as a bundle has them.
+) -> Measured:
+    """Metrics of the model, and of the baselines, with seen items masked and ("_unmasked") without;
+    of vectors cut to `config.retrieval.dim`, as a bundle has them.
 
     Args:
         ks: list lengths.
         split: "test" or "validation".
         baselines: whether to measure them.
-        most: ask at most this many queries, evenly spaced, and of each head as many rows; 0 asks all.
-        popularity_weights: times the log count of an item is added to its score; each is measured, seen items masked.
+        most: ask at most this many queries, evenly spaced, and of each head as many rows; 0 asks
+            all.
+        popularity_weights: times the log count of an item is added to its score; each is measured,
+            seen items masked.
 
     Returns:
-        {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...},
-        "baselines_unmasked": ..., of items and users that training never saw "new_items" and "new_users", each {"model": ...,
-        "random": ...}, of a model with heads "heads": {name: {"auc": ...}}, and with `popularity_weights`
-        "popularity_weights": {"0.05": {"recall@10": ...}}}
+        {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ...,
+        "baselines": {name: ...}, "baselines_unmasked": ..., of items and users that training never
+        saw "new_items" and "new_users", each {"model": ..., "random": ...}, of a model with heads
+        "heads": {name: {"auc": ...}}, and with `popularity_weights` "popularity_weights": {"0.05":
+        {"recall@10": ...}}}
     """
     whole, run = run.model, dataclasses.replace(run, model=served_model(run))
     every = make_queries(run.prepared, split, run.config.evaluation.query)
@@ -65,34 +74,49 @@ def measure_run(
     if run.model is not whole:
         measured["protocol"]["dim"] = run.model.dim
     for suffix, mask_seen in (("", True), ("_unmasked", False)):
-        values = {name: evaluate(scores, queries, ks, mask_seen=mask_seen) for name, scores in rankings.items()}
+        values = {
+            name: evaluate(scores, queries, ks, mask_seen=mask_seen)
+            for name, scores in rankings.items()
+        }
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
     measured |= _measure_new(run, queries, ks)
     if popularity_weights:
-        measured["popularity_weights"] = frontier(rankings["model"], queries, ks, popularity_weights)
+        measured["popularity_weights"] = frontier(
+            rankings["model"], queries, ks, popularity_weights
+        )
     if run.config.objective.heads:
         measured["heads"] = make_head_metrics(run.prepared, whole, split, most=most)(run.weights)
     return measured
 
 
 def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
-    """{"new_items": right answers that training never saw, "new_users": queries of users that it never saw}, as far as there are
-    any: the model's metrics over the whole corpus with seen items masked, and a random ranking's."""
+    """{"new_items": right answers that training never saw, "new_users": queries of users that it
+    never saw}, as far as there are any: the model's metrics over the whole corpus with seen items
+    masked, and a random ranking's."""
     measured: Measured = {}
-    parts = {"new_items": queries.of_new_items(), "new_users": queries.of_new_users(run.prepared.train.user)}
+    parts = {
+        "new_items": queries.of_new_items(),
+        "new_users": queries.of_new_users(run.prepared.train.user),
+    }
     for name, part in parts.items():
         part = part.take(np.flatnonzero(part.num_right > 0))
         if len(part):
             rankings = {
-                "model": model_scores(run.prepared, run.model, run.weights, part), "random": random_scores(part.num_items)
+                "model": model_scores(run.prepared, run.model, run.weights, part),
+                "random": random_scores(part.num_items),
             }
-            measured[name] = {kind: evaluate(scores, part, ks, mask_seen=True) for kind, scores in rankings.items()}
+            measured[name] = {
+                kind: evaluate(scores, part, ks, mask_seen=True)
+                for kind, scores in rankings.items()
+            }
     return measured
 
 
-def frontier(scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]) -> Measured:
+def frontier(
+    scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]
+) -> Measured:
     """What each weight of popularity gives, by weight: recall against coverage and novelty."""
     logs, found = log_counts(queries.counts), {}
     for weight in weights:
@@ -106,20 +130,27 @@ def frontier(scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Se
 
 
 def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
-    """The index of a bundle against exact search, on the vectors of `users` (rows of its users table).
+    """The index of a bundle against exact search, on the vectors of `users` (rows of its users
+    table).
 
     Returns:
-        recall@10, queries per second in one batch, and the median time of a single query in milliseconds. These two
-        are of this machine, and of the index alone: without encoding users or dropping seen items.
+        recall@10, queries per second in one batch, and the median time of a single query in
+        milliseconds. These two are of this machine, and of the index alone: without encoding users
+        or dropping seen items.
     """
     bundle = retriever.bundle
-    queries = retriever.encode_users(bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES))))
+    queries = retriever.encode_users(
+        bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES)))
+    )
     truth = ExactIndex(bundle.vectors).search(queries, min(INDEX_K, len(bundle.vectors)))[1]
     if bundle.index.dim > queries.shape[1]:  # popularity is not weighed here
         queries = widened(queries, 0.0)
     found = bundle.index.search(queries, truth.shape[1])[1]
     batch = _seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
-    singles = [_seconds(lambda q=q: bundle.index.search(q[None], INDEX_K), repeats=1) for q in queries[:100]]
+    singles = [
+        _seconds(lambda q=q: bundle.index.search(q[None], INDEX_K), repeats=1)
+        for q in queries[:100]
+    ]
     return {
         "kind": bundle.index.kind,
         f"recall@{INDEX_K}": overlap(found, truth),
@@ -143,22 +174,39 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Tables of what `measure_run` and `measure_index` gave, and a line for each comparison."""
     protocol = measured["protocol"]
     each = {"user": "user", "interaction": "held-out interaction"}[protocol["query"]]
-    where = f"exact over all {protocol['items']:,} items" + (f", vectors cut to {protocol['dim']}" if "dim" in protocol else "")
+    where = f"exact over all {protocol['items']:,} items" + (
+        f", vectors cut to {protocol['dim']}" if "dim" in protocol else ""
+    )
     lines = [f"Step {protocol['step']} on {protocol['split']}: one query per {each}, {where}."]
     if protocol["asked"] < protocol["available"]:
-        lines.append(f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked.")
+        lines.append(
+            f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked."
+        )
     for suffix, title in (("", "Seen items masked"), ("_unmasked", "Nothing masked")):
         model, others = measured[f"model{suffix}"], measured.get(f"baselines{suffix}", {})
         without = model["queries_without_answer"]
         note = f", {without:,} without an answer that is left" if without else ""
-        lines += ["", f"{title} ({model['queries']:,} queries{note}):", format_table({"model": model, **others}, ks)]
+        lines += [
+            "",
+            f"{title} ({model['queries']:,} queries{note}):",
+            format_table({"model": model, **others}, ks),
+        ]
         lines += _comparisons(model, others, min(ks))
-    for name, what in (("new_items", "Right answers that training never saw"), ("new_users", "Users that training never saw")):
+    for name, what in (
+        ("new_items", "Right answers that training never saw"),
+        ("new_users", "Users that training never saw"),
+    ):
         if name in measured:
             asked = measured[name]["model"]["queries"]
-            lines += ["", f"{what} ({asked:,} queries, seen items masked):", format_table(measured[name], ks)]
+            lines += [
+                "",
+                f"{what} ({asked:,} queries, seen items masked):",
+                format_table(measured[name], ks),
+            ]
     if "popularity_weights" in measured:
-        columns = {f"weight {weight}": values for weight, values in measured["popularity_weights"].items()}
+        columns = {
+            f"weight {weight}": values for weight, values in measured["popularity_weights"].items()
+        }
         lines += ["", "Popularity weighed, seen items masked:", format_table(columns, ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
@@ -168,14 +216,21 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
 
 
 def format_table(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
-    """A column a ranking, a row a metric: recall and NDCG at every K, the others at the shortest (the JSON file has all)."""
+    """A column a ranking, a row a metric: recall and NDCG at every K, the others at the shortest
+    (the JSON file has all)."""
     heads = [name.replace("popularity_", "") for name in columns]
     widths = [max(len(head), 8) + 2 for head in heads]
-    lines = [f"{'':18}" + "".join(f"{head.replace('_', ' '):>{width}}" for head, width in zip(heads, widths))]
+    lines = [
+        f"{'':18}"
+        + "".join(f"{head.replace('_', ' '):>{width}}" for head, width in zip(heads, widths))
+    ]
     for name in METRICS:
         for k in ks if name in PRINTED_AT_EVERY_K else ks[:1]:
             values = [column[f"{name}@{k}"] for column in columns.values()]
-            lines.append(f"{f'{name}@{k}':18}" + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths)))
+            lines.append(
+                f"{f'{name}@{k}':18}"
+                + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths))
+            )
     return "\n".join(lines)
 
 
@@ -185,18 +240,24 @@ def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"{'':18}" + "".join(f"{name:>{width}}" for name, width in zip(heads, widths))]
     for name, form in (*((name, ".4f") for name in HEAD_METRICS), ("rows", ",")):
         cells = [format(values[name], form) if name in values else "-" for values in heads.values()]
-        lines.append(f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+        lines.append(
+            f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+        )
     return "\n".join(lines)
 
 
-def _comparisons(model: Mapping[str, float], others: Mapping[str, Mapping[str, float]], k: int) -> list[str]:
+def _comparisons(
+    model: Mapping[str, float], others: Mapping[str, Mapping[str, float]], k: int
+) -> list[str]:
     lines, name = [], f"recall@{k}"
     popularity = others.get("popularity", {}).get(name, 0.0)
     if popularity:
         lines.append(f"{name}: {model[name] / popularity:.2f} times popularity's.")
     best = others.get("true_preferences", {}).get(name, 0.0)
     if best:
-        lines.append(f"{name}: {model[name] / best:.0%} of what ranking by the true preferences reaches.")
+        lines.append(
+            f"{name}: {model[name] / best:.0%} of what ranking by the true preferences reaches."
+        )
     return lines
 
 
@@ -209,8 +270,14 @@ def _index_line(index: Mapping[str, Any]) -> str:
 
 
 def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measured:
-    return {"split": split, "query": run.config.evaluation.query, "step": run.step, "items": queries.num_items,
-            "asked": len(queries), "available": available}  # fmt: skip
+    return {
+        "split": split,
+        "query": run.config.evaluation.query,
+        "step": run.step,
+        "items": queries.num_items,
+        "asked": len(queries),
+        "available": available,
+    }
 
 
 def _seconds(call: Callable[[], Any], *, repeats: int) -> float:

@@ -1,7 +1,8 @@
 """How far the vectors of the same users or items have moved from one model to the next.
 
-Two trainings of one model may differ by a rotation, which changes no score. So one is turned onto the other before their cosines
-are taken (orthogonal Procrustes: Schönemann 1966); neighbourhoods need no turning.
+Two trainings of one model may differ by a rotation, which changes no score. So one is turned onto
+the other before their cosines are taken (orthogonal Procrustes: Schönemann 1966); neighbourhoods
+need no turning.
 """
 
 from __future__ import annotations
@@ -68,17 +69,25 @@ def compare(
     at = pc.index_in(old[0], value_set=new[0].combine_chunks())
     both = pc.is_valid(at).to_numpy(zero_copy_only=False)
     if both.sum() < 2:
-        raise HistoryError(f"{int(both.sum())} ids are in both versions; at least two are needed to compare them.")
+        raise HistoryError(
+            f"{int(both.sum())} ids are in both versions; at least two are needed to compare them."
+        )
     ids = old[0].combine_chunks().filter(pa.array(both))
     before, after = old[1][both], new[1][at.drop_null().to_numpy()]
     sampled = evenly_spaced(np.arange(len(ids)), sample)
     return Drift(
-        ids=ids, cosines=aligned_cosines(before, after), sampled=sampled,
-        overlaps=neighbour_overlap(before, after, sampled, k=k), added=len(new[0]) - len(ids), removed=len(old[0]) - len(ids),
-    )  # fmt: skip
+        ids=ids,
+        cosines=aligned_cosines(before, after),
+        sampled=sampled,
+        overlaps=neighbour_overlap(before, after, sampled, k=k),
+        added=len(new[0]) - len(ids),
+        removed=len(old[0]) - len(ids),
+    )
 
 
-def rotation(old: Float[np.ndarray, "N D"], new: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "D D"]:
+def rotation(
+    old: Float[np.ndarray, "N D"], new: Float[np.ndarray, "N D"]
+) -> Float[np.ndarray, "D D"]:
     """The orthogonal R that makes the sum of squares of `old @ R - new` least.
 
     >>> turned = np.array([[0.0, 1.0], [-1.0, 0.0]])
@@ -89,8 +98,11 @@ def rotation(old: Float[np.ndarray, "N D"], new: Float[np.ndarray, "N D"]) -> Fl
     return left @ right
 
 
-def aligned_cosines(old: Float[np.ndarray, "N C"], new: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
-    """The cosine of each row of `old` with the same of `new`, after the rotation that makes their mean greatest.
+def aligned_cosines(
+    old: Float[np.ndarray, "N C"], new: Float[np.ndarray, "N D"]
+) -> Float[np.ndarray, " N"]:
+    """The cosine of each row of `old` with the same of `new`, after the rotation that makes their
+    mean greatest.
 
     A narrower side gets further coordinates of 0. A vector of length 0 has cosine 0.
     """
@@ -101,9 +113,14 @@ def aligned_cosines(old: Float[np.ndarray, "N C"], new: Float[np.ndarray, "N D"]
 
 
 def neighbour_overlap(
-    old: Float[np.ndarray, "N C"], new: Float[np.ndarray, "N D"], rows: np.ndarray, *, k: int = NEIGHBOURS
+    old: Float[np.ndarray, "N C"],
+    new: Float[np.ndarray, "N D"],
+    rows: np.ndarray,
+    *,
+    k: int = NEIGHBOURS,
 ) -> Float[np.ndarray, " S"]:
-    """Of each of `rows` the share of its k neighbours of greatest cosine in `old` that are among those in `new`."""
+    """Of each of `rows` the share of its k neighbours of greatest cosine in `old` that are among
+    those in `new`."""
     k = min(k, len(old) - 1)
     itself = Csr.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
     before, after = (top_k(_units(x)[rows], _units(x), k, exclude=itself)[1] for x in (old, new))
@@ -118,14 +135,18 @@ def summary(drift: Drift, *, worst: int = 10) -> str:
         f"{'':20}{'mean':>8}" + "".join(f"{f'{share:.0%}':>8}" for share in shares),
     ]
     for name, values in (("cosine, aligned", drift.cosines), ("neighbours kept", drift.overlaps)):
-        lines.append(f"{name:20}" + "".join(f"{x:8.3f}" for x in (values.mean(), *np.quantile(values, shares))))
+        lines.append(
+            f"{name:20}"
+            + "".join(f"{x:8.3f}" for x in (values.mean(), *np.quantile(values, shares)))
+        )
     moved = np.argsort(drift.cosines, kind="stable")[:worst]
     named = ", ".join(f"{drift.ids[int(row)].as_py()} ({drift.cosines[row]:.3f})" for row in moved)
     return "\n".join([*lines, f"Moved most: {named}."])
 
 
 def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
-    """Writes histograms of cosines and of neighbours kept as a PNG (or what the suffix says), whole or not at all."""
+    """Writes histograms of cosines and of neighbours kept as a PNG (or what the suffix says), whole
+    or not at all."""
     with extra("plots", "a plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -135,8 +156,15 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
     FigureCanvasAgg(figure)  # draws without a display
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    _histogram(left, drift.cosines, np.linspace(min(0.0, float(drift.cosines.min())), 1.0, 51), "cosine after alignment")
-    _histogram(right, drift.overlaps, np.linspace(-0.05, 1.05, 12), "share of nearest neighbours kept")
+    _histogram(
+        left,
+        drift.cosines,
+        np.linspace(min(0.0, float(drift.cosines.min())), 1.0, 51),
+        "cosine after alignment",
+    )
+    _histogram(
+        right, drift.overlaps, np.linspace(-0.05, 1.05, 12), "share of nearest neighbours kept"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
     try:
@@ -148,7 +176,12 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
 
 def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, label: str) -> None:
     axes.hist(values, bins=bins)
-    axes.axvline(float(np.median(values)), color="black", linewidth=1, label=f"median {np.median(values):.3f}")
+    axes.axvline(
+        float(np.median(values)),
+        color="black",
+        linewidth=1,
+        label=f"median {np.median(values):.3f}",
+    )
     axes.set_xlabel(label)
     axes.set_ylabel("entities")
     axes.legend()

@@ -1,12 +1,13 @@
-"""The embedding history: the vectors of each run, appended to two tables that are partitioned by the date of the run.
+"""The embedding history: the vectors of each run, appended to two tables that are partitioned by
+the date of the run.
 
 ```
 HISTORY/item_embeddings/run_date=2026-11-25/run-shop.parquet   run_id, experiment_id, model_version, entity_id, vector
 HISTORY/user_embeddings/run_date=2026-11-25/run-shop.parquet
 ```
 
-A hive-partitioned Parquet dataset, as pyarrow, DuckDB, Spark and BigQuery read it. Every run of a date has a file of its own,
-which is there whole or not at all; a repeat takes its place.
+A hive-partitioned Parquet dataset, as pyarrow, DuckDB, Spark and BigQuery read it. Every run of a
+date has a file of its own, which is there whole or not at all; a repeat takes its place.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from twotower.retrieval.weights import model_version
 from twotower.training.progress import progress
 
 TABLES = {"user": "user_embeddings", "item": "item_embeddings"}
-SCHEMA = pa.schema({
-    "run_id": pa.string(), "experiment_id": pa.string(), "model_version": pa.string(), "entity_id": pa.string(),
-    "vector": pa.list_(pa.float32()),
-})  # fmt: skip
+SCHEMA = pa.schema(
+    {
+        "run_id": pa.string(),
+        "experiment_id": pa.string(),
+        "model_version": pa.string(),
+        "entity_id": pa.string(),
+        "vector": pa.list_(pa.float32()),
+    }
+)
 PARTITION = pa.schema({"run_date": pa.date32()})
 BLOCK = 65_536  # rows written, and embedded, at once
 
@@ -53,7 +59,8 @@ class Version:
     """Which vectors: of which run, and when.
 
     Attributes:
-        run_date: the partition; of scheduled work its logical date, so that a repeat finds it again.
+        run_date: the partition; of scheduled work its logical date, so that a repeat finds it
+            again.
         run_id: one run of a date.
         experiment_id: what was run, the same on every date.
         model_version: of the weights, as in the bundle's manifest.
@@ -66,7 +73,9 @@ class Version:
 
     def __post_init__(self):
         if not re.fullmatch(r"[\w.-]{1,50}", self.run_id):  # part of a file's name
-            raise HistoryError(f"run_id={self.run_id!r} must be of 1 to 50 letters, digits, '.', '_' and '-'.")
+            raise HistoryError(
+                f"run_id={self.run_id!r} must be of 1 to 50 letters, digits, '.', '_' and '-'."
+            )
 
     @property
     def name(self) -> str:
@@ -93,11 +102,14 @@ class EmbeddingHistory:
 
     def __init__(self, folder: str | os.PathLike):
         if "://" in str(folder):
-            raise HistoryError(f"history={folder} must be a folder of this machine (or one mounted into it).")
+            raise HistoryError(
+                f"history={folder} must be a folder of this machine (or one mounted into it)."
+            )
         self.folder = Path(folder)
 
     def append(self, version: Version, sides: Mapping[str, Iterable[Block]]) -> None:
-        """Keeps the vectors of a run; those that it had before on that date are replaced, when all are written.
+        """Keeps the vectors of a run; those that it had before on that date are replaced, when all
+        are written.
 
         Args:
             sides: "user", "item" -> blocks of ids and float [n, D].
@@ -122,9 +134,13 @@ class EmbeddingHistory:
                 temporary.unlink(missing_ok=True)
 
     def stored(self, side: str, run_date: datetime.date | None = None) -> list[Stored]:
-        """What there is of a side, of one date or of all, in the order of dates and then of run ids."""
+        """What there is of a side, of one date or of all, in the order of dates and then of run
+        ids."""
         partition = f"run_date={run_date or '*'}"
-        found = (_stored(path) for path in (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet"))
+        found = (
+            _stored(path)
+            for path in (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
+        )
         return sorted(found, key=lambda stored: (stored.version.run_date, stored.version.run_id))
 
     def find(self, side: str, name: str) -> Stored:
@@ -135,7 +151,9 @@ class EmbeddingHistory:
             if one.version.run_id == run_id:
                 return one
         latest = ", ".join(one.version.name for one in self.stored(side)[-10:]) or "none"
-        raise HistoryError(f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}.")
+        raise HistoryError(
+            f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}."
+        )
 
     def read(self, stored: Stored) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Entity ids, and their vectors float32 [N, D]."""
@@ -149,20 +167,24 @@ class EmbeddingHistory:
         return pa.chunked_array(ids, pa.string()), vectors
 
     def dataset(self, side: str) -> pyarrow.dataset.Dataset:
-        """All vectors of a side, with run_date as a column: a pyarrow dataset, to be filtered and joined."""
+        """All vectors of a side, with run_date as a column: a pyarrow dataset, to be filtered and
+        joined."""
         partitioning = pyarrow.dataset.partitioning(PARTITION, flavor="hive")
         schema = pa.schema([*SCHEMA, *PARTITION])
         folder = self.folder / TABLES[side]
         if not folder.is_dir():
             raise HistoryError(f"{self.folder} has no {side} vectors yet.")
-        return pyarrow.dataset.dataset(folder, schema=schema, format="parquet", partitioning=partitioning)
+        return pyarrow.dataset.dataset(
+            folder, schema=schema, format="parquet", partitioning=partitioning
+        )
 
     def _partition(self, side: str, date: datetime.date) -> Path:
         return self.folder / TABLES[side] / f"run_date={date.isoformat()}"
 
 
 def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
-    """The vectors of a bundle's users, as recommendations are made with them, and of its items: what `append` takes."""
+    """The vectors of a bundle's users, as recommendations are made with them, and of its items:
+    what `append` takes."""
     bundle = retriever.bundle
 
     def rows(ids: pa.ChunkedArray, embed: Any, what: str) -> Iterator[Block]:
@@ -172,22 +194,35 @@ def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator
             yield some, embed(some, slice(start, start + block))
 
     return {
-        "user": rows(bundle.users["user_id"], lambda ids, _: retriever.embed_users(ids.to_pylist()), "Keeping users"),
-        "item": rows(bundle.items["item_id"], lambda _, part: bundle.vectors[part], "Keeping items"),
+        "user": rows(
+            bundle.users["user_id"],
+            lambda ids, _: retriever.embed_users(ids.to_pylist()),
+            "Keeping users",
+        ),
+        "item": rows(
+            bundle.items["item_id"], lambda _, part: bundle.vectors[part], "Keeping items"
+        ),
     }
 
 
-def version_of(retriever: Retriever, *, run_date: datetime.date, run_id: str, experiment_id: str = "") -> Version:
+def version_of(
+    retriever: Retriever, *, run_date: datetime.date, run_id: str, experiment_id: str = ""
+) -> Version:
     """The version of a bundle's vectors.
 
     Args:
-        experiment_id: by default a hash of `Config.identity` but for the seed, which runs of one configuration share.
+        experiment_id: by default a hash of `Config.identity` but for the seed, which runs of one
+            configuration share.
     """
     bundle, config = retriever.bundle, retriever.bundle.config
-    unseeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=Config().training.seed))
+    unseeded = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, seed=Config().training.seed)
+    )
     experiment_id = experiment_id or content_digest(unseeded.identity())[:12]
     weights = bundle.manifest.get("model_version") or model_version(bundle.towers.weights)
-    return Version(run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights)
+    return Version(
+        run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights
+    )
 
 
 def parse_date(text: str, field: str) -> datetime.date:
@@ -199,23 +234,35 @@ def parse_date(text: str, field: str) -> datetime.date:
 
 
 def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) -> None:
-    constant = {name: getattr(version, name) for name in ("run_id", "experiment_id", "model_version")}
+    constant = {
+        name: getattr(version, name) for name in ("run_id", "experiment_id", "model_version")
+    }
     # Vectors and ids hardly repeat: a dictionary of them would cost time and save nothing.
-    options = {"compression": "zstd", "use_dictionary": list(constant), "write_statistics": ["run_id", "entity_id"]}
+    options = {
+        "compression": "zstd",
+        "use_dictionary": list(constant),
+        "write_statistics": ["run_id", "entity_id"],
+    }
     rows, width = 0, 0
     with pq.ParquetWriter(path, SCHEMA, **options) as writer:
         for ids, vectors in blocks:
             vectors = check_vectors(vectors, what=what)
             if len(ids) != len(vectors) or ids.null_count:
-                raise HistoryError(f"{what}: {len(ids) - ids.null_count} ids for {len(vectors)} vectors; give one each.")
+                raise HistoryError(
+                    f"{what}: {len(ids) - ids.null_count} ids for {len(vectors)} vectors; give one each."
+                )
             if width not in (0, vectors.shape[1]):
-                raise HistoryError(f"{what} are {vectors.shape[1]} wide after others that are {width} wide.")
+                raise HistoryError(
+                    f"{what} are {vectors.shape[1]} wide after others that are {width} wide."
+                )
             rows, width = rows + len(ids), vectors.shape[1]
             same = {name: pa.repeat(value, len(ids)) for name, value in constant.items()}
             table = pa.table({**same, "entity_id": ids, "vector": _lists(vectors)}, schema=SCHEMA)
             writer.write_table(table, row_group_size=BLOCK)
         about = constant | {"run_date": str(version.run_date), "rows": rows, "width": width}
-        writer.add_key_value_metadata({"twotower": json.dumps(about)})  # so that a listing reads no column
+        writer.add_key_value_metadata(
+            {"twotower": json.dumps(about)}
+        )  # so that a listing reads no column
 
 
 def _stored(path: Path) -> Stored:
@@ -224,8 +271,13 @@ def _stored(path: Path) -> Stored:
         rows, width = about.pop("rows"), about.pop("width")
         version = Version(**about | {"run_date": datetime.date.fromisoformat(about["run_date"])})
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise HistoryError(f"{path} is no file of the history, or is damaged ({error}). Append that run again.") from None
-    if (path.parent.name, path.name) != (f"run_date={version.run_date}", f"run-{version.run_id}.parquet"):
+        raise HistoryError(
+            f"{path} is no file of the history, or is damaged ({error}). Append that run again."
+        ) from None
+    if (path.parent.name, path.name) != (
+        f"run_date={version.run_date}",
+        f"run-{version.run_id}.parquet",
+    ):
         raise HistoryError(f"{path} was moved or renamed: it holds the vectors of {version.name}.")
     return Stored(version=version, path=path, rows=rows, width=width)
 

@@ -1,4 +1,5 @@
-"""Vectors and recommendations shared between processes through Redis, which may be away at any moment.
+"""Vectors and recommendations shared between processes through Redis, which may be away at any
+moment.
 
 ```
 NAME:current                                     {"version": of the bundle, "width": D}, written when all vectors are there
@@ -45,17 +46,31 @@ class RedisStore:
         retry_after: seconds for which Redis is not asked again after it did not answer.
     """
 
-    def __init__(self, url: str, *, name: str = "twotower", timeout: float = 0.05, retry_after: float = 1.0):
+    def __init__(
+        self, url: str, *, name: str = "twotower", timeout: float = 0.05, retry_after: float = 1.0
+    ):
         with extra("redis", "Redis"):
             import redis
         if not re.fullmatch(r"[\w.-]{1,64}", name):  # a colon would mix the keys of two models
-            raise ConfigError(f"name={name!r} must be of 1 to 64 letters, digits, '.', '_' and '-'.")
-        self.name, self._errors, self._retry_after, self._away_until = name, redis.RedisError, retry_after, -np.inf
-        self._client, self._publisher = (_connect(url, seconds) for seconds in (timeout, PUBLISH_TIMEOUT))
+            raise ConfigError(
+                f"name={name!r} must be of 1 to 64 letters, digits, '.', '_' and '-'."
+            )
+        self.name, self._errors, self._retry_after, self._away_until = (
+            name,
+            redis.RedisError,
+            retry_after,
+            -np.inf,
+        )
+        self._client, self._publisher = (
+            _connect(url, seconds) for seconds in (timeout, PUBLISH_TIMEOUT)
+        )
         self._is_away = False
 
-    def publish(self, version: str, sides: Mapping[str, Iterable[Block]], *, ttl: int = DAY) -> dict[str, int]:
-        """Writes vectors, and makes them the current ones when all are written: until then readers find the older.
+    def publish(
+        self, version: str, sides: Mapping[str, Iterable[Block]], *, ttl: int = DAY
+    ) -> dict[str, int]:
+        """Writes vectors, and makes them the current ones when all are written: until then readers
+        find the older.
 
         Args:
             version: of the bundle, see `bundle_version`.
@@ -73,21 +88,31 @@ class RedisStore:
             for side, blocks in sides.items():
                 for ids, vectors in blocks:
                     vectors = check_vectors(vectors, what=side).astype("<f4")
-                    width, keys = vectors.shape[1], [self._key(version, side, one) for one in ids.to_pylist()]
+                    width, keys = (
+                        vectors.shape[1],
+                        [self._key(version, side, one) for one in ids.to_pylist()],
+                    )
                     for start in range(0, len(keys), PIPELINE):
-                        self._write(zip(keys[start : start + PIPELINE], vectors[start : start + PIPELINE]), ttl)
+                        self._write(
+                            zip(keys[start : start + PIPELINE], vectors[start : start + PIPELINE]),
+                            ttl,
+                        )
                     counts[side] += len(keys)
-            self._publisher.set(f"{self.name}:current", json.dumps({"version": version, "width": width}), ex=ttl)
+            self._publisher.set(
+                f"{self.name}:current", json.dumps({"version": version, "width": width}), ex=ttl
+            )
         except self._errors as error:
-            raise StoreError(f"Redis did not take the vectors, and the older ones stay current: {error}") from error
+            raise StoreError(
+                f"Redis did not take the vectors, and the older ones stay current: {error}"
+            ) from error
         return counts
 
     def vectors(self, side: str, ids: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """The current vectors of users or items.
 
         Returns:
-            (float32 [n, D], bool [n]): a row of zeros and False for an id without a vector, and D = 0 where there are none at
-            all or Redis is away.
+            (float32 [n, D], bool [n]): a row of zeros and False for an id without a vector, and D =
+            0 where there are none at all or Redis is away.
         """
         current = self.current()
         none = np.zeros((len(ids), 0), np.float32), np.zeros(len(ids), bool)
@@ -103,7 +128,8 @@ class RedisStore:
         return np.frombuffer(joined, "<f4").reshape(len(ids), -1).astype(np.float32), held
 
     def current(self) -> dict[str, Any] | None:
-        """The version and width of the vectors that are current; None where nothing is, or Redis is away."""
+        """The version and width of the vectors that are current; None where nothing is, or Redis is
+        away."""
         value = self.ask(lambda client: client.get(f"{self.name}:current"))
         try:
             held = json.loads(value or b"null")
@@ -112,7 +138,8 @@ class RedisStore:
             return None
 
     def ask(self, call: Callable[[Any], Any]) -> Any:
-        """`call(client)`, or None while Redis is away: it is tried once, and then not for `retry_after` seconds."""
+        """`call(client)`, or None while Redis is away: it is tried once, and then not for
+        `retry_after` seconds."""
         if time.monotonic() < self._away_until:
             return None
         try:
@@ -132,7 +159,8 @@ class RedisStore:
         return self._key(version, f"list:{k}:{int(exclude_seen)}", user)
 
     def _key(self, version: str, kind: str, name: Any) -> bytes:
-        # The id last: whatever is in it, no two keys are the same. It may be half a character, which a request can hold.
+        # The id last: whatever is in it, no two keys are the same. It may be half a character,
+        # which a request can hold.
         return f"{self.name}:{version}:{kind}:{name}".encode("utf-8", "surrogatepass")
 
     def _write(self, pairs: Iterable[tuple[bytes, np.ndarray]], ttl: int) -> None:
@@ -146,7 +174,8 @@ class CachedRetriever:
     """Recommends as its retriever does, from Redis where an equal question was answered lately.
 
     Args:
-        ttl: seconds that a list lives. Lists of a live index are asked for anew after every change to it.
+        ttl: seconds that a list lives. Lists of a live index are asked for anew after every change
+            to it.
     """
 
     def __init__(self, retriever: Retriever, store: RedisStore, *, ttl: int = 60):
@@ -166,9 +195,12 @@ class CachedRetriever:
 
 
 def bundle_version(retriever: Retriever) -> str:
-    """A hash of all that is in a bundle: of two bundles with other weights, items, users or index, another."""
+    """A hash of all that is in a bundle: of two bundles with other weights, items, users or index,
+    another."""
     if not retriever.bundle.manifest:
-        raise StoreError("a bundle that was not written has no version; export it, and load it from its folder.")
+        raise StoreError(
+            "a bundle that was not written has no version; export it, and load it from its folder."
+        )
     return content_digest(retriever.bundle.manifest)[:16]
 
 
@@ -177,13 +209,20 @@ def _connect(url: str, timeout: float) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    # The client's own retries may wait for seconds, while a server answers without Redis in a millisecond.
-    options = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 0)}
+    # The client's own retries may wait for seconds, while a server answers without Redis in a
+    # millisecond.
+    options = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+    }
     try:
         return redis.Redis.from_url(url, **options)
     except ValueError as error:
         scheme = url.partition("://")[0]
-        raise ConfigError(f"the Redis URL that begins with {scheme!r} cannot be used: {error}") from None
+        raise ConfigError(
+            f"the Redis URL that begins with {scheme!r} cannot be used: {error}"
+        ) from None
 
 
 def _as_json(found: Recommendations) -> str:
@@ -195,7 +234,10 @@ def _parsed(value: bytes | None) -> Recommendations | None:
     """The list that `_as_json` wrote; None of anything else."""
     try:
         held = json.loads(value or b"null")
-        items = [Recommendation(str(item), float(score), dict(display)) for item, score, display in held["items"]]
+        items = [
+            Recommendation(str(item), float(score), dict(display))
+            for item, score, display in held["items"]
+        ]
         return Recommendations(items, known=bool(held["known"]))
     except (KeyError, TypeError, ValueError):
         return None

@@ -1,7 +1,7 @@
 """A run in MLflow: its configuration, the metrics of its steps, what was evaluated, and its files.
 
-The folder of the run is what is read, so this can be done at any time, also while the run trains, and done again: what is there
-already is not logged twice.
+The folder of the run is what is read, so this can be done at any time, also while the run trains,
+and done again: what is there already is not logged twice.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ LONGEST = 6_000  # characters of a parameter
 STATE = "mlflow.json"
 
 
-def track(workdir: Path | str, *, uri: str, experiment: str, artifacts: str = "", bundle: bool = False) -> str:
+def track(
+    workdir: Path | str, *, uri: str, experiment: str, artifacts: str = "", bundle: bool = False
+) -> str:
     """Logs the run in `workdir` to an MLflow store.
 
     Args:
         uri: of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
         experiment: its name; it is made where there is none.
-        artifacts: where a new experiment keeps files; by default the folder mlartifacts beside an SQLite file (MLflow's own
-            default is the folder that the command was started in), or where the server says.
+        artifacts: where a new experiment keeps files; by default the folder mlartifacts beside an
+            SQLite file (MLflow's own default is the folder that the command was started in), or
+            where the server says.
         bundle: log the bundle too, beside the configuration and the evaluations.
 
     Returns:
@@ -57,7 +60,11 @@ def track(workdir: Path | str, *, uri: str, experiment: str, artifacts: str = ""
             client.set_terminated(run_id)
     except MlflowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        hint = f" To log to a new run of MLflow, delete {workdir / STATE}." if (workdir / STATE).exists() else ""
+        hint = (
+            f" To log to a new run of MLflow, delete {workdir / STATE}."
+            if (workdir / STATE).exists()
+            else ""
+        )
         raise ConfigError(f"MLflow at {_without_password(uri)} refuses: {reason}.{hint}") from error
     return run_id
 
@@ -69,7 +76,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     {'a.b': 1, 'recall_at_10': 2}
     """
     for key, value in tree.items():
-        name = prefix + re.sub(r"[^\w.\- /]", "_", str(key).replace("@", "_at_"))  # what MLflow takes in a name
+        name = prefix + re.sub(
+            r"[^\w.\- /]", "_", str(key).replace("@", "_at_")
+        )  # what MLflow takes in a name
         if isinstance(value, Mapping):
             yield from flatten(value, f"{name}.")
         else:
@@ -88,7 +97,11 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
         experiment_id = client.create_experiment(experiment, artifact_location=place or None)
     else:
         experiment_id = found.experiment_id
-    run = client.create_run(experiment_id, run_name=workdir.resolve().name, tags={"twotower.workdir": str(workdir.resolve())})
+    run = client.create_run(
+        experiment_id,
+        run_name=workdir.resolve().name,
+        tags={"twotower.workdir": str(workdir.resolve())},
+    )
     state = {"uri": _without_password(uri), "experiment": experiment, "run_id": run.info.run_id}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(state), encoding="utf-8")
@@ -108,28 +121,42 @@ def _without_password(uri: str) -> str:
 def _log_params(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    had = client.get_run(run_id).data.params  # MLflow refuses another value for a parameter that it has
-    params = [Param(name, str(value)[:LONGEST]) for name, value in flatten(config) if name not in had]
+    had = client.get_run(
+        run_id
+    ).data.params  # MLflow refuses another value for a parameter that it has
+    params = [
+        Param(name, str(value)[:LONGEST]) for name, value in flatten(config) if name not in had
+    ]
     for start in range(0, len(params), PARAMS_AT_ONCE):
         client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
 
 
-def _log_metrics(client: Any, run_id: str, lines: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+def _log_metrics(
+    client: Any, run_id: str, lines: Iterable[tuple[int, Mapping[str, float]]]
+) -> None:
     from mlflow.entities import Metric
 
     # A time that is always the same for a step: so the store sees what it has already.
     begun = client.get_run(run_id).info.start_time
-    metrics = [Metric(name, float(x), begun + step, step) for step, values in lines for name, x in flatten(values)]
+    metrics = [
+        Metric(name, float(x), begun + step, step)
+        for step, values in lines
+        for name, x in flatten(values)
+    ]
     for start in range(0, len(metrics), AT_ONCE):
         client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Steps and their metrics; the line that a trainer is just writing is left for the next time."""
+    """Steps and their metrics; the line that a trainer is just writing is left for the next
+    time."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         if line.endswith("\n"):
             values = json.loads(line)
-            yield values.pop("step"), {name: x for name, x in values.items() if isinstance(x, (int, float))}
+            yield (
+                values.pop("step"),
+                {name: x for name, x in values.items() if isinstance(x, (int, float))},
+            )
 
 
 def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
@@ -148,4 +175,6 @@ def _log_files(client: Any, run_id: str, workdir: Path, *, bundle: bool) -> None
             client.log_artifacts(run_id, str(workdir / folder), folder)
     manifest = workdir / "bundle" / "manifest.json"
     if manifest.exists():
-        client.set_tag(run_id, "twotower.model_version", json.loads(manifest.read_text())["model_version"])
+        client.set_tag(
+            run_id, "twotower.model_version", json.loads(manifest.read_text())["model_version"]
+        )

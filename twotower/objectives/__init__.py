@@ -22,15 +22,23 @@ LOSSES: dict[str, Loss] = {
     "softmax": Loss(softmax, softmax_gap, corrects=True, corrects_positive=True),
     "corrected_softmax": Loss(corrected_softmax, corrected_softmax_gap, corrects=True),
     "bsl": Loss(bsl, bsl_gap, corrects=True, bilateral=True),
-    "gbce": Loss(gbce, constants=lambda o, num_items: {"calibration": o.calibration, "num_items": num_items}),
+    "gbce": Loss(
+        gbce, constants=lambda o, num_items: {"calibration": o.calibration, "num_items": num_items}
+    ),
     "sigmoid": Loss(sigmoid, biased=True),
     "bpr": Loss(bpr),
-    "hinge": Loss(hinge, scaled=False, own_margin=True, constants=lambda o, _: {"margin": o.margin}),
-    "triplet": Loss(triplet, scaled=False, own_margin=True, constants=lambda o, _: {"margin": o.margin}),
+    "hinge": Loss(
+        hinge, scaled=False, own_margin=True, constants=lambda o, _: {"margin": o.margin}
+    ),
+    "triplet": Loss(
+        triplet, scaled=False, own_margin=True, constants=lambda o, _: {"margin": o.margin}
+    ),
     "cosine_contrastive": Loss(
-        cosine_contrastive, scaled=False, own_margin=True,
+        cosine_contrastive,
+        scaled=False,
+        own_margin=True,
         constants=lambda o, _: {"margin": o.margin, "negative_weight": o.negative_weight},
     ),
-}  # fmt: skip
+}
 # Losses of a score and its label.
 POINTWISE = {"binary_cross_entropy": binary_cross_entropy}

@@ -15,14 +15,17 @@ FULL = 2**32
 
 
 class AliasTable(NamedTuple):
-    """N cells of equal width, each divided between two ids (Walker 1977): a fair cell, then one biased coin.
+    """N cells of equal width, each divided between two ids (Walker 1977): a fair cell, then one
+    biased coin.
 
-    The coin is 32 random bits against an integer, so the rarest of 10^8 ids is still drawn as often as `log_probability` says.
+    The coin is 32 random bits against an integer, so the rarest of 10^8 ids is still drawn as often
+    as `log_probability` says.
 
     Attributes:
         threshold: uint32 [N], of 2^32 how often cell i gives i itself.
         alias: int32 [N], what it gives otherwise.
-        log_probability: float32 [N], log of what these two add up to for each id; -inf for an id that is never drawn.
+        log_probability: float32 [N], log of what these two add up to for each id; -inf for an id
+            that is never drawn.
     """
 
     threshold: Any
@@ -46,7 +49,8 @@ def popularity_table(counts: np.ndarray, alpha: float) -> AliasTable:
 
     Args:
         counts: training rows of each id, in any order.
-        alpha: 1 draws as rows do, 0 draws all ids that have rows alike; an id without rows is never drawn.
+        alpha: 1 draws as rows do, 0 draws all ids that have rows alike; an id without rows is never
+            drawn.
 
     Raises:
         ConfigError: a count is negative or not finite, all are zero, or `alpha` is negative.
@@ -69,21 +73,28 @@ def alias_table(weights: np.ndarray) -> AliasTable:
     weights = np.asarray(weights, np.float64)
     _check(weights, "weight of id")
     share, alias = _divide(weights * (len(weights) / weights.sum()))
-    # An id of positive weight keeps at least one chance in 2^32 of its cell; where that rounds, the probabilities below say so.
+    # An id of positive weight keeps at least one chance in 2^32 of its cell; where that rounds, the
+    # probabilities below say so.
     threshold = np.clip(np.rint(share * FULL), weights > 0, FULL - 1)
     alias = np.where(share >= 1, np.arange(len(weights)), alias)
-    probability = (threshold + np.bincount(alias, FULL - threshold, len(weights))) / (FULL * len(weights))
+    probability = (threshold + np.bincount(alias, FULL - threshold, len(weights))) / (
+        FULL * len(weights)
+    )
     with np.errstate(divide="ignore"):
         log_probability = np.log(probability)
-    return AliasTable(threshold.astype(np.uint32), alias.astype(np.int32), log_probability.astype(np.float32))
+    return AliasTable(
+        threshold.astype(np.uint32), alias.astype(np.int32), log_probability.astype(np.float32)
+    )
 
 
 def _divide(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(own share of each cell, alias) for masses that average 1: Vose's (1991) queue as cumulative sums.
+    """(own share of each cell, alias) for masses that average 1: Vose's (1991) queue as cumulative
+    sums.
 
-    Light cells are filled up by the heavy ones in turn; a heavy one that has given more than its excess is itself filled up by
-    the next. With deficits D and excesses E summed along these two lines, the heavy cell that fills light cell i is the first
-    with E > D[i - 1], and it is spent at the first i with D[i] >= E, when E - D[i] is what it lacks.
+    Light cells are filled up by the heavy ones in turn; a heavy one that has given more than its
+    excess is itself filled up by the next. With deficits D and excesses E summed along these two
+    lines, the heavy cell that fills light cell i is the first with E > D[i - 1], and it is spent at
+    the first i with D[i] >= E, when E - D[i] is what it lacks.
     """
     light, heavy = np.flatnonzero(mass < 1), np.flatnonzero(mass >= 1)
     share, alias = np.minimum(mass, 1.0), np.arange(len(mass))
@@ -93,7 +104,9 @@ def _divide(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     giver = np.searchsorted(excess, np.append(0.0, deficit[:-1]), side="right")
     alias[light] = heavy[np.minimum(giver, len(heavy) - 1)]
     spent = np.searchsorted(deficit, excess, side="left")
-    lacking = np.append(spent[:-1] < len(light), False)  # the last one has nobody after it, and lacks nothing but rounding
+    lacking = np.append(
+        spent[:-1] < len(light), False
+    )  # the last one has nobody after it, and lacks nothing but rounding
     spent = np.minimum(spent, len(light) - 1)
     share[heavy[lacking]] = np.clip(1 + (excess - deficit[spent])[lacking], 0.0, 1.0)
     alias[heavy[lacking]] = heavy[np.flatnonzero(lacking) + 1]
@@ -103,6 +116,10 @@ def _divide(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check(weights: np.ndarray, what: str) -> None:
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if bad.size:
-        raise ConfigError(f"The {what} {bad[0]} is {weights[bad[0]]}: it must be finite and at least 0.")
+        raise ConfigError(
+            f"The {what} {bad[0]} is {weights[bad[0]]}: it must be finite and at least 0."
+        )
     if not weights.any():
-        raise ConfigError(f"The {what} 0, and of all {len(weights)}, is 0: nothing can be drawn. One at least must be above 0.")
+        raise ConfigError(
+            f"The {what} 0, and of all {len(weights)}, is 0: nothing can be drawn. One at least must be above 0."
+        )

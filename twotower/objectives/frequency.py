@@ -1,8 +1,9 @@
 """How often an id is drawn: counted before training, or estimated as training goes.
 
-Estimates are arrays of the train state, hence of the checkpoint, so a resumed run corrects as before. A step reads them first
-and updates them afterwards: what it draws must not change what it thinks of its own draws. Ids are hashed by integer arithmetic
-on the device, the same in every process and on every machine.
+Estimates are arrays of the train state, hence of the checkpoint, so a resumed run corrects as
+before. A step reads them first and updates them afterwards: what it draws must not change what it
+thinks of its own draws. Ids are hashed by integer arithmetic on the device, the same in every
+process and on every machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ Arrays = dict[str, Any]
 
 GAP_RATE = 0.01  # of the moving averages: about the last 200 appearances of an id decide
 SKETCH_DEPTH = 4
-SKETCH_WIDTHS = (2**10, 2**20)  # least and greatest; at four bytes a counter the greatest sketch takes 16 MiB
+SKETCH_WIDTHS = (
+    2**10,
+    2**20,
+)  # least and greatest; at four bytes a counter the greatest sketch takes 16 MiB
 SKETCH_ROWS = 2**31  # when this many rows are counted, all counters are halved: far from overflow
 
 
@@ -28,9 +32,11 @@ class Frequency(NamedTuple):
 
     Attributes:
         init: (training rows of each of N ids, training rows in all) -> arrays.
-        log_expected_count: (arrays, ids, draws) -> log of the expected number of times each id is among `draws` drawn rows, of
-            the shape of `ids`; finite for any id, negative ones too. `draws` may be traced; 0 gives -inf.
-        update: (arrays, ids [B] of all devices, step) -> arrays after that batch; negative ids are rows without an id.
+        log_expected_count: (arrays, ids, draws) -> log of the expected number of times each id is
+            among `draws` drawn rows, of the shape of `ids`; finite for any id, negative ones too.
+            `draws` may be traced; 0 gives -inf.
+        update: (arrays, ids [B] of all devices, step) -> arrays after that batch; negative ids are
+            rows without an id.
         learns: whether `update` does anything.
     """
 
@@ -45,12 +51,16 @@ def _log(draws: Any) -> Float[Array, ""]:
 
 
 def init_exact(counts: Any, rows: Any) -> Arrays:
-    """The counts as they are. Rows in all are kept beside them: to sum them up would cost N at every step."""
+    """The counts as they are. Rows in all are kept beside them: to sum them up would cost N at
+    every step."""
     return {"counts": jnp.asarray(counts, jnp.float32), "rows": jnp.asarray(rows, jnp.float32)}
 
 
-def exact_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
-    """log(draws * count / rows), in logs so that nothing is floored; an id that training never saw has one pseudo-count."""
+def exact_log_expected_count(
+    arrays: Arrays, ids: Int[Array, "*S"], draws: Any
+) -> Float[Array, "*S"]:
+    """log(draws * count / rows), in logs so that nothing is floored; an id that training never saw
+    has one pseudo-count."""
     return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
 
 
@@ -63,30 +73,41 @@ def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
     """
     shape = (len(counts),)
     return {
-        "last": jnp.full(shape, -1, jnp.int32), "gaps": jnp.zeros(shape), "times": jnp.zeros(shape),
-        "step": jnp.int32(-1), "batch": jnp.float32(0), "items": jnp.float32(len(counts)), "rate": jnp.float32(rate),
+        "last": jnp.full(shape, -1, jnp.int32),
+        "gaps": jnp.zeros(shape),
+        "times": jnp.zeros(shape),
+        "step": jnp.int32(-1),
+        "batch": jnp.float32(0),
+        "items": jnp.float32(len(counts)),
+        "rate": jnp.float32(rate),
         "start": jnp.int32(0),
-    }  # fmt: skip
+    }
 
 
 def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
-    r"""From the average number of steps between two appearances of an id (Yi et al., RecSys 2019, Algorithms 2 and 3).
+    r"""From the average number of steps between two appearances of an id (Yi et al., RecSys 2019,
+    Algorithms 2 and 3).
 
-    .. math:: B \leftarrow (1 - \alpha) B + \alpha (t - A), \quad A \leftarrow t, \quad \hat p = 1 / \max_i B_i
+    .. math:: B \leftarrow (1 - \alpha) B + \alpha (t - A), \quad A \leftarrow t, \quad \hat p = 1 /
+    \max_i B_i
 
-    There p is the probability that a batch holds the id at all, and is used as if an id never stood in a batch twice. A popular
-    one does, up to B times at gaps of 1, where 1 / B stays at 1. So the average number of times an id stands in the batches that
-    hold it is kept beside the average gap: by the renewal-reward theorem, times / gap is the expected count in a batch,
-    duplicates included, and with no duplicates it is 1 / B. Both averages are kept as decayed sums,
-    s <- (1 - alpha) s + x: their quotient equals that of the moving averages and needs no initial value to be forgotten.
+    There p is the probability that a batch holds the id at all, and is used as if an id never stood
+    in a batch twice. A popular one does, up to B times at gaps of 1, where 1 / B stays at 1. So the
+    average number of times an id stands in the batches that hold it is kept beside the average gap:
+    by the renewal-reward theorem, times / gap is the expected count in a batch, duplicates
+    included, and with no duplicates it is 1 / B. Both averages are kept as decayed sums, s <- (1 -
+    alpha) s + x: their quotient equals that of the moving averages and needs no initial value to be
+    forgotten.
 
-    The gap since the last appearance, still open, is added: it is what tells of an id that stopped coming, and with it the first
-    estimates are appearances over steps. An id never seen counts as if seen once, just now, and among N ids as no likelier than
-    all of them alike.
+    The gap since the last appearance, still open, is added: it is what tells of an id that stopped
+    coming, and with it the first estimates are appearances over steps. An id never seen counts as
+    if seen once, just now, and among N ids as no likelier than all of them alike.
     """
     places = _places(arrays, ids)
     last = arrays["last"].at[places].get(mode="fill", fill_value=-1)
-    times, gaps = (arrays[name].at[places].get(mode="fill", fill_value=0) for name in ("times", "gaps"))
+    times, gaps = (
+        arrays[name].at[places].get(mode="fill", fill_value=0) for name in ("times", "gaps")
+    )
     steps = (arrays["step"] + 1).astype(jnp.float32)
     seen = last >= 0
     rates = times / jnp.where(seen, gaps + (arrays["step"] - last), 1)
@@ -95,12 +116,13 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
 
 
 def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
-    """The arrays after the batch of `step`. An id that stands in it twice has appeared once, two times."""
+    """The arrays after the batch of `step`. An id that stands in it twice has appeared once, two
+    times."""
     step = step - arrays["start"]
     places, keep = _places(arrays, ids), 1 - arrays["rate"]
     old = {name: arrays[name].at[places].get(mode="clip") for name in ("last", "gaps", "times")}
-    # Duplicates all write one value, so their order does not matter. What is written depends on what was read: else XLA could
-    # write first, and would read from a copy of the whole array.
+    # Duplicates all write one value, so their order does not matter. What is written depends on
+    # what was read: else XLA could write first, and would read from a copy of the whole array.
     new = {
         "last": jnp.maximum(old["last"], step),
         "gaps": keep * old["gaps"] + (step - old["last"]),
@@ -116,26 +138,39 @@ def _places(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
 
 
 def init_sketch(
-    counts: Any, rows: Any, *, width: int = 0, depth: int = SKETCH_DEPTH, halve_at: int = SKETCH_ROWS
+    counts: Any,
+    rows: Any,
+    *,
+    width: int = 0,
+    depth: int = SKETCH_DEPTH,
+    halve_at: int = SKETCH_ROWS,
 ) -> Arrays:
     """Nothing counted yet.
 
     Args:
         counts: of N ids, of which only N matters.
-        width: counters a hash function, a power of two; 0 takes as many as there are ids, within `SKETCH_WIDTHS`.
+        width: counters a hash function, a power of two; 0 takes as many as there are ids, within
+            `SKETCH_WIDTHS`.
         depth: hash functions.
-        halve_at: rows after which all counters are halved, so that old rows count less and nothing overflows.
+        halve_at: rows after which all counters are halved, so that old rows count less and nothing
+            overflows.
     """
     low, high = SKETCH_WIDTHS
     width = width or min(max(1 << (len(counts) - 1).bit_length(), low), high)
     return {
-        "counts": jnp.zeros((depth, width), jnp.uint32), "rows": jnp.uint32(0), "multipliers": _multipliers(depth),
-        "items": jnp.float32(len(counts)), "halve_at": jnp.uint32(halve_at),
-    }  # fmt: skip
+        "counts": jnp.zeros((depth, width), jnp.uint32),
+        "rows": jnp.uint32(0),
+        "multipliers": _multipliers(depth),
+        "items": jnp.float32(len(counts)),
+        "halve_at": jnp.uint32(halve_at),
+    }
 
 
-def sketch_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
-    """From a count-min sketch (Cormode and Muthukrishnan 2005): the least of an id's counters, never below its true count.
+def sketch_log_expected_count(
+    arrays: Arrays, ids: Int[Array, "*S"], draws: Any
+) -> Float[Array, "*S"]:
+    """From a count-min sketch (Cormode and Muthukrishnan 2005): the least of an id's counters,
+    never below its true count.
 
     An id never seen has one pseudo-count, and among N ids is no likelier than all of them alike.
     """
@@ -147,20 +182,28 @@ def sketch_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any)
 
 
 def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
-    """The sketch after a batch, by conservative update (Estan and Varghese 2002): counters rise no further than they must.
+    """The sketch after a batch, by conservative update (Estan and Varghese 2002): counters rise no
+    further than they must.
 
-    All ids of a batch are added to the sketch as it was before it, each with the number of times it stands there. Of two ids that
-    share a counter the greater sum is kept, which is at least the true count of either, so nothing is ever underestimated.
+    All ids of a batch are added to the sketch as it was before it, each with the number of times it
+    stands there. Of two ids that share a counter the greater sum is kept, which is at least the
+    true count of either, so nothing is ever underestimated.
     """
     slots = _slots(arrays, ids)
     raised = _counted(arrays, slots) + _multiplicity(ids).astype(jnp.uint32)
     depth = jnp.arange(len(slots))[:, None]
-    counts = arrays["counts"].at[depth, slots].max(jnp.broadcast_to(raised, slots.shape), mode="drop")
+    counts = (
+        arrays["counts"].at[depth, slots].max(jnp.broadcast_to(raised, slots.shape), mode="drop")
+    )
     rows = arrays["rows"] + jnp.uint32(ids.size)
     # Rounded up, so that what was seen stays seen.
     halve = lambda x: x - x // 2  # noqa: E731
     counts, rows = jax.lax.cond(
-        rows >= arrays["halve_at"], lambda c, r: (halve(c), halve(r)), lambda c, r: (c, r), counts, rows
+        rows >= arrays["halve_at"],
+        lambda c, r: (halve(c), halve(r)),
+        lambda c, r: (c, r),
+        counts,
+        rows,
     )
     return arrays | {"counts": counts, "rows": rows}
 
@@ -173,8 +216,9 @@ def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
 def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
     """The counters of ids, one by each hash function; past the end for negative ids.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd number, modulo 2^32. Over the
-    choice of that number, two ids share a place with probability at most 2 / width.
+    Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd
+    number, modulo 2^32. Over the choice of that number, two ids share a place with probability at
+    most 2 / width.
     """
     width = arrays["counts"].shape[1]
     product = arrays["multipliers"][:, None] * ids.astype(jnp.uint32)[None]
@@ -191,11 +235,15 @@ def _multipliers(depth: int) -> UInt32[Array, "d"]:
 def _multiplicity(values: Int[Array, "M"]) -> Int[Array, "M"]:
     """How many times each value stands among all."""
     ordered = jnp.sort(values)
-    return (jnp.searchsorted(ordered, values, side="right") - jnp.searchsorted(ordered, values)).astype(jnp.int32)
+    return (
+        jnp.searchsorted(ordered, values, side="right") - jnp.searchsorted(ordered, values)
+    ).astype(jnp.int32)
 
 
 FREQUENCIES = {
-    "exact": Frequency(init_exact, exact_log_expected_count, lambda arrays, ids, step: arrays, learns=False),
+    "exact": Frequency(
+        init_exact, exact_log_expected_count, lambda arrays, ids, step: arrays, learns=False
+    ),
     "gap": Frequency(init_gap, gap_log_expected_count, update_gap, learns=True),
     "sketch": Frequency(init_sketch, sketch_log_expected_count, update_sketch, learns=True),
 }

@@ -1,4 +1,5 @@
-"""What a retrieval loss is: a function of one query's logits, and what the logits of that loss are made of."""
+"""What a retrieval loss is: a function of one query's logits, and what the logits of that loss are
+made of."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ class Loss(NamedTuple):
     """A retrieval loss and how its logits are assembled from scores.
 
     Attributes:
-        of: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]. A query without any allowed negative costs
-            nothing and moves nothing.
-        of_gap: for losses that know their negatives by the log of their summed exponentials alone: `of` as a function of that
-            log less the positive, [B] -> [B]. Lets the streaming form keep exponentials as they are.
+        of: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]. A query without
+            any allowed negative costs nothing and moves nothing.
+        of_gap: for losses that know their negatives by the log of their summed exponentials alone:
+            `of` as a function of that log less the positive, [B] -> [B]. Lets the streaming form
+            keep exponentials as they are.
         corrects: log expected counts are taken off the negatives' logits.
         corrects_positive: and off the positive's.
         scaled: scores are divided by the temperature.
@@ -44,8 +46,11 @@ class Loss(NamedTuple):
     constants: Callable[[ObjectiveConfig, int], Mapping[str, Any]] = _no_constants
 
 
-def log_sum_exp(logits: Float[Array, "B C"], where: Bool[Array, "B C"]) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-    """The log of the summed exponentials of the allowed logits, and whether there is any (0 where there is none)."""
+def log_sum_exp(
+    logits: Float[Array, "B C"], where: Bool[Array, "B C"]
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """The log of the summed exponentials of the allowed logits, and whether there is any (0 where
+    there is none)."""
     kept = jnp.where(where, logits, -jnp.inf)
     some = where.any(axis=1)
     top = jnp.where(some, jax.lax.stop_gradient(kept.max(axis=1, initial=-jnp.inf)), 0.0)

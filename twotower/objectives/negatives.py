@@ -1,8 +1,9 @@
 """Where candidates come from. Each source states how often it is expected to yield each candidate.
 
-Draws are with replacement and duplicates stay: a candidate drawn twice counts twice, and its expected count says so. What is
-drawn for a step is a function of its key alone, or of one key a row of the batch: however the batch is divided over devices,
-the same is drawn.
+Draws are with replacement and duplicates stay: a candidate drawn twice counts twice, and its
+expected count says so. What is
+drawn for a step is a function of its key alone, or of one key a row of the batch: however the batch
+is divided over devices, the same is drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from twotower.config import NegativesConfig
 from twotower.objectives.alias import AliasTable
 from twotower.validation import ConfigError
 
-# float32 [...] of ids [...]: log of the expected number of times a source yields each of any ids in a step.
+# float32 [...] of ids [...]: log of the expected number of times a source yields each of any ids in
+# a step.
 LogExpectedCount = Callable[[Any], Any]
 
 
@@ -28,7 +30,8 @@ class Positives(NamedTuple):
     Attributes:
         vectors: of the answers.
         ids: what they are; a candidate of the same id is no negative.
-        log_expected_count: log of the expected number of times the sources of this step yield the answer's id.
+        log_expected_count: log of the expected number of times the sources of this step yield the
+            answer's id.
     """
 
     vectors: Float[Array, "B D"]
@@ -40,9 +43,12 @@ class Candidates(NamedTuple):
     """The C things that every query is compared with.
 
     Attributes:
-        ids: what each candidate is; two candidates of one id are the same thing. Negative: padding, never compared.
-        owners: the query identity (its user) that each candidate is a positive of; negative where there is none.
-        log_expected_count: log of the expected number of times the sources of this step yield the candidate's id.
+        ids: what each candidate is; two candidates of one id are the same thing. Negative: padding,
+            never compared.
+        owners: the query identity (its user) that each candidate is a positive of; negative where
+            there is none.
+        log_expected_count: log of the expected number of times the sources of this step yield the
+            candidate's id.
     """
 
     ids: Int[Array, "C"]
@@ -51,18 +57,22 @@ class Candidates(NamedTuple):
 
 
 class Hard(NamedTuple):
-    """Further negatives of each query alone; attributes as above, id negative where there is none."""
+    """Further negatives of each query alone; attributes as above, id negative where there is
+    none."""
 
     vectors: Float[Array, "B H D"]
     ids: Int[Array, "B H"]
     log_expected_count: Float[Array, "B H"]
 
 
-def mixed_log_expected_count(ids: Int[Array, "*S"], sources: Sequence[LogExpectedCount]) -> Float[Array, "*S"]:
-    """Log of the expected number of times all sources of a step together yield each id: their expected counts summed.
+def mixed_log_expected_count(
+    ids: Int[Array, "*S"], sources: Sequence[LogExpectedCount]
+) -> Float[Array, "*S"]:
+    """Log of the expected number of times all sources of a step together yield each id: their
+    expected counts summed.
 
-    It is the same for a candidate whichever source it came from, and for a positive. 0 where no source ever yields an id: it is
-    there because it was put there, once.
+    It is the same for a candidate whichever source it came from, and for a positive. 0 where no
+    source ever yields an id: it is there because it was put there, once.
     """
     if not sources:
         return jnp.zeros(ids.shape)
@@ -81,22 +91,32 @@ def uniform_log_expected_count(ids: Int[Array, "*S"], num: int, items: int) -> F
 
 
 def popularity(key: jax.Array, num: int, table: AliasTable) -> Int[Array, "S"]:
-    """`num` ids as often as `table` says, see `popularity_table`; their count is `table.log_expected_count`."""
+    """`num` ids as often as `table` says, see `popularity_table`; their count is
+    `table.log_expected_count`."""
     return table.draw(key, num)
 
 
 def init_queue(size: int, dim: int) -> dict[str, Array]:
-    """An empty queue of past item vectors (cross-batch memory, Wang et al., CVPR 2020, arXiv 1912.06798).
+    """An empty queue of past item vectors (cross-batch memory, Wang et al., CVPR 2020, arXiv
+    1912.06798).
 
     Returns:
-        {"vectors": [Q, D], "ids", "owners", "step": int32 [Q]}; "step" is when an entry was made, -1 for none.
+        {"vectors": [Q, D], "ids", "owners", "step": int32 [Q]}; "step" is when an entry was made,
+        -1 for none.
     """
-    # Arrays of their own, though equal: a state is donated, and a buffer can be given away only once.
-    return {"vectors": jnp.zeros((size, dim))} | {name: jnp.full(size, -1, jnp.int32) for name in ("ids", "owners", "step")}
+    # Arrays of their own, though equal: a state is donated, and a buffer can be given away only
+    # once.
+    return {"vectors": jnp.zeros((size, dim))} | {
+        name: jnp.full(size, -1, jnp.int32) for name in ("ids", "owners", "step")
+    }
 
 
 def push(
-    queue: dict[str, Array], vectors: Float[Array, "B D"], ids: Int[Array, "B"], owners: Int[Array, "B"], step: Int[Array, ""]
+    queue: dict[str, Array],
+    vectors: Float[Array, "B D"],
+    ids: Int[Array, "B"],
+    owners: Int[Array, "B"],
+    step: Int[Array, ""],
 ) -> dict[str, Array]:
     """The queue with the batch of a step in the place of its oldest.
 
@@ -106,9 +126,15 @@ def push(
     if size % batch:
         raise ValueError(f"A queue of {size} entries does not take whole batches of {batch}.")
     start = step % (size // batch) * batch
-    new = {"vectors": vectors, "ids": ids, "owners": owners, "step": jnp.full(batch, step, jnp.int32)}
+    new = {
+        "vectors": vectors,
+        "ids": ids,
+        "owners": owners,
+        "step": jnp.full(batch, step, jnp.int32),
+    }
     return {
-        name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, 0) for name, old in queue.items()
+        name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, 0)
+        for name, old in queue.items()
     }
 
 
@@ -122,15 +148,18 @@ def queue_candidates(
         age: steps after which an entry is no longer used; 0 never.
 
     Returns:
-        Vectors, ids and owners, -1 where an entry is not used: empty, too old, or not of the past; and how many rows are used,
-        which is the number of draws that their expected counts are to be stated for.
+        Vectors, ids and owners, -1 where an entry is not used: empty, too old, or not of the past;
+        and how many rows are used, which is the number of draws that their expected counts are to
+        be stated for.
     """
     used = _is_used(queue["step"], step, warmup, age)
     known = tuple(jnp.where(used, queue[name], -1) for name in ("ids", "owners"))
     return queue["vectors"], known, used.sum().astype(jnp.float32)
 
 
-def _is_used(made: Int[Array, "Q"], step: Int[Array, ""], warmup: int, age: int) -> Bool[Array, "Q"]:
+def _is_used(
+    made: Int[Array, "Q"], step: Int[Array, ""], warmup: int, age: int
+) -> Bool[Array, "Q"]:
     used = (made >= 0) & (made < step) & (step >= warmup)
     return used & (step - made <= age) if age else used
 
@@ -146,22 +175,28 @@ def draw_pool(
         num: H.
 
     Returns:
-        Ids, and log of the expected number of times the pool yields each; -1 and 0 where a pool is empty.
+        Ids, and log of the expected number of times the pool yields each; -1 and 0 where a pool is
+        empty.
     """
     size = jnp.where(users >= 0, pools["sizes"][users], 0)[:, None]
-    # The remainder of 32 bits favours the first places by one part in 2^32 / size, and costs half of `randint`.
+    # The remainder of 32 bits favours the first places by one part in 2^32 / size, and costs half
+    # of `randint`.
     bits = jax.vmap(lambda key: jax.random.bits(key, (num,), jnp.uint32))(keys)
     at = (bits % jnp.maximum(size, 1).astype(jnp.uint32)).astype(jnp.int32)
     ids = jnp.where(size > 0, jnp.take_along_axis(pools["items"][users], at, axis=1), -1)
     return ids, pool_log_expected_count(pools, users, ids, num)
 
 
-def pool_log_expected_count(pools: Any, users: Int[Array, "B"], ids: Int[Array, "B H"], num: int) -> Float[Array, "B H"]:
-    """Log of the expected number of times `num` draws from the pool of each user yield each id, from wherever it came.
+def pool_log_expected_count(
+    pools: Any, users: Int[Array, "B"], ids: Int[Array, "B H"], num: int
+) -> Float[Array, "B H"]:
+    """Log of the expected number of times `num` draws from the pool of each user yield each id,
+    from wherever it came.
 
-    H / size in the pool, -inf outside; 0 for id -1. For a query with hard negatives from two pools, sum over both. That a shared
-    candidate stands in the query's pool as well is not asked: it would take [B, C]. So what is in a pool weighs more than its
-    share, at most twice: hard negatives are there to weigh more.
+    H / size in the pool, -inf outside; 0 for id -1. For a query with hard negatives from two pools,
+    sum over both. That a shared candidate stands in the query's pool as well is not asked: it would
+    take [B, C]. So what is in a pool weighs more than its share, at most twice: hard negatives are
+    there to weigh more.
     """
     held = (pools["items"][users][:, None, :] == ids[:, :, None]).sum(-1)
     size = jnp.maximum(pools["sizes"][users], 1)[:, None]
@@ -181,15 +216,25 @@ def check_sources(config: NegativesConfig, *, items: int, batch_size: int) -> No
 
     def check(ok: bool, field: str, right: str) -> None:
         if not ok:
-            raise ConfigError(f"config.objective.negatives.{field}={getattr(config, field)!r} {right}")
+            raise ConfigError(
+                f"config.objective.negatives.{field}={getattr(config, field)!r} {right}"
+            )
 
     for field in ("uniform", "popularity"):
         whole = f"is more than the {items} items of the corpus: draw at most {items}, or take all of them by catalogue=True."
         check(getattr(config, field) <= items, field, whole)
     near = max(1, round(config.queue / batch_size)) * batch_size
-    check(config.queue % batch_size == 0, "queue", f"must be a multiple of the batch size {batch_size}, such as {near}.")
+    check(
+        config.queue % batch_size == 0,
+        "queue",
+        f"must be a multiple of the batch size {batch_size}, such as {near}.",
+    )
     if config.mined:
         first, last = config.mined_ranks
-        check(last <= items, "mined_ranks", f"reaches beyond the {items} items of the corpus: end it at {items} or before.")
+        check(
+            last <= items,
+            "mined_ranks",
+            f"reaches beyond the {items} items of the corpus: end it at {items} or before.",
+        )
         right = f"is more than the {last - first} items of a pool: draw at most so many, or widen mined_ranks."
         check(config.mined <= last - first, "mined", right)

@@ -9,7 +9,9 @@ from jaxtyping import Array, Bool, Float
 # Every loss here takes what `twotower.objectives.loss.Loss.of` says.
 
 
-def bpr(positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"]) -> Float[Array, "B"]:
+def bpr(
+    positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"]
+) -> Float[Array, "B"]:
     r"""Bayesian personalised ranking, the mean over negatives of -log sigma(s_+ - s_c).
 
     Rendle et al., UAI 2009, arXiv 1205.2618.
@@ -18,9 +20,14 @@ def bpr(positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: B
 
 
 def hinge(
-    positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"], margin: float
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    *,
+    where: Bool[Array, "B C"],
+    margin: float,
 ) -> Float[Array, "B"]:
-    """Margin ranking, the mean over negatives of max(0, margin - (s_+ - s_c)); Weston et al., ECML 2010 without its ranks.
+    """Margin ranking, the mean over negatives of max(0, margin - (s_+ - s_c)); Weston et al., ECML
+    2010 without its ranks.
 
     >>> hinge(jnp.array([1.0]), jnp.array([[0.75, 0.0]]), where=jnp.ones((1, 2), bool), margin=0.5)  # 0.25 and nothing
     Array([0.125], dtype=float32)
@@ -29,12 +36,16 @@ def hinge(
 
 
 def triplet(
-    positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"], margin: float
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    *,
+    where: Bool[Array, "B C"],
+    margin: float,
 ) -> Float[Array, "B"]:
     """Triplet loss on the hardest negative of the batch, max(0, margin - s_+ + max_c s_c).
 
-    Hermans et al. 2017, arXiv 1703.07737, on similarities. Between unit vectors the squared distance is 2 - 2 s: half the margin
-    of squared distances gives half of their loss.
+    Hermans et al. 2017, arXiv 1703.07737, on similarities. Between unit vectors the squared
+    distance is 2 - 2 s: half the margin of squared distances gives half of their loss.
     """
     some = where.any(axis=1)
     hardest = jnp.max(jnp.where(where, negatives, -jnp.inf), axis=1, initial=-jnp.inf)

@@ -7,7 +7,10 @@ from jaxtyping import Array, Float
 
 
 def binary_cross_entropy(
-    scores: Float[Array, "B"], labels: Float[Array, "B"], *, pos_weight: float | Float[Array, ""] = 1.0
+    scores: Float[Array, "B"],
+    labels: Float[Array, "B"],
+    *,
+    pos_weight: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B"]:
     r"""Cross-entropy of labels in [0, 1] with the probabilities sigma(s).
 

@@ -1,7 +1,9 @@
-"""Pools of hard negatives, one a user, built on the host: {"items": int32 [U, P], "sizes": int32 [U]}.
+"""Pools of hard negatives, one a user, built on the host: {"items": int32 [U, P], "sizes": int32
+[U]}.
 
-The first "sizes" places of a row are in use, the others hold -1. The shape of mined pools never changes, so that a step is
-traced once; `twotower.objectives.negatives.draw_pool` draws from either kind.
+The first "sizes" places of a row are in use, the others hold -1. The shape of mined pools never
+changes, so that a step is traced once; `twotower.objectives.negatives.draw_pool` draws from either
+kind.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def explicit_pools(rows: Rows, label: np.ndarray, *, num_users: int, size: int =
         label: float32 [N] of `rows`: 1, 0, or NaN where missing.
         size: items kept for a user, at most; fewer places are made where no user has as many.
     """
-    order = np.arange(len(rows)) if rows.timestamp is None else np.argsort(rows.timestamp, kind="stable")
+    order = (
+        np.arange(len(rows))
+        if rows.timestamp is None
+        else np.argsort(rows.timestamp, kind="stable")
+    )
     keys = _keys(rows.user, rows.item)
     refused = (label == 0) & (rows.item >= 0) & ~np.isin(keys, keys[label == 1])
     latest = order[refused[order]][::-1]

@@ -1,4 +1,5 @@
-"""The same loss as `streaming_loss`, written plainly with the whole [B, C] matrix: what tests and benchmarks compare with."""
+"""The same loss as `streaming_loss`, written plainly with the whole [B, C] matrix: what tests and
+benchmarks compare with."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def naive_loss(
 ) -> Float[Array, ""]:
     """See `twotower.objectives.streaming.streaming_loss`; B queries in one axis."""
     scale, bias = scale if loss.scaled else 1.0, bias if loss.biased and bias is not None else 0.0
-    positive_scale = 1.0 / positive_temperature if loss.bilateral and positive_temperature else scale
+    positive_scale = (
+        1.0 / positive_temperature if loss.bilateral and positive_temperature else scale
+    )
 
     positive = jnp.sum(queries * positives.vectors, axis=-1) - (0.0 if loss.own_margin else margin)
     positive = positive * positive_scale + bias
@@ -49,5 +52,7 @@ def naive_loss(
         if loss.corrects:
             hard_logits = hard_logits - hard.log_expected_count
         logits = jnp.concatenate([logits, hard_logits], axis=1)
-        where = jnp.concatenate([where, (hard.ids >= 0) & (hard.ids != positives.ids[:, None])], axis=1)
+        where = jnp.concatenate(
+            [where, (hard.ids >= 0) & (hard.ids != positives.ids[:, None])], axis=1
+        )
     return jnp.sum(weights * loss.of(positive, logits, where=where, **(constants or {})))

@@ -1,9 +1,11 @@
-r"""The sweep beneath `streaming_loss`: blocks of queries against all candidates, losses and gradients formed together.
+r"""The sweep beneath `streaming_loss`: blocks of queries against all candidates, losses and
+gradients formed together.
 
-Each block sees every candidate, so its losses are complete and their gradient is known while the block's exponentials are still
-in the cache: three matrix products, no recomputation. The gradients are the residuals of a `custom_vjp`, whose backward pass
-only multiplies them by the cotangent; for this reason there are no second derivatives. Evaluated without differentiation, the
-sweep forms the losses alone.
+Each block sees every candidate, so its losses are complete and their gradient is known while the
+block's exponentials are still in the cache: three matrix products, no recomputation. The gradients
+are the residuals of a `custom_vjp`, whose backward pass only multiplies them by the cotangent; for
+this reason there are no second derivatives. Evaluated without differentiation, the sweep forms the
+losses alone.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twotower.objectives.negatives import Candidates
 
-# How far below its bound the greatest logit of a query may be: its exponential, e^-60, is as many nats from the least normal
-# number of float32 as matter beside it.
+# How far below its bound the greatest logit of a query may be: its exponential, e^-60, is as many
+# nats from the least normal number of float32 as matter beside it.
 _SPREAD = 60.0
 
 
@@ -61,7 +63,8 @@ class Form(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What is multiplied, in the layouts of the three products: XLA for CPUs multiplies transposed bfloat16 far slower."""
+    """What is multiplied, in the layouts of the three products: XLA for CPUs multiplies transposed
+    bfloat16 far slower."""
 
     queries: Float[Array, "B D"]
     items: Float[Array, "C D"]
@@ -69,7 +72,8 @@ class _Operands(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The rows of `Scored` and `Known` that are of one block of n queries; `columns` are the queries once more."""
+    """The rows of `Scored` and `Known` that are of one block of n queries; `columns` are the
+    queries once more."""
 
     queries: Float[Array, "n D"]
     columns: Float[Array, "D n"]
@@ -82,14 +86,16 @@ class _Block(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """No candidate's logit for a query q is greater than slope |q| + level. An infinite slope says nothing."""
+    """No candidate's logit for a query q is greater than slope |q| + level. An infinite slope says
+    nothing."""
 
     slope: Float[Array, ""]
     level: Float[Array, ""]
 
 
 class _Slopes(NamedTuple):
-    """Derivatives of a block's weighted loss by its logits; by the candidates', `factor[:, None] * candidates`."""
+    """Derivatives of a block's weighted loss by its logits; by the candidates', `factor[:, None] *
+    candidates`."""
 
     positive: Float[Array, "n"]
     hard: Float[Array, "n H"]
@@ -99,7 +105,8 @@ class _Slopes(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
-    """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as the ids."""
+    """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as
+    the ids."""
     operands = _operands(form, scored)
     bound = _bound(form, operands, scored, known)
 
@@ -117,9 +124,13 @@ def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""]
 
     def body(totals: tuple, block: _Block) -> tuple[tuple, tuple]:
         loss, transposed, scale, bias = totals
-        losses, slopes = _losses(form, scored, known, block, _scores(operands, scored, block), bound, weighted=True)
+        losses, slopes = _losses(
+            form, scored, known, block, _scores(operands, scored, block), bound, weighted=True
+        )
         outer = slopes.candidates.astype(operands.items.dtype)
-        queries = slopes.factor[:, None] * jnp.matmul(outer, operands.items, preferred_element_type=exact)
+        queries = slopes.factor[:, None] * jnp.matmul(
+            outer, operands.items, preferred_element_type=exact
+        )
         scaled = (block.columns * (scored.scale * slopes.factor)[None, :]).astype(outer.dtype)
         # As [D, C]: the CPU forms this product several times as fast as its transpose.
         transposed += jnp.matmul(scaled, outer, preferred_element_type=exact)
@@ -127,11 +138,23 @@ def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""]
         if form.biased:
             bias += jnp.sum(slopes.factor * slopes.candidates.sum(axis=1))
         loss += jnp.sum(block.weights * losses)
-        return (loss, transposed, scale, bias), (scored.scale * queries, slopes.positive, slopes.hard, losses)
+        return (loss, transposed, scale, bias), (
+            scored.scale * queries,
+            slopes.positive,
+            slopes.hard,
+            losses,
+        )
 
-    start = (jnp.zeros((), exact), jnp.zeros(scored.items.shape[::-1], exact), jnp.zeros((), exact), jnp.zeros((), exact))
+    start = (
+        jnp.zeros((), exact),
+        jnp.zeros(scored.items.shape[::-1], exact),
+        jnp.zeros((), exact),
+        jnp.zeros((), exact),
+    )
     start = jax.tree.map(lambda x: x + zero(known).astype(exact), start)
-    (loss, transposed, scale, bias), rows = jax.lax.scan(body, start, _blocks(form, operands, scored, known))
+    (loss, transposed, scale, bias), rows = jax.lax.scan(
+        body, start, _blocks(form, operands, scored, known)
+    )
     queries, positive, hard, losses = (jax.lax.collapse(x, 0, 2)[: len(known.ids)] for x in rows)
     # The barrier keeps the transposition out of the loop, where XLA would fold it into the product.
     items = jax.lax.optimization_barrier(transposed).T
@@ -147,7 +170,8 @@ sweep.defvjp(_forward, _backward)
 
 
 def zero(known: Known) -> Int[Array, ""]:
-    """0, made of the ids: what it is added to varies over a mesh as they do, which loops and `custom_vjp` ask for."""
+    """0, made of the ids: what it is added to varies over a mesh as they do, which loops and
+    `custom_vjp` ask for."""
     return 0 * known.ids[:1].sum() + 0 * known.candidates.ids[:1].sum()
 
 
@@ -163,10 +187,12 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 
 def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bound | None:
-    """What spares a block the search for its greatest logits, a pass over all of them; None where they are needed.
+    """What spares a block the search for its greatest logits, a pass over all of them; None where
+    they are needed.
 
-    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds by much. The greatest one
-    is always right; a bound is if it is not so far above that exponentials vanish, which the longest vectors decide.
+    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds
+    by much. The greatest one is always right; a bound is if it is not so far above that
+    exponentials vanish, which the longest vectors decide.
     """
     if form.of_gap is None or scored.hard.shape[1] or jax.default_backend() != "cpu":
         return None
@@ -178,7 +204,9 @@ def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bo
     highest = jnp.max(levels, initial=-jnp.inf)
     lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
     slope = jnp.abs(scored.scale) * longest(operands.items)
-    near = (highest >= lowest) & (2 * slope * longest(operands.queries) + highest - lowest < _SPREAD)
+    near = (highest >= lowest) & (
+        2 * slope * longest(operands.queries) + highest - lowest < _SPREAD
+    )
     return _Bound(jnp.where(near, slope, jnp.inf), highest)
 
 
@@ -192,9 +220,18 @@ def _blocks(form: Form, operands: _Operands, scored: Scored, known: Known) -> _B
         filled = jnp.pad(x, [(0, number * rows - count)] + [(0, 0)] * (x.ndim - 1))
         return filled.reshape(number, rows, *x.shape[1:])
 
-    queries, *others = map(cut, (
-        operands.queries, scored.positive, scored.hard, scored.weights, known.ids, known.owners, known.hard_allowed,
-    ))  # fmt: skip
+    queries, *others = map(
+        cut,
+        (
+            operands.queries,
+            scored.positive,
+            scored.hard,
+            scored.weights,
+            known.ids,
+            known.owners,
+            known.hard_allowed,
+        ),
+    )
     return _Block(queries, _transposed(queries), *others)
 
 
@@ -204,10 +241,14 @@ def _scores(operands: _Operands, scored: Scored, block: _Block) -> Float[Array, 
 
 def _levels(scored: Scored, known: Known, empty: float = -jnp.inf) -> Float[Array, "C"]:
     """What is added to a candidate's scaled score; `empty` where there is none."""
-    return jnp.where(known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, empty)
+    return jnp.where(
+        known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, empty
+    )
 
 
-def _logits(scored: Scored, scores: Float[Array, "n C"], levels: Float[Array, "C"]) -> Float[Array, "n C"]:
+def _logits(
+    scored: Scored, scores: Float[Array, "n C"], levels: Float[Array, "C"]
+) -> Float[Array, "n C"]:
     return scores * scored.scale + levels[None, :]
 
 
@@ -218,11 +259,19 @@ def _hits(known: Known, block: _Block) -> Bool[Array, "n C"]:
 
 
 def _losses(
-    form: Form, scored: Scored, known: Known, block: _Block, scores: jax.Array, bound: _Bound | None, weighted: bool = False
+    form: Form,
+    scored: Scored,
+    known: Known,
+    block: _Block,
+    scores: jax.Array,
+    bound: _Bound | None,
+    weighted: bool = False,
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
     """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
     if form.of_gap is not None:
-        return _by_gap(form, functools.partial(_kept, scored, known, block), block, scores, bound, weighted)
+        return _by_gap(
+            form, functools.partial(_kept, scored, known, block), block, scores, bound, weighted
+        )
     logits = _logits(scored, scores, _levels(scored, known, empty=0.0))
     allowed = ~_hits(known, block) & (known.candidates.ids >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
@@ -237,14 +286,17 @@ def _losses(
     return losses, _Slopes(positive, hard, candidates, jnp.ones_like(positive))
 
 
-def _kept(scored: Scored, known: Known, block: _Block, scores: Float[Array, "n C"]) -> Float[Array, "n C"]:
+def _kept(
+    scored: Scored, known: Known, block: _Block, scores: Float[Array, "n C"]
+) -> Float[Array, "n C"]:
     """The logits of negatives, -inf elsewhere."""
     logits = _logits(scored, scores, _levels(scored, known))
     return jnp.where(_hits(known, block), -jnp.inf, logits)
 
 
 def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
-    """As `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties going up."""
+    """As `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties going
+    up."""
     if jax.default_backend() != "cpu" or exponentials.dtype != jnp.float32 or dtype != jnp.bfloat16:
         return exponentials.astype(dtype)
     bits = jax.lax.bitcast_convert_type(exponentials, jnp.uint32) + 0x8000
@@ -252,9 +304,15 @@ def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"
 
 
 def _by_gap(
-    form: Form, kept_of: Callable, block: _Block, scores: jax.Array, bound: _Bound | None, weighted: bool
+    form: Form,
+    kept_of: Callable,
+    block: _Block,
+    scores: jax.Array,
+    bound: _Bound | None,
+    weighted: bool,
 ) -> tuple[Float[Array, "n"], _Slopes | None]:
-    """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number a query."""
+    """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number
+    a query."""
     hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
     top = _top(block, kept_of, scores, hard, bound)
     kept, hard = jnp.exp(kept_of(scores) - top[:, None]), jnp.exp(hard - top[:, None])
@@ -268,11 +326,17 @@ def _by_gap(
         return jnp.where(none, 0.0, form.of_gap(gap)), None
     losses, pull = jax.vjp(form.of_gap, gap)
     slope = jnp.where(none, 0.0, pull(block.weights)[0])
-    return jnp.where(none, 0.0, losses), _Slopes(-slope, hard * (slope / total)[:, None], kept, slope / total)
+    return jnp.where(none, 0.0, losses), _Slopes(
+        -slope, hard * (slope / total)[:, None], kept, slope / total
+    )
 
 
 def _top(
-    block: _Block, kept_of: Callable, scores: Float[Array, "n C"], hard: Float[Array, "n H"], bound: _Bound | None
+    block: _Block,
+    kept_of: Callable,
+    scores: Float[Array, "n C"],
+    hard: Float[Array, "n H"],
+    bound: _Bound | None,
 ) -> Float[Array, "n"]:
     """A finite number near each query's greatest logit and not far below it."""
 
@@ -284,4 +348,6 @@ def _top(
     if bound is None:
         return greatest(scores)
     lengths = jnp.sqrt(jnp.square(block.queries.astype(scores.dtype)).sum(axis=1))
-    return jax.lax.cond(bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, scores)
+    return jax.lax.cond(
+        bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, scores
+    )

@@ -1,8 +1,10 @@
-"""Batch jobs over all users and items: vectors, and lists, as Parquet in parts; killed at any moment, they go on where they were.
+"""Batch jobs over all users and items: vectors, and lists, as Parquet in parts; killed at any
+moment, they go on where they were.
 
-A part is a file that is there whole or not at all. What the parts are of (the model, the number of rows, the options) stands in
-job.json beside them, and another job does not go on in the same folder. Several processes share a job: task t of n makes the
-parts t, t + n, t + 2 n, ... and needs nothing from the others but the folder.
+A part is a file that is there whole or not at all. What the parts are of (the model, the number of
+rows, the options) stands in job.json beside them, and another job does not go on in the same
+folder. Several processes share a job: task t of n makes the parts t, t + n, t + 2 n, ... and needs
+nothing from the others but the folder.
 """
 
 from __future__ import annotations
@@ -44,18 +46,29 @@ class Tasks:
 
     def __post_init__(self):
         if not 0 <= self.task < self.tasks:
-            raise ConfigError(f"--task={self.task} must lie in [0, {self.tasks}), the tasks of --tasks={self.tasks}.")
+            raise ConfigError(
+                f"--task={self.task} must lie in [0, {self.tasks}), the tasks of --tasks={self.tasks}."
+            )
 
 
-def embed_all(run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), part: int = PART) -> None:
-    """Writes out/users and out/items: an id and a `vector` in each row, embedded on `devices` (0: all)."""
+def embed_all(
+    run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), part: int = PART
+) -> None:
+    """Writes out/users and out/items: an id and a `vector` in each row, embedded on `devices` (0:
+    all)."""
     model, prepared = run.model, run.prepared
     weights = divided(run.weights, devices)
-    job = {"job": "embed", "model_version": model_version(jax.tree.map(np.asarray, of_towers(run.weights))), "step": run.step}
+    job = {
+        "job": "embed",
+        "model_version": model_version(jax.tree.map(np.asarray, of_towers(run.weights))),
+        "step": run.step,
+    }
     users = known_users(prepared)
     known = UserRows(prepared.encoder, users)
 
-    def vectors(side: str, ids: pa.ChunkedArray, encode: Callable[[slice], Mapping[str, np.ndarray]]) -> None:
+    def vectors(
+        side: str, ids: pa.ChunkedArray, encode: Callable[[slice], Mapping[str, np.ndarray]]
+    ) -> None:
         def make(rows: slice) -> pa.Table:
             found = embed_rows(model, weights, side, encode(rows))
             return vector_table(f"{side}_id", ids.slice(rows.start, rows.stop - rows.start), found)
@@ -64,26 +77,51 @@ def embed_all(run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), 
 
     features = prepared.features["item"]
     vectors("user", users["user_id"], lambda rows: known.encode(known.stored(rows)))
-    vectors("item", prepared.items["item_id"], lambda rows: {name: x[rows] for name, x in features.items()})
+    vectors(
+        "item",
+        prepared.items["item_id"],
+        lambda rows: {name: x[rows] for name, x in features.items()},
+    )
 
 
 def recommend_all(
-    folder: Path, out: Path, k: int, *, exclude_seen: bool = True, approximate: bool = False, devices: int = 0,
-    recall_target: float = 1.0, tasks: Tasks = Tasks(), part: int = PART,
-) -> None:  # fmt: skip
+    folder: Path,
+    out: Path,
+    k: int,
+    *,
+    exclude_seen: bool = True,
+    approximate: bool = False,
+    devices: int = 0,
+    recall_target: float = 1.0,
+    tasks: Tasks = Tasks(),
+    part: int = PART,
+) -> None:
     """Writes the lists of all known users of the bundle in `folder`: user_id, rank, item_id, score.
 
     Args:
-        approximate: ask the bundle's index; otherwise the search is exact, the items divided over `devices` (0: all).
+        approximate: ask the bundle's index; otherwise the search is exact, the items divided over
+            `devices` (0: all).
         recall_target: of that search on TPUs; see `ExactIndex`.
     """
     bundle = load_bundle(folder)
     if not approximate:
-        index = ExactIndex(bundle.vectors, normalized=bundle.normalized, mesh=make_mesh(devices), recall_target=recall_target)
+        index = ExactIndex(
+            bundle.vectors,
+            normalized=bundle.normalized,
+            mesh=make_mesh(devices),
+            recall_target=recall_target,
+        )
         bundle = dataclasses.replace(bundle, index=index)
     retriever = Retriever(bundle)
-    job = {"job": "recommend", "bundle": bundle.manifest["sha256"], "k": k, "exclude_seen": exclude_seen,
-           "approximate": approximate, "recall_target": recall_target, "changes": retriever.changes}  # fmt: skip
+    job = {
+        "job": "recommend",
+        "bundle": bundle.manifest["sha256"],
+        "k": k,
+        "exclude_seen": exclude_seen,
+        "approximate": approximate,
+        "recall_target": recall_target,
+        "changes": retriever.changes,
+    }
     ids = bundle.users["user_id"]
 
     def make(rows: slice) -> pa.Table:
@@ -94,7 +132,13 @@ def recommend_all(
 
 
 def write_parts(
-    out: Path, job: Mapping[str, Any], rows: int, make: Callable[[slice], pa.Table], *, tasks: Tasks, part: int
+    out: Path,
+    job: Mapping[str, Any],
+    rows: int,
+    make: Callable[[slice], pa.Table],
+    *,
+    tasks: Tasks,
+    part: int,
 ) -> None:
     """Writes out/part-NNNNNN.parquet for every `part` rows, but for those that are there.
 
@@ -103,7 +147,9 @@ def write_parts(
     """
     job = {**job, "rows": rows, "part": part}
     _claim(out, job)
-    left = [n for n in range(tasks.task, -(-rows // part), tasks.tasks) if not _path(out, n).exists()]
+    left = [
+        n for n in range(tasks.task, -(-rows // part), tasks.tasks) if not _path(out, n).exists()
+    ]
     for number in progress(left, total=len(left), what=f"Writing {out.name}"):
         table = make(slice(number * part, min(rows, (number + 1) * part)))
         temporary = _path(out, number).with_name(f".{_path(out, number).name}.{os.getpid()}.tmp")
@@ -117,19 +163,23 @@ def write_parts(
 def vector_table(name: str, ids: pa.ChunkedArray, vectors: np.ndarray) -> pa.Table:
     """Ids beside vectors as lists of D floats."""
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
-    return pa.table({name: ids, "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
+    return pa.table(
+        {name: ids, "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+    )
 
 
 def divided(weights: Any, devices: int) -> Any:
-    """Weights on a mesh: tables by rows, all else on every device; as they are where there is one device."""
+    """Weights on a mesh: tables by rows, all else on every device; as they are where there is one
+    device."""
     mesh = make_mesh(devices)
     if mesh.size == 1:
         return weights
     host = jax.tree.map(np.asarray, weights)
     return host._replace(
-        params=place(mesh, host.params, WHOLE), tables=place(mesh, host.tables, SPLIT),
+        params=place(mesh, host.params, WHOLE),
+        tables=place(mesh, host.tables, SPLIT),
         batch_stats=place(mesh, host.batch_stats, WHOLE),
-    )  # fmt: skip
+    )
 
 
 def _claim(out: Path, job: Mapping[str, Any]) -> None:
@@ -142,7 +192,9 @@ def _claim(out: Path, job: Mapping[str, Any]) -> None:
         names = [name for name in {**known, **job} if known.get(name) != job.get(name)]
         changed = [f"{name} {known.get(name)!r}, not {job.get(name)!r}" for name in names]
         if changed:
-            raise ConfigError(f"{out} holds another job ({'; '.join(changed)}). Name a new folder, or delete this one.")
+            raise ConfigError(
+                f"{out} holds another job ({'; '.join(changed)}). Name a new folder, or delete this one."
+            )
         return
     if out.exists() and any(not name.name.startswith(".") for name in out.iterdir()):
         raise ConfigError(f"{out} holds other files and no job.json. Name a new folder.")

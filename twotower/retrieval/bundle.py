@@ -9,7 +9,8 @@ item_scales.npy                                beside vectors stored as int8: se
 user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy   known users: vectors; raw features; items, the latest last
 index/                                         the index over the item vectors
 ```
-Vectors are mapped into memory, not read. Changes made to a loaded bundle are kept beside it: see `twotower.retrieval.changes`.
+Vectors are mapped into memory, not read. Changes made to a loaded bundle are kept beside it: see
+`twotower.retrieval.changes`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Bundle:
         user_vectors: float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: for each user its items, distinct, the latest last.
-        index: over `vectors`, with one more coordinate where `config.retrieval.popularity` says so; see `retrieval.scann`.
+        index: over `vectors`, with one more coordinate where `config.retrieval.popularity` says so;
+            see `retrieval.scann`.
         manifest: see the head of this file, with its own "sha256"; {} before it is written.
         folder: where it was loaded from; None where it only is in memory.
     """
@@ -96,8 +98,12 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     save_weights(bundle.towers.weights, folder)
     for side in SIDES:
         (folder / f"{side}_tower.stablehlo").write_bytes(bundle.towers.programs[side])
-    arrays = {"item_counts": bundle.counts, "user_vectors": bundle.user_vectors,
-              "seen_offsets": bundle.seen.offsets, "seen_items": bundle.seen.values}  # fmt: skip
+    arrays = {
+        "item_counts": bundle.counts,
+        "user_vectors": bundle.user_vectors,
+        "seen_offsets": bundle.seen.offsets,
+        "seen_items": bundle.seen.values,
+    }
     if isinstance(bundle.vectors, Int8Vectors):
         arrays |= {"item_vectors": bundle.vectors.codes, "item_scales": bundle.vectors.scales}
     else:
@@ -106,31 +112,52 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
-    # What the index was built from, so that it cannot be put beside other vectors or another user tower.
+    # What the index was built from, so that it cannot be put beside other vectors or another user
+    # tower.
     version = model_version(bundle.towers.weights)
-    built_from = {name: digest(folder / f"item_{name}.npy") for name in INDEXED if f"item_{name}" in arrays}
+    built_from = {
+        name: digest(folder / f"item_{name}.npy") for name in INDEXED if f"item_{name}" in arrays
+    }
     save_index(bundle.index, folder / "index", model_version=version, **built_from)
     manifest = {
-        "format": FORMAT, "format_version": VERSION, "twotower": twotower.__version__, "packages": _packages(),
-        "metric": "dot", "normalized": bundle.normalized, "dim": bundle.towers.dim, "num_items": len(bundle.items),
-        "step": step, "model_version": version, "sentence_models": _sentence_models(bundle.encoder), **more,
-        "files": {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()},
-    }  # fmt: skip
+        "format": FORMAT,
+        "format_version": VERSION,
+        "twotower": twotower.__version__,
+        "packages": _packages(),
+        "metric": "dot",
+        "normalized": bundle.normalized,
+        "dim": bundle.towers.dim,
+        "num_items": len(bundle.items),
+        "step": step,
+        "model_version": version,
+        "sentence_models": _sentence_models(bundle.encoder),
+        **more,
+        "files": {
+            str(path.relative_to(folder)): digest(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
     manifest["sha256"] = content_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
 
 
 def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
-    """What a server must have to embed texts that are new: feature -> the name of its model, and the SHA-256 of its files."""
-    return {f.feature.where: {"model": f.feature.model, "sha256": f.numbers["model"]} for f in encoder.sentences}
+    """What a server must have to embed texts that are new: feature -> the name of its model, and
+    the SHA-256 of its files."""
+    return {
+        f.feature.where: {"model": f.feature.model, "sha256": f.numbers["model"]}
+        for f in encoder.sentences
+    }
 
 
 def load_bundle(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle, after checking that every file is the one that was written.
 
     Raises:
-        BundleError: the folder is no bundle, a file is missing or changed, or parts do not belong together.
+        BundleError: the folder is no bundle, a file is missing or changed, or parts do not belong
+            together.
     """
     folder = Path(folder)
     put_back(folder)
@@ -138,19 +165,30 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     _check_files(folder, manifest)
     weights = load_weights(folder)
     if model_version(weights) != manifest["model_version"]:
-        raise BundleError(f"{folder} has weights of another model than its manifest says. Export again.")
+        raise BundleError(
+            f"{folder} has weights of another model than its manifest says. Export again."
+        )
     _check_index(folder, manifest)
-    arrays = {name: _mapped(folder, name) for name in ("item_counts", "user_vectors", "seen_offsets", "seen_items")}
+    arrays = {
+        name: _mapped(folder, name)
+        for name in ("item_counts", "user_vectors", "seen_offsets", "seen_items")
+    }
     config = from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     vectors = _stored_vectors(folder, config.retrieval.vectors)
     bundle = Bundle(
         config=config,
-        encoder=Encoder.load(folder / "encoder"), towers=_load_towers(folder, weights), vectors=vectors,
-        items=pq.read_table(folder / "items.parquet"), counts=arrays["item_counts"], user_vectors=arrays["user_vectors"],
-        users=pq.read_table(folder / "users.parquet"), seen=Csr(arrays["seen_offsets"], arrays["seen_items"]),
-        index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])), manifest=manifest,
+        encoder=Encoder.load(folder / "encoder"),
+        towers=_load_towers(folder, weights),
+        vectors=vectors,
+        items=pq.read_table(folder / "items.parquet"),
+        counts=arrays["item_counts"],
+        user_vectors=arrays["user_vectors"],
+        users=pq.read_table(folder / "users.parquet"),
+        seen=Csr(arrays["seen_offsets"], arrays["seen_items"]),
+        index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])),
+        manifest=manifest,
         folder=folder.absolute(),
-    )  # fmt: skip
+    )
     _check_lengths(bundle, manifest)
     for fitted in bundle.encoder.sentences:
         warn_of_missing_extra(fitted.feature)
@@ -174,12 +212,18 @@ def _stored_vectors(folder: Path, kind: str) -> Vectors:
     try:
         return Int8Vectors(vectors, _mapped(folder, "item_scales"))
     except ValueError as error:
-        raise BundleError(f"{folder}: item_vectors.npy and item_scales.npy do not go together: {error} Export again.") from error
+        raise BundleError(
+            f"{folder}: item_vectors.npy and item_scales.npy do not go together: {error} Export again."
+        ) from error
 
 
 def _indexed(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
     """The vectors that the index was built from."""
-    return widened(vectors, coordinate(counts, vectors.shape[1])[0]) if config.retrieval.popularity else vectors
+    return (
+        widened(vectors, coordinate(counts, vectors.shape[1])[0])
+        if config.retrieval.popularity
+        else vectors
+    )
 
 
 def _load_towers(folder: Path, weights: Any) -> Towers:
@@ -188,19 +232,31 @@ def _load_towers(folder: Path, weights: Any) -> Towers:
         return Towers(programs, weights)
     except ImportError:
         raise
-    except Exception as error:  # JAX raises many kinds for a program of a version that it does not read; the cause is kept
-        raise BundleError(f"{folder}: the towers (*.stablehlo) cannot be read by this JAX: {error}. Export again.") from error
+    # JAX raises many kinds for a program of a version that it does not read; the cause is kept.
+    except Exception as error:
+        raise BundleError(
+            f"{folder}: the towers (*.stablehlo) cannot be read by this JAX: {error}. Export again."
+        ) from error
 
 
 def _check_lengths(bundle: Bundle, manifest: Mapping[str, Any]) -> None:
     items = {len(bundle.items), len(bundle.vectors), len(bundle.counts), manifest["num_items"]}
     users = {len(bundle.users), len(bundle.user_vectors), len(bundle.seen)}
-    widths = {bundle.vectors.shape[1], bundle.user_vectors.shape[1], bundle.towers.dim, manifest["dim"]}
-    for found, files in ((items, "items.parquet, item_vectors.npy and item_counts.npy differ in length"),
-                         (users, "users.parquet, user_vectors.npy and seen_*.npy differ in length"),
-                         (widths, "the vectors and the towers differ in width")):  # fmt: skip
+    widths = {
+        bundle.vectors.shape[1],
+        bundle.user_vectors.shape[1],
+        bundle.towers.dim,
+        manifest["dim"],
+    }
+    for found, files in (
+        (items, "items.parquet, item_vectors.npy and item_counts.npy differ in length"),
+        (users, "users.parquet, user_vectors.npy and seen_*.npy differ in length"),
+        (widths, "the vectors and the towers differ in width"),
+    ):
         if len(found) > 1:
-            raise BundleError(f"{bundle.folder}: {files} ({', '.join(map(str, sorted(found)))}). Export again.")
+            raise BundleError(
+                f"{bundle.folder}: {files} ({', '.join(map(str, sorted(found)))}). Export again."
+            )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -231,14 +287,18 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise BundleError(f"{path} is missing from the bundle. Export again.")
         if digest(path) != written:
-            raise BundleError(f"{path} was changed after the bundle was written: its sha256 is not the manifest's.")
+            raise BundleError(
+                f"{path} was changed after the bundle was written: its sha256 is not the manifest's."
+            )
 
 
 def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
     info = json.loads((folder / "index" / "index.json").read_text())
     for name in INDEXED:
         if info.get(name) != manifest["files"].get(f"item_{name}.npy"):
-            raise BundleError(f"{folder}/index was built from other {name} than item_{name}.npy. Export again.")
+            raise BundleError(
+                f"{folder}/index was built from other {name} than item_{name}.npy. Export again."
+            )
     if info["model_version"] != manifest["model_version"]:
         raise BundleError(
             f"{folder}/index holds items of model {info['model_version'][:12]}, but the user tower is of model "

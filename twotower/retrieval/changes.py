@@ -1,12 +1,14 @@
-"""The log of changes beside a bundle: a change is acknowledged when it is on the disk, and made again when the bundle is loaded.
+"""The log of changes beside a bundle: a change is acknowledged when it is on the disk, and made
+again when the bundle is loaded.
 
 ```
 header:  b"2TOWERCH", the sha256 of the bundle's manifest (32 bytes)
-record:  length, crc32 of the payload, crc32 of these eight bytes (uint32 little-endian each), payload
-payload: b"U" + an Arrow stream of item_id, display columns and "__vector", or b"D" + a JSON list of ids
-```
-A process that is killed while it writes leaves the beginning of a record at the end of the file: it was never acknowledged, and
-is cut off. Anything else that does not fit is damage, and refused.
+record:  length, crc32 of the payload, crc32 of these eight bytes (uint32 little-endian each),
+payload
+payload: b"U" + an Arrow stream of item_id, display columns and "__vector", or b"D" + a JSON list of
+ids ```
+A process that is killed while it writes leaves the beginning of a record at the end of the file: it
+was never acknowledged, and is cut off. Anything else that does not fit is damage, and refused.
 """
 
 from __future__ import annotations
@@ -95,16 +97,22 @@ def _records(data: bytes, path: Path) -> Iterator[tuple[bytes, int]]:
         length, crc, head_crc = HEAD.unpack_from(data, at)
         end = at + HEAD.size + length
         if zlib.crc32(data[at : at + 8]) != head_crc or length > LARGEST:
-            raise ChangesError(f"{path} is damaged at byte {at}: this is no head of a record. {_REMEDY}")
+            raise ChangesError(
+                f"{path} is damaged at byte {at}: this is no head of a record. {_REMEDY}"
+            )
         if end > len(data):
             break
         payload = data[at + HEAD.size : end]
         if zlib.crc32(payload) != crc:
-            raise ChangesError(f"{path} is damaged between bytes {at} and {end}: its content is not what was written. {_REMEDY}")
+            raise ChangesError(
+                f"{path} is damaged between bytes {at} and {end}: its content is not what was written. {_REMEDY}"
+            )
         yield payload, end
         at = end
     if at < len(data):
-        logging.warning("%s ends in the middle of a change that was never acknowledged: it is left out.", path)
+        logging.warning(
+            "%s ends in the middle of a change that was never acknowledged: it is left out.", path
+        )
 
 
 _REMEDY = "Restore the file, or move it away to serve the bundle without its changes."
@@ -128,13 +136,18 @@ class ChangeLog:
         """Returns when the change is on the disk.
 
         Raises:
-            ChangesError: another process writes, or an earlier failure left it unknown what is on the disk.
+            ChangesError: another process writes, or an earlier failure left it unknown what is on
+                the disk.
             OSError: the disk refuses; the change is not made, now or after a restart.
         """
         if len(payload) > LARGEST:
-            raise ChangesError(f"One change may hold {LARGEST:,} bytes, not {len(payload):,}: make several of it.")
+            raise ChangesError(
+                f"One change may hold {LARGEST:,} bytes, not {len(payload):,}: make several of it."
+            )
         if self._broken:
-            raise ChangesError(f"{self.path} cannot be written any more ({self._broken}). Load the bundle again.")
+            raise ChangesError(
+                f"{self.path} cannot be written any more ({self._broken}). Load the bundle again."
+            )
         self._open()
         head = struct.pack("<II", len(payload), zlib.crc32(payload))
         record = head + struct.pack("<I", zlib.crc32(head)) + payload
@@ -145,7 +158,9 @@ class ChangeLog:
             raise
         try:
             os.fsync(self._file.fileno())
-        except OSError as error:  # what is on the disk is not known, and asking again would not tell
+        except (
+            OSError
+        ) as error:  # what is on the disk is not known, and asking again would not tell
             self._broken = str(error)
             raise
         self.end += len(record)
@@ -171,11 +186,15 @@ class ChangeLog:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ChangesError(f"{self.path} is being written by another process: one process changes a bundle.") from None
+            raise ChangesError(
+                f"{self.path} is being written by another process: one process changes a bundle."
+            ) from None
         size = file.seek(0, os.SEEK_END)
         if size < self.end or _has_more(file, self.end, size):
             file.close()
-            raise ChangesError(f"{self.path} was written by another process since it was read. Load the bundle again.")
+            raise ChangesError(
+                f"{self.path} was written by another process since it was read. Load the bundle again."
+            )
         self._file = file
         if not self.end:
             write_header(file, self._sha256)

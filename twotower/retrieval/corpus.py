@@ -1,13 +1,15 @@
-"""The items that can be recommended at a moment: an index that never changes, what came since, and what is gone.
+"""The items that can be recommended at a moment: an index that never changes, what came since, and
+what is gone.
 
-ScaNN's own updates are unsafe while others search, and end the process on bad input. So the index and its vectors stay as
-they are; new and changed items go to the end of a second, small set that is searched exactly, and what they replace is marked
-as gone. Every change has a number. A reader takes one `Snapshot`, which names the last change that it sees; arrays only grow
-behind what a snapshot sees, and marks hold the number of their change, so that readers need no lock and one answer never mixes
-two moments. One writer at a time publishes the next snapshot by assigning it.
+ScaNN's own updates are unsafe while others search, and end the process on bad input. So the index
+and its vectors stay as they are; new and changed items go to the end of a second, small set that is
+searched exactly, and what they replace is marked as gone. Every change has a number. A reader takes
+one `Snapshot`, which names the last change that it sees; arrays only grow behind what a snapshot
+sees, and marks hold the number of their change, so that readers need no lock and one answer never
+mixes two moments. One writer at a time publishes the next snapshot by assigning it.
 
-An item keeps its number from its first appearance on, whatever happens to it; its place (a row of the index, or behind those a
-slot of the second set) changes with each update.
+An item keeps its number from its first appearance on, whatever happens to it; its place (a row of
+the index, or behind those a slot of the second set) changes with each update.
 """
 
 from __future__ import annotations
@@ -58,14 +60,28 @@ class Main:
 
     @classmethod
     def make(
-        cls, index: Any, vectors: Vectors, items: pa.Table, counts: np.ndarray, numbers: np.ndarray, total: int
+        cls,
+        index: Any,
+        vectors: Vectors,
+        items: pa.Table,
+        counts: np.ndarray,
+        numbers: np.ndarray,
+        total: int,
     ) -> Main:
         """Args:
         total: numbers given so far.
         """
         places = np.full(total, -1, np.int64)
         places[numbers] = np.arange(len(numbers))
-        return cls(index, vectors, items.combine_chunks(), counts, numbers, places, np.full(len(numbers), NEVER))
+        return cls(
+            index,
+            vectors,
+            items.combine_chunks(),
+            counts,
+            numbers,
+            places,
+            np.full(len(numbers), NEVER),
+        )
 
     @functools.cached_property
     def columns(self) -> list[tuple[str, Callable[[int], Any]]]:
@@ -88,11 +104,16 @@ class Main:
         if self.in_order and (not len(numbers) or numbers.max() < len(self.numbers)):
             return numbers
         known = numbers < len(self.places)
-        return np.where(known, self.places[np.where(known, numbers, 0)], -1) if len(self.places) else np.full(len(numbers), -1)
+        return (
+            np.where(known, self.places[np.where(known, numbers, 0)], -1)
+            if len(self.places)
+            else np.full(len(numbers), -1)
+        )
 
     @functools.cached_property
     def units(self) -> tuple[ExactIndex, np.ndarray]:
-        """The vectors at length 1 (a zero one stays) and an index over them, where they have other lengths."""
+        """The vectors at length 1 (a zero one stays) and an index over them, where they have other
+        lengths."""
         units = np.asarray(self.vectors)
         units = units / np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-30)
         return ExactIndex(units), units
@@ -123,7 +144,9 @@ class Delta:
     def empty(cls, dim: int, capacity: int = FIRST_CAPACITY) -> Delta:
         fill = lambda value: np.full(capacity, value, np.int64)  # noqa: E731
         logs = np.zeros(capacity, np.float32)
-        return cls(np.zeros((capacity, dim), np.float32), fill(-1), logs, fill(NEVER), fill(NEVER), [], [])
+        return cls(
+            np.zeros((capacity, dim), np.float32), fill(-1), logs, fill(NEVER), fill(NEVER), [], []
+        )
 
     def grown(self, needed: int) -> Delta:
         """Itself, or a copy with room for `needed` slots; readers keep the old arrays."""
@@ -156,40 +179,58 @@ class Snapshot:
     @functools.cached_property
     def slots_alive(self) -> np.ndarray:
         """bool [count]"""
-        return (self.delta.born[: self.count] <= self.version) & (self.delta.died[: self.count] > self.version)
+        return (self.delta.born[: self.count] <= self.version) & (
+            self.delta.died[: self.count] > self.version
+        )
 
     def __len__(self) -> int:
         return len(self.main.numbers) - self.dead + int(self.slots_alive.sum())
 
     def search(
-        self, queries: np.ndarray, k: int, *, exclude: Csr | None = None, where: Where = (), only: np.ndarray | None = None,
-        popularity_weight: float = 0.0, cosine: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        exclude: Csr | None = None,
+        where: Where = (),
+        only: np.ndarray | None = None,
+        popularity_weight: float = 0.0,
+        cosine: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The best `k` items alive.
 
         Args:
             queries: float [Q, D].
             exclude: for each query, numbers of items that must not come back.
-            where: conditions (column, operator, value) that items must satisfy, as of `config.data.where`.
+            where: conditions (column, operator, value) that items must satisfy, as of
+                `config.data.where`.
             only: numbers of the items that may come back; all by default.
             popularity_weight: times the log count of an item is added to its score.
             cosine: rank by cosine instead of the dot product.
 
         Returns:
-            (scores float32 [Q, k], places int64 [Q, k]); score -inf and place -1 where fewer than k items remain.
+            (scores float32 [Q, k], places int64 [Q, k]); score -inf and place -1 where fewer than k
+            items remain.
         """
         main, delta, count = self.main, self.delta, self.count
-        index, vectors = main.units if cosine and not main.index.normalized else (main.index, main.vectors)
+        index, vectors = (
+            main.units if cosine and not main.index.normalized else (main.index, main.vectors)
+        )
         queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
         known, last = queries, None
         if index.dim > vectors.shape[1]:
             last, factor = main.popularity
             known = widened(queries, popularity_weight * factor)
         elif popularity_weight:
-            raise ValueError(f"popularity_weight={popularity_weight} needs an index with that coordinate: export with "
-                             "config.retrieval.popularity=True.")  # fmt: skip
+            raise ValueError(
+                f"popularity_weight={popularity_weight} needs an index with that coordinate: export with "
+                "config.retrieval.popularity=True."
+            )
         exclude = Csr.empty(len(queries)) if exclude is None else exclude
-        banned, allowed = _renumbered(exclude, main.row_of(exclude.values)), self._allowed(where, only)
+        banned, allowed = (
+            _renumbered(exclude, main.row_of(exclude.values)),
+            self._allowed(where, only),
+        )
         scores, rows = search_without(index, vectors, known, k, banned, allowed=allowed, last=last)
         if not count:
             return scores, rows.astype(np.int64)
@@ -199,7 +240,9 @@ class Snapshot:
         if cosine:
             found /= np.maximum(np.linalg.norm(delta.vectors[:count], axis=1), 1e-30)[None, :]
         found[:, ~alive] = -np.inf
-        found[exclude.contains(np.arange(len(queries))[:, None], delta.numbers[None, :count])] = -np.inf
+        found[
+            exclude.contains(np.arange(len(queries))[:, None], delta.numbers[None, :count])
+        ] = -np.inf
         return merge(scores, rows.astype(np.int64), found, len(main.numbers) + np.arange(count), k)
 
     def place_of(self, number: int) -> int:
@@ -213,16 +256,23 @@ class Snapshot:
     def vector(self, place: int) -> np.ndarray:
         """float32 [D]"""
         rows = len(self.main.numbers)
-        return np.asarray(self.main.vectors[place] if place < rows else self.delta.vectors[place - rows])
+        return np.asarray(
+            self.main.vectors[place] if place < rows else self.delta.vectors[place - rows]
+        )
 
     def rows(self, places: np.ndarray) -> list[dict]:
         """item_id and display columns of the item in each place."""
         first = len(self.main.numbers)
         if 0 < len(places) <= FEW and (places < first).all():
-            return [{name: read(place) for name, read in self.main.columns} for place in places.tolist()]
+            return [
+                {name: read(place) for name, read in self.main.columns} for place in places.tolist()
+            ]
         inside = places < first
         main = iter(self.main.items.take(pa.array(places[inside])).to_pylist())
-        return [next(main) if place < first else dict(self.delta.rows[place - first]) for place in places]
+        return [
+            next(main) if place < first else dict(self.delta.rows[place - first])
+            for place in places
+        ]
 
     def item_ids(self, places: np.ndarray) -> pa.Array:
         """The ids of the items in `places`."""
@@ -236,8 +286,12 @@ class Snapshot:
         return pa.array(found.tolist(), pa.string())
 
     def alive(self) -> tuple[np.ndarray, Vectors, pa.Table]:
-        """Numbers, vectors (stored as `main`'s) and display columns of all items alive: rows of the index first, then slots."""
-        rows, slots = np.flatnonzero(self.main.died > self.version), np.flatnonzero(self.slots_alive)
+        """Numbers, vectors (stored as `main`'s) and display columns of all items alive: rows of the
+        index first, then slots."""
+        rows, slots = (
+            np.flatnonzero(self.main.died > self.version),
+            np.flatnonzero(self.slots_alive),
+        )
         tables = [self.main.items.take(pa.array(rows))]
         if slots.size:
             chunks = [table for first, table in tuple(self.delta.tables) if first < self.count]
@@ -252,18 +306,26 @@ class Snapshot:
             if not self.dead:
                 return None
             return Allowed(
-                len(main.numbers) - self.dead, lambda rows: main.died[rows] > version,
+                len(main.numbers) - self.dead,
+                lambda rows: main.died[rows] > version,
                 lambda: np.flatnonzero(main.died > version),
-            )  # fmt: skip
+            )
         if only is None and not self.dead:
-            return self._remembered(("allowed", where), lambda: Allowed.mask(matching(main.items, where)))
+            return self._remembered(
+                ("allowed", where), lambda: Allowed.mask(matching(main.items, where))
+            )
         if only is None:
-            return Allowed.mask((main.died > version) & self._remembered(("main", where), lambda: matching(main.items, where)))
+            return Allowed.mask(
+                (main.died > version)
+                & self._remembered(("main", where), lambda: matching(main.items, where))
+            )
         rows = np.unique(main.row_of(only))
         rows = rows[rows >= 0]
         rows = rows[main.died[rows] > version]
         if where:
-            rows = rows[self._remembered(("main", where), lambda: matching(main.items, where))[rows]]
+            rows = rows[
+                self._remembered(("main", where), lambda: matching(main.items, where))[rows]
+            ]
         return Allowed.listed(rows)
 
     def _slotsmatching(self, where: Where) -> np.ndarray:
@@ -272,7 +334,11 @@ class Snapshot:
             return np.ones(self.count, bool)
         known = self.remembered.get(("delta", where), np.zeros(0, bool))
         if len(known) < self.count:
-            new = [table for first, table in tuple(self.delta.tables) if len(known) <= first < self.count]
+            new = [
+                table
+                for first, table in tuple(self.delta.tables)
+                if len(known) <= first < self.count
+            ]
             known = np.concatenate([known, matching(pa.concat_tables(new), where)])
             self._remember(("delta", where), known)
         return known[: self.count]
@@ -294,6 +360,8 @@ def _renumbered(exclude: Csr, rows: np.ndarray) -> Csr:
     """`exclude` with other values; those of -1 are left out."""
     if not len(rows) or rows is exclude.values:
         return exclude
-    return Csr(exclude.offsets, rows.astype(np.int32)) if rows.min() >= 0 else Csr.from_pairs(
-        exclude.rows[rows >= 0], rows[rows >= 0], num_rows=len(exclude)
+    return (
+        Csr(exclude.offsets, rows.astype(np.int32))
+        if rows.min() >= 0
+        else Csr.from_pairs(exclude.rows[rows >= 0], rows[rows >= 0], num_rows=len(exclude))
     )

@@ -22,12 +22,17 @@ class Csr:
 
     @classmethod
     def from_pairs(cls, rows: np.ndarray, values: np.ndarray, *, num_rows: int) -> Csr:
-        """The pairs (row, value) grouped by row; the values of a row keep the order of the pairs."""
+        """The pairs (row, value) grouped by row; the values of a row keep the order of the
+        pairs."""
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
-            raise ValueError(f"Csr rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}].")
+            raise ValueError(
+                f"Csr rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}]."
+            )
         order = np.argsort(rows, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]).astype(
+            np.int64
+        )
         return cls(offsets=offsets, values=np.asarray(values)[order].astype(np.int32))
 
     @classmethod
@@ -59,10 +64,16 @@ class Csr:
         if len(rows) == 1 and rows[0] >= 0:
             values = np.asarray(self[rows[0]])
             return Csr(offsets=np.array([0, len(values)], np.int64), values=values)
-        lengths = np.where(rows >= 0, self.lengths[rows], 0) if len(self) else np.zeros(len(rows), np.int64)
+        lengths = (
+            np.where(rows >= 0, self.lengths[rows], 0)
+            if len(self)
+            else np.zeros(len(rows), np.int64)
+        )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = self.offsets[rows] - offsets[:-1]
-        return Csr(offsets=offsets, values=self.values[np.repeat(starts, lengths) + np.arange(offsets[-1])])
+        return Csr(
+            offsets=offsets, values=self.values[np.repeat(starts, lengths) + np.arange(offsets[-1])]
+        )
 
     def filter(self, keep: np.ndarray) -> Csr:
         """Only the values where `keep` (bool [M]) holds; as many rows as before."""
@@ -70,7 +81,10 @@ class Csr:
 
     def joined(self, other: Csr) -> Csr:
         """Each list followed by the other's."""
-        rows, values = np.concatenate([self.rows, other.rows]), np.concatenate([self.values, other.values])
+        rows, values = (
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.values, other.values]),
+        )
         return Csr.from_pairs(rows, values, num_rows=len(self))
 
     def distinct(self, *, keep: str = "first") -> Csr:
@@ -83,7 +97,8 @@ class Csr:
         return self.filter(kept if keep == "first" else kept[::-1])
 
     def contains(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """bool, of the shape of `values`: whether each value stands in the list of its row (-1 never does)."""
+        """bool, of the shape of `values`: whether each value stands in the list of its row (-1
+        never does)."""
         rows, values = np.broadcast_arrays(rows, values)
         return np.isin(_keys(rows, values), _keys(self.rows, self.values)) & (values >= 0)
 

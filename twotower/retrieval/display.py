@@ -1,4 +1,5 @@
-"""Single values of display columns, read from Arrow's buffers: several times as fast as through its scalars."""
+"""Single values of display columns, read from Arrow's buffers: several times as fast as through its
+scalars."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ def reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
     >>> [read(row) for row in range(3)]
     ['a', None, 'été']
     """
-    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+    array = (
+        column.chunk(0)
+        if column.num_chunks == 1
+        else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+    )
     kind = array.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         read = _text(array)
@@ -31,6 +36,10 @@ def reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
 
 def _text(array: pa.Array) -> Callable[[int], str]:
     _, bounds, data = array.buffers()
-    starts = memoryview(bounds).cast("B").cast("i" if pa.types.is_string(array.type) else "q")[array.offset :]
+    starts = (
+        memoryview(bounds)
+        .cast("B")
+        .cast("i" if pa.types.is_string(array.type) else "q")[array.offset :]
+    )
     data = memoryview(b"" if data is None else data)
     return lambda row: str(data[starts[row] : starts[row + 1]], "utf-8")

@@ -25,10 +25,12 @@ def embed_rows(
 
     Args:
         model: a `TwoTower`.
-        weights: its `Weights`; where they are divided over a mesh, so is the work, and all processes must take part.
+        weights: its `Weights`; where they are divided over a mesh, so is the work, and all
+            processes must take part.
         side: "user" or "item".
         features: encoded, [N, ...] each.
-        batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are compiled.
+        batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are
+            compiled.
     """
     if side == "user" and model.history_length:
         batch = min(batch, next_power_of_two(EVENTS // model.history_length))
@@ -38,7 +40,11 @@ def embed_rows(
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     # One batch is over before a bar could be read, and the next question may follow at once.
-    for start in progress(starts, total=len(starts), what=f"Embedding {side}s") if len(starts) > 1 else starts:
+    for start in (
+        progress(starts, total=len(starts), what=f"Embedding {side}s")
+        if len(starts) > 1
+        else starts
+    ):
         part = {name: values[start : start + batch] for name, values in features.items()}
         rows = min(batch, count - start)
         size = max(fewest, min(batch, next_power_of_two(rows)))
@@ -60,7 +66,9 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
 def mesh_of(arrays: Any) -> Mesh | None:
     """The mesh of several devices that `arrays` are divided over."""
     places = [x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
-    meshes = [place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1]
+    meshes = [
+        place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1
+    ]
     return meshes[0] if meshes else None
 
 
@@ -71,4 +79,9 @@ def _embed(mesh: Mesh | None) -> Any:
 
     # Every process reads all vectors, so each must hold them.
     out = NamedSharding(mesh, WHOLE) if mesh else None
-    return jax.jit(embed, static_argnames=("model", "side"), out_shardings=out, compiler_options=compiler_options(mesh))
+    return jax.jit(
+        embed,
+        static_argnames=("model", "side"),
+        out_shardings=out,
+        compiler_options=compiler_options(mesh),
+    )

@@ -1,4 +1,5 @@
-"""From a run to a bundle: embed the corpus, build the index, write, prove that it scores as the trainer did."""
+"""From a run to a bundle: embed the corpus, build the index, write, prove that it scores as the
+trainer did."""
 
 from __future__ import annotations
 
@@ -37,11 +38,12 @@ AGAINST_FULL = (10, 100)  # K of the lists that stored vectors are measured by
 
 
 def export(run: Run, folder: Path) -> Bundle:
-    """Writes the bundle of `run` to `folder`; one that is there is replaced only when the new one is whole.
+    """Writes the bundle of `run` to `folder`; one that is there is replaced only when the new one
+    is whole.
 
     Returns:
-        The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there says what that loses: see
-        `measure_against_full`.
+        The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there
+        says what that loses: see `measure_against_full`.
 
     Raises:
         BundleError: the bundle, loaded again, does not score as the trainer does.
@@ -50,10 +52,16 @@ def export(run: Run, folder: Path) -> Bundle:
     bundle = make_bundle(run)
     more = {} if _is_full(run, bundle) else {"against_full": measure_against_full(run, bundle)}
     with replacing(folder) as temporary:
-        bundle = dataclasses.replace(bundle, manifest=write_bundle(bundle, Path(temporary), step=run.step, **more))
+        bundle = dataclasses.replace(
+            bundle, manifest=write_bundle(bundle, Path(temporary), step=run.step, **more)
+        )
         check_parity(run, Path(temporary))
     logging.info(
-        "%s: %d items, %s index, checkpoint of step %d.", folder, len(bundle.items), bundle.index.kind, run.step
+        "%s: %d items, %s index, checkpoint of step %d.",
+        folder,
+        len(bundle.items),
+        bundle.index.kind,
+        run.step,
     )
     return bundle
 
@@ -66,13 +74,24 @@ def make_bundle(run: Run) -> Bundle:
     vectors = quantize(vectors) if run.config.retrieval.vectors == "int8" else vectors
     users, counts = known_users(prepared), item_counts(prepared)
     encoded = UserRows(prepared.encoder, users).encoded()
-    user_vectors = np.concatenate([embed_rows(model, run.weights, "user", block) for block in encoded])
+    user_vectors = np.concatenate(
+        [embed_rows(model, run.weights, "user", block) for block in encoded]
+    )
     index = index_items(run.config, vectors, counts, user_vectors)
     return Bundle(
-        config=run.config, encoder=prepared.encoder, towers=make_towers(run), vectors=vectors, items=display_items(prepared),
-        counts=counts, user_vectors=user_vectors, users=users, index=index,
-        seen=items_of_users([prepared.positives(part) for part in split.PARTS], num_users=len(users)),
-    )  # fmt: skip
+        config=run.config,
+        encoder=prepared.encoder,
+        towers=make_towers(run),
+        vectors=vectors,
+        items=display_items(prepared),
+        counts=counts,
+        user_vectors=user_vectors,
+        users=users,
+        index=index,
+        seen=items_of_users(
+            [prepared.positives(part) for part in split.PARTS], num_users=len(users)
+        ),
+    )
 
 
 def served_model(run: Run) -> TwoTower:
@@ -90,11 +109,13 @@ def served_model(run: Run) -> TwoTower:
 
 
 def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
-    """What the stored vectors of `bundle` lose, by exact search for known users, against the whole float32 vectors of `run`.
+    """What the stored vectors of `bundle` lose, by exact search for known users, against the whole
+    float32 vectors of `run`.
 
     Returns:
-        "dim" of the whole vectors, "users" asked, "recall@K": share of the top K by whole vectors that is in the top K by
-        stored ones, and "ndcg@K" of these lists, where what whole vectors find is what is right.
+        "dim" of the whole vectors, "users" asked, "recall@K": share of the top K by whole vectors
+        that is in the top K by stored ones, and "ndcg@K" of these lists, where what whole vectors
+        find is what is right.
     """
     places = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
     encoded = UserRows(bundle.encoder, bundle.users.take(pa.array(places))).encoded()
@@ -118,14 +139,19 @@ def make_towers(run: Run) -> Towers:
     arrays = jax.tree.map(np.asarray, of_towers(run.weights))
     known = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
     examples = {"user": next(known.encoded()), "item": run.prepared.features["item"]}
-    return Towers({side: export_tower(run.model, arrays, side, x) for side, x in examples.items()}, arrays)
+    return Towers(
+        {side: export_tower(run.model, arrays, side, x) for side, x in examples.items()}, arrays
+    )
 
 
 def known_users(prepared: Prepared) -> pa.Table:
-    """user_id and the raw columns of the user features; of context features, the value in the user's latest row."""
+    """user_id and the raw columns of the user features; of context features, the value in the
+    user's latest row."""
     encoder = prepared.encoder
     columns = {name: feature.column for name, feature in encoder.spec.user.items()}
-    own = dict.fromkeys(["user_id", *(column for name, column in columns.items() if name not in encoder.context)])
+    own = dict.fromkeys(
+        ["user_id", *(column for name, column in columns.items() if name not in encoder.context)]
+    )
     users = prepared.users
     if prepared.histories is not None:
         column = encoder.spec.history.column
@@ -137,7 +163,8 @@ def known_users(prepared: Prepared) -> pa.Table:
     if encoder.context or asked_when:
         places = latest_rows(all_rows(prepared), num_users=len(users))
         log = pa.concat_tables(
-            [prepared.raw.train, prepared.raw.validation, prepared.raw.test], promote_options="default"
+            [prepared.raw.train, prepared.raw.validation, prepared.raw.test],
+            promote_options="default",
         )
         latest = log.take(pa.array(places, mask=places < 0))
         read = [columns[name] for name in encoder.context] + ["timestamp"] * asked_when
@@ -159,13 +186,19 @@ def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
 def display_items(prepared: Prepared) -> pa.Table:
     """item_id and the columns that `config.retrieval.display` names, or all."""
     display = prepared.config.retrieval.display
-    return prepared.items.select(list(dict.fromkeys(["item_id", *display]))) if display else prepared.items
+    return (
+        prepared.items.select(list(dict.fromkeys(["item_id", *display])))
+        if display
+        else prepared.items
+    )
 
 
 def check_parity(run: Run, folder: Path) -> None:
-    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the trainer's towers, cut as it says.
+    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the
+    trainer's towers, cut as it says.
 
-    Of vectors stored as int8 they may differ by what rounding explains, item by item; those of the towers may not.
+    Of vectors stored as int8 they may differ by what rounding explains, item by item; those of the
+    towers may not.
     """
     retriever = Retriever(load_bundle(folder))
     bundle, prepared, model = retriever.bundle, run.prepared, served_model(run)
@@ -181,23 +214,37 @@ def check_parity(run: Run, folder: Path) -> None:
     item_vectors = embed_rows(model, run.weights, "item", item_features)
     trained = user_vectors @ item_vectors.T
     known = bundle.users.take(pa.array(users))
-    rounding = error_bound(user_vectors, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
+    rounding = (
+        error_bound(user_vectors, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
+    )
     compare_scores(retriever.encode_users(known) @ bundle.vectors[items].T, trained, rounding)
-    compare_scores(retriever.encode_users(known) @ bundle.towers.embed("item", item_features).T, trained)
-    # Stored vectors are of users asked about now, which a context of time tells from their latest row.
+    compare_scores(
+        retriever.encode_users(known) @ bundle.towers.embed("item", item_features).T, trained
+    )
+    # Stored vectors are of users asked about now, which a context of time tells from their latest
+    # row.
     now = retriever.encode_users(retriever.user_rows.rows_of(known["user_id"].to_pylist()))
     rounding = error_bound(now, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
-    compare_scores(bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T, rounding)
+    compare_scores(
+        bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T, rounding
+    )
 
 
-def compare_scores(served: np.ndarray, trained: np.ndarray, rounding: np.ndarray | float = 0.0) -> None:
-    """Refuses scores [Q, N] that differ by more than `TOLERANCE` and what `rounding` [Q, N] allows each."""
+def compare_scores(
+    served: np.ndarray, trained: np.ndarray, rounding: np.ndarray | float = 0.0
+) -> None:
+    """Refuses scores [Q, N] that differ by more than `TOLERANCE` and what `rounding` [Q, N] allows
+    each."""
     scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
     differ = np.abs(served - trained)
     if not (differ <= TOLERANCE * scale + rounding).all():  # also where a score is NaN
         worst = float(differ.max(initial=0.0))
-        allowed = f" (rounding to int8 allows {float(np.max(rounding)):.2e})" if np.any(rounding) else ""
-        raise BundleError(f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; nothing was exported.")
+        allowed = (
+            f" (rounding to int8 allows {float(np.max(rounding)):.2e})" if np.any(rounding) else ""
+        )
+        raise BundleError(
+            f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; nothing was exported."
+        )
 
 
 def when(prepared: Prepared, places: np.ndarray) -> np.ndarray | None:
@@ -209,4 +256,7 @@ def when(prepared: Prepared, places: np.ndarray) -> np.ndarray | None:
 def joined_context(prepared: Prepared, places: np.ndarray) -> dict[str, np.ndarray]:
     """Encoded context of rows of train, validation and test joined."""
     parts = all_rows(prepared)
-    return {name: np.concatenate([part.context[name] for part in parts])[places] for name in prepared.encoder.context}
+    return {
+        name: np.concatenate([part.context[name] for part in parts])[places]
+        for name in prepared.encoder.context
+    }

@@ -1,7 +1,9 @@
-"""Graph indexes (HNSW) by hnswlib or FAISS, for machines where ScaNN cannot be installed: the meaning of `ExactIndex.search`.
+"""Graph indexes (HNSW) by hnswlib or FAISS, for machines where ScaNN cannot be installed: the
+meaning of `ExactIndex.search`.
 
-They are tuned as a ScaNN index is: what a query may be given more of is the number of candidates that a search of the graph
-keeps (efSearch). Built by one thread, the same vectors give the same graph. index.faiss is a standard FAISS file.
+They are tuned as a ScaNN index is: what a query may be given more of is the number of candidates
+that a search of the graph keeps (efSearch). Built by one thread, the same vectors give the same
+graph. index.faiss is a standard FAISS file.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Library(NamedTuple):
         ask: (graph, queries, k, ef) -> (scores, rows), -1 where fewer than k were found.
         write: (graph, path).
         read: (path, number of items, width) -> graph.
-        shared: the graph itself holds how hard is searched, so that one search at a time may ask it.
+        shared: the graph itself holds how hard is searched, so that one search at a time may ask
+            it.
     """
 
     module: str
@@ -51,12 +54,16 @@ def _import(kind: str) -> Any:
     try:
         return importlib.import_module(library.module)
     except ImportError as error:
-        raise ImportError(f"index={kind} needs {library.module} ({error}): pip install 'twotower[{library.extra}]'.") from error
+        raise ImportError(
+            f"index={kind} needs {library.module} ({error}): pip install 'twotower[{library.extra}]'."
+        ) from error
 
 
 def _build_hnswlib(vectors: np.ndarray) -> Any:
     graph = _import("hnswlib").Index(space="ip", dim=vectors.shape[1])
-    graph.init_index(max_elements=len(vectors), M=LINKS, ef_construction=EF_CONSTRUCTION, random_seed=0)
+    graph.init_index(
+        max_elements=len(vectors), M=LINKS, ef_construction=EF_CONSTRUCTION, random_seed=0
+    )
     graph.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return graph
 
@@ -90,17 +97,35 @@ def _build_faiss(vectors: np.ndarray) -> Any:
 
 
 def _ask_faiss(graph: Any, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-    # Parameters of the search and not of the graph: threads may ask for lists of different lengths at once.
-    return graph.search(queries, k, params=_import("faiss").SearchParametersHNSW(efSearch=max(ef, k)))
+    # Parameters of the search and not of the graph: threads may ask for lists of different lengths
+    # at once.
+    return graph.search(
+        queries, k, params=_import("faiss").SearchParametersHNSW(efSearch=max(ef, k))
+    )
 
 
 GRAPHS = {
-    "hnswlib": Library("hnswlib", "hnswlib", "index.hnsw", _build_hnswlib, _ask_hnswlib,
-                       lambda graph, path: graph.save_index(str(path)), _read_hnswlib, shared=True),
-    "faiss": Library("faiss", "faiss", "index.faiss", _build_faiss, _ask_faiss,
-                     lambda graph, path: _import("faiss").write_index(graph, str(path)),
-                     lambda path, *_: _import("faiss").read_index(str(path)), shared=False),
-}  # fmt: skip
+    "hnswlib": Library(
+        "hnswlib",
+        "hnswlib",
+        "index.hnsw",
+        _build_hnswlib,
+        _ask_hnswlib,
+        lambda graph, path: graph.save_index(str(path)),
+        _read_hnswlib,
+        shared=True,
+    ),
+    "faiss": Library(
+        "faiss",
+        "faiss",
+        "index.faiss",
+        _build_faiss,
+        _ask_faiss,
+        lambda graph, path: _import("faiss").write_index(graph, str(path)),
+        lambda path, *_: _import("faiss").read_index(str(path)),
+        shared=False,
+    ),
+}
 
 
 class GraphIndex:
@@ -109,23 +134,45 @@ class GraphIndex:
     def __init__(self, graph: Any, tuning: Any):
         self._graph, self.tuning = graph, tuning
         self._lock = threading.Lock() if GRAPHS[tuning.kind].shared else contextlib.nullcontext()
-        self.kind, self.num_items, self.dim, self.normalized = tuning.kind, tuning.num_items, tuning.dim, tuning.normalized
+        self.kind, self.num_items, self.dim, self.normalized = (
+            tuning.kind,
+            tuning.num_items,
+            tuning.dim,
+            tuning.normalized,
+        )
 
     @classmethod
     def build(
-        cls, vectors: Any, tuning: Any, *, queries: np.ndarray, k: int, popularity: np.ndarray | None = None
+        cls,
+        vectors: Any,
+        tuning: Any,
+        *,
+        queries: np.ndarray,
+        k: int,
+        popularity: np.ndarray | None = None,
     ) -> GraphIndex | ExactIndex:
-        """Builds the graph and tunes it on `queries`; exact search where it cannot reach the target of `tuning`."""
+        """Builds the graph and tunes it on `queries`; exact search where it cannot reach the target
+        of `tuning`."""
         vectors = check_vectors(vectors, what="item")
         tuning = dataclasses.replace(tuning, num_leaves=MOST_EF)
         index = cls(GRAPHS[tuning.kind].build(vectors), tuning)
         queries = check_queries(queries, index.dim)
-        problem = Problem(index.search_with, index.num_items, MOST_EF, False, tuning.target_recall, graph=True)
-        efforts, tried, deciles = tuner.tune(problem, vectors, queries[queries.any(axis=1)], k, popularity)
+        problem = Problem(
+            index.search_with, index.num_items, MOST_EF, False, tuning.target_recall, graph=True
+        )
+        efforts, tried, deciles = tuner.tune(
+            problem, vectors, queries[queries.any(axis=1)], k, popularity
+        )
         if not efforts:
-            logging.warning("%s does not reach recall %.4g: the search is exact.", tuning.kind, tuning.target_recall)
+            logging.warning(
+                "%s does not reach recall %.4g: the search is exact.",
+                tuning.kind,
+                tuning.target_recall,
+            )
             return ExactIndex(vectors, normalized=tuning.normalized)
-        index.tuning = dataclasses.replace(tuning, efforts=efforts, tried=tried, recall_by_decile=deciles)
+        index.tuning = dataclasses.replace(
+            tuning, efforts=efforts, tried=tried, recall_by_decile=deciles
+        )
         return index
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +181,9 @@ class GraphIndex:
         check_k(k)
         return self.search_with(queries, k, *self.tuning.effort(k))
 
-    def search_with(self, queries: np.ndarray, k: int, leaves: int, reorder: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_with(
+        self, queries: np.ndarray, k: int, leaves: int, reorder: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """`search` of checked queries with `leaves` candidates kept."""
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)

@@ -44,7 +44,9 @@ def _read_ids(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if line and line != "user_id"]
     if "user_id" not in table.column_names:
-        raise ConfigError(f"--users={path} has no column 'user_id'; it has: {', '.join(table.column_names)}.")
+        raise ConfigError(
+            f"--users={path} has no column 'user_id'; it has: {', '.join(table.column_names)}."
+        )
     return [str(user) for user in table["user_id"].to_pylist() if user is not None]
 
 
@@ -55,12 +57,19 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
     columns = list(items[0].display)
     head = [*(["rank"] if ranked else []), "item", *columns, *(["score"] if ranked else [])]
     rows = [
-        [*([str(rank)] if ranked else []), item.item_id, *(_text(item.display[name]) for name in columns),
-         *([f"{item.score:.4f}"] if ranked else [])]
+        [
+            *([str(rank)] if ranked else []),
+            item.item_id,
+            *(_text(item.display[name]) for name in columns),
+            *([f"{item.score:.4f}"] if ranked else []),
+        ]
         for rank, item in enumerate(items, 1)
-    ]  # fmt: skip
+    ]
     widths = [max(_width(cell) for cell in column) for column in zip(head, *rows)]
-    return "\n".join("  " + "  ".join(_fill(cell, width) for cell, width in zip(row, widths)) for row in [head, *rows])
+    return "\n".join(
+        "  " + "  ".join(_fill(cell, width) for cell, width in zip(row, widths))
+        for row in [head, *rows]
+    )
 
 
 def _text(value: Any) -> str:
@@ -83,6 +92,10 @@ def _fill(text: str, width: int) -> str:
 def _width(text: str) -> int:
     """Cells on a terminal: wide letters take two, marks that sit on others none."""
     return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        0
+        if unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
         for c in text
     )

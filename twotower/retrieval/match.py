@@ -1,4 +1,5 @@
-"""Scores of pairs of a user and an item from stored vectors alone: no towers, no index, no features."""
+"""Scores of pairs of a user and an item from stored vectors alone: no towers, no index, no
+features."""
 
 from __future__ import annotations
 
@@ -38,15 +39,22 @@ class MatchModel:
         self._rows = {side: {name: row for row, name in enumerate(ids[side])} for side in SIDES}
         for side in SIDES:
             if not len(ids[side]) == len(self._rows[side]) == len(self._vectors[side]):
-                raise ValueError(f"{len(ids[side])} {side} ids, {len(self._rows[side])} of them distinct, do not go with "
-                                 f"{len(self._vectors[side])} vectors.")  # fmt: skip
+                raise ValueError(
+                    f"{len(ids[side])} {side} ids, {len(self._rows[side])} of them distinct, do not go with "
+                    f"{len(self._vectors[side])} vectors."
+                )
         if self._vectors["user"].shape[1:] != self._vectors["item"].shape[1:]:
-            raise ValueError(f"user and item vectors differ in width: {[x.shape[1] for x in self._vectors.values()]}.")
+            raise ValueError(
+                f"user and item vectors differ in width: {[x.shape[1] for x in self._vectors.values()]}."
+            )
 
     @classmethod
     def of(cls, bundle: Bundle) -> MatchModel:
         """Of the known users and the items of a bundle."""
-        ids = {"user": bundle.users["user_id"].to_pylist(), "item": bundle.items["item_id"].to_pylist()}
+        ids = {
+            "user": bundle.users["user_id"].to_pylist(),
+            "item": bundle.items["item_id"].to_pylist(),
+        }
         return cls(ids, {"user": bundle.user_vectors, "item": bundle.vectors})
 
     @classmethod
@@ -75,7 +83,11 @@ class MatchModel:
         return self._vectors["item"].shape[1]
 
     def match(
-        self, user_ids: Sequence[Any] | np.ndarray, item_ids: Sequence[Any] | np.ndarray, *, unknown: str = "error"
+        self,
+        user_ids: Sequence[Any] | np.ndarray,
+        item_ids: Sequence[Any] | np.ndarray,
+        *,
+        unknown: str = "error",
     ) -> np.ndarray:
         """float32 [Q], the score of each pair.
 
@@ -89,8 +101,13 @@ class MatchModel:
         if unknown not in ("error", "nan"):
             raise ValueError(f"unknown={unknown!r} must be 'error' or 'nan'.")
         if len(user_ids) != len(item_ids):
-            raise ValueError(f"match takes pairs: {len(user_ids)} user ids do not go with {len(item_ids)} item ids.")
-        rows = {side: self._find(side, ids, unknown) for side, ids in (("user", user_ids), ("item", item_ids))}
+            raise ValueError(
+                f"match takes pairs: {len(user_ids)} user ids do not go with {len(item_ids)} item ids."
+            )
+        rows = {
+            side: self._find(side, ids, unknown)
+            for side, ids in (("user", user_ids), ("item", item_ids))
+        }
         known = (rows["user"] >= 0) & (rows["item"] >= 0)
         scores = np.full(len(known), np.nan, np.float32)
         users, items = (self._vectors[side][rows[side][known]] for side in SIDES)
@@ -102,7 +119,9 @@ class MatchModel:
         rows = np.array([self._rows[side].get(name, -1) for name in names], np.int64)
         if unknown == "error" and (rows < 0).any():
             first, count = names[int((rows < 0).argmax())], int((rows < 0).sum())
-            raise UnknownIdError(f"{side} {first!r} has no vector ({count} of {len(rows)} have none).")
+            raise UnknownIdError(
+                f"{side} {first!r} has no vector ({count} of {len(rows)} have none)."
+            )
         return rows
 
 

@@ -1,4 +1,5 @@
-"""Hard negatives: for each user, the items that the model itself ranks high and that the user is not known to like."""
+"""Hard negatives: for each user, the items that the model itself ranks high and that the user is
+not known to like."""
 
 from __future__ import annotations
 
@@ -21,15 +22,23 @@ Mine = Callable[[Any], Pools]
 
 
 def make_mine(prepared: Prepared, model: Any) -> Mine:
-    """weights -> pools, for the training loop. Known are the training rows alone: later ones must not tell it anything.
+    """weights -> pools, for the training loop. Known are the training rows alone: later ones must
+    not tell it anything.
 
-    Users are asked as they stood at their latest training row. A user without a positive has an empty pool.
+    Users are asked as they stood at their latest training row. A user without a positive has an
+    empty pool.
     """
-    negatives, train, num_users = prepared.config.objective.negatives, prepared.train, len(prepared.users)
+    negatives, train, num_users = (
+        prepared.config.objective.negatives,
+        prepared.train,
+        len(prepared.users),
+    )
     known = items_of_users([prepared.positives("train")], num_users=num_users)
     asked = np.flatnonzero(known.lengths)
     latest = latest_rows([train], num_users=num_users)[asked]
-    features = prepared.user_features(asked, {name: values[latest] for name, values in train.context.items()})
+    features = prepared.user_features(
+        asked, {name: values[latest] for name, values in train.context.items()}
+    )
     ranks, margin = negatives.mined_ranks, negatives.mined_margin
 
     def run(weights: Any) -> Pools:
@@ -44,7 +53,14 @@ def make_mine(prepared: Prepared, model: Any) -> Mine:
     return run
 
 
-def mine(users: np.ndarray, items: np.ndarray, known: Csr, *, ranks: tuple[int, ...], margin: float = -1.0) -> Pools:
+def mine(
+    users: np.ndarray,
+    items: np.ndarray,
+    known: Csr,
+    *,
+    ranks: tuple[int, ...],
+    margin: float = -1.0,
+) -> Pools:
     """The items of exact ranks [first, last) of each user.
 
     Args:
@@ -52,8 +68,9 @@ def mine(users: np.ndarray, items: np.ndarray, known: Csr, *, ranks: tuple[int, 
         items: float [N, D].
         known: for each user its known positives: they are neither ranked nor returned.
         ranks: (first, last), from 0.
-        margin: items that score above the mean of the user's positives less this are left out, as likely positives that nobody
-            recorded (the margin of positive-aware mining, Moreira et al. 2024, arXiv 2407.15831); negative keeps them.
+        margin: items that score above the mean of the user's positives less this are left out, as
+            likely positives that nobody recorded (the margin of positive-aware mining, Moreira et
+            al. 2024, arXiv 2407.15831); negative keeps them.
 
     Returns:
         Pools of Q users with last - first places, the hardest item first.
@@ -67,7 +84,9 @@ def mine(users: np.ndarray, items: np.ndarray, known: Csr, *, ranks: tuple[int, 
     for start in range(0, len(users), BLOCK):
         chosen = np.arange(start, min(start + BLOCK, len(users)))
         exclude = known.take(chosen)
-        scores, rows = (part[:, first:] for part in index.search(users[chosen], last, exclude=exclude))
+        scores, rows = (
+            part[:, first:] for part in index.search(users[chosen], last, exclude=exclude)
+        )
         keep = rows >= 0
         if margin >= 0:
             keep &= scores <= _mean_positive(users[chosen], items, exclude)[:, None] - margin
@@ -83,5 +102,7 @@ def _mean_positive(users: np.ndarray, items: np.ndarray, known: Csr) -> np.ndarr
     sums = np.zeros(len(users))
     for start in range(0, len(values), PAIRS):
         row, value = rows[start : start + PAIRS], values[start : start + PAIRS]
-        sums += np.bincount(row, np.einsum("pd,pd->p", users[row], items[value]), minlength=len(users))
+        sums += np.bincount(
+            row, np.einsum("pd,pd->p", users[row], items[value]), minlength=len(users)
+        )
     return np.where(known.lengths > 0, sums / np.maximum(known.lengths, 1), np.inf)

@@ -1,4 +1,5 @@
-"""Lists made more diverse after retrieval: fetch more items than are shown, then choose among them."""
+"""Lists made more diverse after retrieval: fetch more items than are shown, then choose among
+them."""
 
 from __future__ import annotations
 
@@ -11,15 +12,18 @@ from jaxtyping import Float, Int
 def maximal_marginal_relevance(
     scores: Float[np.ndarray, " M"], vectors: Float[np.ndarray, "M D"], k: int, *, diversity: float
 ) -> Int[np.ndarray, " K"]:
-    """Places of the `k` items chosen one after the other, each by its score less its likeness to those chosen before.
+    """Places of the `k` items chosen one after the other, each by its score less its likeness to
+    those chosen before.
 
-    The next item maximises (1 - diversity) score - diversity max cosine to the chosen (Carbonell and Goldstein 1998).
+    The next item maximises (1 - diversity) score - diversity max cosine to the chosen (Carbonell
+    and Goldstein 1998).
 
     Args:
         scores: of the candidates, on the scale of cosines (as they are of a model that normalises).
         vectors: of the same items.
         k: how many to choose; fewer where there are fewer candidates.
-        diversity: from 0, the order of the scores, to 1, which looks at the scores for the first item alone.
+        diversity: from 0, the order of the scores, to 1, which looks at the scores for the first
+            item alone.
 
     >>> vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> maximal_marginal_relevance(np.array([0.9, 0.8, 0.5]), vectors, 2, diversity=0.5).tolist()
@@ -41,7 +45,8 @@ def maximal_marginal_relevance(
 
 
 def capped(labels: Sequence[Hashable], k: int, *, most: int | dict) -> Int[np.ndarray, " K"]:
-    """Places of the first `k` items of which no label comes more often than allowed; an item without a label (None) always may.
+    """Places of the first `k` items of which no label comes more often than allowed; an item
+    without a label (None) always may.
 
     Args:
         labels: of the candidates, best first: their category, brand or seller.

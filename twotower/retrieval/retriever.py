@@ -26,7 +26,14 @@ from twotower.retrieval.updates import Live
 from twotower.retrieval.users import UserRows, as_table
 from twotower.training.progress import progress
 
-__all__ = ["Recommendation", "Recommendations", "Retriever", "UnknownItemError", "as_table", "nearest"]
+__all__ = [
+    "Recommendation",
+    "Recommendations",
+    "Retriever",
+    "UnknownItemError",
+    "as_table",
+    "nearest",
+]
 USERS_AT_ONCE = BATCH  # whose candidates are in memory together
 
 Rows = pa.Table | Sequence[Mapping]
@@ -56,13 +63,16 @@ class Recommendations(list[Recommendation]):
 
 
 class Retriever:
-    """Answers from one bundle. Threads may share it, also while items change: each answer is of one moment.
+    """Answers from one bundle. Threads may share it, also while items change: each answer is of one
+    moment.
 
-    What may be asked of any list: `exclude_seen` leaves out the user's items, as far as the user is known; `deny` leaves out
-    items by id; `allow` names the only items that may come back; `where` asks for items whose display columns satisfy
-    conditions: {"category": "shoes", "brand": ["a", "b"]}, or [("price", "<=", 20), ...] with the operators of
-    `config.data.where`. A list has K items whenever K exist. `popularity_weight` times the log of an item's training rows is
-    added to its score, where the bundle was exported with `config.retrieval.popularity`.
+    What may be asked of any list: `exclude_seen` leaves out the user's items, as far as the user is
+    known; `deny` leaves out items by id; `allow` names the only items that may come back; `where`
+    asks for items whose display columns satisfy
+    conditions: {"category": "shoes", "brand": ["a", "b"]}, or [("price", "<=", 20), ...] with the
+    operators of `config.data.where`. A list has K items whenever K exist. `popularity_weight` times
+    the log of an item's training rows is added to its score, where the bundle was exported with
+    `config.retrieval.popularity`.
     """
 
     def __init__(self, bundle: Bundle):
@@ -72,8 +82,9 @@ class Retriever:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Retriever:
-        """The retriever of a bundle, with the changes made to it; or of a run (its bundle, or its best checkpoint where it has
-        none) or one of its checkpoints, for which a bundle is made in memory.
+        """The retriever of a bundle, with the changes made to it; or of a run (its bundle, or its
+        best checkpoint where it has none) or one of its checkpoints, for which a bundle is made in
+        memory.
 
         Raises:
             BundleError: the bundle is not whole.
@@ -105,16 +116,27 @@ class Retriever:
         return self._live.corpus.snapshot.version
 
     def recommend(
-        self, user: Any = None, *, rows: Rows | None = None, k: int = 10, exclude_seen: bool = True, where: Conditions = None,
-        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (), popularity_weight: float = 0.0,
-    ) -> Recommendations:  # fmt: skip
+        self,
+        user: Any = None,
+        *,
+        rows: Rows | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+        where: Conditions = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] = (),
+        popularity_weight: float = 0.0,
+    ) -> Recommendations:
         """The best `k` items of one user; fewer only where fewer exist.
 
         Args:
-            user: an id. One that is not known is encoded by its out-of-vocabulary rows; `known` in the answer is False.
-            rows: one row of raw user features instead, or beside an id whose stored features it replaces.
+            user: an id. One that is not known is encoded by its out-of-vocabulary rows; `known` in
+                the answer is False.
+            rows: one row of raw user features instead, or beside an id whose stored features it
+                replaces.
             k: length of the list.
-            exclude_seen: leave out the items of the user, as far as the user is known, and those of a history in `rows`.
+            exclude_seen: leave out the items of the user, as far as the user is known, and those of
+                a history in `rows`.
             where, allow, deny, popularity_weight: see the class.
         """
         check_k(k)
@@ -124,31 +146,67 @@ class Retriever:
             vectors, row = self._vectors_of([str(user)])
         else:
             given = [dict(row) for row in as_table(rows).to_pylist()]
-            table = as_table(given if user is None else [{**row, "user_id": str(user)} for row in given])
+            table = as_table(
+                given if user is None else [{**row, "user_id": str(user)} for row in given]
+            )
             if len(table) != 1:
-                raise ValueError(f"recommend answers one user; rows holds {len(table)}. See recommend_many.")
+                raise ValueError(
+                    f"recommend answers one user; rows holds {len(table)}. See recommend_many."
+                )
             name = table["user_id"][0].as_py() if "user_id" in table.column_names else None
-            vectors, row = self.encode_users(table), self._places(() if name is None else (str(name),), 1)
+            vectors, row = (
+                self.encode_users(table),
+                self._places(() if name is None else (str(name),), 1),
+            )
             deny = [*deny, *self.user_rows.brought(table)] if exclude_seen else deny
         users = row if exclude_seen else None
-        snapshot, scores, places = self._search(vectors, users, k, conditions(where), allow, deny, popularity_weight)
+        snapshot, scores, places = self._search(
+            vectors, users, k, conditions(where), allow, deny, popularity_weight
+        )
         return Recommendations(_listed(snapshot, scores[0], places[0]), known=bool(row[0] >= 0))
 
     def recommend_many(
-        self, user_ids: Sequence[Any], k: int = 10, *, exclude_seen: bool = True, where: Conditions = None,
-        allow: Iterable[Any] | None = None, deny: Iterable[Any] = (), popularity_weight: float = 0.0,
-    ) -> pa.Table:  # fmt: skip
-        """Lists of many users: user_id, rank (from 1), item_id, score; k rows a user, in the order given."""
+        self,
+        user_ids: Sequence[Any],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        where: Conditions = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] = (),
+        popularity_weight: float = 0.0,
+    ) -> pa.Table:
+        """Lists of many users: user_id, rank (from 1), item_id, score; k rows a user, in the order
+        given."""
         check_k(k)
         ids = [str(user) for user in user_ids]
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
-        parts = progress(starts, total=len(starts), what="Recommending") if len(starts) > 1 else starts
-        options = (k, conditions(where), None if allow is None else list(allow), list(deny), popularity_weight)
-        return pa.concat_tables([self._lists(ids[start : start + USERS_AT_ONCE], exclude_seen, *options) for start in parts])
+        parts = (
+            progress(starts, total=len(starts), what="Recommending") if len(starts) > 1 else starts
+        )
+        options = (
+            k,
+            conditions(where),
+            None if allow is None else list(allow),
+            list(deny),
+            popularity_weight,
+        )
+        return pa.concat_tables(
+            [
+                self._lists(ids[start : start + USERS_AT_ONCE], exclude_seen, *options)
+                for start in parts
+            ]
+        )
 
     def similar_items(
-        self, item: Any, k: int = 10, *, where: Conditions = None, allow: Iterable[Any] | None = None, deny: Iterable[Any] = (),
-    ) -> Recommendations:  # fmt: skip
+        self,
+        item: Any,
+        k: int = 10,
+        *,
+        where: Conditions = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] = (),
+    ) -> Recommendations:
         """The `k` items of greatest cosine to `item`, without itself.
 
         Raises:
@@ -160,24 +218,35 @@ class Retriever:
         query = snapshot.vector(corpus.place(snapshot, item))[None, :]
         query = query / max(float(np.linalg.norm(query)), 1e-30)
         exclude = _lists_of(corpus.numbers_of([item, *deny]), 1)
-        scores, places = snapshot.search(query, k, exclude=exclude, where=conditions(where), only=only, cosine=True)
+        scores, places = snapshot.search(
+            query, k, exclude=exclude, where=conditions(where), only=only, cosine=True
+        )
         return Recommendations(_listed(snapshot, scores[0], places[0]))
 
     def encode_users(self, rows: Rows) -> np.ndarray:
-        """float32 [Q, D], the vectors of raw user features: an Arrow table, or a list of mappings. What a row lacks is
-        missing, a timestamp is the newest of the log, a user_id that was never seen gets its out-of-vocabulary row."""
+        """float32 [Q, D], the vectors of raw user features: an Arrow table, or a list of mappings.
+        What a row lacks is missing, a timestamp is the newest of the log, a user_id that was never
+        seen gets its out-of-vocabulary row."""
         table, towers = as_table(rows), self.bundle.towers
-        return towers.embed("user", self.user_rows.encode(table)) if len(table) else np.zeros((0, towers.dim), np.float32)
+        return (
+            towers.embed("user", self.user_rows.encode(table))
+            if len(table)
+            else np.zeros((0, towers.dim), np.float32)
+        )
 
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
-        """float32 [Q, D], the vectors that recommendations for these users are made with, whether they are known or not."""
+        """float32 [Q, D], the vectors that recommendations for these users are made with, whether
+        they are known or not."""
         return self._vectors_of([str(user) for user in user_ids])[0]
 
     def encode_items(self, rows: Rows) -> np.ndarray:
-        """float32 [N, D], the vectors of raw item features, likewise: of new items, from what they are described by."""
+        """float32 [N, D], the vectors of raw item features, likewise: of new items, from what they
+        are described by."""
         table, towers = as_table(rows), self.bundle.towers
         encoded = self.bundle.encoder.encode("item", table) if len(table) else {}
-        return towers.embed("item", encoded) if len(table) else np.zeros((0, towers.dim), np.float32)
+        return (
+            towers.embed("item", encoded) if len(table) else np.zeros((0, towers.dim), np.float32)
+        )
 
     def item_vectors(self, item_ids: Iterable[Any]) -> np.ndarray:
         """float32 [N, D], of items of the corpus; raises `UnknownItemError`."""
@@ -187,10 +256,12 @@ class Retriever:
         return np.stack(vectors) if vectors else np.zeros((0, self.bundle.towers.dim), np.float32)
 
     def upsert(self, rows: Rows, *, vectors: np.ndarray | None = None) -> int:
-        """Adds items, or replaces those with the same ids: durable when this returns, and found by every later search.
+        """Adds items, or replaces those with the same ids: durable when this returns, and found by
+        every later search.
 
         Args:
-            rows: item_id, the columns of item features and display columns; what is left out is missing.
+            rows: item_id, the columns of item features and display columns; what is left out is
+                missing.
             vectors: float [N, D] in the place of those of the item tower.
 
         Returns:
@@ -207,24 +278,28 @@ class Retriever:
             return len(self)
 
     def delete(self, item_ids: Iterable[Any]) -> int:
-        """Takes items away: durable when this returns, and in no later answer. Says how many of them there were."""
+        """Takes items away: durable when this returns, and in no later answer. Says how many of
+        them there were."""
         with self._lock:
             return self._live.delete([str(item) for item in item_ids])
 
     def rebalance(self) -> None:
-        """Indexes the items as they are now, in memory: changes no longer slow the search down. Answers and changes go on."""
+        """Indexes the items as they are now, in memory: changes no longer slow the search down.
+        Answers and changes go on."""
         with self._alone():
             self._live.rebalance()
 
     def compact(self) -> None:
-        """Writes a new version of the bundle with all changes in it in the place of the old one, and goes on with that."""
+        """Writes a new version of the bundle with all changes in it in the place of the old one,
+        and goes on with that."""
         with self._alone():
             staged = self._live.staged()
             with self._lock:
                 self._live = self._live.replaced(staged)
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
-        """The last `k` items of a user, the latest first; without scores. Nothing of an unknown user."""
+        """The last `k` items of a user, the latest first; without scores. Nothing of an unknown
+        user."""
         live, row = self._live, self.user_rows.places.get(str(user), -1)
         snapshot = live.corpus.snapshot
         numbers = live.bundle.seen[row][::-1] if row >= 0 else np.zeros(0, np.int32)
@@ -265,7 +340,14 @@ class Retriever:
         )
 
     def _search(
-        self, vectors: np.ndarray, users: np.ndarray | None, k: int, where: Where, allow: Any, deny: Any, weight: float
+        self,
+        vectors: np.ndarray,
+        users: np.ndarray | None,
+        k: int,
+        where: Where,
+        allow: Any,
+        deny: Any,
+        weight: float,
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         live = self._live  # one of them, whatever takes its place meanwhile
         exclude = Csr.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
@@ -273,34 +355,53 @@ class Retriever:
             exclude = exclude.joined(_lists_of(denied, len(vectors)))
         only = None if allow is None else live.corpus.numbers_of(allow)
         snapshot = live.corpus.snapshot
-        return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight)
+        return snapshot, *snapshot.search(
+            vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight
+        )
 
     def _vectors_of(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors, and rows of the users table (-1 of unknown users): of known users those stored."""
+        """Vectors, and rows of the users table (-1 of unknown users): of known users those
+        stored."""
         rows = self._places(ids, len(ids))
         stored, new = self.bundle.user_vectors, np.flatnonzero(rows < 0)
-        vectors = np.asarray(stored[rows]) if len(stored) else np.zeros((len(ids), self.bundle.towers.dim), np.float32)
+        vectors = (
+            np.asarray(stored[rows])
+            if len(stored)
+            else np.zeros((len(ids), self.bundle.towers.dim), np.float32)
+        )
         if new.size:
             vectors = np.array(vectors)
             vectors[new] = self.encode_users(self.user_rows.rows_of([ids[n] for n in new]))
         return vectors, rows
 
     def _places(self, ids: Sequence[str], count: int) -> np.ndarray:
-        return np.array([self.user_rows.places.get(user, -1) for user in ids] or [-1] * count, np.int64)
+        return np.array(
+            [self.user_rows.places.get(user, -1) for user in ids] or [-1] * count, np.int64
+        )
 
 
 def _run_of(folder: Path) -> Path | None:
     """The run that the folder is, or whose checkpoint it is."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" and folder.name.isdigit() else folder
+    run = (
+        folder.parent.parent
+        if folder.parent.name == "checkpoints" and folder.name.isdigit()
+        else folder
+    )
     return run if (run / "config.json").exists() and (run / "checkpoints").exists() else None
 
 
 def _lists_of(numbers: np.ndarray, count: int) -> Csr:
     """The same list for each of `count` queries."""
-    return Csr(np.arange(count + 1, dtype=np.int64) * len(numbers), np.tile(numbers, count).astype(np.int32))
+    return Csr(
+        np.arange(count + 1, dtype=np.int64) * len(numbers),
+        np.tile(numbers, count).astype(np.int32),
+    )
 
 
 def _listed(snapshot: Snapshot, scores: np.ndarray, places: np.ndarray) -> list[Recommendation]:
     found = places >= 0
     rows = snapshot.rows(places[found])
-    return [Recommendation(row.pop("item_id"), float(score), row) for row, score in zip(rows, scores[found])]
+    return [
+        Recommendation(row.pop("item_id"), float(score), row)
+        for row, score in zip(rows, scores[found])
+    ]

@@ -1,8 +1,10 @@
-"""Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a recall target.
+"""Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a
+recall target.
 
-ScaNN ends the process on vectors that are not finite, answers short queries of codes at random, and pads its answers with row 0:
-everything that goes in and comes out is checked here. It has no wheel for every platform; where it cannot be imported, "auto"
-means exact search, and hnswlib and FAISS can be asked for (`twotower.retrieval.graphs`).
+ScaNN ends the process on vectors that are not finite, answers short queries of codes at random, and
+pads its answers with row 0: everything that goes in and comes out is checked here. It has no wheel
+for every platform; where it cannot be imported, "auto" means exact search, and hnswlib and FAISS
+can be asked for (`twotower.retrieval.graphs`).
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ from twotower.retrieval.tuning import Problem
 from twotower.validation import ConfigError, choose
 
 SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
-BRUTE_FORCE_BELOW = 50_000 * 64  # numbers in all vectors; exact, and within a fraction of a millisecond
-HASHING_FROM = 200_000  # vectors; from here asymmetric hashing beats comparing whole vectors in the leaves
-# Leaves for each of sqrt(N). Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3 times the items for one recall, and 8
-# spend more time on choosing leaves than they save within them.
+BRUTE_FORCE_BELOW = (
+    50_000 * 64
+)  # numbers in all vectors; exact, and within a fraction of a millisecond
+HASHING_FROM = (
+    200_000  # vectors; from here asymmetric hashing beats comparing whole vectors in the leaves
+)
+# Leaves for each of sqrt(N). Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3 times
+# the items for one recall, and 8 spend more time on choosing leaves than they save within them.
 LEAVES_PER_ROOT = 3
-# Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a step that does not shrink with
-# the query. Measured: right at 1e-3, arbitrary items without a word from 1e-4 down.
+# Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a
+# step that does not shrink with the query. Measured: right at 1e-3, arbitrary items without a word
+# from 1e-4 down.
 SHORT = 0.1
 SHARE_OF_CORPUS = 20  # a list of more than one in so many items is found by looking at all of them
 KINDS = {
@@ -58,7 +65,12 @@ KINDS = {
 
 
 def build_index(
-    vectors: Any, config: RetrievalConfig, *, normalized: bool, queries: Any = None, popularity: np.ndarray | None = None
+    vectors: Any,
+    config: RetrievalConfig,
+    *,
+    normalized: bool,
+    queries: Any = None,
+    popularity: np.ndarray | None = None,
 ) -> Any:
     """The index `config.index` over `vectors`.
 
@@ -66,7 +78,8 @@ def build_index(
         vectors: float [N, D], finite.
         config: the kind and the recall it must reach.
         normalized: the vectors have length 1.
-        queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items are.
+        queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items
+            are.
         popularity: [N], for the recall of each of its deciles.
 
     Returns:
@@ -86,16 +99,23 @@ def build_index(
         tuning = Tuning(kind, *vectors.shape, normalized, target_recall=config.target_recall)
         return GraphIndex.build(vectors, tuning, queries=queries, k=config.k, popularity=popularity)
     return ScannIndex.build(
-        vectors, kind=kind, queries=queries, target_recall=config.target_recall, k=config.k, normalized=normalized,
+        vectors,
+        kind=kind,
+        queries=queries,
+        target_recall=config.target_recall,
+        k=config.k,
+        normalized=normalized,
         popularity=popularity,
-    )  # fmt: skip
+    )
 
 
 def load_index(folder: str | os.PathLike, vectors: Vectors) -> Any:
     """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
     info = json.loads((Path(folder) / "index.json").read_text())
     if (info["num_items"], info["dim"]) != vectors.shape:
-        raise BadIndexError(f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}.")
+        raise BadIndexError(
+            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}."
+        )
     if info["kind"] == "exact":
         return ExactIndex(vectors, normalized=info["normalized"])
     try:
@@ -107,7 +127,8 @@ def load_index(folder: str | os.PathLike, vectors: Vectors) -> Any:
 
 
 def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
-    """Writes `index` and, in index.json, its settings, what was tried for it, and what else is given."""
+    """Writes `index` and, in index.json, its settings, what was tried for it, and what else is
+    given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(index, (ScannIndex, GraphIndex)):
@@ -116,12 +137,18 @@ def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
         if isinstance(index, ScannIndex):
             info["scann_version"] = scann_version()
     else:
-        info = {"kind": "exact", "num_items": index.num_items, "dim": index.dim, "normalized": index.normalized}
+        info = {
+            "kind": "exact",
+            "num_items": index.num_items,
+            "dim": index.dim,
+            "normalized": index.normalized,
+        }
     (folder / "index.json").write_text(json.dumps(info | more, indent=2, sort_keys=True) + "\n")
 
 
 class ScannIndex:
-    """A ScaNN searcher with the meaning of `ExactIndex.search`: rows of -1 and scores of -inf pad short lists."""
+    """A ScaNN searcher with the meaning of `ExactIndex.search`: rows of -1 and scores of -inf pad
+    short lists."""
 
     def __init__(self, searcher: Any, tuning: Tuning):
         self._searcher = searcher
@@ -131,27 +158,63 @@ class ScannIndex:
 
     @classmethod
     def build(
-        cls, vectors: Any, *, kind: str, queries: Any, target_recall: float, k: int = 10, normalized: bool = False,
+        cls,
+        vectors: Any,
+        *,
+        kind: str,
+        queries: Any,
+        target_recall: float,
+        k: int = 10,
+        normalized: bool = False,
         popularity: np.ndarray | None = None,
-    ) -> ScannIndex:  # fmt: skip
-        """Builds the searcher (the same each time) and finds how hard it must search; see `tuning.tune`."""
+    ) -> ScannIndex:
+        """Builds the searcher (the same each time) and finds how hard it must search; see
+        `tuning.tune`."""
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         if kind != "scann_brute_force" and num_items < SMALLEST_TREE:
-            logging.warning("%s needs %d vectors; %d are searched by brute force.", kind, SMALLEST_TREE, num_items)
+            logging.warning(
+                "%s needs %d vectors; %d are searched by brute force.",
+                kind,
+                SMALLEST_TREE,
+                num_items,
+            )
             kind = "scann_brute_force"
         if kind == "scann_brute_force":
-            return cls(build_searcher(vectors, num_leaves=0, reorder=0), Tuning(kind, num_items, dim, normalized))
-        tuning = Tuning(kind, num_items, dim, normalized, round(LEAVES_PER_ROOT * math.sqrt(num_items)), target_recall)
+            return cls(
+                build_searcher(vectors, num_leaves=0, reorder=0),
+                Tuning(kind, num_items, dim, normalized),
+            )
+        tuning = Tuning(
+            kind,
+            num_items,
+            dim,
+            normalized,
+            round(LEAVES_PER_ROOT * math.sqrt(num_items)),
+            target_recall,
+        )
         reorder = min(num_items, k * max(tuner.CANDIDATES)) if tuning.hashed else 0
         index = cls(build_searcher(vectors, num_leaves=tuning.num_leaves, reorder=reorder), tuning)
         queries = check_queries(queries, dim)
-        queries = queries[queries.any(axis=1)]  # one of length 0 has no best items that could be found
+        queries = queries[
+            queries.any(axis=1)
+        ]  # one of length 0 has no best items that could be found
         if index._tune(vectors, queries if len(queries) else vectors, k, popularity):
             return index
-        logging.warning("%s does not reach recall %.4g at any effort; whole vectors are compared.", kind, target_recall)
-        return cls.build(vectors, kind=FALLBACK[kind], queries=queries, target_recall=target_recall, k=k,
-                         normalized=normalized, popularity=popularity)  # fmt: skip
+        logging.warning(
+            "%s does not reach recall %.4g at any effort; whole vectors are compared.",
+            kind,
+            target_recall,
+        )
+        return cls.build(
+            vectors,
+            kind=FALLBACK[kind],
+            queries=queries,
+            target_recall=target_recall,
+            k=k,
+            normalized=normalized,
+            popularity=popularity,
+        )
 
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The (nearly) best items, best first.
@@ -161,7 +224,8 @@ class ScannIndex:
             k: length of the lists.
 
         Returns:
-            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k were found.
+            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k
+            were found.
 
         Raises:
             QueryError: as `ExactIndex.search`.
@@ -176,7 +240,9 @@ class ScannIndex:
         scores, rows = self.search_with((queries / lengths).astype(np.float32), k, *effort)
         return (scores * lengths).astype(np.float32), rows
 
-    def search_with(self, queries: np.ndarray, k: int, leaves: int, reorder: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_with(
+        self, queries: np.ndarray, k: int, leaves: int, reorder: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """`search` of checked queries with an effort of one's own."""
         if not len(queries) or not self.num_items:
             return _none_found(len(queries), k)
@@ -201,22 +267,42 @@ class ScannIndex:
         if len(queries) == 1:
             rows, scores = self._searcher.search(queries[0], **options)
             return rows[None], scores[None]
-        several = len(queries) >= 256 and _cores() > 1  # on one core its threads only stand in each other's way
-        return (self._searcher.search_batched_parallel if several else self._searcher.search_batched)(queries, **options)
+        several = (
+            len(queries) >= 256 and _cores() > 1
+        )  # on one core its threads only stand in each other's way
+        return (
+            self._searcher.search_batched_parallel if several else self._searcher.search_batched
+        )(queries, **options)
 
     def _searched_as(self, tuning: Tuning) -> None:
         self.tuning = tuning
-        self._effort = functools.lru_cache(maxsize=1_024)(tuning.effort)  # a tenth of the time of a single query
+        self._effort = functools.lru_cache(maxsize=1_024)(
+            tuning.effort
+        )  # a tenth of the time of a single query
 
-    def _tune(self, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None) -> bool:
+    def _tune(
+        self, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None
+    ) -> bool:
         """Whether some effort reaches the target: the cheapest is then that of the index."""
         tuning = self.tuning
-        problem = Problem(self.search_with, self.num_items, tuning.num_leaves, tuning.hashed, tuning.target_recall)
+        problem = Problem(
+            self.search_with, self.num_items, tuning.num_leaves, tuning.hashed, tuning.target_recall
+        )
         efforts, tried, deciles = tuner.tune(problem, vectors, queries, k, popularity)
-        self._searched_as(dataclasses.replace(tuning, efforts=efforts, tried=tried, recall_by_decile=deciles))
+        self._searched_as(
+            dataclasses.replace(tuning, efforts=efforts, tried=tried, recall_by_decile=deciles)
+        )
         for effort in efforts:
-            logging.info("%s, lists of %d: %d of %d leaves, %d candidates, recall %.4f, target %.4f.", self.kind, effort.k,
-                         effort.leaves, tuning.num_leaves, effort.reorder, effort.recall, tuning.target_recall)  # fmt: skip
+            logging.info(
+                "%s, lists of %d: %d of %d leaves, %d candidates, recall %.4f, target %.4f.",
+                self.kind,
+                effort.k,
+                effort.leaves,
+                tuning.num_leaves,
+                effort.reorder,
+                effort.recall,
+                tuning.target_recall,
+            )
         return bool(efforts)
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -1,7 +1,9 @@
-"""Search of an index that never changes, less what is excluded or not allowed: full lists whenever enough items exist.
+"""Search of an index that never changes, less what is excluded or not allowed: full lists whenever
+enough items exist.
 
-An approximate index knows no conditions: it is asked for more than K, what is not allowed is dropped, and where a list is then
-short, or where so few items are allowed that most of what it finds would be dropped, the allowed items are compared one by one.
+An approximate index knows no conditions: it is asked for more than K, what is not allowed is
+dropped, and where a list is then short, or where so few items are allowed that most of what it
+finds would be dropped, the allowed items are compared one by one.
 """
 
 from __future__ import annotations
@@ -48,9 +50,15 @@ class Allowed(NamedTuple):
 
 
 def search_without(
-    index: Any, vectors: Vectors, queries: np.ndarray, k: int, exclude: Csr | None = None, *, allowed: Allowed | None = None,
+    index: Any,
+    vectors: Vectors,
+    queries: np.ndarray,
+    k: int,
+    exclude: Csr | None = None,
+    *,
+    allowed: Allowed | None = None,
     last: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` items that are allowed and not excluded, as `ExactIndex.search` gives them.
 
     Args:
@@ -58,7 +66,8 @@ def search_without(
         vectors: [N, D], those of the index.
         exclude: for each query, rows that must not come back.
         allowed: the rows that may; all by default.
-        last: [N], one more coordinate that the index has behind those of `vectors`, and the queries too.
+        last: [N], one more coordinate that the index has behind those of `vectors`, and the queries
+            too.
     """
     exclude = Csr.empty(len(queries)) if exclude is None else exclude
     if isinstance(index, ExactIndex) and allowed is None:
@@ -68,7 +77,11 @@ def search_without(
     fetched = k + min(most, OVERFETCH)
     if count < index.num_items:
         fetched = int(SPARE * fetched * index.num_items / max(count, 1)) + 1
-    if isinstance(index, ExactIndex) or fetched > k + 2 * OVERFETCH or count <= CHEAPER * fetched < index.num_items:
+    if (
+        isinstance(index, ExactIndex)
+        or fetched > k + 2 * OVERFETCH
+        or count <= CHEAPER * fetched < index.num_items
+    ):
         checked = check_queries(queries, index.dim, normalized=index.normalized)
         return exact_among(vectors, _rows_of(allowed), checked, k, exclude, last=last)
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
@@ -91,21 +104,32 @@ def search_without(
         short = short[kept.sum(1)[short] < np.minimum(k, count - listed.lengths)]
     if short.size:
         left = exclude.take(short)
-        scores[short], rows[short] = exact_among(vectors, _rows_of(allowed), queries[short], k, left, last=last)
+        scores[short], rows[short] = exact_among(
+            vectors, _rows_of(allowed), queries[short], k, left, last=last
+        )
     return scores, rows
 
 
 def exact_among(
-    vectors: Vectors, among: np.ndarray | None, queries: np.ndarray, k: int, exclude: Csr | None = None, *,
+    vectors: Vectors,
+    among: np.ndarray | None,
+    queries: np.ndarray,
+    k: int,
+    exclude: Csr | None = None,
+    *,
     last: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of the rows `among` (rising; None: all) by NumPy, which compiles nothing; of equal scores the lower row first.
+    """The best `k` of the rows `among` (rising; None: all) by NumPy, which compiles nothing; of
+    equal scores the lower row first.
 
     Returns:
         (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k remain.
     """
     queries = np.asarray(queries, np.float32)
-    scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32)
+    scores, rows = (
+        np.full((len(queries), k), -np.inf, np.float32),
+        np.full((len(queries), k), -1, np.int32),
+    )
     total = len(vectors) if among is None else len(among)
     step = max(1, COMPARED // ROW_BLOCK)
     for start in range(0, len(queries), step):
@@ -114,7 +138,10 @@ def exact_among(
         for first in range(0, total, ROW_BLOCK):
             stop = min(first + ROW_BLOCK, total)
             block = np.arange(first, stop) if among is None else among[first:stop]
-            found = queries[part, : vectors.shape[1]] @ (vectors[first:stop] if among is None else vectors[block]).T
+            found = (
+                queries[part, : vectors.shape[1]]
+                @ (vectors[first:stop] if among is None else vectors[block]).T
+            )
             if last is not None:
                 found += queries[part, -1:] * last[block][None, :]
             if skip is not None:
@@ -136,7 +163,8 @@ def merge(
     if np.isneginf(least).any() and more.shape[1] > k:
         at = more.shape[1] - k
         least = np.maximum(least, np.partition(more, at, axis=1)[:, at])
-    # All that equal the k-th are looked at, so that rows break ties and not the place where a partition left them.
+    # All that equal the k-th are looked at, so that rows break ties and not the place where a
+    # partition left them.
     query, column = np.nonzero((more >= least[:, None]) & ~np.isneginf(more))
     known, place = np.nonzero(~np.isneginf(scores))
     queries = np.concatenate([known, query])
@@ -146,14 +174,21 @@ def merge(
     queries = queries[order]
     rank = np.arange(len(order)) - np.searchsorted(queries, np.arange(len(scores)))[queries]
     order, queries, rank = order[rank < k], queries[rank < k], rank[rank < k]
-    best, best_rows = np.full((len(scores), k), -np.inf, np.float32), np.full((len(scores), k), -1, rows.dtype)
+    best, best_rows = (
+        np.full((len(scores), k), -np.inf, np.float32),
+        np.full((len(scores), k), -1, rows.dtype),
+    )
     best[queries, rank], best_rows[queries, rank] = values[order], items[order]
     return best, best_rows
 
 
 def padded(array: np.ndarray, k: int, value: float) -> np.ndarray:
     """`array` [Q, <= k] as [Q, k]."""
-    return array if array.shape[1] == k else np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)
+    return (
+        array
+        if array.shape[1] == k
+        else np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)
+    )
 
 
 def _listed(lists: Csr, rows: np.ndarray) -> np.ndarray:

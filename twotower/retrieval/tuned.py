@@ -32,7 +32,9 @@ class Tuning:
     target_recall: float = 1.0
     efforts: tuple[Effort, ...] = ()
     recall_by_decile: tuple[float | None, ...] = ()
-    tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)  # with speeds, which no two builds share
+    tried: tuple[Trial, ...] = dataclasses.field(
+        default=(), compare=False
+    )  # with speeds, which no two builds share
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Tuning:
@@ -50,7 +52,8 @@ class Tuning:
         return self.kind == "scann_tree_ah"
 
     def effort(self, k: int) -> tuple[int, int]:
-        """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths, between their efforts."""
+        """(leaves, candidates scored anew) of a search for `k` items: between two tuned lengths,
+        between their efforts."""
         above = next((e for e in self.efforts if e.k >= k), self.efforts[-1])
         below = next((e for e in reversed(self.efforts) if e.k <= k), above)
         if above.k > below.k:
@@ -59,4 +62,6 @@ class Tuning:
             leaves, reorder = (low * (high / low) ** share if low else 0 for low, high in between)
         else:
             leaves, reorder = (max(1.0, k / above.k) * x for x in (above.leaves, above.reorder))
-        return min(self.num_leaves, math.ceil(leaves - 1e-9)), min(self.num_items, math.ceil(reorder - 1e-9))
+        return min(self.num_leaves, math.ceil(leaves - 1e-9)), min(
+            self.num_items, math.ceil(reorder - 1e-9)
+        )

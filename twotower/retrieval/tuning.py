@@ -1,7 +1,9 @@
-"""How hard an index must search: measured on real user vectors, the cheapest setting that reaches the recall asked for.
+"""How hard an index must search: measured on real user vectors, the cheapest setting that reaches
+the recall asked for.
 
-Half of the user vectors tune, the other half measures what was chosen. The choice is by counted work, not by the clock, so that
-the same vectors give the same index on a busy machine; the speeds that were seen are told beside.
+Half of the user vectors tune, the other half measures what was chosen. The choice is by counted
+work, not by the clock, so that the same vectors give the same index on a busy machine; the speeds
+that were seen are told beside.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ from twotower.retrieval.exact import ExactIndex
 
 TUNING_QUERIES = 2_000  # user vectors, in both halves together
 LONG_QUERIES = 500  # of those, for lists longer than K
-LONGER = (1, 10, 100)  # times K: lengths of lists that are tuned; a search for more items than K must look deeper
+LONGER = (
+    1,
+    10,
+    100,
+)  # times K: lengths of lists that are tuned; a search for more items than K must look deeper
 LONGEST = 1_000
 CANDIDATES = (32, 16, 8, 4, 2)  # times the length: candidates scored anew with whole vectors
-# Standard errors by which the recall of the tuning half must pass the target: one case in twenty is worse than it looks.
+# Standard errors by which the recall of the tuning half must pass the target: one case in twenty is
+# worse than it looks.
 MARGIN = 1.64
-# Codes compared in the time of one candidate scored anew. Measured: 13 for single queries, 35 in batches, at any width.
+# Codes compared in the time of one candidate scored anew. Measured: 13 for single queries, 35 in
+# batches, at any width.
 CODES_PER_CANDIDATE = 20
 DECILES = 10
 TIE = 1e-6  # scores this near to the K-th are equal to it
@@ -41,7 +49,8 @@ class Effort:
 
     Attributes:
         leaves: searched for each query.
-        reorder: candidates scored anew with whole vectors; 0 where whole vectors are compared from the start.
+        reorder: candidates scored anew with whole vectors; 0 where whole vectors are compared from
+            the start.
         recall: mean share of the exact top `k` found for the `queries` held-out user vectors.
     """
 
@@ -81,7 +90,8 @@ class Problem:
         num_leaves: of its tree.
         hashed: whether candidates are scored anew.
         target: the recall to reach.
-        graph: leaves are the candidates that the search of a graph keeps: at least as many as the list is long.
+        graph: leaves are the candidates that the search of a graph keeps: at least as many as the
+            list is long.
     """
 
     search: Search
@@ -98,7 +108,11 @@ class Problem:
 
 
 def tune(
-    problem: Problem, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None = None
+    problem: Problem,
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    popularity: np.ndarray | None = None,
 ) -> tuple[tuple[Effort, ...], tuple[Trial, ...], tuple[float | None, ...]]:
     """The cheapest efforts that reach the target for lists of `k` and longer ones.
 
@@ -108,8 +122,9 @@ def tune(
         popularity: [N], for the recall of each decile.
 
     Returns:
-        Efforts by rising k; no effort where nothing reaches the target. All trials. The held-out recall of lists of `k` for true
-        items of each decile of popularity, the least popular first (None where no true item is in it); () without `popularity`.
+        Efforts by rising k; no effort where nothing reaches the target. All trials. The held-out
+        recall of lists of `k` for true items of each decile of popularity, the least popular first
+        (None where no true item is in it); () without `popularity`.
     """
     efforts, trials, deciles = [], [], ()
     for length in tuned_lengths(k, problem.num_items):
@@ -122,7 +137,11 @@ def tune(
         if setting is None:
             return (), tuple(trials), ()
         leaves, rows = _widened(problem, held_out, length, *setting)
-        efforts.append(Effort(length, leaves, setting[1], round(float(rows[1].mean()), 4), len(held_out.queries)))
+        efforts.append(
+            Effort(
+                length, leaves, setting[1], round(float(rows[1].mean()), 4), len(held_out.queries)
+            )
+        )
         if length == k and popularity is not None:
             deciles = recall_by_decile(rows[0], held_out.rows, popularity)
     return tuple(efforts), tuple(trials), deciles
@@ -143,7 +162,8 @@ class _Half:
     rows: np.ndarray
 
     def recalls(self, scores: np.ndarray) -> np.ndarray:
-        """float [Q], the share of each exact list that was found; of items with one score any will do."""
+        """float [Q], the share of each exact list that was found; of items with one score any will
+        do."""
         least = self.scores[:, -1:] - TIE * np.maximum(1.0, np.abs(self.scores[:, -1:]))
         return np.minimum((scores >= least).sum(1) / self.scores.shape[1], 1.0)
 
@@ -152,11 +172,16 @@ def _half(queries: np.ndarray, truth: tuple[np.ndarray, np.ndarray], first: int)
     return _Half(queries[first::2], truth[0][first::2], truth[1][first::2])
 
 
-def _cheapest(problem: Problem, tuning: _Half, k: int, trials: list[Trial]) -> tuple[int, int] | None:
+def _cheapest(
+    problem: Problem, tuning: _Half, k: int, trials: list[Trial]
+) -> tuple[int, int] | None:
     """(leaves, candidates scored anew), or None where nothing reaches the target."""
     best, least = None, math.inf
-    # From many candidates to few: the first reaches the target if any does, and bounds what the others may cost.
-    for reorder in [min(problem.num_items, k * times) for times in CANDIDATES] if problem.hashed else [0]:
+    # From many candidates to few: the first reaches the target if any does, and bounds what the
+    # others may cost.
+    for reorder in (
+        [min(problem.num_items, k * times) for times in CANDIDATES] if problem.hashed else [0]
+    ):
         for leaves in _fewest_leaves(problem, tuning, k, reorder, least, trials):
             best, least = (leaves, reorder), problem.work(leaves, reorder)
     return best
@@ -165,8 +190,8 @@ def _cheapest(problem: Problem, tuning: _Half, k: int, trials: list[Trial]) -> t
 def _fewest_leaves(
     problem: Problem, tuning: _Half, k: int, reorder: int, limit: float, trials: list[Trial]
 ) -> Iterator[int]:
-    """Yields the fewest leaves that reach the target, if some below the work `limit` do: doubles until they are enough, then
-    bisects, as recall rises with the leaves."""
+    """Yields the fewest leaves that reach the target, if some below the work `limit` do: doubles
+    until they are enough, then bisects, as recall rises with the leaves."""
 
     def reached(leaves: int) -> bool:
         trials.append(_try(problem, tuning, k, leaves, reorder))
@@ -200,22 +225,31 @@ def _try(problem: Problem, tuning: _Half, k: int, leaves: int, reorder: int) -> 
 def _widened(
     problem: Problem, held_out: _Half, k: int, leaves: int, reorder: int
 ) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
-    """As many leaves as the held-out half needs too, which are seldom more; and (rows found, recall of each query) of it."""
+    """As many leaves as the held-out half needs too, which are seldom more; and (rows found, recall
+    of each query) of it."""
     while True:
         scores, rows = problem.search(held_out.queries, k, leaves, reorder)
         recalls = held_out.recalls(scores)
         if recalls.mean() >= problem.target or leaves == problem.num_leaves:
             return leaves, (rows, recalls)
         wider = min(problem.num_leaves, leaves + max(1, leaves // 16))
-        logging.info("Held-out recall@%d %.4f is below %.4f: %d leaves are searched, not %d.", k, recalls.mean(),
-                     problem.target, wider, leaves)  # fmt: skip
+        logging.info(
+            "Held-out recall@%d %.4f is below %.4f: %d leaves are searched, not %d.",
+            k,
+            recalls.mean(),
+            problem.target,
+            wider,
+            leaves,
+        )
         leaves = wider
 
 
 def found_in(truth: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """bool [Q, K], which entries of `truth` [Q, K] stand in the same row of `rows` [Q, M]."""
     query = np.arange(len(truth), dtype=np.int64)[:, None] << 32
-    return np.isin(query | truth.astype(np.int64), query | np.maximum(rows, -1).astype(np.int64) & 0xFFFFFFFF)
+    return np.isin(
+        query | truth.astype(np.int64), query | np.maximum(rows, -1).astype(np.int64) & 0xFFFFFFFF
+    )
 
 
 def overlap(rows: np.ndarray, truth: np.ndarray) -> float:
@@ -230,11 +264,18 @@ def ndcg(rows: np.ndarray, truth: np.ndarray) -> float:
     0.3869
     """
     gains = 1 / np.log2(np.arange(rows.shape[1]) + 2)
-    return float((found_in(rows, truth) @ gains).mean() / gains[: truth.shape[1]].sum()) if truth.size else 1.0
+    return (
+        float((found_in(rows, truth) @ gains).mean() / gains[: truth.shape[1]].sum())
+        if truth.size
+        else 1.0
+    )
 
 
-def recall_by_decile(rows: np.ndarray, truth: np.ndarray, popularity: np.ndarray) -> tuple[float | None, ...]:
-    """The share found of the true items in each tenth of the corpus, from the least to the most popular; see `tune`."""
+def recall_by_decile(
+    rows: np.ndarray, truth: np.ndarray, popularity: np.ndarray
+) -> tuple[float | None, ...]:
+    """The share found of the true items in each tenth of the corpus, from the least to the most
+    popular; see `tune`."""
     place = np.empty(len(popularity), np.int64)
     place[np.argsort(popularity, kind="stable")] = np.arange(len(popularity))
     decile, found = place[truth] * DECILES // len(popularity), found_in(truth, rows)
@@ -247,24 +288,39 @@ def format_tuning(tuning: Any) -> str:
     """What was tried for an index (the telling part of it) as a table, and what was chosen."""
     if not tuning.tried:
         return f"{tuning.kind}: exact, nothing to tune."
-    lines = [f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
-             f"{'':2}{'k':>6}{'leaves':>8}{'reorder':>9}{'recall':>9}{'-margin':>9}{'queries/s':>11}"]  # fmt: skip
+    lines = [
+        f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
+        f"{'':2}{'k':>6}{'leaves':>8}{'reorder':>9}{'recall':>9}{'-margin':>9}{'queries/s':>11}",
+    ]
     chosen = {(e.k, e.leaves, e.reorder): e for e in tuning.efforts}
     for trial in _telling(tuning.tried, set(chosen)):
-        mark = "chosen" if (trial.k, trial.leaves, trial.reorder) in chosen else "" if trial.reached else "too low"
-        lines.append(f"{'':2}{trial.k:6}{trial.leaves:8}{trial.reorder:9}{trial.recall:9.4f}{trial.recall - trial.margin:9.4f}"
-                     f"{trial.queries_per_second:11,.0f}  {mark}".rstrip())  # fmt: skip
+        mark = (
+            "chosen"
+            if (trial.k, trial.leaves, trial.reorder) in chosen
+            else ""
+            if trial.reached
+            else "too low"
+        )
+        lines.append(
+            f"{'':2}{trial.k:6}{trial.leaves:8}{trial.reorder:9}{trial.recall:9.4f}{trial.recall - trial.margin:9.4f}"
+            f"{trial.queries_per_second:11,.0f}  {mark}".rstrip()
+        )
     for e in tuning.efforts:
         setting = f"{e.leaves} leaves" + (f", {e.reorder} candidates" if e.reorder else "")
-        lines.append(f"Lists of {e.k:,}: {setting}, recall {e.recall:.4f} on {e.queries} held-out users.")
+        lines.append(
+            f"Lists of {e.k:,}: {setting}, recall {e.recall:.4f} on {e.queries} held-out users."
+        )
     if tuning.recall_by_decile:
         cells = ("-" if value is None else f"{value:.3f}" for value in tuning.recall_by_decile)
-        lines.append(f"Recall@{tuning.efforts[0].k} by decile of popularity, the least popular first: {' '.join(cells)}")
+        lines.append(
+            f"Recall@{tuning.efforts[0].k} by decile of popularity, the least popular first: {' '.join(cells)}"
+        )
     return "\n".join(lines)
 
 
 def _telling(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
-    """Of each length and number of candidates the fewest leaves that reached the target, or the best; and those chosen."""
+    """Of each length and number of candidates the fewest leaves that reached the target, or the
+    best; and those chosen."""
     best: dict[tuple[int, int], Trial] = {}
     for trial in trials:
         known = best.get(key := (trial.k, trial.reorder))
@@ -279,13 +335,21 @@ def plot_tuning(trials: Sequence[Trial], target: float, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"A plot needs matplotlib ({error}): pip install 'twotower[plots]'.") from error
+        raise ImportError(
+            f"A plot needs matplotlib ({error}): pip install 'twotower[plots]'."
+        ) from error
     lengths = sorted({trial.k for trial in trials})
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
     for axes, k in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths):
         for reorder in sorted({trial.reorder for trial in trials if trial.k == k}):
-            line = sorted((t.recall, t.queries_per_second) for t in trials if (t.k, t.reorder) == (k, reorder))
-            axes.plot(*zip(*line), marker="o", label=f"{reorder} candidates" if reorder else "whole vectors")
+            line = sorted(
+                (t.recall, t.queries_per_second) for t in trials if (t.k, t.reorder) == (k, reorder)
+            )
+            axes.plot(
+                *zip(*line),
+                marker="o",
+                label=f"{reorder} candidates" if reorder else "whole vectors",
+            )
         axes.axvline(target, color="grey", linestyle="--")
         axes.set(xlabel=f"recall@{k}", ylabel="queries per second", yscale="log")
         axes.legend()

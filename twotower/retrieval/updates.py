@@ -1,4 +1,5 @@
-"""A loaded bundle with its items as they are now and the log of what changed; rebalanced in memory, compacted on the disk."""
+"""A loaded bundle with its items as they are now and the log of what changed; rebalanced in memory,
+compacted on the disk."""
 
 from __future__ import annotations
 
@@ -75,7 +76,11 @@ class Live:
         log = self._writable()
         with self._lock:
             snapshot, numbers = self.corpus.snapshot, self.corpus.numbers
-            known = [item for item in dict.fromkeys(ids) if item in numbers and snapshot.place_of(numbers[item]) >= 0]
+            known = [
+                item
+                for item in dict.fromkeys(ids)
+                if item in numbers and snapshot.place_of(numbers[item]) >= 0
+            ]
             if known:
                 log.append(encode_delete(known))
                 self.corpus.delete(known)
@@ -86,7 +91,8 @@ class Live:
         self.corpus.rebalance(self._index)
 
     def staged(self) -> Staged:
-        """Writes a new version of the bundle with the changes so far beside the old one. Answers and changes go on."""
+        """Writes a new version of the bundle with the changes so far beside the old one. Answers
+        and changes go on."""
         log, folder = self._writable(), self.bundle.folder
         with self._lock:
             then, start = self.corpus.snapshot, log.end
@@ -96,14 +102,19 @@ class Live:
         manifest = self.bundle.manifest
         kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
         write_bundle(
-            self._compacted(then), staging, step=manifest["step"], compactions=manifest.get("compactions", 0) + 1, **kept
+            self._compacted(then),
+            staging,
+            step=manifest["step"],
+            compactions=manifest.get("compactions", 0) + 1,
+            **kept,
         )
         for path in staging.rglob("*"):
             _sync(path)
         return Staged(load_bundle(staging), start)
 
     def replaced(self, staged: Staged) -> Live:
-        """The new version, in the place of the old one and with the changes since. The lock is held by the caller.
+        """The new version, in the place of the old one and with the changes since. The lock is held
+        by the caller.
 
         Wherever this is killed, a bundle and the log that belongs to it are there.
         """
@@ -125,7 +136,10 @@ class Live:
         path = changes_path(folder, sha256)
         for other in sorted(folder.parent.glob(f"{folder.name}.*.changes")):
             if other != path:
-                logging.warning("%s holds changes to another version of the bundle: they are not made to this one.", other)
+                logging.warning(
+                    "%s holds changes to another version of the bundle: they are not made to this one.",
+                    other,
+                )
         if not path.exists():
             return ChangeLog(path, sha256)
         payloads, end = read_changes(path, sha256)
@@ -137,7 +151,9 @@ class Live:
                 else:
                     self.corpus.upsert(*self.corpus.check(*change))
             except (ValueError, KeyError, AttributeError, pa.ArrowException) as error:
-                raise ChangesError(f"{path} holds a change that cannot be made to the bundle: {error}.") from error
+                raise ChangesError(
+                    f"{path} holds a change that cannot be made to the bundle: {error}."
+                ) from error
         logging.info("%s: %d changes; %d items.", path, len(payloads), len(self.corpus.snapshot))
         return ChangeLog(path, sha256, end)
 
@@ -147,9 +163,19 @@ class Live:
         places = np.full(total, -1, np.int64)
         places[numbers] = np.arange(len(numbers))
         seen = places[self.bundle.seen.values] if total else np.zeros(0, np.int64)
-        seen = Csr.from_pairs(self.bundle.seen.rows[seen >= 0], seen[seen >= 0], num_rows=len(self.bundle.seen))
+        seen = Csr.from_pairs(
+            self.bundle.seen.rows[seen >= 0], seen[seen >= 0], num_rows=len(self.bundle.seen)
+        )
         index = self._index(vectors, counts) if then.count or then.dead else then.main.index
-        return dataclasses.replace(self.bundle, vectors=vectors, items=items, counts=counts, seen=seen, index=index, manifest={})
+        return dataclasses.replace(
+            self.bundle,
+            vectors=vectors,
+            items=items,
+            counts=counts,
+            seen=seen,
+            index=index,
+            manifest={},
+        )
 
     def _index(self, vectors: Vectors, counts: np.ndarray) -> object:
         return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)

@@ -25,10 +25,13 @@ class UserRows:
 
     def __init__(self, encoder: Encoder, users: pa.Table):
         self._encoder, self._users = encoder, users
-        self.places: dict[str, int] = {user: row for row, user in enumerate(users["user_id"].to_pylist())}
+        self.places: dict[str, int] = {
+            user: row for row, user in enumerate(users["user_id"].to_pylist())
+        }
 
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
-        """Encoded features of raw rows. What a row lacks is missing; a time is the newest of the log."""
+        """Encoded features of raw rows. What a row lacks is missing; a time is the newest of the
+        log."""
         return self._encoder.encode("user", self._timed(rows))
 
     def encoded(self) -> Iterator[dict[str, np.ndarray]]:
@@ -50,7 +53,11 @@ class UserRows:
     def brought(self, rows: pa.Table) -> list[str]:
         """The ids of the items in the histories of raw rows."""
         history = self._encoder.spec.history
-        lists = rows[history.column].to_pylist() if history and history.column in rows.column_names else []
+        lists = (
+            rows[history.column].to_pylist()
+            if history and history.column in rows.column_names
+            else []
+        )
         events = [event for events in lists for event in events or ()]
         ids = (event["item_id"] if isinstance(event, dict) else event for event in events)
         return [str(item) for item in ids if item is not None]
@@ -60,7 +67,8 @@ class UserRows:
         return rows if self._newest is None else rows.drop_columns(["timestamp"])
 
     def _timed(self, table: pa.Table) -> pa.Table:
-        """With the newest time of the log where a row lacks its time: nothing trained would answer without one."""
+        """With the newest time of the log where a row lacks its time: nothing trained would answer
+        without one."""
         if self._newest is None or not len(table):
             return table
         if "timestamp" not in table.column_names:
@@ -71,7 +79,8 @@ class UserRows:
 
     @functools.cached_property
     def _newest(self) -> int | None:
-        """The newest time of the log in seconds, where a context feature or the history reads the time of the query."""
+        """The newest time of the log in seconds, where a context feature or the history reads the
+        time of the query."""
         encoder, history = self._encoder, self._encoder.spec.history
         read = any(encoder.spec.user[name].column == "timestamp" for name in encoder.context)
         if not read and not (history and history.request_gap):

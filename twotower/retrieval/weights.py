@@ -10,15 +10,18 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-# The fields of `Weights`, which itself cannot be imported without Flax: {"params", "tables", "batch_stats"}.
+# The fields of `Weights`, which itself cannot be imported without Flax: {"params", "tables",
+# "batch_stats"}.
 Arrays = Mapping[str, Mapping[str, Any]]
 KEPT = ("user", "item", "log_temperature")
 
 
 def of_towers(weights: Any) -> Arrays:
-    """The arrays of `Weights` without what only training reads: heads, and the bias of a loss. Two models that embed alike are
-    one model."""
-    return weights._asdict() | {"params": {name: x for name, x in weights.params.items() if name in KEPT}}
+    """The arrays of `Weights` without what only training reads: heads, and the bias of a loss. Two
+    models that embed alike are one model."""
+    return weights._asdict() | {
+        "params": {name: x for name, x in weights.params.items() if name in KEPT}
+    }
 
 
 def save_weights(weights: Arrays, folder: Path) -> None:
@@ -27,7 +30,9 @@ def save_weights(weights: Arrays, folder: Path) -> None:
     np.savez(folder / "params.npz", **dense)
     (folder / "tables").mkdir()
     for name, table in weights["tables"].items():
-        np.save(folder / "tables" / f"{quote(name, safe='')}.npy", np.asarray(table), allow_pickle=False)
+        np.save(
+            folder / "tables" / f"{quote(name, safe='')}.npy", np.asarray(table), allow_pickle=False
+        )
 
 
 def load_weights(folder: Path) -> Arrays:
@@ -36,7 +41,11 @@ def load_weights(folder: Path) -> Arrays:
         dense = _nested({name: file[name] for name in file.files})
     paths = sorted((folder / "tables").glob("*.npy"))
     tables = {unquote(path.stem): np.load(path, allow_pickle=False) for path in paths}
-    return {"params": dense.get("params", {}), "tables": tables, "batch_stats": dense.get("batch_stats", {})}
+    return {
+        "params": dense.get("params", {}),
+        "tables": tables,
+        "batch_stats": dense.get("batch_stats", {}),
+    }
 
 
 def model_version(weights: Arrays) -> str:
@@ -52,7 +61,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.n
     for name, value in tree.items():
         if isinstance(value, Mapping):
             path = f"{prefix}{quote(name, safe='')}/"
-            # A tower without parameters is an empty mapping, which a file of arrays holds as a path that ends in "/".
+            # A tower without parameters is an empty mapping, which a file of arrays holds as a path
+            # that ends in "/".
             yield from _flat(value, path) if value else [(path, np.zeros(0))]
         else:
             yield prefix + quote(name, safe=""), np.asarray(value)

@@ -1,8 +1,9 @@
 """Embedding tables: initialisation, lookup, and updates that touch only the rows a batch used.
 
-Tables are plain arrays outside Flax. Autodiff through `table[ids]` would give a gradient as large as the table and make the
-optimizer walk all of it; so the step looks rows up first, differentiates with respect to the rows, merges the gradients of
-duplicate ids, and updates those rows alone. With the table donated the cost of a step does not depend on V.
+Tables are plain arrays outside Flax. Autodiff through `table[ids]` would give a gradient as large
+as the table and make the optimizer walk all of it; so the step looks rows up first, differentiates
+with respect to the rows, merges the gradients of duplicate ids, and updates those rows alone. With
+the table donated the cost of a step does not depend on V.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Rows are padded to a fixed multiple, not to the device count, so that a checkpoint fits any topology.
+# Rows are padded to a fixed multiple, not to the device count, so that a checkpoint fits any
+# topology.
 ROW_MULTIPLE = 1024
 # Row 0 of every table is padding: it is zero, and no update reaches it.
 PADDING = 0
-# XLA for CPUs copies gathered rows of 32 to 64 numbers two to three times as fast when it sees them as groups of 8.
+# XLA for CPUs copies gathered rows of 32 to 64 numbers two to three times as fast when it sees them
+# as groups of 8.
 _FOLD = 8
-# Places for each id of a batch where distinct ids are found by hashing: few enough for the cache, and most ids are alone.
+# Places for each id of a batch where distinct ids are found by hashing: few enough for the cache,
+# and most ids are alone.
 _HASH_PLACES = 8
 # Sums that one round of `merge_by_sorting` adds up.
 _NEIGHBOURS = 4
@@ -33,13 +37,21 @@ def padded_rows(rows: int) -> int:
 
 
 def init_table(
-    key: jax.Array, rows: int, width: int, *, start: int | Int[Array, ""] = 0, count: int | None = None, norm: float = 1.0
+    key: jax.Array,
+    rows: int,
+    width: int,
+    *,
+    start: int | Int[Array, ""] = 0,
+    count: int | None = None,
+    norm: float = 1.0,
 ) -> Float[Array, "C D"]:
-    """Rows [start, start + count) of a table of normal rows of that expected norm, its row 0 zero; all padded rows by default.
+    """Rows [start, start + count) of a table of normal rows of that expected norm, its row 0 zero;
+    all padded rows by default.
 
-    The values of a row depend on the key and its place alone: each device of a mesh makes its own part of the table that one
-    device would make, and a larger table begins with the rows of a smaller one. Filled chunk by chunk: the peak of memory is
-    the result and one chunk, not a table of random bits beside it.
+    The values of a row depend on the key and its place alone: each device of a mesh makes its own
+    part of the table that one device would make, and a larger table begins with the rows of a
+    smaller one. Filled chunk by chunk: the peak of memory is the result and one chunk, not a table
+    of random bits beside it.
 
     Args:
         rows: used rows of the whole table, which has `padded_rows(rows)`.
@@ -55,15 +67,19 @@ def init_table(
     def fill(i: Int[Array, ""], table: jax.Array) -> jax.Array:
         # The last chunk ends with the table and makes some rows of the one before once more.
         offset = jnp.minimum(i * chunk, count - chunk)
-        return jax.lax.dynamic_update_slice(table, jax.vmap(row)(start + offset + jnp.arange(chunk)), (offset, 0))
+        return jax.lax.dynamic_update_slice(
+            table, jax.vmap(row)(start + offset + jnp.arange(chunk)), (offset, 0)
+        )
 
-    # Zero by way of `start`: inside a `shard_map` the loop's first value must vary over the mesh as its others do.
+    # Zero by way of `start`: inside a `shard_map` the loop's first value must vary over the mesh as
+    # its others do.
     empty = jnp.full((count, width), start * 0, jnp.result_type(float))
     return jax.lax.fori_loop(0, -(-count // max(chunk, 1)), fill, empty)
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """The rows of `ids`. An id past the end gives NaN, which stops training, instead of some other row."""
+    """The rows of `ids`. An id past the end gives NaN, which stops training, instead of some other
+    row."""
     return take_rows(table, jnp.where(ids < 0, len(table), ids), jnp.nan)
 
 
@@ -89,29 +105,39 @@ def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array
 
 
 def merge_duplicates(
-    ids: Int[Array, "N"], grads: Float[Array, "N D"], num_rows: int, *, first: int | Int[Array, ""] = 0
+    ids: Int[Array, "N"],
+    grads: Float[Array, "N D"],
+    num_rows: int,
+    *,
+    first: int | Int[Array, ""] = 0,
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
     """Sums the gradients of equal ids.
 
-    Ids are of the whole table. Those of padding and those outside [first, first + num_rows), which another device holds, have
-    no part in the result.
+    Ids are of the whole table. Those of padding and those outside [first, first + num_rows), which
+    another device holds, have no part in the result.
 
     Returns:
-        rows [M]: each distinct id once, less `first`; the places left over hold distinct rows from `num_rows` on, which a
-            scatter in mode "drop" ignores (so `unique_indices` is the truth). M is N; but where the table has no more rows
-            than that it is `num_rows`, and place i holds row i or none: the update then passes over the whole table.
+        rows [M]: each distinct id once, less `first`; the places left over hold distinct rows from
+        `num_rows` on, which a
+            scatter in mode "drop" ignores (so `unique_indices` is the truth). M is N; but where the
+            table has no more rows than that it is `num_rows`, and place i holds row i or none: the
+            update then passes over the whole table.
         grads [M, D]: the summed gradient of `rows`; 0 in the places left over.
     """
     owned = (ids != PADDING) & (ids >= first) & (ids < first + num_rows)
     local = jnp.where(owned, ids - first, num_rows).astype(ids.dtype)
-    hashing, sorting = (functools.partial(merge, num_rows=num_rows) for merge in (merge_by_hashing, merge_by_sorting))
+    hashing, sorting = (
+        functools.partial(merge, num_rows=num_rows)
+        for merge in (merge_by_hashing, merge_by_sorting)
+    )
     return jax.lax.platform_dependent(local, grads, cpu=hashing, default=sorting)
 
 
 def merge_by_hashing(
     local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
-    """`merge_duplicates` of rows [0, num_rows], the last of which is none: sums form one after the other, as a CPU does them."""
+    """`merge_duplicates` of rows [0, num_rows], the last of which is none: sums form one after the
+    other, as a CPU does them."""
     count = local.size
     if num_rows <= count:
         touched = jnp.zeros(num_rows, bool).at[local].set(True, mode="drop")
@@ -124,16 +150,21 @@ def merge_by_hashing(
 def merge_by_sorting(
     local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
-    """As `merge_by_hashing`, by sums of neighbours, of neighbours of neighbours and so on among the sorted ids.
+    """As `merge_by_hashing`, by sums of neighbours, of neighbours of neighbours and so on among the
+    sorted ids.
 
-    Two additions that a GPU makes to one place come in any order: sums by scattering would have other bits in every run.
+    Two additions that a GPU makes to one place come in any order: sums by scattering would have
+    other bits in every run.
     """
     places = jnp.arange(local.size, dtype=local.dtype)
     ordered, order = jax.lax.sort((local, places), num_keys=1)
     sums, span = grads[order], 1
     while span < local.size:
-        # A barrier, or XLA would make one kernel of all rounds, each of which reads the one before several times.
-        sums = jax.lax.optimization_barrier(sum(_of_same(ordered, sums, i * span) for i in range(1, _NEIGHBOURS)) + sums)
+        # A barrier, or XLA would make one kernel of all rounds, each of which reads the one before
+        # several times.
+        sums = jax.lax.optimization_barrier(
+            sum(_of_same(ordered, sums, i * span) for i in range(1, _NEIGHBOURS)) + sums
+        )
         span *= _NEIGHBOURS
     kept = jnp.append(ordered[1:] != ordered[:-1], True) & (ordered < num_rows)
     rows, sums = jnp.where(kept, ordered, num_rows + places), jnp.where(kept[:, None], sums, 0.0)
@@ -141,7 +172,9 @@ def merge_by_sorting(
         return rows, sums
     distinct = {"mode": "drop", "unique_indices": True}
     touched = jnp.zeros(num_rows, bool).at[rows].set(True, **distinct)
-    return _in_places(touched, local.dtype), jnp.zeros((num_rows, grads.shape[1]), grads.dtype).at[rows].set(sums, **distinct)
+    return _in_places(touched, local.dtype), jnp.zeros((num_rows, grads.shape[1]), grads.dtype).at[
+        rows
+    ].set(sums, **distinct)
 
 
 def _in_places(touched: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
@@ -150,32 +183,42 @@ def _in_places(touched: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
     return jnp.where(touched, places, len(touched) + places)
 
 
-def _of_same(ordered: Int[Array, "N"], sums: Float[Array, "N D"], distance: int) -> Float[Array, "N D"]:
+def _of_same(
+    ordered: Int[Array, "N"], sums: Float[Array, "N D"], distance: int
+) -> Float[Array, "N D"]:
     """The sums that stand `distance` places before, where those are of the same id; 0 elsewhere."""
     count = max(len(ordered) - distance, 0)
     found = jnp.where((ordered[distance:] == ordered[:count])[:, None], sums[:count], 0.0)
     return jnp.pad(found, ((len(ordered) - count, 0), (0, 0)))
 
 
-def slots_by_hashing(local: Int[Array, "N"], *, num_rows: int) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-    """The place of each row's sum, its last one in the batch, and the row of each place; see `merge_duplicates`.
+def slots_by_hashing(
+    local: Int[Array, "N"], *, num_rows: int
+) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """The place of each row's sum, its last one in the batch, and the row of each place; see
+    `merge_duplicates`.
 
-    Of the ids that a hash function sends to one place the last in the batch has it, and with it all that equal it; the others
-    are hashed once more, by another function (multiply-shift, see `twotower.objectives.frequency`), until none is left. On a
-    CPU this takes a sixth of the time of sorting.
+    Of the ids that a hash function sends to one place the last in the batch has it, and with it all
+    that equal it; the others are hashed once more, by another function (multiply-shift, see
+    `twotower.objectives.frequency`), until none is left. On a CPU this takes a sixth of the time of
+    sorting.
     """
     count, bits = local.size, (_HASH_PLACES * local.size - 1).bit_length()
     places = jnp.arange(count, dtype=local.dtype)
 
     def settle(slot: jax.Array, multiplier: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hashed = ((local.astype(jnp.uint32) * multiplier) >> jnp.uint32(32 - bits)).astype(jnp.int32)
+        hashed = ((local.astype(jnp.uint32) * multiplier) >> jnp.uint32(32 - bits)).astype(
+            jnp.int32
+        )
         claimed = jnp.where(slot < 0, hashed, 2**bits)
         last = jnp.zeros(2**bits, local.dtype).at[claimed].max(places, mode="drop")[hashed]
         slot = jnp.where((slot < 0) & (local[last] == local), last, slot)
         return slot, multiplier * jnp.uint32(747796405)  # odd again
 
     start = (jnp.full_like(local, -1) + 0 * local, jnp.uint32(2654435769))
-    slot, _ = jax.lax.while_loop(lambda carry: (carry[0] < 0).any(), lambda carry: settle(*carry), start)
+    slot, _ = jax.lax.while_loop(
+        lambda carry: (carry[0] < 0).any(), lambda carry: settle(*carry), start
+    )
     rows = jnp.where((slot == places) & (local < num_rows), local, num_rows + places)
     return jnp.where(local < num_rows, slot, count), rows
 
@@ -188,8 +231,9 @@ class TableOptimizer(NamedTuple):
 
     Attributes:
         init: (table [V, D], initial accumulator) -> slots, arrays with V rows.
-        update: (table, slots, rows [M], grads [M, D], learning rate, step from 0) -> (table, slots). Rows and gradients are
-            as `merge_duplicates` gives them: distinct, those from V on dropped, and of M = V rows each in its place.
+        update: (table, slots, rows [M], grads [M, D], learning rate, step from 0) -> (table,
+            slots). Rows and gradients are as `merge_duplicates` gives them: distinct, those from V
+            on dropped, and of M = V rows each in its place.
     """
 
     init: Callable[[jax.Array, float], Slots]
@@ -197,17 +241,26 @@ class TableOptimizer(NamedTuple):
 
 
 def apply_gradients(
-    optimizer: TableOptimizer, table: Float[Array, "V D"], slots: Slots, ids: Int[Array, "N"], grads: Float[Array, "N D"],
-    rate: Any, step: Any, *, first: int | Int[Array, ""] = 0,
-) -> tuple[Float[Array, "V D"], Slots, Float[Array, ""]]:  # fmt: skip
-    """One update of the rows that a batch used; all other rows, and padding, stay as they are to the bit.
+    optimizer: TableOptimizer,
+    table: Float[Array, "V D"],
+    slots: Slots,
+    ids: Int[Array, "N"],
+    grads: Float[Array, "N D"],
+    rate: Any,
+    step: Any,
+    *,
+    first: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, "V D"], Slots, Float[Array, ""]]:
+    """One update of the rows that a batch used; all other rows, and padding, stay as they are to
+    the bit.
 
     Args:
         ids: rows of the whole table, with duplicates.
         grads: the gradient of each id's use.
         rate: learning rate.
         step: steps done before this one.
-        first: `table` and `slots` are rows [first, first + V) of the whole table; ids outside are left to other devices.
+        first: `table` and `slots` are rows [first, first + V) of the whole table; ids outside are
+            left to other devices.
 
     Returns:
         The table and slots, and the square of the norm of the gradient of these rows.
@@ -245,8 +298,9 @@ def _sgd_update(table, slots, rows, grads, rate, step):
     return _add(table, rows, -rate * grads), slots
 
 
-# Far below optax's 1e-7: of a loss that is a mean over the batch, the square of a row's gradient may be 1e-10, and a larger
-# epsilon (or TensorFlow's initial accumulator of 0.1) would leave rows where they began.
+# Far below optax's 1e-7: of a loss that is a mean over the batch, the square of a row's gradient
+# may be 1e-10, and a larger epsilon (or TensorFlow's initial accumulator of 0.1) would leave rows
+# where they began.
 _ADAGRAD_EPS = 1e-12
 
 
@@ -267,7 +321,10 @@ def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, e
     v = b2 * _gather(slots["v"], rows) + (1 - b2) * jnp.square(grads)
     t = step + 1
     update = -rate * (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
-    return _add(table, rows, update), {"m": _set(slots["m"], rows, m), "v": _set(slots["v"], rows, v)}
+    return _add(table, rows, update), {
+        "m": _set(slots["m"], rows, m),
+        "v": _set(slots["v"], rows, v),
+    }
 
 
 OPTIMIZERS: Mapping[str, TableOptimizer] = {
@@ -278,10 +335,13 @@ OPTIMIZERS: Mapping[str, TableOptimizer] = {
     ),
     # One accumulator a row (Naumov et al. 2019, DLRM): 1 + 1/D tables of memory instead of 2.
     "rowwise_adagrad": TableOptimizer(
-        lambda table, initial: {"accumulator": jnp.full(table.shape[0], initial, table.dtype)}, _rowwise_adagrad_update
+        lambda table, initial: {"accumulator": jnp.full(table.shape[0], initial, table.dtype)},
+        _rowwise_adagrad_update,
     ),
-    # Kingma and Ba 2015 with moments that decay only when their row is touched, bias corrected by the global step.
+    # Kingma and Ba 2015 with moments that decay only when their row is touched, bias corrected by
+    # the global step.
     "lazy_adam": TableOptimizer(
-        lambda table, initial: {"m": jnp.zeros_like(table), "v": jnp.zeros_like(table)}, _lazy_adam_update
+        lambda table, initial: {"m": jnp.zeros_like(table), "v": jnp.zeros_like(table)},
+        _lazy_adam_update,
     ),
 }

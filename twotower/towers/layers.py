@@ -14,15 +14,21 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, UInt32
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "tanh": jnp.tanh
-}  # fmt: skip
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+}
 
 
-def drop_out(x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: int) -> Float[Array, "B *F"]:
+def drop_out(
+    x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: int
+) -> Float[Array, "B *F"]:
     """Drops a share `rate` of x and scales up the rest; x itself where `keys` is None.
 
-    Each row has its own key, so that the rows of a batch lose the same units however the batch is divided over devices. The bits
-    of a unit are a hash of two random words of its row and of its place: drawing all of them costs a CPU more than a dense layer.
+    Each row has its own key, so that the rows of a batch lose the same units however the batch is
+    divided over devices. The bits of a unit are a hash of two random words of its row and of its
+    place: drawing all of them costs a CPU more than a dense layer.
 
     Args:
         keys: [B] random keys.
@@ -30,7 +36,9 @@ def drop_out(x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: in
     """
     if keys is None or not rate:
         return x
-    words = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, layer), (2,), jnp.uint32))(keys)
+    words = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, layer), (2,), jnp.uint32))(
+        keys
+    )
     first, second = (words[:, i].reshape(-1, *[1] * (x.ndim - 1)) for i in range(2))
     place = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
     kept = _mix(_mix(place + first) ^ second) >= jnp.uint32(rate * 2**32)
@@ -38,7 +46,8 @@ def drop_out(x: Float[Array, "B *F"], rate: float, keys: Array | None, layer: in
 
 
 def _mix(x: UInt32[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """A bijection whose every output bit depends on every input bit (lowbias32 of Wellons' hash prospector)."""
+    """A bijection whose every output bit depends on every input bit (lowbias32 of Wellons' hash
+    prospector)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -52,35 +61,47 @@ def dense(width: int, dtype: Any = None, **options: Any) -> nn.Dense:
 
 
 def of_activations(dtype: Any) -> Any:
-    """What is added and normalised in, where the arithmetic is to be in `dtype`; None keeps the type of the parameters.
+    """What is added and normalised in, where the arithmetic is to be in `dtype`; None keeps the
+    type of the parameters.
 
-    A CPU has no bfloat16 but for the operands of matrix products, and converts to float32 and back around everything else.
+    A CPU has no bfloat16 but for the operands of matrix products, and converts to float32 and back
+    around everything else.
     """
     return None if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Float[Array, "*B F"], kernel: Float[Array, "F G"], dims: Any, precision: Any) -> Float[Array, "*B G"]:
-    """x @ kernel as `nn.Dense` asks for it, of float32 and with operands in bfloat16: on a CPU several times as fast."""
+def _product(
+    x: Float[Array, "*B F"], kernel: Float[Array, "F G"], dims: Any, precision: Any
+) -> Float[Array, "*B G"]:
+    """x @ kernel as `nn.Dense` asks for it, of float32 and with operands in bfloat16: on a CPU
+    several times as fast."""
     del dims, precision  # always those of a matrix product
     return _half(x, kernel)
 
 
-def _product_forward(x: Array, kernel: Array, dims: Any, precision: Any) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(
+    x: Array, kernel: Array, dims: Any, precision: Any
+) -> tuple[Array, tuple[Array, Array]]:
     return _product(x, kernel, dims, precision), (x, kernel)
 
 
-def _product_backward(dims: Any, precision: Any, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _product_backward(
+    dims: Any, precision: Any, kept: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, kernel = kept
-    # XLA multiplies bfloat16 fast only where rows lie one after another: the small kernel is transposed in memory for it,
-    # and the kernel's gradient, whose long operand would have to be, is formed in float32.
+    # XLA multiplies bfloat16 fast only where rows lie one after another: the small kernel is
+    # transposed in memory for it, and the kernel's gradient, whose long operand would have to be,
+    # is formed in float32.
     turned = with_layout_constraint(kernel.T, Layout(major_to_minor=(0, 1)))
-    return _half(g, turned), _transposed_product(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+    return _half(g, turned), _transposed_product(
+        x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    )
 
 
 def _transposed_product(x: Float[Array, "N F"], y: Float[Array, "N G"]) -> Float[Array, "F G"]:
-    """x^T y. XLA for CPUs is nearly twice as fast at a wide product as at the tall one that is its transpose, and would fold the
-    transposition into the product but for the barrier."""
+    """x^T y. XLA for CPUs is nearly twice as fast at a wide product as at the tall one that is its
+    transpose, and would fold the transposition into the product but for the barrier."""
     if x.shape[1] <= y.shape[1]:
         return jnp.matmul(x.T, y)
     return jax.lax.optimization_barrier(jnp.matmul(y.T, x)).T
@@ -90,7 +111,9 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _half(x: Float[Array, "*B F"], y: Float[Array, "F G"]) -> Float[Array, "*B G"]:
-    return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    return jnp.matmul(
+        x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
 
 
 class MLP(nn.Module):
@@ -117,7 +140,9 @@ class MLP(nn.Module):
             if self.layer_norm:
                 x = nn.LayerNorm(dtype=normal)(x)
             if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=keys is None, momentum=0.9, axis_name=axis, dtype=normal)(x)
+                x = nn.BatchNorm(
+                    use_running_average=keys is None, momentum=0.9, axis_name=axis, dtype=normal
+                )(x)
             x = drop_out(ACTIVATIONS[self.activation](x), self.dropout, keys, layer)
         return dense(self.layers[-1], self.dtype)(x) if self.layers else x
 

@@ -1,4 +1,5 @@
-"""What the positives of a step are compared with: items drawn, embedded beside them, and brought together from all devices."""
+"""What the positives of a step are compared with: items drawn, embedded beside them, and brought
+together from all devices."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Sources:
         return cls(chosen, batch, corpus.items, objective.logq and loss.corrects)
 
     def check_divided(self, devices: int, batch_norm: bool) -> None:
-        """Refuses draws that would be filled up with padding where batch normalisation would take it for items.
+        """Refuses draws that would be filled up with padding where batch normalisation would take
+        it for items.
 
         Args:
             batch_norm: of the item tower.
@@ -98,7 +100,13 @@ class Sources:
         config = self.config
         if config.catalogue:
             return self.items + self.hard
-        return self.batch_size * config.in_batch + config.uniform + config.popularity + config.queue + self.hard
+        return (
+            self.batch_size * config.in_batch
+            + config.uniform
+            + config.popularity
+            + config.queue
+            + self.hard
+        )
 
     @property
     def needs_features(self) -> bool:
@@ -125,12 +133,15 @@ class Drawn(NamedTuple):
         return jnp.concatenate([self.shared, self.hard.ravel()])
 
 
-def draw(sources: Sources, batch: Batch, given: Mapping[str, Any], key: jax.Array, group: Group) -> Drawn:
-    """The items drawn for one step: whole draws are a function of the key, rows of the batch have keys of their own, so that
-    every division over devices draws the same.
+def draw(
+    sources: Sources, batch: Batch, given: Mapping[str, Any], key: jax.Array, group: Group
+) -> Drawn:
+    """The items drawn for one step: whole draws are a function of the key, rows of the batch have
+    keys of their own, so that every division over devices draws the same.
 
     Args:
-        given: "mined" and "explicit" pools and the "popularity" table, as far as `sources` uses them.
+        given: "mined" and "explicit" pools and the "popularity" table, as far as `sources` uses
+            them.
     """
     config, shared = sources.config, []
     if config.catalogue:
@@ -138,19 +149,32 @@ def draw(sources: Sources, batch: Batch, given: Mapping[str, Any], key: jax.Arra
     if config.uniform:
         shared.append(negatives.uniform(jax.random.fold_in(key, 0), config.uniform, sources.items))
     if config.popularity:
-        shared.append(negatives.popularity(jax.random.fold_in(key, 1), config.popularity, given["popularity"]))
+        shared.append(
+            negatives.popularity(jax.random.fold_in(key, 1), config.popularity, given["popularity"])
+        )
     ids = jnp.concatenate([*shared, jnp.zeros(0, jnp.int32)])
     ids = group.part(jnp.pad(ids, (0, -len(ids) % group.size), constant_values=-1))
     rows = len(batch["user"])
-    pools = [(given[name], count) for name, count in (("mined", config.mined), ("explicit", config.explicit)) if count]
+    pools = [
+        (given[name], count)
+        for name, count in (("mined", config.mined), ("explicit", config.explicit))
+        if count
+    ]
     hard = [jnp.zeros((rows, 0), jnp.int32)]
     for i, (pool, count) in enumerate(pools):
         keys = row_keys(jax.random.fold_in(key, 2 + i), group.places(rows))
         hard.append(negatives.draw_pool(keys, pool, batch["user"], count)[0])
     found = jnp.concatenate(hard, axis=1)
     # An item of one pool may be in the other: its counts are summed.
-    counts = [negatives.pool_log_expected_count(pool, batch["user"], found, count) for pool, count in pools]
-    return Drawn(ids, found, jax.nn.logsumexp(jnp.stack(counts), axis=0) if counts else jnp.zeros(found.shape))
+    counts = [
+        negatives.pool_log_expected_count(pool, batch["user"], found, count)
+        for pool, count in pools
+    ]
+    return Drawn(
+        ids,
+        found,
+        jax.nn.logsumexp(jnp.stack(counts), axis=0) if counts else jnp.zeros(found.shape),
+    )
 
 
 def row_keys(key: jax.Array, places: Int[Array, "B"]) -> jax.Array:
@@ -158,24 +182,38 @@ def row_keys(key: jax.Array, places: Int[Array, "B"]) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
 
 
-def features_of(catalogue: Mapping[str, Any], inputs: Mapping[str, Any], ids: Int[Array, "M"]) -> dict[str, jax.Array]:
-    """The encoded features of items; padding for id -1, so that no table row learns from nothing."""
+def features_of(
+    catalogue: Mapping[str, Any], inputs: Mapping[str, Any], ids: Int[Array, "M"]
+) -> dict[str, jax.Array]:
+    """The encoded features of items; padding for id -1, so that no table row learns from
+    nothing."""
 
     def of(name: str, values: jax.Array) -> jax.Array:
         found = values[jnp.maximum(ids, 0)]
-        return jnp.where((ids >= 0).reshape(-1, *[1] * (found.ndim - 1)), found, PADDING) if inputs[name].table else found
+        return (
+            jnp.where((ids >= 0).reshape(-1, *[1] * (found.ndim - 1)), found, PADDING)
+            if inputs[name].table
+            else found
+        )
 
     return {name: of(name, values) for name, values in catalogue.items()}
 
 
 def log_expected_count(
-    sources: Sources, frequency: Any, popularity: Any, queued: Any, ids: Int[Array, "..."], own: jax.Array | None = None
+    sources: Sources,
+    frequency: Any,
+    popularity: Any,
+    queued: Any,
+    ids: Int[Array, "..."],
+    own: jax.Array | None = None,
 ) -> Float[Array, "..."]:
-    """Log of how often the sources of a step yield each id: their expected counts summed; 0 where nothing is corrected.
+    """Log of how often the sources of a step yield each id: their expected counts summed; 0 where
+    nothing is corrected.
 
     Args:
         queued: number of entries of the queue in use.
-        own: log of the expected counts that a source of one query alone adds, of the shape of `ids`.
+        own: log of the expected counts that a source of one query alone adds, of the shape of
+            `ids`.
     """
     config, known = sources.config, jnp.maximum(ids, 0)
     if not sources.corrected:
@@ -185,9 +223,13 @@ def log_expected_count(
         parts.append(lambda ids: jnp.zeros(ids.shape))
     elif config.in_batch or config.queue:
         draws = sources.batch_size * config.in_batch + queued
-        parts.append(lambda ids: FREQUENCIES[config.frequency].log_expected_count(frequency, ids, draws))
+        parts.append(
+            lambda ids: FREQUENCIES[config.frequency].log_expected_count(frequency, ids, draws)
+        )
     if config.uniform:
-        parts.append(lambda ids: negatives.uniform_log_expected_count(ids, config.uniform, sources.items))
+        parts.append(
+            lambda ids: negatives.uniform_log_expected_count(ids, config.uniform, sources.items)
+        )
     if config.popularity:
         parts.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
     if own is not None:
@@ -198,7 +240,8 @@ def log_expected_count(
 def gathered(
     vectors: list[jax.Array], ids: list[jax.Array], owners: list[jax.Array], group: Group
 ) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, "C"]]:
-    """All devices' candidates. What goes together is concatenated before it is gathered, ids and owners like vectors."""
+    """All devices' candidates. What goes together is concatenated before it is gathered, ids and
+    owners like vectors."""
     if not sum(map(len, ids)):  # no collective of nothing
         group = ALONE
     known = group.share(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))

@@ -1,4 +1,5 @@
-"""What training knows of the whole corpus: how much there is, how often each thing occurs, what negatives are drawn from."""
+"""What training knows of the whole corpus: how much there is, how often each thing occurs, what
+negatives are drawn from."""
 
 from __future__ import annotations
 
@@ -15,14 +16,22 @@ from twotower.training.mesh import WHOLE, place
 from twotower.training.state import Trainer
 
 
-def make_catalogue(trainer: Trainer, prepared: Prepared, mesh: Mesh, resident: Any) -> dict[str, Any]:
+def make_catalogue(
+    trainer: Trainer, prepared: Prepared, mesh: Mesh, resident: Any
+) -> dict[str, Any]:
     """What the step needs of the corpus; see `train_step`."""
     config, found = trainer.sources.config, {}
     if trainer.sources.needs_features:
-        given = resident["item_features"] if resident else place(mesh, dict(prepared.features["item"]), WHOLE)
+        given = (
+            resident["item_features"]
+            if resident
+            else place(mesh, dict(prepared.features["item"]), WHOLE)
+        )
         found["item_features"] = given
     if config.popularity:
-        found["popularity"] = place(mesh, popularity_table(count_rows(prepared)["item"], config.alpha), WHOLE)
+        found["popularity"] = place(
+            mesh, popularity_table(count_rows(prepared)["item"], config.alpha), WHOLE
+        )
     if config.explicit:
         found["explicit"] = place(mesh, _explicit(trainer, prepared), WHOLE)
     return found
@@ -36,17 +45,23 @@ def _explicit(trainer: Trainer, prepared: Prepared) -> Any:
 def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
     """Training rows of each user, of each item of the corpus, and in all, float32.
 
-    Of sequences, how often a pass has each as a target; "in all" are then the places, filled or not, that a pass has.
+    Of sequences, how often a pass has each as a target; "in all" are then the places, filled or
+    not, that a pass has.
     """
     sizes, plan = {"user": len(prepared.users), "item": len(prepared.items)}, prepared.plan
     rates, rows = None, len(prepared.train)
     if plan is not None:
         rates, rows = np.zeros(rows), len(plan) * plan.places
         rates[prepared.histories.orders["train"]] = plan.rates(len(rates))
-    counts = {side: np.bincount(getattr(prepared.train, side), rates, minlength=n) for side, n in sizes.items()}
+    counts = {
+        side: np.bincount(getattr(prepared.train, side), rates, minlength=n)
+        for side, n in sizes.items()
+    }
     return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(rows)}
 
 
 def corpus_of(prepared: Prepared) -> Corpus:
     """How much there is."""
-    return Corpus(len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum()))
+    return Corpus(
+        len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum())
+    )

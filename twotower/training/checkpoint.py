@@ -33,7 +33,9 @@ class _LatestAndBest:
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
     """The earliest step with the greatest `metric`; None where no step has it."""
-    measured = {step: values[metric] for step, values in sorted(metrics.items()) if metric in values}
+    measured = {
+        step: values[metric] for step, values in sorted(metrics.items()) if metric in values
+    }
     return max(measured, key=measured.__getitem__) if measured else None
 
 
@@ -53,13 +55,19 @@ class Checkpoints:
     ) -> None:
         self.folder, self._metric, self._run = epath.Path(folder), metric, run
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LatestAndBest(metric, keep), best_fn=lambda values: values.get(metric, 0.0),
+            preservation_policy=_LatestAndBest(metric, keep),
+            best_fn=lambda values: values.get(metric, 0.0),
             # Orbax stores the metrics only where it has a `best_fn`.
-            # Only the trainer may clean up: to a reader a half-written folder is the trainer's save in progress.
-            cleanup_tmp_directories=not read_only, read_only=read_only, create=not read_only,
-        )  # fmt: skip
+            # Only the trainer may clean up: to a reader a half-written folder is the trainer's save
+            # in progress.
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
         names = ("state", "record")
-        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options, item_names=names)
+        self._manager = ocp.CheckpointManager(
+            self.folder.resolve(), options=options, item_names=names
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -67,10 +75,19 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._manager.close()
 
-    def save(self, step: int, state: TrainState, *, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        record: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> None:
         """Starts to save; training may go on at once, also with `state` donated."""
         checked = {"run": self._run, "checksum": int(checksum(state)), "loop": dict(record)}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked)
+        )
         self._manager.save(step, args=items, metrics=dict(metrics))
 
     def latest(self) -> int | None:
@@ -88,7 +105,9 @@ class Checkpoints:
     def record(self, step: int) -> dict[str, Any]:
         """The record of `step` alone; raises as `restore`."""
         self._check(step)
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record["loop"]
+        return self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        ).record["loop"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and the record of `step`.
@@ -100,25 +119,35 @@ class Checkpoints:
             CheckpointError: the files are corrupt, or hold the arrays of another model or run.
         """
         self._check(step)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        )
         try:
             restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
                 f"{self.folder / str(step)} cannot be restored: it is damaged, or was written by a model with other "
                 f"tables or layers than this configuration's. {_REMEDY} ({reason})"
             ) from error
         if restored.record["run"] != self._run:
-            raise CheckpointError(f"{self.folder / str(step)} belongs to another run, of another configuration. {_REMEDY}")
+            raise CheckpointError(
+                f"{self.folder / str(step)} belongs to another run, of another configuration. {_REMEDY}"
+            )
         if restored.record["checksum"] != int(checksum(restored.state)):
-            raise CheckpointError(f"{self.folder / str(step)} cannot be restored: its arrays are not those saved. {_REMEDY}")
+            raise CheckpointError(
+                f"{self.folder / str(step)} cannot be restored: its arrays are not those saved. {_REMEDY}"
+            )
         return restored.state, restored.record["loop"]
 
     def _check(self, step: int) -> None:
         if step not in self._manager.all_steps():
             known = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has: {known}.")
+            raise CheckpointError(
+                f"{self.folder} has no checkpoint of step {step}; it has: {known}."
+            )
 
 
 _REMEDY = "Delete that folder to go on from an earlier checkpoint."
@@ -126,7 +155,8 @@ _REMEDY = "Delete that folder to go on from an earlier checkpoint."
 
 @jax.jit
 def checksum(state: Any) -> jax.Array:
-    """A number, uint32, that any change of a single element of any array changes; computed where the arrays are.
+    """A number, uint32, that any change of a single element of any array changes; computed where
+    the arrays are.
 
     Orbax's files have no checksum of their own: a flipped byte restores without a word.
     """

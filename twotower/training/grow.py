@@ -1,4 +1,5 @@
-"""A trained run taken over to a larger vocabulary: rows, their optimizer's state and all else as they were, new rows made.
+"""A trained run taken over to a larger vocabulary: rows, their optimizer's state and all else as
+they were, new rows made.
 
 Before the first further step every score of known users and items is what it was, to the bit.
 """
@@ -34,8 +35,16 @@ NEIGHBOURS = 10  # whose rows a row made from content is the mean of
 _KEPT = ("features", "model")  # sections that decide the shapes and the scores
 
 
-def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: str, checkpoint: str = "latest") -> None:
-    """Makes `workdir` a run of `config` that goes on from a checkpoint of the run `source`; `train` then continues it.
+def grow(
+    config: Config,
+    source: Path | str,
+    workdir: Path | str,
+    *,
+    new_rows: str,
+    checkpoint: str = "latest",
+) -> None:
+    """Makes `workdir` a run of `config` that goes on from a checkpoint of the run `source`; `train`
+    then continues it.
 
     Args:
         config: as of `source` but for the data, and more steps.
@@ -56,7 +65,9 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
             f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
         )
     prepared = prepare(config, fit=functools.partial(grown, old_encoder))
-    trainer = Trainer.build(config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared))
+    trainer = Trainer.build(
+        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+    )
     steps = trainer.over(prepared.examples).config.training.steps
     if step >= steps:
         raise ConfigError(
@@ -65,18 +76,24 @@ def grow(config: Config, source: Path | str, workdir: Path | str, *, new_rows: s
         )
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))
     if trainer.sources.config.frequency != "exact":
-        logging.info("The estimates of frequency begin anew: they were of the rows of the old corpus.")
+        logging.info(
+            "The estimates of frequency begin anew: they were of the rows of the old corpus."
+        )
     state = migrate(old, fresh, old_encoder, prepared, make)
     workdir.mkdir(parents=True, exist_ok=True)
     prepared.encoder.save(workdir / "encoder")
     with open_checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(step, state, record=dataclasses.asdict(Record(*trainer.corpus[:2])), metrics={})
+        checkpoints.save(
+            step, state, record=dataclasses.asdict(Record(*trainer.corpus[:2])), metrics={}
+        )
     # Last: until the checkpoint is whole this is no run that could be begun from nothing.
     claim(workdir, config)
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
-def migrate(old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prepared, make: NewRows) -> TrainState:
+def migrate(
+    old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prepared, make: NewRows
+) -> TrainState:
     """`fresh`, of the grown vocabulary, with everything that `old` knows.
 
     Args:
@@ -91,18 +108,33 @@ def migrate(old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prep
         known = encoder.tables[name].rows
         rows = np.array(table)
         rows[:known] = old.tables[name][:known]
-        if prepared.encoder.tables[name].rows > known and prepared.encoder.tables[name].initial is None:
+        if (
+            prepared.encoder.tables[name].rows > known
+            and prepared.encoder.tables[name].initial is None
+        ):
             added = range(known, prepared.encoder.tables[name].rows)
             rows[added.start : added.stop] = make(name, added, old, encoder, prepared, uses[name])
         tables[name] = rows
-        slots[name] = {part: _overlaid(old.table_slots[name][part], x, known) for part, x in fresh.table_slots[name].items()}
+        slots[name] = {
+            part: _overlaid(old.table_slots[name][part], x, known)
+            for part, x in fresh.table_slots[name].items()
+        }
     # The plateau's best was measured on other rows.
-    opt_state = old.opt_state | {"plateau": fresh.opt_state["plateau"]._replace(scale=old.opt_state["plateau"].scale)}
-    frequency = {s: x | ({"start": old.step} if "start" in x else {}) for s, x in fresh.frequency.items()}
+    opt_state = old.opt_state | {
+        "plateau": fresh.opt_state["plateau"]._replace(scale=old.opt_state["plateau"].scale)
+    }
+    frequency = {
+        s: x | ({"start": old.step} if "start" in x else {}) for s, x in fresh.frequency.items()
+    }
     state = fresh.replace(
-        step=old.step, params=old.params, batch_stats=old.batch_stats, opt_state=opt_state, tables=tables, table_slots=slots,
+        step=old.step,
+        params=old.params,
+        batch_stats=old.batch_stats,
+        opt_state=opt_state,
+        tables=tables,
+        table_slots=slots,
         frequency=frequency,
-    )  # fmt: skip
+    )
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, fresh)
 
 
@@ -121,17 +153,33 @@ def _overlaid(old: Any, fresh: Any, known: int) -> np.ndarray:
     return out
 
 
-# (table, its new rows, old state, old encoder, new data, (side, feature) that reads it) -> [new rows, E]
+# (table, its new rows, old state, old encoder, new data, (side, feature) that reads it) -> [new
+# rows, E]
 NewRows = Callable[[str, range, TrainState, Encoder, Prepared, tuple[str, str]], np.ndarray]
 
 
-def _from_oov(name: str, added: range, old: TrainState, encoder: Encoder, prepared: Prepared, use: tuple[str, str]) -> np.ndarray:
-    """Each begins as the out-of-vocabulary row that its value had been: what is new scores as it did when unknown."""
-    return np.asarray(old.tables[name])[encoder.fitted[use].vocabulary.rows(_values(prepared, use, added))]
+def _from_oov(
+    name: str,
+    added: range,
+    old: TrainState,
+    encoder: Encoder,
+    prepared: Prepared,
+    use: tuple[str, str],
+) -> np.ndarray:
+    """Each begins as the out-of-vocabulary row that its value had been: what is new scores as it
+    did when unknown."""
+    return np.asarray(old.tables[name])[
+        encoder.fitted[use].vocabulary.rows(_values(prepared, use, added))
+    ]
 
 
 def _from_mean(
-    name: str, added: range, old: TrainState, encoder: Encoder, prepared: Prepared, use: tuple[str, str]
+    name: str,
+    added: range,
+    old: TrainState,
+    encoder: Encoder,
+    prepared: Prepared,
+    use: tuple[str, str],
 ) -> np.ndarray:
     """All begin as the mean of the known rows."""
     first = encoder.fitted[use].vocabulary.first
@@ -140,15 +188,27 @@ def _from_mean(
 
 
 def _from_content(
-    name: str, added: range, old: TrainState, encoder: Encoder, prepared: Prepared, use: tuple[str, str]
+    name: str,
+    added: range,
+    old: TrainState,
+    encoder: Encoder,
+    prepared: Prepared,
+    use: tuple[str, str],
 ) -> np.ndarray:
-    """Each begins as the mean row of the known users or items that are nearest to it by all their other features."""
+    """Each begins as the mean row of the known users or items that are nearest to it by all their
+    other features."""
     side, feature = use
     ids = prepared.features[side].get(feature)
     if ids is None or ids.ndim != 1:
-        logging.info("Rows of %s begin as out-of-vocabulary rows: %s has no single value of it.", name, side)
+        logging.info(
+            "Rows of %s begin as out-of-vocabulary rows: %s has no single value of it.", name, side
+        )
         return _from_oov(name, added, old, encoder, prepared, use)
-    others = {n: i for n, i in encoder.inputs[side].items() if n != feature and n in prepared.features[side]}
+    others = {
+        n: i
+        for n, i in encoder.inputs[side].items()
+        if n != feature and n in prepared.features[side]
+    }
     if not others:
         raise ConfigError(
             f"--new_rows=content compares {side}s by their features other than {feature!r}, and there are none: choose oov or "
@@ -170,8 +230,11 @@ def _from_content(
 NEW_ROWS: Mapping[str, NewRows] = {"oov": _from_oov, "mean": _from_mean, "content": _from_content}
 
 
-def _content(others: Mapping[str, Input], tables: Mapping[str, Any], features: Mapping[str, np.ndarray]) -> np.ndarray:
-    """float32 [M, F] of norm 1: the trained rows (mean of several) and the numbers of features, each of norm 1."""
+def _content(
+    others: Mapping[str, Input], tables: Mapping[str, Any], features: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """float32 [M, F] of norm 1: the trained rows (mean of several) and the numbers of features,
+    each of norm 1."""
 
     def column(name: str, i: Input) -> np.ndarray:
         if not i.table:
@@ -179,7 +242,11 @@ def _content(others: Mapping[str, Input], tables: Mapping[str, Any], features: M
         rows = np.asarray(tables[i.table])
         # A value that is new here is unknown to the old table.
         ids = np.where(features[name] < len(rows), features[name], 0)
-        return rows[ids] if ids.ndim == 1 else rows[ids].sum(1) / np.maximum((ids > 0).sum(1, keepdims=True), 1)
+        return (
+            rows[ids]
+            if ids.ndim == 1
+            else rows[ids].sum(1) / np.maximum((ids > 0).sum(1, keepdims=True), 1)
+        )
 
     return _unit(np.concatenate([_unit(column(name, i)) for name, i in others.items()], axis=1))
 
@@ -207,7 +274,8 @@ def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
 
 
 def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tuple[TrainState, int]:
-    """The state, in the memory of this machine; how many users and items it knows is read from the checkpoint itself."""
+    """The state, in the memory of this machine; how many users and items it knows is read from the
+    checkpoint itself."""
     with open_checkpoints(source, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, which, source)
         record = Record(**checkpoints.record(step))
@@ -219,10 +287,16 @@ def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tupl
 
 def _check(before: Config, config: Config, workdir: Path) -> None:
     if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"--workdir={workdir} must be a new or empty folder: the grown run is made there.")
+        raise ConfigError(
+            f"--workdir={workdir} must be a new or empty folder: the grown run is made there."
+        )
     for section in _KEPT:
         if getattr(before, section) != getattr(config, section):
-            raise ConfigError(f"config.{section} differs from that of the run to grow from: only data and training may change.")
+            raise ConfigError(
+                f"config.{section} differs from that of the run to grow from: only data and training may change."
+            )
     for part in ("tables", "optimizer"):
         if getattr(before.training, part).kind != getattr(config.training, part).kind:
-            raise ConfigError(f"config.training.{part}.kind differs from that of the run to grow from, whose state is kept.")
+            raise ConfigError(
+                f"config.training.{part}.kind differs from that of the run to grow from, whose state is kept."
+            )

@@ -1,4 +1,5 @@
-"""Fresh states: shapes first, then each array where it will live, so that no table is ever whole on one device."""
+"""Fresh states: shapes first, then each array where it will live, so that no table is ever whole on
+one device."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
     """A fresh state on one device; a pure function of arrays.
 
     Args:
-        counts: {"user": float32 [U], "item": float32 [N], "rows": float32 scalar}, training rows of each and in all.
+        counts: {"user": float32 [U], "item": float32 [N], "rows": float32 scalar}, training rows of
+            each and in all.
     """
     return _assembled(trainer, _init_tables(trainer), counts)
 
@@ -41,7 +43,9 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
             return place(mesh, given, SPLIT)
         count = abstract.tables[name].shape[0] // mesh.size
         drawn = lambda: trainer.model.init_rows(key, name, start=group.index() * count, count=count)  # noqa: E731
-        return jax.jit(run_on(mesh, drawn, (), SPLIT), out_shardings=abstract.tables[name].sharding)()
+        return jax.jit(
+            run_on(mesh, drawn, (), SPLIT), out_shardings=abstract.tables[name].sharding
+        )()
 
     tables = {name: rows(name) for name in abstract.tables}
     out = jax.tree.map(lambda x: x.sharding, abstract)
@@ -56,36 +60,56 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     state = jax.eval_shape(functools.partial(init_state, trainer), counts)
     places = shardings(mesh, state_specs(state))
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
 
 
 def _init_tables(trainer: Trainer) -> dict[str, jax.Array]:
     return trainer.model.init(jax.random.key(trainer.config.training.seed)).tables
 
 
-def _assembled(trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]) -> TrainState:
+def _assembled(
+    trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]
+) -> TrainState:
     """The state around its tables."""
     config, negatives = trainer.config, trainer.sources.config
     key = jax.random.key(config.training.seed)
     params, stats = trainer.model.init_dense(key)
     if config.objective.heads:
-        params["heads"] = init_heads(config.objective.heads, trainer.model.dim, jax.random.fold_in(key, len(SIDES)))
+        params["heads"] = init_heads(
+            config.objective.heads, trainer.model.dim, jax.random.fold_in(key, len(SIDES))
+        )
     if config.objective.loss in POINTWISE:
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:
-        # The loss begins at the odds that there are, of one positive to its candidates, instead of at one to one.
+        # The loss begins at the odds that there are, of one positive to its candidates, instead of
+        # at one to one.
         params["bias"] = -jnp.log(jnp.float32(trainer.sources.candidates))
     weights = Weights(params, tables, stats)
-    slots = {name: trainer.sparse.init(x, config.training.tables.initial_accumulator) for name, x in tables.items()}
+    slots = {
+        name: trainer.sparse.init(x, config.training.tables.initial_accumulator)
+        for name, x in tables.items()
+    }
     # Users are candidates of the symmetric loss alone.
-    estimator, sides = FREQUENCIES[negatives.frequency], SIDES if config.objective.symmetric else ("item",)
+    estimator, sides = (
+        FREQUENCIES[negatives.frequency],
+        SIDES if config.objective.symmetric else ("item",),
+    )
     kept = {}
     if negatives.queue:
         kept["queue"] = init_queue(negatives.queue, trainer.model.dim)
     if negatives.mined:
         shape = (trainer.corpus.users, negatives.mined_ranks[1] - negatives.mined_ranks[0])
-        kept["mined"] = {"items": jnp.full(shape, -1, jnp.int32), "sizes": jnp.zeros(shape[0], jnp.int32)}
+        kept["mined"] = {
+            "items": jnp.full(shape, -1, jnp.int32),
+            "sizes": jnp.zeros(shape[0], jnp.int32),
+        }
     return TrainState(
-        jnp.int32(0), *weights, {"dense": trainer.dense.init(params), "plateau": init_plateau()}, slots,
-        {side: estimator.init(counts[side], counts["rows"]) for side in sides}, kept,
-    )  # fmt: skip
+        jnp.int32(0),
+        *weights,
+        {"dense": trainer.dense.init(params), "plateau": init_plateau()},
+        slots,
+        {side: estimator.init(counts[side], counts["rows"]) for side in sides},
+        kept,
+    )

@@ -1,4 +1,5 @@
-"""The training loop: steps, validations, checkpoints; killed at any moment, it goes on from the last one to the same end."""
+"""The training loop: steps, validations, checkpoints; killed at any moment, it goes on from the
+last one to the same end."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from twotower.training.mesh import (
     run_on,
     shardings,
     state_specs,
-)  # fmt: skip
+)
 from twotower.training.meter import Meter, TrainingError, last_good
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
@@ -82,33 +83,50 @@ def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) 
     training = config.training
     run = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:16]
     return Checkpoints(
-        Path(workdir) / "checkpoints", metric=training.metric, keep=training.keep_checkpoints, run=run, read_only=read_only
+        Path(workdir) / "checkpoints",
+        metric=training.metric,
+        keep=training.keep_checkpoints,
+        run=run,
+        read_only=read_only,
     )
 
 
 def fit(
-    trainer: Trainer, prepared: Prepared, workdir: Path, *, validate: Validate | None, mine: Mine | None = None,
+    trainer: Trainer,
+    prepared: Prepared,
+    workdir: Path,
+    *,
+    validate: Validate | None,
+    mine: Mine | None = None,
     mesh: Mesh | None = None,
-) -> TrainState:  # fmt: skip
-    """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation stops improving.
+) -> TrainState:
+    """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation
+    stops improving.
 
     Args:
-        validate: weights -> validation metrics, which must hold `config.training.metric`; None where nothing is held out.
-        mine: weights -> pools of hard negatives, where `config.objective.negatives.mined` asks for some.
+        validate: weights -> validation metrics, which must hold `config.training.metric`; None
+            where nothing is held out.
+        mine: weights -> pools of hard negatives, where `config.objective.negatives.mined` asks for
+            some.
         mesh: the devices; all of them by default.
 
     Raises:
         TrainingError: the loss or a gradient is not finite.
-        ConfigError: the batch is larger than the data or cannot be divided over the devices, the run does not fit into their
-            memory, or the metric is not one that `validate` gives.
+        ConfigError: the batch is larger than the data or cannot be divided over the devices, the
+            run does not fit into their memory, or the metric is not one that `validate` gives.
     """
     identity, trainer = trainer.config, trainer.over(prepared.examples)
     config, mesh = trainer.config.training, mesh or make_mesh()
     batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)
     if config.steps != identity.training.steps:
-        logging.info("%d steps for %d examples: %d were meant for %d.", config.steps, prepared.examples,
-                     identity.training.steps, config.steps_for)  # fmt: skip
+        logging.info(
+            "%d steps for %d examples: %d were meant for %d.",
+            config.steps,
+            prepared.examples,
+            identity.training.steps,
+            config.steps_for,
+        )
     with open_checkpoints(workdir, identity) as checkpoints:
         state, record = _start(trainer, prepared, checkpoints, mesh)
         start = int(state.step)
@@ -120,16 +138,24 @@ def fit(
                 _check_metric(validate(state.weights), config.metric)
             run = _Run(trainer, checkpoints, writer, record, validate, mine, mesh)
             state = run.steps(state, compile_steps(trainer, batches, prepared, mesh))
-    best = f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
+    best = (
+        f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
+    )
     logging.info("Training ended at step %d%s.", state.step, best)
     return state
 
 
 def _batches(prepared: Prepared, config: TrainingConfig) -> Batches:
     """The batches of training rows or of sequences."""
-    options = {"batch_size": config.batch_size, "seed": config.seed, "resident_megabytes": config.resident_megabytes}
+    options = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "resident_megabytes": config.resident_megabytes,
+    }
     if prepared.plan is not None:
-        return SequenceBatches(prepared.train, prepared.features, prepared.histories, prepared.plan, **options)
+        return SequenceBatches(
+            prepared.train, prepared.features, prepared.histories, prepared.plan, **options
+        )
     return Batches(prepared.train, prepared.features, prepared.histories, **options)
 
 
@@ -183,22 +209,30 @@ class _Run:
         try:
             values = dict(self.validate(state.weights)) if self.validate else {}
         except ScoreError as error:  # the parameters are no longer finite
-            raise TrainingError(f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}") from error
+            raise TrainingError(
+                f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}"
+            ) from error
         value = values.get(config.metric)
         record.update(step, value, config.patience)
         if value is not None:
             plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
-            state = state.replace(opt_state=state.opt_state | {"plateau": place(self.mesh, plateau, WHOLE)})
+            state = state.replace(
+                opt_state=state.opt_state | {"plateau": place(self.mesh, plateau, WHOLE)}
+            )
             shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
-            self.writer.write(step, {f"validation/{name}": x for name, x in values.items()}, show=shown)
+            self.writer.write(
+                step, {f"validation/{name}": x for name, x in values.items()}, show=shown
+            )
         self.checkpoints.save(step, state, record=dataclasses.asdict(record), metrics=values)
         return state
 
 
 def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> RunSteps:
-    """(state, step) -> (state after `steps_per_dispatch` steps, metrics of each), with the state donated.
+    """(state, step) -> (state after `steps_per_dispatch` steps, metrics of each), with the state
+    donated.
 
-    Batches are gathered on the device where the data is resident; otherwise each process gathers its own rows of each.
+    Batches are gathered on the device where the data is resident; otherwise each process gathers
+    its own rows of each.
     """
     count, group = trainer.config.training.steps_per_dispatch, group_of(mesh)
     resident = None if batches.resident is None else place(mesh, batches.resident, WHOLE)
@@ -217,21 +251,29 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
     specs, parts = state_specs(abstract_state(trainer, mesh)), PartitionSpec(None, AXIS)
     out = shardings(mesh, (specs, WHOLE))
     jitted = jax.jit(
-        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)), donate_argnums=0, out_shardings=out,
+        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)),
+        donate_argnums=0,
+        out_shardings=out,
         compiler_options=compiler_options(mesh),
-    )  # fmt: skip
+    )
     size = trainer.config.training.batch_size
     own = process_part(mesh, size)
 
     def load(step: int) -> Any:
         indices = [batches.indices(step + i)[own] for i in range(count)]
-        host = np.stack(indices) if resident is not None else jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
+        host = (
+            np.stack(indices)
+            if resident is not None
+            else jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
+        )
         return place_parts(mesh, host, parts, size, axis=1)
 
     return lambda state, step: jitted(state, load(step), resident, catalogue)
 
 
-def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh, mine: Mine | None) -> None:
+def _check(
+    trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh, mine: Mine | None
+) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
     check_batch(trainer.config.training, mesh)
     _check_batch_norm(trainer, mesh)
@@ -243,8 +285,12 @@ def _check(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh, m
     trainer.sources.check_divided(mesh.size, trainer.config.model.item.batch_norm)
     data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
     drawn = trainer.sources.needs_features and not data
-    features = sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
-    check_memory(mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features})
+    features = (
+        sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
+    )
+    check_memory(
+        mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features}
+    )
 
 
 def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
@@ -267,7 +313,9 @@ def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
             )
 
 
-def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, Record]:
+def _start(
+    trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[TrainState, Record]:
     latest = checkpoints.latest()
     if latest is None:
         return init_on(mesh, trainer, count_rows(prepared)), Record(*trainer.corpus[:2])
@@ -279,6 +327,10 @@ def _start(trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh:
 def _check_metric(values: Mapping[str, float], metric: str) -> None:
     """Asked before the first step, so that a misspelt metric does not cost an hour."""
     if metric not in values:
-        raise ConfigError(f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}.")
+        raise ConfigError(
+            f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}."
+        )
     if metric.endswith(SMALLER_IS_BETTER) or metric.startswith(("never_trained", "queries")):
-        raise ConfigError(f"config.training.metric={metric!r} is not larger for a better model; recall@10 is, say.")
+        raise ConfigError(
+            f"config.training.metric={metric!r} is not larger for a better model; recall@10 is, say."
+        )

@@ -1,4 +1,5 @@
-"""What a run will hold on each device, told before anything is allocated and refused where it cannot fit."""
+"""What a run will hold on each device, told before anything is allocated and refused where it
+cannot fit."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
     Raises:
         ConfigError: with the arithmetic.
     """
-    lines = [*_lines(state, mesh.size), *(f"{name}: {_size(count)}" for name, count in resident.items() if count)]
+    lines = [
+        *_lines(state, mesh.size),
+        *(f"{name}: {_size(count)}" for name, count in resident.items() if count),
+    ]
     needed = _bytes_on_each(state) + sum(resident.values())
     total = f"{_size(needed)} on each of {mesh.size} device{'s' if mesh.size > 1 else ''}"
     logging.info("Memory before activations: %s (%s).", total, "; ".join(lines))
@@ -52,23 +56,32 @@ def _bytes_on_each(tree: Any) -> int:
 
 
 def _lines(state: Any, devices: int) -> list[str]:
-    parts = {"dense parameters and their optimizer": (state.params, state.opt_state, state.batch_stats)}
+    parts = {
+        "dense parameters and their optimizer": (state.params, state.opt_state, state.batch_stats)
+    }
     parts |= {"frequencies and kept negatives": (state.frequency, state.negatives)}
     lines = []
     for name, table in state.tables.items():
         rows, width = table.shape
         slots = _bytes_on_each(state.table_slots[name]) + _bytes_on_each(table)
-        lines.append(f"table {name}: {rows:,} x {width} and its optimizer's state over {devices} = {_size(slots)}")
+        lines.append(
+            f"table {name}: {rows:,} x {width} and its optimizer's state over {devices} = {_size(slots)}"
+        )
     return lines + [f"{name}: {_size(_bytes_on_each(tree))}" for name, tree in parts.items()]
 
 
 def _limit(mesh: Mesh) -> int | None:
     """Bytes that one device may use; None where the machine does not say."""
-    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    devices = [
+        device for device in mesh.devices.flat if device.process_index == jax.process_index()
+    ]
     if devices[0].platform != "cpu":
         stats = devices[0].memory_stats() or {}
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-    # Devices of a CPU share its memory. What the system keeps of files, such as the log just read, is free as well.
+        return (
+            stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+        )
+    # Devices of a CPU share its memory. What the system keeps of files, such as the log just read,
+    # is free as well.
     known = Path("/proc/meminfo")
     for line in known.read_text().splitlines() if known.exists() else ():
         if line.startswith("MemAvailable:"):

@@ -1,8 +1,10 @@
-"""The devices of a run as one flat mesh, what a step does across them, and where each array of the state lives.
+"""The devices of a run as one flat mesh, what a step does across them, and where each array of the
+state lives.
 
-The batch and the rows of every table and of its slots are divided over the axis; all else is replicated. A step is one
-`shard_map`: its functions take a `Group`, whose operations are collectives there and the identity on a single device, so that
-one code serves both and can be run and tested without a mesh.
+The batch and the rows of every table and of its slots are divided over the axis; all else is
+replicated. A step is one `shard_map`: its functions take a `Group`, whose operations are
+collectives there and the identity on a single device, so that one code serves both and can be run
+and tested without a mesh.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ STATE_SHARDING = ((r"^(tables|table_slots)/", SPLIT), (r"^[a-z_]+(/|$)", WHOLE))
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The devices that run a step together. Without an axis there is one, and every operation is the identity."""
+    """The devices that run a step together. Without an axis there is one, and every operation is
+    the identity."""
 
     axis: str | None = None
     size: int = 1
@@ -42,11 +45,13 @@ class Group:
         return jax.lax.axis_index(self.axis) if self.axis else 0
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """All devices' x, one after the other along the first axis; its gradient goes back to the device of each part."""
+        """All devices' x, one after the other along the first axis; its gradient goes back to the
+        device of each part."""
         return jax.lax.all_gather(x, self.axis, tiled=True) if self.axis else x
 
     def share(self, x: jax.Array) -> jax.Array:
-        """As `gather`, for what needs no gradient; the result is known to be the same everywhere."""
+        """As `gather`, for what needs no gradient; the result is known to be the same
+        everywhere."""
         return jax.lax.all_gather(x, self.axis, tiled=True, to="invarying") if self.axis else x
 
     def sum(self, tree: Any) -> Any:
@@ -55,14 +60,22 @@ class Group:
 
     def scatter_sum(self, x: jax.Array) -> jax.Array:
         """The sum over devices, of which each keeps its part of the first axis."""
-        return jax.lax.psum_scatter(x, self.axis, scatter_dimension=0, tiled=True) if self.axis else x
+        return (
+            jax.lax.psum_scatter(x, self.axis, scatter_dimension=0, tiled=True) if self.axis else x
+        )
 
     def vary(self, tree: Any) -> Any:
-        """A replicated tree as one that each device differentiates alone, so that one `sum` completes the gradient."""
-        return jax.tree.map(lambda x: jax.lax.pcast(x, self.axis, to="varying"), tree) if self.axis else tree
+        """A replicated tree as one that each device differentiates alone, so that one `sum`
+        completes the gradient."""
+        return (
+            jax.tree.map(lambda x: jax.lax.pcast(x, self.axis, to="varying"), tree)
+            if self.axis
+            else tree
+        )
 
     def part(self, x: jax.Array) -> jax.Array:
-        """This device's part of an array that all have whole; its first axis must be a multiple of the size."""
+        """This device's part of an array that all have whole; its first axis must be a multiple of
+        the size."""
         if not self.axis:
             return x
         length = x.shape[0] // self.size
@@ -79,10 +92,11 @@ ALONE = Group()
 def lookup_rows(
     table: Float[Array, "Vd E"], ids: Int[Array, "M"], everyone: Int[Array, "nM"], group: Group
 ) -> Float[Array, "M E"]:
-    """The rows of `ids` in a table of which each device holds Vd rows; NaN for an id past the end, or negative.
+    """The rows of `ids` in a table of which each device holds Vd rows; NaN for an id past the end,
+    or negative.
 
-    Each device finds, for all devices, the rows that it holds; a reduce-scatter brings them to those who asked. What moves is
-    the size of the rows asked for, never of the table.
+    Each device finds, for all devices, the rows that it holds; a reduce-scatter brings them to
+    those who asked. What moves is the size of the rows asked for, never of the table.
 
     Args:
         everyone: `group.share(ids)`.
@@ -96,13 +110,15 @@ def lookup_rows(
 
 
 def localise(ids: Int[Array, "M"], rows: int, group: Group) -> Int[Array, "M"]:
-    """Row numbers of a whole table as those of this device's `rows`; `rows`, which is past the end, for others' rows."""
+    """Row numbers of a whole table as those of this device's `rows`; `rows`, which is past the end,
+    for others' rows."""
     local = ids - group.index() * rows
     return jnp.where((local >= 0) & (local < rows), local, rows)
 
 
 def make_mesh(devices: int = 0) -> Mesh:
-    """A flat mesh over all devices of all processes, or over the first `devices` of a single process.
+    """A flat mesh over all devices of all processes, or over the first `devices` of a single
+    process.
 
     Raises:
         ConfigError: the number does not divide the devices there are, or the rows of tables.
@@ -110,23 +126,29 @@ def make_mesh(devices: int = 0) -> Mesh:
     known = jax.devices()
     count = devices or len(known)
     if count < 1 or len(known) % count or ROW_MULTIPLE % count:
-        fits = [n for n in range(1, len(known) + 1) if len(known) % n == 0 and ROW_MULTIPLE % n == 0]
+        fits = [
+            n for n in range(1, len(known) + 1) if len(known) % n == 0 and ROW_MULTIPLE % n == 0
+        ]
         raise ConfigError(
             f"--devices={devices or count} must divide the {len(known)} devices here, and {ROW_MULTIPLE}, by which table rows "
             f"are padded. Choose one of {', '.join(map(str, fits))}."
         )
     if jax.process_count() > 1 and count != len(known):
-        raise ConfigError(f"--devices={devices}: with several processes all {len(known)} devices take part; leave it out.")
+        raise ConfigError(
+            f"--devices={devices}: with several processes all {len(known)} devices take part; leave it out."
+        )
     return Mesh(np.asarray(known[:count]), (AXIS,))
 
 
 def host_mesh() -> Mesh:
-    """The memory of this machine as a mesh of one device, for what is to be made without an accelerator."""
+    """The memory of this machine as a mesh of one device, for what is to be made without an
+    accelerator."""
     return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), (AXIS,))
 
 
 def group_of(mesh: Mesh) -> Group:
-    """The group inside `shard_map` over `mesh`; alone where it has one device, whose program needs no collectives."""
+    """The group inside `shard_map` over `mesh`; alone where it has one device, whose program needs
+    no collectives."""
     return Group(AXIS, mesh.size) if mesh.size > 1 else ALONE
 
 
@@ -138,7 +160,9 @@ def state_specs(state: Any, rules: Sequence[tuple[str, PartitionSpec]] = STATE_S
     """
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        name = "/".join(
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        )
         for pattern, found in rules:
             if re.match(pattern, name):
                 return found
@@ -154,13 +178,16 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
-    """Host arrays, which every process has alike, on the devices of `mesh`: each process copies only what its devices hold."""
+    """Host arrays, which every process has alike, on the devices of `mesh`: each process copies
+    only what its devices hold."""
     sharding = NamedSharding(mesh, spec)
 
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
         if mesh.is_multi_process:
-            with jax.transfer_guard("allow"):  # meant, which this way of doing it cannot say of itself
+            with jax.transfer_guard(
+                "allow"
+            ):  # meant, which this way of doing it cannot say of itself
                 return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
         return jax.device_put(x, sharding)
 
@@ -168,7 +195,8 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
 
 
 def place_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) -> Any:
-    """Each process's part of host arrays that together have `rows` along `axis`, on the devices of `mesh`."""
+    """Each process's part of host arrays that together have `rows` along `axis`, on the devices of
+    `mesh`."""
     sharding = NamedSharding(mesh, spec)
 
     def put(x: Any) -> jax.Array:
@@ -182,8 +210,13 @@ def place_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int
 
 
 def process_part(mesh: Mesh, rows: int) -> slice:
-    """Which of the `rows` of a batch this process's devices work on; they are one after the other in the mesh."""
-    own = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    """Which of the `rows` of a batch this process's devices work on; they are one after the other
+    in the mesh."""
+    own = [
+        i
+        for i, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
     return slice(own[0] * rows // mesh.size, (own[-1] + 1) * rows // mesh.size)
 
 
@@ -204,7 +237,8 @@ def compiler_options(mesh: Mesh | None) -> dict[str, bool]:
 
 
 def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be divided evenly over the devices, or on each into the parts it is to be computed in."""
+    """Refuses a batch that cannot be divided evenly over the devices, or on each into the parts it
+    is to be computed in."""
     size, parts = training.batch_size, training.accumulate
     if size % mesh.size:
         below = size // mesh.size * mesh.size

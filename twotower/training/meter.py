@@ -1,4 +1,5 @@
-"""The metrics of steps, read when the next ones are under way, averaged and written; and the stop when one is not finite."""
+"""The metrics of steps, read when the next ones are under way, averaged and written; and the stop
+when one is not finite."""
 
 from __future__ import annotations
 
@@ -21,14 +22,21 @@ def last_good(checkpoints: Checkpoints) -> str:
     """Where to go on from, for an error message."""
     checkpoints.wait()
     latest = checkpoints.latest()
-    where = f"The last good checkpoint is {checkpoints.folder / str(latest)}." if latest else "There is no checkpoint before it."
+    where = (
+        f"The last good checkpoint is {checkpoints.folder / str(latest)}."
+        if latest
+        else "There is no checkpoint before it."
+    )
     return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
 
 
 class Meter:
-    """Reads the metrics of a dispatch after the next one was launched, averages them and writes them."""
+    """Reads the metrics of a dispatch after the next one was launched, averages them and writes
+    them."""
 
-    def __init__(self, writer: Any, checkpoints: Checkpoints, batch_size: int, log_every: int) -> None:
+    def __init__(
+        self, writer: Any, checkpoints: Checkpoints, batch_size: int, log_every: int
+    ) -> None:
         self._writer, self._checkpoints = writer, checkpoints
         self._batch_size, self._log_every = batch_size, log_every
         self._pending: tuple[int, Any] | None = None
@@ -81,8 +89,9 @@ class Meter:
             self._told = True
             logging.warning(
                 "Step %d has no gradient at all: no row of its batch has a weight, a label or a negative to learn from. With a "
-                "batch of one user, say, every other item is another positive of that user.", self._step,
-            )  # fmt: skip
+                "batch of one user, say, every other item is another positive of that user.",
+                self._step,
+            )
         self._writer.advance()
         self._window.append(values)
         if self._step % self._log_every == 0:
@@ -92,7 +101,9 @@ class Meter:
         means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
         show = {"loss": f"{means['loss']:.4f}"}
         if self._timed:
-            means["examples_per_second"] = self._batch_size * self._timed / (self._read_at - self._since)
+            means["examples_per_second"] = (
+                self._batch_size * self._timed / (self._read_at - self._since)
+            )
             show["examples/s"] = f"{means['examples_per_second']:,.0f}"
         self._writer.write(self._step, means, show=show)
         self._window, self._since, self._timed = [], self._read_at, 0

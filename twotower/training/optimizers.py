@@ -31,7 +31,9 @@ def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformatio
     if config.weight_decay and config.kind != "adamw":
         decay = f"config.training.optimizer.weight_decay={config.weight_decay}"
         raise ConfigError(f"{decay} needs kind='adamw', not {config.kind!r}.")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), kind) if config.clip_norm else kind
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), kind) if config.clip_norm else kind
+    )
 
 
 SCHEDULES: Mapping[str, Any] = {
@@ -46,7 +48,11 @@ def schedule(config: TrainingConfig) -> optax.Schedule:
     """step -> factor in [0, 1] on every learning rate, the plateau's apart."""
     kind, warmup = config.schedule.kind, config.schedule.warmup_steps
     after = choose(SCHEDULES, kind, "config.training.schedule.kind")(config.steps - warmup)
-    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+        if warmup
+        else after
+    )
 
 
 class PlateauState(NamedTuple):

@@ -9,10 +9,12 @@ from twotower.validation import ConfigError
 
 
 def join(coordinator: str, processes: int, process: int, *, cluster: bool = False) -> None:
-    """Joins the other processes of a run; does nothing for a run of one. To be called before any other use of JAX.
+    """Joins the other processes of a run; does nothing for a run of one. To be called before any
+    other use of JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; empty where there is one process, or where `cluster` says the rest.
+        coordinator: HOST:PORT of process 0; empty where there is one process, or where `cluster`
+            says the rest.
         processes: how many there are.
         process: which of them this is.
         cluster: ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.
@@ -22,7 +24,9 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
     """
     if not coordinator:
         if processes or process >= 0:
-            raise ConfigError(f"--processes={processes} --process={process} need --coordinator=HOST:PORT, of process 0.")
+            raise ConfigError(
+                f"--processes={processes} --process={process} need --coordinator=HOST:PORT, of process 0."
+            )
         if cluster:
             _initialize()
         return
@@ -41,4 +45,9 @@ def _initialize(**who: object) -> None:
             f"--distributed: no cluster is known here ({str(error).splitlines()[0]}). Say who is who by "
             "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error
-    logging.info("Process %d of %d, with %d devices in all.", jax.process_index(), jax.process_count(), jax.device_count())
+    logging.info(
+        "Process %d of %d, with %d devices in all.",
+        jax.process_index(),
+        jax.process_count(),
+        jax.device_count(),
+    )

@@ -1,4 +1,5 @@
-"""Table rows of a step: looked up for both towers at once, their gradients merged and applied where the rows live."""
+"""Table rows of a step: looked up for both towers at once, their gradients merged and applied where
+the rows live."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def uses_of(model: TwoTower) -> Uses:
 
 
 def shared_ids(model: TwoTower, features: Mapping[str, Any], group: Group) -> dict[str, jax.Array]:
-    """Table name -> the ids that all devices ask of it, device after device, as `lookup_all` and the update need them."""
+    """Table name -> the ids that all devices ask of it, device after device, as `lookup_all` and
+    the update need them."""
     return {
         table: group.share(jnp.concatenate([features[side][name].ravel() for side, name in uses]))
         for table, uses in uses_of(model).items()
@@ -35,9 +37,14 @@ def shared_ids(model: TwoTower, features: Mapping[str, Any], group: Group) -> di
 
 
 def lookup_all(
-    model: TwoTower, tables: Mapping[str, jax.Array], features: Mapping[str, Any], asked: Mapping[str, jax.Array], group: Group
+    model: TwoTower,
+    tables: Mapping[str, jax.Array],
+    features: Mapping[str, Any],
+    asked: Mapping[str, jax.Array],
+    group: Group,
 ) -> dict[str, dict[str, jax.Array]]:
-    """{"user": {feature: [..., E]}, "item": ...}: the rows of every feature that reads a table, one lookup a table.
+    """{"user": {feature: [..., E]}, "item": ...}: the rows of every feature that reads a table, one
+    lookup a table.
 
     Args:
         asked: `shared_ids` of the same features.
@@ -53,7 +60,9 @@ def lookup_all(
     return rows
 
 
-def shared_gradients(model: TwoTower, row_grads: Mapping[str, Any], group: Group) -> dict[str, jax.Array]:
+def shared_gradients(
+    model: TwoTower, row_grads: Mapping[str, Any], group: Group
+) -> dict[str, jax.Array]:
     """Table name -> the gradient of each of its `shared_ids`."""
 
     def flat(x: jax.Array) -> jax.Array:

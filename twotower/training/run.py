@@ -1,4 +1,5 @@
-"""A run is a directory: its configuration, encoder, checkpoints and metrics. Every later command needs only the folder."""
+"""A run is a directory: its configuration, encoder, checkpoints and metrics. Every later command
+needs only the folder."""
 
 from __future__ import annotations
 
@@ -42,9 +43,15 @@ class Run:
 
 
 def train(
-    config: Config, workdir: Path | str, *, make_validate: Any = None, make_mine: Any = None, devices: int = 0
+    config: Config,
+    workdir: Path | str,
+    *,
+    make_validate: Any = None,
+    make_mine: Any = None,
+    devices: int = 0,
 ) -> None:
-    """Trains `config` in `workdir`, or goes on with it; with several processes, in a folder that all of them see.
+    """Trains `config` in `workdir`, or goes on with it; with several processes, in a folder that
+    all of them see.
 
     Args:
         make_validate: (prepared, model) -> `Validate`, called where validation rows exist.
@@ -52,7 +59,8 @@ def train(
         devices: how many to use; 0: all.
 
     Raises:
-        ConfigError: `workdir` holds a run of another configuration, or the data or a field is unusable.
+        ConfigError: `workdir` holds a run of another configuration, or the data or a field is
+            unusable.
         TrainingError: see `twotower.training.loop.fit`.
     """
     workdir, mesh = local_folder(workdir), make_mesh(devices)
@@ -63,7 +71,8 @@ def train(
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_of(prepared))
-    # Only now that everything fits: a mistake found above leaves the folder free for the corrected configuration.
+    # Only now that everything fits: a mistake found above leaves the folder free for the corrected
+    # configuration.
     if jax.process_index() == 0:
         claim(workdir, config)
         if known is None:
@@ -109,7 +118,8 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
 
 
 def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
-    """The state to restore onto: on one device, or divided over all of this process where one cannot hold it.
+    """The state to restore onto: on one device, or divided over all of this process where one
+    cannot hold it.
 
     Raises:
         ConfigError: all together cannot either.
@@ -126,7 +136,9 @@ def local_folder(workdir: Path | str) -> Path:
     """`workdir` as a path; refuses an address."""
     # `Path` would make "gs://bucket" a local folder named "gs:".
     if "://" in str(workdir) or str(workdir).startswith("gs:/"):
-        raise ConfigError(f"--workdir={workdir} must be a folder of this machine (or one mounted into it).")
+        raise ConfigError(
+            f"--workdir={workdir} must be a folder of this machine (or one mounted into it)."
+        )
     return Path(workdir)
 
 
@@ -145,21 +157,32 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}). Restore it, or delete the folder and train again.") from None
+        raise ConfigError(
+            f"{path} is damaged ({error}). Restore it, or delete the folder and train again."
+        ) from None
 
 
 def _is_begun(workdir: Path, config: Config) -> bool:
-    """Whether `workdir` holds a run of this configuration; refuses one of another, and a folder of something else.
+    """Whether `workdir` holds a run of this configuration; refuses one of another, and a folder of
+    something else.
 
-    A run that never reached a checkpoint (its batch was larger than the data, say) may be begun again otherwise.
+    A run that never reached a checkpoint (its batch was larger than the data, say) may be begun
+    again otherwise.
     """
     path = workdir / "config.json"
     if not path.exists():
         if workdir.exists() and any(other.name != "config.tmp" for other in workdir.iterdir()):
-            raise ConfigError(f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder.")
+            raise ConfigError(
+                f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder."
+            )
         return False
     old, new = _read_json(path), json.loads(config.to_json())
-    changed = _differences(*({name: x for name, x in values.items() if name in config.trained()} for values in (old, new)))
+    changed = _differences(
+        *(
+            {name: x for name, x in values.items() if name in config.trained()}
+            for values in (old, new)
+        )
+    )
     if changed and any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*")):
         raise ConfigError(
             f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
@@ -190,5 +213,7 @@ def step_of(checkpoints: Any, which: str, workdir: Path) -> int:
     step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(which, lambda: int(which))()
     if step is None:
         again = f"python -m experiments.train --config=... --workdir={workdir}"
-        raise CheckpointError(f"{checkpoints.folder} has no checkpoint yet; train until the first validation: {again}")
+        raise CheckpointError(
+            f"{checkpoints.folder} has no checkpoint yet; train until the first validation: {again}"
+        )
     return step

@@ -1,4 +1,5 @@
-"""The state of training: arrays only, so that it is the checkpoint; and what a step needs besides arrays."""
+"""The state of training: arrays only, so that it is the checkpoint; and what a step needs besides
+arrays."""
 
 from __future__ import annotations
 
@@ -26,13 +27,14 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, steps done.
-        params: dense parameters, see `Weights`; also those of the heads, and the bias of a loss that has one.
+        params: dense parameters, see `Weights`; also those of the heads, and the bias of a loss
+            that has one.
         tables: embedding tables, see `Weights`.
         batch_stats: running statistics, see `Weights`.
         opt_state: the dense optimizer's, and the plateau schedule's.
         table_slots: table name -> the sparse optimizer's arrays.
-        frequency: {"item": ...}, and "user" for a symmetric loss: what the estimator of `config.objective.negatives.frequency`
-            keeps.
+        frequency: {"item": ...}, and "user" for a symmetric loss: what the estimator of
+            `config.objective.negatives.frequency` keeps.
         negatives: {"queue": ..., "mined": ...}, as far as they are used.
     """
 
@@ -60,7 +62,8 @@ class Trainer:
         sources: of negatives; none for a loss that looks at each row alone.
 
     Raises (from `build`):
-        ConfigError: a loss, optimizer, schedule or estimator is unknown, or options do not go together.
+        ConfigError: a loss, optimizer, schedule or estimator is unknown, or options do not go
+            together.
     """
 
     model: TwoTower
@@ -82,39 +85,60 @@ class Trainer:
                 f"example ({model.dim // 2}, {model.dim // 4})."
             )
         places = model.history_length + 1 if config.training.examples == "sequences" else 1
-        return cls(model, config, loss, *optimizers, corpus, Sources.build(config, loss, corpus, places=places))
+        return cls(
+            model,
+            config,
+            loss,
+            *optimizers,
+            corpus,
+            Sources.build(config, loss, corpus, places=places),
+        )
 
     def over(self, examples: int) -> Trainer:
-        """Itself, with the steps in proportion to the examples where `config.training.steps_for` says how many they are for.
+        """Itself, with the steps in proportion to the examples where `config.training.steps_for`
+        says how many they are for.
 
-        Each validation ends with a whole dispatch, and few examples are given no fewer steps than were to be before the first.
+        Each validation ends with a whole dispatch, and few examples are given no fewer steps than
+        were to be before the first.
         """
         training = self.config.training
         if not training.steps_for:
             return self
-        validations, dispatch = math.ceil(training.steps / training.validate_every), training.steps_per_dispatch
+        validations, dispatch = (
+            math.ceil(training.steps / training.validate_every),
+            training.steps_per_dispatch,
+        )
         needed = round(training.steps * examples / training.steps_for / (validations * dispatch))
-        every = max(needed, math.ceil(training.validate_every / (validations * dispatch))) * dispatch
+        every = (
+            max(needed, math.ceil(training.validate_every / (validations * dispatch))) * dispatch
+        )
         warmup = round(training.schedule.warmup_steps * validations * every / training.steps)
         training = dataclasses.replace(
-            training, steps=validations * every, validate_every=every,
+            training,
+            steps=validations * every,
+            validate_every=every,
             schedule=dataclasses.replace(training.schedule, warmup_steps=warmup),
-        )  # fmt: skip
+        )
         config = dataclasses.replace(self.config, training=training)
         return dataclasses.replace(self, config=config, schedule=schedule(training))
 
 
-def chosen_kinds(config: Config) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
-    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no data."""
+def chosen_kinds(
+    config: Config,
+) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
+    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no
+    data."""
     training, objective = config.training, config.objective
     _check_objective(config)
     _check_loss(config)
     check_heads(objective.heads)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     return (
-        choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss"), dense_optimizer(training.optimizer),
-        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"), schedule(training),
-    )  # fmt: skip
+        choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss"),
+        dense_optimizer(training.optimizer),
+        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"),
+        schedule(training),
+    )
 
 
 def _check_objective(config: Config) -> None:
@@ -131,9 +155,17 @@ def _check_objective(config: Config) -> None:
             f"config.objective.negatives.explicit={negatives.explicit} draws from rows whose label is 0, and "
             "config.objective.label is empty: name the column of the interactions that holds 0 or 1."
         )
-    used = (negatives.popularity, negatives.catalogue, negatives.queue, negatives.mined, negatives.explicit)
+    used = (
+        negatives.popularity,
+        negatives.catalogue,
+        negatives.queue,
+        negatives.mined,
+        negatives.explicit,
+    )
     if alone and (any(used) or negatives.uniform > 0):
-        raise ConfigError(f"config.objective.negatives has sources that loss={loss!r} with weight={objective.weight} never uses.")
+        raise ConfigError(
+            f"config.objective.negatives has sources that loss={loss!r} with weight={objective.weight} never uses."
+        )
     if not alone and not negatives.in_batch and not any(used) and negatives.uniform <= 0:
         raise ConfigError(
             "config.objective.negatives has no source: set in_batch=True, or how many to draw by uniform or popularity, or "
@@ -159,17 +191,25 @@ def _check_loss(config: Config) -> None:
     pointwise = name in POINTWISE
     loss = choose(LOSSES | POINTWISE, name, "config.objective.loss")
     read = {
-        "positive_temperature": not pointwise and loss.bilateral, "calibration": name == "gbce", "pos_weight": pointwise,
-        "negative_weight": name == "cosine_contrastive", "margin": not pointwise, "symmetric": not pointwise,
-    }  # fmt: skip
+        "positive_temperature": not pointwise and loss.bilateral,
+        "calibration": name == "gbce",
+        "pos_weight": pointwise,
+        "negative_weight": name == "cosine_contrastive",
+        "margin": not pointwise,
+        "symmetric": not pointwise,
+    }
     for field, is_read in read.items():
         value = getattr(objective, field)
         if not is_read and value != getattr(ObjectiveConfig(), field):
-            raise ConfigError(f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them out.")
+            raise ConfigError(
+                f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them out."
+            )
     if not pointwise and loss.bilateral and model.learn_temperature:
         raise ConfigError(
             f"config.objective.loss={name!r} falls without bound as the temperature does: set "
             "config.model.learn_temperature=False."
         )
     if name in ("hinge", "triplet") and not objective.margin:
-        raise ConfigError(f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: set, say, 0.2.")
+        raise ConfigError(
+            f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: set, say, 0.2."
+        )

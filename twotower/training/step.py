@@ -1,6 +1,8 @@
-"""One step of training: pure functions of arrays, run by the loop under `jit`, and under `shard_map` on several devices.
+"""One step of training: pure functions of arrays, run by the loop under `jit`, and under
+`shard_map` on several devices.
 
-The functions see one device's part of the batch and of the table rows; what crosses devices goes through their `Group`.
+The functions see one device's part of the batch and of the table rows; what crosses devices goes
+through their `Group`.
 """
 
 from __future__ import annotations
@@ -22,46 +24,73 @@ from twotower.training.rows import lookup_all, shared_gradients, shared_ids
 from twotower.training.state import Trainer, TrainState
 
 Metrics = dict[str, jax.Array]
-# More rows than this are embedded block by block, so that the hidden units of a whole catalogue are never held at once.
+# More rows than this are embedded block by block, so that the hidden units of a whole catalogue are
+# never held at once.
 EMBED_BLOCK = 16_384
 
 
 def train_step(
-    state: TrainState, batch: Batch, catalogue: Mapping[str, Any], *, trainer: Trainer, group: Group = ALONE
+    state: TrainState,
+    batch: Batch,
+    catalogue: Mapping[str, Any],
+    *,
+    trainer: Trainer,
+    group: Group = ALONE,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step.
 
     Args:
         batch: this device's part of the batch.
-        catalogue: what every device has of the corpus, as far as `trainer.sources` needs it: "item_features" [N, ...],
-            "popularity" (an alias table) and "explicit" (pools).
+        catalogue: what every device has of the corpus, as far as `trainer.sources` needs it:
+            "item_features" [N, ...], "popularity" (an alias table) and "explicit" (pools).
 
     Returns:
-        The next state, and the step's losses, gradient norm (dense and rows) and temperature, as scalars on the device.
+        The next state, and the step's losses, gradient norm (dense and rows) and temperature, as
+        scalars on the device.
     """
     batch = flattened(batch)
     key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
-    drawn = draw(trainer.sources, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group)
+    drawn = draw(
+        trainer.sources, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group
+    )
     places = _places(batch, drawn, group)
     features = _features(trainer, batch, drawn, catalogue, places, jax.random.fold_in(key, 0))
-    dropout = {s: row_keys(jax.random.fold_in(jax.random.fold_in(key, 1), i), places[s]) for i, s in enumerate(SIDES)}
+    dropout = {
+        s: row_keys(jax.random.fold_in(jax.random.fold_in(key, 1), i), places[s])
+        for i, s in enumerate(SIDES)
+    }
     asked = shared_ids(trainer.model, features, group)
     weights = group.sum(weight_sums(trainer.config.objective, batch))
 
     def loss_of(params: Any, rows: Any, local: Any) -> tuple[jax.Array, Any]:
         features, dropout, batch = local
-        vectors, stats = _embed(trainer, state.weights._replace(params=params), rows, features, dropout, group)
+        vectors, stats = _embed(
+            trainer, state.weights._replace(params=params), rows, features, dropout, group
+        )
         vectors["user"] = _asked(vectors["user"], batch)
         sums = losses_of(trainer, params, vectors, batch, drawn, state, catalogue, group)
-        means = {name: x / jnp.maximum(weights[name], jnp.finfo(x.dtype).tiny) for name, x in sums.items()}
+        means = {
+            name: x / jnp.maximum(weights[name], jnp.finfo(x.dtype).tiny)
+            for name, x in sums.items()
+        }
         tasks = task_weights(trainer.config.objective)
-        return sum(tasks[name] * mean for name, mean in means.items()), (means, stats, vectors["item"])
+        return sum(tasks[name] * mean for name, mean in means.items()), (
+            means,
+            stats,
+            vectors["item"],
+        )
 
     rows = lookup_all(trainer.model, state.tables, features, asked, group)
     (loss, (means, stats, items)), (grads, row_grads) = _gradients(
-        loss_of, group.vary(state.params), rows, (features, dropout, batch), parts=trainer.config.training.accumulate
+        loss_of,
+        group.vary(state.params),
+        rows,
+        (features, dropout, batch),
+        parts=trainer.config.training.accumulate,
     )
-    tables, row_norm = _update_tables(trainer, state, asked, shared_gradients(trainer.model, row_grads, group), group)
+    tables, row_norm = _update_tables(
+        trainer, state, asked, shared_gradients(trainer.model, row_grads, group), group
+    )
     grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
     metrics = {
         "loss": loss,
@@ -73,7 +102,8 @@ def train_step(
 
 
 def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) -> Any:
-    """The value and gradients of `loss_of` at params and rows, of the whole batch or summed over its parts, one after another.
+    """The value and gradients of `loss_of` at params and rows, of the whole batch or summed over
+    its parts, one after another.
 
     The parts of a sum are summed: what `loss_of` divides by must be of the whole batch.
     """
@@ -81,45 +111,72 @@ def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) 
     if parts == 1:
         return differentiate(params, rows, local)
     divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (rows, local))
-    (loss, (means, stats, items)), (grads, row_grads) = jax.lax.map(lambda part: differentiate(params, *part), divided)
+    (loss, (means, stats, items)), (grads, row_grads) = jax.lax.map(
+        lambda part: differentiate(params, *part), divided
+    )
     loss, means, grads = jax.tree.map(lambda x: x.sum(0), (loss, means, grads))
     items, row_grads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (items, row_grads))
     return (loss, (means, stats, items)), (grads, row_grads)
 
 
 def flattened(batch: Batch) -> Batch:
-    """A batch of packed sequences with a row for each place, but for "user_features" and "asked"; another batch as it is."""
+    """A batch of packed sequences with a row for each place, but for "user_features" and "asked";
+    another batch as it is."""
     if batch["user"].ndim == 1:
         return batch
     kept = ("user_features", "asked")
-    return {name: x if name in kept else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for name, x in batch.items()}
+    return {
+        name: x if name in kept else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
+        for name, x in batch.items()
+    }
 
 
 def _places(batch: Batch, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
-    """What tells the rows of each side apart whatever device they are on: the batch's first, then the items drawn."""
+    """What tells the rows of each side apart whatever device they are on: the batch's first, then
+    the items drawn."""
     rows, users = len(batch["user"]), len(next(iter(batch["user_features"].values())))
     everyone, hard = rows * group.size, drawn.hard.size * group.size
-    # The shared ones last: how many of them are there to fill up the devices must move nobody else's place.
-    items = (group.places(rows), everyone + hard + group.places(len(drawn.shared)), everyone + group.places(drawn.hard.size))
+    # The shared ones last: how many of them are there to fill up the devices must move nobody
+    # else's place.
+    items = (
+        group.places(rows),
+        everyone + hard + group.places(len(drawn.shared)),
+        everyone + group.places(drawn.hard.size),
+    )
     return {"user": group.places(users), "item": jnp.concatenate(items)}
 
 
 def _features(
-    trainer: Trainer, batch: Batch, drawn: Drawn, catalogue: Mapping[str, Any], places: Mapping[str, jax.Array], key: jax.Array
+    trainer: Trainer,
+    batch: Batch,
+    drawn: Drawn,
+    catalogue: Mapping[str, Any],
+    places: Mapping[str, jax.Array],
+    key: jax.Array,
 ) -> dict[str, dict[str, jax.Array]]:
-    """The encoded features of both sides, the items drawn after the batch's own, with ids dropped."""
+    """The encoded features of both sides, the items drawn after the batch's own, with ids
+    dropped."""
     features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
     if len(drawn.ids):
         extra = features_of(catalogue["item_features"], trainer.model.inputs["item"], drawn.ids)
-        features["item"] = {name: jnp.concatenate([x, extra[name]]) for name, x in features["item"].items()}
+        features["item"] = {
+            name: jnp.concatenate([x, extra[name]]) for name, x in features["item"].items()
+        }
     return {
-        side: drop_ids(trainer.model.inputs[side], features[side], row_keys(jax.random.fold_in(key, i), places[side]))
+        side: drop_ids(
+            trainer.model.inputs[side],
+            features[side],
+            row_keys(jax.random.fold_in(key, i), places[side]),
+        )
         for i, side in enumerate(SIDES)
     }
 
 
-def drop_ids(inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
-    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are trained.
+def drop_ids(
+    inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys: jax.Array
+) -> dict[str, jax.Array]:
+    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are
+    trained.
 
     Args:
         keys: [B] random keys, one a row.
@@ -129,15 +186,26 @@ def drop_ids(inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys:
         i, place = inputs[name], list(inputs).index(name)
         if not i.oov_rate:
             return ids
-        chosen = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, place), i.oov_rate, ids.shape[1:]))(keys)
-        # Known rows begin after padding and the out-of-vocabulary rows; spread over the latter by the id.
+        chosen = jax.vmap(
+            lambda k: jax.random.bernoulli(jax.random.fold_in(k, place), i.oov_rate, ids.shape[1:])
+        )(keys)
+        # Known rows begin after padding and the out-of-vocabulary rows; spread over the latter by
+        # the id.
         return jnp.where(chosen & (ids > i.oov_rows), 1 + ids % i.oov_rows, ids)
 
-    return {name: drop(name, x) if name in inputs and inputs[name].table else x for name, x in features.items()}
+    return {
+        name: drop(name, x) if name in inputs and inputs[name].table else x
+        for name, x in features.items()
+    }
 
 
 def _embed(
-    trainer: Trainer, weights: Weights, rows: Any, features: Any, keys: Mapping[str, jax.Array], group: Group
+    trainer: Trainer,
+    weights: Weights,
+    rows: Any,
+    features: Any,
+    keys: Mapping[str, jax.Array],
+    group: Group,
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The vectors of both sides, and the new batch statistics of the towers that have some."""
     vectors, stats = {}, {}
@@ -166,11 +234,13 @@ def _asked(vectors: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:
-    """`function` of arrays with `length` rows, a block at a time, its inner results made again for the gradient."""
+    """`function` of arrays with `length` rows, a block at a time, its inner results made again for
+    the gradient."""
     blocks = -(-length // EMBED_BLOCK)
 
     def divided(x: jax.Array) -> jax.Array:
-        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut off.
+        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut
+        # off.
         filled = jnp.concatenate([x, x[: blocks * EMBED_BLOCK - length]])
         return filled.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
 
@@ -179,36 +249,53 @@ def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:
 
 
 def _update_tables(
-    trainer: Trainer, state: TrainState, asked: Mapping[str, jax.Array], grads: Mapping[str, jax.Array], group: Group
+    trainer: Trainer,
+    state: TrainState,
+    asked: Mapping[str, jax.Array],
+    grads: Mapping[str, jax.Array],
+    group: Group,
 ) -> tuple[dict[str, Any], jax.Array]:
-    """{"tables", "table_slots"} after the step, of this device's rows, and the square of the norm of their gradient."""
+    """{"tables", "table_slots"} after the step, of this device's rows, and the square of the norm
+    of their gradient."""
     factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
     rate = factor * trainer.config.training.tables.learning_rate
     tables, slots, norm = {}, {}, jnp.float32(0)
     for name, table in state.tables.items():
         if name in asked:
             table, slots[name], square = apply_gradients(
-                trainer.sparse, table, state.table_slots[name], asked[name], grads[name], rate, state.step,
+                trainer.sparse,
+                table,
+                state.table_slots[name],
+                asked[name],
+                grads[name],
+                rate,
+                state.step,
                 first=group.index() * len(table),
-            )  # fmt: skip
+            )
             norm += square
         tables[name] = table
     return {"tables": tables, "table_slots": state.table_slots | slots}, norm
 
 
-def _apply(trainer: Trainer, state: TrainState, grads: Any, tables: Mapping[str, Any], stats: Any) -> TrainState:
+def _apply(
+    trainer: Trainer, state: TrainState, grads: Any, tables: Mapping[str, Any], stats: Any
+) -> TrainState:
     factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
     updates, dense = trainer.dense.update(grads, state.opt_state["dense"], state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: factor * u, updates))
     params["log_temperature"] = _temperature(trainer, state.params, params)
     return state.replace(
-        step=state.step + 1, params=params, opt_state=state.opt_state | {"dense": dense},
-        batch_stats=state.batch_stats | stats, **tables,
-    )  # fmt: skip
+        step=state.step + 1,
+        params=params,
+        opt_state=state.opt_state | {"dense": dense},
+        batch_stats=state.batch_stats | stats,
+        **tables,
+    )
 
 
 def _temperature(trainer: Trainer, old: Any, new: Any) -> jax.Array:
-    """Kept as it was when not learned; otherwise within bounds after, not inside, the gradient, so that it never sticks."""
+    """Kept as it was when not learned; otherwise within bounds after, not inside, the gradient, so
+    that it never sticks."""
     if not trainer.config.model.learn_temperature:
         return old["log_temperature"]
     low, high = (jnp.log(jnp.float32(t)) for t in TEMPERATURES)

@@ -1,4 +1,5 @@
-"""Metrics as they come: JSON lines, TensorBoard events, and a bar or log lines for whoever watches."""
+"""Metrics as they come: JSON lines, TensorBoard events, and a bar or log lines for whoever
+watches."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from absl import logging
 
 
 class MetricWriter:
-    """Writes to `metrics.jsonl` and `tensorboard/` of a run, and shows progress; a context that closes them.
+    """Writes to `metrics.jsonl` and `tensorboard/` of a run, and shows progress; a context that
+    closes them.
 
     Args:
         workdir: the run.
-        start: the step that the run goes on from; lines of later steps, left by a killed process, are removed.
+        start: the step that the run goes on from; lines of later steps, left by a killed process,
+            are removed.
         steps: of the whole run.
     """
 
@@ -28,8 +31,16 @@ class MetricWriter:
         path = Path(workdir) / "metrics.jsonl"
         _truncate(path, start)
         self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=start + 1 if start else None)
-        self._bar = tqdm.tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._events = SummaryWriter(
+            str(path.parent / "tensorboard"), purge_step=start + 1 if start else None
+        )
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
         self._shown: dict[str, str] = {}
 
     def __enter__(self) -> MetricWriter:
@@ -76,12 +87,14 @@ class _Silent:
 
 
 def open_writer(workdir: Path, *, start: int, steps: int) -> MetricWriter | _Silent:
-    """A writer on the first process, and on the others one that writes nothing: all of them know the same metrics."""
+    """A writer on the first process, and on the others one that writes nothing: all of them know
+    the same metrics."""
     return _Silent() if jax.process_index() else MetricWriter(workdir, start=start, steps=steps)
 
 
 def _truncate(path: Path, start: int) -> None:
-    """Keeps the whole lines of steps up to `start`: a killed process may have left later ones, and half a line."""
+    """Keeps the whole lines of steps up to `start`: a killed process may have left later ones, and
+    half a line."""
     if not path.exists():
         return
     kept = []

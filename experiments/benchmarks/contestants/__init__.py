@@ -1,1 +1,2 @@
-"""The two sides of the comparisons with peers: each module runs in its own process, with what its environment holds."""
+"""The two sides of the comparisons with peers: each module runs in its own process, with what its
+environment holds."""

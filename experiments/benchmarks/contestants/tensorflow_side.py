@@ -1,4 +1,5 @@
-"""TensorFlow Recommenders, tuned: a cached dataset of ready batches, the best number of steps an execution, XLA where faster."""
+"""TensorFlow Recommenders, tuned: a cached dataset of ready batches, the best number of steps an
+execution, XLA where faster."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from experiments.benchmarks.contestants.turn import (
 
 
 def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not, in bfloat16 or not."""
+    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not,
+    in bfloat16 or not."""
     import tensorflow as tf
     import tensorflow_recommenders as tfrs
 
@@ -29,7 +31,9 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     runs, times, steps = {}, {}, INTERACTIONS // batch
     float32 = ((steps, False, False), (steps, True, False), (1, False, False))
-    for together, compiled, half in float32[:1] if quick else (*float32, (steps, False, True), (steps, True, True)):
+    for together, compiled, half in (
+        float32[:1] if quick else (*float32, (steps, False, True), (steps, True, True))
+    ):
         name = f"steps_per_execution={together}{', jit_compile' if compiled else ''}{', bfloat16' if half else ''}"
         try:
             runs[name] = _passes(batch, together, compiled, half)
@@ -39,7 +43,9 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
             continue
         times[name] = min(seconds(runs[name]) for _ in range(3))
     best = min(times, key=times.get)
-    return runs[best], f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}, {best}"
+    return runs[
+        best
+    ], f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}, {best}"
 
 
 def _passes(batch: int, together: int, compiled: bool, half: bool) -> Callable[[int], None]:
@@ -49,8 +55,17 @@ def _passes(batch: int, together: int, compiled: bool, half: bool) -> Callable[[
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16" if half else "float32")
 
     def tower(rows: int) -> tf.keras.Model:
-        layers = [tf.keras.layers.Embedding(rows, WIDTH), tf.keras.layers.Dense(HIDDEN, "relu"), tf.keras.layers.Dense(WIDTH)]
-        return tf.keras.Sequential([*layers, tf.keras.layers.Lambda(lambda x: tf.math.l2_normalize(x, -1), dtype="float32")])
+        layers = [
+            tf.keras.layers.Embedding(rows, WIDTH),
+            tf.keras.layers.Dense(HIDDEN, "relu"),
+            tf.keras.layers.Dense(WIDTH),
+        ]
+        return tf.keras.Sequential(
+            [
+                *layers,
+                tf.keras.layers.Lambda(lambda x: tf.math.l2_normalize(x, -1), dtype="float32"),
+            ]
+        )
 
     class Model(tfrs.Model):
         def __init__(self):
@@ -62,11 +77,17 @@ def _passes(batch: int, together: int, compiled: bool, half: bool) -> Callable[[
             return self.task(*(f(x) for f, x in zip(self.towers, inputs)), compute_metrics=False)
 
     users, items = interactions()
-    data = tf.data.Dataset.from_tensor_slices((users, items)).shuffle(INTERACTIONS).batch(batch, drop_remainder=True)
+    data = (
+        tf.data.Dataset.from_tensor_slices((users, items))
+        .shuffle(INTERACTIONS)
+        .batch(batch, drop_remainder=True)
+    )
     steps = INTERACTIONS // batch
     data = data.cache().shuffle(steps).repeat().prefetch(2)
     model = Model()
-    optimizer = tf.keras.optimizers.Adagrad(RATE, initial_accumulator_value=ACCUMULATOR, jit_compile=compiled)
+    optimizer = tf.keras.optimizers.Adagrad(
+        RATE, initial_accumulator_value=ACCUMULATOR, jit_compile=compiled
+    )
     model.compile(optimizer, steps_per_execution=together, jit_compile=compiled)
 
     def run(repeats: int) -> None:

@@ -1,4 +1,5 @@
-"""PyTorch, tuned: tensors made once, no DataLoader, one thread on its one core, compiled where that is faster."""
+"""PyTorch, tuned: tensors made once, no DataLoader, one thread on its one core, compiled where that
+is faster."""
 
 from __future__ import annotations
 
@@ -56,12 +57,15 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
 
 
 def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or not, in bfloat16 or not."""
+    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or
+    not, in bfloat16 or not."""
     import torch
 
     torch.set_num_threads(1)
     runs, times = {}, {}
-    for sparse, compiled, half in ((False, False, False),) if quick else itertools.product((False, True), repeat=3):
+    for sparse, compiled, half in (
+        ((False, False, False),) if quick else itertools.product((False, True), repeat=3)
+    ):
         name = f"{'sparse' if sparse else 'dense'} tables{', torch.compile' if compiled else ''}{', bfloat16' if half else ''}"
         try:
             runs[name] = _passes(batch, sparse, compiled, half)
@@ -88,7 +92,11 @@ def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[i
     dense = [x for x in towers.parameters() if not any(x is t for t in tables)]
     adagrad = functools.partial(torch.optim.Adagrad, lr=RATE, initial_accumulator_value=ACCUMULATOR)
     # The fused update is the fastest of dense gradients, and knows no sparse ones.
-    optimizers = [adagrad(dense, fused=True), adagrad(tables)] if sparse else [adagrad(dense + tables, fused=True)]
+    optimizers = (
+        [adagrad(dense, fused=True), adagrad(tables)]
+        if sparse
+        else [adagrad(dense + tables, fused=True)]
+    )
     labels = torch.arange(batch)
 
     def loss_of(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
@@ -113,8 +121,11 @@ def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[i
     return run
 
 
-def sequence(*, length: int, batch: int, half: bool, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Steps of the same Transformer: blocks normalised before each part, a start token, learned positions, full cross-entropy."""
+def sequence(
+    *, length: int, batch: int, half: bool, quick: bool
+) -> tuple[Callable[[int], None], str]:
+    """Steps of the same Transformer: blocks normalised before each part, a start token, learned
+    positions, full cross-entropy."""
     import torch
 
     torch.set_num_threads(1)
@@ -144,11 +155,20 @@ def _sequence_steps(length: int, batch: int, compiled: bool, half: bool) -> Call
             super().__init__()
             self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
             self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.up, self.down = nn.Linear(WIDTH, EXPANSION * WIDTH), nn.Linear(EXPANSION * WIDTH, WIDTH)
+            self.up, self.down = (
+                nn.Linear(WIDTH, EXPANSION * WIDTH),
+                nn.Linear(EXPANSION * WIDTH, WIDTH),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-            added = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+            q, k, v = (
+                self.qkv(self.norms[0](x)).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+            )
+            added = (
+                scaled_dot_product_attention(q, k, v, is_causal=True)
+                .transpose(1, 2)
+                .reshape(x.shape)
+            )
             x = x + dropout(self.out(added), rate)
             return x + dropout(self.down(relu(self.up(self.norms[1](x)))), rate)
 
@@ -160,7 +180,9 @@ def _sequence_steps(length: int, batch: int, compiled: bool, half: bool) -> Call
             self.blocks = nn.Sequential(Block(), Block())
 
         def forward(self, items: torch.Tensor) -> torch.Tensor:
-            x = torch.cat([self.start.expand(len(items), 1, -1), self.items(items[:, :-1]) * WIDTH**0.5], 1)
+            x = torch.cat(
+                [self.start.expand(len(items), 1, -1), self.items(items[:, :-1]) * WIDTH**0.5], 1
+            )
             x = self.norm(self.blocks(dropout(x + self.positions.weight, rate)))
             return cross_entropy(x.flatten(0, 1) @ self.items.weight.T, items.flatten())
 

@@ -1,4 +1,5 @@
-"""What a contestant's process does: builds what it was asked for, then runs it as often as each line of its input says."""
+"""What a contestant's process does: builds what it was asked for, then runs it as often as each
+line of its input says."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def serve(tasks: Mapping[str, Callable[..., tuple[Callable[[int], None], str]]])
     """Serves the task that the command line asks for.
 
     Args:
-        tasks: name -> function of the options, which gives a function that repeats the work so many times, and a note.
+        tasks: name -> function of the options, which gives a function that repeats the work so many
+            times, and a note.
     """
     options = json.loads(sys.argv[1])
     # Before a framework counts the cores.
@@ -32,7 +34,8 @@ def serve(tasks: Mapping[str, Callable[..., tuple[Callable[[int], None], str]]])
     out, sys.stdout = sys.stdout, sys.stderr
     task = options.pop("task")
     run, note = tasks[task](**options)
-    # Every row that will be used has then been used once; what walks over whole tables anyway would take minutes.
+    # Every row that will be used has then been used once; what walks over whole tables anyway would
+    # take minutes.
     run(BATCHES if task == "tables" and options["kind"] != "dense_adam" else 2)
 
     def answer(**values: Any) -> None:
@@ -44,14 +47,16 @@ def serve(tasks: Mapping[str, Callable[..., tuple[Callable[[int], None], str]]])
 
 
 def seconds(run: Callable[[int], None], repeats: int = 1) -> float:
-    """Seconds a repetition, of processor time: on one core what a clock would show were nobody else there."""
+    """Seconds a repetition, of processor time: on one core what a clock would show were nobody else
+    there."""
     start = time.process_time()
     run(repeats)
     return (time.process_time() - start) / repeats
 
 
 def table_ids(rows: int, batch: int, batches: int = BATCHES) -> np.ndarray:
-    """int64 [batches, batch]: Zipf-distributed ids, as many distinct ones in every table of 100,000 rows or more."""
+    """int64 [batches, batch]: Zipf-distributed ids, as many distinct ones in every table of 100,000
+    rows or more."""
     used = min(rows, 100_000)
     drawn = np.random.default_rng(0).zipf(1.1, (batches, batch)) * 7919 % used
     # Apart by a random distance: rows at one distance would share few of the sets of a cache.
@@ -65,7 +70,8 @@ def table_targets(batch: int) -> np.ndarray:
 
 
 def sequences(length: int) -> np.ndarray:
-    """int64 [512, length + 1]: items of users whose sequences fill their rows, popular ones more often; all `FILMS` occur."""
+    """int64 [512, length + 1]: items of users whose sequences fill their rows, popular ones more
+    often; all `FILMS` occur."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(10, FILMS + 10)
     drawn = rng.choice(FILMS, (512, length + 1), p=popularity / popularity.sum())

@@ -27,7 +27,8 @@ from experiments.benchmarks.contestants.turn import (
 
 
 def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], str]:
-    """Steps of one table: look up, a pointwise loss, its gradient, the optimizer's update. "dense_adam" is optax's."""
+    """Steps of one table: look up, a pointwise loss, its gradient, the optimizer's update.
+    "dense_adam" is optax's."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -42,7 +43,9 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     def sparse(state: Any, ids: jax.Array) -> Any:
         table, slots, step = state
         grads = jax.grad(loss_of)(lookup(table, ids))
-        return *apply_gradients(OPTIMIZERS[kind], table, slots, ids, grads, 0.05, step)[:2], step + 1
+        return *apply_gradients(OPTIMIZERS[kind], table, slots, ids, grads, 0.05, step)[
+            :2
+        ], step + 1
 
     def dense(state: Any, ids: jax.Array) -> Any:
         table, slots, step = state
@@ -52,7 +55,11 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
 
     def init() -> Any:
         table = init_table(jax.random.key(0), rows, WIDTH)
-        slots = optax.adam(0.001).init(table) if kind == "dense_adam" else OPTIMIZERS[kind].init(table, 0.1)
+        slots = (
+            optax.adam(0.001).init(table)
+            if kind == "dense_adam"
+            else OPTIMIZERS[kind].init(table, 0.1)
+        )
         return table, slots, jnp.int32(0)
 
     state = [jax.jit(init)()]
@@ -68,11 +75,14 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
 
 
 def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the compiled steps of `fit`, a pass a dispatch; with the corrections that peers lack."""
+    """Passes over the data by the compiled steps of `fit`, a pass a dispatch; with the corrections
+    that peers lack."""
     return _faster(functools.partial(_passes, batch), quick)
 
 
-def _faster(make: Callable[[str], tuple[Callable[[int], None], str]], quick: bool) -> tuple[Callable[[int], None], str]:
+def _faster(
+    make: Callable[[str], tuple[Callable[[int], None], str]], quick: bool
+) -> tuple[Callable[[int], None], str]:
     """What `make` makes of "float32", or of "bfloat16" where that takes less time."""
     runs = {dtype: make(dtype) for dtype in (("float32",) if quick else ("float32", "bfloat16"))}
     times = {}
@@ -85,22 +95,36 @@ def _faster(make: Callable[[str], tuple[Callable[[int], None], str]], quick: boo
 
 def _passes(batch: int, dtype: str) -> tuple[Callable[[int], None], str]:
     steps, tower = INTERACTIONS // batch, {"layers": (HIDDEN, WIDTH)}
-    model = {"user": tower, "item": tower, "temperature": TEMPERATURE, "learn_temperature": False, "dtype": dtype}
+    model = {
+        "user": tower,
+        "item": tower,
+        "temperature": TEMPERATURE,
+        "learn_temperature": False,
+        "dtype": dtype,
+    }
     config = {
         "model": model,
         "objective": {"negatives": {"uniform": 0}},
         "training": {
-            "batch_size": batch, "steps": steps, "validate_every": steps, "steps_per_dispatch": steps,
+            "batch_size": batch,
+            "steps": steps,
+            "validate_every": steps,
+            "steps_per_dispatch": steps,
             "optimizer": {"kind": "adagrad", "learning_rate": RATE},
-            "tables": {"kind": "adagrad", "learning_rate": RATE, "initial_accumulator": ACCUMULATOR},
+            "tables": {
+                "kind": "adagrad",
+                "learning_rate": RATE,
+                "initial_accumulator": ACCUMULATOR,
+            },
         },
-    }  # fmt: skip
+    }
     users, items = (x - 1 for x in interactions())
     return _fit(config, {"user": USERS, "item": ITEMS}, users, items, WIDTH)
 
 
 def whole_step(*, rows: int) -> tuple[Callable[[int], None], str]:
-    """Dispatches of eight steps of a model of two tables of `rows`, of half the width so that they fit beside another's."""
+    """Dispatches of eight steps of a model of two tables of `rows`, of half the width so that they
+    fit beside another's."""
     config = {
         "objective": {"symmetric": True, "negatives": {"uniform": 0}},
         "training": {"batch_size": 1024, "steps": 8, "validate_every": 8, "steps_per_dispatch": 8},
@@ -109,7 +133,9 @@ def whole_step(*, rows: int) -> tuple[Callable[[int], None], str]:
     return _fit(config, {"user": rows, "item": rows}, users, items, WIDTH // 2)
 
 
-def _fit(config: Any, sizes: dict[str, int], users: Any, items: Any, width: int) -> tuple[Callable[[int], None], str]:
+def _fit(
+    config: Any, sizes: dict[str, int], users: Any, items: Any, width: int
+) -> tuple[Callable[[int], None], str]:
     """Repeated dispatches of the compiled steps of `fit`, on ids alone."""
     import jax
     import numpy as np
@@ -131,11 +157,19 @@ def _fit(config: Any, sizes: dict[str, int], users: Any, items: Any, width: int)
     model = TwoTower.build_from(config.model, inputs, shapes)
     trainer = Trainer.build(config, model, Corpus(sizes["user"], sizes["item"], 0))
     rows = Rows(users, items, np.ones(len(users), np.float32), None, {})
-    features = {side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()}
-    batches = Batches(rows, features, batch_size=training.batch_size, seed=0, resident_megabytes=1000)
-    counts = {side: np.bincount(x, minlength=sizes[side]).astype(np.float32) for side, x in (("user", users), ("item", items))}
+    features = {
+        side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()
+    }
+    batches = Batches(
+        rows, features, batch_size=training.batch_size, seed=0, resident_megabytes=1000
+    )
+    counts = {
+        side: np.bincount(x, minlength=sizes[side]).astype(np.float32)
+        for side, x in (("user", users), ("item", items))
+    }
     state = [init_on(mesh, trainer, counts | {"rows": np.float32(len(users))})]
-    # Of the prepared data only the corpus' popularity and features would be asked for, by negatives that are not used.
+    # Of the prepared data only the corpus' popularity and features would be asked for, by negatives
+    # that are not used.
     run_steps, place = compile_steps(trainer, batches, None, mesh), itertools.count()
 
     def run(repeats: int) -> None:
@@ -147,7 +181,8 @@ def _fit(config: Any, sizes: dict[str, int], users: Any, items: Any, width: int)
 
 
 def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Steps of the configuration of MovieLens-1M with a smaller, plain model, on users who fill their rows."""
+    """Steps of the configuration of MovieLens-1M with a smaller, plain model, on users who fill
+    their rows."""
     return _faster(functools.partial(_sequence_steps, length, batch), quick)
 
 
@@ -173,15 +208,31 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     config.split.accept_leakage = ("repeated_pairs",)
     config.features.user["history"]["max_length"] = length
     config.features.item["item_id"]["embedding_size"] = WIDTH
-    config.model.history.block, config.model.history.expansion, config.model.dtype = "sasrec", EXPANSION, dtype
+    config.model.history.block, config.model.history.expansion, config.model.dtype = (
+        "sasrec",
+        EXPANSION,
+        dtype,
+    )
     config.training.batch_size, config.training.crop = batch, "last"
     with tempfile.TemporaryDirectory() as folder:
         config.data.path = str(Path(folder) / "pairs.txt")
-        Path(config.data.path).write_text("".join(f"{u} {i}\n" for u, row in enumerate(sequences(length)) for i in row))
+        Path(config.data.path).write_text(
+            "".join(f"{u} {i}\n" for u, row in enumerate(sequences(length)) for i in row)
+        )
         prepared = prepare(from_dict(config))
-    trainer = Trainer.build(prepared.config, TwoTower.build(prepared.config.model, prepared.encoder), corpus_of(prepared))
+    trainer = Trainer.build(
+        prepared.config,
+        TwoTower.build(prepared.config.model, prepared.encoder),
+        corpus_of(prepared),
+    )
     batches = SequenceBatches(
-        prepared.train, prepared.features, prepared.histories, prepared.plan, batch_size=batch, seed=0, resident_megabytes=1000
+        prepared.train,
+        prepared.features,
+        prepared.histories,
+        prepared.plan,
+        batch_size=batch,
+        seed=0,
+        resident_megabytes=1000,
     )
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
