@@ -85,7 +85,7 @@ def main() -> None:
 
 def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
     """List lengths in rising order."""
-    from twotower.validation import ConfigError
+    from twotower.core.errors import ConfigError
 
     bad = [k for k in given or () if not k.strip().isdigit() or int(k) < 1]
     if bad:
@@ -97,7 +97,7 @@ def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ..
 
 def parse_weights(given: list[str]) -> tuple[float, ...]:
     """Weights of popularity."""
-    from twotower.validation import ConfigError
+    from twotower.core.errors import ConfigError
 
     try:
         weights = tuple(float(weight) for weight in given)

@@ -42,8 +42,8 @@ _PLOT = flags.DEFINE_string(
 
 
 def main() -> None:
+    from twotower.index.tuning import format_tuning, plot_tuning
     from twotower.retrieval.export import export
-    from twotower.retrieval.tuning import format_tuning, plot_tuning
     from twotower.training.run import load_run
 
     folder = Path(_WORKDIR.value) / "bundle"

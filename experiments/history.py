@@ -42,8 +42,8 @@ _LIST = flags.DEFINE_bool("list", False, "Print what is kept.")
 
 
 def main() -> None:
+    from twotower.core.errors import ConfigError
     from twotower.integrations.embedding_history import EmbeddingHistory, parse_date
-    from twotower.validation import ConfigError
 
     keeps = _APPEND.value is not None or _BIGQUERY.value is not None
     if sum([keeps, _LIST.value, _DRIFT.value is not None]) != 1:
@@ -83,7 +83,7 @@ def append(history, workdir: Path, date: datetime.date) -> None:
 
 def load(history, dataset: str, date: datetime.date) -> None:
     """Loads a date into BigQuery."""
-    from twotower.data.bigquery import make_client
+    from twotower.data.sources.bigquery import make_client
     from twotower.integrations.bigquery_history import BigQueryHistory
 
     project = dataset.rpartition(".")[0]
@@ -116,8 +116,8 @@ def print_versions(history) -> None:
 
 def print_drift(history, names: list[str]) -> None:
     """How far the vectors have moved, and a plot where one is asked for."""
+    from twotower.core.errors import ConfigError
     from twotower.integrations import drift
-    from twotower.validation import ConfigError
 
     if len(names) != 2:
         raise ConfigError(

@@ -32,9 +32,9 @@ _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items tha
 
 
 def main() -> None:
+    from twotower.core.errors import ConfigError
     from twotower.retrieval.retriever import Retriever
     from twotower.training.run import load_config
-    from twotower.validation import ConfigError
 
     if sum(value is not None for value in (_USER.value, _ITEM.value, _USERS.value)) != 1:
         raise ConfigError("Give one of --user=ID, --item=ID and --users=FILE.")
@@ -79,8 +79,8 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     all."""
     import pyarrow.parquet as pq
 
+    from twotower.core.errors import ConfigError
     from twotower.retrieval.listing import read_ids
-    from twotower.validation import ConfigError
 
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a Parquet file.")

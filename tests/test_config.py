@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from twotower.config import Config, SplitConfig, TowerConfig, defaults, from_dict
-from twotower.validation import ConfigError, choose, convert
+from twotower.core.errors import ConfigError, choose, convert
 
 CHANGED = {
     "data": {

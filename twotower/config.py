@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from twotower.ranges import check_ranges
-from twotower.validation import build
+from twotower.config_rules import check_ranges
+from twotower.core.errors import build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class DataConfig:
     """Which log to learn from, and which of its rows.
 
     Attributes:
-        source: a key of `twotower.data.sources.SOURCES`.
+        source: a key of `twotower.data.sources.load.SOURCES`.
         path: of the interactions, in the place of `interactions.path`; empty: that one.
         interactions: who did what with which item.
         user_table: what is known of users; an empty path means nothing but their ids.
@@ -121,7 +121,7 @@ class SplitConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
     """The feature specification: a JSON file, or the two mappings themselves (see
-    `twotower.data.features`)."""
+    `twotower.features.spec`)."""
 
     path: str = ""
     user: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -433,7 +433,7 @@ class RetrievalConfig:
 
     Attributes:
         index: auto, exact, scann_brute_force, scann_tree, scann_tree_ah, hnswlib or faiss (see
-            `twotower.retrieval.scann`).
+            `twotower.index.scann`).
         target_recall: share of the exact top `k` that the index must find; decides how hard a query
             searches.
         k: length of the lists that the index is tuned for; longer ones are tuned beside it.
@@ -442,7 +442,7 @@ class RetrievalConfig:
         dim: width that the vectors of users and items are cut to: one of `objective.matryoshka`; 0
             keeps all of D.
         vectors: how item vectors are stored: float32, or int8 with a scale for each item, a quarter
-            of the size (see `twotower.retrieval.int8`). What either loses is measured at export and
+            of the size (see `twotower.index.int8`). What either loses is measured at export and
             stands in the manifest.
         display: columns of the items table kept beside the vectors; empty keeps all.
     """

@@ -42,11 +42,11 @@ def make(folder: Path, items: int) -> None:
 
     from experiments.configs import quickstart
     from twotower.config import from_dict
-    from twotower.data.prepare import prepare
+    from twotower.core.ragged import Csr
+    from twotower.index.popularity import index_items
+    from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
-    from twotower.retrieval.csr import Csr
     from twotower.retrieval.export import make_bundle
-    from twotower.retrieval.popularity import index_items
     from twotower.towers.two_tower import TwoTower
     from twotower.training.run import Run
 
@@ -93,7 +93,7 @@ def _repeated(rng: np.random.Generator, table: pa.Table, name: str, count: int) 
 
 def loading(folder: Path) -> dict[str, list[float]]:
     """Milliseconds of loads."""
-    from twotower.data.folders import digest
+    from twotower.core.files import digest
     from twotower.retrieval.retriever import Retriever
 
     files = [path for path in folder.rglob("*") if path.is_file()]

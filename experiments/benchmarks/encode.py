@@ -12,9 +12,9 @@ from __future__ import annotations
 from absl import app
 
 from experiments.benchmarks import harness
-from twotower.data.encoder import Encoder
-from twotower.data.features import from_mappings
-from twotower.data.synthetic import generate
+from twotower.data.shop.generate import generate
+from twotower.features.encoder import Encoder
+from twotower.features.spec import from_mappings
 
 
 def main(argv: list[str]) -> None:

@@ -35,7 +35,7 @@ def contestants(
     """name -> (queries, k) -> (scores, rows)"""
     import faiss
 
-    from twotower.retrieval.exact import ExactIndex
+    from twotower.index.exact import ExactIndex
 
     faiss.omp_set_num_threads(flags.FLAGS.threads)
     flat = faiss.IndexFlatIP(vectors.shape[1])

@@ -93,7 +93,7 @@ def size_of(write: Callable[[Path], Any]) -> int:
 def make_ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
     """The index as export builds it, for `users` to tune on."""
     from twotower.config import RetrievalConfig
-    from twotower.retrieval.scann import build_index, save_index
+    from twotower.index.scann import build_index, save_index
 
     config = RetrievalConfig(index=_INDEX.value, target_recall=_TARGET.value, k=_K.value)
     index = build_index(vectors, config, normalized=True, queries=users)
@@ -104,7 +104,7 @@ def make_ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
 
 def tuned(built: Built, tuning: np.ndarray, vectors: np.ndarray) -> int | None:
     """The least effort of a peer that reaches the target on `tuning`, by the same rule as ours."""
-    from twotower.retrieval import tuning as tuner
+    from twotower.index import tuning as tuner
 
     if not built.most:
         return 0
@@ -133,7 +133,7 @@ def measure(
 ) -> list[Speed]:
     """Of each (index, effort), which take turns: the best round in batches, the median of single
     queries in the best round."""
-    from twotower.retrieval.tuning import overlap
+    from twotower.index.tuning import overlap
 
     k, count = truth.shape[1], len(contestants)
     batches, singles = ([[] for _ in range(count)] for _ in range(2))
@@ -153,8 +153,8 @@ def grid_best(
 ) -> str:
     """What tuning takes, and beside its choice the fastest of a full grid of leaves and candidates,
     by the tuner's own rule of what reaches the target."""
-    from twotower.retrieval import tuning as tuner
-    from twotower.retrieval.exact import ExactIndex
+    from twotower.index import tuning as tuner
+    from twotower.index.exact import ExactIndex
 
     k, tuning = truth.shape[1], index.tuning
     problem = tuner.Problem(
@@ -237,7 +237,7 @@ def against(
 def main(argv: list[str]) -> None:
     import faiss
 
-    from twotower.retrieval.exact import ExactIndex
+    from twotower.index.exact import ExactIndex
 
     faiss.omp_set_num_threads(_THREADS.value)
     items = 10_000 if harness.QUICK.value else _ITEMS.value

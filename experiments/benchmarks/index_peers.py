@@ -38,8 +38,8 @@ def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
     """JAX, NumPy and FAISS, comparing all."""
     import faiss
 
-    from twotower.retrieval.exact import ExactIndex
-    from twotower.retrieval.search import exact_among
+    from twotower.index.exact import ExactIndex
+    from twotower.index.search import exact_among
 
     def flat() -> dict[str, Built]:
         index = faiss.IndexFlatIP(vectors.shape[1])

@@ -44,11 +44,11 @@ def make_bundle(folder: Path, items: int) -> None:
     import jax
 
     from twotower.config import from_dict
-    from twotower.data.prepare import prepare
+    from twotower.core.ragged import Csr
+    from twotower.index.popularity import index_items
+    from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
-    from twotower.retrieval.csr import Csr
     from twotower.retrieval.export import make_bundle as make
-    from twotower.retrieval.popularity import index_items
     from twotower.towers.two_tower import TwoTower
     from twotower.training.run import Run
 

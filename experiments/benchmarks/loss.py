@@ -8,7 +8,7 @@ negatives: they must be equal. Then value and gradient (by queries, items and te
 in-batch softmax, D = 64, with the logQ correction and accidental hits masked, in turns:
 
     naive            the [B, B] logits as one writes them, with optax's cross-entropy
-    reference        `twotower.objectives.reference.naive_loss`, which also holds them
+    reference        `twotower.kernels.reference.naive_loss`, which also holds them
     streaming        `streaming_loss`
     naive, bf16      the naive form with the operands of its products in bfloat16
     streaming, bf16  `streaming_loss` likewise; sums are float32 in all of them
@@ -32,9 +32,9 @@ from absl import app
 
 from experiments.benchmarks import harness
 from twotower.config import ObjectiveConfig
+from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES, streaming_loss
 from twotower.objectives.negatives import Candidates, Hard, Positives
-from twotower.objectives.reference import naive_loss
 
 _WIDTH = 64
 _SIZES, _QUICK_SIZES = (1024, 4096, 16_384, 65_536), (1024, 4096)

@@ -142,7 +142,7 @@ def measured(setting: Setting) -> dict[str, Any]:
 
 def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
     from twotower.config import from_dict
-    from twotower.data.encodings import Input, TableShape
+    from twotower.features.encodings import Input, TableShape
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import Corpus
     from twotower.training.state import Trainer
@@ -165,8 +165,7 @@ def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
 def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "float32") -> Any:
     """The step, or several to a dispatch, compiled from shapes alone: (state, batch or stacked
     batches) -> (state, metrics)."""
-    from twotower.training.init import abstract_state
-    from twotower.training.mesh import (
+    from twotower.core.mesh import (
         SPLIT,
         WHOLE,
         compiler_options,
@@ -175,6 +174,7 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
         shardings,
         state_specs,
     )
+    from twotower.training.init import abstract_state
     from twotower.training.step import train_step
 
     trainer, group = trainer_of(setting, dtype), group_of(mesh)

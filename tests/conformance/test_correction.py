@@ -10,6 +10,7 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.config import ObjectiveConfig, from_dict
+from twotower.core.mesh import ALONE
 from twotower.objectives import LOSSES, streaming_loss
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
@@ -22,7 +23,6 @@ from twotower.objectives.negatives import (
 )
 from twotower.training import candidates as sources_module
 from twotower.training.candidates import Corpus, Sources
-from twotower.training.mesh import ALONE
 
 D, T = 5, 0.4
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.conformance import tiny
-from twotower.data.batches import Batches, Rows
+from twotower.core.errors import ConfigError
 from twotower.objectives import LOSSES
-from twotower.validation import ConfigError
+from twotower.pipeline.batches import Batches, Rows
 
 
 def _steps(devices, count=3):

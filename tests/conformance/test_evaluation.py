@@ -7,13 +7,13 @@ import pytest
 from tests.evaluation.test_evaluate import make
 from twotower.config import from_dict
 from twotower.data.audit import LeakageError, check_fitted
-from twotower.data.encoder import Encoder
-from twotower.data.features import from_mappings
-from twotower.data.prepare import prepare
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
-from twotower.retrieval.history import items_of_users
+from twotower.features.encoder import Encoder
+from twotower.features.spec import from_mappings
+from twotower.pipeline.prepare import prepare
+from twotower.retrieval.user_items import items_of_users
 
 N = 700
 

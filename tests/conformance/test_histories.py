@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import HistoryConfig
-from twotower.data.encodings import Fitted
-from twotower.data.feature_kinds import HistoryFeature
-from twotower.data.histories import build_histories
 from twotower.data.interactions import Split
-from twotower.data.vocabulary import Vocabulary
+from twotower.features.encodings import Fitted
+from twotower.features.history import build_histories
+from twotower.features.kinds import HistoryFeature
+from twotower.features.vocabulary import Vocabulary
 from twotower.towers.history import Causal, History
 
 EVENTS = ["a", "b", "c", "d", "e", "f"]

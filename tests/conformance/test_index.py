@@ -13,17 +13,17 @@ import pytest
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.config import RetrievalConfig
+from twotower.core.ragged import Csr
 from twotower.evaluation import evaluate
 from twotower.evaluation.queries import make_queries
-from twotower.retrieval import exact
+from twotower.index import exact
+from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.scann import ScannIndex, build_index
+from twotower.index.search import search_without
+from twotower.index.tuning import overlap
 from twotower.retrieval.bundle import BundleError, load_bundle, write_bundle
-from twotower.retrieval.csr import Csr
-from twotower.retrieval.exact import ExactIndex, QueryError
 from twotower.retrieval.export import check_parity, make_bundle
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.scann import ScannIndex, build_index
-from twotower.retrieval.search import search_without
-from twotower.retrieval.tuning import overlap
 
 
 @pytest.fixture(scope="module")

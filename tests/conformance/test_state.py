@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.conformance import tiny
+from twotower.core.mesh import make_mesh
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.training.candidates import log_expected_count
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state
-from twotower.training.mesh import make_mesh
 
 
 def _open(folder):

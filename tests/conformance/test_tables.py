@@ -8,11 +8,11 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.config import DenseOptimizerConfig
-from twotower.data.encodings import Input
-from twotower.data.features import from_mappings
-from twotower.data.vocabulary import Vocabulary
+from twotower.core.mesh import SPLIT, Group, lookup_rows, make_mesh
+from twotower.features.encodings import Input
+from twotower.features.spec import from_mappings
+from twotower.features.vocabulary import Vocabulary
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients, init_table, lookup, pool
-from twotower.training.mesh import SPLIT, Group, lookup_rows, make_mesh
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import drop_ids
 

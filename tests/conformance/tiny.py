@@ -8,13 +8,7 @@ import jax
 import numpy as np
 
 from twotower.config import from_dict
-from twotower.data.encodings import Input, TableShape
-from twotower.objectives.alias import popularity_table
-from twotower.towers.two_tower import TwoTower
-from twotower.training import losses
-from twotower.training.candidates import Corpus
-from twotower.training.init import abstract_state, init_on
-from twotower.training.mesh import (
+from twotower.core.mesh import (
     SPLIT,
     WHOLE,
     group_of,
@@ -24,6 +18,12 @@ from twotower.training.mesh import (
     shardings,
     state_specs,
 )
+from twotower.features.encodings import Input, TableShape
+from twotower.objectives.alias import popularity_table
+from twotower.towers.two_tower import TwoTower
+from twotower.training import losses
+from twotower.training.candidates import Corpus
+from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
 

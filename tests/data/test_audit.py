@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import SplitConfig
+from twotower.core.errors import ConfigError
 from twotower.data.audit import FINDINGS, LeakageError, audit, check_fitted
 from twotower.data.interactions import Split, fingerprint
 from twotower.data.split import split
-from twotower.validation import ConfigError
 
 EVERYTHING = tuple(FINDINGS)
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import DataConfig, SplitConfig
+from twotower.core.errors import ConfigError
 from twotower.data.dataset import Dataset, Truth
 from twotower.data.filters import in_core
 from twotower.data.interactions import codes, fingerprint
 from twotower.data.split import PARTS, filter_rows, split
-from twotower.validation import ConfigError
 
 
 def log_of(users, items, **columns) -> pa.Table:

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from twotower.data.batches import Rows
+from twotower.core.ragged import Csr
 from twotower.evaluation import baselines
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries
-from twotower.retrieval.csr import Csr
+from twotower.pipeline.batches import Rows
 
 DAY = 24 * 3600
 

@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.evaluation.test_evaluate import KS, make, oracle
+from twotower.core.errors import ScoreError
+from twotower.core.mesh import AXIS, SPLIT, WHOLE, make_mesh, place
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.report import frontier
-from twotower.training.mesh import AXIS, SPLIT, WHOLE, make_mesh, place
-from twotower.validation import ScoreError
 
 
 def problem(num_items, largest=9):

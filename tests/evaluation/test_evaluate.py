@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower.core.errors import ScoreError
+from twotower.core.ragged import Csr
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries
-from twotower.retrieval.csr import Csr
-from twotower.validation import ScoreError
 
 KS = (1, 5, 20)
 
@@ -97,7 +97,7 @@ def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes):
 def test_a_long_corpus_in_groups_equals_a_short_one(problem, monkeypatch):
     scores, queries = problem
     expected = evaluate(lambda s: scores[s], queries, KS, mask_seen=True)
-    monkeypatch.setattr("twotower.retrieval.exact.SIZES", (4, 2))
+    monkeypatch.setattr("twotower.index.exact.SIZES", (4, 2))
     monkeypatch.setattr("twotower.evaluation.evaluate._measure", _fresh("_measure"))
     assert evaluate(lambda s: scores[s], queries, KS, mask_seen=True) == pytest.approx(expected)
 

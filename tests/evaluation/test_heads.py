@@ -13,12 +13,12 @@ from scipy.stats import mannwhitneyu
 
 from tests.retrieval.conftest import make_run
 from twotower.config import ObjectiveConfig, from_dict
-from twotower.data.synthetic import label_probabilities
+from twotower.core.errors import ScoreError
+from twotower.data.shop.generate import label_probabilities
 from twotower.evaluation import heads, report
 from twotower.evaluation.evaluate import make_validate
-from twotower.objectives.multitask import head_logits, init_heads
+from twotower.objectives.heads import head_logits, init_heads
 from twotower.training.run import load_run, train
-from twotower.validation import ScoreError
 
 HEADS = {
     "like": {"label": "liked", "combine": "multiply"},

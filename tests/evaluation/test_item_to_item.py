@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.batches import Rows
-from twotower.data.prepare import prepare
+from twotower.core.ragged import Csr
 from twotower.evaluation import item_to_item
 from twotower.evaluation.baselines import make_baselines, popularity_order, same_for_all
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.retrieval.csr import Csr
-from twotower.retrieval.history import items_of_users
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.prepare import prepare
+from twotower.retrieval.user_items import items_of_users
 
 USERS, ITEMS = 60, 40
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.prepare import prepare
+from twotower.core.errors import ConfigError
+from twotower.core.ragged import Csr
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.retrieval.csr import Csr
-from twotower.validation import ConfigError
+from twotower.pipeline.prepare import prepare
 
 # user, item, split; in order of time. Item z is never in training, so it is not in the corpus;
 # neither is y.

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.configs import arabic_shop
 from twotower.config import from_dict
-from twotower.data.shop_words import CATEGORIES
+from twotower.data.shop.words import CATEGORIES
 from twotower.retrieval.embed import embed_rows
 from twotower.training.run import load_run, train
 

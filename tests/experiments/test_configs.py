@@ -9,10 +9,10 @@ import pytest
 
 from experiments.export import describe
 from twotower.config import defaults, from_dict
-from twotower.data.features import load_spec
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
+from twotower.features.spec import load_spec
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import load_run, train

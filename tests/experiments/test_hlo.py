@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import hlo, scaling
-from twotower.training.mesh import SPLIT, WHOLE, make_mesh
+from twotower.core.mesh import SPLIT, WHOLE, make_mesh
 
 TRIPS = 5
 

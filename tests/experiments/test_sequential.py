@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.prepare import prepare
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import make_validate
+from twotower.pipeline.prepare import prepare
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import load_run, train

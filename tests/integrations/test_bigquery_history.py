@@ -12,7 +12,7 @@ import pytest
 
 from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
-from twotower.data.bigquery import make_client
+from twotower.data.sources.bigquery import make_client
 from twotower.integrations.bigquery_history import BigQueryHistory
 from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError
 

@@ -13,12 +13,12 @@ import uuid
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.test_bigquery import log
+from tests.data.sources.test_bigquery import log
 from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
 from twotower.config import DataConfig, TableConfig
-from twotower.data import sources
-from twotower.data.bigquery import make_client
+from twotower.data.sources import load as sources
+from twotower.data.sources.bigquery import make_client
 from twotower.integrations import bigquery_history
 from twotower.integrations.bigquery_history import BigQueryHistory
 from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.extras import extra
+from twotower.index.exact import QueryError
 from twotower.integrations.embedding_history import (
     EmbeddingHistory,
     HistoryError,
@@ -24,7 +25,6 @@ from twotower.integrations.embedding_history import (
     parse_date,
     version_of,
 )
-from twotower.retrieval.exact import QueryError
 from twotower.retrieval.retriever import Retriever
 
 ROOT = Path(__file__).parents[2]

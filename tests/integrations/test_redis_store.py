@@ -17,6 +17,8 @@ import pytest
 
 from tests.extras import extra, program
 from tests.integrations.test_embedding_history import block
+from twotower.core.errors import ConfigError
+from twotower.index.exact import QueryError
 from twotower.integrations.embedding_history import blocks_of
 from twotower.integrations.redis_store import (
     CachedRetriever,
@@ -24,9 +26,7 @@ from twotower.integrations.redis_store import (
     StoreError,
     bundle_version,
 )
-from twotower.retrieval.exact import QueryError
 from twotower.retrieval.retriever import Retriever
-from twotower.validation import ConfigError
 
 redis = extra("redis", "redis")
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.extras import extra
 from twotower.config import from_dict
+from twotower.core.errors import ConfigError
 from twotower.integrations.tracking import track
-from twotower.validation import ConfigError
 
 mlflow = extra("mlflow", "mlflow")
 extra("sqlalchemy", "mlflow")

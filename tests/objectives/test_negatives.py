@@ -9,11 +9,11 @@ import pytest
 
 from tests.objectives.drawn import IDS, TRIALS, N, agree, count, disagree
 from twotower.config import NegativesConfig
-from twotower.data.batches import Batches, Rows
+from twotower.core.errors import ConfigError
 from twotower.objectives import negatives
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.validation import ConfigError
+from twotower.pipeline.batches import Batches, Rows
 
 B = 32
 EXACT = FREQUENCIES["exact"]

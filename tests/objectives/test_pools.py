@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from tests.objectives.drawn import IDS, TRIALS, N, agree
-from twotower.data.batches import Rows
 from twotower.objectives import negatives
 from twotower.objectives.pools import build_pools, explicit_pools
+from twotower.pipeline.batches import Rows
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.prepare import prepare
+from twotower.pipeline.prepare import prepare
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.towers.two_tower import TwoTower

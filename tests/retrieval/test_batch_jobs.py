@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.core.errors import ConfigError
 from twotower.retrieval.batch_jobs import Tasks, embed_all, recommend_all, write_parts
 from twotower.retrieval.retriever import Retriever
-from twotower.validation import ConfigError
 
 
 def parts(folder):

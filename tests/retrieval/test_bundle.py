@@ -11,18 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.data.folders import content_digest, digest
-from twotower.data.prepare import prepare
+from twotower.core.errors import ConfigError
+from twotower.core.files import content_digest, digest
+from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import BundleError, load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import all_rows, check_parity, compare_scores, export, make_bundle
-from twotower.retrieval.history import items_of_users, latest_rows
 from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.weights import load_weights, model_version, save_weights
 from twotower.towers.two_tower import Weights
-from twotower.validation import ConfigError
 
 
 @pytest.fixture

@@ -4,18 +4,18 @@ and ranks by that."""
 import numpy as np
 import pytest
 
+from tests.index.test_int8 import storing
 from tests.retrieval.conftest import make_run
-from tests.retrieval.test_int8 import storing
+from twotower.core.errors import ConfigError
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import measure_run
+from twotower.index.exact import QueryError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.exact import QueryError
 from twotower.retrieval.export import export, make_bundle
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
-from twotower.validation import ConfigError
 
 
 def trained_for(folder, *widths, **model):

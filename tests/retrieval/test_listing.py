@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from twotower.core.errors import ConfigError
 from twotower.retrieval.listing import _width, format_items, read_ids
 from twotower.retrieval.retriever import Recommendation
-from twotower.validation import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.data.folders import FolderError
+from twotower.core.files import FolderError
 from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.match import MatchModel, UnknownIdError
 

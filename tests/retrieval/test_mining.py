@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.prepare import prepare
-from twotower.retrieval.csr import Csr
+from twotower.core.ragged import Csr
+from twotower.index.exact import QueryError
+from twotower.pipeline.prepare import prepare
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.exact import QueryError
 from twotower.retrieval.mining import make_mine, mine
 
 USERS, ITEMS, DIM = 6, 30, 4

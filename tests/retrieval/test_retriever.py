@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.retrieval.conftest import make_run
+from twotower.core.errors import ConfigError
+from twotower.core.ragged import Csr
+from twotower.index.exact import ExactIndex
+from twotower.index.search import search_without
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.bundle import BundleError
-from twotower.retrieval.csr import Csr
-from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest
-from twotower.retrieval.search import search_without
-from twotower.validation import ConfigError
 
 
 def scores_of(retriever, user):

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.data.tiny_sentence_model import write_model
 from tests.extras import extra
+from tests.features.tiny_sentence_model import write_model
 from tests.retrieval.conftest import FEATURES, make_run
-from twotower.data import sentences
-from twotower.data.sentence_model import load_model, model_digest
+from twotower.core.errors import ConfigError
+from twotower.features import sentence as sentences
+from twotower.features.sentence_model import load_model, model_digest
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
-from twotower.validation import ConfigError
 
 extra("tokenizers", "text")
 extra("safetensors", "text")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from twotower.config import HistoryConfig
+from twotower.core.errors import ConfigError
 from twotower.towers.history import HISTORIES, History, pooled, rotated
-from twotower.validation import ConfigError
 
 L, E = 6, 8
 KINDS = [("sasrec", "learned"), ("ligr", "rotary")]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.batches import Batches
-from twotower.data.prepare import prepare
+from twotower.pipeline.batches import Batches
+from twotower.pipeline.prepare import prepare
 from twotower.towers.two_tower import TwoTower
 from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import init_state

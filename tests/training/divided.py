@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from twotower.config import Config, from_dict
-from twotower.data.encodings import Input, TableShape
+from twotower.core.mesh import SPLIT, WHOLE, group_of, make_mesh, place, run_on, state_specs
+from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import SIDES, TwoTower
 from twotower.training.candidates import Corpus
 from twotower.training.init import abstract_state, init_on
-from twotower.training.mesh import SPLIT, WHOLE, group_of, make_mesh, place, run_on, state_specs
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
 

@@ -27,8 +27,8 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
         jax.distributed.initialize, heartbeat_timeout_seconds=10
     )
     from tests.training.test_processes import config_of
-    from twotower.data.batches import Batches
     from twotower.evaluation.evaluate import make_validate
+    from twotower.pipeline.batches import Batches
     from twotower.retrieval.mining import make_mine
     from twotower.training.processes import join
     from twotower.training.run import train

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow.csv
 import pytest
 
-from tests.data.test_histories import encoder
+from tests.features.test_history import encoder
 from tests.training.conftest import small_config
-from twotower.data.synthetic import generate
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import make_mesh
+from twotower.data.shop.generate import generate
 from twotower.training import grow as grow_module
 from twotower.training import run
 from twotower.training.catalogue import corpus_of
@@ -19,9 +21,7 @@ from twotower.training.checkpoint import CheckpointError
 from twotower.training.grow import grow
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
-from twotower.training.mesh import make_mesh
 from twotower.training.state import Trainer
-from twotower.validation import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import time
 import jax
 import numpy as np
 
+from twotower.core.mesh import make_mesh
 from twotower.training.catalogue import corpus_of
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
-from twotower.training.mesh import make_mesh
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
 

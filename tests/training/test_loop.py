@@ -10,6 +10,8 @@ import pytest
 
 from tests.training.conftest import make_batches, small_config
 from twotower.config import changed
+from twotower.core.errors import ConfigError, ScoreError
+from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
@@ -18,11 +20,9 @@ from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
 from twotower.training.loop import Record, open_checkpoints
-from twotower.training.mesh import compiler_options, make_mesh
-from twotower.training.meter import TrainingError
+from twotower.training.metrics import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
 from twotower.training.state import Trainer
-from twotower.validation import ConfigError, ScoreError
 
 # On one device, which compiles soonest; test_mesh.py has several.
 ONE = make_mesh(1)

@@ -7,8 +7,8 @@ import pytest
 
 from tests.training.conftest import small_config
 from twotower.config import from_dict
+from twotower.core.errors import ConfigError
 from twotower.training.state import chosen_kinds
-from twotower.validation import ConfigError
 
 LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
 
@@ -236,8 +236,8 @@ def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(make, monkeypatch)
 
 
 def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(make):
+    from twotower.core.mesh import make_mesh
     from twotower.training import loop
-    from twotower.training.mesh import make_mesh
 
     tower = {"layers": (16, 16), "batch_norm": True}
     for values, message in (

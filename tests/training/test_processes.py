@@ -15,15 +15,15 @@ import pytest
 
 from tests.training import conftest
 from tests.training.divided import differences
-from twotower.data.batches import Batches
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import make_mesh
+from twotower.pipeline.batches import Batches
 from twotower.training.catalogue import corpus_of
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
-from twotower.training.mesh import make_mesh
 from twotower.training.processes import join
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
-from twotower.validation import ConfigError
 
 STEPS, BATCH, SECONDS = 6, 64, 240
 

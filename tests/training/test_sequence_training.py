@@ -8,21 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.test_histories import write_log
+from tests.features.test_history import write_log
 from tests.training.divided import FAST, differences, on_mesh
 from twotower.config import from_dict
-from twotower.data.batches import Batches
-from twotower.data.prepare import prepare
-from twotower.data.sequences import SequenceBatches
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import SPLIT, WHOLE, make_mesh, place
 from twotower.objectives.alias import popularity_table
+from twotower.pipeline.batches import Batches
+from twotower.pipeline.prepare import prepare
+from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import TwoTower
 from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import init_on
 from twotower.training.loop import fit
-from twotower.training.mesh import SPLIT, WHOLE, make_mesh, place
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
-from twotower.validation import ConfigError
 
 L = 16
 CATALOGUE = {"catalogue": True, "in_batch": False, "uniform": 0}

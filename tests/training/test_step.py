@@ -11,13 +11,13 @@ import optax
 import pytest
 
 from tests.training import conftest
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import ALONE
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training.init import init_state
-from twotower.training.mesh import ALONE
 from twotower.training.rows import lookup_all, shared_gradients, shared_ids
 from twotower.training.step import drop_ids, train_step
-from twotower.validation import ConfigError
 
 # The batch's own negatives alone, so that an oracle needs no draws.
 IN_BATCH = {"negatives": {"uniform": 0}}
@@ -206,7 +206,7 @@ def test_rows_without_weight_count_for_nothing(make):
 
 
 def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
-    from twotower.data.encodings import Input
+    from twotower.features.encodings import Input
 
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
     ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])

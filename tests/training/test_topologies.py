@@ -11,13 +11,13 @@ import pytest
 from experiments.benchmarks import hlo
 from tests.training.conftest import small_config
 from tests.training.divided import differences
+from twotower.core.mesh import make_mesh
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop
 from twotower.training.catalogue import corpus_of
 from twotower.training.checkpoint import checksum
 from twotower.training.init import abstract_state
 from twotower.training.loop import fit
-from twotower.training.mesh import make_mesh
 from twotower.training.state import Trainer
 
 CONFIG = small_config(

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.data.encodings import Input, TableShape
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import ALONE
+from twotower.features.encodings import Input, TableShape
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import Corpus, Drawn
 from twotower.training.losses import losses_of
-from twotower.training.mesh import ALONE
 from twotower.training.state import Trainer, TrainState
-from twotower.validation import ConfigError
 
 USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}

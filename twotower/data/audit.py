@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import SplitConfig
+from twotower.core.errors import ConfigError, choose
 from twotower.data.interactions import (
     Split,
     codes,
@@ -19,7 +20,6 @@ from twotower.data.interactions import (
     has_timestamps,
     pair_codes,
 )
-from twotower.validation import ConfigError, choose
 
 
 class LeakageError(ConfigError):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from twotower.validation import ConfigError
+from twotower.core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

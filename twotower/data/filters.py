@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from absl import logging
 
 from twotower.config import DataConfig
+from twotower.core.errors import ConfigError, check_fields, choose
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import codes, pair_codes, timestamps
-from twotower.validation import ConfigError, check_fields, choose
 
 
 def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:

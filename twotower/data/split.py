@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import SplitConfig
+from twotower.core.errors import ConfigError, choose
 from twotower.data.audit import audit, check_fitted
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, describe, places_from_end, timestamps
-from twotower.validation import ConfigError, choose
 
 __all__ = ["SPLITS", "Split", "audit", "check_fitted", "filter_rows", "split"]
 

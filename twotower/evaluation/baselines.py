@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower.data.batches import Rows
-from twotower.data.prepare import Prepared
 from twotower.evaluation.evaluate import Scores, dot_scores
 from twotower.evaluation.item_to_item import make_item_to_item
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.retrieval.history import items_of_users
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.prepare import Prepared
+from twotower.retrieval.user_items import items_of_users
 
 WEEK = 7 * 24 * 3600  # seconds
 TOP_SHARE = 0.1  # of the items, in "top quantile"

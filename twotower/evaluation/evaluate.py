@@ -14,15 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from twotower.data.prepare import Prepared
+from twotower.core.errors import ScoreError
+from twotower.core.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, localise, place
+from twotower.core.progress import progress
+from twotower.core.ragged import Csr
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.retrieval.csr import Csr
+from twotower.index.exact import grouped_top_k, next_power_of_two, pad_pairs, pad_rows
+from twotower.pipeline.prepare import Prepared
 from twotower.retrieval.embed import embed_rows, mesh_of
-from twotower.retrieval.exact import grouped_top_k, next_power_of_two, pad_pairs, pad_rows
-from twotower.training.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, localise, place
-from twotower.training.progress import progress
-from twotower.validation import ScoreError
 
 # The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last
 # may be no items.

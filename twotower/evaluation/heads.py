@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from twotower.data.batches import Rows
-from twotower.data.prepare import Prepared
-from twotower.objectives.multitask import head_logits
+from twotower.core.errors import ScoreError
+from twotower.objectives.heads import head_logits
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.prepare import Prepared
 from twotower.retrieval.embed import embed_rows, evenly_spaced
-from twotower.validation import ScoreError
 
 BINS = 15  # of probabilities, as Guo et al. have
 BLOCK_ROWS = 2**17  # embedded at once

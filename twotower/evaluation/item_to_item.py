@@ -12,10 +12,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
+from twotower.core.progress import progress
+from twotower.core.ragged import Csr
 from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
-from twotower.retrieval.csr import Csr
-from twotower.training.progress import progress
 
 # What a fitted model says to queries.
 Asked = Callable[[Queries], Scores]

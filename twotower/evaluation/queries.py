@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.data.batches import Rows
-from twotower.data.prepare import Prepared
-from twotower.retrieval.csr import Csr
+from twotower.core.errors import ConfigError, choose
+from twotower.core.ragged import Csr
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.prepare import Prepared
 from twotower.retrieval.embed import evenly_spaced
-from twotower.retrieval.history import items_of_users
-from twotower.validation import ConfigError, choose
+from twotower.retrieval.user_items import items_of_users
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ from twotower.evaluation.heads import METRICS as HEAD_METRICS
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
+from twotower.index.exact import ExactIndex, pad_rows
+from twotower.index.popularity import log_counts, widened
+from twotower.index.tuning import overlap
 from twotower.retrieval.embed import evenly_spaced
-from twotower.retrieval.exact import ExactIndex, pad_rows
 from twotower.retrieval.export import served_model
-from twotower.retrieval.popularity import log_counts, widened
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.tuning import overlap
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000

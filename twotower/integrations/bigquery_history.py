@@ -18,7 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.data.bigquery import refusals
+from twotower.data.sources.bigquery import refusals
 from twotower.integrations.embedding_history import (
     BLOCK,
     SCHEMA,
@@ -47,7 +47,7 @@ class BigQueryHistory:
     """The tables of a dataset.
 
     Attributes:
-        client: a `google.cloud.bigquery.Client`; see `twotower.data.bigquery.make_client`.
+        client: a `google.cloud.bigquery.Client`; see `twotower.data.sources.bigquery.make_client`.
         dataset: PROJECT.DATASET, or DATASET of the client's project; it must exist.
     """
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
 
+from twotower.core.errors import extra
+from twotower.core.ragged import Csr
+from twotower.index.exact import top_k
 from twotower.integrations.embedding_history import HistoryError
-from twotower.retrieval.csr import Csr
 from twotower.retrieval.embed import evenly_spaced
-from twotower.retrieval.exact import top_k
-from twotower.validation import extra
 
 NEIGHBOURS = 10
 SAMPLE = 2_000  # entities whose neighbours are compared

@@ -28,11 +28,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from twotower.config import Config
-from twotower.data.folders import content_digest
-from twotower.retrieval.exact import check_vectors
+from twotower.core.files import content_digest
+from twotower.core.progress import progress
+from twotower.index.exact import check_vectors
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import model_version
-from twotower.training.progress import progress
 
 TABLES = {"user": "user_embeddings", "item": "item_embeddings"}
 SCHEMA = pa.schema(

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from twotower.data.folders import content_digest
+from twotower.core.errors import ConfigError, extra
+from twotower.core.files import content_digest
+from twotower.index.exact import check_vectors
 from twotower.integrations.embedding_history import Block
-from twotower.retrieval.exact import check_vectors
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
-from twotower.validation import ConfigError, extra
 
 DAY = 86_400
 PIPELINE = 2_000  # keys written in one round trip

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from twotower.core.errors import ConfigError, extra
 from twotower.training.run import load_config
-from twotower.validation import ConfigError, extra
 
 AT_ONCE = 1_000  # metrics in a request; MLflow takes no more
 PARAMS_AT_ONCE = 100

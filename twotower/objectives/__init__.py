@@ -1,9 +1,8 @@
 """Vectors in, per-example losses out."""
 
+from twotower.kernels.streaming_softmax import streaming_loss
 from twotower.objectives.loss import Loss
-from twotower.objectives.pairwise import bpr, cosine_contrastive, hinge, triplet
-from twotower.objectives.pointwise import binary_cross_entropy
-from twotower.objectives.softmax import (
+from twotower.objectives.losses import (
     bsl,
     bsl_gap,
     corrected_softmax,
@@ -13,7 +12,8 @@ from twotower.objectives.softmax import (
     softmax,
     softmax_gap,
 )
-from twotower.objectives.streaming import streaming_loss
+from twotower.objectives.pairwise import bpr, cosine_contrastive, hinge, triplet
+from twotower.objectives.pointwise import binary_cross_entropy
 
 __all__ = ["LOSSES", "POINTWISE", "Loss", "streaming_loss"]
 

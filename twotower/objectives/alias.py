@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from twotower.validation import ConfigError
+from twotower.core.errors import ConfigError
 
 FULL = 2**32
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower.config import NegativesConfig
+from twotower.core.errors import ConfigError
 from twotower.objectives.alias import AliasTable
-from twotower.validation import ConfigError
 
 # float32 [...] of ids [...]: log of the expected number of times a source yields each of any ids in
 # a step.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from twotower.data.batches import Rows
+from twotower.pipeline.batches import Rows
 
 Pools = dict[str, np.ndarray]
 

@@ -22,17 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import SPLIT, WHOLE, make_mesh, place
+from twotower.core.progress import progress
+from twotower.index.exact import ExactIndex
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import model_version, of_towers
-from twotower.training.mesh import SPLIT, WHOLE, make_mesh, place
-from twotower.training.progress import progress
 from twotower.training.run import Run
-from twotower.validation import ConfigError
 
 PART = 65_536  # rows of a file
 

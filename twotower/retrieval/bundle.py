@@ -5,12 +5,12 @@ manifest.json    format, versions, metric, checkpoint step, hash of the weights,
 config.json  encoder/  params.npz  tables/     what the towers read, and their weights
 user_tower.stablehlo  item_tower.stablehlo     the towers, as programs that need neither Flax nor the model's code
 item_vectors.npy  items.parquet  item_counts.npy   the corpus in one order: vectors; ids and display columns; training rows
-item_scales.npy                                beside vectors stored as int8: see `twotower.retrieval.int8`
+item_scales.npy                                beside vectors stored as int8: see `twotower.index.int8`
 user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy   known users: vectors; raw features; items, the latest last
 index/                                         the index over the item vectors
 ```
 Vectors are mapped into memory, not read. Changes made to a loaded bundle are kept beside it: see
-`twotower.retrieval.changes`.
+`twotower.retrieval.live.log`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import pyarrow.parquet as pq
 
 import twotower
 from twotower.config import Config, from_dict
-from twotower.data.encoder import Encoder
-from twotower.data.folders import content_digest, digest, put_back
-from twotower.data.sentences import warn_of_missing_extra
-from twotower.retrieval.csr import Csr
-from twotower.retrieval.int8 import Int8Vectors, Vectors
-from twotower.retrieval.popularity import coordinate, widened
-from twotower.retrieval.scann import load_index, save_index
+from twotower.core.files import content_digest, digest, put_back
+from twotower.core.ragged import Csr
+from twotower.features.encoder import Encoder
+from twotower.features.sentence import warn_of_missing_extra
+from twotower.index.int8 import Int8Vectors, Vectors
+from twotower.index.popularity import coordinate, widened
+from twotower.index.scann import load_index, save_index
 from twotower.retrieval.served import Towers
 from twotower.retrieval.weights import load_weights, model_version, save_weights
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from twotower.retrieval.exact import next_power_of_two, pad_rows
-from twotower.training.mesh import SPLIT, WHOLE, compiler_options, place
-from twotower.training.progress import progress
+from twotower.core.mesh import SPLIT, WHOLE, compiler_options, place
+from twotower.core.progress import progress
+from twotower.index.exact import next_power_of_two, pad_rows
 
 BATCH = 4_096
 EVENTS = 2**16  # of the histories of a batch, at most

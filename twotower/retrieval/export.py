@@ -12,25 +12,25 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.core.errors import ConfigError
+from twotower.core.files import replacing
 from twotower.data import split
-from twotower.data.batches import Rows
-from twotower.data.folders import replacing
-from twotower.data.histories import SPANS
-from twotower.data.prepare import Prepared
+from twotower.features.history import SPANS
+from twotower.index.exact import top_k
+from twotower.index.int8 import Int8Vectors, error_bound, quantize
+from twotower.index.popularity import index_items
+from twotower.index.tuning import TUNING_QUERIES, ndcg, overlap
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.prepare import Prepared
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
-from twotower.retrieval.exact import top_k
-from twotower.retrieval.history import items_of_users, latest_rows
-from twotower.retrieval.int8 import Int8Vectors, error_bound, quantize
-from twotower.retrieval.popularity import index_items
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.served import Towers, export_tower
-from twotower.retrieval.tuning import TUNING_QUERIES, ndcg, overlap
+from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import of_towers
 from twotower.towers.two_tower import TwoTower
 from twotower.training.run import Run
-from twotower.validation import ConfigError
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
 PARITY_ROWS = 256

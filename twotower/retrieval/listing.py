@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from twotower.core.errors import ConfigError
 from twotower.retrieval.retriever import Recommendation
-from twotower.validation import ConfigError
 
 WIDEST = 48  # characters of a column
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.data.folders import read_folder, write_folder
+from twotower.core.files import read_folder, write_folder
 from twotower.retrieval.bundle import Bundle, load_bundle
 
 KIND = "match"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from twotower.data.prepare import Prepared
+from twotower.core.ragged import Csr
+from twotower.index.exact import ExactIndex
 from twotower.objectives.pools import Pools, empty_pools
-from twotower.retrieval.csr import Csr
+from twotower.pipeline.prepare import Prepared
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.exact import ExactIndex
-from twotower.retrieval.history import items_of_users, latest_rows
+from twotower.retrieval.user_items import items_of_users, latest_rows
 
 BLOCK = 8_192  # users ranked at once
 PAIRS = 2**18  # known positives scored at once

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.data.folders import put_back
+from twotower.core.files import put_back
+from twotower.core.progress import progress
+from twotower.core.ragged import Csr
+from twotower.index.exact import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
-from twotower.retrieval.changes import ChangesError
-from twotower.retrieval.conditions import Where, conditions
-from twotower.retrieval.corpus import Snapshot
-from twotower.retrieval.csr import Csr
-from twotower.retrieval.exact import check_k
-from twotower.retrieval.live import UnknownItemError, nearest
+from twotower.retrieval.live.catalogue import UnknownItemError, nearest
+from twotower.retrieval.live.conditions import Where, conditions
+from twotower.retrieval.live.log import ChangesError
+from twotower.retrieval.live.snapshot import Snapshot
+from twotower.retrieval.live.updates import Live
 from twotower.retrieval.served import BATCH
-from twotower.retrieval.updates import Live
 from twotower.retrieval.users import UserRows, as_table
-from twotower.training.progress import progress
 
 __all__ = [
     "Recommendation",

@@ -14,9 +14,9 @@ import jax
 import jax.export
 import numpy as np
 
-from twotower.retrieval.exact import next_power_of_two, pad_rows
+from twotower.core.progress import progress
+from twotower.index.exact import next_power_of_two, pad_rows
 from twotower.retrieval.weights import Arrays
-from twotower.training.progress import progress
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = 4_096  # rows embedded at once

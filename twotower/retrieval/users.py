@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.encoder import Encoder
-from twotower.data.numeric import as_seconds
+from twotower.features.encoder import Encoder
+from twotower.features.numeric import as_seconds
 
 BLOCK = 65_536  # users encoded at once
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower.config import HistoryConfig
+from twotower.core.errors import ConfigError, choose
 from twotower.towers.layers import dense, drop_out, of_activations
-from twotower.validation import ConfigError, choose
 
 # Layers of a history are numbered from here on, apart from those of the tower around it; see
 # `drop_out`.

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twotower.config import HistoryConfig, TowerConfig
-from twotower.data.encodings import Input
+from twotower.core.errors import choose
+from twotower.features.encodings import Input
 from twotower.towers.history import HISTORIES, History
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
-from twotower.validation import choose
 
 
 class MLPTower(nn.Module):

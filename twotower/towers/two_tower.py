@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
-from twotower.data.encoder import Encoder
-from twotower.data.encodings import (
+from twotower.core.errors import ConfigError
+from twotower.features.encoder import Encoder
+from twotower.features.encodings import (
     HISTORY_GAP,
     HISTORY_POSITION,
     HISTORY_SEGMENT,
@@ -32,7 +33,6 @@ from twotower.data.encodings import (
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
-from twotower.validation import ConfigError
 
 SIDES = ("user", "item")
 # The learned temperature is kept within these: below, float32 softmax saturates; above, cosines

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twotower.config import Config, NegativesConfig
-from twotower.data.batches import Batch
+from twotower.core.errors import ConfigError
+from twotower.core.mesh import ALONE, Group
 from twotower.objectives import POINTWISE, negatives
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import PADDING
-from twotower.training.mesh import ALONE, Group
-from twotower.validation import ConfigError
 
 
 class Corpus(NamedTuple):
@@ -55,7 +55,7 @@ class Sources:
         """What `config` asks for.
 
         Args:
-            places: of a row of the batch, see `twotower.data.sequences`.
+            places: of a row of the batch, see `twotower.pipeline.sequences`.
 
         Raises:
             ConfigError: there are fewer items than are asked for.

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from twotower.data.prepare import Prepared
+from twotower.core.mesh import WHOLE, place
 from twotower.objectives.alias import popularity_table
 from twotower.objectives.pools import explicit_pools
+from twotower.pipeline.prepare import Prepared
 from twotower.training.candidates import Corpus
-from twotower.training.mesh import WHOLE, place
 from twotower.training.state import Trainer
 
 

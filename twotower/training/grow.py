@@ -17,19 +17,19 @@ import numpy as np
 from absl import logging
 
 from twotower.config import Config
-from twotower.data.encoder import Encoder
-from twotower.data.encodings import Fitted, Input
-from twotower.data.growth import grown
-from twotower.data.prepare import Prepared, prepare
+from twotower.core.errors import ConfigError, choose
+from twotower.core.mesh import host_mesh
+from twotower.features.encoder import Encoder
+from twotower.features.encodings import Fitted, Input
+from twotower.features.growth import grown
+from twotower.pipeline.prepare import Prepared, prepare
 from twotower.towers.two_tower import SIDES, TwoTower
 from twotower.training.candidates import Corpus
 from twotower.training.catalogue import corpus_of, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import Record, open_checkpoints
-from twotower.training.mesh import host_mesh
 from twotower.training.run import claim, load_config, local_folder, step_of
 from twotower.training.state import Trainer, TrainState
-from twotower.validation import ConfigError, choose
 
 NEIGHBOURS = 10  # whose rows a row made from content is the mean of
 _KEPT = ("features", "model")  # sections that decide the shapes and the scores

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from twotower.core.mesh import SPLIT, WHOLE, group_of, place, run_on, shardings, state_specs
 from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.multitask import init_heads
+from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
 from twotower.towers.two_tower import SIDES, Weights
-from twotower.training.mesh import SPLIT, WHOLE, group_of, place, run_on, shardings, state_specs
 from twotower.training.optimizers import init_plateau
 from twotower.training.state import Trainer, TrainState
 

@@ -17,16 +17,8 @@ from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
 from twotower.config import Config, TrainingConfig
-from twotower.data.batches import Batches
-from twotower.data.prepare import Prepared
-from twotower.data.sequences import SequenceBatches
-from twotower.towers.two_tower import Weights
-from twotower.training import optimizers
-from twotower.training.catalogue import count_rows, make_catalogue
-from twotower.training.checkpoint import Checkpoints
-from twotower.training.init import abstract_state, init_on
-from twotower.training.memory import check_memory
-from twotower.training.mesh import (
+from twotower.core.errors import ConfigError, ScoreError
+from twotower.core.mesh import (
     AXIS,
     WHOLE,
     check_batch,
@@ -40,11 +32,19 @@ from twotower.training.mesh import (
     shardings,
     state_specs,
 )
-from twotower.training.meter import Meter, TrainingError, last_good
+from twotower.pipeline.batches import Batches
+from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.sequences import SequenceBatches
+from twotower.towers.two_tower import Weights
+from twotower.training import optimizers
+from twotower.training.catalogue import count_rows, make_catalogue
+from twotower.training.checkpoint import Checkpoints
+from twotower.training.init import abstract_state, init_on
+from twotower.training.memory import check_memory
+from twotower.training.metrics import Meter, TrainingError, last_good
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
 from twotower.training.writer import open_writer
-from twotower.validation import ConfigError, ScoreError
 
 # Endings of metrics by which no checkpoint is chosen, the greatest being the best.
 SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from twotower.config import ObjectiveConfig
-from twotower.data.batches import Batch
+from twotower.core.mesh import Group
 from twotower.objectives import POINTWISE, streaming_loss
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.multitask import head_losses
+from twotower.objectives.heads import head_losses
 from twotower.objectives.negatives import Candidates, Hard, Positives, push, queue_candidates
+from twotower.pipeline.batches import Batch
 from twotower.towers.towers import DTYPES
 from twotower.training.candidates import Drawn, gathered, log_expected_count
-from twotower.training.mesh import Group
 from twotower.training.state import Trainer, TrainState
 
 Vectors = Mapping[str, jax.Array]

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from twotower.validation import ConfigError
+from twotower.core.errors import ConfigError
 
 
 def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:

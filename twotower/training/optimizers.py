@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
-from twotower.validation import ConfigError, choose
+from twotower.core.errors import ConfigError, choose
 
 DENSE: Mapping[str, Any] = {
     "adam": lambda c: optax.adam(c.learning_rate),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from absl import logging
 
-from twotower.validation import ConfigError
+from twotower.core.errors import ConfigError
 
 
 def join(coordinator: str, processes: int, process: int, *, cluster: bool = False) -> None:

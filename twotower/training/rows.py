@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from twotower.core.mesh import Group, lookup_rows
 from twotower.towers.two_tower import SIDES, TwoTower
-from twotower.training.mesh import Group, lookup_rows
 
 # (side, feature) pairs that read one table, in a fixed order.
 Uses = dict[str, list[tuple[str, str]]]

@@ -11,14 +11,14 @@ import flax.struct
 import optax
 
 from twotower.config import Config, ObjectiveConfig
+from twotower.core.errors import ConfigError, choose
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.multitask import check_heads
+from twotower.objectives.heads import check_heads
 from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import Corpus, Sources
 from twotower.training.optimizers import dense_optimizer, schedule
-from twotower.validation import ConfigError, choose
 
 
 @flax.struct.dataclass

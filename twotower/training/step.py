@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.data.batches import Batch
+from twotower.core.mesh import ALONE, Group
+from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import apply_gradients
 from twotower.towers.two_tower import SIDES, TEMPERATURES, Weights
 from twotower.training.candidates import Drawn, draw, features_of, row_keys
 from twotower.training.losses import losses_of, remember, task_weights, weight_sums
-from twotower.training.mesh import ALONE, Group
 from twotower.training.rows import lookup_all, shared_gradients, shared_ids
 from twotower.training.state import Trainer, TrainState
 

@@ -141,13 +141,13 @@ def _fit(
     import numpy as np
 
     from twotower.config import from_dict
-    from twotower.data.batches import Batches, Rows
-    from twotower.data.encodings import Input, TableShape
+    from twotower.core.mesh import make_mesh
+    from twotower.features.encodings import Input, TableShape
+    from twotower.pipeline.batches import Batches, Rows
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import Corpus
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
-    from twotower.training.mesh import make_mesh
     from twotower.training.state import Trainer
 
     config, mesh = from_dict(config), make_mesh()
@@ -194,13 +194,13 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
 
     from experiments.configs import movielens_1m_sequential
     from twotower.config import from_dict
-    from twotower.data.prepare import prepare
-    from twotower.data.sequences import SequenceBatches
+    from twotower.core.mesh import make_mesh
+    from twotower.pipeline.prepare import prepare
+    from twotower.pipeline.sequences import SequenceBatches
     from twotower.towers.two_tower import TwoTower
     from twotower.training.catalogue import corpus_of, count_rows
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
-    from twotower.training.mesh import make_mesh
     from twotower.training.state import Trainer
 
     config = movielens_1m_sequential.get_config()

@@ -1,0 +1,69 @@
+"""Pair files and user-list files: a log written in two ways, the fixed split, and the papers' own
+files."""
+
+import pytest
+
+from twotower.config import DataConfig, TableConfig
+from twotower.core.errors import ConfigError
+from twotower.data.sources import load as sources
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def load(source, path, **tables):
+    tables = {name: TableConfig(**value) for name, value in tables.items()}
+    return sources.load(
+        DataConfig(source=source, interactions=TableConfig(path=str(path)), **tables)
+    )
+
+
+def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path):
+    pairs = write(tmp_path / "pairs.txt", "1 10\n1\t11\n\n  2  10 \n")
+    lists = write(tmp_path / "lists.txt", "1 10 11\n3\n2 10\n")
+    expected = [("1", "10"), ("1", "11"), ("2", "10")]
+    for source, path in (("pairs", pairs), ("user_lists", lists)):
+        table = load(source, path).interactions
+        assert list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist())) == expected, (
+            source
+        )
+    with pytest.raises(ConfigError, match=r"lists\.txt, line 1: '1 10 11'"):
+        load("pairs", lists)
+
+
+def test_rows_of_a_fixed_split_follow_and_are_marked(tmp_path):
+    train, test = write(tmp_path / "train.txt", "0 1 2\n"), write(tmp_path / "test.txt", "0 3\n")
+    data = load("user_lists", train, test={"path": test})
+    assert data.interactions["split"].to_pylist() == ["train", "train", "test"]
+    assert data.items["item_id"].to_pylist() == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_named(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"log\.txt has no rows"):
+        load("pairs", write(tmp_path / "log.txt", text))
+
+
+def test_yelp_has_the_rows_of_the_papers(shared_data):
+    folder = shared_data / "yelp2018"
+    data = load("user_lists", folder / "train.txt", test={"path": str(folder / "test.txt")})
+    marks = data.interactions["split"].to_pylist()
+    assert (marks.count("train"), marks.count("test")) == (1_237_259, 324_147)
+    assert (len(data.users), len(data.items)) == (31_668, 38_048)
+
+
+def test_beauty_has_the_rows_of_the_papers(shared_data):
+    data = load("user_lists", shared_data / "amazon-beauty" / "Beauty.txt")
+    assert (len(data.interactions), len(data.users), len(data.items)) == (198_502, 22_363, 12_101)
+
+
+def test_movielens_1m_pairs_and_the_films_in_their_own_format(shared_data):
+    folder = shared_data / "movielens-1m"
+    data = load("pairs", folder / "ml-1m.txt")
+    assert (len(data.interactions), len(data.users), len(data.items)) == (999_611, 6_040, 3_416)
+    films = {"path": str(folder / "movies.dat"), "delimiter": "::", "encoding": "latin-1"}
+    films |= {"names": ("item_id", "title", "genres")}
+    titles = load("pairs", folder / "ml-1m.txt", item_table=films).items["title"]
+    assert len(titles) - titles.null_count == 3_883 and titles[0].as_py() == "Toy Story (1995)"

@@ -1,0 +1,145 @@
+"""Pieces of text against a plain Python reading of the definition."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from twotower.features import text
+from twotower.features.text import hashed_pieces, normalise, pad_rows
+
+MASK = 2**64 - 1
+TEXTS = [
+    "Red shoe",
+    "red  SHOE!",
+    "",
+    None,
+    "a",
+    "حذاء أحمر للأطفال",
+    "3-in-1 Café\nmaker",
+    "🎉",
+    "日本語",
+    "x" * 40,
+    "naïve co-op's",
+]
+
+
+def mix(x):
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def python_pieces(value, words, characters, buckets):
+    if value is None:
+        return []
+    tokens = "".join(c if c.isalnum() else " " for c in normalise(value)).split()
+    bounded = [[0x110000, *map(ord, token), 0x110001] for token in tokens]
+    hashes = [
+        mix(sum(mix(place << 21 | c) for place, c in enumerate(word)) & MASK) for word in bounded
+    ]
+    found = []
+    for size in sorted(words):
+        runs = [hashes[n : n + size] for n in range(len(hashes) - size + 1)]
+        found += [
+            mix((sum(mix((h + place + 1) & MASK) for place, h in enumerate(run)) + size) & MASK)
+            for run in runs
+        ]
+    for size in sorted(characters):
+        runs = [word[n : n + size] for word in bounded for n in range(len(word) - size + 1)]
+        runs = [run for run in runs if run not in ([0x110000], [0x110001])]
+        found += [
+            mix((sum(mix((place + 1) << 21 | c) for place, c in enumerate(run)) + size) & MASK)
+            for run in runs
+        ]
+    return [1 + h % (buckets - 1) for h in found]
+
+
+@pytest.mark.parametrize(
+    "words, characters", [((1,), (3, 4, 5)), ((1, 2, 3), ()), ((), (1, 2)), ((2,), (8, 3))]
+)
+def test_pieces_are_those_of_plain_python(words, characters):
+    ids = hashed_pieces(
+        pa.array(TEXTS), words=words, characters=characters, buckets=1000, max_length=50
+    )
+    expected = [(python_pieces(t, words, characters, 1000) + [0] * 50)[:50] for t in TEXTS]
+    assert ids.dtype == np.int32 and ids.tolist() == expected
+
+
+def test_ids_are_within_1_and_buckets_and_0_is_padding():
+    many = pa.array([f"title number {n}" for n in range(2000)])
+    ids = hashed_pieces(many, buckets=7, max_length=60)
+    lengths = (ids > 0).sum(axis=1)
+    assert set(np.unique(ids)) == set(range(7))
+    assert all((ids[row, :length] > 0).all() for row, length in enumerate(lengths))
+
+
+def test_blocks_and_repeats_change_nothing(monkeypatch):
+    whole = hashed_pieces(pa.array(TEXTS), buckets=1000, max_length=30)
+    monkeypatch.setattr(text, "_BLOCK_TEXTS", 3)
+    twice = hashed_pieces(pa.chunked_array([TEXTS, TEXTS[::-1]]), buckets=1000, max_length=30)
+    np.testing.assert_array_equal(twice, np.concatenate([whole, whole[::-1]]))
+
+
+def test_the_first_pieces_are_kept():
+    long = hashed_pieces(pa.array(TEXTS), buckets=1000, max_length=50)
+    np.testing.assert_array_equal(
+        hashed_pieces(pa.array(TEXTS), buckets=1000, max_length=4), long[:, :4]
+    )
+
+
+def test_no_texts_make_no_rows():
+    assert hashed_pieces(pa.array([], pa.string()), buckets=10, max_length=5).shape == (0, 5)
+    assert hashed_pieces(pa.nulls(2), buckets=10, max_length=5).tolist() == [[0] * 5] * 2
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("CAFÉ", "cafe"),
+        ("Straße", "STRASSE"),
+        ("Łódź", "lodz"),
+        ("ﬁt ＡＢＣ１", "fit abc1"),
+        ("İstanbul", "istanbul"),
+        ("أحمد", "احمد"),
+        ("إسلام", "اسلام"),
+        ("آمن", "امن"),
+        ("مُحَمَّد", "محمد"),
+        ("مكتبة", "مكتبه"),
+        ("على", "علي"),
+        ("جميـــل", "جميل"),
+        ("١٢٣ ۴۵", "123 45"),
+        ("\u200fحذاء\u200e", "حذاء"),
+        ("مؤمن", "مومن"),
+        ("کتاب", "كتاب"),
+    ],
+    ids=str,
+)
+def test_spellings_of_one_word_are_one(one, other):
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize("one, other", [("й", "и"), ("が", "か"), ("حذاء", "حذا"), ("a1", "a2")])
+def test_different_words_stay_different(one, other):
+    assert normalise(one) != normalise(other)
+
+
+def test_normalising_twice_is_normalising_once():
+    for value in [t for t in TEXTS if t] + [
+        "Ａ Café, ＬＯＵＤ",
+        "أَحْمَد",
+        "ΣΊΣΥΦΟΣ",
+        "ǅ",
+        "İI\u0307",
+    ]:
+        assert normalise(normalise(value)) == normalise(value)
+
+
+def test_pad_rows():
+    rows = np.array([0, 0, 0, 2], np.int64)
+    assert pad_rows(rows, np.array([5, 6, 7, 8], np.int32), 4, 2).tolist() == [
+        [5, 6],
+        [0, 0],
+        [8, 0],
+        [0, 0],
+    ]

@@ -1,0 +1,119 @@
+"""Graph indexes behind the same meaning as exact search, tuned, saved, and never padding with an
+item."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from twotower.config import from_dict
+from twotower.index import graphs
+from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.graphs import GRAPHS
+from twotower.index.scann import build_index, load_index, save_index
+from twotower.index.tuning import overlap
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 16))
+    return tuple(
+        unit(centres[rng.integers(0, 40, n)] + 0.5 * rng.normal(size=(n, 16))) for n in (400, 2_000)
+    )
+
+
+def config(kind, target=0.95):
+    return from_dict({"retrieval": {"index": kind, "target_recall": target}}).retrieval
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def built(request, vectors):
+    pytest.importorskip(request.param, reason=f"the extra {request.param} is not installed")
+    return build_index(vectors[1], config(request.param), normalized=True, queries=vectors[0][::2])
+
+
+def test_lists_are_nearly_exact_and_full(built, vectors):
+    users, items = vectors[0][1::2], vectors[1]
+    for k in (1, 10, 300):
+        scores, rows = built.search(users, k)
+        expected_scores, expected = ExactIndex(items).search(users, k)
+        assert overlap(rows, expected) >= 0.94 and (rows >= 0).all()
+        np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", users, items[rows]), atol=1e-5)
+    assert built.tuning.efforts[0].recall >= 0.95 and built.tuning.efforts[0].leaves < 200
+
+
+def test_what_is_written_is_read(built, vectors, tmp_path):
+    save_index(built, tmp_path / "first", vectors="abc")
+    (tmp_path / "first").rename(tmp_path / "second")
+    loaded = load_index(tmp_path / "second", vectors[1])
+    assert loaded.tuning == built.tuning
+    for one, other in zip(loaded.search(vectors[0], 10), built.search(vectors[0], 10)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_same_vectors_give_the_same_index(built, vectors):
+    again = build_index(vectors[1], config(built.kind), normalized=True, queries=vectors[0][::2])
+    np.testing.assert_array_equal(again.search(vectors[0], 10)[1], built.search(vectors[0], 10)[1])
+    assert again.tuning == built.tuning
+
+
+def test_more_than_there_is_and_nothing(built, vectors):
+    scores, rows = built.search(vectors[0][:3], 2_100)
+    assert (
+        rows.shape == (3, 2_100)
+        and (rows[:, 2_000:] == -1).all()
+        and np.isneginf(scores[rows < 0]).all()
+    )
+    assert built.search(vectors[0][:0], 4)[1].shape == (0, 4)
+    with pytest.raises(QueryError, match="query vector 0 is zero"):
+        built.search(np.zeros((1, 16)), 4)
+    with pytest.raises(QueryError, match="is not finite"):
+        built.search(np.full((1, 16), np.nan), 4)
+    with pytest.raises(ValueError, match="k=0"):
+        built.search(vectors[0], 0)
+
+
+def test_threads_that_ask_for_lists_of_different_lengths(built, vectors):
+    expected = {k: built.search(vectors[0][:20], k)[1] for k in (3, 40)}
+    wrong = []
+
+    def ask(k):
+        for _ in range(30):
+            if not np.array_equal(built.search(vectors[0][:20], k)[1], expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in (3, 40, 3, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_library_that_is_not_there_names_its_extra():
+    code = """if True:
+        import sys
+        sys.modules["faiss"] = None
+        from twotower.index.graphs import _import
+        try:
+            _import("faiss")
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "twotower[faiss]" in done.stdout, done.stderr
+
+
+def test_a_target_beyond_the_graph_is_searched_exactly(vectors, monkeypatch):
+    pytest.importorskip("faiss", reason="the extra faiss is not installed")
+    monkeypatch.setattr(graphs, "MOST_EF", 1)
+    monkeypatch.setattr(graphs, "LINKS", 2)
+    index = build_index(vectors[1], config("faiss", 0.999), normalized=True, queries=vectors[0])
+    assert index.kind == "exact"

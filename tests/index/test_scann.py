@@ -1,0 +1,266 @@
+"""ScaNN behind the same meaning as exact search, and what must not reach it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from twotower.config import RetrievalConfig, from_dict
+from twotower.core.errors import ConfigError
+from twotower.index import scann as scann_module
+from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.scann import ScannIndex, build_index, load_index, save_index
+from twotower.index.scann_library import BadIndexError
+from twotower.index.tuning import overlap
+
+pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
+TREES = ["scann_tree", "scann_tree_ah"]
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """3,000 clustered item vectors and 400 user vectors near them."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 16))
+    items = unit(centres[rng.integers(0, 40, 3_000)] + 0.5 * rng.normal(size=(3_000, 16)))
+    users = unit(centres[rng.integers(0, 40, 400)] + 0.5 * rng.normal(size=(400, 16)))
+    return users, items
+
+
+@pytest.fixture(scope="module", params=TREES)
+def built(request, vectors):
+    users, items = vectors
+    return build_index(
+        items,
+        RetrievalConfig(index=request.param, target_recall=0.95),
+        normalized=True,
+        queries=users,
+    )
+
+
+def test_brute_force_equals_exact(vectors):
+    users, items = vectors
+    index = build_index(items, RetrievalConfig(index="scann_brute_force"), normalized=True)
+    scores, rows = index.search(users, 20)
+    expected_scores, expected_rows = ExactIndex(items).search(users, 20)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    assert overlap(rows, expected_rows) > 0.999
+
+
+def test_the_same_vectors_give_the_same_index(built, vectors):
+    users, items = vectors
+    again = build_index(
+        items, RetrievalConfig(index=built.kind, target_recall=0.95), normalized=True, queries=users
+    )
+    np.testing.assert_array_equal(again.search(users, 10)[1], built.search(users, 10)[1])
+    assert again.tuning == built.tuning
+
+
+def test_what_is_not_found_is_minus_one_and_never_row_zero(built, vectors):
+    users, _ = vectors
+    scores, rows = built.search_with(users[:5], 3_500, 1, 400)  # one leaf: ScaNN itself has to pad
+    assert rows.shape == scores.shape == (5, 3_500)
+    for found, score in zip(rows, scores):
+        real = found[found >= 0]
+        assert len(np.unique(real)) == len(real)
+        assert np.isneginf(score[found < 0]).all() and np.isfinite(score[found >= 0]).all()
+    assert (rows[:, -1] == -1).all()
+
+
+def test_longer_lists_than_the_tuned_leaves_hold_are_still_full(built, vectors):
+    users, _ = vectors
+    assert (built.search(users, 300)[1] >= 0).all()
+
+
+def test_a_moved_folder_loads_and_answers_the_same(built, vectors, tmp_path):
+    users, items = vectors
+    save_index(built, tmp_path / "first", vectors="abc")
+    (tmp_path / "first").rename(tmp_path / "second")
+    loaded = load_index(tmp_path / "second", items)
+    assert loaded.tuning == built.tuning and loaded.tuning.tried == built.tuning.tried
+    np.testing.assert_array_equal(loaded.search(users, 10)[1], built.search(users, 10)[1])
+    info = json.loads((tmp_path / "second" / "index.json").read_text())
+    assert (
+        info["vectors"] == "abc"
+        and info["efforts"][0]["recall"] >= 0.95
+        and info["kind"] == built.kind
+    )
+    with pytest.raises(BadIndexError, match="3000 vectors 16 wide"):
+        load_index(tmp_path / "second", items[:-1])
+
+
+def test_where_scann_cannot_be_imported_the_search_is_exact(built, vectors, tmp_path, monkeypatch):
+    users, items = vectors
+    save_index(built, tmp_path)
+
+    def fail(*args):
+        raise ImportError("no wheel")
+
+    monkeypatch.setattr(scann_module, "load_searcher", fail)
+    loaded = load_index(tmp_path, items)
+    np.testing.assert_array_equal(
+        loaded.search(users, 10)[1], ExactIndex(items).search(users, 10)[1]
+    )
+    monkeypatch.setattr(scann_module, "import_scann", fail)
+    assert build_index(items, RetrievalConfig(index="auto"), normalized=True).kind == "exact"
+
+
+def test_a_truncated_index_is_a_clean_error(built, vectors, tmp_path):
+    save_index(built, tmp_path)
+    (tmp_path / "scann_config.pb").write_bytes(b"")
+    with pytest.raises(BadIndexError, match="no ScaNN index"):
+        load_index(tmp_path, vectors[1])
+
+
+def test_a_pickle_beside_the_index_is_not_read(built, vectors, tmp_path):
+    save_index(built, tmp_path)
+    (tmp_path / "scann_docids.pkl").write_bytes(b"")
+    with pytest.raises(BadIndexError, match="pickle"):
+        load_index(tmp_path, vectors[1])
+
+
+def test_bad_queries_are_refused_and_none_are_answered(built, vectors):
+    users = vectors[0][:3].copy()
+    assert built.search(users[:0], 4)[1].shape == (0, 4)
+    with pytest.raises(QueryError, match="15 wide; the items are 16 wide"):
+        built.search(users[:, :15], 4)
+    users[1, 2] = np.nan
+    with pytest.raises(QueryError, match="query vector 1 is not finite"):
+        built.search(users, 4)
+    with pytest.raises(ValueError, match="k=0"):
+        built.search(vectors[0], 0)
+
+
+@pytest.mark.parametrize("kind", TREES + ["scann_brute_force"])
+def test_queries_of_length_zero_are_refused_where_vectors_are_normalised(kind, vectors, tmp_path):
+    users, items = vectors[0].copy(), vectors[1]
+    users[7] = 0  # not tuned on either: it has no best items
+    index = build_index(
+        items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=users
+    )
+    save_index(index, tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text())["normalized"] is True
+    for each in (index, load_index(tmp_path, items)):
+        with pytest.raises(QueryError, match="query vector 7 is zero"):
+            each.search(users, 4)
+        assert (each.search(users[:7], 4)[1] >= 0).all()
+
+
+def test_a_zero_query_is_answered_where_vectors_are_not_normalised(vectors):
+    index = build_index(
+        vectors[1], RetrievalConfig(index="scann_tree"), normalized=False, queries=vectors[0]
+    )
+    assert index.search(np.zeros((1, 16)), 4)[0].tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_vectors_that_are_not_finite_do_not_end_the_process(value):
+    code = f"""
+        import numpy as np
+        from twotower.config import RetrievalConfig
+        from twotower.index.scann import build_index
+        vectors = np.random.default_rng(0).normal(size=(1500, 8)).astype(np.float32)
+        vectors[7, 3] = float({value!r})
+        try:
+            build_index(vectors, RetrievalConfig(index="scann_tree"), normalized=True)
+        except ValueError as error:
+            print("refused:", error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused: item vector 7 is not finite (1 of 1500 are not)" in done.stdout
+
+
+def test_building_writes_nothing_to_the_terminal(vectors, capfd):
+    ScannIndex.build(vectors[1], kind="scann_tree", queries=vectors[0], target_recall=0.9)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", TREES + ["scann_brute_force"])
+@pytest.mark.parametrize("count", [1, 15, 999])
+def test_few_vectors_are_searched_by_brute_force(kind, count, vectors):
+    index = build_index(
+        vectors[1][:count], RetrievalConfig(index=kind), normalized=True, queries=vectors[0]
+    )
+    assert index.kind == "scann_brute_force"
+    rows = index.search(vectors[0], 20)[1]
+    assert ((rows >= 0).sum(1) == min(20, count)).all()
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_duplicates_and_zero_vectors_are_indexed(kind, vectors):
+    items = vectors[1].copy()
+    items[:1_000], items[1_000:2_000] = items[0], 0
+    index = build_index(
+        items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=vectors[0]
+    )
+    truth = ExactIndex(items).search(vectors[0], 10)[1]
+    assert overlap(index.search(vectors[0], 10)[1], truth) >= 0.9
+
+
+def test_auto_chooses_by_size_width_norm_lists_and_platform(monkeypatch):
+    def kind(num_items, dim=64, k=10, normalized=True):
+        return scann_module._kind(RetrievalConfig(k=k), num_items, dim, normalized)
+
+    assert kind(999) == "exact"
+    assert kind(1_000) == kind(49_999) == kind(100_000, dim=16) == "scann_brute_force"
+    assert kind(50_000) == kind(25_000, dim=128) == kind(199_999) == "scann_tree"
+    assert kind(200_000) == kind(200_000, k=10_000) == "scann_tree_ah"
+    assert kind(200_000, normalized=False) == "scann_tree"
+    assert kind(200_000, k=10_001) == "scann_brute_force"
+    monkeypatch.setattr(scann_module, "_has_scann", lambda: False)
+    assert kind(200_000) == "exact"
+
+
+def test_hashing_is_refused_for_vectors_that_are_not_normalised(vectors):
+    with pytest.raises(ConfigError, match="scann_tree"):
+        build_index(vectors[1], RetrievalConfig(index="scann_tree_ah"), normalized=False)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in scann_module.KINDS if kind not in scann_module.GRAPHS]
+)
+def test_every_kind_can_be_configured(kind, vectors):
+    config = from_dict({"retrieval": {"index": kind}}).retrieval
+    assert build_index(vectors[1], config, normalized=True).kind == {
+        "auto": "scann_brute_force"
+    }.get(kind, kind)
+
+
+def test_an_unknown_kind_names_the_nearest(vectors):
+    with pytest.raises(ConfigError, match="did you mean 'scann_tree'"):
+        build_index(vectors[1], RetrievalConfig(index="scan_tree"), normalized=True)
+
+
+def test_a_tensorflow_of_another_version_does_not_get_in_the_way(tmp_path):
+    """ScaNN imports TensorFlow where there is one; it is hidden meanwhile, and there again
+    afterwards."""
+    (tmp_path / "tensorflow.py").write_text("raise RuntimeError('undefined symbol')")
+    code = """
+        import sys, types
+        from twotower.index.scann_library import import_scann
+        import_scann()
+        assert "tensorflow" not in sys.modules
+        own = sys.modules["tensorflow"] = types.ModuleType("tensorflow")
+        import_scann()
+        assert sys.modules["tensorflow"] is own
+    """
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(code),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

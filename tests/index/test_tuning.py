@@ -1,0 +1,256 @@
+"""The tuner against a grid of all settings, on an index whose recall and work are known, and on
+ScaNN."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from twotower.config import RetrievalConfig
+from twotower.index import tuning as tuner
+from twotower.index.exact import ExactIndex
+from twotower.index.scann import build_index, save_index
+from twotower.index.tuning import (
+    Problem,
+    Trial,
+    format_tuning,
+    found_in,
+    overlap,
+    plot_tuning,
+    recall_by_decile,
+    tune,
+)
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    return unit(rng.normal(size=(1_200, 8))), unit(rng.normal(size=(6_000, 8)))
+
+
+class Partitioned:
+    """Items in leaves by nearest centre, rounded codes in the place of hashed ones: what ScaNN
+    does, in NumPy."""
+
+    def __init__(self, items, leaves, digits):
+        self.items, self.centres = items, items[:: len(items) // leaves][:leaves]
+        self.leaf = (items @ self.centres.T).argmax(1)
+        self.coded = np.round(items, digits)
+
+    def search(self, queries, k, leaves, reorder):
+        nearest = np.argsort(-queries @ self.centres.T, axis=1, kind="stable")[:, :leaves]
+        inside = (self.leaf[None, :, None] == nearest[:, None, :]).any(-1)
+        scores, k_found = queries @ self.items.T, k
+        if reorder:
+            rough = np.where(inside, queries @ self.coded.T, -np.inf)
+            inside &= rough >= np.sort(rough, axis=1)[:, [-min(reorder, rough.shape[1])]]
+        scores = np.where(inside, scores, -np.inf)
+        rows = np.argsort(-scores, axis=1, kind="stable")[:, :k_found]
+        found = np.take_along_axis(scores, rows, 1)
+        return found, np.where(np.isneginf(found), -1, rows)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_the_choice_is_the_cheapest_of_a_full_grid(vectors, hashed):
+    users, items = vectors[0][:200], vectors[1][:1_000]
+    index = Partitioned(items, 16, 1)
+    problem = Problem(index.search, len(items), 16, hashed, 0.9)
+    (effort, *_), trials, _ = tune(problem, items, users, 10)
+    tuning = users[::2]
+    truth = ExactIndex(items).search(tuning, 10)[1]
+
+    def reaches(leaves, reorder):
+        shares = found_in(truth, index.search(tuning, 10, leaves, reorder)[1]).mean(1)
+        return shares.mean() - 1.64 * shares.std() / np.sqrt(len(shares)) >= 0.9
+
+    grid = [
+        (problem.work(leaves, reorder), leaves, reorder)
+        for leaves in range(1, 17)
+        for reorder in ((320, 160, 80, 40, 20) if hashed else (0,))
+        if reaches(leaves, reorder)
+    ]
+    assert (effort.leaves, effort.reorder) == min(grid)[1:]
+    assert len([trial for trial in trials if trial.k == 10]) < (
+        32 if hashed else 8
+    )  # of the 80 and 16 of a grid
+    held_out = users[1::2]
+    found = overlap(
+        index.search(held_out, 10, effort.leaves, effort.reorder)[1],
+        ExactIndex(items).search(held_out, 10)[1],
+    )
+    assert (
+        effort.recall == pytest.approx(found, abs=1e-4)
+        and effort.recall >= 0.9
+        and effort.queries == 100
+    )
+
+
+def test_what_tunes_and_what_measures_are_different_users(vectors):
+    users, items = vectors[0][:100], vectors[1][:500]
+    asked, index = [], Partitioned(items, 8, 2)
+
+    def search(queries, *setting):
+        asked.append({row.tobytes() for row in queries})
+        return index.search(queries, *setting)
+
+    tune(Problem(search, 500, 8, False, 0.8), items, users, 10)
+    assert {row.tobytes() for row in users} == set().union(*asked) and asked[0] & asked[-1] == set()
+
+
+def test_the_margin_is_1_64_standard_errors(vectors):
+    """A target that the mean reaches and the mean less its margin does not is not reached."""
+    users, items = vectors[0][:100], vectors[1][:500]
+    index = Partitioned(items, 8, 2)
+    truth = ExactIndex(items).search(users[::2], 10)[1]
+    shares = found_in(truth, index.search(users[::2], 10, 3, 0)[1]).mean(1)
+    margin = 1.64 * shares.std() / np.sqrt(50)
+    for target, reached in (
+        (shares.mean() - margin * 0.9, False),
+        (shares.mean() - margin * 1.1, True),
+    ):
+        half = tuner._half(users, ExactIndex(items).search(users, 10), 0)
+        trial = tuner._try(Problem(index.search, 500, 8, False, float(target)), half, 10, 3, 0)
+        assert trial.reached is reached and trial.margin == pytest.approx(margin, abs=1e-4)
+
+
+def test_held_out_users_who_need_more_leaves_get_them(vectors):
+    users, items = vectors[0][:100], vectors[1][:500]
+    index = Partitioned(items, 8, 2)
+    problem, truth = Problem(index.search, 500, 8, False, 0.9), ExactIndex(items).search(users, 10)
+    leaves, (_, recalls) = tuner._widened(problem, tuner._half(users, truth, 1), 10, 1, 0)
+    assert leaves > 1 and recalls.mean() >= 0.9
+
+
+def test_what_no_effort_reaches_is_no_effort(vectors):
+    users, items = vectors[0][:100], vectors[1][:500]
+    blind = Problem(
+        lambda q, k, *_: (np.full((len(q), k), -np.inf), np.full((len(q), k), -1)),
+        500,
+        8,
+        False,
+        0.9,
+    )
+    efforts, trials, _ = tune(blind, items, users, 10)
+    assert efforts == () and [t.leaves for t in trials] == [1, 2, 4, 8]
+
+
+def test_of_equal_scores_any_item_is_found():
+    """A thousand copies of one item: which of them come back is nobody's loss."""
+    items, users = np.ones((500, 4), np.float32), np.ones((40, 4), np.float32)
+    last = Problem(
+        lambda q, k, *_: (
+            np.full((len(q), k), 4.0),
+            np.tile(np.arange(499, 499 - k, -1), (len(q), 1)),
+        ),
+        500,
+        8,
+        False,
+        0.99,
+    )
+    efforts, _, _ = tune(last, items, users, 10)
+    assert efforts[0].leaves == 1 and efforts[0].recall == 1.0
+
+
+def test_recall_by_decile_is_counted_by_hand():
+    popularity = np.array(
+        [5, 0, 9, 1, 7, 3, 2, 8, 4, 6] * 2
+    )  # each value twice: ten tenths of two items
+    truth, rows = np.array([[0, 1], [1, 2], [10, 3]]), np.array([[1, 9], [2, 8], [3, 4]])
+    # The items 0 and 10 have 5 (decile 5), 1 has 0 (decile 0), 2 has 9 (decile 9), 3 has 1 (decile
+    # 1).
+    expected = [0.5, 1.0, None, None, None, 0.0, None, None, None, 1.0]
+    assert list(recall_by_decile(rows, truth, popularity)) == expected
+
+
+def test_found_in_equals_a_loop():
+    rng = np.random.default_rng(0)
+    truth, rows = rng.integers(0, 30, (6, 5)), rng.integers(-1, 30, (6, 8))
+    expected = [
+        [value in row for value in line] for line, row in zip(truth.tolist(), rows.tolist())
+    ]
+    assert found_in(truth, rows).tolist() == expected
+
+
+@pytest.fixture(scope="module", params=["scann_tree", "scann_tree_ah"])
+def built(request, vectors):
+    pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
+    popularity = np.arange(len(vectors[1]))
+    config = RetrievalConfig(index=request.param, target_recall=0.9, k=10)
+    return build_index(
+        vectors[1], config, normalized=True, queries=vectors[0][::2], popularity=popularity
+    )
+
+
+@pytest.mark.parametrize("k", [3, 10, 40, 100, 300])
+def test_users_never_tuned_on_find_the_target_at_every_length(built, vectors, k):
+    """Lists shorter, as long as, between and beyond the tuned lengths."""
+    others = vectors[0][1::2]
+    assert (
+        overlap(built.search(others, k)[1], ExactIndex(vectors[1]).search(others, k)[1])
+        >= 0.9 - 0.01
+    )
+    assert built.tuning.effort(k)[0] < built.tuning.num_leaves
+
+
+def test_what_was_tried_is_kept_and_shown(built, tmp_path):
+    save_index(built, tmp_path)
+    info = json.loads((tmp_path / "index.json").read_text())
+    assert len(info["tried"]) == len(built.tuning.tried) > 5 and len(info["recall_by_decile"]) == 10
+    assert [e["k"] for e in info["efforts"]] == [10, 100]
+    text = format_tuning(built.tuning)
+    assert text.count("chosen") <= 2 and "by decile" in text and "Lists of 100" in text
+    shown = [
+        tuple(map(int, line.split()[:3]))
+        for line in text.splitlines()[2:]
+        if line.startswith("   ")
+    ]
+    tried = {(t.k, t.leaves, t.reorder): t for t in built.tuning.tried}
+    assert set(shown) <= set(tried) and shown == sorted(shown, key=lambda t: (t[0], t[2], t[1]))
+    assert {(e.k, e.leaves, e.reorder) for e in built.tuning.efforts} & set(tried) <= set(shown)
+    for k, leaves, reorder in shown:  # the fewest leaves that reached the target, if any did
+        enough = [
+            t.leaves for t in tried.values() if (t.k, t.reorder) == (k, reorder) and t.reached
+        ]
+        assert leaves == min(enough) if enough else "too low" in text
+
+
+def test_hashing_that_cannot_reach_its_target_gives_way_to_whole_vectors(vectors, monkeypatch):
+    pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
+    monkeypatch.setattr(
+        tuner, "CANDIDATES", (1,)
+    )  # as many candidates as the list is long: codes alone decide
+    config = RetrievalConfig(index="scann_tree_ah", target_recall=0.99)
+    index = build_index(vectors[1], config, normalized=True, queries=vectors[0])
+    assert index.kind == "scann_tree" and index.tuning.efforts[0].recall >= 0.99
+
+
+TRIALS = [
+    Trial(10, leaves, 0, 0.8 + leaves / 100, 0.01, 1e4 / leaves, leaves > 4) for leaves in (2, 4, 8)
+]
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    plot_tuning(TRIALS, 0.85, tmp_path / "index.png")
+    assert (tmp_path / "index.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_names_the_extra():
+    code = """if True:
+        import sys
+        sys.modules["matplotlib.figure"] = None
+        from pathlib import Path
+        from tests.index.test_tuning import TRIALS, plot_tuning
+        try:
+            plot_tuning(TRIALS, 0.9, Path("x.png"))
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "twotower[plots]" in done.stdout, done.stderr

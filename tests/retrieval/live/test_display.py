@@ -1,0 +1,42 @@
+"""Values of display columns read from buffers against Arrow's own scalars."""
+
+import datetime
+
+import pyarrow as pa
+import pytest
+
+from twotower.retrieval.live.display import reader
+
+TEXT = ["lamp", None, "", "مصباح", "été", "a" * 300]
+COLUMNS = {
+    "text": pa.array(TEXT),
+    "long text": pa.array(TEXT, pa.large_string()),
+    "text, none missing": pa.array([x or "-" for x in TEXT]),
+    "only missing": pa.nulls(6, pa.string()),
+    "numbers": pa.array([1.5, 2.0, -0.0, 3.25, float("inf"), 1e-30], pa.float32()),
+    "numbers, some missing": pa.array([1, None, 3, 4, 5, 6]),
+    "whole numbers": pa.array([2**62, 1, -3, 4, 5, 6]),
+    "lists": pa.array([["a"], [], None, ["b", "c"], ["d"], ["e"]]),
+    "times": pa.array([datetime.datetime(2026, 1, day) for day in range(1, 7)]),
+    "codes": pa.array(TEXT).dictionary_encode(),
+    "truths": pa.array([True, None, False, True, True, False]),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_values_are_those_of_arrow(name, first, pieces):
+    """Also of a slice, whose buffers begin before it, and of a column of several pieces."""
+    column = COLUMNS[name].slice(first)
+    read = reader(
+        pa.chunked_array([column] if pieces == 1 else [column.slice(0, 1), column.slice(1)])
+    )
+    found = [read(row) for row in range(len(column))]
+    assert found == column.to_pylist()
+    assert [type(x) for x in found] == [type(x) for x in column.to_pylist()]
+
+
+def test_no_rows_at_all():
+    assert callable(reader(pa.chunked_array([], pa.string())))
+    assert callable(reader(pa.chunked_array([pa.array([], pa.int64())])))

@@ -1,0 +1,120 @@
+"""Heads: the probability that a row's label is 1, from the vectors of its user and item; trained
+beside retrieval or alone.
+
+A head is a logit of the two vectors; its loss is the binary cross-entropy over the rows whose label
+is known.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from twotower.config import HeadConfig
+from twotower.core.errors import ConfigError, choose
+from twotower.objectives.pointwise import binary_cross_entropy
+from twotower.towers.layers import MLP, l2_normalize
+
+Heads = Mapping[str, HeadConfig]
+# Name -> the loss of each row [B], and which rows have a label.
+Losses = dict[str, tuple[Float[Array, "B"], Bool[Array, "B"]]]
+
+COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "concatenate": lambda user, item: jnp.concatenate([user, item], -1),
+    "multiply": lambda user, item: user * item,
+}
+
+
+class Head(nn.Module):
+    """Dense layers over the two vectors.
+
+    Without hidden layers "multiply" is a weighted dot product, and "concatenate" a sum of a term of
+    the user and one of the item which, whoever asks, orders items alike.
+    """
+
+    config: HeadConfig
+
+    @nn.compact
+    def __call__(self, users: Float[Array, "B D"], items: Float[Array, "B D"]) -> Float[Array, "B"]:
+        # Coordinates of mean square 1, which the initialisation of dense layers reckons with; those
+        # of unit vectors are smaller by sqrt(D), and their products by D.
+        users, items = (math.sqrt(x.shape[-1]) * l2_normalize(x) for x in (users, items))
+        together = COMBINE[self.config.combine](users, items)
+        return MLP((*self.config.layers, 1), name="mlp")(together)[:, 0]
+
+
+def check_heads(heads: Heads) -> None:
+    """Refuses heads that cannot be trained, needing no data."""
+    for name, head in heads.items():
+        field = f"config.objective.heads.{name}"
+        if name == "retrieval":
+            raise ConfigError(
+                f"{field}: 'retrieval' is what the loss of the two towers is called. Choose another name."
+            )
+        choose(COMBINE, head.combine, f"{field}.combine")
+        for value, low, right in (
+            ("weight", head.weight >= 0, "at least 0"),
+            ("pos_weight", head.pos_weight > 0, "above 0"),
+        ):
+            if not low:
+                raise ConfigError(f"{field}.{value}={getattr(head, value)} must be {right}.")
+        if min(head.layers, default=1) < 1:
+            raise ConfigError(f"{field}.layers={head.layers} must be widths of at least 1.")
+
+
+def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of each head over vectors [B, dim].
+
+    The key of a head depends on its name alone: adding one leaves the others as they were.
+    """
+    zeros = jnp.zeros((1, dim))
+
+    def init(name: str) -> Any:
+        return Head(heads[name]).init(
+            jax.random.fold_in(key, zlib.crc32(name.encode())), zeros, zeros
+        )["params"]
+
+    return {name: init(name) for name in heads}
+
+
+def head_logits(
+    heads: Heads, params: Mapping[str, Any], users: Float[Array, "B D"], items: Float[Array, "B D"]
+) -> dict[str, Float[Array, "B"]]:
+    """The logit of each head, [B]; its sigmoid is the probability that the label is 1, where
+    `pos_weight` is 1."""
+    return {
+        name: Head(head).apply({"params": params[name]}, users, items)
+        for name, head in heads.items()
+    }
+
+
+def head_losses(
+    heads: Heads,
+    params: Mapping[str, Any],
+    users: Float[Array, "B D"],
+    items: Float[Array, "B D"],
+    labels: Mapping[str, Float[Array, "B"]],
+) -> Losses:
+    """The loss of each row for each head, 0 where the label is missing, and where it is not.
+
+    Args:
+        labels: column -> 1, 0, or NaN where missing.
+    """
+    losses: Losses = {}
+    for name, logits in head_logits(heads, params, users, items).items():
+        given = labels[heads[name].label]
+        known = ~jnp.isnan(given)
+        # Masked before the loss and after it: the gradient of what is thrown away must not be NaN
+        # either.
+        loss = binary_cross_entropy(
+            logits, jnp.where(known, given, 0.0), pos_weight=heads[name].pos_weight
+        )
+        losses[name] = jnp.where(known, loss, 0.0), known
+    return losses
