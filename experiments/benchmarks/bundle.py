@@ -42,7 +42,7 @@ def make(folder: Path, items: int) -> None:
 
     from experiments.configs import quickstart
     from twotower.config import from_dict
-    from twotower.core.ragged import Csr
+    from twotower.core.ragged import Ragged
     from twotower.index.popularity import index_items
     from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
@@ -59,7 +59,7 @@ def make(folder: Path, items: int) -> None:
     rng = np.random.default_rng(0)
     users, vectors = draw(items, small.towers.dim, USERS)
     counts = np.sort(rng.zipf(1.3, items) % 10_000)[::-1].astype(np.int64)
-    seen = Csr(np.arange(USERS + 1, dtype=np.int64) * SEEN, _distinct(rng, items))
+    seen = Ragged(np.arange(USERS + 1, dtype=np.int64) * SEEN, _distinct(rng, items))
     bundle = dataclasses.replace(
         small,
         vectors=vectors,

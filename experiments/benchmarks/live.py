@@ -44,7 +44,7 @@ def make_bundle(folder: Path, items: int) -> None:
     import jax
 
     from twotower.config import from_dict
-    from twotower.core.ragged import Csr
+    from twotower.core.ragged import Ragged
     from twotower.index.popularity import index_items
     from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
@@ -68,7 +68,7 @@ def make_bundle(folder: Path, items: int) -> None:
         vectors=vectors,
         items=table,
         counts=counts,
-        seen=Csr.empty(len(bundle.users)),
+        seen=Ragged.empty(len(bundle.users)),
         index=index_items(config, vectors, counts, bundle.user_vectors),
     )
     folder.mkdir(parents=True)

@@ -34,7 +34,7 @@ from experiments.benchmarks import harness
 from twotower.config import ObjectiveConfig
 from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES, streaming_loss
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 _WIDTH = 64
 _SIZES, _QUICK_SIZES = (1024, 4096, 16_384, 65_536), (1024, 4096)
@@ -171,7 +171,7 @@ def _difference(name: str, size: int) -> float:
             bias=trained["bias"],
             margin=0.1,
             positive_temperature=0.12,
-            hard=Hard(trained["hard"], hard_ids, jnp.zeros(hard_ids.shape)),
+            hard=HardNegatives(trained["hard"], hard_ids, jnp.zeros(hard_ids.shape)),
             constants=constants,
         )
 

@@ -170,7 +170,7 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
         WHOLE,
         compiler_options,
         group_of,
-        run_on,
+        shard_map_if_needed,
         shardings,
         state_specs,
     )
@@ -193,7 +193,7 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
     def several(state: Any, batches: Any) -> tuple[Any, Any]:
         return jax.lax.scan(one, state, batches)
 
-    step = run_on(mesh, several if steps else one, (specs, split), (specs, WHOLE))
+    step = shard_map_if_needed(mesh, several if steps else one, (specs, split), (specs, WHOLE))
     return (
         jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
         .lower(state, batch)

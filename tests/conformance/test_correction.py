@@ -10,7 +10,7 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.config import ObjectiveConfig, from_dict
-from twotower.core.mesh import ALONE
+from twotower.core.mesh import SINGLE_DEVICE
 from twotower.objectives import LOSSES, streaming_loss
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
@@ -22,7 +22,7 @@ from twotower.objectives.negatives import (
     uniform_log_expected_count,
 )
 from twotower.training import candidates as sources_module
-from twotower.training.candidates import Corpus, Sources
+from twotower.training.candidates import CorpusSize, NegativeSampling
 
 D, T = 5, 0.4
 
@@ -191,7 +191,7 @@ def test_sources_add_up_to_the_counts_that_are_seen():
     rows = {"user": jnp.zeros(tiny.B, jnp.int32)}
     given = {"popularity": table}
     draws = jax.vmap(
-        lambda key: sources_module.draw(trainer.sources, rows, given, key, ALONE).shared
+        lambda key: sources_module.draw(trainer.sources, rows, given, key, SINGLE_DEVICE).shared
     )
     drawn = np.asarray(jax.jit(draws)(jax.random.split(jax.random.key(0), steps)))
     batches = np.random.default_rng(0).choice(tiny.N, (steps, tiny.B), p=counts / counts.sum())
@@ -304,8 +304,8 @@ def test_items_never_clicked_are_negatives_by_default():
     """Only clicked items as negatives leave the others in their random direction: a share of
     uniform draws is the default."""
     default, loss = from_dict({"training": {"batch_size": 50}}), LOSSES["softmax"]
-    assert Sources.build(default, loss, Corpus(9, 1000, 3)).config.uniform == 13
-    assert Sources.build(default, loss, Corpus(9, 1000, 0)).config.uniform == 0
+    assert NegativeSampling.build(default, loss, CorpusSize(9, 1000, 3)).config.uniform == 13
+    assert NegativeSampling.build(default, loss, CorpusSize(9, 1000, 0)).config.uniform == 0
 
 
 @pytest.mark.trap(19)

@@ -13,7 +13,7 @@ import pytest
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.config import RetrievalConfig
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.index import exact
@@ -175,7 +175,7 @@ def test_excluded_items_never_come_back_though_fewer_than_k_remain(index):
 
     items = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     queries = items[:3] * 2
-    exclude = Csr.from_pairs(
+    exclude = Ragged.from_pairs(
         np.repeat([0, 1], [9, 12]), np.r_[np.arange(9), np.arange(12)], num_rows=3
     )
     found = search_without((index or (lambda _: Approximate()))(items), items, queries, 5, exclude)

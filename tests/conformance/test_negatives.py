@@ -8,7 +8,7 @@ import pytest
 from tests.objectives.cases import OBJECTIVE
 from twotower.config import ObjectiveConfig
 from twotower.objectives import LOSSES, streaming_loss
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 B, C, H, D = 3, 6, 2, 4
 
@@ -43,7 +43,7 @@ def _loss(
         weights=jnp.ones(B),
         scale=2.0,
         owners=whole(range(B)),
-        hard=Hard(arrays["hard"], whole(hard), jnp.zeros((B, H))),
+        hard=HardNegatives(arrays["hard"], whole(hard), jnp.zeros((B, H))),
         dtype=dtype,
         constants=kind.constants(OBJECTIVE, 9),
         **options,

@@ -8,13 +8,13 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.config import DenseOptimizerConfig
-from twotower.core.mesh import SPLIT, Group, lookup_rows, make_mesh
+from twotower.core.mesh import SHARDED, DeviceGroup, lookup_rows, make_mesh
 from twotower.features.encodings import Input
 from twotower.features.spec import from_mappings
 from twotower.features.vocabulary import Vocabulary
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients, init_table, lookup, pool
 from twotower.training.optimizers import dense_optimizer
-from twotower.training.step import drop_ids
+from twotower.training.step import oov_dropout
 
 V, E = 1024, 4
 KNOWN = Vocabulary.fit(pa.array([f"v{n}" for n in range(50)]), oov_rows=8)
@@ -97,12 +97,12 @@ def test_an_id_out_of_range_is_nan_on_any_number_of_devices(table):
     """Clamped or wrapped it would be another row, silently: it is NaN, which stops training; its
     neighbours are themselves."""
     ids = jnp.array([3, V, -1, V - 1, 10 * V, 0, 5, -V])
-    mesh, group = make_mesh(4), Group("devices", 4)
+    mesh, group = make_mesh(4), DeviceGroup("devices", 4)
     over_devices = jax.shard_map(
-        lambda t, i: lookup_rows(t, i, group.share(i), group),
+        lambda t, i: lookup_rows(t, i, group.all_gather(i), group),
         mesh=mesh,
-        in_specs=(SPLIT, SPLIT),
-        out_specs=SPLIT,
+        in_specs=(SHARDED, SHARDED),
+        out_specs=SHARDED,
     )
     for found in (lookup(table, ids), jax.jit(over_devices)(table, ids)):
         assert np.isnan(found).all(1).tolist() == [
@@ -141,7 +141,7 @@ def test_known_ids_are_dropped_so_that_rows_of_unknown_ones_are_trained():
         [jnp.arange(5, 1005), jnp.zeros(100, jnp.int32), jnp.ones(100, jnp.int32)]
     ).astype(jnp.int32)
     found = np.asarray(
-        drop_ids(inputs, {"id": ids}, jax.random.split(jax.random.key(0), 1200))["id"]
+        oov_dropout(inputs, {"id": ids}, jax.random.split(jax.random.key(0), 1200))["id"]
     )
     dropped = found[:1000] != ids[:1000]
     assert 0.2 < dropped.mean() < 0.3 and set(found[:1000][dropped].tolist()) == {1, 2, 3, 4}

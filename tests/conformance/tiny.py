@@ -9,12 +9,12 @@ import numpy as np
 
 from twotower.config import from_dict
 from twotower.core.mesh import (
-    SPLIT,
-    WHOLE,
+    REPLICATED,
+    SHARDED,
     group_of,
     make_mesh,
-    place,
-    run_on,
+    put,
+    shard_map_if_needed,
     shardings,
     state_specs,
 )
@@ -22,7 +22,7 @@ from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import TwoTower
 from twotower.training import losses
-from twotower.training.candidates import Corpus
+from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
@@ -54,7 +54,7 @@ def build(*, oov_rate=0.0, layers=(), dropout=0.0, objective=None, training=None
         }
     )
     return Trainer.build(
-        config, TwoTower.build_from(config.model, inputs, tables), Corpus(U, N, N - 30)
+        config, TwoTower.build_from(config.model, inputs, tables), CorpusSize(U, N, N - 30)
     )
 
 
@@ -142,7 +142,7 @@ def step(trainer, devices=1):
     mesh = make_mesh(devices)
     specs, given = (
         state_specs(abstract_state(trainer, mesh)),
-        place(mesh, catalogue(trainer), WHOLE),
+        put(mesh, catalogue(trainer), REPLICATED),
     )
 
     def one(state, rows, given):
@@ -150,11 +150,12 @@ def step(trainer, devices=1):
         with _listening(heard):
             return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard[0]
 
-    out = (specs, WHOLE, {"own": SPLIT, "shared": WHOLE})
+    out = (specs, REPLICATED, {"own": SHARDED, "shared": REPLICATED})
     jitted = jax.jit(
-        run_on(mesh, one, (specs, SPLIT, WHOLE), out), out_shardings=shardings(mesh, out)
+        shard_map_if_needed(mesh, one, (specs, SHARDED, REPLICATED), out),
+        out_shardings=shardings(mesh, out),
     )
-    return lambda state, rows: jitted(state, place(mesh, rows, SPLIT), given)
+    return lambda state, rows: jitted(state, put(mesh, rows, SHARDED), given)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def csr(lists):
     regrouped = [[v for _, (r, v) in pairs if r == row] for row in range(len(lists))]
     lists[:] = regrouped
     rows, values = zip(*[pair for _, pair in pairs])
-    return Csr.from_pairs(np.array(rows), np.array(values), num_rows=len(lists))
+    return Ragged.from_pairs(np.array(rows), np.array(values), num_rows=len(lists))
 
 
 def as_lists(csr):
@@ -54,8 +54,8 @@ def test_contains_equals_in(csr, lists):
 
 def test_a_row_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"\[0, 2\)"):
-        Csr.from_pairs(np.array([0, 2]), np.array([1, 1]), num_rows=2)
+        Ragged.from_pairs(np.array([0, 2]), np.array([1, 1]), num_rows=2)
 
 
 def test_take_from_no_rows_at_all():
-    assert as_lists(Csr.empty(0).take(np.array([-1, -1]))) == [[], []]
+    assert as_lists(Ragged.empty(0).take(np.array([-1, -1]))) == [[], []]

@@ -8,7 +8,7 @@ import pytest
 
 from twotower.config import DataConfig, SplitConfig
 from twotower.core.errors import ConfigError
-from twotower.data.dataset import Dataset, Truth
+from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.filters import in_core
 from twotower.data.interactions import codes, fingerprint
 from twotower.data.split import PARTS, filter_rows, split
@@ -20,7 +20,7 @@ def log_of(users, items, **columns) -> pa.Table:
     )
 
 
-def dataset_of(rows: pa.Table, truth: Truth | None = None) -> Dataset:
+def dataset_of(rows: pa.Table, truth: TruePreferences | None = None) -> Dataset:
     users, items = (pa.table({name: rows[name].unique()}) for name in ("user_id", "item_id"))
     return Dataset(interactions=rows, users=users, items=items, has_catalogue=False, truth=truth)
 
@@ -183,7 +183,9 @@ def test_a_chain_falls_apart_one_link_a_round():
 def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_not():
     rows = random_log(3, n=170, users=60, items=60)
     ids = {side: rows[f"{side}_id"].unique().to_pylist() for side in ("user", "item")}
-    truth = Truth(*(np.array(ids[side], np.float32)[:, None] for side in ("user", "item")))
+    truth = TruePreferences(
+        *(np.array(ids[side], np.float32)[:, None] for side in ("user", "item"))
+    )
     cored = filter_rows(dataset_of(rows, truth), DataConfig(k_core=3))
     for side, table, factors in (
         ("user", cored.users, cored.truth.user_factors),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation import baselines
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries
@@ -60,14 +60,14 @@ def fake(train, num_items, truth=None):
 
 
 def some_queries(num_queries, num_items):
-    right = Csr.from_pairs(
+    right = Ragged.from_pairs(
         np.arange(num_queries), np.arange(num_queries) % num_items, num_rows=num_queries
     )
     return Queries(
         user=np.arange(num_queries),
         right=right,
         missing=np.zeros(num_queries, np.int32),
-        seen=Csr.empty(num_queries),
+        seen=Ragged.empty(num_queries),
         counts=np.ones(num_items, np.int64),
     )
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.evaluation.test_evaluate import KS, make, oracle
 from twotower.core.errors import ScoreError
-from twotower.core.mesh import AXIS, SPLIT, WHOLE, make_mesh, place
+from twotower.core.mesh import AXIS, REPLICATED, SHARDED, make_mesh, put
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.report import frontier
@@ -73,8 +73,8 @@ def test_devices_score_their_own_items_and_send_lists_alone():
     assert found.sharding.spec == P(None, AXIS) and {
         x.data.shape for x in found.addressable_shards
     } == {(6, 100)}
-    pairs = place(mesh, (*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32)), WHOLE)
-    counts = place(mesh, np.ones(800, np.int32), SPLIT)
+    pairs = put(mesh, (*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32)), REPLICATED)
+    counts = put(mesh, np.ones(800, np.int32), SHARDED)
     text = module._measure.lower(found, *pairs, counts, ks=(5,), mesh=mesh).compile().as_text()
     moved = [
         line

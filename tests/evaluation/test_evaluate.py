@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twotower.core.errors import ScoreError
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries
 
@@ -16,7 +16,7 @@ KS = (1, 5, 20)
 
 def csr(lists):
     lengths = [len(x) for x in lists]
-    return Csr.from_pairs(
+    return Ragged.from_pairs(
         np.repeat(np.arange(len(lists)), lengths), np.concatenate([*lists, []]), num_rows=len(lists)
     )
 

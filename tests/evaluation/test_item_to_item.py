@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation import item_to_item
 from twotower.evaluation.baselines import make_baselines, popularity_order, same_for_all
 from twotower.evaluation.evaluate import evaluate
@@ -44,7 +44,7 @@ def matrix(lists, num_items=ITEMS):
 def asked(seen, right=None, num_items=ITEMS):
     """One query a user, with one right answer."""
     right = np.zeros(len(seen), int) if right is None else right
-    answers = Csr.from_pairs(np.arange(len(seen)), right, num_rows=len(seen))
+    answers = Ragged.from_pairs(np.arange(len(seen)), right, num_rows=len(seen))
     return Queries(
         user=np.arange(len(seen), dtype=np.int32),
         right=answers,
@@ -88,7 +88,7 @@ def test_of_equally_near_items_the_more_popular_is_kept():
     # Item 0 shares a quarter of what could be with 1 (1 of 1 x 16) and with 2 (2 of 4 x 16).
     zero = [(user, 0) for user in range(16)]
     pairs = np.array([*zero, (0, 1), (1, 2), (2, 2), (16, 2), (17, 2)])
-    train = Csr.from_pairs(pairs[:, 0], pairs[:, 1], num_rows=18)
+    train = Ragged.from_pairs(pairs[:, 0], pairs[:, 1], num_rows=18)
     near, similarity = item_to_item.nearest_items(train, 3, 2)
     assert similarity[0].tolist() == [0.25, 0.25] and near[0].tolist() == [2, 1]
 
@@ -133,7 +133,7 @@ def communities(num_items=60, users=300, own=10):
     rng = np.random.default_rng(0)
     taken = [rng.permutation(20)[: own + 1] + 20 * rng.integers(0, 3) for _ in range(users)]
     seen = np.concatenate([items[:own] for items in taken])
-    train = Csr.from_pairs(np.repeat(np.arange(users), own), seen, num_rows=users)
+    train = Ragged.from_pairs(np.repeat(np.arange(users), own), seen, num_rows=users)
     return train, asked(train, np.array([items[own] for items in taken]), num_items)
 
 

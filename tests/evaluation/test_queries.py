@@ -5,7 +5,7 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.prepare import prepare
 
@@ -139,12 +139,12 @@ def test_a_split_without_rows_and_an_unknown_kind_are_refused(prepared):
 
 
 def test_a_sample_asks_some_queries_of_the_whole_corpus():
-    right = Csr.from_pairs(np.arange(10), np.arange(10), num_rows=10)
+    right = Ragged.from_pairs(np.arange(10), np.arange(10), num_rows=10)
     queries = Queries(
         np.arange(10, dtype=np.int32),
         right,
         np.zeros(10, np.int32),
-        Csr.empty(10),
+        Ragged.empty(10),
         np.ones(10, np.int64),
     )
     assert queries.sample(0) is queries and queries.sample(10) is queries

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import hlo, scaling
-from twotower.core.mesh import SPLIT, WHOLE, make_mesh
+from twotower.core.mesh import REPLICATED, SHARDED, make_mesh
 
 TRIPS = 5
 
 
 def _program(step):
     mesh = make_mesh(4)
-    x = jax.ShapeDtypeStruct((8, 16), "float32", sharding=jax.NamedSharding(mesh, SPLIT))
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=SPLIT, out_specs=WHOLE)
+    x = jax.ShapeDtypeStruct((8, 16), "float32", sharding=jax.NamedSharding(mesh, SHARDED))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=SHARDED, out_specs=REPLICATED)
     return hlo.read(jax.jit(mapped).lower(x).compile().as_text())
 
 

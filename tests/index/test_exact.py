@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex, QueryError, top_k
 from twotower.kernels import host_top_k
@@ -55,7 +55,7 @@ def test_excluded_items_never_come_back(vectors, backend, item_block, monkeypatc
     rng = np.random.default_rng(2)
     # From nobody excluded to all but two: fewer than k remain for the last queries.
     lists = [rng.permutation(301)[: min(299, 8 * q)] for q in range(len(queries))]
-    exclude = Csr.from_pairs(
+    exclude = Ragged.from_pairs(
         np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37
     )
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, 50, exclude=exclude)
@@ -178,7 +178,7 @@ def test_bad_items_wrong_width_and_k_are_refused(vectors):
     with pytest.raises(ValueError, match="k=0"):
         top_k(queries, items, 0)
     with pytest.raises(ValueError, match="exclude holds 1 lists for 37 queries"):
-        top_k(queries, items, 5, exclude=Csr.empty(1))
+        top_k(queries, items, 5, exclude=Ragged.empty(1))
     items[7, 0] = np.nan
     with pytest.raises(QueryError, match="item vector 7 is not finite"):
         top_k(queries, items, 5)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.index.test_exact import oracle
 from twotower.config import RetrievalConfig
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex, QueryError
 from twotower.index.scann import build_index
 from twotower.index.search import Allowed, exact_among, search_without
@@ -25,7 +25,7 @@ def vectors():
 def some_excluded(count, num_items, most):
     rng = np.random.default_rng(2)
     lists = [rng.permutation(num_items)[: most * q // count] for q in range(count)]
-    return Csr.from_pairs(
+    return Ragged.from_pairs(
         np.repeat(np.arange(count), [len(x) for x in lists]), np.concatenate(lists), num_rows=count
     )
 
@@ -33,7 +33,7 @@ def some_excluded(count, num_items, most):
 def forbidden(exclude, mask):
     """Lists of all that must not come back."""
     lists = [np.union1d(row, np.flatnonzero(~mask)) for row in exclude]
-    return Csr.from_pairs(
+    return Ragged.from_pairs(
         np.repeat(np.arange(len(lists)), [len(x) for x in lists]),
         np.concatenate(lists),
         num_rows=len(lists),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.index.test_exact import oracle
 from twotower.core.mesh import make_mesh
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex, QueryError
 
@@ -23,7 +23,7 @@ def vectors():
 def some_excluded():
     rng = np.random.default_rng(2)
     lists = [rng.permutation(301)[: min(299, 8 * q)] for q in range(37)]
-    return Csr.from_pairs(
+    return Ragged.from_pairs(
         np.repeat(np.arange(37), [len(x) for x in lists]), np.concatenate(lists), num_rows=37
     )
 
@@ -82,5 +82,5 @@ def test_what_cannot_be_ranked_is_refused(vectors):
     with pytest.raises(ValueError, match="k=0"):
         index.search(queries + 9, 0)
     with pytest.raises(ValueError, match="exclude holds 1 lists"):
-        index.search(queries + 9, 3, exclude=Csr.empty(1))
+        index.search(queries + 9, 3, exclude=Ragged.empty(1))
     assert len(jax.devices()) == 8

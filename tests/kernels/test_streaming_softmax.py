@@ -14,7 +14,7 @@ from twotower.kernels import softmax_blocks as sweep
 from twotower.kernels.reference import naive_loss
 from twotower.kernels.streaming_softmax import streaming_loss
 from twotower.objectives import LOSSES
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 
 def _differentiable(c: Case) -> dict:
@@ -127,7 +127,10 @@ def test_rows_of_several_queries_are_queries_of_one_user():
     cut = lambda x: x.reshape(3, 4, *x.shape[1:])  # noqa: E731
     owners = jnp.array([3, -1, 5], jnp.int32)
     options = c.options | {"owners": owners}
-    rows = options | {"weights": cut(options["weights"]), "hard": Hard(*map(cut, options["hard"]))}
+    rows = options | {
+        "weights": cut(options["weights"]),
+        "hard": HardNegatives(*map(cut, options["hard"])),
+    }
     got = streaming_loss(
         cut(c.queries), Positives(*map(cut, c.positives)), c.items, c.candidates, **rows, block=5
     )
@@ -160,7 +163,7 @@ def test_the_order_of_queries_and_of_candidates_does_not_matter(name):
     )(*c[::2][:2])  # noqa: E731
     rows, columns = rng.permutation(13), rng.permutation(22)
     moved = {n: x[rows] for n, x in c.options.items() if n in ("weights", "owners")}
-    moved["hard"] = Hard(*(x[rows] for x in c.options["hard"]))
+    moved["hard"] = HardNegatives(*(x[rows] for x in c.options["hard"]))
     other = Case(
         c.queries[rows],
         Positives(*(x[rows] for x in c.positives)),

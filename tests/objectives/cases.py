@@ -7,7 +7,7 @@ import numpy as np
 
 from twotower.config import ObjectiveConfig
 from twotower.objectives import LOSSES
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 OBJECTIVE = ObjectiveConfig(margin=0.2, calibration=0.6, negative_weight=1.5)
 ITEMS = 40
@@ -57,7 +57,7 @@ def case(
         "scale": jnp.asarray(4.0, dtype),
         "owners": whole(owners),
         "bias": jnp.asarray(-0.7, dtype),
-        "hard": Hard(
+        "hard": HardNegatives(
             real(size, hard, width),
             whole(rng.integers(-1, size // 2, (size, hard))),
             real(size, hard),

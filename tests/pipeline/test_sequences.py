@@ -8,7 +8,13 @@ import pytest
 from tests.features.test_history import L, prepared_of, write_log
 from twotower.features.encodings import HISTORY_GAP, HISTORY_POSITION, HISTORY_SEGMENT
 from twotower.features.history import SPANS
-from twotower.pipeline.sequences import Plan, SequenceBatches, gather_sequences, pack, sequence_data
+from twotower.pipeline.sequences import (
+    SequenceBatches,
+    SequencePacking,
+    gather_sequences,
+    pack,
+    sequence_data,
+)
 
 IDS = "history/item_id"
 
@@ -35,7 +41,7 @@ def begun(tmp_path, *, times=None, crop="last", rows=120, **history):
         {"kind": "leave_last_out"},
         **history,
     )
-    return prepared, Plan.build(prepared.histories, crop=crop, seed=0)
+    return prepared, SequencePacking.build(prepared.histories, crop=crop, seed=0)
 
 
 @pytest.mark.parametrize(

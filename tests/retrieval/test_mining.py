@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import QueryError
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.embed import embed_rows
@@ -24,7 +24,7 @@ def known():
     """Two to four positives a user; the last user has none."""
     rng = np.random.default_rng(1)
     rows = np.repeat(np.arange(USERS - 1), [2, 3, 4, 2, 3])
-    return Csr.from_pairs(rows, rng.integers(0, ITEMS, len(rows)), num_rows=USERS).distinct()
+    return Ragged.from_pairs(rows, rng.integers(0, ITEMS, len(rows)), num_rows=USERS).distinct()
 
 
 def oracle(users, items, known, first, last, margin):
@@ -98,7 +98,7 @@ def test_pools_of_a_model(run):
         features = {name: x[[user]] for name, x in prepared.features["user"].items()}
         features |= {name: x[[latest]] for name, x in train.context.items()}
         vector = embed_rows(model, run.weights, "user", features)
-        known = Csr.from_pairs(np.zeros(len(rows)), train.item[rows], num_rows=1)
+        known = Ragged.from_pairs(np.zeros(len(rows)), train.item[rows], num_rows=1)
         (expected,) = oracle(vector, items, known, 10, 100, -1.0)
         assert lists(pools)[user] == expected
     assert not (set(prepared.features["user"]) & set(train.context)) and train.context

@@ -10,7 +10,7 @@ import pytest
 
 from tests.retrieval.conftest import make_run
 from twotower.core.errors import ConfigError
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.index.search import search_without
 from twotower.retrieval import retriever as retriever_module
@@ -229,7 +229,7 @@ def test_lists_are_full_whenever_k_items_exist(limit, k):
         rng.normal(size=(8, 4)).astype(np.float32),
     )
     lists = [rng.permutation(100)[: 14 * q] for q in range(8)]
-    exclude = Csr.from_pairs(
+    exclude = Ragged.from_pairs(
         np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8
     )
     scores, rows = search_without(Forgetful(vectors, limit), vectors, queries, k, exclude)

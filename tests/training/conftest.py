@@ -10,7 +10,7 @@ from twotower.config import from_dict
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import prepare
 from twotower.towers.two_tower import TwoTower
-from twotower.training.catalogue import corpus_of, count_rows
+from twotower.training.catalogue import corpus_size, count_rows
 from twotower.training.init import init_state
 from twotower.training.state import Trainer
 
@@ -52,7 +52,7 @@ def make(prepared):
 
     def build(config):
         trainer = Trainer.build(
-            config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+            config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
         )
         counts = {side: jnp.asarray(c) for side, c in count_rows(prepared).items()}
         batches = make_batches(prepared, config)

@@ -8,11 +8,19 @@ import jax
 import numpy as np
 
 from twotower.config import Config, from_dict
-from twotower.core.mesh import SPLIT, WHOLE, group_of, make_mesh, place, run_on, state_specs
+from twotower.core.mesh import (
+    REPLICATED,
+    SHARDED,
+    group_of,
+    make_mesh,
+    put,
+    shard_map_if_needed,
+    state_specs,
+)
 from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import SIDES, TwoTower
-from twotower.training.candidates import Corpus
+from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
@@ -44,7 +52,7 @@ def make_trainer(values: dict[str, Any], items: int = ITEMS) -> Trainer:
     config: Config = from_dict(values)
     shapes = {name: TableShape(rows=rows, width=8) for name, rows in TABLES.items()}
     return Trainer.build(
-        config, TwoTower.build_from(config.model, INPUTS, shapes), Corpus(USERS, items, 0)
+        config, TwoTower.build_from(config.model, INPUTS, shapes), CorpusSize(USERS, items, 0)
     )
 
 
@@ -110,9 +118,7 @@ class Case:
 
     def state(self, mesh: Any) -> Any:
         """The state at the beginning on `mesh`."""
-        return jax.tree.map(
-            lambda x, spec: place(mesh, x, spec), self.start, state_specs(self.start)
-        )
+        return jax.tree.map(lambda x, spec: put(mesh, x, spec), self.start, state_specs(self.start))
 
     def steps(self, devices: int, count: int = 3) -> tuple[Any, list[Any]]:
         """The state after some steps on so many devices, and the metrics of each, as NumPy
@@ -120,9 +126,9 @@ class Case:
         mesh, metrics = make_mesh(devices), []
         state = self.state(mesh)
         run = jax.jit(on_mesh(self.trainer, mesh), donate_argnums=0, compiler_options=FAST)
-        catalogue = place(mesh, self.catalogue, WHOLE)
+        catalogue = put(mesh, self.catalogue, REPLICATED)
         for batch in self.batches[:count]:
-            state, found = run(state, place(mesh, batch, SPLIT), catalogue)
+            state, found = run(state, put(mesh, batch, SHARDED), catalogue)
             metrics.append(jax.device_get(found))
         return jax.device_get(state), metrics
 
@@ -131,7 +137,7 @@ def on_mesh(trainer: Trainer, mesh: Any) -> Any:
     """(state, batch, catalogue) -> (state, metrics), one step on `mesh`."""
     specs = state_specs(abstract_state(trainer, mesh))
     one = functools.partial(train_step, trainer=trainer, group=group_of(mesh))
-    return run_on(mesh, one, (specs, SPLIT, WHOLE), (specs, WHOLE))
+    return shard_map_if_needed(mesh, one, (specs, SHARDED, REPLICATED), (specs, REPLICATED))
 
 
 def pools(rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:

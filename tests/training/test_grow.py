@@ -16,7 +16,7 @@ from twotower.core.mesh import make_mesh
 from twotower.data.shop.generate import generate
 from twotower.training import grow as grow_module
 from twotower.training import run
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.grow import grow
 from twotower.training.init import abstract_state
@@ -65,7 +65,7 @@ def old(log, tmp_path_factory):
 
 def _state(workdir, step):
     loaded = run.load_run(workdir, checkpoint=str(step))
-    trainer = Trainer.build(loaded.config, loaded.model, corpus_of(loaded.prepared))
+    trainer = Trainer.build(loaded.config, loaded.model, corpus_size(loaded.prepared))
     with open_checkpoints(workdir, loaded.config, read_only=True) as checkpoints:
         return loaded, checkpoints.restore(step, abstract_state(trainer, make_mesh(1)))[0]
 

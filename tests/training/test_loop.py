@@ -16,10 +16,10 @@ from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.checkpoint import CheckpointError, best_step
 from twotower.training.init import init_on
-from twotower.training.loop import Record, open_checkpoints
+from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.metrics import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
 from twotower.training.state import Trainer
@@ -32,7 +32,7 @@ train = functools.partial(run.train, devices=1)
 
 def _trainer(prepared, config):
     return Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
 
 
@@ -196,7 +196,7 @@ def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkey
 
 
 def test_patience_counts_validations_without_improvement():
-    record = Record(users=3, items=4)
+    record = EarlyStopping(users=3, items=4)
     for step, value in enumerate([0.1, 0.3, 0.2, 0.3, 0.1]):
         record.update(step, value, patience=3)
     assert (record.best, record.best_step, record.waited, record.stopped) == (0.3, 1, 3, True)
@@ -449,7 +449,7 @@ def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, 
     )  # there is such an option
     config = small_config()
     trainer = Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
     weights = init_on(make_mesh(1), trainer, loop.count_rows(prepared)).weights
     for module in (loop, embed):

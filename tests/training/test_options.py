@@ -8,7 +8,7 @@ import pytest
 from tests.training.conftest import small_config
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.training.state import chosen_kinds
+from twotower.training.state import resolve_kinds
 
 LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
 
@@ -53,7 +53,7 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(
     objective, training, message
 ):
     with pytest.raises(ConfigError, match=message):
-        chosen_kinds(small_config(objective=objective, training=training))
+        resolve_kinds(small_config(objective=objective, training=training))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_batch_statistics_need_a_batch_that_is_computed_at_once(section):
         objective=objective, training=training, model={"user": tower, "item": tower}
     )
     with pytest.raises(ConfigError, match="batch_norm=True needs a batch that is computed at once"):
-        chosen_kinds(config)
+        resolve_kinds(config)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
 )
 def test_options_that_a_loss_does_not_read_or_cannot_do_with_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        chosen_kinds(from_dict(values))
+        resolve_kinds(from_dict(values))
 
 
 @pytest.mark.parametrize(

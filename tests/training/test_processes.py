@@ -18,7 +18,7 @@ from tests.training.divided import differences
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import make_mesh
 from twotower.pipeline.batches import Batches
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.processes import join
@@ -144,7 +144,7 @@ def _losses(workdir):
 def _state(workdir, step=STEPS):
     run = load_run(workdir, checkpoint="latest")
     abstract = abstract_state(
-        Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1)
+        Trainer.build(run.config, run.model, corpus_size(run.prepared)), make_mesh(1)
     )
     with open_checkpoints(workdir, run.config, read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore(step, abstract)[0])

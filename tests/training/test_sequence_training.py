@@ -12,13 +12,13 @@ from tests.features.test_history import write_log
 from tests.training.divided import FAST, differences, on_mesh
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import SPLIT, WHOLE, make_mesh, place
+from twotower.core.mesh import REPLICATED, SHARDED, make_mesh, put
 from twotower.objectives.alias import popularity_table
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import TwoTower
-from twotower.training.catalogue import corpus_of, count_rows
+from twotower.training.catalogue import corpus_size, count_rows
 from twotower.training.init import init_on
 from twotower.training.loop import fit
 from twotower.training.state import Trainer
@@ -75,7 +75,7 @@ def log(folder, times=None):
 def prepared_and_trainer(config):
     prepared = prepare(config)
     return prepared, Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
 
 
@@ -170,8 +170,8 @@ def test_eight_devices_do_what_one_does(tmp_path_factory):
         for step in range(2):
             state, metrics = run(
                 state,
-                place(mesh, batches.load(batches.indices(step)), SPLIT),
-                place(mesh, catalogue, WHOLE),
+                put(mesh, batches.load(batches.indices(step)), SHARDED),
+                put(mesh, catalogue, REPLICATED),
             )
         found[devices] = jax.device_get((state, metrics))
     worst = differences(found[8], found[1])

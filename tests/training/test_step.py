@@ -12,12 +12,12 @@ import pytest
 
 from tests.training import conftest
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import ALONE
+from twotower.core.mesh import SINGLE_DEVICE
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training.init import init_state
 from twotower.training.rows import lookup_all, shared_gradients, shared_ids
-from twotower.training.step import drop_ids, train_step
+from twotower.training.step import oov_dropout, train_step
 
 # The batch's own negatives alone, so that an oracle needs no draws.
 IN_BATCH = {"negatives": {"uniform": 0}}
@@ -114,13 +114,15 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
         {"user_id": shared["user"]["user_id"]},
         {"item_id": shared["item"]["item_id"]},
     )
-    ids = shared_ids(model, features, ALONE)
-    rows = lookup_all(model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, ALONE)
+    ids = shared_ids(model, features, SINGLE_DEVICE)
+    rows = lookup_all(
+        model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, SINGLE_DEVICE
+    )
     assert rows["user"]["user_id"][:, 0].tolist() == [6, 10, 0] and rows["item"]["item_id"][
         :, 0
     ].tolist() == [10, 14, 10]
     grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
-    given = shared_gradients(model, grads, ALONE)
+    given = shared_gradients(model, grads, SINGLE_DEVICE)
     table, _, _ = apply_gradients(
         OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0
     )
@@ -210,7 +212,7 @@ def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
 
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
     ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])
-    dropped = drop_ids(inputs, {"id": ids, "kept": ids}, jax.random.split(key, len(ids)))
+    dropped = oov_dropout(inputs, {"id": ids, "kept": ids}, jax.random.split(key, len(ids)))
     changed = np.asarray(dropped["id"] != ids)
     assert 0.2 < changed[:4000].mean() < 0.3 and not changed[4000:].any()
     assert set(np.asarray(dropped["id"])[changed].tolist()) == {1, 2, 3, 4}

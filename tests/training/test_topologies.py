@@ -14,7 +14,7 @@ from tests.training.divided import differences
 from twotower.core.mesh import make_mesh
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.checkpoint import checksum
 from twotower.training.init import abstract_state
 from twotower.training.loop import fit
@@ -44,7 +44,7 @@ def go_on(prepared, monkeypatch):
     """(folder, devices, last step or None) -> the state, where the run was not stopped; one
     compilation for each mesh."""
     trainer = Trainer.build(
-        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared)
+        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_size(prepared)
     )
     compiled, compile_steps = {}, loop.compile_steps
 
@@ -91,7 +91,7 @@ def test_saved_on_eight_devices_it_goes_on_on_four_on_one_and_on_eight_again(go_
 
 def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_together(prepared):
     trainer = Trainer.build(
-        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_of(prepared)
+        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_size(prepared)
     )
     counts = loop.count_rows(prepared)
     sums = {n: int(checksum(loop.init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}

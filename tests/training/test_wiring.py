@@ -6,10 +6,10 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import ALONE
+from twotower.core.mesh import SINGLE_DEVICE
 from twotower.features.encodings import Input, TableShape
 from twotower.towers.two_tower import TwoTower
-from twotower.training.candidates import Corpus, Drawn
+from twotower.training.candidates import CorpusSize, SampledItems
 from twotower.training.losses import losses_of
 from twotower.training.state import Trainer, TrainState
 
@@ -45,11 +45,11 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
     )
     rng = np.random.default_rng(0)
     user, item = (rng.normal(size=(6, 4)).astype(np.float32) / 4 for _ in range(2))
-    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    trainer = Trainer.build(config, model, CorpusSize(4, 8, 0))
     rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
     params = {"log_temperature": jnp.log(jnp.float32(0.07))}
     state = TrainState(0, params, {}, {}, {}, {}, rows, {})
-    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
+    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
     by_hand = {k: options.get(k, True) for k in ("logq", "mask_same_user")}
     expected = _by_hand(USER, ITEM, (user, item), COUNTS["item"], **by_hand)
     if options.get("symmetric"):
@@ -61,7 +61,7 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
             "item": jnp.array(ITEM),
             "weight": jnp.zeros(6).at[b].set(2.0),
         }
-        got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)
+        got = losses_of(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)
         np.testing.assert_allclose(got["retrieval"], 2 * expected[b], rtol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
     model = TwoTower.build_from(
         config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs}
     )
-    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    trainer = Trainer.build(config, model, CorpusSize(4, 8, 0))
     rng = np.random.default_rng(0)
     user, item = (rng.normal(size=(n, 4)).astype(np.float32) / 4 for n in (2, 4))
     counts = np.array(COUNTS["item"])
@@ -81,7 +81,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
     params = {"log_temperature": jnp.log(jnp.float32(0.07))}
     state = TrainState(0, params, {}, {}, {}, {}, rows, {})
     # Two rows, items 4 and 5; each has one hard negative, items 6 and 1, from pools of three.
-    drawn = Drawn(
+    drawn = SampledItems(
         jnp.zeros(0, jnp.int32), jnp.array([[6], [1]], jnp.int32), jnp.full((2, 1), np.log(1 / 3))
     )
     batch = {
@@ -91,7 +91,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
         "labels": {"liked": jnp.ones(2)},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)["retrieval"]
+    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
 
     def expected_count(i, own):
         return config.training.batch_size * max(counts[i], 1) / 42 + own
@@ -113,14 +113,14 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
     model = TwoTower.build_from(
         config.model, inputs, {side: TableShape(rows=10, width=4) for side in inputs}
     )
-    trainer = Trainer.build(config, model, Corpus(4, 8, 0))
+    trainer = Trainer.build(config, model, CorpusSize(4, 8, 0))
     rng = np.random.default_rng(0)
     user, item = (rng.normal(size=(3, 4)).astype(np.float32) / 4 for _ in range(2))
     params = {"log_temperature": jnp.log(jnp.float32(0.07))}
     state = TrainState(
         0, params, {}, {}, {}, {}, {"item": {"counts": jnp.ones(8), "rows": jnp.float32(8)}}, {}
     )
-    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0)))
+    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0)))
     # All rows are of user 0, who liked items 4 and 6 and refused item 5.
     batch = {
         "user": jnp.array([0, 0, 0]),
@@ -129,7 +129,7 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
         "labels": {"liked": jnp.array([1.0, 0.0, 1.0])},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, ALONE)["retrieval"]
+    got = losses_of(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
     logits = user[0] @ item[:2].T / 0.07
     np.testing.assert_allclose(got, np.log(np.exp(logits).sum()) - logits[0], rtol=1e-5)
 
@@ -143,12 +143,12 @@ def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
     vectors = {side: rng.normal(size=(6, 8)).astype(np.float32) for side in inputs}
     batch = {"user": jnp.array(USER), "item": jnp.array(ITEM), "weight": jnp.ones(6)}
     rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
-    drawn = Drawn(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
+    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
 
     def loss(width, **objective):
         config = from_dict({"model": model, "objective": {"symmetric": True} | objective})
         trainer = Trainer.build(
-            config, TwoTower.build_from(config.model, inputs, tables), Corpus(4, 8, 0)
+            config, TwoTower.build_from(config.model, inputs, tables), CorpusSize(4, 8, 0)
         )
         cut = {side: x[:, :width] for side, x in vectors.items()}
         cut = {
@@ -157,7 +157,7 @@ def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
         }
         params = {"log_temperature": jnp.log(jnp.float32(0.5))}
         state = TrainState(0, params, {}, {}, {}, {}, rows, {})
-        return losses_of(trainer, params, cut, batch, drawn, state, {}, ALONE)["retrieval"]
+        return losses_of(trainer, params, cut, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
 
     np.testing.assert_allclose(
         loss(8, matryoshka=(4, 2)), np.mean([loss(width) for width in (8, 4, 2)]), rtol=1e-5

@@ -2,7 +2,7 @@
 state lives.
 
 The batch and the rows of every table and of its slots are divided over the axis; all else is
-replicated. A step is one `shard_map`: its functions take a `Group`, whose operations are
+replicated. A step is one `shard_map`: its functions take a `DeviceGroup`, whose operations are
 collectives there and the identity on a single device, so that one code serves both and can be run
 and tested without a mesh.
 """
@@ -26,14 +26,14 @@ from twotower.core.errors import ConfigError
 from twotower.towers.embeddings import ROW_MULTIPLE, lookup, take_rows
 
 AXIS = "devices"
-SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+SHARDED, REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 
 # (path of an array of the state, how it is divided): the first that matches decides.
-STATE_SHARDING = ((r"^(tables|table_slots)/", SPLIT), (r"^[a-z_]+(/|$)", WHOLE))
+STATE_SHARDING = ((r"^(tables|table_slots)/", SHARDED), (r"^[a-z_]+(/|$)", REPLICATED))
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class DeviceGroup:
     """The devices that run a step together. Without an axis there is one, and every operation is
     the identity."""
 
@@ -49,7 +49,7 @@ class Group:
         device of each part."""
         return jax.lax.all_gather(x, self.axis, tiled=True) if self.axis else x
 
-    def share(self, x: jax.Array) -> jax.Array:
+    def all_gather(self, x: jax.Array) -> jax.Array:
         """As `gather`, for what needs no gradient; the result is known to be the same
         everywhere."""
         return jax.lax.all_gather(x, self.axis, tiled=True, to="invarying") if self.axis else x
@@ -64,7 +64,7 @@ class Group:
             jax.lax.psum_scatter(x, self.axis, scatter_dimension=0, tiled=True) if self.axis else x
         )
 
-    def vary(self, tree: Any) -> Any:
+    def pvary(self, tree: Any) -> Any:
         """A replicated tree as one that each device differentiates alone, so that one `sum`
         completes the gradient."""
         return (
@@ -86,11 +86,14 @@ class Group:
         return self.index() * length + jnp.arange(length, dtype=jnp.int32)
 
 
-ALONE = Group()
+SINGLE_DEVICE = DeviceGroup()
 
 
 def lookup_rows(
-    table: Float[Array, "Vd E"], ids: Int[Array, "M"], everyone: Int[Array, "nM"], group: Group
+    table: Float[Array, "Vd E"],
+    ids: Int[Array, "M"],
+    everyone: Int[Array, "nM"],
+    group: DeviceGroup,
 ) -> Float[Array, "M E"]:
     """The rows of `ids` in a table of which each device holds Vd rows; NaN for an id past the end,
     or negative.
@@ -99,7 +102,7 @@ def lookup_rows(
     those who asked. What moves is the size of the rows asked for, never of the table.
 
     Args:
-        everyone: `group.share(ids)`.
+        everyone: `group.all_gather(ids)`.
     """
     if not group.axis:
         return lookup(table, ids)
@@ -109,7 +112,7 @@ def lookup_rows(
     return jnp.where(exists[:, None], found, jnp.nan)
 
 
-def localise(ids: Int[Array, "M"], rows: int, group: Group) -> Int[Array, "M"]:
+def localise(ids: Int[Array, "M"], rows: int, group: DeviceGroup) -> Int[Array, "M"]:
     """Row numbers of a whole table as those of this device's `rows`; `rows`, which is past the end,
     for others' rows."""
     local = ids - group.index() * rows
@@ -146,10 +149,10 @@ def host_mesh() -> Mesh:
     return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), (AXIS,))
 
 
-def group_of(mesh: Mesh) -> Group:
+def group_of(mesh: Mesh) -> DeviceGroup:
     """The group inside `shard_map` over `mesh`; alone where it has one device, whose program needs
     no collectives."""
-    return Group(AXIS, mesh.size) if mesh.size > 1 else ALONE
+    return DeviceGroup(AXIS, mesh.size) if mesh.size > 1 else SINGLE_DEVICE
 
 
 def state_specs(state: Any, rules: Sequence[tuple[str, PartitionSpec]] = STATE_SHARDING) -> Any:
@@ -177,7 +180,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     """Host arrays, which every process has alike, on the devices of `mesh`: each process copies
     only what its devices hold."""
     sharding = NamedSharding(mesh, spec)
@@ -194,7 +197,7 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     return jax.tree.map(put, tree)
 
 
-def place_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) -> Any:
+def put_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) -> Any:
     """Each process's part of host arrays that together have `rows` along `axis`, on the devices of
     `mesh`."""
     sharding = NamedSharding(mesh, spec)
@@ -220,7 +223,7 @@ def process_part(mesh: Mesh, rows: int) -> slice:
     return slice(own[0] * rows // mesh.size, (own[-1] + 1) * rows // mesh.size)
 
 
-def run_on(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map_if_needed(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` of local arrays as one of global arrays."""
     if mesh.size == 1:
         return function

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Csr:
+class Ragged:
     """`num_rows` lists of integers: list r is `values[offsets[r]:offsets[r + 1]]`.
 
     Attributes:
@@ -21,7 +21,7 @@ class Csr:
     values: np.ndarray
 
     @classmethod
-    def from_pairs(cls, rows: np.ndarray, values: np.ndarray, *, num_rows: int) -> Csr:
+    def from_pairs(cls, rows: np.ndarray, values: np.ndarray, *, num_rows: int) -> Ragged:
         """The pairs (row, value) grouped by row; the values of a row keep the order of the
         pairs."""
         rows = np.asarray(rows, np.int64)
@@ -36,7 +36,7 @@ class Csr:
         return cls(offsets=offsets, values=np.asarray(values)[order].astype(np.int32))
 
     @classmethod
-    def empty(cls, num_rows: int) -> Csr:
+    def empty(cls, num_rows: int) -> Ragged:
         return cls(offsets=np.zeros(num_rows + 1, np.int64), values=np.zeros(0, np.int32))
 
     def __len__(self) -> int:
@@ -58,12 +58,12 @@ class Csr:
         """int64 [M]: the row of each value."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
-    def take(self, rows: np.ndarray) -> Csr:
+    def take(self, rows: np.ndarray) -> Ragged:
         """The lists of `rows`, in that order; a row of -1 is an empty list."""
         rows = np.asarray(rows, np.int64)
         if len(rows) == 1 and rows[0] >= 0:
             values = np.asarray(self[rows[0]])
-            return Csr(offsets=np.array([0, len(values)], np.int64), values=values)
+            return Ragged(offsets=np.array([0, len(values)], np.int64), values=values)
         lengths = (
             np.where(rows >= 0, self.lengths[rows], 0)
             if len(self)
@@ -71,23 +71,23 @@ class Csr:
         )
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = self.offsets[rows] - offsets[:-1]
-        return Csr(
+        return Ragged(
             offsets=offsets, values=self.values[np.repeat(starts, lengths) + np.arange(offsets[-1])]
         )
 
-    def filter(self, keep: np.ndarray) -> Csr:
+    def filter(self, keep: np.ndarray) -> Ragged:
         """Only the values where `keep` (bool [M]) holds; as many rows as before."""
-        return Csr.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
+        return Ragged.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
 
-    def joined(self, other: Csr) -> Csr:
+    def joined(self, other: Ragged) -> Ragged:
         """Each list followed by the other's."""
         rows, values = (
             np.concatenate([self.rows, other.rows]),
             np.concatenate([self.values, other.values]),
         )
-        return Csr.from_pairs(rows, values, num_rows=len(self))
+        return Ragged.from_pairs(rows, values, num_rows=len(self))
 
-    def distinct(self, *, keep: str = "first") -> Csr:
+    def distinct(self, *, keep: str = "first") -> Ragged:
         """Each value once a row, where it stands "first" or "last"."""
         values = self.values if keep == "first" else self.values[::-1]
         rows = self.rows if keep == "first" else self.rows[::-1]

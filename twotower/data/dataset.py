@@ -14,7 +14,7 @@ from twotower.core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
+class TruePreferences:
     """The generator's own preferences; user u's preference for item i is `user_factors[u] @
     item_factors[i]`.
 
@@ -45,7 +45,7 @@ class Dataset:
     users: pa.Table
     items: pa.Table
     has_catalogue: bool
-    truth: Truth | None = None
+    truth: TruePreferences | None = None
 
 
 def assemble(

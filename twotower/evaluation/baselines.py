@@ -13,14 +13,16 @@ from twotower.evaluation.evaluate import Scores, dot_scores
 from twotower.evaluation.item_to_item import make_item_to_item
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.batches import Rows
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users
 
 WEEK = 7 * 24 * 3600  # seconds
 TOP_SHARE = 0.1  # of the items, in "top quantile"
 
 
-def make_baselines(prepared: Prepared, queries: Queries, *, seed: int = 0) -> Mapping[str, Scores]:
+def make_baselines(
+    prepared: PreparedData, queries: Queries, *, seed: int = 0
+) -> Mapping[str, Scores]:
     """name -> scores of the queries: random, popularity, popularity_top_quantile, and where the
     data has what they need popularity_last_week (timestamps), item_knn and ease (a log that they
     can manage) and true_preferences (the generator's factors)."""

@@ -15,14 +15,23 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from twotower.core.errors import ScoreError
-from twotower.core.mesh import ALONE, AXIS, SPLIT, WHOLE, Group, group_of, localise, place
+from twotower.core.mesh import (
+    AXIS,
+    REPLICATED,
+    SHARDED,
+    SINGLE_DEVICE,
+    DeviceGroup,
+    group_of,
+    localise,
+    put,
+)
 from twotower.core.progress import progress
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.index.exact import grouped_top_k, next_power_of_two, pad_pairs, pad_rows
-from twotower.pipeline.prepare import Prepared
-from twotower.retrieval.embed import embed_rows, mesh_of
+from twotower.pipeline.prepare import PreparedData
+from twotower.retrieval.embed import embed_rows, mesh_of_tables
 
 # The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last
 # may be no items.
@@ -69,7 +78,7 @@ def evaluate(
         count = chosen.stop - chosen.start
         scores, asks = scores_of(chosen), (*seen, *right, pad_rows(queries.num_right[chosen], size))
         values, rows = _measured_on(
-            mesh_of(scores), _grown(scores, size), asks, queries.counts, tuple(ks)
+            mesh_of_tables(scores), _grown(scores, size), asks, queries.counts, tuple(ks)
         )
         if np.isnan(values.pop("poison")):
             raise ScoreError(
@@ -93,25 +102,25 @@ def dot_scores(users: Any, items: Any, *, mesh: Mesh | None = None) -> Scores:
     if mesh is None:
         items = jnp.asarray(items)
         return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
-    items = place(mesh, pad_rows(items, -(-len(items) // mesh.size) * mesh.size), SPLIT)
+    items = put(mesh, pad_rows(items, -(-len(items) // mesh.size) * mesh.size), SHARDED)
     dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
-    return lambda chosen: dot(place(mesh, users[chosen], WHOLE), items)
+    return lambda chosen: dot(put(mesh, users[chosen], REPLICATED), items)
 
 
-def query_vectors(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> np.ndarray:
+def query_vectors(prepared: PreparedData, model: Any, weights: Any, queries: Queries) -> np.ndarray:
     """float32 [Q, D]"""
     return embed_rows(model, weights, "user", prepared.user_features(queries.user, queries.context))
 
 
-def model_scores(prepared: Prepared, model: Any, weights: Any, queries: Queries) -> Scores:
+def model_scores(prepared: PreparedData, model: Any, weights: Any, queries: Queries) -> Scores:
     """The scores of the two towers, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
     return dot_scores(
-        query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights)
+        query_vectors(prepared, model, weights, queries), items, mesh=mesh_of_tables(weights)
     )
 
 
-def make_validate(prepared: Prepared, model: Any) -> Callable[[Any], Mapping[str, float]]:
+def make_validate(prepared: PreparedData, model: Any) -> Callable[[Any], Mapping[str, float]]:
     """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of
     the queries; those of heads as "click/auc", over a fixed sample of as many rows."""
     evaluation = prepared.config.evaluation
@@ -149,7 +158,7 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
         max((next_power_of_two(int(lengths[part].sum())) for part in chosen), default=1)
         for lengths in (seen_lengths, queries.right.lengths)
     ]
-    none = Csr.empty(size)
+    none = Ragged.empty(size)
     for part in progress(chosen, total=len(chosen), what="Evaluation"):
         lists = (
             queries.seen_of(part) if mask_seen else none,
@@ -179,8 +188,8 @@ def _measured_on(
         return _measure(scores, *asks, counts, ks=ks)
     padding = scores.shape[1] - len(counts)
     asks, counts = (
-        place(mesh, asks, WHOLE),
-        place(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SPLIT),
+        put(mesh, asks, REPLICATED),
+        put(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SHARDED),
     )
     return _measure(scores, *asks, counts, ks=ks, padding=padding, mesh=mesh)
 
@@ -198,10 +207,12 @@ def _measure(
         padding: so many of the last columns are no items.
     """
     if mesh is None:
-        return _measure_part(*arrays, ks=ks, padding=padding, group=ALONE)
+        return _measure_part(*arrays, ks=ks, padding=padding, group=SINGLE_DEVICE)
     part = functools.partial(_measure_part, ks=ks, padding=padding, group=group_of(mesh))
-    specs = (COLUMNS, WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, SPLIT)
-    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)(*arrays)
+    specs = (COLUMNS, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, SHARDED)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)(
+        *arrays
+    )
 
 
 def _measure_part(
@@ -215,13 +226,14 @@ def _measure_part(
     *,
     ks: tuple[int, ...],
     padding: int,
-    group: Group,
+    group: DeviceGroup,
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
     """`_measure` on one device, which has N of the items."""
     width, num_items = scores.shape[1], scores.shape[1] * group.size - padding
     poison = jnp.where(group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0, jnp.nan, 0.0)
     seen_item, right_item = (
-        item if group is ALONE else localise(item, width, group) for item in (seen_item, right_item)
+        item if group is SINGLE_DEVICE else localise(item, width, group)
+        for item in (seen_item, right_item)
     )
     scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
     if padding:
@@ -246,10 +258,10 @@ def _measure_part(
     return values, rows
 
 
-def _best_of_all(lists: tuple[Array, ...], k: int, group: Group) -> tuple[Array, ...]:
+def _best_of_all(lists: tuple[Array, ...], k: int, group: DeviceGroup) -> tuple[Array, ...]:
     """The best `k` of all devices' lists [B, K] of (scores, ...): in the order of devices, which is
     that of rows, so that of equal scores the lower row stays first."""
-    if group is ALONE:
+    if group is SINGLE_DEVICE:
         return lists
     lists = tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists)
     best, at = jax.lax.top_k(lists[0], min(k, lists[0].shape[1]))

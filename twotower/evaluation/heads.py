@@ -16,7 +16,7 @@ import numpy as np
 from twotower.core.errors import ScoreError
 from twotower.objectives.heads import head_logits
 from twotower.pipeline.batches import Rows
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, evenly_spaced
 
 BINS = 15  # of probabilities, as Guo et al. have
@@ -94,7 +94,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def make_head_metrics(
-    prepared: Prepared, model: Any, part: str, *, most: int = 0
+    prepared: PreparedData, model: Any, part: str, *, most: int = 0
 ) -> Callable[[Any], HeadMetrics]:
     """weights -> {head: {metric: value, "rows": how many}} over the labelled rows of a part whose
     item is in the corpus.
@@ -155,7 +155,7 @@ def _labelled(rows: Rows, label: str, most: int) -> np.ndarray:
 
 
 def _logits(
-    prepared: Prepared, model: Any, weights: Any, rows: Rows, apply: Callable
+    prepared: PreparedData, model: Any, weights: Any, rows: Rows, apply: Callable
 ) -> dict[str, np.ndarray]:
     """Head -> [N], a block of rows at a time."""
     items, place = np.unique(rows.item, return_inverse=True)

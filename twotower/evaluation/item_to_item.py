@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from twotower.core.progress import progress
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 
@@ -26,7 +26,9 @@ MOST_ITEMS = 20_000  # of EASE: a matrix takes 1.6 GB, and five are held at once
 MOST_PAIRS = 10**10  # of two items that one user has, to be counted: minutes
 
 
-def make_item_to_item(train: Csr, queries: Queries, tuning: Queries | None) -> Mapping[str, Scores]:
+def make_item_to_item(
+    train: Ragged, queries: Queries, tuning: Queries | None
+) -> Mapping[str, Scores]:
     """{"item_knn": scores of the queries, "ease": likewise}, less what the log is too large for.
 
     Args:
@@ -60,7 +62,7 @@ def make_item_to_item(train: Csr, queries: Queries, tuning: Queries | None) -> M
     return made | {"ease": _tuned("ease: ridge", RIDGES, weigh, tuning, peaked=True)(queries)}
 
 
-def nearest_items(train: Csr, num_items: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_items(train: Ragged, num_items: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [N, count] rows of the items of greatest cosine, float32 [N, count] cosines), without
     the item itself, the nearest first and of equals the more popular; cosine 0 where no more items
     share a user.
@@ -81,7 +83,7 @@ def nearest_items(train: Csr, num_items: int, count: int) -> tuple[np.ndarray, n
     return near, similarity
 
 
-def gram_matrix(train: Csr, num_items: int) -> np.ndarray:
+def gram_matrix(train: Ragged, num_items: int) -> np.ndarray:
     """float32 [N, N], X'X of the binary matrix of users and items: the users that two items
     share."""
     gram = np.zeros((num_items, num_items), np.float32)
@@ -154,9 +156,9 @@ def _tuned(
     return best
 
 
-def _shared_users(train: Csr, num_items: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each item (the items that its users have, itself among them; how many of these users have
     each)."""
-    users_of = Csr.from_pairs(train.values, train.rows, num_rows=num_items)
+    users_of = Ragged.from_pairs(train.values, train.rows, num_rows=num_items)
     for users in progress(users_of, total=num_items, what="Item pairs"):
         yield np.unique(train.take(users).values, return_counts=True)

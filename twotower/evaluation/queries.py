@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import ConfigError, choose
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.pipeline.batches import Rows
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.user_items import items_of_users
 
@@ -32,9 +32,9 @@ class Queries:
     """
 
     user: np.ndarray
-    right: Csr
+    right: Ragged
     missing: np.ndarray
-    seen: Csr
+    seen: Ragged
     counts: np.ndarray
     context: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class Queries:
         """int32 [Q]"""
         return (self.right.lengths + self.missing).astype(np.int32)
 
-    def seen_of(self, chosen: slice) -> Csr:
+    def seen_of(self, chosen: slice) -> Ragged:
         """The seen items of some queries, one list a query."""
         return self.seen.take(self.user[chosen])
 
@@ -92,12 +92,12 @@ class Queries:
         )
 
 
-def make_queries(prepared: Prepared, split: str, kind: str) -> Queries:
+def make_queries(prepared: PreparedData, split: str, kind: str) -> Queries:
     """The queries of a split.
 
     Args:
         split: "validation" or "test". Seen are the training rows, and for test the validation rows
-            too; of all of them only those that are positives (`Prepared.is_positive`).
+            too; of all of them only those that are positives (`PreparedData.is_positive`).
         kind: "user": one query a user, all its distinct held-out items right; its context is that
             of its first held-out row. "interaction": each held-out row is a query with one right
             answer.
@@ -134,7 +134,7 @@ def make_queries(prepared: Prepared, split: str, kind: str) -> Queries:
 
 def _by_interaction(rows: Rows, item_ids: Any) -> dict[str, Any]:
     known = rows.item >= 0
-    right = Csr.from_pairs(np.flatnonzero(known), rows.item[known], num_rows=len(rows))
+    right = Ragged.from_pairs(np.flatnonzero(known), rows.item[known], num_rows=len(rows))
     return {
         "user": rows.user,
         "right": right,
@@ -146,10 +146,10 @@ def _by_interaction(rows: Rows, item_ids: Any) -> dict[str, Any]:
 def _by_user(rows: Rows, item_ids: pa.ChunkedArray) -> dict[str, Any]:
     user, first, query = np.unique(rows.user, return_index=True, return_inverse=True)
     known = rows.item >= 0
-    right = Csr.from_pairs(query[known], rows.item[known], num_rows=len(user)).distinct()
+    right = Ragged.from_pairs(query[known], rows.item[known], num_rows=len(user)).distinct()
     # Items outside of the corpus have no row; their ids tell them apart.
     codes = item_ids.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    missing = Csr.from_pairs(query[~known], codes[~known], num_rows=len(user)).distinct()
+    missing = Ragged.from_pairs(query[~known], codes[~known], num_rows=len(user)).distinct()
     context = {name: values[first] for name, values in rows.context.items()}
     return {
         "user": user,

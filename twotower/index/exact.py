@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from twotower.core.errors import ScoreError
-from twotower.core.mesh import ALONE, AXIS, SPLIT, WHOLE, group_of, localise, place
-from twotower.core.ragged import Csr
+from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, group_of, localise, put
+from twotower.core.ragged import Ragged
 from twotower.kernels.host_top_k import GROUP, SIZES, RunningTopK, group_size
 
 ITEM_BLOCK = 65_536  # of each device
@@ -35,7 +35,7 @@ class QueryError(ScoreError):
 
 
 def top_k(
-    queries: Any, items: Any, k: int, *, exclude: Csr | None = None, normalized: bool = False
+    queries: Any, items: Any, k: int, *, exclude: Ragged | None = None, normalized: bool = False
 ):
     """The `k` items of greatest dot product of each query. See `ExactIndex.search`.
 
@@ -85,11 +85,11 @@ class ExactIndex:
         unit = devices if self._mesh else GROUP if self._host and self._rows >= GROUP else 1
         parts = (vectors[i : i + self._block] for i in range(0, self.num_items, self._block))
         self._blocks = [
-            self._placed(pad_rows(part, -(-len(part) // unit) * unit), SPLIT) for part in parts
+            self._placed(pad_rows(part, -(-len(part) // unit) * unit), SHARDED) for part in parts
         ]
 
     def search(
-        self, queries: Any, k: int, *, exclude: Csr | None = None
+        self, queries: Any, k: int, *, exclude: Ragged | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best items, best first; of equal scores the lower row first.
 
@@ -133,7 +133,7 @@ class ExactIndex:
         return scores, rows
 
     def _search_host(
-        self, queries: np.ndarray, size: int, k: int, exclude: Csr | None
+        self, queries: np.ndarray, size: int, k: int, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
         best, padded = RunningTopK(len(queries), k), pad_rows(queries, size)
         for number, items in enumerate(self._blocks):
@@ -149,13 +149,13 @@ class ExactIndex:
         return best.best()
 
     def _search_devices(
-        self, queries: np.ndarray, size: int, k: int, exclude: Csr | None
+        self, queries: np.ndarray, size: int, k: int, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        best, padded = None, self._placed(pad_rows(queries, size), WHOLE)
+        best, padded = None, self._placed(pad_rows(queries, size), REPLICATED)
         for number, items in enumerate(self._blocks):
             first = number * self._block
             pairs = excluded_pairs(exclude, first, first + len(items))
-            more = self._placed((*pairs, np.int32(first), np.int32(self.num_items)), WHOLE)
+            more = self._placed((*pairs, np.int32(first), np.int32(self.num_items)), REPLICATED)
             found = _best_of_block(self._mesh, k, self._recall_target)(items, padded, *more)
             best = found if best is None else _merge(*best, *found, k)
         scores, rows = (np.asarray(part)[: len(queries)] for part in best)
@@ -163,7 +163,7 @@ class ExactIndex:
         return scores, rows
 
     def _placed(self, tree: Any, spec: Any) -> Any:
-        return place(self._mesh, tree, spec) if self._mesh else jax.tree.map(jnp.asarray, tree)
+        return put(self._mesh, tree, spec) if self._mesh else jax.tree.map(jnp.asarray, tree)
 
 
 def _scores(
@@ -189,7 +189,7 @@ def _scores_and_maxima(queries, items, query, item, count: int, size: int):
 def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
     """(items divided, queries, pairs (query, item) left out, the block's first row, N) -> (scores,
     rows) [B, <= k], the same on every device: the best of the block."""
-    group = group_of(mesh) if mesh else ALONE
+    group = group_of(mesh) if mesh else SINGLE_DEVICE
 
     def search(
         items: Float[Array, "M D"],
@@ -226,9 +226,11 @@ def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
 
     if mesh is None:
         return jax.jit(search)
-    specs = (SPLIT, WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
+    specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
     return jax.jit(
-        jax.shard_map(search, mesh=mesh, in_specs=specs, out_specs=(WHOLE, WHOLE), check_vma=False)
+        jax.shard_map(
+            search, mesh=mesh, in_specs=specs, out_specs=(REPLICATED, REPLICATED), check_vma=False
+        )
     )
 
 
@@ -266,7 +268,7 @@ def grouped_top_k(
     return best, jnp.take_along_axis(rows, at, axis=1)
 
 
-def excluded_pairs(exclude: Csr | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+def excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """(query, item - first) int32 of the exclusions within [first, stop), padded to a power of two
     with pairs that a scatter drops, so that few shapes are compiled."""
     if exclude is None:

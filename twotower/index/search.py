@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex, check_queries
 from twotower.index.int8 import Vectors
 
@@ -54,7 +54,7 @@ def search_without(
     vectors: Vectors,
     queries: np.ndarray,
     k: int,
-    exclude: Csr | None = None,
+    exclude: Ragged | None = None,
     *,
     allowed: Allowed | None = None,
     last: np.ndarray | None = None,
@@ -69,7 +69,7 @@ def search_without(
         last: [N], one more coordinate that the index has behind those of `vectors`, and the queries
             too.
     """
-    exclude = Csr.empty(len(queries)) if exclude is None else exclude
+    exclude = Ragged.empty(len(queries)) if exclude is None else exclude
     if isinstance(index, ExactIndex) and allowed is None:
         return index.search(queries, k, exclude=exclude)
     count = index.num_items if allowed is None else allowed.count
@@ -115,7 +115,7 @@ def exact_among(
     among: np.ndarray | None,
     queries: np.ndarray,
     k: int,
-    exclude: Csr | None = None,
+    exclude: Ragged | None = None,
     *,
     last: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +191,7 @@ def padded(array: np.ndarray, k: int, value: float) -> np.ndarray:
     )
 
 
-def _listed(lists: Csr, rows: np.ndarray) -> np.ndarray:
+def _listed(lists: Ragged, rows: np.ndarray) -> np.ndarray:
     """Which of the rows [Q, M] stand in the list of their query."""
     if len(lists) == 1 and len(lists.values) <= FEW:
         return (rows[0, :, None] == lists.values[None, :]).any(1)[None, :]
@@ -202,7 +202,7 @@ def _rows_of(allowed: Allowed | None) -> np.ndarray | None:
     return None if allowed is None else allowed.rows()
 
 
-def _drop(scores: np.ndarray, block: np.ndarray, exclude: Csr) -> None:
+def _drop(scores: np.ndarray, block: np.ndarray, exclude: Ragged) -> None:
     """Takes the excluded rows out of the scores [Q, len(block)] of the rows `block`, which rise."""
     place = np.searchsorted(block, exclude.values)
     inside = (place < len(block)) & (block[np.minimum(place, len(block) - 1)] == exclude.values)

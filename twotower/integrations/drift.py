@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from twotower.core.errors import extra
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import top_k
 from twotower.integrations.embedding_history import HistoryError
 from twotower.retrieval.embed import evenly_spaced
@@ -122,7 +122,7 @@ def neighbour_overlap(
     """Of each of `rows` the share of its k neighbours of greatest cosine in `old` that are among
     those in `new`."""
     k = min(k, len(old) - 1)
-    itself = Csr.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
+    itself = Ragged.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
     before, after = (top_k(_units(x)[rows], _units(x), k, exclude=itself)[1] for x in (old, new))
     return (before[:, :, None] == after[:, None, :]).any(2).mean(1).astype(np.float32)
 

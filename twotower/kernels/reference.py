@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from twotower.objectives.loss import Loss
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 
 def naive_loss(
@@ -24,7 +24,7 @@ def naive_loss(
     scale: float | Float[Array, ""],
     owners: Int[Array, "B"],
     bias: Float[Array, ""] | None = None,
-    hard: Hard | None = None,
+    hard: HardNegatives | None = None,
     margin: float = 0.0,
     positive_temperature: float = 0.0,
     mask_same_user: bool = True,

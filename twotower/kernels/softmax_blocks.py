@@ -25,7 +25,7 @@ from twotower.objectives.negatives import Candidates
 _SPREAD = 60.0
 
 
-class Scored(NamedTuple):
+class LossInputs(NamedTuple):
     """What the loss is differentiated by."""
 
     queries: Float[Array, "B D"]
@@ -37,7 +37,7 @@ class Scored(NamedTuple):
     weights: Float[Array, "B"]
 
 
-class Known(NamedTuple):
+class LossIds(NamedTuple):
     """What it is not: identities, and the logs of expected counts."""
 
     ids: Int[Array, "B"]
@@ -46,7 +46,7 @@ class Known(NamedTuple):
     candidates: Candidates
 
 
-class Form(NamedTuple):
+class KernelOptions(NamedTuple):
     """The loss, and how to go about it; static.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Operands(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The rows of `Scored` and `Known` that are of one block of n queries; `columns` are the
+    """The rows of `LossInputs` and `LossIds` that are of one block of n queries; `columns` are the
     queries once more."""
 
     queries: Float[Array, "n D"]
@@ -85,7 +85,7 @@ class _Block(NamedTuple):
     hard_allowed: Bool[Array, "n H"]
 
 
-class _Bound(NamedTuple):
+class LogitBound(NamedTuple):
     """No candidate's logit for a query q is greater than slope |q| + level. An infinite slope says
     nothing."""
 
@@ -93,7 +93,7 @@ class _Bound(NamedTuple):
     level: Float[Array, ""]
 
 
-class _Slopes(NamedTuple):
+class LogitGradients(NamedTuple):
     """Derivatives of a block's weighted loss by its logits; by the candidates', `factor[:, None] *
     candidates`."""
 
@@ -104,7 +104,7 @@ class _Slopes(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
+def sweep(form: KernelOptions, scored: LossInputs, known: LossIds) -> Float[Array, ""]:
     """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as
     the ids."""
     operands = _operands(form, scored)
@@ -114,11 +114,13 @@ def sweep(form: Form, scored: Scored, known: Known) -> Float[Array, ""]:
         losses, _ = _losses(form, scored, known, block, _scores(operands, scored, block), bound)
         return total + jnp.sum(block.weights * losses), None
 
-    start = jnp.zeros((), scored.positive.dtype) + zero(known)
+    start = jnp.zeros((), scored.positive.dtype) + varying_zero(known)
     return jax.lax.scan(body, start, _blocks(form, operands, scored, known))[0]
 
 
-def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""], Scored]:
+def _forward(
+    form: KernelOptions, scored: LossInputs, known: LossIds
+) -> tuple[Float[Array, ""], LossInputs]:
     operands, exact = _operands(form, scored), scored.positive.dtype
     bound = _bound(form, operands, scored, known)
 
@@ -151,31 +153,33 @@ def _forward(form: Form, scored: Scored, known: Known) -> tuple[Float[Array, ""]
         jnp.zeros((), exact),
         jnp.zeros((), exact),
     )
-    start = jax.tree.map(lambda x: x + zero(known).astype(exact), start)
+    start = jax.tree.map(lambda x: x + varying_zero(known).astype(exact), start)
     (loss, transposed, scale, bias), rows = jax.lax.scan(
         body, start, _blocks(form, operands, scored, known)
     )
     queries, positive, hard, losses = (jax.lax.collapse(x, 0, 2)[: len(known.ids)] for x in rows)
     # The barrier keeps the transposition out of the loop, where XLA would fold it into the product.
     items = jax.lax.optimization_barrier(transposed).T
-    gradients = Scored(queries, items, positive, hard, scale, bias, losses)
+    gradients = LossInputs(queries, items, positive, hard, scale, bias, losses)
     return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, scored)
 
 
-def _backward(form: Form, gradients: Scored, cotangent: Float[Array, ""]) -> tuple[Scored, None]:
+def _backward(
+    form: KernelOptions, gradients: LossInputs, cotangent: Float[Array, ""]
+) -> tuple[LossInputs, None]:
     return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients), None
 
 
 sweep.defvjp(_forward, _backward)
 
 
-def zero(known: Known) -> Int[Array, ""]:
+def varying_zero(known: LossIds) -> Int[Array, ""]:
     """0, made of the ids: what it is added to varies over a mesh as they do, which loops and
     `custom_vjp` ask for."""
     return 0 * known.ids[:1].sum() + 0 * known.candidates.ids[:1].sum()
 
 
-def _operands(form: Form, scored: Scored) -> _Operands:
+def _operands(form: KernelOptions, scored: LossInputs) -> _Operands:
     dtype = form.dtype or jnp.result_type(scored.queries, scored.items)
     queries, items = scored.queries.astype(dtype), scored.items.astype(dtype)
     return _Operands(queries, items, _transposed(items))
@@ -186,7 +190,9 @@ def _transposed(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 
-def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bound | None:
+def _bound(
+    form: KernelOptions, operands: _Operands, scored: LossInputs, known: LossIds
+) -> LogitBound | None:
     """What spares a block the search for its greatest logits, a pass over all of them; None where
     they are needed.
 
@@ -207,10 +213,10 @@ def _bound(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Bo
     near = (highest >= lowest) & (
         2 * slope * longest(operands.queries) + highest - lowest < _SPREAD
     )
-    return _Bound(jnp.where(near, slope, jnp.inf), highest)
+    return LogitBound(jnp.where(near, slope, jnp.inf), highest)
 
 
-def _blocks(form: Form, operands: _Operands, scored: Scored, known: Known) -> _Block:
+def _blocks(form: KernelOptions, operands: _Operands, scored: LossInputs, known: LossIds) -> _Block:
     """[blocks, n, ...] of each; the last block is filled up with queries of weight 0."""
     count = len(known.ids)
     number = max(1, -(-count // form.rows))
@@ -235,11 +241,11 @@ def _blocks(form: Form, operands: _Operands, scored: Scored, known: Known) -> _B
     return _Block(queries, _transposed(queries), *others)
 
 
-def _scores(operands: _Operands, scored: Scored, block: _Block) -> Float[Array, "n C"]:
+def _scores(operands: _Operands, scored: LossInputs, block: _Block) -> Float[Array, "n C"]:
     return jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
 
 
-def _levels(scored: Scored, known: Known, empty: float = -jnp.inf) -> Float[Array, "C"]:
+def _levels(scored: LossInputs, known: LossIds, empty: float = -jnp.inf) -> Float[Array, "C"]:
     """What is added to a candidate's scaled score; `empty` where there is none."""
     return jnp.where(
         known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, empty
@@ -247,26 +253,26 @@ def _levels(scored: Scored, known: Known, empty: float = -jnp.inf) -> Float[Arra
 
 
 def _logits(
-    scored: Scored, scores: Float[Array, "n C"], levels: Float[Array, "C"]
+    scored: LossInputs, scores: Float[Array, "n C"], levels: Float[Array, "C"]
 ) -> Float[Array, "n C"]:
     return scores * scored.scale + levels[None, :]
 
 
-def _hits(known: Known, block: _Block) -> Bool[Array, "n C"]:
+def _hits(known: LossIds, block: _Block) -> Bool[Array, "n C"]:
     """Which candidates are the query's own positive, or another of its owner's."""
     ids, owners = known.candidates.ids, known.candidates.owners
     return (ids[None, :] == block.ids[:, None]) | (owners[None, :] == block.owners[:, None])
 
 
 def _losses(
-    form: Form,
-    scored: Scored,
-    known: Known,
+    form: KernelOptions,
+    scored: LossInputs,
+    known: LossIds,
     block: _Block,
     scores: jax.Array,
-    bound: _Bound | None,
+    bound: LogitBound | None,
     weighted: bool = False,
-) -> tuple[Float[Array, "n"], _Slopes | None]:
+) -> tuple[Float[Array, "n"], LogitGradients | None]:
     """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
     if form.of_gap is not None:
         return _by_gap(
@@ -283,11 +289,11 @@ def _losses(
         return of(block.positive, logits, block.hard), None
     losses, pull = jax.vjp(of, block.positive, logits, block.hard)
     positive, candidates, hard = pull(block.weights)
-    return losses, _Slopes(positive, hard, candidates, jnp.ones_like(positive))
+    return losses, LogitGradients(positive, hard, candidates, jnp.ones_like(positive))
 
 
 def _kept(
-    scored: Scored, known: Known, block: _Block, scores: Float[Array, "n C"]
+    scored: LossInputs, known: LossIds, block: _Block, scores: Float[Array, "n C"]
 ) -> Float[Array, "n C"]:
     """The logits of negatives, -inf elsewhere."""
     logits = _logits(scored, scores, _levels(scored, known))
@@ -304,13 +310,13 @@ def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"
 
 
 def _by_gap(
-    form: Form,
+    form: KernelOptions,
     kept_of: Callable,
     block: _Block,
     scores: jax.Array,
-    bound: _Bound | None,
+    bound: LogitBound | None,
     weighted: bool,
-) -> tuple[Float[Array, "n"], _Slopes | None]:
+) -> tuple[Float[Array, "n"], LogitGradients | None]:
     """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number
     a query."""
     hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
@@ -326,7 +332,7 @@ def _by_gap(
         return jnp.where(none, 0.0, form.of_gap(gap)), None
     losses, pull = jax.vjp(form.of_gap, gap)
     slope = jnp.where(none, 0.0, pull(block.weights)[0])
-    return jnp.where(none, 0.0, losses), _Slopes(
+    return jnp.where(none, 0.0, losses), LogitGradients(
         -slope, hard * (slope / total)[:, None], kept, slope / total
     )
 
@@ -336,7 +342,7 @@ def _top(
     kept_of: Callable,
     scores: Float[Array, "n C"],
     hard: Float[Array, "n H"],
-    bound: _Bound | None,
+    bound: LogitBound | None,
 ) -> Float[Array, "n"]:
     """A finite number near each query's greatest logit and not far below it."""
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from twotower.kernels.softmax_blocks import Form, Known, Scored, sweep, zero
+from twotower.kernels.softmax_blocks import KernelOptions, LossIds, LossInputs, sweep, varying_zero
 from twotower.objectives.loss import Loss
-from twotower.objectives.negatives import Candidates, Hard, Positives
+from twotower.objectives.negatives import Candidates, HardNegatives, Positives
 
 # An owner that no candidate has: nobody is not the same user as another nobody.
 _NOBODY = -2
@@ -38,7 +38,7 @@ def streaming_loss(
     scale: float | Float[Array, ""],
     owners: Int[Array, "B"] | Int[Array, "B L"],
     bias: Float[Array, ""] | None = None,
-    hard: Hard | None = None,
+    hard: HardNegatives | None = None,
     margin: float = 0.0,
     positive_temperature: float = 0.0,
     mask_same_user: bool = True,
@@ -83,7 +83,7 @@ def streaming_loss(
     )
     positive -= log_count(positives.log_expected_count, loss.corrects_positive)
     if hard is None:
-        hard = Hard(
+        hard = HardNegatives(
             queries[..., None, :][..., :0, :],
             positives.ids[..., None][..., :0],
             jnp.zeros((*lead, 0), exact),
@@ -95,13 +95,13 @@ def streaming_loss(
     owners = jnp.where(mask_same_user & (owners >= 0), owners, _NOBODY)
 
     rows = functools.partial(jax.lax.collapse, start_dimension=0, stop_dimension=len(lead))
-    known = Known(
+    known = LossIds(
         *map(rows, (positives.ids, owners, hard_allowed)),
         candidates._replace(
             log_expected_count=log_count(candidates.log_expected_count, loss.corrects)
         ),
     )
-    scored = Scored(
+    scored = LossInputs(
         rows(queries),
         items,
         rows(positive),
@@ -110,8 +110,8 @@ def streaming_loss(
         bias,
         rows(weights.astype(exact)),
     )
-    scored = jax.tree.map(lambda x: x + zero(known).astype(x.dtype), scored)
-    form = Form(
+    scored = jax.tree.map(lambda x: x + varying_zero(known).astype(x.dtype), scored)
+    form = KernelOptions(
         functools.partial(loss.of, **(constants or {})),
         loss.of_gap,
         loss.biased,

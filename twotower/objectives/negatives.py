@@ -56,7 +56,7 @@ class Candidates(NamedTuple):
     log_expected_count: Float[Array, "C"]
 
 
-class Hard(NamedTuple):
+class HardNegatives(NamedTuple):
     """Further negatives of each query alone; attributes as above, id negative where there is
     none."""
 

@@ -21,11 +21,11 @@ from twotower.features.history import SPANS, Histories, build_histories
 from twotower.features.spec import load_spec
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
-from twotower.pipeline.sequences import Plan
+from twotower.pipeline.sequences import SequencePacking
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Everything that training and evaluation read.
 
     Attributes:
@@ -50,10 +50,10 @@ class Prepared:
     test: Rows
     encoder: Encoder
     features: Mapping[str, Mapping[str, np.ndarray]]
-    truth: sources.Truth | None
+    truth: sources.TruePreferences | None
     raw: split.Split
     histories: Histories | None = None
-    plan: Plan | None = None
+    plan: SequencePacking | None = None
 
     @property
     def examples(self) -> int:
@@ -89,7 +89,7 @@ class Prepared:
 
 def prepare(
     config: Config, *, encoder: Encoder | None = None, fit: Callable[..., Encoder] = Encoder.fit
-) -> Prepared:
+) -> PreparedData:
     """Reads and encodes the data that `config` names.
 
     Args:
@@ -150,10 +150,12 @@ def prepare(
         )
     histories, rows = _with_histories(encoder, parts, rows, len(users))
     plan = _plan(config, histories)
-    return Prepared(config, users, items, *rows, encoder, features, truth, parts, histories, plan)
+    return PreparedData(
+        config, users, items, *rows, encoder, features, truth, parts, histories, plan
+    )
 
 
-def _plan(config: Config, histories: Histories | None) -> Plan | None:
+def _plan(config: Config, histories: Histories | None) -> SequencePacking | None:
     """How training sequences are packed, where they are the examples."""
     if config.training.examples != "sequences":
         return None
@@ -162,7 +164,7 @@ def _plan(config: Config, histories: Histories | None) -> Plan | None:
             "config.training.examples='sequences' needs a history to be read: config.features.user={'history': {'type': "
             "'history'}, ...}."
         )
-    return Plan.build(histories, crop=config.training.crop, seed=config.training.seed)
+    return SequencePacking.build(histories, crop=config.training.crop, seed=config.training.seed)
 
 
 def _with_histories(

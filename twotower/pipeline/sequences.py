@@ -20,7 +20,7 @@ from twotower.pipeline.batches import Batch, Batches, Rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class SequencePacking:
     """Which sequence stands where.
 
     Attributes:
@@ -45,7 +45,7 @@ class Plan:
     seed: int
 
     @classmethod
-    def build(cls, histories: Histories, *, crop: str, seed: int) -> Plan:
+    def build(cls, histories: Histories, *, crop: str, seed: int) -> SequencePacking:
         """All training sequences, packed."""
         offsets, places = histories.offsets["train"], histories.length + 1
         begins, ends = (x[np.diff(offsets) > 0] for x in (offsets[:-1], offsets[1:]))
@@ -167,7 +167,7 @@ class SequenceBatches(Batches):
         rows: Rows,
         features: Mapping[str, Mapping[str, np.ndarray]],
         histories: Histories,
-        plan: Plan,
+        plan: SequencePacking,
         *,
         batch_size: int,
         seed: int,
@@ -189,7 +189,7 @@ class SequenceBatches(Batches):
         return gather_sequences
 
     def indices(self, step: int) -> np.ndarray:
-        """int32 [B, S, 2], see `Plan.expand`."""
+        """int32 [B, S, 2], see `SequencePacking.expand`."""
         places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         return self._plan.expand(super().indices(step), places // self._rows)
 
@@ -230,7 +230,7 @@ def gather_sequences(data: Mapping[str, Any], places: Any) -> Batch:
     Works on NumPy arrays, and inside `jit` on those that rest on the device.
 
     Args:
-        places: int32 [B, S, 2], see `Plan.expand`.
+        places: int32 [B, S, 2], see `SequencePacking.expand`.
     """
     valid, position = places[..., 0] >= 0, places[..., 1] * (places[..., 0] >= 0)
     target = places[..., 0] * valid

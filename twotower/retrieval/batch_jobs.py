@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import SPLIT, WHOLE, make_mesh, place
+from twotower.core.mesh import REPLICATED, SHARDED, make_mesh, put
 from twotower.core.progress import progress
 from twotower.index.exact import ExactIndex
 from twotower.retrieval.bundle import load_bundle
@@ -176,9 +176,9 @@ def divided(weights: Any, devices: int) -> Any:
         return weights
     host = jax.tree.map(np.asarray, weights)
     return host._replace(
-        params=place(mesh, host.params, WHOLE),
-        tables=place(mesh, host.tables, SPLIT),
-        batch_stats=place(mesh, host.batch_stats, WHOLE),
+        params=put(mesh, host.params, REPLICATED),
+        tables=put(mesh, host.tables, SHARDED),
+        batch_stats=put(mesh, host.batch_stats, REPLICATED),
     )
 
 

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import twotower
 from twotower.config import Config, from_dict
 from twotower.core.files import content_digest, digest, put_back
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
 from twotower.features.sentence import warn_of_missing_extra
 from twotower.index.int8 import Int8Vectors, Vectors
@@ -75,7 +75,7 @@ class Bundle:
     counts: np.ndarray
     user_vectors: np.ndarray
     users: pa.Table
-    seen: Csr
+    seen: Ragged
     index: Any
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
@@ -184,7 +184,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         counts=arrays["item_counts"],
         user_vectors=arrays["user_vectors"],
         users=pq.read_table(folder / "users.parquet"),
-        seen=Csr(arrays["seen_offsets"], arrays["seen_items"]),
+        seen=Ragged(arrays["seen_offsets"], arrays["seen_items"]),
         index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])),
         manifest=manifest,
         folder=folder.absolute(),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from twotower.core.mesh import SPLIT, WHOLE, compiler_options, place
+from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, put
 from twotower.core.progress import progress
 from twotower.index.exact import next_power_of_two, pad_rows
 
@@ -34,7 +34,7 @@ def embed_rows(
     """
     if side == "user" and model.history_length:
         batch = min(batch, next_power_of_two(EVENTS // model.history_length))
-    count, mesh = len(next(iter(features.values()))), mesh_of(weights)
+    count, mesh = len(next(iter(features.values()))), mesh_of_tables(weights)
     fewest = mesh.size if mesh else 1
     batch = max(batch, fewest)
     vectors = np.zeros((count, model.dim), np.float32)
@@ -49,7 +49,7 @@ def embed_rows(
         rows = min(batch, count - start)
         size = max(fewest, min(batch, next_power_of_two(rows)))
         padded = {name: pad_rows(values, size) for name, values in part.items()}
-        padded = place(mesh, padded, SPLIT) if mesh else padded
+        padded = put(mesh, padded, SHARDED) if mesh else padded
         vectors[start : start + rows] = _embed(mesh)(model, side, weights, padded)[:rows]
     return vectors
 
@@ -63,7 +63,7 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def mesh_of(arrays: Any) -> Mesh | None:
+def mesh_of_tables(arrays: Any) -> Mesh | None:
     """The mesh of several devices that `arrays` are divided over."""
     places = [x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     meshes = [
@@ -78,7 +78,7 @@ def _embed(mesh: Mesh | None) -> Any:
         return model.embed(side, weights, features)
 
     # Every process reads all vectors, so each must hold them.
-    out = NamedSharding(mesh, WHOLE) if mesh else None
+    out = NamedSharding(mesh, REPLICATED) if mesh else None
     return jax.jit(
         embed,
         static_argnames=("model", "side"),

@@ -21,7 +21,7 @@ from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
 from twotower.index.tuning import TUNING_QUERIES, ndcg, overlap
 from twotower.pipeline.batches import Rows
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, BundleError, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows, evenly_spaced
 from twotower.retrieval.retriever import Retriever
@@ -144,7 +144,7 @@ def make_towers(run: Run) -> Towers:
     )
 
 
-def known_users(prepared: Prepared) -> pa.Table:
+def known_users(prepared: PreparedData) -> pa.Table:
     """user_id and the raw columns of the user features; of context features, the value in the
     user's latest row."""
     encoder = prepared.encoder
@@ -173,17 +173,17 @@ def known_users(prepared: Prepared) -> pa.Table:
     return users
 
 
-def item_counts(prepared: Prepared) -> np.ndarray:
+def item_counts(prepared: PreparedData) -> np.ndarray:
     """int64 [N], the training rows of each item that are positives."""
     trained = prepared.positives("train").item
     return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
 
 
-def all_rows(prepared: Prepared) -> tuple[Rows, Rows, Rows]:
+def all_rows(prepared: PreparedData) -> tuple[Rows, Rows, Rows]:
     return prepared.train, prepared.validation, prepared.test
 
 
-def display_items(prepared: Prepared) -> pa.Table:
+def display_items(prepared: PreparedData) -> pa.Table:
     """item_id and the columns that `config.retrieval.display` names, or all."""
     display = prepared.config.retrieval.display
     return (
@@ -247,13 +247,13 @@ def compare_scores(
         )
 
 
-def when(prepared: Prepared, places: np.ndarray) -> np.ndarray | None:
+def when(prepared: PreparedData, places: np.ndarray) -> np.ndarray | None:
     """Times of rows of train, validation and test joined; None without."""
     times = [rows.timestamp for rows in all_rows(prepared)]
     return None if any(x is None for x in times) else np.concatenate(times)[places]
 
 
-def joined_context(prepared: Prepared, places: np.ndarray) -> dict[str, np.ndarray]:
+def joined_context(prepared: PreparedData, places: np.ndarray) -> dict[str, np.ndarray]:
     """Encoded context of rows of train, validation and test joined."""
     parts = all_rows(prepared)
     return {

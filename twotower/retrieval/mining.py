@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.objectives.pools import Pools, empty_pools
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.user_items import items_of_users, latest_rows
 
@@ -21,7 +21,7 @@ PAIRS = 2**18  # known positives scored at once
 Mine = Callable[[Any], Pools]
 
 
-def make_mine(prepared: Prepared, model: Any) -> Mine:
+def make_mine(prepared: PreparedData, model: Any) -> Mine:
     """weights -> pools, for the training loop. Known are the training rows alone: later ones must
     not tell it anything.
 
@@ -56,7 +56,7 @@ def make_mine(prepared: Prepared, model: Any) -> Mine:
 def mine(
     users: np.ndarray,
     items: np.ndarray,
-    known: Csr,
+    known: Ragged,
     *,
     ranks: tuple[int, ...],
     margin: float = -1.0,
@@ -96,7 +96,7 @@ def mine(
     return pools
 
 
-def _mean_positive(users: np.ndarray, items: np.ndarray, known: Csr) -> np.ndarray:
+def _mean_positive(users: np.ndarray, items: np.ndarray, known: Ragged) -> np.ndarray:
     """float [Q], the mean score of each user's positives; infinite without any."""
     rows, values = known.rows, known.values
     sums = np.zeros(len(users))

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from twotower.core.files import put_back
 from twotower.core.progress import progress
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import UnknownItemError, nearest
@@ -350,7 +350,7 @@ class Retriever:
         weight: float,
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         live = self._live  # one of them, whatever takes its place meanwhile
-        exclude = Csr.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
+        exclude = Ragged.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
         if len(denied := live.corpus.numbers_of(deny)):
             exclude = exclude.joined(_lists_of(denied, len(vectors)))
         only = None if allow is None else live.corpus.numbers_of(allow)
@@ -390,9 +390,9 @@ def _run_of(folder: Path) -> Path | None:
     return run if (run / "config.json").exists() and (run / "checkpoints").exists() else None
 
 
-def _lists_of(numbers: np.ndarray, count: int) -> Csr:
+def _lists_of(numbers: np.ndarray, count: int) -> Ragged:
     """The same list for each of `count` queries."""
-    return Csr(
+    return Ragged(
         np.arange(count + 1, dtype=np.int64) * len(numbers),
         np.tile(numbers, count).astype(np.int32),
     )

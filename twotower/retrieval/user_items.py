@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.pipeline.batches import Rows
 
 
-def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Csr:
+def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
     """The distinct items of each user in all `parts`, the latest last."""
     user, item = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("user", "item")
     )
     order = time_order(parts)
     order = order[item[order] >= 0]
-    return Csr.from_pairs(user[order], item[order], num_rows=num_users).distinct(keep="last")
+    return Ragged.from_pairs(user[order], item[order], num_rows=num_users).distinct(keep="last")
 
 
 def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:

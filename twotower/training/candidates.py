@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from twotower.config import Config, NegativesConfig
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import ALONE, Group
+from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
 from twotower.objectives import POINTWISE, negatives
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import PADDING
 
 
-class Corpus(NamedTuple):
+class CorpusSize(NamedTuple):
     """How much there is.
 
     Attributes:
@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class NegativeSampling:
     """Which negatives a step has and what they need; static.
 
     Attributes:
@@ -51,7 +51,9 @@ class Sources:
     corrected: bool
 
     @classmethod
-    def build(cls, config: Config, loss: Any, corpus: Corpus, *, places: int = 1) -> Sources:
+    def build(
+        cls, config: Config, loss: Any, corpus: CorpusSize, *, places: int = 1
+    ) -> NegativeSampling:
         """What `config` asks for.
 
         Args:
@@ -115,7 +117,7 @@ class Sources:
         return bool(config.uniform or config.popularity or config.catalogue or self.hard)
 
 
-class Drawn(NamedTuple):
+class SampledItems(NamedTuple):
     """Items of a step beside the batch's own, on one device; id -1: none.
 
     Attributes:
@@ -134,8 +136,12 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    sources: Sources, batch: Batch, given: Mapping[str, Any], key: jax.Array, group: Group
-) -> Drawn:
+    sources: NegativeSampling,
+    batch: Batch,
+    given: Mapping[str, Any],
+    key: jax.Array,
+    group: DeviceGroup,
+) -> SampledItems:
     """The items drawn for one step: whole draws are a function of the key, rows of the batch have
     keys of their own, so that every division over devices draws the same.
 
@@ -170,7 +176,7 @@ def draw(
         negatives.pool_log_expected_count(pool, batch["user"], found, count)
         for pool, count in pools
     ]
-    return Drawn(
+    return SampledItems(
         ids,
         found,
         jax.nn.logsumexp(jnp.stack(counts), axis=0) if counts else jnp.zeros(found.shape),
@@ -182,7 +188,7 @@ def row_keys(key: jax.Array, places: Int[Array, "B"]) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
 
 
-def features_of(
+def take_features(
     catalogue: Mapping[str, Any], inputs: Mapping[str, Any], ids: Int[Array, "M"]
 ) -> dict[str, jax.Array]:
     """The encoded features of items; padding for id -1, so that no table row learns from
@@ -200,7 +206,7 @@ def features_of(
 
 
 def log_expected_count(
-    sources: Sources,
+    sources: NegativeSampling,
     frequency: Any,
     popularity: Any,
     queued: Any,
@@ -238,11 +244,11 @@ def log_expected_count(
 
 
 def gathered(
-    vectors: list[jax.Array], ids: list[jax.Array], owners: list[jax.Array], group: Group
+    vectors: list[jax.Array], ids: list[jax.Array], owners: list[jax.Array], group: DeviceGroup
 ) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, "C"]]:
     """All devices' candidates. What goes together is concatenated before it is gathered, ids and
     owners like vectors."""
     if not sum(map(len, ids)):  # no collective of nothing
-        group = ALONE
-    known = group.share(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))
+        group = SINGLE_DEVICE
+    known = group.all_gather(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))
     return group.gather(jnp.concatenate(vectors)), known[:, 0], known[:, 1]

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from twotower.core.mesh import WHOLE, place
+from twotower.core.mesh import REPLICATED, put
 from twotower.objectives.alias import popularity_table
 from twotower.objectives.pools import explicit_pools
-from twotower.pipeline.prepare import Prepared
-from twotower.training.candidates import Corpus
+from twotower.pipeline.prepare import PreparedData
+from twotower.training.candidates import CorpusSize
 from twotower.training.state import Trainer
 
 
 def make_catalogue(
-    trainer: Trainer, prepared: Prepared, mesh: Mesh, resident: Any
+    trainer: Trainer, prepared: PreparedData, mesh: Mesh, resident: Any
 ) -> dict[str, Any]:
     """What the step needs of the corpus; see `train_step`."""
     config, found = trainer.sources.config, {}
@@ -25,24 +25,24 @@ def make_catalogue(
         given = (
             resident["item_features"]
             if resident
-            else place(mesh, dict(prepared.features["item"]), WHOLE)
+            else put(mesh, dict(prepared.features["item"]), REPLICATED)
         )
         found["item_features"] = given
     if config.popularity:
-        found["popularity"] = place(
-            mesh, popularity_table(count_rows(prepared)["item"], config.alpha), WHOLE
+        found["popularity"] = put(
+            mesh, popularity_table(count_rows(prepared)["item"], config.alpha), REPLICATED
         )
     if config.explicit:
-        found["explicit"] = place(mesh, _explicit(trainer, prepared), WHOLE)
+        found["explicit"] = put(mesh, _explicit(trainer, prepared), REPLICATED)
     return found
 
 
-def _explicit(trainer: Trainer, prepared: Prepared) -> Any:
+def _explicit(trainer: Trainer, prepared: PreparedData) -> Any:
     labels = prepared.train.labels[trainer.config.objective.label]
     return explicit_pools(prepared.train, labels, num_users=len(prepared.users))
 
 
-def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
+def count_rows(prepared: PreparedData) -> dict[str, np.ndarray]:
     """Training rows of each user, of each item of the corpus, and in all, float32.
 
     Of sequences, how often a pass has each as a target; "in all" are then the places, filled or
@@ -60,8 +60,8 @@ def count_rows(prepared: Prepared) -> dict[str, np.ndarray]:
     return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(rows)}
 
 
-def corpus_of(prepared: Prepared) -> Corpus:
+def corpus_size(prepared: PreparedData) -> CorpusSize:
     """How much there is."""
-    return Corpus(
+    return CorpusSize(
         len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum())
     )

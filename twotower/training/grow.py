@@ -22,12 +22,12 @@ from twotower.core.mesh import host_mesh
 from twotower.features.encoder import Encoder
 from twotower.features.encodings import Fitted, Input
 from twotower.features.growth import grown
-from twotower.pipeline.prepare import Prepared, prepare
+from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import SIDES, TwoTower
-from twotower.training.candidates import Corpus
-from twotower.training.catalogue import corpus_of, count_rows
+from twotower.training.candidates import CorpusSize
+from twotower.training.catalogue import corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
-from twotower.training.loop import Record, open_checkpoints
+from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.run import claim, load_config, local_folder, step_of
 from twotower.training.state import Trainer, TrainState
 
@@ -66,7 +66,7 @@ def grow(
         )
     prepared = prepare(config, fit=functools.partial(grown, old_encoder))
     trainer = Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_of(prepared)
+        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
     steps = trainer.over(prepared.examples).config.training.steps
     if step >= steps:
@@ -84,7 +84,7 @@ def grow(
     prepared.encoder.save(workdir / "encoder")
     with open_checkpoints(workdir, config) as checkpoints:
         checkpoints.save(
-            step, state, record=dataclasses.asdict(Record(*trainer.corpus[:2])), metrics={}
+            step, state, record=dataclasses.asdict(EarlyStopping(*trainer.corpus[:2])), metrics={}
         )
     # Last: until the checkpoint is whole this is no run that could be begun from nothing.
     claim(workdir, config)
@@ -92,7 +92,7 @@ def grow(
 
 
 def migrate(
-    old: TrainState, fresh: TrainState, encoder: Encoder, prepared: Prepared, make: NewRows
+    old: TrainState, fresh: TrainState, encoder: Encoder, prepared: PreparedData, make: NewRows
 ) -> TrainState:
     """`fresh`, of the grown vocabulary, with everything that `old` knows.
 
@@ -155,7 +155,7 @@ def _overlaid(old: Any, fresh: Any, known: int) -> np.ndarray:
 
 # (table, its new rows, old state, old encoder, new data, (side, feature) that reads it) -> [new
 # rows, E]
-NewRows = Callable[[str, range, TrainState, Encoder, Prepared, tuple[str, str]], np.ndarray]
+NewRows = Callable[[str, range, TrainState, Encoder, PreparedData, tuple[str, str]], np.ndarray]
 
 
 def _from_oov(
@@ -163,7 +163,7 @@ def _from_oov(
     added: range,
     old: TrainState,
     encoder: Encoder,
-    prepared: Prepared,
+    prepared: PreparedData,
     use: tuple[str, str],
 ) -> np.ndarray:
     """Each begins as the out-of-vocabulary row that its value had been: what is new scores as it
@@ -178,7 +178,7 @@ def _from_mean(
     added: range,
     old: TrainState,
     encoder: Encoder,
-    prepared: Prepared,
+    prepared: PreparedData,
     use: tuple[str, str],
 ) -> np.ndarray:
     """All begin as the mean of the known rows."""
@@ -192,7 +192,7 @@ def _from_content(
     added: range,
     old: TrainState,
     encoder: Encoder,
-    prepared: Prepared,
+    prepared: PreparedData,
     use: tuple[str, str],
 ) -> np.ndarray:
     """Each begins as the mean row of the known users or items that are nearest to it by all their
@@ -255,7 +255,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _values(prepared: Prepared, use: tuple[str, str], added: range) -> Any:
+def _values(prepared: PreparedData, use: tuple[str, str], added: range) -> Any:
     vocabulary = prepared.encoder.fitted[use].vocabulary
     return vocabulary.values[added.start - vocabulary.first : added.stop - vocabulary.first]
 
@@ -278,8 +278,8 @@ def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tupl
     checkpoint itself."""
     with open_checkpoints(source, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, which, source)
-        record = Record(**checkpoints.record(step))
-        corpus = Corpus(record.users, record.items, unseen=0)
+        record = EarlyStopping(**checkpoints.record(step))
+        corpus = CorpusSize(record.users, record.items, unseen=0)
         trainer = Trainer.build(config, TwoTower.build(config.model, encoder), corpus)
         state, _ = checkpoints.restore(step, abstract_state(trainer, host_mesh()))
     return jax.device_get(state), step

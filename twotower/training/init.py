@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from twotower.core.mesh import SPLIT, WHOLE, group_of, place, run_on, shardings, state_specs
+from twotower.core.mesh import (
+    REPLICATED,
+    SHARDED,
+    group_of,
+    put,
+    shard_map_if_needed,
+    shardings,
+    state_specs,
+)
 from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
@@ -40,18 +48,19 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     def rows(name: str) -> jax.Array:
         given = trainer.model.given(name)
         if given is not None:
-            return place(mesh, given, SPLIT)
+            return put(mesh, given, SHARDED)
         count = abstract.tables[name].shape[0] // mesh.size
         drawn = lambda: trainer.model.init_rows(key, name, start=group.index() * count, count=count)  # noqa: E731
         return jax.jit(
-            run_on(mesh, drawn, (), SPLIT), out_shardings=abstract.tables[name].sharding
+            shard_map_if_needed(mesh, drawn, (), SHARDED),
+            out_shardings=abstract.tables[name].sharding,
         )()
 
     tables = {name: rows(name) for name in abstract.tables}
     out = jax.tree.map(lambda x: x.sharding, abstract)
     # The tables pass through as they are: an output that is a donated input costs nothing.
     assemble = jax.jit(functools.partial(_assembled, trainer), out_shardings=out, donate_argnums=0)
-    return assemble(tables, place(mesh, dict(counts), WHOLE))
+    return assemble(tables, put(mesh, dict(counts), REPLICATED))
 
 
 def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -20,20 +20,20 @@ from twotower.config import Config, TrainingConfig
 from twotower.core.errors import ConfigError, ScoreError
 from twotower.core.mesh import (
     AXIS,
-    WHOLE,
+    REPLICATED,
     check_batch,
     compiler_options,
     group_of,
     make_mesh,
-    place,
-    place_parts,
     process_part,
-    run_on,
+    put,
+    put_parts,
+    shard_map_if_needed,
     shardings,
     state_specs,
 )
 from twotower.pipeline.batches import Batches
-from twotower.pipeline.prepare import Prepared
+from twotower.pipeline.prepare import PreparedData
 from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
@@ -41,7 +41,7 @@ from twotower.training.catalogue import count_rows, make_catalogue
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
-from twotower.training.metrics import Meter, TrainingError, last_good
+from twotower.training.metrics import StepMetrics, TrainingError, last_good
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
 from twotower.training.writer import open_writer
@@ -55,7 +55,7 @@ RunSteps = Callable[[TrainState, int], tuple[TrainState, Any]]
 
 
 @dataclasses.dataclass
-class Record:
+class EarlyStopping:
     """What the loop remembers from one validation to the next, saved with each checkpoint as JSON.
 
     `users` and `items`, of the corpus, let a checkpoint be read without the data.
@@ -93,7 +93,7 @@ def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) 
 
 def fit(
     trainer: Trainer,
-    prepared: Prepared,
+    prepared: PreparedData,
     workdir: Path,
     *,
     validate: Validate | None,
@@ -145,7 +145,7 @@ def fit(
     return state
 
 
-def _batches(prepared: Prepared, config: TrainingConfig) -> Batches:
+def _batches(prepared: PreparedData, config: TrainingConfig) -> Batches:
     """The batches of training rows or of sequences."""
     options = {
         "batch_size": config.batch_size,
@@ -166,14 +166,14 @@ class _Run:
     trainer: Trainer
     checkpoints: Checkpoints
     writer: Any
-    record: Record
+    record: EarlyStopping
     validate: Validate | None
     mine: Mine | None
     mesh: Mesh
 
     def steps(self, state: TrainState, run_steps: RunSteps) -> TrainState:
         config = self.trainer.config.training
-        meter = Meter(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        meter = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
         with jax.transfer_guard("disallow"):
             for step in range(int(state.step), config.steps, config.steps_per_dispatch):
                 state = self._mined(state, step, meter)
@@ -192,7 +192,7 @@ class _Run:
         meter.flush()
         return state
 
-    def _mined(self, state: TrainState, step: int, meter: Meter) -> TrainState:
+    def _mined(self, state: TrainState, step: int, meter: StepMetrics) -> TrainState:
         """The state with fresh pools of hard negatives, when it is time for them."""
         negatives = self.trainer.sources.config
         if not negatives.mined or not step or step % negatives.mined_refresh:
@@ -200,7 +200,7 @@ class _Run:
         # A loss that is not finite is told as such, before its vectors are refused for it.
         meter.read()
         with jax.transfer_guard("allow"):
-            pools = place(self.mesh, self.mine(state.weights), WHOLE)
+            pools = put(self.mesh, self.mine(state.weights), REPLICATED)
         meter.resume()
         return state.replace(negatives=state.negatives | {"mined": pools})
 
@@ -217,7 +217,7 @@ class _Run:
         if value is not None:
             plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
             state = state.replace(
-                opt_state=state.opt_state | {"plateau": place(self.mesh, plateau, WHOLE)}
+                opt_state=state.opt_state | {"plateau": put(self.mesh, plateau, REPLICATED)}
             )
             shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
             self.writer.write(
@@ -227,7 +227,9 @@ class _Run:
         return state
 
 
-def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh) -> RunSteps:
+def compile_steps(
+    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh
+) -> RunSteps:
     """(state, step) -> (state after `steps_per_dispatch` steps, metrics of each), with the state
     donated.
 
@@ -235,7 +237,7 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
     its own rows of each.
     """
     count, group = trainer.config.training.steps_per_dispatch, group_of(mesh)
-    resident = None if batches.resident is None else place(mesh, batches.resident, WHOLE)
+    resident = None if batches.resident is None else put(mesh, batches.resident, REPLICATED)
     catalogue = make_catalogue(trainer, prepared, mesh, resident)
 
     def one(state: TrainState, part: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
@@ -249,9 +251,11 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     specs, parts = state_specs(abstract_state(trainer, mesh)), PartitionSpec(None, AXIS)
-    out = shardings(mesh, (specs, WHOLE))
+    out = shardings(mesh, (specs, REPLICATED))
     jitted = jax.jit(
-        run_on(mesh, several, (specs, parts, WHOLE, WHOLE), (specs, WHOLE)),
+        shard_map_if_needed(
+            mesh, several, (specs, parts, REPLICATED, REPLICATED), (specs, REPLICATED)
+        ),
         donate_argnums=0,
         out_shardings=out,
         compiler_options=compiler_options(mesh),
@@ -266,13 +270,13 @@ def compile_steps(trainer: Trainer, batches: Batches, prepared: Prepared, mesh: 
             if resident is not None
             else jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
         )
-        return place_parts(mesh, host, parts, size, axis=1)
+        return put_parts(mesh, host, parts, size, axis=1)
 
     return lambda state, step: jitted(state, load(step), resident, catalogue)
 
 
 def _check(
-    trainer: Trainer, batches: Batches, prepared: Prepared, mesh: Mesh, mine: Mine | None
+    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh, mine: Mine | None
 ) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
     check_batch(trainer.config.training, mesh)
@@ -314,14 +318,14 @@ def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
 
 
 def _start(
-    trainer: Trainer, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[TrainState, Record]:
+    trainer: Trainer, prepared: PreparedData, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[TrainState, EarlyStopping]:
     latest = checkpoints.latest()
     if latest is None:
-        return init_on(mesh, trainer, count_rows(prepared)), Record(*trainer.corpus[:2])
+        return init_on(mesh, trainer, count_rows(prepared)), EarlyStopping(*trainer.corpus[:2])
     state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
     logging.info("Resuming at step %d.", latest)
-    return state, Record(**record)
+    return state, EarlyStopping(**record)
 
 
 def _check_metric(values: Mapping[str, float], metric: str) -> None:

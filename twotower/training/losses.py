@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from twotower.config import ObjectiveConfig
-from twotower.core.mesh import Group
+from twotower.core.mesh import DeviceGroup
 from twotower.objectives import POINTWISE, streaming_loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import head_losses
-from twotower.objectives.negatives import Candidates, Hard, Positives, push, queue_candidates
+from twotower.objectives.negatives import (
+    Candidates,
+    HardNegatives,
+    Positives,
+    push,
+    queue_candidates,
+)
 from twotower.pipeline.batches import Batch
 from twotower.towers.towers import DTYPES
-from twotower.training.candidates import Drawn, gathered, log_expected_count
+from twotower.training.candidates import SampledItems, gathered, log_expected_count
 from twotower.training.state import Trainer, TrainState
 
 Vectors = Mapping[str, jax.Array]
@@ -44,10 +50,10 @@ def losses_of(
     params: Any,
     vectors: Vectors,
     batch: Batch,
-    drawn: Drawn,
+    drawn: SampledItems,
     state: TrainState,
     catalogue: Mapping[str, Any],
-    group: Group,
+    group: DeviceGroup,
 ) -> dict[str, jax.Array]:
     """Name -> sum of weight x loss over this device's rows.
 
@@ -114,10 +120,10 @@ def _items(
     params: Any,
     vectors: Vectors,
     batch: Batch,
-    drawn: Drawn,
+    drawn: SampledItems,
     state: TrainState,
     catalogue: Mapping[str, Any],
-    group: Group,
+    group: DeviceGroup,
 ) -> jax.Array:
     """The users' items among the candidates of all sources."""
     sources, rows, shared = trainer.sources, len(batch["user"]), len(drawn.shared)
@@ -147,7 +153,7 @@ def _items(
     further = None
     if sources.hard:
         counts = log_count(drawn.hard, drawn.hard_log_count)
-        further = Hard(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
+        further = HardNegatives(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
     positives = Positives(own, batch["item"], log_count(batch["item"]))
     known = Candidates(ids, owners, log_count(ids))
     return _streamed(
@@ -165,7 +171,12 @@ def _items(
 
 
 def _users(
-    trainer: Trainer, params: Any, vectors: Vectors, batch: Batch, state: TrainState, group: Group
+    trainer: Trainer,
+    params: Any,
+    vectors: Vectors,
+    batch: Batch,
+    state: TrainState,
+    group: DeviceGroup,
 ) -> jax.Array:
     """The items' users among the batch's."""
     own = vectors["item"][: len(batch["user"])]
@@ -209,7 +220,7 @@ def _streamed(
     known: Candidates,
     batch: Batch,
     owners: jax.Array,
-    hard: Hard | None,
+    hard: HardNegatives | None,
     corpus: int,
 ) -> jax.Array:
     """The mean over all widths that vectors are compared at.
@@ -246,8 +257,8 @@ def _streamed(
     return (whole + sum(map(of_width, objective.matryoshka))) / (1 + len(objective.matryoshka))
 
 
-def remember(
-    trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array, group: Group
+def update_frequency(
+    trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array, group: DeviceGroup
 ) -> TrainState:
     """The state with what this step's batch teaches the estimators of frequency, and its item
     vectors in the queue.
@@ -257,7 +268,7 @@ def remember(
     config = trainer.sources.config
     estimator = FREQUENCIES[config.frequency]
     ids = (
-        {side: group.share(batch[side]) for side in ("user", "item")}
+        {side: group.all_gather(batch[side]) for side in ("user", "item")}
         if estimator.learns or config.queue
         else {}
     )
@@ -268,10 +279,10 @@ def remember(
         }
     kept = state.negatives
     if config.queue:
-        vectors = group.share(jax.lax.stop_gradient(items[: len(batch["item"])]))
+        vectors = group.all_gather(jax.lax.stop_gradient(items[: len(batch["item"])]))
         labelled = trainer.config.objective.label
         owners = (
-            group.share(_owners(trainer.config.objective, batch, "user"))
+            group.all_gather(_owners(trainer.config.objective, batch, "user"))
             if labelled
             else ids["user"]
         )

@@ -30,7 +30,7 @@ def last_good(checkpoints: Checkpoints) -> str:
     return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
 
 
-class Meter:
+class StepMetrics:
     """Reads the metrics of a dispatch after the next one was launched, averages them and writes
     them."""
 

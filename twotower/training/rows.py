@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from twotower.core.mesh import Group, lookup_rows
+from twotower.core.mesh import DeviceGroup, lookup_rows
 from twotower.towers.two_tower import SIDES, TwoTower
 
 # (side, feature) pairs that read one table, in a fixed order.
 Uses = dict[str, list[tuple[str, str]]]
 
 
-def uses_of(model: TwoTower) -> Uses:
+def table_uses(model: TwoTower) -> Uses:
     """Table name -> the features that read it, of either tower."""
     uses: Uses = {}
     for side in SIDES:
@@ -27,12 +27,16 @@ def uses_of(model: TwoTower) -> Uses:
     return uses
 
 
-def shared_ids(model: TwoTower, features: Mapping[str, Any], group: Group) -> dict[str, jax.Array]:
+def shared_ids(
+    model: TwoTower, features: Mapping[str, Any], group: DeviceGroup
+) -> dict[str, jax.Array]:
     """Table name -> the ids that all devices ask of it, device after device, as `lookup_all` and
     the update need them."""
     return {
-        table: group.share(jnp.concatenate([features[side][name].ravel() for side, name in uses]))
-        for table, uses in uses_of(model).items()
+        table: group.all_gather(
+            jnp.concatenate([features[side][name].ravel() for side, name in uses])
+        )
+        for table, uses in table_uses(model).items()
     }
 
 
@@ -41,7 +45,7 @@ def lookup_all(
     tables: Mapping[str, jax.Array],
     features: Mapping[str, Any],
     asked: Mapping[str, jax.Array],
-    group: Group,
+    group: DeviceGroup,
 ) -> dict[str, dict[str, jax.Array]]:
     """{"user": {feature: [..., E]}, "item": ...}: the rows of every feature that reads a table, one
     lookup a table.
@@ -50,7 +54,7 @@ def lookup_all(
         asked: `shared_ids` of the same features.
     """
     rows: dict[str, dict[str, jax.Array]] = {side: {} for side in SIDES}
-    for table, uses in uses_of(model).items():
+    for table, uses in table_uses(model).items():
         ids = [features[side][name] for side, name in uses]
         flat = jnp.concatenate([x.ravel() for x in ids])
         found = lookup_rows(tables[table], flat, asked[table], group)
@@ -61,7 +65,7 @@ def lookup_all(
 
 
 def shared_gradients(
-    model: TwoTower, row_grads: Mapping[str, Any], group: Group
+    model: TwoTower, row_grads: Mapping[str, Any], group: DeviceGroup
 ) -> dict[str, jax.Array]:
     """Table name -> the gradient of each of its `shared_ids`."""
 
@@ -69,6 +73,8 @@ def shared_gradients(
         return x.reshape(-1, x.shape[-1])
 
     return {
-        table: group.share(jnp.concatenate([flat(row_grads[side][name]) for side, name in uses]))
-        for table, uses in uses_of(model).items()
+        table: group.all_gather(
+            jnp.concatenate([flat(row_grads[side][name]) for side, name in uses])
+        )
+        for table, uses in table_uses(model).items()
     }

@@ -16,14 +16,14 @@ from twotower.config import Config, from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import check_batch, make_mesh
 from twotower.features.encoder import Encoder
-from twotower.pipeline.prepare import Prepared, prepare
+from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower, Weights
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.checkpoint import CheckpointError
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory, fits
-from twotower.training.state import Trainer, TrainState, chosen_kinds
+from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Run:
 
     workdir: Path
     config: Config
-    prepared: Prepared
+    prepared: PreparedData
     model: TwoTower
     weights: Weights
     step: int
@@ -65,12 +65,12 @@ def train(
     """
     workdir, mesh = local_folder(workdir), make_mesh(devices)
     check_batch(config.training, mesh)
-    chosen_kinds(config)  # a misspelt loss is refused before the data is read, not after
+    resolve_kinds(config)  # a misspelt loss is refused before the data is read, not after
     folder = workdir / "encoder"
     known = Encoder.load(folder) if _is_begun(workdir, config) and folder.exists() else None
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
-    trainer = Trainer.build(config, model, corpus_of(prepared))
+    trainer = Trainer.build(config, model, corpus_size(prepared))
     # Only now that everything fits: a mistake found above leaves the folder free for the corrected
     # configuration.
     if jax.process_index() == 0:
@@ -110,7 +110,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     config = load_config(workdir)
     prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
     model = TwoTower.build(config.model, prepared.encoder)
-    abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_of(prepared)))
+    abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = step_of(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)

@@ -17,7 +17,7 @@ from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import check_heads
 from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
 from twotower.towers.two_tower import TwoTower, Weights
-from twotower.training.candidates import Corpus, Sources
+from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.optimizers import dense_optimizer, schedule
 
 
@@ -72,12 +72,12 @@ class Trainer:
     dense: optax.GradientTransformation
     sparse: TableOptimizer
     schedule: optax.Schedule
-    corpus: Corpus
-    sources: Sources
+    corpus: CorpusSize
+    sources: NegativeSampling
 
     @classmethod
-    def build(cls, config: Config, model: TwoTower, corpus: Corpus) -> Trainer:
-        loss, *optimizers = chosen_kinds(config)
+    def build(cls, config: Config, model: TwoTower, corpus: CorpusSize) -> Trainer:
+        loss, *optimizers = resolve_kinds(config)
         widths = config.objective.matryoshka
         if any(not 0 < width < model.dim for width in widths) or len(set(widths)) < len(widths):
             raise ConfigError(
@@ -91,7 +91,7 @@ class Trainer:
             loss,
             *optimizers,
             corpus,
-            Sources.build(config, loss, corpus, places=places),
+            NegativeSampling.build(config, loss, corpus, places=places),
         )
 
     def over(self, examples: int) -> Trainer:
@@ -123,7 +123,7 @@ class Trainer:
         return dataclasses.replace(self, config=config, schedule=schedule(training))
 
 
-def chosen_kinds(
+def resolve_kinds(
     config: Config,
 ) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
     """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no

@@ -2,7 +2,7 @@
 `shard_map` on several devices.
 
 The functions see one device's part of the batch and of the table rows; what crosses devices goes
-through their `Group`.
+through their `DeviceGroup`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.core.mesh import ALONE, Group
+from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import apply_gradients
 from twotower.towers.two_tower import SIDES, TEMPERATURES, Weights
-from twotower.training.candidates import Drawn, draw, features_of, row_keys
-from twotower.training.losses import losses_of, remember, task_weights, weight_sums
+from twotower.training.candidates import SampledItems, draw, row_keys, take_features
+from twotower.training.losses import losses_of, task_weights, update_frequency, weight_sums
 from twotower.training.rows import lookup_all, shared_gradients, shared_ids
 from twotower.training.state import Trainer, TrainState
 
@@ -35,7 +35,7 @@ def train_step(
     catalogue: Mapping[str, Any],
     *,
     trainer: Trainer,
-    group: Group = ALONE,
+    group: DeviceGroup = SINGLE_DEVICE,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step.
 
@@ -83,7 +83,7 @@ def train_step(
     rows = lookup_all(trainer.model, state.tables, features, asked, group)
     (loss, (means, stats, items)), (grads, row_grads) = _gradients(
         loss_of,
-        group.vary(state.params),
+        group.pvary(state.params),
         rows,
         (features, dropout, batch),
         parts=trainer.config.training.accumulate,
@@ -97,7 +97,7 @@ def train_step(
         "grad_norm": jnp.sqrt(optax.tree.norm(grads, squared=True) + row_norm),
         "temperature": trainer.model.temperature(state.params),
     } | ({f"{name}/loss": x for name, x in means.items()} if len(means) > 1 else {})
-    state = remember(trainer, state, batch, items, group)
+    state = update_frequency(trainer, state, batch, items, group)
     return _apply(trainer, state, grads, tables, stats), metrics
 
 
@@ -131,7 +131,7 @@ def flattened(batch: Batch) -> Batch:
     }
 
 
-def _places(batch: Batch, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
+def _places(batch: Batch, drawn: SampledItems, group: DeviceGroup) -> dict[str, jax.Array]:
     """What tells the rows of each side apart whatever device they are on: the batch's first, then
     the items drawn."""
     rows, users = len(batch["user"]), len(next(iter(batch["user_features"].values())))
@@ -149,7 +149,7 @@ def _places(batch: Batch, drawn: Drawn, group: Group) -> dict[str, jax.Array]:
 def _features(
     trainer: Trainer,
     batch: Batch,
-    drawn: Drawn,
+    drawn: SampledItems,
     catalogue: Mapping[str, Any],
     places: Mapping[str, jax.Array],
     key: jax.Array,
@@ -158,12 +158,12 @@ def _features(
     dropped."""
     features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
     if len(drawn.ids):
-        extra = features_of(catalogue["item_features"], trainer.model.inputs["item"], drawn.ids)
+        extra = take_features(catalogue["item_features"], trainer.model.inputs["item"], drawn.ids)
         features["item"] = {
             name: jnp.concatenate([x, extra[name]]) for name, x in features["item"].items()
         }
     return {
-        side: drop_ids(
+        side: oov_dropout(
             trainer.model.inputs[side],
             features[side],
             row_keys(jax.random.fold_in(key, i), places[side]),
@@ -172,7 +172,7 @@ def _features(
     }
 
 
-def drop_ids(
+def oov_dropout(
     inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys: jax.Array
 ) -> dict[str, jax.Array]:
     """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are
@@ -205,7 +205,7 @@ def _embed(
     rows: Any,
     features: Any,
     keys: Mapping[str, jax.Array],
-    group: Group,
+    group: DeviceGroup,
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The vectors of both sides, and the new batch statistics of the towers that have some."""
     vectors, stats = {}, {}
@@ -253,7 +253,7 @@ def _update_tables(
     state: TrainState,
     asked: Mapping[str, jax.Array],
     grads: Mapping[str, jax.Array],
-    group: Group,
+    group: DeviceGroup,
 ) -> tuple[dict[str, Any], jax.Array]:
     """{"tables", "table_slots"} after the step, of this device's rows, and the square of the norm
     of their gradient."""

@@ -198,7 +198,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     from twotower.pipeline.prepare import prepare
     from twotower.pipeline.sequences import SequenceBatches
     from twotower.towers.two_tower import TwoTower
-    from twotower.training.catalogue import corpus_of, count_rows
+    from twotower.training.catalogue import corpus_size, count_rows
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
     from twotower.training.state import Trainer
@@ -223,7 +223,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     trainer = Trainer.build(
         prepared.config,
         TwoTower.build(prepared.config.model, prepared.encoder),
-        corpus_of(prepared),
+        corpus_size(prepared),
     )
     batches = SequenceBatches(
         prepared.train,

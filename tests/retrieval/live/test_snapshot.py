@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 
 from twotower.core.errors import ConfigError
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex, QueryError
 from twotower.index.search import exact_among
-from twotower.retrieval.live.catalogue import Corpus, UnknownItemError
+from twotower.retrieval.live.catalogue import LiveCatalogue, UnknownItemError
 from twotower.retrieval.live.conditions import conditions
 
 DIM = 6
@@ -38,7 +38,9 @@ def fresh(count=30, seed=0, index=ExactIndex):
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(count, DIM)).astype(np.float32)
     ids, brands = [f"i{n}" for n in range(count)], [("x", "y", "z")[n % 3] for n in range(count)]
-    return Corpus(index(vectors), vectors, table(ids, brands)), dict(zip(ids, zip(vectors, brands)))
+    return LiveCatalogue(index(vectors), vectors, table(ids, brands)), dict(
+        zip(ids, zip(vectors, brands))
+    )
 
 
 def upsert(corpus, model, ids, rng, brand="x"):
@@ -50,7 +52,7 @@ def upsert(corpus, model, ids, rng, brand="x"):
 def check(snapshot, model, queries, *, exclude=(), k=7, where=(), only=None, numbers=None):
     """Ids and scores of every query are those of a sort of the dictionary."""
     banned, count = [numbers[i] for i in exclude], len(queries)
-    lists = Csr.from_pairs(
+    lists = Ragged.from_pairs(
         np.repeat(np.arange(count), len(banned)), np.tile(banned, count), num_rows=count
     )
     only_numbers = None if only is None else np.array([numbers[i] for i in only], np.int64)
@@ -184,7 +186,7 @@ def test_what_would_spoil_the_corpus_changes_nothing(vectors, ids, message):
 def test_a_zero_vector_among_normalised_ones_and_a_column_of_another_type():
     vectors = np.eye(3, DIM, dtype=np.float32)
     items = table(["a", "b", "c"]).append_column("price", pa.array([1.0, 2.0, 3.0]))
-    corpus = Corpus(ExactIndex(vectors, normalized=True), vectors, items)
+    corpus = LiveCatalogue(ExactIndex(vectors, normalized=True), vectors, items)
     with pytest.raises(QueryError, match="item vector 0 is zero"):
         corpus.check(table(["d"]), np.zeros((1, DIM)))
     with pytest.raises(ValueError, match="column 'price' must hold double"):
@@ -197,7 +199,7 @@ def test_a_zero_vector_among_normalised_ones_and_a_column_of_another_type():
 def test_conditions_on_numbers_and_on_what_is_not_there():
     vectors = np.eye(4, DIM, dtype=np.float32) + 0.1
     prices = pa.array([1.0, 2.0, 3.0, None])
-    corpus = Corpus(
+    corpus = LiveCatalogue(
         ExactIndex(vectors), vectors, table(["a", "b", "c", "d"]).append_column("price", prices)
     )
 

@@ -6,7 +6,7 @@ what a shopper looks at next is drawn from
     p(item | user) = sum_t theta[user, t] * phi[t, item],
 
 renormalised over the items that exist at that moment. Preference is therefore exactly a dot
-product, `Truth.user_factors` with `Truth.item_factors`, which no model can beat on average: the
+product, `TruePreferences.user_factors` with `TruePreferences.item_factors`, which no model can beat on average: the
 ceiling the quick start reports.
 
 Of some rows it is known whether the shopper `liked` the item (1 or 0, else missing), of all whether
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.data.dataset import Dataset, Truth
+from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.shop import words
 from twotower.data.shop.log import DAYS, EVENTS, START, Log, draw_log
 
@@ -76,7 +76,7 @@ def generate(num_interactions: int = 100_000, *, seed: int = 0, num_items: int =
         activity=shoppers.activity,
     )
     user_table, item_table = _user_table(shoppers), _item_table(catalogue)
-    truth = Truth(user_factors=shoppers.theta, item_factors=np.ascontiguousarray(phi.T))
+    truth = TruePreferences(user_factors=shoppers.theta, item_factors=np.ascontiguousarray(phi.T))
     labels = _labels(np.random.default_rng([seed, num_interactions, len(rng)]), truth, log)
     return Dataset(
         interactions=_log_table(log, user_table["user_id"], item_table["item_id"], labels),
@@ -87,7 +87,9 @@ def generate(num_interactions: int = 100_000, *, seed: int = 0, num_items: int =
     )
 
 
-def label_probabilities(truth: Truth, user: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
+def label_probabilities(
+    truth: TruePreferences, user: np.ndarray, item: np.ndarray
+) -> dict[str, np.ndarray]:
     """Label -> the true probability of 1, float32 [N], for rows (user, item) of the tables:
 
     sigma(slope log(p(item | user) / mean over users of p(item | user)) + offset)
@@ -294,7 +296,7 @@ def _item_table(items: _Items) -> pa.Table:
     )
 
 
-def _labels(rng: np.random.Generator, truth: Truth, log: Log) -> dict[str, pa.Array]:
+def _labels(rng: np.random.Generator, truth: TruePreferences, log: Log) -> dict[str, pa.Array]:
     labels = {}
     for name, probability in label_probabilities(truth, log.user, log.item).items():
         drawn = rng.random(len(log.user)) < probability

@@ -27,7 +27,7 @@ class UnknownItemError(ValueError):
     """An item id that is not in the corpus; the message names the nearest ones."""
 
 
-class Corpus:
+class LiveCatalogue:
     """The items of one bundle, and the one who changes them.
 
     Attributes:
@@ -169,7 +169,7 @@ class Corpus:
         index = build(vectors, counts)
         with self.lock:
             now, total = self.snapshot, len(self.numbers)
-            fresh = Corpus.__new__(Corpus)
+            fresh = LiveCatalogue.__new__(LiveCatalogue)
             fresh.numbers, fresh._slots, fresh._counts = self.numbers, {}, self._counts
             main = Main.make(index, vectors, items, counts, numbers, total)
             fresh.snapshot = Snapshot(main, Delta.empty(vectors.shape[1]), 0, now.version, 0, {})

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex, check_queries
 from twotower.index.int8 import Vectors, as_stored
 from twotower.index.popularity import coordinate, widened
@@ -191,7 +191,7 @@ class Snapshot:
         queries: np.ndarray,
         k: int,
         *,
-        exclude: Csr | None = None,
+        exclude: Ragged | None = None,
         where: Where = (),
         only: np.ndarray | None = None,
         popularity_weight: float = 0.0,
@@ -226,7 +226,7 @@ class Snapshot:
                 f"popularity_weight={popularity_weight} needs an index with that coordinate: export with "
                 "config.retrieval.popularity=True."
             )
-        exclude = Csr.empty(len(queries)) if exclude is None else exclude
+        exclude = Ragged.empty(len(queries)) if exclude is None else exclude
         banned, allowed = (
             _renumbered(exclude, main.row_of(exclude.values)),
             self._allowed(where, only),
@@ -356,12 +356,12 @@ class Snapshot:
         self.remembered[key] = value
 
 
-def _renumbered(exclude: Csr, rows: np.ndarray) -> Csr:
+def _renumbered(exclude: Ragged, rows: np.ndarray) -> Ragged:
     """`exclude` with other values; those of -1 are left out."""
     if not len(rows) or rows is exclude.values:
         return exclude
     return (
-        Csr(exclude.offsets, rows.astype(np.int32))
+        Ragged(exclude.offsets, rows.astype(np.int32))
         if rows.min() >= 0
-        else Csr.from_pairs(exclude.rows[rows >= 0], rows[rows >= 0], num_rows=len(exclude))
+        else Ragged.from_pairs(exclude.rows[rows >= 0], rows[rows >= 0], num_rows=len(exclude))
     )

@@ -16,11 +16,11 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.core.files import replacing
-from twotower.core.ragged import Csr
+from twotower.core.ragged import Ragged
 from twotower.index.int8 import Vectors
 from twotower.index.popularity import index_items
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
-from twotower.retrieval.live.catalogue import Corpus
+from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (
     ChangeLog,
     ChangesError,
@@ -58,7 +58,7 @@ class Live:
         lock: held while anything changes.
         """
         self.bundle, self._lock = bundle, lock
-        self.corpus = Corpus(bundle.index, bundle.vectors, bundle.items, bundle.counts, lock)
+        self.corpus = LiveCatalogue(bundle.index, bundle.vectors, bundle.items, bundle.counts, lock)
         self._log = self._replayed(bundle.folder) if bundle.folder else None
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
@@ -163,7 +163,7 @@ class Live:
         places = np.full(total, -1, np.int64)
         places[numbers] = np.arange(len(numbers))
         seen = places[self.bundle.seen.values] if total else np.zeros(0, np.int64)
-        seen = Csr.from_pairs(
+        seen = Ragged.from_pairs(
             self.bundle.seen.rows[seen >= 0], seen[seen >= 0], num_rows=len(self.bundle.seen)
         )
         index = self._index(vectors, counts) if then.count or then.dead else then.main.index

@@ -13,7 +13,7 @@ from experiments.benchmarks import hlo
 from tests.training.divided import INPUTS, Case, differences, make_trainer, on_mesh
 from twotower.config import TrainingConfig
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import SPLIT, check_batch, make_mesh, shardings, state_specs
+from twotower.core.mesh import SHARDED, check_batch, make_mesh, shardings, state_specs
 from twotower.features.encodings import TableShape
 from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES
@@ -201,9 +201,9 @@ def compiled():
     trainer = dataclasses.replace(trainer, model=dataclasses.replace(trainer.model, tables=tables))
     mesh = make_mesh(DEVICES)
     state = abstract_state(trainer, mesh)
-    place = functools.partial(jax.ShapeDtypeStruct, sharding=shardings(mesh, SPLIT))
+    placed = functools.partial(jax.ShapeDtypeStruct, sharding=shardings(mesh, SHARDED))
     case = Case(PLAIN, jnp.float32)
-    batch = jax.tree.map(lambda x: place((BATCH, *x.shape[1:]), x.dtype), case.batches[0])
+    batch = jax.tree.map(lambda x: placed((BATCH, *x.shape[1:]), x.dtype), case.batches[0])
     features = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1000, *x.shape[1:]), x.dtype), case.features["item"]
     )
@@ -322,6 +322,6 @@ def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_all
 def test_every_array_of_the_state_has_a_rule():
     state = abstract_state(make_trainer(EVERYTHING), make_mesh(1))
     specs = state_specs(state)
-    assert specs.tables["both"] == specs.table_slots["both"]["accumulator"] == SPLIT
+    assert specs.tables["both"] == specs.table_slots["both"]["accumulator"] == SHARDED
     with pytest.raises(ValueError, match="No rule of the sharding covers 'tables/both'"):
-        state_specs(state, (("^(step|params)", SPLIT),))
+        state_specs(state, (("^(step|params)", SHARDED),))
