@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.config import SplitConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
 from twotower.data.interactions import (
     Split,

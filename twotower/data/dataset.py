@@ -7,9 +7,9 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import logging
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import logging
 
 from twotower.config import DataConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, check_fields, choose
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import codes, pair_codes, timestamps

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.config import SplitConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
 from twotower.data.audit import audit, check_fitted
 from twotower.data.filters import filter_rows

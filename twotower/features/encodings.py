@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.features import numeric
 from twotower.features.base import Feature

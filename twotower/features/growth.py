@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.features.encoder import Encoder
 from twotower.features.encodings import Fitted

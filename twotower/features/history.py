@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
 from twotower.features.encodings import HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT, Fitted

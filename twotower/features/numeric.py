@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.features.kinds import FloatFeature, IntFeature, TimestampFeature
 from twotower.features.vocabulary import as_strings

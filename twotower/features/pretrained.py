@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, check_fields
 from twotower.features.kinds import PretrainedFeature
 from twotower.features.vocabulary import Vocabulary, as_strings

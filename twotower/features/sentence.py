@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from absl import logging
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.features.kinds import SentenceFeature
 from twotower.features.sentence_model import (

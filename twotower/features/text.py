@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int32
 
+from twotower.core.arrow import pc
 from twotower.features.vocabulary import as_strings, mix64, segment_sums
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.

@@ -8,8 +8,9 @@ import functools
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int32, UInt64
+
+from twotower.core.arrow import pc
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
 # tens of megabytes.

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 
+from twotower.core.arrow import pc
 from twotower.core.errors import extra
 from twotower.core.ragged import Ragged
 from twotower.index.exact import top_k

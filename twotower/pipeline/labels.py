@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.config import ObjectiveConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, check_fields
 from twotower.data.interactions import describe
 

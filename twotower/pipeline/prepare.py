@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import logging
 
 from twotower.config import Config
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, check_fields
 from twotower.data import split
 from twotower.data.interactions import timestamps

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from twotower.core.arrow import pc
 from twotower.features.encoder import Encoder
 from twotower.features.numeric import as_seconds
 

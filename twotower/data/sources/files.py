@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from absl import logging
 
 from twotower.config import TableConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.data.sources import columns
 from twotower.data.sources.columns import BadValue

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.config import TableConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.data.sources import files as tables
 

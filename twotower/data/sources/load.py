@@ -11,9 +11,9 @@ import functools
 from collections.abc import Callable
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from twotower.config import DataConfig, TableConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
 from twotower.data.dataset import Dataset, TruePreferences, assemble, collapse
 from twotower.data.shop import generate as synthetic
