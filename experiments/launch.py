@@ -78,7 +78,7 @@ def _reason(error: OSError) -> str:
 
 
 def _guarded(main: Callable[[], None], argv: list[str]) -> None:
-    from twotower.training.loop import TrainingError
+    from twotower.core.errors import TrainingError
 
     if argv[1:]:
         raise app.UsageError(

@@ -8,7 +8,8 @@ import ml_collections
 import pytest
 
 from twotower.config import Config, SplitConfig, TowerConfig, defaults, from_dict
-from twotower.core.errors import ConfigError, choose, convert
+from twotower.core.errors import ConfigError, choose
+from twotower.core.fields import convert
 
 CHANGED = {
     "data": {

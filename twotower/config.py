@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.config_rules import check_ranges
-from twotower.core.errors import build
+from twotower.core.fields import build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

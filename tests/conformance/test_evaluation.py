@@ -6,7 +6,8 @@ import pytest
 
 from tests.evaluation.test_evaluate import make
 from twotower.config import from_dict
-from twotower.data.audit import LeakageError, check_fitted
+from twotower.core.errors import LeakageError
+from twotower.data.audit import check_fitted
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries

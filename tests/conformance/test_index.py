@@ -13,15 +13,16 @@ import pytest
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.config import RetrievalConfig
+from twotower.core.errors import BundleError, QueryError
 from twotower.core.ragged import Ragged
 from twotower.evaluation import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.index import exact
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 from twotower.index.scann import ScannIndex, build_index
 from twotower.index.search import search_without
 from twotower.index.tuning import overlap
-from twotower.retrieval.bundle import BundleError, load_bundle, write_bundle
+from twotower.retrieval.bundle import load_bundle, write_bundle
 from twotower.retrieval.export import check_parity, make_bundle
 from twotower.retrieval.retriever import Retriever
 

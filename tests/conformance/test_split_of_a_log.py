@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import SplitConfig
-from twotower.data.audit import FINDINGS, LeakageError, audit
+from twotower.core.errors import LeakageError
+from twotower.data.audit import FINDINGS, audit
 from twotower.data.interactions import Split
 from twotower.data.split import split
 

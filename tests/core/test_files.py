@@ -8,7 +8,8 @@ import pytest
 from etils import epath
 
 from tests.features.encoder_shop import assert_same, encode_all, fitted, shop
-from twotower.core.files import FolderError, replacing
+from twotower.core.errors import FolderError
+from twotower.core.files import replacing
 from twotower.features.encoder import Encoder
 
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import SplitConfig
-from twotower.core.errors import ConfigError
-from twotower.data.audit import FINDINGS, LeakageError, audit, check_fitted
+from twotower.core.errors import ConfigError, LeakageError
+from twotower.data.audit import FINDINGS, audit, check_fitted
 from twotower.data.interactions import Split, fingerprint
 from twotower.data.split import split
 

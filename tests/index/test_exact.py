@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from twotower.core.errors import QueryError
 from twotower.core.ragged import Ragged
 from twotower.index import exact
-from twotower.index.exact import ExactIndex, QueryError, top_k
+from twotower.index.exact import ExactIndex, top_k
 from twotower.kernels import host_top_k
 from twotower.kernels.host_top_k import RunningTopK
 

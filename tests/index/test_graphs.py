@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
+from twotower.core.errors import QueryError
 from twotower.index import graphs
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 from twotower.index.graphs import GRAPHS
 from twotower.index.scann import build_index, load_index, save_index
 from twotower.index.tuning import overlap

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.retrieval.test_bundle import rewrite_manifest
+from twotower.core.errors import BundleError
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.retrieval import export as export_module
-from twotower.retrieval.bundle import BundleError, load_bundle
+from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import export
 from twotower.retrieval.match import MatchModel

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from twotower.config import RetrievalConfig, from_dict
-from twotower.core.errors import ConfigError
+from twotower.core.errors import BadIndexError, ConfigError, QueryError
 from twotower.index import scann as scann_module
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 from twotower.index.scann import ScannIndex, build_index, load_index, save_index
-from twotower.index.scann_library import BadIndexError
 from twotower.index.tuning import overlap
 
 pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")

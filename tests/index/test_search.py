@@ -6,8 +6,9 @@ import pytest
 
 from tests.index.test_exact import oracle
 from twotower.config import RetrievalConfig
+from twotower.core.errors import QueryError
 from twotower.core.ragged import Ragged
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 from twotower.index.scann import build_index
 from twotower.index.search import Allowed, exact_among, search_without
 from twotower.index.tuning import overlap

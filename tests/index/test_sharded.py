@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from tests.index.test_exact import oracle
+from twotower.core.errors import QueryError
 from twotower.core.mesh import make_mesh
 from twotower.core.ragged import Ragged
 from twotower.index import exact
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import pytest
 
 from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
+from twotower.core.errors import HistoryError
 from twotower.data.sources.bigquery import make_client
 from twotower.integrations.bigquery_history import BigQueryHistory
-from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError
+from twotower.integrations.embedding_history import EmbeddingHistory
 
 extra("google.cloud.bigquery", "bigquery")
 NEXT = DAY + datetime.timedelta(1)

@@ -17,11 +17,12 @@ from tests.data.sources.test_bigquery import log
 from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
 from twotower.config import DataConfig, TableConfig
+from twotower.core.errors import HistoryError
 from twotower.data.sources import load as sources
 from twotower.data.sources.bigquery import make_client
 from twotower.integrations import bigquery_history
 from twotower.integrations.bigquery_history import BigQueryHistory
-from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError
+from twotower.integrations.embedding_history import EmbeddingHistory
 
 bigquery = extra("google.cloud.bigquery", "bigquery")
 ADDRESS = os.environ.get("TWOTOWER_BQEMULATOR")

@@ -12,10 +12,10 @@ import scipy.linalg
 
 from tests.extras import extra
 from tests.integrations.test_embedding_history import block, version
-from twotower.core.errors import ConfigError
+from twotower.core.errors import ConfigError, HistoryError
 from twotower.integrations import drift
 from twotower.integrations.drift import aligned_cosines, compare, neighbour_overlap, rotation
-from twotower.integrations.embedding_history import EmbeddingHistory, HistoryError
+from twotower.integrations.embedding_history import EmbeddingHistory
 
 
 def draw(rows=200, width=8, seed=0):

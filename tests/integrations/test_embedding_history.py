@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.extras import extra
-from twotower.index.exact import QueryError
+from twotower.core.errors import HistoryError, QueryError
 from twotower.integrations.embedding_history import (
     EmbeddingHistory,
-    HistoryError,
     Version,
     blocks_of,
     parse_date,

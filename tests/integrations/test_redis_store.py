@@ -17,15 +17,9 @@ import pytest
 
 from tests.extras import extra, program
 from tests.integrations.test_embedding_history import block
-from twotower.core.errors import ConfigError
-from twotower.index.exact import QueryError
+from twotower.core.errors import ConfigError, QueryError, StoreError
 from twotower.integrations.embedding_history import blocks_of
-from twotower.integrations.redis_store import (
-    CachedRetriever,
-    RedisStore,
-    StoreError,
-    bundle_version,
-)
+from twotower.integrations.redis_store import CachedRetriever, RedisStore, bundle_version
 from twotower.retrieval.retriever import Retriever
 
 redis = extra("redis", "redis")

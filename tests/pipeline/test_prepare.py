@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.core.errors import ConfigError
-from twotower.data.audit import LeakageError
+from twotower.core.errors import ConfigError, LeakageError
 from twotower.pipeline.prepare import prepare
 
 LOG = "user_id,item_id,timestamp,weight\n" + "".join(

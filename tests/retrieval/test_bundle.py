@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.core.errors import ConfigError
+from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import content_digest, digest
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
-from twotower.retrieval.bundle import BundleError, load_bundle
+from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import all_rows, check_parity, compare_scores, export, make_bundle
 from twotower.retrieval.retriever import Retriever

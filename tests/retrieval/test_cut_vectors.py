@@ -6,11 +6,10 @@ import pytest
 
 from tests.index.test_int8 import storing
 from tests.retrieval.conftest import make_run
-from twotower.core.errors import ConfigError
+from twotower.core.errors import ConfigError, QueryError
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import measure_run
-from twotower.index.exact import QueryError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import export, make_bundle

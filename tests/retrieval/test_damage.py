@@ -8,10 +8,10 @@ import pytest
 
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
-from twotower.core.files import FolderError
-from twotower.retrieval.bundle import BundleError, load_bundle
+from twotower.core.errors import BundleError, ChangesError, FolderError
+from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.export import export
-from twotower.retrieval.live.log import MAGIC, ChangesError
+from twotower.retrieval.live.log import MAGIC
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 

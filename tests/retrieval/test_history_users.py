@@ -8,9 +8,8 @@ import pyarrow as pa
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.core.errors import ConfigError
+from twotower.core.errors import BundleError, ConfigError
 from twotower.retrieval import export as export_module
-from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from twotower.core.files import FolderError
-from twotower.retrieval.bundle import BundleError
-from twotower.retrieval.match import MatchModel, UnknownIdError
+from twotower.core.errors import BundleError, FolderError, UnknownIdError
+from twotower.retrieval.match import MatchModel
 
 IDS = {"user": ["u", "ü 1", ""], "item": ["a", "b", "日本", "d"]}
 

@@ -9,14 +9,13 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.core.errors import ConfigError
+from twotower.core.errors import BundleError, ConfigError, UnknownItemError
 from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.index.search import search_without
 from twotower.retrieval import retriever as retriever_module
-from twotower.retrieval.bundle import BundleError
 from twotower.retrieval.export import make_bundle
-from twotower.retrieval.retriever import Retriever, UnknownItemError, nearest
+from twotower.retrieval.retriever import Retriever, nearest
 
 
 def scores_of(retriever, user):

@@ -12,7 +12,8 @@ import pytest
 
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
-from twotower.retrieval.bundle import BundleError, load_bundle
+from twotower.core.errors import BundleError
+from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import make_towers
 from twotower.retrieval.retriever import Retriever

@@ -11,13 +11,12 @@ import pytest
 
 from tests.features.test_history import encoder
 from tests.training.conftest import small_config
-from twotower.core.errors import ConfigError
+from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.mesh import make_mesh
 from twotower.data.shop.generate import generate
 from twotower.training import grow as grow_module
 from twotower.training import run
 from twotower.training.catalogue import corpus_size
-from twotower.training.checkpoint import CheckpointError
 from twotower.training.grow import grow
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints

@@ -10,17 +10,16 @@ import pytest
 
 from tests.training.conftest import make_batches, small_config
 from twotower.config import changed
-from twotower.core.errors import ConfigError, ScoreError
+from twotower.core.errors import CheckpointError, ConfigError, ScoreError, TrainingError
 from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
 from twotower.training.catalogue import corpus_size
-from twotower.training.checkpoint import CheckpointError, best_step
+from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.metrics import TrainingError
 from twotower.training.optimizers import init_plateau, update_plateau
 from twotower.training.state import Trainer
 

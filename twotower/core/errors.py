@@ -1,29 +1,87 @@
-"""Validation at the door: every refusal names the field, echoes the value and offers the nearest
-right one."""
+"""The exceptions of the package, and the words with which a wrong name is refused.
+
+Every refusal names the field, echoes the value and offers the nearest right one.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the field, its value and what would be
-    right."""
+class TwotowerError(Exception):
+    """Base of all exceptions that the package raises on purpose."""
 
 
-class ScoreError(ValueError):
-    """Scores that cannot be ranked or measured, being no numbers."""
+class ConfigError(TwotowerError, ValueError):
+    """A configuration that cannot be run; the message names the field, its value and the cure."""
+
+
+class LeakageError(ConfigError):
+    """A split whose figures would be too good: the message says why, shows a row, and how to accept
+    it knowingly."""
+
+
+class FolderError(TwotowerError, ValueError):
+    """A folder that holds something else, or whose content is not what was written."""
+
+
+class TrainingError(TwotowerError, RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+class CheckpointError(TwotowerError, ValueError):
+    """A checkpoint that is missing, corrupt, or of another model."""
+
+
+class ScoreError(TwotowerError, ValueError):
+    """Scores that are no numbers, so that nothing can be ranked or measured."""
+
+
+class QueryError(ScoreError):
+    """Query vectors that no ranking can be made from; the message names the first bad row."""
+
+
+class BadIndexError(TwotowerError, ValueError):
+    """An index that cannot be built or read."""
+
+
+class BundleError(TwotowerError, ValueError):
+    """A bundle that is missing, changed, or made of parts that do not belong together."""
+
+
+class UnknownIdError(TwotowerError, ValueError):
+    """An id without a vector; the message names the first and counts them."""
+
+
+class UnknownItemError(TwotowerError, ValueError):
+    """An item id that is not in the corpus; the message names the nearest ones."""
+
+
+class ChangesError(TwotowerError, ValueError):
+    """A log of changes that is damaged, of another bundle, or written by another process."""
+
+
+class HistoryError(TwotowerError, ValueError):
+    """Vectors that the embedding history cannot keep, or does not have."""
+
+
+class StoreError(TwotowerError, ValueError):
+    """Redis did not take the vectors that were to be published."""
 
 
 @contextlib.contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Turns a failed import into a `ConfigError` that says which extra of setup.py `what` needs."""
+    """Turns a failed import into a `ConfigError` that names the extra to install.
+
+    Args:
+        name: The extra, a key of `extras_require` in setup.py.
+        what: The feature that needs it, the subject of the message.
+    """
     try:
         yield
     except ImportError as error:
@@ -32,73 +90,25 @@ def extra(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def choose(kinds: Mapping[str, Any], name: str, field: str) -> Any:
-    """`kinds[name]`, or a `ConfigError` that names the field, the value and the nearest kind."""
+def choose(kinds: Mapping[str, T], name: str, field: str) -> T:
+    """Returns `kinds[name]`.
+
+    Raises:
+        ConfigError: There is none; the message names the field, the value and the nearest kind.
+    """
     if name not in kinds:
+        known = ", ".join(sorted(kinds))
         raise ConfigError(
-            f"{field}={name!r} is not known{_nearest(name, kinds)} Known: {', '.join(sorted(kinds))}."
+            f"{field}={name!r} is not known{did_you_mean(name, kinds)} Known: {known}."
         )
     return kinds[name]
 
 
-def check_fields(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuses the first key of `values` that is not in `known`, naming the nearest one."""
-    known = list(known)
-    for name in values:
-        if name not in known:
-            raise ConfigError(
-                f"{where} has no field {name!r}{_nearest(name, known)} Known: {', '.join(known)}."
-            )
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence about an unknown name: "; did you mean 'x'?", or a full stop.
 
-
-def _nearest(name: str, known: Iterable[str]) -> str:
+    >>> did_you_mean("sofmax", ["bpr", "softmax"])
+    "; did you mean 'softmax'?"
+    """
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def build(cls: type, values: Any, where: str) -> Any:
-    """A dataclass `cls` of a mapping of its fields, likewise nested; `where` is what the mapping is
-    called."""
-    if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
-        raise ConfigError(
-            f"{where}={values!r} must be a mapping with the fields of {cls.__name__}."
-        )
-    values = values.to_dict() if hasattr(values, "to_dict") else values
-    hints = typing.get_type_hints(cls)
-    check_fields(values, hints, where)
-    return cls(
-        **{name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    )
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`, or a `ConfigError` that names the field `where`."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
-    origin = typing.get_origin(hint) or hint
-    if origin in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return None if value is None else convert(inner[0], value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        (inner, *_) = typing.get_args(hint) or (Any,)
-        return tuple(convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if (
-        isinstance(origin, type)
-        and issubclass(origin, Mapping)
-        and (isinstance(value, Mapping) or hasattr(value, "to_dict"))
-    ):
-        (_, inner) = typing.get_args(hint) or (Any, Any)
-        values = value.to_dict() if hasattr(value, "to_dict") else value
-        deep = dataclasses.is_dataclass(inner)
-        return {
-            name: convert(inner, x, f"{where}.{name}") if deep else x for name, x in values.items()
-        }
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (
-        isinstance(value, origin) and not (hint in (int, float) and isinstance(value, bool))
-    ):
-        return value
-    raise ConfigError(
-        f"{where}={value!r} must be of type {getattr(hint, '__name__', hint)}, not {type(value).__name__}."
-    )

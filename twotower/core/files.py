@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from twotower.core.errors import FolderError
+
 _VERSION = 1
-
-
-class FolderError(ValueError):
-    """A folder that holds something else, or is not what was written."""
 
 
 @contextlib.contextmanager

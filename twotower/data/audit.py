@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from twotower.config import SplitConfig
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import LeakageError, choose
 from twotower.data.interactions import (
     Split,
     codes,
@@ -20,11 +20,6 @@ from twotower.data.interactions import (
     has_timestamps,
     pair_codes,
 )
-
-
-class LeakageError(ConfigError):
-    """A split whose figures would be too good: the message says why, shows a row, and how to accept
-    it knowingly."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from absl import logging
 
 from twotower.config import DataConfig
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, check_fields, choose
+from twotower.core.errors import ConfigError, choose
+from twotower.core.fields import check_fields
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import codes, pair_codes, timestamps
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from twotower.core.errors import check_fields
+from twotower.core.fields import check_fields
 from twotower.core.files import read_folder, write_folder
 from twotower.data.interactions import fingerprint
 from twotower.features import fitting

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, check_fields
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.features import numeric
 from twotower.features.base import Feature
 from twotower.features.encodings import Fitted, naming, strings_of

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, check_fields
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.features.kinds import PretrainedFeature
 from twotower.features.vocabulary import Vocabulary, as_strings
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config import FeaturesConfig
-from twotower.core.errors import ConfigError, check_fields, choose, convert
+from twotower.core.errors import ConfigError, choose
+from twotower.core.fields import check_fields, convert
 from twotower.features.base import SIDES, Feature
 from twotower.features.kinds import (
     FEATURES,

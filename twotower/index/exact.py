@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from twotower.core.errors import ScoreError
+from twotower.core.errors import QueryError
 from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, group_of, localise, put
 from twotower.core.ragged import Ragged
 from twotower.kernels.host_top_k import GROUP, SIZES, RunningTopK, group_size
@@ -28,10 +28,6 @@ BLOCK_BYTES, BLOCK_QUERIES = 2**30, 4_096
 # On a CPU, few: glibc asks the system for every buffer of 32 MiB and more, and the system clears it
 # each time, which is half of a search's time; and the devices of a mesh share one memory.
 HOST_BLOCK_BYTES, HOST_BLOCK_QUERIES = 2**25 - 2**20, 1_024
-
-
-class QueryError(ScoreError):
-    """Query vectors that no ranking can be made from: the message names the first bad row."""
 
 
 def top_k(

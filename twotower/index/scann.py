@@ -21,13 +21,12 @@ import numpy as np
 from absl import logging
 
 from twotower.config import RetrievalConfig
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.index import tuning as tuner
 from twotower.index.exact import ExactIndex, check_k, check_queries, check_vectors
 from twotower.index.graphs import GRAPHS, GraphIndex
 from twotower.index.int8 import Vectors
 from twotower.index.scann_library import (
-    BadIndexError,
     build_searcher,
     import_scann,
     load_searcher,

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-
-class BadIndexError(ValueError):
-    """An index that cannot be built or read."""
+from twotower.core.errors import BadIndexError
 
 
 def import_scann() -> Any:

@@ -18,15 +18,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.core.errors import HistoryError
 from twotower.data.sources.bigquery import refusals
-from twotower.integrations.embedding_history import (
-    BLOCK,
-    SCHEMA,
-    TABLES,
-    EmbeddingHistory,
-    HistoryError,
-    Stored,
-)
+from twotower.integrations.embedding_history import BLOCK, SCHEMA, TABLES, EmbeddingHistory, Stored
 
 COLUMNS = {
     "run_date": ("DATE", "NULLABLE"),

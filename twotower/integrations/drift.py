@@ -17,10 +17,9 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from twotower.core.arrow import pc
-from twotower.core.errors import extra
+from twotower.core.errors import HistoryError, extra
 from twotower.core.ragged import Ragged
 from twotower.index.exact import top_k
-from twotower.integrations.embedding_history import HistoryError
 from twotower.retrieval.embed import evenly_spaced
 
 NEIGHBOURS = 10

@@ -28,6 +28,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from twotower.config import Config
+from twotower.core.errors import HistoryError
 from twotower.core.files import content_digest
 from twotower.core.progress import progress
 from twotower.index.exact import check_vectors
@@ -48,10 +49,6 @@ PARTITION = pa.schema({"run_date": pa.date32()})
 BLOCK = 65_536  # rows written, and embedded, at once
 
 Block = tuple[pa.Array, np.ndarray]  # ids [n] and vectors [n, D]
-
-
-class HistoryError(ValueError):
-    """Vectors that the history cannot keep, or does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

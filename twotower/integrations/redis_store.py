@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from twotower.core.errors import ConfigError, extra
+from twotower.core.errors import ConfigError, StoreError, extra
 from twotower.core.files import content_digest
 from twotower.index.exact import check_vectors
 from twotower.integrations.embedding_history import Block
@@ -30,10 +30,6 @@ from twotower.retrieval.retriever import Recommendation, Recommendations, Retrie
 DAY = 86_400
 PIPELINE = 2_000  # keys written in one round trip
 PUBLISH_TIMEOUT = 10.0  # seconds; a batch job may wait where a server may not
-
-
-class StoreError(ValueError):
-    """Redis did not take what was to be published."""
 
 
 class RedisStore:

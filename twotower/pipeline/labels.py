@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from twotower.config import ObjectiveConfig
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, check_fields
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.data.interactions import describe
 
 _NUMERIC = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)

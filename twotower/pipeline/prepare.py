@@ -12,7 +12,8 @@ from absl import logging
 
 from twotower.config import Config
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, check_fields
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.data import split
 from twotower.data.interactions import timestamps
 from twotower.data.sources import load as sources

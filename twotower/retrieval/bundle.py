@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 import twotower
 from twotower.config import Config, from_dict
+from twotower.core.errors import BundleError
 from twotower.core.files import content_digest, digest, put_back
 from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
@@ -44,10 +45,6 @@ FORMAT, VERSION = "twotower-bundle", 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")
 SIDES = ("user", "item")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
-
-
-class BundleError(ValueError):
-    """A bundle that is missing, changed, or made of parts that do not belong together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

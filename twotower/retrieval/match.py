@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.errors import UnknownIdError
 from twotower.core.files import read_folder, write_folder
 from twotower.retrieval.bundle import Bundle, load_bundle
 
 KIND = "match"
 SIDES = ("user", "item")
-
-
-class UnknownIdError(ValueError):
-    """An id without a vector; the message names the first and counts them."""
 
 
 class MatchModel:

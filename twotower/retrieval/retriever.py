@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.core.files import put_back
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.index.exact import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
-from twotower.retrieval.live.catalogue import UnknownItemError, nearest
+from twotower.retrieval.live.catalogue import nearest
 from twotower.retrieval.live.conditions import Where, conditions
-from twotower.retrieval.live.log import ChangesError
 from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.live.updates import Live
 from twotower.retrieval.served import BATCH

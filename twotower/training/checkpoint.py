@@ -11,11 +11,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from twotower.core.errors import CheckpointError
 from twotower.training.state import TrainState
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, corrupt, or of another model."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
 from twotower.config import Config, TrainingConfig
-from twotower.core.errors import ConfigError, ScoreError
+from twotower.core.errors import ConfigError, ScoreError, TrainingError
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
@@ -41,7 +41,7 @@ from twotower.training.catalogue import count_rows, make_catalogue
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
-from twotower.training.metrics import StepMetrics, TrainingError, last_good
+from twotower.training.metrics import StepMetrics, last_good
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
 from twotower.training.writer import open_writer

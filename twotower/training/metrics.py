@@ -11,11 +11,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from twotower.core.errors import TrainingError
 from twotower.training.checkpoint import Checkpoints
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and the last good checkpoint."""
 
 
 def last_good(checkpoints: Checkpoints) -> str:

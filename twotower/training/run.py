@@ -13,13 +13,12 @@ import jax
 from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
-from twotower.core.errors import ConfigError
+from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.mesh import check_batch, make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.catalogue import corpus_size
-from twotower.training.checkpoint import CheckpointError
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory, fits

@@ -11,9 +11,9 @@ import threading
 import numpy as np
 import pytest
 
+from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.retrieval.bundle import load_bundle
-from twotower.retrieval.live.log import ChangesError
-from twotower.retrieval.retriever import Retriever, UnknownItemError
+from twotower.retrieval.retriever import Retriever
 
 
 @pytest.fixture

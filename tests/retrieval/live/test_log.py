@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from twotower.core.errors import ChangesError
 from twotower.retrieval.live import log as changes
 from twotower.retrieval.live.log import (
     FIRST,
     HEAD,
     ChangeLog,
-    ChangesError,
     decode,
     encode_delete,
     encode_upsert,

@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.core.errors import ConfigError
+from twotower.core.errors import ConfigError, QueryError, UnknownItemError
 from twotower.core.ragged import Ragged
-from twotower.index.exact import ExactIndex, QueryError
+from twotower.index.exact import ExactIndex
 from twotower.index.search import exact_among
-from twotower.retrieval.live.catalogue import LiveCatalogue, UnknownItemError
+from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.conditions import conditions
 
 DIM = 6

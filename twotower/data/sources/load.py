@@ -15,7 +15,7 @@ import pyarrow as pa
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
-from twotower.data.dataset import Dataset, TruePreferences, assemble, collapse
+from twotower.data.dataset import Dataset, assemble, collapse
 from twotower.data.shop import generate as synthetic
 from twotower.data.sources import bigquery, lists, tfds
 from twotower.data.sources import files as tables

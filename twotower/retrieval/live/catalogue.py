@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.index.exact import QueryError, check_vectors
+from twotower.core.errors import QueryError, UnknownItemError
+from twotower.index.exact import check_vectors
 from twotower.index.int8 import Vectors, as_stored
 from twotower.index.popularity import log_counts
 from twotower.retrieval.live.snapshot import NEVER, Delta, Main, Snapshot
@@ -21,10 +22,6 @@ NEAREST_AMONG = 20_000  # ids compared with a misspelt one
 
 # (vectors [N, D], training rows of each [N]) -> an index over them
 BuildIndex = Callable[[Vectors, np.ndarray], Any]
-
-
-class UnknownItemError(ValueError):
-    """An item id that is not in the corpus; the message names the nearest ones."""
 
 
 class LiveCatalogue:

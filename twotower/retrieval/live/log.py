@@ -27,15 +27,13 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.core.errors import ChangesError
+
 MAGIC = b"2TOWERCH"
 HEAD = struct.Struct("<III")
 FIRST = len(MAGIC) + 32
 VECTOR = "__vector"
 LARGEST = 2**30  # bytes of a record
-
-
-class ChangesError(ValueError):
-    """A log of changes that is damaged, of another bundle, or written by another process."""
 
 
 # (items, vectors) to add or replace, or ids to take away

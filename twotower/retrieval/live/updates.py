@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.core.errors import ChangesError
 from twotower.core.files import replacing
 from twotower.core.ragged import Ragged
 from twotower.index.int8 import Vectors
@@ -23,7 +24,6 @@ from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (
     ChangeLog,
-    ChangesError,
     changes_path,
     decode,
     encode_delete,

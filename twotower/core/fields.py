@@ -1,0 +1,130 @@
+"""Dataclasses made from mappings, such as parsed JSON, with every field checked against its type."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from twotower.core.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def check_fields(values: Mapping[str, Any], known: Iterable[str], location: str) -> None:
+    """Refuses a mapping with a key that is not in `known`.
+
+    Raises:
+        ConfigError: The first such key, with the nearest known one.
+    """
+    known = list(known)
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{location} has no field {name!r}{hint} Known: {', '.join(known)}.")
+
+
+def build(cls: type[T], values: Any, location: str) -> T:
+    """Returns a dataclass made from a mapping of its fields; nested dataclasses likewise.
+
+    Args:
+        cls: The dataclass.
+        values: Field -> value: a mapping, or an `ml_collections.ConfigDict`.
+        location: The name of the mapping in messages, such as "config.training".
+
+    Raises:
+        ConfigError: A field is unknown, or its value is of the wrong type.
+    """
+    if not _is_mapping(values):
+        raise ConfigError(
+            f"{location}={values!r} must be a mapping with the fields of {cls.__name__}."
+        )
+    values = _as_mapping(values)
+    hints = typing.get_type_hints(cls)
+    check_fields(values, hints, location)
+    fields = {}
+    for name, value in values.items():
+        fields[name] = convert(hints[name], value, f"{location}.{name}")
+    return cls(**fields)
+
+
+def convert(hint: Any, value: Any, location: str) -> Any:
+    """Returns `value` as the annotated type `hint`.
+
+    Lists become tuples, whole numbers floats, and mappings dataclasses, where the annotation says
+    so; nothing else is converted.
+
+    Args:
+        hint: The annotation, resolved.
+        value: The value of the field.
+        location: The name of the field in messages.
+
+    Raises:
+        ConfigError: The value is of another type.
+    """
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else build(hint, value, location)
+    origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return _convert_literal(hint, value, location)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else convert(inner[0], value, location)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        (inner, *_) = typing.get_args(hint) or (Any,)
+        return tuple(convert(inner, v, f"{location}[{i}]") for i, v in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and _is_mapping(value):
+        return _convert_mapping(hint, value, location)
+    # JSON has one type of number, but Python's booleans are integers too.
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool:
+        return float(value)
+    if hint is Any:
+        return value
+    if isinstance(value, origin) and not (is_bool and hint in (int, float)):
+        return value
+    name = getattr(hint, "__name__", hint)
+    raise ConfigError(f"{location}={value!r} must be of type {name}, not {type(value).__name__}.")
+
+
+def _convert_literal(hint: Any, value: Any, location: str) -> Any:
+    """Returns the value, of the type of the literals; `check_literals` says which are right."""
+    kind = type(typing.get_args(hint)[0])
+    return convert(kind, value, location)
+
+
+def _convert_mapping(hint: Any, value: Any, location: str) -> dict[str, Any]:
+    """Returns a plain dict, with its values converted where they are dataclasses."""
+    (_, inner) = typing.get_args(hint) or (Any, Any)
+    values = _as_mapping(value)
+    if not dataclasses.is_dataclass(inner):
+        return dict(values)
+    return {name: convert(inner, x, f"{location}.{name}") for name, x in values.items()}
+
+
+def check_literals(instance: Any, location: str) -> None:
+    """Refuses a dataclass with a field that is not one of the values its `Literal` type lists.
+
+    Raises:
+        ConfigError: The field, its value, the nearest right one and all of them.
+    """
+    for name, hint in typing.get_type_hints(type(instance)).items():
+        if typing.get_origin(hint) is not typing.Literal:
+            continue
+        known = typing.get_args(hint)
+        value = getattr(instance, name)
+        if value not in known:
+            close = did_you_mean(value, map(str, known))
+            listed = ", ".join(map(str, known))
+            raise ConfigError(f"{location}.{name}={value!r} is not known{close} Known: {listed}.")
+
+
+def _is_mapping(values: Any) -> bool:
+    # A FrozenConfigDict is no Mapping, but has `to_dict`.
+    return isinstance(values, Mapping) or hasattr(values, "to_dict")
+
+
+def _as_mapping(values: Any) -> Mapping[str, Any]:
+    return values.to_dict() if hasattr(values, "to_dict") else values
