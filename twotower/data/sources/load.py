@@ -20,7 +20,7 @@ from twotower.data.shop import generate as synthetic
 from twotower.data.sources import bigquery, lists, tfds
 from twotower.data.sources import files as tables
 
-__all__ = ["SOURCES", "Dataset", "Truth", "load"]
+__all__ = ["SOURCES", "Dataset", "load"]
 
 
 def load(config: DataConfig) -> Dataset:
