@@ -144,7 +144,7 @@ def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
     from twotower.config import from_dict
     from twotower.features.encodings import Input, TableShape
     from twotower.towers.two_tower import TwoTower
-    from twotower.training.candidates import Corpus
+    from twotower.training.candidates import CorpusSize
     from twotower.training.state import Trainer
 
     layers = {"layers": (2 * setting.width, setting.width)}
@@ -159,15 +159,15 @@ def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
     model = TwoTower.build_from(
         config.model, inputs, {side: TableShape(setting.rows, setting.width) for side in inputs}
     )
-    return Trainer.build(config, model, Corpus(setting.rows, setting.rows, 0))
+    return Trainer.build(config, model, CorpusSize(setting.rows, setting.rows, 0))
 
 
 def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "float32") -> Any:
     """The step, or several to a dispatch, compiled from shapes alone: (state, batch or stacked
     batches) -> (state, metrics)."""
     from twotower.core.mesh import (
-        SPLIT,
-        WHOLE,
+        REPLICATED,
+        SHARDED,
         compiler_options,
         group_of,
         shard_map_if_needed,
@@ -179,7 +179,7 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
 
     trainer, group = trainer_of(setting, dtype), group_of(mesh)
     state = abstract_state(trainer, mesh)
-    specs, split = state_specs(state), PartitionSpec(None, *SPLIT) if steps else SPLIT
+    specs, split = state_specs(state), PartitionSpec(None, *SHARDED) if steps else SHARDED
     shape, place = (steps, setting.batch) if steps else (setting.batch,), shardings(mesh, split)
     ids, weight = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "float32")
@@ -193,7 +193,7 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
     def several(state: Any, batches: Any) -> tuple[Any, Any]:
         return jax.lax.scan(one, state, batches)
 
-    step = shard_map_if_needed(mesh, several if steps else one, (specs, split), (specs, WHOLE))
+    step = shard_map_if_needed(mesh, several if steps else one, (specs, split), (specs, REPLICATED))
     return (
         jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
         .lower(state, batch)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from twotower.core.mesh import make_mesh
-from twotower.training.catalogue import corpus_of
+from twotower.training.catalogue import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.run import load_run
@@ -40,7 +40,7 @@ ALONE = {name: value for name, value in os.environ.items() if name != "JAX_COMPI
 def _final_state(workdir):
     run = load_run(workdir, checkpoint="latest")
     abstract = abstract_state(
-        Trainer.build(run.config, run.model, corpus_of(run.prepared)), make_mesh(1)
+        Trainer.build(run.config, run.model, corpus_size(run.prepared)), make_mesh(1)
     )
     with open_checkpoints(workdir, run.config) as checkpoints:
         return checkpoints.restore(STEPS, abstract), checkpoints.best()

@@ -145,7 +145,7 @@ def _fit(
     from twotower.features.encodings import Input, TableShape
     from twotower.pipeline.batches import Batches, Rows
     from twotower.towers.two_tower import TwoTower
-    from twotower.training.candidates import Corpus
+    from twotower.training.candidates import CorpusSize
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
     from twotower.training.state import Trainer
@@ -155,7 +155,7 @@ def _fit(
     inputs = {side: {"id": Input(table=f"{side}.id")} for side in sizes}
     shapes = {f"{side}.id": TableShape(rows=rows + 1, width=width) for side, rows in sizes.items()}
     model = TwoTower.build_from(config.model, inputs, shapes)
-    trainer = Trainer.build(config, model, Corpus(sizes["user"], sizes["item"], 0))
+    trainer = Trainer.build(config, model, CorpusSize(sizes["user"], sizes["item"], 0))
     rows = Rows(users, items, np.ones(len(users), np.float32), None, {})
     features = {
         side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()
