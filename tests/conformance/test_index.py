@@ -22,6 +22,7 @@ from twotower.index.exact import ExactIndex
 from twotower.index.scann import ScannIndex, build_index
 from twotower.index.search import search_without
 from twotower.index.tuning import overlap
+from twotower.kernels.top_k import select_top_k
 from twotower.retrieval.bundle import load_bundle, write_bundle
 from twotower.retrieval.export import check_parity, make_bundle
 from twotower.retrieval.retriever import Retriever
@@ -246,7 +247,7 @@ def test_no_top_k_takes_a_whole_row():
     """XLA sorts the row that `top_k` takes on a GPU: evaluation and search find the best groups
     first."""
     scores = jax.ShapeDtypeStruct((2, 4_000_007), "float32")
-    widths = _top_k_widths(lambda s: exact.grouped_top_k(s, 100), scores)
+    widths = _top_k_widths(lambda s: select_top_k(s, 100), scores)
     assert len(widths) > 2 and max(widths) <= 32 * 100
     pairs, lists = jax.ShapeDtypeStruct((4,), "int32"), jax.ShapeDtypeStruct((2,), "int32")
     counts = jax.ShapeDtypeStruct((scores.shape[1],), "int32")
@@ -276,7 +277,7 @@ def test_the_best_groups_hold_the_answer_of_the_whole_row(width):
     """The stable sort of the whole row, ties included."""
     scores = np.random.default_rng(0).integers(0, 9, (3, width)).astype(np.float32)
     scores[0] = -np.inf
-    found, rows = exact.grouped_top_k(jnp.asarray(scores), 5)
+    found, rows = select_top_k(jnp.asarray(scores), 5)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, 1))

@@ -8,8 +8,8 @@ from twotower.core.errors import QueryError
 from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex, top_k
-from twotower.kernels import host_top_k
-from twotower.kernels.host_top_k import RunningTopK
+from twotower.kernels import top_k as kernel
+from twotower.kernels.top_k import RunningTopK
 
 SCORES = exact._scores
 
@@ -83,7 +83,7 @@ def test_many_query_blocks_equal_one(vectors, monkeypatch):
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monkeypatch):
     """All scores alike: every group reaches the least, and only the first K equals may be kept."""
-    monkeypatch.setattr(host_top_k, "WIDEST", 1)
+    monkeypatch.setattr(kernel, "MAX_KEPT", 1)
     items, queries = np.full((3_211, 2), value, np.float32), np.ones((5, 2), np.float32)
     items[3_210] = 9.0
     scores, rows = ExactIndex(items, item_block=item_block).search(queries, 7)
@@ -99,7 +99,7 @@ def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monk
 def test_scores_that_only_rise_or_fall_along_the_corpus(order, monkeypatch):
     """Each block beats the one before, so that the lists so far grow and must be cut; or none
     does."""
-    monkeypatch.setattr(host_top_k, "WIDEST", 2)
+    monkeypatch.setattr(kernel, "MAX_KEPT", 2)
     items = np.arange(1_000, dtype=np.float32)[::order, None] // 3  # three of each score
     for one, other in zip(
         ExactIndex(items, item_block=64).search(np.ones((3, 1)), 10),

@@ -29,7 +29,8 @@ from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.index.exact import grouped_top_k, next_power_of_two, pad_pairs, pad_rows
+from twotower.index.exact import next_power_of_two, pad_pairs, pad_rows
+from twotower.kernels.top_k import merge_top_k, select_top_k
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, mesh_of_tables
 
@@ -239,7 +240,7 @@ def _measure_part(
     if padding:
         scores = jnp.where((group.places(width) < num_items)[None, :], scores, -jnp.inf)
     right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
-    best, rows = grouped_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
+    best, rows = select_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
     found = best, group.places(width)[rows], jnp.take_along_axis(right, rows, axis=1), counts[rows]
     best, rows, hits, seen_before = _best_of_all(found, max(ks), group)
     real = ~jnp.isneginf(best)
@@ -264,8 +265,7 @@ def _best_of_all(lists: tuple[Array, ...], k: int, group: DeviceGroup) -> tuple[
     if group is SINGLE_DEVICE:
         return lists
     lists = tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists)
-    best, at = jax.lax.top_k(lists[0], min(k, lists[0].shape[1]))
-    return best, *(jnp.take_along_axis(x, at, axis=1) for x in lists[1:])
+    return merge_top_k(k, *lists)
 
 
 def _behind_equals(

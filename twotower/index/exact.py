@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from twotower.core.errors import QueryError
 from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, group_of, localise, put
 from twotower.core.ragged import Ragged
-from twotower.kernels.host_top_k import GROUP, SIZES, RunningTopK, group_size
+from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
 
 ITEM_BLOCK = 65_536  # of each device
 # Bytes of the scores of a block on each device, and queries in it: enough to fill an accelerator.
@@ -141,7 +141,7 @@ class ExactIndex:
             )
             values, maxima = (np.asarray(part)[: len(queries)] for part in found)
             check_scores(maxima)
-            best.add(values, maxima, first)
+            best.add(values, first, maxima)
         return best.best()
 
     def _search_devices(
@@ -207,7 +207,7 @@ def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
         select = (
             functools.partial(jax.lax.approx_max_k, recall_target=recall_target)
             if recall_target < 1
-            else grouped_top_k
+            else select_top_k
         )
         # `top_k` puts the NaN of a negative sign, which processors make, behind all others:
         # `check_scores` would not see it.
@@ -217,8 +217,7 @@ def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
             return best, rows
         # In the order of devices, which is that of rows: of equal scores the lower row stays first.
         best, rows = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (best, rows))
-        best, at = jax.lax.top_k(best, min(k, best.shape[1]))
-        return best, jnp.take_along_axis(rows, at, axis=1)
+        return merge_top_k(k, best, rows)
 
     if mesh is None:
         return jax.jit(search)
@@ -232,36 +231,10 @@ def _best_of_block(mesh: Mesh | None, k: int, recall_target: float) -> Any:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _merge(scores, rows, new_scores, new_rows, k: int):
-    """The top k of two sorted lists; `top_k` is stable, so the earlier (lower) rows win ties."""
-    scores, rows = (
-        jnp.concatenate([scores, new_scores], axis=1),
-        jnp.concatenate([rows, new_rows], axis=1),
-    )
-    best, at = jax.lax.top_k(scores, min(k, scores.shape[1]))
-    return best, jnp.take_along_axis(rows, at, axis=1)
-
-
-def grouped_top_k(
-    scores: Float[Array, "B N"], k: int
-) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """`jax.lax.top_k`, to the same places, many times as fast where rows are long and lists short.
-
-    As in `twotower.kernels.host_top_k`, of which it is the form for accelerators: the K groups of
-    neighbours with the greatest maxima hold the best K. Of equal maxima the first groups do, since
-    each holds a score as good, on a lower row.
-    """
-    # Of the row a fourth at most is looked at twice.
-    size = next((size for size in SIZES if scores.shape[1] >= 4 * k * size), 1)
-    if size == 1:
-        return tuple(jax.lax.top_k(scores, k))
-    filled = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % size)), constant_values=-jnp.inf)
-    _, groups = grouped_top_k(filled.reshape(len(scores), -1, size).max(-1), k)
-    groups = jnp.sort(groups, axis=1)
-    rows = (groups[:, :, None] * size + jnp.arange(size)[None, None]).reshape(len(scores), -1)
-    best, at = jax.lax.top_k(
-        jnp.take_along_axis(scores, rows, axis=1, mode="fill", fill_value=-jnp.inf), k
-    )
-    return best, jnp.take_along_axis(rows, at, axis=1)
+    """The best `k` of two lists, the earlier of which holds the lower rows."""
+    scores = jnp.concatenate([scores, new_scores], axis=1)
+    rows = jnp.concatenate([rows, new_rows], axis=1)
+    return merge_top_k(k, scores, rows)
 
 
 def excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,62 @@
+"""Selecting and merging the best K, against a stable sort of all scores."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twotower.kernels.top_k import RunningTopK, merge_top_k
+
+
+def stable_top_k(scores, k):
+    """Rows in the order of a stable sort, and their scores; -1 for scores of -inf."""
+    rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, rows, axis=1)
+    return best, np.where(np.isneginf(best), -1, rows)
+
+
+@pytest.fixture
+def scores():
+    """Few different numbers, so that ties are plenty; the last query has three items alone."""
+    scores = np.random.default_rng(0).integers(0, 9, (3, 320)).astype(np.float32)
+    scores[2, 3:] = -np.inf
+    return scores
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+def test_merged_lists_keep_the_lower_row_of_equal_scores(scores, module):
+    parts = [stable_top_k(scores[:, :100], 7), stable_top_k(scores[:, 100:], 7)]
+    lists = module.asarray(np.concatenate([best for best, _ in parts], axis=1))
+    rows = np.concatenate([parts[0][1], np.where(parts[1][1] < 0, -1, parts[1][1] + 100)], axis=1)
+    best, merged = merge_top_k(7, lists, module.asarray(rows))
+    expected, expected_rows = stable_top_k(scores, 7)
+    np.testing.assert_array_equal(best, expected)
+    np.testing.assert_array_equal(np.where(np.isneginf(best), -1, merged), expected_rows)
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+def test_a_merged_list_is_no_longer_than_what_it_is_made_of(scores, module):
+    (best,) = merge_top_k(1_000, module.asarray(scores))
+    np.testing.assert_array_equal(best, -np.sort(-scores, axis=1))
+
+
+@pytest.mark.parametrize("block", [1, 33, 64, 320])
+@pytest.mark.parametrize("k", [1, 5, 400])
+def test_a_running_top_k_equals_the_sort_however_scores_come(scores, block, k):
+    best = RunningTopK(len(scores), k)
+    for first in range(0, scores.shape[1], block):
+        best.add(scores[:, first : first + block], first)
+    found, rows = best.best()
+    expected, expected_rows = stable_top_k(scores, k)
+    np.testing.assert_array_equal(rows[:, : expected.shape[1]], expected_rows[:, : rows.shape[1]])
+    np.testing.assert_array_equal(found, expected[:, : found.shape[1]])
+    assert np.isneginf(expected[:, found.shape[1] :]).all()
+
+
+def test_a_running_top_k_goes_on_from_lists_found_elsewhere(scores):
+    best = RunningTopK(len(scores), 5)
+    best.add_lists(*stable_top_k(scores[:, :50], 5))
+    best.add(scores[:, 50:], 50)
+    found, rows = best.best()
+    expected, expected_rows = stable_top_k(scores, 5)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(rows, expected_rows)
