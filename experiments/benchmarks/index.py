@@ -76,8 +76,8 @@ def draw(items: int, dim: int, users: int = USERS) -> tuple[np.ndarray, np.ndarr
 
 def load(workdir: Path, users: int = USERS) -> tuple[np.ndarray, np.ndarray]:
     """(users, items) of a bundle."""
+    from twotower.core.arrays import evenly_spaced
     from twotower.retrieval.bundle import load_bundle
-    from twotower.retrieval.embed import evenly_spaced
 
     bundle = load_bundle(workdir / "bundle")
     return np.asarray(evenly_spaced(bundle.user_vectors, users)), np.asarray(bundle.vectors)
@@ -153,6 +153,7 @@ def grid_best(
 ) -> str:
     """What tuning takes, and beside its choice the fastest of a full grid of leaves and candidates,
     by the tuner's own rule of what reaches the target."""
+    from twotower.core.arrays import evenly_spaced
     from twotower.index import tuning as tuner
     from twotower.index.exact import ExactIndex
 
@@ -163,7 +164,7 @@ def grid_best(
     spent = seconds(lambda: tuner.tune(problem, vectors, users, k))
     settings, asked = (
         [tuning.effort(k)],
-        np.ascontiguousarray(tuner.evenly_spaced(users, tuner.TUNING_QUERIES)[::2]),
+        np.ascontiguousarray(evenly_spaced(users, tuner.TUNING_QUERIES)[::2]),
     )
     exact = ExactIndex(vectors).search(asked, k)[1]
     for reorder in [k * times for times in tuner.CANDIDATES] if tuning.hashed else [0]:

@@ -1,10 +1,8 @@
-"""The order of what users did, and samples of rows."""
+"""The items of each user in order of time."""
 
 import numpy as np
-import pytest
 
 from twotower.pipeline.batches import Rows
-from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.user_items import items_of_users, latest_rows, time_order
 
 
@@ -31,19 +29,3 @@ def test_of_equal_times_the_order_of_the_log_is_kept():
     assert time_order(parts).tolist() == expected
     assert items_of_users(parts, num_users=1)[0].tolist() == expected
     assert latest_rows(parts, num_users=2).tolist() == [999, -1]
-
-
-@pytest.mark.parametrize(
-    "count, expected",
-    [
-        (0, []),
-        (1, [0]),
-        (2, [0, 9]),
-        (4, [0, 3, 6, 9]),
-        (10, list(range(10))),
-        (99, list(range(10))),
-    ],
-)
-def test_a_sample_is_evenly_spaced_from_the_first_to_the_last(count, expected):
-    assert evenly_spaced(np.arange(10), count).tolist() == expected
-    assert evenly_spaced(np.zeros((0, 3)), count).shape == (0, 3)

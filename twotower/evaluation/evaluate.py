@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.errors import ScoreError
 from twotower.core.mesh import (
     AXIS,
@@ -29,7 +30,6 @@ from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.index.exact import next_power_of_two, pad_pairs, pad_rows
 from twotower.kernels.top_k import merge_top_k, select_top_k
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, mesh_of_tables
@@ -103,7 +103,7 @@ def dot_scores(users: Any, items: Any, *, mesh: Mesh | None = None) -> Scores:
     if mesh is None:
         items = jnp.asarray(items)
         return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
-    items = put(mesh, pad_rows(items, -(-len(items) // mesh.size) * mesh.size), SHARDED)
+    items = put(mesh, pad_rows(items, round_up(len(items), mesh.size)), SHARDED)
     dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
     return lambda chosen: dot(put(mesh, users[chosen], REPLICATED), items)
 
@@ -169,7 +169,7 @@ def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
             part,
             size,
             *(
-                pad_pairs(csr.rows, csr.values, length, beyond=queries.num_items)
+                pad_pairs(csr.rows, csr.values, length, num_columns=queries.num_items)
                 for csr, length in zip(lists, sizes)
             ),
         )

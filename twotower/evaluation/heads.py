@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import ScoreError
 from twotower.objectives.heads import head_logits
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import PreparedData
-from twotower.retrieval.embed import embed_rows, evenly_spaced
+from twotower.retrieval.embed import embed_rows
 
 BINS = 15  # of probabilities, as Guo et al. have
 BLOCK_ROWS = 2**17  # embedded at once

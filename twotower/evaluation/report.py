@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.metrics import ACCURACY
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.index.exact import ExactIndex, pad_rows
+from twotower.index.exact import ExactIndex
 from twotower.index.popularity import log_counts, widened
 from twotower.index.tuning import overlap
-from twotower.retrieval.embed import evenly_spaced
 from twotower.retrieval.export import served_model
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import Run

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.errors import QueryError
 from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, group_of, localise, put
 from twotower.core.ragged import Ragged
@@ -81,7 +82,7 @@ class ExactIndex:
         unit = devices if self._mesh else GROUP if self._host and self._rows >= GROUP else 1
         parts = (vectors[i : i + self._block] for i in range(0, self.num_items, self._block))
         self._blocks = [
-            self._placed(pad_rows(part, -(-len(part) // unit) * unit), SHARDED) for part in parts
+            self._placed(pad_rows(part, round_up(len(part), unit)), SHARDED) for part in parts
         ]
 
     def search(
@@ -244,24 +245,7 @@ def excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.nd
         return np.zeros(0, np.int32), np.zeros(0, np.int32)
     inside = (exclude.values >= first) & (exclude.values < stop)
     query, item = exclude.rows[inside], exclude.values[inside] - first
-    return pad_pairs(query, item, next_power_of_two(len(item)), beyond=stop - first)
-
-
-def pad_pairs(
-    query: np.ndarray, item: np.ndarray, size: int, *, beyond: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both int32 [size]; the padding points at column `beyond`, outside of the scores."""
-    query = np.pad(query, (0, size - len(query))).astype(np.int32)
-    return query, np.pad(item, (0, size - len(item)), constant_values=beyond).astype(np.int32)
-
-
-def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
-    """`array` with rows of zeros appended up to `size`."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+    return pad_pairs(query, item, next_power_of_two(len(item)), num_columns=stop - first)
 
 
 def check_k(k: int) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from twotower.config import Config
+from twotower.core.arrays import evenly_spaced
 from twotower.index.int8 import Vectors
 from twotower.index.scann import build_index
 from twotower.index.tuning import TUNING_QUERIES
-from twotower.retrieval.embed import evenly_spaced
 
 
 def log_counts(counts: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from twotower.core.arrays import evenly_spaced
 from twotower.index.exact import ExactIndex
-from twotower.retrieval.embed import evenly_spaced
 
 TUNING_QUERIES = 2_000  # user vectors, in both halves together
 LONG_QUERIES = 500  # of those, for lists longer than K

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import pc
 from twotower.core.errors import HistoryError, extra
 from twotower.core.ragged import Ragged
 from twotower.index.exact import top_k
-from twotower.retrieval.embed import evenly_spaced
 
 NEIGHBOURS = 10
 SAMPLE = 2_000  # entities whose neighbours are compared

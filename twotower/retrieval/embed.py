@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from twotower.core.arrays import next_power_of_two, pad_rows
 from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, put
 from twotower.core.progress import progress
-from twotower.index.exact import next_power_of_two, pad_rows
 
 BATCH = 4_096
 EVENTS = 2**16  # of the histories of a batch, at most
@@ -52,15 +52,6 @@ def embed_rows(
         padded = put(mesh, padded, SHARDED) if mesh else padded
         vectors[start : start + rows] = _embed(mesh)(model, side, weights, padded)[:rows]
     return vectors
-
-
-def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, evenly spaced from the first to the last.
-
-    >>> evenly_spaced(np.arange(10), 4).tolist()
-    [0, 3, 6, 9]
-    """
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 def mesh_of_tables(arrays: Any) -> Mesh | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import replacing
 from twotower.data import split
@@ -23,7 +24,7 @@ from twotower.index.tuning import TUNING_QUERIES, ndcg, overlap
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
-from twotower.retrieval.embed import embed_rows, evenly_spaced
+from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.served import Towers, export_tower
 from twotower.retrieval.user_items import items_of_users, latest_rows

@@ -14,8 +14,8 @@ import jax
 import jax.export
 import numpy as np
 
+from twotower.core.arrays import next_power_of_two, pad_rows
 from twotower.core.progress import progress
-from twotower.index.exact import next_power_of_two, pad_rows
 from twotower.retrieval.weights import Arrays
 
 PLATFORMS = ("cpu", "cuda", "tpu")
