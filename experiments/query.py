@@ -7,7 +7,6 @@ python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=li
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from absl import flags
@@ -80,16 +79,15 @@ def write_lists(retriever, users: Path, out: Path, k: int, *, exclude_seen: bool
     import pyarrow.parquet as pq
 
     from twotower.core.errors import ConfigError
+    from twotower.core.files import atomic
     from twotower.retrieval.listing import read_ids
 
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
     ids = read_ids(users)
     lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    pq.write_table(lists, temporary)
-    os.replace(temporary, out)
+    with atomic(out) as temporary:
+        pq.write_table(lists, temporary)
     unknown = sum(not retriever.knows(user) for user in ids)
     print(
         f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users ({unknown:,} of them not known)."

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
+
+from twotower.core.files import atomic
 
 QUICK = flags.DEFINE_bool("quick", False, "A smaller version, under a minute.")
 JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
@@ -76,11 +76,6 @@ def table(
 def write_json(title: str, results: Mapping[str, Any], *, unit: str, base: str) -> None:
     """Writes figures to --json, if given."""
     if JSON.value:
-        path = Path(JSON.value)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(
-            json.dumps(
-                {"benchmark": title, "unit": unit, "base": base, "results": results}, indent=2
-            )
-        )
-        os.replace(temporary, path)
+        figures = {"benchmark": title, "unit": unit, "base": base, "results": results}
+        with atomic(JSON.value) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2))

@@ -2,6 +2,7 @@
 ones refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from etils import epath
 
 from tests.features.encoder_shop import assert_same, encode_all, fitted, shop
 from twotower.core.errors import FolderError
-from twotower.core.files import replacing
+from twotower.core.files import atomic, replacing
 from twotower.features.encoder import Encoder
 
 
@@ -110,6 +111,39 @@ def test_a_save_that_dies_leaves_the_old_encoder(tmp_path, monkeypatch):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_atomic_file_is_seen_whole_and_alone(tmp_path):
+    path = tmp_path / "new" / "file"
+    for content in ("first", "second"):
+        with atomic(path) as temporary:
+            temporary.write_text(content)
+            assert path.exists() == (content == "second")
+        assert path.read_text() == content
+    assert names(path.parent) == ["file"]
+
+
+def test_an_atomic_file_that_fails_leaves_the_old_one_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_an_atomic_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+
+    def record(name, function):
+        return lambda *args: (order.append(name), function(*args))
+
+    monkeypatch.setattr(os, "fsync", record("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", record("replace", os.replace))
+    with atomic(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+    assert order == ["fsync", "replace"]
 
 
 def test_replacing_a_folder_that_is_not_there(tmp_path):

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,29 @@ from etils import epath
 from twotower.core.errors import FolderError
 
 _VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic(path: epath.PathLike) -> Iterator[Path]:
+    """Yields a temporary file's path; the file takes the place of `path` when the block ends well.
+
+    Whoever reads `path` finds the old content or the new, never a part. After an error nothing is
+    left behind; a killed process leaves at most `.NAME.*.tmp`. Folders above are made.
+
+    Args:
+        path: A file of this machine (or mounted into it), which need not exist.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of several machines, whose numbers may be equal, can write one file at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

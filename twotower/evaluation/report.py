@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced, pad_rows
+from twotower.core.files import atomic
 from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
@@ -164,10 +164,8 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
 
 def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
     """Writes JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(measured, indent=2) + "\n")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:

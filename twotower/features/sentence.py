@@ -3,7 +3,6 @@ for other runs."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +17,7 @@ from absl import logging
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.files import atomic
 from twotower.features.kinds import SentenceFeature
 from twotower.features.sentence_model import (
     SentenceModel,
@@ -180,19 +180,11 @@ def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -
     name = hashlib.sha256(
         "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
     ).hexdigest()[:32]
-    temporary = cache / f"{name}.{os.getpid()}.tmp"
+    table = pa.table({"text": texts, "vector": lists})
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        pq.write_table(
-            pa.table({"text": texts, "vector": lists}),
-            temporary,
-            compression="none",
-            write_page_checksum=True,
-        )
-        temporary.replace(cache / f"{name}.parquet")
+        with atomic(cache / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary, compression="none", write_page_checksum=True)
     except OSError as error:
         logging.warning(
             "%s: vectors of %d texts are not kept for other runs (%s).", cache, len(texts), error
         )
-        with contextlib.suppress(OSError):
-            temporary.unlink()

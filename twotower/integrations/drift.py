@@ -19,6 +19,7 @@ from jaxtyping import Float
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import pc
 from twotower.core.errors import HistoryError, extra
+from twotower.core.files import atomic
 from twotower.core.ragged import Ragged
 from twotower.index.exact import top_k
 
@@ -164,13 +165,8 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
     _histogram(
         right, drift.overlaps, np.linspace(-0.05, 1.05, 12), "share of nearest neighbours kept"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")
 
 
 def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, label: str) -> None:

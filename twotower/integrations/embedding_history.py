@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from twotower.config import Config
 from twotower.core.errors import HistoryError
-from twotower.core.files import content_digest
+from twotower.core.files import atomic, content_digest
 from twotower.core.progress import progress
 from twotower.index.exact import check_vectors
 from twotower.retrieval.retriever import Retriever
@@ -115,20 +115,14 @@ class EmbeddingHistory:
             HistoryError: a block has no id for a vector, or another width than the first.
             QueryError: a vector is not finite.
         """
-        written: list[tuple[Path, Path]] = []
-        try:
+        # Both sides are written before the first is put in its place.
+        with contextlib.ExitStack() as stack:
             for side, blocks in sides.items():
                 path = self._partition(side, version.run_date) / f"run-{version.run_id}.parquet"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
                     left.unlink(missing_ok=True)
-                written.append((path.with_name(f".{path.name}.{os.getpid()}.tmp"), path))
-                _write(written[-1][0], version, blocks, what=f"{side} vectors of {version.name}")
-            for temporary, path in written:
-                os.replace(temporary, path)
-        finally:
-            for temporary, _ in written:
-                temporary.unlink(missing_ok=True)
+                temporary = stack.enter_context(atomic(path))
+                _write(temporary, version, blocks, what=f"{side} vectors of {version.name}")
 
     def stored(self, side: str, run_date: datetime.date | None = None) -> list[Stored]:
         """What there is of a side, of one date or of all, in the order of dates and then of run

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from twotower.core.errors import ConfigError, extra
+from twotower.core.files import atomic
 from twotower.training.run import load_config
 
 AT_ONCE = 1_000  # metrics in a request; MLflow takes no more
@@ -103,9 +103,8 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
         tags={"twotower.workdir": str(workdir.resolve())},
     )
     state = {"uri": _without_password(uri), "experiment": experiment, "run_id": run.info.run_id}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(state), encoding="utf-8")
     return run.info.run_id
 
 

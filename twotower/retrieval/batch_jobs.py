@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.core.errors import ConfigError
+from twotower.core.files import atomic
 from twotower.core.mesh import REPLICATED, SHARDED, make_mesh, put
 from twotower.core.progress import progress
 from twotower.index.exact import ExactIndex
@@ -152,11 +152,10 @@ def write_parts(
     ]
     for number in progress(left, total=len(left), what=f"Writing {out.name}"):
         table = make(slice(number * part, min(rows, (number + 1) * part)))
-        temporary = _path(out, number).with_name(f".{_path(out, number).name}.{os.getpid()}.tmp")
         # Vectors hardly repeat: a dictionary of them would only cost time.
         plain = [name for name in table.column_names if name != "vector"]
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=plain)
-        os.replace(temporary, _path(out, number))
+        with atomic(_path(out, number)) as temporary:
+            pq.write_table(table, temporary, compression="zstd", use_dictionary=plain)
     logging.info("%s: %d parts of %d rows.", out, -(-rows // part), part)
 
 
@@ -198,10 +197,8 @@ def _claim(out: Path, job: Mapping[str, Any]) -> None:
         return
     if out.exists() and any(not name.name.startswith(".") for name in out.iterdir()):
         raise ConfigError(f"{out} holds other files and no job.json. Name a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".job.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(job, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(job, indent=2, sort_keys=True) + "\n")
 
 
 def _path(out: Path, number: int) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
 from twotower.core.errors import CheckpointError, ConfigError
+from twotower.core.files import atomic
 from twotower.core.mesh import check_batch, make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
@@ -170,7 +170,9 @@ def _is_begun(workdir: Path, config: Config) -> bool:
     """
     path = workdir / "config.json"
     if not path.exists():
-        if workdir.exists() and any(other.name != "config.tmp" for other in workdir.iterdir()):
+        others = list(workdir.iterdir()) if workdir.exists() else []
+        # A process that was killed while it wrote the configuration leaves a temporary file.
+        if not all(other.match(".config.json.*.tmp") for other in others):
             raise ConfigError(
                 f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder."
             )
@@ -192,10 +194,8 @@ def _is_begun(workdir: Path, config: Config) -> bool:
 
 def claim(workdir: Path, config: Config) -> None:
     """Writes the configuration of the run."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.tmp"
-    temporary.write_text(config.to_json(), encoding="utf-8")
-    os.replace(temporary, workdir / "config.json")
+    with atomic(workdir / "config.json") as temporary:
+        temporary.write_text(config.to_json(), encoding="utf-8")
 
 
 def _differences(old: Any, new: Any, where: str = "config") -> list[str]:

@@ -4,7 +4,6 @@ watches."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import jax
 import tqdm
 from absl import logging
+
+from twotower.core.files import atomic
 
 
 class MetricWriter:
@@ -102,6 +103,5 @@ def _truncate(path: Path, start: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > start:
             break
         kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

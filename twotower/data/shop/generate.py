@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.core.files import atomic
 from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.shop import words
 from twotower.data.shop.log import DAYS, EVENTS, START, Log, draw_log
@@ -114,13 +115,11 @@ def write(dataset: Dataset, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("interactions", "users", "items"):
-        temporary = folder / f".{name}.parquet"
-        pq.write_table(getattr(dataset, name), temporary, compression="zstd")
-        temporary.replace(folder / f"{name}.parquet")
+        with atomic(folder / f"{name}.parquet") as temporary:
+            pq.write_table(getattr(dataset, name), temporary, compression="zstd")
     for name in ("user_factors", "item_factors") if dataset.truth else ():
-        temporary = folder / f".{name}.npy"
-        np.save(temporary, getattr(dataset.truth, name), allow_pickle=False)
-        temporary.replace(folder / f"{name}.npy")
+        with atomic(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, getattr(dataset.truth, name), allow_pickle=False)
 
 
 def _sizes(num_interactions: int, num_items: int = 0) -> tuple[int, int]:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.core.errors import ConfigError, choose
+from twotower.core.files import atomic
 
 DATASETS = tuple(
     f"movielens/{size}-ratings" for size in ("100k", "latest-small", "1m", "20m", "25m")
@@ -226,15 +227,11 @@ def _archive(builder: Any, downloads: Path) -> Path:
 
 def _download(url: str, path: Path, known: Any) -> Path:
     logging.info("downloading %s to %s", url, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".part{os.getpid()}")
-    try:
+    with atomic(path) as part:
         with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file)
         _verified(part, known)
-        return part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    return path
 
 
 def _verified(path: Path, known: Any) -> Path:
