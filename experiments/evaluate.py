@@ -10,9 +10,7 @@ WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from pathlib import Path
 
 from absl import flags
 
@@ -46,41 +44,24 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to
 
 
 def main() -> None:
-    from twotower.evaluation import report
-    from twotower.evaluation.queries import make_queries
-    from twotower.retrieval.batch_jobs import divided
-    from twotower.retrieval.retriever import Retriever
-    from twotower.training.run import load_run
+    from twotower import api
+    from twotower.evaluation.report import format_report
 
-    workdir = Path(_WORKDIR.value)
-    run = load_run(workdir, checkpoint=_CHECKPOINT.value)
+    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     if _DIM.value:
-        retrieval = dataclasses.replace(run.config.retrieval, dim=_DIM.value)
-        run = dataclasses.replace(run, config=dataclasses.replace(run.config, retrieval=retrieval))
-    run = dataclasses.replace(run, weights=divided(run.weights, _DEVICES.value))
+        run = api.with_index_options(run, dim=_DIM.value)
     ks = parse_ks(_K.value, run.config.evaluation.ks)
-    bundle = workdir / "bundle"
-    # Loaded before the long part: a damaged bundle is told at once.
-    retriever = Retriever.load(bundle) if bundle.exists() else None
-    weights = parse_weights(_WEIGHTS.value)
-    measured = report.measure_run(
+    measured = api.evaluate(
         run,
         ks=ks,
         split=_SPLIT.value,
         baselines=_BASELINES.value,
-        most=_QUERIES.value,
-        popularity_weights=weights,
+        max_queries=_QUERIES.value,
+        popularity_weights=parse_weights(_WEIGHTS.value),
+        devices=_DEVICES.value,
     )
-    if retriever:
-        queries = make_queries(run.prepared, _SPLIT.value, "user")
-        measured["index"] = report.measure_index(retriever, queries.user)
-    path = (
-        workdir
-        / "evaluation"
-        / ("metrics.json" if _SPLIT.value == "test" else f"metrics_{_SPLIT.value}.json")
-    )
-    report.write_metrics(measured, path)
-    print(f"{report.format_report(measured, ks)}\n\nWritten to {path}.")
+    path = api.metrics_path(run.workdir, _SPLIT.value)
+    print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
 
 
 def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -35,21 +35,13 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def main() -> None:
+    from twotower import api
     from twotower.config import from_dict
-    from twotower.evaluation.evaluate import make_validate
-    from twotower.retrieval.mining import make_mine
     from twotower.training.processes import join
-    from twotower.training.run import train
 
     config = from_dict(_CONFIG.value)
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, cluster=_DISTRIBUTED.value)
-    train(
-        config,
-        _WORKDIR.value,
-        make_validate=make_validate,
-        make_mine=make_mine,
-        devices=_DEVICES.value,
-    )
+    api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value)
 
 
 if __name__ == "__main__":

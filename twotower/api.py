@@ -1,0 +1,162 @@
+"""The verbs of the library, wired: train, load, evaluate, export, ask.
+
+What lies below is kept apart on purpose (training knows nothing of evaluation, an index nothing of
+training), so somebody has to introduce the parts to each other. That happens here and nowhere
+else: the commands, notebooks and services start from these functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower.config import Config
+from twotower.evaluation import report
+from twotower.evaluation.evaluate import make_validate
+from twotower.evaluation.queries import make_queries
+from twotower.retrieval.batch_jobs import divided
+from twotower.retrieval.bundle import Bundle
+from twotower.retrieval.export import export as write_bundle_of
+from twotower.retrieval.mining import make_mine
+from twotower.retrieval.retriever import Retriever
+from twotower.training import run as run_folder
+from twotower.training.run import Run
+
+BUNDLE = "bundle"
+
+
+def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
+    """Trains a configuration in a folder, or goes on with what the folder holds of it.
+
+    Validation runs where the split has validation rows, and hard negatives are mined where the
+    configuration asks for them.
+
+    Args:
+        config: The experiment.
+        workdir: The folder of the run, new or begun with the same configuration.
+        devices: Number of devices to train on; 0 takes all.
+
+    Returns:
+        The run at its best checkpoint.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration, or a field or the data cannot
+            be used.
+        TrainingError: The loss or a score is no longer finite.
+    """
+    train_in_folder(config, workdir, devices=devices)
+    return run_folder.load_run(workdir)
+
+
+def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) -> None:
+    """Does what `train` does, and leaves the run in its folder without loading it.
+
+    This is the form for one of several processes, and for whoever goes on in another process.
+    """
+    run_folder.train(
+        config, workdir, make_validate=make_validate, make_mine=make_mine, devices=devices
+    )
+
+
+def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
+    """Loads a trained run from its folder.
+
+    Args:
+        workdir: The folder that `train` left.
+        checkpoint: "best", "latest" or the number of a step.
+
+    Raises:
+        ConfigError: The folder is no run.
+        CheckpointError: The run has no such checkpoint, or a damaged one.
+    """
+    return run_folder.load_run(workdir, checkpoint=checkpoint)
+
+
+def export(run: Run, **index_options: Any) -> Bundle:
+    """Embeds the corpus, builds the index and writes the run's bundle folder.
+
+    Args:
+        run: A loaded run.
+        **index_options: Options of `config.retrieval` that replace those of the run, such as
+            `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
+
+    Returns:
+        The bundle that was written to `run.workdir / "bundle"`.
+
+    Raises:
+        BundleError: The bundle, loaded again, does not score as the trainer did.
+        ConfigError: An option is out of range, or vectors cannot be cut to this width.
+    """
+    return write_bundle_of(with_index_options(run, **index_options), run.workdir / BUNDLE)
+
+
+def with_index_options(run: Run, **index_options: Any) -> Run:
+    """Returns the run with some options of `config.retrieval` replaced."""
+    retrieval = dataclasses.replace(run.config.retrieval, **index_options)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, retrieval=retrieval))
+
+
+def evaluate(
+    run: Run,
+    *,
+    ks: Sequence[int] = (),
+    split: str = "test",
+    baselines: bool = False,
+    max_queries: int = 0,
+    popularity_weights: Sequence[float] = (),
+    devices: int = 0,
+) -> report.Measured:
+    """Measures a run over the whole corpus, and the index of its bundle where there is one.
+
+    The figures are also written to `run.workdir / "evaluation"`.
+
+    Args:
+        run: A loaded run.
+        ks: Lengths of the lists; those of the configuration where none are given.
+        split: The rows to find: "test" or "validation".
+        baselines: Whether popularity, item-kNN, EASE and the like are measured beside the model.
+        max_queries: Number of queries at most, evenly spaced; 0 asks all.
+        popularity_weights: Weights of popularity to measure lists with.
+        devices: Number of devices that share the items; 0 takes all.
+
+    Returns:
+        The figures by name, as `twotower.evaluation.report.measure_run` gives them.
+    """
+    ks = tuple(ks) or run.config.evaluation.ks
+    # Loaded before the long part: a damaged bundle is told at once.
+    folder = run.workdir / BUNDLE
+    retriever = Retriever.load(folder) if folder.exists() else None
+    run = dataclasses.replace(run, weights=divided(run.weights, devices))
+    measured = report.measure_run(
+        run,
+        ks=ks,
+        split=split,
+        baselines=baselines,
+        most=max_queries,
+        popularity_weights=popularity_weights,
+    )
+    if retriever is not None:
+        queries = make_queries(run.prepared, split, "user")
+        measured["index"] = report.measure_index(retriever, queries.user)
+    report.write_metrics(measured, metrics_path(run.workdir, split))
+    return measured
+
+
+def metrics_path(workdir: Path, split: str) -> Path:
+    """Returns the file that `evaluate` writes the figures of a split to."""
+    name = "metrics.json" if split == "test" else f"metrics_{split}.json"
+    return workdir / "evaluation" / name
+
+
+def load_retriever(folder: Path | str) -> Retriever:
+    """Loads what answers queries from a bundle, a run or one of its checkpoints.
+
+    For a run without a bundle, and for a checkpoint, a bundle is made in memory.
+
+    Raises:
+        BundleError: The bundle is not whole.
+        ConfigError: The folder is neither.
+    """
+    return Retriever.load(folder)
