@@ -22,7 +22,7 @@ EXTRAS = {
         "faiss-cpu>=1.8",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
-        "scipy>=1.13",
+        "pytrec-eval-terrier>=0.5.6",
     ],
 }
 
@@ -52,9 +52,12 @@ setup(
         "pyarrow>=18.0",
         # Without a wheel search is exact.
         "scann>=1.4.2; platform_system == 'Linux' and python_version < '3.14'",
+        "scipy>=1.13",
+        "tabulate>=0.9",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",
+        "wcwidth>=0.2.13",  # by it tabulate knows how wide Arabic and Chinese letters are
     ],
     extras_require=EXTRAS,
 )

@@ -125,7 +125,7 @@ def print_drift(history, names: list[str]) -> None:
         )
     old, new = (history.read(history.find(_SIDE.value, name)) for name in names)
     found = drift.compare(old, new, k=_K.value)
-    print(f"{_SIDE.value} vectors, {names[0]} -> {names[1]}\n{drift.summary(found)}")
+    print(f"{_SIDE.value} vectors, {names[0]} -> {names[1]}\n{drift.format_drift(found)}")
     if _PLOT.value:
         drift.plot(found, _PLOT.value, title=f"{_SIDE.value} vectors: {names[0]} to {names[1]}")
         print(f"Plotted to {_PLOT.value}.")

@@ -206,9 +206,7 @@ def test_what_was_tried_is_kept_and_shown(built, tmp_path):
     text = format_tuning(built.tuning)
     assert text.count("chosen") <= 2 and "by decile" in text and "Lists of 100" in text
     shown = [
-        tuple(map(int, line.split()[:3]))
-        for line in text.splitlines()[2:]
-        if line.startswith("   ")
+        tuple(map(int, line.split()[:3])) for line in text.splitlines()[2:] if line.startswith("  ")
     ]
     tried = {(t.k, t.leaves, t.reorder): t for t in built.tuning.tried}
     assert set(shown) <= set(tried) and shown == sorted(shown, key=lambda t: (t[0], t[2], t[1]))

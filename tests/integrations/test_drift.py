@@ -89,8 +89,9 @@ def test_entities_are_matched_by_id_and_what_moved_is_found():
     assert (found.added, found.removed, len(found.ids), len(found.overlaps)) == (20, 30, 150, 40)
     moved = {found.ids[int(row)].as_py() for row in np.argsort(found.cosines)[:2]}
     assert moved == {"e5", "e17"} and np.median(found.cosines) > 0.99
-    assert "150 in both, 20 only in the new, 30 only in the old." in drift.summary(found)
-    assert "Moved most: e5 (" in drift.summary(found) or "Moved most: e17 (" in drift.summary(found)
+    text = drift.format_drift(found)
+    assert "150 in both, 20 only in the new, 30 only in the old." in text
+    assert "Moved most: e5 (" in text or "Moved most: e17 (" in text
 
 
 def test_what_cannot_be_compared_is_refused():

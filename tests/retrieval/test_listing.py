@@ -3,9 +3,10 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from wcwidth import wcswidth
 
 from twotower.core.errors import ConfigError
-from twotower.retrieval.listing import _width, format_items, read_ids
+from twotower.retrieval.listing import format_items, read_ids
 from twotower.retrieval.retriever import Recommendation
 
 
@@ -43,7 +44,7 @@ def test_a_table_lines_up_in_any_script():
         Recommendation("3", 0.125, {"title": "x" * 99, "tags": []}),
     ]
     lines = format_items(items).splitlines()
-    assert len({_width(line) for line in lines}) == 1
+    assert len({wcswidth(line) for line in lines}) == 1
     assert (
         "a, b" in lines[1]
         and "…" in lines[3]

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
+from twotower.core.tables import format_table
 from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import METRICS as HEAD_METRICS
@@ -187,7 +188,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         lines += [
             "",
             f"{title} ({model['queries']:,} queries{note}):",
-            format_table({"model": model, **others}, ks),
+            format_metrics({"model": model, **others}, ks),
         ]
         lines += _comparisons(model, others, min(ks))
     for name, what in (
@@ -199,13 +200,13 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
             lines += [
                 "",
                 f"{what} ({asked:,} queries, seen items masked):",
-                format_table(measured[name], ks),
+                format_metrics(measured[name], ks),
             ]
     if "popularity_weights" in measured:
         columns = {
             f"weight {weight}": values for weight, values in measured["popularity_weights"].items()
         }
-        lines += ["", "Popularity weighed, seen items masked:", format_table(columns, ks)]
+        lines += ["", "Popularity weighed, seen items masked:", format_metrics(columns, ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
     if "index" in measured:
@@ -213,35 +214,30 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def format_table(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
-    """A column a ranking, a row a metric: recall and NDCG at every K, the others at the shortest
-    (the JSON file has all)."""
-    heads = [name.replace("popularity_", "") for name in columns]
-    widths = [max(len(head), 8) + 2 for head in heads]
-    lines = [
-        f"{'':18}"
-        + "".join(f"{head.replace('_', ' '):>{width}}" for head, width in zip(heads, widths))
-    ]
+def format_metrics(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
+    """Returns a table with a column for each ranking and a row for each metric.
+
+    Recall and NDCG have a row for every K, the others one for the shortest lists alone; the JSON
+    file has all.
+    """
+    rows = []
     for name in METRICS:
         for k in ks if name in PRINTED_AT_EVERY_K else ks[:1]:
-            values = [column[f"{name}@{k}"] for column in columns.values()]
-            lines.append(
-                f"{f'{name}@{k}':18}"
-                + "".join(f"{value:{width}.4f}" for value, width in zip(values, widths))
-            )
-    return "\n".join(lines)
+            metric = f"{name}@{k}"
+            rows.append([metric, *(f"{values[metric]:.4f}" for values in columns.values())])
+    titles = [name.replace("popularity_", "").replace("_", " ") for name in columns]
+    return format_table(rows, ["", *titles], align="lr")
 
 
 def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
-    """A column a head, a row a metric; "-" where it is not defined."""
-    widths = [max(len(name), 8) + 2 for name in heads]
-    lines = [f"{'':18}" + "".join(f"{name:>{width}}" for name, width in zip(heads, widths))]
-    for name, form in (*((name, ".4f") for name in HEAD_METRICS), ("rows", ",")):
-        cells = [format(values[name], form) if name in values else "-" for values in heads.values()]
-        lines.append(
-            f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-        )
-    return "\n".join(lines)
+    """Returns a table with a column for each head and a row for each metric; "-" where a metric is
+    not defined."""
+    rows = []
+    for name in HEAD_METRICS:
+        values = [measured.get(name) for measured in heads.values()]
+        rows.append([name, *("-" if value is None else f"{value:.4f}" for value in values)])
+    rows.append(["rows", *(f"{measured['rows']:,}" for measured in heads.values())])
+    return format_table(rows, ["", *heads], align="lr")
 
 
 def _comparisons(

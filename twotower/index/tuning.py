@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from twotower.core.arrays import evenly_spaced
+from twotower.core.tables import format_table
 from twotower.index.exact import ExactIndex
 
 TUNING_QUERIES = 2_000  # user vectors, in both halves together
@@ -288,23 +290,30 @@ def format_tuning(tuning: Any) -> str:
     """What was tried for an index (the telling part of it) as a table, and what was chosen."""
     if not tuning.tried:
         return f"{tuning.kind}: exact, nothing to tune."
+    chosen = {(e.k, e.leaves, e.reorder) for e in tuning.efforts}
+    rows = []
+    for trial in _telling(tuning.tried, chosen):
+        mark = "" if trial.reached else "too low"
+        if (trial.k, trial.leaves, trial.reorder) in chosen:
+            mark = "chosen"
+        rows.append(
+            [
+                str(trial.k),
+                str(trial.leaves),
+                str(trial.reorder),
+                f"{trial.recall:.4f}",
+                f"{trial.recall - trial.margin:.4f}",
+                f"{trial.queries_per_second:,.0f}",
+                mark,
+            ]
+        )
+    header = ["k", "leaves", "reorder", "recall", "-margin", "queries/s", ""]
+    table = format_table(rows, header, align="rrrrrrl")
+    target = f"target {tuning.target_recall:.4g}"
     lines = [
-        f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
-        f"{'':2}{'k':>6}{'leaves':>8}{'reorder':>9}{'recall':>9}{'-margin':>9}{'queries/s':>11}",
+        f"{tuning.kind}, {tuning.num_leaves:,} leaves, {target}:",
+        textwrap.indent(table, "  "),
     ]
-    chosen = {(e.k, e.leaves, e.reorder): e for e in tuning.efforts}
-    for trial in _telling(tuning.tried, set(chosen)):
-        mark = (
-            "chosen"
-            if (trial.k, trial.leaves, trial.reorder) in chosen
-            else ""
-            if trial.reached
-            else "too low"
-        )
-        lines.append(
-            f"{'':2}{trial.k:6}{trial.leaves:8}{trial.reorder:9}{trial.recall:9.4f}{trial.recall - trial.margin:9.4f}"
-            f"{trial.queries_per_second:11,.0f}  {mark}".rstrip()
-        )
     for e in tuning.efforts:
         setting = f"{e.leaves} leaves" + (f", {e.reorder} candidates" if e.reorder else "")
         lines.append(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy.linalg
 from jaxtyping import Float
 
 from twotower.core.arrays import evenly_spaced
@@ -21,6 +22,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import HistoryError, extra
 from twotower.core.files import atomic
 from twotower.core.ragged import Ragged
+from twotower.core.tables import format_table
 from twotower.index.exact import top_k
 
 NEIGHBOURS = 10
@@ -94,8 +96,8 @@ def rotation(
     >>> rotation(np.eye(2), turned).round(6).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    left, _, right = np.linalg.svd(old.astype(np.float64).T @ new.astype(np.float64))
-    return left @ right
+    # In float64: of float32 vectors the result would be orthogonal to seven digits alone.
+    return scipy.linalg.orthogonal_procrustes(old.astype(np.float64), new.astype(np.float64))[0]
 
 
 def aligned_cosines(
@@ -127,21 +129,28 @@ def neighbour_overlap(
     return (before[:, :, None] == after[:, None, :]).any(2).mean(1).astype(np.float32)
 
 
-def summary(drift: Drift, *, worst: int = 10) -> str:
-    """Lines for a terminal: counts, quantiles, and the entities that moved most."""
-    shares = (0.01, 0.1, 0.5, 0.9, 0.99)
-    lines = [
-        f"{len(drift.ids):,} in both, {drift.added:,} only in the new, {drift.removed:,} only in the old.",
-        f"{'':20}{'mean':>8}" + "".join(f"{f'{share:.0%}':>8}" for share in shares),
+def format_drift(drift: Drift, *, most: int = 10) -> str:
+    """Returns counts, a table of quantiles, and the `most` entities that have moved furthest."""
+    counts = [
+        f"{len(drift.ids):,} in both",
+        f"{drift.added:,} only in the new",
+        f"{drift.removed:,} only in the old.",
     ]
+    shares = (0.01, 0.1, 0.5, 0.9, 0.99)
+    rows = []
     for name, values in (("cosine, aligned", drift.cosines), ("neighbours kept", drift.overlaps)):
-        lines.append(
-            f"{name:20}"
-            + "".join(f"{x:8.3f}" for x in (values.mean(), *np.quantile(values, shares)))
-        )
-    moved = np.argsort(drift.cosines, kind="stable")[:worst]
-    named = ", ".join(f"{drift.ids[int(row)].as_py()} ({drift.cosines[row]:.3f})" for row in moved)
-    return "\n".join([*lines, f"Moved most: {named}."])
+        figures = [values.mean(), *np.quantile(values, shares)]
+        rows.append([name, *(f"{figure:.3f}" for figure in figures)])
+    header = ["", "mean", *(f"{share:.0%}" for share in shares)]
+    moved = np.argsort(drift.cosines, kind="stable")[:most]
+    names = [f"{drift.ids[int(row)].as_py()} ({drift.cosines[row]:.3f})" for row in moved]
+    return "\n".join(
+        [
+            ", ".join(counts),
+            format_table(rows, header, align="lr"),
+            f"Moved most: {', '.join(names)}.",
+        ]
+    )
 
 
 def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:

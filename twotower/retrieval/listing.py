@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from twotower.core.errors import ConfigError
+from twotower.core.tables import format_table
 from twotower.retrieval.retriever import Recommendation
 
-WIDEST = 48  # characters of a column
+MAX_CELL_CHARACTERS = 48
 
 
 def read_ids(path: Path) -> list[str]:
@@ -51,51 +52,36 @@ def _read_ids(path: Path) -> list[str]:
 
 
 def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str:
-    """A table: rank, item, display columns, score."""
+    """Returns a table of items with their display columns.
+
+    Args:
+        ranked: whether rank and score stand beside each item.
+    """
     if not items:
         return "  (nothing)"
     columns = list(items[0].display)
-    head = [*(["rank"] if ranked else []), "item", *columns, *(["score"] if ranked else [])]
-    rows = [
-        [
-            *([str(rank)] if ranked else []),
-            item.item_id,
-            *(_text(item.display[name]) for name in columns),
-            *([f"{item.score:.4f}"] if ranked else []),
+    header = ["item", *columns]
+    rows = [[item.item_id, *(_text(item.display[name]) for name in columns)] for item in items]
+    align = "l" * len(header)
+    if ranked:
+        header = ["rank", *header, "score"]
+        rows = [
+            [str(rank), *row, f"{item.score:.4f}"]
+            for rank, (item, row) in enumerate(zip(items, rows), 1)
         ]
-        for rank, item in enumerate(items, 1)
-    ]
-    widths = [max(_width(cell) for cell in column) for column in zip(head, *rows)]
-    return "\n".join(
-        "  " + "  ".join(_fill(cell, width) for cell, width in zip(row, widths))
-        for row in [head, *rows]
-    )
+        align = f"r{align}r"
+    return textwrap.indent(format_table(rows, header, align=align), "  ")
 
 
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    text = (
-        f"{value:.2f}"
-        if isinstance(value, float)
-        else ", ".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
-
-
-def _fill(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))
-
-
-def _width(text: str) -> int:
-    """Cells on a terminal: wide letters take two, marks that sit on others none."""
-    return sum(
-        0
-        if unicodedata.category(c) in ("Mn", "Me", "Cf")
-        else 2
-        if unicodedata.east_asian_width(c) in "WF"
-        else 1
-        for c in text
-    )
+    if isinstance(value, float):
+        text = f"{value:.2f}"
+    elif isinstance(value, list):
+        text = ", ".join(map(str, value))
+    else:
+        text = str(value)
+    if len(text) <= MAX_CELL_CHARACTERS:
+        return text
+    return text[: MAX_CELL_CHARACTERS - 1] + "…"

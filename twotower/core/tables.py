@@ -1,0 +1,50 @@
+"""Tables for a terminal, aligned in any script."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+_SPACES = re.compile(r"\s+")
+# Marks that open or close a direction; one left open in a cell would turn the cells after it.
+_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_ALIGNMENTS = {"l": "left", "r": "right"}
+
+
+def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align: str = "l") -> str:
+    """Returns the rows as lines of text under a header, in columns two spaces apart.
+
+    Args:
+        rows: cells of each row, as many as the header has. Tabs and line breaks in a cell are
+            shown as a space, other control characters as "�".
+        header: title of each column.
+        align: "l" (left) or "r" (right) for each column; its last letter serves all further ones.
+
+    >>> print(format_table([["ring", "0.5"], ["bracelet", "12.25"]], ["item", "score"], align="lr"))
+    item      score
+    ring        0.5
+    bracelet  12.25
+    """
+    letters = align.ljust(len(header), align[-1])[: len(header)]
+    cells = [[_printable(cell) for cell in row] for row in (header, *rows)]
+    # The header goes in as a row, since tabulate sets real headers apart by two more columns.
+    table = tabulate(
+        cells,
+        tablefmt="plain",
+        disable_numparse=True,  # else "007" would be printed as 7
+        colalign=[_ALIGNMENTS[letter] for letter in letters],
+    )
+    return "\n".join(line.rstrip() for line in table.split("\n"))
+
+
+def _printable(cell: str) -> str:
+    """Returns the cell as one line that leaves the cells beside it where they are."""
+    text = _DIRECTIONS.sub("", _SPACES.sub(" ", cell))
+    text = "".join("�" if unicodedata.category(letter) == "Cc" else letter for letter in text)
+    if any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in text):
+        # Isolated, or a terminal would show the number in the next column before this text.
+        return f"\u2068{text}\u2069"
+    return text
