@@ -123,7 +123,7 @@ def test_scores_that_are_nan_are_refused(backend, count, nan, monkeypatch):
     """Of either sign: products of finite vectors give either, or infinity, as the processor happens
     to add them up."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(exact, "_best_of_block", exact._best_of_block.__wrapped__)
+    monkeypatch.setattr(exact, "_block_search", exact._block_search.__wrapped__)
     monkeypatch.setattr(
         exact, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan)
     )

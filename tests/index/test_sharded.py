@@ -65,7 +65,7 @@ def test_devices_hold_their_own_items_and_send_lists_alone(vectors):
         np.int32(0),
         np.int32(301),
     )
-    text = exact._best_of_block(mesh, 6, 1.0).lower(block, *given).compile().as_text()
+    text = exact._block_search(mesh, 6, 1.0).lower(block, *given).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather" in line and "= " in line]
     assert gathered and all(
         "[4,48]" in line or "[8,4,6]" in line or "[4,8,6]" in line for line in gathered

@@ -306,13 +306,8 @@ class HistoryFeature(Feature):
 
     @property
     def is_weighted(self) -> bool:
-        """Whether events differ in weight."""
+        """Whether events weigh differently."""
         return bool(self.weights or self.half_life)
-
-    @property
-    def reads_times(self) -> bool:
-        """Whether the times of events are read."""
-        return bool(self.gaps or self.half_life)
 
 
 FEATURES: dict[str, type[Feature]] = {

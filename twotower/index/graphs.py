@@ -20,7 +20,8 @@ import numpy as np
 from absl import logging
 
 from twotower.index import tuning as tuner
-from twotower.index.exact import ExactIndex, check_k, check_queries, check_vectors
+from twotower.index.base import check_k, check_queries, check_vectors
+from twotower.index.exact import ExactIndex
 from twotower.index.tuning import Problem
 
 LINKS, EF_CONSTRUCTION = 32, 200  # of each item; candidates kept while building

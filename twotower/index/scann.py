@@ -23,7 +23,8 @@ from absl import logging
 from twotower.config import RetrievalConfig
 from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.index import tuning as tuner
-from twotower.index.exact import ExactIndex, check_k, check_queries, check_vectors
+from twotower.index.base import check_k, check_queries, check_vectors
+from twotower.index.exact import ExactIndex
 from twotower.index.graphs import GRAPHS, GraphIndex
 from twotower.index.int8 import Vectors
 from twotower.index.scann_library import (

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twotower.core.ragged import Ragged
-from twotower.index.exact import ExactIndex, check_queries
+from twotower.index.base import check_queries
+from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
 
 OVERFETCH = 1_000  # candidates beyond k at most

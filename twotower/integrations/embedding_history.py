@@ -31,7 +31,7 @@ from twotower.config import Config
 from twotower.core.errors import HistoryError
 from twotower.core.files import atomic, content_digest
 from twotower.core.progress import progress
-from twotower.index.exact import check_vectors
+from twotower.index.base import check_vectors
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import model_version
 

@@ -23,7 +23,7 @@ from absl import logging
 
 from twotower.core.errors import ConfigError, StoreError, extra
 from twotower.core.files import content_digest
-from twotower.index.exact import check_vectors
+from twotower.index.base import check_vectors
 from twotower.integrations.embedding_history import Block
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
 

@@ -9,10 +9,15 @@ their groups is ever looked at.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+# Arrays of the host or of a device.
+ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
 
 # Scores in a group, the first size that fits. Pad a row to a multiple of GROUP to get large groups.
 GROUP_SIZES = (32, 16, 8, 4, 2)
@@ -22,7 +27,7 @@ GROUP = GROUP_SIZES[0]
 MAX_KEPT = 8
 
 
-def merge_top_k(k: int, scores, *columns):
+def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
     """Merges lists of scored items into the best `k`.
 
     The lists of a query stand one after another. Of equal scores the earlier one comes first, so

@@ -17,7 +17,7 @@ from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.core.files import put_back
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
-from twotower.index.exact import check_k
+from twotower.index.base import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import nearest
 from twotower.retrieval.live.conditions import Where, conditions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from twotower.core.errors import CheckpointError
-
-State = TypeVar("State")  # a tree of arrays
+from twotower.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: Any,
+        state: TrainState,
         *,
         record: Mapping[str, Any],
         metrics: Mapping[str, float],
@@ -107,7 +106,7 @@ class Checkpoints:
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         ).record["loop"]
 
-    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and the record of `step`.
 
         Args:

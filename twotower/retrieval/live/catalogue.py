@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import QueryError, UnknownItemError
-from twotower.index.exact import check_vectors
+from twotower.index.base import check_vectors
 from twotower.index.int8 import Vectors, as_stored
 from twotower.index.popularity import log_counts
 from twotower.retrieval.live.snapshot import NEVER, Delta, Main, Snapshot

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.ragged import Ragged
-from twotower.index.exact import ExactIndex, check_queries
+from twotower.index.base import check_queries
+from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors, as_stored
 from twotower.index.popularity import coordinate, widened
 from twotower.index.search import Allowed, merge, search_without

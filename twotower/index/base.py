@@ -1,0 +1,134 @@
+"""The index as the rest of the library sees it, and the checks that every kind makes of its
+input."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from twotower.core.errors import QueryError
+
+
+class Index(Protocol):
+    """Item vectors that can be searched for those of greatest dot product.
+
+    Attributes:
+        kind: Key of `twotower.index.build.KINDS`.
+        num_items: Number of vectors, N.
+        dim: Width of the vectors, D.
+        normalized: Whether the vectors have length 1, so that a query of length 0 is a mistake.
+    """
+
+    kind: str
+    num_items: int
+    dim: int
+    normalized: bool
+
+    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the (nearly) best items of each query, best first.
+
+        Args:
+            queries: float [Q, D], finite.
+            k: Length of the lists.
+
+        Returns:
+            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k
+            items were found.
+
+        Raises:
+            QueryError: A query is of the wrong width, not finite, or zero where vectors are
+                normalised.
+            ValueError: k < 1.
+        """
+        ...
+
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes what cannot be built from the vectors in a moment.
+
+        Returns:
+            Settings to keep in index.json: "kind", "num_items", "dim", "normalized" and what
+            loading needs beside them.
+        """
+        ...
+
+
+def check_k(k: int) -> None:
+    """Refuses a list length below 1."""
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1.")
+
+
+def check_scores(scores: np.ndarray) -> None:
+    """Refuses NaN, which finite vectors give where products overflow to both infinities."""
+    if np.isnan(scores).any():
+        raise QueryError(
+            "Scores overflow float32 to NaN; they cannot be ranked. The vectors are too long."
+        )
+
+
+def check_vectors(vectors: ArrayLike, *, what: str) -> np.ndarray:
+    """Returns `vectors` as contiguous float32 [N, D].
+
+    Args:
+        vectors: float [N, D].
+        what: Name of one of them in the message, such as "item".
+
+    Raises:
+        QueryError: The shape is another, or a vector is not finite; the message names the first.
+    """
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] == 0:
+        raise QueryError(
+            f"{what} vectors must be of shape [rows, width], not {list(vectors.shape)}."
+        )
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise QueryError(
+            f"{what} vector {int(finite.argmin())} is not finite "
+            f"({int((~finite).sum())} of {len(vectors)} are not)."
+        )
+    return vectors
+
+
+def check_queries(queries: ArrayLike, dim: int, *, normalized: bool = False) -> np.ndarray:
+    """Returns `queries` as float32 [Q, D], and refuses what would be answered with arbitrary items.
+
+    Args:
+        queries: float [Q, D].
+        dim: Width of the item vectors.
+        normalized: Whether the item vectors have length 1.
+
+    Raises:
+        QueryError: The width is not `dim`, a query is not finite, or is zero although vectors are
+            normalised.
+    """
+    if isinstance(queries, np.ndarray) and _passes_quick_check(queries, dim):
+        return queries
+    queries = check_vectors(queries, what="query")
+    if queries.shape[1] != dim:
+        raise QueryError(f"query vectors are {queries.shape[1]} wide; the items are {dim} wide.")
+    zero = ~queries.any(axis=1)
+    if normalized and zero.any():
+        raise QueryError(
+            f"query vector {int(zero.argmax())} is zero although vectors are normalised."
+        )
+    return queries
+
+
+def _passes_quick_check(queries: np.ndarray, dim: int) -> bool:
+    """Whether one pass finds nothing wrong with the queries; where it does, they may still be fine.
+
+    The pass takes a fraction of the time of a search. A sum of squares is NaN or infinite where a
+    number is, and 0 for a vector of zeros.
+    """
+    if queries.dtype != np.float32 or not queries.flags.c_contiguous:
+        return False
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        return False
+    if len(queries) == 1:
+        return bool(0.0 < np.vdot(queries, queries) < np.inf)
+    squares = np.einsum("qd,qd->q", queries, queries)
+    return bool(((squares > 0.0) & (squares < np.inf)).all())
