@@ -9,9 +9,9 @@ import pytest
 from twotower.config import HistoryConfig
 from twotower.data.interactions import Split
 from twotower.features.encodings import Fitted
-from twotower.features.history import build_histories
 from twotower.features.kinds import HistoryFeature
 from twotower.features.vocabulary import Vocabulary
+from twotower.pipeline.histories import build_histories
 from twotower.towers.history import Causal, History
 
 EVENTS = ["a", "b", "c", "d", "e", "f"]
@@ -32,12 +32,13 @@ def _known(times, parts):
     ]
     places = tuple(np.flatnonzero(parts == which) for which in range(3))
     vocabulary = Vocabulary(pa.array(EVENTS, pa.large_string()))
-    fitted = Fitted(HistoryFeature(side="user", name="h", max_length=9), vocabulary=vocabulary)
+    feature = HistoryFeature(side="user", name="h", max_length=9)
+    fitted = Fitted(feature, vocabulary=vocabulary)
     users, moments = (
         [np.zeros(len(t), np.int64) for t in tables],
         [t["timestamp"].to_numpy() for t in tables],
     )
-    histories = build_histories(fitted, Split(*tables, places=places), users, moments, 1)
+    histories = build_histories(feature, fitted, Split(*tables, places=places), users, moments, 1)
     found = np.full(len(EVENTS), "", object)
     for which, part in enumerate(("train", "validation", "test")):
         for place, ids in zip(places[which], histories.take(histories.spans[part])["h/item_id"]):

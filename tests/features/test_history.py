@@ -10,10 +10,14 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.split import PARTS
 from twotower.features.encoder import Encoder
-from twotower.features.encodings import HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT
 from twotower.features.growth import grown
-from twotower.features.history import KNOWN, SPANS, windows
+from twotower.features.history import (
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
+    HISTORY_WEIGHT,
+)
 from twotower.features.spec import from_mappings
+from twotower.pipeline.histories import KNOWN_PARTS, SPANS, windows
 from twotower.pipeline.prepare import prepare
 
 L, DAY = 4, 86_400
@@ -63,7 +67,7 @@ def histories_by_hand(path, prepared, part):
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]
     raw = [getattr(prepared.raw, name) for name in PARTS]
     places = prepared.raw.places
-    known = sorted((place, which) for which in KNOWN[part] for place in places[which])
+    known = sorted((place, which) for which in KNOWN_PARTS[part] for place in places[which])
     found = []
     for place, user in zip(
         places[PARTS.index(part)], raw[PARTS.index(part)]["user_id"].to_pylist()
@@ -192,7 +196,7 @@ def test_weights_of_events_fall_with_their_age_and_gaps_are_buckets():
     )  # what is not named weighs 1
     np.testing.assert_array_equal(got[HISTORY_WEIGHT][1], [0, 0, 0])  # no time: as if it were now
     np.testing.assert_array_equal(
-        got[HISTORY_GAP], [[0, 8, 3], [0, 0, 0]]
+        got[HISTORY_TIME_SINCE_PREVIOUS], [[0, 8, 3], [0, 0, 0]]
     )  # 1 + min(floor(log2(1 + s)), 7)
 
 
@@ -208,9 +212,9 @@ def test_of_a_request_its_time_is_known_and_nothing_else(tmp_path, times, kind):
     prepared = prepared_of(path, {"kind": kind}, gaps=25, request_gap=True)
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]
     for part in PARTS:
-        got = prepared.histories.take(getattr(prepared, part).context[SPANS])[HISTORY_UNTIL]
+        got = prepared.histories.take(getattr(prepared, part).context[SPANS])[HISTORY_TIME_TO_NEXT]
         raw, places = getattr(prepared.raw, part), prepared.raw.places
-        known = [place for which in KNOWN[part] for place in places[which]]
+        known = [place for which in KNOWN_PARTS[part] for place in places[which]]
         for row, (user, time) in enumerate(
             zip(raw["user_id"].to_pylist(), raw["timestamp"].to_pylist())
         ):
@@ -235,9 +239,11 @@ def test_a_request_may_bring_its_time_and_what_is_missing_has_a_bucket_of_its_ow
         lists, pa.list_(pa.struct([("item_id", pa.string()), ("timestamp", pa.int64())]))
     )
     asked = pa.table({"history": column, "timestamp": pa.array([17, 17, 17, None, 10**9])})
-    found = enc.encode("user", asked)[HISTORY_UNTIL].tolist()
+    found = enc.encode("user", asked)[HISTORY_TIME_TO_NEXT].tolist()
     assert found == [[3, 3, 0], [9, 9, 0], [0, 0, 0], [9, 0, 0], [1, 1, 8]]
-    assert enc.encode("user", asked.drop_columns(["timestamp"]))[HISTORY_UNTIL].tolist()[0] == [
+    assert enc.encode("user", asked.drop_columns(["timestamp"]))[HISTORY_TIME_TO_NEXT].tolist()[
+        0
+    ] == [
         3,
         9,
         0,
@@ -271,12 +277,14 @@ def test_histories_are_the_same_inside_jit(tmp_path):
         request_gap=True,
     )
     histories, spans = prepared.histories, prepared.train.context[SPANS]
-    inside = jax.jit(windows, static_argnums=3)(histories.trained, histories.reads, spans, L)
+    inside = jax.jit(windows, static_argnums=3)(
+        histories.training_events, histories.reads, spans, L
+    )
     outside = histories.take(spans)
     assert (
         inside.keys()
         == outside.keys()
-        == {HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT, IDS, "history/kind"}
+        == {HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT, IDS, "history/kind"}
     )
     for name, x in outside.items():
         np.testing.assert_array_equal(inside[name], x, err_msg=name)
@@ -365,16 +373,20 @@ def test_stored_histories_are_those_of_the_end_of_the_log(tmp_path):
         path, {"kind": "time"}, gaps=6, half_life=2.0, weights={"buy": 3}, request_gap=True
     )
     users = np.arange(len(prepared.users))
-    stored = prepared.users.append_column("history", prepared.histories.stored(prepared.raw))
+    stored = prepared.users.append_column("history", prepared.histories.to_requests(prepared.raw))
     newest = max(
         part["timestamp"].to_numpy().max() for part in (prepared.raw.validation, prepared.raw.test)
     )
     stored = stored.append_column("timestamp", pa.array(np.full(len(users), newest)))
     now, again = (
-        prepared.histories.take(prepared.histories.now(users)),
+        prepared.histories.take(prepared.histories.latest_spans(users)),
         prepared.encoder.encode("user", stored),
     )
-    assert set(now) == set(again) == {IDS, HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT}
+    assert (
+        set(now)
+        == set(again)
+        == {IDS, HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT}
+    )
     for name in now:
         np.testing.assert_allclose(again[name], now[name], rtol=1e-6)
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from twotower.features import text
-from twotower.features.text import hashed_pieces, normalise, pad_rows
+from twotower.features.text import hashed_pieces, normalise, pad_lists
 
 MASK = 2**64 - 1
 TEXTS = [
@@ -135,9 +135,9 @@ def test_normalising_twice_is_normalising_once():
         assert normalise(normalise(value)) == normalise(value)
 
 
-def test_pad_rows():
+def test_pad_lists():
     rows = np.array([0, 0, 0, 2], np.int64)
-    assert pad_rows(rows, np.array([5, 6, 7, 8], np.int32), 4, 2).tolist() == [
+    assert pad_lists(rows, np.array([5, 6, 7, 8], np.int32), 4, 2).tolist() == [
         [5, 6],
         [0, 0],
         [8, 0],

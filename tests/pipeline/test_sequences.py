@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.features.test_history import L, prepared_of, write_log
-from twotower.features.encodings import HISTORY_GAP, HISTORY_POSITION, HISTORY_SEGMENT
-from twotower.features.history import SPANS
+from twotower.features.history import HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_TIME_SINCE_PREVIOUS
+from twotower.pipeline.histories import SPANS
 from twotower.pipeline.sequences import (
     SequenceBatches,
     SequencePacking,
@@ -72,7 +72,9 @@ def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times, featu
             history, cut = batch["user_features"][name][b, known], expected[name][target]
             count = (expected[IDS][target] > 0).sum()
             assert batch["weight"][b, s] == (len(history) > 0 or count == 0)
-            if name == HISTORY_GAP:  # what was before the first event that is read is not known
+            if (
+                name == HISTORY_TIME_SINCE_PREVIOUS
+            ):  # what was before the first event that is read is not known
                 assert not history[:1].any() and (history[1:] > 0).all()
                 history, cut = history[1:], cut[count - len(history) + 1 :]
                 count = len(history)

@@ -92,7 +92,8 @@ class Encoder:
         key = ("user", self.spec.history.name)
         encoded = self.encode("item", items, self.spec.history.reads)
         return dataclasses.replace(
-            self, fitted={**self.fitted, key: read_items(self.fitted[key], encoded)}
+            self,
+            fitted={**self.fitted, key: read_items(self.spec.history, self.fitted[key], encoded)},
         )
 
     def encode(
@@ -128,7 +129,7 @@ class Encoder:
                 if self.spec.history.request_gap and "timestamp" in rows.column_names
                 else None
             )
-            return encode_histories(fitted, column, asked=asked)
+            return encode_histories(self.spec.history, fitted, column, asked)
         return {name: encode_column(fitted, column)}
 
     @functools.cached_property

@@ -26,13 +26,8 @@ from twotower.features.kinds import (
     TimestampFeature,
 )
 from twotower.features.sentence import encode_sentences
-from twotower.features.text import hashed_pieces, pad_rows
+from twotower.features.text import hashed_pieces, pad_lists
 from twotower.features.vocabulary import Vocabulary, as_strings
-
-# Arrays beside the items of a history, [N, L] as they are; the last two of sequences packed into
-# rows, [B, S].
-HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT = "history gap", "history until", "history weight"
-HISTORY_SEGMENT, HISTORY_POSITION = "history segment", "history position"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +154,7 @@ def _encode_string(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
 
 def _encode_strings(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
     rows, values = strings_of(fitted.feature, column)
-    return pad_rows(rows, fitted.vocabulary.rows(values), len(column), fitted.feature.max_length)
+    return pad_lists(rows, fitted.vocabulary.rows(values), len(column), fitted.feature.max_length)
 
 
 def _encode_text(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:

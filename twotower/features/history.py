@@ -1,25 +1,24 @@
-"""Histories: what a user had done before a moment, the latest last, as arrays of the last L events.
+"""The history of a user, as a request brings it and as the user tower reads it.
 
-The events of all users lie in flat arrays, by user and then in time, so that a history is a span of
-them: two numbers, whatever its length. `windows` makes arrays of spans, on the host or inside
-`jit`:
+A history is what a user had done before a moment, the latest event last. It is several arrays of
+its last L events, padded behind the last one:
 
-    "history/item_id"  int32 [N, L], rows of the item's table, 0 after the last event; one such
-    array for each feature read "history gap"      int32 [N, L], bucket of the time since the event
-    before, from 1; 0 where there is none "history until"    int32 [N, L], likewise until the event
-    after, and of the latest event until the request; `gaps` + 1 where
-                       one of these times is missing. Only with `request_gap`, and then each span
-                       has a third number: the bucket of its latest event
-    "history weight"   float32 [N, L], log of the weight of each event beside that of the others
+    "history/item_id"   int32 [N, L], rows of the item's table, 0 is padding; one such array for
+                        each feature of the item that is read. "history" is the feature's name.
+    "history gap"       int32 [N, L], bucket of the time since the event before, from 1; 0 for the
+                        first event. Only with `gaps`.
+    "history until"     int32 [N, L], bucket of the time to the next event, and of the latest event
+                        to the request; `gaps` + 1 where a time is missing. Only with `request_gap`.
+    "history weight"    float32 [N, L], log of the weight of each event in a bag. Only with
+                        `weights` or `half_life`.
 
-An event is earlier when its time is: events of the same second do not know of each other. Without
-times the order of the file is the time.
+`twotower.pipeline.histories` makes the same arrays of the rows of a log.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,366 +26,209 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.data.interactions import Split
-from twotower.features.encodings import HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT, Fitted
+from twotower.features.encodings import Fitted
+from twotower.features.kinds import HistoryFeature
 from twotower.features.numeric import as_seconds
+from twotower.features.text import pad_lists
 from twotower.features.vocabulary import as_strings
 
-# Part of a split -> the parts whose events its rows may know of; "now" is what a served user is
-# asked with.
-KNOWN = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
-# Which of these have events of their own: validation rows know what training rows know.
-_STORED = {"train": "train", "validation": "train", "test": "test", "now": "now"}
-_DAY = 86_400
-_BESIDE = (HISTORY_GAP, HISTORY_UNTIL, HISTORY_WEIGHT)  # what stands beside the items
-# The name, in the context of a row, of the span of its history.
-SPANS = "history span"
+# Names of the arrays that stand beside the items of a history.
+HISTORY_TIME_SINCE_PREVIOUS = "history gap"
+HISTORY_TIME_TO_NEXT = "history until"
+HISTORY_WEIGHT = "history weight"
+# Two more where whole sequences are packed into rows [B, S].
+HISTORY_SEGMENT = "history segment"
+HISTORY_POSITION = "history position"
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Histories:
-    """The events of a log, and the histories that they make.
-
-    Attributes:
-        fitted: the history feature.
-        events: array -> [M, ...], those that training rows know of first.
-        offsets: "train", "test" or "now" -> int64 [U + 1], where the events of each user begin.
-        orders: likewise -> int64 [events], their places among the rows of all parts joined.
-        spans: part -> int32 [rows, 2 or 3], the history of each of its rows: first event, and the
-            one after the last.
-        times: int64 [M], of the events, in seconds; empty without.
-    """
-
-    fitted: Fitted
-    events: Mapping[str, np.ndarray]
-    offsets: Mapping[str, np.ndarray]
-    orders: Mapping[str, np.ndarray]
-    spans: Mapping[str, np.ndarray]
-    times: np.ndarray
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return self.fitted.feature.max_length
-
-    @property
-    def reads(self) -> dict[str, np.ndarray]:
-        """Array -> [V, ...], what is read of an item beside its id, by the row of the id."""
-        return {f"{self.fitted.feature.name}/{of}": x for of, x in self.fitted.reads.items()}
-
-    @property
-    def trained(self) -> dict[str, np.ndarray]:
-        """The events that training rows know of."""
-        return {name: x[: len(self.orders["train"])] for name, x in self.events.items()}
-
-    def take(self, spans: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of some histories."""
-        return windows(self.events, self.reads, spans, self.length)
-
-    def now(self, users: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
-        """int32 [N, 2 or 3], the histories of users as they stand at the end of the log.
-
-        Args:
-            asked: [N], when each is asked about, in seconds; the newest time of the log by default.
-        """
-        begin, end = self.offsets["now"][users], self.offsets["now"][np.asarray(users) + 1]
-        return _spans(
-            self.fitted,
-            begin,
-            end,
-            self.times,
-            self.times.max(initial=0) if asked is None else asked,
-        )
-
-    def stored(self, raw: Split) -> pa.Array:
-        """The raw histories of all users as they stand at the end of the log, such as a request
-        would bring them."""
-        spans = self.now(np.arange(len(self.offsets["now"]) - 1))
-        lengths = spans[:, 1] - spans[:, 0]
-        ends = np.cumsum(lengths)
-        places = np.repeat(spans[:, 0] - (ends - lengths), lengths) + np.arange(
-            ends[-1] if len(ends) else 0
-        )
-        rows = pa.array(self.orders["now"][places - self.offsets["now"][0]])
-        log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-        needed = {
-            "item_id": True,
-            "event": self.fitted.feature.weights,
-            "timestamp": _is_timed(self.fitted),
-        }
-        fields = [name for name, read in needed.items() if read]
-        values = [log[name].combine_chunks().take(rows) for name in fields]
-        flat = values[0] if len(fields) == 1 else pa.StructArray.from_arrays(values, fields)
-        return pa.ListArray.from_arrays(pa.array(np.append(0, ends).astype(np.int32)), flat)
-
-
-def windows(
-    events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int
-) -> dict[str, Any]:
-    """The arrays [N, L] of spans [N, 2 or 3] of at most L events, filled up with 0; of NumPy
-    arrays, or inside `jit`."""
-    slot = np.arange(length, dtype=np.int32)[None]
-    places = spans[:, :1] + slot
-    valid = places < spans[:, 1:2]
-    found = read_events(events, reads, places * valid, valid, first=slot == 0)
-    if HISTORY_UNTIL in found:
-        latest = places == spans[:, 1:2] - 1
-        found[HISTORY_UNTIL] = found[HISTORY_UNTIL] * ~latest + spans[:, 2:] * latest
-    return found
-
-
-def read_events(
-    events: Mapping[str, Any], reads: Mapping[str, Any], places: Any, valid: Any, *, first: Any
-) -> dict[str, Any]:
-    """The arrays of single events [N, S], 0 where not `valid`; the gap of a `first` one is not
-    known."""
-    found = {name: x[places] * valid for name, x in events.items()}
-    if HISTORY_GAP in found:
-        found[HISTORY_GAP] = found[HISTORY_GAP] * ~first
-    ids = next((x for name, x in found.items() if name not in _BESIDE))  # `jit` sorts by name
-    return found | {name: x[ids] for name, x in reads.items()}
-
-
-def build_histories(
-    fitted: Fitted,
-    raw: Split,
-    users: Sequence[np.ndarray],
-    times: Sequence[np.ndarray | None],
-    num_users: int,
-) -> Histories:
-    """The histories of the rows of a split.
-
-    Args:
-        users: of train, validation and test: row of the users table.
-        times: likewise, in seconds; None without.
-
-    Raises:
-        ConfigError: the log lacks a column that the feature reads.
-    """
-    log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-    part, user = (
-        np.repeat(np.arange(3), [len(x) for x in users]),
-        np.concatenate(users).astype(np.int64),
-    )
-    timed = all(time is not None for time, x in zip(times, users) if len(x))
-    time = np.concatenate([t for t in times if t is not None]) if timed else None
-    _check_columns(fitted, log, timed)
-    place = raw.file_order()
-    # When each row happened as a number from 0 on, dense, so that one key orders users and times.
-    when = np.unique(time if timed else place, return_inverse=True)[1]
-    keys = user * (when.max(initial=0) + 1) + when
-    columns = _event_arrays(
-        fitted, log["item_id"], log["event"] if "event" in log.column_names else None, time
-    )
-    events, offsets, orders, ends = [], {}, {}, {}
-    base = 0
-    for name in ("train", "test", "now"):
-        chosen = np.flatnonzero(np.isin(part, KNOWN[name]))
-        order = orders[name] = chosen[np.lexsort((place[chosen], keys[chosen]))]
-        offsets[name] = base + np.append(
-            0, np.cumsum(np.bincount(user[chosen], minlength=num_users))
-        )
-        events.append(
-            {n: x[order] for n, x in columns.items()}
-            | _gaps(fitted, time, order)
-            | _until(fitted, time, order)
-        )
-        for asked, known in _STORED.items():
-            if known == name and asked != "now":
-                rows = part == list(KNOWN).index(asked)
-                ends[asked] = (
-                    rows,
-                    offsets[name][user[rows]],
-                    base + np.searchsorted(keys[order], keys[rows], side="left"),
-                )
-        base += len(order)
-    joined = {n: np.concatenate([level[n] for level in events]) for n in events[0]}
-    times = np.concatenate([time[order] for order in orders.values()]) if timed else np.zeros(0)
-    spans = {
-        asked: _spans(fitted, begin, end, times, time[rows] if timed else np.nan)
-        for asked, (rows, begin, end) in ends.items()
-    }
-    return Histories(fitted, joined, offsets, orders, spans, times)
+_BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
+_SECONDS_A_DAY = 86_400
 
 
 def encode_histories(
-    fitted: Fitted, column: pa.ChunkedArray, *, asked: pa.ChunkedArray | None = None
+    feature: HistoryFeature,
+    fitted: Fitted,
+    column: pa.ChunkedArray,
+    request_times: pa.ChunkedArray | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of raw histories: lists of item ids or of mappings, the latest last; null is an
-    empty one.
+    """Returns the arrays [N, L, ...] of the raw histories of requests.
 
     Args:
-        asked: when each is asked for; None: not known.
+        feature: The history feature.
+        fitted: The state that the encoder fitted for it.
+        column: Lists of item ids or of mappings with "item_id", "event" and "timestamp", the latest
+            event last; null is an empty history.
+        request_times: The time of each request; None where it is not known.
+
+    Raises:
+        ConfigError: The column holds something else.
     """
-    feature, count = fitted.feature, len(column)
-    lists = _as_lists(fitted, column)
-    owners, flat = pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists)
-    fields = {
-        n: flat.field(n)
-        for n in ("item_id", "event", "timestamp")
-        if pa.types.is_struct(flat.type) and _has(flat, n)
-    }
-    items = fields.get("item_id", flat)
-    if pa.types.is_struct(items.type):
-        raise ConfigError(
-            f"{feature.where}: the events of a history must have an item_id; these have {flat.type}."
-        )
-    kept = pc.is_valid(items).to_numpy(zero_copy_only=False)
-    after = np.bincount(owners[kept], minlength=count)[owners] - _running(
-        kept, owners
-    )  # how many kept ones follow
-    kept &= after < feature.max_length
-    chosen, owners = pa.array(kept), owners[kept]
-    time = known = None
-    if _is_timed(fitted):
-        given = (
-            fields.get("timestamp", pa.nulls(len(flat), pa.int64())).filter(chosen).cast(pa.int64())
-        )
-        time = pc.fill_null(given, fitted.numbers["newest"]).to_numpy().astype(np.int64)
-        known = np.where(given.is_null().to_numpy(zero_copy_only=False), np.nan, time)
-    event = fields["event"].filter(chosen) if "event" in fields else None
-    values = _event_arrays(fitted, pa.chunked_array([items.filter(chosen)]), event, time)
-    values |= _gaps(fitted, time, np.arange(len(owners))) | _until(
-        fitted, known, np.arange(len(owners))
-    )
+    count = len(column)
+    lists = _as_lists(feature, column)
+    owners = pc.list_parent_indices(lists).to_numpy()
+    fields = _event_fields(feature, pc.list_flatten(lists))
+    kept = _latest_events(fields["item_id"], owners, count, feature.max_length)
+    owners = owners[kept]
+    fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
     lengths = np.bincount(owners, minlength=count)
     ends = np.cumsum(lengths)
-    spans = _spans(
-        fitted, ends - lengths, ends, known, np.nan if asked is None else _seconds(fitted, asked)
-    )
-    # One more event, of nothing: an empty span must have something to point at.
-    padded = {name: np.concatenate([x, np.zeros(1, x.dtype)]) for name, x in values.items()}
-    reads = {f"{feature.name}/{of}": x for of, x in fitted.reads.items()}
-    return windows(padded, reads, spans, feature.max_length)
+    starts = ends - lengths
+    has_events = lengths > 0
+
+    times = known_times = None
+    if feature.reads_times:
+        timestamps = fields.get("timestamp", pa.nulls(len(owners), pa.int64())).cast(pa.int64())
+        is_missing = timestamps.is_null().to_numpy(zero_copy_only=False)
+        # An event without a time weighs as if it were of the newest moment of the training rows.
+        filled = pc.fill_null(timestamps, fitted.numbers["newest"])
+        times = filled.to_numpy().astype(np.int64)
+        known_times = np.where(is_missing, np.nan, times)
+    items = pa.chunked_array([fields["item_id"]])
+    events = encode_events(feature, fitted, items, fields.get("event"), times)
+    if feature.gaps and times is not None:
+        since_previous = time_buckets(feature, np.diff(times, prepend=times[:1]))
+        since_previous[starts[has_events]] = 0
+        events[HISTORY_TIME_SINCE_PREVIOUS] = since_previous
+    if feature.request_gap and known_times is not None:
+        seconds = np.diff(known_times, append=known_times[-1:])
+        last = ends[has_events] - 1
+        requested = np.full(count, np.nan)
+        if request_times is not None:
+            requested = _seconds(feature, request_times)
+        seconds[last] = requested[has_events] - known_times[last]
+        events[HISTORY_TIME_TO_NEXT] = time_buckets(feature, seconds)
+
+    arrays = {
+        name: pad_lists(owners, values, count, feature.max_length)
+        for name, values in events.items()
+    }
+    ids = arrays[id_array(arrays)]
+    reads = read_arrays(feature, fitted)
+    return arrays | {name: values[ids] for name, values in reads.items()}
 
 
-def read_items(fitted: Fitted, encoded: Mapping[str, np.ndarray]) -> Fitted:
-    """`fitted` with what it reads of items beside their ids.
+def encode_events(
+    feature: HistoryFeature,
+    fitted: Fitted,
+    items: pa.ChunkedArray,
+    event_names: pa.Array | pa.ChunkedArray | None,
+    times: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays [M] of single events: the row of the item and, where events differ in
+    weight, its logarithm.
 
     Args:
-        encoded: item feature -> [items, ...], its id among them. Items without a row of their own
-            are read by their id alone.
+        feature: The history feature.
+        fitted: The state that the encoder fitted for it.
+        items: Item ids [M].
+        event_names: Names [M] of what happened, such as "view"; None where they are not known.
+        times: Times int64 [M] in seconds; only a `half_life` reads them.
     """
-    first, *others = fitted.feature.reads
-    ids, vocabulary = encoded[first], fitted.vocabulary
+    assert fitted.vocabulary is not None
+    arrays = {f"{feature.name}/{feature.reads[0]}": fitted.vocabulary.rows(items)}
+    if not feature.is_weighted:
+        return arrays
+    logs = np.zeros(len(items))
+    if feature.weights and event_names is not None:
+        names = pa.array(list(feature.weights), pa.large_string())
+        # One more weight behind the named ones: an event that is not named weighs 1.
+        weights = np.append(list(feature.weights.values()), 1.0)
+        indices = pc.index_in(as_strings(event_names), value_set=names)
+        logs = np.log(weights)[pc.fill_null(indices, len(names)).to_numpy()]
+    if feature.half_life and times is not None:
+        half_life = _SECONDS_A_DAY * feature.half_life
+        logs = logs + np.log(2) * (times - fitted.numbers["newest"]) / half_life
+    return arrays | {HISTORY_WEIGHT: logs.astype(np.float32)}
+
+
+def time_buckets(feature: HistoryFeature, seconds: np.ndarray) -> np.ndarray:
+    """Returns the buckets int32 of times: from 1 to `gaps`, and `gaps` + 1 for NaN."""
+    known = np.maximum(np.nan_to_num(seconds), 0)
+    buckets = np.minimum(np.log2(1 + known), feature.gaps - 1).astype(np.int32)
+    return np.where(np.isnan(seconds), feature.gaps + 1, 1 + buckets).astype(np.int32)
+
+
+def id_array(names: Iterable[str]) -> str:
+    """Returns the name of the array that holds the ids of the items of a history.
+
+    It is looked up rather than taken as the first: `jit` sorts dictionaries by name.
+    """
+    return next(name for name in names if name not in _BESIDE_ITEMS)
+
+
+def read_arrays(feature: HistoryFeature, fitted: Fitted) -> dict[str, np.ndarray]:
+    """Returns array name -> [V, ...], the features of an item that are read beside its id."""
+    return {f"{feature.name}/{name}": values for name, values in fitted.reads.items()}
+
+
+def read_items(
+    feature: HistoryFeature, fitted: Fitted, encoded: Mapping[str, np.ndarray]
+) -> Fitted:
+    """Returns `fitted` with the features of items that the history reads beside their ids.
+
+    Args:
+        feature: The history feature.
+        fitted: The state that the encoder fitted for it.
+        encoded: Item feature -> [items, ...], the features that the history reads. Items without a
+            row of their own are read by their id alone.
+    """
+    vocabulary = fitted.vocabulary
+    assert vocabulary is not None
+    first, *others = feature.reads
+    ids = encoded[first]
     known = ids >= vocabulary.first
     reads = {}
-    for of in others:
-        reads[of] = np.zeros((vocabulary.size, *encoded[of].shape[1:]), encoded[of].dtype)
-        reads[of][ids[known]] = encoded[of][known]
+    for name in others:
+        values = encoded[name]
+        by_row = np.zeros((vocabulary.size, *values.shape[1:]), values.dtype)
+        by_row[ids[known]] = values[known]
+        reads[name] = by_row
     return dataclasses.replace(fitted, reads=reads)
 
 
-def _event_arrays(
-    fitted: Fitted, items: Any, event: Any, time: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """What each event is, [M] each."""
-    feature = fitted.feature
-    found = {f"{feature.name}/{feature.reads[0]}": fitted.vocabulary.rows(items)}
-    if not feature.is_weighted:
-        return found
-    logs = np.zeros(len(items))
-    if feature.weights and event is not None:
-        names = pa.array(list(feature.weights), pa.large_string())
-        at = pc.fill_null(pc.index_in(as_strings(event), value_set=names), len(names)).to_numpy()
-        logs = np.log(np.append(list(feature.weights.values()), 1.0))[at]
-    if feature.half_life:
-        logs = logs + np.log(2) * (time - fitted.numbers["newest"]) / (_DAY * feature.half_life)
-    return found | {HISTORY_WEIGHT: logs.astype(np.float32)}
-
-
-def _gaps(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
-    """Buckets from 1 on of the time since the event before in `order`; of a user's first event they
-    mean nothing."""
-    return (
-        {HISTORY_GAP: _buckets(fitted, np.diff(time[order], prepend=time[order][:1]))}
-        if fitted.feature.gaps
-        else {}
-    )
-
-
-def _until(fitted: Fitted, time: np.ndarray | None, order: np.ndarray) -> dict[str, np.ndarray]:
-    """Likewise until the event after; of a user's last event they mean nothing."""
-    return (
-        {HISTORY_UNTIL: _buckets(fitted, np.diff(time[order], append=time[order][-1:]))}
-        if fitted.feature.request_gap
-        else {}
-    )
-
-
-def _spans(
-    fitted: Fitted, begin: np.ndarray, end: np.ndarray, times: np.ndarray | None, asked: Any
-) -> np.ndarray:
-    """int32 [N, 2 or 3], of the last L events within [begin, end).
-
-    Args:
-        times: [M], of the events in seconds, NaN where missing.
-        asked: [N] or one number: when each history is asked for, likewise.
-    """
-    spans = [np.maximum(begin, end - fitted.feature.max_length), end]
-    if fitted.feature.request_gap:
-        since = asked - np.append(times, np.nan)[np.maximum(end, 1) - 1]
-        spans.append(np.where(end > begin, _buckets(fitted, since), 0))
-    return np.stack(spans, axis=1).astype(np.int32)
-
-
-def _buckets(fitted: Fitted, seconds: np.ndarray) -> np.ndarray:
-    """int32, from 1 on; NaN has one of its own."""
-    buckets = fitted.feature.gaps
-    known = 1 + np.minimum(np.log2(1 + np.maximum(np.nan_to_num(seconds), 0)), buckets - 1).astype(
-        np.int32
-    )
-    return np.where(np.isnan(seconds), buckets + 1, known).astype(np.int32)
-
-
-def _is_timed(fitted: Fitted) -> bool:
-    return bool(fitted.feature.gaps or fitted.feature.half_life)
-
-
-def _check_columns(fitted: Fitted, log: pa.Table, timed: bool) -> None:
-    feature = fitted.feature
-    if feature.weights and "event" not in log.column_names:
-        raise ConfigError(
-            f"{feature.where}.weights={dict(feature.weights)} needs a column 'event' of the interactions."
-        )
-    for field in ("gaps", "half_life"):
-        if getattr(feature, field) and not timed:
-            raise ConfigError(
-                f"{feature.where}.{field}={getattr(feature, field)} needs a time in every row; this log has none."
-            )
-
-
-def _seconds(fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-    """Seconds since the epoch, NaN where missing."""
-    seconds, missing = as_seconds(column, f"{fitted.feature.where}, column 'timestamp'")
-    return np.where(missing, np.nan, seconds)
-
-
-def _as_lists(fitted: Fitted, column: pa.ChunkedArray) -> pa.LargeListArray:
+def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> Any:
+    """Returns the column as one array of large lists."""
     kind = column.type
     if pa.types.is_null(kind):
         return pa.array([None] * len(column), pa.large_list(pa.string()))
-    if not (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    ):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (is_list or pa.types.is_fixed_size_list(kind)):
         raise ConfigError(
-            f"{fitted.feature.where}: column {fitted.feature.column!r} holds {kind}; a history is a list of item ids, or of "
-            "mappings with an item_id, the latest last."
+            f"{feature.where}: column {feature.column!r} holds {kind}; a history is a list of item "
+            "ids, or of mappings with an item_id, the latest last."
         )
     kind = pa.large_list(kind.value_type)
-    return (
-        pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks])
-        if column.num_chunks
-        else pa.array([], kind)
-    )
+    if not column.num_chunks:
+        return pa.array([], kind)
+    return pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks])
 
 
-def _has(values: pa.StructArray, name: str) -> bool:
-    return values.type.get_field_index(name) >= 0
+def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
+    """Returns the fields of events: "item_id" and, where they are mappings that have them, "event"
+    and "timestamp"."""
+    kind = events.type
+    if not pa.types.is_struct(kind):
+        return {"item_id": events}
+    names = ("item_id", "event", "timestamp")
+    fields = {name: events.field(name) for name in names if kind.get_field_index(name) >= 0}
+    if "item_id" not in fields or pa.types.is_struct(fields["item_id"].type):
+        raise ConfigError(
+            f"{feature.where}: the events of a history must have an item_id; these have {kind}."
+        )
+    return fields
 
 
-def _running(kept: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """How many are kept of the same owner up to each place, itself included."""
-    total = np.cumsum(kept)
+def _latest_events(items: Any, owners: np.ndarray, count: int, length: int) -> np.ndarray:
+    """Returns a mask bool [M] of the last `length` events of each history that name an item."""
+    valid = pc.is_valid(items).to_numpy(zero_copy_only=False)
+    valid_of_owner = np.bincount(owners[valid], minlength=count)
+    running = np.cumsum(valid)
     first = np.searchsorted(owners, owners, side="left")
-    return total - np.append(0, total)[first]
+    running_within = running - np.append(0, running)[first]
+    following = valid_of_owner[owners] - running_within
+    return valid & (following < length)
+
+
+def _seconds(feature: HistoryFeature, column: pa.ChunkedArray) -> np.ndarray:
+    """Returns seconds since the epoch, NaN where missing."""
+    seconds, missing = as_seconds(column, f"{feature.where}, column 'timestamp'")
+    return np.where(missing, np.nan, seconds)

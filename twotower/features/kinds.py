@@ -306,8 +306,13 @@ class HistoryFeature(Feature):
 
     @property
     def is_weighted(self) -> bool:
-        """Whether events weigh differently."""
+        """Whether events differ in weight."""
         return bool(self.weights or self.half_life)
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether the times of events are read."""
+        return bool(self.gaps or self.half_life)
 
 
 FEATURES: dict[str, type[Feature]] = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
 from twotower.core.arrow import pc
 from twotower.features.vocabulary import as_strings, mix64, segment_sums
@@ -93,22 +93,28 @@ def hashed_pieces(
     for low in range(0, len(distinct), _BLOCK_TEXTS):
         block = distinct.slice(low, _BLOCK_TEXTS)
         rows, hashes = _pieces(block, words, characters)
-        ids[low : low + len(block)] = pad_rows(
+        ids[low : low + len(block)] = pad_lists(
             rows, 1 + (hashes % np.uint64(buckets - 1)).astype(np.int32), len(block), max_length
         )
     return ids[encoded.indices.fill_null(len(distinct)).to_numpy()]
 
 
-def pad_rows(
-    rows: np.ndarray, ids: np.ndarray, count: int, length: int
-) -> Int32[np.ndarray, "N L"]:
-    """The first `length` of the ids [M] of each row (rows [M], ascending), int32 [count, length], 0
-    elsewhere."""
+def pad_lists(
+    rows: np.ndarray, values: np.ndarray, count: int, length: int
+) -> Shaped[np.ndarray, "N L"]:
+    """Returns the first `length` values of each row, [count, length], 0 elsewhere.
+
+    Args:
+        rows: Row [M] that each value belongs to, ascending.
+        values: Values [M].
+        count: Number of rows N.
+        length: Values L kept of a row.
+    """
     starts = np.searchsorted(rows, np.arange(count))
-    place = np.arange(len(rows)) - starts[rows]
-    padded = np.zeros((count, length), np.int32)
-    kept = place < length
-    padded[rows[kept], place[kept]] = ids[kept]
+    positions = np.arange(len(rows)) - starts[rows]
+    padded = np.zeros((count, length), values.dtype)
+    kept = positions < length
+    padded[rows[kept], positions[kept]] = values[kept]
     return padded
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from twotower.core.errors import ConfigError
-from twotower.features.history import SPANS, Histories, windows
+from twotower.pipeline.histories import SPANS, Histories, windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Batches:
         }
         self._length = histories.length if histories else 0
         if histories:
-            data |= {"events": histories.trained, "reads": histories.reads}
+            data |= {"events": histories.training_events, "reads": histories.reads}
         self._begin(data, len(rows), "training rows", batch_size, seed, resident_megabytes)
 
     def _begin(

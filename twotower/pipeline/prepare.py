@@ -18,9 +18,9 @@ from twotower.data import split
 from twotower.data.interactions import timestamps
 from twotower.data.sources import load as sources
 from twotower.features.encoder import Encoder
-from twotower.features.history import SPANS, Histories, build_histories
 from twotower.features.spec import load_spec
 from twotower.pipeline.batches import Rows
+from twotower.pipeline.histories import SPANS, Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
 from twotower.pipeline.sequences import SequencePacking
 
@@ -172,11 +172,12 @@ def _with_histories(
     encoder: Encoder, parts: split.Split, rows: list[Rows], num_users: int
 ) -> tuple[Histories | None, list[Rows]]:
     """The histories, where they are a feature, and the rows with theirs in their context."""
-    if encoder.spec.history is None:
+    feature = encoder.spec.history
+    if feature is None:
         return None, rows
-    fitted = encoder.fitted["user", encoder.spec.history.name]
+    fitted = encoder.fitted["user", feature.name]
     histories = build_histories(
-        fitted, parts, [r.user for r in rows], [r.timestamp for r in rows], num_users
+        feature, fitted, parts, [r.user for r in rows], [r.timestamp for r in rows], num_users
     )
     spans = [histories.spans[part] for part in split.PARTS]
     return histories, [

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from twotower.features.encodings import HISTORY_POSITION, HISTORY_SEGMENT
-from twotower.features.history import SPANS, Histories, read_events
+from twotower.features.history import HISTORY_POSITION, HISTORY_SEGMENT
 from twotower.pipeline.batches import Batch, Batches, Rows
+from twotower.pipeline.histories import SPANS, Histories, read_events
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,7 +210,7 @@ def sequence_data(
         "weight": ordered.weight,
         "labels": dict(ordered.labels),
         "begin": begins.astype(np.int32),
-        "events": histories.trained,
+        "events": histories.training_events,
         "reads": histories.reads,
         "context": {name: x for name, x in ordered.context.items() if name != SPANS},
         "user_features": dict(features["user"]),

@@ -16,12 +16,12 @@ from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import replacing
 from twotower.data import split
-from twotower.features.history import SPANS
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
 from twotower.index.tuning import TUNING_QUERIES, ndcg, overlap
 from twotower.pipeline.batches import Rows
+from twotower.pipeline.histories import SPANS
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
@@ -157,7 +157,7 @@ def known_users(prepared: PreparedData) -> pa.Table:
     if prepared.histories is not None:
         column = encoder.spec.history.column
         users = users.select([n for n in users.column_names if n != column]).append_column(
-            column, prepared.histories.stored(prepared.raw)
+            column, prepared.histories.to_requests(prepared.raw)
         )
     users = users.select(list(own))
     asked_when = encoder.spec.history is not None and encoder.spec.history.request_gap
@@ -208,7 +208,7 @@ def check_parity(run: Run, folder: Path) -> None:
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
     context = joined_context(prepared, latest[users])
     if prepared.histories is not None:  # users are served with all that they did
-        context[SPANS] = prepared.histories.now(users, when(prepared, latest[users]))
+        context[SPANS] = prepared.histories.latest_spans(users, when(prepared, latest[users]))
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors = embed_rows(model, run.weights, "user", user_features)

@@ -21,14 +21,13 @@ from jaxtyping import Array, Float
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
 from twotower.features.encoder import Encoder
-from twotower.features.encodings import (
-    HISTORY_GAP,
+from twotower.features.encodings import Input, TableShape
+from twotower.features.history import (
     HISTORY_POSITION,
     HISTORY_SEGMENT,
-    HISTORY_UNTIL,
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
-    Input,
-    TableShape,
 )
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
@@ -260,11 +259,11 @@ class TwoTower:
             "vectors": self._columns(side, rows, features, of_events=True),
             # Packed, it is the start tokens that have no item.
             "valid": features[first] != PADDING if segment is None else segment > 0,
-            "gaps": features.get(HISTORY_GAP),
+            "gaps": features.get(HISTORY_TIME_SINCE_PREVIOUS),
             "log_weights": features.get(HISTORY_WEIGHT),
             "segment": segment,
             "position": features.get(HISTORY_POSITION),
-            "until": features.get(HISTORY_UNTIL),
+            "until": features.get(HISTORY_TIME_TO_NEXT),
         }
 
     def _example(self, side: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -278,7 +277,9 @@ class TwoTower:
             if i.table:
                 rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
             if i.gaps:
-                features[HISTORY_GAP] = features[HISTORY_UNTIL] = jnp.zeros(shape[:2], jnp.int32)
+                features[HISTORY_TIME_SINCE_PREVIOUS] = features[HISTORY_TIME_TO_NEXT] = jnp.zeros(
+                    shape[:2], jnp.int32
+                )
         return self._columns(side, rows, features), self._history(side, rows, features)
 
     def _init_tower(self, side: str, key: jax.Array) -> dict[str, Any]:
