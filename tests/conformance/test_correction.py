@@ -191,14 +191,14 @@ def test_sources_add_up_to_the_counts_that_are_seen():
     rows = {"user": jnp.zeros(tiny.B, jnp.int32)}
     given = {"popularity": table}
     draws = jax.vmap(
-        lambda key: sources_module.draw(trainer.sources, rows, given, key, SINGLE_DEVICE).shared
+        lambda key: sources_module.draw(trainer.sampling, rows, given, key, SINGLE_DEVICE).shared
     )
     drawn = np.asarray(jax.jit(draws)(jax.random.split(jax.random.key(0), steps)))
     batches = np.random.default_rng(0).choice(tiny.N, (steps, tiny.B), p=counts / counts.sum())
     seen = np.bincount(np.r_[drawn.ravel(), batches.ravel()], minlength=tiny.N) / steps
     frequency = FREQUENCIES["exact"].init(counts, counts.sum())
     stated = sources_module.log_expected_count(
-        trainer.sources, frequency, table, 0, jnp.arange(tiny.N)
+        trainer.sampling, frequency, table, 0, jnp.arange(tiny.N)
     )
     # Without a row an item is stated with the pseudo-count that it is never drawn by.
     stated = np.exp(stated) - (counts == 0) * tiny.B / counts.sum()

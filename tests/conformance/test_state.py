@@ -68,7 +68,7 @@ def test_a_step_asks_the_frequencies_before_it_updates_them():
         items = jnp.asarray(tiny.batch(seed)["item"])
         # The queue holds one batch more each time.
         expected, updated = (
-            log_expected_count(trainer.sources, frequency["item"], table, tiny.B * seed, items)
+            log_expected_count(trainer.sampling, frequency["item"], table, tiny.B * seed, items)
             for frequency in (state.frequency, after.frequency)
         )
         np.testing.assert_allclose(heard["own"]["log_count"], expected, rtol=1e-5)

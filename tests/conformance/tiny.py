@@ -21,7 +21,7 @@ from twotower.core.mesh import (
 from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import TwoTower
-from twotower.training import losses
+from twotower.training import step_losses
 from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer
@@ -89,8 +89,8 @@ def batch(seed=0, users=None, items=None):
 def catalogue(trainer):
     """What `train_step` needs of the corpus: features, popularity, and five explicit negatives of
     each user."""
-    config, found = trainer.sources.config, {}
-    if trainer.sources.needs_features:
+    config, found = trainer.sampling.config, {}
+    if trainer.sampling.needs_features:
         found["item_features"] = {"id": np.arange(N, dtype=np.int32) + OOV + 1}
     if config.popularity:
         found["popularity"] = popularity_table(counts()["item"], config.alpha)
@@ -160,7 +160,7 @@ def step(trainer, devices=1):
 
 @contextlib.contextmanager
 def _listening(heard):
-    original = losses.streaming_loss
+    original = step_losses.streaming_loss
 
     def listen(queries, positives, items, candidates, *, hard=None, **options):
         own = {
@@ -174,11 +174,11 @@ def _listening(heard):
         heard.append({"own": own, "shared": candidates._asdict()})
         return original(queries, positives, items, candidates, hard=hard, **options)
 
-    losses.streaming_loss = listen
+    step_losses.streaming_loss = listen
     try:
         yield
     finally:
-        losses.streaming_loss = original
+        step_losses.streaming_loss = original
 
 
 def loss_by_hand(state, heard, log_count=None):

@@ -10,7 +10,7 @@ from twotower.config import from_dict
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import prepare
 from twotower.towers.two_tower import TwoTower
-from twotower.training.catalogue import corpus_size, count_rows
+from twotower.training.candidates import corpus_size, count_rows
 from twotower.training.init import init_state
 from twotower.training.state import Trainer
 

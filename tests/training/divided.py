@@ -88,8 +88,8 @@ class Case:
         return self.cast(batch | {f"{side}_features": own[side] for side in SIDES})
 
     def _catalogue(self, rng: np.random.Generator) -> dict[str, Any]:
-        config, found = self.trainer.sources.config, {}
-        if self.trainer.sources.needs_features:
+        config, found = self.trainer.sampling.config, {}
+        if self.trainer.sampling.needs_features:
             found["item_features"] = self.features["item"]
         if config.popularity:
             found["popularity"] = popularity_table(self.counts["item"], config.alpha)
@@ -110,7 +110,7 @@ class Case:
         """A fresh state, with pools of hard negatives where there would be none yet."""
         state = jax.device_get(init_on(make_mesh(1), self.trainer, self.counts))
         if "mined" in state.negatives:
-            low, high = self.trainer.sources.config.mined_ranks
+            low, high = self.trainer.sampling.config.mined_ranks
             state = state.replace(
                 negatives=state.negatives | {"mined": pools(np.random.default_rng(5), high - low)}
             )

@@ -16,7 +16,7 @@ from twotower.core.mesh import make_mesh
 from twotower.data.shop.generate import generate
 from twotower.training import grow as grow_module
 from twotower.training import run
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.grow import grow
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints

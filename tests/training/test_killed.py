@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from twotower.core.mesh import make_mesh
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.run import load_run

@@ -16,7 +16,7 @@ from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints

@@ -288,8 +288,8 @@ def test_a_batch_that_cannot_be_divided_is_refused_and_offered_two_ways():
 
 
 def test_draws_that_batch_norm_would_see_filled_up_are_refused():
-    make_trainer(EVERYTHING).sources.check_divided(8, True)
-    sources = make_trainer(PLAIN).sources
+    make_trainer(EVERYTHING).sampling.check_divided(8, True)
+    sources = make_trainer(PLAIN).sampling
     sources.check_divided(8, False)
     with pytest.raises(
         ConfigError,

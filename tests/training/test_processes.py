@@ -18,7 +18,7 @@ from tests.training.divided import differences
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import make_mesh
 from twotower.pipeline.batches import Batches
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.processes import join

@@ -18,7 +18,7 @@ from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import TwoTower
-from twotower.training.catalogue import corpus_size, count_rows
+from twotower.training.candidates import corpus_size, count_rows
 from twotower.training.init import init_on
 from twotower.training.loop import fit
 from twotower.training.state import Trainer
@@ -81,11 +81,13 @@ def prepared_and_trainer(config):
 
 def catalogue_of(prepared, trainer):
     found = (
-        {"item_features": dict(prepared.features["item"])} if trainer.sources.needs_features else {}
+        {"item_features": dict(prepared.features["item"])}
+        if trainer.sampling.needs_features
+        else {}
     )
-    if trainer.sources.config.popularity:
+    if trainer.sampling.config.popularity:
         found["popularity"] = popularity_table(
-            count_rows(prepared)["item"], trainer.sources.config.alpha
+            count_rows(prepared)["item"], trainer.sampling.config.alpha
         )
     return found
 

@@ -16,8 +16,7 @@ from twotower.core.mesh import SINGLE_DEVICE
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training.init import init_state
-from twotower.training.rows import lookup_all, shared_gradients, shared_ids
-from twotower.training.step import oov_dropout, train_step
+from twotower.training.step import lookup_all, oov_dropout, shared_gradients, shared_ids, train_step
 
 # The batch's own negatives alone, so that an oracle needs no draws.
 IN_BATCH = {"negatives": {"uniform": 0}}
@@ -196,7 +195,7 @@ def test_rows_without_weight_count_for_nothing(make):
         small_config(objective={"negatives": {"uniform": 8, "in_batch": False}})
     )
     catalogue = {"item_features": {name: x[:40] for name, x in batch["item_features"].items()}}
-    trainer = dataclasses.replace(trainer, sources=dataclasses.replace(trainer.sources, items=40))
+    trainer = dataclasses.replace(trainer, sampling=dataclasses.replace(trainer.sampling, items=40))
     step = jax.jit(functools.partial(train_step, trainer=trainer))
     half = batch | {"weight": batch["weight"].at[32:].set(0.0)}
     first = jax.tree.map(lambda x: x[:32], batch)

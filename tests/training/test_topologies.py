@@ -14,7 +14,7 @@ from tests.training.divided import differences
 from twotower.core.mesh import make_mesh
 from twotower.towers.two_tower import TwoTower
 from twotower.training import loop
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import checksum
 from twotower.training.init import abstract_state
 from twotower.training.loop import fit

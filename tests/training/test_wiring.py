@@ -10,8 +10,8 @@ from twotower.core.mesh import SINGLE_DEVICE
 from twotower.features.encodings import Input, TableShape
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, SampledItems
-from twotower.training.losses import losses_of
 from twotower.training.state import Trainer, TrainState
+from twotower.training.step_losses import losses_of
 
 USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}

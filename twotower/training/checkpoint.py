@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from twotower.core.errors import CheckpointError
-from twotower.training.state import TrainState
+
+State = TypeVar("State")  # a tree of arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Any,
         *,
         record: Mapping[str, Any],
         metrics: Mapping[str, float],
@@ -106,7 +107,7 @@ class Checkpoints:
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         ).record["loop"]
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """The state and the record of `step`.
 
         Args:

@@ -24,8 +24,7 @@ from twotower.features.encodings import Fitted, Input
 from twotower.features.growth import grown
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import SIDES, TwoTower
-from twotower.training.candidates import CorpusSize
-from twotower.training.catalogue import corpus_size, count_rows
+from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.run import claim, load_config, local_folder, step_of
@@ -75,7 +74,7 @@ def grow(
             f"set it to {step} and as many as are to follow, with config.training.steps_for=0."
         )
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))
-    if trainer.sources.config.frequency != "exact":
+    if trainer.sampling.config.frequency != "exact":
         logging.info(
             "The estimates of frequency begin anew: they were of the rows of the old corpus."
         )

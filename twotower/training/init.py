@@ -82,7 +82,7 @@ def _assembled(
     trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]
 ) -> TrainState:
     """The state around its tables."""
-    config, negatives = trainer.config, trainer.sources.config
+    config, negatives = trainer.config, trainer.sampling.config
     key = jax.random.key(config.training.seed)
     params, stats = trainer.model.init_dense(key)
     if config.objective.heads:
@@ -94,7 +94,7 @@ def _assembled(
     elif trainer.loss.biased:
         # The loss begins at the odds that there are, of one positive to its candidates, instead of
         # at one to one.
-        params["bias"] = -jnp.log(jnp.float32(trainer.sources.candidates))
+        params["bias"] = -jnp.log(jnp.float32(trainer.sampling.candidates))
     weights = Weights(params, tables, stats)
     slots = {
         name: trainer.sparse.init(x, config.training.tables.initial_accumulator)

@@ -37,14 +37,13 @@ from twotower.pipeline.prepare import PreparedData
 from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
-from twotower.training.catalogue import count_rows, make_catalogue
+from twotower.training.candidates import count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
-from twotower.training.metrics import StepMetrics, last_good
+from twotower.training.metrics import StepMetrics, last_good, open_writer
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step import EMBED_BLOCK, train_step
-from twotower.training.writer import open_writer
 
 # Endings of metrics by which no checkpoint is chosen, the greatest being the best.
 SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
@@ -194,7 +193,7 @@ class _Run:
 
     def _mined(self, state: TrainState, step: int, meter: StepMetrics) -> TrainState:
         """The state with fresh pools of hard negatives, when it is time for them."""
-        negatives = self.trainer.sources.config
+        negatives = self.trainer.sampling.config
         if not negatives.mined or not step or step % negatives.mined_refresh:
             return state
         # A loss that is not finite is told as such, before its vectors are refused for it.
@@ -238,7 +237,7 @@ def compile_steps(
     """
     count, group = trainer.config.training.steps_per_dispatch, group_of(mesh)
     resident = None if batches.resident is None else put(mesh, batches.resident, REPLICATED)
-    catalogue = make_catalogue(trainer, prepared, mesh, resident)
+    catalogue = step_constants(trainer.sampling, prepared, mesh, resident)
 
     def one(state: TrainState, part: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
         batch = part if data is None else batches.gather(data, part)
@@ -281,14 +280,14 @@ def _check(
     """Refuses what cannot run on `mesh`, before anything is allocated."""
     check_batch(trainer.config.training, mesh)
     _check_batch_norm(trainer, mesh)
-    if trainer.sources.config.mined and mine is None:
+    if trainer.sampling.config.mined and mine is None:
         raise ConfigError(
-            f"config.objective.negatives.mined={trainer.sources.config.mined} needs a function that ranks items: pass make_mine "
+            f"config.objective.negatives.mined={trainer.sampling.config.mined} needs a function that ranks items: pass make_mine "
             "(twotower.retrieval.mining.make_mine) as experiments.train does."
         )
-    trainer.sources.check_divided(mesh.size, trainer.config.model.item.batch_norm)
+    trainer.sampling.check_divided(mesh.size, trainer.config.model.item.batch_norm)
     data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
-    drawn = trainer.sources.needs_features and not data
+    drawn = trainer.sampling.needs_features and not data
     features = (
         sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
     )
@@ -299,7 +298,7 @@ def _check(
 
 def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
     """Statistics are of a batch that is embedded at once, of rows that are users or items."""
-    size, drawn, model = trainer.config.training.batch_size, trainer.sources, trainer.config.model
+    size, drawn, model = trainer.config.training.batch_size, trainer.sampling, trainer.config.model
     items = size * (1 + drawn.hard) + drawn.config.uniform + drawn.config.popularity
     rows = {"user": size // mesh.size, "item": -(-items // mesh.size)}
     for side in ("user", "item"):

@@ -18,7 +18,7 @@ from twotower.core.mesh import check_batch, make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower, Weights
-from twotower.training.catalogue import corpus_size
+from twotower.training.candidates import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory, fits
@@ -85,7 +85,7 @@ def train(
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
         validate = make_validate(prepared, model)
-    mine = make_mine(prepared, model) if trainer.sources.config.mined else None
+    mine = make_mine(prepared, model) if trainer.sampling.config.mined else None
     fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
 
 

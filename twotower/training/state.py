@@ -59,7 +59,7 @@ class Trainer:
     Attributes:
         loss: a `Loss`, or the function of a pointwise one.
         corpus: how many users and items there are.
-        sources: of negatives; none for a loss that looks at each row alone.
+        sampling: of negatives; none for a loss that looks at each row alone.
 
     Raises (from `build`):
         ConfigError: a loss, optimizer, schedule or estimator is unknown, or options do not go
@@ -73,7 +73,7 @@ class Trainer:
     sparse: TableOptimizer
     schedule: optax.Schedule
     corpus: CorpusSize
-    sources: NegativeSampling
+    sampling: NegativeSampling
 
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: CorpusSize) -> Trainer:

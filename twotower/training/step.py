@@ -7,6 +7,7 @@ through their `DeviceGroup`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
+from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup, lookup_rows
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import apply_gradients
-from twotower.towers.two_tower import SIDES, TEMPERATURES, Weights
+from twotower.towers.two_tower import SIDES, TEMPERATURES, TwoTower, Weights
 from twotower.training.candidates import SampledItems, draw, row_keys, take_features
-from twotower.training.losses import losses_of, task_weights, update_frequency, weight_sums
-from twotower.training.rows import lookup_all, shared_gradients, shared_ids
 from twotower.training.state import Trainer, TrainState
+from twotower.training.step_losses import losses_of, task_weights, update_frequency, weight_sums
 
 Metrics = dict[str, jax.Array]
 # More rows than this are embedded block by block, so that the hidden units of a whole catalogue are
@@ -41,7 +41,7 @@ def train_step(
 
     Args:
         batch: this device's part of the batch.
-        catalogue: what every device has of the corpus, as far as `trainer.sources` needs it:
+        catalogue: what every device has of the corpus, as far as `trainer.sampling` needs it:
             "item_features" [N, ...], "popularity" (an alias table) and "explicit" (pools).
 
     Returns:
@@ -51,7 +51,7 @@ def train_step(
     batch = flattened(batch)
     key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
     drawn = draw(
-        trainer.sources, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group
+        trainer.sampling, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group
     )
     places = _places(batch, drawn, group)
     features = _features(trainer, batch, drawn, catalogue, places, jax.random.fold_in(key, 0))
@@ -300,3 +300,70 @@ def _temperature(trainer: Trainer, old: Any, new: Any) -> jax.Array:
         return old["log_temperature"]
     low, high = (jnp.log(jnp.float32(t)) for t in TEMPERATURES)
     return jnp.clip(new["log_temperature"], low, high)
+
+
+# (side, feature) pairs that read one table, in a fixed order.
+Uses = dict[str, list[tuple[str, str]]]
+
+
+def table_uses(model: TwoTower) -> Uses:
+    """Table name -> the features that read it, of either tower."""
+    uses: Uses = {}
+    for side in SIDES:
+        for name, i in model.inputs[side].items():
+            if i.table:
+                uses.setdefault(i.table, []).append((side, name))
+    return uses
+
+
+def shared_ids(
+    model: TwoTower, features: Mapping[str, Any], group: DeviceGroup
+) -> dict[str, jax.Array]:
+    """Table name -> the ids that all devices ask of it, device after device, as `lookup_all` and
+    the update need them."""
+    return {
+        table: group.all_gather(
+            jnp.concatenate([features[side][name].ravel() for side, name in uses])
+        )
+        for table, uses in table_uses(model).items()
+    }
+
+
+def lookup_all(
+    model: TwoTower,
+    tables: Mapping[str, jax.Array],
+    features: Mapping[str, Any],
+    asked: Mapping[str, jax.Array],
+    group: DeviceGroup,
+) -> dict[str, dict[str, jax.Array]]:
+    """{"user": {feature: [..., E]}, "item": ...}: the rows of every feature that reads a table, one
+    lookup a table.
+
+    Args:
+        asked: `shared_ids` of the same features.
+    """
+    rows: dict[str, dict[str, jax.Array]] = {side: {} for side in SIDES}
+    for table, uses in table_uses(model).items():
+        ids = [features[side][name] for side, name in uses]
+        flat = jnp.concatenate([x.ravel() for x in ids])
+        found = lookup_rows(tables[table], flat, asked[table], group)
+        ends = list(itertools.accumulate(x.size for x in ids))
+        for (side, name), x, part in zip(uses, ids, jnp.split(found, ends[:-1])):
+            rows[side][name] = part.reshape(*x.shape, found.shape[-1])
+    return rows
+
+
+def shared_gradients(
+    model: TwoTower, row_grads: Mapping[str, Any], group: DeviceGroup
+) -> dict[str, jax.Array]:
+    """Table name -> the gradient of each of its `shared_ids`."""
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1])
+
+    return {
+        table: group.all_gather(
+            jnp.concatenate([flat(row_grads[side][name]) for side, name in uses])
+        )
+        for table, uses in table_uses(model).items()
+    }

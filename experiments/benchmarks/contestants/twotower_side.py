@@ -198,7 +198,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     from twotower.pipeline.prepare import prepare
     from twotower.pipeline.sequences import SequenceBatches
     from twotower.towers.two_tower import TwoTower
-    from twotower.training.catalogue import corpus_size, count_rows
+    from twotower.training.candidates import corpus_size, count_rows
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
     from twotower.training.state import Trainer

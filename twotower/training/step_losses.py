@@ -126,7 +126,7 @@ def _items(
     group: DeviceGroup,
 ) -> jax.Array:
     """The users' items among the candidates of all sources."""
-    sources, rows, shared = trainer.sources, len(batch["user"]), len(drawn.shared)
+    sources, rows, shared = trainer.sampling, len(batch["user"]), len(drawn.shared)
     own, others, hard = jnp.split(vectors["item"], [rows, rows + shared])
     parts = [(others, drawn.shared, jnp.full(shared, -1, jnp.int32))]
     if sources.config.in_batch and not sources.config.catalogue:
@@ -188,11 +188,11 @@ def _users(
     )
 
     def log_count(ids: jax.Array) -> jax.Array:
-        if not trainer.sources.corrected:
+        if not trainer.sampling.corrected:
             return jnp.zeros(ids.shape)
-        estimator = FREQUENCIES[trainer.sources.config.frequency]
+        estimator = FREQUENCIES[trainer.sampling.config.frequency]
         return estimator.log_expected_count(
-            state.frequency["user"], ids, trainer.sources.batch_size
+            state.frequency["user"], ids, trainer.sampling.batch_size
         )
 
     positives = Positives(vectors["user"], batch["user"], log_count(batch["user"]))
@@ -265,7 +265,7 @@ def update_frequency(
 
     After the loss: a step must not see itself.
     """
-    config = trainer.sources.config
+    config = trainer.sampling.config
     estimator = FREQUENCIES[config.frequency]
     ids = (
         {side: group.all_gather(batch[side]) for side in ("user", "item")}
