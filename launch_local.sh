@@ -2,11 +2,13 @@
 # Sets up .venv beside this file and runs twotower in it: see usage below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+VENV=${VENV:-.venv}
 
 usage() {
   cat <<'END'
 bash launch_local.sh [--flag=value ...]   install, then the quick start: train, export, evaluate, query
-bash launch_local.sh test [pytest args]   install, then the test suite
+bash launch_local.sh test [pytest args]   install, then the whole test suite
+bash launch_local.sh test --quick         the same without the slow tests: for the desk, under two minutes
 bash launch_local.sh install              install only
 bash launch_local.sh python               print the Python that would be used
 
@@ -16,6 +18,7 @@ it) in runs/movielens. Further flags go to experiments.train: --config.training.
 
 Environment: PYTHON  the Python to use (3.11 or later); by default the first found of python3.13, 3.12, 3.11, python3
              EXTRAS  extras of setup.py to install, separated by commas; tests of those that are missing are skipped
+             VENV    the folder of the environment; .venv by default
 END
 }
 
@@ -51,25 +54,25 @@ stamp() { # what an installation was made from: it holds while none of this chan
 
 install() { # install EXTRAS, unless .venv has just these already, with or without those of the tests
   local extras=$1 had python
-  if .venv/bin/python -c '' 2>/dev/null; then
-    had=$(cat .venv/installed 2>/dev/null) || had=
+  if "$VENV/bin/python" -c '' 2>/dev/null; then
+    had=$(cat "$VENV/installed" 2>/dev/null) || had=
     if [ "$had" = "$(stamp "$extras")" ] || [ "$had" = "$(stamp "${extras:+$extras,}dev")" ]; then return; fi
   fi
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
-    echo "Making .venv with $("$python" --version) ..."
-    "$python" -m venv --clear .venv
+    echo "Making $VENV with $("$python" --version) ..."
+    "$python" -m venv --clear "$VENV"
   fi
-  echo "Installing twotower${extras:+[$extras]} into .venv (some minutes the first time) ..."
-  rm -f .venv/installed
-  .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
-  stamp "$extras" >.venv/installed
+  echo "Installing twotower${extras:+[$extras]} into $VENV (some minutes the first time) ..."
+  rm -f "$VENV/installed"
+  "$VENV/bin/python" -m pip install --quiet --editable ".${extras:+[$extras]}"
+  stamp "$extras" >"$VENV/installed"
 }
 
 run() {
   echo
   echo "\$ python $*"
-  .venv/bin/python "$@"
+  "$VENV/bin/python" "$@"
 }
 
 quick_start() {
@@ -94,7 +97,12 @@ case ${1:-} in
   test)
     shift
     install "${EXTRAS:+$EXTRAS,}dev"
-    exec .venv/bin/python -m pytest -n 2 "$@"
+    if [ "${1:-}" = --quick ]; then
+      shift
+      set -- -m "not slow" "$@"
+    fi
+    # Neighbouring tests share what they train and build: each of the two workers takes files whole.
+    exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
     ;;
   install) install "${EXTRAS:-}" ;;
   python) find_python ;;

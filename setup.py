@@ -8,7 +8,6 @@ README = Path(__file__).parent / "README.md"
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    "serve": ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13"],
     "bigquery": ["google-cloud-bigquery>=3.20"],
     "text": ["tokenizers>=0.20", "safetensors>=0.4"],
@@ -20,9 +19,11 @@ EXTRAS = {
         "beartype>=0.20",
         "duckdb>=1.0",
         "faiss-cpu>=1.8",
+        "pyright>=1.1.400",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "pytrec-eval-terrier>=0.5.6",
+        "ruff>=0.14",
     ],
 }
 

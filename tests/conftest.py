@@ -1,21 +1,20 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
-import atexit
 import os
 import shutil
-import tempfile
+from pathlib import Path
+
+from tests.program_cache import MAX_BYTES, program_cache
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all
 # the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Shared by the workers of this run and the processes that tests start, which compile many
-    # programs alike.
-    programs = tempfile.mkdtemp(prefix="twotower-programs-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    # Shared by the workers, by the processes that tests start and by later runs, which compile many
+    # programs alike. A program is found by its whole text, so a stale one is never taken.
     os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_COMPILATION_CACHE_DIR": str(program_cache()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -28,7 +27,18 @@ import tests.typechecking  # noqa: F401  the hook finds it by name
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("twotower", "tests.typechecking.checked")
+# The packages whose signatures carry shapes. Wrapping the others costs each worker seconds.
+SHAPED = ("core", "kernels", "towers", "objectives", "training", "index", "evaluation")
+install_import_hook([f"twotower.{name}" for name in SHAPED], "tests.typechecking.checked")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Empties a cache of programs that has grown too large, before any worker begins."""
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if not hasattr(config, "workerinput") and folder.is_dir():
+        sizes = [entry.stat().st_size for entry in os.scandir(folder)]
+        if sum(sizes) > MAX_BYTES:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
