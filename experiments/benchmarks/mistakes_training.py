@@ -71,9 +71,9 @@ DEVICES = (
         14,
         "the filling of a mesh moves other places",
         "training.step",
-        "everyone + hard + group.places(len(drawn.shared)), everyone + group.places(drawn.hard.size))",
-        "everyone + group.places(len(drawn.shared)), "
-        "everyone + len(drawn.shared) * group.size + group.places(drawn.hard.size))",
+        "everyone + hard + group.row_numbers(len(drawn.shared)), everyone + group.row_numbers(drawn.hard.size))",
+        "everyone + group.row_numbers(len(drawn.shared)), "
+        "everyone + len(drawn.shared) * group.size + group.row_numbers(drawn.hard.size))",
     ),
     make(
         15,

@@ -169,15 +169,15 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
         REPLICATED,
         SHARDED,
         compiler_options,
-        group_of,
+        device_group,
         shard_map_if_needed,
         shardings,
-        state_specs,
     )
     from twotower.training.init import abstract_state
+    from twotower.training.state import state_specs
     from twotower.training.step import train_step
 
-    trainer, group = trainer_of(setting, dtype), group_of(mesh)
+    trainer, group = trainer_of(setting, dtype), device_group(mesh)
     state = abstract_state(trainer, mesh)
     specs, split = state_specs(state), PartitionSpec(None, *SHARDED) if steps else SHARDED
     shape, place = (steps, setting.batch) if steps else (setting.batch,), shardings(mesh, split)

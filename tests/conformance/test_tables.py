@@ -8,11 +8,18 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.config import DenseOptimizerConfig
-from twotower.core.mesh import SHARDED, DeviceGroup, lookup_rows, make_mesh
+from twotower.core.mesh import SHARDED, DeviceGroup, make_mesh
 from twotower.features.encodings import Input
 from twotower.features.spec import from_mappings
 from twotower.features.vocabulary import Vocabulary
-from twotower.towers.embeddings import OPTIMIZERS, apply_gradients, init_table, lookup, pool
+from twotower.towers.embeddings import (
+    OPTIMIZERS,
+    apply_gradients,
+    init_table,
+    lookup,
+    lookup_rows,
+    pool,
+)
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import oov_dropout
 

@@ -11,12 +11,11 @@ from twotower.config import from_dict
 from twotower.core.mesh import (
     REPLICATED,
     SHARDED,
-    group_of,
+    device_group,
     make_mesh,
     put,
     shard_map_if_needed,
     shardings,
-    state_specs,
 )
 from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
@@ -24,7 +23,7 @@ from twotower.towers.two_tower import TwoTower
 from twotower.training import step_losses
 from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
-from twotower.training.state import Trainer
+from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
 U, N, B, D, OOV = 24, 40, 16, 4, 2
@@ -148,7 +147,9 @@ def step(trainer, devices=1):
     def one(state, rows, given):
         heard = []
         with _listening(heard):
-            return *train_step(state, rows, given, trainer=trainer, group=group_of(mesh)), heard[0]
+            return *train_step(
+                state, rows, given, trainer=trainer, group=device_group(mesh)
+            ), heard[0]
 
     out = (specs, REPLICATED, {"own": SHARDED, "shared": REPLICATED})
     jitted = jax.jit(

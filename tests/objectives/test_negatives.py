@@ -14,6 +14,7 @@ from twotower.objectives import negatives
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.pipeline.batches import Batches, Rows
+from twotower.training.checks import check_negatives
 
 B = 32
 EXACT = FREQUENCIES["exact"]
@@ -272,14 +273,14 @@ def test_corrected_popular_negatives_give_the_gradient_of_the_full_softmax(count
 )
 def test_what_cannot_be_had_is_refused(fields, message):
     with pytest.raises(ConfigError, match=rf"config\.objective\.negatives\..*{message}"):
-        negatives.check_sources(NegativesConfig(**fields), items=40, batch_size=32)
+        check_negatives(NegativesConfig(**fields), items=40, batch_size=32)
 
 
 def test_as_many_as_there_are_is_not_too_many():
     config = NegativesConfig(
         uniform=40, popularity=40, queue=96, mined=30, mined_ranks=(10, 40), explicit=5
     )
-    negatives.check_sources(config, items=40, batch_size=32)
+    check_negatives(config, items=40, batch_size=32)
 
 
 @pytest.mark.parametrize(

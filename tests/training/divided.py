@@ -11,18 +11,17 @@ from twotower.config import Config, from_dict
 from twotower.core.mesh import (
     REPLICATED,
     SHARDED,
-    group_of,
+    device_group,
     make_mesh,
     put,
     shard_map_if_needed,
-    state_specs,
 )
 from twotower.features.encodings import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import SIDES, TwoTower
 from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
-from twotower.training.state import Trainer
+from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
 USERS, ITEMS, BATCH = 40, 30, 32
@@ -136,7 +135,7 @@ class Case:
 def on_mesh(trainer: Trainer, mesh: Any) -> Any:
     """(state, batch, catalogue) -> (state, metrics), one step on `mesh`."""
     specs = state_specs(abstract_state(trainer, mesh))
-    one = functools.partial(train_step, trainer=trainer, group=group_of(mesh))
+    one = functools.partial(train_step, trainer=trainer, group=device_group(mesh))
     return shard_map_if_needed(mesh, one, (specs, SHARDED, REPLICATED), (specs, REPLICATED))
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from experiments.benchmarks import hlo
 from tests.training.divided import INPUTS, Case, differences, make_trainer, on_mesh
-from twotower.config import TrainingConfig
+from twotower.config import NegativesConfig, TrainingConfig, from_dict
 from twotower.core.errors import ConfigError
-from twotower.core.mesh import SHARDED, check_batch, make_mesh, shardings, state_specs
+from twotower.core.mesh import SHARDED, make_mesh, shardings
 from twotower.features.encodings import TableShape
 from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES
@@ -21,8 +21,10 @@ from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.negatives import Candidates, Positives
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training import memory
+from twotower.training.checks import check_batch, check_batch_norm
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
+from twotower.training.state import state_specs
 
 TOWER = {"layers": (8, 8), "dropout": 0.2}
 # The dense optimizer is one that does not blow up the rounding of a gradient which is 0, that of a
@@ -288,14 +290,18 @@ def test_a_batch_that_cannot_be_divided_is_refused_and_offered_two_ways():
 
 
 def test_draws_that_batch_norm_would_see_filled_up_are_refused():
-    make_trainer(EVERYTHING).sampling.check_divided(8, True)
-    sources = make_trainer(PLAIN).sampling
-    sources.check_divided(8, False)
+    def check(draws, devices, **item):
+        tower = {"layers": (8,), **item}
+        config = from_dict({"model": {"user": {"layers": (8,)}, "item": tower}})
+        check_batch_norm(config, NegativesConfig(uniform=draws), devices, max_rows=10_000)
+
+    check(8, 8, batch_norm=True)
+    check(7, 8)
     with pytest.raises(
         ConfigError,
         match="uniform=7 and popularity=0 draw 7 .* over 4 .* Draw 4 in all, or choose layer_norm",
     ):
-        sources.check_divided(4, True)
+        check(7, 4, batch_norm=True)
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_allocated(

@@ -8,7 +8,9 @@ import pytest
 from tests.training.conftest import small_config
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
+from twotower.training.checks import check_batch_norm
 from twotower.training.state import resolve_kinds
+from twotower.training.step import EMBED_BLOCK
 
 LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
 
@@ -236,9 +238,6 @@ def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(make, monkeypatch)
 
 
 def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(make):
-    from twotower.core.mesh import make_mesh
-    from twotower.training import loop
-
     tower = {"layers": (16, 16), "batch_norm": True}
     for values, message in (
         (
@@ -254,4 +253,4 @@ def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(ma
         config = small_config(model={"user": tower, "item": tower}, **values)
         trainer = type(trainer).build(config, trainer.model, trainer.corpus)
         with pytest.raises(ConfigError, match=message):
-            loop._check_batch_norm(trainer, make_mesh(1))
+            check_batch_norm(config, trainer.sampling.config, 1, max_rows=EMBED_BLOCK)

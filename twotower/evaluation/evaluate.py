@@ -22,8 +22,7 @@ from twotower.core.mesh import (
     SHARDED,
     SINGLE_DEVICE,
     DeviceGroup,
-    group_of,
-    localise,
+    device_group,
     put,
 )
 from twotower.core.progress import progress
@@ -209,7 +208,7 @@ def _measure(
     """
     if mesh is None:
         return _measure_part(*arrays, ks=ks, padding=padding, group=SINGLE_DEVICE)
-    part = functools.partial(_measure_part, ks=ks, padding=padding, group=group_of(mesh))
+    part = functools.partial(_measure_part, ks=ks, padding=padding, group=device_group(mesh))
     specs = (COLUMNS, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, SHARDED)
     return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)(
         *arrays
@@ -233,15 +232,20 @@ def _measure_part(
     width, num_items = scores.shape[1], scores.shape[1] * group.size - padding
     poison = jnp.where(group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0, jnp.nan, 0.0)
     seen_item, right_item = (
-        item if group is SINGLE_DEVICE else localise(item, width, group)
+        item if group is SINGLE_DEVICE else group.local_rows(item, width)
         for item in (seen_item, right_item)
     )
     scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
     if padding:
-        scores = jnp.where((group.places(width) < num_items)[None, :], scores, -jnp.inf)
+        scores = jnp.where((group.row_numbers(width) < num_items)[None, :], scores, -jnp.inf)
     right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
     best, rows = select_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
-    found = best, group.places(width)[rows], jnp.take_along_axis(right, rows, axis=1), counts[rows]
+    found = (
+        best,
+        group.row_numbers(width)[rows],
+        jnp.take_along_axis(right, rows, axis=1),
+        counts[rows],
+    )
     best, rows, hits, seen_before = _best_of_all(found, max(ks), group)
     real = ~jnp.isneginf(best)
     hits, rows = hits & real, jnp.where(real, rows, -1)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
-from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, group_of, localise, put
+from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, device_group, put
 from twotower.core.ragged import Ragged
 from twotower.index.base import check_k, check_queries, check_scores, check_vectors
 from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
@@ -239,7 +239,7 @@ def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[.
     excluded pairs (query, item), the row of the block's first item, and N. It returns
     (scores, rows) [B, <= k], the same on every device.
     """
-    group = group_of(mesh) if mesh else SINGLE_DEVICE
+    group = device_group(mesh) if mesh else SINGLE_DEVICE
 
     def search(
         items: Float[Array, "M D"],
@@ -249,11 +249,11 @@ def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[.
         first: Int[Array, ""],
         count: Int[Array, ""],
     ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-        rows = first + group.places(len(items))
+        rows = first + group.row_numbers(len(items))
         if mesh is None:
             scores = _scores(queries, items, query, item)
         else:
-            scores = _scores(queries, items, query, localise(item, len(items), group))
+            scores = _scores(queries, items, query, group.local_rows(item, len(items)))
             # The last block ends in rows of padding, so that every device has as many.
             scores = jnp.where(rows[None, :] < count, scores, -jnp.inf)
         # `top_k` puts the NaN of a negative sign, which processors make, behind all others:

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from twotower.config import NegativesConfig
-from twotower.core.errors import ConfigError
 from twotower.objectives.alias import AliasTable
 
 # float32 [...] of ids [...]: log of the expected number of times a source yields each of any ids in
@@ -201,40 +199,3 @@ def pool_log_expected_count(
     held = (pools["items"][users][:, None, :] == ids[:, :, None]).sum(-1)
     size = jnp.maximum(pools["sizes"][users], 1)[:, None]
     return jnp.where(ids >= 0, jnp.log(held * (num / size)), 0.0)
-
-
-def check_sources(config: NegativesConfig, *, items: int, batch_size: int) -> None:
-    """Refuses sources that are asked for more than there is.
-
-    Args:
-        config: each field in its range.
-        items: N, of the corpus.
-
-    Raises:
-        ConfigError: names the field, its value and what would be right.
-    """
-
-    def check(ok: bool, field: str, right: str) -> None:
-        if not ok:
-            raise ConfigError(
-                f"config.objective.negatives.{field}={getattr(config, field)!r} {right}"
-            )
-
-    for field in ("uniform", "popularity"):
-        whole = f"is more than the {items} items of the corpus: draw at most {items}, or take all of them by catalogue=True."
-        check(getattr(config, field) <= items, field, whole)
-    near = max(1, round(config.queue / batch_size)) * batch_size
-    check(
-        config.queue % batch_size == 0,
-        "queue",
-        f"must be a multiple of the batch size {batch_size}, such as {near}.",
-    )
-    if config.mined:
-        first, last = config.mined_ranks
-        check(
-            last <= items,
-            "mined_ranks",
-            f"reaches beyond the {items} items of the corpus: end it at {items} or before.",
-        )
-        right = f"is more than the {last - first} items of a pool: draw at most so many, or widen mined_ranks."
-        check(config.mined <= last - first, "mined", right)

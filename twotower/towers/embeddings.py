@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Rows are padded to a fixed multiple, not to the device count, so that a checkpoint fits any
-# topology.
-ROW_MULTIPLE = 1024
+from twotower.core.mesh import ROW_MULTIPLE, DeviceGroup
+
 # Row 0 of every table is padding: it is zero, and no update reaches it.
 PADDING = 0
 # XLA for CPUs copies gathered rows of 32 to 64 numbers two to three times as fast when it sees them
@@ -95,6 +94,32 @@ def take_rows(array: Float[Array, "V ..."], rows: Int[Array, "..."], fill: float
     if array.ndim != 2 or array.shape[1] % _FOLD:
         return take(array)
     return jax.lax.platform_dependent(array, cpu=take_folded, default=take)
+
+
+def lookup_rows(
+    table: Float[Array, "Vd E"],
+    ids: Int[Array, "M"],
+    all_ids: Int[Array, "nM"],
+    group: DeviceGroup,
+) -> Float[Array, "M E"]:
+    """Returns rows of a table that is divided over devices.
+
+    Each device looks up, for all devices, the rows that it holds; a reduce-scatter brings them to
+    the devices that need them. As much moves as there are rows to look up, whatever the table's
+    size.
+
+    Args:
+        table: The rows that this device holds.
+        ids: Rows of the whole table. One past the end, or negative, gives NaN.
+        all_ids: The ids of all devices, `group.all_gather(ids)`.
+        group: The devices that hold the table.
+    """
+    if not group.axis:
+        return lookup(table, ids)
+    held = group.local_rows(all_ids, len(table))
+    rows = group.scatter_sum(take_rows(table, held, 0.0))
+    exists = (ids >= 0) & (ids < len(table) * group.size)
+    return jnp.where(exists[:, None], rows, jnp.nan)
 
 
 def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array, "... D"]:

@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from twotower.config import Config, NegativesConfig
-from twotower.core.errors import ConfigError
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
-from twotower.objectives import POINTWISE, negatives
+from twotower.objectives import negatives
 from twotower.objectives.alias import popularity_table
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.pools import explicit_pools
 from twotower.pipeline.batches import Batch
 from twotower.pipeline.prepare import PreparedData
 from twotower.towers.embeddings import PADDING
+from twotower.training.checks import check_negatives, uses_negatives
 
 
 class CorpusSize(NamedTuple):
@@ -68,33 +68,15 @@ class NegativeSampling:
             ConfigError: there are fewer items than are asked for.
         """
         objective, batch = config.objective, config.training.batch_size * places
-        if objective.loss in POINTWISE or not objective.weight:
+        if not uses_negatives(objective):
             return cls(NegativesConfig(in_batch=False, uniform=0), batch, corpus.items, False)
         uniform = objective.negatives.uniform
         if uniform < 0:
             needed = corpus.unseen and not objective.negatives.catalogue
             uniform = min(-(-batch // 4), corpus.items) if needed else 0
         chosen = dataclasses.replace(objective.negatives, uniform=uniform)
-        negatives.check_sources(chosen, items=corpus.items, batch_size=batch)
+        check_negatives(chosen, items=corpus.items, batch_size=batch)
         return cls(chosen, batch, corpus.items, objective.logq and loss.corrects)
-
-    def check_divided(self, devices: int, batch_norm: bool) -> None:
-        """Refuses draws that would be filled up with padding where batch normalisation would take
-        it for items.
-
-        Args:
-            batch_norm: of the item tower.
-
-        Raises:
-            ConfigError: names the nearest number that can be divided.
-        """
-        drawn = self.config.uniform + self.config.popularity
-        if batch_norm and drawn % devices:
-            raise ConfigError(
-                f"config.objective.negatives.uniform={self.config.uniform} and popularity={self.config.popularity} draw {drawn} "
-                f"items, which cannot be divided evenly over {devices} devices, and batch_norm of the item tower would count "
-                f"what fills them up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
-            )
 
     @property
     def hard(self) -> int:
@@ -173,7 +155,7 @@ def draw(
     ]
     hard = [jnp.zeros((rows, 0), jnp.int32)]
     for i, (pool, count) in enumerate(pools):
-        keys = row_keys(jax.random.fold_in(key, 2 + i), group.places(rows))
+        keys = row_keys(jax.random.fold_in(key, 2 + i), group.row_numbers(rows))
         hard.append(negatives.draw_pool(keys, pool, batch["user"], count)[0])
     found = jnp.concatenate(hard, axis=1)
     # An item of one pool may be in the other: its counts are summed.

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 from twotower.core.mesh import (
     REPLICATED,
     SHARDED,
-    group_of,
+    device_group,
     put,
     shard_map_if_needed,
     shardings,
-    state_specs,
 )
 from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
@@ -27,7 +26,7 @@ from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
 from twotower.towers.two_tower import SIDES, Weights
 from twotower.training.optimizers import init_plateau
-from twotower.training.state import Trainer, TrainState
+from twotower.training.state import Trainer, TrainState, state_specs
 
 
 def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
@@ -42,7 +41,7 @@ def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
 
 def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> TrainState:
     """A fresh state on the devices of `mesh`, with the values of `init_state`."""
-    group, abstract = group_of(mesh), abstract_state(trainer, mesh)
+    group, abstract = device_group(mesh), abstract_state(trainer, mesh)
     key = jax.random.key(trainer.config.training.seed)
 
     def rows(name: str) -> jax.Array:

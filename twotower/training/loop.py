@@ -17,20 +17,18 @@ from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
 from twotower.config import Config, TrainingConfig
-from twotower.core.errors import ConfigError, ScoreError, TrainingError
+from twotower.core.errors import ScoreError, TrainingError
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
-    check_batch,
     compiler_options,
-    group_of,
+    device_group,
     make_mesh,
     process_part,
     put,
     put_parts,
     shard_map_if_needed,
     shardings,
-    state_specs,
 )
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import PreparedData
@@ -39,14 +37,12 @@ from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
 from twotower.training.candidates import count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
+from twotower.training.checks import check_batch, check_batch_norm, check_metric, check_miner
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
 from twotower.training.metrics import StepMetrics, last_good, open_writer
-from twotower.training.state import Trainer, TrainState
+from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, train_step
-
-# Endings of metrics by which no checkpoint is chosen, the greatest being the best.
-SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
 
 Validate = Callable[[Weights], Mapping[str, float]]
 Mine = Callable[[Weights], Any]
@@ -134,7 +130,7 @@ def fit(
             return state
         with open_writer(workdir, start=start, steps=config.steps) as writer:
             if validate and not start:
-                _check_metric(validate(state.weights), config.metric)
+                check_metric(validate(state.weights), config.metric)
             run = _Run(trainer, checkpoints, writer, record, validate, mine, mesh)
             state = run.steps(state, compile_steps(trainer, batches, prepared, mesh))
     best = (
@@ -235,7 +231,7 @@ def compile_steps(
     Batches are gathered on the device where the data is resident; otherwise each process gathers
     its own rows of each.
     """
-    count, group = trainer.config.training.steps_per_dispatch, group_of(mesh)
+    count, group = trainer.config.training.steps_per_dispatch, device_group(mesh)
     resident = None if batches.resident is None else put(mesh, batches.resident, REPLICATED)
     catalogue = step_constants(trainer.sampling, prepared, mesh, resident)
 
@@ -278,14 +274,10 @@ def _check(
     trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh, mine: Mine | None
 ) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
-    check_batch(trainer.config.training, mesh)
-    _check_batch_norm(trainer, mesh)
-    if trainer.sampling.config.mined and mine is None:
-        raise ConfigError(
-            f"config.objective.negatives.mined={trainer.sampling.config.mined} needs a function that ranks items: pass make_mine "
-            "(twotower.retrieval.mining.make_mine) as experiments.train does."
-        )
-    trainer.sampling.check_divided(mesh.size, trainer.config.model.item.batch_norm)
+    config, negatives = trainer.config, trainer.sampling.config
+    check_batch(config.training, mesh)
+    check_batch_norm(config, negatives, mesh.size, max_rows=EMBED_BLOCK)
+    check_miner(negatives, mine is not None)
     data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
     drawn = trainer.sampling.needs_features and not data
     features = (
@@ -294,26 +286,6 @@ def _check(
     check_memory(
         mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features}
     )
-
-
-def _check_batch_norm(trainer: Trainer, mesh: Mesh) -> None:
-    """Statistics are of a batch that is embedded at once, of rows that are users or items."""
-    size, drawn, model = trainer.config.training.batch_size, trainer.sampling, trainer.config.model
-    items = size * (1 + drawn.hard) + drawn.config.uniform + drawn.config.popularity
-    rows = {"user": size // mesh.size, "item": -(-items // mesh.size)}
-    for side in ("user", "item"):
-        if not getattr(model, side).batch_norm:
-            continue
-        if rows[side] > EMBED_BLOCK:
-            raise ConfigError(
-                f"config.model.{side}.batch_norm=True needs a batch that is embedded at once, at most {EMBED_BLOCK:,} rows a "
-                f"device; there are {rows[side]:,}. Choose a smaller batch, more devices, or layer_norm."
-            )
-        if side == "item" and drawn.hard:
-            raise ConfigError(
-                "config.model.item.batch_norm=True with mined or explicit negatives would count the empty places of users who "
-                "have none: choose layer_norm."
-            )
 
 
 def _start(
@@ -325,15 +297,3 @@ def _start(
     state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
     logging.info("Resuming at step %d.", latest)
     return state, EarlyStopping(**record)
-
-
-def _check_metric(values: Mapping[str, float], metric: str) -> None:
-    """Asked before the first step, so that a misspelt metric does not cost an hour."""
-    if metric not in values:
-        raise ConfigError(
-            f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}."
-        )
-    if metric.endswith(SMALLER_IS_BETTER) or metric.startswith(("never_trained", "queries")):
-        raise ConfigError(
-            f"config.training.metric={metric!r} is not larger for a better model; recall@10 is, say."
-        )

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import choose
 
 DENSE: Mapping[str, Any] = {
     "adam": lambda c: optax.adam(c.learning_rate),
@@ -28,9 +28,6 @@ def _kernels(params: Any) -> Any:
 def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
     """The optimizer that `config` names, behind clipping; without the schedule."""
     kind = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
-    if config.weight_decay and config.kind != "adamw":
-        decay = f"config.training.optimizer.weight_decay={config.weight_decay}"
-        raise ConfigError(f"{decay} needs kind='adamw', not {config.kind!r}.")
     return (
         optax.chain(optax.clip_by_global_norm(config.clip_norm), kind) if config.clip_norm else kind
     )

@@ -14,11 +14,12 @@ from jax.experimental import multihost_utils
 from twotower.config import Config, from_dict
 from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.files import atomic
-from twotower.core.mesh import check_batch, make_mesh
+from twotower.core.mesh import make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
+from twotower.training.checks import check_batch
 from twotower.training.init import abstract_state
 from twotower.training.loop import Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory, fits

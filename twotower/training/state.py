@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
+import jax
 import optax
+from jax.sharding import PartitionSpec
 
-from twotower.config import Config, ObjectiveConfig
-from twotower.core.errors import ConfigError, choose
+from twotower.config import Config
+from twotower.core.mesh import REPLICATED, SHARDED
 from twotower.objectives import LOSSES, POINTWISE
-from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import check_heads
 from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
+from twotower.training.checks import check_kinds, check_matryoshka
 from twotower.training.optimizers import dense_optimizer, schedule
+
+# (pattern of an array's path in the state, its partition): the first that matches decides.
+STATE_SHARDING = ((r"^(tables|table_slots)/", SHARDED), (r"^[a-z_]+(/|$)", REPLICATED))
 
 
 @flax.struct.dataclass
@@ -52,6 +59,23 @@ class TrainState:
         return Weights(self.params, self.tables, self.batch_stats)
 
 
+def state_specs(state: Any, rules: Sequence[tuple[str, PartitionSpec]] = STATE_SHARDING) -> Any:
+    """Returns the partition of each array of a state over the devices of a mesh.
+
+    Raises:
+        ValueError: No rule covers an array.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, partition in rules:
+            if re.match(pattern, name):
+                return partition
+        raise ValueError(f"No rule of the sharding covers {name!r}.")
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
     """What a step needs besides arrays; built once, static under `jit`.
@@ -78,12 +102,7 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: CorpusSize) -> Trainer:
         loss, *optimizers = resolve_kinds(config)
-        widths = config.objective.matryoshka
-        if any(not 0 < width < model.dim for width in widths) or len(set(widths)) < len(widths):
-            raise ConfigError(
-                f"config.objective.matryoshka={widths} must be different widths below that of the vectors, {model.dim}: for "
-                f"example ({model.dim // 2}, {model.dim // 4})."
-            )
+        check_matryoshka(config.objective.matryoshka, model.dim)
         places = model.history_length + 1 if config.training.examples == "sequences" else 1
         return cls(
             model,
@@ -126,90 +145,13 @@ class Trainer:
 def resolve_kinds(
     config: Config,
 ) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
-    """The loss, optimizers and schedule that `config` names; refuses unknown ones, needing no
-    data."""
-    training, objective = config.training, config.objective
-    _check_objective(config)
-    _check_loss(config)
-    check_heads(objective.heads)
-    choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
+    """Returns the loss, the optimizers and the schedule that `config` names."""
+    check_kinds(config)
+    check_heads(config.objective.heads)
+    training, loss = config.training, config.objective.loss
     return (
-        choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss"),
+        LOSSES[loss] if loss in LOSSES else POINTWISE[loss],
         dense_optimizer(training.optimizer),
-        choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind"),
+        OPTIMIZERS[training.tables.kind],
         schedule(training),
     )
-
-
-def _check_objective(config: Config) -> None:
-    """Refuses options of the objective that do not go together."""
-    objective, negatives, training = config.objective, config.objective.negatives, config.training
-    loss, alone = objective.loss, objective.loss in POINTWISE or not objective.weight
-    if loss in POINTWISE and not objective.label:
-        raise ConfigError(
-            f"config.objective.loss={loss!r} learns from labels, and config.objective.label is empty: name the column of the "
-            "interactions that holds 0 or 1, or choose a loss that needs positives alone, such as 'softmax'."
-        )
-    if negatives.explicit and not objective.label:
-        raise ConfigError(
-            f"config.objective.negatives.explicit={negatives.explicit} draws from rows whose label is 0, and "
-            "config.objective.label is empty: name the column of the interactions that holds 0 or 1."
-        )
-    used = (
-        negatives.popularity,
-        negatives.catalogue,
-        negatives.queue,
-        negatives.mined,
-        negatives.explicit,
-    )
-    if alone and (any(used) or negatives.uniform > 0):
-        raise ConfigError(
-            f"config.objective.negatives has sources that loss={loss!r} with weight={objective.weight} never uses."
-        )
-    if not alone and not negatives.in_batch and not any(used) and negatives.uniform <= 0:
-        raise ConfigError(
-            "config.objective.negatives has no source: set in_batch=True, or how many to draw by uniform or popularity, or "
-            "catalogue=True."
-        )
-    if training.accumulate > 1 and not alone:
-        raise ConfigError(
-            f"config.training.accumulate={training.accumulate} with loss={loss!r}: a batch computed in parts has the negatives "
-            "of one part, not of the whole, so it is not the larger batch that it seems. The loss is computed in blocks and "
-            f"never holds [B, C] scores: raise config.training.batch_size={training.batch_size} itself; leave accumulate at 1."
-        )
-    blocks = training.accumulate > 1 or negatives.catalogue
-    if blocks and (config.model.user.batch_norm or config.model.item.batch_norm):
-        raise ConfigError(
-            "config.model with batch_norm=True needs a batch that is computed at once: leave config.training.accumulate at 1 and "
-            "config.objective.negatives.catalogue at False, or choose layer_norm."
-        )
-
-
-def _check_loss(config: Config) -> None:
-    """Refuses options that the loss does not read, and those without which it learns nothing."""
-    objective, model, name = config.objective, config.model, config.objective.loss
-    pointwise = name in POINTWISE
-    loss = choose(LOSSES | POINTWISE, name, "config.objective.loss")
-    read = {
-        "positive_temperature": not pointwise and loss.bilateral,
-        "calibration": name == "gbce",
-        "pos_weight": pointwise,
-        "negative_weight": name == "cosine_contrastive",
-        "margin": not pointwise,
-        "symmetric": not pointwise,
-    }
-    for field, is_read in read.items():
-        value = getattr(objective, field)
-        if not is_read and value != getattr(ObjectiveConfig(), field):
-            raise ConfigError(
-                f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them out."
-            )
-    if not pointwise and loss.bilateral and model.learn_temperature:
-        raise ConfigError(
-            f"config.objective.loss={name!r} falls without bound as the temperature does: set "
-            "config.model.learn_temperature=False."
-        )
-    if name in ("hinge", "triplet") and not objective.margin:
-        raise ConfigError(
-            f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: set, say, 0.2."
-        )

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup, lookup_rows
+from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
 from twotower.pipeline.batches import Batch
-from twotower.towers.embeddings import apply_gradients
+from twotower.towers.embeddings import apply_gradients, lookup_rows
 from twotower.towers.two_tower import SIDES, TEMPERATURES, TwoTower, Weights
 from twotower.training.candidates import SampledItems, draw, row_keys, take_features
 from twotower.training.state import Trainer, TrainState
@@ -139,11 +139,11 @@ def _places(batch: Batch, drawn: SampledItems, group: DeviceGroup) -> dict[str, 
     # The shared ones last: how many of them are there to fill up the devices must move nobody
     # else's place.
     items = (
-        group.places(rows),
-        everyone + hard + group.places(len(drawn.shared)),
-        everyone + group.places(drawn.hard.size),
+        group.row_numbers(rows),
+        everyone + hard + group.row_numbers(len(drawn.shared)),
+        everyone + group.row_numbers(drawn.hard.size),
     )
-    return {"user": group.places(users), "item": jnp.concatenate(items)}
+    return {"user": group.row_numbers(users), "item": jnp.concatenate(items)}
 
 
 def _features(

@@ -1,0 +1,292 @@
+"""Refusals that the configuration alone cannot decide: they need registries, devices or data.
+
+All run before anything is allocated, and those that need no data before it is read. The ranges of
+options are in `twotower.config`, rules across its sections in `twotower.config_rules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+
+from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
+from twotower.core.errors import ConfigError, choose
+from twotower.objectives import LOSSES, POINTWISE
+from twotower.objectives.frequency import FREQUENCIES
+from twotower.towers.embeddings import OPTIMIZERS
+from twotower.towers.history import HISTORIES
+from twotower.towers.towers import TOWERS
+from twotower.training.optimizers import DENSE, SCHEDULES
+
+# Endings and beginnings of metrics that no checkpoint can be chosen by, the greatest value being
+# the best.
+SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
+COUNTS = ("never_trained", "queries")
+
+
+def check_kinds(config: Config) -> None:
+    """Refuses unknown kinds, and options that do not go with the kinds chosen.
+
+    Raises:
+        ConfigError: The first such option, with the nearest kind or the options it goes with.
+    """
+    training, objective, model = config.training, config.objective, config.model
+    choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss")
+    choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
+    choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
+    choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
+    choose(SCHEDULES, training.schedule.kind, "config.training.schedule.kind")
+    choose(HISTORIES, model.history.kind, "config.model.history.kind")
+    for side, tower in (("user", model.user), ("item", model.item)):
+        choose(TOWERS, tower.kind, f"config.model.{side}.kind")
+    _check_optimizer(training)
+    _check_labels(objective)
+    _check_sources(objective)
+    _check_parts(config)
+    _check_loss(objective, learn_temperature=model.learn_temperature)
+
+
+def _check_optimizer(training: TrainingConfig) -> None:
+    kind, decay = training.optimizer.kind, training.optimizer.weight_decay
+    if decay and kind != "adamw":
+        raise ConfigError(
+            f"config.training.optimizer.weight_decay={decay} needs kind='adamw', not {kind!r}."
+        )
+
+
+def _check_labels(objective: ObjectiveConfig) -> None:
+    """Refuses a loss or a source of negatives that learns from labels where there are none."""
+    if objective.label:
+        return
+    if objective.loss in POINTWISE:
+        raise ConfigError(
+            f"config.objective.loss={objective.loss!r} learns from labels, and "
+            "config.objective.label is empty: name the column of the interactions that holds 0 or "
+            "1, or choose a loss that needs positives alone, such as 'softmax'."
+        )
+    if objective.negatives.explicit:
+        raise ConfigError(
+            f"config.objective.negatives.explicit={objective.negatives.explicit} draws from rows "
+            "whose label is 0, and config.objective.label is empty: name the column of the "
+            "interactions that holds 0 or 1."
+        )
+
+
+def uses_negatives(objective: ObjectiveConfig) -> bool:
+    """Returns whether the loss compares a positive with negatives, and is trained at all."""
+    return objective.loss not in POINTWISE and bool(objective.weight)
+
+
+def _check_sources(objective: ObjectiveConfig) -> None:
+    """Refuses negatives that no loss uses, and a loss without any."""
+    negatives = objective.negatives
+    drawn = negatives.uniform > 0 or any(
+        (
+            negatives.popularity,
+            negatives.catalogue,
+            negatives.queue,
+            negatives.mined,
+            negatives.explicit,
+        )
+    )
+    if drawn and not uses_negatives(objective):
+        raise ConfigError(
+            f"config.objective.negatives has sources that loss={objective.loss!r} with "
+            f"weight={objective.weight} never uses."
+        )
+    if uses_negatives(objective) and not drawn and not negatives.in_batch:
+        raise ConfigError(
+            "config.objective.negatives has no source: set in_batch=True, or how many to draw by "
+            "uniform or popularity, or catalogue=True."
+        )
+
+
+def _check_parts(config: Config) -> None:
+    """Refuses a batch computed in parts where the whole is needed at once."""
+    training, model = config.training, config.model
+    if training.accumulate > 1 and uses_negatives(config.objective):
+        raise ConfigError(
+            f"config.training.accumulate={training.accumulate} with "
+            f"loss={config.objective.loss!r}: a batch computed in parts has the negatives of one "
+            "part, not of the whole, so it is not the larger batch that it seems. The loss is "
+            "computed in blocks and never holds [B, C] scores: raise "
+            f"config.training.batch_size={training.batch_size} itself; leave accumulate at 1."
+        )
+    in_parts = training.accumulate > 1 or config.objective.negatives.catalogue
+    if in_parts and (model.user.batch_norm or model.item.batch_norm):
+        raise ConfigError(
+            "config.model with batch_norm=True needs a batch that is computed at once: leave "
+            "config.training.accumulate at 1 and config.objective.negatives.catalogue at False, or "
+            "choose layer_norm."
+        )
+
+
+def _check_loss(objective: ObjectiveConfig, *, learn_temperature: bool) -> None:
+    """Refuses options that the loss does not read, and those without which it learns nothing."""
+    name = objective.loss
+    loss = LOSSES.get(name)
+    read = {
+        "positive_temperature": loss is not None and loss.bilateral,
+        "calibration": name == "gbce",
+        "pos_weight": loss is None,
+        "negative_weight": name == "cosine_contrastive",
+        "margin": loss is not None,
+        "symmetric": loss is not None,
+    }
+    for field, is_read in read.items():
+        value = getattr(objective, field)
+        if not is_read and value != getattr(ObjectiveConfig(), field):
+            raise ConfigError(
+                f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them "
+                "out."
+            )
+    if loss is not None and loss.bilateral and learn_temperature:
+        raise ConfigError(
+            f"config.objective.loss={name!r} falls without bound as the temperature does: set "
+            "config.model.learn_temperature=False."
+        )
+    if name in ("hinge", "triplet") and not objective.margin:
+        raise ConfigError(
+            f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: "
+            "set, say, 0.2."
+        )
+
+
+def check_matryoshka(widths: tuple[int, ...], dim: int) -> None:
+    """Refuses widths of cut vectors that are equal, or not below that of the vectors.
+
+    Args:
+        widths: The option `config.objective.matryoshka`.
+        dim: The width D of the vectors.
+    """
+    in_range = all(0 < width < dim for width in widths)
+    if not in_range or len(set(widths)) < len(widths):
+        raise ConfigError(
+            f"config.objective.matryoshka={widths} must be different widths below that of the "
+            f"vectors, {dim}: for example ({dim // 2}, {dim // 4})."
+        )
+
+
+def check_negatives(negatives: NegativesConfig, *, items: int, batch_size: int) -> None:
+    """Refuses sources that are to give more items than there are.
+
+    Args:
+        negatives: The sources, with `uniform` decided.
+        items: The number N of items of the corpus.
+        batch_size: The rows B of a batch of all devices; of packed sequences, their positions.
+    """
+
+    def check(ok: bool, field: str, cure: str) -> None:
+        if not ok:
+            value = getattr(negatives, field)
+            raise ConfigError(f"config.objective.negatives.{field}={value!r} {cure}")
+
+    for field in ("uniform", "popularity"):
+        cure = (
+            f"is more than the {items} items of the corpus: draw at most {items}, or take all of "
+            "them by catalogue=True."
+        )
+        check(getattr(negatives, field) <= items, field, cure)
+    nearest = max(1, round(negatives.queue / batch_size)) * batch_size
+    cure = f"must be a multiple of the batch size {batch_size}, such as {nearest}."
+    check(negatives.queue % batch_size == 0, "queue", cure)
+    if negatives.mined:
+        first, last = negatives.mined_ranks
+        cure = f"reaches beyond the {items} items of the corpus: end it at {items} or before."
+        check(last <= items, "mined_ranks", cure)
+        pool = last - first
+        cure = (
+            f"is more than the {pool} items of a pool: draw at most so many, or widen mined_ranks."
+        )
+        check(negatives.mined <= pool, "mined", cure)
+
+
+def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
+    """Refuses mined negatives where nothing ranks the items."""
+    if negatives.mined and not has_miner:
+        raise ConfigError(
+            f"config.objective.negatives.mined={negatives.mined} needs a function that ranks "
+            "items: pass make_mine (twotower.retrieval.mining.make_mine) as experiments.train does."
+        )
+
+
+def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
+    """Refuses a batch that cannot be divided evenly over the devices.
+
+    The rows of each device must also be divisible into the parts they are computed in.
+    """
+    size, parts, devices = training.batch_size, training.accumulate, mesh.size
+    if size % devices:
+        below = size // devices * devices
+        near = f"{below} or {below + devices}" if below else f"{devices}"
+        raise ConfigError(
+            f"config.training.batch_size={size} cannot be divided evenly over {devices} devices: "
+            f"choose {near}, or --devices={math.gcd(size, devices)}."
+        )
+    if size // devices % parts:
+        raise ConfigError(
+            f"config.training.accumulate={parts} must divide the {size // devices} rows of "
+            f"config.training.batch_size={size} that each of {devices} devices has."
+        )
+
+
+def check_batch_norm(
+    config: Config, negatives: NegativesConfig, devices: int, *, max_rows: int
+) -> None:
+    """Refuses batch normalisation whose statistics would be of more, or of less, than a batch.
+
+    Args:
+        config: The configuration.
+        negatives: The sources of negatives, with `uniform` decided.
+        devices: The number of devices that divide the batch.
+        max_rows: The rows that a device embeds at once.
+    """
+    size = config.training.batch_size
+    hard = negatives.mined + negatives.explicit
+    drawn = negatives.uniform + negatives.popularity
+    items = size * (1 + hard) + drawn
+    rows = {"user": size // devices, "item": -(-items // devices)}
+    for side, tower in (("user", config.model.user), ("item", config.model.item)):
+        if tower.batch_norm and rows[side] > max_rows:
+            raise ConfigError(
+                f"config.model.{side}.batch_norm=True needs a batch that is embedded at once, at "
+                f"most {max_rows:,} rows a device; there are {rows[side]:,}. Choose a smaller "
+                "batch, more devices, or layer_norm."
+            )
+    if not config.model.item.batch_norm:
+        return
+    if hard:
+        raise ConfigError(
+            "config.model.item.batch_norm=True with mined or explicit negatives would count the "
+            "empty slots of users who have none: choose layer_norm."
+        )
+    # Draws that cannot be divided are filled up with padding, which would be taken for items.
+    if drawn % devices:
+        raise ConfigError(
+            f"config.objective.negatives.uniform={negatives.uniform} and "
+            f"popularity={negatives.popularity} draw {drawn} items, which cannot be divided evenly "
+            f"over {devices} devices, and batch_norm of the item tower would count what fills them "
+            f"up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
+        )
+
+
+def check_metric(values: Mapping[str, float], metric: str) -> None:
+    """Refuses a metric that names no best checkpoint.
+
+    Meant to be called before the first step, so that a misspelt metric does not cost an hour.
+
+    Args:
+        values: The metrics of a validation.
+        metric: The option `config.training.metric`.
+    """
+    if metric not in values:
+        raise ConfigError(
+            f"config.training.metric={metric!r} is not measured. Measured: {', '.join(values)}."
+        )
+    if metric.endswith(SMALLER_IS_BETTER) or metric.startswith(COUNTS):
+        raise ConfigError(
+            f"config.training.metric={metric!r} is not larger for a better model; recall@10 is, "
+            "say."
+        )
