@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from twotower.core.hashing import mix64
 from twotower.features import vocabulary
-from twotower.features.vocabulary import Vocabulary, hash64, mix64
+from twotower.features.vocabulary import Vocabulary, hash64
 
 MASK = 2**64 - 1
 STRINGS = ["", "a", "b", "ab", "ba", "حذاء", "a" * 300, "42", "é"]

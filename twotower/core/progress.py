@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a log line now and then otherwise."""
+"""Progress of long work: a bar on a terminal, a line in the log now and then otherwise."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ T = TypeVar("T")
 
 
 def progress(blocks: Iterable[T], *, total: int, what: str, seconds: float = 30.0) -> Iterator[T]:
-    """Passes `blocks` on.
+    """Yields the blocks of some work, and shows how far it has come.
 
     Args:
-        total: how many there are.
-        what: the work, in a word or two.
-        seconds: between log lines, where there is no terminal; work shorter than that logs nothing.
+        blocks: The parts of the work.
+        total: The number of blocks. A single one is over before a bar could be read, so nothing is
+            shown.
+        what: The name of the work, in a word or two.
+        seconds: The time between lines of the log, where there is no terminal; shorter work logs
+            nothing.
     """
-    if sys.stderr.isatty():
+    if total <= 1:
+        yield from blocks
+    elif sys.stderr.isatty():
         yield from tqdm.tqdm(blocks, total=total, desc=what, leave=False, dynamic_ncols=True)
-        return
+    else:
+        yield from _log_progress(blocks, total, what, seconds)
+
+
+def _log_progress(blocks: Iterable[T], total: int, what: str, seconds: float) -> Iterator[T]:
     logged = time.monotonic()
     for done, block in enumerate(blocks):
         if time.monotonic() - logged > seconds:

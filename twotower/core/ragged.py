@@ -91,7 +91,7 @@ class Ragged:
         """Each value once a row, where it stands "first" or "last"."""
         values = self.values if keep == "first" else self.values[::-1]
         rows = self.rows if keep == "first" else self.rows[::-1]
-        _, index = np.unique(_keys(rows, values), return_index=True)
+        _, index = np.unique(pair_keys(rows, values), return_index=True)
         kept = np.zeros(len(values), bool)
         kept[index] = True
         return self.filter(kept if keep == "first" else kept[::-1])
@@ -100,9 +100,13 @@ class Ragged:
         """bool, of the shape of `values`: whether each value stands in the list of its row (-1
         never does)."""
         rows, values = np.broadcast_arrays(rows, values)
-        return np.isin(_keys(rows, values), _keys(self.rows, self.values)) & (values >= 0)
+        return np.isin(pair_keys(rows, values), pair_keys(self.rows, self.values)) & (values >= 0)
 
 
-def _keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """One integer for each (row, value): both fit in 32 bits."""
+def pair_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns one integer for each pair (row, value), int64; both fit in 32 bits.
+
+    Keys are equal where both are, and sort by row and then by value. A value of -1 is one as well:
+    whoever looks for values must leave it out.
+    """
     return (np.asarray(rows, np.int64) << 32) | (np.asarray(values, np.int64) & 0xFFFFFFFF)

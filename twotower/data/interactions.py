@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.ragged import pair_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,7 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
 
 def pair_codes(rows: pa.Table) -> np.ndarray:
     """Numbers the (user, item) pairs of `rows`: int64 [N], equal where both ids are."""
-    users, items = codes(rows["user_id"]), codes(rows["item_id"])
-    return users * (items.max(initial=0) + 1) + items
+    return pair_keys(codes(rows["user_id"]), codes(rows["item_id"]))
 
 
 def has_timestamps(rows: pa.Table) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 
 from twotower.core.errors import choose
+from twotower.core.times import UNITS_PER_SECOND
 from twotower.features.base import Feature
 
 
@@ -242,7 +243,7 @@ class TimestampFeature(Feature):
     def __post_init__(self):
         super().__post_init__()
         self._at_least(1, "age_buckets")
-        choose(dict.fromkeys(("s", "ms", "us", "ns")), self.unit, f"{self.where}.unit")
+        choose(UNITS_PER_SECOND, self.unit, f"{self.where}.unit")
         self._check(
             bool(self.parts) and len(set(self.parts)) == len(self.parts),
             "parts",

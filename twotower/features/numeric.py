@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.times import UNITS_PER_SECOND
 from twotower.features.kinds import FloatFeature, IntFeature, TimestampFeature
 from twotower.features.vocabulary import as_strings
 
 # Rows of a bucketised table: 0 is padding, 1 is a missing value, then the buckets.
 MISSING_ROW, FIRST_BUCKET = 1, 2
-_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _PART_ROWS = {"hour": 24, "weekday": 7}
 
 
@@ -47,7 +47,7 @@ def as_seconds(
         column = _parse(column, pa.timestamp("s"), where)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         column, unit = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), "us"
-    values = as_numbers(column, where) / _PER_SECOND[unit]
+    values = as_numbers(column, where) / UNITS_PER_SECOND[unit]
     missing = np.isnan(values)
     return np.where(missing, 0, np.floor(values)).astype(np.int64), missing
 

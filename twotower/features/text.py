@@ -12,7 +12,8 @@ import pyarrow as pa
 from jaxtyping import Int32, Shaped
 
 from twotower.core.arrow import pc
-from twotower.features.vocabulary import as_strings, mix64, segment_sums
+from twotower.core.hashing import mix64
+from twotower.features.vocabulary import as_strings, segment_sums
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.
 _BLOCK_TEXTS = 8192

@@ -11,6 +11,7 @@ import pyarrow as pa
 from jaxtyping import Int32, UInt64
 
 from twotower.core.arrow import pc
+from twotower.core.hashing import mix64
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
 # tens of megabytes.
@@ -49,15 +50,6 @@ def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     buffer = values.buffers()[2]
     data = np.zeros(0, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8)
     return data[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose every output bit depends on every input bit (the finaliser of
-    SplitMix64)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from twotower.core.arrays import evenly_spaced
+from twotower.core.ragged import pair_keys
 from twotower.core.tables import format_table
 from twotower.index.exact import ExactIndex
 
@@ -248,10 +249,8 @@ def _widened(
 
 def found_in(truth: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """bool [Q, K], which entries of `truth` [Q, K] stand in the same row of `rows` [Q, M]."""
-    query = np.arange(len(truth), dtype=np.int64)[:, None] << 32
-    return np.isin(
-        query | truth.astype(np.int64), query | np.maximum(rows, -1).astype(np.int64) & 0xFFFFFFFF
-    )
+    query = np.arange(len(truth))[:, None]
+    return np.isin(pair_keys(query, truth), pair_keys(query, rows)) & (truth >= 0)
 
 
 def overlap(rows: np.ndarray, truth: np.ndarray) -> float:

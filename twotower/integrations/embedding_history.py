@@ -180,7 +180,7 @@ def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator
 
     def rows(ids: pa.ChunkedArray, embed: Any, what: str) -> Iterator[Block]:
         starts = range(0, len(ids), block)
-        for start in progress(starts, total=len(starts), what=what) if len(starts) > 1 else starts:
+        for start in progress(starts, total=len(starts), what=what):
             some = ids.slice(start, block).combine_chunks()
             yield some, embed(some, slice(start, start + block))
 

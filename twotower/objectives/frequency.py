@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from twotower.core.hashing import multiply_shift
+
 Arrays = dict[str, Any]
 
 GAP_RATE = 0.01  # of the moving averages: about the last 200 appearances of an id decide
@@ -216,13 +218,13 @@ def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
 def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
     """The counters of ids, one by each hash function; past the end for negative ids.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997): the top bits of the product with an odd
-    number, modulo 2^32. Over the choice of that number, two ids share a place with probability at
-    most 2 / width.
+    Over the choice of the functions, two ids share a counter of one with probability at most
+    2 / width.
     """
     width = arrays["counts"].shape[1]
-    product = arrays["multipliers"][:, None] * ids.astype(jnp.uint32)[None]
-    slots = (product >> jnp.uint32(33 - width.bit_length())).astype(jnp.int32)
+    bits = width.bit_length() - 1
+    hashed = multiply_shift(ids.astype(jnp.uint32)[None], arrays["multipliers"][:, None], bits)
+    slots = hashed.astype(jnp.int32)
     return jnp.where(ids[None] >= 0, slots, width)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from twotower.core.ragged import pair_keys
 from twotower.pipeline.batches import Rows
 
 Pools = dict[str, np.ndarray]
@@ -29,7 +30,7 @@ def build_pools(users: np.ndarray, items: np.ndarray, *, num_users: int, size: i
         users, items: int [M], the pairs, a user's first choice first.
     """
     pools = empty_pools(num_users, size)
-    _, first = np.unique(_keys(users, items), return_index=True)
+    _, first = np.unique(pair_keys(users, items), return_index=True)
     first = first[np.lexsort((first, users[first]))]  # by user, and in the order given
     users, items = users[first], items[first]
     place = np.arange(len(users)) - np.searchsorted(users, users)
@@ -54,15 +55,10 @@ def explicit_pools(rows: Rows, label: np.ndarray, *, num_users: int, size: int =
         if rows.timestamp is None
         else np.argsort(rows.timestamp, kind="stable")
     )
-    keys = _keys(rows.user, rows.item)
+    keys = pair_keys(rows.user, rows.item)
     refused = (label == 0) & (rows.item >= 0) & ~np.isin(keys, keys[label == 1])
     latest = order[refused[order]][::-1]
     users, items = rows.user[latest], rows.item[latest]
     distinct = np.unique(keys[latest]) >> 32
     most = int(np.bincount(distinct, minlength=1).max(initial=1))
     return build_pools(users, items, num_users=num_users, size=min(size, max(most, 1)))
-
-
-def _keys(users: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """One integer for each (user, item)."""
-    return (np.asarray(users, np.int64) << 32) | np.asarray(items, np.int64)

@@ -39,12 +39,7 @@ def embed_rows(
     batch = max(batch, fewest)
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
-    # One batch is over before a bar could be read, and the next question may follow at once.
-    for start in (
-        progress(starts, total=len(starts), what=f"Embedding {side}s")
-        if len(starts) > 1
-        else starts
-    ):
+    for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
         part = {name: values[start : start + batch] for name, values in features.items()}
         rows = min(batch, count - start)
         size = max(fewest, min(batch, next_power_of_two(rows)))

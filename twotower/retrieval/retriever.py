@@ -181,9 +181,7 @@ class Retriever:
         check_k(k)
         ids = [str(user) for user in user_ids]
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
-        parts = (
-            progress(starts, total=len(starts), what="Recommending") if len(starts) > 1 else starts
-        )
+        parts = progress(starts, total=len(starts), what="Recommending")
         options = (
             k,
             conditions(where),

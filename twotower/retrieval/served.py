@@ -74,11 +74,7 @@ class Towers:
         count = len(next(iter(features.values())))
         vectors = np.zeros((count, self.dim), np.float32)
         starts = range(0, count, batch)
-        for start in (
-            progress(starts, total=len(starts), what=f"Embedding {side}s")
-            if len(starts) > 1
-            else starts
-        ):
+        for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
             rows = min(batch, count - start)
             size = min(batch, next_power_of_two(rows))
             part = {

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from twotower.core.hashing import multiply_shift
 from twotower.core.mesh import ROW_MULTIPLE, DeviceGroup
 
 # Row 0 of every table is padding: it is zero, and no update reaches it.
@@ -224,17 +225,14 @@ def slots_by_hashing(
     `merge_duplicates`.
 
     Of the ids that a hash function sends to one place the last in the batch has it, and with it all
-    that equal it; the others are hashed once more, by another function (multiply-shift, see
-    `twotower.objectives.frequency`), until none is left. On a CPU this takes a sixth of the time of
+    that equal it; the others are hashed once more, by another function, until none is left. On a CPU this takes a sixth of the time of
     sorting.
     """
     count, bits = local.size, (_HASH_PLACES * local.size - 1).bit_length()
     places = jnp.arange(count, dtype=local.dtype)
 
     def settle(slot: jax.Array, multiplier: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hashed = ((local.astype(jnp.uint32) * multiplier) >> jnp.uint32(32 - bits)).astype(
-            jnp.int32
-        )
+        hashed = multiply_shift(local.astype(jnp.uint32), multiplier, bits).astype(jnp.int32)
         claimed = jnp.where(slot < 0, hashed, 2**bits)
         last = jnp.zeros(2**bits, local.dtype).at[claimed].max(places, mode="drop")[hashed]
         slot = jnp.where((slot < 0) & (local[last] == local), last, slot)

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
+
+from twotower.core.hashing import mix32
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -41,16 +43,8 @@ def drop_out(
     )
     first, second = (words[:, i].reshape(-1, *[1] * (x.ndim - 1)) for i in range(2))
     place = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
-    kept = _mix(_mix(place + first) ^ second) >= jnp.uint32(rate * 2**32)
+    kept = mix32(mix32(place + first) ^ second) >= jnp.uint32(rate * 2**32)
     return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
-
-
-def _mix(x: UInt32[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """A bijection whose every output bit depends on every input bit (lowbias32 of Wellons' hash
-    prospector)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def dense(width: int, dtype: Any = None, **options: Any) -> nn.Dense:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.json
 
 from twotower.core.arrow import pc
+from twotower.core.times import UNITS_PER_SECOND
 
-UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _ISO = re.compile(r"\s*\d{4}-\d{2}-\d{2}([T ]\d|\s*$)")
 _NUMBER = re.compile(r"\s*-?\d+(\.\d*)?([eE][+-]?\d+)?\s*$")
 _TIMES = tuple(pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC"))
@@ -72,11 +72,13 @@ def seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> pa.C
     if form:
         return _by_format(column.cast(pa.string()), form)
     if not pa.types.is_string(kind):
-        return _scaled(column, UNITS[unit])
+        return _scaled(column, UNITS_PER_SECOND[unit])
     first = _first(column)
     if first is None or _NUMBER.match(first):
         return _converted(
-            column, lambda c: _scaled(_numeric(_trimmed(c)), UNITS[unit]), f"a number (of {unit})"
+            column,
+            lambda c: _scaled(_numeric(_trimmed(c)), UNITS_PER_SECOND[unit]),
+            f"a number (of {unit})",
         )
     right = f"an ISO 8601 time such as 2025-01-31 18:30:00 (else set timestamp_format, for example {_guess(first)!r})"
     return _converted(column, _iso, right)
