@@ -9,9 +9,9 @@ import pytest
 from twotower.config import DataConfig, SplitConfig
 from twotower.core.errors import ConfigError
 from twotower.data.dataset import Dataset, TruePreferences
-from twotower.data.filters import in_core
-from twotower.data.interactions import codes, fingerprint
-from twotower.data.split import PARTS, filter_rows, split
+from twotower.data.filters import filter_rows, k_core
+from twotower.data.interactions import PARTS, codes, fingerprint
+from twotower.data.split import split
 
 
 def log_of(users, items, **columns) -> pa.Table:
@@ -175,9 +175,9 @@ def test_a_chain_falls_apart_one_link_a_round():
     # each end.
     n = 50
     users, items = np.repeat(np.arange(n), 2), np.arange(n).repeat(2) + np.tile([0, 1], n)
-    assert not in_core(users, items, k=2).any()
+    assert not k_core(users, items, k=2).any()
     circle = items % n
-    assert in_core(users, circle, k=2).all()
+    assert k_core(users, circle, k=2).all()
 
 
 def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_not():

@@ -8,7 +8,7 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.data.split import PARTS
+from twotower.data.interactions import PARTS
 from twotower.features.encoder import Encoder
 from twotower.features.growth import grown
 from twotower.features.history import (
@@ -66,7 +66,7 @@ def histories_by_hand(path, prepared, part):
     that it may know of."""
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]
     raw = [getattr(prepared.raw, name) for name in PARTS]
-    places = prepared.raw.places
+    places = prepared.raw.file_positions
     known = sorted((place, which) for which in KNOWN_PARTS[part] for place in places[which])
     found = []
     for place, user in zip(
@@ -108,7 +108,7 @@ def test_what_is_held_out_changes_no_history_of_training(tmp_path):
     path = write_log(tmp_path / "log.csv", times=10**6)
     before = prepared_of(path, {"kind": "random"})
     lines = path.read_text().split("\n")
-    for place in np.concatenate(before.raw.places[1:]):
+    for place in np.concatenate(before.raw.file_positions[1:]):
         user, _, rest = lines[place + 1].split(",", 2)
         lines[place + 1] = f"{user},19,{rest}"
     path.write_text("\n".join(lines))
@@ -213,7 +213,7 @@ def test_of_a_request_its_time_is_known_and_nothing_else(tmp_path, times, kind):
     lines = [line.split(",") for line in path.read_text().split("\n")[1:] if line]
     for part in PARTS:
         got = prepared.histories.take(getattr(prepared, part).context[SPANS])[HISTORY_TIME_TO_NEXT]
-        raw, places = getattr(prepared.raw, part), prepared.raw.places
+        raw, places = getattr(prepared.raw, part), prepared.raw.file_positions
         known = [place for which in KNOWN_PARTS[part] for place in places[which]]
         for row, (user, time) in enumerate(
             zip(raw["user_id"].to_pylist(), raw["timestamp"].to_pylist())

@@ -18,8 +18,8 @@ from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import HistoryError
-from twotower.data.sources import load as sources
 from twotower.data.sources.bigquery import make_client
+from twotower.data.sources.load import load_dataset
 from twotower.integrations import bigquery_history
 from twotower.integrations.bigquery_history import BigQueryHistory
 from twotower.integrations.embedding_history import EmbeddingHistory
@@ -82,7 +82,7 @@ def test_a_table_and_a_query_are_read(dataset):
         {"path": f"{dataset}.log"},
         {"query": f"SELECT user_id, item_id, rating FROM `p.{dataset}.log`"},
     ):
-        data = sources.load(
+        data = load_dataset(
             DataConfig(source="bigquery", project="p", interactions=TableConfig(**table))
         )
         assert len(data.interactions) == 50 and len(data.users) == 7 and len(data.items) == 5

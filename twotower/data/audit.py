@@ -1,10 +1,12 @@
-"""The leakage audit: what a split lets training know of what it is tested on, refused unless
-accepted by name."""
+"""The leakage audit: refuses a split whose training rows know what it is tested on.
+
+A kind of leakage that a published protocol has can be accepted by name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +26,12 @@ from twotower.data.interactions import (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One way in which held-out rows are known in training.
+    """One kind of leakage that a split has.
 
     Attributes:
-        name: a key of `FINDINGS`, which `SplitConfig.accept_leakage` accepts.
-        rows: how many rows show it.
-        message: what was found, with the count and an example row.
+        name: Kind of leakage, a key of `FINDINGS`; `SplitConfig.accept_leakage` accepts it.
+        rows: Number of rows that show it.
+        message: Sentence with the number of rows and one of them as an example.
     """
 
     name: str
@@ -37,196 +39,239 @@ class Finding:
     message: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One kind of leakage to look for.
+
+    Attributes:
+        reason: Why it flatters the figures, and the cure.
+        look: Function that returns the finding in a split, or None.
+    """
+
+    reason: str
+    look: Callable[[Split, SplitConfig], Finding | None]
+
+
 def audit(split: Split, config: SplitConfig) -> list[Finding]:
     """Looks for every kind of leakage of `FINDINGS`.
 
+    Args:
+        split: The parts of the log.
+        config: How the log was divided, and the kinds of leakage to accept.
+
     Returns:
         The findings, all of them accepted by `config.accept_leakage`.
+
     Raises:
-        LeakageError: a finding is not accepted.
-        ConfigError: `accept_leakage` names no known finding.
+        LeakageError: A finding is not accepted.
+        ConfigError: `accept_leakage` names no known kind of leakage.
     """
     for name in config.accept_leakage:
         choose(FINDINGS, name, "config.split.accept_leakage")
-    findings = [finding for _, look in FINDINGS.values() for finding in look(split, config)]
-    refused = [finding for finding in findings if finding.name not in config.accept_leakage]
-    if refused:
-        raise LeakageError(_refusal(refused, config))
+    results = [check.look(split, config) for check in FINDINGS.values()]
+    findings = [finding for finding in results if finding is not None]
+    not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
+    if not_accepted:
+        raise LeakageError(_message(not_accepted, config))
     return findings
 
 
 def check_fitted(fitted_on: str, split: Split) -> None:
-    """Refuses an encoder whose vocabularies and statistics come from other rows than the training
-    rows of `split`.
+    """Refuses an encoder that was fitted on other rows than the training rows.
 
     Args:
         fitted_on: `fingerprint` of the rows that the encoder was fitted on.
+        split: The parts of the log.
+
+    Raises:
+        LeakageError: The fingerprints differ.
     """
     expected = fingerprint(split.train)
     if fitted_on != expected:
         raise LeakageError(
-            f"the encoder was fitted on rows with fingerprint {fitted_on!r}, but the training rows now have {expected!r}: "
-            "the data that config.data names, or how it is split, has changed since, and held-out rows may be known. Bring "
-            "the data back, or train in a new folder."
+            f"the encoder was fitted on rows with fingerprint {fitted_on!r}, but the training rows "
+            f"now have {expected!r}: the data that config.data names, or how it is split, has "
+            "changed since, and held-out rows may be known. Bring the data back, or train in a new "
+            "folder."
         )
 
 
-def _random_split(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    held = sum(rows.num_rows for rows in _held(split))
-    if config.kind == "random" and held and has_timestamps(split.train):
-        example = _held(split)[-1]
-        yield Finding(
-            "random_split",
-            held,
-            f"{held:,} held-out rows were drawn at random although rows have timestamps, for example "
-            f"{describe(example, 0)}",
-        )
+def _random_split(split: Split, config: SplitConfig) -> Finding | None:
+    parts = _held_out_parts(split)
+    if config.kind != "random" or not parts or not has_timestamps(split.train):
+        return None
+    count = sum(rows.num_rows for rows in parts)
+    message = (
+        f"{count:,} held-out rows were drawn at random although rows have timestamps, for example "
+        f"{describe(parts[-1], 0)}"
+    )
+    return Finding("random_split", count, message)
 
 
-def _future_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    """Leave-last-out: training rows of some users are later than held-out rows of others, and tell
-    what is coming."""
-    held = _held(split)[-1:]
-    if config.kind != "leave_last_out" or not held or not has_timestamps(split.train):
-        return
-    since = pc.min(held[0]["timestamp"]).as_py()
-    later = np.asarray(pc.fill_null(pc.greater(split.train["timestamp"], since), False))
-    if later.any():
-        row = int(later.argmax())
-        yield Finding(
-            "future_rows",
-            int(later.sum()),
-            f"{later.sum():,} of {split.train.num_rows:,} training rows are later than the "
-            f"earliest held-out row (timestamp={since}), for example {describe(split.train, row)}",
-        )
+def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
+    """Looks, after leave-last-out, for training rows that are later than a held-out row.
+
+    They are rows of other users, and tell what is coming.
+    """
+    parts = _held_out_parts(split)
+    if config.kind != "leave_last_out" or not parts or not has_timestamps(split.train):
+        return None
+    earliest = pc.min(parts[-1]["timestamp"]).as_py()
+    is_later = _as_mask(pc.greater(split.train["timestamp"], earliest))
+    if not is_later.any():
+        return None
+    example = describe(split.train, int(is_later.argmax()))
+    message = (
+        f"{is_later.sum():,} of {split.train.num_rows:,} training rows are later than the "
+        f"earliest held-out row (timestamp={earliest}), for example {example}"
+    )
+    return Finding("future_rows", int(is_later.sum()), message)
 
 
-def _repeated_pairs(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    if (
-        config.kind != "time"
-    ):  # over time people do come back to an item, and a served model meets that too
-        yield from _known(
-            "repeated_pairs", split, pair_codes, "have their (user, item) in an earlier part too"
-        )
+def _repeated_pairs(split: Split, config: SplitConfig) -> Finding | None:
+    # Over time people do come back to an item, and a served model meets that too.
+    if config.kind == "time":
+        return None
+    consequence = "have their (user, item) in an earlier part too"
+    return _find_repeats("repeated_pairs", split, pair_codes, consequence)
 
 
-def _identical_rows(split: Split, config: SplitConfig) -> Iterator[Finding]:
-    if has_timestamps(split.train) and (
-        config.kind != "time" or any(_time_order(split, config))
-    ):  # rows in order of time differ
-        yield from _known(
-            "identical_rows",
-            split,
-            _row_codes,
-            "have their (user, item, timestamp) in an earlier part too",
-        )
+def _identical_rows(split: Split, config: SplitConfig) -> Finding | None:
+    if not has_timestamps(split.train):
+        return None
+    # After a split by time that is in order, rows of two parts differ in their time.
+    if config.kind == "time" and _time_order(split, config) is None:
+        return None
+    consequence = "have their (user, item, timestamp) in an earlier part too"
+    return _find_repeats("identical_rows", split, _row_codes, consequence)
 
 
-def _time_order(split: Split, config: SplitConfig) -> Iterator[Finding]:
+def _time_order(split: Split, config: SplitConfig) -> Finding | None:
+    """Looks for held-out rows that are not after every row of the part before."""
     if config.kind not in ("time", "fixed") or not has_timestamps(split.train):
-        return
-    early, example, before = 0, "", split.train
-    for rows in _held(split):
+        return None
+    count = 0
+    example = ""
+    before = split.train
+    for rows in _held_out_parts(split):
         latest = pc.max(before["timestamp"]).as_py()
-        mask = np.asarray(pc.fill_null(pc.less_equal(rows["timestamp"], latest), False))
-        if mask.any():
-            early += int(mask.sum())
-            example = (
-                f"{describe(rows, int(mask.argmax()))}, where the part before it ends at {latest}"
-            )
+        is_early = _as_mask(pc.less_equal(rows["timestamp"], latest))
+        if is_early.any():
+            count += int(is_early.sum())
+            row = describe(rows, int(is_early.argmax()))
+            example = f"{row}, where the part before it ends at {latest}"
         before = pa.concat_tables([before, rows])
-    if early:
-        yield Finding(
-            "time_order",
-            early,
-            f"{early:,} held-out rows are not after all rows of the part before, for example {example}",
-        )
+    if not count:
+        return None
+    message = (
+        f"{count:,} held-out rows are not after all rows of the part before, for example {example}"
+    )
+    return Finding("time_order", count, message)
 
 
-# name -> (why it flatters the figures, what looks for it)
-FINDINGS: dict[str, tuple[str, Callable[[Split, SplitConfig], Iterator[Finding]]]] = {
-    "random_split": (
-        "Training has seen what the same users did afterwards, and what became popular later, which no served model "
-        "has. config.split.kind='time' asks what a served model is asked.",
+FINDINGS: dict[str, Check] = {
+    "random_split": Check(
+        "Training has seen what the same users did afterwards, and what became popular later, "
+        "which no served model has. config.split.kind='time' asks what a served model is asked.",
         _random_split,
     ),
-    "future_rows": (
-        "Training knows what other users liked after the moment that is predicted, so it knows coming trends. "
-        "config.split.kind='time' does not.",
+    "future_rows": Check(
+        "Training knows what other users liked after the moment that is predicted, so it knows "
+        "coming trends. config.split.kind='time' does not.",
         _future_rows,
     ),
-    "repeated_pairs": (
-        "The answer to a held-out row is remembered, not predicted (and is lost where seen items are masked). "
-        "config.data.duplicates='first' leaves one row a pair.",
+    "repeated_pairs": Check(
+        "The answer to a held-out row is remembered, not predicted (and is lost where seen items "
+        "are masked). config.data.duplicates='first' leaves one row a pair.",
         _repeated_pairs,
     ),
-    "identical_rows": (
+    "identical_rows": Check(
         "The very row that is tested was trained on: the file holds it twice. "
         "config.data.duplicates='first' leaves one row a pair.",
         _identical_rows,
     ),
-    "time_order": (
-        "Training knows the time that is tested. config.split.kind='time' cuts all users at one moment.",
+    "time_order": Check(
+        "Training knows the time that is tested. config.split.kind='time' cuts all users at one "
+        "moment.",
         _time_order,
     ),
 }
 
 
-def _refusal(refused: list[Finding], config: SplitConfig) -> str:
+def _message(findings: list[Finding], config: SplitConfig) -> str:
+    """Returns what was found, why each finding flatters the figures, and how to accept them."""
     lines = [
-        f"the leakage audit refuses this split (config.split.kind={config.kind!r}), whose figures would be too good:"
+        "the leakage audit refuses this split "
+        f"(config.split.kind={config.kind!r}), whose figures would be too good:"
     ]
-    lines += [
-        f"  {finding.name}: {finding.message}. {FINDINGS[finding.name][0]}" for finding in refused
-    ]
-    accept = config.accept_leakage + tuple(finding.name for finding in refused)
-    return "\n".join(
-        [
-            *lines,
-            f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}.",
-        ]
+    for finding in findings:
+        lines.append(f"  {finding.name}: {finding.message}. {FINDINGS[finding.name].reason}")
+    accept = config.accept_leakage + tuple(finding.name for finding in findings)
+    lines.append(
+        f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}."
     )
+    return "\n".join(lines)
 
 
-def _held(split: Split) -> list[pa.Table]:
-    """The held-out parts that have rows, validation first."""
+def _held_out_parts(split: Split) -> list[pa.Table]:
+    """Returns the held-out parts that have rows, validation first."""
     return [rows for rows in (split.validation, split.test) if rows.num_rows]
 
 
+def _as_mask(condition: pa.ChunkedArray) -> np.ndarray:
+    """Returns an Arrow column of booleans as bool [N]; null is False."""
+    return np.asarray(pc.fill_null(condition, False))
+
+
 def _row_codes(rows: pa.Table) -> np.ndarray:
-    pairs = codes(
-        pa.chunked_array([pair_codes(rows)])
-    )  # dense, so that the product below cannot overflow
+    """Numbers the (user, item, timestamp) of each row: int64 [N], equal where all three are."""
+    # `codes` makes the numbers of pairs dense, so that the product below cannot overflow.
+    pairs = codes(pa.chunked_array([pair_codes(rows)]))
     times = codes(rows["timestamp"])
     return pairs * (times.max(initial=0) + 1) + times
 
 
-def _known(
-    name: str, split: Split, codes_of: Callable[[pa.Table], np.ndarray], what: str
-) -> Iterator[Finding]:
-    """Finds held-out rows whose code appears in an earlier part."""
-    held = pa.concat_tables(_held(split) or [split.test])
-    columns = [
-        column for column in ("user_id", "item_id", "timestamp") if column in held.column_names
-    ]
-    rows = pa.concat_tables([part.select(columns) for part in (split.train, *_held(split))])
-    values = codes_of(rows)
-    start, repeated = split.train.num_rows, np.zeros(0, bool)
-    for part in _held(split):
+def _find_repeats(
+    name: str, split: Split, number_rows: Callable[[pa.Table], np.ndarray], consequence: str
+) -> Finding | None:
+    """Looks for held-out rows that stand in an earlier part too.
+
+    Args:
+        name: Kind of leakage.
+        split: The parts of the log.
+        number_rows: Function from rows to codes, int64 [N], that are equal where rows repeat.
+        consequence: End of the sentence "3 of 10 held-out rows ...".
+    """
+    parts = _held_out_parts(split)
+    if not parts:
+        return None
+    held_out = pa.concat_tables(parts)
+    ids_and_time = ("user_id", "item_id", "timestamp")
+    columns = [column for column in ids_and_time if column in held_out.column_names]
+    # One numbering over all parts: codes of different tables cannot be compared.
+    rows = pa.concat_tables([part.select(columns) for part in (split.train, *parts)])
+    values = number_rows(rows)
+    start = split.train.num_rows
+    masks = []
+    for part in parts:
         stop = start + part.num_rows
-        repeated = np.append(repeated, _among(values[start:stop], values[:start]))
+        masks.append(_occurs_in(values[start:stop], values[:start]))
         start = stop
-    if repeated.any():
-        row = int(repeated.argmax())
-        yield Finding(
-            name,
-            int(repeated.sum()),
-            f"{repeated.sum():,} of {held.num_rows:,} held-out rows {what}, for example {describe(held, row)}",
-        )
+    is_repeated = np.concatenate(masks)
+    if not is_repeated.any():
+        return None
+    example = describe(held_out, int(is_repeated.argmax()))
+    message = (
+        f"{is_repeated.sum():,} of {held_out.num_rows:,} held-out rows {consequence}, for example "
+        f"{example}"
+    )
+    return Finding(name, int(is_repeated.sum()), message)
 
 
-def _among(few: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """Which of `few` are among `many`: bool [N]. Hashes only `few`; NumPy sorts both, eight times
-    slower."""
-    candidates = many[np.asarray(pc.is_in(pa.array(many), value_set=pa.array(few)))]
-    return np.asarray(pc.is_in(pa.array(few), value_set=pa.array(candidates)))
+def _occurs_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Marks the values, few, that occur among many others: bool [N].
+
+    It hashes the few alone; `np.isin` sorts both, which is eight times slower.
+    """
+    candidates = others[np.asarray(pc.is_in(pa.array(others), value_set=pa.array(values)))]
+    return np.asarray(pc.is_in(pa.array(values), value_set=pa.array(candidates)))

@@ -1,5 +1,4 @@
-"""What every source yields: three Arrow tables, and for the generated shop the truth behind
-them."""
+"""A log as every source yields it: three Arrow tables, and of a generated shop the truth."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ from twotower.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class TruePreferences:
-    """The generator's own preferences; user u's preference for item i is `user_factors[u] @
-    item_factors[i]`.
+    """The preferences that a log was generated from.
+
+    The preference of user u for item i is `user_factors[u] @ item_factors[i]`.
 
     Attributes:
         user_factors: float32 [U, T], rows aligned with `Dataset.users`.
@@ -32,13 +32,14 @@ class Dataset:
     """A log and what is known of its users and items.
 
     Attributes:
-        interactions: user_id and item_id (string), and where the source has them timestamp (int64
-            seconds since the epoch, UTC), event (string), weight, label (float32), split (string)
-            and context columns. File order.
+        interactions: The log in file order: user_id and item_id (string), and where the source has
+            them timestamp (int64 seconds since the epoch, UTC), event (string), weight, label
+            (float32), split (string) and context columns.
         users: user_id (string, unique) and columns of users; holds every user of `interactions`.
         items: item_id (string, unique) and columns of items; holds every item of `interactions`.
-        has_catalogue: items came from a table of their own, so that all of them can be recommended.
-        truth: of the generated shop only.
+        has_catalogue: Whether items came from a table of their own, so that all of them can be
+            recommended.
+        truth: The preferences behind the log, which a generated shop alone has.
     """
 
     interactions: pa.Table
@@ -51,17 +52,18 @@ class Dataset:
 def assemble(
     interactions: pa.Table, users: pa.Table | None = None, items: pa.Table | None = None
 ) -> Dataset:
-    """A `Dataset` of tables as they were read: rows without ids dropped, entities unique and
-    complete.
+    """Makes a `Dataset` of tables as they were read.
+
+    Rows without ids are dropped; the tables of users and items become unique and complete.
 
     Raises:
-        ConfigError: no row has both ids.
+        ConfigError: No row has both ids.
     """
-    rows = len(interactions)
+    num_rows = len(interactions)
     interactions = drop_missing(interactions, ("user_id", "item_id"), "interactions")
     if not len(interactions):
         raise ConfigError(
-            f"interactions: none of {rows} rows has both a user_id and an item_id; check "
+            f"interactions: none of {num_rows} rows has both a user_id and an item_id; check "
             f"config.data.interactions.columns, which says what they are called in the file."
         )
     return Dataset(
@@ -73,7 +75,7 @@ def assemble(
 
 
 def drop_missing(table: pa.Table, columns: tuple[str, ...], name: str) -> pa.Table:
-    """`table` without the rows that lack one of `columns`; how many those were is logged."""
+    """Returns a table without the rows that lack one of `columns`, and logs their number."""
     for column in columns:
         missing = table[column].null_count
         if missing:
@@ -85,43 +87,55 @@ def drop_missing(table: pa.Table, columns: tuple[str, ...], name: str) -> pa.Tab
 
 
 def collapse(table: pa.Table, key: str) -> pa.Table:
-    """One row a value of `key`, in the order of first appearance; each column takes its first
-    non-null value."""
+    """Merges the rows of each value of `key`, in order of first appearance.
+
+    Each column takes the first value of the merged rows that is not null.
+    """
     codes, count = _codes(table[key])
     if count == len(table):
         return table
-    return pa.table(
-        {
-            name: table[name].take(_first_valid(table[name], codes, count))
-            for name in table.column_names
-        }
-    )
+    columns = {}
+    for name in table.column_names:
+        rows = _first_valid(table[name], codes, count)
+        columns[name] = table[name].take(rows)
+    return pa.table(columns)
 
 
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
-    """int32 [N] codes in the order of first appearance, and how many there are."""
-    encoded = pa.chunked_array([values.combine_chunks()]) if values.num_chunks != 1 else values
-    dictionary = encoded.chunk(0).dictionary_encode()
-    return dictionary.indices.to_numpy(zero_copy_only=False), len(dictionary.dictionary)
+    """Returns codes in order of first appearance, int32 [N], and their number."""
+    joined = pa.chunked_array([values.combine_chunks()]) if values.num_chunks != 1 else values
+    encoded = joined.chunk(0).dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False), len(encoded.dictionary)
 
 
 def _first_valid(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
-    """Per code the first row whose value is not null, or null where no row has one."""
-    rows = np.flatnonzero(pc.is_valid(values).to_numpy())[::-1]
+    """Returns for each code the first row whose value is not null, or null without one."""
+    valid_rows = np.flatnonzero(pc.is_valid(values).to_numpy())
     first = np.full(count, -1, np.int64)
-    first[codes[rows]] = rows  # backwards: of several rows with one code the first is written last
+    # Backwards: of several rows with one code the last write is the first row.
+    backwards = valid_rows[::-1]
+    first[codes[backwards]] = backwards
     return pa.array(first, mask=first < 0)
 
 
 def _entities(table: pa.Table | None, ids: pa.ChunkedArray, key: str, name: str) -> pa.Table:
-    found = pc.unique(ids)
+    """Returns the table of users or items, one row an id, with every id of the log.
+
+    Args:
+        table: The table as it was read; None makes one of the ids alone.
+        ids: The ids of the log.
+        key: Column of the id.
+        name: Name of the table in messages.
+    """
+    ids_of_log = pc.unique(ids)
     if table is None:
-        return pa.table({key: found})
-    table = drop_missing(table, (key,), name)
-    unique = collapse(table, key)
-    if len(unique) < len(table):
-        logging.info("%s: %d rows of %d distinct ids", name, len(table), len(unique))
-    absent = found.filter(pc.invert(pc.is_in(found, value_set=unique[key])))
+        return pa.table({key: ids_of_log})
+    rows = drop_missing(table, (key,), name)
+    unique = collapse(rows, key)
+    if len(unique) < len(rows):
+        logging.info("%s: %d rows of %d distinct ids", name, len(rows), len(unique))
+    is_known = pc.is_in(ids_of_log, value_set=unique[key])
+    absent = ids_of_log.filter(pc.invert(is_known))
     if not len(absent):
         return unique
     logging.info("%s: %d ids of the log are not in the table", name, len(absent))

@@ -1,5 +1,4 @@
-"""Rows of a log as NumPy columns: codes of their ids, their times, and the parts they are divided
-into."""
+"""Rows of a log as NumPy columns: codes of their ids, their times, and the parts of a split."""
 
 from __future__ import annotations
 
@@ -13,51 +12,61 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.ragged import pair_keys
 
+PARTS = ("train", "validation", "test")
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of the interactions, each in exactly one part, in file order within a part.
+    """A log divided into three parts, each of which keeps its rows in file order.
 
     Attributes:
-        places: of each part, where its rows stood in the file, int64; None: the parts follow each
-            other.
+        train: Rows to learn from.
+        validation: Rows to choose a model by.
+        test: Rows to report on.
+        file_positions: Position in the file of each row, one int64 array a part; None says that
+            the parts follow each other in the file.
     """
 
     train: pa.Table
     validation: pa.Table
     test: pa.Table
-    places: tuple[np.ndarray, ...] | None = None
+    file_positions: tuple[np.ndarray, ...] | None = None
 
-    def file_order(self) -> np.ndarray:
-        """int64 [N], where each row of the joined parts stood in the file."""
-        if self.places is None:
+    def joined_file_positions(self) -> np.ndarray:
+        """Returns the position in the file, int64 [N], of each row of the three parts joined."""
+        if self.file_positions is None:
             return np.arange(len(self.train) + len(self.validation) + len(self.test))
-        return np.concatenate(self.places)
+        return np.concatenate(self.file_positions)
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers distinct values from 0 in the order of first appearance: int64 [N]; null is a value
-    like others."""
+    """Numbers the distinct values of a column from 0, in order of first appearance.
+
+    Returns:
+        int64 [N]; null has a number like other values.
+    """
     encoded = pc.dictionary_encode(column, null_encoding="encode")
     chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
-    return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
+    if not chunks:
+        return np.zeros(0, np.int64)
+    return np.concatenate(chunks).astype(np.int64)
 
 
 def pair_codes(rows: pa.Table) -> np.ndarray:
-    """Numbers the (user, item) pairs of `rows`: int64 [N], equal where both ids are."""
+    """Numbers the (user, item) pairs of a log: int64 [N], equal where both ids are."""
     return pair_keys(codes(rows["user_id"]), codes(rows["item_id"]))
 
 
 def has_timestamps(rows: pa.Table) -> bool:
-    """Whether any row says when it happened."""
+    """Returns whether any row says when it happened."""
     return "timestamp" in rows.column_names and rows["timestamp"].null_count < rows.num_rows
 
 
 def timestamps(rows: pa.Table) -> np.ndarray | None:
-    """Seconds since the epoch, int64 [N], or None when no row says when it happened.
+    """Returns the seconds since the epoch of each row, int64 [N], or None for a log without times.
 
     Raises:
-        ConfigError: some rows have a timestamp and others do not, so that they have no order.
+        ConfigError: Some rows have a timestamp and others have none, so that they have no order.
     """
     if not has_timestamps(rows):
         return None
@@ -65,56 +74,70 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
         raise ConfigError(
-            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the first of them row "
-            f"{row + 1} ({describe(rows, row)}), so the log has no order in time. Give every row a timestamp, or drop "
-            f"these by config.data.where=(('timestamp', '!=', None),)."
+            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the "
+            f"first of them row {row + 1} ({describe(rows, row)}), so the log has no order in "
+            f"time. Give every row a timestamp, or drop these by "
+            f"config.data.where=(('timestamp', '!=', None),)."
         )
     return column.to_numpy().astype(np.int64)
 
 
-def places_from_end(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """How many later rows the user of each row has, and how many in all: int64 [N] each.
+def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Counts, for each row, the later rows of the same user, and all rows of that user.
 
     Rows are ordered by timestamp where there is one; file order breaks ties, or is the order.
+
+    Returns:
+        Later rows, int64 [N], and all rows, int64 [N].
     """
-    users, times = codes(rows["user_id"]), timestamps(rows)
-    keys = (users,) if times is None else (times, users)  # the last key is the first to sort by
-    order = np.lexsort(keys)  # stable: equal keys stay in file order
+    users = codes(rows["user_id"])
+    times = timestamps(rows)
+    # `lexsort` sorts by its last key first, and is stable: equal keys stay in file order.
+    keys = (users,) if times is None else (times, users)
+    order = np.lexsort(keys)
     counts = np.bincount(users)
+    last_of_user = np.cumsum(counts)[users[order]] - 1
     later = np.empty(len(users), np.int64)
-    later[order] = np.cumsum(counts)[users[order]] - 1 - np.arange(len(users))
+    later[order] = last_of_user - np.arange(len(users))
     return later, counts[users]
 
 
 def describe(rows: pa.Table, row: int) -> str:
-    """One row for a message: its ids and, where there is one, its timestamp."""
+    """Returns one row as text for a message: its ids and, where there is one, its timestamp."""
     names = [name for name in ("user_id", "item_id", "timestamp") if name in rows.column_names]
     return ", ".join(f"{name}={rows[name][row].as_py()!r}" for name in names)
 
 
 def fingerprint(rows: pa.Table) -> str:
-    """Hex digest of who met which item and when, in order; the same however the columns are cut
-    into chunks."""
+    """Returns a hex digest of who met which item and when, in order.
+
+    It is the same however the columns are cut into chunks.
+    """
     digest = hashlib.sha256()
     for name in ("user_id", "item_id", "timestamp"):
         if name in rows.column_names:
             digest.update(f"{name} {rows.num_rows} ".encode())
-            for part in _bytes_of(rows[name]):
-                digest.update(part)
+            for part in _column_bytes(rows[name]):
+                digest.update(part.data)
     return digest.hexdigest()[:16]
 
 
-def _bytes_of(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """The values of a column of text or integers as bytes, without a detour over Python objects."""
+def _column_bytes(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Returns the values of a column of text or integers as arrays of bytes.
+
+    Reading Arrow's buffers avoids one Python object a value.
+    """
     if not pa.types.is_string(column.type):
-        return [np.asarray(pc.fill_null(column.cast(pa.int64()), np.iinfo(np.int64).min))]
+        smallest = np.iinfo(np.int64).min
+        return [np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))]
+    # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
     lengths = np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
     return [lengths, *(_text_bytes(chunk.drop_null()) for chunk in column.chunks)]
 
 
 def _text_bytes(values: pa.StringArray) -> np.ndarray:
     _, offsets, text = values.buffers()
-    if not len(values) or text is None:
+    if not len(values) or offsets is None or text is None:
         return np.zeros(0, np.uint8)
     ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
     return np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.core.errors import HistoryError
-from twotower.data.sources.bigquery import refusals
+from twotower.data.sources.bigquery import report_errors
 from twotower.integrations.embedding_history import BLOCK, SCHEMA, TABLES, EmbeddingHistory, Stored
 
 COLUMNS = {
@@ -88,7 +88,7 @@ class BigQueryHistory:
         full = ".".join(
             [*([] if "." in self.dataset else [self.client.project]), self.dataset, name]
         )
-        with refusals(f"table {full}", HistoryError):
+        with report_errors(f"table {full}", HistoryError):
             new = bigquery.Table(
                 full, [bigquery.SchemaField(n, *kind) for n, kind in COLUMNS.items()]
             )
@@ -114,7 +114,7 @@ class BigQueryHistory:
             write_disposition="WRITE_TRUNCATE",
         )
         partition = f"{table.reference}${run_date:%Y%m%d}"
-        with tempfile.TemporaryFile() as file, refusals(f"table {partition}", HistoryError):
+        with tempfile.TemporaryFile() as file, report_errors(f"table {partition}", HistoryError):
             _write(file, stored, run_date)
             job = self.client.load_table_from_file(
                 file, partition, rewind=True, location=table.location, job_config=config

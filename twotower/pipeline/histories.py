@@ -195,7 +195,7 @@ def build_histories(
     user = np.concatenate(users).astype(np.int64)
     time = _join_times(users, times)
     _check_columns(feature, log, has_times=time is not None)
-    file_order = raw.file_order()
+    file_order = raw.joined_file_positions()
     # One integer orders users and, within a user, moments: dense numbers of moments keep it small.
     moment = np.unique(file_order if time is None else time, return_inverse=True)[1]
     keys = user * (moment.max(initial=0) + 1) + moment

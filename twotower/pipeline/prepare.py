@@ -14,9 +14,12 @@ from twotower.config import Config
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.data import split
-from twotower.data.interactions import timestamps
-from twotower.data.sources import load as sources
+from twotower.data.audit import audit, check_fitted
+from twotower.data.dataset import TruePreferences
+from twotower.data.filters import filter_rows
+from twotower.data.interactions import PARTS, Split, timestamps
+from twotower.data.sources.load import load_dataset
+from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import load_spec
 from twotower.pipeline.batches import Rows
@@ -51,8 +54,8 @@ class PreparedData:
     test: Rows
     encoder: Encoder
     features: Mapping[str, Mapping[str, np.ndarray]]
-    truth: sources.TruePreferences | None
-    raw: split.Split
+    truth: TruePreferences | None
+    raw: Split
     histories: Histories | None = None
     plan: SequencePacking | None = None
 
@@ -99,13 +102,13 @@ def prepare(
 
     Raises:
         ConfigError: the data cannot be read, or nothing is left of it.
-        LeakageError: the split leaks (see `split.audit`), or `encoder` was not fitted on these
+        LeakageError: the split leaks (see `twotower.data.audit.audit`), or `encoder` was not fitted on these
             training rows.
     """
     spec = load_spec(config.features)
-    dataset = split.filter_rows(sources.load(config.data), config.data)
-    parts = split.split(dataset.interactions, config.split)
-    split.audit(parts, config.split)
+    dataset = filter_rows(load_dataset(config.data), config.data)
+    parts = split(dataset.interactions, config.split)
+    audit(parts, config.split)
     users, items = dataset.users, dataset.items
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
@@ -122,7 +125,7 @@ def prepare(
     )
     items = items.filter(pa.array(in_corpus))
     encoder = encoder or fit(spec, parts.train, users=users, items=items)
-    split.check_fitted(encoder.fitted_on, parts)
+    check_fitted(encoder.fitted_on, parts)
     _check_context(encoder, labels)
     logging.info(
         "%d users, %d items in the corpus; rows: %d train, %d validation, %d test.",
@@ -169,7 +172,7 @@ def _plan(config: Config, histories: Histories | None) -> SequencePacking | None
 
 
 def _with_histories(
-    encoder: Encoder, parts: split.Split, rows: list[Rows], num_users: int
+    encoder: Encoder, parts: Split, rows: list[Rows], num_users: int
 ) -> tuple[Histories | None, list[Rows]]:
     """The histories, where they are a feature, and the rows with theirs in their context."""
     feature = encoder.spec.history
@@ -179,7 +182,7 @@ def _with_histories(
     histories = build_histories(
         feature, fitted, parts, [r.user for r in rows], [r.timestamp for r in rows], num_users
     )
-    spans = [histories.spans[part] for part in split.PARTS]
+    spans = [histories.spans[part] for part in PARTS]
     return histories, [
         dataclasses.replace(r, context={**r.context, SPANS: s}) for r, s in zip(rows, spans)
     ]

@@ -15,7 +15,7 @@ from absl import logging
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import replacing
-from twotower.data import split
+from twotower.data.interactions import PARTS
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
@@ -90,7 +90,7 @@ def make_bundle(run: Run) -> Bundle:
         users=users,
         index=index,
         seen=items_of_users(
-            [prepared.positives(part) for part in split.PARTS], num_users=len(users)
+            [prepared.positives(part) for part in PARTS], num_users=len(users)
         ),
     )
 

@@ -10,12 +10,12 @@ from scipy.sparse.linalg import svds
 from twotower.config import DataConfig, TableConfig
 from twotower.data.shop import generate as synthetic
 from twotower.data.shop import log as shop_log
-from twotower.data.sources import load as sources
+from twotower.data.sources.load import load_dataset
 
 
 @pytest.fixture(scope="module")
 def shop():
-    return sources.load(DataConfig(source="shop", num_interactions=100_000))
+    return load_dataset(DataConfig(source="shop", num_interactions=100_000))
 
 
 def codes(shop):
@@ -47,7 +47,7 @@ def test_what_is_written_reads_back_as_what_was_generated(tmp_path):
     synthetic.write(made, tmp_path)
     names = ("interactions", "users", "items")
     log, users, items = (TableConfig(path=str(tmp_path / f"{name}.parquet")) for name in names)
-    read = sources.load(
+    read = load_dataset(
         DataConfig(source="parquet", interactions=log, user_table=users, item_table=items)
     )
     for name in names:
@@ -129,7 +129,7 @@ def test_sizes_grow_with_the_log(shop):
 
 def test_as_many_items_as_asked_all_of_them_to_be_met():
     config = DataConfig(source="shop", num_interactions=2_000, num_items=700)
-    shop = sources.load(config)
+    shop = load_dataset(config)
     _, items = codes(shop)
     assert (
         len(shop.items) == len(shop.truth.item_factors) == 700 and len(shop.interactions) == 2_000

@@ -10,7 +10,7 @@ from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import fingerprint
-from twotower.data.sources import load as sources
+from twotower.data.sources.load import load_dataset
 from twotower.pipeline.prepare import prepare
 
 extra("google.cloud.bigquery", "bigquery")
@@ -43,7 +43,7 @@ def server(bigquery_server):
 
 
 def load(project="p", **given):
-    return sources.load(
+    return load_dataset(
         DataConfig(
             source="bigquery", project=project, **{k: TableConfig(**v) for k, v in given.items()}
         )
@@ -60,7 +60,7 @@ def test_a_table_is_read_page_by_page_as_parquet_is(server, tmp_path):
         source="parquet", interactions=TableConfig(path=str(tmp_path / "log.parquet"))
     )
     expected, found = (
-        sources.load(files).interactions,
+        load_dataset(files).interactions,
         load(interactions={"path": "shop.log"}).interactions,
     )
     assert found.schema.equals(expected.schema)

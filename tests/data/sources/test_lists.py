@@ -5,7 +5,7 @@ import pytest
 
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
-from twotower.data.sources import load as sources
+from twotower.data.sources.load import load_dataset
 
 
 def write(path, text):
@@ -15,7 +15,7 @@ def write(path, text):
 
 def load(source, path, **tables):
     tables = {name: TableConfig(**value) for name, value in tables.items()}
-    return sources.load(
+    return load_dataset(
         DataConfig(source=source, interactions=TableConfig(path=str(path)), **tables)
     )
 

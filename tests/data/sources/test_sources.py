@@ -13,7 +13,7 @@ import pytest
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.dataset import collapse
-from twotower.data.sources import load as sources
+from twotower.data.sources.load import load_dataset
 
 
 def write(path, text, encoding="utf-8"):
@@ -26,7 +26,7 @@ def load(source="csv", **tables):
         name: TableConfig(**value) if isinstance(value, dict) else value
         for name, value in tables.items()
     }
-    return sources.load(DataConfig(source=source, **made))
+    return load_dataset(DataConfig(source=source, **made))
 
 
 def rows(path, **options):
@@ -276,12 +276,12 @@ def test_an_item_group_takes_the_place_of_the_item(tmp_path):
     config = DataConfig(
         source="csv", interactions=TableConfig(path=log), item_table=TableConfig(path=items)
     )
-    data = sources.load(dataclasses.replace(config, item_group="title"))
+    data = load_dataset(dataclasses.replace(config, item_group="title"))
     assert data.interactions["item_id"].to_pylist() == ["Film", "Film", "3", "4"]
     assert data.items["item_id"].to_pylist() == ["Film", "3", "4"]
     assert data.items["year"].to_pylist() == [1990, 1991, None]
     with pytest.raises(ConfigError, match=r"item_group='titel' .*did you mean 'title'"):
-        sources.load(dataclasses.replace(config, item_group="titel"))
+        load_dataset(dataclasses.replace(config, item_group="titel"))
 
 
 WRONG = [("timestamp", "soon"), ("rating", "abc"), ("weight", "1,5"), ("label", "yes")]

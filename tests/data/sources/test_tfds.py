@@ -14,8 +14,8 @@ import pytest
 
 from twotower.config import DataConfig
 from twotower.core.errors import ConfigError
-from twotower.data.sources import load as sources
 from twotower.data.sources import tfds
+from twotower.data.sources.load import load_dataset
 
 needs_tfds = pytest.mark.skipif(
     not (
@@ -36,15 +36,15 @@ class Hiding(PathFinder):
 
 sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
 from twotower.config import DataConfig
-from twotower.data import sources
+from twotower.data.sources.load import load_dataset
 
-sources.load(DataConfig(source="tfds", dataset=sys.argv[1], data_dir=sys.argv[2]))
+load_dataset(DataConfig(source="tfds", dataset=sys.argv[1], data_dir=sys.argv[2]))
 assert "tensorflow" not in sys.modules
 """
 
 
 def load(dataset, folder):
-    return sources.load(DataConfig(source="tfds", dataset=dataset, data_dir=str(folder)))
+    return load_dataset(DataConfig(source="tfds", dataset=dataset, data_dir=str(folder)))
 
 
 @needs_tfds

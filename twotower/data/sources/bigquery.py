@@ -1,7 +1,6 @@
-"""Tables of BigQuery, and results of its queries -> one Arrow table with our column names and
-types.
+"""Tables of BigQuery, and results of its queries, into one Arrow table with our names and types.
 
-Rows come page by page over REST. Of logs beyond some ten million rows, let BigQuery write Parquet
+Rows come page by page over REST. For logs beyond some ten million rows, let BigQuery write Parquet
 (EXPORT DATA) and read that.
 """
 
@@ -11,129 +10,153 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from absl import logging
 
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError, extra
-from twotower.data.sources import files as tables
+from twotower.data.contract import Origin, apply_contract
 
-_SECONDS = 30.0  # between log lines
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from google.cloud.bigquery import Client
+
+SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
-def make_client(project: str = "", location: str = "") -> Any:
-    """A `google.cloud.bigquery.Client`. Where BIGQUERY_EMULATOR_HOST names an emulator, it needs no
-    credentials.
+def make_client(project: str = "", location: str = "") -> Client:
+    """Returns a client of BigQuery.
+
+    Where BIGQUERY_EMULATOR_HOST names an emulator, it needs no credentials.
+
+    Args:
+        project: Project that is billed for queries; empty means that of the credentials.
+        location: Where queries run; empty lets BigQuery find out.
 
     Raises:
-        ConfigError: the extra bigquery, credentials or a project are missing.
+        ConfigError: The extra bigquery, credentials or a project are missing.
     """
     with extra("bigquery", "BigQuery"):
         from google.auth.credentials import AnonymousCredentials
         from google.auth.exceptions import DefaultCredentialsError
         from google.cloud import bigquery
-    emulated = bool(os.environ.get("BIGQUERY_EMULATOR_HOST"))
-    credentials = AnonymousCredentials() if emulated else None
+    credentials = None
+    if os.environ.get("BIGQUERY_EMULATOR_HOST"):
+        credentials = AnonymousCredentials()
+        project = project or "emulated"
     try:
-        return bigquery.Client(
-            project or ("emulated" if emulated else None), credentials, location=location or None
-        )
+        return bigquery.Client(project or None, credentials, location=location or None)
     except DefaultCredentialsError as error:
         raise ConfigError(
             f"BigQuery needs credentials: gcloud auth application-default login. ({error})"
         ) from error
-    except OSError as error:  # the client could not find out the project
+    except OSError as error:  # raised where the credentials name no project
         raise ConfigError(
             f"config.data.project={project!r} must name a project: the credentials name none."
         ) from error
 
 
-def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Any) -> pa.Table:
-    """The table or query that `config` names, in an order of its own: by time, then by ids, then by
-    the other columns.
+def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Client) -> pa.Table:
+    """Reads a table or the result of a query, sorted by time, ids, and the other columns.
 
     BigQuery's own order differs from time to time, while a later command must find the rows that
-    training found. For the same reason a query over a table that grows needs a condition on time.
+    training found. Put a time limit into a query over a growing table for the same reason: later
+    commands then read the same rows.
 
     Args:
-        name: of the table in the configuration, for messages.
-        keys: the columns it must have; they become strings.
+        config: Table or query to read, and our names of its columns.
+        name: Name of the table in the configuration, for messages.
+        keys: Columns that it must have; they become strings.
+        client: The client that asks BigQuery.
 
     Returns:
-        What `tables.read` returns of Parquet.
+        Columns with the names and types of `apply_contract`.
 
     Raises:
-        ConfigError: BigQuery refuses, or there are no rows, or a column is missing or of the wrong
+        ConfigError: BigQuery refuses, there are no rows, or a column is missing or of the wrong
             type.
     """
-    origin = f"table {config.path}" if config.path else f"the result of config.data.{name}.query"
-    with refusals(f"{name}: {origin}"):
-        batches = list(_batches(client, config, name))
+    source = f"table {config.path}" if config.path else f"the result of config.data.{name}.query"
+    with report_errors(f"{name}: {source}"):
+        batches = list(_read_batches(client, config, name))
     if not any(len(batch) for batch in batches):
-        raise ConfigError(f"{name}: {origin} has no rows.")
-    table = tables.shaped(
-        pa.Table.from_batches(batches),
-        config,
-        name,
-        keys=keys,
-        origin=origin,
-        place=lambda row: f"{origin}, row {row + 1} as it came",
-        typed=True,
+        raise ConfigError(f"{name}: {source} has no rows.")
+    origin = Origin(
+        name=source,
+        describe_row=lambda row: f"{source}, row {row + 1} as it came",
+        is_typed=True,
     )
-    order = dict.fromkeys(["timestamp", *keys, *table.column_names])
-    sortable = [
-        column
-        for column in order
-        if column in table.column_names and not pa.types.is_nested(table[column].type)
-    ]
-    return table.sort_by([(column, "ascending") for column in sortable])
+    table = pa.Table.from_batches(batches)
+    table = apply_contract(table, config, name, keys=keys, origin=origin)
+    return table.sort_by([(column, "ascending") for column in _sort_columns(table, keys)])
+
+
+def _sort_columns(table: pa.Table, keys: tuple[str, ...]) -> list[str]:
+    """Returns the columns to sort by; Arrow cannot sort by lists."""
+    columns = dict.fromkeys(["timestamp", *keys, *table.column_names])
+    columns_of_table = [column for column in columns if column in table.column_names]
+    return [column for column in columns_of_table if not pa.types.is_nested(table[column].type)]
 
 
 @contextlib.contextmanager
-def refusals(what: str, error_type: type[ValueError] = ConfigError) -> Iterator[None]:
-    """Turns what BigQuery says no to into an `error_type` of one line."""
+def report_errors(subject: str, error_type: type[ValueError] = ConfigError) -> Iterator[None]:
+    """Turns an error of BigQuery's client into an `error_type` with a message of one line.
+
+    Args:
+        subject: What was read or written, the beginning of the message.
+        error_type: Type of the error to raise.
+    """
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
     try:
         yield
     except (GoogleAPIError, GoogleAuthError) as error:
-        told = [
-            one["message"]
-            for one in getattr(error, "errors", ())
-            if isinstance(one, dict) and one.get("message")
-        ]
-        reason = (told or [str(error)])[0].splitlines()[0].rstrip(".")
-        raise error_type(f"{what}: BigQuery refuses: {reason}.") from error
+        message = _messages(error)[0]
+        reason = message.splitlines()[0].rstrip(".")
+        raise error_type(f"{subject}: BigQuery refuses: {reason}.") from error
 
 
-def _batches(client: Any, config: TableConfig, name: str) -> Iterator[pa.RecordBatch]:
-    """The rows, page by page."""
-    rows = _rows(client, config, name)
-    done, logged = 0, time.monotonic()
+def _messages(error: Exception) -> list[str]:
+    """Returns the reasons that BigQuery gives, or else the text of the error."""
+    reasons = []
+    for detail in getattr(error, "errors", ()):
+        if isinstance(detail, dict) and detail.get("message"):
+            reasons.append(detail["message"])
+    return reasons or [str(error)]
+
+
+def _read_batches(client: Client, config: TableConfig, name: str) -> Iterator[pa.RecordBatch]:
+    """Yields the rows page by page, and logs how many have come."""
+    rows = _find_rows(client, config, name)
+    count = 0
+    last_logged = time.monotonic()
     for batch in rows.to_arrow_iterable():
         yield batch
-        done += len(batch)
-        if time.monotonic() - logged > _SECONDS:
-            logged = time.monotonic()
-            logging.info("%s: %d of %d rows from BigQuery.", name, done, rows.total_rows)
+        count += len(batch)
+        if time.monotonic() - last_logged > SECONDS_BETWEEN_LOG_LINES:
+            last_logged = time.monotonic()
+            logging.info("%s: %d of %d rows from BigQuery.", name, count, rows.total_rows)
 
 
-def _rows(client: Any, config: TableConfig, name: str) -> Any:
+def _find_rows(client: Client, config: TableConfig, name: str) -> Any:
+    """Returns the rows that are to be read, as an iterator of BigQuery's client."""
     if config.query:
         return client.query(config.query).result()
     if not config.path:
         raise ConfigError(
-            f"config.data.{name}.path={config.path!r} must name a table, DATASET.TABLE, or else give a query."
+            f"config.data.{name}.path={config.path!r} must name a table, DATASET.TABLE, or else "
+            "give a query."
         )
     try:
         table = client.get_table(config.path)
-    except ValueError as error:  # of the client, about the form of the name
+    except ValueError as error:  # raised where the name has another form
         raise ConfigError(
-            f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or DATASET.TABLE."
+            f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or "
+            "DATASET.TABLE."
         ) from error
     if table.table_type == "TABLE":
         return client.list_rows(table)
-    return client.query(f"SELECT * FROM `{table.reference}`").result()  # of a view
+    # Rows of a view cannot be listed.
+    return client.query(f"SELECT * FROM `{table.reference}`").result()

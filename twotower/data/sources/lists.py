@@ -1,7 +1,11 @@
-"""Pair files ("user item" a line) and user-list files ("user item item ..." a line), as papers pass
-them on."""
+"""Pair files ("user item" a line) and user-list files ("user item item ..." a line).
+
+Many papers pass their logs on in these forms.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,35 +13,39 @@ import pyarrow as pa
 from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.data.sources import files as tables
+from twotower.data.sources import files
 
 
 def read_pairs(config: TableConfig, name: str) -> pa.Table:
-    """user_id and item_id of lines of two words, in the order of the file; empty lines are passed
-    over."""
+    """Reads lines of two words as user_id and item_id, in the order of the file.
+
+    Empty lines are passed over.
+    """
     return _read(config, name, pairs=True)
 
 
 def read_user_lists(config: TableConfig, name: str) -> pa.Table:
-    """user_id and item_id of lines of a user and that user's items; a user without items has no
-    rows."""
+    """Reads lines of a user and that user's items as user_id and item_id.
+
+    A user without items has no rows.
+    """
     return _read(config, name, pairs=False)
 
 
 def _read(config: TableConfig, name: str, *, pairs: bool) -> pa.Table:
-    parts = [
-        _rows(path, name, config.encoding, pairs=pairs)
-        for path in tables.find(config.path, name, "csv")
-    ]
+    paths = files.find_files(config.path, name, "csv")
+    parts = [_read_file(path, name, config.encoding, pairs=pairs) for path in paths]
     table = pa.concat_tables(parts)
     if not len(table):
         raise ConfigError(
-            f"{name}: {config.path} has no rows; config.data.{name}.path must name a file with data."
+            f"{name}: {config.path} has no rows; config.data.{name}.path must name a file with "
+            "data."
         )
     return table
 
 
-def _rows(path: object, name: str, encoding: str, *, pairs: bool) -> pa.Table:
+def _read_file(path: Path, name: str, encoding: str, *, pairs: bool) -> pa.Table:
+    """Reads one file with Arrow's functions on whole columns, without a loop over lines."""
     with pa.input_stream(str(path), compression="detect") as stream:
         try:
             text = stream.read().decode(encoding)
@@ -46,21 +54,28 @@ def _rows(path: object, name: str, encoding: str, *, pairs: bool) -> pa.Table:
                 f"{name}: {path} is not {encoding}: {error}; set config.data.{name}.encoding."
             ) from error
     lines = pa.array(text.splitlines(), pa.string())
-    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(lines))
-    lengths = pc.list_value_length(words).to_numpy(zero_copy_only=False).copy()
-    flat = words.flatten()
-    # An empty line is one empty word.
-    lengths[pc.equal(pc.list_element(words, 0), "").to_numpy(zero_copy_only=False)] = 0
-    flat = flat.filter(pc.not_equal(flat, ""))
-    if pairs and np.any(bad := (lengths != 2) & (lengths != 0)):
-        row = int(np.flatnonzero(bad)[0])
-        raise ConfigError(
-            f"{name}: {path}, line {row + 1}: {lines[row].as_py()[:80]!r} is not one pair 'user item'."
-        )
-    first = np.cumsum(lengths) - lengths
-    is_item = np.ones(len(flat), bool)
-    is_item[first[lengths > 0]] = False
-    users = np.repeat(first, np.maximum(lengths - 1, 0))
+    words_of_line = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(lines))
+    lengths = pc.list_value_length(words_of_line).to_numpy(zero_copy_only=False).copy()
+    words = words_of_line.flatten()
+    # Arrow splits an empty line into one empty word.
+    is_empty = pc.equal(pc.list_element(words_of_line, 0), "")
+    lengths[is_empty.to_numpy(zero_copy_only=False)] = 0
+    words = words.filter(pc.not_equal(words, ""))
+    if pairs:
+        _check_pairs(lengths, lines, f"{name}: {path}")
+    first_word = np.cumsum(lengths) - lengths
+    is_item = np.ones(len(words), bool)
+    is_item[first_word[lengths > 0]] = False
+    users = np.repeat(first_word, np.maximum(lengths - 1, 0))
     return pa.table(
-        {"user_id": flat.take(pa.array(users)), "item_id": flat.filter(pa.array(is_item))}
+        {"user_id": words.take(pa.array(users)), "item_id": words.filter(pa.array(is_item))}
     )
+
+
+def _check_pairs(lengths: np.ndarray, lines: pa.Array, location: str) -> None:
+    """Refuses a line of other than two words, given the words of each line, int [lines]."""
+    bad = np.flatnonzero((lengths != 2) & (lengths != 0))
+    if bad.size:
+        line = int(bad[0])
+        text = lines[line].as_py()[:80]
+        raise ConfigError(f"{location}, line {line + 1}: {text!r} is not one pair 'user item'.")

@@ -1,6 +1,6 @@
-"""Where a log comes from: one dict of readers, each of which yields a `Dataset` of Arrow tables.
+"""Where a log comes from: one dict of sources, each of which yields a `Dataset` of Arrow tables.
 
-A reader keeps the order of the rows, turns ids into strings and timestamps into seconds, and makes
+A source keeps the order of the rows, turns ids into strings and timestamps into seconds, and makes
 the tables of users and items unique and complete. It filters nothing but rows without ids.
 """
 
@@ -8,71 +8,91 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
+from twotower.data.contract import similar_name_hint
 from twotower.data.dataset import Dataset, assemble, collapse
-from twotower.data.shop import generate as synthetic
-from twotower.data.sources import bigquery, lists, tfds
-from twotower.data.sources import files as tables
+from twotower.data.shop import generate as shop
+from twotower.data.sources import bigquery, files, lists, tfds
 
-__all__ = ["SOURCES", "Dataset", "load"]
+# Columns that a log must have.
+LOG_KEYS = ("user_id", "item_id")
 
 
-def load(config: DataConfig) -> Dataset:
-    """Reads what `config` names; `config.item_group` then takes the place of the item id.
+@runtime_checkable
+class Source(Protocol):
+    """A reader of a log: it yields what the configuration names.
+
+    A module of `config.plugins` may add one to `SOURCES`.
+    """
+
+    def __call__(self, config: DataConfig) -> Dataset: ...
+
+
+@runtime_checkable
+class LogReader(Protocol):
+    """A reader of one table of interactions; `name` is its name in the configuration."""
+
+    def __call__(self, config: TableConfig, name: str) -> pa.Table: ...
+
+
+@runtime_checkable
+class TableReader(Protocol):
+    """A reader of any table; `keys` are the columns that it must have."""
+
+    def __call__(self, config: TableConfig, name: str, *, keys: tuple[str, ...]) -> pa.Table: ...
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Reads the log that `config` names; where it names an `item_group`, that is the item id.
 
     Raises:
-        ConfigError: an unknown source, or a file, row or column that cannot be used; the message
+        ConfigError: An unknown source, or a file, row or column that cannot be used; the message
             says which.
     """
-    dataset = choose(SOURCES, config.source, "config.data.source")(config)
-    return _grouped(dataset, config.item_group) if config.item_group else dataset
+    read = choose(SOURCES, config.source, "config.data.source")
+    dataset = read(config)
+    return _group_items(dataset, config.item_group) if config.item_group else dataset
 
 
 def _csv(config: DataConfig) -> Dataset:
-    return _from_tables(
-        config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="csv")
-    )
+    read_table = functools.partial(files.read, kind="csv")
+    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
 
 
 def _parquet(config: DataConfig) -> Dataset:
-    return _from_tables(
-        config, functools.partial(tables.read, keys=("user_id", "item_id"), kind="parquet")
-    )
+    read_table = functools.partial(files.read, kind="parquet")
+    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
 
 
 def _bigquery(config: DataConfig) -> Dataset:
     client = bigquery.make_client(config.project, config.location)
-    read = functools.partial(bigquery.read, client=client)
-    return _from_tables(
-        config, functools.partial(read, keys=("user_id", "item_id")), read_known=read
-    )
+    read_table = functools.partial(bigquery.read, client=client)
+    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
 
 
 def _pairs(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_pairs)
+    return _from_tables(config, lists.read_pairs, functools.partial(files.read, kind="csv"))
 
 
 def _user_lists(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_user_lists)
+    return _from_tables(config, lists.read_user_lists, functools.partial(files.read, kind="csv"))
 
 
 def _shop(config: DataConfig) -> Dataset:
-    return synthetic.generate(
-        config.num_interactions, seed=config.shop_seed, num_items=config.num_items
-    )
+    return shop.generate(config.num_interactions, seed=config.shop_seed, num_items=config.num_items)
 
 
 def _tfds(config: DataConfig) -> Dataset:
     return assemble(*tfds.read(config.dataset, data_dir=config.data_dir))
 
 
-SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
+SOURCES: dict[str, Source] = {
     "csv": _csv,
     "parquet": _parquet,
     "bigquery": _bigquery,
@@ -83,54 +103,47 @@ SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
 }
 
 
-def _from_tables(
-    config: DataConfig,
-    read: Callable[[TableConfig, str], pa.Table],
-    *,
-    read_known: Callable[..., pa.Table] | None = None,
-) -> Dataset:
-    """The log by `read`, with the rows of `config.test` after it; users and items by `read_known`,
-    or from files."""
-    interactions = read(
-        dataclasses.replace(config.interactions, path=config.path or config.interactions.path),
-        "interactions",
-    )
-    if _is_given(config.test):
-        parts = [("train", interactions), ("test", read(config.test, "test"))]
-        marked = [part.append_column("split", pa.repeat(name, len(part))) for name, part in parts]
-        interactions = pa.concat_tables(marked, promote_options="permissive")
-    kind = "parquet" if config.source == "parquet" else "csv"
-    read_known = read_known or functools.partial(tables.read, kind=kind)
-    known = {
-        name: read_known(table, name, keys=(key,)) if _is_given(table) else None
-        for name, table, key in (
-            ("user_table", config.user_table, "user_id"),
-            ("item_table", config.item_table, "item_id"),
-        )
-    }
-    return assemble(interactions, known["user_table"], known["item_table"])
+def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReader) -> Dataset:
+    """Reads the log, followed by the rows of `config.test`, and the tables of users and items."""
+    path = config.path or config.interactions.path
+    interactions = read_log(dataclasses.replace(config.interactions, path=path), "interactions")
+    if _is_configured(config.test):
+        test = read_log(config.test, "test")
+        parts = [_with_split(interactions, "train"), _with_split(test, "test")]
+        interactions = pa.concat_tables(parts, promote_options="permissive")
+    users = None
+    if _is_configured(config.user_table):
+        users = read_table(config.user_table, "user_table", keys=("user_id",))
+    items = None
+    if _is_configured(config.item_table):
+        items = read_table(config.item_table, "item_table", keys=("item_id",))
+    return assemble(interactions, users, items)
 
 
-def _is_given(table: TableConfig) -> bool:
+def _with_split(rows: pa.Table, name: str) -> pa.Table:
+    """Adds the column that a fixed split follows."""
+    return rows.append_column("split", pa.repeat(name, len(rows)))
+
+
+def _is_configured(table: TableConfig) -> bool:
     return bool(table.path or table.query)
 
 
-def _grouped(dataset: Dataset, column: str) -> Dataset:
-    """`column` of the items becomes the item id, in the log too; items of one group become one
-    row."""
+def _group_items(dataset: Dataset, column: str) -> Dataset:
+    """Makes `column` of the items the item id, in the log too; one group becomes one item."""
     items = dataset.items
     if column == "item_id":
         return dataset
     if column not in items.column_names:
-        near = tables.nearest(column, items.column_names)
-        raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{near}.")
-    group = pc.coalesce(
-        items[column].cast(pa.string()), items["item_id"]
-    )  # an item without a group stays itself
-    rows = pc.index_in(dataset.interactions["item_id"], value_set=items["item_id"])
-    at = dataset.interactions.column_names.index("item_id")
-    interactions = dataset.interactions.set_column(at, "item_id", group.take(rows))
-    items = collapse(
-        items.set_column(items.column_names.index("item_id"), "item_id", group), "item_id"
-    )
+        hint = similar_name_hint(column, items.column_names)
+        raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{hint}.")
+    # An item without a group stays itself.
+    group = pc.coalesce(items[column].cast(pa.string()), items["item_id"])
+    row_of_item = pc.index_in(dataset.interactions["item_id"], value_set=items["item_id"])
+    interactions = _set_column(dataset.interactions, "item_id", group.take(row_of_item))
+    items = collapse(_set_column(items, "item_id", group), "item_id")
     return Dataset(interactions, dataset.users, items, dataset.has_catalogue)
+
+
+def _set_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)

@@ -1,0 +1,200 @@
+"""The contract of a table: our names and types for its columns, whatever it was read from.
+
+Ids are text, digit for digit; times are seconds; numbers are numbers. What does not match is
+refused with its row and column, and the cure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import pyarrow as pa
+from absl import logging
+
+from twotower.config import TableConfig
+from twotower.core.arrow import pc
+from twotower.core.errors import ConfigError
+from twotower.data import columns
+from twotower.data.columns import BadValue
+from twotower.data.nested import expand_objects
+
+NUMBERS = ("rating", "weight", "label")
+CODES = ("event", "split", "user_id", "item_id")
+YEAR_5000 = 95_617_584_000  # seconds since the epoch
+SEPARATORS = r"[;\t|,]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the rows of a table come from, for messages.
+
+    Attributes:
+        name: Name of the source, such as a path.
+        describe_row: Function from the number of a row, from 0, to its name in the source.
+        is_typed: Whether the columns have types already, as in Parquet; else they are text.
+    """
+
+    name: str
+    describe_row: Callable[[int], str]
+    is_typed: bool
+
+
+def apply_contract(
+    table: pa.Table, config: TableConfig, name: str, *, keys: tuple[str, ...], origin: Origin
+) -> pa.Table:
+    """Gives a table our column names and types.
+
+    Args:
+        table: The table as it was read.
+        config: Our name of each column, and the form of times.
+        name: Name of the table in the configuration, for messages.
+        keys: Columns that it must have; they become strings.
+        origin: Where its rows come from.
+
+    Returns:
+        `keys` as strings, timestamp as int64 seconds, rating, weight and label as float32; other
+        columns of text as whole numbers, numbers, booleans or seconds (of times) where all their
+        values are, else as strings.
+
+    Raises:
+        ConfigError: A missing column, or a value of the wrong type.
+    """
+    columns_with_fields = {
+        source.split(".")[0] for source in config.columns.values() if "." in source
+    }
+    try:
+        table = expand_objects(table, required=columns_with_fields)
+    except BadValue as error:
+        raise _refusal(error, name, ", ".join(sorted(columns_with_fields)), origin) from None
+    table = _rename(table, config, name, keys, origin)
+    typed = {}
+    for column in table.column_names:
+        try:
+            typed[column] = _convert(column, table[column], config, keys, origin.is_typed)
+        except BadValue as error:
+            source = config.columns.get(column, column)
+            raise _refusal(error, name, source, origin) from None
+    return pa.table(typed)
+
+
+def similar_name_hint(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" with the known name most like `name`, or nothing.
+
+    >>> similar_name_hint("user_id", ["UserID", "ItemID"])
+    " (did you mean 'UserID'?)"
+    """
+    similar = _similar_name(name, known)
+    return f" (did you mean {similar!r}?)" if similar else ""
+
+
+def _similar_name(name: str, known: Iterable[str]) -> str:
+    """Returns the known name most like `name`, whatever its case and separators, or ""."""
+    # Of two names that fold to the same, the first one stays in the dict.
+    names = {_fold(other): other for other in reversed(list(known))}
+    close = difflib.get_close_matches(_fold(name), list(names), n=1, cutoff=0.5)
+    return names[close[0]] if close else ""
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
+
+
+def _refusal(error: BadValue, name: str, column: str, origin: Origin) -> ConfigError:
+    row = origin.describe_row(error.row)
+    return ConfigError(f"{name}: {row}, column {column!r}: {error.value!r} is not {error.right}.")
+
+
+def _rename(
+    table: pa.Table, config: TableConfig, name: str, keys: tuple[str, ...], origin: Origin
+) -> pa.Table:
+    """Gives the mapped columns our names, keys first.
+
+    The others keep theirs, unless a mapped one has taken it.
+    """
+    known = table.column_names
+    needed = {key: key for key in keys} | dict(config.columns)
+    for ours, theirs in needed.items():
+        if theirs not in known:
+            similar = similar_name_hint(theirs, known)
+            cure = _missing_column_cure(ours, theirs, known, config, name, is_key=ours in keys)
+            raise ConfigError(
+                f"{name}: {origin.name} has no column {theirs!r}{similar}; {cure}. "
+                f"It has: {', '.join(known)}."
+            )
+    mapped = {ours: table[theirs] for ours, theirs in config.columns.items()}
+    renamed = set(config.columns.values())
+    others = {}
+    for column in known:
+        if column not in renamed and column not in mapped:
+            others[column] = table[column]
+    merged = mapped | others
+    return pa.table({key: merged[key] for key in keys} | merged)
+
+
+def _missing_column_cure(
+    ours: str, theirs: str, known: list[str], config: TableConfig, name: str, *, is_key: bool
+) -> str:
+    """Returns what to write into the configuration when a column is not in the table."""
+    field = f"config.data.{name}"
+    separator = re.search(SEPARATORS, known[0]) if len(known) == 1 else None
+    if separator:
+        return (
+            f"its fields look separated by {separator[0]!r}: set {field}.delimiter={separator[0]!r}"
+        )
+    cure = f"{field}.columns[{ours!r}] names it"
+    if ours == theirs:
+        right = _similar_name(theirs, known) or "ITS NAME IN THE FILE"
+        mapping = {**config.columns, ours: right}
+        cure = f"say which it is by {field}.columns={mapping!r}"
+    if is_key:
+        return cure
+    without = {column: source for column, source in config.columns.items() if column != ours}
+    return f"{cure}, or that there is none by {field}.columns={without!r}"
+
+
+def _convert(
+    name: str,
+    values: pa.ChunkedArray,
+    config: TableConfig,
+    keys: tuple[str, ...],
+    is_typed: bool,
+) -> pa.ChunkedArray:
+    """Returns a column as the type that its name asks for."""
+    if name == "timestamp":
+        return _convert_timestamp(values, config)
+    values = columns.simplify_type(values)
+    if name in keys:
+        return columns.to_ids(values, is_typed=is_typed)
+    if name in NUMBERS:
+        smallest = 0.0 if name == "weight" else -math.inf
+        if name == "label":
+            values = _read_flags(values)
+        return columns.to_numbers(values, smallest=smallest)
+    if name in CODES:
+        return columns.to_ids(values, is_typed=True)
+    if pa.types.is_string(values.type) and not is_typed:
+        return columns.infer_type(values, form=config.timestamp_format)
+    return values
+
+
+def _convert_timestamp(values: pa.ChunkedArray, config: TableConfig) -> pa.ChunkedArray:
+    unit = config.timestamp_unit
+    times = columns.to_seconds(values, form=config.timestamp_format, unit=unit)
+    latest = pc.max(times).as_py()
+    if latest is not None and latest > YEAR_5000:
+        logging.warning(
+            "timestamp %d is beyond the year 5000: is timestamp_unit=%r right?", latest, unit
+        )
+    return times
+
+
+def _read_flags(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns labels written as true and false as booleans; a rating of true stays a mistake."""
+    if not pa.types.is_string(values.type):
+        return values
+    flags = columns.infer_type(values)
+    return flags if pa.types.is_boolean(flags.type) else values
