@@ -89,9 +89,7 @@ def make_bundle(run: Run) -> Bundle:
         user_vectors=user_vectors,
         users=users,
         index=index,
-        seen=items_of_users(
-            [prepared.positives(part) for part in PARTS], num_users=len(users)
-        ),
+        seen=items_of_users([prepared.positives(part) for part in PARTS], num_users=len(users)),
     )
 
 
