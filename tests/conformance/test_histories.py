@@ -8,8 +8,8 @@ import pytest
 
 from twotower.config import HistoryConfig
 from twotower.data.interactions import Split
-from twotower.features.encodings import Fitted
-from twotower.features.kinds import HistoryFeature
+from twotower.features.base import Fitted
+from twotower.features.history import HistoryFeature
 from twotower.features.vocabulary import Vocabulary
 from twotower.pipeline.histories import build_histories
 from twotower.towers.history import Causal, History
@@ -33,7 +33,7 @@ def _known(times, parts):
     places = tuple(np.flatnonzero(parts == which) for which in range(3))
     vocabulary = Vocabulary(pa.array(EVENTS, pa.large_string()))
     feature = HistoryFeature(side="user", name="h", max_length=9)
-    fitted = Fitted(feature, vocabulary=vocabulary)
+    fitted = Fitted(vocabulary=vocabulary)
     users, moments = (
         [np.zeros(len(t), np.int64) for t in tables],
         [t["timestamp"].to_numpy() for t in tables],

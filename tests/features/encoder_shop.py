@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from twotower.features.base import TrainingColumn
 from twotower.features.encoder import Encoder
 from twotower.features.spec import from_mappings
 
@@ -73,6 +74,11 @@ def shop(seed=0, users=40, items=30, rows=600):
         }
     )
     return train, user_table, item_table
+
+
+def training_column(feature, values):
+    """A column in which every value occurs once in training."""
+    return TrainingColumn(feature, values, np.ones(len(values), int), values, is_context=False)
 
 
 def fitted(spec=SPEC, tables=None):

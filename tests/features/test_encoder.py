@@ -10,7 +10,7 @@ import pytest
 from tests.features.encoder_shop import assert_same, encode_all, fitted, shop
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import fingerprint
-from twotower.features.encoder import Input
+from twotower.features.base import Input
 
 
 def test_inputs_and_tables_say_what_encode_yields():
@@ -89,7 +89,7 @@ def test_fit_sees_the_training_rows():
         less.fitted["user", "user_id"].vocabulary.size
         < fitted().fitted["user", "user_id"].vocabulary.size
     )
-    assert less.fitted["item", "price"].numbers != fitted().fitted["item", "price"].numbers
+    assert less.fitted["item", "price"].statistics != fitted().fitted["item", "price"].statistics
 
 
 def test_the_order_of_rows_changes_no_encoding():

@@ -10,7 +10,6 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import PARTS
 from twotower.features.encoder import Encoder
-from twotower.features.growth import grown
 from twotower.features.history import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
@@ -259,7 +258,7 @@ def test_what_is_read_of_an_item_beside_its_id():
     np.testing.assert_array_equal(got[0, 0], item["x"])
     np.testing.assert_array_equal(got[1, 0], item["y"])
     assert not got[0, 1:].any() and not got[1, 1:].any()
-    assert {n: (i.table, i.events) for n, i in enc.inputs["user"].items()} == {
+    assert {n: (i.table, i.history_length) for n, i in enc.inputs["user"].items()} == {
         IDS: ("item.item_id", 3),
         "history/kind": ("item.kind", 3),
     }
@@ -302,7 +301,7 @@ def test_saved_and_grown_it_encodes_alike(tmp_path):
         np.testing.assert_array_equal(encoded(loaded, rows)[name], x)
     train = pa.table({"user_id": ["a", "c"], "item_id": ["x", "w"], "timestamp": [0, 5]})
     items = pa.table({"item_id": ["x", "y", "z", "w"], "kind": ["p|q", "p", None, "p"]})
-    more = grown(enc, enc.spec, train, users=pa.table({"user_id": ["a", "b", "c"]}), items=items)
+    more = enc.extend(enc.spec, train, users=pa.table({"user_id": ["a", "b", "c"]}), items=items)
     first = encoded(enc, [["x", "y", "z"]])
     for name, x in encoded(more, [["x", "y", "z"]]).items():
         np.testing.assert_array_equal(x, first[name])

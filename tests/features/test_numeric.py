@@ -5,11 +5,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from tests.features.encoder_shop import DAY, assert_same, fitted, shop
+from tests.features.encoder_shop import DAY, assert_same, fitted, shop, training_column
 from twotower.core.errors import ConfigError
 from twotower.features.encoder import Encoder
-from twotower.features.kinds import FloatFeature, IntFeature
-from twotower.features.numeric import encode_int, fit_float, fit_int
+from twotower.features.numeric import FloatFeature, IntFeature
 from twotower.features.spec import from_mappings
 
 
@@ -21,7 +20,7 @@ def test_buckets_are_quantiles_of_the_training_users():
     missing = ages["age"].is_null().to_numpy()
     assert (ids[missing] == 1).all() and ids[~missing].min() == 2
     assert np.bincount(ids[~missing])[2:].min() > 0.2 * (~missing).sum()
-    boundaries = encoder.fitted["user", "age"].numbers["boundaries"]
+    boundaries = encoder.fitted["user", "age"].statistics["boundaries"]
     values = ages["age"].drop_null().to_numpy()
     assert ids[~missing].tolist() == [2 + sum(b <= v for b in boundaries) for v in values]
 
@@ -36,9 +35,9 @@ def test_no_bucket_is_left_without_a_training_value():
         ([None], 1),
     ):
         values = pa.chunked_array([pa.array(data, pa.int64())])
-        numbers = fit_int(feature, values)
-        rows = encode_int(feature, values.drop_null(), numbers)
-        assert len(numbers["boundaries"]) == buckets - 1
+        state = feature.fit(training_column(feature, values))
+        rows = feature.encode(state, values.drop_null())
+        assert len(state.statistics["boundaries"]) == buckets - 1
         assert not len(rows) or set(rows.tolist()) == set(range(2, 2 + buckets))
 
 
@@ -46,8 +45,11 @@ def test_statistics_do_not_depend_on_the_order_of_rows_to_the_last_bit():
     values = np.random.default_rng(0).lognormal(3, 3, 1001)
     feature = FloatFeature(side="item", name="price")
     orders = [np.random.default_rng(seed).permutation(len(values)) for seed in range(10)]
-    fits = [fit_float(feature, pa.chunked_array([values[order]])) for order in orders]
-    assert all(numbers == fits[0] for numbers in fits)
+    fits = [
+        feature.fit(training_column(feature, pa.chunked_array([values[order]]))).statistics
+        for order in orders
+    ]
+    assert all(statistics == fits[0] for statistics in fits)
 
 
 def test_given_boundaries_are_taken():

@@ -7,7 +7,8 @@ import pytest
 
 from tests.features.encoder_shop import assert_same, fitted, shop
 from twotower.core.errors import ConfigError
-from twotower.features.encoder import Encoder, Input
+from twotower.features.base import Input
+from twotower.features.encoder import Encoder
 
 
 def write_vectors(folder, kind, ids, vectors):

@@ -16,8 +16,8 @@ from tests.features.encoder_shop import assert_same, fitted, shop
 from tests.features.tiny_sentence_model import WIDTH, write_json, write_model
 from twotower.core.errors import ConfigError
 from twotower.features import sentence as sentences
-from twotower.features.encoder import Encoder, Input
-from twotower.features.growth import grown
+from twotower.features.base import Input
+from twotower.features.encoder import Encoder
 from twotower.features.sentence_model import SentenceModel, find_model, load_model, model_digest
 from twotower.features.spec import from_mappings
 
@@ -234,7 +234,7 @@ def test_vectors_of_another_model_are_never_mixed_in(tmp_path, model):
         encoder.encode("item", pa.table({"title": ["a new chain"]}))
     train, users, items = items_of()
     with pytest.raises(ConfigError, match=r"features.item.title.model=.* is another model now"):
-        grown(encoder, from_mappings(spec_of(tmp_path)), train, users=users, items=items)
+        encoder.extend(from_mappings(spec_of(tmp_path)), train, users=users, items=items)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_hash_knows_every_file_that_vectors_depend_on(model, file):
 def test_growing_keeps_vectors_and_adds_new_ones(tmp_path, model):
     encoder = fitted(spec_of(tmp_path), items_of())
     train, users, items = items_of("silver chain")
-    new = grown(encoder, from_mappings(spec_of(tmp_path)), train, users=users, items=items).fitted[
+    new = encoder.extend(from_mappings(spec_of(tmp_path)), train, users=users, items=items).fitted[
         "item", "title"
     ]
     assert new.vocabulary.values.to_pylist() == [
@@ -270,7 +270,9 @@ def test_a_history_reads_the_vectors_of_its_items(tmp_path, model):
     spec["user"] = {"history": {"type": "history", "max_length": 4, "reads": ["item_id", "title"]}}
     encoder = fitted(spec, items_of("gold ring"))
     read = encoder.encode("user", pa.table({"history": [["i0", "unknown"]]}))["history/title"]
-    assert encoder.inputs["user"]["history/title"] == Input(width=WIDTH, projection=64, events=4)
+    assert encoder.inputs["user"]["history/title"] == Input(
+        width=WIDTH, projection=64, history_length=4
+    )
     np.testing.assert_allclose(read[0, :1], load_model(model, "x").encode(["gold ring"]), atol=1e-5)
     assert not read[0, 1:].any()
 

@@ -7,8 +7,8 @@ import pytest
 
 from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError
-from twotower.features.kinds import FEATURES, StringFeature, StringsFeature
-from twotower.features.spec import FeatureSpec, from_mappings, load_spec
+from twotower.features.categorical import StringFeature, StringsFeature
+from twotower.features.spec import FEATURES, FeatureSpec, from_mappings, load_spec
 
 VECTORS = {"type": "pretrained", "path": "v.parquet"}
 ALL_KINDS = {

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from twotower.features import text
-from twotower.features.text import hashed_pieces, normalise, pad_lists
+from twotower.features.base import pad_lists
+from twotower.features.text import hashed_pieces, normalise
 
 MASK = 2**64 - 1
 TEXTS = [

@@ -153,7 +153,7 @@ def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
 
     loaded, state = _state(old, 12)
     encoder, config = loaded.prepared.encoder, _config(log, "new", steps=20)
-    prepared = module.prepare(config, fit=lambda *a, **k: module.grown(encoder, *a, **k))
+    prepared = module.prepare(config, fit=encoder.extend)
     name = "item.item_id"
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
     rows = module.NEW_ROWS["content"](name, added, state, encoder, prepared, ("item", "item_id"))

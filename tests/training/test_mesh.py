@@ -14,7 +14,7 @@ from tests.training.divided import INPUTS, Case, differences, make_trainer, on_m
 from twotower.config import NegativesConfig, TrainingConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SHARDED, make_mesh, shardings
-from twotower.features.encodings import TableShape
+from twotower.features.base import TableShape
 from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES
 from twotower.objectives.frequency import FREQUENCIES

@@ -207,7 +207,7 @@ def test_rows_without_weight_count_for_nothing(make):
 
 
 def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
-    from twotower.features.encodings import Input
+    from twotower.features.base import Input
 
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
     ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])

@@ -1,28 +1,156 @@
-"""What every feature has, whatever its kind."""
+"""The base class of all kinds of features, and the records that they share with the encoder.
+
+A kind of feature is one file of this folder: a frozen dataclass with the fields of its
+specification, which says how the feature is fitted to training rows, how it encodes a column, how a
+tower reads the encoded arrays, and what table of embeddings it needs. `twotower.features.spec`
+lists the kinds.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
 
 from twotower.core.errors import ConfigError
+from twotower.core.fields import check_literals
+from twotower.features.vocabulary import Vocabulary
 
 SIDES = ("user", "item")
+# Side and name of a feature.
+Key = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """How a tower reads one encoded array.
+
+    Attributes:
+        table: Embedding table that the ids are rows of; empty for numbers.
+        length: Ids L of each user or item [N, L], whose rows are averaged without padding (id 0);
+            0 for single ids [N].
+        width: Numbers of each user or item, float32 [N, width]; 0 for ids.
+        projection: Width of a dense layer between the feature and the tower; 0 for none.
+        oov_rate: Share of ids replaced by an out-of-vocabulary row in training.
+        oov_rows: Number of out-of-vocabulary rows, 1 to `oov_rows` of the table.
+        history_length: Events L of a history, whose arrays are [N, L, ...]; 0 for all else.
+        time_buckets: Buckets of the time between events that are read beside the items of a
+            history; only its first array has them.
+        time_to_next: Whether the time to the next event is read too; as `time_buckets`.
+    """
+
+    table: str = ""
+    length: int = 0
+    width: int = 0
+    projection: int = 0
+    oov_rate: float = 0.0
+    oov_rows: int = 0
+    history_length: int = 0
+    time_buckets: int = 0
+    time_to_next: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableShape:
+    """One embedding table, rows unpadded.
+
+    Attributes:
+        rows: Rows V, of which row 0 is padding.
+        width: Embedding width E.
+        initial: Rows float32 [V, E] to start from; None for random rows.
+        norm: Expected norm of random rows.
+    """
+
+    rows: int
+    width: int
+    initial: np.ndarray | None = None
+    norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """The state that a feature has after fitting. It is all that is saved of a feature.
+
+    Attributes:
+        vocabulary: Known strings; of vectors, their ids or texts. One object for the features that
+            share a table.
+        vectors: Vectors float32 [ids, E] of the vocabulary.
+        statistics: Values that JSON holds, such as a mean or the boundaries of buckets.
+        reads: Item feature -> [V, ...], encoded by the row of the vocabulary; what a history reads
+            of an item beside its id.
+    """
+
+    vocabulary: Vocabulary | None = None
+    vectors: np.ndarray | None = None
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def require_vocabulary(self) -> Vocabulary:
+        """Returns the vocabulary.
+
+        Raises:
+            ValueError: There is none; a saved encoder is damaged.
+        """
+        if self.vocabulary is None:
+            raise ValueError("the encoder has no vocabulary of this feature; fit it again.")
+        return self.vocabulary
+
+    def require_vectors(self) -> np.ndarray:
+        """Returns the vectors.
+
+        Raises:
+            ValueError: There are none; a saved encoder is damaged.
+        """
+        if self.vectors is None:
+            raise ValueError("the encoder has no vectors of this feature; fit it again.")
+        return self.vectors
+
+
+class TrainingColumn(NamedTuple):
+    """A feature and the column that it is fitted to.
+
+    Attributes:
+        feature: The feature.
+        values: One value for each user or item that occurs in training rows; of a context feature,
+            one for each training row.
+        weights: Training rows int64 [N] behind each value.
+        all_values: The whole column, with users or items that do not occur in training rows.
+        is_context: Whether the column is one of the interactions.
+        newest: Latest training timestamp in seconds; None in a log without times.
+        vocabulary: Vocabulary of the feature's table, where its kind has one.
+    """
+
+    feature: Feature
+    values: pa.ChunkedArray
+    weights: np.ndarray
+    all_values: pa.ChunkedArray
+    is_context: bool
+    newest: int | None = None
+    vocabulary: Vocabulary | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Feature:
-    """What every feature has.
+    """The fields that every feature has, and the methods that a kind overrides.
+
+    A kind with one array overrides `encode` and `input`, where it learns something of training rows
+    `fit`, and where it has a table `table_shape`.
 
     Attributes:
-        side: the tower it belongs to, "user" or "item".
-        name: its name within the tower.
-        column: the column it reads; empty means its name. An item feature reads the items table; a
-            user feature the users table or, where only the interactions have the column, the
-            interaction (the context of a query).
-        table: features that name one table share its rows and their vocabulary; empty means a table
-            of its own, "side.name".
-        embedding_size: width of its table. For a feature that is numbers (`float`, a normalised
-            `int`, frozen vectors) the width of a dense layer put before the tower; 0 is none.
+        side: Tower that the feature belongs to, "user" or "item".
+        name: Name within the tower.
+        column: Column that the feature reads; empty for its name. An item feature reads the items
+            table; a user feature the users table or, where only the interactions have the column,
+            the interaction (the context of a query).
+        table: Name of the embedding table. Features that name one table share its rows and their
+            vocabulary; empty for a table of its own, "side.name".
+        embedding_size: Width of the table. For a feature that is numbers (`float`, a normalised
+            `int`, frozen vectors) width of a dense layer before the tower; 0 for none.
     """
 
     side: str
@@ -31,40 +159,147 @@ class Feature:
     table: str = ""
     embedding_size: int = 32
 
+    # Fields on which two features must agree to share a table. Features whose kinds list other
+    # fields cannot share one, nor can those of a kind that lists none.
+    shared_fields: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
+        minimum = self._min_embedding_size
         self._check(self.side in SIDES, "side", "user or item")
-        self._check(
-            self.embedding_size >= self._least_width,
-            "embedding_size",
-            f"at least {self._least_width}",
-        )
+        check_literals(self, self.location)
+        self._check(self.embedding_size >= minimum, "embedding_size", f"at least {minimum}")
         self._check(
             self.has_table or not self.table,
             "table",
             "left out: this feature is numbers and has no table",
         )
+        # The defaults depend on other fields; a frozen dataclass can set them in no other way.
         object.__setattr__(self, "column", self.column or self.name)
         if self.has_table and not self.table:
             object.__setattr__(self, "table", f"{self.side}.{self.name}")
 
     @property
-    def has_table(self) -> bool:
-        """Whether the feature is rows of a table (else it is numbers)."""
-        return True
+    def key(self) -> Key:
+        """Side and name, under which an encoder keeps what it fitted."""
+        return self.side, self.name
 
     @property
-    def _least_width(self) -> int:
-        return int(self.has_table)
-
-    @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The feature as error messages call it."""
         return f"features.{self.side}.{self.name}"
 
-    def _check(self, ok: bool, field: str, right: str) -> None:
-        if not ok:
-            raise ConfigError(f"{self.where}.{field}={getattr(self, field)!r} must be {right}.")
+    @property
+    def has_table(self) -> bool:
+        """Whether the feature is rows of a table; else it is numbers."""
+        return True
 
-    def _at_least(self, low: int, *fields: str) -> None:
+    @property
+    def _min_embedding_size(self) -> int:
+        return int(self.has_table)
+
+    def fit_vocabulary(self, columns: Sequence[TrainingColumn]) -> Vocabulary | None:
+        """Fits the vocabulary of the feature's table, where its kind has one.
+
+        Args:
+            columns: The columns of all features that share the table.
+        """
+        return None
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        """Fits the feature to training rows.
+
+        Raises:
+            ValueError: A value cannot be read as the feature's type.
+        """
+        return Fitted()
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        """Encodes N values: ids int32 [N] or [N, L], or numbers float32 [N, width].
+
+        Raises:
+            ValueError: A value cannot be read as the feature's type.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.encode")
+
+    def input(self, fitted: Fitted) -> Input:
+        """Returns how a tower reads the array of `encode`."""
+        raise NotImplementedError(f"{type(self).__name__}.input")
+
+    def table_shape(self, fitted: Fitted) -> TableShape | None:
+        """Returns the shape of the feature's table; None without one."""
+        return None
+
+    def extend(self, old: Fitted, new: Fitted, vocabulary: Vocabulary) -> Fitted:
+        """Returns `old` with the values that are new in a larger log.
+
+        Args:
+            old: The state before.
+            new: The state that was fitted to the larger log.
+            vocabulary: The vocabulary of `old`, with values that `new` knows at its end.
+        """
+        if old.vectors is None:
+            return dataclasses.replace(old, vocabulary=vocabulary)
+        known = new.require_vocabulary()
+        rows = known.rows(vocabulary.values[len(old.vectors) :]) - known.first
+        vectors = np.concatenate([old.vectors, new.require_vectors()[rows]])
+        return dataclasses.replace(old, vocabulary=vocabulary, vectors=vectors)
+
+    def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
+        """Returns the arrays of the feature by name, of a table that may lack its column."""
+        with prefix_errors(self.location):
+            return {self.name: self.encode(fitted, column_of(rows, self.column))}
+
+    def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
+        """Returns how a tower reads the arrays of `encode_rows`, by the name of each.
+
+        Args:
+            fitted: The state of the feature.
+            items: How the item tower reads its features, of which a history reads some.
+        """
+        return {self.name: self.input(fitted)}
+
+    def _check(self, ok: bool, field: str, requirement: str) -> None:
+        if not ok:
+            value = getattr(self, field)
+            raise ConfigError(f"{self.location}.{field}={value!r} must be {requirement}.")
+
+    def _check_at_least(self, minimum: int, *fields: str) -> None:
         for field in fields:
-            self._check(getattr(self, field) >= low, field, f"at least {low}")
+            self._check(getattr(self, field) >= minimum, field, f"at least {minimum}")
+
+
+@contextlib.contextmanager
+def prefix_errors(location: str) -> Iterator[None]:
+    """Puts the feature in front of an error that does not name it yet."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(location):
+            raise
+        raise ConfigError(f"{location}: {error}") from None
+
+
+def column_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
+    """Returns a column of a table, or nulls where the table lacks it."""
+    if name in rows.column_names:
+        return rows[name]
+    return pa.chunked_array([pa.nulls(rows.num_rows)])
+
+
+def pad_lists(
+    rows: np.ndarray, values: np.ndarray, count: int, length: int
+) -> Shaped[np.ndarray, "N L"]:
+    """Returns the first `length` values of each row, [count, length], 0 behind them.
+
+    Args:
+        rows: Row [M] that each value belongs to, ascending.
+        values: Values [M].
+        count: Number of rows N.
+        length: Values L kept of a row.
+    """
+    starts = np.searchsorted(rows, np.arange(count))
+    positions = np.arange(len(rows)) - starts[rows]
+    padded = np.zeros((count, length), values.dtype)
+    kept = positions < length
+    padded[rows[kept], positions[kept]] = values[kept]
+    return padded

@@ -1,51 +1,47 @@
-"""The Encoder: a specification fitted on training rows alone, and all that is needed to encode a
-user or an item."""
+"""The encoder: a specification fitted on training rows alone, which encodes users and items."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
+from twotower.core.arrow import pc
+from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.core.files import read_folder, write_folder
 from twotower.data.interactions import fingerprint
-from twotower.features import fitting
-from twotower.features.base import SIDES
-from twotower.features.encodings import (
+from twotower.features.base import (
     Fitted,
     Input,
+    Key,
     TableShape,
-    encode_column,
-    inputs_of,
-    shape_of,
+    TrainingColumn,
+    prefix_errors,
 )
-from twotower.features.history import encode_histories, read_items
-from twotower.features.kinds import SentenceFeature
+from twotower.features.columns import newest_timestamp, training_columns
 from twotower.features.spec import FeatureSpec, from_mappings
 from twotower.features.vocabulary import Vocabulary
-
-__all__ = ["Encoder", "Input", "TableShape"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """Turns columns into ids and numbers.
+    """Turns columns of users and items into ids and numbers.
 
     Attributes:
-        spec: what was fitted.
-        fitted: (side, feature name) -> its vocabulary, vectors or statistics.
-        context: user features whose column is one of the interactions, not of the users.
+        spec: The features.
+        fitted: (side, feature name) -> the state fitted for that feature.
+        context: Names of user features whose column is one of the interactions, not of the users.
         fitted_on: `fingerprint` of the training rows.
     """
 
     spec: FeatureSpec
-    fitted: Mapping[tuple[str, str], Fitted]
+    fitted: Mapping[Key, Fitted]
     context: tuple[str, ...]
     fitted_on: str
 
@@ -53,166 +49,213 @@ class Encoder:
     def fit(
         cls, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
     ) -> Encoder:
-        """Fits vocabularies and statistics.
+        """Fits every feature to training rows.
 
         Values of users and items count once for each training row of that user or item; those
         without a training row count for nothing. Statistics of numbers are over the users, items or
         (context) rows of training.
 
         Args:
-            spec: the features.
-            train: training interactions with user_id, item_id and the columns of context features.
-            users: user_id, unique, and the columns of user features; holds every user of `train`.
-            items: item_id, likewise.
+            spec: The features.
+            train: Training interactions with user_id, item_id and the columns of context features.
+            users: Every user of `train`, with a unique user_id and the columns of user features.
+            items: Every item of `train`, with a unique item_id and the columns of item features.
 
         Raises:
-            ConfigError: a column is missing (the nearest is named), or pretrained vectors do not
+            ConfigError: A column is missing (the nearest is named), or pretrained vectors do not
                 fit.
-            ValueError: ids come twice, or are missing in `users` or `items`; a value cannot be read
+            ValueError: Ids come twice, or are missing in `users` or `items`; a value cannot be read
                 as its feature's type.
         """
-        columns = fitting.training_columns(spec, train, users=users, items=items)
-        newest = fitting.newest_timestamp(train)
-        fitted = fitting.fit_columns(columns, newest)
-        fitted |= fitting.fit_history(spec, fitted, newest)
-        context = tuple(
-            name
-            for name in spec.user
-            if ("user", name) in columns and columns["user", name].is_context
-        )
-        return cls(spec=spec, fitted=fitted, context=context, fitted_on=fingerprint(train)).reading(
-            items
-        )
-
-    def reading(self, items: pa.Table) -> Encoder:
-        """With what a history reads of `items` beside their ids; itself where it reads nothing
-        else, or there is none."""
-        if self.spec.history is None or not self.spec.history.reads[1:]:
-            return self
-        key = ("user", self.spec.history.name)
-        encoded = self.encode("item", items, self.spec.history.reads)
-        return dataclasses.replace(
-            self,
-            fitted={**self.fitted, key: read_items(self.spec.history, self.fitted[key], encoded)},
-        )
+        columns = training_columns(spec, train, users=users, items=items)
+        vocabularies = _fit_vocabularies(columns.values())
+        fitted = {}
+        for key, column in columns.items():
+            feature = column.feature
+            vocabulary = vocabularies.get(feature.table)
+            with prefix_errors(feature.location):
+                fitted[key] = feature.fit(column._replace(vocabulary=vocabulary))
+        if spec.history is not None:
+            # Last, because a history reads the vocabulary of the items.
+            item_ids = fitted["item", spec.history.reads[0]]
+            fitted[spec.history.key] = spec.history.fit_to_items(item_ids, newest_timestamp(train))
+        context = tuple(column.feature.name for column in columns.values() if column.is_context)
+        encoder = cls(spec, fitted, context, fitted_on=fingerprint(train))
+        return encoder._with_items_of_history(items)
 
     def encode(
         self, side: str, rows: pa.Table, features: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The features (all of the side by default) of N rows: int32 [N] or [N, L], or float32 [N,
-        width]; of a history several arrays, see `twotower.features.history`.
+        """Encodes the features of N users or items.
 
         A column that `rows` lacks is missing in every row: half-known users and items can be
         encoded.
 
+        Args:
+            side: Tower that reads the features, "user" or "item".
+            rows: Raw columns of N users or items.
+            features: Names of the features to encode; all of the side by default.
+
+        Returns:
+            Array name -> ids int32 [N] or [N, L], or numbers float32 [N, width]. An array has the
+            name of its feature, but for a history, which is several arrays; see
+            `twotower.features.history`.
+
         Raises:
-            ConfigError: a feature is unknown (the nearest is named), or a value cannot be read as
+            ConfigError: A feature is unknown (the nearest is named), or a value cannot be read as
                 its feature's type.
         """
         known = self.spec.side(side)
-        names = list(known) if features is None else list(features)
-        check_fields(dict.fromkeys(names), known, f"The encoder of the {side} tower")
-        arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            arrays |= self._encode(side, name, rows)
+        if features is None:
+            features = list(known)
+        check_fields(dict.fromkeys(features), known, f"The encoder of the {side} tower")
+        arrays = {}
+        for name in features:
+            arrays |= known[name].encode_rows(self.fitted[side, name], rows)
         return arrays
-
-    def _encode(self, side: str, name: str, rows: pa.Table) -> dict[str, np.ndarray]:
-        fitted = self.fitted[side, name]
-        present = fitted.feature.column in rows.column_names
-        column = (
-            rows[fitted.feature.column] if present else pa.chunked_array([pa.nulls(rows.num_rows)])
-        )
-        if fitted.feature is self.spec.history:
-            asked = (
-                rows["timestamp"]
-                if self.spec.history.request_gap and "timestamp" in rows.column_names
-                else None
-            )
-            return encode_histories(self.spec.history, fitted, column, asked)
-        return {name: encode_column(fitted, column)}
 
     @functools.cached_property
     def inputs(self) -> dict[str, dict[str, Input]]:
-        """side -> array of `encode` -> how a tower reads it; of a history, what is read at each
-        event."""
-        items = {name: self.fitted["item", name] for name in self.spec.item}
-        inputs: dict[str, dict[str, Input]] = {side: {} for side in SIDES}
-        for side in SIDES:
-            for name in self.spec.side(side):
-                inputs[side] |= inputs_of(name, self.fitted[side, name], items)
-        return inputs
+        """Side -> array of `encode` -> how a tower reads it."""
+        items: dict[str, Input] = {}
+        for feature in self.spec.item.values():
+            items |= feature.inputs(self.fitted[feature.key], {})
+        users: dict[str, Input] = {}
+        for feature in self.spec.user.values():
+            users |= feature.inputs(self.fitted[feature.key], items)
+        return {"user": users, "item": items}
 
     @functools.cached_property
     def tables(self) -> dict[str, TableShape]:
         """The embedding tables by name."""
-        return {
-            fitted.feature.table: shape_of(fitted)
-            for fitted in self.fitted.values()
-            if fitted.feature.has_table
-        }
+        tables = {}
+        for feature in self.spec:
+            shape = feature.table_shape(self.fitted[feature.key])
+            if shape is not None:
+                tables[feature.table] = shape
+        return tables
 
-    @property
-    def sentences(self) -> list[Fitted]:
-        """The features whose new texts need a model."""
-        return [
-            fitted for fitted in self.fitted.values() if isinstance(fitted.feature, SentenceFeature)
-        ]
+    def extend(
+        self, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
+    ) -> Encoder:
+        """Returns an encoder for a larger log that encodes all known values as this one does.
+
+        Every known value keeps its row and new ones come after them; statistics and the boundaries
+        of buckets stay as they were. A new value gets a row when it has `min_count` training rows
+        in the new log. The arguments are those of `fit`.
+
+        Raises:
+            ConfigError: The features are not those of this encoder, or a sentence encoder is
+                another.
+        """
+        if spec.to_dict() != self.spec.to_dict():
+            raise ConfigError(
+                "config.features differs from that of the run to grow from, whose towers read "
+                "other features."
+            )
+        new = Encoder.fit(spec, train, users=users, items=items)
+        extended: dict[int, Vocabulary] = {}
+        fitted = {}
+        for key, before in self.fitted.items():
+            fitted[key] = before
+            if before.vocabulary is not None:
+                after = new.fitted[key]
+                # By identity, so that features that share a vocabulary still do.
+                identity = id(before.vocabulary)
+                if identity not in extended:
+                    known = after.require_vocabulary()
+                    extended[identity] = _extend_vocabulary(before.vocabulary, known)
+                side, name = key
+                feature = self.spec.side(side)[name]
+                fitted[key] = feature.extend(before, after, extended[identity])
+        return dataclasses.replace(new, fitted=fitted)._with_items_of_history(items)
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes JSON and .npy files, whole or not at all."""
-        state: dict[str, Any] = {
+        entries = []
+        arrays: dict[str, np.ndarray] = {}
+        vocabulary_names: dict[int, str] = {}
+        for number, ((side, name), fitted) in enumerate(self.fitted.items()):
+            entry: dict[str, Any] = {
+                "side": side,
+                "name": name,
+                "numbers": dict(fitted.statistics),
+            }
+            vocabulary = fitted.vocabulary
+            if vocabulary is not None:
+                # A vocabulary that features share is written once.
+                new_name = f"vocabulary_{len(vocabulary_names)}"
+                vocabulary_name = vocabulary_names.setdefault(id(vocabulary), new_name)
+                entry["vocabulary"] = vocabulary_name
+                entry["oov_rows"] = vocabulary.oov_rows
+                for part, array in vocabulary.arrays().items():
+                    arrays[f"{vocabulary_name}_{part}"] = array
+            if fitted.vectors is not None:
+                entry["vectors"] = f"vectors_{number}"
+                arrays[f"vectors_{number}"] = fitted.vectors
+            entry["reads"] = {}
+            for position, (read, array) in enumerate(fitted.reads.items()):
+                entry["reads"][read] = f"reads_{number}_{position}"
+                arrays[f"reads_{number}_{position}"] = array
+            entries.append(entry)
+        state = {
             "spec": self.spec.to_dict(),
             "context": list(self.context),
             "fitted_on": self.fitted_on,
-            "features": [],
+            "features": entries,
         }
-        arrays: dict[str, np.ndarray] = {}
-        names: dict[int, str] = {}
-        for (side, name), fitted in self.fitted.items():
-            entry = {"side": side, "name": name, "numbers": dict(fitted.numbers)}
-            if fitted.vocabulary is not None:
-                entry["vocabulary"] = names.setdefault(
-                    id(fitted.vocabulary), f"vocabulary_{len(names)}"
-                )
-                entry["oov_rows"] = fitted.vocabulary.oov_rows
-                arrays |= {
-                    f"{entry['vocabulary']}_{part}": array
-                    for part, array in fitted.vocabulary.arrays().items()
-                }
-            if fitted.vectors is not None:
-                entry["vectors"] = f"vectors_{len(state['features'])}"
-                arrays[entry["vectors"]] = fitted.vectors
-            entry["reads"] = {
-                of: f"reads_{len(state['features'])}_{i}" for i, of in enumerate(fitted.reads)
-            }
-            arrays |= {key: fitted.reads[of] for of, key in entry["reads"].items()}
-            state["features"].append(entry)
         write_folder(folder, "encoder", state, arrays)
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Encoder:
-        """The encoder that `save` wrote.
+        """Reads the encoder that `save` wrote.
 
         Raises:
-            FolderError: the folder holds something else, or a file is missing or corrupt.
+            FolderError: The folder holds something else, or a file is missing or corrupt.
         """
         state, arrays = read_folder(folder, "encoder")
-        spec = from_mappings(state["spec"])
         vocabularies: dict[str, Vocabulary] = {}
         fitted = {}
         for entry in state["features"]:
-            key, name = (entry["side"], entry["name"]), entry.get("vocabulary")
-            if name and name not in vocabularies:
-                parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
-                vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
-            fitted[key] = Fitted(
-                spec.side(entry["side"])[entry["name"]],
-                vocabulary=vocabularies.get(name),
+            vocabulary = None
+            name = entry.get("vocabulary")
+            if name is not None:
+                if name not in vocabularies:
+                    parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
+                    vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
+                vocabulary = vocabularies[name]
+            reads = entry.get("reads", {})  # encoders of before there were histories have none
+            fitted[entry["side"], entry["name"]] = Fitted(
+                vocabulary=vocabulary,
                 vectors=arrays.get(entry.get("vectors")),
-                numbers=entry["numbers"],
-                reads={of: arrays[key] for of, key in entry.get("reads", {}).items()},
+                statistics=entry["numbers"],
+                reads={read: arrays[array] for read, array in reads.items()},
             )
-        return cls(
-            spec=spec, fitted=fitted, context=tuple(state["context"]), fitted_on=state["fitted_on"]
-        )
+        spec = from_mappings(state["spec"])
+        return cls(spec, fitted, tuple(state["context"]), state["fitted_on"])
+
+    def _with_items_of_history(self, items: pa.Table) -> Encoder:
+        """Returns the encoder with the features of `items` that the history reads beside ids."""
+        history = self.spec.history
+        if history is None or len(history.reads) == 1:
+            return self
+        encoded = self.encode("item", items, history.reads)
+        read = history.read_items(self.fitted[history.key], encoded)
+        return dataclasses.replace(self, fitted={**self.fitted, history.key: read})
+
+
+def _fit_vocabularies(columns: Iterable[TrainingColumn]) -> dict[str, Vocabulary | None]:
+    """Fits one vocabulary for each table, over the values of all features that share it."""
+    by_table: dict[str, list[TrainingColumn]] = {}
+    for column in columns:
+        if column.feature.has_table:
+            by_table.setdefault(column.feature.table, []).append(column)
+    return {
+        table: sharing[0].feature.fit_vocabulary(sharing) for table, sharing in by_table.items()
+    }
+
+
+def _extend_vocabulary(old: Vocabulary, new: Vocabulary) -> Vocabulary:
+    is_known = pc.is_in(new.values, value_set=old.values)
+    added = new.values.filter(pc.invert(is_known))
+    return Vocabulary(values=pa.concat_arrays([old.values, added]), oov_rows=old.oov_rows)

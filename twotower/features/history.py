@@ -18,6 +18,7 @@ its last L events, padded behind the last one:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,10 +27,15 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.features.encodings import Fitted
-from twotower.features.kinds import HistoryFeature
-from twotower.features.numeric import as_seconds
-from twotower.features.text import pad_lists
+from twotower.features.base import (
+    Feature,
+    Fitted,
+    Input,
+    column_of,
+    pad_lists,
+    prefix_errors,
+)
+from twotower.features.timestamp import as_seconds
 from twotower.features.vocabulary import as_strings
 
 # Names of the arrays that stand beside the items of a history.
@@ -42,6 +48,116 @@ HISTORY_POSITION = "history position"
 
 _BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
 _SECONDS_A_DAY = 86_400
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HistoryFeature(Feature):
+    """The items of a user's strictly earlier interactions: a feature of the user tower, at most
+    one.
+
+    Requests bring it in `column`: item ids, or {"item_id": ..., "event": ..., "timestamp": ...},
+    the latest last.
+
+    Attributes:
+        max_length: Events L kept, the latest ones.
+        reads: Item features that are read at each event, from the tables of the item tower; the
+            first is the id.
+        gaps: Buckets of the time since the event before, floor(log2(1 + seconds)); 0: not read.
+        request_gap: Whether to read beside each event the time to the one that follows, in as many
+            buckets, and beside the latest the time to the request. A user's vector then depends on
+            the moment of the request: in training and evaluation that of the row to be predicted,
+            of which nothing else is known; in serving the "timestamp" of the request, by default
+            the newest time of the log. Only comparable with models that know that moment: most
+            published figures of sequential recommenders are of models that do not.
+        weights: Event name -> its weight in a bag, above 0; an event that is not named weighs 1.
+        half_life: Days in which the weight of an event in a bag falls by half; 0: never.
+    """
+
+    max_length: int = 50
+    reads: tuple[str, ...] = ("item_id",)
+    gaps: int = 0
+    request_gap: bool = False
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    half_life: float = 0.0
+    embedding_size: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check(self.side == "user", "side", "user: items have no history")
+        self._check(
+            self.embedding_size == 0,
+            "embedding_size",
+            "left out: vectors are rows of the item's own tables",
+        )
+        self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
+        are_weights = all(_is_weight(weight) for weight in self.weights.values())
+        self._check(are_weights, "weights", "a mapping of events to numbers above 0")
+        has_buckets = bool(self.gaps) or not self.request_gap
+        self._check(has_buckets, "gaps", "how many buckets request_gap has")
+        self._check_at_least(1, "max_length")
+        self._check_at_least(0, "gaps", "half_life")
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether events differ in weight."""
+        return bool(self.weights or self.half_life)
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether the times of events are read."""
+        return bool(self.gaps or self.half_life)
+
+    def fit_to_items(self, item_ids: Fitted, newest: int | None) -> Fitted:
+        """Fits the history: the ids of items, and the moment that ages are counted from.
+
+        Args:
+            item_ids: The state of the item feature that `reads` begins with.
+            newest: Latest training timestamp in seconds; None in a log without times.
+        """
+        return Fitted(vocabulary=item_ids.vocabulary, statistics={"newest": newest or 0})
+
+    def read_items(self, fitted: Fitted, encoded: Mapping[str, np.ndarray]) -> Fitted:
+        """Returns `fitted` with the features of items that are read beside their ids.
+
+        Args:
+            fitted: The state of the history.
+            encoded: Item feature -> [items, ...], the features in `reads`. Items without a row of
+                their own are read by their id alone.
+        """
+        vocabulary = fitted.require_vocabulary()
+        first, *others = self.reads
+        ids = encoded[first]
+        known = ids >= vocabulary.first
+        reads = {}
+        for name in others:
+            values = encoded[name]
+            by_row = np.zeros((vocabulary.size, *values.shape[1:]), values.dtype)
+            by_row[ids[known]] = values[known]
+            reads[name] = by_row
+        return dataclasses.replace(fitted, reads=reads)
+
+    def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
+        request_times = None
+        if self.request_gap and "timestamp" in rows.column_names:
+            request_times = rows["timestamp"]
+        with prefix_errors(self.location):
+            return encode_histories(self, fitted, column_of(rows, self.column), request_times)
+
+    def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
+        inputs = {
+            f"{self.name}/{name}": dataclasses.replace(items[name], history_length=self.max_length)
+            for name in self.reads
+        }
+        # What stands beside the items is said once, by the array of ids.
+        ids = f"{self.name}/{self.reads[0]}"
+        inputs[ids] = dataclasses.replace(
+            inputs[ids], time_buckets=self.gaps, time_to_next=self.request_gap
+        )
+        return inputs
 
 
 def encode_histories(
@@ -79,7 +195,7 @@ def encode_histories(
         timestamps = fields.get("timestamp", pa.nulls(len(owners), pa.int64())).cast(pa.int64())
         is_missing = timestamps.is_null().to_numpy(zero_copy_only=False)
         # An event without a time weighs as if it were of the newest moment of the training rows.
-        filled = pc.fill_null(timestamps, fitted.numbers["newest"])
+        filled = pc.fill_null(timestamps, fitted.statistics["newest"])
         times = filled.to_numpy().astype(np.int64)
         known_times = np.where(is_missing, np.nan, times)
     items = pa.chunked_array([fields["item_id"]])
@@ -123,8 +239,8 @@ def encode_events(
         event_names: Names [M] of what happened, such as "view"; None where they are not known.
         times: Times int64 [M] in seconds; only a `half_life` reads them.
     """
-    assert fitted.vocabulary is not None
-    arrays = {f"{feature.name}/{feature.reads[0]}": fitted.vocabulary.rows(items)}
+    ids = fitted.require_vocabulary().rows(items)
+    arrays = {f"{feature.name}/{feature.reads[0]}": ids}
     if not feature.is_weighted:
         return arrays
     logs = np.zeros(len(items))
@@ -136,7 +252,7 @@ def encode_events(
         logs = np.log(weights)[pc.fill_null(indices, len(names)).to_numpy()]
     if feature.half_life and times is not None:
         half_life = _SECONDS_A_DAY * feature.half_life
-        logs = logs + np.log(2) * (times - fitted.numbers["newest"]) / half_life
+        logs = logs + np.log(2) * (times - fitted.statistics["newest"]) / half_life
     return arrays | {HISTORY_WEIGHT: logs.astype(np.float32)}
 
 
@@ -160,29 +276,8 @@ def read_arrays(feature: HistoryFeature, fitted: Fitted) -> dict[str, np.ndarray
     return {f"{feature.name}/{name}": values for name, values in fitted.reads.items()}
 
 
-def read_items(
-    feature: HistoryFeature, fitted: Fitted, encoded: Mapping[str, np.ndarray]
-) -> Fitted:
-    """Returns `fitted` with the features of items that the history reads beside their ids.
-
-    Args:
-        feature: The history feature.
-        fitted: The state that the encoder fitted for it.
-        encoded: Item feature -> [items, ...], the features that the history reads. Items without a
-            row of their own are read by their id alone.
-    """
-    vocabulary = fitted.vocabulary
-    assert vocabulary is not None
-    first, *others = feature.reads
-    ids = encoded[first]
-    known = ids >= vocabulary.first
-    reads = {}
-    for name in others:
-        values = encoded[name]
-        by_row = np.zeros((vocabulary.size, *values.shape[1:]), values.dtype)
-        by_row[ids[known]] = values[known]
-        reads[name] = by_row
-    return dataclasses.replace(fitted, reads=reads)
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> Any:
@@ -193,7 +288,7 @@ def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> Any:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not (is_list or pa.types.is_fixed_size_list(kind)):
         raise ConfigError(
-            f"{feature.where}: column {feature.column!r} holds {kind}; a history is a list of item "
+            f"{feature.location}: column {feature.column!r} holds {kind}; a history is a list of item "
             "ids, or of mappings with an item_id, the latest last."
         )
     kind = pa.large_list(kind.value_type)
@@ -212,7 +307,7 @@ def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
     fields = {name: events.field(name) for name in names if kind.get_field_index(name) >= 0}
     if "item_id" not in fields or pa.types.is_struct(fields["item_id"].type):
         raise ConfigError(
-            f"{feature.where}: the events of a history must have an item_id; these have {kind}."
+            f"{feature.location}: the events of a history must have an item_id; these have {kind}."
         )
     return fields
 
@@ -230,5 +325,5 @@ def _latest_events(items: Any, owners: np.ndarray, count: int, length: int) -> n
 
 def _seconds(feature: HistoryFeature, column: pa.ChunkedArray) -> np.ndarray:
     """Returns seconds since the epoch, NaN where missing."""
-    seconds, missing = as_seconds(column, f"{feature.where}, column 'timestamp'")
+    seconds, missing = as_seconds(column, f"{feature.location}, column 'timestamp'")
     return np.where(missing, np.nan, seconds)

@@ -1,8 +1,11 @@
-"""Numbers and times -> normalised values or buckets, with what is missing flagged."""
+"""Numbers: normalised with a flag for what is missing, or a row of a table for each bucket."""
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,65 +13,158 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.core.times import UNITS_PER_SECOND
-from twotower.features.kinds import FloatFeature, IntFeature, TimestampFeature
+from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
 from twotower.features.vocabulary import as_strings
 
-# Rows of a bucketised table: 0 is padding, 1 is a missing value, then the buckets.
-MISSING_ROW, FIRST_BUCKET = 1, 2
-_PART_ROWS = {"hour": 24, "weekday": 7}
+# Rows of a table of buckets: 0 is padding, 1 is a missing value, then the buckets.
+MISSING_ROW = 1
+FIRST_BUCKET = 2
 
 
-def as_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """The column as float64 [N], NaN where a value is missing or not finite.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntFeature(Feature):
+    """A whole number: a row for each bucket, or normalised.
+
+    Attributes:
+        buckets: Number of buckets, with about as many training users or items (rows, for a context
+            column) in each.
+        boundaries: Boundaries of the buckets in their place: a value v falls in the bucket after
+            the last boundary <= v.
+        normalize: Whether the feature is (v - mean) / standard deviation and a flag for missing,
+            instead of buckets.
+        embedding_size: Width of the table; 0 is 8 for buckets, and no dense layer for a normalised
+            number.
+    """
+
+    embedding_size: int = 0
+    buckets: int = 16
+    boundaries: tuple[float, ...] = ()
+    normalize: bool = False
+
+    def __post_init__(self):
+        if not self.normalize and self.embedding_size == 0:
+            object.__setattr__(self, "embedding_size", 8)
+        super().__post_init__()
+        self._check_at_least(2, "buckets")
+        # The infinities refuse themselves and NaN among the boundaries.
+        bounds = (-math.inf, *self.boundaries, math.inf)
+        rising = all(low < high for low, high in itertools.pairwise(bounds))
+        self._check(rising, "boundaries", "finite and strictly increasing")
+        both = self.normalize and self.boundaries
+        self._check(not both, "boundaries", "empty when normalize is true")
+
+    @property
+    def has_table(self) -> bool:
+        return not self.normalize
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        # All values are read first, so that an error names a row of the whole table.
+        as_numbers(column.all_values, self.location)
+        if self.boundaries:
+            return Fitted(statistics={"boundaries": list(self.boundaries)})
+        values = as_numbers(column.values, self.location)
+        if self.normalize:
+            return Fitted(statistics=_moments(values))
+        return Fitted(statistics={"boundaries": _quantiles(values, self.buckets)})
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        values = as_numbers(column, self.location)
+        if self.normalize:
+            return _normalise(values, fitted.statistics)
+        boundaries = np.asarray(fitted.statistics["boundaries"], np.float64)
+        buckets = FIRST_BUCKET + np.searchsorted(boundaries, values, side="right")
+        return np.where(np.isnan(values), MISSING_ROW, buckets).astype(np.int32)
+
+    def input(self, fitted: Fitted) -> Input:
+        if self.normalize:
+            return Input(width=2, projection=self.embedding_size)
+        return Input(table=self.table)
+
+    def table_shape(self, fitted: Fitted) -> TableShape | None:
+        if self.normalize:
+            return None
+        rows = FIRST_BUCKET + len(fitted.statistics["boundaries"]) + 1
+        return TableShape(rows=rows, width=self.embedding_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatFeature(Feature):
+    """A number, normalised, with a flag for missing; a missing value is the mean.
+
+    Attributes:
+        log: Whether to take sign(v) log(1 + |v|) first, for prices and counts.
+    """
+
+    embedding_size: int = 0
+    log: bool = False
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        # All values are read first, so that an error names a row of the whole table.
+        as_numbers(column.all_values, self.location)
+        return Fitted(statistics=_moments(self._read(column.values)))
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        return _normalise(self._read(column), fitted.statistics)
+
+    def input(self, fitted: Fitted) -> Input:
+        return Input(width=2, projection=self.embedding_size)
+
+    def _read(self, column: pa.ChunkedArray) -> np.ndarray:
+        values = as_numbers(column, self.location)
+        if self.log:
+            return np.sign(values) * np.log1p(np.abs(values))
+        return values
+
+
+def as_numbers(column: pa.ChunkedArray, location: str) -> np.ndarray:
+    """Reads a column as float64 [N], NaN where a value is missing or not finite.
+
+    Args:
+        column: Numbers, or text of numbers.
+        location: The feature as error messages call it.
 
     Raises:
-        ConfigError: a value is not a number; the message names the feature, the row and the value.
+        ConfigError: A value is not a number; the message names the feature, the row and the value.
     """
-    if _is_text(column.type):
-        column = _parse(column, pa.float64(), where)
+    if is_text(column.type):
+        column = parse_text(column, pa.float64(), location)
     try:
         values = column.cast(pa.float64(), safe=False).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ConfigError(f"{where}: a column of type {column.type} holds no numbers.") from None
+        raise ConfigError(f"{location}: a column of type {column.type} holds no numbers.") from None
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def as_seconds(
-    column: pa.ChunkedArray, where: str, *, unit: str = "s"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds since the epoch, UTC, int64 [N], and which are missing. Numbers are in `unit`, text
-    in ISO 8601.
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_string or pa.types.is_dictionary(kind)
+
+
+def parse_text(column: pa.ChunkedArray, kind: pa.DataType, location: str) -> pa.ChunkedArray:
+    """Reads text as numbers or times; empty text is null.
+
+    Args:
+        column: Text.
+        kind: Type of number, or of timestamp, to read.
+        location: The feature as error messages call it.
 
     Raises:
-        ConfigError: a value is not a time; the message names the feature, the row and the value.
+        ConfigError: A text is neither; the message names the feature, the row and the text.
     """
-    if _is_text(column.type):
-        column = _parse(column, pa.timestamp("s"), where)
-    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
-        column, unit = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), "us"
-    values = as_numbers(column, where) / UNITS_PER_SECOND[unit]
-    missing = np.isnan(values)
-    return np.where(missing, 0, np.floor(values)).astype(np.int64), missing
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    )
-
-
-def _parse(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
     texts = pc.utf8_trim_whitespace(as_strings(column))
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
     try:
         return pa.chunked_array([texts.cast(kind)])
     except pa.ArrowInvalid:
         row = next(row for row, text in enumerate(texts) if not _parses(text, kind))
-        what = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
-        raise ConfigError(
-            f"{where}: {texts[row].as_py()!r} in row {row + 1} is not {what}."
-        ) from None
+        expected = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
+        text = texts[row].as_py()
+        raise ConfigError(f"{location}: {text!r} in row {row + 1} is not {expected}.") from None
 
 
 def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:
@@ -79,86 +175,18 @@ def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:
     return True
 
 
-def fit_int(feature: IntFeature, column: pa.ChunkedArray) -> dict[str, Any]:
-    """Mean and deviation, or boundaries: those of the specification, else quantiles."""
-    if feature.normalize:
-        return _moments(as_numbers(column, feature.where))
-    if feature.boundaries:
-        return {"boundaries": list(feature.boundaries)}
-    values = as_numbers(column, feature.where)
+def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
+    """Returns boundaries that divide values into at most `buckets` buckets, none of them empty."""
     values = values[~np.isnan(values)]
-    above = values[values > values.min(initial=np.inf)]
-    if not len(above):
-        return {"boundaries": []}
+    above_minimum = values[values > values.min(initial=np.inf)]
+    if not len(above_minimum):
+        return []
+    shares = np.arange(1, buckets) / buckets
     # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge.
+    quantiles = np.quantile(values, shares, method="higher")
     # Where the least value is so common that it is a quantile (90 % zeros), it is set apart from
     # the others.
-    quantiles = np.quantile(
-        values, np.arange(1, feature.buckets) / feature.buckets, method="higher"
-    )
-    return {"boundaries": np.unique(np.maximum(quantiles, above.min())).tolist()}
-
-
-def fit_float(feature: FloatFeature, column: pa.ChunkedArray) -> dict[str, Any]:
-    """Mean and deviation of the values (of their logarithms)."""
-    return _moments(_log(feature, as_numbers(column, feature.where)))
-
-
-def fit_timestamp(
-    feature: TimestampFeature, column: pa.ChunkedArray, newest: int | None
-) -> dict[str, Any]:
-    """The newest training timestamp: that of the log where it has one, else of the column."""
-    seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
-    return {"newest": newest if newest is not None else int(seconds[~missing].max(initial=0))}
-
-
-def encode_int(feature: IntFeature, column: pa.ChunkedArray, numbers: dict[str, Any]) -> np.ndarray:
-    """Rows int32 [N] (1 = missing), or float32 [N, 2] when normalised."""
-    values = as_numbers(column, feature.where)
-    if feature.normalize:
-        return _normalised(values, numbers)
-    buckets = FIRST_BUCKET + np.searchsorted(
-        np.asarray(numbers["boundaries"], np.float64), values, side="right"
-    )
-    return np.where(np.isnan(values), MISSING_ROW, buckets).astype(np.int32)
-
-
-def encode_float(
-    feature: FloatFeature, column: pa.ChunkedArray, numbers: dict[str, Any]
-) -> np.ndarray:
-    """(normalised value, missing flag), float32 [N, 2]; a missing value is the mean."""
-    return _normalised(_log(feature, as_numbers(column, feature.where)), numbers)
-
-
-def encode_timestamp(
-    feature: TimestampFeature, column: pa.ChunkedArray, numbers: dict[str, Any]
-) -> np.ndarray:
-    """A row for each part, int32 [N, parts]; a missing time is the missing row once, then
-    padding."""
-    seconds, missing = as_seconds(column, feature.where, unit=feature.unit)
-    hours = np.maximum(numbers["newest"] - seconds, 0) / 3600
-    values = {
-        "hour": seconds // 3600 % 24,
-        "weekday": (seconds // 86400 + datetime.date(1970, 1, 1).weekday()) % 7,
-        "age": np.minimum(np.log2(1 + hours).astype(np.int64), feature.age_buckets - 1),
-    }
-    ids = np.zeros((len(seconds), len(feature.parts)), np.int32)
-    first = FIRST_BUCKET
-    for place, part in enumerate(feature.parts):
-        ids[:, place] = first + values[part]
-        first += _PART_ROWS.get(part, feature.age_buckets)
-    ids[missing] = 0
-    ids[missing, 0] = MISSING_ROW
-    return ids
-
-
-def timestamp_rows(feature: TimestampFeature) -> int:
-    """Rows of the table: padding, missing, then those of each part."""
-    return FIRST_BUCKET + sum(_PART_ROWS.get(part, feature.age_buckets) for part in feature.parts)
-
-
-def _log(feature: FloatFeature, values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.log1p(np.abs(values)) if feature.log else values
+    return np.unique(np.maximum(quantiles, above_minimum.min())).tolist()
 
 
 def _moments(values: np.ndarray) -> dict[str, float]:
@@ -169,7 +197,8 @@ def _moments(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "deviation": float(values.std()) or 1.0}
 
 
-def _normalised(values: np.ndarray, numbers: dict[str, Any]) -> np.ndarray:
+def _normalise(values: np.ndarray, statistics: Mapping[str, Any]) -> np.ndarray:
+    """Returns normalised values and a flag for missing ones, float32 [N, 2]."""
     missing = np.isnan(values)
-    scaled = np.where(missing, 0, (values - numbers["mean"]) / numbers["deviation"])
-    return np.stack([scaled, missing], axis=1).astype(np.float32)
+    scaled = (values - statistics["mean"]) / statistics["deviation"]
+    return np.stack([np.where(missing, 0, scaled), missing], axis=1).astype(np.float32)

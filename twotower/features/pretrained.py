@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,117 +15,219 @@ import pyarrow.parquet as pq
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.features.kinds import PretrainedFeature
+from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
 from twotower.features.vocabulary import Vocabulary, as_strings
+
+# Ids that an error message names.
+_NAMED_IDS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedFeature(Feature):
+    """A vector that something else computed for the id in `column`.
+
+    Attributes:
+        path: File of the vectors [V, E]: a .npy file, or a Parquet file that has `vector_column`
+            and `id_column`.
+        ids: Text file with the id of each row of a .npy file, one a line.
+        id_column: Column of ids of a Parquet file.
+        vector_column: Column of lists of numbers of a Parquet file.
+        frozen: Whether to leave the vectors as they are; otherwise they are the initial rows of a
+            table that is trained.
+        projection: Width of a dense layer between the vector and the tower; 0 for none.
+        missing: Treatment of users or items that have no vector: "error", or "zeros" (and a flag
+            beside a frozen vector).
+        oov_rows: Rows of a trained table for ids without a vector.
+        embedding_size: Width E; 0 takes that of the file.
+    """
+
+    path: str
+    ids: str = ""
+    id_column: str = "id"
+    vector_column: str = "vector"
+    frozen: bool = True
+    projection: int = 0
+    missing: Literal["error", "zeros"] = "error"
+    oov_rows: int = 8
+    embedding_size: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_at_least(0, "projection")
+        self._check_at_least(1, "oov_rows")
+        is_npy = self.path.endswith(".npy")
+        is_parquet = self.path.endswith(".parquet")
+        self._check(is_npy or is_parquet, "path", "a .npy or .parquet file")
+        if is_npy:
+            self._check(bool(self.ids), "ids", "the file with the id of each row")
+        else:
+            self._check(not self.ids, "ids", "empty for a .parquet file")
+
+    @property
+    def has_table(self) -> bool:
+        return not self.frozen
+
+    @property
+    def _min_embedding_size(self) -> int:
+        return 0
+
+    @property
+    def _has_missing_flag(self) -> bool:
+        return self.missing == "zeros"
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        vocabulary, vectors = read_vectors(self)
+        self._check_missing(vocabulary, column.all_values)
+        return Fitted(vocabulary=vocabulary, vectors=vectors)
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        """Encodes ids as rows of the trained table, or as the frozen vectors; with missing="zeros"
+        a last number is 1 where there is no vector."""
+        vocabulary = fitted.require_vocabulary()
+        rows = vocabulary.rows(column)
+        if not self.frozen:
+            return rows
+        known = rows - vocabulary.first
+        missing = known[:, None] < 0
+        vectors = fitted.require_vectors()[np.maximum(known, 0)]
+        vectors = np.where(missing, np.float32(0), vectors)
+        if not self._has_missing_flag:
+            return vectors
+        return np.append(vectors, missing.astype(np.float32), axis=1)
+
+    def input(self, fitted: Fitted) -> Input:
+        if not self.frozen:
+            return Input(table=self.table, projection=self.projection, oov_rows=self.oov_rows)
+        width = fitted.require_vectors().shape[1] + self._has_missing_flag
+        return Input(width=width, projection=self.projection)
+
+    def table_shape(self, fitted: Fitted) -> TableShape | None:
+        if self.frozen:
+            return None
+        # Ids without a vector start at zero, as padding does.
+        rows_without_vector = fitted.require_vocabulary().first
+        initial = np.pad(fitted.require_vectors(), ((rows_without_vector, 0), (0, 0)))
+        rows, width = initial.shape
+        return TableShape(rows=rows, width=width, initial=initial)
+
+    def _check_missing(self, vocabulary: Vocabulary, column: pa.ChunkedArray) -> None:
+        """Refuses users or items without a vector, unless `missing` is "zeros"; a null id has
+        none."""
+        if self.missing == "zeros":
+            return
+        values = as_strings(column)
+        without_vector = values.filter(pa.array(vocabulary.rows(values) < vocabulary.first))
+        if not len(without_vector):
+            return
+        distinct = pc.unique(without_vector)
+        total = len(pc.unique(values))
+        raise ConfigError(
+            f"{self.location}: {self.path} has no vector for {len(distinct)} of {total} ids in "
+            f"column {self.column!r}, the first {_name_ids(distinct.to_pylist())}; add them, or "
+            "set missing to 'zeros'."
+        )
 
 
 def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
-    """The ids, in the order of the file, and their vectors float32 [V, E].
+    """Reads the ids, in the order of the file, and their vectors float32 [V, E].
 
     Raises:
-        ConfigError: the file cannot be read, its width is not `embedding_size`, an id comes twice,
+        ConfigError: The file cannot be read, its width is not `embedding_size`, an id comes twice,
             ids and vectors are not as many, or a vector is not finite. The message names the
             feature and the file.
     """
-    path = _path(feature.path)
-    where = f"{feature.where}: {path}"
+    path = _expand(feature.path)
+    location = f"{feature.location}: {path}"
+    read = _read_npy if feature.ids else _read_parquet
     try:
-        ids, vectors = (
-            _read_npy(feature, path) if feature.ids else _read_parquet(feature, path, where)
-        )
+        ids, vectors = read(feature, path, location)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        raise (
-            error
-            if isinstance(error, ConfigError)
-            else ConfigError(f"{where} cannot be read: {error}")
-        ) from None
-    _check_vectors(feature, vectors, where)
-    _check_ids(ids, len(vectors), where)
+        raise ConfigError(f"{location} cannot be read: {error}") from None
+    _check_vectors(feature, vectors, location)
+    _check_ids(ids, len(vectors), location)
     return Vocabulary(ids, oov_rows=feature.oov_rows), vectors.astype(np.float32)
 
 
-def check_missing(
-    feature: PretrainedFeature, vocabulary: Vocabulary, column: pa.ChunkedArray
-) -> None:
-    """Refuses users or items without a vector, unless `missing` is "zeros"; a null id has none."""
-    values = as_strings(column)
-    lacking = values.filter(pa.array(vocabulary.rows(values) < vocabulary.first))
-    if len(lacking) and feature.missing == "error":
-        distinct = pc.unique(lacking)
-        raise ConfigError(
-            f"{feature.where}: {feature.path} has no vector for {len(distinct)} of {len(pc.unique(values))} "
-            f"ids in column {feature.column!r}, the first {_few(distinct.to_pylist())}; add them, or set missing to 'zeros'."
-        )
-
-
-def _path(path: str) -> Path:
+def _expand(path: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
-def _read_npy(feature: PretrainedFeature, path: Path) -> tuple[pa.LargeStringArray, np.ndarray]:
-    lines = _path(feature.ids).read_text("utf-8").splitlines()
-    return pa.array(lines, pa.large_string()), np.load(path, allow_pickle=False)
+def _read_npy(
+    feature: PretrainedFeature, path: Path, location: str
+) -> tuple[pa.LargeStringArray, np.ndarray]:
+    lines = _expand(feature.ids).read_text("utf-8").splitlines()
+    ids = pa.array(lines, pa.large_string())
+    # Without pickle: a file of vectors must not be able to run code.
+    return ids, np.load(path, allow_pickle=False)
 
 
 def _read_parquet(
-    feature: PretrainedFeature, path: Path, where: str
+    feature: PretrainedFeature, path: Path, location: str
 ) -> tuple[pa.LargeStringArray, np.ndarray]:
-    check_fields(
-        dict.fromkeys((feature.id_column, feature.vector_column)), pq.read_schema(path).names, where
-    )
-    table = pq.read_table(path, columns=sorted({feature.id_column, feature.vector_column}))
+    columns = dict.fromkeys((feature.id_column, feature.vector_column))
+    check_fields(columns, pq.read_schema(path).names, location)
+    table = pq.read_table(path, columns=sorted(columns))
+    ids = as_strings(table[feature.id_column])
     lists = table[feature.vector_column].combine_chunks()
-    if not (
-        pa.types.is_list(lists.type)
-        or pa.types.is_large_list(lists.type)
-        or pa.types.is_fixed_size_list(lists.type)
-    ):
+    is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
+    if not (is_list or pa.types.is_fixed_size_list(lists.type)):
         raise ConfigError(
-            f"{where}: column {feature.vector_column!r} is of type {lists.type}, not lists of numbers."
+            f"{location}: column {feature.vector_column!r} is of type {lists.type}, not lists of "
+            "numbers."
         )
-    lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
-    if len(np.unique(lengths)) > 1:
-        odd = int(np.flatnonzero(lengths != lengths[0])[0])
+    if not len(lists):
+        return ids, np.zeros((0, 0), np.float32)
+    widths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    different = np.flatnonzero(widths != widths[0])
+    if len(different):
+        row = int(different[0])
         raise ConfigError(
-            f"{where}: the vector in row {odd} has width {lengths[odd]}, that in row 0 has {lengths[0]}."
+            f"{location}: the vector in row {row} has width {widths[row]}, that in row 0 has "
+            f"{widths[0]}."
         )
-    flat = lists.flatten().to_numpy(zero_copy_only=False)
-    return as_strings(table[feature.id_column]), flat.reshape(len(lists), -1) if len(
-        lists
-    ) else np.zeros((0, 0), np.float32)
+    numbers = lists.flatten().to_numpy(zero_copy_only=False)
+    return ids, numbers.reshape(len(lists), -1)
 
 
-def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, where: str) -> None:
+def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, location: str) -> None:
     if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind not in "fiu":
         raise ConfigError(
-            f"{where} holds {vectors.dtype} of shape {vectors.shape}, not one row of numbers for each id."
+            f"{location} holds {vectors.dtype} of shape {vectors.shape}, not one row of numbers "
+            "for each id."
         )
-    if feature.embedding_size not in (0, vectors.shape[1]):
+    width = vectors.shape[1]
+    if feature.embedding_size not in (0, width):
         raise ConfigError(
-            f"{where} holds vectors of width {vectors.shape[1]}, but embedding_size={feature.embedding_size}; "
-            f"set it to {vectors.shape[1]} or 0, and projection for another width."
+            f"{location} holds vectors of width {width}, but "
+            f"embedding_size={feature.embedding_size}; set it to {width} or 0, and projection for "
+            "another width."
         )
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
+    not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(not_finite):
         raise ConfigError(
-            f"{where} holds NaN or infinity in {len(bad)} vectors, the first in row {bad[0]}."
+            f"{location} holds NaN or infinity in {len(not_finite)} vectors, the first in row "
+            f"{not_finite[0]}."
         )
 
 
-def _check_ids(ids: pa.LargeStringArray, rows: int, where: str) -> None:
+def _check_ids(ids: pa.LargeStringArray, rows: int, location: str) -> None:
     if len(ids) != rows:
         raise ConfigError(
-            f"{where} holds {rows} vectors for {len(ids)} ids; there must be one id for each row."
+            f"{location} holds {rows} vectors for {len(ids)} ids; there must be one id for each "
+            "row."
         )
     if ids.null_count:
-        raise ConfigError(f"{where} holds {ids.null_count} vectors without an id.")
+        raise ConfigError(f"{location} holds {ids.null_count} vectors without an id.")
     counts = pc.value_counts(ids)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    if twice:
+    is_repeated = pc.greater(counts.field("counts"), 1)
+    repeated = counts.filter(is_repeated).field("values").to_pylist()
+    if repeated:
         raise ConfigError(
-            f"{where} holds {len(twice)} ids more than once, the first {_few(twice)}."
+            f"{location} holds {len(repeated)} ids more than once, the first {_name_ids(repeated)}."
         )
 
 
-def _few(values: Sequence[str | None], count: int = 5) -> str:
-    return ", ".join(repr(value) for value in values[:count])
+def _name_ids(ids: Sequence[str | None]) -> str:
+    return ", ".join(repr(name) for name in ids[:_NAMED_IDS])

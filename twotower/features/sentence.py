@@ -1,8 +1,12 @@
-"""Texts as the vectors of a frozen sentence encoder: each distinct text is encoded once, and kept
-for other runs."""
+"""Text as the vector of a frozen sentence encoder.
+
+Each distinct text is encoded once. The vectors of all texts are kept in the encoder and in the
+bundle, and in a cache of files for other runs, so the model is needed for new texts alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -18,7 +22,7 @@ from absl import logging
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
-from twotower.features.kinds import SentenceFeature
+from twotower.features.base import Feature, Fitted, Input, TrainingColumn
 from twotower.features.sentence_model import (
     SentenceModel,
     find_model,
@@ -28,158 +32,206 @@ from twotower.features.sentence_model import (
 )
 from twotower.features.vocabulary import Vocabulary, as_strings
 
-# Texts of one file of the cache: what a killed process loses. Fewer than _WORTH_KEEPING texts are
-# encoded and not kept.
-_BLOCK_TEXTS, _WORTH_KEEPING = 2048, 64
+# Texts of one file of the cache: the most that a killed process loses.
+_BLOCK_TEXTS = 2048
+# Fewer texts than this are encoded and not kept: a file for each request would be no gain.
+_MIN_CACHED_TEXTS = 64
 
 
-def fit_sentences(
-    feature: SentenceFeature, column: pa.ChunkedArray
-) -> tuple[Vocabulary, np.ndarray, str]:
-    """The distinct texts of a column, their vectors float32 [V, E], and the SHA-256 of the model
-    that gave them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceFeature(Feature):
+    """Text as the vector that a frozen sentence encoder gives it; the extra "text" reads the model,
+    without PyTorch.
 
-    Raises:
-        ConfigError: the model is not found, is of a kind that is not supported, or the extra "text"
-            is missing.
+    Attributes:
+        model: A sentence-transformers model of the BERT or XLM-RoBERTa family: a folder, or its
+            name on the Hugging Face Hub.
+        cache: Folder where vectors are kept, by model and text, for other runs; environment
+            variables and ~ are expanded.
+        embedding_size: Width of the dense layer between the vector and the tower, the only part
+            that is trained; 0 for none.
     """
-    texts = pc.unique(as_strings(column)).drop_null()
-    texts = texts.filter(_says_something(texts))
-    folder = find_model(feature.model, feature.where)
-    sha256, width = model_digest(folder, feature.where), model_width(folder, feature.where)
-    return Vocabulary(texts), _vectors(feature, texts, folder, sha256, width), sha256
 
+    model: str = "paraphrase-multilingual-MiniLM-L12-v2"
+    cache: str = "~/.cache/twotower/sentences"
+    embedding_size: int = 64
 
-def encode_sentences(
-    feature: SentenceFeature,
-    vocabulary: Vocabulary,
-    vectors: np.ndarray,
-    sha256: str,
-    column: pa.ChunkedArray,
-) -> np.ndarray:
-    """The vectors float32 [N, E] of texts, those that are new by the model; of a missing or empty
-    one zeros.
+    def __post_init__(self):
+        super().__post_init__()
+        self._check(bool(self.model.strip()), "model", "a folder or the name of a model")
+        self._check(bool(self.cache.strip()), "cache", "a folder")
 
-    Raises:
-        ConfigError: as `fit_sentences`, or the model that is found is another than that of
-            `sha256`.
-    """
-    texts = as_strings(column)
-    rows = vocabulary.rows(texts) - vocabulary.first
-    encoded = np.zeros((len(texts), vectors.shape[1]), np.float32)
-    encoded[rows >= 0] = vectors[rows[rows >= 0]]
-    new = (rows < 0) & _says_something(texts).to_numpy(zero_copy_only=False)
-    if new.any():
-        distinct = texts.filter(pa.array(new)).dictionary_encode()
-        folder = _same_model(feature, sha256)
-        found = _vectors(feature, distinct.dictionary, folder, sha256, vectors.shape[1])
-        encoded[new] = found[distinct.indices.to_numpy()]
-    return encoded
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        """Encodes all texts, with those of users or items that do not occur in training.
+
+        Raises:
+            ConfigError: The model is not found, is of a kind that is not supported, or the extra
+                "text" is missing.
+        """
+        texts = pc.unique(as_strings(column.all_values)).drop_null()
+        texts = texts.filter(_is_not_blank(texts))
+        folder = find_model(self.model, self.location)
+        sha256 = model_digest(folder, self.location)
+        width = model_width(folder, self.location)
+        vectors = _vectors(self, texts, folder, sha256, width)
+        return Fitted(Vocabulary(texts), vectors, statistics={"model": sha256})
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        """Encodes texts as vectors, new ones by the model; a missing or empty text has zeros.
+
+        Raises:
+            ConfigError: As for `fit`, or the model is another than the one that was fitted.
+        """
+        vocabulary = fitted.require_vocabulary()
+        vectors = fitted.require_vectors()
+        width = vectors.shape[1]
+        texts = as_strings(column)
+        rows = vocabulary.rows(texts) - vocabulary.first
+        known = rows >= 0
+        encoded = np.zeros((len(texts), width), np.float32)
+        encoded[known] = vectors[rows[known]]
+        new = ~known & _is_not_blank(texts).to_numpy(zero_copy_only=False)
+        if new.any():
+            distinct = texts.filter(pa.array(new)).dictionary_encode()
+            sha256 = fitted.statistics["model"]
+            folder = _find_same_model(self, sha256)
+            new_vectors = _vectors(self, distinct.dictionary, folder, sha256, width)
+            encoded[new] = new_vectors[distinct.indices.to_numpy()]
+        return encoded
+
+    def input(self, fitted: Fitted) -> Input:
+        width = fitted.require_vectors().shape[1]
+        return Input(width=width, projection=self.embedding_size)
+
+    def extend(self, old: Fitted, new: Fitted, vocabulary: Vocabulary) -> Fitted:
+        if old.statistics != new.statistics:
+            raise ConfigError(
+                f"{self.location}.model={self.model!r} is another model now than the run to grow "
+                "from read."
+            )
+        return super().extend(old, new, vocabulary)
 
 
 def warn_of_missing_extra(feature: SentenceFeature) -> None:
-    """Says at once that texts which are new cannot be encoded, where the extra is missing."""
+    """Warns that new texts cannot be encoded, where the extra "text" is missing."""
     if not all(importlib.util.find_spec(module) for module in ("tokenizers", "safetensors")):
         logging.warning(
-            "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), which is not installed; known "
-            "ones have their vectors.",
-            feature.where,
+            "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), "
+            "which is not installed; known ones have their vectors.",
+            feature.location,
             feature.model,
         )
-
-
-def _says_something(texts: pa.LargeStringArray) -> pa.BooleanArray:
-    return pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), False)
-
-
-@functools.lru_cache
-def _same_model(feature: SentenceFeature, sha256: str) -> Path:
-    """The folder of the model with that hash; found, and hashed, once in a process."""
-    folder = find_model(feature.model, feature.where)
-    if model_digest(folder, feature.where) != sha256:
-        raise ConfigError(
-            f"{feature.where}.model={feature.model!r}: {folder} is not the model that gave the vectors of this encoder (sha256 "
-            f"{sha256[:12]}). Put that model in its place, or train again."
-        )
-    return folder
-
-
-@functools.lru_cache(maxsize=2)
-def _model(folder: Path, sha256: str, where: str) -> SentenceModel:
-    return load_model(folder, where)
-
-
-def _vectors(
-    feature: SentenceFeature, texts: pa.LargeStringArray, folder: Path, sha256: str, width: int
-) -> np.ndarray:
-    """The vectors of distinct texts: from the cache, or by the model, and then put there."""
-    if len(texts) < _WORTH_KEEPING:
-        return (
-            _model(folder, sha256, feature.where).encode(texts.to_pylist())
-            if len(texts)
-            else np.zeros((0, width), np.float32)
-        )
-    cache = Path(os.path.expanduser(os.path.expandvars(feature.cache))) / sha256
-    known, vectors = read_cache(cache, texts, width)
-    new, start = np.flatnonzero(~known), time.monotonic()
-    for low in range(0, len(new), _BLOCK_TEXTS):
-        rows = new[low : low + _BLOCK_TEXTS]
-        block = texts.take(pa.array(rows))
-        vectors[rows] = _model(folder, sha256, feature.where).encode(block.to_pylist())
-        _write_cache(cache, block, vectors[rows])
-        done = low + len(rows)
-        rate = done / (time.monotonic() - start)
-        logging.info(
-            "%s: %d of %d texts encoded, %.0f a second.", feature.where, done, len(new), rate
-        )
-    return vectors
 
 
 def read_cache(
     cache: Path, texts: pa.LargeStringArray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the texts are there, bool [N], and their vectors, float32 [N, width], 0 elsewhere.
+    """Reads the vectors of texts from the files of a cache.
+
+    Args:
+        cache: Folder of the files.
+        texts: Distinct texts [N].
+        width: Width of the vectors.
+
+    Returns:
+        A mask bool [N] of the texts that are there, and the vectors float32 [N, width], 0
+        elsewhere.
 
     Raises:
-        ConfigError: a file is damaged.
+        ConfigError: A file is damaged.
     """
-    known, vectors = np.zeros(len(texts), bool), np.zeros((len(texts), width), np.float32)
+    known = np.zeros(len(texts), bool)
+    vectors = np.zeros((len(texts), width), np.float32)
     paths = sorted(cache.glob("*.parquet"))
-    kept = [_read(path, "text") for path in paths]
-    if not kept:
+    texts_of_files = [_read_column(path, "text") for path in paths]
+    if not paths:
         return known, vectors
-    ends = np.cumsum([len(part) for part in kept])
-    places = pc.fill_null(pc.index_in(texts, value_set=pa.concat_arrays(kept)), -1).to_numpy()
-    order = np.argsort(places, kind="stable")
-    bounds = np.searchsorted(places[order], [0, *ends])
-    for path, low, high, end, part in zip(paths, bounds[:-1], bounds[1:], ends, kept):
-        if low < high:
-            rows = order[low:high]
-            lists = _read(path, "vector")
-            vectors[rows] = (
-                lists.flatten().to_numpy().reshape(-1, width)[places[rows] - end + len(part)]
-            )
+    indices = pc.index_in(texts, value_set=pa.concat_arrays(texts_of_files))
+    indices = pc.fill_null(indices, -1).to_numpy()
+    # Sorted by index, the texts of one file lie together, and each file is read at most once.
+    order = np.argsort(indices, kind="stable")
+    starts = np.cumsum([0, *map(len, texts_of_files)])
+    bounds = np.searchsorted(indices[order], starts)
+    for number, path in enumerate(paths):
+        rows = order[bounds[number] : bounds[number + 1]]
+        if len(rows):
+            numbers = _read_column(path, "vector").flatten().to_numpy()
+            vectors[rows] = numbers.reshape(-1, width)[indices[rows] - starts[number]]
             known[rows] = True
     return known, vectors
 
 
-def _read(path: Path, column: str) -> pa.Array:
+def _is_not_blank(texts: pa.LargeStringArray) -> pa.BooleanArray:
+    return pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), False)
+
+
+@functools.lru_cache
+def _find_same_model(feature: SentenceFeature, sha256: str) -> Path:
+    """Returns the folder of the model with that hash; it is hashed once in a process."""
+    folder = find_model(feature.model, feature.location)
+    if model_digest(folder, feature.location) != sha256:
+        raise ConfigError(
+            f"{feature.location}.model={feature.model!r}: {folder} is not the model that gave the "
+            f"vectors of this encoder (sha256 {sha256[:12]}). Put that model in its place, or "
+            "train again."
+        )
+    return folder
+
+
+@functools.lru_cache(maxsize=2)
+def _model(folder: Path, sha256: str, location: str) -> SentenceModel:
+    # The hash is not read: with it, a model that was replaced is not taken from the memory.
+    return load_model(folder, location)
+
+
+def _vectors(
+    feature: SentenceFeature, texts: pa.LargeStringArray, folder: Path, sha256: str, width: int
+) -> np.ndarray:
+    """Returns the vectors float32 [N, width] of distinct texts, from the cache or by the model."""
+    if not len(texts):
+        return np.zeros((0, width), np.float32)
+    if len(texts) < _MIN_CACHED_TEXTS:
+        return _model(folder, sha256, feature.location).encode(texts.to_pylist())
+    cache = Path(os.path.expanduser(os.path.expandvars(feature.cache))) / sha256
+    known, vectors = read_cache(cache, texts, width)
+    new = np.flatnonzero(~known)
+    start = time.monotonic()
+    for low in range(0, len(new), _BLOCK_TEXTS):
+        rows = new[low : low + _BLOCK_TEXTS]
+        block = texts.take(pa.array(rows))
+        vectors[rows] = _model(folder, sha256, feature.location).encode(block.to_pylist())
+        # Block by block, so that a killed process goes on from the last one.
+        _write_cache(cache, block, vectors[rows])
+        done = low + len(rows)
+        logging.info(
+            "%s: %d of %d texts encoded, %.0f a second.",
+            feature.location,
+            done,
+            len(new),
+            done / (time.monotonic() - start),
+        )
+    return vectors
+
+
+def _read_column(path: Path, column: str) -> pa.Array:
     try:
-        return pq.read_table(path, columns=[column], page_checksum_verification=True)[
-            column
-        ].combine_chunks()
+        table = pq.read_table(path, columns=[column], page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(
             f"{path} of the cache of sentence vectors is damaged ({error}): delete it."
         ) from None
+    return table[column].combine_chunks()
 
 
 def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -> None:
-    """One more file, whole or not at all; a cache that cannot be written is done without."""
+    """Writes one more file; a cache that cannot be written is done without."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    name = hashlib.sha256(
-        "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
-    ).hexdigest()[:32]
+    joined = "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
+    name = hashlib.sha256(joined).hexdigest()[:32]
     table = pa.table({"text": texts, "vector": lists})
     try:
         with atomic(cache / f"{name}.parquet") as temporary:

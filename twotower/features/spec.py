@@ -1,4 +1,4 @@
-"""The feature specification: what each tower reads, from which column, and how it becomes numbers.
+"""The specification of features: the columns that each tower reads, and the kind of each.
 
 A JSON file, or the same mappings in Python, names the features of each tower:
 
@@ -7,8 +7,8 @@ A JSON file, or the same mappings in Python, names the features of each tower:
               "genres": {"type": "strings", "separator": "|", "embedding_size": 16},
               "price": {"type": "float", "log": true}}}
 
-The keys "user_embedding_layers" and "item_embedding_layers" are read as "user" and "item". A tower
-that is left out reads its id alone. `twotower.features.encoder.Encoder` is fitted to a specification.
+A tower that is left out reads its id alone. `twotower.features.encoder.Encoder` is fitted to a
+specification.
 """
 
 from __future__ import annotations
@@ -26,15 +26,28 @@ from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import check_fields, convert
 from twotower.features.base import SIDES, Feature
-from twotower.features.kinds import (
-    FEATURES,
-    HistoryFeature,
-    StringFeature,
-    StringsFeature,
-    TextFeature,
-)
+from twotower.features.categorical import StringFeature, StringsFeature
+from twotower.features.history import HistoryFeature
+from twotower.features.numeric import FloatFeature, IntFeature
+from twotower.features.pretrained import PretrainedFeature
+from twotower.features.sentence import SentenceFeature
+from twotower.features.text import TextFeature
+from twotower.features.timestamp import TimestampFeature
 
-_KEYS = {
+# The kinds by the "type" of a specification. A user's module may add its own.
+FEATURES: dict[str, type[Feature]] = {
+    "string": StringFeature,
+    "strings": StringsFeature,
+    "int": IntFeature,
+    "float": FloatFeature,
+    "text": TextFeature,
+    "pretrained": PretrainedFeature,
+    "sentence": SentenceFeature,
+    "timestamp": TimestampFeature,
+    "history": HistoryFeature,
+}
+# Keys of a specification; the longer ones are those of older files.
+_SIDE_OF_KEY = {
     "user": "user",
     "item": "item",
     "user_embedding_layers": "user",
@@ -47,18 +60,20 @@ class FeatureSpec:
     """The features of both towers by name, in the order of the specification.
 
     Raises:
-        ConfigError: features that share a table do not agree on it.
+        ConfigError: Features that share a table do not agree on it, there are two histories, or a
+            history reads features that items do not have.
     """
 
     user: dict[str, Feature]
     item: dict[str, Feature]
 
     def __post_init__(self):
-        by_table: dict[str, Feature] = {}
+        first_of_table: dict[str, Feature] = {}
         for feature in self:
             if feature.has_table:
-                _check_shared(by_table.setdefault(feature.table, feature), feature)
-        _check_history([f for f in self if isinstance(f, HistoryFeature)], self.item)
+                first = first_of_table.setdefault(feature.table, feature)
+                _check_shared(first, feature)
+        _check_history(self)
 
     def __iter__(self) -> Iterator[Feature]:
         return itertools.chain(self.user.values(), self.item.values())
@@ -66,38 +81,37 @@ class FeatureSpec:
     @property
     def history(self) -> HistoryFeature | None:
         """The feature that is the user's history."""
-        return next((f for f in self.user.values() if isinstance(f, HistoryFeature)), None)
+        for feature in self.user.values():
+            if isinstance(feature, HistoryFeature):
+                return feature
+        return None
 
     def side(self, side: str) -> dict[str, Feature]:
-        """The features of the tower "user" or "item"."""
+        """Returns the features of the tower "user" or "item"."""
         return choose({"user": self.user, "item": self.item}, side, "side")
 
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The mappings that `from_mappings` takes."""
-        return {
-            side: {name: _to_dict(feature) for name, feature in self.side(side).items()}
-            for side in SIDES
-        }
+        """Returns the mappings that `from_mappings` takes."""
+        return {"user": _to_dicts(self.user), "item": _to_dicts(self.item)}
 
 
 def load_spec(config: FeaturesConfig) -> FeatureSpec:
-    """The specification that `config` names or holds.
+    """Reads the specification that `config` names or holds.
 
     Raises:
-        ConfigError: the file cannot be read, or a feature has an unknown type, an unknown field or
+        ConfigError: The file cannot be read, or a feature has an unknown type, an unknown field or
             a value out of range; the message names the nearest that is known.
     """
     if not config.path:
         return from_mappings({"user": config.user, "item": config.item})
     if config.user or config.item:
         raise ConfigError(
-            f"config.features.path={config.path!r} and config.features.user/item are both given: leave the path out, "
-            "or set config.features.user={} and config.features.item={}."
+            f"config.features.path={config.path!r} and config.features.user/item are both given: "
+            "leave the path out, or set config.features.user={} and config.features.item={}."
         )
+    path = Path(os.path.expanduser(os.path.expandvars(config.path)))
     try:
-        mappings = json.loads(
-            Path(os.path.expanduser(os.path.expandvars(config.path))).read_text("utf-8")
-        )
+        mappings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"config.features.path={config.path!r} is not a JSON file that can be read: {error}"
@@ -109,88 +123,96 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
 
 
 def from_mappings(mappings: Any) -> FeatureSpec:
-    """The specification of {"user": {name: {"type": ..., field: value}}, "item": ...}; a side left
-    out is its id."""
+    """Builds a specification.
+
+    Args:
+        mappings: {"user": {name: {"type": ..., field: value}}, "item": ...}; a side left out is its
+            id alone.
+
+    Raises:
+        ConfigError: As for `load_spec`.
+    """
     if not isinstance(mappings, Mapping):
         raise ConfigError(f"features={mappings!r} must be a mapping with the keys user and item.")
-    check_fields(mappings, _KEYS, "features")
-    sides: dict[str, Any] = {}
+    check_fields(mappings, _SIDE_OF_KEY, "features")
+    by_side: dict[str, Any] = {}
     for key, features in mappings.items():
-        if _KEYS[key] in sides:
+        side = _SIDE_OF_KEY[key]
+        if side in by_side:
             raise ConfigError(
-                f"features has both {key!r} and another key for the {_KEYS[key]} tower: leave one out."
+                f"features has both {key!r} and another key for the {side} tower: leave one out."
             )
-        sides[_KEYS[key]] = features
+        by_side[side] = features
+    for side in SIDES:
+        by_side[side] = by_side.get(side) or {f"{side}_id": {"type": "string"}}
     return FeatureSpec(
-        **{
-            side: _features(side, sides.get(side) or {f"{side}_id": {"type": "string"}})
-            for side in SIDES
-        }
+        user=_build_features("user", by_side["user"]), item=_build_features("item", by_side["item"])
     )
 
 
-def _features(side: str, features: Any) -> dict[str, Feature]:
+def _build_features(side: str, features: Any) -> dict[str, Feature]:
     if not isinstance(features, Mapping):
         raise ConfigError(
             f"features.{side}={features!r} must be a mapping of feature names to their fields."
         )
-    return {name: _feature(side, name, fields) for name, fields in features.items()}
+    return {name: _build_feature(side, name, fields) for name, fields in features.items()}
 
 
-def _feature(side: str, name: str, fields: Any) -> Feature:
-    where = f"features.{side}.{name}"
+def _build_feature(side: str, name: str, fields: Any) -> Feature:
+    location = f"features.{side}.{name}"
     if not isinstance(fields, Mapping) or "type" not in fields:
         raise ConfigError(
-            f"{where}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}."
+            f"{location}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}."
         )
-    cls = choose(FEATURES, str(fields["type"]), f"{where}.type")
-    hints = {
-        field: hint
-        for field, hint in typing.get_type_hints(cls).items()
-        if field not in ("side", "name")
-    }
-    check_fields(fields, ["type", *hints], where)
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name in hints and f.default is f.default_factory
-    ]
-    for field in required:
-        if field not in fields:
-            raise ConfigError(f"{where} has no {field}, which a {fields['type']} feature needs.")
-    values = {
-        field: convert(hints[field], value, f"{where}.{field}")
-        for field, value in fields.items()
-        if field != "type"
-    }
-    return cls(side=side, name=name, **values)
+    kind = choose(FEATURES, str(fields["type"]), f"{location}.type")
+    known = _spec_fields(kind)
+    check_fields(fields, ["type", *(field.name for field in known)], location)
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for field in known:
+        name_of_field = f"{location}.{field.name}"
+        is_required = field.default is field.default_factory  # both are MISSING
+        if field.name in fields:
+            values[field.name] = convert(hints[field.name], fields[field.name], name_of_field)
+        elif is_required:
+            raise ConfigError(
+                f"{location} has no {field.name}, which a {fields['type']} feature needs."
+            )
+    return kind(side=side, name=name, **values)
 
 
-def _to_dict(feature: Feature) -> dict[str, Any]:
-    kind = next(kind for kind, cls in FEATURES.items() if cls is type(feature))
-    return {"type": kind} | {
-        k: v for k, v in dataclasses.asdict(feature).items() if k not in ("side", "name")
-    }
+def _spec_fields(kind: type[Feature]) -> list[dataclasses.Field[Any]]:
+    """Returns the fields that a specification may give; side and name are its keys."""
+    return [field for field in dataclasses.fields(kind) if field.name not in ("side", "name")]
 
 
-def _check_history(histories: list[HistoryFeature], item: Mapping[str, Feature]) -> None:
-    """Refuses a second history, and one that reads what items do not have."""
+def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
+    type_of_kind = {kind: name for name, kind in FEATURES.items()}
+    dicts = {}
+    for name, feature in features.items():
+        fields = dataclasses.asdict(feature)
+        del fields["side"], fields["name"]
+        dicts[name] = {"type": type_of_kind[type(feature)]} | fields
+    return dicts
+
+
+def _check_history(spec: FeatureSpec) -> None:
+    """Refuses a second history, and one that reads features that items do not have."""
+    histories = [feature for feature in spec if isinstance(feature, HistoryFeature)]
     for history in histories[1:]:
         raise ConfigError(
-            f"{history.where} is a second history beside {histories[0].where}: a user has one. Leave one out."
+            f"{history.location} is a second history beside {histories[0].location}: a user has "
+            "one. Leave one out."
         )
     for history in histories:
         for name in history.reads:
-            choose(item, name, f"{history.where}.reads")
-        first = item[history.reads[0]]
-        if (
-            not isinstance(first, StringFeature)
-            or isinstance(first, StringsFeature)
-            or first.column != "item_id"
-        ):
+            choose(spec.item, name, f"{history.location}.reads")
+        first = spec.item[history.reads[0]]
+        # Not isinstance: `strings` are a kind of `string`, and their ids are lists.
+        if type(first) is not StringFeature or first.column != "item_id":
             raise ConfigError(
-                f"{history.where}.reads={history.reads!r} must begin with a string feature of the column 'item_id': "
-                f"{first.where} is another."
+                f"{history.location}.reads={history.reads!r} must begin with a string feature of "
+                f"the column 'item_id': {first.location} is another."
             )
 
 
@@ -198,20 +220,17 @@ def _check_shared(first: Feature, other: Feature) -> None:
     """Refuses two features that name one table but would shape it differently."""
     if first is other:
         return
-    vocabulary = isinstance(first, StringFeature) and isinstance(other, StringFeature)
-    text = isinstance(first, TextFeature) and isinstance(other, TextFeature)
-    if not (vocabulary or text):
+    if not first.shared_fields or first.shared_fields != other.shared_fields:
         raise ConfigError(
-            f"{first.where} and {other.where} cannot share table={first.table!r}: string and strings features "
-            f"can share one, and text features can; give one of them another table."
+            f"{first.location} and {other.location} cannot share table={first.table!r}: string "
+            "and strings features can share one, and text features can; give one of them another "
+            "table."
         )
-    for field in (
-        ("embedding_size", "min_count", "oov_rows", "initial_norm")
-        if vocabulary
-        else ("embedding_size", "buckets")
-    ):
-        if getattr(first, field) != getattr(other, field):
+    for field in first.shared_fields:
+        expected = getattr(first, field)
+        value = getattr(other, field)
+        if value != expected:
             raise ConfigError(
-                f"{other.where}.{field}={getattr(other, field)!r} must be {getattr(first, field)!r}, as in "
-                f"{first.where}, which shares table={first.table!r}."
+                f"{other.location}.{field}={value!r} must be {expected!r}, as in "
+                f"{first.location}, which shares table={first.table!r}."
             )

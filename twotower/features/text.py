@@ -1,24 +1,29 @@
-"""Text -> hashed ids of its words and character n-grams, the same on every machine; and vectors
-computed elsewhere."""
+"""Text as hashed words and character n-grams, with the same ids on every machine."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Shaped
+from jaxtyping import Int32
 
 from twotower.core.arrow import pc
 from twotower.core.hashing import mix64
+from twotower.features.base import Feature, Fitted, Input, TableShape, pad_lists
 from twotower.features.vocabulary import as_strings, segment_sums
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.
 _BLOCK_TEXTS = 8192
-# Beyond Unicode: the two boundaries of a word among its characters.
-_WORD_START, _WORD_END = 0x110000, 0x110001
+# The two boundaries of a word among its characters: the first numbers that are no code points.
+_WORD_START = 0x110000
+_WORD_END = 0x110001
+# Lengths of runs that a specification may ask for.
+_MAX_RUN = 8
 
 _ARABIC_MARKS = [
     *range(0x0610, 0x061B),
@@ -53,25 +58,77 @@ _LETTERS = {
     "œ": "oe",
     "ı": "i",
 }
-_TABLE = str.maketrans(
-    dict.fromkeys(map(chr, _ARABIC_MARKS + _INVISIBLE), "")
-    | _LETTERS
-    | {chr(zero + digit): str(digit) for zero in (0x0660, 0x06F0) for digit in range(10)}
+_DIGITS = {
+    chr(zero + digit): str(digit)
+    for zero in (0x0660, 0x06F0)  # Arabic and Persian
+    for digit in range(10)
+}
+_REPLACEMENTS = str.maketrans(
+    dict.fromkeys(map(chr, _ARABIC_MARKS + _INVISIBLE), "") | _LETTERS | _DIGITS
 )
 _LATIN_ACCENTS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFeature(Feature):
+    """Text as the mean over its words and character n-grams, each hashed to a row of the table.
+
+    Attributes:
+        words: Lengths of runs of words; (1, 2) takes words and pairs of neighbours.
+        characters: Lengths of runs of characters within a word, its two boundaries counted as
+            characters.
+        buckets: Rows V of the table.
+        max_length: Pieces L kept of a text: its words first, then its n-grams.
+    """
+
+    words: tuple[int, ...] = (1,)
+    characters: tuple[int, ...] = (3, 4, 5)
+    buckets: int = 65_536
+    max_length: int = 96
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("embedding_size", "buckets")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_at_least(1, "max_length")
+        self._check_at_least(2, "buckets")
+        any_pieces = bool(self.words or self.characters)
+        self._check(any_pieces, "words", "one or more lengths when characters is empty")
+        for field in ("words", "characters"):
+            lengths = getattr(self, field)
+            distinct = len(set(lengths)) == len(lengths)
+            in_range = all(1 <= length <= _MAX_RUN for length in lengths)
+            self._check(distinct and in_range, field, f"distinct lengths from 1 to {_MAX_RUN}")
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        return hashed_pieces(
+            column,
+            words=self.words,
+            characters=self.characters,
+            buckets=self.buckets,
+            max_length=self.max_length,
+        )
+
+    def input(self, fitted: Fitted) -> Input:
+        return Input(table=self.table, length=self.max_length)
+
+    def table_shape(self, fitted: Fitted) -> TableShape:
+        return TableShape(rows=self.buckets, width=self.embedding_size)
+
+
 def normalise(text: str) -> str:
-    """One spelling of what readers take for the same: case, width, Latin accents, Arabic vowels,
-    hamza, digits.
+    """Returns one spelling of what readers take for the same: case, width, Latin accents, Arabic
+    vowels, hamza and digits are made alike.
 
     >>> normalise("Ａ Café, ＬＯＵＤ"), normalise("أَحْمَد") == normalise("احمد"), normalise("١٢٣")
     ('a cafe, loud', True, '123')
     """
     # Decomposed, a letter and its marks stand apart: alef with hamza becomes alef and a mark, é
     # becomes e and a mark.
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    return unicodedata.normalize("NFKC", _LATIN_ACCENTS.sub("", text).translate(_TABLE))
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = unicodedata.normalize("NFKD", text)
+    text = _LATIN_ACCENTS.sub("", text).translate(_REPLACEMENTS)
+    return unicodedata.normalize("NFKC", text)
 
 
 def hashed_pieces(
@@ -82,48 +139,38 @@ def hashed_pieces(
     buckets: int,
     max_length: int,
 ) -> Int32[np.ndarray, "N L"]:
-    """Ids in [1, buckets) of the pieces of each text, int32 [N, max_length], padded with 0.
+    """Hashes the pieces of each text to ids in [1, buckets), padded with 0.
 
-    Pieces are runs of `words` words and, within a word and its two boundaries, runs of `characters`
-    characters. The first `max_length` are kept: words before n-grams, shorter runs before longer
-    ones, then as they stand in the text.
+    Pieces are runs of words and, within a word and its two boundaries, runs of characters. The
+    first `max_length` are kept: words before n-grams, shorter runs before longer ones, then as they
+    stand in the text.
+
+    Args:
+        texts: Texts [N]; null has no pieces.
+        words: Lengths of runs of words.
+        characters: Lengths of runs of characters.
+        buckets: Rows of the table that the ids are rows of.
+        max_length: Pieces L kept of a text.
     """
     encoded = as_strings(texts).dictionary_encode()
     distinct = encoded.dictionary
+    # One more row, without pieces, for null.
     ids = np.zeros((len(distinct) + 1, max_length), np.int32)
     for low in range(0, len(distinct), _BLOCK_TEXTS):
         block = distinct.slice(low, _BLOCK_TEXTS)
         rows, hashes = _pieces(block, words, characters)
-        ids[low : low + len(block)] = pad_lists(
-            rows, 1 + (hashes % np.uint64(buckets - 1)).astype(np.int32), len(block), max_length
-        )
+        block_ids = 1 + (hashes % np.uint64(buckets - 1)).astype(np.int32)
+        ids[low : low + len(block)] = pad_lists(rows, block_ids, len(block), max_length)
     return ids[encoded.indices.fill_null(len(distinct)).to_numpy()]
-
-
-def pad_lists(
-    rows: np.ndarray, values: np.ndarray, count: int, length: int
-) -> Shaped[np.ndarray, "N L"]:
-    """Returns the first `length` values of each row, [count, length], 0 elsewhere.
-
-    Args:
-        rows: Row [M] that each value belongs to, ascending.
-        values: Values [M].
-        count: Number of rows N.
-        length: Values L kept of a row.
-    """
-    starts = np.searchsorted(rows, np.arange(count))
-    positions = np.arange(len(rows)) - starts[rows]
-    padded = np.zeros((count, length), values.dtype)
-    kept = positions < length
-    padded[rows[kept], positions[kept]] = values[kept]
-    return padded
 
 
 def _pieces(
     texts: pa.LargeStringArray, words: Sequence[int], characters: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row and hash of every piece, ordered by row, then as `hashed_pieces` says."""
-    joined = normalise("\n".join(pc.replace_substring(texts, "\n", " ").to_pylist()))
+    """Returns row and hash of every piece, ordered by row, then as `hashed_pieces` says."""
+    # All texts at once, one a line: Unicode is normalised in C, and the rest is whole arrays.
+    lines = pc.replace_substring(texts, "\n", " ").to_pylist()
+    joined = normalise("\n".join(lines))
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
     letter = _is_letter(points)
     start = letter & ~np.concatenate([[False], letter[:-1]])
@@ -131,63 +178,75 @@ def _pieces(
     word_of_letter = np.cumsum(start)[letter] - 1
     lengths = np.bincount(word_of_letter, minlength=len(row_of_word))
     bounded, ends = _with_boundaries(points[letter], word_of_letter, lengths)
+    row_of_character = np.repeat(row_of_word, lengths + 2)
     pieces = [_word_runs(bounded, lengths, row_of_word, size) for size in sorted(words)]
-    pieces += _character_runs(
-        bounded, ends, np.repeat(row_of_word, lengths + 2), sorted(characters)
-    )
-    rows, hashes = (np.concatenate(part) for part in zip(*pieces, strict=True))
+    pieces += _character_runs(bounded, ends, row_of_character, characters)
+    rows = np.concatenate([piece_rows for piece_rows, _ in pieces])
+    hashes = np.concatenate([piece_hashes for _, piece_hashes in pieces])
     order = np.argsort(rows, kind="stable")
     return rows[order], hashes[order]
 
 
 def _is_letter(points: np.ndarray) -> np.ndarray:
-    """Which code points make words: letters, digits and the marks on them."""
-    known = np.zeros(0x110000, bool)
-    known[points] = True
-    for point in np.flatnonzero(known):
-        known[point] = chr(point).isalnum() or unicodedata.category(chr(point)).startswith("M")
-    return known[points]
+    """Returns a mask of the code points that make words: letters, digits and the marks on them."""
+    # A table of all code points, so that each is looked up in Unicode's data only once.
+    is_letter = np.zeros(0x110000, bool)
+    is_letter[points] = True
+    for point in np.flatnonzero(is_letter):
+        character = chr(point)
+        is_mark = unicodedata.category(character).startswith("M")
+        is_letter[point] = character.isalnum() or is_mark
+    return is_letter[points]
 
 
 def _with_boundaries(
     letters: np.ndarray, word_of_letter: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The letters with a boundary before and after each word, int64 [T], and where the word of each
-    ends, int64 [T]."""
-    stops = np.cumsum(lengths + 2)
+    """Puts a boundary before and after each word.
+
+    Returns:
+        The characters int64 [T], and for each the end int64 [T] of its word.
+    """
+    ends = np.cumsum(lengths + 2)
     bounded = np.full(len(letters) + 2 * len(lengths), _WORD_END, np.int64)
-    bounded[stops - lengths - 2] = _WORD_START
+    bounded[ends - lengths - 2] = _WORD_START
     bounded[np.arange(len(letters)) + 2 * word_of_letter + 1] = letters
-    return bounded, np.repeat(stops, lengths + 2)
+    return bounded, np.repeat(ends, lengths + 2)
 
 
 def _character_runs(
     bounded: np.ndarray, ends: np.ndarray, rows: np.ndarray, sizes: Sequence[int]
-) -> list[tuple]:
-    pieces, total = [], np.zeros(len(bounded), np.uint64)
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns row and hash of the runs of characters within words, shorter runs first."""
+    pieces = []
+    totals = np.zeros(len(bounded), np.uint64)
     for size in range(1, max(sizes, default=0) + 1):
-        total = total[: len(bounded) - size + 1] + mix64(
-            ((size << 21) | bounded[size - 1 :]).astype(np.uint64)
-        )
-        if size in sizes:
+        # The sum over a run is that over the run shorter by one, and its last character.
+        count = len(bounded) - size + 1
+        last = ((size << 21) | bounded[size - 1 :]).astype(np.uint64)
+        totals = totals[:count] + mix64(last)
+        if size not in sizes:
+            continue
+        within_word = np.arange(len(totals)) + size <= ends[: len(totals)]
+        if size == 1:
             # A boundary alone says nothing.
-            fits = np.arange(len(total)) + size <= ends[: len(total)]
-            here = np.flatnonzero(
-                fits & ((bounded[: len(total)] < _WORD_START) if size == 1 else True)
-            )
-            pieces.append((rows[here], mix64(total[here] + np.uint64(size))))
+            within_word &= bounded < _WORD_START
+        starts = np.flatnonzero(within_word)
+        pieces.append((rows[starts], mix64(totals[starts] + np.uint64(size))))
     return pieces
 
 
 def _word_runs(
     bounded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns row and hash of the runs of `size` words within a text."""
     offsets = np.concatenate([[0], np.cumsum(lengths + 2)])
-    position = np.arange(len(bounded)) - np.repeat(offsets[:-1], lengths + 2)
-    words = mix64(segment_sums(mix64(((position << 21) | bounded).astype(np.uint64)), offsets))
+    positions = np.arange(len(bounded)) - np.repeat(offsets[:-1], lengths + 2)
+    characters = mix64(((positions << 21) | bounded).astype(np.uint64))
+    words = mix64(segment_sums(characters, offsets))
     count = max(len(words) - size + 1, 0)
-    total = np.zeros(count, np.uint64)
-    for place in range(size):
-        total += mix64(words[place : place + count] + np.uint64(place + 1))
-    whole = rows[:count] == rows[size - 1 :]
-    return rows[:count][whole], mix64(total[whole] + np.uint64(size))
+    totals = np.zeros(count, np.uint64)
+    for position in range(size):
+        totals += mix64(words[position : position + count] + np.uint64(position + 1))
+    within_text = rows[:count] == rows[size - 1 :]
+    return rows[:count][within_text], mix64(totals[within_text] + np.uint64(size))

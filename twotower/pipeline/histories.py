@@ -19,16 +19,16 @@ import pyarrow as pa
 
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
-from twotower.features.encodings import Fitted
+from twotower.features.base import Fitted
 from twotower.features.history import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
+    HistoryFeature,
     encode_events,
     id_array,
     read_arrays,
     time_buckets,
 )
-from twotower.features.kinds import HistoryFeature
 
 # The name, in the context of a row, of the span of its history.
 SPANS = "history span"
@@ -288,12 +288,12 @@ def _spans(
 def _check_columns(feature: HistoryFeature, log: pa.Table, *, has_times: bool) -> None:
     if feature.weights and "event" not in log.column_names:
         raise ConfigError(
-            f"{feature.where}.weights={dict(feature.weights)} needs a column 'event' of the "
+            f"{feature.location}.weights={dict(feature.weights)} needs a column 'event' of the "
             "interactions."
         )
     for field in ("gaps", "half_life"):
         value = getattr(feature, field)
         if value and not has_times:
             raise ConfigError(
-                f"{feature.where}.{field}={value} needs a time in every row; this log has none."
+                f"{feature.location}.{field}={value} needs a time in every row; this log has none."
             )

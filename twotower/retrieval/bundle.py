@@ -34,7 +34,7 @@ from twotower.core.errors import BundleError
 from twotower.core.files import content_digest, digest, put_back
 from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
-from twotower.features.sentence import warn_of_missing_extra
+from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import coordinate, widened
 from twotower.index.scann import load_index, save_index
@@ -143,10 +143,12 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
 def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
     """What a server must have to embed texts that are new: feature -> the name of its model, and
     the SHA-256 of its files."""
-    return {
-        f.feature.where: {"model": f.feature.model, "sha256": f.numbers["model"]}
-        for f in encoder.sentences
-    }
+    models = {}
+    for feature in encoder.spec:
+        if isinstance(feature, SentenceFeature):
+            sha256 = encoder.fitted[feature.key].statistics["model"]
+            models[feature.location] = {"model": feature.model, "sha256": sha256}
+    return models
 
 
 def load_bundle(folder: str | os.PathLike) -> Bundle:
@@ -187,8 +189,9 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         folder=folder.absolute(),
     )
     _check_lengths(bundle, manifest)
-    for fitted in bundle.encoder.sentences:
-        warn_of_missing_extra(fitted.feature)
+    for feature in bundle.encoder.spec:
+        if isinstance(feature, SentenceFeature):
+            warn_of_missing_extra(feature)
     return bundle
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.features.encoder import Encoder
-from twotower.features.numeric import as_seconds
+from twotower.features.timestamp import as_seconds
 
 BLOCK = 65_536  # users encoded at once
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from twotower.config import HistoryConfig, TowerConfig
 from twotower.core.errors import choose
-from twotower.features.encodings import Input
+from twotower.features.base import Input
 from twotower.towers.history import HISTORIES, History
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
 
@@ -92,11 +92,11 @@ def build_tower(
     kind = choose(TOWERS, config.kind, f"{field}.kind")
     choose(ACTIVATIONS, config.activation, f"{field}.activation")
     dtype = choose(DTYPES, dtype, "config.model.dtype")
-    first = next((i for i in inputs.values() if i.events), None)
+    first = next((i for i in inputs.values() if i.history_length), None)
     reader = None
     if first is not None:
         reader = choose(HISTORIES, history.kind, "config.model.history.kind")(
-            history, first.events, first.gaps, dtype, first.until
+            history, first.history_length, first.time_buckets, dtype, first.time_to_next
         )
     return kind(
         config, {name: i.projection for name, i in inputs.items() if i.projection}, reader, dtype

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
+from twotower.features.base import Input, TableShape
 from twotower.features.encoder import Encoder
-from twotower.features.encodings import Input, TableShape
 from twotower.features.history import (
     HISTORY_POSITION,
     HISTORY_SEGMENT,
@@ -119,7 +119,7 @@ class TwoTower:
     @property
     def history_length(self) -> int:
         """L of the histories of users; 0 where they are not read."""
-        return max((i.events for i in self.inputs["user"].values()), default=0)
+        return max((i.history_length for i in self.inputs["user"].values()), default=0)
 
     def init(self, key: jax.Array) -> Weights:
         """Fresh weights."""
@@ -246,12 +246,12 @@ class TwoTower:
         return {
             name: column(name, i)
             for name, i in self.inputs[side].items()
-            if bool(i.events) == of_events
+            if bool(i.history_length) == of_events
         }
 
     def _history(self, side: str, rows: Features, features: Features) -> dict[str, Any] | None:
         """The fields of `twotower.towers.history.History`; None without one."""
-        first = next((name for name, i in self.inputs[side].items() if i.events), None)
+        first = next((name for name, i in self.inputs[side].items() if i.history_length), None)
         if first is None:
             return None
         segment = features.get(HISTORY_SEGMENT)
@@ -270,13 +270,17 @@ class TwoTower:
         """What the tower reads of one user or item, all of it padding, and of its history."""
         rows, features = {}, {}
         for name, i in self.inputs[side].items():
-            shape = (1, *([i.events] if i.events else []), *([i.length] if i.length else []))
+            shape = (
+                1,
+                *([i.history_length] if i.history_length else []),
+                *([i.length] if i.length else []),
+            )
             features[name] = (
                 jnp.zeros(shape, jnp.int32) if i.table else jnp.zeros((*shape, i.width))
             )
             if i.table:
                 rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
-            if i.gaps:
+            if i.time_buckets:
                 features[HISTORY_TIME_SINCE_PREVIOUS] = features[HISTORY_TIME_TO_NEXT] = jnp.zeros(
                     shape[:2], jnp.int32
                 )

@@ -7,7 +7,6 @@ Before the first further step every score of known users and items is what it wa
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from absl import logging
 from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
 from twotower.core.mesh import host_mesh
+from twotower.features.base import Input
 from twotower.features.encoder import Encoder
-from twotower.features.encodings import Fitted, Input
-from twotower.features.growth import grown
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import SIDES, TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
@@ -63,7 +61,7 @@ def grow(
         raise ConfigError(
             f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
         )
-    prepared = prepare(config, fit=functools.partial(grown, old_encoder))
+    prepared = prepare(config, fit=old_encoder.extend)
     trainer = Trainer.build(
         config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
@@ -264,9 +262,9 @@ def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
     uses: dict[str, tuple[str, str]] = {}
     for side in SIDES:
         for name, i in encoder.inputs[side].items():
-            if i.events:  # a history reads tables that are the items'
+            if i.history_length:  # a history reads tables that are the items'
                 continue
-            fitted: Fitted = encoder.fitted[side, name]
+            fitted = encoder.fitted[side, name]
             if i.table and fitted.vocabulary is not None:
                 uses.setdefault(i.table, (side, name))
     return uses

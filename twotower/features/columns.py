@@ -1,0 +1,110 @@
+"""The training column of every feature: which table it is in, and how often each value counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrow import pc
+from twotower.core.errors import ConfigError, did_you_mean
+from twotower.features.base import Feature, Key, TrainingColumn
+from twotower.features.history import HistoryFeature
+from twotower.features.spec import FeatureSpec
+from twotower.features.vocabulary import as_strings
+
+# Columns of the interactions that no query knows before it is answered.
+_ANSWERS = ("item_id", "label")
+
+
+def training_columns(
+    spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
+) -> dict[Key, TrainingColumn]:
+    """Finds the column of every feature but the history, which is made of the interactions.
+
+    Args:
+        spec: The features.
+        train: Training interactions.
+        users: Users, with a unique user_id.
+        items: Items, with a unique item_id.
+
+    Raises:
+        ConfigError: No table of a feature's side has its column; the nearest is named.
+        ValueError: Ids come twice in `users` or `items`, or training rows have ids that are not
+            there.
+    """
+    tables = {"user": users, "item": items}
+    counts = {side: _count_training_rows(train, table, side) for side, table in tables.items()}
+    newest = newest_timestamp(train)
+    columns = {}
+    for feature in spec:
+        if isinstance(feature, HistoryFeature):
+            continue
+        table = tables[feature.side]
+        if feature.column in table.column_names:
+            occurs = counts[feature.side] > 0
+            all_values = table[feature.column]
+            values = all_values.filter(pa.array(occurs))
+            weights = counts[feature.side][occurs]
+            is_context = False
+        elif feature.side == "user" and feature.column in train.column_names:
+            _check_is_known_to_query(feature)
+            all_values = values = train[feature.column]
+            weights = np.ones(len(train), np.int64)
+            is_context = True
+        else:
+            raise _missing_column(feature, table, train)
+        columns[feature.key] = TrainingColumn(
+            feature, values, weights, all_values, is_context, newest
+        )
+    return columns
+
+
+def newest_timestamp(train: pa.Table) -> int | None:
+    """Returns the latest training timestamp in seconds; None in a log without times."""
+    if "timestamp" not in train.column_names:
+        return None
+    return pc.max(train["timestamp"]).as_py()
+
+
+def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndarray:
+    """Returns the training rows of each user or item, int64 [len(table)]."""
+    id_column = f"{side}_id"
+    for rows, name in ((train, "The training rows"), (table, f"The {side}s table")):
+        if id_column not in rows.column_names:
+            columns = ", ".join(rows.column_names)
+            raise ValueError(f"{name} must have a column {id_column!r}; columns: {columns}.")
+    ids = as_strings(table[id_column])
+    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        is_repeated = pc.greater(counts.field("counts"), 1)
+        repeated = counts.filter(is_repeated).field("values")
+        raise ValueError(
+            f"The {side}s table has {len(repeated)} ids more than once, the first "
+            f"{repeated[0].as_py()!r}; they must be unique."
+        )
+    rows_of_table = pc.index_in(as_strings(train[id_column]), value_set=ids)
+    if rows_of_table.null_count:
+        unknown = train[id_column].filter(rows_of_table.is_null())
+        raise ValueError(
+            f"{len(unknown)} training rows have a {id_column} that the {side}s table lacks, the "
+            f"first {unknown[0].as_py()!r}."
+        )
+    return np.bincount(rows_of_table.to_numpy(), minlength=len(table))
+
+
+def _check_is_known_to_query(feature: Feature) -> None:
+    if feature.column in _ANSWERS:
+        raise ConfigError(
+            f"{feature.location} reads column {feature.column!r} of the interactions, which is "
+            "what is to be predicted; a query does not know it."
+        )
+
+
+def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
+    known = list(table.column_names)
+    if feature.side == "user":
+        known += [name for name in train.column_names if name not in known]
+    return ConfigError(
+        f"{feature.location} reads column {feature.column!r}; the {feature.side}s table has no "
+        f"field {feature.column!r}{did_you_mean(feature.column, known)} Known: {', '.join(known)}."
+    )

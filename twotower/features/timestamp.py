@@ -1,0 +1,108 @@
+"""Times as rows of a small table: hour, weekday and age."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.errors import choose
+from twotower.core.times import UNITS_PER_SECOND, TimeUnit
+from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
+from twotower.features.numeric import FIRST_BUCKET, MISSING_ROW, as_numbers, is_text, parse_text
+
+_PARTS = ("hour", "weekday", "age")
+# The day that times are counted from, a Thursday.
+_EPOCH_WEEKDAY = datetime.date(1970, 1, 1).weekday()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestampFeature(Feature):
+    """A time (UTC) as rows of a small table: its hour, its weekday, its age before the newest
+    training row.
+
+    Attributes:
+        parts: Parts that are read, of "hour", "weekday" and "age".
+        unit: Unit of a column of numbers: s, ms, us or ns since the epoch.
+        age_buckets: Number of buckets of the age; an age in hours falls in bucket
+            floor(log2(1 + age)), at most the last.
+    """
+
+    embedding_size: int = 8
+    parts: tuple[str, ...] = _PARTS
+    unit: TimeUnit = "s"
+    age_buckets: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_at_least(1, "age_buckets")
+        distinct = len(set(self.parts)) == len(self.parts)
+        self._check(bool(self.parts) and distinct, "parts", "one or more different parts")
+        for part in self.parts:
+            choose(dict.fromkeys(_PARTS), part, f"{self.location}.parts")
+
+    def fit(self, column: TrainingColumn) -> Fitted:
+        # All values are read first, so that an error names a row of the whole table.
+        as_seconds(column.all_values, self.location, unit=self.unit)
+        newest = column.newest
+        if newest is None:
+            seconds, missing = as_seconds(column.values, self.location, unit=self.unit)
+            newest = int(seconds[~missing].max(initial=0))
+        return Fitted(statistics={"newest": newest})
+
+    def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
+        seconds, missing = as_seconds(column, self.location, unit=self.unit)
+        hours = np.maximum(fitted.statistics["newest"] - seconds, 0) / 3600
+        age = np.log2(1 + hours).astype(np.int64)
+        values = {
+            "hour": seconds // 3600 % 24,
+            "weekday": (seconds // 86400 + _EPOCH_WEEKDAY) % 7,
+            "age": np.minimum(age, self.age_buckets - 1),
+        }
+        ids = np.zeros((len(seconds), len(self.parts)), np.int32)
+        first = FIRST_BUCKET
+        for position, part in enumerate(self.parts):
+            ids[:, position] = first + values[part]
+            first += self._part_rows(part)
+        # A missing time is the missing row once, then padding, so that their mean is that row.
+        ids[missing] = 0
+        ids[missing, 0] = MISSING_ROW
+        return ids
+
+    def input(self, fitted: Fitted) -> Input:
+        return Input(table=self.table, length=len(self.parts))
+
+    def table_shape(self, fitted: Fitted) -> TableShape:
+        rows = FIRST_BUCKET + sum(self._part_rows(part) for part in self.parts)
+        return TableShape(rows=rows, width=self.embedding_size)
+
+    def _part_rows(self, part: str) -> int:
+        return {"hour": 24, "weekday": 7, "age": self.age_buckets}[part]
+
+
+def as_seconds(
+    column: pa.ChunkedArray, location: str, *, unit: str = "s"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a column as seconds since the epoch (UTC).
+
+    Args:
+        column: Dates, timestamps, numbers, or text in ISO 8601.
+        location: The feature as error messages call it.
+        unit: Unit of numbers: s, ms, us or ns.
+
+    Returns:
+        The seconds int64 [N], 0 where missing, and a mask bool [N] of missing values.
+
+    Raises:
+        ConfigError: A value is not a time; the message names the feature, the row and the value.
+    """
+    if is_text(column.type):
+        column = parse_text(column, pa.timestamp("s"), location)
+    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        unit = "us"
+    values = as_numbers(column, location) / UNITS_PER_SECOND[unit]
+    missing = np.isnan(values)
+    return np.where(missing, 0, np.floor(values)).astype(np.int64), missing
