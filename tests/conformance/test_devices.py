@@ -7,7 +7,7 @@ import pytest
 from tests.conformance import tiny
 from twotower.core.errors import ConfigError
 from twotower.objectives import LOSSES
-from twotower.pipeline.batches import Batches, Rows
+from twotower.pipeline.batches import Batches, InteractionExamples, Rows
 
 
 def _steps(devices, count=3):
@@ -108,7 +108,8 @@ def test_every_batch_is_full_and_no_row_is_lost():
         {},
     )
     features = {side: {"id": np.arange(10)} for side in ("user", "item")}
-    batches = Batches(rows, features, batch_size=4, seed=0, resident_megabytes=1)
+    examples = InteractionExamples(rows, features)
+    batches = Batches(examples, batch_size=4, seed=0, resident_megabytes=1)
     drawn = [batches.indices(step) for step in range(5)]
     assert {len(part) for part in drawn} == {4}
     passes = np.concatenate(drawn).reshape(2, 10)

@@ -79,4 +79,4 @@ def test_a_test_item_that_training_never_saw_is_a_miss(tmp_path):
     assert (
         "999" not in prepared.items["item_id"].to_pylist() and (prepared.test.item == -1).sum() >= 1
     )
-    assert len(prepared.test) == 21 and prepared.plan.places == 13
+    assert len(prepared.test) == 21 and prepared.packing.num_slots == 13

@@ -13,7 +13,7 @@ from twotower.core.errors import ConfigError
 from twotower.objectives import negatives
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.pipeline.batches import Batches, Rows
+from twotower.pipeline.batches import Batches, InteractionExamples, Rows
 from twotower.training.checks import check_negatives
 
 B = 32
@@ -33,7 +33,8 @@ def make_rows(counts):
 
 
 def make_batches(rows):
-    return Batches(rows, {"user": {}, "item": {}}, batch_size=B, seed=0, resident_megabytes=1)
+    examples = InteractionExamples(rows, {"user": {}, "item": {}})
+    return Batches(examples, batch_size=B, seed=0, resident_megabytes=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,17 @@
-"""Labels from the log to the batch; what is no label is refused by name, and only rows with label 1
-are answers."""
+"""Labels from the log to the batch: refused by name, and right answers only where they are 1."""
 
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.evaluation.baselines import make_baselines
 from twotower.evaluation.queries import make_queries
-from twotower.pipeline.batches import Batches, gather
+from twotower.pipeline.batches import Batches, InteractionExamples, gather_rows
 from twotower.pipeline.prepare import prepare
 
 NAN = np.nan
@@ -33,20 +33,21 @@ def log(click, *, name="click"):
 
 def make(tmp_path, table, *, objective=None, features=None, kind="parquet", **data):
     path = tmp_path / f"log.{kind}"
-    (pyarrow.parquet.write_table if kind == "parquet" else pa.csv.write_csv)(table, path)
-    return prepare(
-        from_dict(
-            {
-                "data": {"source": kind, "interactions": {"path": str(path)}, **data},
-                "objective": objective or {"label": "click", "heads": {"like": {"label": "like"}}},
-                "features": features or {},
-            }
-        )
-    )
+    write = pq.write_table if kind == "parquet" else csv.write_csv
+    write(table, path)
+    default = {"label": "click", "heads": {"like": {"label": "like"}}}
+    config = {
+        "data": {"source": kind, "interactions": {"path": str(path)}, **data},
+        "objective": objective or default,
+        "features": features or {},
+    }
+    return prepare(from_dict(config))
 
 
-def expected(n):
-    return np.array([NAN if CLICK[i % 7] is None else CLICK[i % 7] for i in range(n)], np.float32)
+def expected(count):
+    """The labels of the first rows of `log(CLICK)`, NaN where missing."""
+    clicks = [CLICK[n % 7] for n in range(count)]
+    return np.array([NAN if click is None else click for click in clicks], np.float32)
 
 
 FORMS = {
@@ -67,11 +68,11 @@ def test_a_label_is_0_1_or_nan_however_it_is_written(tmp_path, kind, form, name)
         kind=kind,
         objective={"heads": {"a": {"label": name}}},
     )
-    found = np.concatenate(
-        [getattr(prepared, part).labels[name] for part in ("train", "validation", "test")]
-    )
-    np.testing.assert_array_equal(found, expected(ROWS))
-    assert found.dtype == np.float32 and list(prepared.train.labels) == [name]
+    parts = (prepared.train, prepared.validation, prepared.test)
+    labels = np.concatenate([rows.labels[name] for rows in parts])
+    np.testing.assert_array_equal(labels, expected(ROWS))
+    assert labels.dtype == np.float32
+    assert list(prepared.train.labels) == [name]
 
 
 def test_a_column_named_twice_is_read_once_and_no_column_is_read_unasked(tmp_path):
@@ -86,12 +87,13 @@ def test_a_column_named_twice_is_read_once_and_no_column_is_read_unasked(tmp_pat
 
 def test_a_batch_has_the_labels_of_its_rows_on_the_host_and_on_the_device(tmp_path):
     prepared = make(tmp_path, log(CLICK))
-    batches = Batches(
-        prepared.train, prepared.features, batch_size=16, seed=0, resident_megabytes=1
-    )
+    examples = InteractionExamples(prepared.train, prepared.features)
+    batches = Batches(examples, batch_size=16, seed=0, resident_megabytes=1)
     index = batches.indices(1)
     assert not np.array_equal(index, np.sort(index))
-    for batch in (gather(batches.resident, index), jax.jit(gather)(batches.resident, index)):
+    on_host = gather_rows(batches.resident, index)
+    on_device = jax.jit(gather_rows)(batches.resident, index)
+    for batch in (on_host, on_device):
         np.testing.assert_array_equal(batch["labels"]["click"], expected(ROWS)[index])
         np.testing.assert_array_equal(batch["labels"]["like"], (index % 3 == 0).astype(np.float32))
 
@@ -99,10 +101,9 @@ def test_a_batch_has_the_labels_of_its_rows_on_the_host_and_on_the_device(tmp_pa
 def test_where_filters_rows_with_their_labels(tmp_path):
     prepared = make(tmp_path, log(CLICK), where=(("clicks", "!=", 2), ("click", "!=", None)))
     kept = np.array([n for n in range(ROWS) if n % 4 != 2 and CLICK[n % 7] is not None])
-    np.testing.assert_array_equal(
-        prepared.train.labels["click"], expected(ROWS)[kept][: len(prepared.train)]
-    )
-    np.testing.assert_array_equal(prepared.train.timestamp, kept[: len(prepared.train)])
+    kept = kept[: len(prepared.train)]
+    np.testing.assert_array_equal(prepared.train.labels["click"], expected(ROWS)[kept])
+    np.testing.assert_array_equal(prepared.train.timestamp, kept)
 
 
 REFUSED = {
@@ -169,31 +170,32 @@ def test_a_query_may_not_know_a_label(tmp_path):
     ).encoder.context == ("told",)
 
 
-def chosen(part, right):
-    """{(user, item)} of the rows of `part` with label 1, or of all."""
-    first, last = {"train": (0, 56), "validation": (56, 63), "test": (63, 70)}[part]
-    return {
-        (f"u{n % 6}", f"i{n % 5}") for n in range(first, last) if not right or CLICK[n % 7] == 1
-    }
+ROWS_OF_PART = {"train": range(56), "validation": range(56, 63), "test": range(63, 70)}
+
+
+def expected_pairs(part, label):
+    """{(user, item)} of the rows of a part, or with a label of those alone where it is 1."""
+    rows = [n for n in ROWS_OF_PART[part] if not label or CLICK[n % 7] == 1]
+    return {(f"u{n % 6}", f"i{n % 5}") for n in rows}
 
 
 def pairs(prepared, lists, users):
-    names, items = prepared.users["user_id"].to_pylist(), prepared.items["item_id"].to_pylist()
+    names = prepared.users["user_id"].to_pylist()
+    items = prepared.items["item_id"].to_pylist()
     return {(names[user], items[item]) for user, own in zip(users, lists) for item in own}
 
 
 @pytest.mark.parametrize("kind", ["user", "interaction"])
 @pytest.mark.parametrize("label", ["click", ""])
 def test_only_rows_with_label_1_are_right_answers_and_seen(tmp_path, kind, label):
-    prepared = make(
-        tmp_path, log(CLICK), objective={"label": label, "heads": {"a": {"label": "click"}}}
-    )
+    objective = {"label": label, "heads": {"a": {"label": "click"}}}
+    prepared = make(tmp_path, log(CLICK), objective=objective)
     queries = make_queries(prepared, "test", kind)
-    assert pairs(prepared, queries.right, queries.user) == chosen("test", label)
+    right = pairs(prepared, queries.right, queries.user)
+    assert right == expected_pairs("test", label)
     everyone = np.arange(len(prepared.users))
-    assert pairs(prepared, queries.seen, everyone) == chosen("train", label) | chosen(
-        "validation", label
-    )
+    seen = pairs(prepared, queries.seen, everyone)
+    assert seen == expected_pairs("train", label) | expected_pairs("validation", label)
     rows = [n for n in range(56) if not label or CLICK[n % 7] == 1]
     items = prepared.items["item_id"].to_pylist()
     assert queries.counts.tolist() == [sum(items[i] == f"i{n % 5}" for n in rows) for i in range(5)]
@@ -202,7 +204,9 @@ def test_only_rows_with_label_1_are_right_answers_and_seen(tmp_path, kind, label
 def test_an_answer_outside_of_the_corpus_counts_only_with_label_1(tmp_path):
     table = log(CLICK).to_pydict()
     for n, item, click in ((68, "x", 0), (69, "y", 1), (67, "z", 1)):
-        table["user_id"][n], table["item_id"][n], table["click"][n] = "u0", item, click
+        table["user_id"][n] = "u0"
+        table["item_id"][n] = item
+        table["click"][n] = click
     queries = make_queries(make(tmp_path, pa.table(table)), "test", "user")
     assert queries.missing.sum() == 2
 
@@ -222,43 +226,6 @@ def test_popularity_counts_only_rows_with_label_1(tmp_path):
     table["item_id"] = ["i0" if n % 2 else f"i{n % 5}" for n in range(ROWS)]
     table["click"] = [0 if item == "i0" else 1 for item in table["item_id"]]
     prepared = make(tmp_path, pa.table(table))
-    scores = make_baselines(prepared, make_queries(prepared, "test", "user"))["popularity"](
-        slice(0, 1)
-    )
+    baselines = make_baselines(prepared, make_queries(prepared, "test", "user"))
+    scores = baselines["popularity"](slice(0, 1))
     assert prepared.items["item_id"][int(np.argmin(scores))].as_py() == "i0"
-
-
-def test_the_shop_draws_labels_with_the_probabilities_that_it_tells():
-    from twotower.data.shop import generate as synthetic
-
-    shop = synthetic.generate(20_000, seed=2)
-    user, item = (
-        pa.compute.index_in(
-            shop.interactions[f"{side}_id"], getattr(shop, f"{side}s")[f"{side}_id"]
-        ).to_numpy()
-        for side in ("user", "item")
-    )
-    probabilities = synthetic.label_probabilities(shop.truth, user, item)
-    preference = (
-        np.float64(shop.truth.user_factors) @ np.float64(shop.truth.item_factors[item[:9]]).T
-    )
-    lift = np.log(preference[user[:9], np.arange(9)] / preference.mean(0))
-    np.testing.assert_allclose(
-        probabilities["liked"][:9], 1 / (1 + np.exp(5.4 - 2 * lift)), rtol=1e-3
-    )
-    for name, known in (("liked", 0.6), ("shared", 1.0)):
-        labels, p = shop.interactions[name].to_numpy(), probabilities[name]
-        given = ~np.isnan(labels)
-        assert given.mean() == pytest.approx(known, abs=0.015) and 0.02 < p.mean() < 0.6
-        for low, high in (
-            (0, 0.1),
-            (0.1, 0.3),
-            (0.3, 1),
-        ):  # each row its own probability, not one share for all
-            rows = given & (p >= low) & (p < high)
-            if rows.sum() > 500:
-                assert labels[rows].mean() == pytest.approx(p[rows].mean(), abs=0.03)
-        # Being known says nothing of the answer.
-        assert p[given].mean() == pytest.approx(p.mean(), abs=0.01)
-    same = synthetic.generate(20_000, seed=2).interactions
-    assert same.equals(shop.interactions)

@@ -1,15 +1,19 @@
-"""Sequences packed into rows: every target once, with the history that its row has, on the host as
-inside `jit`."""
+"""Packed sequences: every target once, with the history of its row, alike on host and device."""
 
 import jax
 import numpy as np
 import pytest
 
 from tests.features.test_history import L, prepared_of, write_log
-from twotower.features.history import HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_TIME_SINCE_PREVIOUS
+from twotower.features.history import (
+    HISTORY_POSITION,
+    HISTORY_SEGMENT,
+    HISTORY_TIME_SINCE_PREVIOUS,
+)
+from twotower.pipeline.batches import Batches
 from twotower.pipeline.histories import SPANS
 from twotower.pipeline.sequences import (
-    SequenceBatches,
+    SequenceExamples,
     SequencePacking,
     gather_sequences,
     pack,
@@ -19,139 +23,153 @@ from twotower.pipeline.sequences import (
 IDS = "history/item_id"
 
 
+def prepare_and_pack(tmp_path, *, times=None, crop="last", **history):
+    path = write_log(tmp_path / "log.csv", times=times, rows=120)
+    prepared = prepared_of(path, {"kind": "leave_last_out"}, **history)
+    return prepared, SequencePacking.build(prepared.histories, crop=crop, seed=0)
+
+
+def data_of(prepared):
+    return sequence_data(prepared.train, prepared.features, prepared.histories)
+
+
+def first_pass(packing):
+    """The content of all packed rows in their first pass."""
+    return packing.expand(np.arange(len(packing)), np.zeros(len(packing), int))
+
+
 @pytest.mark.parametrize(
     "lengths", [[1], [5] * 4, [1] * 7, list(range(1, 6)) * 9, [5, 1, 4, 2, 3, 3, 3]], ids=str
 )
 def test_rows_are_filled_with_whole_sequences(lengths):
-    lengths, size = np.array(lengths), 5
-    order, rows, slots = pack(lengths, size, seed=0)
+    size = 5
+    lengths = np.array(lengths)
+    order, rows, first_slots = pack(lengths, size, seed=0)
     assert sorted(order) == list(range(len(lengths)))
     for row in range(rows.max() + 1):
-        here = rows == row
-        ends = np.cumsum(lengths[order[here]])
-        assert slots[here].tolist() == [0, *ends[:-1]] and ends[-1] <= size
-    assert rows.max() + 1 <= np.ceil(
-        1.3 * lengths.sum() / size
-    )  # first fit decreasing is within 11/9 of the best
+        in_row = rows == row
+        ends = np.cumsum(lengths[order[in_row]])
+        assert first_slots[in_row].tolist() == [0, *ends[:-1]]
+        assert ends[-1] <= size
+    # First fit decreasing is within 11/9 of the best.
+    assert rows.max() + 1 <= np.ceil(1.3 * lengths.sum() / size)
 
 
-def begun(tmp_path, *, times=None, crop="last", rows=120, **history):
-    prepared = prepared_of(
-        write_log(tmp_path / "log.csv", times=times, rows=rows),
-        {"kind": "leave_last_out"},
-        **history,
-    )
-    return prepared, SequencePacking.build(prepared.histories, crop=crop, seed=0)
+CASES = {
+    "no times": (None, {}),
+    "ties": (40, {"gaps": 5}),
+    "ties, times of requests": (40, {"gaps": 30, "request_gap": True}),
+}
 
 
-@pytest.mark.parametrize(
-    "times,feature",
-    [(None, {}), (40, {"gaps": 5}), (40, {"gaps": 30, "request_gap": True})],
-    ids=["no times", "ties", "ties, times of requests"],
-)
-def test_each_target_is_asked_with_the_history_of_its_row(tmp_path, times, feature):
-    prepared, plan = begun(tmp_path, times=times, **feature)
-    data = sequence_data(prepared.train, prepared.features, prepared.histories)
-    places = plan.expand(np.arange(len(plan)), np.zeros(len(plan), int))
-    batch = gather_sequences(data, places)
+@pytest.mark.parametrize("case", CASES)
+def test_each_target_is_predicted_from_the_history_of_its_row(tmp_path, case):
+    times, feature = CASES[case]
+    prepared, packing = prepare_and_pack(tmp_path, times=times, **feature)
+    data = data_of(prepared)
+    content = first_pass(packing)
+    batch = gather_sequences(data, content)
     order = prepared.histories.orders["train"]
-    expected = prepared.histories.take(prepared.train.context[SPANS][order])
-    segment, position = (
-        batch["user_features"][name] for name in (HISTORY_SEGMENT, HISTORY_POSITION)
-    )
-    asked = batch.get("asked", np.broadcast_to(np.arange(plan.places), segment.shape))
-    assert ("asked" in batch) == bool(times)
-    seen = []
-    for b, s in np.argwhere(places[..., 0] >= 0):
-        target, at = places[b, s, 0], asked[b, s]
+    histories = prepared.histories.take(prepared.train.context[SPANS][order])
+    features = batch["user_features"]
+    segment = features[HISTORY_SEGMENT]
+    position = features[HISTORY_POSITION]
+    slots = np.arange(packing.num_slots)
+    assert ("query_slot" in batch) == bool(times)
+    query_slot = batch.get("query_slot", np.broadcast_to(slots, segment.shape))
+    counted = []
+    for row, slot in np.argwhere(content[..., 0] >= 0):
+        target = content[row, slot, 0]
         for name in ("user", "item"):
-            assert batch[name][b, s] == getattr(prepared.train, name)[order[target]]
-        known = (segment[b] == segment[b, s]) & (np.arange(plan.places) <= at) & (position[b] > 0)
-        # What the tower may read there is what the row's own history is, but for what was cut off.
-        for name in expected:
-            history, cut = batch["user_features"][name][b, known], expected[name][target]
-            count = (expected[IDS][target] > 0).sum()
-            assert batch["weight"][b, s] == (len(history) > 0 or count == 0)
-            if (
-                name == HISTORY_TIME_SINCE_PREVIOUS
-            ):  # what was before the first event that is read is not known
-                assert not history[:1].any() and (history[1:] > 0).all()
-                history, cut = history[1:], cut[count - len(history) + 1 :]
-                count = len(history)
-            np.testing.assert_array_equal(
-                history, cut[:count][len(cut[:count]) - len(history) :] if len(history) else []
-            )
-        seen += [target] * int(batch["weight"][b, s] > 0)
-    lengths = np.bincount(prepared.train.user)
-    begins = prepared.histories.offsets["train"]
-    every = [
-        e
-        for u in range(len(lengths))
-        for e in range(max(begins[u], begins[u + 1] - L), begins[u + 1])
-    ]
+            assert batch[name][row, slot] == getattr(prepared.train, name)[order[target]]
+        # What the tower may read there is the row's own history, but for what was cut off.
+        is_read = segment[row] == segment[row, slot]
+        is_read &= slots <= query_slot[row, slot]
+        is_read &= position[row] > 0
+        count = (histories[IDS][target] > 0).sum()
+        assert batch["weight"][row, slot] == (is_read.any() or count == 0)
+        for name in histories:
+            seen = features[name][row, is_read]
+            whole = histories[name][target][:count]
+            if name == HISTORY_TIME_SINCE_PREVIOUS:
+                # The time since an event that was cut off is not known.
+                assert not seen[:1].any() and (seen[1:] > 0).all()
+                seen = seen[1:]
+            np.testing.assert_array_equal(seen, whole[count - len(seen) :])
+        if batch["weight"][row, slot] > 0:
+            counted.append(target)
     if not times:
-        assert sorted(seen) == every
-    assert (batch["user"][places[..., 0] < 0] == -1).all() and (
-        batch["item"][places[..., 0] < 0] == -1
-    ).all()
-    empty = places[..., 0] < 0
-    assert not any(
-        x[empty].any()
-        for x in [
-            batch["weight"],
-            *batch["user_features"].values(),
-            *batch["item_features"].values(),
-        ]
-    )
-    inside = jax.tree.map(np.asarray, jax.jit(gather_sequences)(data, places))
-    jax.tree.map(np.testing.assert_array_equal, inside, jax.tree.map(np.asarray, batch))
+        assert sorted(counted) == targets_with_history(prepared)
+    check_empty_slots(batch, content[..., 0] < 0)
+    inside = jax.jit(gather_sequences)(data, content)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(inside), batch)
 
 
-def test_a_random_crop_is_another_in_each_pass_and_its_rates_are_known(tmp_path):
-    prepared, plan = begun(tmp_path, crop="random")
-    count, rows = len(prepared.train), np.arange(len(plan))
-    data = sequence_data(prepared.train, prepared.features, prepared.histories)
+def targets_with_history(prepared):
+    """The training events that a sequence of L + 1 slots holds together with an event before."""
+    begins = prepared.histories.offsets["train"]
     targets = []
+    for begin, end in zip(begins[:-1], begins[1:]):
+        targets += range(max(begin, end - L), end)
+    return targets
+
+
+def check_empty_slots(batch, is_empty):
+    assert is_empty.any()
+    for name in ("user", "item"):
+        assert (batch[name][is_empty] == -1).all()
+    arrays = [batch["weight"], *batch["user_features"].values(), *batch["item_features"].values()]
+    for values in arrays:
+        assert not values[is_empty].any()
+
+
+def test_a_random_crop_differs_between_passes_and_its_rates_are_known(tmp_path):
+    prepared, packing = prepare_and_pack(tmp_path, crop="random")
+    num_events = len(prepared.train)
+    begin_of_user = data_of(prepared)["begin"]
+    rows = np.arange(len(packing))
+    counts = []
     for number in range(2000):
-        places = plan.expand(rows, np.full(len(rows), number))
-        start = places[..., 0] - places[..., 1]
-        counts = (places[..., 0] >= 0) & (
-            (places[..., 1] > 0) | (data["begin"][places[..., 0]] == start)
-        )
-        targets.append(np.bincount(places[counts][:, 0], minlength=count))
-    np.testing.assert_allclose(np.mean(targets, 0), plan.rates(count), atol=0.05)
-    assert any((targets[0] != other).any() for other in targets[1:9])
+        content = packing.expand(rows, np.full(len(rows), number))
+        targets, positions = content[content[..., 0] >= 0].T
+        is_whole = begin_of_user[targets] == targets - positions
+        counts.append(np.bincount(targets[(positions > 0) | is_whole], minlength=num_events))
+    np.testing.assert_allclose(np.mean(counts, 0), packing.target_rates(num_events), atol=0.05)
+    assert any((counts[0] != other).any() for other in counts[1:9])
+    passes = np.array([3, 7])
     np.testing.assert_array_equal(
-        plan.expand(rows[:2], np.array([3, 7])), plan.expand(rows[:2], np.array([3, 7]))
+        packing.expand(rows[:2], passes), packing.expand(rows[:2], passes)
     )
 
 
 @pytest.mark.parametrize("crop", ["last", "random"])
 def test_batches_are_full_rows_and_a_function_of_the_step(tmp_path, crop):
-    prepared, plan = begun(tmp_path, crop=crop)
-    options = {"batch_size": 3, "seed": 1, "resident_megabytes": 1}
-    batches = [
-        SequenceBatches(prepared.train, prepared.features, prepared.histories, plan, **options)
+    prepared, packing = prepare_and_pack(tmp_path, crop=crop)
+    one, other = (
+        Batches(
+            SequenceExamples(prepared.train, prepared.features, prepared.histories, packing),
+            batch_size=3,
+            seed=1,
+            resident_megabytes=1,
+        )
         for _ in range(2)
-    ]
-    for step in (5, 0, 17):
-        np.testing.assert_array_equal(batches[0].indices(step), batches[1].indices(step))
-    one_pass = np.concatenate(
-        [batches[0].indices(step) for step in range(len(plan))]
-    )  # three passes
-    found = np.bincount(one_pass[..., 0][one_pass[..., 0] >= 0], minlength=len(prepared.train))
-    if crop == "last":
-        assert set(found[plan.rates(len(found)) > 0].tolist()) == {3}
-    np.testing.assert_array_equal(
-        plan.rates(len(found)), begun(tmp_path, crop=crop)[1].rates(len(found))
     )
+    for step in (5, 0, 17):
+        np.testing.assert_array_equal(one.indices(step), other.indices(step))
+    if crop == "last":
+        # As many steps of three rows as there are rows are three passes.
+        three_passes = np.concatenate([one.indices(step) for step in range(len(packing))])
+        targets = three_passes[..., 0]
+        num_events = len(prepared.train)
+        counts = np.bincount(targets[targets >= 0], minlength=num_events)
+        assert set(counts[packing.target_rates(num_events) > 0].tolist()) == {3}
 
 
 def test_the_rates_of_last_crops_are_what_a_pass_has(tmp_path):
-    prepared, plan = begun(tmp_path)
-    data = sequence_data(prepared.train, prepared.features, prepared.histories)
-    batch = gather_sequences(data, plan.expand(np.arange(len(plan)), np.zeros(len(plan), int)))
+    prepared, packing = prepare_and_pack(tmp_path)
+    content = first_pass(packing)
+    batch = gather_sequences(data_of(prepared), content)
+    is_filled = content[..., 0] >= 0
     weights = np.zeros(len(prepared.train))
-    places = plan.expand(np.arange(len(plan)), np.zeros(len(plan), int))[..., 0]
-    weights[places[places >= 0]] = batch["weight"][places >= 0]
-    np.testing.assert_array_equal(weights, plan.rates(len(weights)))
+    weights[content[is_filled][:, 0]] = batch["weight"][is_filled]
+    np.testing.assert_array_equal(weights, packing.target_rates(len(weights)))

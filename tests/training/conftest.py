@@ -66,8 +66,7 @@ def make(prepared):
 def make_batches(prepared, config):
     training = config.training
     return Batches(
-        prepared.train,
-        prepared.features,
+        prepared.training_examples(),
         batch_size=training.batch_size,
         seed=training.seed,
         resident_megabytes=training.resident_megabytes,

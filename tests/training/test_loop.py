@@ -59,7 +59,7 @@ def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, mon
 
 
 def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepared, tmp_path):
-    rows = prepared.examples
+    rows = prepared.num_examples
     as_given = _trainer(prepared, small_config())  # 12 steps, validated every 4
     assert as_given.over(rows) is as_given
     few = {"steps_for": 2 * rows, "schedule": {"warmup_steps": 4}}

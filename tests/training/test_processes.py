@@ -17,7 +17,7 @@ from tests.training import conftest
 from tests.training.divided import differences
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import make_mesh
-from twotower.pipeline.batches import Batches
+from twotower.pipeline.batches import Batches, InteractionExamples
 from twotower.training.candidates import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
@@ -165,9 +165,8 @@ def alone(tmp_path_factory):
 
 
 def _expected_rows(prepared):
-    batches = Batches(
-        prepared.train, prepared.features, batch_size=BATCH, seed=0, resident_megabytes=0
-    )
+    examples = InteractionExamples(prepared.train, prepared.features)
+    batches = Batches(examples, batch_size=BATCH, seed=0, resident_megabytes=0)
     return np.stack([batches.indices(step) for step in range(STEPS)])
 
 

@@ -16,7 +16,6 @@ from twotower.core.mesh import REPLICATED, SHARDED, make_mesh, put
 from twotower.objectives.alias import popularity_table
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import prepare
-from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import corpus_size, count_rows
 from twotower.training.init import init_on
@@ -94,13 +93,8 @@ def catalogue_of(prepared, trainer):
 
 def whole_batch(prepared, rows):
     """All of the training data as one batch."""
-    options = {"batch_size": rows, "seed": 0, "resident_megabytes": 0}
-    if prepared.plan is None:
-        batches = Batches(prepared.train, prepared.features, prepared.histories, **options)
-    else:
-        batches = SequenceBatches(
-            prepared.train, prepared.features, prepared.histories, prepared.plan, **options
-        )
+    examples = prepared.training_examples()
+    batches = Batches(examples, batch_size=rows, seed=0, resident_megabytes=0)
     return batches.load(batches.indices(0))
 
 
@@ -129,7 +123,7 @@ def test_all_positions_in_one_pass_are_every_prefix_by_itself(
             path, examples=examples, objective=objective, history=history, feature=feature
         )
         prepared = prepare(config)
-        rows = len(prepared.train) if prepared.plan is None else len(prepared.plan)
+        rows = prepared.num_examples
         config = dataclasses.replace(
             config, training=dataclasses.replace(config.training, batch_size=rows)
         )
@@ -144,7 +138,7 @@ def test_all_positions_in_one_pass_are_every_prefix_by_itself(
             getattr(state, part),
             getattr(expected, part),
         )
-    assert len(prepared.plan) < len(
+    assert len(prepared.packing) < len(
         np.unique(prepared.train.user)
     )  # some rows hold several sequences
 
@@ -161,10 +155,8 @@ def test_eight_devices_do_what_one_does(tmp_path_factory):
     )
     prepared, trainer = prepared_and_trainer(config)
     catalogue, found = catalogue_of(prepared, trainer), {}
-    options = {"batch_size": 8, "seed": 0, "resident_megabytes": 0}
-    batches = SequenceBatches(
-        prepared.train, prepared.features, prepared.histories, prepared.plan, **options
-    )
+    examples = prepared.training_examples()
+    batches = Batches(examples, batch_size=8, seed=0, resident_megabytes=0)
     for devices in (1, 8):
         mesh = make_mesh(devices)
         state = init_on(mesh, trainer, count_rows(prepared))

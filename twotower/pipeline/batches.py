@@ -1,18 +1,27 @@
-"""Encoded arrays -> batches. Which rows a step sees is a function of (seed, step) alone, so that
-any step can be resumed."""
+"""Encoded arrays into batches.
+
+Which examples a step sees is a function of (seed, step) alone, so that any step can be resumed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from twotower.core.errors import ConfigError
 from twotower.pipeline.histories import SPANS, Histories, windows
+
+# "user", "item", "weight": [B]; "user_features", "item_features": {name: [B, ...]}; "labels":
+# {column: [B]}, NaN where missing.
+Batch = dict[str, Any]
+
+# {"user" or "item": {name: [U or N, ...]}}, the encoded columns of the two tables.
+Features = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +30,12 @@ class Rows:
 
     Attributes:
         user: int32 [N], row of the users table.
-        item: int32 [N], row of the corpus; -1 where the item is not in it (never so in training
-            rows).
+        item: int32 [N], row of the corpus; -1 where the item is not in it, which no training row
+            has.
         weight: float32 [N], at least 0.
         timestamp: int64 [N], seconds since the epoch, or None.
-        context: user features of the interaction itself, [N, ...] each.
-        labels: column -> float32 [N], 1, 0, or NaN where missing; of the columns that
+        context: User features of the interaction itself, [N, ...] each.
+        labels: Column -> float32 [N], 1, 0, or NaN where missing, for the columns that
             `config.objective` names.
     """
 
@@ -40,33 +49,99 @@ class Rows:
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows, by place or by mask."""
-        return Rows(
-            *jax.tree.map(
-                lambda x: x[rows],
-                tuple(getattr(self, field.name) for field in dataclasses.fields(self)),
-            )
-        )
+    def take(self, index: np.ndarray) -> Rows:
+        """Returns some of the rows, by position or by mask."""
+        arrays = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return Rows(*jax.tree.map(lambda x: x[index], arrays))
 
 
-Batch = dict[str, Any]
+@runtime_checkable
+class Examples(Protocol):
+    """What a pass over the training data consists of."""
+
+    @property
+    def name(self) -> str:
+        """Name of the examples in messages, such as "training rows"."""
+        ...
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The arrays that `gather` reads."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples in a pass."""
+        ...
+
+    def index(self, examples: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Returns what `gather` takes for some examples.
+
+        Args:
+            examples: int [B], their numbers.
+            passes: int [B], the pass over the data in which each stands.
+        """
+        ...
+
+    def gather(self, data: Mapping[str, Any], index: Any) -> Batch:
+        """Returns the batch at `index`, from NumPy arrays, or inside `jit` from the device's."""
+        ...
 
 
-def gather(data: Mapping[str, Any], index: Any, *, length: int = 0) -> Batch:
-    """The batch of the rows at `index`: {"user", "item", "weight": [B], "user_features",
-    "item_features": {name: [B, ...]}, "labels": {column: [B], NaN where missing}}.
-
-    Works on NumPy arrays, and inside `jit` on those that rest on the device.
+class InteractionExamples:
+    """Training rows as examples: each is one user with one item.
 
     Args:
-        length: L of the histories whose spans are in the context, if there are any.
+        rows: The training rows, N.
+        features: The encoded columns of users and items.
+        histories: The histories of the rows, where they are a feature.
     """
-    user, item = data["user"][index], data["item"][index]
+
+    name = "training rows"
+
+    def __init__(self, rows: Rows, features: Features, histories: Histories | None = None) -> None:
+        self.data = {
+            "user": rows.user,
+            "item": rows.item,
+            "weight": rows.weight,
+            "context": dict(rows.context),
+            "user_features": dict(features["user"]),
+            "item_features": dict(features["item"]),
+            "labels": dict(rows.labels),
+        }
+        self._count = len(rows)
+        self._history_length = 0
+        if histories is not None:
+            self.data |= {"events": histories.training_events, "reads": histories.reads}
+            self._history_length = histories.length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def index(self, examples: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        del passes  # a row is the same in every pass
+        return examples
+
+    def gather(self, data: Mapping[str, Any], index: Any) -> Batch:
+        return gather_rows(data, index, history_length=self._history_length)
+
+
+def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0) -> Batch:
+    """Returns the batch of some training rows.
+
+    Works on NumPy arrays, and inside `jit` on those of the device.
+
+    Args:
+        data: The arrays of `InteractionExamples`.
+        index: int [B], the rows.
+        history_length: L of the histories whose spans are in the context, if there are any.
+    """
+    user = data["user"][index]
+    item = data["item"][index]
     user_features = {name: x[user] for name, x in data["user_features"].items()}
     context = {name: x[index] for name, x in data["context"].items()}
     if SPANS in context:
-        context |= windows(data["events"], data["reads"], context.pop(SPANS), length)
+        spans = context.pop(SPANS)
+        context |= windows(data["events"], data["reads"], spans, history_length)
     return {
         "user": user,
         "item": item,
@@ -78,81 +153,60 @@ def gather(data: Mapping[str, Any], index: Any, *, length: int = 0) -> Batch:
 
 
 class Batches:
-    """Shuffled batches of B training rows.
+    """Shuffled batches of B examples.
 
-    Step s takes the places [s B, (s + 1) B) of an endless stream, one shuffled pass over the rows
-    after the other: every batch is full, so no shape changes and no row is dropped.
+    Step s takes the positions [s B, (s + 1) B) of an endless stream, one shuffled pass over the
+    examples after the other: every batch is full, so no shape changes and no example is dropped.
+
+    Args:
+        examples: The examples of a pass.
+        batch_size: B.
+        seed: Seed of the shuffles.
+        resident_megabytes: Largest size of the arrays that are put on the device.
 
     Attributes:
-        resident: the encoded arrays, where they fit in `resident_megabytes`; to be put on the
-            device once, each batch then gathered there. Otherwise None, and `load` gathers on the
-            host.
+        resident: The arrays of the examples where they fit into `resident_megabytes`; put on the
+            device once, they let each batch be gathered there. Otherwise None, and `load` gathers
+            on the host.
+
+    Raises:
+        ConfigError: A batch is larger than a pass.
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        features: Mapping[str, Mapping[str, np.ndarray]],
-        histories: Histories | None = None,
-        *,
-        batch_size: int,
-        seed: int,
-        resident_megabytes: int,
+        self, examples: Examples, *, batch_size: int, seed: int, resident_megabytes: int
     ) -> None:
-        data = {
-            "user": rows.user,
-            "item": rows.item,
-            "weight": rows.weight,
-            "context": dict(rows.context),
-            "user_features": dict(features["user"]),
-            "item_features": dict(features["item"]),
-            "labels": dict(rows.labels),
-        }
-        self._length = histories.length if histories else 0
-        if histories:
-            data |= {"events": histories.training_events, "reads": histories.reads}
-        self._begin(data, len(rows), "training rows", batch_size, seed, resident_megabytes)
-
-    def _begin(
-        self,
-        data: dict[str, Any],
-        rows: int,
-        what: str,
-        batch_size: int,
-        seed: int,
-        resident_megabytes: int,
-    ) -> None:
-        if batch_size > rows:
+        count = len(examples)
+        if batch_size > count:
             raise ConfigError(
-                f"config.training.batch_size={batch_size} is larger than the data: there are {rows} {what}. "
-                f"Choose at most {rows}."
+                f"config.training.batch_size={batch_size} is larger than the data: there are "
+                f"{count} {examples.name}. Choose at most {count}."
             )
-        self._data, self._rows, self._batch_size, self._seed = data, rows, batch_size, seed
-        size = sum(x.nbytes for x in jax.tree.leaves(self._data))
-        self.resident = self._data if size <= resident_megabytes * 2**20 else None
+        self._examples = examples
+        self._batch_size = batch_size
+        self._seed = seed
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(examples.data))
+        self.resident = examples.data if num_bytes <= resident_megabytes * 2**20 else None
         # A batch needs the pass it lies in, and the next one where it crosses the border.
-        self._pass = functools.lru_cache(maxsize=2)(self._shuffle)
+        self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def indices(self, step: int) -> np.ndarray:
-        """int32 [B], the rows of batch `step`."""
+        """Returns what `gather` takes for the batch of a step, [B, ...]."""
         start = step * self._batch_size
-        parts, needed = [], self._batch_size
-        while needed:
-            number, offset = divmod(start, self._rows)
-            part = self._pass(number)[offset : offset + needed]
-            parts.append(part)
-            start, needed = start + len(part), needed - len(part)
-        return np.concatenate(parts)
+        positions = np.arange(start, start + self._batch_size)
+        passes, offsets = np.divmod(positions, len(self._examples))
+        parts = [self._shuffled(int(n))[offsets[passes == n]] for n in np.unique(passes)]
+        return self._examples.index(np.concatenate(parts), passes)
 
-    @property
-    def gather(self) -> Callable[[Mapping[str, Any], Any], Batch]:
-        """(data, what `indices` gives) -> the batch, on the host or inside `jit`."""
-        return functools.partial(gather, length=self._length)
+    def gather(self, data: Mapping[str, Any], indices: Any) -> Batch:
+        """Returns the batch at `indices`, on the host or inside `jit`."""
+        return self._examples.gather(data, indices)
 
     def load(self, indices: np.ndarray) -> Batch:
-        """The rows at `indices`, gathered on the host."""
-        return self.gather(self._data, indices)
+        """Returns the batch at `indices`, gathered on the host."""
+        return self.gather(self._examples.data, indices)
 
     def _shuffle(self, number: int) -> np.ndarray:
-        rows = np.arange(self._rows, dtype=np.int32)
-        return np.random.default_rng((self._seed, number)).permutation(rows)
+        """Returns the examples in the order of pass `number`."""
+        examples = np.arange(len(self._examples), dtype=np.int32)
+        return np.random.default_rng((self._seed, number)).permutation(examples)

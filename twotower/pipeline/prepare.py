@@ -1,5 +1,4 @@
-"""From a configuration to arrays: read, filter, split, audit, fit the encoder on training rows,
-encode."""
+"""From a configuration to arrays: read, filter, split, audit, fit the encoder, encode."""
 
 from __future__ import annotations
 
@@ -15,35 +14,38 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted
-from twotower.data.dataset import TruePreferences
+from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.filters import filter_rows
-from twotower.data.interactions import PARTS, Split, timestamps
+from twotower.data.interactions import Split, timestamps
 from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import load_spec
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import Examples, Features, InteractionExamples, Rows
 from twotower.pipeline.histories import SPANS, Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
-from twotower.pipeline.sequences import SequencePacking
+from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """Everything that training and evaluation read.
 
     Attributes:
-        users: all users, U rows; the raw columns.
-        items: the corpus, N rows; the raw columns.
-        train, validation, test: the interactions.
+        config: The configuration that the data was prepared for.
+        users: All users, U rows, with the columns as they were read.
+        items: The corpus, N rows, likewise.
+        train: The interactions to learn from, as arrays.
+        validation: The interactions to choose a model by.
+        test: The interactions to report on.
+        encoder: The encoder, fitted on the training rows.
         features: {"user": {name: [U, ...]}, "item": {name: [N, ...]}}, encoded, in the order of
             `users` and `items`.
-        truth: true factors in the same order, of the generated shop.
-        encoder: fitted on the training rows.
-        raw: the interactions as tables, all columns.
-        histories: of users, where that is a feature; the context of a row then holds the span of
-            its history.
-        plan: of the sequences that are the examples of training, if they are.
+        truth: True preferences in the same order, which a generated shop alone has.
+        raw: The interactions as tables with all their columns.
+        histories: Histories of users, where they are a feature; the context of a row then holds the
+            span of its history.
+        packing: Packed sequences, where these are the examples of training.
     """
 
     config: Config
@@ -53,40 +55,54 @@ class PreparedData:
     validation: Rows
     test: Rows
     encoder: Encoder
-    features: Mapping[str, Mapping[str, np.ndarray]]
+    features: Features
     truth: TruePreferences | None
     raw: Split
     histories: Histories | None = None
-    plan: SequencePacking | None = None
+    packing: SequencePacking | None = None
 
     @property
-    def examples(self) -> int:
-        """How many a pass over the training data has: rows, or packed rows of whole sequences."""
-        return len(self.train if self.plan is None else self.plan)
+    def num_examples(self) -> int:
+        """The examples of a pass over the training data: rows, or packed rows of sequences."""
+        return len(self.train if self.packing is None else self.packing)
+
+    def training_examples(self) -> Examples:
+        """Returns the examples that batches are made of."""
+        if self.packing is None:
+            return InteractionExamples(self.train, self.features, self.histories)
+        assert self.histories is not None, "sequences are packed from histories"
+        return SequenceExamples(self.train, self.features, self.histories, self.packing)
 
     def user_features(
         self, users: np.ndarray, context: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """{array: [N, ...]}, the encoded features of users in a context such as `Rows.context`
-        has."""
-        own = {name: values[users] for name, values in self.features["user"].items()}
-        if self.histories is None:
-            return own | dict(context)
-        return (
-            own
-            | {name: x for name, x in context.items() if name != SPANS}
-            | self.histories.take(context[SPANS])
-        )
+        """Returns the encoded features of users in a context: {name: [N, ...]}.
+
+        Args:
+            users: int32 [N], rows of the users table.
+            context: {name: [N, ...]}, such as `Rows.context` has.
+        """
+        features = {name: values[users] for name, values in self.features["user"].items()}
+        features |= context
+        if self.histories is not None:
+            spans = features.pop(SPANS)
+            features |= self.histories.take(spans)
+        return features
 
     def is_positive(self, part: str) -> np.ndarray:
-        """bool [N], which rows of a part ("train", "validation" or "test") say that a user wanted
-        an item: those with label 1 where `config.objective.label` names a column, else all."""
+        """Marks the rows that say that a user wanted an item: bool [N].
+
+        Where `config.objective.label` names a column, those are the rows with label 1; else all.
+
+        Args:
+            part: "train", "validation" or "test".
+        """
         rows: Rows = getattr(self, part)
         label = self.config.objective.label
         return rows.labels[label] == 1 if label else np.ones(len(rows), bool)
 
     def positives(self, part: str) -> Rows:
-        """The rows that `is_positive` marks."""
+        """Returns the rows that `is_positive` marks."""
         rows: Rows = getattr(self, part)
         return rows.take(self.is_positive(part)) if self.config.objective.label else rows
 
@@ -94,39 +110,40 @@ class PreparedData:
 def prepare(
     config: Config, *, encoder: Encoder | None = None, fit: Callable[..., Encoder] = Encoder.fit
 ) -> PreparedData:
-    """Reads and encodes the data that `config` names.
+    """Reads the log that a configuration names, divides it, and encodes it as arrays.
 
     Args:
-        encoder: the one that a run was trained with; None fits a new one on the training rows.
-        fit: how to make a new one; takes what `Encoder.fit` takes.
+        config: The configuration of a run.
+        encoder: The encoder that a run was trained with; by default one is fitted on the training
+            rows.
+        fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
 
     Raises:
-        ConfigError: the data cannot be read, or nothing is left of it.
-        LeakageError: the split leaks (see `twotower.data.audit.audit`), or `encoder` was not fitted on these
-            training rows.
+        ConfigError: The data cannot be read, or nothing is left of it.
+        LeakageError: The split leaks (see `twotower.data.audit`), or `encoder` was fitted on other
+            rows than these training rows.
     """
     spec = load_spec(config.features)
     dataset = filter_rows(load_dataset(config.data), config.data)
     parts = split(dataset.interactions, config.split)
     audit(parts, config.split)
-    users, items = dataset.users, dataset.items
+
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
-    # Read by export alone, but asked for here: else a misspelt column would cost a training.
+    # Export alone reads these columns, but a misspelt one would cost a whole training by then.
     check_fields(
         dict.fromkeys(config.retrieval.display),
-        items.column_names,
+        dataset.items.column_names,
         "config.retrieval.display: the items table",
     )
-    in_corpus = (
-        np.ones(len(items), bool)
-        if dataset.has_catalogue
-        else _occurs(parts.train["item_id"], items["item_id"])
-    )
-    items = items.filter(pa.array(in_corpus))
-    encoder = encoder or fit(spec, parts.train, users=users, items=items)
+
+    dataset = _restrict_to_corpus(dataset, parts.train)
+    users = dataset.users
+    items = dataset.items
+    if encoder is None:
+        encoder = fit(spec, parts.train, users=users, items=items)
     check_fitted(encoder.fitted_on, parts)
-    _check_context(encoder, labels)
+    _check_labels_are_hidden(encoder, labels)
     logging.info(
         "%d users, %d items in the corpus; rows: %d train, %d validation, %d test.",
         len(users),
@@ -135,97 +152,140 @@ def prepare(
         len(parts.validation),
         len(parts.test),
     )
-    truth = dataset.truth and dataclasses.replace(
-        dataset.truth, item_factors=dataset.truth.item_factors[in_corpus]
+    features = {
+        "user": encoder.encode("user", users, _columns_of_users(encoder)),
+        "item": encoder.encode("item", items),
+    }
+
+    train, validation, test = (
+        _encode_rows(rows, users, items, encoder, labels)
+        for rows in (parts.train, parts.validation, parts.test)
     )
-    own = [
-        name
-        for name, f in encoder.spec.user.items()
-        if name not in encoder.context and f is not encoder.spec.history
-    ]
-    features = {"user": encoder.encode("user", users, own), "item": encoder.encode("item", items)}
-    rows = [
-        _rows(part, users, items, encoder, labels)
-        for part in (parts.train, parts.validation, parts.test)
-    ]
-    if not rows[0].weight.any():
+    if not train.weight.any():
         raise ConfigError(
-            "weight is 0 in every training row: nothing would be learned. At least one must be above 0."
+            "weight is 0 in every training row: nothing would be learned. At least one must be "
+            "above 0."
         )
-    histories, rows = _with_histories(encoder, parts, rows, len(users))
-    plan = _plan(config, histories)
+    histories = _build_histories(encoder, parts, (train, validation, test), len(users))
+    if histories is not None:
+        train = _with_spans(train, histories.spans["train"])
+        validation = _with_spans(validation, histories.spans["validation"])
+        test = _with_spans(test, histories.spans["test"])
+
     return PreparedData(
-        config, users, items, *rows, encoder, features, truth, parts, histories, plan
+        config=config,
+        users=users,
+        items=items,
+        train=train,
+        validation=validation,
+        test=test,
+        encoder=encoder,
+        features=features,
+        truth=dataset.truth,
+        raw=parts,
+        histories=histories,
+        packing=_pack_sequences(config, histories),
     )
 
 
-def _plan(config: Config, histories: Histories | None) -> SequencePacking | None:
-    """How training sequences are packed, where they are the examples."""
-    if config.training.examples != "sequences":
-        return None
-    if histories is None:
-        raise ConfigError(
-            "config.training.examples='sequences' needs a history to be read: config.features.user={'history': {'type': "
-            "'history'}, ...}."
-        )
-    return SequencePacking.build(histories, crop=config.training.crop, seed=config.training.seed)
+def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
+    """Drops the items that cannot be recommended.
+
+    Without a table of items, those are the items that no training row has: nothing is known of
+    them but an id, for which nothing was learned.
+    """
+    if dataset.has_catalogue:
+        return dataset
+    trained = pc.unique(train["item_id"])
+    is_trained = pc.is_in(dataset.items["item_id"], value_set=trained)
+    truth = dataset.truth
+    if truth is not None:
+        item_factors = truth.item_factors[is_trained.to_numpy()]
+        truth = dataclasses.replace(truth, item_factors=item_factors)
+    return dataclasses.replace(dataset, items=dataset.items.filter(is_trained), truth=truth)
 
 
-def _with_histories(
-    encoder: Encoder, parts: Split, rows: list[Rows], num_users: int
-) -> tuple[Histories | None, list[Rows]]:
-    """The histories, where they are a feature, and the rows with theirs in their context."""
-    feature = encoder.spec.history
-    if feature is None:
-        return None, rows
-    fitted = encoder.fitted["user", feature.name]
-    histories = build_histories(
-        feature, fitted, parts, [r.user for r in rows], [r.timestamp for r in rows], num_users
-    )
-    spans = [histories.spans[part] for part in PARTS]
-    return histories, [
-        dataclasses.replace(r, context={**r.context, SPANS: s}) for r, s in zip(rows, spans)
-    ]
-
-
-def _occurs(values: pa.ChunkedArray, among: pa.ChunkedArray) -> np.ndarray:
-    return pc.is_in(among, value_set=pc.unique(values)).to_numpy()
-
-
-def _rows(
-    table: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder, labels: Mapping[str, str]
-) -> Rows:
-    def places(name: str, among: pa.Table) -> np.ndarray:
-        found = pc.index_in(table[name], value_set=among[name].combine_chunks())
-        return pc.fill_null(found, -1).to_numpy().astype(np.int32)
-
-    return Rows(
-        places("user_id", users),
-        places("item_id", items),
-        _weights(table),
-        timestamps(table),
-        encoder.encode("user", table, encoder.context),
-        read_labels(table, labels),
-    )
-
-
-def _check_context(encoder: Encoder, labels: Mapping[str, str]) -> None:
-    """A query that knows its own label would be told the answer."""
+def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> None:
+    """Refuses a user feature that reads a label: its query would know the answer."""
     for name in encoder.context:
         column = encoder.spec.user[name].column
         if column in labels:
             raise ConfigError(
-                f"config.features: user feature {name!r} reads column {column!r}, which is {labels[column]}."
+                f"config.features: user feature {name!r} reads column {column!r}, which is "
+                f"{labels[column]}."
             )
 
 
-def _weights(table: pa.Table) -> np.ndarray:
-    if "weight" not in table.column_names:
-        return np.ones(len(table), np.float32)
-    weights = pc.fill_null(table["weight"], 1.0).to_numpy().astype(np.float32)
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if bad.size:
+def _columns_of_users(encoder: Encoder) -> list[str]:
+    """Returns the user features whose column is one of the users table, not of the log."""
+    names = []
+    for name, feature in encoder.spec.user.items():
+        if name not in encoder.context and feature is not encoder.spec.history:
+            names.append(name)
+    return names
+
+
+def _encode_rows(
+    rows: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder, labels: Mapping[str, str]
+) -> Rows:
+    """Returns the rows of one part of the split as arrays."""
+    return Rows(
+        user=_row_numbers(rows["user_id"], users["user_id"]),
+        item=_row_numbers(rows["item_id"], items["item_id"]),
+        weight=_read_weights(rows),
+        timestamp=timestamps(rows),
+        context=encoder.encode("user", rows, encoder.context),
+        labels=read_labels(rows, labels),
+    )
+
+
+def _row_numbers(ids: pa.ChunkedArray, table_ids: pa.ChunkedArray) -> np.ndarray:
+    """Returns the row of each id in a table, int32 [N], and -1 for an id that is not in it."""
+    numbers = pc.index_in(ids, value_set=table_ids.combine_chunks())
+    return pc.fill_null(numbers, -1).to_numpy().astype(np.int32)
+
+
+def _read_weights(rows: pa.Table) -> np.ndarray:
+    """Returns the weight of each row, float32 [N], 1 where it is missing."""
+    if "weight" not in rows.column_names:
+        return np.ones(len(rows), np.float32)
+    weights = pc.fill_null(rows["weight"], 1.0).to_numpy().astype(np.float32)
+    is_good = np.isfinite(weights) & (weights >= 0)
+    bad_rows = np.flatnonzero(~is_good)
+    if bad_rows.size:
+        row = bad_rows[0]
         raise ConfigError(
-            f"weight={weights[bad[0]]} in row {bad[0] + 1} of the interactions must be finite and at least 0."
+            f"weight={weights[row]} in row {row + 1} of the interactions must be finite and at "
+            "least 0."
         )
     return weights
+
+
+def _build_histories(
+    encoder: Encoder, parts: Split, rows: tuple[Rows, Rows, Rows], num_users: int
+) -> Histories | None:
+    """Returns what each user had done before each row, where the encoder has such a feature."""
+    feature = encoder.spec.history
+    if feature is None:
+        return None
+    fitted = encoder.fitted["user", feature.name]
+    users = [part.user for part in rows]
+    times = [part.timestamp for part in rows]
+    return build_histories(feature, fitted, parts, users, times, num_users)
+
+
+def _with_spans(rows: Rows, spans: np.ndarray) -> Rows:
+    """Puts the spans of the histories into the context of the rows."""
+    return dataclasses.replace(rows, context={**rows.context, SPANS: spans})
+
+
+def _pack_sequences(config: Config, histories: Histories | None) -> SequencePacking | None:
+    """Packs users' sequences into rows, where these are the examples of training."""
+    if config.training.examples != "sequences":
+        return None
+    if histories is None:
+        raise ConfigError(
+            "config.training.examples='sequences' needs a history to be read: "
+            "config.features.user={'history': {'type': 'history'}, ...}."
+        )
+    return SequencePacking.build(histories, crop=config.training.crop, seed=config.training.seed)

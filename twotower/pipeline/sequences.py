@@ -1,209 +1,224 @@
-"""Training on sequences: windows of users' events, packed into rows of S = L + 1 places, and the
-batches made of them.
+"""Training on sequences: windows of users' events, packed into rows of S = L + 1 slots.
 
-A place holds a target, the event to be predicted there; its input is the event before it, and at
-the beginning of a sequence the start token. So a sequence takes as many places as it has targets,
-and one pass over a row trains all of them.
+A slot holds a target, the event to be predicted there. Its input is the event before it, and at the
+beginning of a sequence the start token. So a sequence takes as many slots as it has targets, and
+one pass over a row trains all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from twotower.features.history import HISTORY_POSITION, HISTORY_SEGMENT
-from twotower.pipeline.batches import Batch, Batches, Rows
+from twotower.pipeline.batches import Batch, Features, Rows
 from twotower.pipeline.histories import SPANS, Histories, read_events
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequencePacking:
-    """Which sequence stands where.
+    """Which sequence of which user stands in which packed row.
+
+    A user with at most S events is one sequence; of a longer one each pass crops S events.
 
     Attributes:
-        places: S.
-        begins: int64 [W], the first event of each sequence's user.
-        ends: int64 [W], the one after the last.
-        lengths: int64 [W], places that each sequence takes, at most S.
-        offsets: int64 [rows + 1], the sequences of each packed row, as they stand in the arrays
-            above.
-        slots: int64 [W], the first place of each sequence in its row.
-        crop: see `config.training.crop`.
-        seed: of random crops.
+        num_slots: S, the slots of a row.
+        begins: int64 [W], first event of the user of each sequence.
+        ends: int64 [W], one after the last event of that user.
+        lengths: int64 [W], slots that each sequence takes, at most S.
+        offsets: int64 [rows + 1], first sequence of each packed row, in the arrays above.
+        first_slots: int64 [W], first slot of each sequence in its row.
+        crop: "last" takes the latest events of a long user, "random" others in each pass.
+        seed: Seed of random crops.
     """
 
-    places: int
+    num_slots: int
     begins: np.ndarray
     ends: np.ndarray
     lengths: np.ndarray
     offsets: np.ndarray
-    slots: np.ndarray
+    first_slots: np.ndarray
     crop: str
     seed: int
 
     @classmethod
     def build(cls, histories: Histories, *, crop: str, seed: int) -> SequencePacking:
-        """All training sequences, packed."""
-        offsets, places = histories.offsets["train"], histories.length + 1
-        begins, ends = (x[np.diff(offsets) > 0] for x in (offsets[:-1], offsets[1:]))
-        lengths = np.minimum(ends - begins, places)
-        order, rows, slots = pack(lengths, places, seed=seed)
-        counts = np.bincount(rows, minlength=rows.max(initial=-1) + 1)
+        """Packs the sequences of all users with training events."""
+        num_slots = histories.length + 1
+        offsets = histories.offsets["train"]
+        has_events = np.diff(offsets) > 0
+        begins = offsets[:-1][has_events]
+        ends = offsets[1:][has_events]
+        lengths = np.minimum(ends - begins, num_slots)
+        order, rows, first_slots = pack(lengths, num_slots, seed=seed)
+        num_rows = rows.max(initial=-1) + 1
+        sequences_in_row = np.bincount(rows, minlength=num_rows)
         return cls(
-            places,
-            begins[order],
-            ends[order],
-            lengths[order],
-            np.append(0, np.cumsum(counts)),
-            slots,
-            crop,
-            seed,
+            num_slots=num_slots,
+            begins=begins[order],
+            ends=ends[order],
+            lengths=lengths[order],
+            offsets=np.append(0, np.cumsum(sequences_in_row)),
+            first_slots=first_slots,
+            crop=crop,
+            seed=seed,
         )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def expand(self, rows: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """int32 [B, S, 2]: the target of each place (-1: none), and how many places of its sequence
-        are before it.
+        """Returns the content of packed rows.
 
         Args:
-            rows: int [B].
-            passes: int [B], which pass over the data each is of: random crops are another in each.
+            rows: int [B], the rows.
+            passes: int [B], the pass over the data in which each stands: random crops differ
+                between passes.
+
+        Returns:
+            int32 [B, S, 2]: the target of each slot (-1: none), and the number of slots of its
+            sequence that are before it.
         """
         counts = np.diff(self.offsets)[rows]
-        owner = np.repeat(np.arange(len(rows)), counts)
-        chosen = self.offsets[rows][owner] + _ramp(counts)
-        lengths = self.lengths[chosen]
-        row, position = np.repeat(owner, lengths), _ramp(lengths)
-        out = np.full((len(rows), self.places, 2), -1, np.int32)
-        at = (row, np.repeat(self.slots[chosen], lengths) + position)
-        out[at] = np.stack(
-            [np.repeat(self._starts(chosen, passes[owner]), lengths) + position, position], axis=1
-        )
-        return out
+        row_of_sequence = np.repeat(np.arange(len(rows)), counts)
+        sequences = self.offsets[rows][row_of_sequence] + _count_up(counts)
+        lengths = self.lengths[sequences]
+        first_targets = self._first_targets(sequences, passes[row_of_sequence])
+        # From here on one entry a filled slot.
+        position = _count_up(lengths)
+        row = np.repeat(row_of_sequence, lengths)
+        slot = np.repeat(self.first_slots[sequences], lengths) + position
+        target = np.repeat(first_targets, lengths) + position
+        content = np.full((len(rows), self.num_slots, 2), -1, np.int32)
+        content[row, slot] = np.stack([target, position], axis=1)
+        return content
 
-    def rates(self, events: int) -> np.ndarray:
-        """float64 [events], how often a pass has each event as a target that counts.
+    def target_rates(self, num_events: int) -> np.ndarray:
+        """Returns how often a pass has each event as a target that counts, float64 [events].
 
-        The first of a window does not, its history being cut off, unless it is the user's first.
+        The first target of a crop does not count, since its history was cut off, unless it is the
+        first event of the user.
         """
-        rates, cropped = np.ones(events), self.ends - self.begins > self.lengths
-        sizes = (self.ends - self.begins)[cropped]
-        at, last, length = (
-            _ramp(sizes),
-            *(np.repeat(x, sizes) for x in (sizes - self.lengths[cropped], self.lengths[cropped])),
-        )
+        rates = np.ones(num_events)
+        num_user_events = self.ends - self.begins
+        is_cropped = num_user_events > self.lengths
+        sizes = num_user_events[is_cropped]
+        # One entry for each event of the users whose sequences are cropped.
+        position = _count_up(sizes)
+        length = np.repeat(self.lengths[is_cropped], sizes)
+        last_start = np.repeat(sizes, sizes) - length
         if self.crop == "last":
-            found = at > last
-        else:  # windows begin at 0 to `last`, each as likely
-            windows = np.minimum(at - 1, last) - np.maximum(at - length + 1, 0) + 1
-            found = (np.maximum(windows, 0) + (at == 0)) / (last + 1)
-        rates[np.repeat(self.begins[cropped], sizes) + at] = found
+            cropped_rates = position > last_start
+        else:
+            # Crops start at 0 to `last_start`, each as likely. Those that hold an event, and not as
+            # their first target, start at least one and at most `length` - 1 events before it.
+            latest = np.minimum(position - 1, last_start)
+            earliest = np.maximum(position - length + 1, 0)
+            crops = np.maximum(latest - earliest + 1, 0) + (position == 0)
+            cropped_rates = crops / (last_start + 1)
+        rates[np.repeat(self.begins[is_cropped], sizes) + position] = cropped_rates
         return rates
 
-    def _starts(self, windows: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """The first target of each sequence."""
-        last = self.ends[windows] - self.lengths[windows]
+    def _first_targets(self, sequences: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Returns the first target, int64 [M], of sequences in their passes over the data."""
+        last_start = self.ends[sequences] - self.lengths[sequences]
         if self.crop == "last":
-            return last
-        starts = np.empty(len(windows), np.int64)
+            return last_start
+        starts = np.empty(len(sequences), np.int64)
         for number in np.unique(passes):
-            here = passes == number
-            draws = np.random.default_rng((self.seed, int(number), 1)).random(len(self.begins))[
-                windows[here]
-            ]
-            begin = self.begins[windows[here]]
-            starts[here] = begin + (draws * (last[here] - begin + 1)).astype(np.int64)
+            is_in_pass = passes == number
+            # One draw for every sequence, so that a crop does not depend on the batch.
+            rng = np.random.default_rng((self.seed, int(number), 1))
+            uniform = rng.random(len(self.begins))[sequences[is_in_pass]]
+            begin = self.begins[sequences[is_in_pass]]
+            num_starts = last_start[is_in_pass] - begin + 1
+            starts[is_in_pass] = begin + (uniform * num_starts).astype(np.int64)
         return starts
 
 
 def pack(lengths: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Puts sequences into rows of `size` places: each row takes the longest that still fits, again
-    and again.
+    """Puts sequences into rows of `size` slots, the longest that still fits first.
 
     Args:
         lengths: int [W], from 1 to `size`.
+        size: Slots of a row.
+        seed: Seed of the shuffle of sequences of one length.
 
     Returns:
-        order [W]: the sequences row by row; and of each in this order its row and its first place.
-        Sequences of one length are shuffled.
+        The sequences row by row, int64 [W], and for each of them in this order its row and its
+        first slot, int64 [W] each.
     """
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    left = np.bincount(lengths, minlength=size + 1)
-    next_of = np.cumsum(left) - left
-    left, next_of = left.tolist(), next_of.tolist()
-    order, rows, slots = [], [], []
-    row, free, length = 0, size, size
+    counts = np.bincount(lengths, minlength=size + 1)
+    # Lists: the loop below reads single numbers, which NumPy is slow at.
+    next_position = (np.cumsum(counts) - counts).tolist()
+    left = counts.tolist()
+    order = []
+    rows = []
+    first_slots = []
+    row = 0
+    free = size
+    length = size
     while len(order) < len(lengths):
         length = min(length, free)
         while length and not left[length]:
             length -= 1
-        if not length:
-            row, free, length = row + 1, size, size
+        if not length:  # nothing that is left fits into this row
+            row += 1
+            free = size
+            length = size
             continue
-        order.append(next_of[length])
+        order.append(next_position[length])
         rows.append(row)
-        slots.append(size - free)
-        left[length], next_of[length], free = left[length] - 1, next_of[length] + 1, free - length
-    return by_length[np.array(order, np.int64)], np.array(rows, np.int64), np.array(slots, np.int64)
+        first_slots.append(size - free)
+        next_position[length] += 1
+        left[length] -= 1
+        free -= length
+    sequences = by_length[np.array(order, np.int64)]
+    return sequences, np.array(rows, np.int64), np.array(first_slots, np.int64)
 
 
-class SequenceBatches(Batches):
-    """Shuffled batches of B packed rows; otherwise as `Batches`.
+class SequenceExamples:
+    """Packed rows of sequences as examples, for `twotower.pipeline.batches.Batches`.
 
     Args:
-        rows: the training rows.
-        histories: their histories.
-        plan: how they are packed.
+        rows: The training rows.
+        features: The encoded columns of users and items.
+        histories: The histories of the rows.
+        packing: Which sequence stands in which packed row.
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        features: Mapping[str, Mapping[str, np.ndarray]],
-        histories: Histories,
-        plan: SequencePacking,
-        *,
-        batch_size: int,
-        seed: int,
-        resident_megabytes: int,
+        self, rows: Rows, features: Features, histories: Histories, packing: SequencePacking
     ) -> None:
-        self._plan = plan
-        data = sequence_data(rows, features, histories)
-        super()._begin(
-            data,
-            len(plan),
-            f"packed rows of {plan.places} places",
-            batch_size,
-            seed,
-            resident_megabytes,
-        )
+        self.name = f"packed rows of {packing.num_slots} events"
+        self.data = sequence_data(rows, features, histories)
+        self._packing = packing
 
-    @property
-    def gather(self) -> Callable[[Mapping[str, Any], Any], Batch]:
-        return gather_sequences
+    def __len__(self) -> int:
+        return len(self._packing)
 
-    def indices(self, step: int) -> np.ndarray:
-        """int32 [B, S, 2], see `SequencePacking.expand`."""
-        places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
-        return self._plan.expand(super().indices(step), places // self._rows)
+    def index(self, examples: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """Returns the content of packed rows, see `SequencePacking.expand`."""
+        return self._packing.expand(examples, passes)
+
+    def gather(self, data: Mapping[str, Any], index: Any) -> Batch:
+        return gather_sequences(data, index)
 
 
-def sequence_data(
-    rows: Rows, features: Mapping[str, Mapping[str, np.ndarray]], histories: Histories
-) -> dict[str, Any]:
-    """What `gather_sequences` gathers from: training rows by user and time."""
-    order = histories.orders["train"]
-    ordered = rows.take(order)
+def sequence_data(rows: Rows, features: Features, histories: Histories) -> dict[str, Any]:
+    """Returns the arrays that `gather_sequences` reads: training rows by user and time.
+
+    Row and event are the same thing here: event i of the histories is row i.
+    """
+    ordered = rows.take(histories.orders["train"])
     begins = histories.offsets["train"][ordered.user]
-    # The first event that is not earlier than each: itself, but where several happened in one
-    # second.
-    ends = ordered.context[SPANS][:, 1]
+    context = dict(ordered.context)
+    spans = context.pop(SPANS)
     data = {
         "user": ordered.user,
         "item": ordered.item,
@@ -212,62 +227,74 @@ def sequence_data(
         "begin": begins.astype(np.int32),
         "events": histories.training_events,
         "reads": histories.reads,
-        "context": {name: x for name, x in ordered.context.items() if name != SPANS},
+        "context": context,
         "user_features": dict(features["user"]),
         "item_features": dict(features["item"]),
     }
-    return data if np.array_equal(ends, np.arange(len(ends))) else data | {"end": ends}
+    # The end of a row's history is the row itself, but where several rows of a user have one time:
+    # then it is the first of them.
+    ends = spans[:, 1]
+    if not np.array_equal(ends, np.arange(len(ends))):
+        data["end"] = ends
+    return data
 
 
-def gather_sequences(data: Mapping[str, Any], places: Any) -> Batch:
-    """The batch of packed rows, [B, S] of all that `batches.gather` has [B] of; "user" and "item"
-    are -1 where a place is empty.
+def gather_sequences(data: Mapping[str, Any], content: Any) -> Batch:
+    """Returns the batch of packed rows, with [B, S] of all that a batch of rows has [B] of.
 
-    The target of a place is asked from the place whose input is the last event that is strictly
-    earlier: "asked" [B, S], where that is not always the place itself. A target has no weight where
-    its history was cut off and nothing of it is left.
+    "user" and "item" are -1 in an empty slot. A target is predicted from the slot whose input is
+    the last event that is strictly earlier: "query_slot" int32 [B, S], where that is not always
+    its own slot. A target has no weight where its history was cut off and nothing of it is left.
 
-    Works on NumPy arrays, and inside `jit` on those that rest on the device.
+    Works on NumPy arrays, and inside `jit` on those of the device.
 
     Args:
-        places: int32 [B, S, 2], see `SequencePacking.expand`.
+        data: Result of `sequence_data`.
+        content: int32 [B, S, 2], see `SequencePacking.expand`.
     """
-    valid, position = places[..., 0] >= 0, places[..., 1] * (places[..., 0] >= 0)
-    target = places[..., 0] * valid
-    begun = valid & (position > 0)
-    start, known = target - position, position
-    slot = np.arange(places.shape[1], dtype=np.int32)[None]
+    is_filled = content[..., 0] >= 0
+    target = content[..., 0] * is_filled
+    position = content[..., 1] * is_filled
+    has_input = is_filled & (position > 0)
+    start = target - position
+    # Number of earlier events that the sequence holds.
+    num_known = position
     batch: Batch = {}
     if "end" in data:
         end = data["end"][target]
-        known = (end - start) * (end > start)
-        batch["asked"] = slot - position + known
-    user, item = data["user"][target], data["item"][target]
-    weight = data["weight"][target] * (valid & ((known > 0) | (data["begin"][target] == start)))
+        num_known = (end - start) * (end > start)
+        slot = np.arange(content.shape[1], dtype=np.int32)[None]
+        batch["query_slot"] = slot - position + num_known
+    user = data["user"][target]
+    item = data["item"][target]
+    is_whole = data["begin"][target] == start
+    counts = is_filled & ((num_known > 0) | is_whole)
 
-    def at(x: Any, ids: Any) -> Any:
-        found = x[ids]
-        return found * valid.reshape(*valid.shape, *[1] * (found.ndim - 2))
+    def read(values: Any, rows: Any) -> Any:
+        """Returns values [V, ...] at rows [B, S], 0 in empty slots."""
+        taken = values[rows]
+        trailing = [1] * (taken.ndim - 2)
+        return taken * is_filled.reshape(*is_filled.shape, *trailing)
 
-    events = read_events(
-        data["events"], data["reads"], (target - 1) * begun, begun, first=position == 1
+    # The input of a slot is the event before its target.
+    user_features = read_events(
+        data["events"], data["reads"], (target - 1) * has_input, has_input, first=position == 1
     )
+    user_features |= {name: read(x, user) for name, x in data["user_features"].items()}
+    user_features |= {name: read(x, target) for name, x in data["context"].items()}
+    begins_here = is_filled & (position == 0)
+    user_features[HISTORY_SEGMENT] = begins_here.cumsum(1).astype(np.int32) * is_filled
+    user_features[HISTORY_POSITION] = position
     return batch | {
-        "user": user * valid - ~valid,
-        "item": item * valid - ~valid,
-        "weight": weight,
+        "user": user * is_filled - ~is_filled,
+        "item": item * is_filled - ~is_filled,
+        "weight": data["weight"][target] * counts,
         "labels": {name: x[target] for name, x in data["labels"].items()},
-        "item_features": {name: at(x, item) for name, x in data["item_features"].items()},
-        "user_features": events
-        | {name: at(x, user) for name, x in data["user_features"].items()}
-        | {name: at(x, target) for name, x in data["context"].items()}
-        | {
-            HISTORY_SEGMENT: (valid & (position == 0)).cumsum(1).astype(np.int32) * valid,
-            HISTORY_POSITION: position,
-        },
+        "item_features": {name: read(x, item) for name, x in data["item_features"].items()},
+        "user_features": user_features,
     }
 
 
-def _ramp(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... of each length, one after the other."""
+def _count_up(lengths: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, ... up to each length, one after the other."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

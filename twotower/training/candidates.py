@@ -273,11 +273,11 @@ def count_rows(prepared: PreparedData) -> dict[str, np.ndarray]:
     Of sequences, how often a pass has each as a target; "in all" are then the places, filled or
     not, that a pass has.
     """
-    sizes, plan = {"user": len(prepared.users), "item": len(prepared.items)}, prepared.plan
+    sizes, packing = {"user": len(prepared.users), "item": len(prepared.items)}, prepared.packing
     rates, rows = None, len(prepared.train)
-    if plan is not None:
-        rates, rows = np.zeros(rows), len(plan) * plan.places
-        rates[prepared.histories.orders["train"]] = plan.rates(len(rates))
+    if packing is not None:
+        rates, rows = np.zeros(rows), len(packing) * packing.num_slots
+        rates[prepared.histories.orders["train"]] = packing.target_rates(len(rates))
     counts = {
         side: np.bincount(getattr(prepared.train, side), rates, minlength=n)
         for side, n in sizes.items()

@@ -32,7 +32,6 @@ from twotower.core.mesh import (
 )
 from twotower.pipeline.batches import Batches
 from twotower.pipeline.prepare import PreparedData
-from twotower.pipeline.sequences import SequenceBatches
 from twotower.towers.two_tower import Weights
 from twotower.training import optimizers
 from twotower.training.candidates import count_rows, step_constants
@@ -110,7 +109,7 @@ def fit(
         ConfigError: the batch is larger than the data or cannot be divided over the devices, the
             run does not fit into their memory, or the metric is not one that `validate` gives.
     """
-    identity, trainer = trainer.config, trainer.over(prepared.examples)
+    identity, trainer = trainer.config, trainer.over(prepared.num_examples)
     config, mesh = trainer.config.training, mesh or make_mesh()
     batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)
@@ -118,7 +117,7 @@ def fit(
         logging.info(
             "%d steps for %d examples: %d were meant for %d.",
             config.steps,
-            prepared.examples,
+            prepared.num_examples,
             identity.training.steps,
             config.steps_for,
         )
@@ -141,17 +140,13 @@ def fit(
 
 
 def _batches(prepared: PreparedData, config: TrainingConfig) -> Batches:
-    """The batches of training rows or of sequences."""
-    options = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "resident_megabytes": config.resident_megabytes,
-    }
-    if prepared.plan is not None:
-        return SequenceBatches(
-            prepared.train, prepared.features, prepared.histories, prepared.plan, **options
-        )
-    return Batches(prepared.train, prepared.features, prepared.histories, **options)
+    """Returns the batches of training rows or of sequences."""
+    return Batches(
+        prepared.training_examples(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        resident_megabytes=config.resident_megabytes,
+    )
 
 
 @dataclasses.dataclass

@@ -120,11 +120,11 @@ def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) 
 
 
 def flattened(batch: Batch) -> Batch:
-    """A batch of packed sequences with a row for each place, but for "user_features" and "asked";
+    """A batch of packed sequences with a row for each place, but for "user_features" and "query_slot";
     another batch as it is."""
     if batch["user"].ndim == 1:
         return batch
-    kept = ("user_features", "asked")
+    kept = ("user_features", "query_slot")
     return {
         name: x if name in kept else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
         for name, x in batch.items()
@@ -228,8 +228,8 @@ def _asked(vectors: jax.Array, batch: Batch) -> jax.Array:
     """A user vector for each row of a flattened batch, [B S, D] of [B, S, D]."""
     if vectors.ndim == 2:
         return vectors
-    if "asked" in batch:
-        vectors = jnp.take_along_axis(vectors, batch["asked"][..., None], axis=1)
+    if "query_slot" in batch:
+        vectors = jnp.take_along_axis(vectors, batch["query_slot"][..., None], axis=1)
     return vectors.reshape(-1, vectors.shape[-1])
 
 

@@ -143,7 +143,7 @@ def _fit(
     from twotower.config import from_dict
     from twotower.core.mesh import make_mesh
     from twotower.features.base import Input, TableShape
-    from twotower.pipeline.batches import Batches, Rows
+    from twotower.pipeline.batches import Batches, InteractionExamples, Rows
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import CorpusSize
     from twotower.training.init import init_on
@@ -160,9 +160,8 @@ def _fit(
     features = {
         side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()
     }
-    batches = Batches(
-        rows, features, batch_size=training.batch_size, seed=0, resident_megabytes=1000
-    )
+    examples = InteractionExamples(rows, features)
+    batches = Batches(examples, batch_size=training.batch_size, seed=0, resident_megabytes=1000)
     counts = {
         side: np.bincount(x, minlength=sizes[side]).astype(np.float32)
         for side, x in (("user", users), ("item", items))
@@ -195,8 +194,8 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
     from experiments.configs import movielens_1m_sequential
     from twotower.config import from_dict
     from twotower.core.mesh import make_mesh
+    from twotower.pipeline.batches import Batches
     from twotower.pipeline.prepare import prepare
-    from twotower.pipeline.sequences import SequenceBatches
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import corpus_size, count_rows
     from twotower.training.init import init_on
@@ -225,15 +224,8 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
         TwoTower.build(prepared.config.model, prepared.encoder),
         corpus_size(prepared),
     )
-    batches = SequenceBatches(
-        prepared.train,
-        prepared.features,
-        prepared.histories,
-        prepared.plan,
-        batch_size=batch,
-        seed=0,
-        resident_megabytes=1000,
-    )
+    examples = prepared.training_examples()
+    batches = Batches(examples, batch_size=batch, seed=0, resident_megabytes=1000)
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
     run_steps, place = compile_steps(trainer, batches, prepared, mesh), itertools.count()

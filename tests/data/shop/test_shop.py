@@ -162,3 +162,37 @@ def test_the_truth_beats_popularity_and_a_simple_model_comes_near_it(shop):
     oracle = recall(shop.truth.user_factors[queries] @ shop.truth.item_factors.T)
     model = recall(counts.sign()[queries] @ vectors.T @ vectors)
     assert oracle > 4 * popularity and model > 0.6 * oracle and model > 2 * popularity
+
+
+def test_the_shop_draws_labels_with_the_probabilities_that_it_tells():
+    shop = synthetic.generate(20_000, seed=2)
+    user, item = (
+        pc.index_in(
+            shop.interactions[f"{side}_id"], getattr(shop, f"{side}s")[f"{side}_id"]
+        ).to_numpy()
+        for side in ("user", "item")
+    )
+    probabilities = synthetic.label_probabilities(shop.truth, user, item)
+    preference = (
+        np.float64(shop.truth.user_factors) @ np.float64(shop.truth.item_factors[item[:9]]).T
+    )
+    lift = np.log(preference[user[:9], np.arange(9)] / preference.mean(0))
+    np.testing.assert_allclose(
+        probabilities["liked"][:9], 1 / (1 + np.exp(5.4 - 2 * lift)), rtol=1e-3
+    )
+    for name, known in (("liked", 0.6), ("shared", 1.0)):
+        labels, p = shop.interactions[name].to_numpy(), probabilities[name]
+        given = ~np.isnan(labels)
+        assert given.mean() == pytest.approx(known, abs=0.015) and 0.02 < p.mean() < 0.6
+        for low, high in (
+            (0, 0.1),
+            (0.1, 0.3),
+            (0.3, 1),
+        ):  # each row its own probability, not one share for all
+            rows = given & (p >= low) & (p < high)
+            if rows.sum() > 500:
+                assert labels[rows].mean() == pytest.approx(p[rows].mean(), abs=0.03)
+        # Being known says nothing of the answer.
+        assert p[given].mean() == pytest.approx(p.mean(), abs=0.01)
+    same = synthetic.generate(20_000, seed=2).interactions
+    assert same.equals(shop.interactions)
