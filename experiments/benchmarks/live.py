@@ -110,7 +110,7 @@ def serve(folder: Path, operations: int) -> None:
             else:
                 done = ("query", number, step)
                 generation = alive.get(number, 0)
-                snapshot = retriever._live.corpus.snapshot
+                snapshot = retriever._live.catalogue.snapshot
                 scores, places = snapshot.search(own_vector(thread, number, generation)[None], 10)
                 ids = snapshot.item_ids(places[0][places[0] >= 0]).to_pylist()
                 if (name in ids[:1] and scores[0, 0] > 0.9999) != (number in alive):
@@ -133,7 +133,7 @@ def serve(folder: Path, operations: int) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.2)
-        if retriever._live.corpus.snapshot.count > 4_000:  # as a server would, now and then
+        if retriever._live.catalogue.snapshot.count > 4_000:  # as a server would, now and then
             retriever.rebalance()
     milliseconds = {
         kind: [round(1e3 * float(np.percentile(t, p)), 3) for p in (50, 99)]
@@ -155,7 +155,7 @@ def check(folder: Path, lines: list[list]) -> list[str]:
     retriever, last = Retriever.load(folder), {}
     for thread, kind, number, generation in lines:
         last[thread, number] = (kind, generation)
-    wrong, corpus = [], retriever._live.corpus
+    wrong, corpus = [], retriever._live.catalogue
     for (thread, number), (kind, generation) in last.items():
         known = corpus.numbers.get(f"t{thread}_{number}", -1)
         place = corpus.snapshot.place_of(known) if known >= 0 else -1
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
             f"Killed after {len(lines):,} acknowledged changes, {len(wrong)} differ; one a thread may have been under "
             f"way {wrong[:5]}"
         )
-        for path in Path(parent).glob("*.changes"):
+        for path in Path(parent).rglob("*.changes"):
             path.unlink()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(

@@ -1,5 +1,4 @@
-"""The encoder's folder: the same bits after a round trip; whole or not at all; corrupt and foreign
-ones refused."""
+"""Files and folders that change all at once: the encoder's folder, single files, versions."""
 
 import json
 import os
@@ -9,8 +8,16 @@ import pytest
 from etils import epath
 
 from tests.features.encoder_shop import assert_same, encode_all, fitted, shop
+from twotower.core import files
 from twotower.core.errors import FolderError
-from twotower.core.files import atomic, replacing
+from twotower.core.files import (
+    atomic,
+    current_version,
+    new_version,
+    publish_version,
+    read_folder,
+    write_folder,
+)
 from twotower.features.encoder import Encoder
 
 
@@ -146,52 +153,130 @@ def test_an_atomic_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     assert order == ["fsync", "replace"]
 
 
-def test_replacing_a_folder_that_is_not_there(tmp_path):
-    with replacing(tmp_path / "new") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "new").exists()
-    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["file"]
+def write_version(folder, name):
+    """A version with one file, not current yet."""
+    version = new_version(folder)
+    (version / name).write_text("x")
+    return version
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_whenever_a_replacement_is_killed_the_next_one_still_has_a_folder_to_replace(
-    tmp_path, renames
-):
-    """Killed after so many renames, with nothing tidied; the next one fails in its block."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").touch()
-    (tmp_path / "folder.12.tmp").mkdir()  # of a killed one that got less far
-    (tmp_path / "folder.mine.tmp").touch()  # nobody's but the user's
-    if renames:
-        (tmp_path / "folder").rename(tmp_path / "folder.345.old.tmp")
-        (tmp_path / "folder.345.tmp").mkdir()
-    if renames == 2:
-        (tmp_path / "folder.345.tmp").rename(tmp_path / "folder")
-        (tmp_path / "folder" / "new").touch()
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "folder"):
+def test_a_folder_without_versions_is_its_own_content(tmp_path):
+    assert current_version(tmp_path) == tmp_path
+    assert current_version(tmp_path / "missing") == tmp_path / "missing"
+
+
+def test_a_version_is_seen_when_it_is_published(tmp_path):
+    folder = tmp_path / "folder"
+    for number in (1, 2, 3):
+        version = write_version(folder, f"file{number}")
+        assert current_version(folder) == (folder / f"v-{number - 1}" if number > 1 else folder)
+        publish_version(version)
+        assert current_version(folder) == version == folder / f"v-{number}"
+    # The one before stays for those who are loading it.
+    assert names(folder) == ["current", "v-2", "v-3"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_version_that_was_never_finished_is_deleted_by_the_next(tmp_path):
+    publish_version(write_version(tmp_path, "first"))
+    write_version(tmp_path, "half")
+    assert current_version(tmp_path) == tmp_path / "v-1"
+    publish_version(write_version(tmp_path, "third"))
+    assert names(tmp_path) == ["current", "v-1", "v-3"]
+
+
+def test_a_version_that_another_process_is_writing_is_left_alone(tmp_path):
+    mine = write_version(tmp_path, "mine")
+    theirs = write_version(tmp_path, "theirs")
+    assert mine != theirs
+    publish_version(mine)
+    publish_version(theirs)
+    assert current_version(tmp_path) == theirs
+    assert names(tmp_path) == ["current", "v-1", "v-2"]
+
+
+def test_content_from_before_the_first_version_is_replaced(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "v-1.0123.changes").touch()
+    publish_version(write_version(tmp_path, "new"))
+    assert names(tmp_path) == ["current", "v-1", "v-1.0123.changes"]
+
+
+def test_a_file_of_a_deleted_version_that_is_mapped_stays_readable(tmp_path):
+    version = new_version(tmp_path)
+    np.save(version / "x.npy", np.arange(5))
+    publish_version(version)
+    mapped = np.load(current_version(tmp_path) / "x.npy", mmap_mode="r")
+    for _ in range(2):
+        publish_version(write_version(tmp_path, "y"))
+    assert not version.exists()
+    assert mapped.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["v-7", "../other", "", "v-1/..", "\udcff"])
+def test_a_pointer_to_nothing_is_refused_and_can_be_replaced(tmp_path, name):
+    publish_version(write_version(tmp_path, "x"))
+    (tmp_path / "current").write_bytes(name.encode("utf-8", "surrogateescape"))
+    with pytest.raises(FolderError, match="current is corrupt: it names"):
+        current_version(tmp_path)
+    publish_version(write_version(tmp_path, "y"))
+    assert current_version(tmp_path) == tmp_path / "v-2"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_version_that_cannot_be_published_leaves_the_old_one(tmp_path, monkeypatch, step):
+    publish_version(write_version(tmp_path, "old"))
+    version = write_version(tmp_path, "new")
+
+    def fails(*args):
         raise KeyboardInterrupt
-    assert names(tmp_path) == ["folder", "folder.mine.tmp"]
-    assert names(tmp_path / "folder") == ["new" if renames == 2 else "old"]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, step, fails)
+        publish_version(version)
+    assert current_version(tmp_path) == tmp_path / "v-1"
+    assert names(tmp_path) == ["current", "v-1", "v-2"]
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").touch()
-    rename = type(epath.Path(tmp_path)).rename
+def test_files_are_on_the_disk_before_the_pointer_names_them(tmp_path, monkeypatch):
+    version = write_version(tmp_path, "file")
+    order = []
 
-    def fails(path, target):
-        if target == tmp_path / "folder" and not path.name.endswith(".old.tmp"):
-            raise OSError("no")
-        return rename(path, target)
+    def record(name, function):
+        return lambda *args: (order.append(name), function(*args))
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", fails)
-    with pytest.raises(OSError, match="no"), replacing(tmp_path / "folder") as new:
-        (new / "new").touch()
-    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+    monkeypatch.setattr(os, "fsync", record("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", record("replace", os.replace))
+    publish_version(version)
+    # The folder, its file and the pointer, then the pointer's new name.
+    assert order == ["fsync", "fsync", "fsync", "replace", "fsync"]
 
 
-def test_a_saved_folder_is_recovered_too(tmp_path):
-    fitted().save(tmp_path / "encoder")
-    (tmp_path / "encoder").rename(tmp_path / "encoder.7.old.tmp")
-    fitted({"user": {}, "item": {}}).save(tmp_path / "encoder")
-    assert names(tmp_path) == ["encoder"]
+@pytest.mark.parametrize("step", ["array", "digest", "state"])
+def test_a_folder_that_is_written_again_changes_all_at_once(tmp_path, monkeypatch, step):
+    """Wherever the second writing is killed, so that it tidies nothing up."""
+    old = {"a": np.arange(3), "b": np.arange(2)}
+    write_folder(tmp_path, "kind", {"n": 1}, old)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        target = {"array": (np, "save"), "digest": (files, "digest"), "state": (json, "dumps")}[
+            step
+        ]
+        patch.setattr(*target, kill)
+        patch.setattr(type(epath.Path(tmp_path)), "unlink", lambda *args, **options: None)
+        write_folder(tmp_path, "kind", {"n": 2}, {"a": np.arange(4)})
+    state, arrays = read_folder(tmp_path, "kind")
+    assert state == {"n": 1}
+    assert {name: array.tolist() for name, array in arrays.items()} == {"a": [0, 1, 2], "b": [0, 1]}
+    write_folder(tmp_path, "kind", {"n": 3}, {"b": np.arange(1)})
+    state, arrays = read_folder(tmp_path, "kind")
+    assert (state, list(arrays)) == ({"n": 3}, ["b"])
+    assert len(names(tmp_path)) == 2

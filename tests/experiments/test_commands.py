@@ -14,9 +14,11 @@ import pytest
 
 import experiments.launch
 from twotower.config import from_dict
+from twotower.core.files import current_version
 from twotower.evaluation.evaluate import make_validate
+from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.export import load_retriever
 from twotower.training.run import load_run, train
 
 ROOT = Path(__file__).parents[2]
@@ -69,11 +71,11 @@ def test_the_best_checkpoint_is_not_the_latest(tmp_path):
     )
     flag = f"--workdir={tmp_path / 'run'}"
     launch("export", flag)
-    manifest = tmp_path / "run" / "bundle" / "manifest.json"
-    assert json.loads(manifest.read_text())["step"] == 4
+    bundle = tmp_path / "run" / "bundle"
+    assert load_bundle(bundle).manifest["step"] == 4
     assert "Step 4 on test" in launch("evaluate", flag, "--k=5")
     launch("export", flag, "--checkpoint=latest")
-    assert json.loads(manifest.read_text())["step"] == 6
+    assert load_bundle(bundle).manifest["step"] == 6
     assert [
         load_run(tmp_path / "run", checkpoint=which).step for which in ("best", "latest", "4")
     ] == [4, 6, 4]
@@ -126,11 +128,12 @@ def test_evaluate_writes_what_it_prints(exported):
 
 
 def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
-    items = pq.read_table(exported / "bundle" / "items.parquet")
+    bundle = load_bundle(exported / "bundle")
+    items = bundle.items
     item, title = (items[name][0].as_py() for name in ("item_id", "title"))
     printed = launch("query", f"--workdir={exported}", f"--item={item}", "--k=3")
     assert title[:40] in printed and "score" in printed
-    user = pq.read_table(exported / "bundle" / "users.parquet")["user_id"][0].as_py()
+    user = bundle.users["user_id"][0].as_py()
     lines = launch("query", f"--workdir={exported}", f"--user={user}", "--k=4").splitlines()
     ranks = [line.split()[0] for line in lines[-4:]]
     assert ranks == ["1", "2", "3", "4"]
@@ -160,11 +163,11 @@ def test_a_retriever_of_a_run_or_of_a_checkpoint(exported, tmp_path):
     bare = shutil.copytree(exported, tmp_path / "run", ignore=shutil.ignore_patterns("bundle*"))
     before = sorted(bare.rglob("*"))
     for place in (bare, bare / "checkpoints" / "4", exported / "checkpoints" / "4"):
-        found = Retriever.load(place)
+        found = load_retriever(place)
         np.testing.assert_array_equal(found.bundle.vectors, expected)
         assert found.bundle.manifest == {} and len(found.recommend("nobody", k=3)) == 3
     assert sorted(bare.rglob("*")) == before
-    assert Retriever.load(exported).bundle.folder == exported / "bundle"
+    assert load_retriever(exported).bundle.folder == exported / "bundle"
 
 
 def flip(path):
@@ -178,12 +181,12 @@ def flip(path):
     [
         (
             "query",
-            lambda run: flip(run / "bundle" / "item_vectors.npy"),
+            lambda run: flip(current_version(run / "bundle") / "item_vectors.npy"),
             "item_vectors.npy was changed after the bundle",
         ),
         (
             "query",
-            lambda run: (run / "bundle" / "manifest.json").write_text("{"),
+            lambda run: (current_version(run / "bundle") / "manifest.json").write_text("{"),
             "manifest.json is corrupt",
         ),
         (

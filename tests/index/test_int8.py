@@ -9,6 +9,7 @@ import pytest
 
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.core.errors import BundleError
+from twotower.core.files import current_version
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import load_bundle
@@ -37,7 +38,7 @@ def exported8(run, tmp_path_factory):
 @pytest.fixture
 def folder(exported8, tmp_path):
     """A bundle that a test may change."""
-    return shutil.copytree(exported8[0], tmp_path / "bundle")
+    return shutil.copytree(current_version(exported8[0]), tmp_path / "bundle")
 
 
 def drawn(rows=300, dim=24):
@@ -114,21 +115,18 @@ def test_what_is_written_is_mapped_and_a_quarter_of_the_size(run, exported8):
     assert set(told) == {"dim", "users", "recall@10", "recall@100", "ndcg@10", "ndcg@100"}
 
 
-def test_a_float_bundle_says_nothing_of_a_loss(exported):
-    assert (
-        "against_full" not in load_bundle(exported).manifest
-        and not (exported / "item_scales.npy").exists()
-    )
+def test_a_float_bundle_says_nothing_of_a_loss(exported, exported_files):
+    assert "against_full" not in load_bundle(exported).manifest
+    assert not (exported_files / "item_scales.npy").exists()
 
 
 @pytest.mark.parametrize("index", ["exact", "scann_brute_force"])
 def test_lists_are_those_of_the_dequantised_vectors(run, tmp_path, index):
     export(storing(run, vectors="int8", index=index), tmp_path / "bundle")
     retriever = Retriever.load(tmp_path / "bundle")
-    vectors = (
-        np.load(tmp_path / "bundle/item_vectors.npy")
-        * np.load(tmp_path / "bundle/item_scales.npy")[:, None]
-    )
+    files = current_version(tmp_path / "bundle")
+    scales = np.load(files / "item_scales.npy")
+    vectors = np.load(files / "item_vectors.npy") * scales[:, None]
     ids = retriever.bundle.items["item_id"].to_pylist()
     prices = np.array(retriever.bundle.items["price"].to_pylist(), float)
     middle = float(np.nanmedian(prices))
@@ -173,14 +171,14 @@ def test_more_than_rounding_explains_is_refused(run, tmp_path, monkeypatch, what
     assert not (tmp_path / "bundle").exists()
 
 
-def test_parts_that_do_not_belong_together_are_refused(folder, exported):
+def test_parts_that_do_not_belong_together_are_refused(folder, exported_files):
     scales = np.load(folder / "item_scales.npy")
     np.save(folder / "item_scales.npy", 2 * scales)
     rewrite_manifest(folder)
     with pytest.raises(BundleError, match="built from other scales than item_scales.npy"):
         load_bundle(folder)
     np.save(folder / "item_scales.npy", scales)
-    shutil.copy(exported / "config.json", folder / "config.json")
+    shutil.copy(exported_files / "config.json", folder / "config.json")
     rewrite_manifest(folder)
     with pytest.raises(
         BundleError, match="item_vectors.npy holds int8, but config.retrieval.vectors='float32'"
@@ -204,9 +202,9 @@ def test_an_item_keeps_its_score_when_items_are_indexed_anew_and_written(folder,
     assert abs(before["new"] - float(live.embed_users([user])[0] @ vector)) > 1e-5
     live.rebalance()
     assert score() == pytest.approx(before, abs=1e-6)
-    assert isinstance(live._live.corpus.snapshot.main.vectors, Int8Vectors)
+    assert isinstance(live._live.catalogue.snapshot.main.vectors, Int8Vectors)
     live.compact()
-    assert np.load(folder / "item_vectors.npy").dtype == np.int8
+    assert np.load(current_version(folder) / "item_vectors.npy").dtype == np.int8
     live = Retriever.load(folder)
     assert score() == pytest.approx(before, abs=1e-6)
     np.testing.assert_allclose(

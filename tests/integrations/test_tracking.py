@@ -9,6 +9,7 @@ import pytest
 from tests.extras import extra
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
+from twotower.core.files import new_version, publish_version
 from twotower.integrations.tracking import track
 
 mlflow = extra("mlflow", "mlflow")
@@ -113,8 +114,9 @@ def test_more_metrics_than_a_request_takes(store, client, workdir):
 
 
 def test_the_bundle_is_logged_where_it_is_asked_for(store, client, workdir):
-    (workdir / "bundle").mkdir()
-    (workdir / "bundle" / "manifest.json").write_text('{"model_version": "abc"}')
+    version = new_version(workdir / "bundle")
+    (version / "manifest.json").write_text('{"model_version": "abc"}')
+    publish_version(version)
     run_id = track(workdir, uri=store, experiment="bundle", bundle=True)
     assert [file.path for file in client.list_artifacts(run_id, "bundle")] == [
         "bundle/manifest.json"

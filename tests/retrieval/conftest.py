@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from twotower.config import from_dict
+from twotower.core.files import current_version
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
@@ -48,6 +49,12 @@ def exported(run):
     """The folder of the run's bundle: not to be changed."""
     export(run, run.workdir / "bundle")
     return run.workdir / "bundle"
+
+
+@pytest.fixture(scope="session")
+def exported_files(exported):
+    """The folder of the files of that bundle, which is a bundle of its own where it is copied."""
+    return current_version(exported)
 
 
 @pytest.fixture(scope="session")

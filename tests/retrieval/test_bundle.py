@@ -7,12 +7,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.conftest import make_run
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import content_digest, digest
+from twotower.core.files import content_digest, current_version, digest
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
@@ -26,9 +25,10 @@ from twotower.towers.two_tower import Weights
 
 
 @pytest.fixture
-def copy(exported, tmp_path):
-    """A bundle that a test may spoil."""
-    shutil.copytree(exported, tmp_path / "bundle")
+def copy(exported_files, tmp_path):
+    """A bundle that a test may spoil, as an older twotower would have written it: without
+    versions."""
+    shutil.copytree(exported_files, tmp_path / "bundle")
     return tmp_path / "bundle"
 
 
@@ -86,7 +86,9 @@ def test_scores_equal_the_trainers(run, exported):
 
 
 def test_no_file_is_a_pickle(exported):
-    for path in exported.rglob("*.np[yz]"):
+    paths = list(exported.rglob("*.np[yz]"))
+    assert paths
+    for path in paths:
         loaded = np.load(path, allow_pickle=False)
         assert all(loaded[name] is not None for name in getattr(loaded, "files", []))
     assert not list(exported.rglob("*.pkl"))
@@ -129,7 +131,7 @@ def other(tmp_path_factory):
     """A bundle of the same data and other weights."""
     run = make_run(tmp_path_factory.mktemp("other"), seed=1)
     export(run, run.workdir / "bundle")
-    return run.workdir / "bundle"
+    return current_version(run.workdir / "bundle")
 
 
 def test_an_index_of_other_vectors_is_refused(copy, other):
@@ -170,13 +172,44 @@ def test_an_export_that_fails_leaves_the_old_bundle(run, copy, monkeypatch):
 
 
 def test_an_export_takes_the_place_of_the_old_bundle_and_of_what_a_killed_one_left(run, copy):
+    """The first one of a bundle without versions, the second of one of them."""
     (copy / "left").write_text("of the old bundle")
-    (copy.parent / "bundle.123.tmp").mkdir()
-    export(run, copy)
-    assert not (copy / "left").exists() and [path.name for path in copy.parent.iterdir()] == [
-        "bundle"
-    ]
-    check_parity(run, copy)
+    for names in (["current", "v-1"], ["current", "v-1", "v-3"]):
+        export(run, copy)
+        assert sorted(path.name for path in copy.iterdir()) == names
+        assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+        check_parity(run, copy)
+        (copy / "v-2").mkdir(exist_ok=True)  # of an export that was killed
+
+
+@pytest.mark.parametrize("step", ["write_bundle", "check_parity", "publish_version"])
+def test_an_export_that_is_killed_leaves_the_old_bundle(run, exported, tmp_path, monkeypatch, step):
+    """Killed after each step, with nothing tidied up: the old bundle, or after the last the new."""
+    folder = shutil.copytree(exported, tmp_path / "bundle")
+    function = getattr(export_module, step)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args, **options):
+        function(*args, **options)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(export_module, step, killed)
+        patch.setattr(export_module, "discard", lambda path: None)
+        export(dataclasses.replace(run, step=8), folder)
+    assert load_bundle(folder).manifest["step"] == (8 if step == "publish_version" else 7)
+
+
+@pytest.mark.parametrize("content", ["v-2\n", "", None])
+def test_a_pointer_that_is_damaged_is_refused_by_name(exported, tmp_path, content):
+    folder = shutil.copytree(exported, tmp_path / "bundle")
+    (folder / "current").unlink()
+    if content is not None:
+        (folder / "current").write_text(content)
+    with pytest.raises(BundleError, match="current.* Export again"):
+        load_bundle(folder)
 
 
 def test_parity_is_a_matter_of_1e_5():
@@ -197,7 +230,7 @@ def showing(run, *display):
 
 def test_display_columns_are_chosen_and_checked(run, tmp_path):
     export(showing(run, "title", "price"), tmp_path / "bundle")
-    assert pq.read_schema(tmp_path / "bundle" / "items.parquet").names == [
+    assert load_bundle(tmp_path / "bundle").items.column_names == [
         "item_id",
         "title",
         "price",

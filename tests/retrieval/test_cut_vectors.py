@@ -125,7 +125,7 @@ def test_a_width_that_was_not_trained_is_refused(whole, tmp_path, dim):
 def test_items_change_and_are_rounded_at_that_width(whole, tmp_path):
     export(storing(whole, dim=4, vectors="int8"), tmp_path / "bundle")
     live = Retriever.load(tmp_path / "bundle")
-    assert np.load(tmp_path / "bundle/item_vectors.npy").shape[1] == 4
+    assert live.bundle.vectors.shape[1] == 4
     with pytest.raises(QueryError, match=r"must be of \[1, 4\]"):
         live.upsert([{"item_id": "new"}], vectors=np.ones((1, 16), np.float32))
     live.upsert([{"item_id": "new", "price": 3.0}])

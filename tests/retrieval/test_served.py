@@ -97,15 +97,15 @@ def test_a_server_needs_neither_flax_nor_the_models_code(exported, tmp_path):
     assert json.loads(done.stdout) == [[item.item_id for item in found] for found in lists]
 
 
-def test_a_program_that_cannot_be_read_is_refused(exported, tmp_path):
-    folder = shutil.copytree(exported, tmp_path / "bundle")
+def test_a_program_that_cannot_be_read_is_refused(exported_files, tmp_path):
+    folder = shutil.copytree(exported_files, tmp_path / "bundle")
     (folder / "user_tower.stablehlo").write_bytes(b"not a program" * 9)
     rewrite_manifest(folder)
     with pytest.raises(BundleError, match=r"stablehlo\) cannot be read"):
         load_bundle(folder)
 
 
-def test_halves_of_different_lengths_and_widths_are_refused(exported, tmp_path):
+def test_halves_of_different_lengths_and_widths_are_refused(exported_files, tmp_path):
     for n, (name, change, message) in enumerate(
         (
             ("item_counts", lambda x: x[:-1], "item_counts.npy differ in length"),
@@ -113,7 +113,7 @@ def test_halves_of_different_lengths_and_widths_are_refused(exported, tmp_path):
             ("user_vectors", lambda x: x[:, :-1], "differ in width"),
         )
     ):
-        folder = shutil.copytree(exported, tmp_path / f"bundle{n}")
+        folder = shutil.copytree(exported_files, tmp_path / f"bundle{n}")
         np.save(folder / f"{name}.npy", change(np.load(folder / f"{name}.npy")))
         rewrite_manifest(folder)
         with pytest.raises(BundleError, match=message):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-import time
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from etils import epath
 from twotower.core.errors import FolderError
 
 _VERSION = 1
+# The end of the name of an array's file; see `_free_path`.
+_ARRAY_FILE = re.compile(r"(\.[0-9a-f]{8})?\.npy$")
+_VERSION_NAME = re.compile(r"v-(\d{1,18})")
 
 
 @contextlib.contextmanager
@@ -45,60 +48,106 @@ def atomic(path: epath.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """A new empty folder that takes the place of `folder` when the block ends well, and is deleted
-    when it does not.
+POINTER = "current"
 
-    Wherever a process is killed, the old folder or the new one is left, at worst under the name
-    that it has between two renames: the next call puts it back.
+
+def current_version(folder: epath.PathLike) -> Path:
+    """Returns where the content of `folder` lies: in the version that its pointer names, or in the
+    folder itself where there is no pointer.
+
+    Whoever loads several files asks once, so that all of them are of one version.
+
+    Raises:
+        FolderError: The pointer names no version that is there.
     """
-    folder = epath.Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
-    temporary = folder.parent / f"{folder.name}.{os.getpid()}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        _replace(temporary, folder)
-    finally:
-        temporary.rmtree(missing_ok=True)
+    folder = Path(folder)
+    pointer = folder / POINTER
+    if not pointer.is_file():
+        return folder
+    name = pointer.read_bytes().decode("utf-8", "replace").strip()
+    if not _VERSION_NAME.fullmatch(name) or not (folder / name).is_dir():
+        raise FolderError(f"{pointer} is corrupt: it names {name!r}, which is not in {folder}.")
+    return folder / name
 
 
-def put_back(folder: epath.PathLike, *, patience: float = 2.0) -> None:
-    """Where `folder` is missing because a process was killed while it replaced it, puts the old one
-    back.
+def new_version(folder: epath.PathLike) -> Path:
+    """Makes and returns an empty folder for the next version of the content of `folder`.
 
-    Args:
-        patience: seconds to wait for a process that is replacing it just now.
+    Nobody reads it before `publish_version`; nothing in it may change afterwards.
     """
-    folder = epath.Path(folder)
-    end = time.monotonic() + patience
-    while not folder.exists() and folder.parent.exists():
-        left = [
-            path
-            for path in folder.parent.iterdir()
-            if re.fullmatch(rf"{re.escape(folder.name)}\.\d+\.old\.tmp", path.name)
-        ]
-        if not left:
-            return
-        if not _runs(int(left[0].name.split(".")[-3])) or time.monotonic() > end:
-            left[0].rename(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + max(map(_version_number, folder.iterdir()), default=0)
+    while True:
+        version = folder / f"v-{number}"
+        try:
+            version.mkdir()
+        except FileExistsError:  # of another process that also makes one
+            number += 1
         else:
-            time.sleep(0.01)
+            return version
 
 
-def _runs(process: int) -> bool:
-    """Whether another process of this machine has that number."""
-    if process == os.getpid():
-        return False
+def publish_version(version: Path) -> None:
+    """Makes a finished version the current one, and deletes those that nobody needs any more.
+
+    A process that is killed here leaves the old version current, or the new one. The version before
+    is kept for those who are loading it now; files of it that are mapped into memory live on.
+    """
+    folder = version.parent
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        previous = current_version(folder)
+    except FolderError:  # a corrupt pointer is replaced
+        previous = None
+    sync_files(version)
+    with atomic(folder / POINTER) as temporary:
+        temporary.write_text(f"{version.name}\n", encoding="utf-8")
+    sync_folder(folder)
+    for path in folder.iterdir():
+        number = _version_number(path)
+        older = path.is_dir() and 0 < number < _version_number(version)
+        # Content that lay in the folder itself before it had versions is replaced too.
+        unversioned = not number and not path.name.startswith((".", "v-", POINTER))
+        if (older or unversioned) and path != previous:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Deletes a file or a whole folder; what cannot be deleted stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until all files below `folder` are on the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until names in `folder` are on the disk, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version_number(path: Path) -> int:
+    """Returns the number of a version's folder; 0 of everything else."""
+    match = _VERSION_NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
 
 
 def digest(path: epath.PathLike) -> str:
@@ -117,10 +166,42 @@ def content_digest(content: Mapping[str, Any]) -> str:
 def write_folder(
     folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes `kind`.json and one .npy an array into a temporary folder, then puts it in the place
-    of `folder`."""
-    with replacing(folder) as temporary:
-        _write(temporary, kind, state, arrays)
+    """Writes one .npy an array and `kind`.json, which names them: what it does not name is not
+    there.
+
+    So a folder that holds another state already changes all at once, when `kind`.json does. Arrays
+    come under names that are free, and those of the old state are deleted at the end.
+    """
+    folder = epath.Path(folder)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
+    try:
+        for name, array in arrays.items():
+            path = _free_path(folder, name)
+            written[path.name] = ""
+            with path.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            written[path.name] = digest(path)
+        content = {"version": _VERSION, "state": state, "files": written}
+        content["sha256"] = content_digest(content)
+        temporary = folder / f".{kind}.json.tmp"
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        temporary.replace(folder / f"{kind}.json")
+    except BaseException:
+        for name in written:
+            (folder / name).unlink(missing_ok=True)
+        if not existed:
+            folder.rmtree(missing_ok=True)
+        raise
+    for path in folder.glob("*.npy"):
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+
+
+def _free_path(folder: epath.Path, name: str) -> epath.Path:
+    path = folder / f"{name}.npy"
+    return folder / f"{name}.{secrets.token_hex(4)}.npy" if path.exists() else path
 
 
 def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -142,7 +223,7 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
                 f"{path} is corrupt: its content is not what was written with {kind}.json."
             )
         with path.open("rb") as file:
-            arrays[name.removesuffix(".npy")] = np.load(file, allow_pickle=False)
+            arrays[_ARRAY_FILE.sub("", name)] = np.load(file, allow_pickle=False)
     return content["state"], arrays
 
 
@@ -165,45 +246,3 @@ def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
     if content["sha256"] != content_digest(content):
         raise FolderError(f"{path} is corrupt: its sha256 does not match its content.")
     return content
-
-
-def _write(
-    folder: epath.Path, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> None:
-    for name, array in arrays.items():
-        with (folder / f"{name}.npy").open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-    files = {f"{name}.npy": digest(folder / f"{name}.npy") for name in arrays}
-    content = {"version": _VERSION, "state": state, "files": files}
-    content["sha256"] = content_digest(content)
-    (folder / f"{kind}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def _recover(folder: epath.Path) -> None:
-    """Puts back what a killed process had moved aside, and deletes what else it left."""
-    left = [
-        path
-        for path in folder.parent.iterdir()
-        if re.fullmatch(rf"{re.escape(folder.name)}\.\d+(\.old)?\.tmp", path.name)
-    ]
-    for path in left:
-        if path.name.endswith(".old.tmp") and not folder.exists():
-            path.rename(folder)
-        else:
-            path.rmtree()
-
-
-def _replace(temporary: epath.Path, folder: epath.Path) -> None:
-    old = folder.parent / f"{folder.name}.{os.getpid()}.old.tmp"
-    if folder.exists():
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    with contextlib.suppress(
-        OSError
-    ):  # the new one is in its place; the next call deletes what is left
-        old.rmtree(missing_ok=True)

@@ -4,7 +4,7 @@ input."""
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from twotower.core.errors import QueryError
 
 
+@runtime_checkable
 class Index(Protocol):
     """Item vectors that can be searched for those of greatest dot product.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.core.errors import ConfigError, extra
-from twotower.core.files import atomic
+from twotower.core.files import atomic, current_version
 from twotower.training.run import load_config
 
 AT_ONCE = 1_000  # metrics in a request; MLflow takes no more
@@ -169,10 +169,13 @@ def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 def _log_files(client: Any, run_id: str, workdir: Path, *, bundle: bool) -> None:
     client.log_artifact(run_id, str(workdir / "config.json"))
-    for folder in ("evaluation", *(["bundle"] if bundle else [])):
-        if (workdir / folder).exists():
-            client.log_artifacts(run_id, str(workdir / folder), folder)
-    manifest = workdir / "bundle" / "manifest.json"
+    # Without the versions before: the one that is logged is a bundle of its own.
+    files = current_version(workdir / "bundle")
+    folders = {"evaluation": workdir / "evaluation"} | ({"bundle": files} if bundle else {})
+    for name, folder in folders.items():
+        if folder.exists():
+            client.log_artifacts(run_id, str(folder), name)
+    manifest = files / "manifest.json"
     if manifest.exists():
         client.set_tag(
             run_id, "twotower.model_version", json.loads(manifest.read_text())["model_version"]

@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 
 import twotower
 from twotower.config import Config, from_dict
-from twotower.core.errors import BundleError
-from twotower.core.files import content_digest, digest, put_back
+from twotower.core.errors import BundleError, FolderError
+from twotower.core.files import POINTER, content_digest, current_version, digest
 from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
 from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
@@ -62,6 +62,7 @@ class Bundle:
             see `retrieval.scann`.
         manifest: see the head of this file, with its own "sha256"; {} before it is written.
         folder: where it was loaded from; None where it only is in memory.
+        version: the folder of its files: inside `folder`, or `folder` itself.
     """
 
     config: Config
@@ -76,6 +77,7 @@ class Bundle:
     index: Any
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
+    version: Path | None = None
 
     @property
     def normalized(self) -> bool:
@@ -158,8 +160,11 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         BundleError: the folder is no bundle, a file is missing or changed, or parts do not belong
             together.
     """
-    folder = Path(folder)
-    put_back(folder)
+    home = Path(folder).absolute()
+    try:
+        folder = current_version(home)
+    except FolderError as error:
+        raise BundleError(f"{error} Export again.") from error
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
     weights = load_weights(folder)
@@ -186,7 +191,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         seen=Ragged(arrays["seen_offsets"], arrays["seen_items"]),
         index=load_index(folder / "index", _indexed(config, vectors, arrays["item_counts"])),
         manifest=manifest,
-        folder=folder.absolute(),
+        folder=home,
+        version=folder,
     )
     _check_lengths(bundle, manifest)
     for feature in bundle.encoder.spec:
@@ -262,6 +268,11 @@ def _check_lengths(bundle: Bundle, manifest: Mapping[str, Any]) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
+        if any(folder.glob("v-*/")):
+            raise BundleError(
+                f"{folder} has no file {POINTER!r} that names one of its versions: the first export "
+                "has not finished, or the file is missing. Export again."
+            )
         raise BundleError(
             f"{folder} is no bundle: it has no manifest.json. "
             f"Make one: python -m experiments.export --workdir={folder.parent}"

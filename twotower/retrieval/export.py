@@ -3,7 +3,9 @@ trainer did."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from absl import logging
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import replacing
+from twotower.core.files import discard, new_version, publish_version
 from twotower.data.interactions import PARTS
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
@@ -31,7 +33,7 @@ from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import of_towers
 from twotower.towers.two_tower import TwoTower
-from twotower.training.run import Run
+from twotower.training.run import Run, load_run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
 PARITY_ROWS = 256
@@ -52,11 +54,17 @@ def export(run: Run, folder: Path) -> Bundle:
     """
     bundle = make_bundle(run)
     more = {} if _is_full(run, bundle) else {"against_full": measure_against_full(run, bundle)}
-    with replacing(folder) as temporary:
-        bundle = dataclasses.replace(
-            bundle, manifest=write_bundle(bundle, Path(temporary), step=run.step, **more)
-        )
-        check_parity(run, Path(temporary))
+    version = new_version(folder)
+    try:
+        manifest = write_bundle(bundle, version, step=run.step, **more)
+        check_parity(run, version)
+        publish_version(version)
+    except BaseException:
+        discard(version)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which it was made for
+        raise
+    bundle = dataclasses.replace(bundle, manifest=manifest)
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.",
         folder,
@@ -65,6 +73,33 @@ def export(run: Run, folder: Path) -> Bundle:
         run.step,
     )
     return bundle
+
+
+def load_retriever(path: str | os.PathLike) -> Retriever:
+    """Returns a retriever of a bundle, of a run, or of one of its checkpoints.
+
+    A run is answered from its bundle, with the changes made to it. Where it has none, and for a
+    checkpoint, a bundle is made in memory; of a run from the best checkpoint.
+
+    Args:
+        path: such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000.
+
+    Raises:
+        BundleError: The folder is none of these, or the bundle is not whole.
+        ChangesError: The log of changes to the bundle is damaged.
+    """
+    folder = Path(path)
+    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.isdigit()
+    workdir = folder.parent.parent if is_checkpoint else folder
+    is_run = (workdir / "config.json").exists() and (workdir / "checkpoints").exists()
+    # A bundle has a config.json too, but no checkpoints.
+    if not is_run:
+        return Retriever.load(folder)
+    if is_checkpoint:
+        return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
+    if (workdir / "bundle").exists():
+        return Retriever.load(workdir / "bundle")
+    return Retriever(make_bundle(load_run(workdir, checkpoint="best")))
 
 
 def make_bundle(run: Run) -> Bundle:

@@ -7,22 +7,20 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import ChangesError, UnknownItemError
-from twotower.core.files import put_back
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.index.base import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import nearest
 from twotower.retrieval.live.conditions import Where, conditions
+from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
-from twotower.retrieval.live.updates import Live
 from twotower.retrieval.served import BATCH
 from twotower.retrieval.users import UserRows, as_table
 
@@ -77,29 +75,22 @@ class Retriever:
 
     def __init__(self, bundle: Bundle):
         self._lock, self._maintenance = threading.RLock(), threading.Lock()
-        self._live = Live(bundle, self._lock)
+        self._live = LiveBundle(bundle, self._lock)
         self.user_rows = UserRows(bundle.encoder, bundle.users)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Retriever:
-        """The retriever of a bundle, with the changes made to it; or of a run (its bundle, or its
-        best checkpoint where it has none) or one of its checkpoints, for which a bundle is made in
-        memory.
+        """Returns the retriever of a bundle, with the changes that were made to it.
+
+        Args:
+            folder: folder of the bundle. `twotower.retrieval.export.load_retriever` also takes a
+                run, or one of its checkpoints.
 
         Raises:
-            BundleError: the bundle is not whole.
-            ChangesError: the log of its changes is damaged.
+            BundleError: The bundle is not whole.
+            ChangesError: The log of its changes is damaged.
         """
-        folder = Path(folder)
-        put_back(folder)
-        if (folder / "manifest.json").exists() or not (run := _run_of(folder)):
-            return cls(load_bundle(folder))
-        if run == folder and (folder / "bundle").exists():
-            return cls(load_bundle(folder / "bundle"))
-        from twotower.retrieval.export import make_bundle
-        from twotower.training.run import load_run
-
-        return cls(make_bundle(load_run(run, checkpoint="best" if run == folder else folder.name)))
+        return cls(load_bundle(folder))
 
     @property
     def bundle(self) -> Bundle:
@@ -108,12 +99,12 @@ class Retriever:
 
     def __len__(self) -> int:
         """How many items there are now."""
-        return len(self._live.corpus.snapshot)
+        return len(self._live.catalogue.snapshot)
 
     @property
     def changes(self) -> int:
         """How many changes there were since the bundle was written."""
-        return self._live.corpus.snapshot.version
+        return self._live.catalogue.snapshot.version
 
     def recommend(
         self,
@@ -208,14 +199,14 @@ class Retriever:
         """The `k` items of greatest cosine to `item`, without itself.
 
         Raises:
-            UnknownItemError: the item is not in the corpus.
+            UnknownItemError: the item is not in the catalogue.
         """
         check_k(k)
-        corpus = self._live.corpus
-        snapshot, only = corpus.snapshot, None if allow is None else corpus.numbers_of(allow)
-        query = snapshot.vector(corpus.place(snapshot, item))[None, :]
+        catalogue = self._live.catalogue
+        snapshot, only = catalogue.snapshot, None if allow is None else catalogue.numbers_of(allow)
+        query = snapshot.vector(catalogue.place(snapshot, item))[None, :]
         query = query / max(float(np.linalg.norm(query)), 1e-30)
-        exclude = _lists_of(corpus.numbers_of([item, *deny]), 1)
+        exclude = _lists_of(catalogue.numbers_of([item, *deny]), 1)
         scores, places = snapshot.search(
             query, k, exclude=exclude, where=conditions(where), only=only, cosine=True
         )
@@ -248,9 +239,9 @@ class Retriever:
 
     def item_vectors(self, item_ids: Iterable[Any]) -> np.ndarray:
         """float32 [N, D], of items of the corpus; raises `UnknownItemError`."""
-        corpus = self._live.corpus
-        snapshot = corpus.snapshot
-        vectors = [snapshot.vector(corpus.place(snapshot, item)) for item in item_ids]
+        catalogue = self._live.catalogue
+        snapshot = catalogue.snapshot
+        vectors = [snapshot.vector(catalogue.place(snapshot, item)) for item in item_ids]
         return np.stack(vectors) if vectors else np.zeros((0, self.bundle.towers.dim), np.float32)
 
     def upsert(self, rows: Rows, *, vectors: np.ndarray | None = None) -> int:
@@ -291,24 +282,24 @@ class Retriever:
         """Writes a new version of the bundle with all changes in it in the place of the old one,
         and goes on with that."""
         with self._alone():
-            staged = self._live.staged()
+            compacted = self._live.compacted()
             with self._lock:
-                self._live = self._live.replaced(staged)
+                self._live = self._live.switched_to(compacted)
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """The last `k` items of a user, the latest first; without scores. Nothing of an unknown
         user."""
         live, row = self._live, self.user_rows.places.get(str(user), -1)
-        snapshot = live.corpus.snapshot
+        snapshot = live.catalogue.snapshot
         numbers = live.bundle.seen[row][::-1] if row >= 0 else np.zeros(0, np.int32)
         places = [place for number in numbers if (place := snapshot.place_of(int(number))) >= 0][:k]
         return _listed(snapshot, np.full(len(places), np.nan), np.array(places, np.int64))
 
     def item(self, item: Any) -> Recommendation:
         """An item of the corpus with its display columns, and no score."""
-        corpus = self._live.corpus
-        snapshot = corpus.snapshot
-        return _listed(snapshot, np.array([np.nan]), np.array([corpus.place(snapshot, item)]))[0]
+        catalogue = self._live.catalogue
+        snapshot = catalogue.snapshot
+        return _listed(snapshot, np.array([np.nan]), np.array([catalogue.place(snapshot, item)]))[0]
 
     def knows(self, user: Any) -> bool:
         return str(user) in self.user_rows.places
@@ -349,10 +340,10 @@ class Retriever:
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         live = self._live  # one of them, whatever takes its place meanwhile
         exclude = Ragged.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
-        if len(denied := live.corpus.numbers_of(deny)):
+        if len(denied := live.catalogue.numbers_of(deny)):
             exclude = exclude.joined(_lists_of(denied, len(vectors)))
-        only = None if allow is None else live.corpus.numbers_of(allow)
-        snapshot = live.corpus.snapshot
+        only = None if allow is None else live.catalogue.numbers_of(allow)
+        snapshot = live.catalogue.snapshot
         return snapshot, *snapshot.search(
             vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight
         )
@@ -376,16 +367,6 @@ class Retriever:
         return np.array(
             [self.user_rows.places.get(user, -1) for user in ids] or [-1] * count, np.int64
         )
-
-
-def _run_of(folder: Path) -> Path | None:
-    """The run that the folder is, or whose checkpoint it is."""
-    run = (
-        folder.parent.parent
-        if folder.parent.name == "checkpoints" and folder.name.isdigit()
-        else folder
-    )
-    return run if (run / "config.json").exists() and (run / "checkpoints").exists() else None
 
 
 def _lists_of(numbers: np.ndarray, count: int) -> Ragged:

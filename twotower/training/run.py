@@ -67,7 +67,9 @@ def train(
     check_batch(config.training, mesh)
     resolve_kinds(config)  # a misspelt loss is refused before the data is read, not after
     folder = workdir / "encoder"
-    known = Encoder.load(folder) if _is_begun(workdir, config) and folder.exists() else None
+    # encoder.json is written last: without it a killed process had not finished the folder.
+    is_fitted = _is_begun(workdir, config) and (folder / "encoder.json").exists()
+    known = Encoder.load(folder) if is_fitted else None
     prepared = prepare(config, encoder=known)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))

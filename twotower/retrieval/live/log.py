@@ -1,254 +1,336 @@
 """The log of changes beside a bundle: a change is acknowledged when it is on the disk, and made
 again when the bundle is loaded.
 
+The log is an SQLite database with a rollback journal and `synchronous=EXTRA`: whoever opens it next
+undoes a transaction that a kill or a power cut interrupted. It has one table, whose rows are never
+changed:
+
 ```
-header:  b"2TOWERCH", the sha256 of the bundle's manifest (32 bytes)
-record:  length, crc32 of the payload, crc32 of these eight bytes (uint32 little-endian each),
-payload
-payload: b"U" + an Arrow stream of item_id, display columns and "__vector", or b"D" + a JSON list of
-ids ```
-A process that is killed while it writes leaves the beginning of a record at the end of the file: it
-was never acknowledged, and is cut off. Anything else that does not fit is damage, and refused.
+n      kind      payload
+0      bundle    SHA-256 of the bundle's manifest, as text
+1, ... upsert    Arrow stream of item_id, display columns and "__vector"
+       delete    JSON list of item ids
+```
+
+Several processes may change one bundle. They take turns, each in a transaction of its own that
+begins with what the others have committed: see `ChangeLog.transaction`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
+import errno
 import json
-import os
-import struct
+import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 
 from twotower.core.errors import ChangesError
 
-MAGIC = b"2TOWERCH"
-HEAD = struct.Struct("<III")
-FIRST = len(MAGIC) + 32
+VERSION = 1
+APPLICATION_ID = 0x32545752  # "2TWR", so that `file` and we tell the log from other databases
+BINARY_MAGIC = b"2TOWERCH"  # first bytes of the logs of twotower 0.x, which were no databases
+BUSY_SECONDS = 10.0  # wait for the transaction of another process
+# SQLite keeps no value above 1e9 bytes; a change is refused before that with a sentence of ours.
+MAX_CHANGE_BYTES = 900_000_000
 VECTOR = "__vector"
-LARGEST = 2**30  # bytes of a record
-
-
-# (items, vectors) to add or replace, or ids to take away
-Change = tuple[pa.Table, np.ndarray] | list[str]
-
-
-def changes_path(bundle: Path, sha256: str) -> Path:
-    """The log of the bundle in the folder `bundle` whose manifest says `sha256`."""
-    return bundle.parent / f"{bundle.name}.{sha256[:16]}.changes"
-
-
-def encode_upsert(items: pa.Table, vectors: np.ndarray) -> bytes:
-    flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
-    table = items.append_column(VECTOR, pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return b"U" + sink.getvalue().to_pybytes()
-
-
-def encode_delete(ids: Sequence[str]) -> bytes:
-    return b"D" + json.dumps(list(ids)).encode()
-
-
-def decode(payload: bytes) -> Change:
-    if payload[:1] == b"D":
-        return json.loads(payload[1:])
-    table = pa.ipc.open_stream(payload[1:]).read_all()
-    column = table[VECTOR].combine_chunks()
-    vectors = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
-    return table.drop_columns([VECTOR]), vectors
-
-
-def read_changes(path: Path, sha256: str) -> tuple[list[bytes], int]:
-    """The payloads in the log and the length of the file up to the end of the last whole record.
-
-    Raises:
-        ChangesError: the log belongs to another bundle, or is damaged.
-    """
-    data = path.read_bytes()
-    if len(data) < FIRST:  # killed before the first change
-        if not (MAGIC + bytes.fromhex(sha256)).startswith(data):
-            raise ChangesError(f"{path} is not a log of changes.")
-        return [], 0
-    if data[: len(MAGIC)] != MAGIC:
-        raise ChangesError(f"{path} is not a log of changes.")
-    if data[len(MAGIC) : FIRST] != bytes.fromhex(sha256):
-        raise ChangesError(f"{path} holds changes to another bundle than the one beside it.")
-    payloads, at = [], FIRST
-    for payload, end in _records(data, path):
-        payloads.append(payload)
-        at = end
-    return payloads, at
-
-
-def _records(data: bytes, path: Path) -> Iterator[tuple[bytes, int]]:
-    at = FIRST
-    while at + HEAD.size <= len(data):
-        length, crc, head_crc = HEAD.unpack_from(data, at)
-        end = at + HEAD.size + length
-        if zlib.crc32(data[at : at + 8]) != head_crc or length > LARGEST:
-            raise ChangesError(
-                f"{path} is damaged at byte {at}: this is no head of a record. {_REMEDY}"
-            )
-        if end > len(data):
-            break
-        payload = data[at + HEAD.size : end]
-        if zlib.crc32(payload) != crc:
-            raise ChangesError(
-                f"{path} is damaged between bytes {at} and {end}: its content is not what was written. {_REMEDY}"
-            )
-        yield payload, end
-        at = end
-    if at < len(data):
-        logging.warning(
-            "%s ends in the middle of a change that was never acknowledged: it is left out.", path
-        )
-
 
 _REMEDY = "Restore the file, or move it away to serve the bundle without its changes."
 
 
-class ChangeLog:
-    """Appends to a log, of which there is one writer in one process.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Upsert:
+    """Items to add, or to replace where their ids are there.
 
-    Args:
-        path: see `changes_path`; made with the first change.
-        sha256: of the bundle's manifest.
-        end: where the last whole record ends.
+    Attributes:
+        items: item_id and the display columns, N rows.
+        vectors: float32 [N, D].
     """
 
-    def __init__(self, path: Path, sha256: str, end: int = 0):
-        self.path, self._sha256, self.end = path, sha256, end
-        self._file: Any = None
-        self._broken = ""
+    items: pa.Table
+    vectors: np.ndarray
 
-    def append(self, payload: bytes) -> None:
-        """Returns when the change is on the disk.
+
+@dataclasses.dataclass(frozen=True)
+class Delete:
+    """Items to take away.
+
+    Attributes:
+        ids: item ids.
+    """
+
+    ids: tuple[str, ...]
+
+
+Change = Upsert | Delete
+
+
+def changes_path(folder: Path, sha256: str) -> Path:
+    """Returns the path of the log of the bundle in `folder` whose manifest has this hash."""
+    return folder.parent / f"{folder.name}.{sha256[:16]}.changes"
+
+
+class ChangeLog:
+    """The changes to one bundle, in a file that is made with the first of them.
+
+    The callers hold a lock: a connection serves one thread at a time.
+
+    Attributes:
+        path: see `changes_path`.
+        last: number of the last change that was read or written here.
+    """
+
+    def __init__(self, path: Path, sha256: str):
+        """Args:
+        path: file of the log, which need not exist.
+        sha256: hash of the bundle's manifest.
+        """
+        self.path = path
+        self.last = 0
+        self._sha256 = sha256
+        self._connection: sqlite3.Connection | None = None
+        self._checked = False
+        self._failure = ""
+
+    def read(self) -> list[Change]:
+        """Returns the changes after `last`, which then is the number of the newest.
 
         Raises:
-            ChangesError: another process writes, or an earlier failure left it unknown what is on
-                the disk.
-            OSError: the disk refuses; the change is not made, now or after a restart.
+            ChangesError: The log is damaged, or belongs to another bundle.
         """
-        if len(payload) > LARGEST:
-            raise ChangesError(
-                f"One change may hold {LARGEST:,} bytes, not {len(payload):,}: make several of it."
-            )
-        if self._broken:
-            raise ChangesError(
-                f"{self.path} cannot be written any more ({self._broken}). Load the bundle again."
-            )
-        self._open()
-        head = struct.pack("<II", len(payload), zlib.crc32(payload))
-        record = head + struct.pack("<I", zlib.crc32(head)) + payload
-        try:
-            write_all(self._file, record)
-        except OSError as error:
-            self._cut(str(error))
-            raise
-        try:
-            os.fsync(self._file.fileno())
-        except (
-            OSError
-        ) as error:  # what is on the disk is not known, and asking again would not tell
-            self._broken = str(error)
-            raise
-        self.end += len(record)
+        if self._is_empty():
+            return []
+        with self._explained():
+            return self._read(self._opened())
 
-    def tail(self, start: int) -> bytes:
-        """The records from byte `start` on."""
-        if not self.path.exists():
-            return b""
-        with self.path.open("rb") as file:
-            file.seek(max(start, FIRST))
-            return file.read(self.end - max(start, FIRST)) if self.end > max(start, FIRST) else b""
+    def since(self, number: int) -> list[Change]:
+        """Returns the changes after the one with this number, up to `last`."""
+        reader = ChangeLog(self.path, self._sha256)
+        reader.last = number
+        changes = reader.read()
+        reader.close()
+        return changes[: self.last - number]
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[list[Change]]:
+        """Excludes all other writers, and yields the changes that they made since `last`.
+
+        What the block adds is on the disk when the block has ended, all of it; after an error
+        nothing of it is.
+
+        Raises:
+            ChangesError: Another process holds the log, or an earlier failure left open what is on
+                the disk.
+            OSError: The disk refuses; the changes are not made, now or after a restart.
+        """
+        if self._failure:
+            raise ChangesError(
+                f"{self.path} cannot be written any more ({self._failure}). Load the bundle again."
+            )
+        known = self.last
+        with self._explained():
+            connection = self._opened()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                if self._is_empty():
+                    self._make_table(connection)
+                missed = self._read(connection)
+                known = self.last
+                yield missed
+                connection.execute("COMMIT")
+            except BaseException:
+                self.last = known
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def add(self, change: Change) -> None:
+        """Writes a change, inside a `transaction`."""
+        kind, payload = encode(change)
+        if len(payload) > MAX_CHANGE_BYTES:
+            raise ChangesError(
+                f"One change may hold {MAX_CHANGE_BYTES:,} bytes, not {len(payload):,}: "
+                "make several of it."
+            )
+        if self._connection is None:
+            raise RuntimeError("A change is added inside a transaction.")
+        _insert(self._connection, self.last + 1, kind, payload)
+        self.last += 1
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._checked = False
 
-    def _open(self) -> None:
-        if self._file:
-            return
-        file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
+    def _is_empty(self) -> bool:
+        """Whether nothing was ever committed: a process may be killed before its first change."""
+        return not self.path.exists() or not self.path.stat().st_size
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,  # transactions begin and end where this file says so
+            check_same_thread=False,
+        )
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
+            connection.execute("PRAGMA journal_mode=DELETE")
+            # EXTRA also syncs the folder after the journal is deleted: only then a power cut cannot
+            # bring it back, and undo a change that was acknowledged.
+            connection.execute("PRAGMA synchronous=EXTRA")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _make_table(self, connection: sqlite3.Connection) -> None:
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version={VERSION}")
+        connection.execute(
+            "CREATE TABLE changes (n INTEGER PRIMARY KEY, kind TEXT, payload BLOB, crc32 INTEGER)"
+        )
+        _insert(connection, 0, "bundle", self._sha256.encode())
+
+    def _check_file(self, connection: sqlite3.Connection) -> None:
+        """Refuses a file that is no log, is damaged in its structure, or is of another bundle."""
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            raise ChangesError(f"{self.path} is not a log of changes. {_REMEDY}")
+        if version != VERSION:
             raise ChangesError(
-                f"{self.path} is being written by another process: one process changes a bundle."
-            ) from None
-        size = file.seek(0, os.SEEK_END)
-        if size < self.end or _has_more(file, self.end, size):
-            file.close()
-            raise ChangesError(
-                f"{self.path} was written by another process since it was read. Load the bundle again."
+                f"{self.path} has version {version}; this twotower reads version {VERSION}."
             )
-        self._file = file
-        if not self.end:
-            write_header(file, self._sha256)
-            self.end = FIRST
-            sync_folder(self.path.parent)
-        file.truncate(self.end)
-        file.seek(self.end)
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise ChangesError(f"{self.path} is damaged: {verdict}. {_REMEDY}")
+        ((kind, payload),) = self._rows(connection, "n = 0", ())
+        if kind != "bundle" or payload != self._sha256.encode():
+            raise ChangesError(
+                f"{self.path} holds changes to another bundle than the one beside it."
+            )
 
-    def _cut(self, why: str) -> None:
-        """Takes half a record off the end again, so that the next one can be read."""
+    def _read(self, connection: sqlite3.Connection) -> list[Change]:
+        # The first look at the file undoes what a killed process left half done, which may be all.
+        connection.execute("PRAGMA schema_version").fetchone()
+        if self._is_empty():
+            return []
+        if not self._checked:
+            self._check_file(connection)
+            self._checked = True
+        rows = self._rows(connection, "n > ? AND n > 0", (self.last,))
         try:
-            self._file.truncate(self.end)
-            self._file.seek(self.end)
-        except OSError:
-            self._broken = why
+            changes = [decode(kind, payload) for kind, payload in rows]
+        except (ValueError, KeyError, pa.ArrowException) as error:
+            raise ChangesError(
+                f"{self.path} holds a change that cannot be read: {error}. {_REMEDY}"
+            ) from error
+        self.last += len(changes)
+        return changes
 
+    def _rows(
+        self, connection: sqlite3.Connection, condition: str, values: tuple[int, ...]
+    ) -> list[tuple[str, bytes]]:
+        """Returns kind and payload of the rows under a condition, each checked against its sum."""
+        rows = connection.execute(
+            f"SELECT n, kind, payload, crc32 FROM changes WHERE {condition} ORDER BY n", values
+        ).fetchall()
+        first = values[0] + 1 if values else 0
+        for expected, (number, kind, payload, checksum) in enumerate(rows, first):
+            whole = isinstance(payload, bytes) and checksum == _checksum(number, kind, payload)
+            if number != expected or not whole:
+                raise ChangesError(
+                    f"{self.path} is damaged at change {expected}: "
+                    f"its content is not what was written. {_REMEDY}"
+                )
+        if not values and len(rows) != 1:
+            raise ChangesError(f"{self.path} is damaged: it names no bundle. {_REMEDY}")
+        return [(kind, payload) for _, kind, payload, _ in rows]
 
-def _has_more(file: Any, end: int, size: int) -> bool:
-    """Whether something whole follows byte `end`, where this process saw the last record end."""
-    if not end:
-        return size >= FIRST
-    file.seek(end)
-    head = file.read(HEAD.size)
-    return len(head) == HEAD.size and end + HEAD.size + HEAD.unpack(head)[0] <= size
-
-
-def write_all(file: Any, data: bytes) -> None:
-    """An unbuffered file may take less than it is given."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
-
-
-def write_header(file: Any, sha256: str) -> None:
-    file.truncate(0)
-    file.seek(0)
-    write_all(file, MAGIC + bytes.fromhex(sha256))
-    os.fsync(file.fileno())
-
-
-def write_log(path: Path, sha256: str, records: bytes) -> None:
-    """A new log with records of another one, durable and under its name all at once."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(MAGIC + bytes.fromhex(sha256) + records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable, where folders can be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns errors of SQLite into errors that name the file and the cure."""
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a damaged schema
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_BUSY:
+                raise ChangesError(
+                    f"{self.path} has been held by another process for {BUSY_SECONDS:g} seconds. "
+                    "Try again."
+                ) from error
+            if code == sqlite3.SQLITE_FULL:
+                raise OSError(
+                    errno.ENOSPC, f"The change was not made: {error}", str(self.path)
+                ) from error
+            if code == sqlite3.SQLITE_READONLY:
+                raise ChangesError(
+                    f"{self.path} cannot be written ({error}): it was moved, or is read-only. "
+                    "Load the bundle again."
+                ) from error
+            if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+                # What is on the disk after a failed sync is not known, and another try would not
+                # tell: the next process reads it anew.
+                self._failure = str(error)
+                raise OSError(
+                    errno.EIO, f"The change may be lost: {error}", str(self.path)
+                ) from error
+            if self.path.is_file() and _begins_with(self.path, BINARY_MAGIC):
+                raise ChangesError(
+                    f"{self.path} was written by an older twotower, whose logs are not read any "
+                    "more. Load the bundle with that version and call compact(), or move the file "
+                    "away to serve the bundle without its changes."
+                ) from error
+            raise ChangesError(f"{self.path} is damaged: {error}. {_REMEDY}") from error
+
+
+def encode(change: Change) -> tuple[str, bytes]:
+    """Returns the kind and the payload of a change."""
+    if isinstance(change, Delete):
+        return "delete", json.dumps(change.ids).encode()
+    width = change.vectors.shape[1]
+    values = pa.array(np.ascontiguousarray(change.vectors, np.float32).ravel())
+    vectors = pa.FixedSizeListArray.from_arrays(values, width)
+    table = change.items.append_column(VECTOR, vectors)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return "upsert", sink.getvalue().to_pybytes()
+
+
+def decode(kind: str, payload: bytes) -> Change:
+    """Returns the change that `encode` made this of."""
+    if kind == "delete":
+        return Delete(tuple(json.loads(payload)))
+    if kind != "upsert":
+        raise ValueError(f"{kind!r} is no kind of change")
+    table = pa.ipc.open_stream(payload).read_all()
+    column = table[VECTOR].combine_chunks()
+    vectors = column.flatten().to_numpy().reshape(len(table), column.type.list_size)
+    return Upsert(table.drop_columns([VECTOR]), vectors)
+
+
+def _insert(connection: sqlite3.Connection, number: int, kind: str, payload: bytes) -> None:
+    row = (number, kind, payload, _checksum(number, kind, payload))
+    connection.execute("INSERT INTO changes VALUES (?, ?, ?, ?)", row)
+
+
+def _checksum(number: int, kind: str, payload: bytes) -> int:
+    """Returns the CRC-32 of a row: SQLite does not notice changed bytes inside a value."""
+    return zlib.crc32(payload, zlib.crc32(f"{number} {kind} ".encode()))
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic

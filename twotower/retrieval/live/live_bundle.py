@@ -1,0 +1,234 @@
+"""A loaded bundle whose items change: the catalogue in memory, and the log that makes each change
+durable before it is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from twotower.core.errors import ChangesError
+from twotower.core.files import (
+    current_version,
+    discard,
+    new_version,
+    publish_version,
+    sync_files,
+)
+from twotower.core.ragged import Ragged
+from twotower.index.base import Index
+from twotower.index.int8 import Vectors
+from twotower.index.popularity import index_items
+from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
+from twotower.retrieval.live.catalogue import LiveCatalogue
+from twotower.retrieval.live.log import (
+    Change,
+    ChangeLog,
+    Delete,
+    Upsert,
+    changes_path,
+)
+from twotower.retrieval.live.snapshot import Snapshot
+
+
+class Compacted(NamedTuple):
+    """A new version of a bundle that is not current yet.
+
+    Attributes:
+        bundle: the new version, loaded.
+        last: number of the last change that is in it.
+    """
+
+    bundle: Bundle
+    last: int
+
+
+class LiveBundle:
+    """A bundle, and its items as they are now.
+
+    Attributes:
+        bundle: what was loaded.
+        catalogue: its items now, with the changes in its log.
+    """
+
+    def __init__(self, bundle: Bundle, lock: threading.RLock):
+        """Args:
+        bundle: a bundle; only one that was loaded from a folder can be changed.
+        lock: held while anything changes.
+        """
+        self.bundle = bundle
+        self.catalogue = LiveCatalogue(
+            bundle.index, bundle.vectors, bundle.items, bundle.counts, lock
+        )
+        self._lock = lock
+        self._log = self._replayed()
+
+    def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
+        """See `Retriever.upsert`."""
+        log, _ = self._changeable()
+        if not len(rows):
+            return
+        items, vectors = self.catalogue.check(rows, vectors)
+        with self._lock:
+            with self._transaction(log):
+                log.add(Upsert(items, vectors))
+            self.catalogue.upsert(items, vectors)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """See `Retriever.delete`."""
+        log, _ = self._changeable()
+        with self._lock:
+            if not log.path.exists() and not self._alive(ids):
+                return 0  # no log is begun for nothing
+            with self._transaction(log):
+                alive = self._alive(ids)
+                if alive:
+                    log.add(Delete(tuple(alive)))
+            return self.catalogue.delete(alive)
+
+    def rebalance(self) -> None:
+        """See `Retriever.rebalance`."""
+        self.catalogue.rebalance(self._index)
+
+    def compacted(self) -> Compacted:
+        """Writes the next version of the bundle, with the changes so far. Answers and changes go
+        on, and the old version stays current."""
+        log, folder = self._changeable()
+        with self._lock:
+            then = self.catalogue.snapshot
+            last = log.last
+        manifest = self.bundle.manifest
+        kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
+        version = new_version(folder)
+        try:
+            write_bundle(
+                self._with_items_of(then),
+                version,
+                step=manifest["step"],
+                compactions=manifest.get("compactions", 0) + 1,
+                **kept,
+            )
+            # The long wait for the disk is here, not where the lock is held.
+            sync_files(version)
+            return Compacted(load_bundle(version), last)
+        except BaseException:
+            discard(version)
+            raise
+
+    def switched_to(self, compacted: Compacted) -> LiveBundle:
+        """Makes the new version current, with the changes since. The caller holds the lock.
+
+        Wherever this is killed, a version and the log that belongs to it are there: the log of the
+        new one is written before the new one is current, and that of the old one deleted after.
+        """
+        log, folder = self._changeable()
+        new = compacted.bundle
+        version = new.folder
+        if version is None:
+            raise ValueError("A compacted bundle is loaded from its folder.")
+        with self._transaction(log):
+            later = log.since(compacted.last)
+            if later:
+                new_log = ChangeLog(
+                    changes_path(version, new.manifest["sha256"]), new.manifest["sha256"]
+                )
+                with new_log.transaction():
+                    for change in later:
+                        new_log.add(change)
+                new_log.close()
+            publish_version(version)
+        log.close()
+        log.path.unlink(missing_ok=True)
+        return LiveBundle(dataclasses.replace(new, folder=folder), self._lock)
+
+    def _changeable(self) -> tuple[ChangeLog, Path]:
+        """Returns the log and the folder of the bundle, where it has them."""
+        if self._log is None or self.bundle.folder is None:
+            raise ChangesError(
+                "The items of a bundle in memory cannot be changed: changes are kept beside a "
+                "bundle. Export it, and load that."
+            )
+        return self._log, self.bundle.folder
+
+    @contextlib.contextmanager
+    def _transaction(self, log: ChangeLog) -> Iterator[None]:
+        """A transaction of the log that begins with the changes of other processes."""
+        _, folder = self._changeable()
+        with log.transaction() as missed:
+            self._make(missed, log)
+            now = current_version(folder)
+            if now != self.bundle.version:
+                raise ChangesError(
+                    f"{folder} was replaced by another version ({now.name}) since it was "
+                    "loaded: a change to the old one would be lost. Load the bundle again."
+                )
+            yield
+
+    def _alive(self, ids: Iterable[str]) -> list[str]:
+        """Returns those of the ids, each once, whose items are there."""
+        snapshot = self.catalogue.snapshot
+        numbers = self.catalogue.numbers
+        known = [item for item in dict.fromkeys(ids) if item in numbers]
+        return [item for item in known if snapshot.place_of(numbers[item]) >= 0]
+
+    def _replayed(self) -> ChangeLog | None:
+        """Makes the changes in the log once more."""
+        folder, version = self.bundle.folder, self.bundle.version
+        if folder is None or version is None:
+            return None
+        sha256 = self.bundle.manifest["sha256"]
+        log = ChangeLog(changes_path(version, sha256), sha256)
+        logs = {*folder.glob("v-*.changes"), *folder.parent.glob(f"{folder.name}.*.changes")}
+        for other in sorted(logs - {log.path}):
+            logging.warning(
+                "%s holds changes to another version of the bundle: they are not made to this one.",
+                other,
+            )
+        changes = log.read()
+        self._make(changes, log)
+        if changes:
+            size = len(self.catalogue.snapshot)
+            logging.info("%s: %d changes; %d items.", log.path, len(changes), size)
+        return log
+
+    def _make(self, changes: Iterable[Change], log: ChangeLog) -> None:
+        for change in changes:
+            try:
+                if isinstance(change, Delete):
+                    self.catalogue.delete(change.ids)
+                else:
+                    self.catalogue.upsert(*self.catalogue.check(change.items, change.vectors))
+            except (ValueError, KeyError, AttributeError, pa.ArrowException) as error:
+                raise ChangesError(
+                    f"{log.path} holds a change that cannot be made to the bundle: {error}."
+                ) from error
+
+    def _with_items_of(self, then: Snapshot) -> Bundle:
+        """The bundle with the items of a snapshot in the place of its own."""
+        numbers, vectors, items = then.alive()
+        counts = self.catalogue.counts_of(numbers)
+        rows = np.full(len(self.catalogue.numbers), -1, np.int64)
+        rows[numbers] = np.arange(len(numbers))
+        seen = self.bundle.seen
+        seen_rows = rows[seen.values] if len(rows) else np.zeros(0, np.int64)
+        is_left = seen_rows >= 0
+        changed = then.count or then.dead
+        return dataclasses.replace(
+            self.bundle,
+            vectors=vectors,
+            items=items,
+            counts=counts,
+            seen=Ragged.from_pairs(seen.rows[is_left], seen_rows[is_left], num_rows=len(seen)),
+            index=self._index(vectors, counts) if changed else then.main.index,
+            manifest={},
+        )
+
+    def _index(self, vectors: Vectors, counts: np.ndarray) -> Index:
+        return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)
