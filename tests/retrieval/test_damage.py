@@ -9,9 +9,9 @@ import pytest
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.core.errors import BundleError, ChangesError, FolderError
+from twotower.core.files import current_version
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.export import export
-from twotower.retrieval.live.log import MAGIC
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
@@ -79,7 +79,7 @@ def each_damaged(folder, other, damage):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_file_of_a_bundle(bundles, damage):
-    folder, other = (run / "bundle" for run in bundles)
+    folder, other = (current_version(run / "bundle") for run in bundles)
     hashed = set(json.loads((folder / "manifest.json").read_text())["files"])
     assert hashed == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
         "manifest.json"
@@ -121,26 +121,25 @@ def test_every_file_of_a_match_model(bundles, damage):
     assert MatchModel.load(folder).dim == 16 and len(damaged) >= 3
 
 
-@pytest.mark.parametrize("damage", ["changed", "of another run", "of another version"])
+@pytest.mark.parametrize("damage", ["cut off", "changed", "of another run", "of another version"])
 def test_the_log_of_changes(bundles, damage):
-    """Cut off within a change, that change was never acknowledged: see test_changes. Without a log
-    there are no changes."""
-    logs = [next(run.glob("*.changes")) for run in bundles]
+    """See test_log for every byte of it. Without a log there are no changes."""
+    logs = [next(run.glob("bundle/*.changes")) for run in bundles]
     original = logs[0].read_bytes()
-    spoil = DAMAGES | {
-        "of another version": lambda data, _: MAGIC.replace(b"2", b"3") + data[len(MAGIC) :]
-    }
+    spoil = DAMAGES | {"of another version": lambda data, _: data[:60] + b"9999" + data[64:]}
     logs[0].write_bytes(spoil[damage](original, logs[1].read_bytes()))
-    with pytest.raises(ChangesError, match=logs[0].name):
-        Retriever.load(bundles[0] / "bundle")
-    logs[0].write_bytes(original)
+    try:
+        with pytest.raises(ChangesError, match=logs[0].name):
+            Retriever.load(bundles[0] / "bundle")
+    finally:
+        logs[0].write_bytes(original)
     retriever = Retriever.load(bundles[0] / "bundle")
     assert len(retriever) == len(retriever.bundle.items) and retriever.changes == 2
 
 
 def test_files_of_another_version_though_their_hashes_fit(bundles, tmp_path):
     """As a newer or older twotower would leave them."""
-    folder = shutil.copytree(bundles[0] / "bundle", tmp_path / "bundle")
+    folder = shutil.copytree(current_version(bundles[0] / "bundle"), tmp_path / "bundle")
     versioned = [
         path for path in folder.rglob("*.json") if "version" in json.loads(path.read_text())
     ]
