@@ -38,7 +38,9 @@ def _known(times, parts):
         [np.zeros(len(t), np.int64) for t in tables],
         [t["timestamp"].to_numpy() for t in tables],
     )
-    histories = build_histories(feature, fitted, Split(*tables, places=places), users, moments, 1)
+    histories = build_histories(
+        feature, fitted, Split(*tables, file_positions=places), users, moments, 1
+    )
     found = np.full(len(EVENTS), "", object)
     for which, part in enumerate(("train", "validation", "test")):
         for place, ids in zip(places[which], histories.take(histories.spans[part])["h/item_id"]):

@@ -16,9 +16,9 @@ from twotower.core.mesh import (
     put,
     shard_map_if_needed,
 )
-from twotower.features.base import Input, TableShape
+from twotower.features.base import SIDES, Input, TableShape
 from twotower.objectives.alias import popularity_table
-from twotower.towers.two_tower import SIDES, TwoTower
+from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize
 from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer, state_specs

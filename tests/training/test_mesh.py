@@ -14,12 +14,12 @@ from tests.training.divided import INPUTS, Case, differences, make_trainer, on_m
 from twotower.config import NegativesConfig, TrainingConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SHARDED, make_mesh, shardings
-from twotower.features.base import TableShape
+from twotower.features.base import SIDES, TableShape
 from twotower.kernels.reference import naive_loss
 from twotower.objectives import LOSSES
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.negatives import Candidates, Positives
-from twotower.towers.two_tower import SIDES, Weights
+from twotower.towers.two_tower import Weights
 from twotower.training import memory
 from twotower.training.checks import check_batch, check_batch_norm
 from twotower.training.init import abstract_state, init_on

@@ -14,7 +14,7 @@ from tests.training import conftest
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
 from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
-from twotower.towers.two_tower import SIDES, Weights
+from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
 from twotower.training.step import lookup_all, oov_dropout, shared_gradients, shared_ids, train_step
 

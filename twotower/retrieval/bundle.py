@@ -33,6 +33,7 @@ from twotower.config import Config, from_dict
 from twotower.core.errors import BundleError, FolderError
 from twotower.core.files import POINTER, content_digest, current_version, digest
 from twotower.core.ragged import Ragged
+from twotower.features.base import SIDES
 from twotower.features.encoder import Encoder
 from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
 from twotower.index.int8 import Int8Vectors, Vectors
@@ -43,7 +44,6 @@ from twotower.retrieval.weights import load_weights, model_version, save_weights
 
 FORMAT, VERSION = "twotower-bundle", 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")
-SIDES = ("user", "item")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
-from twotower.features.base import Input, TableShape
+from twotower.features.base import SIDES, Input, TableShape
 from twotower.features.encoder import Encoder
 from twotower.features.history import (
     HISTORY_POSITION,
@@ -33,7 +33,6 @@ from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows,
 from twotower.towers.layers import l2_normalize
 from twotower.towers.towers import build_tower
 
-SIDES = ("user", "item")
 # The learned temperature is kept within these: below, float32 softmax saturates; above, cosines
 # cannot separate items.
 TEMPERATURES = (0.01, 1.0)

@@ -18,10 +18,10 @@ from absl import logging
 from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
 from twotower.core.mesh import host_mesh
-from twotower.features.base import Input
+from twotower.features.base import SIDES, Input
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
-from twotower.towers.two_tower import SIDES, TwoTower
+from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints

@@ -20,11 +20,12 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
+from twotower.features.base import SIDES
 from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
-from twotower.towers.two_tower import SIDES, Weights
+from twotower.towers.two_tower import Weights
 from twotower.training.optimizers import init_plateau
 from twotower.training.state import Trainer, TrainState, state_specs
 

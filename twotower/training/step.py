@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
+from twotower.features.base import SIDES
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import apply_gradients, lookup_rows
-from twotower.towers.two_tower import SIDES, TEMPERATURES, TwoTower, Weights
+from twotower.towers.two_tower import TEMPERATURES, TwoTower, Weights
 from twotower.training.candidates import SampledItems, draw, row_keys, take_features
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step_losses import losses_of, task_weights, update_frequency, weight_sums
