@@ -45,7 +45,7 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to
 
 def main() -> None:
     from twotower import api
-    from twotower.evaluation.report import format_report
+    from twotower.evaluation.report_text import format_report
 
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     if _DIM.value:

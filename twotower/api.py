@@ -134,7 +134,7 @@ def evaluate(
         ks=ks,
         split=split,
         baselines=baselines,
-        most=max_queries,
+        max_queries=max_queries,
         popularity_weights=popularity_weights,
     )
     if retriever is not None:

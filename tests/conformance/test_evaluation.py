@@ -8,7 +8,7 @@ from tests.evaluation.test_evaluate import make
 from twotower.config import from_dict
 from twotower.core.errors import LeakageError
 from twotower.data.audit import check_fitted
-from twotower.evaluation import report
+from twotower.evaluation import report_text
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.features.encoder import Encoder
@@ -64,11 +64,11 @@ def test_a_report_says_how_many_items_and_queries_a_figure_is_over():
         "asked": 5,
         "available": 9,
     }
-    values = {f"{name}@10": 0.0 for name in report.METRICS} | {
+    values = {f"{name}@10": 0.0 for name in report_text.TABLE_METRICS} | {
         "queries": 5,
         "queries_without_answer": 0,
     }
-    text = report.format_report(
+    text = report_text.format_report(
         {"protocol": protocol, "model": values, "model_unmasked": values}, (10,)
     )
     assert "exact over all 1,234 items" in text and "A sample: 5 of 9 queries" in text
@@ -174,12 +174,12 @@ def test_seen_items_are_masked_where_it_says_so_and_only_there():
     )
     assert masked["mrr@2"] == 1 / 2 and masked["recall@2"] == 1.0
     assert unmasked["recall@2"] == 0.0 and unmasked["mrr@4"] == 1 / 4
-    values = {f"{name}@2": 0.0 for name in report.METRICS} | {
+    values = {f"{name}@2": 0.0 for name in report_text.TABLE_METRICS} | {
         "queries": 1,
         "queries_without_answer": 0,
     }
     protocol = {"split": "test", "query": "user", "step": 1, "items": 6, "asked": 1, "available": 1}
-    text = report.format_report(
+    text = report_text.format_report(
         {"protocol": protocol, "model": values, "model_unmasked": values}, (2,)
     )
     assert "Seen items masked" in text and "Nothing masked" in text
@@ -216,4 +216,4 @@ def test_the_share_of_a_list_that_was_never_trained_is_measured():
         lambda s: np.array([[6, 5, 4, 3, 2, 1]], np.float32), queries, (2, 5), mask_seen=True
     )
     assert found["never_trained@2"] == 1 / 2 and found["never_trained@5"] == pytest.approx(2 / 5)
-    assert "never_trained" in report.METRICS
+    assert "never_trained" in report_text.TABLE_METRICS

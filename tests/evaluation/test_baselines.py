@@ -65,7 +65,7 @@ def some_queries(num_queries, num_items):
     )
     return Queries(
         user=np.arange(num_queries),
-        right=right,
+        relevant=right,
         missing=np.zeros(num_queries, np.int32),
         seen=Ragged.empty(num_queries),
         counts=np.ones(num_items, np.int64),

@@ -73,9 +73,10 @@ def test_devices_score_their_own_items_and_send_lists_alone():
     assert found.sharding.spec == P(None, AXIS) and {
         x.data.shape for x in found.addressable_shards
     } == {(6, 100)}
-    pairs = put(mesh, (*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32)), REPLICATED)
+    pairs = module._Pairs(*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32))
+    pairs = put(mesh, pairs, REPLICATED)
     counts = put(mesh, np.ones(800, np.int32), SHARDED)
-    text = module._measure.lower(found, *pairs, counts, ks=(5,), mesh=mesh).compile().as_text()
+    text = module._measure.lower(found, pairs, counts, ks=(5,), mesh=mesh).compile().as_text()
     moved = [
         line
         for line in text.splitlines()

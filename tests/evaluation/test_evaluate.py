@@ -24,7 +24,7 @@ def csr(lists):
 def make(user, right, seen, num_items, *, missing=None, counts=None):
     return Queries(
         user=np.array(user),
-        right=csr(right),
+        relevant=csr(right),
         missing=np.zeros(len(user), np.int32) if missing is None else np.array(missing, np.int32),
         seen=csr(seen),
         counts=np.ones(num_items, np.int64) if counts is None else counts,
@@ -37,7 +37,7 @@ def oracle(scores, queries, k, mask_seen):
     total, size = int(queries.counts.sum()), queries.num_items
     for q, user in enumerate(queries.user):
         seen = set(queries.seen[user].tolist()) if mask_seen else set()
-        right = set(queries.right[q].tolist()) - seen
+        right = set(queries.relevant[q].tolist()) - seen
         number = len(right) + int(queries.missing[q])
         if not number:
             continue
@@ -78,7 +78,7 @@ def problem():
     queries = make(
         user, right, seen, 40, missing=rng.integers(0, 2, 60), counts=rng.integers(0, 4, 40)
     )
-    queries = queries.take(np.flatnonzero(queries.num_right > 0))
+    queries = queries.take(np.flatnonzero(queries.num_relevant > 0))
     return rng.integers(-3, 4, (len(queries), 40)).astype(np.float32), queries
 
 
@@ -97,7 +97,7 @@ def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes):
 def test_a_long_corpus_in_groups_equals_a_short_one(problem, monkeypatch):
     scores, queries = problem
     expected = evaluate(lambda s: scores[s], queries, KS, mask_seen=True)
-    monkeypatch.setattr("twotower.index.exact.SIZES", (4, 2))
+    monkeypatch.setattr("twotower.kernels.top_k.GROUP_SIZES", (4, 2))
     monkeypatch.setattr("twotower.evaluation.evaluate._measure", _fresh("_measure"))
     assert evaluate(lambda s: scores[s], queries, KS, mask_seen=True) == pytest.approx(expected)
 

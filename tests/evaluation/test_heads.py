@@ -15,7 +15,7 @@ from tests.retrieval.conftest import make_run
 from twotower.config import ObjectiveConfig, from_dict
 from twotower.core.errors import ScoreError
 from twotower.data.shop.generate import label_probabilities
-from twotower.evaluation import heads, report
+from twotower.evaluation import heads, report, report_text
 from twotower.evaluation.evaluate import make_validate
 from twotower.objectives.heads import head_logits, init_heads
 from twotower.training.run import load_run, train
@@ -101,7 +101,7 @@ def test_what_is_not_defined_is_left_out_and_nothing_overflows():
         ([-2.0, -1.0], [0.0, 0.0], {"auc", "precision", "recall", "calibration"}),
     ):
         found = heads.measure_head(np.array(logits), np.array(labels), np.ones(2))
-        assert set(heads.METRICS) - set(found) == missing
+        assert set(heads.HEAD_METRICS) - set(found) == missing
     assert heads.log_loss(np.array([800.0]), np.array([0.0]), one) == 800.0
     # Probability 1 is in the last bin, not one of its own.
     error = heads.calibration_error(np.array([800.0, 5.0]), np.array([0.0, 1.0]), np.ones(2))
@@ -167,7 +167,7 @@ def test_heads_are_measured_on_the_labelled_rows_of_a_part(run, part, monkeypatc
 
 
 def test_a_sample_is_of_the_labelled_rows_of_each_head_and_evenly_spaced(run):
-    found = heads.make_head_metrics(run.prepared, run.model, "test", most=30)(run.weights)
+    found = heads.make_head_metrics(run.prepared, run.model, "test", max_rows=30)(run.weights)
     assert found["like"]["rows"] == found["share"]["rows"] == 30
     assert found == approx(measured_by_row(run, "test", among=30))
 
@@ -220,13 +220,13 @@ def test_a_head_that_became_nan_is_not_passed_over(run):
 def test_the_report_has_a_table_of_heads(run):
     measured = report.measure_run(run, ks=(5,), baselines=False)
     assert measured["heads"] == approx(measured_by_row(run, "test"))
-    printed = report.format_report(measured, (5,))
+    printed = report_text.format_report(measured, (5,))
     row = next(line for line in printed.splitlines() if line.startswith("auc"))
     assert row.split()[1:] == [f"{measured['heads'][name]['auc']:.4f}" for name in HEADS]
     del measured["heads"]["share"]["precision"]
     row = next(
         line
-        for line in report.format_heads(measured["heads"]).splitlines()
+        for line in report_text.format_heads(measured["heads"]).splitlines()
         if line.startswith("precision")
     )
     assert row.split()[2] == "-"

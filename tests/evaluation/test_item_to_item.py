@@ -47,7 +47,7 @@ def asked(seen, right=None, num_items=ITEMS):
     answers = Ragged.from_pairs(np.arange(len(seen)), right, num_rows=len(seen))
     return Queries(
         user=np.arange(len(seen), dtype=np.int32),
-        right=answers,
+        relevant=answers,
         missing=np.zeros(len(seen), np.int32),
         seen=seen,
         counts=np.bincount(seen.values, minlength=num_items),
@@ -99,7 +99,7 @@ def test_item_knn_adds_up_the_cosines_of_the_items_that_were_seen():
     pruned = np.zeros((ITEMS, ITEMS))
     np.maximum.at(pruned, (np.arange(ITEMS)[:, None], near), similarity)
     seen = lists_of(random_log(seed=1))
-    scores = item_to_item.neighbour_scores(near, similarity)(asked(seen))
+    scores = item_to_item.neighbour_model(near, similarity)(asked(seen))
     np.testing.assert_allclose(scores(slice(0, USERS)), matrix(seen) @ pruned, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(scores(slice(20, 31)), scores(slice(0, USERS))[20:31])
 
@@ -112,7 +112,7 @@ def test_ease_is_its_closed_form(ridge):
     weights, expected = np.asarray(item_to_item.ease(gram, ridge)), naive_ease(matrix(train), ridge)
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     assert not np.diag(weights).any() and np.abs(weights - weights.T).max() > 0.01
-    scores = item_to_item.weight_scores(weights)(asked(seen))
+    scores = item_to_item.linear_model(weights)(asked(seen))
     np.testing.assert_allclose(scores(slice(3, 50)), (matrix(seen) @ expected)[3:50], atol=1e-4)
 
 
@@ -165,14 +165,14 @@ def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
 
     near, similarity = item_to_item.nearest_items(train, ITEMS, 16)
     eight, one, sixteen = (
-        measure(item_to_item.neighbour_scores(near[:, :n], similarity[:, :n])(tuning))
+        measure(item_to_item.neighbour_model(near[:, :n], similarity[:, :n])(tuning))
         for n in item_to_item.NEIGHBOURS
     )
     assert one < eight < sixteen
     made = item_to_item.make_item_to_item(train, tuning, tuning)
     assert measure(made["item_knn"]) == sixteen
     ridges = [
-        measure(item_to_item.weight_scores(naive_ease(matrix(train), r))(tuning))
+        measure(item_to_item.linear_model(naive_ease(matrix(train), r))(tuning))
         for r in item_to_item.RIDGES
     ]
     assert ridges[0] < ridges[1] > ridges[2] and ridges[3] > ridges[1]
@@ -182,10 +182,10 @@ def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
 def test_a_log_that_is_too_large_is_left_out_and_said(monkeypatch, caplog):
     train = lists_of(random_log())
     with caplog.at_level(logging.WARNING, logger="absl"):
-        monkeypatch.setattr(item_to_item, "MOST_ITEMS", ITEMS - 1)
+        monkeypatch.setattr(item_to_item, "MAX_EASE_ITEMS", ITEMS - 1)
         assert set(item_to_item.make_item_to_item(train, asked(train), None)) == {"item_knn"}
         assert "40 items are more than 39" in caplog.text
-        monkeypatch.setattr(item_to_item, "MOST_PAIRS", 1_000)
+        monkeypatch.setattr(item_to_item, "MAX_ITEM_PAIRS", 1_000)
         assert item_to_item.make_item_to_item(train, asked(train), None) == {}
         assert "item_knn and ease are left out" in caplog.text
 

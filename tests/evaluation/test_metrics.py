@@ -1,92 +1,144 @@
-"""Metrics against plain Python on lists, and masking against slicing."""
+"""Metrics against trec_eval, the reference implementation of the field, and masking against
+slicing."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import pytrec_eval
 
+from tests.evaluation.test_evaluate import make
 from twotower.evaluation import metrics
+from twotower.evaluation.evaluate import evaluate
+
+K = 12
+# Our names -> those of trec_eval; the reciprocal rank is of a whole list, so lists are cut to K.
+TREC_NAMES = {
+    "recall": f"recall_{K}",
+    "precision": f"P_{K}",
+    "hit_rate": f"success_{K}",
+    "ndcg": f"ndcg_cut_{K}",
+    "mrr": "recip_rank",
+    "map": f"map_cut_{K}",
+}
 
 
-def oracle(ranked, right):
-    """All metrics of one list of items, as the textbooks say it."""
-    gains = [item in right for item in ranked]
-    ideal = min(len(right), len(ranked))
-    first = next((rank for rank, hit in enumerate(gains, 1) if hit), None)
-    precisions = [sum(gains[:rank]) / rank for rank, hit in enumerate(gains, 1) if hit]
-    return {
-        "recall": len(right & set(ranked)) / len(right),
-        "precision": len(right & set(ranked)) / len(ranked),
-        "hit_rate": float(bool(right & set(ranked))),
-        "ndcg": sum(hit / math.log2(rank + 1) for rank, hit in enumerate(gains, 1))
-        / sum(1 / math.log2(rank + 1) for rank in range(1, ideal + 1)),
-        "mrr": 1 / first if first else 0.0,
-        "map": sum(precisions) / ideal,
+def trec_eval(ranked, relevant):
+    """The metrics of lists of items, by trec_eval: {name: float [Q]}."""
+    judged = {str(q): {str(i): 1 for i in items} for q, items in enumerate(relevant)}
+    # trec_eval sorts by score: the first item of a list has the greatest.
+    lists = {str(q): {str(i): -rank for rank, i in enumerate(x[:K])} for q, x in enumerate(ranked)}
+    lists = {q: {i: float(score) for i, score in scores.items()} for q, scores in lists.items()}
+    wanted = {f"{name}.{K}" for name in ("recall", "P", "success", "ndcg_cut", "map_cut")}
+    found = pytrec_eval.RelevanceEvaluator(judged, wanted | {"recip_rank"}).evaluate(lists)
+    values = {
+        name: np.array([found[str(q)][theirs] for q in range(len(ranked))])
+        for name, theirs in TREC_NAMES.items()
     }
+    # trec_eval divides by |relevant| where a list cannot hold them all; MAP@K by min(|relevant|, K).
+    sizes = np.array([len(items) for items in relevant])
+    values["map"] *= sizes / np.minimum(sizes, K)
+    return values
 
 
-@pytest.fixture
+@functools.cache
+def jitted(name):
+    return jax.jit(metrics.RANKING_METRICS[name])
+
+
+@pytest.fixture(scope="module")
 def lists():
+    """200 lists of 12 of 30 items, and from 1 to 24 relevant items for each."""
     rng = np.random.default_rng(0)
-    ranked = [rng.permutation(30)[:12].tolist() for _ in range(200)]
-    right = [set(rng.permutation(30)[: rng.integers(1, 25)].tolist()) for _ in range(200)]
-    right[0], right[1] = set(ranked[0][:5]), {99}  # all found at the top, and none found
-    return ranked, right
+    ranked = [rng.permutation(30)[:K].tolist() for _ in range(200)]
+    relevant = [set(rng.permutation(30)[: rng.integers(1, 25)].tolist()) for _ in range(200)]
+    relevant[0] = set(ranked[0][:5])  # all found at the top
+    relevant[1] = {99}  # none found
+    return ranked, relevant
 
 
-def hits_of(ranked, right):
-    return jnp.array([[i in r for i in items] for items, r in zip(ranked, right)]), jnp.array(
-        [len(r) for r in right]
-    )
+def hits_of(ranked, relevant):
+    hits = [[item in known for item in items] for items, known in zip(ranked, relevant)]
+    return jnp.array(hits), jnp.array([len(known) for known in relevant])
 
 
-@pytest.mark.parametrize("name", metrics.ACCURACY)
-def test_equals_plain_python(lists, name):
-    ranked, right = lists
-    expected = [oracle(items, r)[name] for items, r in zip(ranked, right)]
-    np.testing.assert_allclose(metrics.ACCURACY[name](*hits_of(ranked, right)), expected, rtol=1e-5)
+@pytest.mark.parametrize("name", metrics.RANKING_METRICS)
+def test_equals_trec_eval(lists, name):
+    expected = trec_eval(*lists)[name]
+    np.testing.assert_allclose(jitted(name)(*hits_of(*lists)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", metrics.ACCURACY)
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
+    """From scores to averages, with seen items and with relevant items outside of the corpus."""
+    rng = np.random.default_rng(1)
+    num_items, num_queries = 70, 90
+    # No two scores of a query are equal: of equals trec_eval would take the greater name first.
+    scores = np.stack([rng.permutation(num_items) for _ in range(num_queries)]).astype(np.float32)
+    seen = [rng.permutation(num_items)[: rng.integers(0, 40)] for _ in range(num_queries)]
+    relevant = [rng.permutation(num_items)[: rng.integers(1, 20)] for _ in range(num_queries)]
+    outside = rng.integers(0, 3, num_queries)
+    queries = make(np.arange(num_queries), relevant, seen, num_items, missing=outside)
+    found = evaluate(lambda chosen: scores[chosen], queries, (K,), mask_seen=mask_seen)
+
+    ranked, judged = [], []
+    for query in range(num_queries):
+        masked = set(seen[query].tolist()) if mask_seen else set()
+        order = np.argsort(-scores[query])
+        ranked.append([item for item in order.tolist() if item not in masked])
+        missing = [f"outside {number}" for number in range(outside[query])]
+        judged.append({*relevant[query].tolist()} - masked | {*missing})
+    kept = [query for query in range(num_queries) if judged[query]]
+    expected = trec_eval([ranked[query] for query in kept], [judged[query] for query in kept])
+    assert found["queries"] == len(kept)
+    for name, values in expected.items():
+        assert found[f"{name}@{K}"] == pytest.approx(values.mean(), rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", metrics.RANKING_METRICS)
 def test_masking_equals_slicing(lists, name):
-    hits, right = hits_of(*lists)
-    metric = metrics.ACCURACY[name]
-    top = jnp.broadcast_to(jnp.arange(12) < 5, hits.shape)
-    np.testing.assert_array_equal(metric(hits, right, where=top), metric(hits[:, :5], right))
-    odd = jnp.broadcast_to(jnp.arange(12) % 2 == 1, hits.shape)
+    hits, num_relevant = hits_of(*lists)
+    metric = jitted(name)
+    top = jnp.broadcast_to(jnp.arange(K) < 5, hits.shape)
+    np.testing.assert_array_equal(
+        metric(hits, num_relevant, where=top), metric(hits[:, :5], num_relevant)
+    )
+    odd = jnp.broadcast_to(jnp.arange(K) % 2 == 1, hits.shape)
     np.testing.assert_allclose(
-        metric(hits, right, where=odd), metric(hits[:, 1::2], right), rtol=1e-6
+        metric(hits, num_relevant, where=odd), metric(hits[:, 1::2], num_relevant), rtol=1e-6
     )
 
 
-@pytest.mark.parametrize("name", metrics.ACCURACY)
+@pytest.mark.parametrize("name", metrics.RANKING_METRICS)
 def test_a_perfect_list_is_one_and_an_empty_one_zero(name):
     # Precision of a perfect list is 1 only where there is something to fill it with.
-    metric, right = metrics.ACCURACY[name], jnp.array([7])
-    np.testing.assert_allclose(metric(jnp.ones((1, 7), bool), right), 1.0, rtol=1e-6)
-    assert metric(jnp.zeros((1, 7), bool), right) == 0.0
-    assert metric(jnp.zeros((1, 7), bool), jnp.array([0])) == 0.0
+    hits = jnp.array([[True] * 7, [False] * 7, [False] * 7])
+    values = jitted(name)(hits, jnp.array([7, 7, 0]))
+    np.testing.assert_allclose(values, [1.0, 0.0, 0.0], rtol=1e-6)
 
 
 def test_ndcg_and_map_are_normalised_by_what_fits_in_the_list():
-    hits, right = jnp.ones((1, 3), bool), jnp.array([10])
-    np.testing.assert_allclose(metrics.ndcg(hits, right), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(metrics.average_precision(hits, right), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(metrics.recall(hits, right), 0.3, rtol=1e-6)
+    hits, num_relevant = jnp.ones((1, 3), bool), jnp.array([10])
+    np.testing.assert_allclose(jitted("ndcg")(hits, num_relevant), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(jitted("map")(hits, num_relevant), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(jitted("recall")(hits, num_relevant), 0.3, rtol=1e-6)
 
 
 def test_novelty_is_the_mean_self_information():
     counts = jnp.array([[7, 0, 3], [1, 1, 1]])
     where = jnp.array([[True, True, False], [True, True, True]])
     expected = [np.mean([-math.log2(8 / 40), -math.log2(1 / 40)]), -math.log2(2 / 40)]
-    np.testing.assert_allclose(metrics.novelty(counts, 30, 10, where=where), expected, rtol=1e-6)
+    novelty = jax.jit(metrics.novelty)
+    np.testing.assert_allclose(novelty(counts, 30, 10, where=where), expected, rtol=1e-6)
 
 
 def test_never_trained_counts_only_real_items():
     counts = jnp.array([[0, 5, 0], [0, 0, 0]])
     where = jnp.array([[True, True, False], [False, False, False]])
-    assert metrics.never_trained(counts, where=where).tolist() == [0.5, 0.0]
+    assert jax.jit(metrics.never_trained)(counts, where=where).tolist() == [0.5, 0.0]
 
 
 def test_coverage():

@@ -61,7 +61,7 @@ def names(prepared, queries):
     users, items = prepared.users["user_id"].to_pylist(), prepared.items["item_id"].to_pylist()
     return [
         (users[u], [items[i] for i in right], int(missing))
-        for u, right, missing in zip(queries.user, queries.right, queries.missing)
+        for u, right, missing in zip(queries.user, queries.relevant, queries.missing)
     ]
 
 
@@ -98,14 +98,14 @@ def test_test_sees_training_and_validation_and_validation_only_training(prepared
 
 
 def test_answers_that_were_seen_are_dropped_and_missing_ones_are_not(prepared):
-    left = make_queries(prepared, "test", "user").less_seen()
+    left = make_queries(prepared, "test", "user").without_seen()
     assert sorted(names(prepared, left)) == [
         ("ann", ["d"], 2),
         ("ben", [], 0),
         ("cat", [], 1),
         ("dan", ["b"], 0),
     ]
-    assert sorted(left.num_right.tolist()) == [0, 1, 1, 3]
+    assert sorted(left.num_relevant.tolist()) == [0, 1, 1, 3]
 
 
 def test_the_context_is_that_of_the_row_or_of_the_first_held_out_row(prepared):
@@ -149,5 +149,5 @@ def test_a_sample_asks_some_queries_of_the_whole_corpus():
     )
     assert queries.sample(0) is queries and queries.sample(10) is queries
     some = queries.sample(4)
-    assert some.user.tolist() == [0, 3, 6, 9] == some.right.values.tolist()
+    assert some.user.tolist() == [0, 3, 6, 9] == some.relevant.values.tolist()
     assert some.num_items == 10

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.evaluation import report
+from twotower.evaluation import report, report_text
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.retrieval.batch_jobs import divided
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
 def seen_first(prepared, model, weights, queries):
     """Scores of a model that knows what a user has seen, and after that the right answers."""
     scores = np.zeros((len(queries), queries.num_items), np.float32)
-    scores[queries.right.rows, queries.right.values] = 1
+    scores[queries.relevant.rows, queries.relevant.values] = 1
     for query, seen in enumerate(queries.seen_of(slice(0, len(queries)))):
         scores[query, seen] = 2
     return lambda chosen: scores[chosen]
@@ -56,7 +56,7 @@ def test_weights_of_popularity_move_lists_from_the_model_to_popularity(run):
     novelty = [found[weight]["novelty@10"] for weight in found]
     assert novelty[0] > novelty[1] > novelty[2]
     assert novelty[2] == pytest.approx(measured["baselines"]["popularity"]["novelty@10"], abs=0.02)
-    assert "weight 0.1" in report.format_report(measured, KS)
+    assert "weight 0.1" in report_text.format_report(measured, KS)
 
 
 def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_masked(run):
@@ -75,10 +75,10 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
 
 
 def test_a_run_on_a_mesh_has_the_figures_of_one_device(run):
-    measured = report.measure_run(run, ks=KS, baselines=False, most=40)
+    measured = report.measure_run(run, ks=KS, baselines=False, max_queries=40)
     weights = divided(run.weights, 8)
     on_mesh = report.measure_run(
-        dataclasses.replace(run, weights=weights), ks=KS, baselines=False, most=40
+        dataclasses.replace(run, weights=weights), ks=KS, baselines=False, max_queries=40
     )
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
     assert (
@@ -97,11 +97,14 @@ def test_items_and_users_that_training_never_saw_are_measured_apart(run):
         make_queries(run.prepared, "test", "user"),
         set(run.prepared.train.user.tolist()),
     )
-    new = [sum(queries.counts[item] == 0 for item in right) for right in queries.less_seen().right]
+    new = [
+        sum(queries.counts[item] == 0 for item in right)
+        for right in queries.without_seen().relevant
+    ]
     assert measured["new_items"]["model"]["queries"] == sum(count > 0 for count in new) > 3
     asked = [
         user not in trained and count > 0
-        for user, count in zip(queries.user, queries.less_seen().num_right)
+        for user, count in zip(queries.user, queries.without_seen().num_relevant)
     ]
     assert measured["new_users"]["model"]["queries"] == sum(asked) > 0
-    assert "Right answers that training never saw" in report.format_report(measured, KS)
+    assert "Right answers that training never saw" in report_text.format_report(measured, KS)

@@ -191,7 +191,7 @@ def test_only_rows_with_label_1_are_right_answers_and_seen(tmp_path, kind, label
     objective = {"label": label, "heads": {"a": {"label": "click"}}}
     prepared = make(tmp_path, log(CLICK), objective=objective)
     queries = make_queries(prepared, "test", kind)
-    right = pairs(prepared, queries.right, queries.user)
+    right = pairs(prepared, queries.relevant, queries.user)
     assert right == expected_pairs("test", label)
     everyone = np.arange(len(prepared.users))
     seen = pairs(prepared, queries.seen, everyone)

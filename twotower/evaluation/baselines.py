@@ -1,5 +1,7 @@
-"""Rankings that know nothing of the towers: what a model must beat, and for the generated shop what
-it cannot."""
+"""Rankings that know nothing of the towers, which a model must beat.
+
+For the generated shop there is also one that it cannot beat: that by the true preferences.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,20 @@ from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users
 
 WEEK = 7 * 24 * 3600  # seconds
-TOP_SHARE = 0.1  # of the items, in "top quantile"
+TOP_SHARE = 0.1  # share of the items that are in the top quantile
 
 
 def make_baselines(
     prepared: PreparedData, queries: Queries, *, seed: int = 0
 ) -> Mapping[str, Scores]:
-    """name -> scores of the queries: random, popularity, popularity_top_quantile, and where the
-    data has what they need popularity_last_week (timestamps), item_knn and ease (a log that they
-    can manage) and true_preferences (the generator's factors)."""
-    num_items, train = len(prepared.items), prepared.positives("train")
+    """Makes the scores of the queries by every baseline that the data allows, by name.
+
+    "random", "popularity" and "popularity_top_quantile" always; "popularity_last_week" where rows
+    have timestamps; "item_knn" and "ease" where the log is not too large for them; and
+    "true_preferences" where the data was generated.
+    """
+    train = prepared.positives("train")
+    num_items = len(prepared.items)
     order = popularity_order(train, num_items, seed=seed)
     baselines = {
         "random": random_scores(num_items, seed=seed),
@@ -35,72 +41,77 @@ def make_baselines(
     }
     if train.timestamp is not None:
         last_week = train.timestamp > train.timestamp.max() - WEEK
-        baselines["popularity_last_week"] = same_for_all(
-            popularity_order(train, num_items, among=last_week, seed=seed)
-        )
-    known = items_of_users([train], num_users=len(prepared.users))
-    tuning = None
-    if len(prepared.positives("validation")):  # what training validates with
-        evaluation = prepared.config.evaluation
-        tuning = make_queries(prepared, "validation", evaluation.query).sample(
-            evaluation.validation_queries
-        )
-    baselines |= make_item_to_item(known, queries, tuning)
+        latest = popularity_order(train, num_items, among=last_week, seed=seed)
+        baselines["popularity_last_week"] = same_for_all(latest)
+    train_items = items_of_users([train], num_users=len(prepared.users))
+    baselines |= make_item_to_item(train_items, queries, _tuning_queries(prepared))
     if prepared.truth is not None:
         truth = prepared.truth
-        baselines["true_preferences"] = dot_scores(
-            truth.user_factors[queries.user], truth.item_factors
-        )
+        users = truth.user_factors[queries.user]
+        baselines["true_preferences"] = dot_scores(users, truth.item_factors)
     return baselines
+
+
+def _tuning_queries(prepared: PreparedData) -> Queries | None:
+    """Returns the queries that training validates with, if any."""
+    if not len(prepared.positives("validation")):
+        return None
+    evaluation = prepared.config.evaluation
+    queries = make_queries(prepared, "validation", evaluation.query)
+    return queries.sample(evaluation.validation_queries)
 
 
 def popularity_order(
     train: Rows, num_items: int, *, among: np.ndarray | None = None, seed: int = 0
 ) -> np.ndarray:
-    """int64 [N], the items by falling number of training rows; of equals the one used latest first,
-    then as shuffled.
+    """Returns the items by falling number of training rows, int64 [N].
 
-    No two items are equal, so that the rule that puts right answers behind their equals does not
-    touch this ranking.
+    Of items with as many rows the one that was used last comes first, then chance decides. No two
+    items are equal, so that the rule that puts relevant items behind their equals does not touch
+    this ranking.
 
     Args:
-        among: bool [rows], the rows to count; None counts all.
+        train: training rows.
+        num_items: number of items in the corpus, N.
+        among: rows to count, bool [rows]; None counts all.
+        seed: seed of the order of equals.
     """
     counted = train.item if among is None else train.item[among]
     counts = np.bincount(counted[counted >= 0], minlength=num_items)
-    when = np.arange(len(train)) if train.timestamp is None else train.timestamp
+    times = np.arange(len(train)) if train.timestamp is None else train.timestamp
     latest = np.full(num_items, np.iinfo(np.int64).min)
     known = train.item >= 0
-    np.maximum.at(latest, train.item[known], when[known])
+    np.maximum.at(latest, train.item[known], times[known])
     shuffled = np.random.default_rng(seed).permutation(num_items)
     return np.lexsort((shuffled, -latest.astype(np.float64), -counts))
 
 
 def same_for_all(order: np.ndarray) -> Scores:
-    """Scores that rank the items in `order` for every query."""
+    """Makes scores that rank the items in `order` for every query."""
     ranks = np.empty(len(order), np.float32)
     # Whole numbers are distinct in float32 up to 2**24 either side of 0.
     ranks[order] = len(order) // 2 - np.arange(len(order))
-    return lambda chosen: jnp.broadcast_to(
-        jnp.asarray(ranks), (chosen.stop - chosen.start, len(order))
-    )
+
+    def scores(chosen: slice) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(ranks), (chosen.stop - chosen.start, len(order)))
+
+    return scores
 
 
 def random_scores(num_items: int, *, seed: int = 0) -> Scores:
-    """Scores in [0, 1), of each query its own, whatever the blocks are."""
+    """Makes scores in [0, 1), drawn for each query by its number, whatever the blocks are."""
     key = jax.random.key(seed)
 
     @jax.jit
     def draw(queries: jax.Array) -> jax.Array:
-        return jax.vmap(
-            lambda query: jax.random.uniform(jax.random.fold_in(key, query), (num_items,))
-        )(queries)
+        keys = jax.vmap(lambda query: jax.random.fold_in(key, query))(queries)
+        return jax.vmap(lambda key: jax.random.uniform(key, (num_items,)))(keys)
 
     return lambda chosen: draw(jnp.arange(chosen.start, chosen.stop))
 
 
 def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: int = 0) -> Scores:
-    """The first `share` of `order` in random order, of each query its own, before all other
+    """Makes scores that put the first `share` of `order`, shuffled for each query, before all other
     items."""
     top = np.zeros((1, len(order)), np.float32)
     top[0, order[: max(1, round(share * len(order)))]] = 1.0

@@ -1,11 +1,13 @@
-"""Exact evaluation over the whole corpus, in blocks on the device or on a mesh, of which each
-device scores its own items."""
+"""Exact evaluation: every query ranks the whole corpus, a block of queries at a time.
+
+On a mesh each device scores and ranks its own items, and only lists of the best are exchanged.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +34,14 @@ from twotower.evaluation.queries import Queries, make_queries
 from twotower.kernels.top_k import merge_top_k, select_top_k
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, mesh_of_tables
+from twotower.towers.two_tower import TwoTower, Weights
 
-# The scores [b, N] of the queries in a slice. Where their columns are divided over a mesh, the last
-# may be no items.
-Scores = Callable[[slice], Any]
+# A slice of the queries -> their scores, float32 [b, N]. Where the columns are divided over a mesh,
+# there may be more of them than items; the last ones are then padding.
+Scores = Callable[[slice], jax.Array | np.ndarray]
 
-BLOCK_BYTES = 2**27  # of scores
-LARGEST_BLOCK = 1_024  # queries
+BLOCK_BYTES = 2**27  # of the scores of a block
+MAX_BLOCK_QUERIES = 1_024
 COLUMNS = P(None, AXIS)
 
 
@@ -52,238 +55,318 @@ def evaluate(
 ) -> dict[str, float]:
     """Ranks the whole corpus for every query and averages the metrics over the queries.
 
-    A right answer ranks behind every other item of the same score, so that a model that gives all
-    items one score finds nothing. With `mask_seen`, seen items are dropped from the lists and from
-    the right answers; queries that are left without a right answer are not averaged, and counted.
+    A relevant item ranks behind every other item of the same score, so that a model that gives all
+    items one score finds nothing. Queries without a relevant item are counted, not averaged.
 
     Args:
-        scores_of: slice of queries -> float32 [b, N].
-        queries: what is asked.
-        ks: list lengths.
-        mask_seen: whether items that the user had seen are taken out.
-        block_bytes: of scores at once.
+        scores_of: function from a slice of the queries to their scores, float32 [b, N].
+        queries: queries with their relevant and their seen items.
+        ks: lengths of the lists.
+        mask_seen: whether items that the user had seen are taken out of the lists, and out of the
+            relevant items.
+        block_bytes: bytes of scores held at once.
 
     Returns:
-        name@K for every metric and K, "queries" (averaged over) and "queries_without_answer" (not
-        averaged over).
+        "name@K" for every metric and K, "queries" (how many are averaged) and
+        "queries_without_answer" (how many are not).
 
     Raises:
         ScoreError: a score is NaN.
     """
-    queries = queries.less_seen() if mask_seen else queries
-    asked = queries.num_right > 0
-    measured: dict[str, list[np.ndarray]] = {}
-    shown = {k: np.zeros(queries.num_items, bool) for k in ks}
-    for chosen, size, seen, right in _blocks(queries, block_bytes, mask_seen):
+    if mask_seen:
+        queries = queries.without_seen()
+    answerable = queries.num_relevant > 0
+    per_query: dict[str, list[np.ndarray]] = {}
+    recommended = {k: np.zeros(queries.num_items, bool) for k in ks}
+    for chosen, pairs in _blocks(queries, block_bytes, mask_seen=mask_seen):
         count = chosen.stop - chosen.start
-        scores, asks = scores_of(chosen), (*seen, *right, pad_rows(queries.num_right[chosen], size))
-        values, rows = _measured_on(
-            mesh_of_tables(scores), _grown(scores, size), asks, queries.counts, tuple(ks)
-        )
-        if np.isnan(values.pop("poison")):
+        scores = _pad_queries(scores_of(chosen), len(pairs.num_relevant))
+        values, lists = _measure_block(scores, pairs, queries.counts, tuple(ks))
+        if values.pop("has_nan"):
             raise ScoreError(
-                f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; they cannot be ranked."
+                f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; "
+                "they cannot be ranked."
             )
         for name, value in values.items():
-            measured.setdefault(name, []).append(np.asarray(value)[:count])
+            per_query.setdefault(name, []).append(np.asarray(value)[:count])
+        lists = np.asarray(lists)[:count][answerable[chosen]]
         for k in ks:
-            top = np.asarray(rows)[:count][asked[chosen], :k]
-            shown[k][top[top >= 0]] = True
-    result = {name: _average(np.concatenate(values), asked) for name, values in measured.items()}
-    result |= {
-        f"coverage@{k}": float(metrics.coverage(jnp.asarray(items))) for k, items in shown.items()
-    }
-    return result | {"queries": int(asked.sum()), "queries_without_answer": int((~asked).sum())}
+            listed = lists[:, :k]
+            recommended[k][listed[listed >= 0]] = True
+    result: dict[str, float] = {}
+    for name, values in per_query.items():
+        result[name] = _average(np.concatenate(values), answerable)
+    for k, items in recommended.items():
+        result[f"coverage@{k}"] = float(metrics.coverage(jnp.asarray(items)))
+    result["queries"] = int(answerable.sum())
+    result["queries_without_answer"] = int((~answerable).sum())
+    return result
 
 
-def dot_scores(users: Any, items: Any, *, mesh: Mesh | None = None) -> Scores:
-    """Scores of user vectors [Q, D] with item vectors [N, D], which are divided over the `mesh`, if
-    there is one."""
+def dot_scores(
+    users: np.ndarray | jax.Array, items: np.ndarray | jax.Array, *, mesh: Mesh | None = None
+) -> Scores:
+    """Makes scores of user vectors [Q, D] with item vectors [N, D].
+
+    Args:
+        users: vectors of the queries' users.
+        items: vectors of the corpus.
+        mesh: devices that the items are divided over, if any.
+    """
     if mesh is None:
         items = jnp.asarray(items)
         return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
-    items = put(mesh, pad_rows(items, round_up(len(items), mesh.size)), SHARDED)
+    padded = pad_rows(np.asarray(items), round_up(len(items), mesh.size))
+    parts = put(mesh, padded, SHARDED)
     dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
-    return lambda chosen: dot(put(mesh, users[chosen], REPLICATED), items)
+    return lambda chosen: dot(put(mesh, users[chosen], REPLICATED), parts)
 
 
-def query_vectors(prepared: PreparedData, model: Any, weights: Any, queries: Queries) -> np.ndarray:
-    """float32 [Q, D]"""
-    return embed_rows(model, weights, "user", prepared.user_features(queries.user, queries.context))
+def query_vectors(
+    prepared: PreparedData, model: TwoTower, weights: Weights, queries: Queries
+) -> np.ndarray:
+    """Returns the user vectors of the queries, float32 [Q, D]."""
+    features = prepared.user_features(queries.user, queries.context)
+    return embed_rows(model, weights, "user", features)
 
 
-def model_scores(prepared: PreparedData, model: Any, weights: Any, queries: Queries) -> Scores:
-    """The scores of the two towers, on the mesh that the weights are divided over."""
+def model_scores(
+    prepared: PreparedData, model: TwoTower, weights: Weights, queries: Queries
+) -> Scores:
+    """Makes the scores of the two towers, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
-    return dot_scores(
-        query_vectors(prepared, model, weights, queries), items, mesh=mesh_of_tables(weights)
-    )
+    users = query_vectors(prepared, model, weights, queries)
+    return dot_scores(users, items, mesh=mesh_of_tables(weights))
 
 
-def make_validate(prepared: PreparedData, model: Any) -> Callable[[Any], Mapping[str, float]]:
-    """weights -> validation metrics, for the training loop; seen items masked, a fixed sample of
-    the queries; those of heads as "click/auc", over a fixed sample of as many rows."""
+def make_validate(
+    prepared: PreparedData, model: TwoTower
+) -> Callable[[Weights], Mapping[str, float]]:
+    """Makes the function from weights to validation metrics that the training loop calls.
+
+    Seen items are masked. Queries are a fixed sample of `config.evaluation.validation_queries`; the
+    metrics of heads, named "click/auc", are over a fixed sample of as many rows.
+    """
     evaluation = prepared.config.evaluation
-    queries = make_queries(prepared, "validation", evaluation.query).sample(
-        evaluation.validation_queries
-    )
+    every_query = make_queries(prepared, "validation", evaluation.query)
+    queries = every_query.sample(evaluation.validation_queries)
     measure_heads = heads.make_head_metrics(
-        prepared, model, "validation", most=evaluation.validation_queries
+        prepared, model, "validation", max_rows=evaluation.validation_queries
     )
 
-    def validate(weights: Any) -> dict[str, float]:
-        ranked = evaluate(
-            model_scores(prepared, model, weights, queries), queries, evaluation.ks, mask_seen=True
-        )
-        return ranked | heads.flat(measure_heads(weights))
+    def validate(weights: Weights) -> dict[str, float]:
+        scores = model_scores(prepared, model, weights, queries)
+        ranking = evaluate(scores, queries, evaluation.ks, mask_seen=True)
+        return ranking | heads.flatten_metrics(measure_heads(weights))
 
     return validate
 
 
+class _Pairs(NamedTuple):
+    """Seen and relevant items of a block of queries, as pairs (query of the block, item).
+
+    All blocks are padded to the same numbers of pairs and queries, so that one program serves all.
+    """
+
+    seen_query: jax.Array | np.ndarray  # int32 [S]
+    seen_item: jax.Array | np.ndarray  # int32 [S]
+    relevant_query: jax.Array | np.ndarray  # int32 [R]
+    relevant_item: jax.Array | np.ndarray  # int32 [R]
+    num_relevant: jax.Array | np.ndarray  # int32 [B]
+
+
 @jax.jit
 def _dot(users: Float[Array, "B D"], items: Float[Array, "N D"]) -> Float[Array, "B N"]:
+    # The default precision of a TPU or GPU would round scores to eight or eleven bits.
     return jnp.einsum("bd,nd->bn", users, items, precision=jax.lax.Precision.HIGHEST)
 
 
-def _blocks(queries: Queries, block_bytes: int, mask_seen: bool):
-    """Yields (slice of queries, size, seen pairs, right pairs). All blocks are to be padded to one
-    size, as their pairs are, so that one program serves all."""
-    size = max(1, min(block_bytes // (4 * queries.num_items), LARGEST_BLOCK, len(queries)))
-    chosen = [
-        slice(start, min(start + size, len(queries))) for start in range(0, len(queries), size)
-    ]
-    # Also where nothing is masked, so that the same program serves both.
-    seen_lengths = queries.seen.lengths[queries.user]
-    sizes = [
-        max((next_power_of_two(int(lengths[part].sum())) for part in chosen), default=1)
-        for lengths in (seen_lengths, queries.right.lengths)
-    ]
-    none = Ragged.empty(size)
-    for part in progress(chosen, total=len(chosen), what="Evaluation"):
-        lists = (
-            queries.seen_of(part) if mask_seen else none,
-            queries.right.take(np.arange(part.start, part.stop)),
-        )
+def _blocks(
+    queries: Queries, block_bytes: int, *, mask_seen: bool
+) -> Iterator[tuple[slice, _Pairs]]:
+    """Yields slices of the queries with their pairs; no seen pairs without `mask_seen`."""
+    fitting = block_bytes // (4 * queries.num_items)
+    size = max(1, min(fitting, MAX_BLOCK_QUERIES, len(queries)))
+    starts = range(0, len(queries), size)
+    blocks = [slice(start, min(start + size, len(queries))) for start in starts]
+    # Room for seen pairs also where none are masked, so that the same program serves both.
+    seen_size = _max_pairs(queries.seen.lengths[queries.user], blocks)
+    relevant_size = _max_pairs(queries.relevant.lengths, blocks)
+    nothing_seen = Ragged.empty(size)
+    for block in progress(blocks, total=len(blocks), what="Evaluation"):
+        seen = queries.seen_of(block) if mask_seen else nothing_seen
+        relevant = queries.relevant.take(np.arange(block.start, block.stop))
         yield (
-            part,
-            size,
-            *(
-                pad_pairs(csr.rows, csr.values, length, num_columns=queries.num_items)
-                for csr, length in zip(lists, sizes)
+            block,
+            _Pairs(
+                *pad_pairs(seen.rows, seen.values, seen_size, num_columns=queries.num_items),
+                *pad_pairs(
+                    relevant.rows, relevant.values, relevant_size, num_columns=queries.num_items
+                ),
+                num_relevant=pad_rows(queries.num_relevant[block], size),
             ),
         )
 
 
-def _grown(scores: Any, size: int) -> Float[Array, "B N"]:
-    """With rows of zeros up to `size`."""
+def _max_pairs(lengths: np.ndarray, blocks: Sequence[slice]) -> int:
+    """Returns the size that the pairs of every block fit in."""
+    return max((next_power_of_two(int(lengths[block].sum())) for block in blocks), default=1)
+
+
+def _pad_queries(scores: jax.Array | np.ndarray, size: int) -> Float[Array, "B N"]:
+    """Returns the scores with rows of zeros up to `size` queries."""
     scores = jnp.asarray(scores)
-    return jnp.pad(scores, ((0, size - len(scores)), (0, 0))) if len(scores) < size else scores
+    if len(scores) == size:
+        return scores
+    return jnp.pad(scores, ((0, size - len(scores)), (0, 0)))
 
 
-def _measured_on(
-    mesh: Mesh | None, scores: Any, asks: tuple[Any, ...], counts: np.ndarray, ks: tuple[int, ...]
-) -> Any:
-    """`_measure` of arrays of this process."""
+def _measure_block(
+    scores: Float[Array, "B N"], pairs: _Pairs, counts: np.ndarray, ks: tuple[int, ...]
+) -> tuple[dict[str, Array], Int[Array, "B K"]]:
+    """Does `_measure` on the devices that the columns of the scores are divided over."""
+    mesh = mesh_of_tables(scores)
     if mesh is None:
-        return _measure(scores, *asks, counts, ks=ks)
-    padding = scores.shape[1] - len(counts)
-    asks, counts = (
-        put(mesh, asks, REPLICATED),
-        put(mesh, pad_rows(counts.astype(np.int32), scores.shape[1]), SHARDED),
+        return _measure(scores, pairs, counts, ks=ks)
+    width = scores.shape[1]
+    return _measure(
+        scores,
+        put(mesh, pairs, REPLICATED),
+        put(mesh, pad_rows(counts.astype(np.int32), width), SHARDED),
+        ks=ks,
+        padding=width - len(counts),
+        mesh=mesh,
     )
-    return _measure(scores, *asks, counts, ks=ks, padding=padding, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("ks", "padding", "mesh"))
 def _measure(
-    *arrays: Array, ks: tuple[int, ...], padding: int = 0, mesh: Mesh | None = None
-) -> Any:
-    """Metrics of each query, and the rows of the longest list, the same on every device. "poison"
-    is NaN when a score is.
+    scores: Float[Array, "B N"],
+    pairs: _Pairs,
+    counts: Int[Array, " N"],
+    *,
+    ks: tuple[int, ...],
+    padding: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[dict[str, Array], Int[Array, "B K"]]:
+    """Ranks the items of each query and measures the lists.
 
     Args:
-        arrays: as of `_measure_part`; with a mesh, the columns of the scores and the counts are
-            divided over it.
-        padding: so many of the last columns are no items.
+        scores: scores of every item; with a mesh their columns are divided over it.
+        pairs: seen and relevant items.
+        counts: number of training rows of each item, divided over the mesh as well.
+        ks: lengths of the lists.
+        padding: number of the last columns that are no items.
+        mesh: devices that share the items, if any.
+
+    Returns:
+        The metrics of each query [B] by name with "has_nan", whether any score is NaN; and the
+        longest lists, rows of items best first and -1 where no item is left. Both are the same on
+        every device.
     """
     if mesh is None:
-        return _measure_part(*arrays, ks=ks, padding=padding, group=SINGLE_DEVICE)
+        return _measure_part(scores, pairs, counts, ks=ks, padding=padding, group=SINGLE_DEVICE)
     part = functools.partial(_measure_part, ks=ks, padding=padding, group=device_group(mesh))
-    specs = (COLUMNS, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, SHARDED)
-    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)(
-        *arrays
-    )
+    specs = (COLUMNS, REPLICATED, SHARDED)
+    # Not checked: that all_gather and top_k leave the same on every device is not seen by JAX.
+    divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
+    return divided(scores, pairs, counts)
 
 
 def _measure_part(
     scores: Float[Array, "B N"],
-    seen_query: Int[Array, " S"],
-    seen_item: Int[Array, " S"],
-    right_query: Int[Array, " R"],
-    right_item: Int[Array, " R"],
-    num_right: Int[Array, " B"],
+    pairs: _Pairs,
     counts: Int[Array, " N"],
     *,
     ks: tuple[int, ...],
     padding: int,
     group: DeviceGroup,
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """`_measure` on one device, which has N of the items."""
-    width, num_items = scores.shape[1], scores.shape[1] * group.size - padding
-    poison = jnp.where(group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0, jnp.nan, 0.0)
-    seen_item, right_item = (
-        item if group is SINGLE_DEVICE else group.local_rows(item, width)
-        for item in (seen_item, right_item)
-    )
-    scores = scores.astype(jnp.float32).at[seen_query, seen_item].set(-jnp.inf, mode="drop")
-    if padding:
-        scores = jnp.where((group.row_numbers(width) < num_items)[None, :], scores, -jnp.inf)
-    right = jnp.zeros(scores.shape, bool).at[right_query, right_item].set(True, mode="drop")
-    best, rows = select_top_k(_behind_equals(scores, right_query, right_item), min(max(ks), width))
-    found = (
-        best,
-        group.row_numbers(width)[rows],
-        jnp.take_along_axis(right, rows, axis=1),
-        counts[rows],
-    )
-    best, rows, hits, seen_before = _best_of_all(found, max(ks), group)
-    real = ~jnp.isneginf(best)
-    hits, rows = hits & real, jnp.where(real, rows, -1)
+    """Does `_measure` on one device of a group, which has N of the items."""
+    longest = max(ks)
+    has_nan = group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0
+    if group is not SINGLE_DEVICE:
+        width = scores.shape[1]
+        pairs = pairs._replace(
+            seen_item=group.local_rows(jnp.asarray(pairs.seen_item), width),
+            relevant_item=group.local_rows(jnp.asarray(pairs.relevant_item), width),
+        )
+    scores = _mask_scores(scores, pairs, padding, group)
+    best, rows, hits, trained = _top_lists(scores, pairs, counts, longest, group)
+    listed = ~jnp.isneginf(best)
     # A corpus smaller than K gives lists that end in nothing.
-    missing = [(0, 0), (0, max(ks) - rows.shape[1])]
-    hits, rows = jnp.pad(hits, missing), jnp.pad(rows, missing, constant_values=-1)
-    seen_before, total = jnp.pad(jnp.where(real, seen_before, 0), missing), group.sum(counts.sum())
-    values: dict[str, Array] = {"poison": poison}
+    missing = [(0, 0), (0, longest - rows.shape[1])]
+    hits = jnp.pad(hits & listed, missing)
+    rows = jnp.pad(jnp.where(listed, rows, -1), missing, constant_values=-1)
+    trained = jnp.pad(jnp.where(listed, trained, 0), missing)
+    num_relevant = jnp.asarray(pairs.num_relevant)
+    total = group.sum(counts.sum())
+    num_items = scores.shape[1] * group.size - padding
+    values: dict[str, Array] = {"has_nan": has_nan}
     for k in ks:
-        real = rows[:, :k] >= 0
-        for name, metric in metrics.ACCURACY.items():
-            values[f"{name}@{k}"] = metric(hits[:, :k], num_right)
-        values[f"novelty@{k}"] = metrics.novelty(seen_before[:, :k], total, num_items, where=real)
-        values[f"never_trained@{k}"] = metrics.never_trained(seen_before[:, :k], where=real)
+        listed = rows[:, :k] >= 0
+        for name, metric in metrics.RANKING_METRICS.items():
+            values[f"{name}@{k}"] = metric(hits[:, :k], num_relevant)
+        values[f"novelty@{k}"] = metrics.novelty(trained[:, :k], total, num_items, where=listed)
+        values[f"never_trained@{k}"] = metrics.never_trained(trained[:, :k], where=listed)
     return values, rows
 
 
-def _best_of_all(lists: tuple[Array, ...], k: int, group: DeviceGroup) -> tuple[Array, ...]:
-    """The best `k` of all devices' lists [B, K] of (scores, ...): in the order of devices, which is
-    that of rows, so that of equal scores the lower row stays first."""
+def _mask_scores(
+    scores: Float[Array, "B N"], pairs: _Pairs, padding: int, group: DeviceGroup
+) -> Float[Array, "B N"]:
+    """Returns the scores with -inf for seen items and for columns that are no items."""
+    scores = scores.astype(jnp.float32)
+    scores = scores.at[pairs.seen_query, pairs.seen_item].set(-jnp.inf, mode="drop")
+    if not padding:
+        return scores
+    width = scores.shape[1]
+    is_item = group.row_numbers(width) < width * group.size - padding
+    return jnp.where(is_item[None, :], scores, -jnp.inf)
+
+
+def _top_lists(
+    scores: Float[Array, "B N"],
+    pairs: _Pairs,
+    counts: Int[Array, " N"],
+    k: int,
+    group: DeviceGroup,
+) -> tuple[Array, ...]:
+    """Returns the best `k` items of all devices, best first.
+
+    Returns:
+        Arrays [B, <= k]: scores, rows of items, whether each is relevant, and its training rows.
+    """
+    width = scores.shape[1]
+    relevant = jnp.zeros(scores.shape, bool)
+    relevant = relevant.at[pairs.relevant_query, pairs.relevant_item].set(True, mode="drop")
+    ranked = _relevant_behind_equals(scores, pairs)
+    best, columns = select_top_k(ranked, min(k, width))
+    hits = jnp.take_along_axis(relevant, columns, axis=1)
+    lists = (best, group.row_numbers(width)[columns], hits, counts[columns])
     if group is SINGLE_DEVICE:
         return lists
-    lists = tuple(jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists)
-    return merge_top_k(k, *lists)
+    # In the order of devices, which is that of rows: of equal scores the lower row stays first.
+    gathered = [jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists]
+    return tuple(jnp.asarray(x) for x in merge_top_k(k, *gathered))
 
 
-def _behind_equals(
-    scores: Float[Array, "B N"], query: Int[Array, " R"], item: Int[Array, " R"]
-) -> Float[Array, "B N"]:
-    """Scores with those of the pairs (query, item) one step lower, so that these sort after their
-    equals."""
+def _relevant_behind_equals(scores: Float[Array, "B N"], pairs: _Pairs) -> Float[Array, "B N"]:
+    """Returns scores in which those of relevant items are one step of float32 lower.
+
+    The relevant items then sort after their equals, and before all that is really lower.
+    """
+    at = (pairs.relevant_query, pairs.relevant_item)
     tiny = jnp.finfo(jnp.float32).tiny
     # Numbers below `tiny` compare as 0 on some devices, so the steps around 0 are made by hand.
     scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores)
-    own = scores.at[query, item].get(mode="fill", fill_value=1.0)
-    lower = jnp.where(own == 0, -tiny, jnp.where(own == tiny, 0.0, jnp.nextafter(own, -jnp.inf)))
-    return scores.at[query, item].set(lower, mode="drop")
+    own = scores.at[at].get(mode="fill", fill_value=1.0)
+    below = jnp.nextafter(own, -jnp.inf)
+    lower = jnp.where(own == 0, -tiny, jnp.where(own == tiny, 0.0, below))
+    return scores.at[at].set(lower, mode="drop")
 
 
 def _average(values: np.ndarray, where: np.ndarray) -> float:
-    return float(values[where].mean(dtype=np.float64)) if where.any() else 0.0
+    if not where.any():
+        return 0.0
+    return float(values[where].mean(dtype=np.float64))

@@ -1,9 +1,11 @@
-"""Ranking metrics: pure, per example. Averaging happens in `twotower.evaluation.evaluate` alone.
+"""Ranking metrics, pure and per query. `twotower.evaluation.evaluate` alone averages them.
 
-The accuracy metrics take `hits` [B, K], whether the item at each rank is a right answer, best
-first, and `right` [B], how many right answers the query has in all. `where` [B, K] says which ranks
-count: those it leaves out might as well not be in the list, so that masking equals slicing. A query
-without right answers scores 0.
+The metrics of accuracy take `hits` bool [B, K], which says whether the item at each rank is
+relevant, the best rank first, and `num_relevant` int [B], how many relevant items each query has in
+the whole corpus and outside of it. A query without a relevant item scores 0.
+
+`where` bool [B, K] says which ranks count. A rank that is left out might as well not be in the
+list: masking equals slicing.
 """
 
 from __future__ import annotations
@@ -11,97 +13,147 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Hits = Bool[Array, "B K"]
-Right = Int[Array, " B"]
-Where = Bool[Array, "B K"] | None
 
-
-def recall(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Share of the right answers that are in the list: |hits| / |right|.
+def recall(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the share of the relevant items that are in the list: |hits| / |relevant|.
 
     >>> recall(jnp.array([[True, False, True]]), jnp.array([4])).tolist()
     [0.5]
     """
-    return _divide(_only(hits, where).sum(1), right)
+    return _divide(_counted_hits(hits, where).sum(1), num_relevant)
 
 
-def precision(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Share of the list that is right: |hits| / K. A list that could not be filled is still K
-    long."""
-    del right
-    return _divide(_only(hits, where).sum(1), _ranks(hits, where)[:, -1])
+def precision(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the share of the list that is relevant: |hits| / K.
+
+    A list that could not be filled is still K long.
+    """
+    del num_relevant
+    return _divide(_counted_hits(hits, where).sum(1), _ranks(hits, where)[:, -1])
 
 
-def hit_rate(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """1 where the list holds a right answer, else 0. With one right answer a query it is the
-    recall."""
-    del right
-    return _only(hits, where).any(1).astype(jnp.float32)
+def hit_rate(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns 1 where the list holds a relevant item, else 0.
+
+    Where every query has one relevant item it equals the recall.
+    """
+    del num_relevant
+    return _counted_hits(hits, where).any(1).astype(jnp.float32)
 
 
-def ndcg(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Discounted cumulative gain over that of the best possible list, with binary gains:
-    sum_k hit_k / log2(k + 1), divided by sum_{k <= min(|right|, K)} 1 / log2(k + 1).
+def ndcg(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the discounted cumulative gain over that of the best possible list.
+
+    With binary gains: sum_k hit_k / log2(k + 1), divided by
+    sum_{k <= min(|relevant|, K)} 1 / log2(k + 1).
 
     Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, TOIS 2002; the ideal
     list is cut at K, as in the evaluation of NGCF and LightGCN.
     """
     ranks = _ranks(hits, where)
     discounts = 1.0 / jnp.log2(jnp.maximum(ranks, 1) + 1.0)
-    ideal = _all(hits, where) & (ranks <= right[:, None])
-    return _divide((_only(hits, where) * discounts).sum(1), (ideal * discounts).sum(1))
+    ideal = _mask(hits, where) & (ranks <= num_relevant[:, None])
+    gains = (_counted_hits(hits, where) * discounts).sum(1)
+    return _divide(gains, (ideal * discounts).sum(1))
 
 
-def mrr(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Reciprocal of the rank of the first right answer, 0 where there is none (Voorhees, TREC-8
-    question answering)."""
-    del right
-    return (_only(hits, where) / jnp.maximum(_ranks(hits, where), 1)).max(1)
+def mrr(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the reciprocal of the rank of the first relevant item, 0 where there is none.
 
-
-def average_precision(hits: Hits, right: Right, *, where: Where = None) -> Float[Array, " B"]:
-    """Mean of the precision at each right answer: (1 / min(|right|, K)) sum_k hit_k (hits up to k)
-    / k.
-
-    Its mean over queries is MAP@K. Dividing by min(|right|, K) lets a perfect list score 1 however
-    short it is.
+    Voorhees, The TREC-8 question answering track report, TREC 1999.
     """
-    hits, ranks = _only(hits, where), _ranks(hits, where)
+    del num_relevant
+    return (_counted_hits(hits, where) / jnp.maximum(_ranks(hits, where), 1)).max(1)
+
+
+def average_precision(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the mean of the precision at each relevant item.
+
+    (1 / min(|relevant|, K)) sum_k hit_k (hits up to k) / k; its mean over queries is MAP@K.
+    Dividing by min(|relevant|, K) lets a perfect list score 1 however short it is.
+    """
+    hits, ranks = _counted_hits(hits, where), _ranks(hits, where)
     precisions = jnp.cumsum(hits, axis=1) / jnp.maximum(ranks, 1)
-    return _divide((hits * precisions).sum(1), jnp.minimum(right, ranks[:, -1]))
+    return _divide((hits * precisions).sum(1), jnp.minimum(num_relevant, ranks[:, -1]))
 
 
 def novelty(
-    counts: Int[Array, "B K"], total: Array | int, distinct: Array | int, *, where: Where = None
+    counts: Int[Array, "B K"],
+    total: Array | int,
+    num_items: Array | int,
+    *,
+    where: Bool[Array, "B K"] | None = None,
 ) -> Float[Array, " B"]:
-    """Mean self-information of the recommended items in bits: -log2 p, with p = (count + 1) /
-    (total + distinct).
+    """Returns the mean self-information of the recommended items in bits.
+
+    -log2 p, with p = (count + 1) / (total + num_items): one is added to each count so that an item
+    never seen has a finite value.
 
     Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010.
-    One is added to each count so that an item never seen has a finite value.
 
     Args:
-        counts: training rows of the item at each rank.
-        total: training rows of all items.
-        distinct: items in the corpus, N.
+        counts: number of training rows of the item at each rank.
+        total: number of training rows of all items.
+        num_items: number of items in the corpus, N.
+        where: ranks that count.
     """
-    information = -jnp.log2((counts + 1.0) / (total + distinct))
+    information = -jnp.log2((counts + 1.0) / (total + num_items))
     return _mean(information, where)
 
 
-def never_trained(counts: Int[Array, "B K"], *, where: Where = None) -> Float[Array, " B"]:
-    """Share of the list that no training row names: such items have whatever vector they started
-    with."""
+def never_trained(
+    counts: Int[Array, "B K"], *, where: Bool[Array, "B K"] | None = None
+) -> Float[Array, " B"]:
+    """Returns the share of the list that no training row names.
+
+    Such items still have the vector they were initialised with, or one made of features alone.
+
+    Args:
+        counts: number of training rows of the item at each rank.
+        where: ranks that count.
+    """
     return _mean((counts == 0).astype(jnp.float32), where)
 
 
 def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""]:
-    """Share of the corpus that is recommended to anybody. Not per example: it belongs to all lists
-    together."""
+    """Returns the share of the corpus that is recommended to anybody.
+
+    It belongs to all lists together, so that it is the one metric that is not per query.
+    """
     return recommended.mean(dtype=jnp.float32)
 
 
-ACCURACY = {
+RANKING_METRICS = {
     "recall": recall,
     "precision": precision,
     "hit_rate": hit_rate,
@@ -111,23 +163,24 @@ ACCURACY = {
 }
 
 
-def _all(hits: Hits, where: Where) -> Bool[Array, "B K"]:
+def _mask(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:
     return jnp.ones_like(hits) if where is None else where
 
 
-def _only(hits: Hits, where: Where) -> Bool[Array, "B K"]:
-    return hits & _all(hits, where)
+def _counted_hits(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:
+    return hits & _mask(hits, where)
 
 
-def _ranks(hits: Hits, where: Where) -> Int[Array, "B K"]:
-    """Ranks from 1, not counting the places left out."""
-    return jnp.cumsum(_all(hits, where), axis=1)
+def _ranks(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Int[Array, "B K"]:
+    """Returns ranks from 1, not counting the ranks that are left out."""
+    return jnp.cumsum(_mask(hits, where), axis=1)
 
 
 def _divide(numerator: Array, denominator: Array) -> Float[Array, " B"]:
+    # The quotient is formed everywhere and only then chosen: 0 / 0 would be NaN.
     return jnp.where(denominator > 0, numerator / jnp.maximum(denominator, 1e-9), 0.0)
 
 
-def _mean(values: Float[Array, "B K"], where: Where) -> Float[Array, " B"]:
+def _mean(values: Float[Array, "B K"], where: Bool[Array, "B K"] | None) -> Float[Array, " B"]:
     where = jnp.ones_like(values, bool) if where is None else where
     return _divide(jnp.where(where, values, 0.0).sum(1), where.sum(1))

@@ -1,10 +1,9 @@
-"""What an evaluation asks: for whom, which answers are right, which items were seen."""
+"""Queries of an evaluation: users, the items that are relevant to them, and those they had seen."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,20 +18,20 @@ from twotower.retrieval.user_items import items_of_users
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Q questions to a corpus of N items.
+    """Q queries to a corpus of N items.
 
     Attributes:
-        user: int32 [Q], row of the users table.
-        right: Q lists of right answers, rows of the corpus.
-        missing: int32 [Q], right answers that are not in the corpus: nothing can find them, and
-            they count as missed.
-        seen: for each user (not query) the items of its earlier rows.
-        counts: int64 [N], training rows of each item that are positives.
-        context: encoded features of the query itself, [Q, ...] each.
+        user: row of the users table for each query, int32 [Q].
+        relevant: relevant items of each query, Q lists of corpus rows.
+        missing: number of relevant items of each query that are not in the corpus, int32 [Q].
+            Nothing can find them, and they count as missed.
+        seen: items of the earlier rows of each user, a list for each user (not query).
+        counts: number of positive training rows of each item, int64 [N].
+        context: encoded features of the query itself, arrays [Q, ...].
     """
 
     user: np.ndarray
-    right: Ragged
+    relevant: Ragged
     missing: np.ndarray
     seen: Ragged
     counts: np.ndarray
@@ -46,114 +45,138 @@ class Queries:
         return len(self.counts)
 
     @property
-    def num_right(self) -> np.ndarray:
-        """int32 [Q]"""
-        return (self.right.lengths + self.missing).astype(np.int32)
+    def num_relevant(self) -> np.ndarray:
+        """Number of relevant items of each query, int32 [Q]."""
+        return (self.relevant.lengths + self.missing).astype(np.int32)
 
     def seen_of(self, chosen: slice) -> Ragged:
-        """The seen items of some queries, one list a query."""
+        """Returns the seen items of some queries, a list for each."""
         return self.seen.take(self.user[chosen])
 
-    def less_seen(self) -> Queries:
-        """Without the right answers that the user had seen: they cannot come back when seen items
-        are masked."""
-        asked = self.user[self.right.rows]
-        return dataclasses.replace(
-            self, right=self.right.filter(~self.seen.contains(asked, self.right.values))
-        )
+    def without_seen(self) -> Queries:
+        """Returns the queries without the relevant items that the user had seen.
+
+        Where seen items are masked these cannot come back, so that they cannot be asked for.
+        """
+        users = self.user[self.relevant.rows]
+        unseen = ~self.seen.contains(users, self.relevant.values)
+        return dataclasses.replace(self, relevant=self.relevant.filter(unseen))
 
     def of_new_items(self) -> Queries:
-        """With the right answers alone that training never saw; many queries then have none."""
-        kept = self.counts[self.right.values] == 0
+        """Returns the queries with only the relevant items that training never saw.
+
+        Many queries are then left without a relevant item.
+        """
+        new = self.counts[self.relevant.values] == 0
         return dataclasses.replace(
-            self, right=self.right.filter(kept), missing=np.zeros_like(self.missing)
+            self, relevant=self.relevant.filter(new), missing=np.zeros_like(self.missing)
         )
 
-    def of_new_users(self, known: np.ndarray) -> Queries:
-        """Those of users without a training row; `known` are the users of training rows."""
-        return self.take(np.flatnonzero(~np.isin(self.user, known)))
+    def of_new_users(self, trained: np.ndarray) -> Queries:
+        """Returns the queries of users that are not among `trained`, the users of training rows."""
+        return self.take(np.flatnonzero(~np.isin(self.user, trained)))
 
     def sample(self, count: int) -> Queries:
-        """At most `count` of the queries, evenly spaced; all where `count` is 0. Every one is still
-        asked of the whole corpus."""
-        return (
-            self.take(evenly_spaced(np.arange(len(self)), count)) if 0 < count < len(self) else self
-        )
+        """Returns at most `count` of the queries, evenly spaced, or all where `count` is 0.
+
+        Each of them still ranks the whole corpus.
+        """
+        if not 0 < count < len(self):
+            return self
+        return self.take(evenly_spaced(np.arange(len(self)), count))
 
     def take(self, rows: np.ndarray) -> Queries:
-        """Some of the queries."""
+        """Returns the queries at these positions."""
         context = {name: values[rows] for name, values in self.context.items()}
         return dataclasses.replace(
             self,
             user=self.user[rows],
-            right=self.right.take(rows),
+            relevant=self.relevant.take(rows),
             missing=self.missing[rows],
             context=context,
         )
 
 
+# Parts of the log whose items count as seen when a split is evaluated.
+EARLIER_PARTS = {"validation": ("train",), "test": ("train", "validation")}
+
+
 def make_queries(prepared: PreparedData, split: str, kind: str) -> Queries:
-    """The queries of a split.
+    """Returns the queries of the held-out rows of a split.
+
+    Only positive rows (`PreparedData.is_positive`) are relevant, seen or counted.
 
     Args:
-        split: "validation" or "test". Seen are the training rows, and for test the validation rows
-            too; of all of them only those that are positives (`PreparedData.is_positive`).
-        kind: "user": one query a user, all its distinct held-out items right; its context is that
-            of its first held-out row. "interaction": each held-out row is a query with one right
-            answer.
+        prepared: prepared data of a run.
+        split: "validation" or "test". Items of training rows count as seen, and for "test" those of
+            validation rows too.
+        kind: "user" or "interaction". With "user" each user is one query, all of its distinct
+            held-out items are relevant, and its context is that of its first held-out row. With
+            "interaction" each held-out row is a query with one relevant item.
 
     Raises:
-        ConfigError: the split has no rows, or `kind` or `split` is unknown.
+        ConfigError: the split has no rows or no positive row, or `kind` or `split` is unknown.
     """
-    earlier = choose({"validation": ("train",), "test": ("train", "validation")}, split, "split")
-    make = choose(
-        {"user": _by_user, "interaction": _by_interaction}, kind, "config.evaluation.query"
-    )
+    earlier = choose(EARLIER_PARTS, split, "split")
+    make = choose(QUERY_KINDS, kind, "config.evaluation.query")
     if not len(getattr(prepared, split)):
         raise ConfigError(
             f"There are no {split} rows to evaluate on: config.split.{split} must be above 0."
         )
-    right = prepared.is_positive(split)
-    if not right.any():
+    positive = prepared.is_positive(split)
+    if not positive.any():
         label = prepared.config.objective.label
         raise ConfigError(
-            f"None of the {len(right):,} {split} rows has config.objective.label={label!r} 1: no answer is right."
+            f"None of the {len(positive):,} {split} rows has config.objective.label={label!r} 1: "
+            "no item is relevant."
         )
     trained = prepared.positives("train").item
-    return Queries(
-        **make(
-            prepared.positives(split),
-            getattr(prepared.raw, split)["item_id"].filter(pa.array(right)),
-        ),
+    item_ids = getattr(prepared.raw, split)["item_id"].filter(pa.array(positive))
+    return make(
+        prepared.positives(split),
+        item_ids,
         seen=items_of_users(
-            [prepared.positives(name) for name in earlier], num_users=len(prepared.users)
+            [prepared.positives(part) for part in earlier], num_users=len(prepared.users)
         ),
         counts=np.bincount(trained[trained >= 0], minlength=len(prepared.items)),
     )
 
 
-def _by_interaction(rows: Rows, item_ids: Any) -> dict[str, Any]:
+def _query_per_interaction(
+    rows: Rows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
+) -> Queries:
+    """Makes a query of each row, whose item is the relevant one."""
+    del item_ids
     known = rows.item >= 0
-    right = Ragged.from_pairs(np.flatnonzero(known), rows.item[known], num_rows=len(rows))
-    return {
-        "user": rows.user,
-        "right": right,
-        "missing": (~known).astype(np.int32),
-        "context": dict(rows.context),
-    }
+    relevant = Ragged.from_pairs(np.flatnonzero(known), rows.item[known], num_rows=len(rows))
+    return Queries(
+        user=rows.user,
+        relevant=relevant,
+        missing=(~known).astype(np.int32),
+        seen=seen,
+        counts=counts,
+        context=dict(rows.context),
+    )
 
 
-def _by_user(rows: Rows, item_ids: pa.ChunkedArray) -> dict[str, Any]:
+def _query_per_user(
+    rows: Rows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
+) -> Queries:
+    """Makes a query of each user, to whom the distinct items of all its rows are relevant."""
     user, first, query = np.unique(rows.user, return_index=True, return_inverse=True)
     known = rows.item >= 0
-    right = Ragged.from_pairs(query[known], rows.item[known], num_rows=len(user)).distinct()
+    pairs = Ragged.from_pairs(query[known], rows.item[known], num_rows=len(user))
     # Items outside of the corpus have no row; their ids tell them apart.
     codes = item_ids.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    missing = Ragged.from_pairs(query[~known], codes[~known], num_rows=len(user)).distinct()
-    context = {name: values[first] for name, values in rows.context.items()}
-    return {
-        "user": user,
-        "right": right,
-        "missing": missing.lengths.astype(np.int32),
-        "context": context,
-    }
+    missing = Ragged.from_pairs(query[~known], codes[~known], num_rows=len(user))
+    return Queries(
+        user=user,
+        relevant=pairs.distinct(),
+        missing=missing.distinct().lengths.astype(np.int32),
+        seen=seen,
+        counts=counts,
+        context={name: values[first] for name, values in rows.context.items()},
+    )
+
+
+QUERY_KINDS = {"user": _query_per_user, "interaction": _query_per_interaction}

@@ -1,0 +1,196 @@
+"""The figures of a run as text: tables for a terminal, and a line for each comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twotower.core.tables import format_table
+from twotower.evaluation.heads import HEAD_METRICS
+from twotower.evaluation.metrics import RANKING_METRICS
+from twotower.evaluation.report import INDEX_K
+from twotower.index.tuning import format_tuning
+from twotower.retrieval.bundle import Bundle
+
+TABLE_METRICS = (*RANKING_METRICS, "coverage", "novelty", "never_trained")
+EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
+SEED_METRICS = ("recall", "ndcg")
+
+MASKING_TITLES = {"": "Seen items masked", "_unmasked": "Nothing masked"}
+NEW_TITLES = {
+    "new_items": "Right answers that training never saw",
+    "new_users": "Users that training never saw",
+}
+QUERY_TITLES = {"user": "user", "interaction": "held-out interaction"}
+
+
+def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
+    """Returns tables of what `measure_run` and `measure_index` gave, with comparisons."""
+    lines = _protocol_lines(measured["protocol"])
+    for suffix, title in MASKING_TITLES.items():
+        model = measured[f"model{suffix}"]
+        baselines = measured.get(f"baselines{suffix}", {})
+        without = model["queries_without_answer"]
+        note = f", {without:,} without an answer that is left" if without else ""
+        lines += ["", f"{title} ({model['queries']:,} queries{note}):"]
+        lines.append(format_metrics({"model": model, **baselines}, ks))
+        lines += _comparisons(model, baselines, min(ks))
+    for name, title in NEW_TITLES.items():
+        if name in measured:
+            queries = measured[name]["model"]["queries"]
+            lines += ["", f"{title} ({queries:,} queries, seen items masked):"]
+            lines.append(format_metrics(measured[name], ks))
+    if "popularity_weights" in measured:
+        weights = measured["popularity_weights"]
+        columns = {f"weight {weight}": values for weight, values in weights.items()}
+        lines += ["", "Popularity weighed, seen items masked:", format_metrics(columns, ks)]
+    if measured.get("heads"):
+        lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
+    if "index" in measured:
+        lines += ["", _index_line(measured["index"])]
+    return "\n".join(lines)
+
+
+def format_metrics(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
+    """Returns a table with a column for each ranking and a row for each metric.
+
+    Recall and NDCG have a row for every K, the others one for the shortest lists alone; the JSON
+    file has all.
+    """
+    rows = []
+    for name in TABLE_METRICS:
+        for k in ks if name in EVERY_K_METRICS else ks[:1]:
+            metric = f"{name}@{k}"
+            rows.append([metric, *(f"{values[metric]:.4f}" for values in columns.values())])
+    return format_table(rows, ["", *map(_short_name, columns)], align="lr")
+
+
+def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns a table with a column for each head and a row for each metric; "-" where a metric is
+    not defined."""
+    rows = []
+    for name in HEAD_METRICS:
+        values = [measured.get(name) for measured in heads.values()]
+        rows.append([name, *("-" if value is None else f"{value:.4f}" for value in values)])
+    rows.append(["rows", *(f"{measured['rows']:,}" for measured in heads.values())])
+    return format_table(rows, ["", *heads], align="lr")
+
+
+def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split: str) -> str:
+    """Returns what each seed gave as tables: the spread of the model's metrics, beside baselines.
+
+    Args:
+        measured: what `measure_run` gave for each seed; baselines are those of the first.
+        ks: lengths of the lists.
+        split: the rows that were to be found, for the titles.
+    """
+    lines = []
+    for suffix, title in MASKING_TITLES.items():
+        models = [values[f"model{suffix}"] for values in measured]
+        baselines = measured[0].get(f"baselines{suffix}", {})
+        lines += ["", f"{title}, {split}, {len(measured)} seeds:"]
+        lines.append(format_spread(models, baselines, ks))
+    return "\n".join(lines)
+
+
+def format_spread(
+    models: Sequence[Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    ks: Sequence[int],
+) -> str:
+    """Returns a table of the spread of metrics over trainings of one model.
+
+    A row has the mean, the standard deviation (of one training "-"), the lowest, the highest, then
+    the value of each baseline.
+    """
+    rows = []
+    for metric in (f"{name}@{k}" for name in SEED_METRICS for k in ks):
+        values = [model[metric] for model in models]
+        figures = [statistics.mean(values), min(values), max(values)]
+        mean, lowest, highest = (f"{figure:.4f}" for figure in figures)
+        deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+        others = [f"{values[metric]:.4f}" for values in baselines.values()]
+        rows.append([metric, mean, deviation, lowest, highest, *others])
+    header = ["", "mean", "deviation", "lowest", "highest", *map(_short_name, baselines)]
+    return format_table(rows, header, align="lr")
+
+
+def format_bundle(bundle: Bundle) -> str:
+    """Returns what an export chose and measured: the tuning of the index, what stored vectors lose,
+    and the sizes."""
+    lines = []
+    tuning = getattr(bundle.index, "tuning", None)
+    if tuning is not None:
+        lines.append(format_tuning(tuning))
+    if "against_full" in bundle.manifest:
+        lines.append(_loss_line(bundle))
+    items, users = f"{len(bundle.items):,} items", f"{len(bundle.users):,} users"
+    lines.append(f"{bundle.folder}: {items}, {users}, {describe_index(bundle.index)}.")
+    return "\n".join(lines)
+
+
+def describe_index(index: Any) -> str:
+    """Returns the index in words, with its recall where it was tuned."""
+    tuning = getattr(index, "tuning", None)
+    if tuning is None or not tuning.efforts:
+        return f"{index.kind} index"
+    effort = tuning.efforts[0]
+    return (
+        f"{index.kind} index that searches {effort.leaves} of {tuning.num_leaves} leaves and finds "
+        f"{effort.recall:.1%} of the exact top {effort.k}"
+    )
+
+
+def _loss_line(bundle: Bundle) -> str:
+    against_full = bundle.manifest["against_full"]
+    kind = bundle.config.retrieval.vectors
+    metrics = [f"{name} {value:.4f}" for name, value in against_full.items() if "@" in name]
+    return (
+        f"{kind} vectors {bundle.towers.dim} wide against float32 ones {against_full['dim']} wide, "
+        f"exact lists of {against_full['users']:,} users: {', '.join(metrics)}."
+    )
+
+
+def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+    query = QUERY_TITLES[protocol["query"]]
+    corpus = f"exact over all {protocol['items']:,} items"
+    if "dim" in protocol:
+        corpus += f", vectors cut to {protocol['dim']}"
+    lines = [
+        f"Step {protocol['step']} on {protocol['split']}: one query per {query}, {corpus}.",
+    ]
+    if protocol["asked"] < protocol["available"]:
+        lines.append(
+            f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked."
+        )
+    return lines
+
+
+def _comparisons(
+    model: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], k: int
+) -> list[str]:
+    lines = []
+    metric = f"recall@{k}"
+    popularity = baselines.get("popularity", {}).get(metric, 0.0)
+    if popularity:
+        lines.append(f"{metric}: {model[metric] / popularity:.2f} times popularity's.")
+    best = baselines.get("true_preferences", {}).get(metric, 0.0)
+    if best:
+        lines.append(
+            f"{metric}: {model[metric] / best:.0%} of what ranking by the true preferences reaches."
+        )
+    return lines
+
+
+def _index_line(index: Mapping[str, Any]) -> str:
+    return (
+        f"Index ({index['kind']}, {index['items']:,} items, step {index['step']}): "
+        f"recall@{INDEX_K} {index[f'recall@{INDEX_K}']:.4f} against exact, "
+        f"{index['queries_per_second']:,.0f} queries/s in a batch, "
+        f"{index['single_query_ms']:.3f} ms for one."
+    )
+
+
+def _short_name(ranking: str) -> str:
+    return ranking.replace("popularity_", "").replace("_", " ")
