@@ -133,7 +133,7 @@ class TowerConfig:
     """One tower over the concatenated feature vectors.
 
     Attributes:
-        kind: a key of `twotower.towers.towers.TOWERS`.
+        kind: "mlp", dense layers.
         layers: widths of the dense layers, the last of which is D and has no activation. Empty: the
             concatenated features are the vector (matrix factorisation when the id is the only
             feature).
@@ -348,7 +348,7 @@ class TableOptimizerConfig:
     """The sparse optimizer of the embedding tables: only rows that a batch touches change.
 
     Attributes:
-        kind: a key of `twotower.towers.embeddings.OPTIMIZERS`.
+        kind: a key of `twotower.kernels.sparse_update.TABLE_OPTIMIZERS`.
         learning_rate: before the schedule.
         initial_accumulator: of the Adagrad kinds. With 0 the first update of a row has length
             learning_rate x sqrt(D), whatever the batch size; the loss being a mean, gradients are

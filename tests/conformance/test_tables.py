@@ -12,14 +12,8 @@ from twotower.core.mesh import SHARDED, DeviceGroup, make_mesh
 from twotower.features.base import Input
 from twotower.features.spec import from_mappings
 from twotower.features.vocabulary import Vocabulary
-from twotower.towers.embeddings import (
-    OPTIMIZERS,
-    apply_gradients,
-    init_table,
-    lookup,
-    lookup_rows,
-    pool,
-)
+from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
+from twotower.towers.embeddings import init_table, lookup, lookup_rows, pool
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import oov_dropout
 
@@ -76,7 +70,7 @@ def test_no_update_reaches_row_0(table, rows, count):
     """Padding has a gradient when it is looked up with the others: its row stays zero all the
     same."""
     ids, table = jnp.zeros(count, jnp.int32).at[:3].set(jnp.array([3, 0, 7])), table[:rows]
-    for kind, optimizer in OPTIMIZERS.items():
+    for kind, optimizer in TABLE_OPTIMIZERS.items():
         update = jax.jit(
             lambda table, ids, optimizer=optimizer: apply_gradients(
                 optimizer, table, optimizer.init(table, 0.0), ids, jnp.ones((count, E)), 0.1, 0
@@ -175,12 +169,12 @@ def test_a_step_trains_rows_of_unknown_ids_and_each_side_drops_its_own():
 
 
 @pytest.mark.trap(28)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", TABLE_OPTIMIZERS)
 @SIZES
 def test_rows_that_no_batch_touched_keep_their_bits(table, kind, rows, count):
     """Dense Adam or decay moves rows that nobody touched: each step changes those it used, and
     leaves those of the one before."""
-    optimizer, table = OPTIMIZERS[kind], table[:rows]
+    optimizer, table = TABLE_OPTIMIZERS[kind], table[:rows]
     update = jax.jit(lambda *x: apply_gradients(optimizer, *x, jnp.ones((count, E)), 0.1, 0)[:2])
     slots = optimizer.init(table, 0.1)
     for first in (20, 120):

@@ -69,7 +69,7 @@ WITHOUT_FLAX = """if True:
     import json, sys
     class Blocked:
         def find_spec(self, name, *_):
-            ours = ("twotower.towers.two_tower", "twotower.towers.towers", "twotower.towers.layers")
+            ours = ("twotower.towers.two_tower", "twotower.towers.tower", "twotower.towers.layers")
             if name.split(".")[0] in ("flax", "optax", "orbax") or name in ours:
                 raise ModuleNotFoundError(f"{name} is not needed to serve")
     sys.meta_path.insert(0, Blocked())

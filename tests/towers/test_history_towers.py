@@ -10,7 +10,7 @@ import pytest
 
 from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError
-from twotower.towers.history import HISTORIES, History, pooled, rotated
+from twotower.towers.history import HISTORIES, History, weighted_mean
 
 L, E = 6, 8
 KINDS = [("sasrec", "learned"), ("ligr", "rotary")]
@@ -93,7 +93,7 @@ def test_no_position_depends_on_a_later_item_or_on_another_sequence(block, posit
 def test_no_position_knows_when_a_later_one_was_asked():
     rows = packed(of([3, 4, 2]), [[0, 1], [2]], 10)
     every = jnp.arange(rows.valid.size).reshape(rows.valid.shape)  # a bucket for each place
-    rows = rows._replace(gaps=jnp.zeros_like(every), until=every)
+    rows = rows._replace(time_since_previous=jnp.zeros_like(every), time_to_next=every)
     module = HISTORIES["causal"](
         HistoryConfig(dropout=0.0, expansion=1, blocks=2), L, every.size - 2, None, True
     )
@@ -155,7 +155,8 @@ def test_what_stands_in_padding_changes_nothing_and_an_empty_history_has_a_vecto
     got = apply(history)
     assert got.shape == (3, E) and np.isfinite(got).all()
     np.testing.assert_array_equal(got, apply(History(changed[0], history.valid, changed[2])))
-    assert not np.allclose(got[0], apply(history._replace(gaps=(history.gaps + 1) % 6))[0])
+    later = history._replace(time_since_previous=(history.time_since_previous + 1) % 6)
+    assert not np.allclose(got[0], apply(later)[0])
     empty = apply(of([0, 0], seed=2, gaps=5))
     np.testing.assert_array_equal(empty[0], empty[1])
     assert bool(jnp.any(empty)) == (kind in ("causal", "bidirectional"))  # a bag of nothing is zero
@@ -213,23 +214,10 @@ def test_a_bag_may_learn_what_recent_events_are_worth():
 
 def test_pooling_nothing_is_zero_and_so_is_its_gradient():
     of = jax.jit(
-        jax.grad(lambda x, logits: pooled(x, logits, jnp.zeros((1, 3), bool)).sum(), (0, 1))
+        jax.grad(lambda x, logits: weighted_mean(x, logits, jnp.zeros((1, 3), bool)).sum(), (0, 1))
     )
     grad = of(jnp.ones((1, 3, 2)), jnp.ones((1, 3)))
     assert all(not x.any() for x in grad)
-
-
-def test_products_of_turned_vectors_depend_on_distances_alone():
-    x, y = jax.random.normal(jax.random.key(0), (2, 1, 3, 2, E))
-    at = jnp.array([[0, 3, 9]])
-    near, far = (
-        jnp.einsum("bshd,bthd->bhst", rotated(x, at + k), rotated(y, at + k)) for k in (0, 57)
-    )
-    np.testing.assert_allclose(near, far, atol=1e-4)
-    np.testing.assert_allclose(
-        jnp.linalg.norm(rotated(x, at), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
-    )
-    np.testing.assert_array_equal(rotated(x, at)[:, 0], x[:, 0])
 
 
 def test_dropped_units_depend_on_the_row_alone():

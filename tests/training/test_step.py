@@ -13,7 +13,7 @@ import pytest
 from tests.training import conftest
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
-from twotower.towers.embeddings import OPTIMIZERS, apply_gradients
+from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
 from twotower.training.step import lookup_all, oov_dropout, shared_gradients, shared_ids, train_step
@@ -123,7 +123,7 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
     grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
     given = shared_gradients(model, grads, SINGLE_DEVICE)
     table, _, _ = apply_gradients(
-        OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0
+        TABLE_OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0
     )
     assert {int(r): float(-table[r, 0]) for r in np.flatnonzero(table[:, 0])} == {
         3: 1.0,

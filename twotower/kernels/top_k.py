@@ -122,8 +122,8 @@ class RunningTopK:
         if not count:
             return
         if maxima is None:
-            size = group_size(count, self._k)
-            maxima = scores.reshape(len(scores), -1, size).max(-1)
+            groups = scores.reshape(len(scores), -1, group_size(count, self._k))
+            maxima = np.asarray(groups.max(-1))
         num_groups = maxima.shape[1]
         size = count // num_groups
         thresholds = self._thresholds(maxima)

@@ -1,9 +1,9 @@
-"""What a history says of its user: bags of events, and Transformers over them.
+"""Encoders of a user's history: bags of events, and Transformers over them.
 
-Histories come as they are, [B, L] events with padding after the last, and give one vector each, [B,
-F]. The causal Transformer also takes sequences packed into rows of S places and gives a vector for
-each place, [B, S, F]. A Transformer sees a learned start token before the first event: an empty
-history has a vector too, and a trained one.
+An encoder takes [B, L] events with padding after the last and gives one vector for each history,
+[B, F]. The causal Transformer also takes sequences packed into rows of S positions and gives a
+vector for each position, [B, S, F]. A Transformer sees a learned start token before the first
+event, so that an empty history has a vector too, and a trained one.
 """
 
 from __future__ import annotations
@@ -12,235 +12,257 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError, choose
-from twotower.towers.layers import dense, drop_out, of_activations
+from twotower.kernels.attention import attend, rotate
+from twotower.kernels.dense import activation_dtype
+from twotower.towers.layers import dense, drop_out
 
-# Layers of a history are numbered from here on, apart from those of the tower around it; see
-# `drop_out`.
+# Dropout tells the layers of one tower apart by number: those of a history are numbered from here
+# on, those of the tower around it from 0.
 _FIRST_LAYER = 1_000
-_BLOCK = 50  # queries that causal attention takes at once, about
 
 
 class History(NamedTuple):
     """The events of each row.
 
     Attributes:
-        vectors: of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of each.
-        valid: which places hold an event.
-        gaps: bucket of the time since the event before, 0 for none; None where it is not read.
-        until: bucket of the time until the event after, or the request, from 1; None where it is
+        vectors: vectors of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of
+            each.
+        valid: whether a position holds an event.
+        time_since_previous: bucket of the time since the event before, 0 for none; None where it is
             not read.
-        log_weights: of the events of a bag; None where all weigh the same.
-        segment: of packed sequences: which of the row's sequences each place is of, from 1; 0 where
-            it is of none.
-        position: of packed sequences: events before it in its sequence; the start token stands at
-            0, the first event at 1.
+        log_weights: log weights of the events of a bag; None where all weigh the same.
+        segment: number of the packed sequence, within its row, that each position belongs to, from
+            1; 0 where it belongs to none.
+        position: number of events before it in its packed sequence; the start token has 0, the
+            first event 1.
+        time_to_next: bucket of the time until the next event, or the request, from 1; None where it
+            is not read.
     """
 
     vectors: Float[Array, "B L E"]
     valid: Bool[Array, "B L"]
-    gaps: Int[Array, "B L"] | None = None
+    time_since_previous: Int[Array, "B L"] | None = None
     log_weights: Float[Array, "B L"] | None = None
     segment: Int[Array, "B L"] | None = None
     position: Int[Array, "B L"] | None = None
-    until: Int[Array, "B L"] | None = None
+    time_to_next: Int[Array, "B L"] | None = None
 
 
-def pooled(
+def weighted_mean(
     vectors: Float[Array, "B L E"], logits: Float[Array, "B L"], where: Bool[Array, "B L"]
 ) -> Float[Array, "B E"]:
-    """The mean of the vectors by the softmax of their logits; zero where there is none."""
+    """Averages vectors by the softmax of their logits; zero where none is allowed."""
     top = jnp.max(logits, 1, keepdims=True, where=where, initial=-jnp.inf)
-    weights = jnp.where(
-        where, jnp.exp(jnp.where(where, logits, 0.0) - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0
-    )
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    # Masked before the exponential too: the gradient of what is thrown away must not be NaN.
+    weights = jnp.where(where, jnp.exp(jnp.where(where, logits, 0.0) - top), 0.0)
     total = weights.sum(1, keepdims=True)
     return jnp.einsum("bl,ble->be", weights / jnp.where(total > 0, total, 1.0), vectors)
 
 
-class _Encoder(nn.Module):
-    """What the kinds share.
+class HistoryEncoder(nn.Module):
+    """Base of the encoders.
 
     Attributes:
-        length: L.
-        gaps: buckets of the time between events; 0: none.
-        until: whether the time until the next event, or the request, is read too.
-        dtype: of the arithmetic; parameters and vectors are float32 all the same.
+        config: options of the history.
+        length: L, events of a history at most.
+        time_buckets: number of buckets of the time between events; 0: not read.
+        dtype: type of the arithmetic; parameters and vectors are float32 all the same.
+        reads_time_to_next: whether the time until the next event, or the request, is read too.
     """
 
     config: HistoryConfig
     length: int
-    gaps: int = 0
+    time_buckets: int = 0
     dtype: Any = None
-    until: bool = False
+    reads_time_to_next: bool = False
 
-    def events(self, history: History, keys: Array | None) -> Float[Array, "B L F"]:
-        """The vector of each event, of mean square 1 for rows of norm 1, and what the times around
-        it say."""
-        x = history.vectors * jnp.sqrt(jnp.float32(history.vectors.shape[-1])).astype(
-            history.vectors.dtype
-        )
+    def event_vectors(self, history: History) -> Float[Array, "B L F"]:
+        """Returns a vector for each event: its item, and the times around it.
+
+        Vectors have a mean square of 1 where the rows of tables have norm 1.
+        """
+        width = jnp.float32(history.vectors.shape[-1])
+        x = history.vectors * jnp.sqrt(width).astype(history.vectors.dtype)
         if self.config.width:
-            x = flat(dense(self.config.width, self.dtype, name="project"), x)
-        if self.gaps:
-            table = self.param("gaps", nn.initializers.normal(0.1), (self.gaps + 1, x.shape[-1]))
-            x = x + table[history.gaps].astype(x.dtype)
-        if self.until:
-            # 0 to begin with: a missing time, which no log has, is not trained and says nothing.
-            table = self.param("until", nn.initializers.zeros, (self.gaps + 2, x.shape[-1]))
-            x = x + table[history.until].astype(x.dtype)
+            x = apply_tokenwise(dense(self.config.width, self.dtype, name="project"), x)
+        if self.time_buckets:
+            shape = (self.time_buckets + 1, x.shape[-1])
+            table = self.param("gaps", nn.initializers.normal(0.1), shape)
+            x = x + table[history.time_since_previous].astype(x.dtype)
+        if self.reads_time_to_next:
+            # 0 to begin with: a missing time, which no log has, is not trained and adds nothing.
+            shape = (self.time_buckets + 2, x.shape[-1])
+            table = self.param("until", nn.initializers.zeros, shape)
+            x = x + table[history.time_to_next].astype(x.dtype)
         return x
 
-    def given_logits(self, history: History) -> Float[Array, "B L"]:
-        """Of a bag: what weighs an event beside what it is."""
-        logits = (
-            jnp.zeros(history.valid.shape, jnp.float32)
-            if history.log_weights is None
-            else history.log_weights
-        )
+    def event_log_weights(self, history: History) -> Float[Array, "B L"]:
+        """Returns log weights of the events in a bag, besides what their vectors are worth: those
+        of their kind, and of how recent they are."""
+        if history.log_weights is None:
+            logits = jnp.zeros(history.valid.shape, jnp.float32)
+        else:
+            logits = history.log_weights
         if not self.config.recency:
             return logits
-        weights = self.param("recency", _fading, (self.length,))
-        later = history.valid.sum(1, keepdims=True) - 1 - jnp.arange(self.length)[None, :]
-        return logits + weights[jnp.maximum(later, 0)]
+        weights = self.param("recency", _init_recency, (self.length,))
+        later_events = history.valid.sum(1, keepdims=True) - 1 - jnp.arange(self.length)[None, :]
+        return logits + weights[jnp.maximum(later_events, 0)]
 
 
-def _fading(key: Array, shape: tuple[int]) -> Float[Array, "L"]:
+def _init_recency(key: Array, shape: tuple[int]) -> Float[Array, "L"]:
     """Log weights to begin with: an event counts e times less for every ten that follow it."""
     return -jnp.arange(shape[0], dtype=jnp.float32) / 10
 
 
-class Bag(_Encoder):
+class Bag(HistoryEncoder):
     """The mean of the events by their weights."""
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
-        x = self.events(history, keys)
-        return drop_out(
-            pooled(x, self.given_logits(history), history.valid),
-            self.config.dropout,
-            keys,
-            _FIRST_LAYER,
-        )
+        x = self.event_vectors(history)
+        mean = weighted_mean(x, self.event_log_weights(history), history.valid)
+        return drop_out(mean, self.config.dropout, keys, _FIRST_LAYER)
 
 
-class AttentionBag(_Encoder):
-    """The mean of the events by learned weights, softmax(u . tanh(W x + b)), times their given ones
-    (Yang et al., NAACL 2016)."""
+class AttentionBag(HistoryEncoder):
+    """The mean of the events by learned weights, softmax(u . tanh(W x + b)), times their own (Yang
+    et al., NAACL 2016)."""
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
-        x = self.events(history, keys)
-        logits = _attention_logits(x, self.dtype) + self.given_logits(history)
-        return drop_out(pooled(x, logits, history.valid), self.config.dropout, keys, _FIRST_LAYER)
+        x = self.event_vectors(history)
+        logits = _attention_logits(x, self.dtype) + self.event_log_weights(history)
+        mean = weighted_mean(x, logits, history.valid)
+        return drop_out(mean, self.config.dropout, keys, _FIRST_LAYER)
 
 
-class Causal(_Encoder):
-    """A Transformer whose every place knows itself and what is before it; of a history as it is,
-    the vector of its last event."""
+class Causal(HistoryEncoder):
+    """A Transformer whose every position sees itself and earlier ones.
+
+    A history that is not packed has the vector of its last event.
+    """
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B *S F"]:
-        if history.segment is not None:
-            x = self.events(history, keys)
-            return self._encode(x, history.segment, history.position, keys)
-        x, segment, position = _started(self.events(history, keys), history.valid)
-        x = self._encode(x, segment, position, keys)
-        return jnp.take_along_axis(x, history.valid.sum(1)[:, None, None], axis=1)[:, 0]
-
-    def _encode(self, x: Array, segment: Array, position: Array, keys: Array | None) -> Array:
-        return _transform(self, x, segment, position, keys, causal=True)
+        x = self.event_vectors(history)
+        if history.segment is not None and history.position is not None:
+            return _transform(self, x, history.segment, history.position, keys, causal=True)
+        x, segment, position = _with_start_token(x, history.valid)
+        x = _transform(self, x, segment, position, keys, causal=True)
+        last = history.valid.sum(1)[:, None, None]
+        return jnp.take_along_axis(x, last, axis=1)[:, 0]
 
 
-class Bidirectional(_Encoder):
-    """A Transformer whose every place knows all events; their vectors pooled (an empty history's is
-    the start token's)."""
+class Bidirectional(HistoryEncoder):
+    """A Transformer whose every position sees all events, and the pool of their vectors.
+
+    An empty history has the vector of the start token.
+    """
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
-        x, segment, position = _started(self.events(history, keys), history.valid)
+        x, segment, position = _with_start_token(self.event_vectors(history), history.valid)
         x = _transform(self, x, segment, position, keys, causal=False)
         choose(POOLINGS, self.config.pooling, "config.model.history.pooling")
         if self.config.pooling == "cls":
             return x[:, 0]
-        logits = (
-            _attention_logits(x, self.dtype)
-            if self.config.pooling == "attention"
-            else jnp.zeros(segment.shape, jnp.float32)
-        )
-        # The start token is asked only where there is no event.
-        return pooled(x, logits, (segment > 0) & ((position > 0) | ~history.valid.any(1)[:, None]))
+        if self.config.pooling == "attention":
+            logits = _attention_logits(x, self.dtype)
+        else:
+            logits = jnp.zeros(segment.shape, jnp.float32)
+        # The start token takes part only where there is no event.
+        is_empty = ~history.valid.any(1)[:, None]
+        return weighted_mean(x, logits, (segment > 0) & ((position > 0) | is_empty))
 
 
-HISTORIES: Mapping[str, type[_Encoder]] = {
+HISTORIES: Mapping[str, type[HistoryEncoder]] = {
     "bag": Bag,
     "attention": AttentionBag,
     "causal": Causal,
     "bidirectional": Bidirectional,
 }
-POOLINGS = dict.fromkeys(("mean", "cls", "attention"))
+POOLINGS: Mapping[str, None] = dict.fromkeys(("mean", "cls", "attention"))
 
 
-def _started(x: Array, valid: Array) -> tuple[Array, Array, Array]:
-    """Events behind a place for the start token: vectors [B, L + 1, F], segments and positions [B,
-    L + 1]."""
+def _with_start_token(
+    x: Float[Array, "B L F"], valid: Bool[Array, "B L"]
+) -> tuple[Array, Array, Array]:
+    """Returns events behind an empty position for the start token: vectors [B, L + 1, F], segments
+    and positions [B, L + 1]."""
     segment = jnp.pad(valid.astype(jnp.int32), ((0, 0), (1, 0)), constant_values=1)
     position = jnp.broadcast_to(jnp.arange(x.shape[1] + 1)[None], segment.shape)
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0))), segment, position
 
 
-def _attention_logits(x: Array, dtype: Any) -> Float[Array, "B L"]:
+def _attention_logits(x: Float[Array, "B L F"], dtype: Any) -> Float[Array, "B L"]:
     hidden = jnp.tanh(dense(x.shape[-1], dtype, name="attention_hidden")(x))
-    return dense(1, dtype, use_bias=False, name="attention")(hidden)[..., 0].astype(jnp.float32)
+    logits = dense(1, dtype, use_bias=False, name="attention")(hidden)
+    return logits[..., 0].astype(jnp.float32)
 
 
 def _transform(
-    encoder: _Encoder,
+    encoder: HistoryEncoder,
     x: Array,
     segment: Array,
     position: Array,
     keys: Array | None,
     *,
     causal: bool,
-) -> Array:
-    """The blocks, within the scope of `encoder`, over events with places for start tokens, [B, S,
-    F]."""
-    config, width = encoder.config, x.shape[-1]
-    if width % config.heads or (config.positions == "rotary" and width // config.heads % 2):
-        raise ConfigError(
-            f"config.model.history.heads={config.heads} must divide the width of the events, {width}"
-            f"{', into even parts for rotary positions' if config.positions == 'rotary' else ''}."
-        )
+) -> Float[Array, "B S F"]:
+    """Applies the blocks of a Transformer, as modules of `encoder`.
+
+    Args:
+        encoder: the history encoder whose options and parameters they are.
+        x: vectors of the events [B, S, F], with a position for each start token.
+        segment: as in `History`.
+        position: as in `History`.
+        keys: random keys of the rows [B], for dropout in training.
+        causal: whether a position sees itself and earlier ones alone.
+    """
+    config = encoder.config
+    width = x.shape[-1]
+    _check_heads(config, width)
     start = encoder.param("start", nn.initializers.normal(0.1), (width,))
     x = jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
     if choose(POSITIONS, config.positions, "config.model.history.positions"):
-        table = encoder.param(
-            "positions", nn.initializers.normal(0.02), (encoder.length + 1, width)
-        )
+        shape = (encoder.length + 1, width)
+        table = encoder.param("positions", nn.initializers.normal(0.02), shape)
         x = x + table[position].astype(x.dtype)
     x = drop_out(x, config.dropout, keys, _FIRST_LAYER)
     block = choose(BLOCKS, config.block, "config.model.history.block")
     for i in range(config.blocks):
-        x = block(config, i, causal, encoder.dtype, name=f"block_{i}")(
-            x, segment, position, keys=keys
+        layer = block(config, i, causal, encoder.dtype, name=f"block_{i}")
+        x = layer(x, segment, position, keys=keys)
+    return apply_tokenwise(nn.LayerNorm(name="norm"), x)
+
+
+def _check_heads(config: HistoryConfig, width: int) -> None:
+    rotary = config.positions == "rotary"
+    if width % config.heads or (rotary and width // config.heads % 2):
+        parts = ", into even parts for rotary positions" if rotary else ""
+        raise ConfigError(
+            f"config.model.history.heads={config.heads} must divide the width of the events, "
+            f"{width}{parts}."
         )
-    return flat(nn.LayerNorm(name="norm"), x)
 
 
-def flat(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array, "B S G"]:
-    """`module` of each place: on a CPU, gradients of products of [B S, F] are formed faster than
-    those of [B, S, F]."""
-    return module(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+def apply_tokenwise(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array, "B S G"]:
+    """Applies a module to each position: on a CPU, gradients of products of [B S, F] are formed
+    faster than those of [B, S, F]."""
+    tokens = module(x.reshape(-1, x.shape[-1]))
+    return tokens.reshape(*x.shape[:-1], -1)
 
 
-class _Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) within segments; with rotary positions (Su et al.
-    2021) turned by them."""
+class SelfAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) within segments, with rotary positions where the
+    options say so."""
 
     config: HistoryConfig
     causal: bool
@@ -250,134 +272,93 @@ class _Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B S F"], segment: Int[Array, "B S"], position: Int[Array, "B S"]
     ) -> Float[Array, "B S F"]:
-        width, heads = x.shape[-1], self.config.heads
-        qkv = flat(dense(3 * width, self.dtype, name="qkv"), x)
-        q, k, v = (
-            part.reshape(*x.shape[:2], heads, width // heads) for part in jnp.split(qkv, 3, -1)
-        )
+        width = x.shape[-1]
+        heads = self.config.heads
+        qkv = apply_tokenwise(dense(3 * width, self.dtype, name="qkv"), x)
+        shape = (*x.shape[:2], heads, width // heads)
+        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, -1))
         if self.config.positions == "rotary":
-            q, k = rotated(q, position), rotated(k, position)
+            q = rotate(q, position)
+            k = rotate(k, position)
         out = attend(q * (width // heads) ** -0.5, k, v, segment, causal=self.causal)
-        return flat(dense(width, self.dtype, name="out"), out.reshape(x.shape))
+        return apply_tokenwise(dense(width, self.dtype, name="out"), out.reshape(x.shape))
 
 
-def attend(
-    q: Float[Array, "B S H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H d"],
-    segment: Int[Array, "B S"],
-    *,
-    causal: bool,
-) -> Float[Array, "B S H d"]:
-    """The mean of v by the softmax of q . k over the places of a segment; where `causal`, up to the
-    place itself.
+class TransformerBlock(nn.Module):
+    """Base of the blocks of a Transformer.
 
-    Queries go in blocks, so that what a causal query cannot see is not computed but for the corner
-    of its block.
+    Attributes:
+        config: options of the history.
+        index: number of the block, from 0.
+        causal: whether a position sees itself and earlier ones alone.
+        dtype: type of the arithmetic; parameters stay float32.
     """
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    length = q.shape[2]
-    size = -(-length // max(1, length // _BLOCK)) if causal else length
-
-    # Its shares are made again for the gradient: to keep them costs more than to make them.
-    @jax.checkpoint
-    def block(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        logits = jnp.einsum("bhsd,bhtd->bhst", q, k, preferred_element_type=jnp.float32)
-        logits = jnp.where(
-            mask[:, None], logits, -1e30
-        )  # of these, one at least is allowed: the place itself
-        shares = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        mean = jnp.einsum(
-            "bhst,bhtd->bhsd", shares.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return mean / shares.sum(-1, keepdims=True)
-
-    out = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        seen = stop if causal else length
-        place, other = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
-        mask = segment[:, start:stop, None] == segment[:, None, :seen]
-        mask = mask & (place >= other)[None] if causal else mask
-        out.append(block(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
-    return jnp.concatenate(out, 2).transpose(0, 2, 1, 3).astype(v.dtype)
-
-
-def rotated(x: Float[Array, "B S H d"], position: Int[Array, "B S"]) -> Float[Array, "B S H d"]:
-    """Each pair of coordinates (i, i + d / 2) turned by position x 10,000^(-2 i / d): products
-    depend on distances alone."""
-    half = x.shape[-1] // 2
-    angle = position[..., None] * (10_000.0 ** -(jnp.arange(half) / half))[None, None]
-    cos, sin = (f(angle)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-class SasrecBlock(nn.Module):
-    """x + attention(norm(x)), then x + dense(relu(dense(norm(x)))): Kang and McAuley, ICDM 2018,
-    normalised before each part."""
 
     config: HistoryConfig
     index: int
     causal: bool
     dtype: Any
 
+    def normalize(self, x: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
+        return apply_tokenwise(nn.LayerNorm(dtype=activation_dtype(self.dtype)), x)
+
+    def self_attention(self, x: Array, segment: Array, position: Array) -> Float[Array, "B S F"]:
+        attention = SelfAttention(self.config, self.causal, self.dtype, name="attention")
+        return attention(self.normalize(x), segment, position)
+
+    def project(self, width: int, x: Array, **options: Any) -> Float[Array, "B S F"]:
+        return apply_tokenwise(dense(width, self.dtype, **options), x)
+
+    def drop_out(self, x: Array, keys: Array | None, part: int) -> Float[Array, "B S F"]:
+        """Drops units out of one of the block's two parts, 0 or 1."""
+        layer = _FIRST_LAYER + 1 + 2 * self.index + part
+        return drop_out(x, self.config.dropout, keys, layer)
+
+
+class SasrecBlock(TransformerBlock):
+    """x + attention(norm(x)), then x + dense(relu(dense(norm(x)))): Kang and McAuley, ICDM 2018,
+    normalised before each part."""
+
     @nn.compact
     def __call__(
         self, x: Array, segment: Array, position: Array, *, keys: Array | None
     ) -> Float[Array, "B S F"]:
-        c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
-        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
-        added = _Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position)
-        x = x + drop_out(added, c.dropout, keys, layer).astype(x.dtype)
-        hidden = nn.relu(
-            flat(
-                dense(c.expansion * width, self.dtype),
-                flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x),
-            )
-        )
-        return x + drop_out(
-            flat(dense(width, self.dtype), hidden), c.dropout, keys, layer + 1
-        ).astype(x.dtype)
+        width = x.shape[-1]
+        added = self.self_attention(x, segment, position)
+        x = x + self.drop_out(added, keys, 0).astype(x.dtype)
+        hidden = nn.relu(self.project(self.config.expansion * width, self.normalize(x)))
+        added = self.project(width, hidden)
+        return x + self.drop_out(added, keys, 1).astype(x.dtype)
 
 
-class LigrBlock(nn.Module):
+class LigrBlock(TransformerBlock):
     """x + attention(norm(x)) * sigmoid(W x), then x + SwiGLU(norm(x)) * sigmoid(W x).
 
     The gated residual block of LiGR (Borisyuk et al. 2025, arXiv 2502.03417); SwiGLU of Shazeer
     2020, arXiv 2002.05202.
     """
 
-    config: HistoryConfig
-    index: int
-    causal: bool
-    dtype: Any
-
     @nn.compact
     def __call__(
         self, x: Array, segment: Array, position: Array, *, keys: Array | None
     ) -> Float[Array, "B S F"]:
-        c, layer, width = self.config, _FIRST_LAYER + 1 + 2 * self.index, x.shape[-1]
+        width = x.shape[-1]
+        # Flax numbers unnamed layers in the order in which they are made: the order of these lines
+        # is that of the parameters in checkpoints.
+        added = self.self_attention(x, segment, position)
+        x = self._add_gated(x, added, keys, 0)
+        normed = self.normalize(x)
+        hidden_width = self.config.expansion * width
+        gate = nn.silu(self.project(hidden_width, normed, use_bias=False))
+        hidden = gate * self.project(hidden_width, normed, use_bias=False)
+        added = self.project(width, hidden, use_bias=False)
+        return self._add_gated(x, added, keys, 1)
 
-        def gated(added: Array, layer: int) -> Array:
-            gate = nn.sigmoid(flat(dense(width, self.dtype), x))
-            return x + (drop_out(added, c.dropout, keys, layer) * gate).astype(x.dtype)
-
-        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
-        x = gated(
-            _Attention(c, self.causal, self.dtype, name="attention")(normed, segment, position),
-            layer,
-        )
-        normed = flat(nn.LayerNorm(dtype=of_activations(self.dtype)), x)
-        hidden = [
-            flat(dense(c.expansion * width, self.dtype, use_bias=False), normed) for _ in range(2)
-        ]
-        return gated(
-            flat(dense(width, self.dtype, use_bias=False), nn.silu(hidden[0]) * hidden[1]),
-            layer + 1,
-        )
+    def _add_gated(self, x: Array, added: Array, keys: Array | None, part: int) -> Array:
+        gate = nn.sigmoid(self.project(x.shape[-1], x))
+        return x + (self.drop_out(added, keys, part) * gate).astype(x.dtype)
 
 
-BLOCKS: Mapping[str, type[nn.Module]] = {"sasrec": SasrecBlock, "ligr": LigrBlock}
+BLOCKS: Mapping[str, type[TransformerBlock]] = {"sasrec": SasrecBlock, "ligr": LigrBlock}
 # Kind of positions -> whether they have a table of vectors.
 POSITIONS = {"learned": True, "rotary": False}

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from twotower.config import Config, NegativesConfig
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
+from twotower.kernels.sparse_update import PADDING
 from twotower.objectives import negatives
 from twotower.objectives.alias import popularity_table
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.pools import explicit_pools
 from twotower.pipeline.batches import Batch
 from twotower.pipeline.prepare import PreparedData
-from twotower.towers.embeddings import PADDING
 from twotower.training.checks import check_negatives, uses_negatives
 
 

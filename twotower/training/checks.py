@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
+from twotower.kernels.sparse_update import TABLE_OPTIMIZERS
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.towers.embeddings import OPTIMIZERS
 from twotower.towers.history import HISTORIES
-from twotower.towers.towers import TOWERS
 from twotower.training.optimizers import DENSE, SCHEDULES
 
 # Endings and beginnings of metrics that no checkpoint can be chosen by, the greatest value being
@@ -36,11 +35,9 @@ def check_kinds(config: Config) -> None:
     choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
-    choose(OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
+    choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
     choose(SCHEDULES, training.schedule.kind, "config.training.schedule.kind")
     choose(HISTORIES, model.history.kind, "config.model.history.kind")
-    for side, tower in (("user", model.user), ("item", model.item)):
-        choose(TOWERS, tower.kind, f"config.model.{side}.kind")
     _check_optimizer(training)
     _check_labels(objective)
     _check_sources(objective)

@@ -46,7 +46,7 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     key = jax.random.key(trainer.config.training.seed)
 
     def rows(name: str) -> jax.Array:
-        given = trainer.model.given(name)
+        given = trainer.model.pretrained_rows(name)
         if given is not None:
             return put(mesh, given, SHARDED)
         count = abstract.tables[name].shape[0] // mesh.size

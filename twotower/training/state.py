@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec
 
 from twotower.config import Config
 from twotower.core.mesh import REPLICATED, SHARDED
+from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.heads import check_heads
-from twotower.towers.embeddings import OPTIMIZERS, TableOptimizer
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
@@ -152,6 +152,6 @@ def resolve_kinds(
     return (
         LOSSES[loss] if loss in LOSSES else POINTWISE[loss],
         dense_optimizer(training.optimizer),
-        OPTIMIZERS[training.tables.kind],
+        TABLE_OPTIMIZERS[training.tables.kind],
         schedule(training),
     )

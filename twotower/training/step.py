@@ -17,8 +17,9 @@ import optax
 
 from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
 from twotower.features.base import SIDES
+from twotower.kernels.sparse_update import apply_gradients
 from twotower.pipeline.batches import Batch
-from twotower.towers.embeddings import apply_gradients, lookup_rows
+from twotower.towers.embeddings import lookup_rows
 from twotower.towers.two_tower import TEMPERATURES, TwoTower, Weights
 from twotower.training.candidates import SampledItems, draw, row_keys, take_features
 from twotower.training.state import Trainer, TrainState

@@ -21,7 +21,7 @@ from twotower.objectives.negatives import (
     queue_candidates,
 )
 from twotower.pipeline.batches import Batch
-from twotower.towers.towers import DTYPES
+from twotower.towers.tower import DTYPES
 from twotower.training.candidates import SampledItems, gathered, log_expected_count
 from twotower.training.state import Trainer, TrainState
 

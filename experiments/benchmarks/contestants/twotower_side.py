@@ -33,7 +33,8 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     import jax.numpy as jnp
     import optax
 
-    from twotower.towers.embeddings import OPTIMIZERS, apply_gradients, init_table, lookup
+    from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
+    from twotower.towers.embeddings import init_table, lookup
 
     targets = jnp.asarray(table_targets(batch))
 
@@ -43,7 +44,7 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     def sparse(state: Any, ids: jax.Array) -> Any:
         table, slots, step = state
         grads = jax.grad(loss_of)(lookup(table, ids))
-        return *apply_gradients(OPTIMIZERS[kind], table, slots, ids, grads, 0.05, step)[
+        return *apply_gradients(TABLE_OPTIMIZERS[kind], table, slots, ids, grads, 0.05, step)[
             :2
         ], step + 1
 
@@ -58,7 +59,7 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
         slots = (
             optax.adam(0.001).init(table)
             if kind == "dense_adam"
-            else OPTIMIZERS[kind].init(table, 0.1)
+            else TABLE_OPTIMIZERS[kind].init(table, 0.1)
         )
         return table, slots, jnp.int32(0)
 
