@@ -1,8 +1,8 @@
-"""Writes the vectors of all users and items of a run as Parquet: WORKDIR/embeddings/users and
+r"""Writes the vectors of all users and items of a run as Parquet: WORKDIR/embeddings/users and
 /items, an id and a vector a row.
 
-    python -m experiments.embed --workdir=runs/quickstart [--checkpoint=best] [--out=FOLDER]
-    [--devices=N] [--task=T --tasks=N]
+    python -m experiments.embed \
+        --workdir=runs/quickstart [--checkpoint=best] [--out=FOLDER] [--devices=N] [--task=T --tasks=N]
 
 Killed at any moment, the same command goes on. Several processes, on one machine or many, share the
 work: give each its --task.

@@ -1,7 +1,7 @@
-"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
+r"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
-    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines
-    [--split=validation] [--dim=32]
+    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 \
+        --baselines [--split=validation] [--dim=32]
         [--devices=N]
 
 Each device scores and ranks its own part of the items. Prints a table and writes

@@ -1,7 +1,7 @@
-"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
+r"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
 
-    python -m experiments.export --workdir=runs/quickstart [--checkpoint=best] [--target_recall=.95
-    --k=100] [--plot=index.png]
+    python -m experiments.export \
+        --workdir=runs/quickstart [--checkpoint=best] [--target_recall=.95 --k=100] [--plot=index.png]
         [--dim=32] [--vectors=int8]
 
 Prints what was tried for the index, and what it was measured to find; of vectors that are cut or

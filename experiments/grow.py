@@ -1,10 +1,10 @@
-"""Takes a trained run over to data with new users, items and values; training then goes on.
+r"""Takes a trained run over to data with new users, items and values; training then goes on.
 
-    python -m experiments.grow --source=runs/mine --config=experiments/configs/my_log.py
-    --workdir=runs/mine_2 \\
+    python -m experiments.grow --source=runs/mine --config=experiments/configs/my_log.py \
+        --workdir=runs/mine_2 \\
         --config.training.steps=4000 [--new_rows=oov|mean|content]
-    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2
-    --config.training.steps=4000
+    python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2 \
+        --config.training.steps=4000
 
 Known users and items keep their rows and what the optimizer knows of them; before the first further
 step their scores are the same to the bit. New rows begin as the out-of-vocabulary row that they

@@ -1,8 +1,8 @@
 """Asks the bundle of a run.
 
 python -m experiments.query --workdir=runs/quickstart --user=42 --k=10           # items for a user
-python -m experiments.query --workdir=runs/quickstart --item=17                  # items like an item
-python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
+python -m experiments.query --workdir=runs/quickstart --item=17                  # items like an
+item python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score, in parts
+r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score, in parts
 under WORKDIR/recommendations.
 
-    python -m experiments.recommend_all --workdir=runs/quickstart --k=100 [--approximate]
-    [--devices=N] [--task=T --tasks=N]
+    python -m experiments.recommend_all --workdir=runs/quickstart \
+        --k=100 [--approximate] [--devices=N] [--task=T --tasks=N]
 
 The search is exact, over the items divided over the devices, unless --approximate asks the bundle's
 index, or TPUs are told what share of the best will do: --recall_target=.95. Killed at any moment,

@@ -1,7 +1,7 @@
-"""Trains and measures an experiment with one seed after another: what a figure is worth.
+r"""Trains and measures an experiment with one seed after another: what a figure is worth.
 
-    python -m experiments.repeat --config=experiments/configs/yelp2018.py --workdir=runs/yelp2018
-    [--seeds=3] [--baselines]
+    python -m experiments.repeat --config=experiments/configs/yelp2018.py \
+        --workdir=runs/yelp2018 [--seeds=3] [--baselines]
 
 Prints the mean and the standard deviation of each metric over training.seed = 0, 1, ... and writes
 what each seed gave to WORKDIR/repeat.json (repeat_validation.json for --split=validation). The run

@@ -1,7 +1,7 @@
-"""Trains an experiment, or goes on with it, on all devices of this machine or of several.
+r"""Trains an experiment, or goes on with it, on all devices of this machine or of several.
 
-    python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart
-    [--config.training.steps=500]
+    python -m experiments.train --config=experiments/configs/quickstart.py \
+        --workdir=runs/quickstart [--config.training.steps=500]
 
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster says who is who (Cloud TPU, Slurm, Kubernetes); elsewhere

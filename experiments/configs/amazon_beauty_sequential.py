@@ -1,11 +1,12 @@
-"""Amazon Beauty, protocol P-SEQ: what will each customer review next, from the last 50 items.
+r"""Amazon Beauty, protocol P-SEQ: what will each customer review next, from the last 50 items.
 
     export TWOTOWER_DATA=folder   # holds amazon-beauty/Beauty.txt
-    python -m experiments.repeat --config=experiments/configs/amazon_beauty_sequential.py
-    --workdir=runs/beauty_seeds --baselines python -m experiments.train
-    --config=experiments/configs/amazon_beauty_sequential.py --workdir=runs/beauty   # or one seed
-    python -m experiments.export --workdir=runs/beauty python -m experiments.evaluate
-    --workdir=runs/beauty --k=10 --baselines
+    python -m experiments.repeat --config=experiments/configs/amazon_beauty_sequential.py \
+        --workdir=runs/beauty_seeds --baselines
+    python -m experiments.train --config=experiments/configs/amazon_beauty_sequential.py \
+        --workdir=runs/beauty   # or one seed
+    python -m experiments.export --workdir=runs/beauty
+    python -m experiments.evaluate --workdir=runs/beauty --k=10 --baselines
 
 Any file of one user a line, "user item item ..." in order of time, has the same protocol:
 --config.data.path=FILE. Per user the last item is the test, the one before it validation; at test

@@ -1,10 +1,12 @@
-"""Learned vectors of a large catalogue in minutes, to measure an index on: a generated shop of many
-items and few rows of each.
+r"""Learned vectors of a large catalogue in minutes, to measure an index on.
 
-    python -m experiments.train  --config=experiments/configs/large_catalogue.py
-    --workdir=runs/large python -m experiments.export --workdir=runs/large python -m
-    experiments.evaluate --workdir=runs/large --queries=10000 python -m experiments.benchmarks.index
-    --workdir=runs/large --target_recall=.95
+The log is a generated shop of many items with few rows each.
+
+    python -m experiments.train  --config=experiments/configs/large_catalogue.py \
+        --workdir=runs/large
+    python -m experiments.export --workdir=runs/large
+    python -m experiments.evaluate --workdir=runs/large --queries=10000
+    python -m experiments.benchmarks.index --workdir=runs/large --target_recall=.95
 
 200,000 items and 64 dimensions; a million with --config.data.num_items=1_000_000
 --config.data.num_interactions=4_000_000, wider with --config.model.user.layers="(128, 128)" and the

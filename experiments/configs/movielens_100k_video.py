@@ -1,10 +1,11 @@
-"""MovieLens-100K as a video service has it, protocol P-LOO: what was liked (4 stars or more), the
+r"""MovieLens-100K as a video service has it, protocol P-LOO: what was liked (4 stars or more), the
 last liked film of each user.
 
     export TWOTOWER_DATA=folder   # holds movielens-100k/u.data and u.item
-    python -m experiments.train --config=experiments/configs/movielens_100k_video.py
-    --workdir=runs/video python -m experiments.export --workdir=runs/video python -m
-    experiments.evaluate --workdir=runs/video --k=10,50 --baselines
+    python -m experiments.train --config=experiments/configs/movielens_100k_video.py \
+        --workdir=runs/video
+    python -m experiments.export --workdir=runs/video
+    python -m experiments.evaluate --workdir=runs/video --k=10,50 --baselines
 
 The user tower reads the user's id and a bag of the last 50 films whose weights by recency are
 learned; the item tower the film's id and its genres. Both directions of the loss, a learned

@@ -1,12 +1,14 @@
-"""MovieLens-1M, protocol P-SEQ: what will each user watch next, from the last 200 films; the 5-core
-file of the SASRec paper.
+r"""MovieLens-1M, protocol P-SEQ: what will each user watch next, from the last 200 films?
+
+The 5-core file of the SASRec paper.
 
     export TWOTOWER_DATA=folder   # holds movielens-1m/ml-1m.txt
-    python -m experiments.repeat --config=experiments/configs/movielens_1m_sequential.py
-    --workdir=runs/ml1m_seeds --baselines python -m experiments.train
-    --config=experiments/configs/movielens_1m_sequential.py --workdir=runs/ml1m   # or one seed
-    python -m experiments.export --workdir=runs/ml1m python -m experiments.evaluate
-    --workdir=runs/ml1m --k=10 --baselines
+    python -m experiments.repeat --config=experiments/configs/movielens_1m_sequential.py \
+        --workdir=runs/ml1m_seeds --baselines
+    python -m experiments.train --config=experiments/configs/movielens_1m_sequential.py \
+        --workdir=runs/ml1m   # or one seed
+    python -m experiments.export --workdir=runs/ml1m
+    python -m experiments.evaluate --workdir=runs/ml1m --k=10 --baselines
 
 Any file of one pair "user item" a line, a user's items in order of time, has the same protocol:
 --config.data.path=FILE. Per user the last item is the test, the one before it validation; at test

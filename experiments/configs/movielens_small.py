@@ -1,10 +1,12 @@
-"""MovieLens latest-small through TFDS, cut in time: which films will each user rate next?
+r"""MovieLens latest-small through TFDS, cut in time: which films will each user rate next?
 
-    export TWOTOWER_DATA=folder   # optional: where a folder in it holds ml-latest-small.zip, nothing is downloaded
-    python -m experiments.train --config=experiments/configs/movielens_small.py
-    --workdir=runs/movielens_small python -m experiments.export --workdir=runs/movielens_small
-    python -m experiments.evaluate --workdir=runs/movielens_small --k=10,50,100 --baselines python
-    -m experiments.query --workdir=runs/movielens_small --user=414 --k=10
+    # Optional: where a folder in it holds ml-latest-small.zip, nothing is downloaded.
+    export TWOTOWER_DATA=folder
+    python -m experiments.train --config=experiments/configs/movielens_small.py \
+        --workdir=runs/movielens_small
+    python -m experiments.export --workdir=runs/movielens_small
+    python -m experiments.evaluate --workdir=runs/movielens_small --k=10,50,100 --baselines
+    python -m experiments.query --workdir=runs/movielens_small --user=414 --k=10
 
 Protocol: all 100,836 ratings, whatever their value. One cut in time: 70 % train (up to August
 2013), 15 % validation, 15 % test (from 19 November 2016). All 9,742 films are ranked for each of

@@ -1,10 +1,11 @@
-"""A year of a gift shop's invoices, from its CSV as it is; what will each customer buy next?
+r"""A year of a gift shop's invoices, from its CSV as it is; what will each customer buy next?
 
     export TWOTOWER_DATA=folder   # holds online-retail/online_retail.csv.gz
-    python -m experiments.train --config=experiments/configs/online_retail.py
-    --workdir=runs/online_retail python -m experiments.export --workdir=runs/online_retail python -m
-    experiments.evaluate --workdir=runs/online_retail --k=10,50,100 --baselines python -m
-    experiments.query --workdir=runs/online_retail --user=17850 --k=10
+    python -m experiments.train --config=experiments/configs/online_retail.py \
+        --workdir=runs/online_retail
+    python -m experiments.export --workdir=runs/online_retail
+    python -m experiments.evaluate --workdir=runs/online_retail --k=10,50,100 --baselines
+    python -m experiments.query --workdir=runs/online_retail --user=17850 --k=10
 
 Protocol: cancelled invoices, quantities that are not positive and rows without a customer are
 dropped: 397,924 rows of 4,339 customers are left. One cut in time: validation from 2 November 2011,

@@ -1,0 +1,33 @@
+r"""How a user's past becomes a vector: bags and Transformers.
+
+python -m experiments.train --config=experiments/configs/recipes/histories.py:rotary \
+        --workdir=runs/past
+python -m experiments.export --workdir=runs/past
+python -m experiments.evaluate --workdir=runs/past --k=10 --baselines
+"""
+
+from experiments.configs.recipes.shop import with_changes
+
+RECIPES = {
+    # A mean whose weights are learned, by item and by how many events follow.
+    "attention_bag": {"model.history.kind": "attention", "model.history.recency": True},
+    # SASRec's blocks with rotary positions, 16 wide, one head.
+    "rotary": {
+        "model.history.kind": "causal",
+        "model.history.width": 16,
+        "model.history.blocks": 1,
+        "model.history.heads": 1,
+        "model.history.positions": "rotary",
+    },
+    # A Transformer that sees the whole past at once and reads it off a learned token.
+    "bidirectional": {
+        "model.history.kind": "bidirectional",
+        "model.history.blocks": 1,
+        "model.history.heads": 4,
+        "model.history.pooling": "cls",
+    },
+}
+
+
+def get_config(recipe="rotary"):
+    return with_changes(RECIPES[recipe])

@@ -1,0 +1,35 @@
+r"""Optimizers of the dense parameters and of the tables, schedules, and what bounds memory.
+
+python -m experiments.train --config=experiments/configs/recipes/optimizers.py:adamw \
+        --workdir=runs/adamw
+python -m experiments.export --workdir=runs/adamw
+python -m experiments.evaluate --workdir=runs/adamw --k=10
+"""
+
+from experiments.configs.recipes.shop import with_changes
+
+RECIPES = {
+    "adamw": {
+        "training.optimizer.kind": "adamw",
+        "training.optimizer.weight_decay": 0.01,
+        "training.optimizer.clip_norm": 1.0,
+    },
+    # Adagrad whose accumulators start above 0: smaller first steps of each row.
+    "adagrad": {
+        "training.tables.kind": "adagrad",
+        "training.tables.initial_accumulator": 1e-5,
+    },
+    # The rates fall to a fifth when two validations in a row bring nothing new.
+    "plateau": {
+        "training.schedule.kind": "plateau",
+        "training.schedule.factor": 0.2,
+        "training.schedule.patience": 1,
+        "training.validate_every": 50,
+    },
+    # Data that does not fit beside the model is streamed, and one old checkpoint is kept.
+    "streamed": {"training.resident_megabytes": 0, "training.keep_checkpoints": 1},
+}
+
+
+def get_config(recipe="adamw"):
+    return with_changes(RECIPES[recipe])

@@ -1,0 +1,55 @@
+"""The small shop that the other recipes start from: item ids, titles and a user's past.
+
+python -m experiments.train --config=experiments/configs/recipes/shop.py --workdir=runs/recipe
+python -m experiments.export --workdir=runs/recipe
+python -m experiments.evaluate --workdir=runs/recipe --k=10 --baselines
+"""
+
+from twotower.config import defaults
+
+# What a recipe changes is seen beside this: the plain corrected softmax over in-batch negatives.
+RECIPES = {"plain": {}}
+
+
+def small_shop():
+    """Returns the configuration of a training of seconds."""
+    config = defaults()
+    config.data.source = "shop"
+    config.data.num_interactions = 30_000
+    config.data.shop_seed = 1
+
+    config.split.kind = "time"
+    config.split.validation = 0.1
+    config.split.test = 0.1
+
+    config.features.user = {
+        "city": {"type": "string", "embedding_size": 8},
+        "history": {"type": "history", "max_length": 20},
+    }
+    config.features.item = {
+        "item_id": {"type": "string", "embedding_size": 32, "oov_rate": 0.1},
+        "title": {"type": "text", "embedding_size": 16, "buckets": 4096, "max_length": 24},
+    }
+    config.model.history.kind = "bag"
+    config.model.user.layers = (32,)
+    config.model.item.layers = (32,)
+
+    config.training.seed = 1
+    config.training.batch_size = 512
+    config.training.steps = 300
+    config.training.validate_every = 100
+    config.training.log_every = 100
+    config.training.tables.learning_rate = 0.05
+    config.evaluation.ks = (10, 50)
+    return config
+
+
+def with_changes(changes):
+    """Returns the small shop with some options replaced: dotted name -> value."""
+    config = small_shop()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def get_config(recipe="plain"):
+    return with_changes(RECIPES[recipe])

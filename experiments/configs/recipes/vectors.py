@@ -1,0 +1,31 @@
+r"""Smaller vectors and another index: what is stored, and how hard a query searches.
+
+    python -m experiments.train --config=experiments/configs/recipes/vectors.py:cut_int8 \
+        --workdir=runs/small
+    python -m experiments.export --workdir=runs/small
+    python -m experiments.evaluate --workdir=runs/small --k=10
+
+`export` measures what cutting and rounding lose against the whole float32 vectors, and prints it.
+"""
+
+from experiments.configs.recipes.shop import with_changes
+
+RECIPES = {
+    # Trained at 16 and 32 numbers at once (Matryoshka), so that the first 16 serve alone.
+    "cut_int8": {
+        "objective.matryoshka": (16,),
+        "retrieval.dim": 16,
+        "retrieval.vectors": "int8",
+    },
+    "index_for_long_lists": {
+        "retrieval.k": 50,
+        "retrieval.target_recall": 0.9,
+        "retrieval.index": "exact",
+    },
+    # One coordinate more, the log count of an item: a query may ask for more popular lists.
+    "popularity_knob": {"retrieval.popularity": True},
+}
+
+
+def get_config(recipe="cut_int8"):
+    return with_changes(RECIPES[recipe])

@@ -1,0 +1,100 @@
+"""Every option is set by a shipped configuration, and every recipe trains and can be measured."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from twotower import api
+from twotower.config import defaults, from_dict
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
+# Options of services and machines, which no file of this project can show at work, and why.
+ELSEWHERE = {
+    "data.data_dir": "the folder of TFDS on this machine",
+    "data.project": "BigQuery: a project that pays",
+    "data.location": "BigQuery: a region",
+    "data.interactions.query": "BigQuery: SQL in the place of a path",
+    "data.user_table.query": "BigQuery: SQL in the place of a path",
+    "data.item_table.query": "BigQuery: SQL in the place of a path",
+    "data.test.query": "BigQuery: SQL in the place of a path",
+    "model.user.kind": "one kind of tower is shipped; a module of one's own may add others",
+    "model.item.kind": "one kind of tower is shipped; a module of one's own may add others",
+}
+
+
+def modules(folder):
+    package = ".".join(folder.relative_to(ROOT).parts)
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}
+
+
+RECIPES = modules(CONFIGS / "recipes")
+VARIANTS = [(name, recipe) for name, module in RECIPES.items() for recipe in module.RECIPES]
+
+
+def leaves(values, prefix=""):
+    """Yields the dotted name and the value of each option."""
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        section = hasattr(value, "items") and not path.endswith("columns")
+        if section and path not in ("features.user", "features.item", "objective.heads"):
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def shipped():
+    """Yields every shipped configuration."""
+    for module in modules(CONFIGS).values():
+        yield module.get_config()
+    for name, recipe in VARIANTS:
+        yield RECIPES[name].get_config(recipe)
+
+
+def test_every_option_is_set_by_a_shipped_configuration():
+    untouched = dict(leaves(defaults()))
+    for config in shipped():
+        for name, value in leaves(config):
+            if name in untouched and value != untouched[name]:
+                del untouched[name]
+    assert untouched.keys() == ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_how_to_run_it(name):
+    text = RECIPES[name].__doc__
+    for command in ("train --config=experiments/configs/recipes/" + name, "export", "evaluate"):
+        assert f"python -m experiments.{command}" in text
+
+
+def shrunk(config):
+    """Makes the training one of a few steps, and its shapes as small as they may be."""
+    data = config.data
+    data.num_interactions = min(data.num_interactions, 3000)
+    training = config.training
+    training.steps, training.validate_every, training.log_every = 4, 2, 2
+    negatives = config.objective.negatives
+    training.batch_size = 64
+    negatives.queue = 128 if negatives.queue else 0
+    negatives.queue_warmup = min(negatives.queue_warmup, 1)
+    negatives.mined_refresh = 2
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), VARIANTS)
+def test_a_recipe_trains_and_is_measured(name, recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # paths of files count from the project's folder
+    config = from_dict(shrunk(RECIPES[name].get_config(recipe)))
+    run = api.train(config, tmp_path / "run", devices=1)
+    if name == "vectors":
+        api.export(run)
+    measured = api.evaluate(run, ks=(10,))
+    assert 0 < measured["model"]["recall@10"] <= 1
+    assert measured.keys() >= ({"heads"} if config.objective.heads else {"model"})
+    assert ("index" in measured) == (name == "vectors")
+    written = json.loads(api.metrics_path(run.workdir, "test").read_text())
+    assert written["model"] == measured["model"]
