@@ -1,9 +1,8 @@
-"""Graph indexes (HNSW) by hnswlib or FAISS, for machines where ScaNN cannot be installed: the
-meaning of `ExactIndex.search`.
+"""Graph indexes (HNSW) by hnswlib or FAISS, for machines where ScaNN cannot be installed.
 
-They are tuned as a ScaNN index is: what a query may be given more of is the number of candidates
-that a search of the graph keeps (efSearch). Built by one thread, the same vectors give the same
-graph. index.faiss is a standard FAISS file.
+They are tuned as a ScaNN index is: the setting is the number of candidates that a search of the
+graph keeps (efSearch). Built by one thread, the same vectors give the same graph. index.faiss is a
+standard FAISS file.
 """
 
 from __future__ import annotations
@@ -13,83 +12,108 @@ import dataclasses
 import importlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from absl import logging
+from numpy.typing import ArrayLike
 
 from twotower.index import tuning as tuner
 from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.exact import ExactIndex
-from twotower.index.tuning import Problem
+from twotower.index.tuning import TunableIndex, Tuning
 
-LINKS, EF_CONSTRUCTION = 32, 200  # of each item; candidates kept while building
-MOST_EF = 4_096
+GraphKind = Literal["hnswlib", "faiss"]
+
+LINKS_PER_ITEM = 32
+EF_CONSTRUCTION = 200  # candidates kept while building
+MAX_EF_SEARCH = 4_096  # candidates kept by a search, at most
 
 
 class Library(NamedTuple):
-    """How one library builds, asks, writes and reads.
+    """How one library builds, searches, writes and reads a graph.
 
     Attributes:
-        build: vectors -> graph.
-        ask: (graph, queries, k, ef) -> (scores, rows), -1 where fewer than k were found.
-        write: (graph, path).
+        module: Name of the module to import.
+        extra: Extra of the package that installs it.
+        file: Name of the file that holds the graph.
+        build: vectors [N, D] -> graph.
+        search: (graph, queries [Q, D], k, ef) -> (scores, rows) [Q, k]; row -1 where fewer than k
+            were found.
+        write: (graph, path), writes the graph.
         read: (path, number of items, width) -> graph.
-        shared: the graph itself holds how hard is searched, so that one search at a time may ask
-            it.
+        one_search_at_a_time: Whether the graph itself holds efSearch, so that two searches at once
+            would change each other's.
     """
 
     module: str
     extra: str
     file: str
-    build: Any
-    ask: Any
-    write: Any
-    read: Any
-    shared: bool
+    build: Callable[[np.ndarray], Any]
+    search: Callable[[Any, np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+    write: Callable[[Any, Path], None]
+    read: Callable[[Path, int, int], Any]
+    one_search_at_a_time: bool
 
 
-def _import(kind: str) -> Any:
+def import_library(kind: str) -> Any:
+    """Returns the module of a library.
+
+    Raises:
+        ImportError: It is missing; the message names the extra to install.
+    """
     library = GRAPHS[kind]
     try:
         return importlib.import_module(library.module)
     except ImportError as error:
         raise ImportError(
-            f"index={kind} needs {library.module} ({error}): pip install 'twotower[{library.extra}]'."
+            f"index={kind} needs {library.module} ({error}): "
+            f"pip install 'twotower[{library.extra}]'."
         ) from error
 
 
 def _build_hnswlib(vectors: np.ndarray) -> Any:
-    graph = _import("hnswlib").Index(space="ip", dim=vectors.shape[1])
+    graph = import_library("hnswlib").Index(space="ip", dim=vectors.shape[1])
     graph.init_index(
-        max_elements=len(vectors), M=LINKS, ef_construction=EF_CONSTRUCTION, random_seed=0
+        max_elements=len(vectors),
+        M=LINKS_PER_ITEM,
+        ef_construction=EF_CONSTRUCTION,
+        random_seed=0,
     )
     graph.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return graph
 
 
-def _ask_hnswlib(graph: Any, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_hnswlib(
+    graph: Any, queries: np.ndarray, k: int, ef: int
+) -> tuple[np.ndarray, np.ndarray]:
     graph.set_ef(max(ef, k))
     try:
         rows, distances = graph.knn_query(queries, k=k)
     except RuntimeError:  # some query found fewer than k
-        return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+        shape = (len(queries), k)
+        return np.full(shape, -np.inf, np.float32), np.full(shape, -1)
     return 1.0 - distances, rows.astype(np.int64)
 
 
+def _write_hnswlib(graph: Any, path: Path) -> None:
+    graph.save_index(str(path))
+
+
 def _read_hnswlib(path: Path, num_items: int, dim: int) -> Any:
-    graph = _import("hnswlib").Index(space="ip", dim=dim)
+    graph = import_library("hnswlib").Index(space="ip", dim=dim)
     graph.load_index(str(path), max_elements=num_items)
     return graph
 
 
 def _build_faiss(vectors: np.ndarray) -> Any:
-    faiss = _import("faiss")
+    faiss = import_library("faiss")
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        graph = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph = faiss.IndexHNSWFlat(vectors.shape[1], LINKS_PER_ITEM, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = EF_CONSTRUCTION
         graph.add(vectors)
     finally:
@@ -97,109 +121,141 @@ def _build_faiss(vectors: np.ndarray) -> Any:
     return graph
 
 
-def _ask_faiss(graph: Any, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_faiss(
+    graph: Any, queries: np.ndarray, k: int, ef: int
+) -> tuple[np.ndarray, np.ndarray]:
     # Parameters of the search and not of the graph: threads may ask for lists of different lengths
     # at once.
-    return graph.search(
-        queries, k, params=_import("faiss").SearchParametersHNSW(efSearch=max(ef, k))
-    )
+    parameters = import_library("faiss").SearchParametersHNSW(efSearch=max(ef, k))
+    return graph.search(queries, k, params=parameters)
+
+
+def _write_faiss(graph: Any, path: Path) -> None:
+    import_library("faiss").write_index(graph, str(path))
+
+
+def _read_faiss(path: Path, num_items: int, dim: int) -> Any:
+    return import_library("faiss").read_index(str(path))
 
 
 GRAPHS = {
     "hnswlib": Library(
-        "hnswlib",
-        "hnswlib",
-        "index.hnsw",
-        _build_hnswlib,
-        _ask_hnswlib,
-        lambda graph, path: graph.save_index(str(path)),
-        _read_hnswlib,
-        shared=True,
+        module="hnswlib",
+        extra="hnswlib",
+        file="index.hnsw",
+        build=_build_hnswlib,
+        search=_search_hnswlib,
+        write=_write_hnswlib,
+        read=_read_hnswlib,
+        one_search_at_a_time=True,
     ),
     "faiss": Library(
-        "faiss",
-        "faiss",
-        "index.faiss",
-        _build_faiss,
-        _ask_faiss,
-        lambda graph, path: _import("faiss").write_index(graph, str(path)),
-        lambda path, *_: _import("faiss").read_index(str(path)),
-        shared=False,
+        module="faiss",
+        extra="faiss",
+        file="index.faiss",
+        build=_build_faiss,
+        search=_search_faiss,
+        write=_write_faiss,
+        read=_read_faiss,
+        one_search_at_a_time=False,
     ),
 }
 
 
 class GraphIndex:
-    """A graph and how it is searched; `tuning` counts in "leaves" the candidates kept."""
+    """A graph with the meaning of `ExactIndex.search`, and its tuning, which counts as "leaves" the
+    candidates that a search keeps."""
 
-    def __init__(self, graph: Any, tuning: Any):
-        self._graph, self.tuning = graph, tuning
-        self._lock = threading.Lock() if GRAPHS[tuning.kind].shared else contextlib.nullcontext()
-        self.kind, self.num_items, self.dim, self.normalized = (
-            tuning.kind,
-            tuning.num_items,
-            tuning.dim,
-            tuning.normalized,
-        )
+    def __init__(self, graph: Any, tuning: Tuning):
+        """Wraps a graph.
+
+        Args:
+            graph: Graph of the library `tuning.kind`.
+            tuning: Settings of its searches.
+        """
+        self._graph = graph
+        self._library = GRAPHS[tuning.kind]
+        self._lock = contextlib.nullcontext()
+        if self._library.one_search_at_a_time:
+            self._lock = threading.Lock()
+        self.tuning = tuning
+        self.kind = tuning.kind
+        self.num_items = tuning.num_items
+        self.dim = tuning.dim
+        self.normalized = tuning.normalized
 
     @classmethod
     def build(
         cls,
-        vectors: Any,
-        tuning: Any,
+        vectors: ArrayLike,
         *,
-        queries: np.ndarray,
-        k: int,
+        kind: GraphKind,
+        queries: ArrayLike,
+        target_recall: float,
+        k: int = 10,
+        normalized: bool = False,
         popularity: np.ndarray | None = None,
     ) -> GraphIndex | ExactIndex:
-        """Builds the graph and tunes it on `queries`; exact search where it cannot reach the target
-        of `tuning`."""
+        """Builds the graph and finds how hard it must search; exact search where it cannot reach
+        the target. See `ScannIndex.build`."""
         vectors = check_vectors(vectors, what="item")
-        tuning = dataclasses.replace(tuning, num_leaves=MOST_EF)
-        index = cls(GRAPHS[tuning.kind].build(vectors), tuning)
-        queries = check_queries(queries, index.dim)
-        problem = Problem(
-            index.search_with, index.num_items, MOST_EF, False, tuning.target_recall, graph=True
+        num_items, dim = vectors.shape
+        tuning = Tuning(kind, num_items, dim, normalized, MAX_EF_SEARCH, target_recall)
+        index = cls(GRAPHS[kind].build(vectors), tuning)
+        queries = check_queries(queries, dim)
+        # A query of length 0 has no best items that could be found.
+        queries = queries[queries.any(axis=1)]
+        tunable = TunableIndex(
+            index.search_with, num_items, MAX_EF_SEARCH, False, target_recall, is_graph=True
         )
-        efforts, tried, deciles = tuner.tune(
-            problem, vectors, queries[queries.any(axis=1)], k, popularity
-        )
+        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, k, popularity)
         if not efforts:
             logging.warning(
-                "%s does not reach recall %.4g: the search is exact.",
-                tuning.kind,
-                tuning.target_recall,
+                "%s does not reach recall %.4g: the search is exact.", kind, target_recall
             )
-            return ExactIndex(vectors, normalized=tuning.normalized)
+            return ExactIndex(vectors, normalized=normalized)
         index.tuning = dataclasses.replace(
-            tuning, efforts=efforts, tried=tried, recall_by_decile=deciles
+            tuning, efforts=efforts, tried=trials, recall_by_decile=deciles
         )
         return index
 
-    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `ScannIndex.search`."""
+    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
-        return self.search_with(queries, k, *self.tuning.effort(k))
+        candidates, _ = self.tuning.effort(k)
+        return self.search_with(queries, k, candidates)
 
     def search_with(
-        self, queries: np.ndarray, k: int, leaves: int, reorder: int
+        self, queries: np.ndarray, k: int, candidates: int, reorder: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` of checked queries with `leaves` candidates kept."""
+        """`search` with a given setting.
+
+        Args:
+            queries: float32 [Q, D], checked.
+            k: Length of the lists.
+            candidates: Candidates that the search keeps (efSearch).
+            reorder: Not used: whole vectors are compared. The tuner gives it to every index.
+        """
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
-        if len(queries):
-            count = min(k, self.num_items)
-            with self._lock:
-                found, where = GRAPHS[self.kind].ask(self._graph, queries, count, leaves)
-            rows[:, :count], scores[:, :count] = where, np.where(where < 0, -np.inf, found)
+        if not len(queries):
+            return scores, rows
+        length = min(k, self.num_items)
+        with self._lock:
+            found, found_rows = self._library.search(self._graph, queries, length, candidates)
+        rows[:, :length] = found_rows
+        scores[:, :length] = np.where(found_rows < 0, -np.inf, found)
         return scores, rows
 
-    def save(self, folder: str | os.PathLike) -> None:
-        GRAPHS[self.kind].write(self._graph, Path(folder) / GRAPHS[self.kind].file)
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes the graph; see `Index.save`."""
+        self._library.write(self._graph, Path(folder) / self._library.file)
+        return dataclasses.asdict(self.tuning)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, tuning: Any) -> GraphIndex:
-        """The index that `save_index` wrote."""
+    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> GraphIndex:
+        """Returns the index that `save` wrote."""
         library = GRAPHS[tuning.kind]
-        return cls(library.read(Path(folder) / library.file, tuning.num_items, tuning.dim), tuning)
+        graph = library.read(Path(folder) / library.file, tuning.num_items, tuning.dim)
+        return cls(graph, tuning)

@@ -8,49 +8,62 @@ training row count as one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from twotower.config import Config
 from twotower.core.arrays import evenly_spaced
+from twotower.index.base import Index
+from twotower.index.build import build_index
 from twotower.index.int8 import Vectors
-from twotower.index.scann import build_index
 from twotower.index.tuning import TUNING_QUERIES
 
 
 def log_counts(counts: np.ndarray) -> np.ndarray:
-    """float32, of the shape of `counts`."""
+    """Returns the logs of counts as float32, of the same shape; 0 for a count of 0."""
     return np.log(np.maximum(np.asarray(counts, np.float64), 1.0)).astype(np.float32)
 
 
-def coordinate(counts: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
-    """The items' coordinate, float32 [N], and that of a query with weight 1.
+def popularity_coordinate(counts: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
+    """Returns the items' coordinate, float32 [N], and that of a query with weight 1.
 
     The greatest is as long as each of the others of a unit vector is on average: the partition of
     the index hardly minds it.
+
+    Args:
+        counts: int [N], training rows of each item.
+        dim: Width of the vectors, D.
     """
     logs = log_counts(counts)
     scale = 1.0 / np.sqrt(dim) / max(float(logs.max(initial=0.0)), 1.0)
     return (scale * logs).astype(np.float32), float(1.0 / scale)
 
 
-def widened(vectors: Vectors, last: Any) -> np.ndarray:
-    """float32 [N, D + 1], with one more coordinate."""
-    return np.column_stack([vectors, np.broadcast_to(np.float32(last), len(vectors))]).astype(
-        np.float32
-    )
+def append_coordinate(vectors: Vectors, values: ArrayLike) -> np.ndarray:
+    """Returns vectors [N, D] as float32 [N, D + 1].
+
+    Args:
+        vectors: float [N, D].
+        values: The last coordinate, one number or [N].
+    """
+    column = np.broadcast_to(np.asarray(values, np.float32), len(vectors))
+    return np.column_stack([vectors, column]).astype(np.float32)
 
 
-def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Any:
-    """The index that a bundle of `config` has over item vectors [N, D], tuned on user vectors [U,
-    D]."""
+def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Index:
+    """Builds the index that a bundle of `config` has.
+
+    Args:
+        config: Configuration of the run.
+        vectors: float [N, D], item vectors.
+        counts: int [N], training rows of each item.
+        users: float [U, D], user vectors to tune on.
+    """
     queries = evenly_spaced(users, TUNING_QUERIES)
     if config.retrieval.popularity:
-        vectors, queries = (
-            widened(vectors, coordinate(counts, vectors.shape[1])[0]),
-            widened(queries, 0.0),
-        )
+        coordinate, _ = popularity_coordinate(counts, vectors.shape[1])
+        vectors = append_coordinate(vectors, coordinate)
+        queries = append_coordinate(queries, 0.0)
     return build_index(
         vectors,
         config.retrieval,

@@ -1,149 +1,52 @@
-"""Indexes over the item vectors, chosen by `RetrievalConfig.index`: exact, or ScaNN tuned to a
-recall target.
+"""ScaNN behind the meaning of `Index.search`: trees tuned to a recall target, and brute force.
 
 ScaNN ends the process on vectors that are not finite, answers short queries of codes at random, and
 pads its answers with row 0: everything that goes in and comes out is checked here. It has no wheel
-for every platform; where it cannot be imported, "auto" means exact search, and hnswlib and FAISS
-can be asked for (`twotower.index.graphs`).
+for every platform; `import_scann` says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
+from numpy.typing import ArrayLike
 
-from twotower.config import RetrievalConfig
-from twotower.core.errors import BadIndexError, ConfigError, choose
+from twotower.core.errors import BadIndexError
 from twotower.index import tuning as tuner
 from twotower.index.base import check_k, check_queries, check_vectors
-from twotower.index.exact import ExactIndex
-from twotower.index.graphs import GRAPHS, GraphIndex
-from twotower.index.int8 import Vectors
-from twotower.index.scann_library import (
-    build_searcher,
-    import_scann,
-    load_searcher,
-    save_searcher,
-    scann_version,
-)
-from twotower.index.tuned import Tuning
-from twotower.index.tuning import Problem
+from twotower.index.tuning import TunableIndex, Tuning
 
-SMALLEST_TREE = 1_000  # vectors; below it ScaNN cannot always train a tree, and has nothing to gain
-BRUTE_FORCE_BELOW = (
-    50_000 * 64
-)  # numbers in all vectors; exact, and within a fraction of a millisecond
-HASHING_FROM = (
-    200_000  # vectors; from here asymmetric hashing beats comparing whole vectors in the leaves
-)
+ScannKind = Literal["scann_brute_force", "scann_tree", "scann_tree_ah"]
+
+# Below so many vectors ScaNN cannot always train a tree, and has nothing to gain.
+MIN_TREE_VECTORS = 1_000
+MAX_TRAINING_VECTORS = 250_000  # vectors that the leaves of a tree are learned from
 # Leaves for each of sqrt(N). Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3 times
 # the items for one recall, and 8 spend more time on choosing leaves than they save within them.
-LEAVES_PER_ROOT = 3
+LEAVES_PER_SQRT_ITEMS = 3
 # Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a
 # step that does not shrink with the query. Measured: right at 1e-3, arbitrary items without a word
 # from 1e-4 down.
-SHORT = 0.1
-SHARE_OF_CORPUS = 20  # a list of more than one in so many items is found by looking at all of them
-KINDS = {
-    "auto": "what suits the number, width and length of vectors, the lists asked for, and the platform",
-    "exact": "exhaustive search by JAX",
-    "scann_brute_force": "exhaustive search by ScaNN",
-    "scann_tree": "ScaNN: a tree, whole vectors compared in the leaves; the fastest where queries come in hundreds",
-    "scann_tree_ah": "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; the fastest for single queries of "
-    "large catalogues; normalised vectors only",
-    "hnswlib": "a graph, by hnswlib",
-    "faiss": "a graph, by FAISS",
+MIN_QUERY_LENGTH = 0.1
+MIN_PARALLEL_QUERIES = 256  # queries in a batch from which ScaNN's threads gain anything
+# Kind that is built where another cannot reach its target. A tree that searches all its leaves is
+# exact.
+FALLBACK: dict[ScannKind, ScannKind] = {
+    "scann_tree_ah": "scann_tree",
+    "scann_tree": "scann_brute_force",
 }
-
-
-def build_index(
-    vectors: Any,
-    config: RetrievalConfig,
-    *,
-    normalized: bool,
-    queries: Any = None,
-    popularity: np.ndarray | None = None,
-) -> Any:
-    """The index `config.index` over `vectors`.
-
-    Args:
-        vectors: float [N, D], finite.
-        config: the kind and the recall it must reach.
-        normalized: the vectors have length 1.
-        queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items
-            are.
-        popularity: [N], for the recall of each of its deciles.
-
-    Returns:
-        An `ExactIndex`, a `ScannIndex` or a `GraphIndex`.
-
-    Raises:
-        ConfigError: the kind is unknown, or unfit for vectors that are not normalised.
-        ImportError: a library was asked for by name and cannot be imported.
-    """
-    choose(KINDS, config.index, "config.retrieval.index")
-    vectors = check_vectors(vectors, what="item")
-    kind = _kind(config, *vectors.shape, normalized)
-    if kind == "exact":
-        return ExactIndex(vectors, normalized=normalized)
-    queries = vectors if queries is None or not len(queries) else queries
-    if kind in GRAPHS:
-        tuning = Tuning(kind, *vectors.shape, normalized, target_recall=config.target_recall)
-        return GraphIndex.build(vectors, tuning, queries=queries, k=config.k, popularity=popularity)
-    return ScannIndex.build(
-        vectors,
-        kind=kind,
-        queries=queries,
-        target_recall=config.target_recall,
-        k=config.k,
-        normalized=normalized,
-        popularity=popularity,
-    )
-
-
-def load_index(folder: str | os.PathLike, vectors: Vectors) -> Any:
-    """The index that `save_index` wrote in `folder`, for `vectors` [N, D]."""
-    info = json.loads((Path(folder) / "index.json").read_text())
-    if (info["num_items"], info["dim"]) != vectors.shape:
-        raise BadIndexError(
-            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, not {list(vectors.shape)}."
-        )
-    if info["kind"] == "exact":
-        return ExactIndex(vectors, normalized=info["normalized"])
-    try:
-        load = GraphIndex.load if info["kind"] in GRAPHS else ScannIndex.load
-        return load(folder, Tuning.of(info))
-    except ImportError as error:
-        logging.warning("Exact search instead of %s: %s", info["kind"], error)
-        return ExactIndex(vectors, normalized=info["normalized"])
-
-
-def save_index(index: Any, folder: str | os.PathLike, **more: Any) -> None:
-    """Writes `index` and, in index.json, its settings, what was tried for it, and what else is
-    given."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(index, (ScannIndex, GraphIndex)):
-        index.save(folder)
-        info = dataclasses.asdict(index.tuning)
-        if isinstance(index, ScannIndex):
-            info["scann_version"] = scann_version()
-    else:
-        info = {
-            "kind": "exact",
-            "num_items": index.num_items,
-            "dim": index.dim,
-            "normalized": index.normalized,
-        }
-    (folder / "index.json").write_text(json.dumps(info | more, indent=2, sort_keys=True) + "\n")
 
 
 class ScannIndex:
@@ -151,54 +54,66 @@ class ScannIndex:
     short lists."""
 
     def __init__(self, searcher: Any, tuning: Tuning):
+        """Wraps a searcher.
+
+        Args:
+            searcher: ScaNN's searcher over the vectors.
+            tuning: Settings of its searches.
+        """
         self._searcher = searcher
-        self._searched_as(tuning)
-        self.kind, self.num_items, self.dim = tuning.kind, tuning.num_items, tuning.dim
+        self._set_tuning(tuning)
+        self.kind = tuning.kind
+        self.num_items = tuning.num_items
+        self.dim = tuning.dim
         self.normalized = tuning.normalized
 
     @classmethod
     def build(
         cls,
-        vectors: Any,
+        vectors: ArrayLike,
         *,
-        kind: str,
-        queries: Any,
+        kind: ScannKind,
+        queries: ArrayLike,
         target_recall: float,
         k: int = 10,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
     ) -> ScannIndex:
-        """Builds the searcher (the same each time) and finds how hard it must search; see
-        `tuning.tune`."""
+        """Builds the searcher, the same each time, and finds how hard it must search.
+
+        Args:
+            vectors: float [N, D], finite.
+            kind: Brute force, a tree, or a tree of codes. Few vectors get brute force, and a tree
+                that does not reach the target gives way to the next kind of `FALLBACK`.
+            queries: float [Q, D], user vectors to tune on.
+            target_recall: Share of the exact lists to find.
+            k: Length of the lists that are asked for most.
+            normalized: Whether the vectors have length 1.
+            popularity: number [N], for the recall of each decile; see `tuning.tune`.
+        """
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
-        if kind != "scann_brute_force" and num_items < SMALLEST_TREE:
+        if kind != "scann_brute_force" and num_items < MIN_TREE_VECTORS:
             logging.warning(
                 "%s needs %d vectors; %d are searched by brute force.",
                 kind,
-                SMALLEST_TREE,
+                MIN_TREE_VECTORS,
                 num_items,
             )
             kind = "scann_brute_force"
         if kind == "scann_brute_force":
-            return cls(
-                build_searcher(vectors, num_leaves=0, reorder=0),
-                Tuning(kind, num_items, dim, normalized),
-            )
-        tuning = Tuning(
-            kind,
-            num_items,
-            dim,
-            normalized,
-            round(LEAVES_PER_ROOT * math.sqrt(num_items)),
-            target_recall,
-        )
-        reorder = min(num_items, k * max(tuner.CANDIDATES)) if tuning.hashed else 0
-        index = cls(build_searcher(vectors, num_leaves=tuning.num_leaves, reorder=reorder), tuning)
+            searcher = build_searcher(vectors, num_leaves=0, reorder=0)
+            return cls(searcher, Tuning(kind, num_items, dim, normalized))
+        num_leaves = round(LEAVES_PER_SQRT_ITEMS * math.sqrt(num_items))
+        tuning = Tuning(kind, num_items, dim, normalized, num_leaves, target_recall)
+        max_reorder = 0
+        if tuning.hashed:
+            max_reorder = min(num_items, k * max(tuner.REORDER_FACTORS))
+        searcher = build_searcher(vectors, num_leaves=num_leaves, reorder=max_reorder)
+        index = cls(searcher, tuning)
         queries = check_queries(queries, dim)
-        queries = queries[
-            queries.any(axis=1)
-        ]  # one of length 0 has no best items that could be found
+        # A query of length 0 has no best items that could be found.
+        queries = queries[queries.any(axis=1)]
         if index._tune(vectors, queries if len(queries) else vectors, k, popularity):
             return index
         logging.warning(
@@ -216,82 +131,90 @@ class ScannIndex:
             popularity=popularity,
         )
 
-    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The (nearly) best items, best first.
-
-        Args:
-            queries: float [Q, D], finite.
-            k: length of the lists.
-
-        Returns:
-            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k
-            were found.
-
-        Raises:
-            QueryError: as `ExactIndex.search`.
-        """
+    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
-        effort = self._effort(k) if self.tuning.num_leaves else (0, 0)
-        if not self.tuning.hashed or _least_square(queries) >= SHORT**2:
-            return self.search_with(queries, k, *effort)
+        leaves, reorder = self._effort(k) if self.tuning.num_leaves else (0, 0)
+        if not self.tuning.hashed or _least_square(queries) >= MIN_QUERY_LENGTH**2:
+            return self.search_with(queries, k, leaves, reorder)
         lengths = np.linalg.norm(queries.astype(np.float64), axis=1, keepdims=True)
         lengths[lengths == 0.0] = 1.0
-        scores, rows = self.search_with((queries / lengths).astype(np.float32), k, *effort)
+        units = (queries / lengths).astype(np.float32)
+        scores, rows = self.search_with(units, k, leaves, reorder)
         return (scores * lengths).astype(np.float32), rows
 
     def search_with(
         self, queries: np.ndarray, k: int, leaves: int, reorder: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` of checked queries with an effort of one's own."""
+        """`search` with given settings.
+
+        Args:
+            queries: float32 [Q, D], checked.
+            k: Length of the lists.
+            leaves: Leaves searched for each query.
+            reorder: Candidates scored anew with whole vectors.
+        """
         if not len(queries) or not self.num_items:
-            return _none_found(len(queries), k)
-        options = {"final_num_neighbors": min(k, self.num_items)}
+            return _empty_lists(len(queries), k)
+        length = min(k, self.num_items)
+        options = {"final_num_neighbors": length}
         if self.tuning.num_leaves:
             options["leaves_to_search"] = leaves
         if self.tuning.hashed:
             # Fewer candidates than the list is long would cut it short without a word.
-            options["pre_reorder_num_neighbors"] = max(reorder, options["final_num_neighbors"])
-        found, distances = self._ask(queries, options)
-        # ScaNN fills short lists with row 0 at distance NaN, which makes the sum of squares NaN.
-        if found.shape[1] == k and np.vdot(distances, distances) < np.inf:
-            return distances, found.astype(np.int32)
-        missing = np.isnan(distances)
-        scores, rows = _none_found(len(queries), k)
+            options["pre_reorder_num_neighbors"] = max(reorder, length)
+        found, products = self._call_searcher(queries, options)
+        # ScaNN fills short lists with row 0 at score NaN, which makes the sum of squares NaN.
+        if found.shape[1] == k and np.vdot(products, products) < np.inf:
+            return products, found.astype(np.int32)
+        missing = np.isnan(products)
+        scores, rows = _empty_lists(len(queries), k)
         rows[:, : found.shape[1]] = np.where(missing, -1, found.astype(np.int32))
-        scores[:, : found.shape[1]] = np.where(missing, -np.inf, distances)
+        scores[:, : found.shape[1]] = np.where(missing, -np.inf, products)
         return scores, rows
 
-    def _ask(self, queries: np.ndarray, options: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, scores) [Q, <= k] by the fastest of ScaNN's three ways."""
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes the searcher; see `Index.save`."""
+        save_searcher(self._searcher, folder)
+        return dataclasses.asdict(self.tuning) | {"scann_version": scann_version()}
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> ScannIndex:
+        """Returns the index that `save` wrote."""
+        return cls(load_searcher(folder), tuning)
+
+    def _call_searcher(
+        self, queries: np.ndarray, options: dict[str, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (rows, scores) [Q, <= k] by the fastest of ScaNN's three ways."""
         if len(queries) == 1:
             rows, scores = self._searcher.search(queries[0], **options)
             return rows[None], scores[None]
-        several = (
-            len(queries) >= 256 and _cores() > 1
-        )  # on one core its threads only stand in each other's way
-        return (
-            self._searcher.search_batched_parallel if several else self._searcher.search_batched
-        )(queries, **options)
+        # On one core its threads only stand in each other's way.
+        if len(queries) >= MIN_PARALLEL_QUERIES and _num_cores() > 1:
+            return self._searcher.search_batched_parallel(queries, **options)
+        return self._searcher.search_batched(queries, **options)
 
-    def _searched_as(self, tuning: Tuning) -> None:
+    def _set_tuning(self, tuning: Tuning) -> None:
+        """Makes searches follow `tuning`."""
         self.tuning = tuning
-        self._effort = functools.lru_cache(maxsize=1_024)(
-            tuning.effort
-        )  # a tenth of the time of a single query
+        # Interpolating the effort would take a tenth of the time of a single query.
+        self._effort = functools.lru_cache(maxsize=1_024)(tuning.effort)
 
     def _tune(
         self, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None
     ) -> bool:
-        """Whether some effort reaches the target: the cheapest is then that of the index."""
+        """Sets the cheapest effort that reaches the target, and returns whether there is one."""
         tuning = self.tuning
-        problem = Problem(
+        tunable = TunableIndex(
             self.search_with, self.num_items, tuning.num_leaves, tuning.hashed, tuning.target_recall
         )
-        efforts, tried, deciles = tuner.tune(problem, vectors, queries, k, popularity)
-        self._searched_as(
-            dataclasses.replace(tuning, efforts=efforts, tried=tried, recall_by_decile=deciles)
+        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, k, popularity)
+        measured = dataclasses.replace(
+            tuning, efforts=efforts, tried=trials, recall_by_decile=deciles
         )
+        self._set_tuning(measured)
         for effort in efforts:
             logging.info(
                 "%s, lists of %d: %d of %d leaves, %d candidates, recall %.4f, target %.4f.",
@@ -305,54 +228,145 @@ class ScannIndex:
             )
         return bool(efforts)
 
-    def save(self, folder: str | os.PathLike) -> None:
-        save_searcher(self._searcher, folder)
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> ScannIndex:
-        """The index that `save_index` wrote."""
-        return cls(load_searcher(folder), tuning)
+def import_scann() -> Any:
+    """Returns ScaNN's searcher module.
 
+    ScaNN loads a TensorFlow operation where TensorFlow is installed, and fails with every
+    TensorFlow that it was not built with. The operation is not needed here, so TensorFlow is hidden
+    while ScaNN is imported.
 
-# What is built where a kind cannot reach the target. A tree that searches all its leaves is exact.
-FALLBACK = {"scann_tree_ah": "scann_tree", "scann_tree": "scann_brute_force"}
-
-
-def _kind(config: RetrievalConfig, num_items: int, dim: int, normalized: bool) -> str:
-    if config.index == "scann_tree_ah" and not normalized:
-        raise ConfigError(
-            "config.retrieval.index='scann_tree_ah' loses recall on vectors that are not normalised (measured: 0.87). "
-            "Use 'scann_tree', or model.normalize=True."
-        )
-    if config.index != "auto":
-        return config.index
-    if num_items < SMALLEST_TREE or not _has_scann():
-        return "exact"
-    if num_items * dim < BRUTE_FORCE_BELOW or num_items < SHARE_OF_CORPUS * config.k:
-        return "scann_brute_force"
-    return "scann_tree_ah" if num_items >= HASHING_FROM and normalized else "scann_tree"
-
-
-def _least_square(queries: np.ndarray) -> float:
-    """Of the lengths."""
-    if len(queries) == 1:
-        return float(np.vdot(queries, queries))
-    return float(np.einsum("qd,qd->q", queries, queries).min(initial=np.inf))
+    Raises:
+        ImportError: ScaNN is missing; the message names what to do.
+    """
+    loaded = sys.modules.get("tensorflow")
+    # None in the place of a module makes its import fail.
+    sys.modules.update({"tensorflow": None})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        from scann.scann_ops.py import scann_ops_pybind
+    except ImportError as error:
+        raise ImportError(
+            f"ScaNN cannot be imported ({error}). Install scann (Linux), or use index=exact."
+        ) from error
+    finally:
+        sys.modules.pop("tensorflow")
+        if loaded is not None:
+            sys.modules["tensorflow"] = loaded
+    return scann_ops_pybind
 
 
-def _none_found(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int32)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has_scann() -> bool:
+def has_scann() -> bool:
+    """Whether ScaNN can be imported; where not, the log says why."""
     try:
         import_scann()
     except ImportError as error:
         logging.info("Exact search: %s", error)
         return False
     return True
+
+
+def scann_version() -> str:
+    """Returns the version of the installed library."""
+    return metadata.version("scann")
+
+
+def build_searcher(vectors: np.ndarray, *, num_leaves: int, reorder: int) -> Any:
+    """Returns a ScaNN searcher of greatest dot products.
+
+    Args:
+        vectors: float32 [N, D], finite.
+        num_leaves: Leaves of the tree; 0 builds none.
+        reorder: The most candidates that are scored anew; 0 compares whole vectors from the start,
+            without hashing.
+
+    Raises:
+        BadIndexError: ScaNN refuses the vectors.
+    """
+    builder = import_scann().builder(vectors, 10, "dot_product")
+    if num_leaves:
+        # random_init=False: k-means++ gives the same tree each time, the default is seeded by the
+        # clock.
+        builder = builder.tree(
+            num_leaves=num_leaves,
+            num_leaves_to_search=num_leaves,
+            training_sample_size=min(len(vectors), MAX_TRAINING_VECTORS),
+            min_partition_size=1,
+            random_init=False,
+        )
+    if reorder:
+        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
+        builder = builder.reorder(reorder)
+    else:
+        builder = builder.score_brute_force()
+    try:
+        with captured_stderr():
+            return builder.build()
+    except (RuntimeError, ValueError) as error:
+        raise BadIndexError(
+            f"ScaNN cannot index vectors of shape {list(vectors.shape)}: {error}"
+        ) from error
+
+
+def save_searcher(searcher: Any, folder: str | os.PathLike) -> None:
+    """Writes a searcher into `folder`."""
+    # Relative: absolute paths would break when the folder moves.
+    with captured_stderr():
+        searcher.serialize(str(folder), relative_path=True)
+
+
+def load_searcher(folder: str | os.PathLike) -> Any:
+    """Returns the searcher that `save_searcher` wrote.
+
+    Raises:
+        BadIndexError: The folder holds none that can be read, or a pickle beside it.
+    """
+    if (Path(folder) / "scann_docids.pkl").exists():
+        raise BadIndexError(
+            f"{folder}/scann_docids.pkl is a pickle, which is never written here and not read."
+        )
+    library = import_scann()
+    try:
+        with captured_stderr():
+            return library.load_searcher(str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise BadIndexError(f"{folder} holds no ScaNN index that can be read: {error}") from error
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[None]:
+    """Sends ScaNN's own log lines, which no setting silences, to the debug log instead of the
+    terminal."""
+    sys.stderr.flush()
+    # At the level of file descriptors: the lines are written by C++, past sys.stderr.
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+            captured.seek(0)
+            logging.debug("ScaNN: %s", captured.read().decode(errors="replace"))
+
+
+def _least_square(queries: np.ndarray) -> float:
+    """Returns the square of the length of the shortest query; infinite without any."""
+    if len(queries) == 1:
+        return float(np.vdot(queries, queries))
+    squares = np.einsum("qd,qd->q", queries, queries)
+    return float(squares.min(initial=np.inf))
+
+
+def _empty_lists(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores of -inf and rows of -1, [Q, k] each."""
+    scores = np.full((num_queries, k), -np.inf, np.float32)
+    rows = np.full((num_queries, k), -1, np.int32)
+    return scores, rows
+
+
+def _num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,210 +1,231 @@
-"""Search of an index that never changes, less what is excluded or not allowed: full lists whenever
-enough items exist.
+"""Filtered search: an index that never changes, less what is excluded or not allowed, with full
+lists whenever enough items exist.
 
-An approximate index knows no conditions: it is asked for more than K, what is not allowed is
-dropped, and where a list is then short, or where so few items are allowed that most of what it
-finds would be dropped, the allowed items are compared one by one.
+An approximate index knows no conditions: it is asked for more than K, and what is not allowed is
+dropped. Where a list is then short, or where so few items are allowed that most of what it finds
+would be dropped, the allowed items are compared one by one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from twotower.core.ragged import Ragged
-from twotower.index.base import check_queries
+from twotower.index.base import Index, check_queries, check_scores
 from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
+from twotower.kernels.top_k import RunningTopK, group_size
 
-OVERFETCH = 1_000  # candidates beyond k at most
-SPARE = 1.5  # times the candidates that would do if the allowed items were anywhere
-CHEAPER = 4  # times as many allowed items as would be fetched are compared faster than found
-COMPARED = 2**24  # scores at once
-ROW_BLOCK = 65_536
-FEW = 256  # entries of a list that are compared directly
+MAX_OVERFETCH = 1_000  # candidates beyond k that are asked for on account of exclusions
+# Times the candidates that would do if the allowed items were spread evenly over the corpus.
+OVERFETCH_FACTOR = 1.5
+# Up to so many times as many allowed items as would be fetched are compared faster than found.
+BRUTE_FORCE_FACTOR = 4
+MAX_BLOCK_SCORES = 2**24  # scores held at once
+ROW_BLOCK = 65_536  # rows compared at once
+MAX_COMPARED_EXCLUSIONS = 256  # exclusions of a single query that are compared without a sort
 
 
-class Allowed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class AllowedRows:
     """The rows of an index that may come back.
 
     Attributes:
-        count: how many there are.
-        test: rows [...] -> bool [...].
-        rows: () -> all of them, rising.
+        count: Number of them.
+        contains: rows [...] -> bool [...], which of them are allowed.
+        list_rows: () -> all of them, rising.
     """
 
     count: int
-    test: Callable[[np.ndarray], np.ndarray]
-    rows: Callable[[], np.ndarray]
+    contains: Callable[[np.ndarray], np.ndarray]
+    list_rows: Callable[[], np.ndarray]
 
     @classmethod
-    def mask(cls, mask: np.ndarray) -> Allowed:
-        """Where `mask` [N] holds."""
+    def from_mask(cls, mask: np.ndarray) -> AllowedRows:
+        """Returns the rows where `mask`, bool [N], holds."""
         return cls(int(mask.sum()), mask.__getitem__, lambda: np.flatnonzero(mask))
 
     @classmethod
-    def listed(cls, listed: np.ndarray) -> Allowed:
-        """The rows `listed`, which rise."""
-        return cls(len(listed), lambda rows: np.isin(rows, listed), lambda: listed)
+    def from_rows(cls, allowed: np.ndarray) -> AllowedRows:
+        """Returns the given rows, which rise."""
+        return cls(len(allowed), lambda rows: np.isin(rows, allowed), lambda: allowed)
 
 
-def search_without(
-    index: Any,
+def search_filtered(
+    index: Index,
     vectors: Vectors,
     queries: np.ndarray,
     k: int,
     exclude: Ragged | None = None,
     *,
-    allowed: Allowed | None = None,
-    last: np.ndarray | None = None,
+    allowed: AllowedRows | None = None,
+    extra_coordinate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` items that are allowed and not excluded, as `ExactIndex.search` gives them.
+    """Returns the best `k` items that are allowed and not excluded, as `ExactIndex.search` does.
 
     Args:
-        index: an `ExactIndex`, a `ScannIndex` or a `GraphIndex`.
-        vectors: [N, D], those of the index.
-        exclude: for each query, rows that must not come back.
-        allowed: the rows that may; all by default.
-        last: [N], one more coordinate that the index has behind those of `vectors`, and the queries
-            too.
+        index: Index over the vectors.
+        vectors: float [N, D], vectors of the index.
+        queries: float [Q, D], or [Q, D + 1] with an extra coordinate.
+        k: Length of the lists.
+        exclude: Rows that must not come back, one list a query.
+        allowed: Rows that may come back; all by default.
+        extra_coordinate: float [N], one more coordinate that the index has behind those of
+            `vectors`.
+
+    Returns:
+        (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k items
+        remain.
+
+    Raises:
+        QueryError: As `ExactIndex.search`.
     """
-    exclude = Ragged.empty(len(queries)) if exclude is None else exclude
+    if exclude is None:
+        exclude = Ragged.empty(len(queries))
     if isinstance(index, ExactIndex) and allowed is None:
         return index.search(queries, k, exclude=exclude)
-    count = index.num_items if allowed is None else allowed.count
-    most = int(exclude.lengths.max(initial=0))
-    fetched = k + min(most, OVERFETCH)
-    if count < index.num_items:
-        fetched = int(SPARE * fetched * index.num_items / max(count, 1)) + 1
+    num_allowed = index.num_items if allowed is None else allowed.count
+    max_excluded = int(exclude.lengths.max(initial=0))
+    fetched = k + min(max_excluded, MAX_OVERFETCH)
+    if num_allowed < index.num_items:
+        fetched = int(OVERFETCH_FACTOR * fetched * index.num_items / max(num_allowed, 1)) + 1
     if (
         isinstance(index, ExactIndex)
-        or fetched > k + 2 * OVERFETCH
-        or count <= CHEAPER * fetched < index.num_items
+        or fetched > k + 2 * MAX_OVERFETCH
+        or num_allowed <= BRUTE_FORCE_FACTOR * fetched < index.num_items
     ):
-        checked = check_queries(queries, index.dim, normalized=index.normalized)
-        return exact_among(vectors, _rows_of(allowed), checked, k, exclude, last=last)
+        queries = check_queries(queries, index.dim, normalized=index.normalized)
+        among = None if allowed is None else allowed.list_rows()
+        return brute_force_search(
+            vectors, among, queries, k, exclude, extra_coordinate=extra_coordinate
+        )
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
     keep = rows >= 0
-    if most:
-        keep &= ~_listed(exclude, rows)
+    if max_excluded:
+        keep &= ~_is_excluded(exclude, rows)
     if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
-        keep &= allowed.test(np.maximum(rows, 0))
-    if keep[:, :k].all() and keep.shape[1] >= k:  # nearly always
+        keep &= allowed.contains(np.maximum(rows, 0))
+    if keep.shape[1] >= k and keep[:, :k].all():  # nearly always
         return scores[:, :k], rows[:, :k]
-    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
-    kept = np.take_along_axis(keep, order, axis=1)
-    scores = padded(np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf), k, -np.inf)
-    rows = padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)
-    short = np.flatnonzero(kept.sum(1) < k)
+    scores, rows, lengths = _drop(scores, rows, keep, k)
+    short = np.flatnonzero(lengths < k)
     if short.size:
-        listed = exclude.take(short).distinct()
-        if allowed is not None:
-            listed = listed.filter(allowed.test(listed.values))
-        short = short[kept.sum(1)[short] < np.minimum(k, count - listed.lengths)]
+        available = num_allowed - _count_excluded(exclude.take(short), allowed)
+        short = short[lengths[short] < np.minimum(k, available)]
     if short.size:
-        left = exclude.take(short)
-        scores[short], rows[short] = exact_among(
-            vectors, _rows_of(allowed), queries[short], k, left, last=last
+        among = None if allowed is None else allowed.list_rows()
+        scores[short], rows[short] = brute_force_search(
+            vectors,
+            among,
+            queries[short],
+            k,
+            exclude.take(short),
+            extra_coordinate=extra_coordinate,
         )
     return scores, rows
 
 
-def exact_among(
+def brute_force_search(
     vectors: Vectors,
     among: np.ndarray | None,
-    queries: np.ndarray,
+    queries: ArrayLike,
     k: int,
     exclude: Ragged | None = None,
     *,
-    last: np.ndarray | None = None,
+    extra_coordinate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of the rows `among` (rising; None: all) by NumPy, which compiles nothing; of
-    equal scores the lower row first.
+    """Returns the best `k` of some rows, of equal scores the lower row first, by NumPy, which
+    compiles nothing.
+
+    Args:
+        vectors: float [N, D].
+        among: Rows to compare, rising; None compares all.
+        queries: float [Q, D], or [Q, D + 1] with an extra coordinate.
+        k: Length of the lists.
+        exclude: Rows that must not come back, one list a query.
+        extra_coordinate: float [N], a coordinate behind those of `vectors`.
 
     Returns:
         (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k remain.
+
+    Raises:
+        QueryError: A score overflows.
     """
     queries = np.asarray(queries, np.float32)
-    scores, rows = (
-        np.full((len(queries), k), -np.inf, np.float32),
-        np.full((len(queries), k), -1, np.int32),
-    )
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.full((len(queries), k), -1, np.int32)
     total = len(vectors) if among is None else len(among)
-    step = max(1, COMPARED // ROW_BLOCK)
+    step = max(1, MAX_BLOCK_SCORES // ROW_BLOCK)
     for start in range(0, len(queries), step):
-        part = slice(start, min(start + step, len(queries)))
-        skip = None if exclude is None else exclude.take(np.arange(part.start, part.stop))
+        stop = min(start + step, len(queries))
+        lists = None if exclude is None else exclude.take(np.arange(start, stop))
+        best = RunningTopK(stop - start, k)
         for first in range(0, total, ROW_BLOCK):
-            stop = min(first + ROW_BLOCK, total)
-            block = np.arange(first, stop) if among is None else among[first:stop]
-            found = (
-                queries[part, : vectors.shape[1]]
-                @ (vectors[first:stop] if among is None else vectors[block]).T
-            )
-            if last is not None:
-                found += queries[part, -1:] * last[block][None, :]
-            if skip is not None:
-                _drop(found, block, skip)
-            scores[part], rows[part] = merge(scores[part], rows[part], found, block, k)
+            last = min(first + ROW_BLOCK, total)
+            if among is None:
+                block = np.arange(first, last)
+                block_vectors = vectors[first:last]
+            else:
+                block = among[first:last]
+                block_vectors = vectors[block]
+            products = queries[start:stop, : vectors.shape[1]] @ block_vectors.T
+            if extra_coordinate is not None:
+                products += queries[start:stop, -1:] * extra_coordinate[block][None, :]
+            if lists is not None:
+                _exclude(products, block, lists)
+            maxima = products.reshape(stop - start, -1, group_size(len(block), k)).max(-1)
+            check_scores(maxima)
+            best.add(products, first, maxima)
+        found, positions = best.best()
+        length = found.shape[1]
+        scores[start:stop, :length] = found
+        if among is not None and length:
+            positions = np.where(positions < 0, -1, among[positions])
+        rows[start:stop, :length] = positions
     return scores, rows
 
 
-def merge(
-    scores: np.ndarray, rows: np.ndarray, more: np.ndarray, more_rows: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of two sets of items for each query; of equal scores the lower row first.
-
-    Args:
-        scores, rows: [Q, k], a list so far; a score of -inf is no item.
-        more: [Q, M], scores of the items `more_rows` [M]; likewise.
-    """
-    least = scores[:, -1]
-    if np.isneginf(least).any() and more.shape[1] > k:
-        at = more.shape[1] - k
-        least = np.maximum(least, np.partition(more, at, axis=1)[:, at])
-    # All that equal the k-th are looked at, so that rows break ties and not the place where a
-    # partition left them.
-    query, column = np.nonzero((more >= least[:, None]) & ~np.isneginf(more))
-    known, place = np.nonzero(~np.isneginf(scores))
-    queries = np.concatenate([known, query])
-    values = np.concatenate([scores[known, place], more[query, column]])
-    items = np.concatenate([rows[known, place], more_rows[column]])
-    order = np.lexsort((items, -values, queries))
-    queries = queries[order]
-    rank = np.arange(len(order)) - np.searchsorted(queries, np.arange(len(scores)))[queries]
-    order, queries, rank = order[rank < k], queries[rank < k], rank[rank < k]
-    best, best_rows = (
-        np.full((len(scores), k), -np.inf, np.float32),
-        np.full((len(scores), k), -1, rows.dtype),
-    )
-    best[queries, rank], best_rows[queries, rank] = values[order], items[order]
-    return best, best_rows
+def _drop(
+    scores: np.ndarray, rows: np.ndarray, keep: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the first `k` entries to keep of each list, padded, and their numbers."""
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+    kept = np.take_along_axis(keep, order, axis=1)
+    best = np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf)
+    best_rows = np.where(kept, np.take_along_axis(rows, order, axis=1), -1)
+    return _pad_lists(best, k, -np.inf), _pad_lists(best_rows, k, -1), kept.sum(1)
 
 
-def padded(array: np.ndarray, k: int, value: float) -> np.ndarray:
-    """`array` [Q, <= k] as [Q, k]."""
-    return (
-        array
-        if array.shape[1] == k
-        else np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)
-    )
+def _pad_lists(lists: np.ndarray, k: int, value: float) -> np.ndarray:
+    """Returns lists [Q, <= k] as [Q, k]."""
+    missing = k - lists.shape[1]
+    if not missing:
+        return lists
+    return np.pad(lists, ((0, 0), (0, missing)), constant_values=value)
 
 
-def _listed(lists: Ragged, rows: np.ndarray) -> np.ndarray:
-    """Which of the rows [Q, M] stand in the list of their query."""
-    if len(lists) == 1 and len(lists.values) <= FEW:
-        return (rows[0, :, None] == lists.values[None, :]).any(1)[None, :]
-    return lists.contains(np.arange(len(rows))[:, None], rows)
+def _is_excluded(exclude: Ragged, rows: np.ndarray) -> np.ndarray:
+    """Returns bool [Q, M], which of the rows [Q, M] stand in the list of their query."""
+    if len(exclude) == 1 and len(exclude.values) <= MAX_COMPARED_EXCLUSIONS:
+        return (rows[0, :, None] == exclude.values[None, :]).any(1)[None, :]
+    return exclude.contains(np.arange(len(rows))[:, None], rows)
 
 
-def _rows_of(allowed: Allowed | None) -> np.ndarray | None:
-    return None if allowed is None else allowed.rows()
+def _count_excluded(exclude: Ragged, allowed: AllowedRows | None) -> np.ndarray:
+    """Returns int [Q], the number of allowed rows that each query excludes."""
+    exclude = exclude.distinct()
+    if allowed is not None:
+        exclude = exclude.filter(allowed.contains(exclude.values))
+    return exclude.lengths
 
 
-def _drop(scores: np.ndarray, block: np.ndarray, exclude: Ragged) -> None:
-    """Takes the excluded rows out of the scores [Q, len(block)] of the rows `block`, which rise."""
-    place = np.searchsorted(block, exclude.values)
-    inside = (place < len(block)) & (block[np.minimum(place, len(block) - 1)] == exclude.values)
-    scores[exclude.rows[inside], place[inside]] = -np.inf
+def _exclude(scores: np.ndarray, rows: np.ndarray, exclude: Ragged) -> None:
+    """Sets the scores [Q, M] of the rows [M], which rise, to -inf where a query excludes them."""
+    column = np.searchsorted(rows, exclude.values)
+    nearest = rows[np.minimum(column, len(rows) - 1)]
+    inside = (column < len(rows)) & (nearest == exclude.values)
+    scores[exclude.rows[inside], column[inside]] = -np.inf

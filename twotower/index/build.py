@@ -1,0 +1,156 @@
+"""Indexes built, saved and loaded by kind: exact, ScaNN tuned to a recall target, or a graph.
+
+ScaNN has no wheel for every platform; where it cannot be imported, "auto" means exact search, and
+hnswlib and FAISS can be asked for by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from numpy.typing import ArrayLike
+
+from twotower.config import RetrievalConfig
+from twotower.core.errors import BadIndexError, ConfigError, choose
+from twotower.index.base import Index, check_vectors
+from twotower.index.exact import ExactIndex
+from twotower.index.graphs import GRAPHS, GraphIndex
+from twotower.index.int8 import Vectors
+from twotower.index.scann import MIN_TREE_VECTORS, ScannIndex, has_scann
+from twotower.index.tuning import Tuning
+
+# Numbers in all vectors below which ScaNN compares them all: exact, and within a fraction of a
+# millisecond.
+MIN_TREE_NUMBERS = 50_000 * 64
+# Vectors from which asymmetric hashing beats comparing whole vectors in the leaves.
+MIN_HASHED_VECTORS = 200_000
+# A list of more than one in so many items is found by looking at all of them.
+MIN_ITEMS_PER_ENTRY = 20
+
+KINDS = {
+    "auto": (
+        "what suits the number, width and length of vectors, the lists asked for, and the platform"
+    ),
+    "exact": "exhaustive search by JAX",
+    "scann_brute_force": "exhaustive search by ScaNN",
+    "scann_tree": (
+        "ScaNN: a tree, whole vectors compared in the leaves; the fastest where queries come in "
+        "hundreds"
+    ),
+    "scann_tree_ah": (
+        "ScaNN: a tree, 4-bit codes compared in the leaves, the best scored anew; the fastest for "
+        "single queries of large catalogues; normalised vectors only"
+    ),
+    "hnswlib": "a graph, by hnswlib",
+    "faiss": "a graph, by FAISS",
+}
+
+
+def build_index(
+    vectors: ArrayLike,
+    config: RetrievalConfig,
+    *,
+    normalized: bool,
+    queries: np.ndarray | None = None,
+    popularity: np.ndarray | None = None,
+) -> Index:
+    """Builds the index of kind `config.index` over `vectors`.
+
+    Args:
+        vectors: float [N, D], finite.
+        config: Kind of the index, and the recall that it must reach.
+        normalized: Whether the vectors have length 1.
+        queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items
+            are.
+        popularity: number [N], for the recall of each decile of popularity.
+
+    Raises:
+        ConfigError: The kind is unknown, or unfit for vectors that are not normalised.
+        ImportError: A library was asked for by name and cannot be imported.
+    """
+    choose(KINDS, config.index, "config.retrieval.index")
+    vectors = check_vectors(vectors, what="item")
+    num_items, dim = vectors.shape
+    kind = resolve_kind(config, num_items, dim, normalized=normalized)
+    if kind == "exact":
+        return ExactIndex(vectors, normalized=normalized)
+    if queries is None or not len(queries):
+        queries = vectors
+    build = GraphIndex.build if kind in GRAPHS else ScannIndex.build
+    return build(
+        vectors,
+        kind=kind,
+        queries=queries,
+        target_recall=config.target_recall,
+        k=config.k,
+        normalized=normalized,
+        popularity=popularity,
+    )
+
+
+def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalized: bool) -> str:
+    """Returns the kind of index to build; "auto" is resolved by what suits the vectors.
+
+    Raises:
+        ConfigError: The kind is unfit for vectors that are not normalised.
+    """
+    if config.index == "scann_tree_ah" and not normalized:
+        raise ConfigError(
+            "config.retrieval.index='scann_tree_ah' loses recall on vectors that are not "
+            "normalised (measured: 0.87). Use 'scann_tree', or model.normalize=True."
+        )
+    if config.index != "auto":
+        return config.index
+    if num_items < MIN_TREE_VECTORS or not has_scann():
+        return "exact"
+    if num_items * dim < MIN_TREE_NUMBERS or num_items < MIN_ITEMS_PER_ENTRY * config.k:
+        return "scann_brute_force"
+    if num_items >= MIN_HASHED_VECTORS and normalized:
+        return "scann_tree_ah"
+    return "scann_tree"
+
+
+def save_index(index: Index, folder: str | os.PathLike, **more: Any) -> None:
+    """Writes `index`, and index.json with its settings and what was tried for it.
+
+    Args:
+        index: Index to write.
+        folder: Folder to write into; made where there is none.
+        more: Further entries of index.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    info = index.save(folder) | more
+    (folder / "index.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+
+
+def load_index(folder: str | os.PathLike, vectors: Vectors) -> Index:
+    """Loads the index that `save_index` wrote; exact search where its library is missing.
+
+    Args:
+        folder: Folder of the index.
+        vectors: float [N, D], the vectors that it was built over.
+
+    Raises:
+        BadIndexError: The index is of other vectors, or cannot be read.
+    """
+    info = json.loads((Path(folder) / "index.json").read_text())
+    if (info["num_items"], info["dim"]) != vectors.shape:
+        raise BadIndexError(
+            f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, "
+            f"not {list(vectors.shape)}."
+        )
+    kind = info["kind"]
+    if kind == "exact":
+        return ExactIndex(vectors, normalized=info["normalized"])
+    load = GraphIndex.load if kind in GRAPHS else ScannIndex.load
+    try:
+        return load(folder, Tuning.from_dict(info))
+    except ImportError as error:
+        logging.warning("Exact search instead of %s: %s", kind, error)
+        return ExactIndex(vectors, normalized=info["normalized"])

@@ -1,0 +1,66 @@
+"""What approximate lists find of the exact ones: recall, NDCG, and recall by popularity."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from twotower.core.ragged import pair_keys
+
+NUM_DECILES = 10
+
+
+def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """Returns bool [Q, K], which entries of `values` [Q, K] stand in the same row of `lists` [Q, M].
+
+    Args:
+        values: int [Q, K] below 2^31; one of -1 stands nowhere.
+        lists: int [Q, M], likewise.
+    """
+    # One `isin` over keys (query, value) in the place of a loop over queries.
+    query = np.arange(len(values))[:, None]
+    found = np.isin(pair_keys(query, values), pair_keys(query, lists))
+    return found & (values >= 0)
+
+
+def list_recall(rows: np.ndarray, truth: np.ndarray) -> float:
+    """Returns the mean share of each row of `truth` [Q, K] that stands in the same row of `rows`
+    [Q, M]."""
+    if not truth.size:
+        return 1.0
+    return float(isin_lists(truth, rows).mean())
+
+
+def list_ndcg(rows: np.ndarray, truth: np.ndarray) -> float:
+    """Returns the mean NDCG of the lists `rows` [Q, K], in which the entries of `truth` [Q, K] are
+    right, all alike.
+
+    >>> round(list_ndcg(np.array([[4, 9]]), np.array([[9, 3]])), 4)  # 1 / log2(3) of 1 + 1 / log2(3)
+    0.3869
+    """
+    if not truth.size:
+        return 1.0
+    gains = 1 / np.log2(np.arange(rows.shape[1]) + 2)
+    gained = isin_lists(rows, truth) @ gains
+    return float(gained.mean() / gains[: truth.shape[1]].sum())
+
+
+def recall_by_decile(
+    rows: np.ndarray, truth: np.ndarray, popularity: np.ndarray
+) -> tuple[float | None, ...]:
+    """Returns the recall of the true items in each tenth of the corpus, the least popular first.
+
+    Args:
+        rows: int [Q, M], lists that were found.
+        truth: int [Q, K], exact lists.
+        popularity: number [N].
+
+    Returns:
+        One recall a decile; None where no true item is in it.
+    """
+    rank = np.empty(len(popularity), np.int64)
+    rank[np.argsort(popularity, kind="stable")] = np.arange(len(popularity))
+    decile = rank[truth] * NUM_DECILES // len(popularity)
+    found = isin_lists(truth, rows)
+    total = np.bincount(decile.ravel(), minlength=NUM_DECILES)
+    hits = np.bincount(decile[found], minlength=NUM_DECILES)
+    return tuple(round(float(h / n), 4) if n else None for h, n in zip(hits, total))

@@ -1,0 +1,106 @@
+"""What tuning tried for an index, as a table and as a plot."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from twotower.core.tables import format_table
+from twotower.index.tuning import SearchEffort, Trial, Tuning
+
+HEADER = ("k", "leaves", "reorder", "recall", "-margin", "queries/s", "")
+
+
+def format_tuning(tuning: Tuning) -> str:
+    """Returns the trials that explain the choice as a table, and what was chosen."""
+    if not tuning.tried:
+        return f"{tuning.kind}: exact, nothing to tune."
+    chosen = {(effort.k, effort.leaves, effort.reorder) for effort in tuning.efforts}
+    rows = [_cells(trial, chosen) for trial in _shown_trials(tuning.tried, chosen)]
+    table = format_table(rows, HEADER, align="rrrrrrl")
+    lines = [
+        f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
+        textwrap.indent(table, "  "),
+    ]
+    lines.extend(_sentence(effort) for effort in tuning.efforts)
+    if tuning.recall_by_decile:
+        recalls = ("-" if recall is None else f"{recall:.3f}" for recall in tuning.recall_by_decile)
+        lines.append(
+            f"Recall@{tuning.efforts[0].k} by decile of popularity, the least popular first: "
+            + " ".join(recalls)
+        )
+    return "\n".join(lines)
+
+
+def _cells(trial: Trial, chosen: set[tuple[int, int, int]]) -> list[str]:
+    """Returns a row of the table."""
+    mark = "" if trial.reached else "too low"
+    if (trial.k, trial.leaves, trial.reorder) in chosen:
+        mark = "chosen"
+    return [
+        str(trial.k),
+        str(trial.leaves),
+        str(trial.reorder),
+        f"{trial.recall:.4f}",
+        f"{trial.recall - trial.margin:.4f}",
+        f"{trial.queries_per_second:,.0f}",
+        mark,
+    ]
+
+
+def _sentence(effort: SearchEffort) -> str:
+    """Returns the setting of one list length and its recall in words."""
+    setting = f"{effort.leaves} leaves"
+    if effort.reorder:
+        setting += f", {effort.reorder} candidates"
+    return (
+        f"Lists of {effort.k:,}: {setting}, recall {effort.recall:.4f} "
+        f"on {effort.queries} held-out users."
+    )
+
+
+def _shown_trials(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
+    """Returns the trials that were chosen, and for each list length and number of candidates the
+    one of fewest leaves that reached the target, or the best where none did."""
+    best: dict[tuple[int, int], Trial] = {}
+    for trial in trials:
+        key = (trial.k, trial.reorder)
+        if key not in best or _rank(trial) > _rank(best[key]):
+            best[key] = trial
+    shown = set(best.values())
+    shown.update(t for t in trials if (t.k, t.leaves, t.reorder) in chosen)
+    return sorted(shown, key=lambda trial: (trial.k, trial.reorder, trial.leaves))
+
+
+def _rank(trial: Trial) -> tuple[bool, float]:
+    """Returns a key that is greater for a better trial of one length and number of candidates."""
+    return trial.reached, -trial.leaves if trial.reached else trial.recall
+
+
+def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> None:
+    """Draws recall against queries per second of the trials into an image.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"A plot needs matplotlib ({error}): pip install 'twotower[plots]'."
+        ) from error
+    lengths = sorted({trial.k for trial in trials})
+    figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
+    all_axes = figure.subplots(1, len(lengths), squeeze=False)[0]
+    for axes, k in zip(all_axes, lengths):
+        of_length = [trial for trial in trials if trial.k == k]
+        for reorder in sorted({trial.reorder for trial in of_length}):
+            series = [trial for trial in of_length if trial.reorder == reorder]
+            points = sorted((trial.recall, trial.queries_per_second) for trial in series)
+            label = f"{reorder} candidates" if reorder else "whole vectors"
+            axes.plot(*zip(*points), marker="o", label=label)
+        axes.axvline(target_recall, color="grey", linestyle="--")
+        axes.set(xlabel=f"recall@{k}", ylabel="queries per second", yscale="log")
+        axes.legend()
+    figure.savefig(path)
