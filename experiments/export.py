@@ -42,7 +42,7 @@ _PLOT = flags.DEFINE_string(
 
 
 def main() -> None:
-    from twotower.index.tuning import format_tuning, plot_tuning
+    from twotower.index.tuning_report import format_tuning, plot_tuning
     from twotower.retrieval.export import export
     from twotower.training.run import load_run
 

@@ -93,7 +93,7 @@ def size_of(write: Callable[[Path], Any]) -> int:
 def make_ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
     """The index as export builds it, for `users` to tune on."""
     from twotower.config import RetrievalConfig
-    from twotower.index.scann import build_index, save_index
+    from twotower.index.build import build_index, save_index
 
     config = RetrievalConfig(index=_INDEX.value, target_recall=_TARGET.value, k=_K.value)
     index = build_index(vectors, config, normalized=True, queries=users)
@@ -108,13 +108,13 @@ def tuned(built: Built, tuning: np.ndarray, vectors: np.ndarray) -> int | None:
 
     if not built.most:
         return 0
-    problem = tuner.Problem(
+    problem = tuner.TunableIndex(
         lambda q, k, effort, _: built.search(q, k, effort),
         len(vectors),
         built.most,
         False,
         _TARGET.value,
-        graph=built.graph,
+        is_graph=built.graph,
     )
     efforts, _, _ = tuner.tune(problem, vectors, tuning, _K.value)
     return efforts[0].leaves if efforts else None
@@ -133,7 +133,7 @@ def measure(
 ) -> list[Speed]:
     """Of each (index, effort), which take turns: the best round in batches, the median of single
     queries in the best round."""
-    from twotower.index.tuning import overlap
+    from twotower.index.recall import list_recall
 
     k, count = truth.shape[1], len(contestants)
     batches, singles = ([[] for _ in range(count)] for _ in range(2))
@@ -144,7 +144,9 @@ def measure(
             singles[n].append(
                 np.median([seconds(lambda q=q: built.search(q[None], k, effort)) for q in some])
             )  # noqa: B023
-    found = [overlap(built.search(held_out, k, effort)[1], truth) for built, effort in contestants]
+    found = [
+        list_recall(built.search(held_out, k, effort)[1], truth) for built, effort in contestants
+    ]
     return [Speed(min(batches[n]), float(min(singles[n])), found[n]) for n in range(count)]
 
 
@@ -156,9 +158,10 @@ def grid_best(
     from twotower.core.arrays import evenly_spaced
     from twotower.index import tuning as tuner
     from twotower.index.exact import ExactIndex
+    from twotower.index.recall import isin_lists
 
     k, tuning = truth.shape[1], index.tuning
-    problem = tuner.Problem(
+    problem = tuner.TunableIndex(
         index.search_with, len(vectors), tuning.num_leaves, tuning.hashed, tuning.target_recall
     )
     spent = seconds(lambda: tuner.tune(problem, vectors, users, k))
@@ -167,13 +170,13 @@ def grid_best(
         np.ascontiguousarray(evenly_spaced(users, tuner.TUNING_QUERIES)[::2]),
     )
     exact = ExactIndex(vectors).search(asked, k)[1]
-    for reorder in [k * times for times in tuner.CANDIDATES] if tuning.hashed else [0]:
+    for reorder in [k * times for times in tuner.REORDER_FACTORS] if tuning.hashed else [0]:
         for leaves in sorted(
             {max(1, round(tuning.num_leaves * 1.1**-step)) for step in range(100)}
         ):
-            found = tuner.found_in(exact, index.search_with(asked, k, leaves, reorder)[1]).mean(1)
+            found = isin_lists(exact, index.search_with(asked, k, leaves, reorder)[1]).mean(1)
             if (
-                found.mean() - tuner.MARGIN * found.std() / math.sqrt(len(found))
+                found.mean() - tuner.MARGIN_ERRORS * found.std() / math.sqrt(len(found))
                 >= tuning.target_recall
             ):
                 settings.append((leaves, reorder))

@@ -39,7 +39,7 @@ def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
     import faiss
 
     from twotower.index.exact import ExactIndex
-    from twotower.index.search import exact_among
+    from twotower.index.search import brute_force_search
 
     def flat() -> dict[str, Built]:
         index = faiss.IndexFlatIP(vectors.shape[1])
@@ -53,7 +53,7 @@ def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
     yield "exact, JAX (ours)", jax
     yield (
         "exact, NumPy (ours)",
-        lambda: {"": Built(lambda q, k, _: exact_among(vectors, None, q, k))},
+        lambda: {"": Built(lambda q, k, _: brute_force_search(vectors, None, q, k))},
     )
     yield "exact, FAISS flat", flat
 

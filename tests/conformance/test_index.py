@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.index.fakes import UnconditionalIndex
 from tests.retrieval.conftest import make_run
 from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.config import RetrievalConfig
@@ -18,10 +19,11 @@ from twotower.core.ragged import Ragged
 from twotower.evaluation import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.index import exact
+from twotower.index.build import build_index
 from twotower.index.exact import ExactIndex
-from twotower.index.scann import ScannIndex, build_index
-from twotower.index.search import search_without
-from twotower.index.tuning import overlap
+from twotower.index.recall import list_recall
+from twotower.index.scann import ScannIndex
+from twotower.index.search import search_filtered
 from twotower.kernels.top_k import select_top_k
 from twotower.retrieval.bundle import load_bundle, write_bundle
 from twotower.retrieval.export import check_parity, make_bundle
@@ -123,7 +125,8 @@ def test_scann_ranks_by_the_metric_of_training(scann, kind):
         items, RetrievalConfig(index=kind, target_recall=1.0), normalized=False, queries=queries
     )
     assert (
-        overlap(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10]) > 0.99
+        list_recall(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10])
+        > 0.99
     )
 
 
@@ -162,25 +165,16 @@ def test_item_vectors_of_an_older_step_are_refused(fresh, bundled, tmp_path):
 
 
 @pytest.mark.trap(24)
-@pytest.mark.parametrize("index", [ExactIndex, None], ids=["exact", "approximate"])
+@pytest.mark.parametrize("index", [ExactIndex, UnconditionalIndex])
 def test_excluded_items_never_come_back_though_fewer_than_k_remain(index):
     """Pushed down by 1e5 they return when the list cannot be filled: they are dropped, and the list
     is short."""
-
-    class Approximate:
-        """Searches as a ScaNN index does: without knowing what is excluded."""
-
-        num_items, dim, normalized = 12, 4, False
-
-        def search(self, queries, k):
-            return ExactIndex(items).search(queries, k)
-
     items = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     queries = items[:3] * 2
     exclude = Ragged.from_pairs(
         np.repeat([0, 1], [9, 12]), np.r_[np.arange(9), np.arange(12)], num_rows=3
     )
-    found = search_without((index or (lambda _: Approximate()))(items), items, queries, 5, exclude)
+    found = search_filtered(index(items), items, queries, 5, exclude)
     scores, rows = found
     assert (
         set(rows[0, :3]) == {9, 10, 11}
@@ -200,7 +194,9 @@ def test_a_tree_is_tuned_until_it_reaches_its_recall(scann):
     index = ScannIndex.build(
         items, kind="scann_tree", queries=queries, target_recall=0.95, normalized=True
     )
-    recall = overlap(index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10])
+    recall = list_recall(
+        index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10]
+    )
     assert recall >= 0.95 and index.tuning.efforts[0].recall >= 0.95
     assert index.tuning.efforts[0].leaves < index.tuning.num_leaves
 

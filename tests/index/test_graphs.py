@@ -11,10 +11,10 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.errors import QueryError
 from twotower.index import graphs
+from twotower.index.build import build_index, load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.graphs import GRAPHS
-from twotower.index.scann import build_index, load_index, save_index
-from twotower.index.tuning import overlap
+from twotower.index.recall import list_recall
 
 
 def unit(vectors):
@@ -45,7 +45,7 @@ def test_lists_are_nearly_exact_and_full(built, vectors):
     for k in (1, 10, 300):
         scores, rows = built.search(users, k)
         expected_scores, expected = ExactIndex(items).search(users, k)
-        assert overlap(rows, expected) >= 0.94 and (rows >= 0).all()
+        assert list_recall(rows, expected) >= 0.94 and (rows >= 0).all()
         np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", users, items[rows]), atol=1e-5)
     assert built.tuning.efforts[0].recall >= 0.95 and built.tuning.efforts[0].leaves < 200
 
@@ -102,9 +102,9 @@ def test_a_library_that_is_not_there_names_its_extra():
     code = """if True:
         import sys
         sys.modules["faiss"] = None
-        from twotower.index.graphs import _import
+        from twotower.index.graphs import import_library
         try:
-            _import("faiss")
+            import_library("faiss")
         except ImportError as error:
             print(error)
     """
@@ -114,7 +114,7 @@ def test_a_library_that_is_not_there_names_its_extra():
 
 def test_a_target_beyond_the_graph_is_searched_exactly(vectors, monkeypatch):
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
-    monkeypatch.setattr(graphs, "MOST_EF", 1)
-    monkeypatch.setattr(graphs, "LINKS", 2)
+    monkeypatch.setattr(graphs, "MAX_EF_SEARCH", 1)
+    monkeypatch.setattr(graphs, "LINKS_PER_ITEM", 2)
     index = build_index(vectors[1], config("faiss", 0.999), normalized=True, queries=vectors[0])
     assert index.kind == "exact"

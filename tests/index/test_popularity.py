@@ -6,7 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from twotower.index.popularity import coordinate, index_items, log_counts, widened
+from twotower.index.popularity import (
+    append_coordinate,
+    index_items,
+    log_counts,
+    popularity_coordinate,
+)
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 
@@ -104,8 +109,8 @@ def test_an_approximate_index_serves_every_weight(run):
         run.config.retrieval, index="scann_tree_ah", target_recall=0.95, popularity=True
     )
     index = index_items(dataclasses.replace(run.config, retrieval=retrieval), items, counts, users)
-    _, factor = coordinate(counts, 16)
+    _, factor = popularity_coordinate(counts, 16)
     for weight in (0.0, 0.02, 0.05):
-        _, rows = index.search(widened(users, weight * factor), 10)
+        _, rows = index.search(append_coordinate(users, weight * factor), 10)
         truth = np.argsort(-(users @ items.T + weight * log_counts(counts)), axis=1)[:, :10]
         assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, truth)]) > 0.9

@@ -10,10 +10,12 @@ import pytest
 
 from twotower.config import RetrievalConfig, from_dict
 from twotower.core.errors import BadIndexError, ConfigError, QueryError
+from twotower.index import build as build_module
 from twotower.index import scann as scann_module
+from twotower.index.build import build_index, load_index, save_index
 from twotower.index.exact import ExactIndex
-from twotower.index.scann import ScannIndex, build_index, load_index, save_index
-from twotower.index.tuning import overlap
+from twotower.index.recall import list_recall
+from twotower.index.scann import ScannIndex
 
 pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
 TREES = ["scann_tree", "scann_tree_ah"]
@@ -50,7 +52,7 @@ def test_brute_force_equals_exact(vectors):
     scores, rows = index.search(users, 20)
     expected_scores, expected_rows = ExactIndex(items).search(users, 20)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
-    assert overlap(rows, expected_rows) > 0.999
+    assert list_recall(rows, expected_rows) > 0.999
 
 
 def test_the_same_vectors_give_the_same_index(built, vectors):
@@ -164,7 +166,7 @@ def test_vectors_that_are_not_finite_do_not_end_the_process(value):
     code = f"""
         import numpy as np
         from twotower.config import RetrievalConfig
-        from twotower.index.scann import build_index
+        from twotower.index.build import build_index
         vectors = np.random.default_rng(0).normal(size=(1500, 8)).astype(np.float32)
         vectors[7, 3] = float({value!r})
         try:
@@ -203,12 +205,14 @@ def test_duplicates_and_zero_vectors_are_indexed(kind, vectors):
         items, RetrievalConfig(index=kind, target_recall=0.9), normalized=True, queries=vectors[0]
     )
     truth = ExactIndex(items).search(vectors[0], 10)[1]
-    assert overlap(index.search(vectors[0], 10)[1], truth) >= 0.9
+    assert list_recall(index.search(vectors[0], 10)[1], truth) >= 0.9
 
 
 def test_auto_chooses_by_size_width_norm_lists_and_platform(monkeypatch):
     def kind(num_items, dim=64, k=10, normalized=True):
-        return scann_module._kind(RetrievalConfig(k=k), num_items, dim, normalized)
+        return build_module.resolve_kind(
+            RetrievalConfig(k=k), num_items, dim, normalized=normalized
+        )
 
     assert kind(999) == "exact"
     assert kind(1_000) == kind(49_999) == kind(100_000, dim=16) == "scann_brute_force"
@@ -216,7 +220,7 @@ def test_auto_chooses_by_size_width_norm_lists_and_platform(monkeypatch):
     assert kind(200_000) == kind(200_000, k=10_000) == "scann_tree_ah"
     assert kind(200_000, normalized=False) == "scann_tree"
     assert kind(200_000, k=10_001) == "scann_brute_force"
-    monkeypatch.setattr(scann_module, "_has_scann", lambda: False)
+    monkeypatch.setattr(build_module, "has_scann", lambda: False)
     assert kind(200_000) == "exact"
 
 
@@ -226,7 +230,7 @@ def test_hashing_is_refused_for_vectors_that_are_not_normalised(vectors):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in scann_module.KINDS if kind not in scann_module.GRAPHS]
+    "kind", [kind for kind in build_module.KINDS if kind not in build_module.GRAPHS]
 )
 def test_every_kind_can_be_configured(kind, vectors):
     config = from_dict({"retrieval": {"index": kind}}).retrieval
@@ -246,7 +250,7 @@ def test_a_tensorflow_of_another_version_does_not_get_in_the_way(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('undefined symbol')")
     code = """
         import sys, types
-        from twotower.index.scann_library import import_scann
+        from twotower.index.scann import import_scann
         import_scann()
         assert "tensorflow" not in sys.modules
         own = sys.modules["tensorflow"] = types.ModuleType("tensorflow")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from twotower.config import RetrievalConfig
-from twotower.index.scann import build_index, save_index
+from twotower.index.build import build_index, save_index
 
 pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 from twotower.config import RetrievalConfig
 from twotower.index.exact import ExactIndex
 from twotower.retrieval.live.catalogue import Corpus
-from twotower.index.scann import build_index, load_index
+from twotower.index.build import build_index, load_index
 rng = np.random.default_rng(0)
 unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 items, users = unit(rng.normal(size=(1500, 8))), unit(rng.normal(size=(60, 8)))

@@ -8,10 +8,10 @@ from tests.index.test_exact import oracle
 from twotower.config import RetrievalConfig
 from twotower.core.errors import QueryError
 from twotower.core.ragged import Ragged
+from twotower.index.build import build_index
 from twotower.index.exact import ExactIndex
-from twotower.index.scann import build_index
-from twotower.index.search import Allowed, exact_among, search_without
-from twotower.index.tuning import overlap
+from twotower.index.recall import list_recall
+from twotower.index.search import AllowedRows, brute_force_search, search_filtered
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def forbidden(exclude, mask):
 @pytest.mark.parametrize("k", [1, 10, 500])
 def test_exact_among_equals_a_stable_sort_of_what_is_left(vectors, k, row_block, monkeypatch):
     monkeypatch.setattr("twotower.index.search.ROW_BLOCK", row_block)
-    monkeypatch.setattr("twotower.index.search.COMPARED", 5 * row_block)
+    monkeypatch.setattr("twotower.index.search.MAX_BLOCK_SCORES", 5 * row_block)
     queries, items = vectors
     exclude = some_excluded(19, 400, 390)
     mask = np.random.default_rng(3).random(400) < 0.3
     for among, banned in ((None, exclude), (np.flatnonzero(mask), forbidden(exclude, mask))):
-        scores, rows = exact_among(items, among, queries, k, exclude)
+        scores, rows = brute_force_search(items, among, queries, k, exclude)
         expected_scores, expected_rows = oracle(queries, items, k, banned)
         np.testing.assert_array_equal(rows, expected_rows)
         np.testing.assert_array_equal(scores, expected_scores)
@@ -60,8 +60,8 @@ def test_exact_among_equals_a_stable_sort_of_what_is_left(vectors, k, row_block,
 def test_exact_search_of_what_is_allowed(vectors, share):
     queries, items = vectors
     mask, exclude = np.random.default_rng(4).random(400) < share, some_excluded(19, 400, 300)
-    scores, rows = search_without(
-        ExactIndex(items), items, queries, 20, exclude, allowed=Allowed.mask(mask)
+    scores, rows = search_filtered(
+        ExactIndex(items), items, queries, 20, exclude, allowed=AllowedRows.from_mask(mask)
     )
     expected = oracle(queries, items, 20, forbidden(exclude, mask))
     np.testing.assert_array_equal(rows, expected[1])
@@ -94,24 +94,28 @@ def test_an_approximate_index_finds_its_share_of_what_is_allowed(approximate, sh
     far[np.argsort(users.mean(0) @ items.T)[: max(3, int(share * len(items)))]] = True
     exclude = some_excluded(len(users), len(items), 60)
     for mask in (anywhere, far):
-        scores, rows = search_without(index, items, users, 10, exclude, allowed=Allowed.mask(mask))
+        scores, rows = search_filtered(
+            index, items, users, 10, exclude, allowed=AllowedRows.from_mask(mask)
+        )
         truth = oracle(users, items, 10, forbidden(exclude, mask))[1]
         assert ((rows >= 0) == (truth >= 0)).all()
         assert (
             mask[rows[rows >= 0]].all()
             and not exclude.contains(np.arange(len(users))[:, None], rows).any()
         )
-        assert overlap(np.where(rows < 0, -2, rows), truth) >= 0.95 * (truth >= 0).mean()
+        assert list_recall(np.where(rows < 0, -2, rows), truth) >= 0.95 * (truth >= 0).mean()
         assert (np.diff(scores[rows[:, -1] >= 0], axis=1) <= 0).all()
 
 
 def test_few_allowed_items_are_not_looked_for_among_all(approximate, monkeypatch):
     index, items, users = approximate
-    monkeypatch.setattr(index, "search", None)  # would fail
+    monkeypatch.setattr(index, "search", lambda *_: pytest.fail("the index was searched"))
     few = np.zeros(len(items), bool)
     few[[5, 17, 80]] = True
     assert set(
-        search_without(index, items, users[:1], 3, allowed=Allowed.mask(few))[1][0].tolist()
+        search_filtered(index, items, users[:1], 3, allowed=AllowedRows.from_mask(few))[1][
+            0
+        ].tolist()
     ) == {5, 17, 80}
     with pytest.raises(QueryError, match="query vector 0 is zero"):
-        search_without(index, items, users[:1] * 0, 3, allowed=Allowed.mask(few))
+        search_filtered(index, items, users[:1] * 0, 3, allowed=AllowedRows.from_mask(few))

@@ -10,18 +10,11 @@ import pytest
 
 from twotower.config import RetrievalConfig
 from twotower.index import tuning as tuner
+from twotower.index.build import build_index, save_index
 from twotower.index.exact import ExactIndex
-from twotower.index.scann import build_index, save_index
-from twotower.index.tuning import (
-    Problem,
-    Trial,
-    format_tuning,
-    found_in,
-    overlap,
-    plot_tuning,
-    recall_by_decile,
-    tune,
-)
+from twotower.index.recall import isin_lists, list_recall, recall_by_decile
+from twotower.index.tuning import Trial, TunableIndex, tune
+from twotower.index.tuning_report import format_tuning, plot_tuning
 
 
 def unit(vectors):
@@ -60,17 +53,17 @@ class Partitioned:
 def test_the_choice_is_the_cheapest_of_a_full_grid(vectors, hashed):
     users, items = vectors[0][:200], vectors[1][:1_000]
     index = Partitioned(items, 16, 1)
-    problem = Problem(index.search, len(items), 16, hashed, 0.9)
+    problem = TunableIndex(index.search, len(items), 16, hashed, 0.9)
     (effort, *_), trials, _ = tune(problem, items, users, 10)
     tuning = users[::2]
     truth = ExactIndex(items).search(tuning, 10)[1]
 
     def reaches(leaves, reorder):
-        shares = found_in(truth, index.search(tuning, 10, leaves, reorder)[1]).mean(1)
+        shares = isin_lists(truth, index.search(tuning, 10, leaves, reorder)[1]).mean(1)
         return shares.mean() - 1.64 * shares.std() / np.sqrt(len(shares)) >= 0.9
 
     grid = [
-        (problem.work(leaves, reorder), leaves, reorder)
+        (problem.cost(leaves, reorder), leaves, reorder)
         for leaves in range(1, 17)
         for reorder in ((320, 160, 80, 40, 20) if hashed else (0,))
         if reaches(leaves, reorder)
@@ -80,7 +73,7 @@ def test_the_choice_is_the_cheapest_of_a_full_grid(vectors, hashed):
         32 if hashed else 8
     )  # of the 80 and 16 of a grid
     held_out = users[1::2]
-    found = overlap(
+    found = list_recall(
         index.search(held_out, 10, effort.leaves, effort.reorder)[1],
         ExactIndex(items).search(held_out, 10)[1],
     )
@@ -99,7 +92,7 @@ def test_what_tunes_and_what_measures_are_different_users(vectors):
         asked.append({row.tobytes() for row in queries})
         return index.search(queries, *setting)
 
-    tune(Problem(search, 500, 8, False, 0.8), items, users, 10)
+    tune(TunableIndex(search, 500, 8, False, 0.8), items, users, 10)
     assert {row.tobytes() for row in users} == set().union(*asked) and asked[0] & asked[-1] == set()
 
 
@@ -108,28 +101,34 @@ def test_the_margin_is_1_64_standard_errors(vectors):
     users, items = vectors[0][:100], vectors[1][:500]
     index = Partitioned(items, 8, 2)
     truth = ExactIndex(items).search(users[::2], 10)[1]
-    shares = found_in(truth, index.search(users[::2], 10, 3, 0)[1]).mean(1)
+    shares = isin_lists(truth, index.search(users[::2], 10, 3, 0)[1]).mean(1)
     margin = 1.64 * shares.std() / np.sqrt(50)
     for target, reached in (
         (shares.mean() - margin * 0.9, False),
         (shares.mean() - margin * 1.1, True),
     ):
-        half = tuner._half(users, ExactIndex(items).search(users, 10), 0)
-        trial = tuner._try(Problem(index.search, 500, 8, False, float(target)), half, 10, 3, 0)
+        half = tuner._every_second(users, ExactIndex(items).search(users, 10), first=0)
+        trial = tuner._run_trial(
+            TunableIndex(index.search, 500, 8, False, float(target)), half, 10, 3, 0
+        )
         assert trial.reached is reached and trial.margin == pytest.approx(margin, abs=1e-4)
 
 
 def test_held_out_users_who_need_more_leaves_get_them(vectors):
     users, items = vectors[0][:100], vectors[1][:500]
     index = Partitioned(items, 8, 2)
-    problem, truth = Problem(index.search, 500, 8, False, 0.9), ExactIndex(items).search(users, 10)
-    leaves, (_, recalls) = tuner._widened(problem, tuner._half(users, truth, 1), 10, 1, 0)
+    problem, truth = (
+        TunableIndex(index.search, 500, 8, False, 0.9),
+        ExactIndex(items).search(users, 10),
+    )
+    half = tuner._every_second(users, truth, first=1)
+    leaves, _, recalls = tuner._raise_to_held_out(problem, half, 10, 1, 0)
     assert leaves > 1 and recalls.mean() >= 0.9
 
 
 def test_what_no_effort_reaches_is_no_effort(vectors):
     users, items = vectors[0][:100], vectors[1][:500]
-    blind = Problem(
+    blind = TunableIndex(
         lambda q, k, *_: (np.full((len(q), k), -np.inf), np.full((len(q), k), -1)),
         500,
         8,
@@ -143,7 +142,7 @@ def test_what_no_effort_reaches_is_no_effort(vectors):
 def test_of_equal_scores_any_item_is_found():
     """A thousand copies of one item: which of them come back is nobody's loss."""
     items, users = np.ones((500, 4), np.float32), np.ones((40, 4), np.float32)
-    last = Problem(
+    last = TunableIndex(
         lambda q, k, *_: (
             np.full((len(q), k), 4.0),
             np.tile(np.arange(499, 499 - k, -1), (len(q), 1)),
@@ -174,7 +173,7 @@ def test_found_in_equals_a_loop():
     expected = [
         [value in row for value in line] for line, row in zip(truth.tolist(), rows.tolist())
     ]
-    assert found_in(truth, rows).tolist() == expected
+    assert isin_lists(truth, rows).tolist() == expected
 
 
 @pytest.fixture(scope="module", params=["scann_tree", "scann_tree_ah"])
@@ -192,7 +191,7 @@ def test_users_never_tuned_on_find_the_target_at_every_length(built, vectors, k)
     """Lists shorter, as long as, between and beyond the tuned lengths."""
     others = vectors[0][1::2]
     assert (
-        overlap(built.search(others, k)[1], ExactIndex(vectors[1]).search(others, k)[1])
+        list_recall(built.search(others, k)[1], ExactIndex(vectors[1]).search(others, k)[1])
         >= 0.9 - 0.01
     )
     assert built.tuning.effort(k)[0] < built.tuning.num_leaves
@@ -221,7 +220,7 @@ def test_what_was_tried_is_kept_and_shown(built, tmp_path):
 def test_hashing_that_cannot_reach_its_target_gives_way_to_whole_vectors(vectors, monkeypatch):
     pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
     monkeypatch.setattr(
-        tuner, "CANDIDATES", (1,)
+        tuner, "REORDER_FACTORS", (1,)
     )  # as many candidates as the list is long: codes alone decide
     config = RetrievalConfig(index="scann_tree_ah", target_recall=0.99)
     index = build_index(vectors[1], config, normalized=True, queries=vectors[0])

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from tests.index.fakes import UnconditionalIndex
 from tests.retrieval.conftest import make_run
 from twotower.core.errors import BundleError, ConfigError, UnknownItemError
 from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
-from twotower.index.search import search_without
+from twotower.index.search import search_filtered
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever, nearest
@@ -194,18 +195,12 @@ def test_latest_items_come_the_latest_first(retriever):
     ]
 
 
-class Forgetful:
+class Forgetful(UnconditionalIndex):
     """An approximate index that finds every second item only, and gives up after `limit`."""
 
-    kind, normalized = "approximate", False
-
     def __init__(self, vectors, limit):
-        self.exact, self.num_items, self.limit, self.dim = (
-            ExactIndex(vectors),
-            len(vectors),
-            limit,
-            vectors.shape[1],
-        )
+        super().__init__(vectors)
+        self.limit = limit
 
     def search(self, queries, k):
         scores, rows = self.exact.search(queries, self.num_items)
@@ -231,7 +226,7 @@ def test_lists_are_full_whenever_k_items_exist(limit, k):
     exclude = Ragged.from_pairs(
         np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8
     )
-    scores, rows = search_without(Forgetful(vectors, limit), vectors, queries, k, exclude)
+    scores, rows = search_filtered(Forgetful(vectors, limit), vectors, queries, k, exclude)
     assert rows.shape == scores.shape == (8, k)
     for q, row in enumerate(rows):
         real = row[row >= 0]

@@ -23,8 +23,8 @@ from twotower.evaluation.evaluate import Scores, evaluate, model_scores
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.index.exact import ExactIndex
-from twotower.index.popularity import log_counts, widened
-from twotower.index.tuning import overlap
+from twotower.index.popularity import append_coordinate, log_counts
+from twotower.index.recall import list_recall
 from twotower.retrieval.export import served_model
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import Run
@@ -163,7 +163,7 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     k = min(INDEX_K, len(bundle.vectors))
     _, truth = ExactIndex(bundle.vectors).search(queries, k)
     if bundle.index.dim > queries.shape[1]:  # popularity is not weighed here
-        queries = widened(queries, 0.0)
+        queries = append_coordinate(queries, 0.0)
     _, rows = bundle.index.search(queries, truth.shape[1])
     batch_seconds = _median_seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
     single_seconds = [
@@ -174,7 +174,7 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     warm = single_seconds[len(single_seconds) // 10 :]
     return {
         "kind": bundle.index.kind,
-        f"recall@{INDEX_K}": overlap(rows, truth),
+        f"recall@{INDEX_K}": list_recall(rows, truth),
         "queries_per_second": round(len(queries) / batch_seconds, 1),
         "single_query_ms": round(1e3 * float(np.median(warm)), 4),
         "queries": len(queries),

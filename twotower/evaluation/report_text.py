@@ -10,7 +10,7 @@ from twotower.core.tables import format_table
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.report import INDEX_K
-from twotower.index.tuning import format_tuning
+from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
 
 TABLE_METRICS = (*RANKING_METRICS, "coverage", "novelty", "never_trained")

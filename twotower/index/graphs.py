@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -24,8 +24,6 @@ from twotower.index import tuning as tuner
 from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.exact import ExactIndex
 from twotower.index.tuning import TunableIndex, Tuning
-
-GraphKind = Literal["hnswlib", "faiss"]
 
 LINKS_PER_ITEM = 32
 EF_CONSTRUCTION = 200  # candidates kept while building
@@ -189,7 +187,7 @@ class GraphIndex:
         cls,
         vectors: ArrayLike,
         *,
-        kind: GraphKind,
+        kind: str,
         queries: ArrayLike,
         target_recall: float,
         k: int = 10,

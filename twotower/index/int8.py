@@ -98,5 +98,5 @@ def error_bound(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 def _steps(vectors: np.ndarray) -> np.ndarray:
-    """Returns float64 [N], the difference between the numbers of two codes that follow each other."""
+    """Returns float64 [N], by how much a number grows where its code grows by one."""
     return np.abs(np.asarray(vectors, np.float64)).max(axis=1, initial=0.0) / MAX_CODE

@@ -10,7 +10,7 @@ NUM_DECILES = 10
 
 
 def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """Returns bool [Q, K], which entries of `values` [Q, K] stand in the same row of `lists` [Q, M].
+    """Returns bool [Q, K], which of the values [Q, K] stand in the same row of `lists` [Q, M].
 
     Args:
         values: int [Q, K] below 2^31; one of -1 stands nowhere.
@@ -34,7 +34,9 @@ def list_ndcg(rows: np.ndarray, truth: np.ndarray) -> float:
     """Returns the mean NDCG of the lists `rows` [Q, K], in which the entries of `truth` [Q, K] are
     right, all alike.
 
-    >>> round(list_ndcg(np.array([[4, 9]]), np.array([[9, 3]])), 4)  # 1 / log2(3) of 1 + 1 / log2(3)
+    One of two right items, in the second position: 1 / log2(3) of 1 + 1 / log2(3).
+
+    >>> round(list_ndcg(np.array([[4, 9]]), np.array([[9, 3]])), 4)
     0.3869
     """
     if not truth.size:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -27,8 +27,6 @@ from twotower.core.errors import BadIndexError
 from twotower.index import tuning as tuner
 from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.tuning import TunableIndex, Tuning
-
-ScannKind = Literal["scann_brute_force", "scann_tree", "scann_tree_ah"]
 
 # Below so many vectors ScaNN cannot always train a tree, and has nothing to gain.
 MIN_TREE_VECTORS = 1_000
@@ -43,7 +41,7 @@ MIN_QUERY_LENGTH = 0.1
 MIN_PARALLEL_QUERIES = 256  # queries in a batch from which ScaNN's threads gain anything
 # Kind that is built where another cannot reach its target. A tree that searches all its leaves is
 # exact.
-FALLBACK: dict[ScannKind, ScannKind] = {
+FALLBACK = {
     "scann_tree_ah": "scann_tree",
     "scann_tree": "scann_brute_force",
 }
@@ -72,7 +70,7 @@ class ScannIndex:
         cls,
         vectors: ArrayLike,
         *,
-        kind: ScannKind,
+        kind: str,
         queries: ArrayLike,
         target_recall: float,
         k: int = 10,
@@ -83,7 +81,7 @@ class ScannIndex:
 
         Args:
             vectors: float [N, D], finite.
-            kind: Brute force, a tree, or a tree of codes. Few vectors get brute force, and a tree
+            kind: scann_brute_force, scann_tree or scann_tree_ah (a tree of codes). Few vectors get brute force, and a tree
                 that does not reach the target gives way to the next kind of `FALLBACK`.
             queries: float [Q, D], user vectors to tune on.
             target_recall: Share of the exact lists to find.
@@ -239,9 +237,9 @@ def import_scann() -> Any:
     Raises:
         ImportError: ScaNN is missing; the message names what to do.
     """
-    loaded = sys.modules.get("tensorflow")
-    # None in the place of a module makes its import fail.
-    sys.modules.update({"tensorflow": None})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    modules: dict[str, Any] = sys.modules
+    loaded = modules.get("tensorflow")
+    modules["tensorflow"] = None  # in the place of a module, it makes the import fail
     try:
         from scann.scann_ops.py import scann_ops_pybind
     except ImportError as error:
@@ -249,9 +247,9 @@ def import_scann() -> Any:
             f"ScaNN cannot be imported ({error}). Install scann (Linux), or use index=exact."
         ) from error
     finally:
-        sys.modules.pop("tensorflow")
+        modules.pop("tensorflow")
         if loaded is not None:
-            sys.modules["tensorflow"] = loaded
+            modules["tensorflow"] = loaded
     return scann_ops_pybind
 
 

@@ -316,9 +316,7 @@ def _fewest_leaves(
         yield high
 
 
-def _run_trial(
-    index: TunableIndex, truth: GroundTruth, k: int, leaves: int, reorder: int
-) -> Trial:
+def _run_trial(index: TunableIndex, truth: GroundTruth, k: int, leaves: int, reorder: int) -> Trial:
     """Returns the recall and the speed of one setting."""
     start = time.perf_counter()
     scores, _ = index.search(truth.queries, k, leaves, reorder)

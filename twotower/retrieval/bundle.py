@@ -36,9 +36,9 @@ from twotower.core.ragged import Ragged
 from twotower.features.base import SIDES
 from twotower.features.encoder import Encoder
 from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
+from twotower.index.build import load_index, save_index
 from twotower.index.int8 import Int8Vectors, Vectors
-from twotower.index.popularity import coordinate, widened
-from twotower.index.scann import load_index, save_index
+from twotower.index.popularity import append_coordinate, popularity_coordinate
 from twotower.retrieval.served import Towers
 from twotower.retrieval.weights import load_weights, model_version, save_weights
 
@@ -58,7 +58,7 @@ class Bundle:
         user_vectors: float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: for each user its items, distinct, the latest last.
-        index: over `vectors`, with one more coordinate where `config.retrieval.popularity` says so;
+        index: over `vectors`, with one more popularity_coordinate where `config.retrieval.popularity` says so;
             see `retrieval.scann`.
         manifest: see the head of this file, with its own "sha256"; {} before it is written.
         folder: where it was loaded from; None where it only is in memory.
@@ -226,7 +226,7 @@ def _stored_vectors(folder: Path, kind: str) -> Vectors:
 def _indexed(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
     """The vectors that the index was built from."""
     return (
-        widened(vectors, coordinate(counts, vectors.shape[1])[0])
+        append_coordinate(vectors, popularity_coordinate(counts, vectors.shape[1])[0])
         if config.retrieval.popularity
         else vectors
     )

@@ -21,7 +21,8 @@ from twotower.data.interactions import PARTS
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
-from twotower.index.tuning import TUNING_QUERIES, ndcg, overlap
+from twotower.index.recall import list_ndcg, list_recall
+from twotower.index.tuning import TUNING_QUERIES
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.histories import SPANS
 from twotower.pipeline.prepare import PreparedData
@@ -159,7 +160,7 @@ def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
     for k in AGAINST_FULL:
         pairs = (users, items), (bundle.user_vectors[places], bundle.vectors)
         full, stored = (top_k(*pair, min(k, len(items)))[1] for pair in pairs)
-        found |= {f"recall@{k}": overlap(stored, full), f"ndcg@{k}": ndcg(stored, full)}
+        found |= {f"recall@{k}": list_recall(stored, full), f"ndcg@{k}": list_ndcg(stored, full)}
     return measured | {name: round(value, 4) for name, value in found.items()}
 
 

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.retrieval.conftest import make_run
-from twotower.index.tuning import TIE
+from twotower.index.tuning import TIE_TOLERANCE
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever
 
@@ -100,7 +100,8 @@ def test_every_filter_for_every_user(shop, exclude_seen):
             np.inf,
         )
         hits = (rows >= 0) & (
-            np.take_along_axis(scores, np.maximum(rows, 0), axis=1) >= least[:, None] - TIE
+            np.take_along_axis(scores, np.maximum(rows, 0), axis=1)
+            >= least[:, None] - TIE_TOLERANCE
         )
         recalls[name].append(hits.sum(1)[exist > 0] / exist[exist > 0])
         assert not recalls[name][-1].size or recalls[name][-1].mean() >= TARGET - 0.03, condition

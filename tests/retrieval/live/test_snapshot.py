@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.index.fakes import UnconditionalIndex
 from twotower.core.errors import ConfigError, QueryError, UnknownItemError
 from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
-from twotower.index.search import exact_among
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.conditions import conditions
 
@@ -21,16 +21,6 @@ def table(ids, brands=None):
             "brand": pa.array(brands or ["x"] * len(ids), pa.string()),
         }
     )
-
-
-class Approximate:
-    """An index that finds everything and knows no conditions, as ScaNN does not."""
-
-    def __init__(self, vectors):
-        self.vectors, self.num_items, self.dim, self.normalized = vectors, *vectors.shape, False
-
-    def search(self, queries, k):
-        return exact_among(self.vectors, None, queries, k)
 
 
 def fresh(count=30, seed=0, index=ExactIndex):
@@ -82,7 +72,7 @@ def check(snapshot, model, queries, *, exclude=(), k=7, where=(), only=None, num
         assert (place[len(expected) :] == -1).all() and np.isneginf(score[len(expected) :]).all()
 
 
-@pytest.mark.parametrize("index", [ExactIndex, Approximate])
+@pytest.mark.parametrize("index", [ExactIndex, UnconditionalIndex])
 def test_any_sequence_of_changes_equals_a_dictionary(index):
     rng = np.random.default_rng(1)
     corpus, model = fresh(index=index)

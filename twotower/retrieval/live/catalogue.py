@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from twotower.core.errors import QueryError, UnknownItemError
 from twotower.index.base import check_vectors
-from twotower.index.int8 import Vectors, as_stored
+from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import log_counts
 from twotower.retrieval.live.snapshot import NEVER, Delta, Main, Snapshot
 
@@ -120,7 +120,7 @@ class LiveCatalogue:
             raise ValueError(
                 f"item_id {twice!r} in the rows of upsert is {'missing' if twice is None else 'there twice'}."
             )
-        return pa.table(columns, schema=self.schema), np.asarray(as_stored(vectors, main.vectors))
+        return pa.table(columns, schema=self.schema), np.asarray(store_like(vectors, main.vectors))
 
     def upsert(self, items: pa.Table, vectors: np.ndarray) -> None:
         """Adds checked items, or puts them in the place of those with the same ids. The lock is

@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.ragged import Ragged
-from twotower.index.base import check_queries
+from twotower.index.base import Index, check_queries, check_scores
 from twotower.index.exact import ExactIndex
-from twotower.index.int8 import Vectors, as_stored
-from twotower.index.popularity import coordinate, widened
-from twotower.index.search import Allowed, merge, search_without
+from twotower.index.int8 import Vectors, store_like
+from twotower.index.popularity import append_coordinate, popularity_coordinate
+from twotower.index.search import AllowedRows, search_filtered
+from twotower.kernels.top_k import RunningTopK
 from twotower.retrieval.live.conditions import Where, matching
 from twotower.retrieval.live.display import reader
 
@@ -51,7 +52,7 @@ class Main:
         died: int64 [N], the change that took each row away.
     """
 
-    index: Any
+    index: Index
     vectors: Vectors
     items: pa.Table
     counts: np.ndarray
@@ -62,7 +63,7 @@ class Main:
     @classmethod
     def make(
         cls,
-        index: Any,
+        index: Index,
         vectors: Vectors,
         items: pa.Table,
         counts: np.ndarray,
@@ -91,9 +92,9 @@ class Main:
 
     @functools.cached_property
     def popularity(self) -> tuple[np.ndarray, float] | None:
-        """What `popularity.coordinate` gives, where the index has that coordinate."""
+        """What `popularity.popularity_coordinate` gives, where the index has that coordinate."""
         dim = self.vectors.shape[1]
-        return coordinate(self.counts, dim) if self.index.dim == dim + 1 else None
+        return popularity_coordinate(self.counts, dim) if self.index.dim == dim + 1 else None
 
     @functools.cached_property
     def in_order(self) -> bool:
@@ -221,7 +222,7 @@ class Snapshot:
         known, last = queries, None
         if index.dim > vectors.shape[1]:
             last, factor = main.popularity
-            known = widened(queries, popularity_weight * factor)
+            known = append_coordinate(queries, popularity_weight * factor)
         elif popularity_weight:
             raise ValueError(
                 f"popularity_weight={popularity_weight} needs an index with that coordinate: export with "
@@ -232,7 +233,9 @@ class Snapshot:
             _renumbered(exclude, main.row_of(exclude.values)),
             self._allowed(where, only),
         )
-        scores, rows = search_without(index, vectors, known, k, banned, allowed=allowed, last=last)
+        scores, rows = search_filtered(
+            index, vectors, known, k, banned, allowed=allowed, extra_coordinate=last
+        )
         if not count:
             return scores, rows.astype(np.int64)
         alive = self.slots_alive & self._slotsmatching(where)
@@ -244,7 +247,12 @@ class Snapshot:
         found[
             exclude.contains(np.arange(len(queries))[:, None], delta.numbers[None, :count])
         ] = -np.inf
-        return merge(scores, rows.astype(np.int64), found, len(main.numbers) + np.arange(count), k)
+        check_scores(found)
+        best = RunningTopK(len(queries), k)
+        best.add_lists(scores, rows)
+        best.add(found, len(main.numbers))
+        scores, rows = best.best()
+        return scores, rows.astype(np.int64)
 
     def place_of(self, number: int) -> int:
         """Where the item is now; -1 where it is not alive."""
@@ -299,24 +307,24 @@ class Snapshot:
             tables.append(pa.concat_tables(chunks).take(pa.array(slots)))
         numbers = np.concatenate([self.main.numbers[rows], self.delta.numbers[slots]])
         vectors = np.concatenate([self.main.vectors[rows], self.delta.vectors[slots]])
-        return numbers, as_stored(vectors, self.main.vectors), pa.concat_tables(tables)
+        return numbers, store_like(vectors, self.main.vectors), pa.concat_tables(tables)
 
-    def _allowed(self, where: Where, only: np.ndarray | None) -> Allowed | None:
+    def _allowed(self, where: Where, only: np.ndarray | None) -> AllowedRows | None:
         main, version = self.main, self.version
         if not where and only is None:
             if not self.dead:
                 return None
-            return Allowed(
+            return AllowedRows(
                 len(main.numbers) - self.dead,
                 lambda rows: main.died[rows] > version,
                 lambda: np.flatnonzero(main.died > version),
             )
         if only is None and not self.dead:
             return self._remembered(
-                ("allowed", where), lambda: Allowed.mask(matching(main.items, where))
+                ("allowed", where), lambda: AllowedRows.from_mask(matching(main.items, where))
             )
         if only is None:
-            return Allowed.mask(
+            return AllowedRows.from_mask(
                 (main.died > version)
                 & self._remembered(("main", where), lambda: matching(main.items, where))
             )
@@ -327,7 +335,7 @@ class Snapshot:
             rows = rows[
                 self._remembered(("main", where), lambda: matching(main.items, where))[rows]
             ]
-        return Allowed.listed(rows)
+        return AllowedRows.from_rows(rows)
 
     def _slotsmatching(self, where: Where) -> np.ndarray:
         """bool [count]; only slots that came since the question was last asked are looked at."""
