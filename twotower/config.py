@@ -1,37 +1,49 @@
 """One tree of frozen dataclasses: every option, its default and its meaning, declared once.
 
 An experiment file returns an `ml_collections.ConfigDict`; `from_dict` turns it into a `Config`
-once, at the door, and refuses what it does not know. Everything below takes the dataclasses.
+once, at the door. Each section checks its own options when it is made; rules across sections are in
+`twotower.config_rules`. A closed set of values is a `Literal`; options that name a kind of a
+registry, to which modules of users may add, are text and checked where the registry lies.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from twotower.config_rules import check_ranges
-from twotower.core.fields import build
+from twotower.config_rules import check_rules
+from twotower.core.fields import FieldChecks, build
+from twotower.core.times import TimeUnit
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Where one table is read from, and which of its columns is which.
+    """Source of one table, and the names of its columns.
 
     Attributes:
-        path: a file, a folder or a glob of CSV (also .gz) or Parquet files; environment variables
-            and ~ are expanded. Of the source bigquery, a table: PROJECT.DATASET.TABLE, or
-            DATASET.TABLE of the client's project.
-        query: SQL of BigQuery, in the place of a path.
-        columns: our name -> the file's name, for example {"user_id": "CustomerID"}.
+        path: File, folder or glob of CSV (also .gz) or Parquet files; environment variables and ~
+            are expanded. With the source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE
+            of the client's project.
+        query: BigQuery SQL, in place of a path.
+        columns: Mapping of our names to the file's names, for example {"user_id": "CustomerID"}.
             "metadata.brand" names a field of a column of JSON objects. Columns not named keep their
             own names.
-        names: the column names of a file that has no header line.
-        delimiter: between the fields of a CSV file.
-        encoding: of a CSV file.
-        timestamp_format: strptime format of a textual timestamp; empty means ISO 8601.
-        timestamp_unit: of a numeric timestamp: s, ms, us or ns.
+        names: Column names of a file without a header line.
+        delimiter: Separator of the fields of a CSV file.
+        encoding: Text encoding of a CSV file.
+        timestamp_format: strptime format of textual timestamps; empty for ISO 8601.
+        timestamp_unit: Unit of numeric timestamps since the epoch.
     """
 
     path: str = ""
@@ -41,37 +53,44 @@ class TableConfig:
     delimiter: str = ","
     encoding: str = "utf-8"
     timestamp_format: str = ""
-    timestamp_unit: str = "s"
+    timestamp_unit: TimeUnit = "s"
+
+    def __post_init__(self):
+        check = FieldChecks(self, "TableConfig")
+        has_delimiter = bool(self.delimiter)
+        check.true(has_delimiter, "delimiter", "one or more characters, such as ',' or '\\t'")
+        known = _is_encoding(self.encoding)
+        check.true(known, "encoding", "an encoding that Python knows, such as 'utf-8'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which log to learn from, and which of its rows.
+    """The log to learn from, and the rows of it that are kept.
 
     Attributes:
-        source: a key of `twotower.data.sources.load.SOURCES`.
-        path: of the interactions, in the place of `interactions.path`; empty: that one.
-        interactions: who did what with which item.
-        user_table: what is known of users; an empty path means nothing but their ids.
-        item_table: what is known of items, which is also the corpus; an empty path means the items
-            of the log.
-        test: the test rows of a fixed split.
-        dataset: TFDS name, such as movielens/100k-ratings.
-        data_dir: where TFDS keeps prepared data; empty means its own default.
-        project: of BigQuery, which pays for its queries; empty means that of the environment's
+        source: Kind of source, a key of `twotower.data.sources.load.SOURCES`.
+        path: Path of the interactions, in place of `interactions.path`; empty for that one.
+        interactions: Table of who did what with which item.
+        user_table: Table of users' attributes; an empty path for none but their ids.
+        item_table: Table of items' attributes, which is also the corpus; an empty path for the
+            items of the log.
+        test: Table of the test rows of a fixed split.
+        dataset: Name of a TFDS dataset, such as movielens/100k-ratings.
+        data_dir: Folder in which TFDS keeps prepared data; empty for its own default.
+        project: Google Cloud project billed for the queries; empty for that of the environment's
             credentials.
-        location: where BigQuery runs queries; empty lets it find out.
-        num_interactions: size of the generated shop.
-        num_items: its items; 0: as many as suit its size.
-        shop_seed: seed of the generated shop.
-        where: rows to keep, as (column, operator, value); operators are ==, !=, <, <=, >, >=, in,
-            not in, starts with, not starts with. ("rating", ">=", 4) and ("event", "in",
-            ("purchase",)) are the usual ones.
-        k_core: keep users and items with at least this many rows, repeatedly until all have; 0
-            keeps all.
-        duplicates: of several rows with one user and item, keep "all", the "first" or the "last".
-        item_group: a column of the items table to recommend instead of the item id (a title, a
-            parent product).
+        location: BigQuery region that runs the queries; empty lets BigQuery find it.
+        num_interactions: Number of rows of the generated shop.
+        num_items: Number of items of the generated shop; 0 for as many as suit its rows.
+        shop_seed: Random seed of the generated shop.
+        where: Conditions on the rows to keep, as (column, operator, value); operators are ==, !=,
+            <, <=, >, >=, in, not in, starts with, not starts with. ("rating", ">=", 4) and
+            ("event", "in", ("purchase",)) are the usual ones.
+        k_core: Least number of rows of each user and item; others are dropped, repeatedly until all
+            have as many. 0 keeps all.
+        duplicates: Rows to keep of several with one user and item.
+        item_group: Column of the items table to recommend in place of the item id, such as a title
+            or a parent product; empty for the item id.
     """
 
     source: str = "shop"
@@ -89,39 +108,58 @@ class DataConfig:
     shop_seed: int = 0
     where: tuple[tuple, ...] = ()
     k_core: int = 0
-    duplicates: str = "all"
+    duplicates: Literal["all", "first", "last"] = "all"
     item_group: str = ""
+
+    def __post_init__(self):
+        check = FieldChecks(self, "config.data")
+        check.at_least(1000, "num_interactions")
+        check.at_least(0, "k_core", "num_items")
+        for name in ("interactions", "user_table", "item_table", "test"):
+            table: TableConfig = getattr(self, name)
+            check = FieldChecks(table, f"config.data.{name}")
+            if table.query:
+                of_bigquery = self.source == "bigquery"
+                check.true(of_bigquery, "query", "empty unless config.data.source='bigquery'")
+                check.true(not table.path, "path", f"empty beside a config.data.{name}.query")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How rows are divided into train, validation and test.
+    """Division of the rows into train, validation and test.
 
     Attributes:
-        kind: a key of `twotower.data.split.SPLITS`.
-        validation: share of rows held out for validation (any value above 0 for leave_last_out: one
-            row a user).
-        test: share of rows held out for test (likewise).
-        seed: of a random choice of rows.
-        held: fixed, where no row is named validation: a "random" share of the training rows, or the
-            "latest" share of each user's, which is what to tune on where the test rows are later
-            ones.
-        accept_leakage: findings of the leakage audit that the protocol at hand knowingly accepts,
-            by name.
+        kind: Kind of split, a key of `twotower.data.split.SPLITS`.
+        validation: Share of the rows held out for validation, from 0 to 0.99; any value above 0
+            with leave_last_out, which holds out one row a user.
+        test: Share of the rows held out for test, likewise.
+        seed: Random seed of a random choice of rows.
+        held: Validation rows of a fixed split that names none: a random share of the training rows,
+            or the latest share of each user's, which suits test rows that are later ones.
+        accept_leakage: Names of findings of the leakage audit that the protocol at hand knowingly
+            accepts.
     """
 
     kind: str = "time"
     validation: float = 0.1
     test: float = 0.1
     seed: int = 0
-    held: str = "random"
+    held: Literal["random", "latest"] = "random"
     accept_leakage: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        FieldChecks(self, "config.split").between(0.0, 0.99, "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """The feature specification: a JSON file, or the two mappings themselves (see
-    `twotower.features.spec`)."""
+    """The feature specification, in a file or in place; see `twotower.features.spec`.
+
+    Attributes:
+        path: Path of a JSON file with the two mappings; empty for those below.
+        user: Mapping of users' feature names to their specifications.
+        item: Mapping of items' feature names to their specifications.
+    """
 
     path: str = ""
     user: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -133,46 +171,53 @@ class TowerConfig:
     """One tower over the concatenated feature vectors.
 
     Attributes:
-        kind: "mlp", dense layers.
-        layers: widths of the dense layers, the last of which is D and has no activation. Empty: the
-            concatenated features are the vector (matrix factorisation when the id is the only
-            feature).
-        activation: between the layers: relu, gelu, silu or tanh.
-        dropout: share of the concatenated features, and of hidden units, dropped in training.
-        layer_norm: normalise hidden units per example.
-        batch_norm: normalise hidden units per batch.
+        kind: Kind of tower: dense layers.
+        layers: Widths of the dense layers; the last is D and has no activation. Empty for the
+            concatenated features themselves (matrix factorisation when the id is the only feature).
+        activation: Activation between the layers: relu, gelu, silu or tanh.
+        dropout: Share of the concatenated features, and of hidden units, dropped in training, from
+            0 to 0.99.
+        layer_norm: Whether hidden units are normalised per example.
+        batch_norm: Whether hidden units are normalised per batch.
     """
 
-    kind: str = "mlp"
+    kind: Literal["mlp"] = "mlp"
     layers: tuple[int, ...] = ()
     activation: str = "relu"
     dropout: float = 0.0
     layer_norm: bool = False
     batch_norm: bool = False
 
+    def __post_init__(self):
+        check = FieldChecks(self, "TowerConfig")
+        check.between(0.0, 0.99, "dropout")
+        check.widths("layers")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistoryConfig:
-    """How the user tower reads a feature of type "history"; what comes of it is concatenated with
-    the user's other features.
+    """The user tower's reader of a feature of type "history".
+
+    Its output is concatenated with the user's other features.
 
     Attributes:
-        kind: a key of `twotower.towers.history.HISTORIES`: bag (weighted mean), attention (mean by
-            learned weights), causal (a Transformer whose every position knows what is before it
-            alone) or bidirectional (one that is pooled).
-        width: of a dense layer on the vector of each event; 0: as wide as what the item's tables
-            give.
-        blocks: of the Transformer.
-        heads: of its attention; must divide the width.
-        block: sasrec (attention and two dense layers, each added to its input) or ligr (both gated,
-            the layers SwiGLU).
-        expansion: width of the hidden units of a block, in widths.
-        positions: learned, or rotary.
-        dropout: share of the units dropped in training, of the events' vectors and of what each
-            block adds.
-        pooling: of the bidirectional kind: mean, cls (a learned token's vector) or attention.
-        recency: of the bags: learn how much an event counts by how many follow it, beside its other
-            weights.
+        kind: Kind of reader, a key of `twotower.towers.history.HISTORIES`: bag (weighted mean),
+            attention (mean by learned weights), causal (a Transformer in which each position sees
+            only earlier ones) or bidirectional (a Transformer, pooled).
+        width: Width of a dense layer on the vector of each event; 0 for the width of the item's
+            tables.
+        blocks: Number of Transformer blocks.
+        heads: Number of attention heads; must divide the width.
+        block: Kind of Transformer block: sasrec (attention and two dense layers, each added to its
+            input) or ligr (both gated, the layers SwiGLU).
+        expansion: Width of the hidden units of a block, in multiples of its width.
+        positions: Kind of position information.
+        dropout: Share of units dropped in training, of the events' vectors and of what each block
+            adds, from 0 to 0.99.
+        pooling: Pooling of the bidirectional kind: mean, cls (the vector of a learned token) or
+            attention.
+        recency: Whether bags learn the weight of an event from the number of events after it, in
+            addition to its other weights.
     """
 
     kind: str = "causal"
@@ -181,25 +226,33 @@ class HistoryConfig:
     heads: int = 2
     block: str = "sasrec"
     expansion: int = 4
-    positions: str = "learned"
+    positions: Literal["learned", "rotary"] = "learned"
     dropout: float = 0.2
-    pooling: str = "mean"
+    pooling: Literal["mean", "cls", "attention"] = "mean"
     recency: bool = False
+
+    def __post_init__(self):
+        check = FieldChecks(self, "config.model.history")
+        check.between(0.0, 0.99, "dropout")
+        check.at_least(0, "width")
+        check.at_least(1, "blocks", "heads", "expansion")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The pair of towers and how their vectors are compared.
+    """The pair of towers and the comparison of their vectors.
 
     Attributes:
-        user, item: the towers.
-        history: how the user tower reads the user's history, where that is a feature.
-        normalize: L2-normalise both vectors, so that scores are cosines.
-        temperature: scores are divided by it in the loss (never at serving, where it changes no
-            ranking).
-        learn_temperature: train its logarithm, kept within [0.01, 1].
-        dtype: of the arithmetic in the towers and in the products of the loss: float32, or bfloat16
-            (parameters, sums and vectors stay float32).
+        user: The tower of users.
+        item: The tower of items.
+        history: The user tower's reader of the user's history, where that is a feature.
+        normalize: Whether both vectors are L2-normalised, so that scores are cosines.
+        temperature: Divisor of the scores in the loss, from 0.01 to 1; never used at serving, where
+            it changes no ranking.
+        learn_temperature: Whether the logarithm of the temperature is trained, within the same
+            bounds.
+        dtype: Type of the arithmetic in the towers and in the products of the loss; parameters,
+            sums and vectors stay float32.
     """
 
     user: TowerConfig = TowerConfig()
@@ -208,38 +261,43 @@ class ModelConfig:
     normalize: bool = True
     temperature: float = 0.07
     learn_temperature: bool = True
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        FieldChecks(self, "config.model").between(0.01, 1.0, "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativesConfig:
-    """What each positive is compared with. Sources add up: the correction knows the expected count
-    of an item over all of them.
+    """The candidates that each positive is compared with.
+
+    Sources add up: the correction knows the expected count of an item over all of them.
 
     Attributes:
-        in_batch: the positives of the other rows of the batch, of every device.
-        uniform: items drawn from the corpus at each step, each equally likely, shared by the batch.
-            -1: a quarter of the batch where the corpus holds items that training never saw (which
-            would else never be a negative), otherwise none.
-        popularity: items drawn at each step in proportion to their training rows to the power
-            `alpha`, shared by the batch.
-        alpha: see `popularity`.
-        catalogue: every item of the corpus is a candidate (full softmax), for small catalogues; in
-            the place of all the above.
-        queue: past item vectors kept as candidates, a multiple of the batch size (cross-batch
-            memory); 0 keeps none.
-        queue_warmup: steps before the queue is used.
-        queue_age: steps after which an entry is no longer used; 0: when it is overwritten.
-        mined: hard negatives for each query, drawn from its pool of items ranked high by the model
-            itself.
-        mined_refresh: steps between rankings.
-        mined_ranks: the pool: from the first of these ranks to before the second, known positives
-            left out.
-        mined_margin: items that score higher than a positive of the user less this are left out of
-            the pool, being likely positives; -1 keeps them.
-        explicit: hard negatives for each query, drawn from the training rows of its user whose
-            `objective.label` is 0.
-        frequency: how often an item is drawn in a batch: a key of
+        in_batch: Whether the positives of the batch's other rows, of every device, are candidates.
+        uniform: Number of items drawn from the corpus at each step, each equally likely, shared by
+            the batch. -1 for a quarter of the batch where the corpus holds items that training
+            never saw (which would otherwise never be negatives), and none elsewhere.
+        popularity: Number of items drawn at each step in proportion to their training rows to the
+            power `alpha`, shared by the batch.
+        alpha: Exponent of `popularity`, at least 0.
+        catalogue: Whether every item of the corpus is a candidate (full softmax), in place of all
+            the above; for small catalogues.
+        queue: Number of past item vectors kept as candidates (cross-batch memory), a multiple of
+            the batch size; 0 for none.
+        queue_warmup: Steps before the queue is used.
+        queue_age: Steps after which an entry of the queue is no longer used; 0 to use it until it
+            is overwritten.
+        mined: Number of hard negatives for each query, drawn from its pool of items that the model
+            itself ranks high.
+        mined_refresh: Steps between two rankings.
+        mined_ranks: First rank of the pool, and the rank after its last; known positives are left
+            out.
+        mined_margin: Score margin of likely positives: items that score higher than a positive of
+            the user less this are left out of the pool. -1 keeps them.
+        explicit: Number of hard negatives for each query, drawn from the training rows of its user
+            whose `objective.label` is 0.
+        frequency: Estimator of how often an item is drawn in a batch, a key of
             `twotower.objectives.frequency.FREQUENCIES`.
     """
 
@@ -258,55 +316,86 @@ class NegativesConfig:
     explicit: int = 0
     frequency: str = "exact"
 
+    def __post_init__(self):
+        check = FieldChecks(self, "config.objective.negatives")
+        check.at_least(-1, "uniform", "mined_margin")
+        check.at_least(0, "popularity", "alpha", "queue", "queue_warmup", "queue_age")
+        check.at_least(0, "mined", "explicit")
+        check.at_least(1, "mined_refresh")
+        ranks = self.mined_ranks
+        in_order = len(ranks) == 2 and 0 <= ranks[0] < ranks[1]
+        check.true(in_order, "mined_ranks", "two ranks, the first below the second")
+        shared = self.in_batch or self.catalogue or self.popularity or self.uniform > 0
+        check.true(
+            bool(shared) or not self.mined,
+            "mined",
+            "beside other sources: before the first ranking it has nothing",
+        )
+        if self.catalogue:
+            for name in ("uniform", "popularity", "queue"):
+                check.true(
+                    getattr(self, name) <= 0,
+                    name,
+                    "0 with config.objective.negatives.catalogue=True, which compares with every "
+                    "item already",
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """A task beside retrieval: the probability that a row's label is 1, from the vectors of its
-    user and item.
+    """A task beside retrieval: the probability that the label of a row is 1.
+
+    It is predicted from the vectors of the row's user and item.
 
     Attributes:
-        label: the column of the interactions that holds 0, 1 or nothing.
-        weight: of its loss beside the others.
-        pos_weight: how many times a row with label 1 counts.
-        combine: how the two vectors meet: multiply, or concatenate (which needs hidden layers:
-            without any, the order of items is the same for every user).
-        layers: widths of hidden layers.
+        label: Column of the interactions that holds 0, 1 or nothing.
+        weight: Weight of the task's loss, at least 0.
+        pos_weight: Weight of a row with label 1, in rows with label 0.
+        combine: Combination of the two vectors: multiply, or concatenate (which needs hidden
+            layers: without any, the order of items is the same for every user).
+        layers: Widths of hidden layers.
     """
 
     label: str = ""
     weight: float = 1.0
     pos_weight: float = 1.0
-    combine: str = "multiply"
+    combine: Literal["multiply", "concatenate"] = "multiply"
     layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check = FieldChecks(self, "HeadConfig")
+        check.at_least(0, "weight")
+        check.true(self.pos_weight > 0, "pos_weight", "above 0")
+        check.widths("layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What training minimises.
+    """The loss that training minimises.
 
     Attributes:
-        loss: a key of `twotower.objectives.LOSSES` or `POINTWISE`.
-        logq: subtract the log expected count of each candidate (sampling-bias correction), for the
-            losses that know it.
-        mask_same_user: other positives of a query's user are not its negatives.
-        symmetric: average with the loss of finding the user among the batch's users.
-        margin: taken off the positive's score (additive margin), or the margin of hinge, triplet
-            and cosine contrastive losses.
-        positive_temperature: of the positive in the bilateral softmax loss; 0 takes the model's
-            temperature.
-        calibration: t of gBCE, from 0 (binary cross-entropy) to 1 (unbiased probabilities).
-        negative_weight: of the negatives' term in the cosine contrastive loss.
-        label: the column of the interactions that holds the label, 0 or 1. Rows with 0 are no
-            positives of a retrieval loss; a pointwise loss learns both. Empty: every row is a
-            positive.
-        pos_weight: how many times a row with label 1 counts in binary cross-entropy.
-        weight: of the retrieval loss beside the heads; 0 trains the heads alone.
-        heads: name -> `HeadConfig`.
-        negatives: see its class.
-        matryoshka: widths below D at which the retrieval loss is taken too, of vectors cut to their
+        loss: Retrieval loss, a key of `twotower.objectives.LOSSES` or `POINTWISE`.
+        logq: Whether the log expected count of each candidate is subtracted (sampling-bias
+            correction), by the losses that know it.
+        mask_same_user: Whether other positives of a query's user are left out of its negatives.
+        symmetric: Whether the loss of finding the user among the batch's users is averaged in.
+        margin: Margin taken off the positive's score, or that of the hinge, triplet and cosine
+            contrastive losses.
+        positive_temperature: Temperature of the positive in the bilateral softmax loss; 0 for the
+            model's.
+        calibration: Parameter t of gBCE, from 0 (binary cross-entropy) to 1 (unbiased
+            probabilities).
+        negative_weight: Weight of the negatives' term in the cosine contrastive loss.
+        label: Column of the interactions that holds the label, 0 or 1. Rows with 0 are no positives
+            of a retrieval loss; a pointwise loss learns both. Empty if every row is a positive.
+        pos_weight: Weight of a row with label 1 in binary cross-entropy, in rows with label 0.
+        weight: Weight of the retrieval loss beside the heads; 0 trains the heads alone.
+        heads: Mapping of names to further tasks, see `HeadConfig`.
+        negatives: The negatives of the retrieval loss.
+        matryoshka: Widths below D at which the retrieval loss is taken too, of vectors cut to their
             first numbers (and normalised again where vectors are); all count alike. Vectors can
             then be cut to any of them.
-        block: queries compared with all candidates at once; 0 chooses.
+        block: Number of queries compared with all candidates at once; 0 chooses it.
     """
 
     loss: str = "softmax"
@@ -325,16 +414,30 @@ class ObjectiveConfig:
     matryoshka: tuple[int, ...] = ()
     block: int = 0
 
+    def __post_init__(self):
+        check = FieldChecks(self, "config.objective")
+        check.at_least(0, "positive_temperature", "negative_weight", "weight", "margin", "block")
+        check.between(0.0, 1.0, "calibration")
+        check.true(self.pos_weight > 0, "pos_weight", "above 0")
+        trained = self.weight or any(head.weight for head in self.heads.values())
+        check.true(bool(trained), "weight", "above 0 where there are no heads to train")
+        if "retrieval" in self.heads:
+            check.refuse(
+                "heads.retrieval",
+                ": 'retrieval' is what the loss of the two towers is called. Choose another name.",
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseOptimizerConfig:
     """The optax optimizer of the dense parameters.
 
     Attributes:
-        kind: a key of `twotower.training.optimizers.DENSE`.
-        learning_rate: before the schedule.
-        weight_decay: on kernels alone (never biases, norms or the temperature); adamw only.
-        clip_norm: greatest global norm of the dense gradient; 0 leaves it alone.
+        kind: Kind of optimizer, a key of `twotower.training.optimizers.DENSE`.
+        learning_rate: Learning rate before the schedule.
+        weight_decay: Decay of kernels alone (never of biases, norms or the temperature); of adamw
+            only.
+        clip_norm: Greatest global norm of the dense gradient; 0 leaves it alone.
     """
 
     kind: str = "adam"
@@ -342,22 +445,30 @@ class DenseOptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
 
+    def __post_init__(self):
+        check = FieldChecks(self, "config.training.optimizer")
+        check.at_least(0, "learning_rate", "weight_decay", "clip_norm")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableOptimizerConfig:
-    """The sparse optimizer of the embedding tables: only rows that a batch touches change.
+    """The sparse optimizer of the embedding tables, which changes only the rows a batch touches.
 
     Attributes:
-        kind: a key of `twotower.kernels.sparse_update.TABLE_OPTIMIZERS`.
-        learning_rate: before the schedule.
-        initial_accumulator: of the Adagrad kinds. With 0 the first update of a row has length
-            learning_rate x sqrt(D), whatever the batch size; the loss being a mean, gradients are
-            small and even 0.1 would all but stop learning.
+        kind: Kind of optimizer, a key of `twotower.kernels.sparse_update.TABLE_OPTIMIZERS`.
+        learning_rate: Learning rate before the schedule.
+        initial_accumulator: Initial sum of squared gradients of the Adagrad kinds. With 0 the first
+            update of a row has length learning_rate x sqrt(D), whatever the batch size; the loss
+            being a mean, gradients are small and even 0.1 would all but stop learning.
     """
 
     kind: str = "rowwise_adagrad"
     learning_rate: float = 0.1
     initial_accumulator: float = 0.0
+
+    def __post_init__(self):
+        check = FieldChecks(self, "config.training.tables")
+        check.at_least(0, "learning_rate", "initial_accumulator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,10 +476,10 @@ class ScheduleConfig:
     """A factor on both learning rates.
 
     Attributes:
-        kind: constant, cosine (to 0 at the last step) or plateau.
-        warmup_steps: steps of linear rise from 0 before it.
-        factor: plateau: what the rates are multiplied by each time.
-        patience: plateau: validations without improvement before that.
+        kind: Kind of schedule: constant, cosine (to 0 at the last step) or plateau.
+        warmup_steps: Steps of linear rise from 0 before it.
+        factor: Factor on the rates at each plateau, from 0 to 1.
+        patience: Validations without improvement that make a plateau.
     """
 
     kind: str = "constant"
@@ -376,42 +487,51 @@ class ScheduleConfig:
     factor: float = 0.5
     patience: int = 3
 
+    def __post_init__(self):
+        check = FieldChecks(self, "config.training.schedule")
+        check.at_least(0, "warmup_steps")
+        check.between(0.0, 1.0, "factor")
+        check.at_least(1, "patience")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop.
+    """The training loop.
 
     Attributes:
-        seed: of initialisation, data order and dropout.
-        batch_size: B, which is also the number of in-batch candidates.
-        examples: "interactions": each row is an example, whose history is what is before it.
-            "sequences": each user's sequence is one, and every position is trained in one pass (a
-            causal history is needed). A row of the batch then has L + 1 places that whole sequences
-            are packed into, so that short ones do not cost what a long one does.
-        crop: of a sequence longer than L: train the "last" part, or a "random" one, another in each
+        seed: Random seed of initialisation, data order and dropout.
+        batch_size: Number B of examples in a batch of all devices, which is also the number of
+            in-batch candidates.
+        examples: Kind of example. "interactions": each row, with the user's earlier rows as its
+            history. "sequences": each user's sequence, whose positions are all trained in one pass
+            (with a causal history). A row of the batch then has L + 1 positions that whole
+            sequences are packed into, so that short ones do not cost what a long one does.
+        crop: Part to train of a sequence longer than L: the last, or a random one, another in each
             pass.
-        steps: gradient steps in all.
-        steps_for: the examples (rows, or packed rows of whole sequences) that `steps` are meant
-            for: with more or fewer of them there are as many passes, and `steps`, `validate_every`
-            and the warm-up are in proportion; 0 leaves them as they are.
-        optimizer, tables, schedule: see their classes.
-        log_every: steps between lines of metrics.
-        validate_every: steps between validations, each followed by a checkpoint.
-        metric: the validation metric that names the best checkpoint.
-        patience: validations without improvement before training stops; 0 never stops early.
-        keep_checkpoints: latest checkpoints kept, beside the best.
-        resident_megabytes: encoded data up to this size is copied to the device once; larger data
-            is streamed.
-        steps_per_dispatch: steps that the device runs on its own before it is asked again, for
+        steps: Number of gradient steps.
+        steps_for: Number of examples (rows, or packed rows of whole sequences) that `steps` are
+            meant for: with more or fewer of them there are as many passes, and `steps`,
+            `validate_every` and the warm-up are in proportion; 0 leaves them as they are.
+        optimizer: The optimizer of the dense parameters.
+        tables: The optimizer of the embedding tables.
+        schedule: The schedule of both.
+        log_every: Steps between lines of metrics.
+        validate_every: Steps between validations, each followed by a checkpoint.
+        metric: Validation metric that names the best checkpoint, the one with its greatest value.
+        patience: Validations without improvement before training stops; 0 never stops early.
+        keep_checkpoints: Number of latest checkpoints kept, beside the best.
+        resident_megabytes: Greatest size, in megabytes, of encoded data that is copied to the
+            device once; larger data is streamed.
+        steps_per_dispatch: Number of steps that the device runs before the host starts more, for
             small models; must divide `validate_every` and `steps`.
-        accumulate: parts that a batch is computed in, one after the other, to save memory. It adds
-            no negatives, so it is refused for losses that take them from the batch.
+        accumulate: Number of parts that a batch is computed in, one after the other, to save
+            memory. It adds no negatives, so it is refused for losses that take them from the batch.
     """
 
     seed: int = 0
     batch_size: int = 1024
-    examples: str = "interactions"
-    crop: str = "last"
+    examples: Literal["interactions", "sequences"] = "interactions"
+    crop: Literal["last", "random"] = "last"
     steps: int = 1000
     steps_for: int = 0
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
@@ -426,56 +546,103 @@ class TrainingConfig:
     steps_per_dispatch: int = 1
     accumulate: int = 1
 
+    def __post_init__(self):
+        check = FieldChecks(self, "config.training")
+        check.at_least(1, "batch_size", "steps", "log_every", "validate_every", "keep_checkpoints")
+        check.at_least(1, "steps_per_dispatch", "accumulate")
+        check.at_least(0, "seed", "steps_for", "patience", "resident_megabytes")
+        check.true(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"a divisor of the batch size {self.batch_size}",
+        )
+        check.true(
+            self.crop == "last" or self.examples == "sequences",
+            "crop",
+            "'last' with config.training.examples='interactions', whose histories are always the "
+            "latest events",
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """The index and what is shown of an item.
+    """The index, and the columns that are shown of an item.
 
     Attributes:
-        index: auto, exact, scann_brute_force, scann_tree, scann_tree_ah, hnswlib or faiss (see
-            `twotower.index.scann`).
-        target_recall: share of the exact top `k` that the index must find; decides how hard a query
-            searches.
-        k: length of the lists that the index is tuned for; longer ones are tuned beside it.
-        popularity: index one more coordinate, the log count of training rows, so that a query may
-            weigh popularity.
-        dim: width that the vectors of users and items are cut to: one of `objective.matryoshka`; 0
+        index: Kind of index; auto chooses one by the vectors and the platform.
+        target_recall: Share of the exact top `k` that the index must find, from 0 to 1; decides how
+            hard a query searches.
+        k: Length of the lists that the index is tuned for; longer ones are tuned beside it.
+        popularity: Whether the index has one more coordinate, the log count of training rows, so
+            that a query may weigh popularity.
+        dim: Width that the vectors of users and items are cut to, one of `objective.matryoshka`; 0
             keeps all of D.
-        vectors: how item vectors are stored: float32, or int8 with a scale for each item, a quarter
-            of the size (see `twotower.index.int8`). What either loses is measured at export and
-            stands in the manifest.
-        display: columns of the items table kept beside the vectors; empty keeps all.
+        vectors: Type of the stored item vectors: float32, or int8 with a scale for each item, a
+            quarter of the size (see `twotower.index.int8`). The loss of either is measured at
+            export and stands in the manifest.
+        display: Columns of the items table kept beside the vectors; empty keeps all.
     """
 
-    index: str = "auto"
+    index: Literal[
+        "auto",
+        "exact",
+        "scann_brute_force",
+        "scann_tree",
+        "scann_tree_ah",
+        "hnswlib",
+        "faiss",
+    ] = "auto"
     target_recall: float = 0.98
     k: int = 10
     popularity: bool = False
     dim: int = 0
-    vectors: str = "float32"
+    vectors: Literal["float32", "int8"] = "float32"
     display: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check = FieldChecks(self, "config.retrieval")
+        check.between(0.0, 1.0, "target_recall")
+        check.at_least(1, "k")
+        check.at_least(0, "dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured.
+    """The measurements of retrieval.
 
     Attributes:
-        ks: list lengths K.
-        validation_queries: asked at most at each validation, always the same ones, so that training
-            does not wait for millions; 0 asks all. The `evaluate` command asks all.
-        query: "user" (all held-out items of a user are right) or "interaction" (each held-out row
-            is a query of its own).
+        ks: Lengths K of the lists that are measured.
+        validation_queries: Greatest number of queries of a validation, always the same ones, so
+            that training does not wait for millions; 0 for all. The `evaluate` command makes all.
+        query: Kind of query: user (all held-out items of a user are right) or interaction (each
+            held-out row is a query of its own).
     """
 
     ks: tuple[int, ...] = (10, 50, 100)
-    query: str = "user"
+    query: Literal["user", "interaction"] = "user"
     validation_queries: int = 10_000
+
+    def __post_init__(self):
+        check = FieldChecks(self, "config.evaluation")
+        check.at_least(0, "validation_queries")
+        in_range = min(self.ks, default=0) >= 1
+        check.true(in_range, "ks", "one or more list lengths of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """An experiment."""
+    """An experiment.
+
+    Attributes:
+        data: The log.
+        split: Its division into train, validation and test.
+        features: The features of users and items.
+        model: The towers.
+        objective: The loss.
+        training: The training loop.
+        retrieval: The index.
+        evaluation: The measurements.
+    """
 
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()
@@ -487,48 +654,52 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
-        check_ranges(self)
+        check_rules(self)
 
-    def trained(self) -> dict[str, Any]:
-        """The sections that decide what training computes: all but `retrieval`, which may change
-        afterwards."""
-        return {
-            name: section
-            for name, section in dataclasses.asdict(self).items()
-            if name != "retrieval"
-        }
+    def training_sections(self) -> dict[str, Any]:
+        """Returns the sections that decide what training computes, as nested dicts.
+
+        These are all but `retrieval`, which may change afterwards.
+        """
+        sections = dataclasses.asdict(self)
+        del sections["retrieval"]
+        return sections
 
     def identity(self) -> dict[str, Any]:
-        """What of `trained` differs from the defaults: an option that a later version adds leaves
-        it as it was."""
-        return changed(self.trained(), Config().trained())
+        """Returns the training options that differ from their defaults.
+
+        An option that a later version adds leaves it as it was.
+        """
+        return non_defaults(self.training_sections(), Config().training_sections())
 
     def to_json(self) -> str:
+        """Returns all options as JSON, from which `from_dict` makes the same configuration."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
 
 
-def changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in `values` that are not as in `defaults`, section by section.
+def non_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options in `values` that differ from `defaults`, section by section.
 
-    >>> changed({"seed": 1, "schedule": {"kind": "cosine", "factor": 1}}, {"seed": 0, "schedule": {"kind": "", "factor": 1}})
+    >>> non_defaults({"seed": 1, "schedule": {"kind": "cosine", "factor": 1}},
+    ...              {"seed": 0, "schedule": {"kind": "", "factor": 1}})
     {'seed': 1, 'schedule': {'kind': 'cosine'}}
     """
-    found = {name: None for name in defaults if name not in values}
+    changed: dict[str, Any] = {name: None for name in defaults if name not in values}
     for name, value in values.items():
         default = defaults.get(name)
         if isinstance(value, Mapping) and isinstance(default, Mapping):
-            value, default = changed(value, default), {}
+            value = non_defaults(value, default)
+            default = {}
         if value != default:
-            found[name] = value
-    return found
+            changed[name] = value
+    return changed
 
 
 def defaults() -> Any:
-    """Every option at its default, as the `ml_collections.ConfigDict` that an experiment file
-    starts from.
+    """Returns every option at its default, the `ConfigDict` that an experiment file starts from.
 
-    Being whole, it lets the command line override any option. Not locked: `from_dict` says better
-    what is wrong.
+    Being whole, it lets the command line override any option. It is not locked: `from_dict` says
+    better what is wrong.
     """
     import ml_collections
 
@@ -536,10 +707,10 @@ def defaults() -> Any:
 
 
 def from_dict(values: Any) -> Config:
-    """Validates a mapping (a ConfigDict, or parsed JSON) into a `Config`.
+    """Returns the configuration that a mapping describes: a `ConfigDict`, or parsed JSON.
 
     Raises:
-        ConfigError: a field is unknown (the nearest one is named), of the wrong type or out of
-            range.
+        ConfigError: A field is unknown (the nearest one is named), of the wrong type or out of
+            range, or does not go with another.
     """
     return build(Config, values, "config")

@@ -206,7 +206,7 @@ def test_a_weighted_dot_product_learns_what_a_sum_of_two_terms_cannot(key):
 
 def test_a_head_may_not_be_called_what_the_towers_loss_is_called():
     with pytest.raises(ConfigError, match=r"heads\.retrieval: 'retrieval' is what"):
-        multitask.check_heads(heads_of(retrieval=HEADS["like"]))
+        from_dict({"objective": {"heads": {"retrieval": HEADS["like"]}}})
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,6 @@ def test_a_head_may_not_be_called_what_the_towers_loss_is_called():
     ],
 )
 def test_a_head_that_cannot_be_trained_is_refused(wrong, message):
-    multitask.check_heads(heads_of())
+    from_dict({"objective": {"heads": HEADS}})
     with pytest.raises(ConfigError, match=message):
-        multitask.check_heads(heads_of(click=HEADS["click"] | wrong))
+        from_dict({"objective": {"heads": HEADS | {"click": HEADS["click"] | wrong}}})

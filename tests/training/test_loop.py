@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import make_batches, small_config
-from twotower.config import changed
+from twotower.config import non_defaults
 from twotower.core.errors import CheckpointError, ConfigError, ScoreError, TrainingError
 from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
@@ -425,9 +425,13 @@ def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
         },
     )
     assert (
-        changed(new, later) == changed(old, defaults) == {"seed": 3, "schedule": {"kind": "cosine"}}
+        non_defaults(new, later)
+        == non_defaults(old, defaults)
+        == {"seed": 3, "schedule": {"kind": "cosine"}}
     )
-    assert changed(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)["schedule"] == {
+    assert non_defaults(new | {"schedule": {"kind": "cosine", "floor": 0.1}}, later)[
+        "schedule"
+    ] == {
         "kind": "cosine",
         "floor": 0.1,
     }

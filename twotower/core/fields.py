@@ -1,16 +1,104 @@
-"""Dataclasses made from mappings, such as parsed JSON, with every field checked against its type."""
+"""Dataclasses made from mappings, such as parsed JSON, with every field checked by its type."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from twotower.core.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+
+
+class FieldError(ConfigError):
+    """A field of a dataclass that has a wrong value.
+
+    Attributes:
+        location: The name of the dataclass in the configuration.
+        field: The name of the field.
+        problem: The rest of the message: the value, and what would be right.
+    """
+
+    def __init__(self, location: str, field: str, problem: str):
+        super().__init__(location, field, problem)
+        self.location = location
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.location}.{self.field}{self.problem}"
+
+
+def check_literals(instance: Any, location: str) -> None:
+    """Refuses a dataclass with a field that is not one of the values its `Literal` type lists.
+
+    Raises:
+        FieldError: The field, its value, the nearest right one and all of them.
+    """
+    for name, known in _literals(type(instance)).items():
+        value = getattr(instance, name)
+        if value not in known:
+            listed = ", ".join(map(str, known))
+            hint = did_you_mean(value, map(str, known))
+            raise FieldError(location, name, f"={value!r} is not known{hint} Known: {listed}.")
+
+
+class FieldChecks:
+    """The checks with which a dataclass refuses wrong values of its own fields.
+
+    A field whose type is a `Literal` is checked at once; the methods check the others.
+
+    Args:
+        instance: The dataclass, typically in its `__post_init__`.
+        location: Its name in messages. `build` puts the name of the mapping that it reads in its
+            place, so a dataclass that lies in several places gives the name of its class.
+
+    Raises (the methods too):
+        FieldError: The first wrong field, with its value and what would be right.
+    """
+
+    def __init__(self, instance: Any, location: str):
+        self._instance = instance
+        self._location = location
+        check_literals(instance, location)
+
+    def refuse(self, field: str, problem: str) -> NoReturn:
+        """Refuses a field, with the rest of the message."""
+        raise FieldError(self._location, field, problem)
+
+    def true(self, ok: bool, field: str, right: str) -> None:
+        """Refuses a field unless `ok`; `right` completes the words "must be"."""
+        if not ok:
+            self.refuse(field, f"={getattr(self._instance, field)!r} must be {right}.")
+
+    def between(self, low: float, high: float, *fields: str) -> None:
+        """Refuses fields outside of [low, high], and NaN."""
+        for field in fields:
+            value = getattr(self._instance, field)
+            self.true(low <= value <= high, field, f"between {low} and {high}")
+
+    def at_least(self, low: float, *fields: str) -> None:
+        """Refuses fields below `low`, and NaN."""
+        for field in fields:
+            value = getattr(self._instance, field)
+            self.true(value >= low, field, f"at least {low}")
+
+    def widths(self, *fields: str) -> None:
+        """Refuses tuples of widths of layers with one below 1."""
+        for field in fields:
+            value = getattr(self._instance, field)
+            self.true(min(value, default=1) >= 1, field, "widths of at least 1")
+
+
+@functools.cache
+def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Returns the values that the fields of `Literal` types may have."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: typing.get_args(h) for name, h in hints if typing.get_origin(h) is typing.Literal}
 
 
 def check_fields(values: Mapping[str, Any], known: Iterable[str], location: str) -> None:
@@ -47,7 +135,11 @@ def build(cls: type[T], values: Any, location: str) -> T:
     fields = {}
     for name, value in values.items():
         fields[name] = convert(hints[name], value, f"{location}.{name}")
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except FieldError as error:
+        # A dataclass that checks itself need not know where it lies.
+        raise FieldError(location, error.field, error.problem) from None
 
 
 def convert(hint: Any, value: Any, location: str) -> Any:
@@ -66,7 +158,7 @@ def convert(hint: Any, value: Any, location: str) -> Any:
     """
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else build(hint, value, location)
-    origin = typing.get_origin(hint) or hint
+    origin: Any = typing.get_origin(hint) or hint
     if origin is typing.Literal:
         return _convert_literal(hint, value, location)
     if origin in (typing.Union, types.UnionType):
@@ -90,7 +182,10 @@ def convert(hint: Any, value: Any, location: str) -> Any:
 
 
 def _convert_literal(hint: Any, value: Any, location: str) -> Any:
-    """Returns the value, of the type of the literals; `check_literals` says which are right."""
+    """Returns the value, which must be of the type of the literals.
+
+    `FieldChecks` says which of them are right, however the dataclass is made.
+    """
     kind = type(typing.get_args(hint)[0])
     return convert(kind, value, location)
 
@@ -102,23 +197,6 @@ def _convert_mapping(hint: Any, value: Any, location: str) -> dict[str, Any]:
     if not dataclasses.is_dataclass(inner):
         return dict(values)
     return {name: convert(inner, x, f"{location}.{name}") for name, x in values.items()}
-
-
-def check_literals(instance: Any, location: str) -> None:
-    """Refuses a dataclass with a field that is not one of the values its `Literal` type lists.
-
-    Raises:
-        ConfigError: The field, its value, the nearest right one and all of them.
-    """
-    for name, hint in typing.get_type_hints(type(instance)).items():
-        if typing.get_origin(hint) is not typing.Literal:
-            continue
-        known = typing.get_args(hint)
-        value = getattr(instance, name)
-        if value not in known:
-            close = did_you_mean(value, map(str, known))
-            listed = ", ".join(map(str, known))
-            raise ConfigError(f"{location}.{name}={value!r} is not known{close} Known: {listed}.")
 
 
 def _is_mapping(values: Any) -> bool:

@@ -151,9 +151,12 @@ def _version_number(path: Path) -> int:
 
 
 def digest(path: epath.PathLike) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file, as hexadecimal text."""
+    sha256 = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def content_digest(content: Mapping[str, Any]) -> str:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twotower.config import HeadConfig
-from twotower.core.errors import ConfigError, choose
 from twotower.objectives.pointwise import binary_cross_entropy
 from twotower.towers.layers import MLP, l2_normalize
 
@@ -48,25 +47,6 @@ class Head(nn.Module):
         users, items = (math.sqrt(x.shape[-1]) * l2_normalize(x) for x in (users, items))
         together = COMBINE[self.config.combine](users, items)
         return MLP((*self.config.layers, 1), name="mlp")(together)[:, 0]
-
-
-def check_heads(heads: Heads) -> None:
-    """Refuses heads that cannot be trained, needing no data."""
-    for name, head in heads.items():
-        field = f"config.objective.heads.{name}"
-        if name == "retrieval":
-            raise ConfigError(
-                f"{field}: 'retrieval' is what the loss of the two towers is called. Choose another name."
-            )
-        choose(COMBINE, head.combine, f"{field}.combine")
-        for value, low, right in (
-            ("weight", head.weight >= 0, "at least 0"),
-            ("pos_weight", head.pos_weight > 0, "above 0"),
-        ):
-            if not low:
-                raise ConfigError(f"{field}.{value}={getattr(head, value)} must be {right}.")
-        if min(head.layers, default=1) < 1:
-            raise ConfigError(f"{field}.layers={head.layers} must be widths of at least 1.")
 
 
 def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from twotower.core.errors import ConfigError, choose
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.towers.history import HISTORIES
+from twotower.towers.history import BLOCKS, HISTORIES
+from twotower.towers.layers import ACTIVATIONS
 from twotower.training.optimizers import DENSE, SCHEDULES
 
 # Endings and beginnings of metrics that no checkpoint can be chosen by, the greatest value being
@@ -38,6 +39,9 @@ def check_kinds(config: Config) -> None:
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
     choose(SCHEDULES, training.schedule.kind, "config.training.schedule.kind")
     choose(HISTORIES, model.history.kind, "config.model.history.kind")
+    choose(BLOCKS, model.history.block, "config.model.history.block")
+    for side, tower in (("user", model.user), ("item", model.item)):
+        choose(ACTIVATIONS, tower.activation, f"config.model.{side}.activation")
     _check_optimizer(training)
     _check_labels(objective)
     _check_sources(objective)

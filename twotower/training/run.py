@@ -183,7 +183,7 @@ def _is_begun(workdir: Path, config: Config) -> bool:
     old, new = _read_json(path), json.loads(config.to_json())
     changed = _differences(
         *(
-            {name: x for name, x in values.items() if name in config.trained()}
+            {name: x for name, x in values.items() if name in config.training_sections()}
             for values in (old, new)
         )
     )

@@ -18,7 +18,6 @@ from twotower.config import Config
 from twotower.core.mesh import REPLICATED, SHARDED
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
 from twotower.objectives import LOSSES, POINTWISE
-from twotower.objectives.heads import check_heads
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
@@ -147,7 +146,6 @@ def resolve_kinds(
 ) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
     """Returns the loss, the optimizers and the schedule that `config` names."""
     check_kinds(config)
-    check_heads(config.objective.heads)
     training, loss = config.training, config.objective.loss
     return (
         LOSSES[loss] if loss in LOSSES else POINTWISE[loss],
