@@ -1,5 +1,4 @@
-"""Strings <-> rows of an embedding table: 0 is padding, then hashed out-of-vocabulary rows, then
-the known values."""
+"""Strings as rows of an embedding table, and the hash that unknown strings share rows by."""
 
 from __future__ import annotations
 
@@ -16,19 +15,22 @@ from twotower.core.hashing import mix64
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
 # tens of megabytes.
 _BLOCK_BYTES = 1 << 20
+# `index_in` hashes the whole vocabulary on every call: right for a column, a second too long for
+# one query. Fewer than a sixteenth of the known values are found by their own hashes.
+_VALUES_PER_LOOKUP = 16
 
 
 def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
-    """One array of text, whatever `values` held: 42 becomes "42", nulls stay.
+    """Returns one array of text, whatever `values` holds: 42 becomes "42", nulls stay.
 
     Raises:
-        ValueError: the values have no text form (lists, structs).
+        ValueError: The values have no text form (lists, structs).
     """
     if isinstance(values, pa.ChunkedArray):
         if values.num_chunks == 1:
             return as_strings(values.chunk(0))
         chunks = [as_strings(chunk) for chunk in values.chunks]
-        return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+        return pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
     if pa.types.is_dictionary(values.type):
         return as_strings(values.dictionary).take(values.indices)
     try:
@@ -40,59 +42,65 @@ def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
 
 
 def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which each starts; a
-    null is empty."""
-    offsets = (
-        np.frombuffer(values.buffers()[1], np.int64, len(values) + 1, values.offset * 8)
-        if len(values)
-        else np.zeros(1, np.int64)
-    )
-    buffer = values.buffers()[2]
-    data = np.zeros(0, np.uint8) if buffer is None else np.frombuffer(buffer, np.uint8)
+    """Returns the UTF-8 bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which
+    each starts; a null is empty."""
+    if not len(values):
+        return np.zeros(0, np.uint8), np.zeros(1, np.int64)
+    _, offset_buffer, byte_buffer = values.buffers()
+    # A slice shares the buffers of its whole: it begins 8 bytes an offset later.
+    offsets = np.frombuffer(offset_buffer, np.int64, len(values) + 1, values.offset * 8)
+    data = np.zeros(0, np.uint8)
+    if byte_buffer is not None:
+        data = np.frombuffer(byte_buffer, np.uint8)
     return data[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums of `values[offsets[i]:offsets[i + 1]]`, modulo 2^64 for uint64; an empty segment is
-    0."""
-    total = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+    """Returns the sums of `values[offsets[i]:offsets[i + 1]]`, 0 for an empty segment.
+
+    Sums of uint64 are modulo 2^64, so that the difference of two running sums is exact.
+    """
+    running = np.cumsum(values, dtype=values.dtype)
+    running = np.concatenate([np.zeros(1, values.dtype), running])
+    return running[offsets[1:]] - running[offsets[:-1]]
 
 
 def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
-    """A 64-bit hash of each string's UTF-8 bytes, uint64 [N]: the same in every process and on
-    every machine.
+    """Hashes the UTF-8 bytes of strings, the same in every process and on every machine.
 
     It is tabulation hashing: the sum of a pseudo-random word for each (position, byte), mixed once
-    more. Only whole-array operations, and no secret seed as Python's `hash` has.
+    more. It needs whole-array operations alone, and has no secret seed as Python's `hash` has.
     """
     data, offsets = utf8(values)
-    edges = np.searchsorted(
-        offsets, np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES), side="left"
-    )
-    edges = np.unique(np.concatenate([[0], np.minimum(edges, len(values)), [len(values)]]))
+    block_starts = np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES)
+    edges = np.minimum(np.searchsorted(offsets, block_starts, side="left"), len(values))
+    edges = np.unique([0, *edges, len(values)])
     blocks = [
         _hash_block(data, offsets[low : high + 1])
         for low, high in zip(edges[:-1], edges[1:], strict=True)
     ]
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64)
+    return np.concatenate(blocks or [np.zeros(0, np.uint64)])
 
 
 def _hash_block(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     lengths = np.diff(offsets)
-    position = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    words = mix64((position << 8 | data[offsets[0] : offsets[-1]]).astype(np.uint64))
+    positions = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    words = mix64((positions << 8 | data[offsets[0] : offsets[-1]]).astype(np.uint64))
+    # The length tells strings apart that end in zero bytes.
     return mix64(segment_sums(words, offsets - offsets[0]) + lengths.astype(np.uint64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Rows of a table by value: 0 for null (padding), 1 to `oov_rows` for unknown values by hash,
-    then the known ones.
+    """The rows of a table by value: row 0 for null (padding), 1 to `oov_rows` for unknown values by
+    hash, then the known values.
 
     Attributes:
-        values: the known values, unique, in the order of their rows.
-        oov_rows: how many rows the unknown values are spread over.
+        values: Known values, unique, in the order of their rows.
+        oov_rows: Rows that unknown values are spread over.
+
+    Raises:
+        ValueError: A value is repeated or null, or there is no row for unknown values.
     """
 
     values: pa.LargeStringArray
@@ -103,13 +111,11 @@ class Vocabulary:
             raise ValueError(
                 f"oov_rows={self.oov_rows} must be at least 1: an unknown value needs a row."
             )
+        repeated = 0
         # Hashes that all differ prove that the values do, in less time than counting distinct
         # values takes.
-        repeated = (
-            0
-            if self._index[2]
-            else len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
-        )
+        if not self._hash_index.is_unique:
+            repeated = len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
         if repeated or self.values.null_count:
             raise ValueError(
                 f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "
@@ -125,19 +131,24 @@ class Vocabulary:
         min_count: int = 1,
         oov_rows: int = 1,
     ) -> Vocabulary:
-        """The values whose weights [N] (1 each when not given) sum to `min_count` or more, by (sum
-        descending, value).
+        """Builds the vocabulary of frequent values, by (count descending, value).
 
-        The order depends on the values and their sums alone, never on the order of the rows.
+        The order depends on the values and their counts alone, never on the order of the rows.
+
+        Args:
+            values: Values [N]; null counts for nothing.
+            weights: Count [N] of each; 1 by default.
+            min_count: Count that a value needs to be known.
+            oov_rows: Rows that unknown values are spread over.
         """
         encoded = as_strings(values).dictionary_encode()
         present = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-        rows = encoded.indices.fill_null(0).to_numpy()[present]
-        kept_weights = None if weights is None else weights[present]
-        counts = np.bincount(rows, kept_weights, minlength=len(encoded.dictionary))
-        table = pa.table({"value": encoded.dictionary, "count": counts}).filter(
-            pa.array(counts >= min_count)
-        )
+        indices = encoded.indices.fill_null(0).to_numpy()[present]
+        if weights is not None:
+            weights = weights[present]
+        counts = np.bincount(indices, weights, minlength=len(encoded.dictionary))
+        table = pa.table({"value": encoded.dictionary, "count": counts})
+        table = table.filter(pa.array(counts >= min_count))
         order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("value", "ascending")])
         return cls(values=as_strings(table["value"].take(order)), oov_rows=oov_rows)
 
@@ -152,58 +163,29 @@ class Vocabulary:
         return self.first + len(self.values)
 
     def rows(self, values: pa.Array | pa.ChunkedArray) -> Int32[np.ndarray, " N"]:
-        """The row of each value, int32 [N]: 0 for null, a hashed out-of-vocabulary row for an
+        """Returns the row of each value: 0 for null, an out-of-vocabulary row by hash for an
         unknown value."""
         if pa.types.is_dictionary(values.type):
             return self._rows_of_dictionary(values)
         values = as_strings(values)
-        found = self._find(values)
-        rows = (found + self.first).astype(np.int32)
-        unknown = np.flatnonzero(found < 0)
-        rows[unknown] = self._oov(values.take(pa.array(unknown))) if len(unknown) else 0
+        indices = self._find(values)
+        rows = (indices + self.first).astype(np.int32)
+        unknown = np.flatnonzero(indices < 0)
+        if len(unknown):
+            rows[unknown] = self._oov_rows_of(values.take(pa.array(unknown)))
         return rows
 
-    def _rows_of_dictionary(self, values: pa.DictionaryArray | pa.ChunkedArray) -> np.ndarray:
-        if isinstance(values, pa.ChunkedArray):
-            values = values.unify_dictionaries().combine_chunks()
-        rows = np.append(self.rows(values.dictionary), np.int32(0))
-        return rows[values.indices.fill_null(len(values.dictionary)).to_numpy()]
-
-    def _oov(self, values: pa.LargeStringArray) -> np.ndarray:
-        rows = 1 + (hash64(values) % np.uint64(self.oov_rows)).astype(np.int32)
-        return np.where(values.is_null().to_numpy(zero_copy_only=False), 0, rows)
-
-    def _find(self, values: pa.LargeStringArray) -> np.ndarray:
-        """Position of each value among the known ones, int64 [N], or -1."""
-        # index_in hashes the whole vocabulary on every call: right for a column, a second too long
-        # for one query.
-        if len(values) * 16 > len(self.values) or not self._index[2]:
-            found = pc.index_in(values, value_set=self.values, skip_nulls=True)
-            return found.fill_null(-1).to_numpy().astype(np.int64)
-        hashes, order, _ = self._index
-        place = np.minimum(np.searchsorted(hashes, hash64(values)), len(order) - 1)
-        same = pc.equal(self.values.take(pa.array(order[place])), values).fill_null(False)
-        return np.where(same.to_numpy(zero_copy_only=False), order[place], -1)
-
-    @functools.cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Sorted hashes, the positions they belong to, and whether all hashes differ (else they are
-        of no use)."""
-        hashes = hash64(self.values)
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order.astype(np.int32), bool(np.all(np.diff(hashes[order])))
-
     def arrays(self) -> dict[str, np.ndarray]:
-        """The values as plain arrays: their UTF-8 bytes and offsets."""
+        """Returns the values as plain arrays: their UTF-8 bytes and offsets."""
         data, offsets = utf8(self.values)
         return {"bytes": data, "offsets": offsets}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], *, oov_rows: int) -> Vocabulary:
-        """The vocabulary whose `arrays()` these are.
+        """Builds the vocabulary whose `arrays()` these are.
 
         Raises:
-            ValueError: the arrays are not the bytes and offsets of UTF-8 strings.
+            ValueError: The arrays are not the bytes and offsets of UTF-8 strings.
         """
         offsets = np.ascontiguousarray(arrays["offsets"], np.int64)
         data = np.ascontiguousarray(arrays["bytes"], np.uint8)
@@ -212,3 +194,50 @@ class Vocabulary:
         )
         values.validate(full=True)
         return cls(values=values, oov_rows=oov_rows)
+
+    def _rows_of_dictionary(self, values: pa.DictionaryArray | pa.ChunkedArray) -> np.ndarray:
+        if isinstance(values, pa.ChunkedArray):
+            values = values.unify_dictionaries().combine_chunks()
+        # One more row, that of null.
+        rows = np.append(self.rows(values.dictionary), np.int32(0))
+        return rows[values.indices.fill_null(len(values.dictionary)).to_numpy()]
+
+    def _oov_rows_of(self, values: pa.LargeStringArray) -> np.ndarray:
+        rows = 1 + (hash64(values) % np.uint64(self.oov_rows)).astype(np.int32)
+        is_null = values.is_null().to_numpy(zero_copy_only=False)
+        return np.where(is_null, 0, rows)
+
+    def _find(self, values: pa.LargeStringArray) -> np.ndarray:
+        """Returns the index int64 [N] of each value among the known ones, or -1."""
+        index = self._hash_index
+        if len(values) * _VALUES_PER_LOOKUP > len(self.values) or not index.is_unique:
+            indices = pc.index_in(values, value_set=self.values, skip_nulls=True)
+            return indices.fill_null(-1).to_numpy().astype(np.int64)
+        position = np.searchsorted(index.hashes, hash64(values))
+        candidates = index.order[np.minimum(position, len(index.order) - 1)]
+        # An unknown value can have the hash of a known one.
+        same = pc.equal(self.values.take(pa.array(candidates)), values).fill_null(False)
+        return np.where(same.to_numpy(zero_copy_only=False), candidates, -1)
+
+    @functools.cached_property
+    def _hash_index(self) -> _HashIndex:
+        hashes = hash64(self.values)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        is_unique = bool(np.all(np.diff(hashes)))
+        return _HashIndex(hashes, order.astype(np.int32), is_unique)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _HashIndex:
+    """The hashes of known values, in order.
+
+    Attributes:
+        hashes: Hashes uint64 [V], ascending.
+        order: Index int32 [V] of the value of each hash.
+        is_unique: Whether all hashes differ; else the index is of no use.
+    """
+
+    hashes: np.ndarray
+    order: np.ndarray
+    is_unique: bool
