@@ -75,10 +75,10 @@ def test_trained_vectors_start_from_the_file(tmp_path):
 def test_missing_vectors_are_counted_and_named(tmp_path):
     ids, vectors = vectors_of(27)
     fields = write_vectors(tmp_path, "npy", ids, vectors)
-    with pytest.raises(
-        ConfigError,
-        match=r"has no vector for 3 of 30 ids in column 'item_id', the first 'i27', 'i28', 'i29'; add",
-    ):
+    message = (
+        "has no vector for 3 of 30 ids in column 'item_id', the first 'i27', 'i28', 'i29'; add"
+    )
+    with pytest.raises(ConfigError, match=message):
         fitted({"item": {"clip": fields}})
     encoder = fitted({"item": {"clip": fields | {"missing": "zeros"}}})
     asked = encoder.encode("item", pa.table({"item_id": ["i1", "i28"]}))["clip"]

@@ -260,7 +260,10 @@ def test_a_list_instead_of_mappings_is_refused(tmp_path):
 def test_a_file_with_an_unknown_type_is_named_with_the_feature(tmp_path):
     path = tmp_path / "f.json"
     path.write_text('{"user_embedding_layers": {"city": {"type": "strng", "embedding_size": 8}}}')
-    message = f"{path}: features.user.city.type='strng' is not known; did you mean 'string'? Known: float, history, int, "
+    message = (
+        f"{path}: features.user.city.type='strng' is not known; did you mean 'string'? "
+        "Known: float, history, int, "
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_spec(FeaturesConfig(path=str(path)))
 

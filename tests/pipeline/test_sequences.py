@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.features.test_history import L, prepared_of, write_log
+from tests.pipeline.history_log import LENGTH, prepare_log, write_log
 from twotower.features.history import (
     HISTORY_POSITION,
     HISTORY_SEGMENT,
@@ -25,7 +25,7 @@ IDS = "history/item_id"
 
 def prepare_and_pack(tmp_path, *, times=None, crop="last", **history):
     path = write_log(tmp_path / "log.csv", times=times, rows=120)
-    prepared = prepared_of(path, {"kind": "leave_last_out"}, **history)
+    prepared = prepare_log(path, {"kind": "leave_last_out"}, **history)
     return prepared, SequencePacking.build(prepared.histories, crop=crop, seed=0)
 
 
@@ -106,11 +106,11 @@ def test_each_target_is_predicted_from_the_history_of_its_row(tmp_path, case):
 
 
 def targets_with_history(prepared):
-    """The training events that a sequence of L + 1 slots holds together with an event before."""
+    """The training events that a sequence holds together with an event before."""
     begins = prepared.histories.offsets["train"]
     targets = []
     for begin, end in zip(begins[:-1], begins[1:]):
-        targets += range(max(begin, end - L), end)
+        targets += range(max(begin, end - LENGTH), end)
     return targets
 
 

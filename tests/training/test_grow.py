@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.csv
 import pytest
 
-from tests.features.test_history import encoder
+from tests.features.history_encoder import history_encoder
 from tests.training.conftest import small_config
 from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.mesh import make_mesh
@@ -211,5 +211,5 @@ def test_a_folder_in_use_and_a_step_that_is_not_there_are_refused(log, old, tmp_
 
 
 def test_new_rows_of_a_table_that_histories_read_are_those_of_its_items():
-    uses = grow_module._uses(encoder({"reads": ["item_id", "kind"]}))
+    uses = grow_module._uses(history_encoder(reads=["item_id", "kind"]))
     assert uses == {"item.item_id": ("item", "item_id"), "item.kind": ("item", "kind")}

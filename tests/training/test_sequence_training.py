@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.features.test_history import write_log
+from tests.pipeline.history_log import write_log
 from tests.training.divided import FAST, differences, on_mesh
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
