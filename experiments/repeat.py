@@ -37,7 +37,7 @@ def main() -> None:
     from twotower.config import from_dict
     from twotower.evaluation import report
     from twotower.evaluation.evaluate import make_validate
-    from twotower.retrieval.mining import make_mine
+    from twotower.retrieval.mining import make_miner
     from twotower.training.run import load_run, train
 
     config, workdir = from_dict(_CONFIG.value), Path(_WORKDIR.value)
@@ -46,7 +46,7 @@ def main() -> None:
         chosen = dataclasses.replace(
             config, training=dataclasses.replace(config.training, seed=seed)
         )
-        train(chosen, workdir / f"seed-{seed}", make_validate=make_validate, make_mine=make_mine)
+        train(chosen, workdir / f"seed-{seed}", make_validate=make_validate, make_miner=make_miner)
         run = load_run(workdir / f"seed-{seed}")
         measured.append(
             report.measure_run(

@@ -19,7 +19,7 @@ from twotower.evaluation.queries import make_queries
 from twotower.retrieval.batch_jobs import divided
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.export import export as write_bundle_of
-from twotower.retrieval.mining import make_mine
+from twotower.retrieval.mining import make_miner
 from twotower.retrieval.retriever import Retriever
 from twotower.training import run as run_folder
 from twotower.training.run import Run
@@ -56,7 +56,7 @@ def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) ->
     This is the form for one of several processes, and for whoever goes on in another process.
     """
     run_folder.train(
-        config, workdir, make_validate=make_validate, make_mine=make_mine, devices=devices
+        config, workdir, make_validate=make_validate, make_miner=make_miner, devices=devices
     )
 
 

@@ -78,7 +78,7 @@ def test_a_known_user_is_asked_with_all_that_they_did(run, retriever):
 
 def test_a_vector_depends_on_when_one_asks(run, retriever):
     user = run.prepared.raw.test["user_id"][0].as_py()
-    row = retriever.user_rows.rows_of([user]).to_pylist()[0]
+    row = retriever.user_rows.take([user]).to_pylist()[0]
     log = [
         time
         for name in ("train", "validation", "test")

@@ -8,7 +8,7 @@ from twotower.core.errors import QueryError
 from twotower.core.ragged import Ragged
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.mining import make_mine, mine
+from twotower.retrieval.mining import make_miner, mine_hard_negatives
 
 USERS, ITEMS, DIM = 6, 30, 4
 
@@ -48,11 +48,11 @@ def lists(pools):
 @pytest.mark.parametrize("ranks", [(0, 5), (3, 12), (0, ITEMS)])
 def test_pools_are_the_ranks_asked_for(vectors, known, ranks, margin, monkeypatch):
     monkeypatch.setattr(
-        "twotower.retrieval.mining.BLOCK", 4
+        "twotower.retrieval.mining.USER_BLOCK", 4
     )  # more than one block of users, and of pairs
-    monkeypatch.setattr("twotower.retrieval.mining.PAIRS", 3)
+    monkeypatch.setattr("twotower.retrieval.mining.PAIR_BLOCK", 3)
     users, items = vectors
-    pools = mine(users, items, known, ranks=ranks, margin=margin)
+    pools = mine_hard_negatives(users, items, known, ranks=ranks, margin=margin)
     assert lists(pools) == oracle(users, items, known, *ranks, margin)
     assert pools["items"].shape == (USERS, ranks[1] - ranks[0]) and pools["items"].dtype == np.int32
     for user, pool in enumerate(lists(pools)):
@@ -62,7 +62,8 @@ def test_pools_are_the_ranks_asked_for(vectors, known, ranks, margin, monkeypatc
 def test_the_margin_leaves_out_what_scores_like_a_positive(vectors, known):
     users, items = vectors
     sizes = [
-        mine(users, items, known, ranks=(0, ITEMS), margin=m)["sizes"] for m in (-1.0, 0.0, 1.0)
+        mine_hard_negatives(users, items, known, ranks=(0, ITEMS), margin=m)["sizes"]
+        for m in (-1.0, 0.0, 1.0)
     ]
     assert (
         (sizes[0][:-1] > sizes[1][:-1]).all()
@@ -76,14 +77,14 @@ def test_vectors_that_nothing_can_be_ranked_by_are_refused(vectors, known):
     users, items = vectors
     items[3] = np.nan
     with pytest.raises(QueryError, match="item vector 3 is not finite"):
-        mine(users, items, known, ranks=(0, 5))
+        mine_hard_negatives(users, items, known, ranks=(0, 5))
 
 
 def test_pools_of_a_model(run):
     """Of users as they stood at their latest training row, ranked by the weights given; users
     without rows have none."""
     prepared, model = run.prepared, run.model
-    pools = make_mine(prepared, model)(run.weights)
+    pools = make_miner(prepared, model)(run.weights)
     train, num_users = prepared.train, len(prepared.users)
     assert pools["items"].shape == (num_users, 90)  # ranks 10 to 100
     items = embed_rows(model, run.weights, "item", prepared.features["item"])
@@ -117,7 +118,7 @@ def test_shown_and_refused_items_are_mined_like_others(run):
         },
     }
     prepared = prepare(from_dict(values))
-    pools = make_mine(prepared, run.model)(run.weights)
+    pools = make_miner(prepared, run.model)(run.weights)
     liked = prepared.is_positive("train")
     pairs = set(zip(prepared.train.user[liked], prepared.train.item[liked]))
     mined = {(user, item) for user, pool in enumerate(lists(pools)) for item in pool}

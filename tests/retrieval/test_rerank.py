@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.retrieval.rerank import capped, maximal_marginal_relevance
+from twotower.retrieval.rerank import cap_per_label, maximal_marginal_relevance
 
 
 def by_hand(scores, vectors, k, diversity):
@@ -45,7 +45,7 @@ def test_ends_of_marginal_relevance():
 @pytest.mark.parametrize("most", [1, 2, {"a": 1, "b": 0}])
 def test_caps_hold_in_order(most):
     labels = np.random.default_rng(1).choice(["a", "b", "c", None], 40).tolist()
-    found = capped(labels, 12, most=most)
+    found = cap_per_label(labels, 12, max_items=most)
     kept, counts = [], {}
     for place, label in enumerate(labels):
         bound = (
@@ -67,5 +67,5 @@ def test_a_list_from_a_retriever(retriever):
     )
     order = maximal_marginal_relevance(scores, vectors, 20, diversity=0.4)
     assert order[0] == 0 and order.tolist() != list(range(20))
-    shown = capped([found[place].display["category"] for place in order], 5, most=1)
+    shown = cap_per_label([found[place].display["category"] for place in order], 5, max_items=1)
     assert len({found[order[place]].display["category"] for place in shown}) == len(shown)

@@ -29,7 +29,7 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     from tests.training.test_processes import config_of
     from twotower.evaluation.evaluate import make_validate
     from twotower.pipeline.batches import Batches
-    from twotower.retrieval.mining import make_mine
+    from twotower.retrieval.mining import make_miner
     from twotower.training.processes import join
     from twotower.training.run import train
 
@@ -52,7 +52,10 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     stopped = False
     try:
         train(
-            config_of(**json.loads(overrides)), workdir, make_validate=stopping, make_mine=make_mine
+            config_of(**json.loads(overrides)),
+            workdir,
+            make_validate=stopping,
+            make_miner=make_miner,
         )
     except Stopped:
         stopped = True

@@ -457,7 +457,7 @@ def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, 
     weights = init_on(make_mesh(1), trainer, loop.count_rows(prepared)).weights
     for module in (loop, embed):
         monkeypatch.setattr(module, "compiler_options", lambda mesh: {"of_no_compiler": True})
-    monkeypatch.setattr(embed, "_embed", embed._embed.__wrapped__)
+    monkeypatch.setattr(embed, "_compiled_embed", embed._compiled_embed.__wrapped__)
     with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):
         loop.fit(trainer, prepared, tmp_path, validate=None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):

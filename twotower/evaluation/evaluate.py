@@ -33,7 +33,7 @@ from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.kernels.top_k import merge_top_k, select_top_k
 from twotower.pipeline.prepare import PreparedData
-from twotower.retrieval.embed import embed_rows, mesh_of_tables
+from twotower.retrieval.embed import embed_rows, find_mesh
 from twotower.towers.two_tower import TwoTower, Weights
 
 # A slice of the queries -> their scores, float32 [b, N]. Where the columns are divided over a mesh,
@@ -136,7 +136,7 @@ def model_scores(
     """Makes the scores of the two towers, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
     users = query_vectors(prepared, model, weights, queries)
-    return dot_scores(users, items, mesh=mesh_of_tables(weights))
+    return dot_scores(users, items, mesh=find_mesh(weights))
 
 
 def make_validate(
@@ -225,7 +225,7 @@ def _measure_block(
     scores: Float[Array, "B N"], pairs: _Pairs, counts: np.ndarray, ks: tuple[int, ...]
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
     """Does `_measure` on the devices that the columns of the scores are divided over."""
-    mesh = mesh_of_tables(scores)
+    mesh = find_mesh(scores)
     if mesh is None:
         return _measure(scores, pairs, counts, ks=ks)
     width = scores.shape[1]

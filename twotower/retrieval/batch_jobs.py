@@ -76,7 +76,7 @@ def embed_all(
         write_parts(out / f"{side}s", job | {"side": side}, len(ids), make, tasks=tasks, part=part)
 
     features = prepared.features["item"]
-    vectors("user", users["user_id"], lambda rows: known.encode(known.stored(rows)))
+    vectors("user", users["user_id"], lambda rows: known.encode(known.slice(rows.start, rows.stop)))
     vectors(
         "item",
         prepared.items["item_id"],

@@ -1,10 +1,10 @@
-"""Vectors of many users or items, in padded batches of few shapes; or of some of them."""
+"""The vectors of many users or items, computed in padded batches of few shapes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,61 +13,78 @@ from jax.sharding import Mesh, NamedSharding
 from twotower.core.arrays import next_power_of_two, pad_rows
 from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, put
 from twotower.core.progress import progress
+from twotower.towers.two_tower import TwoTower, Weights
 
-BATCH = 4_096
-EVENTS = 2**16  # of the histories of a batch, at most
+BATCH = 4_096  # rows embedded at once
+MAX_BATCH_EVENTS = 2**16  # events in the histories of a batch
 
 
 def embed_rows(
-    model: Any, weights: Any, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH
+    model: TwoTower,
+    weights: Weights,
+    side: Literal["user", "item"],
+    features: Mapping[str, np.ndarray],
+    *,
+    batch: int = BATCH,
 ) -> np.ndarray:
-    """float32 [N, D], the vectors of all rows of `features`.
+    """Returns the vectors of all rows of `features`, float32 [N, D].
 
     Args:
-        model: a `TwoTower`.
-        weights: its `Weights`; where they are divided over a mesh, so is the work, and all
+        model: The two towers.
+        weights: Their arrays. Where these are divided over a mesh, so is the work, and all
             processes must take part.
-        side: "user" or "item".
-        features: encoded, [N, ...] each.
-        batch: rows embedded at once; fewer are padded to a power of two, so that few shapes are
+        side: Tower to apply.
+        features: Encoded features, [N, ...] each.
+        batch: Rows embedded at once; fewer are padded to a power of two, so that few shapes are
             compiled.
     """
     if side == "user" and model.history_length:
-        batch = min(batch, next_power_of_two(EVENTS // model.history_length))
-    count, mesh = len(next(iter(features.values()))), mesh_of_tables(weights)
-    fewest = mesh.size if mesh else 1
-    batch = max(batch, fewest)
+        batch = min(batch, next_power_of_two(MAX_BATCH_EVENTS // model.history_length))
+    count = len(next(iter(features.values())))
+    mesh = find_mesh(weights)
+    # A batch is divided over the devices, so that each needs a row.
+    min_size = mesh.size if mesh else 1
+    batch = max(batch, min_size)
+    embed = _compiled_embed(mesh)
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
-        part = {name: values[start : start + batch] for name, values in features.items()}
         rows = min(batch, count - start)
-        size = max(fewest, min(batch, next_power_of_two(rows)))
-        padded = {name: pad_rows(values, size) for name, values in part.items()}
-        padded = put(mesh, padded, SHARDED) if mesh else padded
-        vectors[start : start + rows] = _embed(mesh)(model, side, weights, padded)[:rows]
+        size = max(min_size, min(batch, next_power_of_two(rows)))
+        padded = {
+            name: pad_rows(values[start : start + rows], size) for name, values in features.items()
+        }
+        if mesh:
+            padded = put(mesh, padded, SHARDED)
+        vectors[start : start + rows] = embed(model, side, weights, padded)[:rows]
     return vectors
 
 
-def mesh_of_tables(arrays: Any) -> Mesh | None:
-    """The mesh of several devices that `arrays` are divided over."""
-    places = [x.sharding for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
-    meshes = [
-        place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1
-    ]
-    return meshes[0] if meshes else None
+def find_mesh(arrays: Any) -> Mesh | None:
+    """Returns the mesh of several devices that a tree of arrays is divided over, if it is."""
+    for array in jax.tree.leaves(arrays):
+        if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+            continue
+        mesh = array.sharding.mesh
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None
 
 
 @functools.cache
-def _embed(mesh: Mesh | None) -> Any:
-    def embed(model: Any, side: str, weights: Any, features: Mapping[str, Any]) -> jax.Array:
+def _compiled_embed(mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """Returns `TwoTower.embed` as a program of `mesh`."""
+
+    def embed(
+        model: TwoTower, side: str, weights: Weights, features: Mapping[str, Any]
+    ) -> jax.Array:
         return model.embed(side, weights, features)
 
     # Every process reads all vectors, so each must hold them.
-    out = NamedSharding(mesh, REPLICATED) if mesh else None
+    replicated = NamedSharding(mesh, REPLICATED) if mesh else None
     return jax.jit(
         embed,
         static_argnames=("model", "side"),
-        out_shardings=out,
+        out_shardings=replicated,
         compiler_options=compiler_options(mesh),
     )

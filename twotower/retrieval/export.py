@@ -110,7 +110,7 @@ def make_bundle(run: Run) -> Bundle:
     vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
     vectors = quantize(vectors) if run.config.retrieval.vectors == "int8" else vectors
     users, counts = known_users(prepared), item_counts(prepared)
-    encoded = UserRows(prepared.encoder, users).encoded()
+    encoded = UserRows(prepared.encoder, users).encode_all()
     user_vectors = np.concatenate(
         [embed_rows(model, run.weights, "user", block) for block in encoded]
     )
@@ -153,7 +153,7 @@ def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
         find is what is right.
     """
     places = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
-    encoded = UserRows(bundle.encoder, bundle.users.take(pa.array(places))).encoded()
+    encoded = UserRows(bundle.encoder, bundle.users.take(pa.array(places))).encode_all()
     users = np.concatenate([embed_rows(run.model, run.weights, "user", block) for block in encoded])
     items = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
     found, measured = {}, {"dim": run.model.dim, "users": len(users)}
@@ -173,7 +173,7 @@ def make_towers(run: Run) -> Towers:
     """The towers of a run as programs."""
     arrays = jax.tree.map(np.asarray, of_towers(run.weights))
     known = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
-    examples = {"user": next(known.encoded()), "item": run.prepared.features["item"]}
+    examples = {"user": next(known.encode_all()), "item": run.prepared.features["item"]}
     return Towers(
         {side: export_tower(run.model, arrays, side, x) for side, x in examples.items()}, arrays
     )
@@ -258,7 +258,7 @@ def check_parity(run: Run, folder: Path) -> None:
     )
     # Stored vectors are of users asked about now, which a context of time tells from their latest
     # row.
-    now = retriever.encode_users(retriever.user_rows.rows_of(known["user_id"].to_pylist()))
+    now = retriever.encode_users(retriever.user_rows.take(known["user_id"].to_pylist()))
     rounding = error_bound(now, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
     compare_scores(
         bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T, rounding

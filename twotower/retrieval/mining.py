@@ -4,7 +4,6 @@ not known to like."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -14,46 +13,46 @@ from twotower.objectives.pools import Pools, empty_pools
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.user_items import items_of_users, latest_rows
+from twotower.towers.two_tower import TwoTower, Weights
 
-BLOCK = 8_192  # users ranked at once
-PAIRS = 2**18  # known positives scored at once
+USER_BLOCK = 8_192  # users ranked at once
+PAIR_BLOCK = 2**18  # known positives scored at once
 
-Mine = Callable[[Any], Pools]
+Miner = Callable[[Weights], Pools]
 
 
-def make_mine(prepared: PreparedData, model: Any) -> Mine:
-    """weights -> pools, for the training loop. Known are the training rows alone: later ones must
-    not tell it anything.
+def make_miner(prepared: PreparedData, model: TwoTower) -> Miner:
+    """Returns a function of the weights that mines pools of hard negatives, for the training loop.
 
-    Users are asked as they stood at their latest training row. A user without a positive has an
-    empty pool.
+    Only the training rows tell which items a user likes: later ones must not tell it anything. A
+    user's vector is that of its latest training row. A user without a positive has an empty pool.
     """
-    negatives, train, num_users = (
-        prepared.config.objective.negatives,
-        prepared.train,
-        len(prepared.users),
-    )
+    negatives = prepared.config.objective.negatives
+    train = prepared.train
+    num_users = len(prepared.users)
     known = items_of_users([prepared.positives("train")], num_users=num_users)
-    asked = np.flatnonzero(known.lengths)
-    latest = latest_rows([train], num_users=num_users)[asked]
-    features = prepared.user_features(
-        asked, {name: values[latest] for name, values in train.context.items()}
-    )
-    ranks, margin = negatives.mined_ranks, negatives.mined_margin
+    users = np.flatnonzero(known.lengths)
+    latest = latest_rows([train], num_users=num_users)[users]
+    context = {name: values[latest] for name, values in train.context.items()}
+    features = prepared.user_features(users, context)
 
-    def run(weights: Any) -> Pools:
-        users = embed_rows(model, weights, "user", features)
-        items = embed_rows(model, weights, "item", prepared.features["item"])
-        found = mine(users, items, known.take(asked), ranks=ranks, margin=margin)
-        pools = empty_pools(num_users, ranks[1] - ranks[0])
-        for name, values in found.items():
-            pools[name][asked] = values
+    def mine(weights: Weights) -> Pools:
+        mined = mine_hard_negatives(
+            embed_rows(model, weights, "user", features),
+            embed_rows(model, weights, "item", prepared.features["item"]),
+            known.take(users),
+            ranks=negatives.mined_ranks,
+            margin=negatives.mined_margin,
+        )
+        pools = empty_pools(num_users, mined["items"].shape[1])
+        for name, values in mined.items():
+            pools[name][users] = values
         return pools
 
-    return run
+    return mine
 
 
-def mine(
+def mine_hard_negatives(
     users: np.ndarray,
     items: np.ndarray,
     known: Ragged,
@@ -61,48 +60,51 @@ def mine(
     ranks: tuple[int, ...],
     margin: float = -1.0,
 ) -> Pools:
-    """The items of exact ranks [first, last) of each user.
+    """Returns the items of exact ranks [first, last) of each user, less its known positives.
 
     Args:
-        users: float [Q, D].
-        items: float [N, D].
-        known: for each user its known positives: they are neither ranked nor returned.
+        users: float [Q, D], user vectors.
+        items: float [N, D], item vectors.
+        known: Known positives of each user: they are neither ranked nor returned.
         ranks: (first, last), from 0.
-        margin: items that score above the mean of the user's positives less this are left out, as
+        margin: Items that score above the mean of the user's positives less this are left out, as
             likely positives that nobody recorded (the margin of positive-aware mining, Moreira et
             al. 2024, arXiv 2407.15831); negative keeps them.
 
     Returns:
-        Pools of Q users with last - first places, the hardest item first.
+        Pools of Q users with room for last - first items, the hardest item first.
 
     Raises:
-        QueryError: a vector is not finite.
+        QueryError: A vector is not finite.
     """
     first, last = ranks
     index = ExactIndex(items)
     pools = empty_pools(len(users), last - first)
-    for start in range(0, len(users), BLOCK):
-        chosen = np.arange(start, min(start + BLOCK, len(users)))
-        exclude = known.take(chosen)
-        scores, rows = (
-            part[:, first:] for part in index.search(users[chosen], last, exclude=exclude)
-        )
+    for start in range(0, len(users), USER_BLOCK):
+        block = np.arange(start, min(start + USER_BLOCK, len(users)))
+        positives = known.take(block)
+        scores, rows = index.search(users[block], last, exclude=positives)
+        scores = scores[:, first:]
+        rows = rows[:, first:]
         keep = rows >= 0
         if margin >= 0:
-            keep &= scores <= _mean_positive(users[chosen], items, exclude)[:, None] - margin
-        order = np.argsort(~keep, axis=1, kind="stable")  # those kept in front, in their order
-        pools["items"][chosen] = np.take_along_axis(np.where(keep, rows, -1), order, axis=1)
-        pools["sizes"][chosen] = keep.sum(axis=1)
+            limits = _mean_positive_scores(users[block], items, positives) - margin
+            keep &= scores <= limits[:, None]
+        # Those kept move to the front, in their order.
+        order = np.argsort(~keep, axis=1, kind="stable")
+        pools["items"][block] = np.take_along_axis(np.where(keep, rows, -1), order, axis=1)
+        pools["sizes"][block] = keep.sum(axis=1)
     return pools
 
 
-def _mean_positive(users: np.ndarray, items: np.ndarray, known: Ragged) -> np.ndarray:
-    """float [Q], the mean score of each user's positives; infinite without any."""
-    rows, values = known.rows, known.values
+def _mean_positive_scores(users: np.ndarray, items: np.ndarray, positives: Ragged) -> np.ndarray:
+    """Returns float64 [Q], the mean score of each user's positives; infinite without any."""
+    all_users = positives.rows
     sums = np.zeros(len(users))
-    for start in range(0, len(values), PAIRS):
-        row, value = rows[start : start + PAIRS], values[start : start + PAIRS]
-        sums += np.bincount(
-            row, np.einsum("pd,pd->p", users[row], items[value]), minlength=len(users)
-        )
-    return np.where(known.lengths > 0, sums / np.maximum(known.lengths, 1), np.inf)
+    for start in range(0, len(all_users), PAIR_BLOCK):
+        user = all_users[start : start + PAIR_BLOCK]
+        item = positives.values[start : start + PAIR_BLOCK]
+        scores = np.einsum("pd,pd->p", users[user], items[item])
+        sums += np.bincount(user, scores, minlength=len(users))
+    means = sums / np.maximum(positives.lengths, 1)
+    return np.where(positives.lengths > 0, means, np.inf)

@@ -149,7 +149,7 @@ class Retriever:
                 self.encode_users(table),
                 self._places(() if name is None else (str(name),), 1),
             )
-            deny = [*deny, *self.user_rows.brought(table)] if exclude_seen else deny
+            deny = [*deny, *self.user_rows.history_items(table)] if exclude_seen else deny
         users = row if exclude_seen else None
         snapshot, scores, places = self._search(
             vectors, users, k, conditions(where), allow, deny, popularity_weight
@@ -289,7 +289,7 @@ class Retriever:
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """The last `k` items of a user, the latest first; without scores. Nothing of an unknown
         user."""
-        live, row = self._live, self.user_rows.places.get(str(user), -1)
+        live, row = self._live, self.user_rows.row_by_id.get(str(user), -1)
         snapshot = live.catalogue.snapshot
         numbers = live.bundle.seen[row][::-1] if row >= 0 else np.zeros(0, np.int32)
         places = [place for number in numbers if (place := snapshot.place_of(int(number))) >= 0][:k]
@@ -302,7 +302,7 @@ class Retriever:
         return _listed(snapshot, np.array([np.nan]), np.array([catalogue.place(snapshot, item)]))[0]
 
     def knows(self, user: Any) -> bool:
-        return str(user) in self.user_rows.places
+        return str(user) in self.user_rows.row_by_id
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -360,12 +360,12 @@ class Retriever:
         )
         if new.size:
             vectors = np.array(vectors)
-            vectors[new] = self.encode_users(self.user_rows.rows_of([ids[n] for n in new]))
+            vectors[new] = self.encode_users(self.user_rows.take([ids[n] for n in new]))
         return vectors, rows
 
     def _places(self, ids: Sequence[str], count: int) -> np.ndarray:
         return np.array(
-            [self.user_rows.places.get(user, -1) for user in ids] or [-1] * count, np.int64
+            [self.user_rows.row_by_id.get(user, -1) for user in ids] or [-1] * count, np.int64
         )
 
 

@@ -1,4 +1,4 @@
-"""Users as the user tower reads them: raw rows, stored or given, encoded."""
+"""The raw rows of users, known or brought along by a request, as the user tower reads them."""
 
 from __future__ import annotations
 
@@ -12,62 +12,68 @@ from twotower.core.arrow import pc
 from twotower.features.encoder import Encoder
 from twotower.features.timestamp import as_seconds
 
-BLOCK = 65_536  # users encoded at once
+USER_BLOCK = 65_536  # users encoded at once
 
 
 class UserRows:
     """The known users of a bundle.
 
-    Args:
-        encoder: of the features.
-        users: user_id and the raw columns of the user features.
+    Attributes:
+        row_by_id: Row of each user id in the table of users.
     """
 
     def __init__(self, encoder: Encoder, users: pa.Table):
-        self._encoder, self._users = encoder, users
-        self.places: dict[str, int] = {
-            user: row for row, user in enumerate(users["user_id"].to_pylist())
-        }
+        """Keeps the users.
+
+        Args:
+            encoder: Encoder of the features.
+            users: Columns user_id and the raw columns of the user features.
+        """
+        self._encoder = encoder
+        self._users = users
+        ids = users["user_id"].to_pylist()
+        self.row_by_id: dict[str, int] = {user: row for row, user in enumerate(ids)}
 
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
-        """Encoded features of raw rows. What a row lacks is missing; a time is the newest of the
-        log."""
-        return self._encoder.encode("user", self._timed(rows))
+        """Returns the encoded features of raw rows. A column that a row lacks is missing; a time is
+        the newest of the log."""
+        return self._encoder.encode("user", self._fill_times(rows))
 
-    def encoded(self) -> Iterator[dict[str, np.ndarray]]:
-        """Encoded features of all known users, in blocks."""
-        for start in range(0, len(self._users), BLOCK):
-            yield self.encode(self.stored(slice(start, start + BLOCK)))
+    def encode_all(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the encoded features of all known users, in blocks."""
+        for start in range(0, len(self._users), USER_BLOCK):
+            yield self.encode(self.slice(start, start + USER_BLOCK))
 
-    def stored(self, rows: slice) -> pa.Table:
-        """Raw features of some known users, as `rows_of` gives them."""
-        return self._asked_now(self._users.slice(rows.start, rows.stop - rows.start))
+    def slice(self, start: int, stop: int) -> pa.Table:
+        """Returns the raw features of the known users [start, stop), as `take` does."""
+        return self._without_times(self._users.slice(start, stop - start))
 
-    def rows_of(self, ids: Sequence[str]) -> pa.Table:
-        """Stored raw features of known users, and of unknown ones the id."""
-        rows = pa.array([self.places.get(user) for user in ids], pa.int64())
+    def take(self, ids: Sequence[str]) -> pa.Table:
+        """Returns the raw features of users by id; of those not known the id alone."""
+        rows = pa.array([self.row_by_id.get(user) for user in ids], pa.int64())
         columns = {name: self._users[name].take(rows) for name in self._users.column_names}
         columns["user_id"] = pa.array(ids, pa.string())
-        return self._asked_now(pa.table(columns))
+        return self._without_times(pa.table(columns))
 
-    def brought(self, rows: pa.Table) -> list[str]:
-        """The ids of the items in the histories of raw rows."""
+    def history_items(self, rows: pa.Table) -> list[str]:
+        """Returns the ids of the items in the histories of raw rows."""
         history = self._encoder.spec.history
-        lists = (
-            rows[history.column].to_pylist()
-            if history and history.column in rows.column_names
-            else []
-        )
-        events = [event for events in lists for event in events or ()]
-        ids = (event["item_id"] if isinstance(event, dict) else event for event in events)
-        return [str(item) for item in ids if item is not None]
+        if history is None or history.column not in rows.column_names:
+            return []
+        items = []
+        for events in rows[history.column].to_pylist():
+            for event in events or ():
+                item = event["item_id"] if isinstance(event, dict) else event
+                if item is not None:
+                    items.append(str(item))
+        return items
 
-    def _asked_now(self, rows: pa.Table) -> pa.Table:
-        """The user is asked about now, not when it was last seen."""
+    def _without_times(self, rows: pa.Table) -> pa.Table:
+        """Drops the times at which users were last seen: a recommendation is made now."""
         return rows if self._newest is None else rows.drop_columns(["timestamp"])
 
-    def _timed(self, table: pa.Table) -> pa.Table:
-        """With the newest time of the log where a row lacks its time: nothing trained would answer
+    def _fill_times(self, table: pa.Table) -> pa.Table:
+        """Gives the newest time of the log to rows that lack a time: nothing trained would answer
         without one."""
         if self._newest is None or not len(table):
             return table
@@ -75,29 +81,32 @@ class UserRows:
             return table.append_column("timestamp", pa.repeat(self._newest, len(table)))
         seconds, missing = as_seconds(table["timestamp"], "rows, column 'timestamp'")
         times = pa.array(np.where(missing, self._newest, seconds))
-        return table.set_column(table.column_names.index("timestamp"), "timestamp", times)
+        position = table.column_names.index("timestamp")
+        return table.set_column(position, "timestamp", times)
 
     @functools.cached_property
     def _newest(self) -> int | None:
         """The newest time of the log in seconds, where a context feature or the history reads the
-        time of the query."""
-        encoder, history = self._encoder, self._encoder.spec.history
-        read = any(encoder.spec.user[name].column == "timestamp" for name in encoder.context)
-        if not read and not (history and history.request_gap):
+        time of the query; else None."""
+        history = self._encoder.spec.history
+        columns = [self._encoder.spec.user[name].column for name in self._encoder.context]
+        if "timestamp" not in columns and not (history and history.request_gap):
             return None
         return pc.max(self._users["timestamp"]).as_py()
 
 
 def as_table(rows: pa.Table | Sequence[Mapping]) -> pa.Table:
-    """Raw rows as an Arrow table."""
+    """Returns raw rows as an Arrow table."""
     if isinstance(rows, pa.Table):
         return rows
     return pa.Table.from_pylist([dict(row) for row in rows], schema=_schema(rows))
 
 
 def _schema(rows: Sequence[Mapping]) -> pa.Schema | None:
-    """All columns that any row has (Arrow looks at the first row alone)."""
+    """Returns all columns that any row has, with their types (Arrow looks at the first row
+    alone)."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return None
-    return pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
+    fields = [(name, pa.array([row.get(name) for row in rows]).type) for name in names]
+    return pa.schema(fields)

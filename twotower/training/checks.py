@@ -209,7 +209,7 @@ def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
     if negatives.mined and not has_miner:
         raise ConfigError(
             f"config.objective.negatives.mined={negatives.mined} needs a function that ranks "
-            "items: pass make_mine (twotower.retrieval.mining.make_mine) as experiments.train does."
+            "items: pass make_miner (twotower.retrieval.mining.make_miner) as experiments.train does."
         )
 
 

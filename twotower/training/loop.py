@@ -44,7 +44,7 @@ from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, train_step
 
 Validate = Callable[[Weights], Mapping[str, float]]
-Mine = Callable[[Weights], Any]
+Miner = Callable[[Weights], Any]
 RunSteps = Callable[[TrainState, int], tuple[TrainState, Any]]
 
 
@@ -91,7 +91,7 @@ def fit(
     workdir: Path,
     *,
     validate: Validate | None,
-    mine: Mine | None = None,
+    mine: Miner | None = None,
     mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation
@@ -158,7 +158,7 @@ class _Run:
     writer: Any
     record: EarlyStopping
     validate: Validate | None
-    mine: Mine | None
+    mine: Miner | None
     mesh: Mesh
 
     def steps(self, state: TrainState, run_steps: RunSteps) -> TrainState:
@@ -266,7 +266,7 @@ def compile_steps(
 
 
 def _check(
-    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh, mine: Mine | None
+    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh, mine: Miner | None
 ) -> None:
     """Refuses what cannot run on `mesh`, before anything is allocated."""
     config, negatives = trainer.config, trainer.sampling.config

@@ -47,7 +47,7 @@ def train(
     workdir: Path | str,
     *,
     make_validate: Any = None,
-    make_mine: Any = None,
+    make_miner: Any = None,
     devices: int = 0,
 ) -> None:
     """Trains `config` in `workdir`, or goes on with it; with several processes, in a folder that
@@ -55,7 +55,7 @@ def train(
 
     Args:
         make_validate: (prepared, model) -> `Validate`, called where validation rows exist.
-        make_mine: (prepared, model) -> `Mine`, called where hard negatives are to be mined.
+        make_mine: (prepared, model) -> `Miner`, called where hard negatives are to be mined.
         devices: how many to use; 0: all.
 
     Raises:
@@ -88,7 +88,7 @@ def train(
     validate: Validate | None = None
     if len(prepared.validation) and make_validate:
         validate = make_validate(prepared, model)
-    mine = make_mine(prepared, model) if trainer.sampling.config.mined else None
+    mine = make_miner(prepared, model) if trainer.sampling.config.mined else None
     fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
 
 
