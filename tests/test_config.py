@@ -8,8 +8,7 @@ import ml_collections
 import pytest
 
 from twotower.config import Config, SplitConfig, TowerConfig, defaults, from_dict
-from twotower.core.errors import ConfigError, choose
-from twotower.core.fields import convert
+from twotower.core.errors import ConfigError
 
 CHANGED = {
     "data": {
@@ -136,7 +135,6 @@ def test_a_wrong_element_of_a_sequence_is_named_by_its_place():
 def test_a_whole_number_is_a_float_where_one_is_asked_for():
     clip = from_dict({"training": {"optimizer": {"clip_norm": 1}}}).training.optimizer.clip_norm
     assert clip == 1.0 and isinstance(clip, float)
-    assert convert(int | None, None, "x") is None and convert(float | None, 2, "x") == 2.0
 
 
 @pytest.mark.parametrize(
@@ -191,21 +189,49 @@ def test_the_edges_of_a_range_are_allowed():
 
 
 def test_a_range_holds_for_a_configuration_that_is_made_in_code_too():
-    with pytest.raises(ConfigError, match="config.split.test=2.0 must be between"):
-        Config(split=SplitConfig(test=2.0))
-
-
-def test_choose_gives_the_kind_or_names_the_nearest():
-    kinds = {"softmax": 1, "bpr": 2}
-    assert choose(kinds, "bpr", "config.objective.loss") == 2
+    with pytest.raises(ConfigError, match=r"^config\.split\.test=2\.0 must be between"):
+        SplitConfig(test=2.0)
     with pytest.raises(
-        ConfigError,
-        match="config.objective.loss='sofmax' is not known; did you mean 'softmax'.*bpr, softmax",
+        ConfigError, match=r"^config\.data\.duplicates='frist' is not known; did you"
     ):
-        choose(kinds, "sofmax", "config.objective.loss")
-    with pytest.raises(ConfigError) as error:
-        choose(kinds, "xyz", "loss")
-    assert "did you mean" not in str(error.value)
+        dataclasses.replace(Config().data, duplicates="frist")
+
+
+def test_a_section_that_lies_in_several_places_is_named_by_its_place_or_its_class():
+    assert message_of(nested("model.item.layers", [8, 0])).startswith("config.model.item.layers=")
+    with pytest.raises(ConfigError, match=r"^TowerConfig\.layers=\(8, 0\) must be widths"):
+        TowerConfig(layers=(8, 0))
+
+
+def test_rules_across_sections_hold_for_a_configuration_that_is_made_in_code_too():
+    queue = dataclasses.replace(Config().objective.negatives, queue=1000)
+    objective = dataclasses.replace(Config().objective, negatives=queue)
+    with pytest.raises(ConfigError, match="queue=1000 must be a multiple of"):
+        Config(objective=objective)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": {"history": {"kind": "bag"}}}, "model.history.kind='bag' must be 'causal' with"),
+        ({"objective": {"negatives": {"queue": 1024}}}, "negatives.queue=1024 must be 0 with"),
+        (
+            {
+                "objective": {"loss": "binary_cross_entropy", "label": "liked"},
+                "training": {"accumulate": 2},
+            },
+            "training.accumulate=2 must be 1 with",
+        ),
+        ({"model": {"item": {"batch_norm": True}}}, "item.batch_norm=True must be False with"),
+    ],
+)
+def test_options_that_packed_sequences_cannot_be_trained_with_are_refused(values, message):
+    training = values.get("training", {}) | {"examples": "sequences"}
+    assert message in message_of(values | {"training": training})
+
+
+def test_a_crop_needs_sequences():
+    assert "crop='random' must be 'last' with" in message_of({"training": {"crop": "random"}})
 
 
 def test_a_mapping_of_sections_is_built():

@@ -117,11 +117,12 @@ class DataConfig:
         check.at_least(0, "k_core", "num_items")
         for name in ("interactions", "user_table", "item_table", "test"):
             table: TableConfig = getattr(self, name)
-            check = FieldChecks(table, f"config.data.{name}")
             if table.query:
-                of_bigquery = self.source == "bigquery"
-                check.true(of_bigquery, "query", "empty unless config.data.source='bigquery'")
-                check.true(not table.path, "path", f"empty beside a config.data.{name}.query")
+                by_bigquery = self.source == "bigquery"
+                right = "empty unless config.data.source='bigquery'"
+                check.true(by_bigquery, f"{name}.query", right)
+                right = f"empty beside a config.data.{name}.query"
+                check.true(not table.path, f"{name}.path", right)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,19 @@ or data is in `twotower.training.checks`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twotower.core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from twotower.config import Config
+# A `twotower.config.Config`. That module imports this one, so its name cannot be had here.
+Config = Any
 
 
 def check_rules(config: Config) -> None:
     """Refuses options that do not go with those of another section.
+
+    Args:
+        config: The whole configuration, each section of which has checked itself.
 
     Raises:
         ConfigError: The first such option, with its value and what would be right.

@@ -1,9 +1,9 @@
-"""Csr against lists of lists."""
+"""Ragged lists against lists of lists."""
 
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Ragged
+from twotower.core.ragged import Ragged, pair_keys
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def lists():
 
 
 @pytest.fixture
-def csr(lists):
+def ragged(lists):
     pairs = [(row, value) for row, values in enumerate(lists) for value in values]
     # Rows interleaved, each keeping its own order: from_pairs must be stable.
     pairs = sorted(enumerate(pairs), key=lambda p: (p[0] % 3, p[0]))
@@ -23,33 +23,50 @@ def csr(lists):
     return Ragged.from_pairs(np.array(rows), np.array(values), num_rows=len(lists))
 
 
-def as_lists(csr):
-    return [row.tolist() for row in csr]
+def as_lists(ragged):
+    return [row.tolist() for row in ragged]
 
 
-def test_from_pairs_groups_and_keeps_order(csr, lists):
-    assert as_lists(csr) == lists
+def test_from_pairs_groups_and_keeps_order(ragged, lists):
+    assert as_lists(ragged) == lists
 
 
-def test_take_repeats_reorders_and_gives_nothing_for_minus_one(csr, lists):
+def test_take_repeats_reorders_and_gives_nothing_for_minus_one(ragged, lists):
     rows = [2, 2, -1, 0, 4]
-    assert as_lists(csr.take(np.array(rows))) == [lists[r] if r >= 0 else [] for r in rows]
+    assert as_lists(ragged.take(np.array(rows))) == [lists[r] if r >= 0 else [] for r in rows]
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
-def test_distinct_keeps_one_of_each(csr, lists, keep):
+def test_distinct_keeps_one_of_each(ragged, lists, keep):
     def oracle(values):
         if keep == "first":
             return list(dict.fromkeys(values))
         return list(dict.fromkeys(values[::-1]))[::-1]
 
-    assert as_lists(csr.distinct(keep=keep)) == [oracle(values) for values in lists]
+    assert as_lists(ragged.distinct(keep=keep)) == [oracle(values) for values in lists]
 
 
-def test_contains_equals_in(csr, lists):
+def test_filter_keeps_as_many_lists(ragged, lists):
+    expected = [[value for value in values if value > 2] for values in lists]
+    assert as_lists(ragged.filter(ragged.values > 2)) == expected
+
+
+def test_join_puts_the_other_list_behind(ragged, lists):
+    other = ragged.take(np.array([2, 1, 0, -1, 4]))
+    expected = [a + b for a, b in zip(lists, [lists[2], lists[1], lists[0], [], lists[4]])]
+    assert as_lists(ragged.join(other)) == expected
+
+
+def test_pair_keys_sort_as_pairs_do():
+    pairs = [(0, 0), (0, 5), (1, 0), (1, 2**31 - 1), (2**31 - 1, 3)]
+    rows, values = np.array(pairs).T
+    assert pair_keys(rows, values).tolist() == sorted(set(pair_keys(rows, values).tolist()))
+
+
+def test_contains_equals_in(ragged, lists):
     values = np.arange(-1, 7)[None].repeat(5, axis=0)
     expected = [[value in row for value in range(-1, 7)] for row in lists]
-    assert csr.contains(np.arange(5)[:, None], values).tolist() == expected
+    assert ragged.contains(np.arange(5)[:, None], values).tolist() == expected
 
 
 def test_a_row_out_of_range_is_refused():

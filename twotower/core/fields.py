@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -71,9 +72,16 @@ class FieldChecks:
         raise FieldError(self._location, field, problem)
 
     def true(self, ok: bool, field: str, right: str) -> None:
-        """Refuses a field unless `ok`; `right` completes the words "must be"."""
+        """Refuses a field unless `ok`.
+
+        Args:
+            ok: Whether its value is right.
+            field: Its name, dotted where it is one of a nested dataclass.
+            right: The right values, after the words "must be".
+        """
         if not ok:
-            self.refuse(field, f"={getattr(self._instance, field)!r} must be {right}.")
+            value = operator.attrgetter(field)(self._instance)
+            self.refuse(field, f"={value!r} must be {right}.")
 
     def between(self, low: float, high: float, *fields: str) -> None:
         """Refuses fields outside of [low, high], and NaN."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """`num_rows` lists of integers: list r is `values[offsets[r]:offsets[r + 1]]`.
+    """Lists of integers: list r is `values[offsets[r]:offsets[r + 1]]`.
 
     Attributes:
-        offsets: int64 [num_rows + 1], from 0, never falling.
-        values: int32 [M].
+        offsets: int64 [R + 1], from 0, never falling, of R lists.
+        values: int32 [M], the lists one after the other.
     """
 
     offsets: np.ndarray
@@ -22,22 +23,31 @@ class Ragged:
 
     @classmethod
     def from_pairs(cls, rows: np.ndarray, values: np.ndarray, *, num_rows: int) -> Ragged:
-        """The pairs (row, value) grouped by row; the values of a row keep the order of the
-        pairs."""
+        """Returns the values of pairs (row, value) as one list a row.
+
+        The values of a row keep the order of the pairs.
+
+        Args:
+            rows: int [M], in [0, num_rows).
+            values: int [M].
+            num_rows: The number R of lists.
+
+        Raises:
+            ValueError: A row is out of range.
+        """
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
             raise ValueError(
-                f"Csr rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}]."
+                f"Rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}]."
             )
         order = np.argsort(rows, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))]).astype(
-            np.int64
-        )
-        return cls(offsets=offsets, values=np.asarray(values)[order].astype(np.int32))
+        lengths = np.bincount(rows, minlength=num_rows)
+        return cls(_offsets(lengths), np.asarray(values)[order].astype(np.int32))
 
     @classmethod
     def empty(cls, num_rows: int) -> Ragged:
-        return cls(offsets=np.zeros(num_rows + 1, np.int64), values=np.zeros(0, np.int32))
+        """Returns `num_rows` empty lists."""
+        return cls(np.zeros(num_rows + 1, np.int64), np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,63 +60,73 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [num_rows]."""
+        """The length of each list, int64 [R]."""
         return np.diff(self.offsets)
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [M]: the row of each value."""
+        """The row of each value, int64 [M]."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def take(self, rows: np.ndarray) -> Ragged:
-        """The lists of `rows`, in that order; a row of -1 is an empty list."""
+        """Returns the lists of `rows`, in that order; a row of -1 gives an empty list."""
         rows = np.asarray(rows, np.int64)
+        # One row is what a request asks for: its values need no copy.
         if len(rows) == 1 and rows[0] >= 0:
             values = np.asarray(self[rows[0]])
-            return Ragged(offsets=np.array([0, len(values)], np.int64), values=values)
-        lengths = (
-            np.where(rows >= 0, self.lengths[rows], 0)
-            if len(self)
-            else np.zeros(len(rows), np.int64)
-        )
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        starts = self.offsets[rows] - offsets[:-1]
-        return Ragged(
-            offsets=offsets, values=self.values[np.repeat(starts, lengths) + np.arange(offsets[-1])]
-        )
+            return Ragged(np.array([0, len(values)], np.int64), values)
+        lengths = np.zeros(len(rows), np.int64)
+        if len(self):
+            lengths = np.where(rows >= 0, self.lengths[rows], 0)
+        offsets = _offsets(lengths)
+        # A value's position here is the start of its list and the distance from there.
+        shifts = self.offsets[rows] - offsets[:-1]
+        positions = np.repeat(shifts, lengths) + np.arange(offsets[-1])
+        return Ragged(offsets, self.values[positions])
 
     def filter(self, keep: np.ndarray) -> Ragged:
-        """Only the values where `keep` (bool [M]) holds; as many rows as before."""
+        """Returns as many lists, of the values where `keep`, bool [M], holds."""
         return Ragged.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
 
-    def joined(self, other: Ragged) -> Ragged:
-        """Each list followed by the other's."""
-        rows, values = (
-            np.concatenate([self.rows, other.rows]),
-            np.concatenate([self.values, other.values]),
-        )
+    def join(self, other: Ragged) -> Ragged:
+        """Returns each list followed by that of the same row of `other`."""
+        rows = np.concatenate([self.rows, other.rows])
+        values = np.concatenate([self.values, other.values])
         return Ragged.from_pairs(rows, values, num_rows=len(self))
 
-    def distinct(self, *, keep: str = "first") -> Ragged:
-        """Each value once a row, where it stands "first" or "last"."""
-        values = self.values if keep == "first" else self.values[::-1]
-        rows = self.rows if keep == "first" else self.rows[::-1]
-        _, index = np.unique(pair_keys(rows, values), return_index=True)
-        kept = np.zeros(len(values), bool)
+    def distinct(self, *, keep: Literal["first", "last"] = "first") -> Ragged:
+        """Returns each value once a row, where it stands first or last."""
+        step = 1 if keep == "first" else -1
+        keys = pair_keys(self.rows, self.values)
+        _, index = np.unique(keys[::step], return_index=True)
+        kept = np.zeros(len(keys), bool)
         kept[index] = True
-        return self.filter(kept if keep == "first" else kept[::-1])
+        return self.filter(kept[::step])
 
     def contains(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """bool, of the shape of `values`: whether each value stands in the list of its row (-1
-        never does)."""
+        """Returns whether each value stands in the list of its row.
+
+        Args:
+            rows: int, of a shape that broadcasts with that of `values`.
+            values: int; -1 stands in no list.
+
+        Returns:
+            bool, of the broadcast shape.
+        """
         rows, values = np.broadcast_arrays(rows, values)
-        return np.isin(pair_keys(rows, values), pair_keys(self.rows, self.values)) & (values >= 0)
+        held = np.isin(pair_keys(rows, values), pair_keys(self.rows, self.values))
+        return held & (values >= 0)
 
 
 def pair_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns one integer for each pair (row, value), int64; both fit in 32 bits.
 
-    Keys are equal where both are, and sort by row and then by value. A value of -1 is one as well:
-    whoever looks for values must leave it out.
+    Keys are equal where both are, and sort by row and then by value. A value of -1 has a key like
+    others: whoever looks for values must leave it out.
     """
     return (np.asarray(rows, np.int64) << 32) | (np.asarray(values, np.int64) & 0xFFFFFFFF)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Returns the sums of the lengths before each list, and of all: int64 [R + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

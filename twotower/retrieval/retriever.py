@@ -341,7 +341,7 @@ class Retriever:
         live = self._live  # one of them, whatever takes its place meanwhile
         exclude = Ragged.empty(len(vectors)) if users is None else live.bundle.seen.take(users)
         if len(denied := live.catalogue.numbers_of(deny)):
-            exclude = exclude.joined(_lists_of(denied, len(vectors)))
+            exclude = exclude.join(_lists_of(denied, len(vectors)))
         only = None if allow is None else live.catalogue.numbers_of(allow)
         snapshot = live.catalogue.snapshot
         return snapshot, *snapshot.search(
