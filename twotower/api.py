@@ -19,6 +19,7 @@ from twotower.evaluation.queries import make_queries
 from twotower.retrieval.batch_jobs import divided
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.export import export as write_bundle_of
+from twotower.retrieval.export import load_retriever as load_retriever_of
 from twotower.retrieval.mining import make_miner
 from twotower.retrieval.retriever import Retriever
 from twotower.training import run as run_folder
@@ -159,4 +160,4 @@ def load_retriever(folder: Path | str) -> Retriever:
         BundleError: The bundle is not whole.
         ConfigError: The folder is neither.
     """
-    return Retriever.load(folder)
+    return load_retriever_of(folder)

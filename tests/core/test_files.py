@@ -69,7 +69,7 @@ def flip_a_byte(path):
         ),
         (
             lambda folder: (folder / "vocabulary_0_bytes.npy").unlink(),
-            "it lacks vocabulary_0_bytes.npy",
+            "vocabulary_0_bytes.npy is missing",
         ),
         (
             lambda folder: flip_a_byte(folder / "vocabulary_0_bytes.npy"),

@@ -182,7 +182,7 @@ def flip(path):
         (
             "query",
             lambda run: flip(current_version(run / "bundle") / "item_vectors.npy"),
-            "item_vectors.npy was changed after the bundle",
+            "item_vectors.npy is corrupt",
         ),
         (
             "query",

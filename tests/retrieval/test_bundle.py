@@ -316,16 +316,19 @@ def test_embedding_in_batches_equals_embedding_at_once(run):
     assert embed_rows(run.model, run.weights, "item", none).shape == (0, 16)
 
 
-def test_embedding_many_batches_shows_progress_and_one_does_not(run, monkeypatch):
+def test_embedding_shows_progress_by_batches(run, monkeypatch):
     shown, show = [], embed_module.progress
-    monkeypatch.setattr(
-        embed_module, "progress", lambda *a, **k: shown.append(k["what"]) or show(*a, **k)
-    )
+
+    def record(blocks, **options):
+        shown.append((options["what"], options["total"]))
+        return show(blocks, **options)
+
+    monkeypatch.setattr(embed_module, "progress", record)
     features = run.prepared.features["item"]
     embed_rows(run.model, run.weights, "item", features)
-    assert shown == []
     embed_rows(run.model, run.weights, "item", features, batch=16)
-    assert shown == ["Embedding items"]
+    batches = -(-len(run.prepared.items) // 16)
+    assert shown == [("Embedding items", 1), ("Embedding items", batches)]
 
 
 def test_seen_items_are_all_rows_with_the_latest_last(run):

@@ -53,7 +53,7 @@ def bundles(tmp_path_factory):
         run = make_run(tmp_path_factory.mktemp("run"), seed=seed, **sections)
         export(run, run.workdir / "bundle")
         retriever = Retriever.load(run.workdir / "bundle")
-        MatchModel.of(retriever.bundle).save(run.workdir / "match")
+        MatchModel.from_bundle(retriever.bundle).save(run.workdir / "match")
         retriever.upsert([{"item_id": "new", "title": "lamp", "price": 3.0}])
         assert retriever.delete([retriever.bundle.items["item_id"][seed].as_py()]) == 1
         assert retriever.bundle.index.kind == KIND

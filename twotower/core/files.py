@@ -1,5 +1,9 @@
-"""Folders that are written whole or not at all, and checked when read: any, and those of one JSON
-file and arrays."""
+"""Files and folders that change all at once, and are checked when they are read.
+
+Three forms: a single file (`atomic`); a folder of arrays and one JSON file that names them
+(`write_folder`); a folder of versions that never change and a pointer to the current one
+(`new_version`, `publish_version`, `current_version`).
+"""
 
 from __future__ import annotations
 
@@ -160,8 +164,10 @@ def digest(path: epath.PathLike) -> str:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON, whatever the order of its keys; that which it says itself, under "sha256",
-    aside."""
+    """Returns the SHA-256 of JSON, whatever the order of its keys.
+
+    The key "sha256", under which content says its own, is left out.
+    """
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -208,37 +214,61 @@ def _free_path(folder: epath.Path, name: str) -> epath.Path:
 
 
 def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The state and the arrays that `write_folder` put there.
+    """Returns the state and the arrays that `write_folder` put there.
 
     Raises:
-        FolderError: the folder holds something else, lacks a file, or a file is not what was
+        FolderError: The folder holds something else, lacks a file, or a file is not what was
             written.
     """
     folder = epath.Path(folder)
-    content = _read_json(folder, kind)
+    content = _read_state(folder, kind)
+    check_files(folder, content["files"])
     arrays = {}
-    for name, written in content["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise FolderError(f"{folder} is not a whole {kind}: it lacks {name}.")
-        if digest(path) != written:
-            raise FolderError(
-                f"{path} is corrupt: its content is not what was written with {kind}.json."
-            )
-        with path.open("rb") as file:
+    for name in content["files"]:
+        with (folder / name).open("rb") as file:
             arrays[_ARRAY_FILE.sub("", name)] = np.load(file, allow_pickle=False)
     return content["state"], arrays
 
 
-def _read_json(folder: epath.Path, kind: str) -> dict[str, Any]:
+def check_files(folder: epath.PathLike, digests: Mapping[str, str]) -> None:
+    """Refuses a file that is missing, or is not what was written.
+
+    Args:
+        folder: folder of the files.
+        digests: SHA-256 of each file, by its path inside the folder.
+
+    Raises:
+        FolderError: The message names the first such file.
+    """
+    for name, written in digests.items():
+        path = epath.Path(folder) / name
+        if not path.is_file():
+            raise FolderError(f"{path} is missing.")
+        if digest(path) != written:
+            raise FolderError(f"{path} is corrupt: its content is not what was written.")
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        FolderError: The file holds none.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text())
+    except ValueError as error:
+        raise FolderError(f"{path} is corrupt: it is not JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise FolderError(f"{path} is corrupt: it holds no JSON object.")
+    return content
+
+
+def _read_state(folder: epath.Path, kind: str) -> dict[str, Any]:
     path = folder / f"{kind}.json"
     if not path.exists():
         raise FolderError(f"{folder} holds no {kind}: there is no {kind}.json in it.")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise FolderError(f"{path} is corrupt: it is not JSON ({error}).") from None
-    if not isinstance(content, dict) or not {"version", "state", "files", "sha256"} <= set(content):
+    content = read_json(path)
+    if not {"version", "state", "files", "sha256"} <= set(content):
         raise FolderError(
             f"{path} was not written by twotower: it lacks version, state, files or sha256."
         )

@@ -31,7 +31,7 @@ from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.users import UserRows
-from twotower.retrieval.weights import model_version, of_towers
+from twotower.retrieval.weights import embedding_weights, model_version
 from twotower.training.run import Run
 
 PART = 65_536  # rows of a file
@@ -60,7 +60,7 @@ def embed_all(
     weights = divided(run.weights, devices)
     job = {
         "job": "embed",
-        "model_version": model_version(jax.tree.map(np.asarray, of_towers(run.weights))),
+        "model_version": model_version(jax.tree.map(np.asarray, embedding_weights(run.weights))),
         "step": run.step,
     }
     users = known_users(prepared)
@@ -153,9 +153,9 @@ def write_parts(
     for number in progress(left, total=len(left), what=f"Writing {out.name}"):
         table = make(slice(number * part, min(rows, (number + 1) * part)))
         # Vectors hardly repeat: a dictionary of them would only cost time.
-        plain = [name for name in table.column_names if name != "vector"]
+        repeated = [name for name in table.column_names if name != "vector"]
         with atomic(_path(out, number)) as temporary:
-            pq.write_table(table, temporary, compression="zstd", use_dictionary=plain)
+            pq.write_table(table, temporary, compression="zstd", use_dictionary=repeated)
     logging.info("%s: %d parts of %d rows.", out, -(-rows // part), part)
 
 

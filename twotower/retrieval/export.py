@@ -29,11 +29,11 @@ from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.served import Towers, export_tower
+from twotower.retrieval.tower_programs import TowerPrograms, export_tower
 from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.users import UserRows
-from twotower.retrieval.weights import of_towers
-from twotower.towers.two_tower import TwoTower
+from twotower.retrieval.weights import embedding_weights
+from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.run import Run, load_run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
@@ -42,19 +42,24 @@ AGAINST_FULL = (10, 100)  # K of the lists that stored vectors are measured by
 
 
 def export(run: Run, folder: Path) -> Bundle:
-    """Writes the bundle of `run` to `folder`; one that is there is replaced only when the new one
-    is whole.
+    """Writes the bundle of a run; one that is there is replaced only when the new one is whole.
+
+    Args:
+        run: a trained run, with the weights of one of its checkpoints.
+        folder: folder of the bundle.
 
     Returns:
         The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there
         says what that loses: see `measure_against_full`.
 
     Raises:
-        BundleError: the bundle, loaded again, does not score as the trainer does.
+        BundleError: The bundle, loaded again, does not score as the trainer does.
         ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
     """
     bundle = make_bundle(run)
-    more = {} if _is_full(run, bundle) else {"against_full": measure_against_full(run, bundle)}
+    more = {}
+    if not _has_full_vectors(run, bundle):
+        more["against_full"] = measure_against_full(run, bundle)
     version = new_version(folder)
     try:
         manifest = write_bundle(bundle, version, step=run.step, **more)
@@ -63,9 +68,8 @@ def export(run: Run, folder: Path) -> Bundle:
     except BaseException:
         discard(version)
         with contextlib.suppress(OSError):
-            folder.rmdir()  # which it was made for
+            folder.rmdir()  # only an empty folder goes: one that was made for this version
         raise
-    bundle = dataclasses.replace(bundle, manifest=manifest)
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.",
         folder,
@@ -73,7 +77,7 @@ def export(run: Run, folder: Path) -> Bundle:
         bundle.index.kind,
         run.step,
     )
-    return bundle
+    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def load_retriever(path: str | os.PathLike) -> Retriever:
@@ -104,194 +108,231 @@ def load_retriever(path: str | os.PathLike) -> Retriever:
 
 
 def make_bundle(run: Run) -> Bundle:
-    """Embeds the corpus and the users, and builds the index; raises `ConfigError` as `export`."""
+    """Embeds the corpus and the users of a run, and builds the index: a bundle in memory.
+
+    Raises:
+        ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
+    """
     run = dataclasses.replace(run, model=served_model(run))
-    prepared, model = run.prepared, run.model
-    vectors = embed_rows(model, run.weights, "item", prepared.features["item"])
-    vectors = quantize(vectors) if run.config.retrieval.vectors == "int8" else vectors
-    users, counts = known_users(prepared), item_counts(prepared)
-    encoded = UserRows(prepared.encoder, users).encode_all()
-    user_vectors = np.concatenate(
-        [embed_rows(model, run.weights, "user", block) for block in encoded]
-    )
-    index = index_items(run.config, vectors, counts, user_vectors)
+    prepared = run.prepared
+    vectors = embed_rows(run.model, run.weights, "item", prepared.features["item"])
+    if run.config.retrieval.vectors == "int8":
+        vectors = quantize(vectors)
+    users = known_users(prepared)
+    counts = item_counts(prepared)
+    user_vectors = _embed_users(run, UserRows(prepared.encoder, users))
+    positives = [prepared.positives(part) for part in PARTS]
     return Bundle(
         config=run.config,
         encoder=prepared.encoder,
-        towers=make_towers(run),
+        towers=make_tower_programs(run),
         vectors=vectors,
         items=display_items(prepared),
         counts=counts,
         user_vectors=user_vectors,
         users=users,
-        index=index,
-        seen=items_of_users([prepared.positives(part) for part in PARTS], num_users=len(users)),
+        index=index_items(run.config, vectors, counts, user_vectors),
+        seen=items_of_users(positives, num_users=len(users)),
     )
 
 
 def served_model(run: Run) -> TwoTower:
-    """The model of a run, cut to `config.retrieval.dim`."""
-    model, dim, trained = run.model, run.config.retrieval.dim, run.config.objective.matryoshka
+    """Returns the model of a run, cut to `config.retrieval.dim`."""
+    model = run.model
+    dim = run.config.retrieval.dim
+    trained = run.config.objective.matryoshka
     if dim in (0, model.dim):
         return model
     if dim not in trained:
         widths = ", ".join(map(str, sorted({model.dim, *trained}, reverse=True)))
         raise ConfigError(
-            f"config.retrieval.dim={dim} is not a width that the model was trained for: {widths}. Others are trained with "
-            "config.objective.matryoshka."
+            f"config.retrieval.dim={dim} is not a width that the model was trained for: {widths}. "
+            "Others are trained with config.objective.matryoshka."
         )
     return model.cut(dim)
 
 
 def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
-    """What the stored vectors of `bundle` lose, by exact search for known users, against the whole
-    float32 vectors of `run`.
+    """Measures what the stored vectors of a bundle lose against the whole float32 vectors.
+
+    Both are searched exactly, for known users.
 
     Returns:
         "dim" of the whole vectors, "users" asked, "recall@K": share of the top K by whole vectors
         that is in the top K by stored ones, and "ndcg@K" of these lists, where what whole vectors
         find is what is right.
     """
-    places = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
-    encoded = UserRows(bundle.encoder, bundle.users.take(pa.array(places))).encode_all()
-    users = np.concatenate([embed_rows(run.model, run.weights, "user", block) for block in encoded])
+    rows = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
+    users = _embed_users(run, UserRows(bundle.encoder, bundle.users.take(pa.array(rows))))
     items = embed_rows(run.model, run.weights, "item", run.prepared.features["item"])
-    found, measured = {}, {"dim": run.model.dim, "users": len(users)}
+    measured: dict[str, Any] = {"dim": run.model.dim, "users": len(users)}
     for k in AGAINST_FULL:
-        pairs = (users, items), (bundle.user_vectors[places], bundle.vectors)
-        full, stored = (top_k(*pair, min(k, len(items)))[1] for pair in pairs)
-        found |= {f"recall@{k}": list_recall(stored, full), f"ndcg@{k}": list_ndcg(stored, full)}
-    return measured | {name: round(value, 4) for name, value in found.items()}
+        length = min(k, len(items))
+        _, full = top_k(users, items, length)
+        _, stored = top_k(bundle.user_vectors[rows], bundle.vectors, length)
+        measured[f"recall@{k}"] = round(list_recall(stored, full), 4)
+        measured[f"ndcg@{k}"] = round(list_ndcg(stored, full), 4)
+    return measured
 
 
-def _is_full(run: Run, bundle: Bundle) -> bool:
-    """Whether the bundle has the vectors of the run as they are."""
-    return bundle.towers.dim == run.model.dim and not isinstance(bundle.vectors, Int8Vectors)
+def make_tower_programs(run: Run) -> TowerPrograms:
+    """Returns the towers of a run as programs."""
+    model = run.model
+    arrays = jax.tree.map(np.asarray, embedding_weights(run.weights))
+    one_user = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
+    examples = {"user": next(one_user.encode_all()), "item": run.prepared.features["item"]}
+    programs = {}
+    for side, example in examples.items():
 
+        def embed(arrays: Any, features: Any, side: str = side) -> jax.Array:
+            return model.embed(side, Weights(**arrays), features)
 
-def make_towers(run: Run) -> Towers:
-    """The towers of a run as programs."""
-    arrays = jax.tree.map(np.asarray, of_towers(run.weights))
-    known = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
-    examples = {"user": next(known.encode_all()), "item": run.prepared.features["item"]}
-    return Towers(
-        {side: export_tower(run.model, arrays, side, x) for side, x in examples.items()}, arrays
-    )
+        programs[side] = export_tower(embed, arrays, example)
+    return TowerPrograms(programs, arrays)
 
 
 def known_users(prepared: PreparedData) -> pa.Table:
-    """user_id and the raw columns of the user features; of context features, the value in the
-    user's latest row."""
+    """Returns user_id and the raw columns of the user features; of context features, the value in
+    the user's latest row."""
     encoder = prepared.encoder
+    history = encoder.spec.history
     columns = {name: feature.column for name, feature in encoder.spec.user.items()}
-    own = dict.fromkeys(
-        ["user_id", *(column for name, column in columns.items() if name not in encoder.context)]
-    )
+    own = [column for name, column in columns.items() if name not in encoder.context]
     users = prepared.users
-    if prepared.histories is not None:
-        column = encoder.spec.history.column
-        users = users.select([n for n in users.column_names if n != column]).append_column(
-            column, prepared.histories.to_requests(prepared.raw)
-        )
-    users = users.select(list(own))
-    asked_when = encoder.spec.history is not None and encoder.spec.history.request_gap
-    if encoder.context or asked_when:
-        places = latest_rows(all_rows(prepared), num_users=len(users))
-        log = pa.concat_tables(
-            [prepared.raw.train, prepared.raw.validation, prepared.raw.test],
-            promote_options="default",
-        )
-        latest = log.take(pa.array(places, mask=places < 0))
-        read = [columns[name] for name in encoder.context] + ["timestamp"] * asked_when
-        for column in dict.fromkeys(read):
+    if prepared.histories is not None and history is not None:
+        others = [name for name in users.column_names if name != history.column]
+        events = prepared.histories.to_requests(prepared.raw)
+        users = users.select(others).append_column(history.column, events)
+    users = users.select(list(dict.fromkeys(["user_id", *own])))
+    from_latest_row = [columns[name] for name in encoder.context]
+    if history is not None and history.request_gap:
+        from_latest_row.append("timestamp")
+    if from_latest_row:
+        rows = latest_rows(all_rows(prepared), num_users=len(users))
+        parts = [prepared.raw.train, prepared.raw.validation, prepared.raw.test]
+        log = pa.concat_tables(parts, promote_options="default")
+        latest = log.take(pa.array(rows, mask=rows < 0))
+        for column in dict.fromkeys(from_latest_row):
             users = users.append_column(column, latest[column])
     return users
 
 
 def item_counts(prepared: PreparedData) -> np.ndarray:
-    """int64 [N], the training rows of each item that are positives."""
+    """Returns the training rows of each item that are positives, int64 [N]."""
     trained = prepared.positives("train").item
     return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
 
 
 def all_rows(prepared: PreparedData) -> tuple[Rows, Rows, Rows]:
+    """Returns the rows of all parts, in the order in which their positions count."""
     return prepared.train, prepared.validation, prepared.test
 
 
 def display_items(prepared: PreparedData) -> pa.Table:
-    """item_id and the columns that `config.retrieval.display` names, or all."""
+    """Returns item_id and the columns that `config.retrieval.display` names, or all."""
     display = prepared.config.retrieval.display
-    return (
-        prepared.items.select(list(dict.fromkeys(["item_id", *display])))
-        if display
-        else prepared.items
-    )
+    if not display:
+        return prepared.items
+    return prepared.items.select(list(dict.fromkeys(["item_id", *display])))
 
 
 def check_parity(run: Run, folder: Path) -> None:
-    """Compares scores of the bundle in `folder`, loaded as a server would, with those of the
-    trainer's towers, cut as it says.
+    """Compares scores of a bundle, loaded as a server would, with those of the trainer's towers.
 
-    Of vectors stored as int8 they may differ by what rounding explains, item by item; those of the
-    towers may not.
+    Scores by vectors stored as int8 may differ by what rounding explains, item by item; those by
+    the towers may not.
+
+    Args:
+        run: the run that the bundle was made of.
+        folder: folder of the bundle.
+
+    Raises:
+        BundleError: Scores differ by more.
     """
     retriever = Retriever(load_bundle(folder))
-    bundle, prepared, model = retriever.bundle, run.prepared, served_model(run)
+    bundle = retriever.bundle
+    prepared = run.prepared
+    model = served_model(run)
+    is_int8 = isinstance(bundle.vectors, Int8Vectors)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
+
+    # The trainer's vectors, from the arrays that it was trained on.
     context = joined_context(prepared, latest[users])
     if prepared.histories is not None:  # users are served with all that they did
-        context[SPANS] = prepared.histories.latest_spans(users, when(prepared, latest[users]))
+        times = joined_times(prepared, latest[users])
+        context[SPANS] = prepared.histories.latest_spans(users, times)
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors = embed_rows(model, run.weights, "user", user_features)
     item_vectors = embed_rows(model, run.weights, "item", item_features)
     trained = user_vectors @ item_vectors.T
+
+    # The bundle's, from raw columns through its own encoder and programs.
     known = bundle.users.take(pa.array(users))
-    rounding = (
-        error_bound(user_vectors, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
-    )
-    compare_scores(retriever.encode_users(known) @ bundle.vectors[items].T, trained, rounding)
-    compare_scores(
-        retriever.encode_users(known) @ bundle.towers.embed("item", item_features).T, trained
-    )
-    # Stored vectors are of users asked about now, which a context of time tells from their latest
-    # row.
+    served_users = retriever.encode_users(known)
+    served_items = bundle.towers.embed("item", item_features)
+    stored_items = bundle.vectors[items]
+    rounding = error_bound(user_vectors, item_vectors) if is_int8 else 0.0
+    compare_scores(served_users @ stored_items.T, trained, rounding)
+    compare_scores(served_users @ served_items.T, trained)
+
+    # Stored user vectors are of users asked about now, which a context of time tells from their
+    # latest row.
     now = retriever.encode_users(retriever.user_rows.take(known["user_id"].to_pylist()))
-    rounding = error_bound(now, item_vectors) if isinstance(bundle.vectors, Int8Vectors) else 0.0
-    compare_scores(
-        bundle.user_vectors[users] @ bundle.vectors[items].T, now @ item_vectors.T, rounding
-    )
+    rounding = error_bound(now, item_vectors) if is_int8 else 0.0
+    stored_users = bundle.user_vectors[users]
+    compare_scores(stored_users @ stored_items.T, now @ item_vectors.T, rounding)
 
 
 def compare_scores(
     served: np.ndarray, trained: np.ndarray, rounding: np.ndarray | float = 0.0
 ) -> None:
-    """Refuses scores [Q, N] that differ by more than `TOLERANCE` and what `rounding` [Q, N] allows
-    each."""
+    """Refuses scores [B, N] that differ from the trainer's by more than `TOLERANCE`.
+
+    Args:
+        served: scores by the bundle, [B, N].
+        trained: scores by the trainer's towers, [B, N].
+        rounding: what rounding of stored vectors allows beside that, [B, N].
+    """
     scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
-    differ = np.abs(served - trained)
-    if not (differ <= TOLERANCE * scale + rounding).all():  # also where a score is NaN
-        worst = float(differ.max(initial=0.0))
-        allowed = (
-            f" (rounding to int8 allows {float(np.max(rounding)):.2e})" if np.any(rounding) else ""
-        )
-        raise BundleError(
-            f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; nothing was exported."
-        )
+    difference = np.abs(served - trained)
+    if (difference <= TOLERANCE * scale + rounding).all():  # False where a score is NaN
+        return
+    worst = float(difference.max(initial=0.0))
+    allowed = ""
+    if np.any(rounding):
+        allowed = f" (rounding to int8 allows {float(np.max(rounding)):.2e})"
+    raise BundleError(
+        f"The bundle's scores differ from the trainer's by up to {worst:.2e}{allowed}; "
+        "nothing was exported."
+    )
 
 
-def when(prepared: PreparedData, places: np.ndarray) -> np.ndarray | None:
-    """Times of rows of train, validation and test joined; None without."""
-    times = [rows.timestamp for rows in all_rows(prepared)]
-    return None if any(x is None for x in times) else np.concatenate(times)[places]
+def joined_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
+    """Returns the times of some rows of all parts joined, int64 [R]; None without times."""
+    times = [part.timestamp for part in all_rows(prepared) if part.timestamp is not None]
+    if len(times) < len(PARTS):
+        return None
+    return np.concatenate(times)[rows]
 
 
-def joined_context(prepared: PreparedData, places: np.ndarray) -> dict[str, np.ndarray]:
-    """Encoded context of rows of train, validation and test joined."""
-    parts = all_rows(prepared)
-    return {
-        name: np.concatenate([part.context[name] for part in parts])[places]
-        for name in prepared.encoder.context
-    }
+def joined_context(prepared: PreparedData, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the encoded context of some rows of all parts joined."""
+    context = {}
+    for name in prepared.encoder.context:
+        values = np.concatenate([part.context[name] for part in all_rows(prepared)])
+        context[name] = values[rows]
+    return context
+
+
+def _has_full_vectors(run: Run, bundle: Bundle) -> bool:
+    """Whether the bundle has the vectors of the run as they are."""
+    return bundle.towers.dim == run.model.dim and not isinstance(bundle.vectors, Int8Vectors)
+
+
+def _embed_users(run: Run, users: UserRows) -> np.ndarray:
+    """Returns the vectors of known users, float32 [U, D]."""
+    blocks = [embed_rows(run.model, run.weights, "user", block) for block in users.encode_all()]
+    return np.concatenate(blocks)

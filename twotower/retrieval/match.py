@@ -4,50 +4,76 @@ features."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
-from twotower.core.errors import UnknownIdError
-from twotower.core.files import read_folder, write_folder
-from twotower.retrieval.bundle import Bundle, load_bundle
+from twotower.core.errors import BundleError, UnknownIdError
+from twotower.core.files import (
+    check_files,
+    content_digest,
+    current_version,
+    read_folder,
+    read_json,
+    write_folder,
+)
 
 KIND = "match"
 SIDES = ("user", "item")
 
 
-class MatchModel:
-    """User id and item id to score.
+@runtime_checkable
+class StoredVectors(Protocol):
+    """What a `Bundle` holds of users and items.
 
-    >>> model = MatchModel({"user": ["u"], "item": ["a", "b"]}, {"user": np.ones((1, 2)), "item": np.eye(2)})
+    Attributes:
+        users: column user_id, U rows.
+        user_vectors: float32 [U, D].
+        items: column item_id, N rows.
+        vectors: item vectors [N, D], float32 or read as such.
+    """
+
+    users: pa.Table
+    user_vectors: np.ndarray
+    items: pa.Table
+    vectors: Any
+
+
+class MatchModel:
+    """Scores of a user id and an item id.
+
+    >>> ids = {"user": ["u"], "item": ["a", "b"]}
+    >>> model = MatchModel(ids, {"user": np.ones((1, 2)), "item": np.eye(2)})
     >>> model.match(["u", "u"], ["a", "b"]).tolist()
     [1.0, 1.0]
     """
 
-    def __init__(self, ids: dict[str, Sequence[str]], vectors: dict[str, np.ndarray]):
+    def __init__(self, ids: Mapping[str, Sequence[str]], vectors: Mapping[str, ArrayLike]):
         """Args:
         ids: {"user": U ids, "item": N ids}, distinct.
-        vectors: {"user": [U, D], "item": [N, D]}, in the same order.
+        vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
         """
         self._vectors = {side: np.asarray(vectors[side], np.float32) for side in SIDES}
         self._rows = {side: {name: row for row, name in enumerate(ids[side])} for side in SIDES}
         for side in SIDES:
-            if not len(ids[side]) == len(self._rows[side]) == len(self._vectors[side]):
+            distinct = len(self._rows[side])
+            if not len(ids[side]) == distinct == len(self._vectors[side]):
                 raise ValueError(
-                    f"{len(ids[side])} {side} ids, {len(self._rows[side])} of them distinct, do not go with "
+                    f"{len(ids[side])} {side} ids, {distinct} of them distinct, do not go with "
                     f"{len(self._vectors[side])} vectors."
                 )
-        if self._vectors["user"].shape[1:] != self._vectors["item"].shape[1:]:
-            raise ValueError(
-                f"user and item vectors differ in width: {[x.shape[1] for x in self._vectors.values()]}."
-            )
+        widths = [array.shape[1:] for array in self._vectors.values()]
+        if widths[0] != widths[1]:
+            raise ValueError(f"user and item vectors differ in width: {widths}.")
 
     @classmethod
-    def of(cls, bundle: Bundle) -> MatchModel:
-        """Of the known users and the items of a bundle."""
+    def from_bundle(cls, bundle: StoredVectors) -> MatchModel:
+        """Returns the model of the known users and the items of a bundle."""
         ids = {
             "user": bundle.users["user_id"].to_pylist(),
             "item": bundle.items["item_id"].to_pylist(),
@@ -56,13 +82,18 @@ class MatchModel:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> MatchModel:
-        """What `save` wrote; or of the bundle in `folder`.
+        """Returns the model that `save` wrote, or that of a bundle.
+
+        Args:
+            folder: folder of either. Of a bundle only ids and vectors are read.
 
         Raises:
-            FolderError, BundleError: the folder holds neither, or something of it was changed.
+            FolderError: The folder holds neither, or a file of it was changed.
+            BundleError: The manifest of the bundle was changed.
         """
-        if (Path(folder) / "manifest.json").exists():
-            return cls.of(load_bundle(folder))
+        files = current_version(folder)
+        if (files / "manifest.json").exists():
+            return cls(*_read_bundle(files))
         _, arrays = read_folder(folder, KIND)
         ids = {side: _strings(arrays[f"{side}_bytes"], arrays[f"{side}_offsets"]) for side in SIDES}
         return cls(ids, {side: arrays[f"{side}_vectors"] for side in SIDES})
@@ -77,6 +108,7 @@ class MatchModel:
 
     @property
     def dim(self) -> int:
+        """Width of the vectors, D."""
         return self._vectors["item"].shape[1]
 
     def match(
@@ -84,51 +116,82 @@ class MatchModel:
         user_ids: Sequence[Any] | np.ndarray,
         item_ids: Sequence[Any] | np.ndarray,
         *,
-        unknown: str = "error",
+        unknown: Literal["error", "nan"] = "error",
     ) -> np.ndarray:
-        """float32 [Q], the score of each pair.
+        """Returns the score of each pair, the dot product of their vectors, float32 [B].
 
         Args:
-            unknown: what an id without a vector gives: "error", or "nan" as its score.
+            user_ids: B user ids.
+            item_ids: B item ids.
+            unknown: answer to an id without a vector: an error, or the score NaN.
 
         Raises:
-            UnknownIdError: an id has no vector, and `unknown` is "error".
-            ValueError: the lists differ in length.
+            UnknownIdError: An id has no vector, and `unknown` is "error".
+            ValueError: The lists differ in length.
         """
         if unknown not in ("error", "nan"):
             raise ValueError(f"unknown={unknown!r} must be 'error' or 'nan'.")
         if len(user_ids) != len(item_ids):
             raise ValueError(
-                f"match takes pairs: {len(user_ids)} user ids do not go with {len(item_ids)} item ids."
+                f"match takes pairs: {len(user_ids)} user ids do not go with "
+                f"{len(item_ids)} item ids."
             )
-        rows = {
-            side: self._find(side, ids, unknown)
-            for side, ids in (("user", user_ids), ("item", item_ids))
-        }
-        known = (rows["user"] >= 0) & (rows["item"] >= 0)
+        user_rows = self._find("user", user_ids, unknown)
+        item_rows = self._find("item", item_ids, unknown)
+        known = (user_rows >= 0) & (item_rows >= 0)
+        users = self._vectors["user"][user_rows[known]]
+        items = self._vectors["item"][item_rows[known]]
         scores = np.full(len(known), np.nan, np.float32)
-        users, items = (self._vectors[side][rows[side][known]] for side in SIDES)
-        scores[known] = np.einsum("qd,qd->q", users, items)
+        scores[known] = np.einsum("bd,bd->b", users, items)
         return scores
 
     def _find(self, side: str, ids: Sequence[Any] | np.ndarray, unknown: str) -> np.ndarray:
+        """Returns the row of each id, int64 [B]; -1 without one."""
         names = [str(name) for name in ids]
         rows = np.array([self._rows[side].get(name, -1) for name in names], np.int64)
-        if unknown == "error" and (rows < 0).any():
-            first, count = names[int((rows < 0).argmax())], int((rows < 0).sum())
+        missing = rows < 0
+        if unknown == "error" and missing.any():
+            first = names[int(missing.argmax())]
             raise UnknownIdError(
-                f"{side} {first!r} has no vector ({count} of {len(rows)} have none)."
+                f"{side} {first!r} has no vector ({int(missing.sum())} of {len(rows)} have none)."
             )
         return rows
 
 
+def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Returns ids and vectors of both sides, from files that are what the manifest says."""
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if "files" not in manifest or manifest.get("sha256") != content_digest(manifest):
+        raise BundleError(f"{path} was changed after it was written. Export again.")
+    digests = manifest["files"]
+    names = {f"{side}_vectors.npy" for side in SIDES} | {f"{side}s.parquet" for side in SIDES}
+    # Beside vectors that are stored as int8, which are whole steps of their row's scale.
+    names |= {"item_scales.npy"} & set(digests)
+    check_files(folder, {name: digests[name] for name in names})
+    ids = {}
+    vectors = {}
+    for side in SIDES:
+        column = f"{side}_id"
+        ids[side] = pq.read_table(folder / f"{side}s.parquet", columns=[column])[column].to_pylist()
+        vectors[side] = np.load(folder / f"{side}_vectors.npy", allow_pickle=False)
+    if "item_scales.npy" in names:
+        scales = np.load(folder / "item_scales.npy", allow_pickle=False)
+        vectors["item"] = vectors["item"] * scales[:, None]
+    return ids, vectors
+
+
 def _flat(ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 of all ids, uint8, and where each begins, int64."""
+    """Returns the UTF-8 of all ids, uint8, and the offset of each, int64."""
     encoded = [name.encode() for name in ids]
-    offsets = np.concatenate([[0], np.cumsum([len(x) for x in encoded])]).astype(np.int64)
+    lengths = [len(text) for text in encoded]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), offsets
 
 
 def _strings(data: np.ndarray, offsets: np.ndarray) -> list[str]:
-    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data.tobytes())]
-    return pa.LargeStringArray.from_buffers(len(offsets) - 1, buffers[1], buffers[2]).to_pylist()
+    """Returns the ids that `_flat` made these of."""
+    array = pa.LargeStringArray.from_buffers(
+        len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data.tobytes())
+    )
+    return array.to_pylist()

@@ -21,7 +21,7 @@ from twotower.retrieval.live.catalogue import nearest
 from twotower.retrieval.live.conditions import Where, conditions
 from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
-from twotower.retrieval.served import BATCH
+from twotower.retrieval.tower_programs import BATCH
 from twotower.retrieval.users import UserRows, as_table
 
 __all__ = [

@@ -5,38 +5,48 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
 import numpy as np
 
-# The fields of `Weights`, which itself cannot be imported without Flax: {"params", "tables",
-# "batch_stats"}.
-Arrays = Mapping[str, Mapping[str, Any]]
-KEPT = ("user", "item", "log_temperature")
+# The fields of `twotower.towers.two_tower.Weights` as a mapping, {"params", "tables",
+# "batch_stats"}: the class itself cannot be imported without Flax, which servers need not have.
+WeightArrays = Mapping[str, Mapping[str, Any]]
+# Dense parameters that embedding reads. Heads and the bias of a loss are read by training alone.
+EMBEDDING_PARAMS = ("user", "item", "log_temperature")
 
 
-def of_towers(weights: Any) -> Arrays:
-    """The arrays of `Weights` without what only training reads: heads, and the bias of a loss. Two
-    models that embed alike are one model."""
-    return weights._asdict() | {
-        "params": {name: x for name, x in weights.params.items() if name in KEPT}
-    }
+@runtime_checkable
+class Weights(Protocol):
+    """See `twotower.towers.two_tower.Weights`."""
+
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
-def save_weights(weights: Arrays, folder: Path) -> None:
+def embedding_weights(weights: Weights) -> WeightArrays:
+    """Returns the weights without what only training reads: two models that embed alike are one
+    model."""
+    params = {name: x for name, x in weights.params.items() if name in EMBEDDING_PARAMS}
+    return weights._asdict() | {"params": params}
+
+
+def save_weights(weights: WeightArrays, folder: Path) -> None:
     """Writes params.npz and tables/NAME.npy."""
-    dense = dict(_flat({"params": weights["params"], "batch_stats": weights["batch_stats"]}))
+    dense: dict[str, Any] = dict(_flat({name: weights[name] for name in ("params", "batch_stats")}))
     np.savez(folder / "params.npz", **dense)
-    (folder / "tables").mkdir()
+    tables = folder / "tables"
+    tables.mkdir()
     for name, table in weights["tables"].items():
-        np.save(
-            folder / "tables" / f"{quote(name, safe='')}.npy", np.asarray(table), allow_pickle=False
-        )
+        path = tables / f"{quote(name, safe='')}.npy"
+        np.save(path, np.asarray(table), allow_pickle=False)
 
 
-def load_weights(folder: Path) -> Arrays:
-    """What `save_weights` wrote, as NumPy arrays."""
+def load_weights(folder: Path) -> WeightArrays:
+    """Returns what `save_weights` wrote, as NumPy arrays."""
     with np.load(folder / "params.npz", allow_pickle=False) as file:
         dense = _nested({name: file[name] for name in file.files})
     paths = sorted((folder / "tables").glob("*.npy"))
@@ -48,8 +58,8 @@ def load_weights(folder: Path) -> Arrays:
     }
 
 
-def model_version(weights: Arrays) -> str:
-    """A hash of every weight, its name, type and shape."""
+def model_version(weights: WeightArrays) -> str:
+    """Returns a hash of every weight, its name, type and shape."""
     digest = hashlib.sha256()
     for name, array in sorted(_flat(weights)):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -59,13 +69,15 @@ def model_version(weights: Arrays) -> str:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            path = f"{prefix}{quote(name, safe='')}/"
+        path = prefix + quote(name, safe="")
+        if not isinstance(value, Mapping):
+            yield path, np.asarray(value)
+        elif value:
+            yield from _flat(value, f"{path}/")
+        else:
             # A tower without parameters is an empty mapping, which a file of arrays holds as a path
             # that ends in "/".
-            yield from _flat(value, path) if value else [(path, np.zeros(0))]
-        else:
-            yield prefix + quote(name, safe=""), np.asarray(value)
+            yield f"{path}/", np.zeros(0)
 
 
 def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

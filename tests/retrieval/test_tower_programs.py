@@ -15,9 +15,9 @@ from tests.retrieval.test_bundle import rewrite_manifest
 from twotower.core.errors import BundleError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.export import make_towers
+from twotower.retrieval.export import make_tower_programs
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.served import PLATFORMS
+from twotower.retrieval.tower_programs import PLATFORMS
 
 EVERY_KIND = {
     "user": {
@@ -41,7 +41,7 @@ def towers(tmp_path_factory):
         features=EVERY_KIND,
         model={"user": layers, "item": layers},
     )
-    return run, make_towers(run)
+    return run, make_tower_programs(run)
 
 
 def test_programs_give_the_trainers_vectors_at_any_batch_size(towers):

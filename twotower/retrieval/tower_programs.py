@@ -1,0 +1,92 @@
+"""The towers as StableHLO programs: they embed users and items without Flax and without the model's
+code.
+
+A program is exported for CPU, CUDA and TPU at once, with the batch size left open. The weights are
+its arguments, so that a program is a few kilobytes and the weights are kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from twotower.core.arrays import next_power_of_two, pad_rows
+from twotower.core.progress import progress
+from twotower.retrieval.weights import WeightArrays
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+BATCH = 4_096  # rows embedded at once
+
+# (arrays of the weights, encoded features [B, ...]) -> vectors [B, D]
+Embed = Callable[[Any, Any], jax.Array]
+
+
+def export_tower(embed: Embed, weights: WeightArrays, example: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the program of one tower.
+
+    Args:
+        embed: function of the weights and the features that JAX can trace.
+        weights: arrays that say the shapes and types of the weights.
+        example: encoded features of any number of rows, which say theirs.
+    """
+    (batch,) = jax.export.symbolic_shape("b")
+    features = {
+        name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for name, x in example.items()
+    }
+    arrays = jax.tree.map(_shape_of, dict(weights))
+    exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(arrays, features)
+    return bytes(exported.serialize())
+
+
+class TowerPrograms:
+    """Both programs and their weights, on the device.
+
+    Attributes:
+        programs: {"user": ..., "item": ...}, as `export_tower` returns them.
+        weights: NumPy arrays.
+        dim: width of the vectors, D.
+    """
+
+    def __init__(self, programs: Mapping[str, bytes], weights: WeightArrays):
+        self.programs = programs
+        self.weights = weights
+        exported = {
+            side: jax.export.deserialize(bytearray(program)) for side, program in programs.items()
+        }
+        self.dim = exported["user"].out_avals[0].shape[-1]
+        # Compiled once a shape; without `jit` each call would be prepared anew.
+        self._calls = {side: jax.jit(program.call) for side, program in exported.items()}
+        self._arrays = jax.device_put(dict(weights))
+
+    def embed(
+        self, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH
+    ) -> np.ndarray:
+        """Returns the vectors of encoded features, float32 [N, D].
+
+        Args:
+            side: "user" or "item".
+            features: encoded features, [N, ...] each.
+            batch: rows embedded at once. A last part is padded to a power of two, so that few
+                shapes are compiled.
+        """
+        count = len(next(iter(features.values())))
+        vectors = np.zeros((count, self.dim), np.float32)
+        starts = range(0, count, batch)
+        for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
+            rows = min(batch, count - start)
+            size = min(batch, next_power_of_two(rows))
+            part = {
+                name: pad_rows(values[start : start + rows], size)
+                for name, values in features.items()
+            }
+            embedded = self._calls[side](self._arrays, part)
+            vectors[start : start + rows] = np.asarray(embedded)[:rows]
+        return vectors
+
+
+def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(array), np.asarray(array).dtype)
