@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -562,6 +563,31 @@ class TrainingConfig:
             "crop",
             "'last' with config.training.examples='interactions', whose histories are always the "
             "latest events",
+        )
+
+    def scaled_to(self, num_examples: int) -> TrainingConfig:
+        """Returns the options with `steps` in proportion to the examples there are.
+
+        Without `steps_for` they stay as they are. Each validation ends with a whole dispatch, and
+        few examples get no fewer steps than were to be made before the first validation.
+
+        Args:
+            num_examples: The number of rows, or of packed rows of whole sequences.
+        """
+        if not self.steps_for:
+            return self
+        validations = math.ceil(self.steps / self.validate_every)
+        dispatch = self.steps_per_dispatch
+        per_validation = validations * dispatch
+        needed = round(self.steps * num_examples / self.steps_for / per_validation)
+        fewest = math.ceil(self.validate_every / per_validation)
+        every = max(needed, fewest) * dispatch
+        warmup = round(self.schedule.warmup_steps * validations * every / self.steps)
+        return dataclasses.replace(
+            self,
+            steps=validations * every,
+            validate_every=every,
+            schedule=dataclasses.replace(self.schedule, warmup_steps=warmup),
         )
 
 

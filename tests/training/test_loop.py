@@ -61,13 +61,13 @@ def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, mon
 def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepared, tmp_path):
     rows = prepared.num_examples
     as_given = _trainer(prepared, small_config())  # 12 steps, validated every 4
-    assert as_given.over(rows) is as_given
+    assert as_given.scaled_to(rows) is as_given
     few = {"steps_for": 2 * rows, "schedule": {"warmup_steps": 4}}
-    shortened = _trainer(prepared, small_config(training=few)).over(rows).config.training
+    shortened = _trainer(prepared, small_config(training=few)).scaled_to(rows).config.training
     assert (shortened.steps, shortened.validate_every, shortened.schedule.warmup_steps) == (6, 2, 2)
     fewest = (
         _trainer(prepared, small_config(training={"steps_for": 1000 * rows}))
-        .over(rows)
+        .scaled_to(rows)
         .config.training
     )
     assert (fewest.steps, fewest.validate_every) == (
@@ -76,7 +76,7 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
     )  # the four before the first validation, in three
     more = {"steps_for": rows // 2, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
     trainer = _trainer(prepared, small_config(training=more))
-    stretched = trainer.over(rows)
+    stretched = trainer.scaled_to(rows)
     assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)
     assert trainer.schedule(12) < 1e-6 and abs(float(stretched.schedule(12)) - 0.5) < 1e-6
     assert int(fit(trainer, prepared, tmp_path, validate=_by_norm).step) == 24

@@ -65,7 +65,7 @@ def grow(
     trainer = Trainer.build(
         config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
     )
-    steps = trainer.over(prepared.num_examples).config.training.steps
+    steps = trainer.scaled_to(prepared.num_examples).config.training.steps
     if step >= steps:
         raise ConfigError(
             f"config.training.steps={steps} counts from the beginning, and the checkpoint is of step {step}: "

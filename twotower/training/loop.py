@@ -109,7 +109,7 @@ def fit(
         ConfigError: the batch is larger than the data or cannot be divided over the devices, the
             run does not fit into their memory, or the metric is not one that `validate` gives.
     """
-    identity, trainer = trainer.config, trainer.over(prepared.num_examples)
+    identity, trainer = trainer.config, trainer.scaled_to(prepared.num_examples)
     config, mesh = trainer.config.training, mesh or make_mesh()
     batches = _batches(prepared, config)
     _check(trainer, batches, prepared, mesh, mine)

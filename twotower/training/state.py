@@ -4,7 +4,6 @@ arrays."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -100,43 +99,28 @@ class Trainer:
 
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: CorpusSize) -> Trainer:
-        loss, *optimizers = resolve_kinds(config)
+        loss, dense, sparse, steps_schedule = resolve_kinds(config)
         check_matryoshka(config.objective.matryoshka, model.dim)
         places = model.history_length + 1 if config.training.examples == "sequences" else 1
         return cls(
             model,
             config,
             loss,
-            *optimizers,
+            dense,
+            sparse,
+            steps_schedule,
             corpus,
             NegativeSampling.build(config, loss, corpus, places=places),
         )
 
-    def over(self, examples: int) -> Trainer:
-        """Itself, with the steps in proportion to the examples where `config.training.steps_for`
-        says how many they are for.
+    def scaled_to(self, num_examples: int) -> Trainer:
+        """Returns the trainer with its steps in proportion to the examples there are.
 
-        Each validation ends with a whole dispatch, and few examples are given no fewer steps than
-        were to be before the first.
+        See `TrainingConfig.scaled_to`.
         """
-        training = self.config.training
-        if not training.steps_for:
+        training = self.config.training.scaled_to(num_examples)
+        if training is self.config.training:
             return self
-        validations, dispatch = (
-            math.ceil(training.steps / training.validate_every),
-            training.steps_per_dispatch,
-        )
-        needed = round(training.steps * examples / training.steps_for / (validations * dispatch))
-        every = (
-            max(needed, math.ceil(training.validate_every / (validations * dispatch))) * dispatch
-        )
-        warmup = round(training.schedule.warmup_steps * validations * every / training.steps)
-        training = dataclasses.replace(
-            training,
-            steps=validations * every,
-            validate_every=every,
-            schedule=dataclasses.replace(training.schedule, warmup_steps=warmup),
-        )
         config = dataclasses.replace(self.config, training=training)
         return dataclasses.replace(self, config=config, schedule=schedule(training))
 
