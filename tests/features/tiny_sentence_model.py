@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from tests.extras import extra
+from tests.features.onnx_bert import write_bert
 
 WIDTH, INNER, WORDS = (
     8,
@@ -16,13 +17,11 @@ FAMILIES = {
     "bert": {
         "specials": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
         "first": 0,
-        "prefix": "",
         "types": 2,
     },
     "xlm-roberta": {
         "specials": ["<s>", "<pad>", "</s>", "<unk>"],
         "first": 2,
-        "prefix": "roberta.",
         "types": 1,
     },
 }
@@ -51,7 +50,7 @@ def write_model(folder, *, family="bert", pooling="mean", normalize=True, positi
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": positions - 2})
     flags = {
         f"pooling_mode_{name}": name.startswith(pooling)
-        for name in ("cls_token", "mean_tokens", "max_tokens")
+        for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
     }
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": WIDTH} | flags)
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
@@ -69,7 +68,7 @@ def write_model(folder, *, family="bert", pooling="mean", normalize=True, positi
         ],
     )
     _write_tokenizer(folder, vocabulary, kind["specials"])
-    _write_weights(folder, of, kind["prefix"], salt)
+    _write_weights(folder, of, salt)
     return folder
 
 
@@ -98,7 +97,7 @@ def _write_tokenizer(folder, vocabulary, specials):
     )
 
 
-def _write_weights(folder, of, prefix, salt):
+def _write_weights(folder, of, salt):
     shapes = {
         "embeddings.word_embeddings.weight": (of["vocab_size"], WIDTH),
         "embeddings.position_embeddings.weight": (of["max_position_embeddings"], WIDTH),
@@ -130,11 +129,9 @@ def _write_weights(folder, of, prefix, salt):
             if name.endswith("bias")
             else values
         )
-        weights[prefix + name] = values.astype(np.float32)
+        weights[name] = values.astype(np.float32)
         count += size
-    extra("safetensors.numpy", "text").save_file(
-        weights, folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    write_bert(folder / "onnx" / "model.onnx", weights, of)
 
 
 def _dense(name, out, into):

@@ -18,7 +18,8 @@ from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 
 extra("tokenizers", "text")
-extra("safetensors", "text")
+extra("onnxruntime", "text")
+extra("onnx", "dev")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_new_item_is_embedded_by_the_same_model(folder):
 
 def test_without_the_extra_all_but_new_texts_is_served(folder, monkeypatch, caplog):
     sentences._model.cache_clear()
-    for module in ("tokenizers", "safetensors", "safetensors.numpy"):
+    for module in ("tokenizers", "onnxruntime"):
         monkeypatch.setitem(sys.modules, module, None)
     with caplog.at_level(logging.WARNING):
         retriever = Retriever.load(folder / "bundle")

@@ -40,12 +40,15 @@ _MIN_CACHED_TEXTS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceFeature(Feature):
-    """Text as the vector that a frozen sentence encoder gives it; the extra "text" reads the model,
-    without PyTorch.
+    """Text as the vector that a frozen sentence encoder gives it.
+
+    The extra "text" runs the model with ONNX Runtime, without PyTorch.
 
     Attributes:
-        model: A sentence-transformers model of the BERT or XLM-RoBERTa family: a folder, or its
-            name on the Hugging Face Hub.
+        model: A sentence-transformers model with an `onnx/` folder: a folder of this machine, or
+            its name on the Hugging Face Hub.
+        prompt: Name of one of the model's own prompts, such as "document", or the text that is put
+            before each text, such as "passage: "; empty takes the model's default.
         cache: Folder where vectors are kept, by model and text, for other runs; environment
             variables and ~ are expanded.
         embedding_size: Width of the dense layer between the vector and the tower, the only part
@@ -53,6 +56,7 @@ class SentenceFeature(Feature):
     """
 
     model: str = "paraphrase-multilingual-MiniLM-L12-v2"
+    prompt: str = ""
     cache: str = "~/.cache/twotower/sentences"
     embedding_size: int = 64
 
@@ -75,7 +79,7 @@ class SentenceFeature(Feature):
         texts = pc.unique(as_strings(column.all_values)).drop_null()
         texts = texts.filter(_is_not_blank(texts))
         folder = find_model(self.model, self.location)
-        sha256 = model_digest(folder, self.location)
+        sha256 = model_digest(folder, self.location, prompt=self.prompt)
         width = model_width(folder, self.location)
         vectors = _vectors(self, texts, folder, sha256, width)
         return Fitted(Vocabulary(texts), vectors, statistics={"model": sha256})
@@ -118,7 +122,7 @@ class SentenceFeature(Feature):
 
 def warn_of_missing_extra(feature: SentenceFeature) -> None:
     """Warns that new texts cannot be encoded, where the extra "text" is missing."""
-    if not all(importlib.util.find_spec(module) for module in ("tokenizers", "safetensors")):
+    if not all(importlib.util.find_spec(module) for module in ("tokenizers", "onnxruntime")):
         logging.warning(
             "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), "
             "which is not installed; known ones have their vectors.",
@@ -173,7 +177,7 @@ def _is_not_blank(texts: pa.LargeStringArray) -> pa.BooleanArray:
 def _find_same_model(feature: SentenceFeature, sha256: str) -> Path:
     """Returns the folder of the model with that hash; it is hashed once in a process."""
     folder = find_model(feature.model, feature.location)
-    if model_digest(folder, feature.location) != sha256:
+    if model_digest(folder, feature.location, prompt=feature.prompt) != sha256:
         raise ConfigError(
             f"{feature.location}.model={feature.model!r}: {folder} is not the model that gave the "
             f"vectors of this encoder (sha256 {sha256[:12]}). Put that model in its place, or "
@@ -183,9 +187,9 @@ def _find_same_model(feature: SentenceFeature, sha256: str) -> Path:
 
 
 @functools.lru_cache(maxsize=2)
-def _model(folder: Path, sha256: str, location: str) -> SentenceModel:
+def _model(folder: Path, sha256: str, location: str, prompt: str) -> SentenceModel:
     # The hash is not read: with it, a model that was replaced is not taken from the memory.
-    return load_model(folder, location)
+    return load_model(folder, location, prompt=prompt)
 
 
 def _vectors(
@@ -195,7 +199,8 @@ def _vectors(
     if not len(texts):
         return np.zeros((0, width), np.float32)
     if len(texts) < _MIN_CACHED_TEXTS:
-        return _model(folder, sha256, feature.location).encode(texts.to_pylist())
+        model = _model(folder, sha256, feature.location, feature.prompt)
+        return model.encode(texts.to_pylist())
     cache = Path(os.path.expanduser(os.path.expandvars(feature.cache))) / sha256
     known, vectors = read_cache(cache, texts, width)
     new = np.flatnonzero(~known)
@@ -203,7 +208,8 @@ def _vectors(
     for low in range(0, len(new), _BLOCK_TEXTS):
         rows = new[low : low + _BLOCK_TEXTS]
         block = texts.take(pa.array(rows))
-        vectors[rows] = _model(folder, sha256, feature.location).encode(block.to_pylist())
+        model = _model(folder, sha256, feature.location, feature.prompt)
+        vectors[rows] = model.encode(block.to_pylist())
         # Block by block, so that a killed process goes on from the last one.
         _write_cache(cache, block, vectors[rows])
         done = low + len(rows)

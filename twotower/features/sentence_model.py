@@ -1,260 +1,502 @@
-"""A sentence-transformers model, found and read from its folder: JSON and safetensors alone, never
-a pickle."""
+"""Sentence encoders as their publishers ship them, run by ONNX Runtime.
+
+A folder of sentence-transformers says how text becomes a vector: which tokenizer, which pooling,
+which prompt, whether vectors are normalised. All of it is read from the model's own files, so any
+architecture serves that comes with an `onnx/` folder, as E5, BGE, GTE and Qwen embeddings do. Where
+a model has no such folder, the package sentence-transformers is used if it is installed. No pickle
+is read either way.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int64
 
 from twotower.core.errors import ConfigError, choose, extra
 from twotower.core.files import digest
-from twotower.features.bert import Architecture, Params, architecture, hidden_states, read_params
 
-WEIGHTS, CONFIG, TOKENIZER, POOLING = (
-    "model.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "pooling",
-)
-MODULES, LENGTHS, PROMPTS = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
-# Texts are padded to one of these lengths, and calls to _FEW texts or to _TOKENS tokens: a handful
-# of programs is compiled.
-_LENGTHS = np.array([16, 24, 32, 48, 64, 96, 128, 192, 256, 384])
-_TOKENS, _FEW = 2048, 8
-# Ways of pooling, and the flag that names each in files from before sentence-transformers 6.
-_MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+MODULES = "modules.json"
+PROMPTS = "config_sentence_transformers.json"
+CONFIG = "config.json"
+LENGTHS = "sentence_bert_config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"
+# Where an exported model lies in the folder of its Transformer, the usual place first.
+ONNX_FILES = ("onnx/model.onnx", "model.onnx")
+# Names that exporters give to the hidden states of the last layer.
+HIDDEN_STATES = ("last_hidden_state", "token_embeddings")
+# Keys of the width in the configurations of Transformers.
+WIDTHS = ("hidden_size", "dim", "d_model")
+# Tokens of one call. Texts of about one length go together, so that little of it is padding.
+TOKENS_PER_CALL = 4096
+DEFAULT_LENGTH = 512
+
+Hidden = Float[np.ndarray, "B L D"]
+Mask = Bool[np.ndarray, "B L"]
+
+
+def mean_pooling(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
+    """Averages the vectors of a text's tokens."""
+    weights = mask.astype(hidden.dtype)[..., None]
+    return (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-9)
+
+
+def max_pooling(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
+    """Takes the greatest value of each column over a text's tokens."""
+    return np.where(mask[..., None], hidden, -np.inf).max(axis=1)
+
+
+def first_token(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
+    """Takes the vector of the first token, the one that BERT calls [CLS]."""
+    return hidden[:, 0]
+
+
+def last_token(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
+    """Takes the vector of a text's last token, as encoders made of a decoder do."""
+    position = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    return hidden[np.arange(len(hidden)), position]
+
+
+POOLINGS: dict[str, Callable[[Hidden, Mask], np.ndarray]] = {
+    "mean": mean_pooling,
+    "max": max_pooling,
+    "cls": first_token,
+    "lasttoken": last_token,
+}
+# The flag that names each in files from before sentence-transformers 6.
+POOLING_FLAGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+class SentenceModel(Protocol):
+    """A frozen sentence encoder."""
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        """Returns the vectors of texts."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SentenceModel:
-    """A frozen encoder.
+class OnnxSentenceModel:
+    """An encoder that ONNX Runtime runs.
 
     Attributes:
-        tokenizer: text -> ids, cut to what the model takes.
-        params, of: the weights, and what else their forward pass needs.
-        pooling: "mean" of the tokens, or the first one ("cls").
-        normalize: whether vectors are brought to length 1.
-        lower: whether texts are put in lower case first.
+        tokenizer: A `tokenizers.Tokenizer` that cuts texts to what the model takes.
+        session: An `onnxruntime.InferenceSession`.
+        output: Name of the session's output that holds the hidden states.
+        pooling: Function from hidden states and their mask to vectors.
+        normalize: Whether vectors are brought to length 1.
+        lower: Whether texts are put in lower case first.
+        prompt: Text put before each text.
+        skip: Number of leading tokens, those of the prompt, that pooling leaves out.
     """
 
     tokenizer: Any
-    params: Params
-    of: Architecture
-    pooling: str
+    session: Any
+    output: str
+    pooling: Callable[[Hidden, Mask], np.ndarray]
     normalize: bool
     lower: bool
+    prompt: str
+    skip: int
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
-        """The vectors of texts."""
-        texts = [text.lower() for text in texts] if self.lower else list(texts)
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
-        allowed = np.append(_LENGTHS[_LENGTHS < self.of.positions], self.of.positions)
-        lengths = allowed[np.searchsorted(allowed, [len(row) for row in ids])]
-        vectors = np.zeros((len(ids), self.of.width), np.float32)
-        for length in np.unique(lengths).tolist():
-            rows, most = np.flatnonzero(lengths == length), max(_FEW, _TOKENS // length)
-            for start in range(0, len(rows), most):
-                part = rows[start : start + most]
-                vectors[part] = self._encode(
-                    [ids[row] for row in part], length, _FEW if len(part) <= _FEW else most
-                )
-        return vectors
+        texts = [self.prompt + text for text in texts]
+        if self.lower:
+            texts = [text.lower() for text in texts]
+        tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")
+        blocks: list[np.ndarray] = []
+        start = 0
+        while start < len(order):
+            rows = order[start : start + _texts_per_call(lengths[order], start)]
+            blocks.append(self._encode([tokens[row] for row in rows]))
+            start += len(rows)
+        if not blocks:
+            return np.zeros((0, self._width()), np.float32)
+        vectors = np.concatenate(blocks)
+        return vectors[np.argsort(order, kind="stable")]
 
-    def _encode(self, ids: list[list[int]], length: int, rows: int) -> np.ndarray:
-        """The vectors of texts that are filled up to `rows` texts of `length` tokens."""
-        padded, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-        valid[:, 0] = True  # what fills up attends to something: no NaN
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)], valid[row, : len(tokens)] = tokens, True
-        vectors = _pooled(
-            self.params, padded, valid, of=self.of, pooling=self.pooling, normalize=self.normalize
-        )
-        return np.asarray(vectors)[: len(ids)]
+    def _encode(self, tokens: Sequence[Sequence[int]]) -> Float32[np.ndarray, "B E"]:
+        ids, mask = padded(tokens)
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": mask.astype(np.int64),
+            "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        }
+        feeds = {each.name: arrays[each.name] for each in self.session.get_inputs()}
+        (hidden,) = self.session.run([self.output], feeds)
+        mask[:, : self.skip] = False
+        vectors = self.pooling(hidden.astype(np.float32), mask)
+        if self.normalize:
+            norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+            vectors = vectors / np.maximum(norms, 1e-12)
+        return vectors.astype(np.float32)
 
-
-@functools.partial(jax.jit, static_argnames=("of", "pooling", "normalize"))
-def _pooled(
-    params: Params,
-    ids: Int32[Array | np.ndarray, "B L"],
-    valid: Bool[Array | np.ndarray, "B L"],
-    *,
-    of: Architecture,
-    pooling: str,
-    normalize: bool,
-) -> Float[Array, "B D"]:
-    x = hidden_states(params, ids, valid, of=of)
-    weights = valid.astype(x.dtype)[..., None]
-    x = x[:, 0] if pooling == "cls" else (x * weights).sum(axis=1) / weights.sum(axis=1)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalize else x
+    def _width(self) -> int:
+        return self._encode([self.tokenizer.encode("").ids or [0]]).shape[1]
 
 
-def find_model(name: str, where: str) -> Path:
-    """The folder of a model: `name` itself, or what huggingface_hub has in its cache or can
-    download.
+def padded(
+    tokens: Sequence[Sequence[int]],
+) -> tuple[Int64[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """Lays tokens of several lengths side by side, and says where there are some."""
+    length = max(len(ids) for ids in tokens)
+    ids = np.zeros((len(tokens), length), np.int64)
+    mask = np.zeros((len(tokens), length), bool)
+    for row, values in enumerate(tokens):
+        ids[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return ids, mask
+
+
+def _texts_per_call(sorted_lengths: np.ndarray, start: int) -> int:
+    """Returns how many texts from `start` on fit into one call, padded to the longest of them."""
+    sizes = sorted_lengths[start:] * np.arange(1, len(sorted_lengths) - start + 1)
+    return max(1, int(np.searchsorted(sizes, TOKENS_PER_CALL, side="right")))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackageSentenceModel:
+    """An encoder that the package sentence-transformers runs, where a model has no ONNX file.
+
+    Attributes:
+        model: A `sentence_transformers.SentenceTransformer`.
+        prompt: Text put before each text.
+    """
+
+    model: Any
+    prompt: str
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
+        # Sent as text, so that it counts even where the model's files name another by default.
+        vectors = self.model.encode(list(texts), prompt=self.prompt, show_progress_bar=False)
+        return np.asarray(vectors, np.float32)
+
+
+def find_model(name: str, location: str) -> Path:
+    """Finds a model's folder, or has huggingface_hub take it from its cache or download it.
 
     Args:
-        name: a folder; or OWNER/MODEL of the Hub, without an owner one of "sentence-transformers".
-        where: the feature, as errors call it.
+        name: Path of a folder; or OWNER/MODEL of the Hub, where a name without an owner is one of
+            "sentence-transformers".
+        location: The feature, as errors call it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no such model.
     """
     folder = Path(os.path.expanduser(os.path.expandvars(name)))
     if folder.is_dir():
         return folder
-    with extra("text", f"{where}.model={name!r}, which is not a folder,"):
+    with extra("text", f"{location}.model={name!r}, which is not a folder,"):
         from huggingface_hub import constants  # comes with tokenizers
     repository = name if "/" in name else f"sentence-transformers/{name}"
     try:
         return _snapshot(repository)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{where}.model={name!r} is neither a folder nor a model in the cache of the Hugging Face Hub "
-            f"({constants.HF_HUB_CACHE}), and it could not be downloaded: {str(error).splitlines()[0]} Where there is a network: "
-            f"hf download {repository}. Or copy the model's folder here and name its path."
+            f"{location}.model={name!r} is neither a folder nor a model in the cache of the "
+            f"Hugging Face Hub ({constants.HF_HUB_CACHE}), and it could not be downloaded: "
+            f"{reason} Where there is a network: hf download {repository}. Or copy the model's "
+            "folder here and name its path."
         ) from None
 
 
 def _snapshot(repository: str) -> Path:
-    """From the cache, where it is there, without asking the Hub."""
+    """Returns the folder of a repository, from the cache where it is there."""
     from huggingface_hub import snapshot_download
 
     with contextlib.suppress(FileNotFoundError):
         cached = Path(snapshot_download(repository, local_files_only=True))
-        if any(cached.rglob(WEIGHTS)):
+        if onnx_file(cached) or any(cached.rglob(WEIGHTS)):
             return cached
-    return Path(snapshot_download(repository, allow_patterns=[f"*{WEIGHTS}", "*.json"]))
+    patterns = ["*.json", *(f"{file}*" for file in ONNX_FILES)]
+    folder = Path(snapshot_download(repository, allow_patterns=patterns))
+    if onnx_file(folder) is None and _has_package():
+        folder = Path(snapshot_download(repository, allow_patterns=["*.json", f"*{WEIGHTS}"]))
+    return folder
 
 
-def load_model(folder: Path, where: str) -> SentenceModel:
-    """Reads a model.
+def _has_package() -> bool:
+    return importlib.util.find_spec("sentence_transformers") is not None
+
+
+def onnx_file(folder: Path) -> Path | None:
+    """Returns the exported model in the folder of a Transformer, if there is one."""
+    paths = [folder / name for name in ONNX_FILES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model that its vectors depend on, and what they say.
+
+    Attributes:
+        folder: Folder of the model.
+        weights: ONNX file, or safetensors where there is none.
+        by_name: Every file, by a name that does not depend on where the folder lies.
+        pooling: Key of POOLINGS.
+        include_prompt: Whether pooling counts the tokens of the prompt.
+        normalize: Whether vectors are brought to length 1.
+        prompts: Prompts of the model by name.
+        default_prompt: Name of the prompt that the model puts before texts by itself, if any.
+    """
+
+    folder: Path
+    weights: Path
+    by_name: Mapping[str, Path]
+    pooling: str
+    include_prompt: bool
+    normalize: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+
+    def read_json(self, name: str, location: str) -> dict[str, Any]:
+        """Returns what a JSON file holds, nothing where the model has no such file."""
+        path = self.by_name.get(name)
+        return {} if path is None else _json(path, location)
+
+
+def model_files(folder: Path, location: str) -> ModelFiles:
+    """Finds a model's files and reads those that say how it encodes.
 
     Raises:
-        ConfigError: the extra is missing; a file is, or cannot be read; or the model is of a kind
-            that is not supported.
+        ConfigError: One is missing, or asks for something that cannot be done.
     """
-    with extra("text", f"{where} (type 'sentence')"):
-        from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
-
-    modules = _modules(folder, where)
-    files = _files(folder, where)
-    of = architecture(_json(files[CONFIG], where), f"{where}: {files[CONFIG]}")
-    limits = _json(files[LENGTHS], where) if LENGTHS in files else {}
-    try:
-        weights = load_file(files[WEIGHTS])
-        tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
-    except Exception as error:  # tokenizers raises no narrower kind; the cause is kept
+    modules = _modules(folder, location)
+    transformer = folder / modules["Transformer"]
+    weights = onnx_file(transformer) or transformer / WEIGHTS
+    by_name = {name: transformer / name for name in (CONFIG, TOKENIZER)}
+    by_name[str(weights.relative_to(transformer))] = weights
+    if "Pooling" in modules:
+        by_name["pooling"] = folder / modules["Pooling"] / CONFIG
+    missing = [path for path in by_name.values() if not path.is_file()]
+    if missing:
         raise ConfigError(
-            f"{where}: {files[WEIGHTS]} or {TOKENIZER} beside it cannot be read: {error}"
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(min(limits.get("max_seq_length") or of.positions, of.positions))
-    params = read_params(weights, of, f"{where}: {files[WEIGHTS]}")
-    return SentenceModel(
-        tokenizer,
-        jax.tree.map(jnp.asarray, params),
-        of,
-        pooling=_pooling(files, where),
+            f"{location}: {folder} is not a sentence encoder that can be read: it has no "
+            f"{missing[0].relative_to(folder)}. It must have {ONNX_FILES[0]} (or {WEIGHTS}, which "
+            f"needs the package sentence-transformers) and {TOKENIZER}; no pickle "
+            "(pytorch_model.bin) is read."
+        )
+    optional = {
+        MODULES: folder / MODULES,
+        PROMPTS: folder / PROMPTS,
+        LENGTHS: transformer / LENGTHS,
+        "data": weights.with_name(f"{weights.name}_data"),
+    }
+    by_name |= {name: path for name, path in optional.items() if path.is_file()}
+    pooling = _json(by_name["pooling"], location) if "pooling" in by_name else {}
+    prompts = _json(by_name[PROMPTS], location) if PROMPTS in by_name else {}
+    return ModelFiles(
+        folder=folder,
+        weights=weights,
+        by_name=by_name,
+        pooling=_pooling_mode(pooling, by_name.get("pooling"), location),
+        include_prompt=bool(pooling.get("include_prompt", True)),
         normalize="Normalize" in modules,
-        lower=bool(limits.get("do_lower_case")),
+        prompts=prompts.get("prompts") or {},
+        default_prompt=prompts.get("default_prompt_name"),
     )
 
 
-def model_digest(folder: Path, where: str) -> str:
-    """SHA-256 of all the files that vectors depend on.
+def choose_prompt(files: ModelFiles, prompt: str, location: str) -> str:
+    """Returns the text that is put before each text.
+
+    Args:
+        files: Files of the model.
+        prompt: Name of one of the model's prompts, or the text itself, which has a space or a
+            colon ("passage: "); empty takes the prompt that the model names as its default.
+        location: The feature, as errors call it.
 
     Raises:
-        ConfigError: one of them is missing.
+        ConfigError: The model has no prompt of this name.
     """
-    files = {name: digest(path) for name, path in sorted(_files(folder, where).items())}
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    name = prompt or files.default_prompt or ""
+    if name in files.prompts:
+        return files.prompts[name]
+    if re.fullmatch(r"[\w-]+", name):
+        choose(files.prompts, name, f"{location}.prompt")
+    return name
 
 
-def model_width(folder: Path, where: str) -> int:
-    """E of a model's vectors."""
-    return _json(_files(folder, where)[CONFIG], where)["hidden_size"]
+def load_model(folder: Path, location: str, *, prompt: str = "") -> SentenceModel:
+    """Reads a model.
 
-
-def _modules(folder: Path, where: str) -> dict[str, str]:
-    """Kind of each module of a model -> its folder; a model that lists none is a Transformer whose
-    tokens are averaged.
+    Args:
+        folder: Folder of the model.
+        location: The feature, as errors call it.
+        prompt: See `choose_prompt`.
 
     Raises:
-        ConfigError: it has others than a Transformer, pooling and normalisation, or texts are to be
-            put behind a prompt.
+        ConfigError: The extra is missing; a file is, or cannot be read; or the model asks for
+            something that cannot be done.
+    """
+    files = model_files(folder, location)
+    text = choose_prompt(files, prompt, location)
+    if files.weights.suffix != ".onnx":
+        return _load_by_package(files, text, location)
+    with extra("text", f"{location} (type 'sentence')"):
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    try:
+        session = onnxruntime.InferenceSession(
+            str(files.weights), options, providers=["CPUExecutionProvider"]
+        )
+        tokenizer = Tokenizer.from_file(str(files.by_name[TOKENIZER]))
+    except Exception as error:  # both raise no narrower kind; the cause is kept
+        raise ConfigError(
+            f"{location}: {files.weights} or {TOKENIZER} beside it cannot be read: {error}"
+        ) from error
+    _check_inputs(session, files, location)
+    limits = files.read_json(LENGTHS, location)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(_max_length(files, limits, location))
+    # All but the token that ends every text belongs to the prompt.
+    skip = 0 if files.include_prompt or not text else len(tokenizer.encode(text).ids) - 1
+    return OnnxSentenceModel(
+        tokenizer=tokenizer,
+        session=session,
+        output=_output(session, files, location),
+        pooling=POOLINGS[files.pooling],
+        normalize=files.normalize,
+        lower=bool(limits.get("do_lower_case")),
+        prompt=text,
+        skip=skip,
+    )
+
+
+def model_digest(folder: Path, location: str, *, prompt: str = "") -> str:
+    """Returns the SHA-256 of all that vectors depend on: the model's files and the prompt.
+
+    Raises:
+        ConfigError: One of the files is missing.
+    """
+    files = model_files(folder, location)
+    parts = {name: digest(path) for name, path in sorted(files.by_name.items())}
+    parts["prompt"] = choose_prompt(files, prompt, location)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def model_width(folder: Path, location: str) -> int:
+    """Returns E, the width of a model's vectors.
+
+    Raises:
+        ConfigError: The model's configuration does not say it.
+    """
+    config = model_files(folder, location).read_json(CONFIG, location)
+    for key in WIDTHS:
+        if key in config:
+            return int(config[key])
+    raise ConfigError(
+        f"{location}: {folder / CONFIG} does not say the width of the vectors: it has none of "
+        f"{', '.join(WIDTHS)}."
+    )
+
+
+def _load_by_package(files: ModelFiles, prompt: str, location: str) -> PackageSentenceModel:
+    try:
+        package = importlib.import_module("sentence_transformers")
+    except ImportError:
+        raise ConfigError(
+            f"{location}: {files.folder} has no {ONNX_FILES[0]}, and the package "
+            "sentence-transformers, which reads such a model, is not installed. Install it, or "
+            "put the ONNX file of the model there (its repository often has one; else "
+            "`optimum-cli export onnx` writes it)."
+        ) from None
+    # Safetensors alone: without this a pickle would be read where both are there.
+    model = package.SentenceTransformer(str(files.folder), model_kwargs={"use_safetensors": True})
+    return PackageSentenceModel(model, prompt)
+
+
+def _modules(folder: Path, location: str) -> dict[str, str]:
+    """Returns the folder of each module of a model by its kind.
+
+    A model that lists none is a Transformer whose tokens are averaged.
+
+    Raises:
+        ConfigError: The model has others than a Transformer, pooling and normalisation.
     """
     path = folder / MODULES
-    listed = _json(path, where) if path.exists() else [{"type": "Transformer", "path": ""}]
+    listed = _json(path, location) if path.exists() else [{"type": "Transformer", "path": ""}]
     modules = {str(module["type"]).rpartition(".")[2]: module["path"] for module in listed}
     if not {"Transformer"} <= set(modules) <= {"Transformer", "Pooling", "Normalize"}:
         raise ConfigError(
-            f"{where}: {path} lists {', '.join(modules)}; a model of a Transformer, Pooling and Normalize alone can be read."
-        )
-    prompts = _json(folder / PROMPTS, where) if (folder / PROMPTS).exists() else {}
-    if prompts.get("default_prompt_name"):
-        raise ConfigError(
-            f"{where}: {folder / PROMPTS} puts the prompt {prompts['default_prompt_name']!r} before texts, which cannot be done."
+            f"{location}: {path} lists {', '.join(modules)}; a model of a Transformer, Pooling and "
+            "Normalize alone can be read."
         )
     return modules
 
 
-def _files(folder: Path, where: str) -> dict[str, Path]:
-    """The files that are read, by what they are."""
-    modules = _modules(folder, where)
-    transformer = folder / modules["Transformer"]
-    files = {name: transformer / name for name in (CONFIG, TOKENIZER, WEIGHTS)}
-    if "Pooling" in modules:
-        files[POOLING] = folder / modules["Pooling"] / CONFIG
-    missing = next((path for path in files.values() if not path.is_file()), None)
-    if missing:
-        raise ConfigError(
-            f"{where}: {folder} is not a sentence encoder that can be read: it has no {missing.relative_to(folder)}. "
-            f"Weights must be in {WEIGHTS} and the tokenizer in {TOKENIZER}; no pickle (pytorch_model.bin) is read."
-        )
-    beside = {MODULES: folder / MODULES, LENGTHS: transformer / LENGTHS}
-    return files | {name: path for name, path in beside.items() if path.is_file()}
-
-
-def _pooling(files: dict[str, Path], where: str) -> str:
-    config = _json(files[POOLING], where) if POOLING in files else {"pooling_mode": "mean"}
-    named = config.get("pooling_mode") or _flagged(config) or "mean"
-    modes = [named] if isinstance(named, str) else list(named)
+def _pooling_mode(config: Mapping[str, Any], path: Path | None, location: str) -> str:
+    flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    names = config.get("pooling_mode") or [POOLING_FLAGS.get(flag, flag) for flag in flags]
+    modes = [names] if isinstance(names, str) else list(names) or ["mean"]
     if len(modes) > 1:
         raise ConfigError(
-            f"{where}: {files[POOLING]} joins {' and '.join(modes)}; one way of pooling can be read."
+            f"{location}: {path} joins {' and '.join(modes)}; one way of pooling can be read."
         )
-    choose(_MODES, modes[0], f"{where}: {files.get(POOLING)}: pooling_mode")
+    choose(POOLINGS, modes[0], f"{location}: {path}: pooling_mode")
     return modes[0]
 
 
-def _flagged(config: dict[str, Any]) -> list[str]:
-    """The modes that are on in a file of flags; of those that are not known, what the flag is
-    called."""
-    names = {flag: mode for mode, flag in _MODES.items()}
-    return [
-        names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on
-    ]
+def _check_inputs(session: Any, files: ModelFiles, location: str) -> None:
+    """Refuses a model that asks for more than tokens, their mask, types and positions."""
+    given = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    others = [each.name for each in session.get_inputs() if each.name not in given]
+    if others:
+        raise ConfigError(
+            f"{location}: {files.weights} asks for {', '.join(others)}; a model of "
+            f"{', '.join(given)} can be run. Export it for feature extraction, "
+            "without a cache of keys and values."
+        )
 
 
-def _json(path: Path, where: str) -> Any:
+def _output(session: Any, files: ModelFiles, location: str) -> str:
+    """Returns the name of the output that holds the hidden states."""
+    names = [each.name for each in session.get_outputs()]
+    for name in HIDDEN_STATES:
+        if name in names:
+            return name
+    raise ConfigError(
+        f"{location}: {files.weights} yields {', '.join(names)}, none of which is "
+        f"{' or '.join(HIDDEN_STATES)}: export it for feature extraction."
+    )
+
+
+def _max_length(files: ModelFiles, limits: Mapping[str, Any], location: str) -> int:
+    """Returns the tokens that a text is cut to."""
+    config = files.read_json(CONFIG, location)
+    positions = config.get("max_position_embeddings") or DEFAULT_LENGTH
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        # These number positions from the padding's id on.
+        positions -= config.get("pad_token_id", 1) + 1
+    return min(limits.get("max_seq_length") or positions, positions)
+
+
+def _json(path: Path, location: str) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {path} is not JSON that can be read: {error}") from None
+        raise ConfigError(f"{location}: {path} is not JSON that can be read: {error}") from None
