@@ -191,7 +191,9 @@ def test_sources_add_up_to_the_counts_that_are_seen():
     rows = {"user": jnp.zeros(tiny.B, jnp.int32)}
     given = {"popularity": table}
     draws = jax.vmap(
-        lambda key: sources_module.draw(trainer.sampling, rows, given, key, SINGLE_DEVICE).shared
+        lambda key: (
+            sources_module.sample_items(trainer.sampling, rows, given, key, SINGLE_DEVICE).shared
+        )
     )
     drawn = np.asarray(jax.jit(draws)(jax.random.split(jax.random.key(0), steps)))
     batches = np.random.default_rng(0).choice(tiny.N, (steps, tiny.B), p=counts / counts.sum())

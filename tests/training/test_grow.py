@@ -156,8 +156,9 @@ def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
     prepared = module.prepare(config, fit=encoder.extend)
     name = "item.item_id"
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
-    rows = module.NEW_ROWS["content"](name, added, state, encoder, prepared, ("item", "item_id"))
-    content = module._content(
+    addition = module.Addition(name, "item", "item_id", added)
+    rows = module.NEW_ROWS["content"](module.Known(state, encoder), prepared, addition)
+    content = module.content_vectors(
         {n: i for n, i in encoder.inputs["item"].items() if n != "item_id"},
         state.tables,
         prepared.features["item"],
@@ -211,5 +212,5 @@ def test_a_folder_in_use_and_a_step_that_is_not_there_are_refused(log, old, tmp_
 
 
 def test_new_rows_of_a_table_that_histories_read_are_those_of_its_items():
-    uses = grow_module._uses(history_encoder(reads=["item_id", "kind"]))
+    uses = grow_module._vocabulary_uses(history_encoder(reads=["item_id", "kind"]))
     assert uses == {"item.item_id": ("item", "item_id"), "item.kind": ("item", "kind")}

@@ -20,8 +20,8 @@ from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.optimizers import init_plateau, update_plateau
-from twotower.training.state import Trainer
+from twotower.training.optimizers import Optimizers
+from twotower.training.state import Trainer, resolve_kinds
 
 # On one device, which compiles soonest; test_mesh.py has several.
 ONE = make_mesh(1)
@@ -78,7 +78,8 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
     trainer = _trainer(prepared, small_config(training=more))
     stretched = trainer.scaled_to(rows)
     assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)
-    assert trainer.schedule(12) < 1e-6 and abs(float(stretched.schedule(12)) - 0.5) < 1e-6
+    assert trainer.optimizers.schedule(12) < 1e-6
+    assert abs(float(stretched.optimizers.schedule(12)) - 0.5) < 1e-6
     assert int(fit(trainer, prepared, tmp_path, validate=_by_norm).step) == 24
     with open_checkpoints(tmp_path, trainer.config, read_only=True) as checkpoints:
         assert checkpoints.latest() == 24  # by the configuration as it was given
@@ -201,15 +202,49 @@ def test_patience_counts_validations_without_improvement():
     assert (record.best, record.best_step, record.waited, record.stopped) == (0.3, 1, 3, True)
 
 
-def test_the_plateau_halves_after_its_patience():
-    config = small_config(
-        training={"schedule": {"kind": "plateau", "patience": 2, "factor": 0.5}}
-    ).training.schedule
-    state, scales = init_plateau(), []
-    for value in [0.1, 0.1, 0.05, 0.7, 0.7, 0.7]:  # float32 holds 0.7 as less than 0.7
-        state = update_plateau(state, value, config)
-        scales.append(float(state.scale))
-    assert scales == [1, 1, 0.5, 0.5, 0.5, 0.25]
+def _rates_of_torch(values, *, patience, factor):
+    """The factor on the rates after each validation, as the reference of PyTorch's
+    `ReduceLROnPlateau(mode="max", threshold=0)` defines it: cut once the number of bad validations
+    *exceeds* the patience, and begin to count anew."""
+    best = -np.inf
+    bad = 0
+    scale = 1.0
+    scales = []
+    for value in values:
+        if value > best:
+            best = value
+            bad = 0
+        else:
+            bad += 1
+        if bad > patience:
+            scale *= factor
+            bad = 0
+        scales.append(scale)
+    return scales
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_the_plateau_cuts_the_rates_where_torch_does(patience):
+    schedule = {"kind": "plateau", "patience": patience, "factor": 0.5}
+    optimizers = Optimizers.build(small_config(training={"schedule": schedule}).training)
+    # Nearly equal values tell a tolerance; float32 holds 0.7 as less than 0.7.
+    random = np.random.default_rng(0).integers(0, 4, 30) / 10 + 0.7
+    values = [-0.2, 0.0, 0.1, 0.1, 0.05, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7000001, *random]
+    values = np.float32(values).tolist()
+    opt_state = optimizers.init({"kernel": jax.numpy.zeros(2)})
+    scales = []
+    for value in values:
+        opt_state = optimizers.after_validation(opt_state, value)
+        scales.append(float(optimizers.rate_factor(jax.numpy.int32(0), opt_state)))
+    assert scales == _rates_of_torch(values, patience=patience, factor=0.5)
+    assert scales[-1] < 0.5
+
+
+def test_a_plateau_that_would_not_lower_the_rates_is_refused():
+    schedule = {"kind": "plateau", "factor": 1.0}
+    config = small_config(training={"schedule": schedule})
+    with pytest.raises(ConfigError, match="schedule.factor=1.0 must be above 0 and below 1"):
+        resolve_kinds(config)
 
 
 def test_the_best_step_is_the_earliest_of_equals():

@@ -259,7 +259,7 @@ def test_weight_decay_spares_all_but_kernels(make):
     )
     trainer, state, _ = make(config)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = trainer.dense.update(zeros, state.opt_state["dense"], state.params)
+    updates, _ = trainer.optimizers.dense.update(zeros, state.opt_state["dense"], state.params)
     moved = {
         jax.tree_util.keystr(p): bool(jnp.any(u != 0))
         for p, u in jax.tree_util.tree_leaves_with_path(updates)
@@ -292,12 +292,18 @@ def test_schedules(make, kind, warmup, expected):
         small_config(training={"steps": 100, "schedule": {"kind": kind, "warmup_steps": warmup}})
     )
     for step, factor in expected.items():
-        np.testing.assert_allclose(trainer.schedule(jnp.int32(step)), factor, atol=1e-6)
+        np.testing.assert_allclose(trainer.optimizers.schedule(jnp.int32(step)), factor, atol=1e-6)
 
 
 def test_the_schedule_scales_tables_and_dense_parameters_alike(make):
     trainer, state, batch = make(
-        small_config(training={"optimizer": {"kind": "sgd"}, "tables": {"kind": "sgd"}})
+        small_config(
+            training={
+                "optimizer": {"kind": "sgd"},
+                "tables": {"kind": "sgd"},
+                "schedule": {"kind": "plateau"},
+            }
+        )
     )
     full, _ = _step(state, batch, trainer=trainer)
     plateau = state.opt_state["plateau"]._replace(scale=jnp.float32(0.5))

@@ -1,37 +1,40 @@
-"""What the positives of a step are compared with: items drawn, embedded beside them, and brought
-together from all devices."""
+"""Candidates of a step: items sampled for it, how often each was to be expected, and all devices'
+candidates brought together; with what a step needs of the whole corpus for that."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from twotower.config import Config, NegativesConfig
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
+from twotower.features.base import Input
 from twotower.kernels.sparse_update import PADDING
 from twotower.objectives import negatives
-from twotower.objectives.alias import popularity_table
+from twotower.objectives.alias import AliasTable, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.negatives import LogExpectedCount
 from twotower.objectives.pools import explicit_pools
-from twotower.pipeline.batches import Batch
-from twotower.pipeline.prepare import PreparedData
+from twotower.pipeline.batches import Batch, Examples, Features, Rows
+from twotower.pipeline.histories import Histories
+from twotower.pipeline.sequences import SequencePacking
 from twotower.training.checks import check_negatives, uses_negatives
 
 
 class CorpusSize(NamedTuple):
-    """How much there is.
+    """Sizes of what training compares.
 
     Attributes:
-        users: U.
-        items: N.
-        unseen: items without a training row.
+        users: Number of users, U.
+        items: Number of items in the corpus, N.
+        unseen: Number of items without a training row.
     """
 
     users: int
@@ -41,13 +44,14 @@ class CorpusSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NegativeSampling:
-    """Which negatives a step has and what they need; static.
+    """Sources of negatives of a step; static under `jit`.
 
     Attributes:
-        config: with `uniform` decided.
-        batch_size: B of all devices; of packed sequences, the places of all rows.
-        items: N.
-        corrected: whether log expected counts are subtracted; else they are all 0.
+        config: Configured sources, with the number of uniform draws decided.
+        batch_size: Number of rows of the batch over all devices, B; of packed sequences, the
+            number of positions in all rows.
+        items: Number of items in the corpus, N.
+        corrected: Whether log expected counts are subtracted from logits; else they are all 0.
     """
 
     config: NegativesConfig
@@ -57,60 +61,64 @@ class NegativeSampling:
 
     @classmethod
     def build(
-        cls, config: Config, loss: Any, corpus: CorpusSize, *, places: int = 1
+        cls, config: Config, loss: Any, corpus: CorpusSize, *, positions: int = 1
     ) -> NegativeSampling:
-        """What `config` asks for.
+        """Returns the sampling that a configuration asks for.
 
         Args:
-            places: of a row of the batch, see `twotower.pipeline.sequences`.
+            config: Configuration of the run.
+            loss: `Loss` of the run, or the function of a pointwise loss, which has no negatives.
+            corpus: Sizes of the corpus.
+            positions: Number of positions in a row of the batch; see
+                `twotower.pipeline.sequences`.
 
         Raises:
-            ConfigError: there are fewer items than are asked for.
+            ConfigError: The corpus has fewer items than are to be drawn.
         """
-        objective, batch = config.objective, config.training.batch_size * places
+        objective = config.objective
+        batch_size = config.training.batch_size * positions
         if not uses_negatives(objective):
-            return cls(NegativesConfig(in_batch=False, uniform=0), batch, corpus.items, False)
+            no_source = NegativesConfig(in_batch=False, uniform=0)
+            return cls(no_source, batch_size, corpus.items, corrected=False)
         uniform = objective.negatives.uniform
         if uniform < 0:
+            # Items that no row trains would never be a negative of anything: a quarter of the
+            # batch is drawn from all, so that they learn to be unlikely.
             needed = corpus.unseen and not objective.negatives.catalogue
-            uniform = min(-(-batch // 4), corpus.items) if needed else 0
+            uniform = min(-(-batch_size // 4), corpus.items) if needed else 0
         chosen = dataclasses.replace(objective.negatives, uniform=uniform)
-        check_negatives(chosen, items=corpus.items, batch_size=batch)
-        return cls(chosen, batch, corpus.items, objective.logq and loss.corrects)
+        check_negatives(chosen, items=corpus.items, batch_size=batch_size)
+        corrected = objective.logq and loss.corrects
+        return cls(chosen, batch_size, corpus.items, corrected)
 
     @property
     def hard(self) -> int:
-        """H."""
+        """Number of hard negatives of each query, H."""
         return self.config.mined + self.config.explicit
 
     @property
     def candidates(self) -> int:
-        """How many each query is compared with."""
+        """Number of items that each query is compared with."""
         config = self.config
         if config.catalogue:
             return self.items + self.hard
-        return (
-            self.batch_size * config.in_batch
-            + config.uniform
-            + config.popularity
-            + config.queue
-            + self.hard
-        )
+        shared = config.uniform + config.popularity + config.queue
+        return self.batch_size * config.in_batch + shared + self.hard
 
     @property
     def needs_features(self) -> bool:
-        """Whether steps embed items that are not in their batch."""
+        """Whether a step embeds items that are not in its batch."""
         config = self.config
         return bool(config.uniform or config.popularity or config.catalogue or self.hard)
 
 
 class SampledItems(NamedTuple):
-    """Items of a step beside the batch's own, on one device; id -1: none.
+    """Items of a step beside the batch's own, on one device; id -1 where there is none.
 
     Attributes:
-        shared: candidates of all queries, this device's part of them.
-        hard: of each query alone.
-        hard_log_count: log of the expected number of times the query's pools yield each.
+        shared: Candidates of all queries, this device's part of them.
+        hard: Hard negatives of each query alone.
+        hard_log_count: Log of the expected number of times that the query's pools yield each.
     """
 
     shared: Int[Array, "S"]
@@ -119,174 +127,268 @@ class SampledItems(NamedTuple):
 
     @property
     def ids(self) -> Int[Array, "M"]:
+        """All of the items, in the order in which a step embeds them."""
         return jnp.concatenate([self.shared, self.hard.ravel()])
 
 
-def draw(
-    sources: NegativeSampling,
+def sample_items(
+    sampling: NegativeSampling,
     batch: Batch,
-    given: Mapping[str, Any],
+    arrays: Mapping[str, Any],
     key: jax.Array,
     group: DeviceGroup,
 ) -> SampledItems:
-    """The items drawn for one step: whole draws are a function of the key, rows of the batch have
-    keys of their own, so that every division over devices draws the same.
+    """Draws the items of one step.
+
+    Shared draws are a function of the key, and each row of the batch has a key of its own, so that
+    every division over devices draws the same.
 
     Args:
-        given: "mined" and "explicit" pools and the "popularity" table, as far as `sources` uses
+        sampling: Sources of negatives.
+        batch: This device's part of the batch.
+        arrays: "mined" and "explicit" pools and the "popularity" table, as far as `sampling` uses
             them.
+        key: Random key of the step.
+        group: Devices of the step.
     """
-    config, shared = sources.config, []
+    config = sampling.config
+    shared = [jnp.zeros(0, jnp.int32)]
     if config.catalogue:
-        shared.append(jnp.arange(sources.items, dtype=jnp.int32))
+        shared.append(jnp.arange(sampling.items, dtype=jnp.int32))
     if config.uniform:
-        shared.append(negatives.uniform(jax.random.fold_in(key, 0), config.uniform, sources.items))
+        uniform_key = jax.random.fold_in(key, 0)
+        shared.append(negatives.uniform(uniform_key, config.uniform, sampling.items))
     if config.popularity:
-        shared.append(
-            negatives.popularity(jax.random.fold_in(key, 1), config.popularity, given["popularity"])
-        )
-    ids = jnp.concatenate([*shared, jnp.zeros(0, jnp.int32)])
+        popularity_key = jax.random.fold_in(key, 1)
+        table = arrays["popularity"]
+        shared.append(negatives.popularity(popularity_key, config.popularity, table))
+    ids = jnp.concatenate(shared)
+    # Filled up with -1 to a multiple of the devices, each of which then takes its part.
     ids = group.part(jnp.pad(ids, (0, -len(ids) % group.size), constant_values=-1))
-    rows = len(batch["user"])
-    pools = [
-        (given[name], count)
-        for name, count in (("mined", config.mined), ("explicit", config.explicit))
-        if count
-    ]
-    hard = [jnp.zeros((rows, 0), jnp.int32)]
+    hard, hard_log_count = _sample_hard(config, batch["user"], arrays, key, group)
+    return SampledItems(ids, hard, hard_log_count)
+
+
+def _sample_hard(
+    config: NegativesConfig,
+    users: Int[Array, "B"],
+    arrays: Mapping[str, Any],
+    key: jax.Array,
+    group: DeviceGroup,
+) -> tuple[Int[Array, "B H"], Float[Array, "B H"]]:
+    """Draws hard negatives from the pools of each query's user.
+
+    Returns:
+        Their ids, and the log of the expected number of times that the user's pools yield each.
+    """
+    counts = {"mined": config.mined, "explicit": config.explicit}
+    pools = [(arrays[name], count) for name, count in counts.items() if count]
+    rows = group.row_numbers(len(users))
+    drawn = [jnp.zeros((len(users), 0), jnp.int32)]
     for i, (pool, count) in enumerate(pools):
-        keys = row_keys(jax.random.fold_in(key, 2 + i), group.row_numbers(rows))
-        hard.append(negatives.draw_pool(keys, pool, batch["user"], count)[0])
-    found = jnp.concatenate(hard, axis=1)
-    # An item of one pool may be in the other: its counts are summed.
-    counts = [
-        negatives.pool_log_expected_count(pool, batch["user"], found, count)
-        for pool, count in pools
+        # Keys 0 and 1 are those of the shared draws.
+        keys = row_keys(jax.random.fold_in(key, 2 + i), rows)
+        ids, _ = negatives.draw_pool(keys, pool, users, count)
+        drawn.append(ids)
+    hard = jnp.concatenate(drawn, axis=1)
+    if not pools:
+        return hard, jnp.zeros(hard.shape)
+    # An item of one pool may be in the other as well: its expected counts are summed.
+    log_counts = [
+        negatives.pool_log_expected_count(pool, users, hard, count) for pool, count in pools
     ]
-    return SampledItems(
-        ids,
-        found,
-        jax.nn.logsumexp(jnp.stack(counts), axis=0) if counts else jnp.zeros(found.shape),
-    )
+    return hard, jax.nn.logsumexp(jnp.stack(log_counts), axis=0)
 
 
-def row_keys(key: jax.Array, places: Int[Array, "B"]) -> jax.Array:
-    """A key for each row."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+def row_keys(key: jax.Array, rows: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Returns a random key for each row, a function of the row's number in the whole batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def take_features(
-    catalogue: Mapping[str, Any], inputs: Mapping[str, Any], ids: Int[Array, "M"]
+    item_features: Mapping[str, Array], inputs: Mapping[str, Input], ids: Int[Array, "M"]
 ) -> dict[str, jax.Array]:
-    """The encoded features of items; padding for id -1, so that no table row learns from
-    nothing."""
+    """Returns the encoded features of items; padding for id -1, so that no table row learns from
+    an item that is none.
 
-    def of(name: str, values: jax.Array) -> jax.Array:
-        found = values[jnp.maximum(ids, 0)]
-        return (
-            jnp.where((ids >= 0).reshape(-1, *[1] * (found.ndim - 1)), found, PADDING)
-            if inputs[name].table
-            else found
-        )
+    Args:
+        item_features: Encoded features of the corpus, [N, ...] each.
+        inputs: Inputs of the item tower by feature.
+        ids: Rows of the corpus.
+    """
 
-    return {name: of(name, values) for name, values in catalogue.items()}
+    def take(name: str, values: Array) -> jax.Array:
+        taken = values[jnp.maximum(ids, 0)]
+        if not inputs[name].table:
+            return taken
+        exists = (ids >= 0).reshape(-1, *[1] * (taken.ndim - 1))
+        return jnp.where(exists, taken, PADDING)
+
+    return {name: take(name, values) for name, values in item_features.items()}
 
 
 def log_expected_count(
-    sources: NegativeSampling,
+    sampling: NegativeSampling,
     frequency: Any,
-    popularity: Any,
+    popularity: AliasTable | None,
     queued: Any,
     ids: Int[Array, "..."],
     own: jax.Array | None = None,
 ) -> Float[Array, "..."]:
-    """Log of how often the sources of a step yield each id: their expected counts summed; 0 where
-    nothing is corrected.
+    """Returns the log of how often the sources of a step yield each id: their expected counts
+    summed; 0 where nothing is corrected.
 
     Args:
-        queued: number of entries of the queue in use.
-        own: log of the expected counts that a source of one query alone adds, of the shape of
+        sampling: Sources of negatives.
+        frequency: State of the frequency estimator of items.
+        popularity: Table that popular items are drawn from, where they are.
+        queued: Number of entries of the queue in use.
+        ids: Items of any shape.
+        own: Log of the expected counts that a source of one query alone adds, of the shape of
             `ids`.
     """
-    config, known = sources.config, jnp.maximum(ids, 0)
-    if not sources.corrected:
+    config = sampling.config
+    if not sampling.corrected:
         return jnp.zeros(ids.shape)
-    parts: list[Callable[[jax.Array], jax.Array]] = []
+    sources: list[LogExpectedCount] = []
     if config.catalogue:  # every item once
-        parts.append(lambda ids: jnp.zeros(ids.shape))
+        sources.append(lambda ids: jnp.zeros(ids.shape))
     elif config.in_batch or config.queue:
-        draws = sources.batch_size * config.in_batch + queued
-        parts.append(
-            lambda ids: FREQUENCIES[config.frequency].log_expected_count(frequency, ids, draws)
-        )
+        estimator = FREQUENCIES[config.frequency]
+        draws = sampling.batch_size * config.in_batch + queued
+        sources.append(lambda ids: estimator.log_expected_count(frequency, ids, draws))
     if config.uniform:
-        parts.append(
-            lambda ids: negatives.uniform_log_expected_count(ids, config.uniform, sources.items)
-        )
-    if config.popularity:
-        parts.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
+        num, items = config.uniform, sampling.items
+        sources.append(lambda ids: negatives.uniform_log_expected_count(ids, num, items))
+    if popularity is not None and config.popularity:
+        sources.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
     if own is not None:
-        parts.append(lambda ids: own)
-    return negatives.mixed_log_expected_count(known, parts)
+        sources.append(lambda ids: own)
+    return negatives.mixed_log_expected_count(jnp.maximum(ids, 0), sources)
 
 
-def gathered(
-    vectors: list[jax.Array], ids: list[jax.Array], owners: list[jax.Array], group: DeviceGroup
+def gather_candidates(
+    vectors: Sequence[jax.Array],
+    ids: Sequence[jax.Array],
+    query_ids: Sequence[jax.Array],
+    group: DeviceGroup,
 ) -> tuple[Float[Array, "C D"], Int[Array, "C"], Int[Array, "C"]]:
-    """All devices' candidates. What goes together is concatenated before it is gathered, ids and
-    owners like vectors."""
+    """Returns all devices' candidates: vectors, ids, and the query that each is a positive of.
+
+    The parts are concatenated before they are gathered, all three alike, so that what belongs
+    together stays together.
+    """
     if not sum(map(len, ids)):  # no collective of nothing
         group = SINGLE_DEVICE
-    known = group.all_gather(jnp.stack([jnp.concatenate(ids), jnp.concatenate(owners)], axis=1))
-    return group.gather(jnp.concatenate(vectors)), known[:, 0], known[:, 1]
+    both = jnp.stack([jnp.concatenate(ids), jnp.concatenate(query_ids)], axis=1)
+    both = group.all_gather(both)
+    return group.gather(jnp.concatenate(vectors)), both[:, 0], both[:, 1]
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """Parts of the prepared data that training reads; see
+    `twotower.pipeline.prepare.PreparedData`."""
+
+    @property
+    def config(self) -> Config:
+        """Configuration that the data was prepared by."""
+        ...
+
+    @property
+    def users(self) -> Sized:
+        """All users, U rows."""
+        ...
+
+    @property
+    def items(self) -> Sized:
+        """Items of the corpus, N rows."""
+        ...
+
+    @property
+    def train(self) -> Rows:
+        """Training rows."""
+        ...
+
+    @property
+    def features(self) -> Features:
+        """Encoded features of users [U, ...] and items [N, ...]."""
+        ...
+
+    @property
+    def histories(self) -> Histories | None:
+        """Histories of users, where they are a feature."""
+        ...
+
+    @property
+    def packing(self) -> SequencePacking | None:
+        """Packed sequences, where these are the examples of training."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in a pass: rows, or packed rows of whole sequences."""
+        ...
+
+    def training_examples(self) -> Examples:
+        """Returns the examples that batches are made of."""
+        ...
 
 
 def step_constants(
-    sampling: NegativeSampling, prepared: PreparedData, mesh: Mesh, resident: Any
+    sampling: NegativeSampling, data: TrainingData, mesh: Mesh, resident: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the step needs of the corpus; see `train_step`."""
-    config, found = sampling.config, {}
-    if sampling.needs_features:
-        given = (
-            resident["item_features"]
-            if resident
-            else put(mesh, dict(prepared.features["item"]), REPLICATED)
-        )
-        found["item_features"] = given
-    if config.popularity:
-        found["popularity"] = put(
-            mesh, popularity_table(count_rows(prepared)["item"], config.alpha), REPLICATED
-        )
-    if config.explicit:
-        found["explicit"] = put(mesh, _explicit(prepared), REPLICATED)
-    return found
+    """Returns the arrays of the corpus that steps read and never change, on every device.
 
+    Args:
+        sampling: Sources of negatives, which decide what is needed.
+        data: Prepared data.
+        mesh: Devices of the run.
+        resident: Training data that is on the devices already, if it is.
 
-def _explicit(prepared: PreparedData) -> Any:
-    labels = prepared.train.labels[prepared.config.objective.label]
-    return explicit_pools(prepared.train, labels, num_users=len(prepared.users))
-
-
-def count_rows(prepared: PreparedData) -> dict[str, np.ndarray]:
-    """Training rows of each user, of each item of the corpus, and in all, float32.
-
-    Of sequences, how often a pass has each as a target; "in all" are then the places, filled or
-    not, that a pass has.
+    Returns:
+        "item_features" {name: [N, ...]}, "popularity" (an alias table) and "explicit" (pools of
+        hard negatives), as far as they are used.
     """
-    sizes, packing = {"user": len(prepared.users), "item": len(prepared.items)}, prepared.packing
-    rates, rows = None, len(prepared.train)
-    if packing is not None:
-        rates, rows = np.zeros(rows), len(packing) * packing.num_slots
-        rates[prepared.histories.orders["train"]] = packing.target_rates(len(rates))
-    counts = {
-        side: np.bincount(getattr(prepared.train, side), rates, minlength=n)
-        for side, n in sizes.items()
-    }
-    return {side: x.astype(np.float32) for side, x in counts.items()} | {"rows": np.float32(rows)}
+    config = sampling.config
+    constants: dict[str, Any] = {}
+    if sampling.needs_features:
+        if resident:
+            constants["item_features"] = resident["item_features"]
+        else:
+            constants["item_features"] = put(mesh, dict(data.features["item"]), REPLICATED)
+    if config.popularity:
+        table = popularity_table(count_rows(data)["item"], config.alpha)
+        constants["popularity"] = put(mesh, table, REPLICATED)
+    if config.explicit:
+        labels = data.train.labels[data.config.objective.label]
+        pools = explicit_pools(data.train, labels, num_users=len(data.users))
+        constants["explicit"] = put(mesh, pools, REPLICATED)
+    return constants
 
 
-def corpus_size(prepared: PreparedData) -> CorpusSize:
-    """How much there is."""
-    return CorpusSize(
-        len(prepared.users), len(prepared.items), int((count_rows(prepared)["item"] == 0).sum())
-    )
+def count_rows(data: TrainingData) -> dict[str, np.ndarray]:
+    """Returns the number of training rows of each user ("user", [U]), of each item of the corpus
+    ("item", [N]) and in all ("rows"), float32.
+
+    Of sequences it is how often a pass has each as a target, and in all the number of positions of
+    a pass, filled or not.
+    """
+    sizes = {"user": len(data.users), "item": len(data.items)}
+    rates = None
+    rows = len(data.train)
+    if data.packing is not None and data.histories is not None:
+        rates = np.zeros(rows)
+        rates[data.histories.orders["train"]] = data.packing.target_rates(rows)
+        rows = len(data.packing) * data.packing.num_slots
+    counts = {"rows": np.asarray(rows, np.float32)}
+    for side, size in sizes.items():
+        ids = getattr(data.train, side)
+        counts[side] = np.bincount(ids, rates, minlength=size).astype(np.float32)
+    return counts
+
+
+def corpus_size(data: TrainingData) -> CorpusSize:
+    """Returns the sizes of the corpus."""
+    unseen = int((count_rows(data)["item"] == 0).sum())
+    return CorpusSize(len(data.users), len(data.items), unseen)

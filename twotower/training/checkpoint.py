@@ -15,6 +15,10 @@ from twotower.core.errors import CheckpointError
 
 State = TypeVar("State")  # a tree of arrays
 
+_CURE = "Delete that folder to go on from an earlier checkpoint."
+# An odd constant near 2^32 / the golden ratio, whose multiples are spread evenly (Knuth).
+_GOLDEN = 0x9E3779B1
+
 
 @dataclasses.dataclass(frozen=True)
 class _LatestAndBest:
@@ -30,7 +34,7 @@ class _LatestAndBest:
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
-    """The earliest step with the greatest `metric`; None where no step has it."""
+    """Returns the earliest step with the greatest `metric`; None where no step has it."""
     measured = {
         step: values[metric] for step, values in sorted(metrics.items()) if metric in values
     }
@@ -41,30 +45,31 @@ class Checkpoints:
     """The checkpoints of one run; a context that waits for the last save when it ends.
 
     Args:
-        folder: where they are.
-        metric: the validation metric of the best.
-        keep: how many of the latest to keep.
-        run: names the run; a checkpoint of another one is refused.
-        read_only: leave the folder as it is, whatever is being saved in it.
+        folder: Folder of the checkpoints.
+        metric: Validation metric of the best one.
+        keep: Number of the latest ones to keep.
+        run: Name of the run; a checkpoint of another run is refused.
+        read_only: Whether to leave the folder as it is, whatever is being saved in it.
     """
 
     def __init__(
         self, folder: epath.PathLike, *, metric: str, keep: int, run: str, read_only: bool = False
     ) -> None:
-        self.folder, self._metric, self._run = epath.Path(folder), metric, run
+        self.folder = epath.Path(folder)
+        self._metric = metric
+        self._run = run
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(metric, keep),
-            best_fn=lambda values: values.get(metric, 0.0),
             # Orbax stores the metrics only where it has a `best_fn`.
+            best_fn=lambda values: values.get(metric, 0.0),
             # Only the trainer may clean up: to a reader a half-written folder is the trainer's save
             # in progress.
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
         )
-        names = ("state", "record")
         self._manager = ocp.CheckpointManager(
-            self.folder.resolve(), options=options, item_names=names
+            self.folder.resolve(), options=options, item_names=("state", "record")
         )
 
     def __enter__(self) -> Checkpoints:
@@ -81,7 +86,14 @@ class Checkpoints:
         record: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
-        """Starts to save; training may go on at once, also with `state` donated."""
+        """Starts to save; training may go on at once, also with the state donated.
+
+        Args:
+            step: Number of steps done.
+            state: Tree of arrays.
+            record: What the loop remembers, as JSON.
+            metrics: Validation metrics.
+        """
         checked = {"run": self._run, "checksum": int(checksum(state)), "loop": dict(record)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked)
@@ -89,79 +101,90 @@ class Checkpoints:
         self._manager.save(step, args=items, metrics=dict(metrics))
 
     def latest(self) -> int | None:
+        """Returns the step of the latest checkpoint; None where there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the best validation metric; the latest where nothing was measured."""
+        """Returns the step with the best validation metric; the latest where nothing was
+        measured."""
         steps = self._manager.all_steps()
-        found = best_step({s: self._manager.metrics(s) or {} for s in steps}, self._metric)
-        return self.latest() if found is None else found
+        metrics = {step: self._manager.metrics(step) or {} for step in steps}
+        best = best_step(metrics, self._metric)
+        return self.latest() if best is None else best
 
     def wait(self) -> None:
+        """Waits for the save in progress."""
         self._manager.wait_until_finished()
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record of `step` alone; raises as `restore`."""
-        self._check(step)
-        return self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        ).record["loop"]
-
-    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """The state and the record of `step`.
-
-        Args:
-            abstract: shapes, types and shardings to restore onto, always explicit.
+        """Returns the record of a step alone.
 
         Raises:
-            CheckpointError: the files are corrupt, or hold the arrays of another model or run.
+            CheckpointError: There is no checkpoint of that step.
         """
-        self._check(step)
+        self._check_exists(step)
+        items = ocp.args.Composite(record=ocp.args.JsonRestore())
+        restored: Any = self._manager.restore(step, args=items)
+        return restored["record"]["loop"]
+
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """Returns the state and the record of a step.
+
+        Args:
+            step: Number of steps done.
+            abstract: Shapes, types and shardings to restore onto, always explicit.
+
+        Raises:
+            CheckpointError: There is no checkpoint of that step, its files are corrupt, or it holds
+                the arrays of another model or run.
+        """
+        self._check_exists(step)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
         )
+        folder = self.folder / str(step)
         try:
-            restored = self._manager.restore(step, args=items)
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
+            restored: Any = self._manager.restore(step, args=items)
+        except Exception as error:
+            # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
-                f"{self.folder / str(step)} cannot be restored: it is damaged, or was written by a model with other "
-                f"tables or layers than this configuration's. {_REMEDY} ({reason})"
+                f"{folder} cannot be restored: it is damaged, or was written by a model with other "
+                f"tables or layers than this configuration's. {_CURE} ({reason})"
             ) from error
-        if restored.record["run"] != self._run:
+        state = restored["state"]
+        record = restored["record"]
+        if record["run"] != self._run:
             raise CheckpointError(
-                f"{self.folder / str(step)} belongs to another run, of another configuration. {_REMEDY}"
+                f"{folder} belongs to another run, of another configuration. {_CURE}"
             )
-        if restored.record["checksum"] != int(checksum(restored.state)):
+        if record["checksum"] != int(checksum(state)):
             raise CheckpointError(
-                f"{self.folder / str(step)} cannot be restored: its arrays are not those saved. {_REMEDY}"
+                f"{folder} cannot be restored: its arrays are not those saved. {_CURE}"
             )
-        return restored.state, restored.record["loop"]
+        return state, record["loop"]
 
-    def _check(self, step: int) -> None:
-        if step not in self._manager.all_steps():
-            known = ", ".join(map(str, self._manager.all_steps())) or "none"
+    def _check_exists(self, step: int) -> None:
+        steps = self._manager.all_steps()
+        if step not in steps:
+            known = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(
                 f"{self.folder} has no checkpoint of step {step}; it has: {known}."
             )
 
 
-_REMEDY = "Delete that folder to go on from an earlier checkpoint."
-
-
 @jax.jit
 def checksum(state: Any) -> jax.Array:
-    """A number, uint32, that any change of a single element of any array changes; computed where
-    the arrays are.
+    """Returns a number, uint32, that any change of a single element of any array changes; computed
+    where the arrays are.
 
     Orbax's files have no checksum of their own: a flipped byte restores without a word.
     """
     total = jnp.uint32(0)
-    for place, leaf in enumerate(jax.tree.leaves(state)):
+    for number, leaf in enumerate(jax.tree.leaves(state)):
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         # Odd factors are invertible modulo 2^32, so no change of one element cancels out.
-        factors = 2 * jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B1) + 1
-        total += jnp.uint32(2 * place + 1) * jnp.sum(words * factors, dtype=jnp.uint32)
+        factors = 2 * jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(_GOLDEN) + 1
+        part = jnp.sum(words * factors, dtype=jnp.uint32)
+        total += jnp.uint32(2 * number + 1) * part
     return total

@@ -55,6 +55,12 @@ def _check_optimizer(training: TrainingConfig) -> None:
         raise ConfigError(
             f"config.training.optimizer.weight_decay={decay} needs kind='adamw', not {kind!r}."
         )
+    schedule = training.schedule
+    if schedule.kind == "plateau" and not 0 < schedule.factor < 1:
+        raise ConfigError(
+            f"config.training.schedule.factor={schedule.factor} must be above 0 and below 1 for "
+            "kind='plateau': 0.5, say, halves the learning rates each time."
+        )
 
 
 def _check_labels(objective: ObjectiveConfig) -> None:
@@ -209,7 +215,8 @@ def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
     if negatives.mined and not has_miner:
         raise ConfigError(
             f"config.objective.negatives.mined={negatives.mined} needs a function that ranks "
-            "items: pass make_miner (twotower.retrieval.mining.make_miner) as experiments.train does."
+            "items: pass make_miner (twotower.retrieval.mining.make_miner), as experiments.train "
+            "does."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,16 +20,18 @@ from twotower.core.errors import ConfigError, choose
 from twotower.core.mesh import host_mesh
 from twotower.features.base import SIDES, Input
 from twotower.features.encoder import Encoder
+from twotower.features.vocabulary import Vocabulary
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.run import claim, load_config, local_folder, step_of
+from twotower.training.run import claim, encoder_folder, load_config, local_folder, step_of
 from twotower.training.state import Trainer, TrainState
 
-NEIGHBOURS = 10  # whose rows a row made from content is the mean of
-_KEPT = ("features", "model")  # sections that decide the shapes and the scores
+NEIGHBOURS = 10  # known rows whose mean a row made from content is
+_BLOCK = 256  # new rows compared with all known ones at once
+_KEPT_SECTIONS = ("features", "model")  # they decide the shapes and the scores
 
 
 def grow(
@@ -40,260 +42,326 @@ def grow(
     new_rows: str,
     checkpoint: str = "latest",
 ) -> None:
-    """Makes `workdir` a run of `config` that goes on from a checkpoint of the run `source`; `train`
-    then continues it.
+    """Makes a folder a run that goes on from a checkpoint of another run; `train` then continues
+    it.
 
     Args:
-        config: as of `source` but for the data, and more steps.
-        new_rows: a key of `NEW_ROWS`.
-        checkpoint: "best", "latest" or a step.
+        config: Configuration of the new run: that of `source` but for the data, and more steps.
+        source: Folder of the run to go on from.
+        workdir: Folder of the new run, new or empty.
+        new_rows: How the rows of new values begin, a key of `NEW_ROWS`.
+        checkpoint: "best", "latest" or a step of `source`.
 
     Raises:
-        ConfigError: the configurations do not fit together, or `workdir` is not empty.
+        ConfigError: The configurations do not fit together, or `workdir` is not empty.
+        CheckpointError: There is no such checkpoint.
     """
     make = choose(NEW_ROWS, new_rows, "--new_rows")
-    source, workdir = local_folder(source), local_folder(workdir)
+    source = local_folder(source)
+    workdir = local_folder(workdir)
     before = load_config(source)
-    _check(before, config, workdir)
-    old_encoder = Encoder.load(source / "encoder")
-    old, step = _restore(source, before, old_encoder, checkpoint)
-    if step % config.training.steps_per_dispatch:
-        raise ConfigError(
-            f"config.training.steps_per_dispatch={config.training.steps_per_dispatch} must divide {step}, the step to go on from."
-        )
-    prepared = prepare(config, fit=old_encoder.extend)
-    trainer = Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
-    )
+    _check_configs(before, config, workdir)
+    encoder = Encoder.load(encoder_folder(source))
+    state, step = _restore(source, before, encoder, checkpoint)
+    _check_step(config, step)
+    prepared = prepare(config, fit=encoder.extend)
+    model = TwoTower.build(config.model, prepared.encoder)
+    trainer = Trainer.build(config, model, corpus_size(prepared))
     steps = trainer.scaled_to(prepared.num_examples).config.training.steps
     if step >= steps:
         raise ConfigError(
-            f"config.training.steps={steps} counts from the beginning, and the checkpoint is of step {step}: "
-            f"set it to {step} and as many as are to follow, with config.training.steps_for=0."
+            f"config.training.steps={steps} counts from the beginning, and the checkpoint is of "
+            f"step {step}: set it to {step} and as many as are to follow, with "
+            "config.training.steps_for=0."
         )
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))
     if trainer.sampling.config.frequency != "exact":
         logging.info(
             "The estimates of frequency begin anew: they were of the rows of the old corpus."
         )
-    state = migrate(old, fresh, old_encoder, prepared, make)
+    state = migrate(Known(state, encoder), fresh, prepared, make)
     workdir.mkdir(parents=True, exist_ok=True)
-    prepared.encoder.save(workdir / "encoder")
+    prepared.encoder.save(encoder_folder(workdir))
+    progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
     with open_checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(
-            step, state, record=dataclasses.asdict(EarlyStopping(*trainer.corpus[:2])), metrics={}
-        )
+        checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
     # Last: until the checkpoint is whole this is no run that could be begun from nothing.
     claim(workdir, config)
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
-def migrate(
-    old: TrainState, fresh: TrainState, encoder: Encoder, prepared: PreparedData, make: NewRows
-) -> TrainState:
-    """`fresh`, of the grown vocabulary, with everything that `old` knows.
+class Known(NamedTuple):
+    """What the old run knows.
+
+    Attributes:
+        state: State of its checkpoint, on the host.
+        encoder: Encoder that it was trained with.
+    """
+
+    state: TrainState
+    encoder: Encoder
+
+
+class Addition(NamedTuple):
+    """Rows that a table gets.
+
+    Attributes:
+        table: Name of the table.
+        side: Side of a feature that reads the table through a vocabulary: "user" or "item".
+        feature: Name of that feature.
+        rows: Rows of the new values.
+    """
+
+    table: str
+    side: str
+    feature: str
+    rows: range
+
+
+def migrate(known: Known, fresh: TrainState, prepared: PreparedData, make: NewRows) -> TrainState:
+    """Returns a state of the grown vocabulary with everything that the old run knows.
 
     Args:
-        encoder: of `old`.
-        make: see `NEW_ROWS`.
+        known: State and encoder of the old run.
+        fresh: Fresh state of the grown vocabulary.
+        prepared: The new data.
+        make: Function that makes the rows of new values, one of `NEW_ROWS`.
     """
-    for part in ("params", "opt_state"):
-        _check_alike(part, getattr(old, part), getattr(fresh, part))
-    uses = _uses(prepared.encoder)
-    tables, slots = {}, {}
+    old = known.state
+    _check_alike("params", old.params, fresh.params)
+    _check_alike("opt_state", old.opt_state["dense"], fresh.opt_state["dense"])
+    uses = _vocabulary_uses(prepared.encoder)
+    tables = {}
+    slots = {}
     for name, table in fresh.tables.items():
-        known = encoder.tables[name].rows
-        rows = np.array(table)
-        rows[:known] = old.tables[name][:known]
-        if (
-            prepared.encoder.tables[name].rows > known
-            and prepared.encoder.tables[name].initial is None
-        ):
-            added = range(known, prepared.encoder.tables[name].rows)
-            rows[added.start : added.stop] = make(name, added, old, encoder, prepared, uses[name])
-        tables[name] = rows
+        count = known.encoder.tables[name].rows
+        shape = prepared.encoder.tables[name]
+        tables[name] = _overlay(old.tables[name], table, count)
+        # Rows of pretrained vectors are not made: they are those of the new file.
+        if shape.rows > count and shape.initial is None:
+            side, feature = uses[name]
+            addition = Addition(name, side, feature, range(count, shape.rows))
+            tables[name][count : shape.rows] = make(known, prepared, addition)
         slots[name] = {
-            part: _overlaid(old.table_slots[name][part], x, known)
-            for part, x in fresh.table_slots[name].items()
+            part: _overlay(old.table_slots[name][part], slot, count)
+            for part, slot in fresh.table_slots[name].items()
         }
-    # The plateau's best was measured on other rows.
-    opt_state = old.opt_state | {
-        "plateau": fresh.opt_state["plateau"]._replace(scale=old.opt_state["plateau"].scale)
-    }
-    frequency = {
-        s: x | ({"start": old.step} if "start" in x else {}) for s, x in fresh.frequency.items()
-    }
     state = fresh.replace(
         step=old.step,
         params=old.params,
         batch_stats=old.batch_stats,
-        opt_state=opt_state,
+        opt_state=_grown_optimizers(old, fresh),
         tables=tables,
         table_slots=slots,
-        frequency=frequency,
+        frequency=_grown_frequency(old, fresh),
     )
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, fresh)
 
 
+def _grown_optimizers(old: TrainState, fresh: TrainState) -> dict[str, Any]:
+    """Returns the state of the optimizers, with the rates that a plateau schedule had come to."""
+    opt_state = {"dense": old.opt_state["dense"]}
+    if "plateau" in fresh.opt_state:
+        # Its best value was measured on other rows, and is forgotten.
+        plateau = fresh.opt_state["plateau"]
+        if "plateau" in old.opt_state:
+            plateau = plateau._replace(scale=old.opt_state["plateau"].scale)
+        opt_state["plateau"] = plateau
+    return opt_state
+
+
+def _grown_frequency(old: TrainState, fresh: TrainState) -> dict[str, Any]:
+    """Returns fresh estimates of frequency, which begin at the step to go on from."""
+    frequency = {}
+    for side, estimates in fresh.frequency.items():
+        begun = {"start": old.step} if "start" in estimates else {}
+        frequency[side] = estimates | begun
+    return frequency
+
+
 def _check_alike(part: str, old: Any, fresh: Any) -> None:
-    shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (old, fresh)]
-    if jax.tree.structure(old) != jax.tree.structure(fresh) or shapes[0] != shapes[1]:
+    """Refuses dense parameters, or their optimizer's state, of other shapes."""
+    old_shapes = jax.tree.map(lambda x: x.shape, old)
+    fresh_shapes = jax.tree.map(lambda x: x.shape, fresh)
+    if old_shapes != fresh_shapes:
         raise ConfigError(
-            f"The {part} of the run to grow from are not those of this configuration: config.objective.loss, its heads and "
-            "config.training.optimizer must stay as they were."
+            f"The {part} of the run to grow from are not those of this configuration: "
+            "config.objective.loss, its heads and config.training.optimizer must stay as they were."
         )
 
 
-def _overlaid(old: Any, fresh: Any, known: int) -> np.ndarray:
-    out = np.array(fresh)
-    out[:known] = old[:known]
-    return out
+def _overlay(old: Any, fresh: Any, count: int) -> np.ndarray:
+    """Returns the first `count` rows of an old array, and those of a fresh one after them."""
+    rows = np.array(fresh)
+    rows[:count] = old[:count]
+    return rows
 
 
-# (table, its new rows, old state, old encoder, new data, (side, feature) that reads it) -> [new
-# rows, E]
-NewRows = Callable[[str, range, TrainState, Encoder, PreparedData, tuple[str, str]], np.ndarray]
+# (what the old run knows, the new data, the rows to make) -> [new rows, E].
+NewRows = Callable[[Known, PreparedData, Addition], np.ndarray]
 
 
-def _from_oov(
-    name: str,
-    added: range,
-    old: TrainState,
-    encoder: Encoder,
-    prepared: PreparedData,
-    use: tuple[str, str],
-) -> np.ndarray:
-    """Each begins as the out-of-vocabulary row that its value had been: what is new scores as it
-    did when unknown."""
-    return np.asarray(old.tables[name])[
-        encoder.fitted[use].vocabulary.rows(_values(prepared, use, added))
-    ]
+def rows_from_oov(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+    """Returns, for each new value, the out-of-vocabulary row that it had been: what is new scores
+    as it did when unknown."""
+    new = _vocabulary(prepared.encoder, addition.side, addition.feature)
+    old = _vocabulary(known.encoder, addition.side, addition.feature)
+    values = new.values[addition.rows.start - new.first : addition.rows.stop - new.first]
+    return np.asarray(known.state.tables[addition.table])[old.rows(values)]
 
 
-def _from_mean(
-    name: str,
-    added: range,
-    old: TrainState,
-    encoder: Encoder,
-    prepared: PreparedData,
-    use: tuple[str, str],
-) -> np.ndarray:
-    """All begin as the mean of the known rows."""
-    first = encoder.fitted[use].vocabulary.first
-    known = np.asarray(old.tables[name])[first : encoder.tables[name].rows]
-    return np.broadcast_to(known.mean(0), (len(added), known.shape[1]))
+def rows_from_mean(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+    """Returns, for every new value, the mean of the known rows."""
+    first = _vocabulary(known.encoder, addition.side, addition.feature).first
+    table = np.asarray(known.state.tables[addition.table])
+    rows = table[first : addition.rows.start]
+    return np.broadcast_to(rows.mean(0), (len(addition.rows), rows.shape[1]))
 
 
-def _from_content(
-    name: str,
-    added: range,
-    old: TrainState,
-    encoder: Encoder,
-    prepared: PreparedData,
-    use: tuple[str, str],
-) -> np.ndarray:
-    """Each begins as the mean row of the known users or items that are nearest to it by all their
-    other features."""
-    side, feature = use
-    ids = prepared.features[side].get(feature)
+def rows_from_content(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+    """Returns, for each new value, the mean row of the known users or items that are nearest to it
+    by all their other features.
+
+    Raises:
+        ConfigError: They have no other features.
+    """
+    side, feature = addition.side, addition.feature
+    features = prepared.features[side]
+    ids = features.get(feature)
     if ids is None or ids.ndim != 1:
         logging.info(
-            "Rows of %s begin as out-of-vocabulary rows: %s has no single value of it.", name, side
+            "Rows of %s begin as out-of-vocabulary rows: %s has no single value of it.",
+            addition.table,
+            side,
         )
-        return _from_oov(name, added, old, encoder, prepared, use)
+        return rows_from_oov(known, prepared, addition)
     others = {
-        n: i
-        for n, i in encoder.inputs[side].items()
-        if n != feature and n in prepared.features[side]
+        name: i
+        for name, i in known.encoder.inputs[side].items()
+        if name != feature and name in features
     }
     if not others:
         raise ConfigError(
-            f"--new_rows=content compares {side}s by their features other than {feature!r}, and there are none: choose oov or "
-            "mean."
+            f"--new_rows=content compares {side}s by their features other than {feature!r}, and "
+            "there are none: choose oov or mean."
         )
-    content = _content(others, old.tables, prepared.features[side])
-    known = np.flatnonzero((ids >= encoder.fitted[use].vocabulary.first) & (ids < added.start))
-    places = np.zeros(len(added), np.int64)
-    new = np.flatnonzero(ids >= added.start)
-    places[ids[new] - added.start] = new
-    table, out = np.asarray(old.tables[name]), []
-    for block in np.array_split(places, -(-len(places) // 256)):
-        scores = content[block] @ content[known].T
-        nearest = np.argpartition(-scores, min(NEIGHBOURS, len(known)) - 1, axis=1)[:, :NEIGHBOURS]
-        out.append(table[ids[known[nearest]]].mean(1))
-    return np.concatenate(out)
+    content = content_vectors(others, known.state.tables, features)
+    first_new = addition.rows.start
+    first_known = _vocabulary(known.encoder, side, feature).first
+    has_known = np.flatnonzero((ids >= first_known) & (ids < first_new))
+    has_new = np.flatnonzero(ids >= first_new)
+    # The user or item of each new value.
+    entities = np.zeros(len(addition.rows), np.int64)
+    entities[ids[has_new] - first_new] = has_new
+    table = np.asarray(known.state.tables[addition.table])
+    count = min(NEIGHBOURS, len(has_known))
+    means = []
+    for block in np.array_split(entities, -(-len(entities) // _BLOCK)):
+        scores = content[block] @ content[has_known].T
+        nearest = np.argpartition(-scores, count - 1, axis=1)[:, :NEIGHBOURS]
+        means.append(table[ids[has_known[nearest]]].mean(1))
+    return np.concatenate(means)
 
 
-NEW_ROWS: Mapping[str, NewRows] = {"oov": _from_oov, "mean": _from_mean, "content": _from_content}
+NEW_ROWS: Mapping[str, NewRows] = {
+    "oov": rows_from_oov,
+    "mean": rows_from_mean,
+    "content": rows_from_content,
+}
 
 
-def _content(
-    others: Mapping[str, Input], tables: Mapping[str, Any], features: Mapping[str, np.ndarray]
+def content_vectors(
+    inputs: Mapping[str, Input], tables: Mapping[str, Any], features: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """float32 [M, F] of norm 1: the trained rows (mean of several) and the numbers of features,
-    each of norm 1."""
+    """Returns float32 [M, F] of norm 1: the trained rows (the mean of several) and the numbers of
+    features, each of norm 1.
+
+    Args:
+        inputs: Inputs of the features to compare by.
+        tables: Trained tables.
+        features: Encoded features, [M, ...] each.
+    """
 
     def column(name: str, i: Input) -> np.ndarray:
+        values = features[name]
         if not i.table:
-            return features[name]
+            return values
         rows = np.asarray(tables[i.table])
         # A value that is new here is unknown to the old table.
-        ids = np.where(features[name] < len(rows), features[name], 0)
-        return (
-            rows[ids]
-            if ids.ndim == 1
-            else rows[ids].sum(1) / np.maximum((ids > 0).sum(1, keepdims=True), 1)
-        )
+        ids = np.where(values < len(rows), values, 0)
+        if ids.ndim == 1:
+            return rows[ids]
+        count = (ids > 0).sum(1, keepdims=True)
+        return rows[ids].sum(1) / np.maximum(count, 1)
 
-    return _unit(np.concatenate([_unit(column(name, i)) for name, i in others.items()], axis=1))
+    columns = [_unit(column(name, i)) for name, i in inputs.items()]
+    return _unit(np.concatenate(columns, axis=1))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _values(prepared: PreparedData, use: tuple[str, str], added: range) -> Any:
-    vocabulary = prepared.encoder.fitted[use].vocabulary
-    return vocabulary.values[added.start - vocabulary.first : added.stop - vocabulary.first]
+def _vocabulary(encoder: Encoder, side: str, feature: str) -> Vocabulary:
+    """Returns the vocabulary of a feature that has one."""
+    vocabulary = encoder.fitted[side, feature].vocabulary
+    assert vocabulary is not None, f"{side} feature {feature} has no vocabulary"
+    return vocabulary
 
 
-def _uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
-    """Table name -> the first (side, feature) with a vocabulary that reads it."""
+def _vocabulary_uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
+    """Returns the first feature (side, name) with a vocabulary that reads each table."""
     uses: dict[str, tuple[str, str]] = {}
     for side in SIDES:
         for name, i in encoder.inputs[side].items():
-            if i.history_length:  # a history reads tables that are the items'
+            if i.history_length or not i.table:  # a history reads tables that are the items'
                 continue
-            fitted = encoder.fitted[side, name]
-            if i.table and fitted.vocabulary is not None:
+            if encoder.fitted[side, name].vocabulary is not None:
                 uses.setdefault(i.table, (side, name))
     return uses
 
 
-def _restore(source: Path, config: Config, encoder: Encoder, which: str) -> tuple[TrainState, int]:
-    """The state, in the memory of this machine; how many users and items it knows is read from the
-    checkpoint itself."""
+def _restore(
+    source: Path, config: Config, encoder: Encoder, checkpoint: str
+) -> tuple[TrainState, int]:
+    """Returns a state, in the memory of this machine, and its step.
+
+    How many users and items it knows is read from the checkpoint itself, without the data.
+    """
     with open_checkpoints(source, config, read_only=True) as checkpoints:
-        step = step_of(checkpoints, which, source)
-        record = EarlyStopping(**checkpoints.record(step))
-        corpus = CorpusSize(record.users, record.items, unseen=0)
+        step = step_of(checkpoints, checkpoint, source)
+        progress = EarlyStopping(**checkpoints.record(step))
+        corpus = CorpusSize(progress.users, progress.items, unseen=0)
         trainer = Trainer.build(config, TwoTower.build(config.model, encoder), corpus)
         state, _ = checkpoints.restore(step, abstract_state(trainer, host_mesh()))
     return jax.device_get(state), step
 
 
-def _check(before: Config, config: Config, workdir: Path) -> None:
+def _check_configs(before: Config, config: Config, workdir: Path) -> None:
+    """Refuses a folder in use, and changes of what the old state depends on."""
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(
             f"--workdir={workdir} must be a new or empty folder: the grown run is made there."
         )
-    for section in _KEPT:
+    for section in _KEPT_SECTIONS:
         if getattr(before, section) != getattr(config, section):
             raise ConfigError(
-                f"config.{section} differs from that of the run to grow from: only data and training may change."
+                f"config.{section} differs from that of the run to grow from: only data and "
+                "training may change."
             )
     for part in ("tables", "optimizer"):
         if getattr(before.training, part).kind != getattr(config.training, part).kind:
             raise ConfigError(
-                f"config.training.{part}.kind differs from that of the run to grow from, whose state is kept."
+                f"config.training.{part}.kind differs from that of the run to grow from, whose "
+                "state is kept."
             )
+
+
+def _check_step(config: Config, step: int) -> None:
+    """Refuses dispatches that would not begin at the step to go on from."""
+    dispatch = config.training.steps_per_dispatch
+    if step % dispatch:
+        raise ConfigError(
+            f"config.training.steps_per_dispatch={dispatch} must divide {step}, the step to go on "
+            "from."
+        )

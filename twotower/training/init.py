@@ -25,100 +25,126 @@ from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
-from twotower.towers.two_tower import Weights
-from twotower.training.optimizers import init_plateau
 from twotower.training.state import Trainer, TrainState, state_specs
 
 
 def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
-    """A fresh state on one device; a pure function of arrays.
+    """Returns a fresh state on one device; a pure function of arrays.
 
     Args:
-        counts: {"user": float32 [U], "item": float32 [N], "rows": float32 scalar}, training rows of
-            each and in all.
+        trainer: Model, loss and optimizers.
+        counts: Training rows of each user ("user", float32 [U]), of each item ("item", [N]) and in
+            all ("rows").
     """
-    return _assembled(trainer, _init_tables(trainer), counts)
+    key = jax.random.key(trainer.config.training.seed)
+    return _state_around(trainer, trainer.model.init(key).tables, counts)
 
 
 def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> TrainState:
-    """A fresh state on the devices of `mesh`, with the values of `init_state`."""
-    group, abstract = device_group(mesh), abstract_state(trainer, mesh)
+    """Returns a fresh state on the devices of a mesh, with the values of `init_state`.
+
+    Args:
+        mesh: Devices of the run, each of which makes its own rows of the tables.
+        trainer: Model, loss and optimizers.
+        counts: Training rows; see `init_state`.
+    """
+    abstract = abstract_state(trainer, mesh)
     key = jax.random.key(trainer.config.training.seed)
-
-    def rows(name: str) -> jax.Array:
-        given = trainer.model.pretrained_rows(name)
-        if given is not None:
-            return put(mesh, given, SHARDED)
-        count = abstract.tables[name].shape[0] // mesh.size
-        drawn = lambda: trainer.model.init_rows(key, name, start=group.index() * count, count=count)  # noqa: E731
-        return jax.jit(
-            shard_map_if_needed(mesh, drawn, (), SHARDED),
-            out_shardings=abstract.tables[name].sharding,
-        )()
-
-    tables = {name: rows(name) for name in abstract.tables}
-    out = jax.tree.map(lambda x: x.sharding, abstract)
+    tables = {name: _init_table(mesh, trainer, key, name, abstract) for name in abstract.tables}
     # The tables pass through as they are: an output that is a donated input costs nothing.
-    assemble = jax.jit(functools.partial(_assembled, trainer), out_shardings=out, donate_argnums=0)
+    assemble = jax.jit(
+        functools.partial(_state_around, trainer),
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+        donate_argnums=0,
+    )
     return assemble(tables, put(mesh, dict(counts), REPLICATED))
 
 
+def _init_table(
+    mesh: Mesh, trainer: Trainer, key: jax.Array, name: str, abstract: TrainState
+) -> jax.Array:
+    """Returns a fresh table, whose rows each device of the mesh draws for itself."""
+    pretrained = trainer.model.pretrained_rows(name)
+    if pretrained is not None:
+        return put(mesh, pretrained, SHARDED)
+    table = abstract.tables[name]
+    group = device_group(mesh)
+    count = table.shape[0] // mesh.size
+
+    def draw() -> jax.Array:
+        return trainer.model.init_rows(key, name, start=group.index() * count, count=count)
+
+    draw_all = shard_map_if_needed(mesh, draw, (), SHARDED)
+    return jax.jit(draw_all, out_shardings=table.sharding)()
+
+
 def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
-    """The shapes, types and places of a state, without allocating it."""
+    """Returns the shapes, types and shardings of a state, without allocating it."""
     shapes = {"user": (trainer.corpus.users,), "item": (trainer.corpus.items,), "rows": ()}
     counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     state = jax.eval_shape(functools.partial(init_state, trainer), counts)
-    places = shardings(mesh, state_specs(state))
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+
+    def with_sharding(x: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, state, shardings(mesh, state_specs(state)))
+
+
+def _state_around(
+    trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]
+) -> TrainState:
+    """Returns the fresh state that has these tables."""
+    training = trainer.config.training
+    objective = trainer.config.objective
+    params, stats = _init_dense(trainer, jax.random.key(training.seed))
+    accumulator = training.tables.initial_accumulator
+    slots = {
+        name: trainer.optimizers.tables.init(table, accumulator) for name, table in tables.items()
+    }
+    estimator = FREQUENCIES[trainer.sampling.config.frequency]
+    # Users are candidates of the symmetric loss alone.
+    sides = SIDES if objective.symmetric else ("item",)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        tables=tables,
+        batch_stats=stats,
+        opt_state=trainer.optimizers.init(params),
+        table_slots=slots,
+        frequency={side: estimator.init(counts[side], counts["rows"]) for side in sides},
+        negatives=_init_negatives(trainer),
     )
 
 
-def _init_tables(trainer: Trainer) -> dict[str, jax.Array]:
-    return trainer.model.init(jax.random.key(trainer.config.training.seed)).tables
-
-
-def _assembled(
-    trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]
-) -> TrainState:
-    """The state around its tables."""
-    config, negatives = trainer.config, trainer.sampling.config
-    key = jax.random.key(config.training.seed)
+def _init_dense(trainer: Trainer, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns fresh dense parameters and batch statistics of the towers, the heads and the
+    loss."""
+    objective = trainer.config.objective
     params, stats = trainer.model.init_dense(key)
-    if config.objective.heads:
-        params["heads"] = init_heads(
-            config.objective.heads, trainer.model.dim, jax.random.fold_in(key, len(SIDES))
-        )
-    if config.objective.loss in POINTWISE:
+    if objective.heads:
+        # The towers have the keys below this one.
+        heads_key = jax.random.fold_in(key, len(SIDES))
+        params["heads"] = init_heads(objective.heads, trainer.model.dim, heads_key)
+    if objective.loss in POINTWISE:
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:
         # The loss begins at the odds that there are, of one positive to its candidates, instead of
         # at one to one.
         params["bias"] = -jnp.log(jnp.float32(trainer.sampling.candidates))
-    weights = Weights(params, tables, stats)
-    slots = {
-        name: trainer.sparse.init(x, config.training.tables.initial_accumulator)
-        for name, x in tables.items()
-    }
-    # Users are candidates of the symmetric loss alone.
-    estimator, sides = (
-        FREQUENCIES[negatives.frequency],
-        SIDES if config.objective.symmetric else ("item",),
-    )
-    kept = {}
-    if negatives.queue:
-        kept["queue"] = init_queue(negatives.queue, trainer.model.dim)
-    if negatives.mined:
-        shape = (trainer.corpus.users, negatives.mined_ranks[1] - negatives.mined_ranks[0])
-        kept["mined"] = {
-            "items": jnp.full(shape, -1, jnp.int32),
-            "sizes": jnp.zeros(shape[0], jnp.int32),
+    return params, stats
+
+
+def _init_negatives(trainer: Trainer) -> dict[str, Any]:
+    """Returns an empty queue and empty pools of mined negatives, as far as they are used."""
+    config = trainer.sampling.config
+    empty: dict[str, Any] = {}
+    if config.queue:
+        empty["queue"] = init_queue(config.queue, trainer.model.dim)
+    if config.mined:
+        first, last = config.mined_ranks
+        users = trainer.corpus.users
+        empty["mined"] = {
+            "items": jnp.full((users, last - first), -1, jnp.int32),
+            "sizes": jnp.zeros(users, jnp.int32),
         }
-    return TrainState(
-        jnp.int32(0),
-        *weights,
-        {"dense": trainer.dense.init(params), "plateau": init_plateau()},
-        slots,
-        {side: estimator.init(counts[side], counts["rows"]) for side in sides},
-        kept,
-    )
+    return empty

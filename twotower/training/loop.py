@@ -1,5 +1,5 @@
 """The training loop: steps, validations, checkpoints; killed at any moment, it goes on from the
-last one to the same end."""
+last checkpoint to the same end."""
 
 from __future__ import annotations
 
@@ -30,29 +30,38 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
-from twotower.pipeline.batches import Batches
-from twotower.pipeline.prepare import PreparedData
+from twotower.pipeline.batches import Batch, Batches
 from twotower.towers.two_tower import Weights
-from twotower.training import optimizers
-from twotower.training.candidates import count_rows, step_constants
+from twotower.training.candidates import TrainingData, count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch, check_batch_norm, check_metric, check_miner
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
-from twotower.training.metrics import StepMetrics, last_good, open_writer
+from twotower.training.metrics import StepMetrics, Writer, last_good, open_writer
 from twotower.training.state import Trainer, TrainState, state_specs
-from twotower.training.step import EMBED_BLOCK, train_step
+from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 
+# Weights -> validation metrics by name.
 Validate = Callable[[Weights], Mapping[str, float]]
-Miner = Callable[[Weights], Any]
-RunSteps = Callable[[TrainState, int], tuple[TrainState, Any]]
+# Weights -> pools of hard negatives; see `twotower.objectives.pools`.
+Miner = Callable[[Weights], Mapping[str, np.ndarray]]
+# (state, its step) -> the state after one dispatch, and the metrics of its steps, [K] each.
+RunSteps = Callable[[TrainState, int], tuple[TrainState, Metrics]]
+# (data on the devices, indices) -> batch.
+GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
 
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """What the loop remembers from one validation to the next, saved with each checkpoint as JSON.
+    """The best validation so far, saved with each checkpoint as JSON.
 
-    `users` and `items`, of the corpus, let a checkpoint be read without the data.
+    Attributes:
+        users: Number of users, which lets a checkpoint be read without the data.
+        items: Number of items of the corpus, likewise.
+        best: Greatest value of the metric.
+        best_step: First step that had it.
+        waited: Number of validations since.
+        stopped: Whether training is to end for want of improvement.
     """
 
     users: int
@@ -62,233 +71,318 @@ class EarlyStopping:
     waited: int = 0
     stopped: bool = False
 
-    def update(self, step: int, value: float | None, patience: int) -> None:
-        if value is None:
-            return
+    def update(self, step: int, value: float, patience: int) -> None:
+        """Takes account of a validation.
+
+        Args:
+            step: Step of the validation.
+            value: Its metric.
+            patience: Number of validations without improvement after which training stops; 0 never
+                stops it.
+        """
         if value > self.best:
-            self.best, self.best_step, self.waited = value, step, 0
+            self.best = value
+            self.best_step = step
+            self.waited = 0
         else:
             self.waited += 1
         self.stopped = bool(patience) and self.waited >= patience
 
 
 def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) -> Checkpoints:
-    """The checkpoints of the run in `workdir`; see `Checkpoints`."""
-    training = config.training
-    run = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:16]
+    """Opens the checkpoints of the run in a folder.
+
+    Args:
+        workdir: Folder of the run.
+        config: Configuration of the run, as it was given.
+        read_only: Whether to leave the folder as it is.
+    """
+    identity = json.dumps(config.identity(), sort_keys=True)
     return Checkpoints(
         Path(workdir) / "checkpoints",
-        metric=training.metric,
-        keep=training.keep_checkpoints,
-        run=run,
+        metric=config.training.metric,
+        keep=config.training.keep_checkpoints,
+        run=hashlib.sha256(identity.encode()).hexdigest()[:16],
         read_only=read_only,
     )
 
 
 def fit(
     trainer: Trainer,
-    prepared: PreparedData,
+    data: TrainingData,
     workdir: Path,
     *,
     validate: Validate | None,
     mine: Miner | None = None,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """Trains, from the latest checkpoint of `workdir` on, to the last step or until validation
-    stops improving.
+    """Trains from the latest checkpoint of a run on, to the last step or until validation stops
+    improving.
 
     Args:
-        validate: weights -> validation metrics, which must hold `config.training.metric`; None
-            where nothing is held out.
-        mine: weights -> pools of hard negatives, where `config.objective.negatives.mined` asks for
-            some.
-        mesh: the devices; all of them by default.
+        trainer: Model, loss and optimizers.
+        data: Prepared data.
+        workdir: Folder of the run.
+        validate: Function from weights to validation metrics, which must hold
+            `config.training.metric`; None where nothing is held out.
+        mine: Function from weights to pools of hard negatives, where
+            `config.objective.negatives.mined` asks for some.
+        mesh: Devices of the run; all of them by default.
+
+    Returns:
+        The state at the end.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite.
-        ConfigError: the batch is larger than the data or cannot be divided over the devices, the
+        TrainingError: The loss or a gradient is not finite.
+        ConfigError: The batch is larger than the data or cannot be divided over the devices, the
             run does not fit into their memory, or the metric is not one that `validate` gives.
     """
-    identity, trainer = trainer.config, trainer.scaled_to(prepared.num_examples)
-    config, mesh = trainer.config.training, mesh or make_mesh()
-    batches = _batches(prepared, config)
-    _check(trainer, batches, prepared, mesh, mine)
-    if config.steps != identity.training.steps:
-        logging.info(
-            "%d steps for %d examples: %d were meant for %d.",
-            config.steps,
-            prepared.num_examples,
-            identity.training.steps,
-            config.steps_for,
-        )
+    identity = trainer.config
+    trainer = trainer.scaled_to(data.num_examples)
+    config = trainer.config.training
+    mesh = mesh or make_mesh()
+    batches = make_batches(data, config)
+    check_run(trainer, batches, data, mesh, has_miner=mine is not None)
+    _log_steps(identity.training, config, data.num_examples)
     with open_checkpoints(workdir, identity) as checkpoints:
-        state, record = _start(trainer, prepared, checkpoints, mesh)
+        state, progress = _restore_or_init(trainer, data, checkpoints, mesh)
         start = int(state.step)
-        if record.stopped or start >= config.steps:
+        if progress.stopped or start >= config.steps:
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
         with open_writer(workdir, start=start, steps=config.steps) as writer:
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
-            run = _Run(trainer, checkpoints, writer, record, validate, mine, mesh)
-            state = run.steps(state, compile_steps(trainer, batches, prepared, mesh))
-    best = (
-        f"; best {config.metric} {record.best:.4f} at step {record.best_step}" if validate else ""
-    )
+            run_steps = compile_steps(trainer, batches, data, mesh)
+            run = _Run(trainer, checkpoints, writer, progress, validate, mine, mesh)
+            state = run.to_the_end(state, run_steps)
+    best = ""
+    if validate:
+        best = f"; best {config.metric} {progress.best:.4f} at step {progress.best_step}"
     logging.info("Training ended at step %d%s.", state.step, best)
     return state
 
 
-def _batches(prepared: PreparedData, config: TrainingConfig) -> Batches:
-    """Returns the batches of training rows or of sequences."""
+def make_batches(data: TrainingData, config: TrainingConfig) -> Batches:
+    """Returns the batches of the training examples."""
     return Batches(
-        prepared.training_examples(),
+        data.training_examples(),
         batch_size=config.batch_size,
         seed=config.seed,
         resident_megabytes=config.resident_megabytes,
     )
 
 
+def check_run(
+    trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh, *, has_miner: bool
+) -> None:
+    """Refuses a run that cannot go on the devices of a mesh, before anything is allocated.
+
+    Raises:
+        ConfigError: The batch cannot be divided, batch normalisation would count padding, nothing
+            mines the negatives that are asked for, or memory is short.
+    """
+    config = trainer.config
+    sampling = trainer.sampling
+    check_batch(config.training, mesh)
+    check_batch_norm(config, sampling.config, mesh.size, max_rows=EMBED_BLOCK)
+    check_miner(sampling.config, has_miner)
+    data_bytes = _bytes(batches.resident)
+    feature_bytes = 0
+    if sampling.needs_features and not data_bytes:
+        feature_bytes = _bytes(dict(data.features["item"]))
+    resident = {"training data": data_bytes, "item features": feature_bytes}
+    check_memory(mesh, abstract_state(trainer, mesh), resident)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _log_steps(given: TrainingConfig, scaled: TrainingConfig, examples: int) -> None:
+    """Says so where the number of steps is not the configured one."""
+    if scaled.steps != given.steps:
+        logging.info(
+            "%d steps for %d examples: %d were meant for %d.",
+            scaled.steps,
+            examples,
+            given.steps,
+            given.steps_for,
+        )
+
+
+def _restore_or_init(
+    trainer: Trainer, data: TrainingData, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[TrainState, EarlyStopping]:
+    """Returns the state and the progress of the latest checkpoint, or fresh ones."""
+    latest = checkpoints.latest()
+    if latest is None:
+        progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
+        return init_on(mesh, trainer, count_rows(data)), progress
+    state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
+    logging.info("Resuming at step %d.", latest)
+    return state, EarlyStopping(**record)
+
+
 @dataclasses.dataclass
 class _Run:
-    """What happens between steps."""
+    """A run under way, and what it does between steps."""
 
     trainer: Trainer
     checkpoints: Checkpoints
-    writer: Any
-    record: EarlyStopping
+    writer: Writer
+    progress: EarlyStopping
     validate: Validate | None
     mine: Miner | None
     mesh: Mesh
 
-    def steps(self, state: TrainState, run_steps: RunSteps) -> TrainState:
+    def to_the_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
+        """Runs all further steps; each validation is followed by a checkpoint."""
         config = self.trainer.config.training
-        meter = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        dispatch = config.steps_per_dispatch
+        metrics = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        # A transfer that nobody asked for would make every step wait for the host.
         with jax.transfer_guard("disallow"):
-            for step in range(int(state.step), config.steps, config.steps_per_dispatch):
-                state = self._mined(state, step, meter)
-                state, metrics = run_steps(state, step)
-                done = step + config.steps_per_dispatch
-                meter.launched(done, metrics)
+            for step in range(int(state.step), config.steps, dispatch):
+                if self._is_time_to_mine(step):
+                    # A loss that is not finite is told as such, before its vectors are refused.
+                    metrics.read()
+                    state = self._with_mined_negatives(state)
+                    metrics.resume()
+                state, launched = run_steps(state, step)
+                done = step + dispatch
+                metrics.launch(done, launched)
                 if done % config.validate_every and done < config.steps:
                     continue
                 # A checkpoint must not hold what a step made NaN, so this one step is waited for.
-                meter.read()
+                metrics.read()
                 with jax.transfer_guard("allow"):
                     state = self._validate_and_save(state)
-                meter.resume()
-                if self.record.stopped:
+                metrics.resume()
+                if self.progress.stopped:
                     break
-        meter.flush()
+        metrics.flush()
         return state
 
-    def _mined(self, state: TrainState, step: int, meter: StepMetrics) -> TrainState:
-        """The state with fresh pools of hard negatives, when it is time for them."""
+    def _is_time_to_mine(self, step: int) -> bool:
+        """Returns whether hard negatives are due: not before the first step, whose model ranks at
+        random."""
         negatives = self.trainer.sampling.config
-        if not negatives.mined or not step or step % negatives.mined_refresh:
-            return state
-        # A loss that is not finite is told as such, before its vectors are refused for it.
-        meter.read()
+        return bool(negatives.mined) and step > 0 and step % negatives.mined_refresh == 0
+
+    def _with_mined_negatives(self, state: TrainState) -> TrainState:
+        """Returns the state with fresh pools of hard negatives."""
+        assert self.mine is not None, "check_run refuses a run that has no miner and needs one"
         with jax.transfer_guard("allow"):
             pools = put(self.mesh, self.mine(state.weights), REPLICATED)
-        meter.resume()
         return state.replace(negatives=state.negatives | {"mined": pools})
 
     def _validate_and_save(self, state: TrainState) -> TrainState:
-        config, step, record = self.trainer.config.training, int(state.step), self.record
+        """Validates, moves the plateau schedule on and saves; returns the state that was saved."""
+        config = self.trainer.config.training
+        step = int(state.step)
+        values = self._validation(state.weights, step)
+        value = values.get(config.metric)
+        if value is not None:
+            self.progress.update(step, value, config.patience)
+            state = self._with_schedule_after(state, value)
+            shown = {config.metric: f"{value:.4f}", "best": f"{self.progress.best:.4f}"}
+            named = {f"validation/{name}": x for name, x in values.items()}
+            self.writer.write(step, named, show=shown)
+        record = dataclasses.asdict(self.progress)
+        self.checkpoints.save(step, state, record=record, metrics=values)
+        return state
+
+    def _validation(self, weights: Weights, step: int) -> dict[str, float]:
+        """Returns the validation metrics; none where nothing is held out."""
+        if self.validate is None:
+            return {}
         try:
-            values = dict(self.validate(state.weights)) if self.validate else {}
+            return dict(self.validate(weights))
         except ScoreError as error:  # the parameters are no longer finite
             raise TrainingError(
                 f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}"
             ) from error
-        value = values.get(config.metric)
-        record.update(step, value, config.patience)
-        if value is not None:
-            plateau = optimizers.update_plateau(state.opt_state["plateau"], value, config.schedule)
-            state = state.replace(
-                opt_state=state.opt_state | {"plateau": put(self.mesh, plateau, REPLICATED)}
-            )
-            shown = {config.metric: f"{value:.4f}", "best": f"{record.best:.4f}"}
-            self.writer.write(
-                step, {f"validation/{name}": x for name, x in values.items()}, show=shown
-            )
-        self.checkpoints.save(step, state, record=dataclasses.asdict(record), metrics=values)
-        return state
+
+    def _with_schedule_after(self, state: TrainState, value: float) -> TrainState:
+        """Returns the state with the plateau schedule moved on by a validation."""
+        after = self.trainer.optimizers.after_validation(state.opt_state, value)
+        if "plateau" not in after:
+            return state
+        return state.replace(
+            opt_state=after | {"plateau": put(self.mesh, after["plateau"], REPLICATED)}
+        )
 
 
-def compile_steps(
-    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh
-) -> RunSteps:
-    """(state, step) -> (state after `steps_per_dispatch` steps, metrics of each), with the state
-    donated.
+def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh) -> RunSteps:
+    """Returns a function that runs the steps of one dispatch.
 
     Batches are gathered on the device where the data is resident; otherwise each process gathers
-    its own rows of each.
+    its own rows of each batch.
+
+    Args:
+        trainer: Model, loss and optimizers.
+        batches: Training batches.
+        data: Prepared data, of which the constants of a step are made.
+        mesh: Devices of the run.
+
+    Returns:
+        (state, its step) -> the state after `config.training.steps_per_dispatch` steps, and their
+        metrics. The state is donated.
     """
-    count, group = trainer.config.training.steps_per_dispatch, device_group(mesh)
-    resident = None if batches.resident is None else put(mesh, batches.resident, REPLICATED)
-    catalogue = step_constants(trainer.sampling, prepared, mesh, resident)
-
-    def one(state: TrainState, part: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
-        batch = part if data is None else batches.gather(data, part)
-        return train_step(state, batch, catalogue, trainer=trainer, group=group)
-
-    def several(state: TrainState, parts: Any, data: Any, catalogue: Any) -> tuple[TrainState, Any]:
-        if count > 1:
-            return jax.lax.scan(lambda state, part: one(state, part, data, catalogue), state, parts)
-        state, metrics = one(state, jax.tree.map(lambda x: x[0], parts), data, catalogue)
-        return state, jax.tree.map(lambda x: x[None], metrics)
-
-    specs, parts = state_specs(abstract_state(trainer, mesh)), PartitionSpec(None, AXIS)
-    out = shardings(mesh, (specs, REPLICATED))
-    jitted = jax.jit(
-        shard_map_if_needed(
-            mesh, several, (specs, parts, REPLICATED, REPLICATED), (specs, REPLICATED)
-        ),
-        donate_argnums=0,
-        out_shardings=out,
-        compiler_options=compiler_options(mesh),
-    )
-    size = trainer.config.training.batch_size
-    own = process_part(mesh, size)
+    config = trainer.config.training
+    own = process_part(mesh, config.batch_size)
+    parts = PartitionSpec(None, AXIS)
+    resident = None
+    if batches.resident is not None:
+        resident = put(mesh, batches.resident, REPLICATED)
+    constants = step_constants(trainer.sampling, data, mesh, resident)
+    run = jit_steps(trainer, mesh, None if resident is None else batches.gather)
 
     def load(step: int) -> Any:
-        indices = [batches.indices(step + i)[own] for i in range(count)]
-        host = (
-            np.stack(indices)
-            if resident is not None
-            else jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
-        )
-        return put_parts(mesh, host, parts, size, axis=1)
+        steps = range(step, step + config.steps_per_dispatch)
+        indices = [batches.indices(s)[own] for s in steps]
+        if resident is not None:
+            host = np.stack(indices)
+        else:
+            host = jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
+        return put_parts(mesh, host, parts, config.batch_size, axis=1)
 
-    return lambda state, step: jitted(state, load(step), resident, catalogue)
+    return lambda state, step: run(state, load(step), resident, constants)
 
 
-def _check(
-    trainer: Trainer, batches: Batches, prepared: PreparedData, mesh: Mesh, mine: Miner | None
-) -> None:
-    """Refuses what cannot run on `mesh`, before anything is allocated."""
-    config, negatives = trainer.config, trainer.sampling.config
-    check_batch(config.training, mesh)
-    check_batch_norm(config, negatives, mesh.size, max_rows=EMBED_BLOCK)
-    check_miner(negatives, mine is not None)
-    data = sum(x.nbytes for x in jax.tree.leaves(batches.resident))
-    drawn = trainer.sampling.needs_features and not data
-    features = (
-        sum(x.nbytes for x in jax.tree.leaves(dict(prepared.features["item"]))) if drawn else 0
+def jit_steps(trainer: Trainer, mesh: Mesh, gather: GatherBatch | None) -> Callable[..., Any]:
+    """Returns the jitted program of one dispatch.
+
+    Args:
+        trainer: Model, loss and optimizers.
+        mesh: Devices of the run.
+        gather: Function that makes a batch of the resident data and indices; None where batches
+            come from the host.
+
+    Returns:
+        (state, indices or batches [K, B, ...], resident data or None, constants) -> (state after K
+        steps, their metrics [K]), with the state donated.
+    """
+    count = trainer.config.training.steps_per_dispatch
+    group = device_group(mesh)
+
+    def one(state: TrainState, part: Any, data: Any, constants: Any) -> tuple[TrainState, Metrics]:
+        batch = part if gather is None else gather(data, part)
+        return train_step(state, batch, constants, trainer=trainer, group=group)
+
+    def several(state: TrainState, parts: Any, data: Any, constants: Any) -> tuple[TrainState, Any]:
+        if count > 1:
+            return jax.lax.scan(lambda s, part: one(s, part, data, constants), state, parts)
+        state, metrics = one(state, jax.tree.map(lambda x: x[0], parts), data, constants)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    specs = state_specs(abstract_state(trainer, mesh))
+    inputs = (specs, PartitionSpec(None, AXIS), REPLICATED, REPLICATED)
+    outputs = (specs, REPLICATED)
+    return jax.jit(
+        shard_map_if_needed(mesh, several, inputs, outputs),
+        donate_argnums=0,
+        out_shardings=shardings(mesh, outputs),
+        compiler_options=compiler_options(mesh),
     )
-    check_memory(
-        mesh, abstract_state(trainer, mesh), {"training data": data, "item features": features}
-    )
-
-
-def _start(
-    trainer: Trainer, prepared: PreparedData, checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[TrainState, EarlyStopping]:
-    latest = checkpoints.latest()
-    if latest is None:
-        return init_on(mesh, trainer, count_rows(prepared)), EarlyStopping(*trainer.corpus[:2])
-    state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
-    logging.info("Resuming at step %d.", latest)
-    return state, EarlyStopping(**record)

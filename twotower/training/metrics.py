@@ -1,5 +1,5 @@
-"""The metrics of steps, read when the next ones are under way, averaged and written; and the stop
-when one is not finite."""
+"""Metrics of training: read from the device when the next steps are under way, averaged, and
+written as JSON lines, TensorBoard events, and a bar or log lines for whoever watches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,44 +21,81 @@ from twotower.core.files import atomic
 from twotower.training.checkpoint import Checkpoints
 
 
+@runtime_checkable
+class Writer(Protocol):
+    """Writer of metrics by step; a context that closes its files."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def advance(self) -> None:
+        """Shows one step more."""
+        ...
+
+    def write(self, step: int, values: Mapping[str, float], *, show: Mapping[str, str]) -> None:
+        """Writes one line of metrics.
+
+        Args:
+            step: Number of steps done.
+            values: Metrics by name.
+            show: The few to display, as text, until they are replaced.
+        """
+        ...
+
+
 def last_good(checkpoints: Checkpoints) -> str:
-    """Where to go on from, for an error message."""
+    """Returns, for an error message, where to go on from."""
     checkpoints.wait()
     latest = checkpoints.latest()
-    where = (
-        f"The last good checkpoint is {checkpoints.folder / str(latest)}."
-        if latest
-        else "There is no checkpoint before it."
-    )
-    return f"{where} Lower the learning rates, or set config.training.optimizer.clip_norm."
+    origin = "There is no checkpoint before it."
+    if latest:
+        origin = f"The last good checkpoint is {checkpoints.folder / str(latest)}."
+    return f"{origin} Lower the learning rates, or set config.training.optimizer.clip_norm."
 
 
 class StepMetrics:
-    """Reads the metrics of a dispatch after the next one was launched, averages them and writes
-    them."""
+    """Metrics of steps, read after the next dispatch was launched, averaged and written.
+
+    Args:
+        writer: Writer of the averages.
+        checkpoints: Checkpoints of the run, which an error names the last of.
+        batch_size: Number of examples in a step.
+        log_every: Number of steps between two lines.
+    """
 
     def __init__(
-        self, writer: Any, checkpoints: Checkpoints, batch_size: int, log_every: int
+        self, writer: Writer, checkpoints: Checkpoints, batch_size: int, log_every: int
     ) -> None:
-        self._writer, self._checkpoints = writer, checkpoints
-        self._batch_size, self._log_every = batch_size, log_every
-        self._pending: tuple[int, Any] | None = None
+        self._writer = writer
+        self._checkpoints = checkpoints
+        self._batch_size = batch_size
+        self._log_every = log_every
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._window: list[dict[str, float]] = []
         # The rate is measured from the first dispatch read on, so that compiling does not count.
         self._since: float | None = None
-        self._timed, self._read_at, self._step = 0, 0.0, 0
-        self._told = False
+        self._timed_steps = 0
+        self._read_at = 0.0
+        self._step = 0
+        self._warned = False
 
-    def launched(self, step: int, metrics: Any) -> None:
-        """`metrics` [K] of the K steps up to `step` are on their way."""
+    def launch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Reads the dispatch before, and takes note of one that is under way.
+
+        Args:
+            step: Last step of the dispatch.
+            metrics: Metrics of its K steps, [K] each.
+        """
         self.read()
         self._pending = (step, metrics)
 
     def resume(self) -> None:
-        """Validations do not count against the rate of training."""
+        """Takes the time since the last reading out of the rate of training: a validation."""
         if self._since is not None:
             paused = time.perf_counter() - self._read_at
-            self._since, self._read_at = self._since + paused, self._read_at + paused
+            self._since += paused
+            self._read_at += paused
 
     def flush(self) -> None:
         """Writes what is left when training ends between two lines."""
@@ -67,32 +104,41 @@ class StepMetrics:
             self._write()
 
     def read(self) -> None:
-        """Waits for what was launched."""
+        """Waits for the dispatch under way.
+
+        Raises:
+            TrainingError: Its loss or a gradient is not finite.
+        """
         if self._pending is None:
             return
-        (last, metrics), self._pending = self._pending, None
+        last, metrics = self._pending
+        self._pending = None
         values = {name: np.asarray(x) for name, x in jax.device_get(metrics).items()}
         count = len(values["loss"])
         self._read_at = time.perf_counter()
         if self._since is None:
             self._since = self._read_at
         else:
-            self._timed += count
+            self._timed_steps += count
         for i in range(count):
             self._step = last - count + 1 + i
             self._add({name: float(x[i]) for name, x in values.items()})
 
     def _add(self, values: dict[str, float]) -> None:
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        """Adds a step to the window, and writes a line where one is due."""
+        loss = values["loss"]
+        norm = values["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"The loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {self._step}. "
+                f"The loss is {loss} and the norm of the gradient {norm} at step {self._step}. "
                 f"{last_good(self._checkpoints)}"
             )
-        if values["grad_norm"] == 0 and not self._told:
-            self._told = True
+        if norm == 0 and not self._warned:
+            self._warned = True
             logging.warning(
-                "Step %d has no gradient at all: no row of its batch has a weight, a label or a negative to learn from. With a "
-                "batch of one user, say, every other item is another positive of that user.",
+                "Step %d has no gradient at all: no row of its batch has a weight, a label or a "
+                "negative to learn from. With a batch of one user, say, every other item is "
+                "another positive of that user.",
                 self._step,
             )
         self._writer.advance()
@@ -101,26 +147,28 @@ class StepMetrics:
             self._write()
 
     def _write(self) -> None:
-        means = {name: float(np.mean([w[name] for w in self._window])) for name in self._window[0]}
+        """Writes the means of the window and begins a new one."""
+        names = self._window[0]
+        means = {name: float(np.mean([step[name] for step in self._window])) for name in names}
         show = {"loss": f"{means['loss']:.4f}"}
-        if self._timed:
-            means["examples_per_second"] = (
-                self._batch_size * self._timed / (self._read_at - self._since)
-            )
+        if self._timed_steps and self._since is not None:
+            seconds = self._read_at - self._since
+            means["examples_per_second"] = self._batch_size * self._timed_steps / seconds
             show["examples/s"] = f"{means['examples_per_second']:,.0f}"
         self._writer.write(self._step, means, show=show)
-        self._window, self._since, self._timed = [], self._read_at, 0
+        self._window = []
+        self._since = self._read_at
+        self._timed_steps = 0
 
 
 class MetricWriter:
-    """Writes to `metrics.jsonl` and `tensorboard/` of a run, and shows progress; a context that
-    closes them.
+    """Writer to `metrics.jsonl` and `tensorboard/` of a run, and to whoever watches.
 
     Args:
-        workdir: the run.
-        start: the step that the run goes on from; lines of later steps, left by a killed process,
-            are removed.
-        steps: of the whole run.
+        workdir: Folder of the run.
+        start: Step that the run goes on from; lines of later steps, left by a killed process, are
+            removed.
+        steps: Number of steps of the whole run.
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int) -> None:
@@ -150,14 +198,11 @@ class MetricWriter:
         self._lines.close()
 
     def advance(self) -> None:
+        """See `Writer`."""
         self._bar.update()
 
     def write(self, step: int, values: Mapping[str, float], *, show: Mapping[str, str]) -> None:
-        """One line of metrics.
-
-        Args:
-            show: the few to display, as text, until they are replaced.
-        """
+        """See `Writer`."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -168,26 +213,34 @@ class MetricWriter:
             logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in show.items()))
 
 
-class _Silent:
-    """What the processes write that are not the first."""
+class SilentWriter:
+    """Writer of nothing, on all processes but the first."""
 
-    def __enter__(self) -> _Silent:
+    def __enter__(self) -> SilentWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
         pass
 
     def advance(self) -> None:
-        pass
+        """See `Writer`."""
 
     def write(self, step: int, values: Mapping[str, float], *, show: Mapping[str, str]) -> None:
-        pass
+        """See `Writer`."""
 
 
-def open_writer(workdir: Path, *, start: int, steps: int) -> MetricWriter | _Silent:
-    """A writer on the first process, and on the others one that writes nothing: all of them know
-    the same metrics."""
-    return _Silent() if jax.process_index() else MetricWriter(workdir, start=start, steps=steps)
+def open_writer(workdir: Path, *, start: int, steps: int) -> Writer:
+    """Returns the writer of a run; one that writes nothing on all processes but the first, which
+    know the same metrics.
+
+    Args:
+        workdir: Folder of the run.
+        start: Step that the run goes on from.
+        steps: Number of steps of the whole run.
+    """
+    if jax.process_index() > 0:
+        return SilentWriter()
+    return MetricWriter(workdir, start=start, steps=steps)
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -1,76 +1,134 @@
-"""Optax for the dense parameters, and the schedule that both they and the tables follow."""
+"""Optax for the dense parameters, a sparse optimizer for the tables, and the schedule that both
+follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
 from twotower.core.errors import choose
+from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
 
-DENSE: Mapping[str, Any] = {
+DENSE: Mapping[str, Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = {
     "adam": lambda c: optax.adam(c.learning_rate),
     "adamw": lambda c: optax.adamw(c.learning_rate, weight_decay=c.weight_decay, mask=_kernels),
     "adagrad": lambda c: optax.adagrad(c.learning_rate),
     "sgd": lambda c: optax.sgd(c.learning_rate),
 }
 
-
-def _kernels(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-
-def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer that `config` names, behind clipping; without the schedule."""
-    kind = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), kind) if config.clip_norm else kind
-    )
-
-
-SCHEDULES: Mapping[str, Any] = {
+# Number of steps -> the schedule after the warm-up.
+SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda steps: optax.constant_schedule(1.0),
     "cosine": lambda steps: optax.cosine_decay_schedule(1.0, max(steps, 1)),
-    # The plateau's factor is state, moved by validations; the step sees it as `PlateauState.scale`.
+    # Validations move the factor of the plateau schedule: it is state, see `plateau_of`.
     "plateau": lambda steps: optax.constant_schedule(1.0),
 }
 
 
-def schedule(config: TrainingConfig) -> optax.Schedule:
-    """step -> factor in [0, 1] on every learning rate, the plateau's apart."""
-    kind, warmup = config.schedule.kind, config.schedule.warmup_steps
-    after = choose(SCHEDULES, kind, "config.training.schedule.kind")(config.steps - warmup)
-    return (
-        optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
-        if warmup
-        else after
-    )
+class Optimizers(NamedTuple):
+    """Optimizers of a run.
 
+    Attributes:
+        dense: Optax optimizer of the dense parameters, without the schedule.
+        tables: Sparse optimizer of the table rows.
+        table_rate: Learning rate of the tables where the schedule is at 1.
+        schedule: Step -> factor in [0, 1] on both learning rates, that of the plateau apart.
+        plateau: Transformation that keeps the factor of the plateau schedule; None for another
+            schedule.
+    """
 
-class PlateauState(NamedTuple):
-    """Where the plateau schedule stands: arrays, kept in the checkpoint."""
+    dense: optax.GradientTransformation
+    tables: TableOptimizer
+    table_rate: float
+    schedule: optax.Schedule
+    plateau: optax.GradientTransformationExtraArgs | None
 
-    scale: Any
-    best: Any
-    waited: Any
+    @classmethod
+    def build(cls, config: TrainingConfig) -> Optimizers:
+        """Returns the optimizers that a configuration names.
 
+        Raises:
+            ConfigError: An optimizer or the schedule is unknown, or has no such option.
+        """
+        return cls(
+            dense_optimizer(config.optimizer),
+            choose(TABLE_OPTIMIZERS, config.tables.kind, "config.training.tables.kind"),
+            config.tables.learning_rate,
+            schedule(config),
+            plateau_of(config.schedule),
+        )
 
-def init_plateau() -> PlateauState:
-    return PlateauState(jnp.float32(1.0), jnp.float32(-jnp.inf), jnp.int32(0))
-
-
-def update_plateau(state: PlateauState, value: float, config: ScheduleConfig) -> PlateauState:
-    """After a validation: `value` is the metric, larger is better."""
-    if config.kind != "plateau":
+    def init(self, params: Any) -> dict[str, Any]:
+        """Returns the fresh `opt_state` of a train state for its dense parameters."""
+        state: dict[str, Any] = {"dense": self.dense.init(params)}
+        if self.plateau is not None:
+            state["plateau"] = self.plateau.init(jnp.float32(0))
         return state
-    if np.float32(value) > state.best:
-        return PlateauState(state.scale, jnp.float32(value), jnp.int32(0))
-    waited = int(state.waited) + 1
-    if waited < config.patience:
-        return state._replace(waited=jnp.int32(waited))
-    return state._replace(scale=state.scale * config.factor, waited=jnp.int32(0))
+
+    def rate_factor(self, step: jax.Array, opt_state: Mapping[str, Any]) -> Any:
+        """Returns the factor on both learning rates at a step."""
+        factor = self.schedule(step)
+        return factor * opt_state["plateau"].scale if "plateau" in opt_state else factor
+
+    def after_validation(self, opt_state: dict[str, Any], value: float) -> dict[str, Any]:
+        """Returns `opt_state` with the plateau schedule moved on by a validation.
+
+        Args:
+            opt_state: State of the optimizers, on any devices.
+            value: Validation metric, the greater the better.
+        """
+        if self.plateau is None:
+            return opt_state
+        # Arrays of several processes are no operands of an operation of one: on the host they are.
+        before: ReduceLROnPlateauState = jax.device_get(opt_state["plateau"])
+        _, after = self.plateau.update({}, before, value=np.float32(-value))
+        return opt_state | {"plateau": after}
+
+
+def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
+    """Returns the optimizer of a configuration, behind clipping and without the schedule."""
+    optimizer = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
+    if not config.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _kernels(params: Any) -> Any:
+    """Marks the kernels of dense layers: weight decay spares biases, scales and the temperature."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def schedule(config: TrainingConfig) -> optax.Schedule:
+    """Returns step -> factor in [0, 1] on every learning rate, that of the plateau apart."""
+    kind = config.schedule.kind
+    warmup = config.schedule.warmup_steps
+    after = choose(SCHEDULES, kind, "config.training.schedule.kind")(config.steps - warmup)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+
+
+def plateau_of(config: ScheduleConfig) -> optax.GradientTransformationExtraArgs | None:
+    """Returns the transformation that lowers the rates when validations stop improving; None for
+    another schedule.
+
+    As in PyTorch's `ReduceLROnPlateau`, `patience` validations without improvement are borne, and
+    the next one lowers the rates.
+    """
+    if config.kind != "plateau":
+        return None
+    return reduce_on_plateau(
+        config.factor,
+        # Optax lowers the rates at the validation of this number, PyTorch after it.
+        patience=config.patience + 1,
+        # Any improvement counts. Optax asks for a tolerance above 0; this one is lost in rounding.
+        rtol=0.0,
+        atol=float(np.finfo(np.float32).tiny),
+    )

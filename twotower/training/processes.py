@@ -9,23 +9,25 @@ from twotower.core.errors import ConfigError
 
 
 def join(coordinator: str, processes: int, process: int, *, cluster: bool = False) -> None:
-    """Joins the other processes of a run; does nothing for a run of one. To be called before any
-    other use of JAX.
+    """Joins the other processes of a run; does nothing for a run of one.
+
+    It must come before any other use of JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; empty where there is one process, or where `cluster`
-            says the rest.
-        processes: how many there are.
-        process: which of them this is.
-        cluster: ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.
+        coordinator: HOST:PORT of process 0; empty where there is one process, or where the cluster
+            knows it.
+        processes: Number of processes.
+        process: Number of this process, from 0.
+        cluster: Whether to ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.
 
     Raises:
-        ConfigError: the three do not go together, or no cluster is found.
+        ConfigError: The three do not go together, or no cluster is found.
     """
     if not coordinator:
         if processes or process >= 0:
             raise ConfigError(
-                f"--processes={processes} --process={process} need --coordinator=HOST:PORT, of process 0."
+                f"--processes={processes} --process={process} need --coordinator=HOST:PORT, of "
+                "process 0."
             )
         if cluster:
             _initialize()
@@ -34,16 +36,21 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
         raise ConfigError(f"--process={process} must be from 0 to --processes={processes} less 1.")
     if ":" not in coordinator or not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:8476.")
-    _initialize(coordinator_address=coordinator, num_processes=processes, process_id=process)
+    _initialize(coordinator, processes, process)
 
 
-def _initialize(**who: object) -> None:
+def _initialize(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Starts `jax.distributed`, which asks the cluster for what is None."""
     try:
-        jax.distributed.initialize(**who)
+        jax.distributed.initialize(
+            coordinator_address=coordinator, num_processes=processes, process_id=process
+        )
     except ValueError as error:  # nothing here says which cluster this is
         raise ConfigError(
-            f"--distributed: no cluster is known here ({str(error).splitlines()[0]}). Say who is who by "
-            "--coordinator=HOST:PORT --processes=N --process=I."
+            f"--distributed: no cluster is known here ({str(error).splitlines()[0]}). Say who is "
+            "who by --coordinator=HOST:PORT --processes=N --process=I."
         ) from error
     logging.info(
         "Process %d of %d, with %d devices in all.",

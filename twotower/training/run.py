@@ -1,10 +1,11 @@
-"""A run is a directory: its configuration, encoder, checkpoints and metrics. Every later command
-needs only the folder."""
+"""A run is a folder: its configuration, encoder, checkpoints and metrics. Every later command needs
+only the folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
+from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch
 from twotower.training.init import abstract_state
-from twotower.training.loop import Validate, fit, open_checkpoints
+from twotower.training.loop import Miner, Validate, fit, open_checkpoints
 from twotower.training.memory import check_memory, fits
 from twotower.training.state import Trainer, TrainState, resolve_kinds
+
+MakeValidate = Callable[[PreparedData, TwoTower], Validate]
+MakeMiner = Callable[[PreparedData, TwoTower], Miner]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,12 @@ class Run:
     """A trained run, loaded.
 
     Attributes:
-        step: of the checkpoint that `weights` come from.
+        workdir: Folder of the run.
+        config: Configuration that it was trained by.
+        prepared: Its data, encoded.
+        model: Pair of towers.
+        weights: Weights of the towers at `step`.
+        step: Step of the checkpoint that was loaded.
     """
 
     workdir: Path
@@ -46,71 +56,90 @@ def train(
     config: Config,
     workdir: Path | str,
     *,
-    make_validate: Any = None,
-    make_miner: Any = None,
+    make_validate: MakeValidate | None = None,
+    make_miner: MakeMiner | None = None,
     devices: int = 0,
 ) -> None:
-    """Trains `config` in `workdir`, or goes on with it; with several processes, in a folder that
-    all of them see.
+    """Trains a configuration in a folder, or goes on with the run there.
+
+    Several processes need a folder that all of them see.
 
     Args:
-        make_validate: (prepared, model) -> `Validate`, called where validation rows exist.
-        make_mine: (prepared, model) -> `Miner`, called where hard negatives are to be mined.
-        devices: how many to use; 0: all.
+        config: Configuration of the run.
+        workdir: Folder of the run, new or begun with the same configuration.
+        make_validate: Function from the data and the towers to `Validate`, called where there are
+            validation rows.
+        make_miner: Function from the data and the towers to `Miner`, called where hard negatives are
+            to be mined.
+        devices: Number of devices to use; 0 uses all.
 
     Raises:
-        ConfigError: `workdir` holds a run of another configuration, or the data or a field is
-            unusable.
-        TrainingError: see `twotower.training.loop.fit`.
+        ConfigError: The folder holds a run of another configuration, or the data or a field cannot
+            be used.
+        TrainingError: The loss or a gradient is not finite.
     """
-    workdir, mesh = local_folder(workdir), make_mesh(devices)
+    workdir = local_folder(workdir)
+    mesh = make_mesh(devices)
     check_batch(config.training, mesh)
     resolve_kinds(config)  # a misspelt loss is refused before the data is read, not after
-    folder = workdir / "encoder"
+    encoder = None
     # encoder.json is written last: without it a killed process had not finished the folder.
-    is_fitted = _is_begun(workdir, config) and (folder / "encoder.json").exists()
-    known = Encoder.load(folder) if is_fitted else None
-    prepared = prepare(config, encoder=known)
+    if is_begun(workdir, config) and (encoder_folder(workdir) / "encoder.json").exists():
+        encoder = Encoder.load(encoder_folder(workdir))
+    prepared = prepare(config, encoder=encoder)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
     # Only now that everything fits: a mistake found above leaves the folder free for the corrected
     # configuration.
-    if jax.process_index() == 0:
-        claim(workdir, config)
-        if known is None:
-            prepared.encoder.save(folder)
-    _meet("the folder of the run is made")
-    if not (workdir / "config.json").exists():
-        raise ConfigError(
-            f"--workdir={workdir} is not seen by process {jax.process_index()}: several processes need one folder that all of "
-            "them see, such as a network file system or a mounted bucket."
-        )
-    validate: Validate | None = None
-    if len(prepared.validation) and make_validate:
+    begin(workdir, config, prepared.encoder if encoder is None else None)
+    validate = None
+    if make_validate and len(prepared.validation):
         validate = make_validate(prepared, model)
-    mine = make_miner(prepared, model) if trainer.sampling.config.mined else None
+    mine = None
+    if make_miner and trainer.sampling.config.mined:
+        mine = make_miner(prepared, model)
     fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
 
 
-def _meet(what: str) -> None:
-    """Waits for the other processes."""
+def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
+    """Makes the folder of a run, by the first process for all.
+
+    Args:
+        workdir: Folder of the run.
+        config: Configuration of the run.
+        encoder: A newly fitted encoder to save; None where the folder has it.
+
+    Raises:
+        ConfigError: This process does not see what the first one wrote.
+    """
+    if jax.process_index() == 0:
+        claim(workdir, config)
+        if encoder is not None:
+            encoder.save(encoder_folder(workdir))
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices("the folder of the run is made")
+    if not config_path(workdir).exists():
+        raise ConfigError(
+            f"--workdir={workdir} is not seen by process {jax.process_index()}: several processes "
+            "need one folder that all of them see, such as a network file system or a mounted "
+            "bucket."
+        )
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
-    """Loads what `train` left in `workdir`.
+    """Loads what `train` left in a folder.
 
     Args:
+        workdir: Folder of the run.
         checkpoint: "best", "latest" or a step.
 
     Raises:
-        ConfigError: `workdir` is no run.
-        CheckpointError: it has no such checkpoint, or a damaged one.
+        ConfigError: The folder is no run.
+        CheckpointError: The run has no such checkpoint, or a damaged one.
     """
     workdir = local_folder(workdir)
     config = load_config(workdir)
-    prepared = prepare(config, encoder=Encoder.load(workdir / "encoder"))
+    prepared = prepare(config, encoder=Encoder.load(encoder_folder(workdir)))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
@@ -120,11 +149,11 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
 
 
 def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
-    """The state to restore onto: on one device, or divided over all of this process where one
-    cannot hold it.
+    """Returns the state to restore onto: on one device, or divided over all devices of this
+    process where one cannot hold it.
 
     Raises:
-        ConfigError: all together cannot either.
+        ConfigError: All of them together cannot either.
     """
     mesh = make_mesh(1)
     if not fits(mesh, abstract_state(trainer, mesh)):
@@ -135,7 +164,7 @@ def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
 
 
 def local_folder(workdir: Path | str) -> Path:
-    """`workdir` as a path; refuses an address."""
+    """Returns a folder as a path; refuses an address."""
     # `Path` would make "gs://bucket" a local folder named "gs:".
     if "://" in str(workdir) or str(workdir).startswith("gs:/"):
         raise ConfigError(
@@ -144,13 +173,28 @@ def local_folder(workdir: Path | str) -> Path:
     return Path(workdir)
 
 
-def load_config(workdir: Path) -> Config:
-    """The configuration of a run."""
-    path = Path(workdir) / "config.json"
+def config_path(workdir: Path) -> Path:
+    """Returns the file that holds the configuration of a run."""
+    return workdir / "config.json"
+
+
+def encoder_folder(workdir: Path) -> Path:
+    """Returns the folder that holds the encoder of a run."""
+    return workdir / "encoder"
+
+
+def load_config(workdir: Path | str) -> Config:
+    """Returns the configuration of a run.
+
+    Raises:
+        ConfigError: The folder is no run, or its configuration is damaged.
+    """
+    path = config_path(Path(workdir))
     if not path.exists():
+        train = "python -m experiments.train --config=experiments/configs/quickstart.py"
         raise ConfigError(
             f"--workdir={workdir} is no run: it has no config.json. Train one first: "
-            f"python -m experiments.train --config=experiments/configs/quickstart.py --workdir={workdir}"
+            f"{train} --workdir={workdir}"
         )
     return from_dict(_read_json(path))
 
@@ -164,55 +208,75 @@ def _read_json(path: Path) -> Any:
         ) from None
 
 
-def _is_begun(workdir: Path, config: Config) -> bool:
-    """Whether `workdir` holds a run of this configuration; refuses one of another, and a folder of
-    something else.
+def is_begun(workdir: Path, config: Config) -> bool:
+    """Returns whether a folder holds a run of this configuration.
 
     A run that never reached a checkpoint (its batch was larger than the data, say) may be begun
     again otherwise.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration, or something else.
     """
-    path = workdir / "config.json"
+    path = config_path(workdir)
     if not path.exists():
         others = list(workdir.iterdir()) if workdir.exists() else []
         # A process that was killed while it wrote the configuration leaves a temporary file.
         if not all(other.match(".config.json.*.tmp") for other in others):
             raise ConfigError(
-                f"--workdir={workdir} is a folder with other files and no config.json. Name a new or empty folder."
+                f"--workdir={workdir} is a folder with other files and no config.json. Name a new "
+                "or empty folder."
             )
         return False
-    old, new = _read_json(path), json.loads(config.to_json())
+    sections = config.training_sections()
+    old = _read_json(path)
+    new = json.loads(config.to_json())
     changed = _differences(
-        *(
-            {name: x for name, x in values.items() if name in config.training_sections()}
-            for values in (old, new)
-        )
+        {name: old[name] for name in old if name in sections},
+        {name: new[name] for name in new if name in sections},
+        "config",
     )
-    if changed and any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*")):
+    steps = (workdir / "checkpoints").glob("*")
+    if changed and any(step.name.isdigit() for step in steps):
         raise ConfigError(
-            f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. Name a new folder, or "
-            "delete this one."
+            f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. "
+            "Name a new folder, or delete this one."
         )
     return not changed
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration of the run."""
-    with atomic(workdir / "config.json") as temporary:
+    """Writes the configuration of a run, which makes a folder one."""
+    with atomic(config_path(workdir)) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
 
 
-def _differences(old: Any, new: Any, where: str = "config") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{where}.{n}")]
-    return [] if old == new else [f"{where} was {old!r} and is now {new!r}"]
+def _differences(old: Any, new: Any, field: str) -> list[str]:
+    """Returns what differs between two values of a configuration, field by field.
+
+    Args:
+        old: Value of the run.
+        new: Value asked for.
+        field: Name of the field, with its sections.
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{field} was {old!r} and is now {new!r}"]
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        changed += _differences(old.get(name), new.get(name), f"{field}.{name}")
+    return changed
 
 
-def step_of(checkpoints: Any, which: str, workdir: Path) -> int:
-    """The step that "best", "latest" or a number names."""
-    if which not in ("best", "latest") and not which.isdigit():
+def step_of(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
+    """Returns the step that "best", "latest" or a number names.
+
+    Raises:
+        CheckpointError: It is none of these, or there is no checkpoint yet.
+    """
+    if which.isdigit():
+        return int(which)
+    if which not in ("best", "latest"):
         raise CheckpointError(f"--checkpoint={which!r} must be best, latest or a step.")
-    step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(which, lambda: int(which))()
+    step = checkpoints.best() if which == "best" else checkpoints.latest()
     if step is None:
         again = f"python -m experiments.train --config=... --workdir={workdir}"
         raise CheckpointError(

@@ -1,5 +1,5 @@
-"""The state of training: arrays only, so that it is the checkpoint; and what a step needs besides
-arrays."""
+"""The state of training, arrays only, so that it is the checkpoint; and the trainer, all that a
+step needs besides arrays."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 
 import flax.struct
 import jax
-import optax
 from jax.sharding import PartitionSpec
 
 from twotower.config import Config
 from twotower.core.mesh import REPLICATED, SHARDED
-from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
 from twotower.objectives import LOSSES, POINTWISE
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
-from twotower.training.optimizers import dense_optimizer, schedule
+from twotower.training.optimizers import Optimizers
 
 # (pattern of an array's path in the state, its partition): the first that matches decides.
 STATE_SHARDING = ((r"^(tables|table_slots)/", SHARDED), (r"^[a-z_]+(/|$)", REPLICATED))
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What a step takes and gives.
+class TrainState(flax.struct.PyTreeNode):
+    """Arrays that a step reads and replaces.
 
     Attributes:
-        step: int32 scalar, steps done.
-        params: dense parameters, see `Weights`; also those of the heads, and the bias of a loss
-            that has one.
-        tables: embedding tables, see `Weights`.
-        batch_stats: running statistics, see `Weights`.
-        opt_state: the dense optimizer's, and the plateau schedule's.
-        table_slots: table name -> the sparse optimizer's arrays.
-        frequency: {"item": ...}, and "user" for a symmetric loss: what the estimator of
-            `config.objective.negatives.frequency` keeps.
-        negatives: {"queue": ..., "mined": ...}, as far as they are used.
+        step: Number of steps done, an int32 scalar.
+        params: Dense parameters of the towers and heads, the temperature, and the bias of a loss
+            that has one; see `Weights`.
+        tables: Embedding tables by name, [V, E] each.
+        batch_stats: Running statistics of batch normalisation; see `Weights`.
+        opt_state: State of the dense optimizer ("dense"), and of the plateau schedule ("plateau")
+            where it is the schedule.
+        table_slots: State of the sparse optimizer by table, arrays with V rows.
+        frequency: State of the frequency estimator of items ("item"), and of users ("user") for a
+            symmetric loss.
+        negatives: Past item vectors ("queue") and pools of mined hard negatives ("mined"), as far
+            as they are used.
     """
 
+    # Arrays and dicts of arrays; shapes, partitions and options of saving have the same fields.
     step: Any
     params: Any
     tables: Any
@@ -54,6 +54,7 @@ class TrainState:
 
     @property
     def weights(self) -> Weights:
+        """The part that the towers are made of."""
         return Weights(self.params, self.tables, self.batch_stats)
 
 
@@ -76,64 +77,57 @@ def state_specs(state: Any, rules: Sequence[tuple[str, PartitionSpec]] = STATE_S
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """What a step needs besides arrays; built once, static under `jit`.
+    """Static parts of a step, built once.
 
     Attributes:
-        loss: a `Loss`, or the function of a pointwise one.
-        corpus: how many users and items there are.
-        sampling: of negatives; none for a loss that looks at each row alone.
-
-    Raises (from `build`):
-        ConfigError: a loss, optimizer, schedule or estimator is unknown, or options do not go
-            together.
+        config: Configuration of the run.
+        model: Pair of towers.
+        loss: Retrieval loss, or the function of a pointwise one.
+        optimizers: Optimizers of dense parameters and tables, with their schedule.
+        corpus: Numbers of users and items.
+        sampling: Sources of negatives; none for a loss that looks at each row alone.
     """
 
-    model: TwoTower
     config: Config
+    model: TwoTower
     loss: Any
-    dense: optax.GradientTransformation
-    sparse: TableOptimizer
-    schedule: optax.Schedule
+    optimizers: Optimizers
     corpus: CorpusSize
     sampling: NegativeSampling
 
     @classmethod
     def build(cls, config: Config, model: TwoTower, corpus: CorpusSize) -> Trainer:
-        loss, dense, sparse, steps_schedule = resolve_kinds(config)
+        """Returns the trainer of a configuration.
+
+        Raises:
+            ConfigError: A loss, optimizer, schedule or estimator is unknown, or options do not go
+                together.
+        """
+        loss, optimizers = resolve_kinds(config)
         check_matryoshka(config.objective.matryoshka, model.dim)
-        places = model.history_length + 1 if config.training.examples == "sequences" else 1
-        return cls(
-            model,
-            config,
-            loss,
-            dense,
-            sparse,
-            steps_schedule,
-            corpus,
-            NegativeSampling.build(config, loss, corpus, places=places),
-        )
+        # A packed row of whole sequences has a start token before each user's L events.
+        is_packed = config.training.examples == "sequences"
+        positions = model.history_length + 1 if is_packed else 1
+        sampling = NegativeSampling.build(config, loss, corpus, positions=positions)
+        return cls(config, model, loss, optimizers, corpus, sampling)
 
     def scaled_to(self, num_examples: int) -> Trainer:
-        """Returns the trainer with its steps in proportion to the examples there are.
-
-        See `TrainingConfig.scaled_to`.
-        """
+        """Returns the trainer with its steps in proportion to the examples of a pass; see
+        `TrainingConfig.scaled_to`."""
         training = self.config.training.scaled_to(num_examples)
         if training is self.config.training:
             return self
         config = dataclasses.replace(self.config, training=training)
-        return dataclasses.replace(self, config=config, schedule=schedule(training))
+        return dataclasses.replace(self, config=config, optimizers=Optimizers.build(training))
 
 
-def resolve_kinds(
-    config: Config,
-) -> tuple[Any, optax.GradientTransformation, TableOptimizer, optax.Schedule]:
-    """Returns the loss, the optimizers and the schedule that `config` names."""
+def resolve_kinds(config: Config) -> tuple[Any, Optimizers]:
+    """Returns the loss and the optimizers that a configuration names; needs no data.
+
+    Raises:
+        ConfigError: One of them is unknown, or options do not go together.
+    """
     check_kinds(config)
-    training, loss = config.training, config.objective.loss
-    return (
-        LOSSES[loss] if loss in LOSSES else POINTWISE[loss],
-        dense_optimizer(training.optimizer),
-        TABLE_OPTIMIZERS[training.tables.kind],
-        schedule(training),
-    )
+    name = config.objective.loss
+    loss = LOSSES[name] if name in LOSSES else POINTWISE[name]
+    return loss, Optimizers.build(config.training)

@@ -1,31 +1,46 @@
-"""One step of training: pure functions of arrays, run by the loop under `jit`, and under
+"""One step of training: a pure function of arrays, run by the loop under `jit`, and under
 `shard_map` on several devices.
 
-The functions see one device's part of the batch and of the table rows; what crosses devices goes
+Its functions see one device's part of the batch and of the table rows; what crosses devices goes
 through their `DeviceGroup`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Key
 
 from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
-from twotower.features.base import SIDES
+from twotower.features.base import SIDES, Input
 from twotower.kernels.sparse_update import apply_gradients
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import lookup_rows
 from twotower.towers.two_tower import TEMPERATURES, TwoTower, Weights
-from twotower.training.candidates import SampledItems, draw, row_keys, take_features
+from twotower.training.candidates import SampledItems, row_keys, sample_items, take_features
+from twotower.training.optimizers import Optimizers
 from twotower.training.state import Trainer, TrainState
-from twotower.training.step_losses import losses_of, task_weights, update_frequency, weight_sums
+from twotower.training.step_losses import (
+    loss_sums,
+    task_weights,
+    update_sampling_state,
+    weight_sums,
+)
 
 Metrics = dict[str, jax.Array]
+# Side -> feature -> encoded values, or table rows, of each row of that side: the rows of the batch,
+# then of items the shared samples, then the hard negatives.
+Features = Mapping[str, Mapping[str, jax.Array]]
+# Features, random keys of rows and a batch: arrays of the loss that have a row an example.
+Inputs = tuple[Features, Mapping[str, jax.Array], Batch]
+# (params, table rows, inputs) -> loss, (mean loss of each task, batch statistics, item vectors).
+LossFunction = Callable[[Any, Features, Inputs], tuple[jax.Array, Any]]
+
 # More rows than this are embedded block by block, so that the hidden units of a whole catalogue are
 # never held at once.
 EMBED_BLOCK = 16_384
@@ -34,85 +49,295 @@ EMBED_BLOCK = 16_384
 def train_step(
     state: TrainState,
     batch: Batch,
-    catalogue: Mapping[str, Any],
+    constants: Mapping[str, Any],
     *,
     trainer: Trainer,
     group: DeviceGroup = SINGLE_DEVICE,
 ) -> tuple[TrainState, Metrics]:
-    """One gradient step.
+    """Returns the state after one gradient step, and the metrics of the step.
 
     Args:
-        batch: this device's part of the batch.
-        catalogue: what every device has of the corpus, as far as `trainer.sampling` needs it:
-            "item_features" [N, ...], "popularity" (an alias table) and "explicit" (pools).
+        state: State before the step, with this device's rows of tables and slots.
+        batch: This device's part of the batch.
+        constants: Arrays of the corpus, whole on every device; see
+            `twotower.training.candidates.step_constants`.
+        trainer: Model, loss, sampling and optimizers.
+        group: Devices that run the step together.
 
     Returns:
-        The next state, and the step's losses, gradient norm (dense and rows) and temperature, as
-        scalars on the device.
+        The next state, and scalars: the loss, the mean loss of each task where there are several,
+        the norm of the gradient (of dense parameters and table rows) and the temperature.
     """
-    batch = flattened(batch)
+    model = trainer.model
+    objective = trainer.config.objective
+    optimizers = trainer.optimizers
+    batch = flatten_sequences(batch)
     key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
-    drawn = draw(
-        trainer.sampling, batch, {**state.negatives, **catalogue}, jax.random.fold_in(key, 2), group
-    )
-    places = _places(batch, drawn, group)
-    features = _features(trainer, batch, drawn, catalogue, places, jax.random.fold_in(key, 0))
-    dropout = {
-        s: row_keys(jax.random.fold_in(jax.random.fold_in(key, 1), i), places[s])
-        for i, s in enumerate(SIDES)
+    oov_key, dropout_key, sampling_key = (jax.random.fold_in(key, i) for i in range(3))
+
+    # Candidates beside the batch's own, and the features of all that is embedded.
+    sources = {**state.negatives, **constants}
+    sampled = sample_items(trainer.sampling, batch, sources, sampling_key, group)
+    rows_of = row_numbers(batch, sampled, group)
+    features = with_samples(batch, sampled, constants, model.inputs["item"])
+    features = {
+        side: oov_dropout(model.inputs[side], features[side], keys)
+        for side, keys in side_keys(oov_key, rows_of).items()
     }
-    asked = shared_ids(trainer.model, features, group)
-    weights = group.sum(weight_sums(trainer.config.objective, batch))
+    dropout_keys = side_keys(dropout_key, rows_of)
 
-    def loss_of(params: Any, rows: Any, local: Any) -> tuple[jax.Array, Any]:
-        features, dropout, batch = local
-        vectors, stats = _embed(
-            trainer, state.weights._replace(params=params), rows, features, dropout, group
-        )
-        vectors["user"] = _asked(vectors["user"], batch)
-        sums = losses_of(trainer, params, vectors, batch, drawn, state, catalogue, group)
+    # Table rows: the gradient is taken of the rows that are looked up, never of a table.
+    ids = shared_ids(model, features, group)
+    rows = lookup_all(model, state.tables, features, ids, group)
+
+    # The means are over the rows of all devices: what each device adds to them can be summed up.
+    weights = group.sum(weight_sums(objective, batch))
+    tasks = task_weights(objective)
+
+    def loss_of(params: Any, rows: Features, inputs: Inputs) -> tuple[jax.Array, Any]:
+        features, keys, batch = inputs
+        towers = state.weights._replace(params=params)
+        vectors, stats = embed_sides(model, towers, rows, features, keys, group)
+        vectors["user"] = select_user_vectors(vectors["user"], batch)
+        sums = loss_sums(trainer, params, vectors, batch, sampled, state, constants, group)
         means = {
-            name: x / jnp.maximum(weights[name], jnp.finfo(x.dtype).tiny)
-            for name, x in sums.items()
+            name: total / jnp.maximum(weights[name], jnp.finfo(total.dtype).tiny)
+            for name, total in sums.items()
         }
-        tasks = task_weights(trainer.config.objective)
-        return sum(tasks[name] * mean for name, mean in means.items()), (
-            means,
-            stats,
-            vectors["item"],
-        )
+        loss = sum((tasks[name] * mean for name, mean in means.items()), start=jnp.float32(0))
+        return loss, (means, stats, vectors["item"])
 
-    rows = lookup_all(trainer.model, state.tables, features, asked, group)
-    (loss, (means, stats, items)), (grads, row_grads) = _gradients(
+    (loss, (means, stats, items)), (grads, row_grads) = loss_and_gradients(
         loss_of,
         group.pvary(state.params),
         rows,
-        (features, dropout, batch),
+        (features, dropout_keys, batch),
         parts=trainer.config.training.accumulate,
     )
-    tables, row_norm = _update_tables(
-        trainer, state, asked, shared_gradients(trainer.model, row_grads, group), group
-    )
+
+    # Both updates follow one schedule; those of tables need the gradients of all devices' rows.
+    factor = optimizers.rate_factor(state.step, state.opt_state)
+    table_grads = shared_gradients(model, row_grads, group)
+    tables, slots, row_norm = update_tables(optimizers, state, ids, table_grads, factor, group)
     grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
+    params, dense = update_dense(optimizers, state, grads, factor)
+    params["log_temperature"] = bounded_temperature(model, state.params, params)
+
     metrics = {
         "loss": loss,
         "grad_norm": jnp.sqrt(optax.tree.norm(grads, squared=True) + row_norm),
-        "temperature": trainer.model.temperature(state.params),
-    } | ({f"{name}/loss": x for name, x in means.items()} if len(means) > 1 else {})
-    state = update_frequency(trainer, state, batch, items, group)
-    return _apply(trainer, state, grads, tables, stats), metrics
+        "temperature": model.temperature(state.params),
+    }
+    if len(means) > 1:
+        metrics |= {f"{name}/loss": mean for name, mean in means.items()}
+    frequency, negatives = update_sampling_state(
+        objective, trainer.sampling, state, batch, items, group
+    )
+    return (
+        state.replace(
+            step=state.step + 1,
+            params=params,
+            tables=tables,
+            batch_stats=state.batch_stats | stats,
+            opt_state=state.opt_state | {"dense": dense},
+            table_slots=slots,
+            frequency=frequency,
+            negatives=negatives,
+        ),
+        metrics,
+    )
 
 
-def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) -> Any:
-    """The value and gradients of `loss_of` at params and rows, of the whole batch or summed over
-    its parts, one after another.
+def flatten_sequences(batch: Batch) -> Batch:
+    """Returns a batch of packed sequences with a row for each position, [B S, ...] of [B, S, ...];
+    another batch as it is.
 
-    The parts of a sum are summed: what `loss_of` divides by must be of the whole batch.
+    User features stay as they are, since the user tower reads whole sequences, and so does
+    "query_slot", the position that each target is predicted from.
+    """
+    if batch["user"].ndim == 1:
+        return batch
+    kept = ("user_features", "query_slot")
+
+    def flatten(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    return {
+        name: values if name in kept else jax.tree.map(flatten, values)
+        for name, values in batch.items()
+    }
+
+
+def row_numbers(batch: Batch, sampled: SampledItems, group: DeviceGroup) -> dict[str, jax.Array]:
+    """Returns a number for each row that is embedded, of each side: the same for a row whatever
+    device it is on, and different for different rows."""
+    rows = len(batch["user"])
+    users = len(next(iter(batch["user_features"].values())))
+    hard = sampled.hard.size
+    samples = rows * group.size
+    # The shared samples have the last numbers: how many of them fill up the devices must change
+    # nobody else's number.
+    shared = samples + hard * group.size
+    items = (
+        group.row_numbers(rows),
+        shared + group.row_numbers(len(sampled.shared)),
+        samples + group.row_numbers(hard),
+    )
+    return {"user": group.row_numbers(users), "item": jnp.concatenate(items)}
+
+
+def side_keys(key: jax.Array, rows_of: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns a random key for each row of each side.
+
+    Args:
+        key: Random key of one purpose.
+        rows_of: Numbers of the rows of each side; see `row_numbers`.
+    """
+    return {
+        side: row_keys(jax.random.fold_in(key, i), rows_of[side]) for i, side in enumerate(SIDES)
+    }
+
+
+def with_samples(
+    batch: Batch, sampled: SampledItems, constants: Mapping[str, Any], inputs: Mapping[str, Input]
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns the encoded features of both sides, those of the sampled items after the batch's
+    own.
+
+    Args:
+        batch: This device's part of the batch.
+        sampled: Items sampled for the step.
+        constants: Arrays of the corpus, of which "item_features" are read.
+        inputs: Inputs of the item tower by feature.
+    """
+    features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
+    if len(sampled.ids):
+        extra = take_features(constants["item_features"], inputs, sampled.ids)
+        features["item"] = {
+            name: jnp.concatenate([own, extra[name]]) for name, own in features["item"].items()
+        }
+    return features
+
+
+def oov_dropout(
+    inputs: Mapping[str, Input], features: Mapping[str, jax.Array], keys: Key[Array, "B"]
+) -> dict[str, jax.Array]:
+    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are
+    trained.
+
+    Args:
+        inputs: Inputs of one tower by feature.
+        features: Encoded features of that side, [B, ...] each.
+        keys: Random keys, one a row.
+    """
+    numbers = {name: number for number, name in enumerate(inputs)}
+
+    def drop(name: str, ids: jax.Array) -> jax.Array:
+        rate = inputs[name].oov_rate
+        oov_rows = inputs[name].oov_rows
+        if not rate:
+            return ids
+
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, numbers[name]), rate, ids.shape[1:])
+
+        is_dropped = jax.vmap(draw)(keys)
+        # Known rows begin after padding (row 0) and the out-of-vocabulary rows; they are spread
+        # over the latter by the id.
+        return jnp.where(is_dropped & (ids > oov_rows), 1 + ids % oov_rows, ids)
+
+    return {
+        name: drop(name, values) if name in inputs and inputs[name].table else values
+        for name, values in features.items()
+    }
+
+
+def embed_sides(
+    model: TwoTower,
+    weights: Weights,
+    rows: Features,
+    features: Features,
+    keys: Mapping[str, jax.Array],
+    group: DeviceGroup,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Returns the vectors of both sides, and the new batch statistics of the towers that have
+    some.
+
+    Args:
+        model: Pair of towers.
+        weights: Weights of the towers, of which the tables are not read.
+        rows: Table rows of each side, by feature.
+        features: Encoded features of each side.
+        keys: Random keys of the rows of each side, for dropout.
+        group: Devices whose batches have statistics in common.
+    """
+    vectors = {}
+    statistics = {}
+    for side in SIDES:
+
+        def embed(part: Any, side: str = side) -> tuple[jax.Array, Mapping[str, Any]]:
+            rows, features, keys = part
+            return model.vectors(side, weights, rows, features, keys=keys, axis=group.axis)
+
+        parts = (rows[side], features[side], keys[side])
+        length = len(keys[side])
+        if length <= EMBED_BLOCK:
+            vectors[side], changed = embed(parts)
+            if changed:
+                statistics[side] = changed
+        else:
+            vectors[side] = _by_blocks(lambda part, embed=embed: embed(part)[0], parts, length)
+    return vectors, statistics
+
+
+def _by_blocks(function: Callable[[Any], jax.Array], tree: Any, length: int) -> jax.Array:
+    """Applies a function to arrays with `length` rows, one block of rows at a time; its inner
+    results are computed again for the gradient instead of being kept."""
+    blocks = -(-length // EMBED_BLOCK)
+
+    def divide(x: jax.Array) -> jax.Array:
+        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut
+        # off.
+        filled = jnp.concatenate([x, x[: blocks * EMBED_BLOCK - length]])
+        return filled.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
+
+    out = jax.lax.map(jax.checkpoint(function), jax.tree.map(divide, tree))
+    return out.reshape(-1, out.shape[-1])[:length]
+
+
+def select_user_vectors(vectors: jax.Array, batch: Batch) -> Float[Array, "B D"]:
+    """Returns a user vector for each row of a flattened batch.
+
+    Args:
+        vectors: Vectors of users [B, D], or of the positions of packed sequences [B, S, D].
+        batch: The batch, whose "query_slot" [B, S] is the position that each target is predicted
+            from, where that is not always its own.
+    """
+    if vectors.ndim == 2:
+        return vectors
+    if "query_slot" in batch:
+        vectors = jnp.take_along_axis(vectors, batch["query_slot"][..., None], axis=1)
+    return vectors.reshape(-1, vectors.shape[-1])
+
+
+def loss_and_gradients(
+    loss_of: LossFunction, params: Any, rows: Features, inputs: Inputs, *, parts: int
+) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
+    """Returns the value of a loss and its gradients by parameters and table rows, of the whole
+    batch or summed over its parts, one after the other.
+
+    Args:
+        loss_of: Loss to differentiate. The losses of the parts are summed, so what it divides by
+            must be of the whole batch.
+        params: Dense parameters.
+        rows: Table rows.
+        inputs: Other arrays with a row an example.
+        parts: Number of parts.
     """
     differentiate = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
     if parts == 1:
-        return differentiate(params, rows, local)
-    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (rows, local))
+        return differentiate(params, rows, inputs)
+    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (rows, inputs))
     (loss, (means, stats, items)), (grads, row_grads) = jax.lax.map(
         lambda part: differentiate(params, *part), divided
     )
@@ -121,196 +346,82 @@ def _gradients(loss_of: Any, params: Any, rows: Any, local: Any, *, parts: int) 
     return (loss, (means, stats, items)), (grads, row_grads)
 
 
-def flattened(batch: Batch) -> Batch:
-    """A batch of packed sequences with a row for each place, but for "user_features" and "query_slot";
-    another batch as it is."""
-    if batch["user"].ndim == 1:
-        return batch
-    kept = ("user_features", "query_slot")
-    return {
-        name: x if name in kept else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
-        for name, x in batch.items()
-    }
-
-
-def _places(batch: Batch, drawn: SampledItems, group: DeviceGroup) -> dict[str, jax.Array]:
-    """What tells the rows of each side apart whatever device they are on: the batch's first, then
-    the items drawn."""
-    rows, users = len(batch["user"]), len(next(iter(batch["user_features"].values())))
-    everyone, hard = rows * group.size, drawn.hard.size * group.size
-    # The shared ones last: how many of them are there to fill up the devices must move nobody
-    # else's place.
-    items = (
-        group.row_numbers(rows),
-        everyone + hard + group.row_numbers(len(drawn.shared)),
-        everyone + group.row_numbers(drawn.hard.size),
-    )
-    return {"user": group.row_numbers(users), "item": jnp.concatenate(items)}
-
-
-def _features(
-    trainer: Trainer,
-    batch: Batch,
-    drawn: SampledItems,
-    catalogue: Mapping[str, Any],
-    places: Mapping[str, jax.Array],
-    key: jax.Array,
-) -> dict[str, dict[str, jax.Array]]:
-    """The encoded features of both sides, the items drawn after the batch's own, with ids
-    dropped."""
-    features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
-    if len(drawn.ids):
-        extra = take_features(catalogue["item_features"], trainer.model.inputs["item"], drawn.ids)
-        features["item"] = {
-            name: jnp.concatenate([x, extra[name]]) for name, x in features["item"].items()
-        }
-    return {
-        side: oov_dropout(
-            trainer.model.inputs[side],
-            features[side],
-            row_keys(jax.random.fold_in(key, i), places[side]),
-        )
-        for i, side in enumerate(SIDES)
-    }
-
-
-def oov_dropout(
-    inputs: Mapping[str, Any], features: Mapping[str, jax.Array], keys: jax.Array
-) -> dict[str, jax.Array]:
-    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are
-    trained.
+def update_tables(
+    optimizers: Optimizers,
+    state: TrainState,
+    ids: Mapping[str, jax.Array],
+    grads: Mapping[str, jax.Array],
+    factor: Any,
+    group: DeviceGroup,
+) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
+    """Returns this device's rows of the tables and of their slots after the step, and the square
+    of the norm of these rows' gradient.
 
     Args:
-        keys: [B] random keys, one a row.
+        optimizers: Optimizers of the run.
+        state: State before the step.
+        ids: Ids of each table that all devices looked up; see `shared_ids`.
+        grads: Gradient of each of these ids; see `shared_gradients`.
+        factor: Factor of the schedule on the learning rate.
+        group: Devices that share the rows of the tables.
     """
-
-    def drop(name: str, ids: jax.Array) -> jax.Array:
-        i, place = inputs[name], list(inputs).index(name)
-        if not i.oov_rate:
-            return ids
-        chosen = jax.vmap(
-            lambda k: jax.random.bernoulli(jax.random.fold_in(k, place), i.oov_rate, ids.shape[1:])
-        )(keys)
-        # Known rows begin after padding and the out-of-vocabulary rows; spread over the latter by
-        # the id.
-        return jnp.where(chosen & (ids > i.oov_rows), 1 + ids % i.oov_rows, ids)
-
-    return {
-        name: drop(name, x) if name in inputs and inputs[name].table else x
-        for name, x in features.items()
-    }
-
-
-def _embed(
-    trainer: Trainer,
-    weights: Weights,
-    rows: Any,
-    features: Any,
-    keys: Mapping[str, jax.Array],
-    group: DeviceGroup,
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The vectors of both sides, and the new batch statistics of the towers that have some."""
-    vectors, stats = {}, {}
-    for side in SIDES:
-
-        def of(part: Any, side: str = side) -> tuple[jax.Array, Any]:
-            rows, features, keys = part
-            return trainer.model.vectors(side, weights, rows, features, keys=keys, axis=group.axis)
-
-        parts, length = (rows[side], features[side], keys[side]), len(keys[side])
-        if length <= EMBED_BLOCK:
-            vectors[side], new = of(parts)
-            stats |= {side: new} if new else {}
-        else:
-            vectors[side] = _by_blocks(lambda part, of=of: of(part)[0], parts, length)
-    return vectors, stats
-
-
-def _asked(vectors: jax.Array, batch: Batch) -> jax.Array:
-    """A user vector for each row of a flattened batch, [B S, D] of [B, S, D]."""
-    if vectors.ndim == 2:
-        return vectors
-    if "query_slot" in batch:
-        vectors = jnp.take_along_axis(vectors, batch["query_slot"][..., None], axis=1)
-    return vectors.reshape(-1, vectors.shape[-1])
-
-
-def _by_blocks(function: Any, tree: Any, length: int) -> jax.Array:
-    """`function` of arrays with `length` rows, a block at a time, its inner results made again for
-    the gradient."""
-    blocks = -(-length // EMBED_BLOCK)
-
-    def divided(x: jax.Array) -> jax.Array:
-        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut
-        # off.
-        filled = jnp.concatenate([x, x[: blocks * EMBED_BLOCK - length]])
-        return filled.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
-
-    out = jax.lax.map(jax.checkpoint(function), jax.tree.map(divided, tree))
-    return out.reshape(-1, out.shape[-1])[:length]
-
-
-def _update_tables(
-    trainer: Trainer,
-    state: TrainState,
-    asked: Mapping[str, jax.Array],
-    grads: Mapping[str, jax.Array],
-    group: DeviceGroup,
-) -> tuple[dict[str, Any], jax.Array]:
-    """{"tables", "table_slots"} after the step, of this device's rows, and the square of the norm
-    of their gradient."""
-    factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
-    rate = factor * trainer.config.training.tables.learning_rate
-    tables, slots, norm = {}, {}, jnp.float32(0)
+    rate = factor * optimizers.table_rate
+    tables = dict(state.tables)
+    slots = dict(state.table_slots)
+    norm = jnp.float32(0)
     for name, table in state.tables.items():
-        if name in asked:
-            table, slots[name], square = apply_gradients(
-                trainer.sparse,
-                table,
-                state.table_slots[name],
-                asked[name],
-                grads[name],
-                rate,
-                state.step,
-                first=group.index() * len(table),
-            )
-            norm += square
-        tables[name] = table
-    return {"tables": tables, "table_slots": state.table_slots | slots}, norm
+        if name not in ids:
+            continue
+        tables[name], slots[name], square = apply_gradients(
+            optimizers.tables,
+            table,
+            state.table_slots[name],
+            ids[name],
+            grads[name],
+            rate,
+            state.step,
+            first=group.index() * len(table),
+        )
+        norm += square
+    return tables, slots, norm
 
 
-def _apply(
-    trainer: Trainer, state: TrainState, grads: Any, tables: Mapping[str, Any], stats: Any
-) -> TrainState:
-    factor = trainer.schedule(state.step) * state.opt_state["plateau"].scale
-    updates, dense = trainer.dense.update(grads, state.opt_state["dense"], state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: factor * u, updates))
-    params["log_temperature"] = _temperature(trainer, state.params, params)
-    return state.replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=state.opt_state | {"dense": dense},
-        batch_stats=state.batch_stats | stats,
-        **tables,
-    )
+def update_dense(
+    optimizers: Optimizers, state: TrainState, grads: Any, factor: Any
+) -> tuple[dict[str, Any], Any]:
+    """Returns the dense parameters and their optimizer's state after the step.
+
+    Args:
+        optimizers: Optimizers of the run.
+        state: State before the step.
+        grads: Gradient of the parameters, summed over devices.
+        factor: Factor of the schedule on the learning rate.
+    """
+    updates, dense = optimizers.dense.update(grads, state.opt_state["dense"], state.params)
+    updates = jax.tree.map(lambda update: factor * update, updates)
+    params: Any = optax.apply_updates(state.params, updates)
+    return params, dense
 
 
-def _temperature(trainer: Trainer, old: Any, new: Any) -> jax.Array:
-    """Kept as it was when not learned; otherwise within bounds after, not inside, the gradient, so
-    that it never sticks."""
-    if not trainer.config.model.learn_temperature:
+def bounded_temperature(
+    model: TwoTower, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> jax.Array:
+    """Returns the log of the temperature after a step: as it was where it is not learned, else
+    within bounds.
+
+    It is bounded after the update, not inside the loss, whose gradient would be 0 past a bound: the
+    temperature would never come back.
+    """
+    if not model.config.learn_temperature:
         return old["log_temperature"]
-    low, high = (jnp.log(jnp.float32(t)) for t in TEMPERATURES)
+    low, high = (jnp.log(jnp.float32(bound)) for bound in TEMPERATURES)
     return jnp.clip(new["log_temperature"], low, high)
 
 
-# (side, feature) pairs that read one table, in a fixed order.
-Uses = dict[str, list[tuple[str, str]]]
-
-
-def table_uses(model: TwoTower) -> Uses:
-    """Table name -> the features that read it, of either tower."""
-    uses: Uses = {}
+def table_uses(model: TwoTower) -> dict[str, list[tuple[str, str]]]:
+    """Returns the features (side, name) that read each table, of either tower, in a fixed
+    order."""
+    uses: dict[str, list[tuple[str, str]]] = {}
     for side in SIDES:
         for name, i in model.inputs[side].items():
             if i.table:
@@ -319,53 +430,58 @@ def table_uses(model: TwoTower) -> Uses:
 
 
 def shared_ids(
-    model: TwoTower, features: Mapping[str, Any], group: DeviceGroup
-) -> dict[str, jax.Array]:
-    """Table name -> the ids that all devices ask of it, device after device, as `lookup_all` and
-    the update need them."""
-    return {
-        table: group.all_gather(
-            jnp.concatenate([features[side][name].ravel() for side, name in uses])
-        )
-        for table, uses in table_uses(model).items()
-    }
+    model: TwoTower, features: Features, group: DeviceGroup
+) -> dict[str, Int[Array, "M"]]:
+    """Returns the ids that all devices look up in each table, device after device, as `lookup_all`
+    and the update need them."""
+    ids = {}
+    for table, uses in table_uses(model).items():
+        own = jnp.concatenate([features[side][name].ravel() for side, name in uses])
+        ids[table] = group.all_gather(own)
+    return ids
 
 
 def lookup_all(
     model: TwoTower,
     tables: Mapping[str, jax.Array],
-    features: Mapping[str, Any],
-    asked: Mapping[str, jax.Array],
+    features: Features,
+    ids: Mapping[str, jax.Array],
     group: DeviceGroup,
 ) -> dict[str, dict[str, jax.Array]]:
-    """{"user": {feature: [..., E]}, "item": ...}: the rows of every feature that reads a table, one
-    lookup a table.
+    """Returns the table rows of every feature that reads a table, [..., E], by side and feature;
+    one lookup a table.
 
     Args:
-        asked: `shared_ids` of the same features.
+        model: Pair of towers.
+        tables: This device's rows of the tables.
+        features: Encoded features of both sides.
+        ids: Ids that all devices look up: `shared_ids` of the same features.
+        group: Devices that share the rows of the tables.
     """
     rows: dict[str, dict[str, jax.Array]] = {side: {} for side in SIDES}
     for table, uses in table_uses(model).items():
-        ids = [features[side][name] for side, name in uses]
-        flat = jnp.concatenate([x.ravel() for x in ids])
-        found = lookup_rows(tables[table], flat, asked[table], group)
-        ends = list(itertools.accumulate(x.size for x in ids))
-        for (side, name), x, part in zip(uses, ids, jnp.split(found, ends[:-1])):
-            rows[side][name] = part.reshape(*x.shape, found.shape[-1])
+        own = [features[side][name] for side, name in uses]
+        flat = jnp.concatenate([x.ravel() for x in own])
+        looked_up = lookup_rows(tables[table], flat, ids[table], group)
+        ends = list(itertools.accumulate(x.size for x in own))
+        for (side, name), x, part in zip(uses, own, jnp.split(looked_up, ends[:-1])):
+            rows[side][name] = part.reshape(*x.shape, looked_up.shape[-1])
     return rows
 
 
 def shared_gradients(
-    model: TwoTower, row_grads: Mapping[str, Any], group: DeviceGroup
-) -> dict[str, jax.Array]:
-    """Table name -> the gradient of each of its `shared_ids`."""
+    model: TwoTower, row_grads: Features, group: DeviceGroup
+) -> dict[str, Float[Array, "M E"]]:
+    """Returns the gradient of each of the `shared_ids` of each table.
 
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, x.shape[-1])
-
-    return {
-        table: group.all_gather(
-            jnp.concatenate([flat(row_grads[side][name]) for side, name in uses])
-        )
-        for table, uses in table_uses(model).items()
-    }
+    Args:
+        model: Pair of towers.
+        row_grads: Gradients of this device's table rows, by side and feature.
+        group: Devices that share the rows of the tables.
+    """
+    grads = {}
+    for table, uses in table_uses(model).items():
+        own = [row_grads[side][name] for side, name in uses]
+        own = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in own])
+        grads[table] = group.all_gather(own)
+    return grads

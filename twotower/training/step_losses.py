@@ -1,15 +1,19 @@
-"""The losses of a step as sums over this device's rows: retrieval or pointwise, and the heads."""
+"""Losses of a step as sums over this device's rows: the retrieval or pointwise loss, and the
+heads."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from twotower.config import ObjectiveConfig
 from twotower.core.mesh import DeviceGroup
+from twotower.features.base import SIDES
 from twotower.objectives import POINTWISE, streaming_loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import head_losses
@@ -22,73 +26,116 @@ from twotower.objectives.negatives import (
 )
 from twotower.pipeline.batches import Batch
 from twotower.towers.tower import DTYPES
-from twotower.training.candidates import SampledItems, gathered, log_expected_count
+from twotower.training.candidates import (
+    NegativeSampling,
+    SampledItems,
+    gather_candidates,
+    log_expected_count,
+)
 from twotower.training.state import Trainer, TrainState
 
+# Side -> vectors. "user": one of each row of the batch, [B, D]. "item": those of the rows, then the
+# shared samples, then the hard negatives row by row.
 Vectors = Mapping[str, jax.Array]
 
 
+class Comparison(NamedTuple):
+    """Queries and all that they are compared with.
+
+    Attributes:
+        queries: Vectors of the queries.
+        query_ids: Identity of each query; other positives of the same query are no negatives.
+        positives: Answers of the queries.
+        vectors: Vectors of the candidates that all queries share.
+        candidates: Ids and log expected counts of these candidates.
+        hard: Hard negatives of each query, if there are any.
+    """
+
+    queries: Float[Array, "B D"]
+    query_ids: Int[Array, "B"]
+    positives: Positives
+    vectors: Float[Array, "C D"]
+    candidates: Candidates
+    hard: HardNegatives | None = None
+
+
 def task_weights(objective: ObjectiveConfig) -> dict[str, float]:
-    """Name -> weight of its mean in the loss: "retrieval", unless the heads are trained alone, and
-    the heads."""
-    main = {"retrieval": objective.weight} if objective.weight else {}
-    return main | {name: head.weight for name, head in objective.heads.items()}
+    """Returns the weight of each task's mean in the loss: of "retrieval", unless the heads are
+    trained alone, and of the heads by name."""
+    weights = {name: head.weight for name, head in objective.heads.items()}
+    return {"retrieval": objective.weight} | weights if objective.weight else weights
 
 
 def weight_sums(objective: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array]:
-    """Name -> sum of the weights of the rows that count for it."""
-    main = {"retrieval": _row_weights(objective, batch).sum()} if objective.weight else {}
-    labelled = {
-        n: jnp.where(jnp.isnan(batch["labels"][h.label]), 0, batch["weight"])
-        for n, h in objective.heads.items()
-    }
-    return main | {name: weights.sum() for name, weights in labelled.items()}
+    """Returns the sum of the weights of this device's rows that count for each task."""
+    sums = {}
+    if objective.weight:
+        sums["retrieval"] = _row_weights(objective, batch).sum()
+    for name, head in objective.heads.items():
+        is_missing = jnp.isnan(batch["labels"][head.label])
+        sums[name] = jnp.where(is_missing, 0, batch["weight"]).sum()
+    return sums
 
 
-def losses_of(
+def loss_sums(
     trainer: Trainer,
-    params: Any,
+    params: Mapping[str, Any],
     vectors: Vectors,
     batch: Batch,
-    drawn: SampledItems,
+    sampled: SampledItems,
     state: TrainState,
-    catalogue: Mapping[str, Any],
+    constants: Mapping[str, Any],
     group: DeviceGroup,
 ) -> dict[str, jax.Array]:
-    """Name -> sum of weight x loss over this device's rows.
+    """Returns the sum of weight x loss over this device's rows of each task.
 
     Args:
-        vectors: "user" [b, D], and "item": the batch's items [b, D], then the items drawn.
+        trainer: Model, loss and sampling.
+        params: Dense parameters, which the gradient is taken of.
+        vectors: Vectors of both sides.
+        batch: This device's part of the batch.
+        sampled: Items sampled for the step.
+        state: State before the step: frequencies and the queue.
+        constants: Arrays of the corpus, of which the popularity table is read.
+        group: Devices of the step.
     """
-    objective, rows = trainer.config.objective, len(batch["user"])
+    objective = trainer.config.objective
+    rows = len(batch["user"])
     sums = {}
     if objective.weight and objective.loss in POINTWISE:
-        sums["retrieval"] = _pointwise(
-            trainer, params, vectors["user"], vectors["item"][:rows], batch
-        )
+        scores = jnp.sum(vectors["user"] * vectors["item"][:rows], -1)
+        scores = scores / trainer.model.temperature(params) + params["bias"]
+        sums["retrieval"] = _pointwise_sum(objective, trainer.loss, scores, batch)
     elif objective.weight:
-        sums["retrieval"] = _items(trainer, params, vectors, batch, drawn, state, catalogue, group)
-        if objective.symmetric:
-            users = _users(trainer, params, vectors, batch, state, group)
-            sums["retrieval"] = (sums["retrieval"] + users) / 2
-    if objective.heads:
-        found = head_losses(
-            objective.heads,
-            params["heads"],
-            vectors["user"],
-            vectors["item"][:rows],
-            batch["labels"],
+        sampling = trainer.sampling
+        compare_widths = functools.partial(_mean_over_widths, trainer, params, batch)
+        popularity = constants.get("popularity")
+        comparison = _users_with_items(
+            objective, sampling, vectors, batch, sampled, state, popularity, group
         )
-        sums |= {
-            name: jnp.sum(jnp.where(where, losses * batch["weight"], 0))
-            for name, (losses, where) in found.items()
-        }
+        sums["retrieval"] = compare_widths(comparison, corpus=trainer.corpus.items)
+        if objective.symmetric:
+            comparison = _items_with_users(
+                objective, sampling, vectors, batch, state.frequency["user"], group
+            )
+            other = compare_widths(comparison, corpus=trainer.corpus.users)
+            sums["retrieval"] = (sums["retrieval"] + other) / 2
+    if objective.heads:
+        items = vectors["item"][:rows]
+        losses_by_head = head_losses(
+            objective.heads, params["heads"], vectors["user"], items, batch["labels"]
+        )
+        for name, (losses, where) in losses_by_head.items():
+            sums[name] = jnp.sum(jnp.where(where, losses * batch["weight"], 0))
     return sums
 
 
 def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
-    """A row with label 0 is no positive of a retrieval loss; a row without a label counts for
-    neither kind."""
+    """Returns the weight of each row in the main loss.
+
+    A row with label 0 is no positive of a retrieval loss; a row without a label counts for neither
+    kind of loss.
+    """
     if not objective.label:
         return batch["weight"]
     label = batch["labels"][objective.label]
@@ -96,195 +143,189 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     return jnp.where(counts, batch["weight"], 0)
 
 
-def _owners(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
-    """Whose positive each row's answer is; nobody's where the label says that it is none."""
+def _positive_of(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
+    """Returns the query that each row's answer is a positive of; -1 where the label says that it
+    is a positive of none."""
     if not objective.label:
         return batch[side]
     return jnp.where(batch["labels"][objective.label] == 1, batch[side], -1)
 
 
-def _pointwise(
-    trainer: Trainer, params: Any, users: jax.Array, items: jax.Array, batch: Batch
+def _pointwise_sum(
+    objective: ObjectiveConfig, loss: Any, scores: jax.Array, batch: Batch
 ) -> jax.Array:
-    objective = trainer.config.objective
-    scores = jnp.sum(users * items, -1) / trainer.model.temperature(params) + params["bias"]
     labels = batch["labels"][objective.label]
-    losses = trainer.loss(
-        scores, jnp.where(jnp.isnan(labels), 0, labels), pos_weight=objective.pos_weight
-    )
+    labels = jnp.where(jnp.isnan(labels), 0, labels)
+    losses = loss(scores, labels, pos_weight=objective.pos_weight)
     return jnp.sum(losses * _row_weights(objective, batch))
 
 
-def _items(
-    trainer: Trainer,
-    params: Any,
+def _users_with_items(
+    objective: ObjectiveConfig,
+    sampling: NegativeSampling,
     vectors: Vectors,
     batch: Batch,
-    drawn: SampledItems,
+    sampled: SampledItems,
     state: TrainState,
-    catalogue: Mapping[str, Any],
+    popularity: Any,
     group: DeviceGroup,
-) -> jax.Array:
-    """The users' items among the candidates of all sources."""
-    sources, rows, shared = trainer.sampling, len(batch["user"]), len(drawn.shared)
-    own, others, hard = jnp.split(vectors["item"], [rows, rows + shared])
-    parts = [(others, drawn.shared, jnp.full(shared, -1, jnp.int32))]
-    if sources.config.in_batch and not sources.config.catalogue:
-        parts.insert(0, (own, batch["item"], _owners(trainer.config.objective, batch, "user")))
-    items, ids, owners = gathered(*map(list, zip(*parts)), group)
+) -> Comparison:
+    """Compares the batch's users with the candidates of all sources."""
+    rows = len(batch["user"])
+    shared = len(sampled.shared)
+    own, samples, hard_vectors = jnp.split(vectors["item"], [rows, rows + shared])
+    parts = [samples]
+    part_ids = [sampled.shared]
+    part_query_ids = [jnp.full(shared, -1, jnp.int32)]
+    if sampling.config.in_batch and not sampling.config.catalogue:
+        parts = [own, *parts]
+        part_ids = [batch["item"], *part_ids]
+        part_query_ids = [_positive_of(objective, batch, "user"), *part_query_ids]
+    items, ids, query_ids = gather_candidates(parts, part_ids, part_query_ids, group)
     queued = 0
-    if sources.config.queue:
-        past, known, used = queue_candidates(
+    if sampling.config.queue:
+        past, (past_ids, past_query_ids), queued = queue_candidates(
             state.negatives["queue"],
             state.step,
-            warmup=sources.config.queue_warmup,
-            age=sources.config.queue_age,
+            warmup=sampling.config.queue_warmup,
+            age=sampling.config.queue_age,
         )
-        items, ids, owners = (
-            jnp.concatenate(pair) for pair in zip((items, ids, owners), (past, *known))
-        )
-        queued = used
+        items = jnp.concatenate([items, past])
+        ids = jnp.concatenate([ids, past_ids])
+        query_ids = jnp.concatenate([query_ids, past_query_ids])
 
-    def log_count(ids: jax.Array, own: jax.Array | None = None) -> jax.Array:
-        return log_expected_count(
-            sources, state.frequency["item"], catalogue.get("popularity"), queued, ids, own
+    log_count = functools.partial(
+        log_expected_count, sampling, state.frequency["item"], popularity, queued
+    )
+    hard = None
+    if sampling.hard:
+        hard = HardNegatives(
+            hard_vectors.reshape(rows, sampling.hard, -1),
+            sampled.hard,
+            log_count(sampled.hard, sampled.hard_log_count),
         )
-
-    further = None
-    if sources.hard:
-        counts = log_count(drawn.hard, drawn.hard_log_count)
-        further = HardNegatives(hard.reshape(rows, sources.hard, -1), drawn.hard, counts)
-    positives = Positives(own, batch["item"], log_count(batch["item"]))
-    known = Candidates(ids, owners, log_count(ids))
-    return _streamed(
-        trainer,
-        params,
-        vectors["user"],
-        positives,
-        items,
-        known,
-        batch,
-        batch["user"],
-        further,
-        trainer.corpus.items,
+    return Comparison(
+        queries=vectors["user"],
+        query_ids=batch["user"],
+        positives=Positives(own, batch["item"], log_count(batch["item"])),
+        vectors=items,
+        candidates=Candidates(ids, query_ids, log_count(ids)),
+        hard=hard,
     )
 
 
-def _users(
-    trainer: Trainer,
-    params: Any,
+def _items_with_users(
+    objective: ObjectiveConfig,
+    sampling: NegativeSampling,
     vectors: Vectors,
     batch: Batch,
-    state: TrainState,
+    frequency: Any,
     group: DeviceGroup,
-) -> jax.Array:
-    """The items' users among the batch's."""
-    own = vectors["item"][: len(batch["user"])]
-    users, ids, owners = gathered(
-        [vectors["user"]],
-        [batch["user"]],
-        [_owners(trainer.config.objective, batch, "item")],
-        group,
+) -> Comparison:
+    """Compares the batch's items with its users."""
+    rows = len(batch["user"])
+    users, ids, query_ids = gather_candidates(
+        [vectors["user"]], [batch["user"]], [_positive_of(objective, batch, "item")], group
     )
 
     def log_count(ids: jax.Array) -> jax.Array:
-        if not trainer.sampling.corrected:
+        if not sampling.corrected:
             return jnp.zeros(ids.shape)
-        estimator = FREQUENCIES[trainer.sampling.config.frequency]
-        return estimator.log_expected_count(
-            state.frequency["user"], ids, trainer.sampling.batch_size
-        )
+        estimator = FREQUENCIES[sampling.config.frequency]
+        return estimator.log_expected_count(frequency, ids, sampling.batch_size)
 
-    positives = Positives(vectors["user"], batch["user"], log_count(batch["user"]))
-    known = Candidates(ids, owners, log_count(ids))
-    return _streamed(
-        trainer,
-        params,
-        own,
-        positives,
-        users,
-        known,
-        batch,
-        batch["item"],
-        None,
-        trainer.corpus.users,
+    return Comparison(
+        queries=vectors["item"][:rows],
+        query_ids=batch["item"],
+        positives=Positives(vectors["user"], batch["user"], log_count(batch["user"])),
+        vectors=users,
+        candidates=Candidates(ids, query_ids, log_count(ids)),
     )
 
 
-def _streamed(
+def _mean_over_widths(
     trainer: Trainer,
-    params: Any,
-    queries: jax.Array,
-    positives: Positives,
-    candidates: jax.Array,
-    known: Candidates,
+    params: Mapping[str, Any],
     batch: Batch,
-    owners: jax.Array,
-    hard: HardNegatives | None,
+    comparison: Comparison,
+    *,
     corpus: int,
 ) -> jax.Array:
-    """The mean over all widths that vectors are compared at.
+    """Returns the sum of weight x loss of a comparison, the mean over all widths that vectors are
+    compared at.
 
     Args:
-        corpus: how many things there are that candidates may be.
+        trainer: Model and loss.
+        params: Dense parameters.
+        batch: This device's part of the batch.
+        comparison: Queries and candidates.
+        corpus: Number of things that a candidate may be.
     """
-    objective, loss = trainer.config.objective, trainer.loss
-    options = {
-        "loss": loss,
-        "weights": _row_weights(objective, batch),
-        "scale": 1 / trainer.model.temperature(params),
-        "bias": params.get("bias"),
-        "owners": owners,
-        "margin": objective.margin,
-        "positive_temperature": objective.positive_temperature,
-        "mask_same_user": objective.mask_same_user,
-        "constants": loss.constants(objective, corpus),
-        "block": objective.block,
-        "dtype": DTYPES[trainer.config.model.dtype],
-    }
-
-    def of_width(width: int) -> jax.Array:
-        def cut(vectors: jax.Array) -> jax.Array:
-            return trainer.model.shorten(vectors, width)
-
-        own, further = (
-            positives._replace(vectors=cut(positives.vectors)),
-            hard and hard._replace(vectors=cut(hard.vectors)),
-        )
-        return streaming_loss(cut(queries), own, cut(candidates), known, hard=further, **options)
-
-    whole = streaming_loss(queries, positives, candidates, known, hard=hard, **options)
-    return (whole + sum(map(of_width, objective.matryoshka))) / (1 + len(objective.matryoshka))
-
-
-def update_frequency(
-    trainer: Trainer, state: TrainState, batch: Batch, items: jax.Array, group: DeviceGroup
-) -> TrainState:
-    """The state with what this step's batch teaches the estimators of frequency, and its item
-    vectors in the queue.
-
-    After the loss: a step must not see itself.
-    """
-    config = trainer.sampling.config
-    estimator = FREQUENCIES[config.frequency]
-    ids = (
-        {side: group.all_gather(batch[side]) for side in ("user", "item")}
-        if estimator.learns or config.queue
-        else {}
+    objective = trainer.config.objective
+    compare = functools.partial(
+        streaming_loss,
+        loss=trainer.loss,
+        weights=_row_weights(objective, batch),
+        scale=1 / trainer.model.temperature(params),
+        bias=params.get("bias"),
+        owners=comparison.query_ids,
+        margin=objective.margin,
+        positive_temperature=objective.positive_temperature,
+        mask_same_user=objective.mask_same_user,
+        constants=trainer.loss.constants(objective, corpus),
+        block=objective.block,
+        dtype=DTYPES[trainer.config.model.dtype],
     )
+    queries, _, positives, vectors, candidates, hard = comparison
+    whole = compare(queries, positives, vectors, candidates, hard=hard)
+    # Matryoshka: the first numbers of all vectors are compared as well as the whole.
+    shorter = []
+    for width in objective.matryoshka:
+        cut = functools.partial(trainer.model.shorten, width=width)
+        cut_positives = positives._replace(vectors=cut(positives.vectors))
+        cut_hard = None if hard is None else hard._replace(vectors=cut(hard.vectors))
+        loss = compare(cut(queries), cut_positives, cut(vectors), candidates, hard=cut_hard)
+        shorter.append(loss)
+    return (whole + sum(shorter)) / (1 + len(shorter))
+
+
+def update_sampling_state(
+    objective: ObjectiveConfig,
+    sampling: NegativeSampling,
+    state: TrainState,
+    batch: Batch,
+    items: jax.Array,
+    group: DeviceGroup,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns `frequency` and `negatives` of the next state: the estimators of frequency after the
+    batch, and its items in the queue.
+
+    A step reads both before it updates them: it must not see itself.
+
+    Args:
+        objective: Options, of which the label decides whose positive an item is.
+        sampling: Sources of negatives.
+        state: State before the step.
+        batch: This device's part of the batch.
+        items: Vectors of the step's items, those of the batch first.
+        group: Devices of the step.
+    """
     frequency = state.frequency
+    kept = state.negatives
+    estimator = FREQUENCIES[sampling.config.frequency]
+    if not (estimator.learns or sampling.config.queue):
+        return frequency, kept
+    ids = {side: group.all_gather(batch[side]) for side in SIDES}
     if estimator.learns:
         frequency = {
-            side: estimator.update(x, ids[side], state.step) for side, x in frequency.items()
+            side: estimator.update(estimates, ids[side], state.step)
+            for side, estimates in frequency.items()
         }
-    kept = state.negatives
-    if config.queue:
+    if sampling.config.queue:
         vectors = group.all_gather(jax.lax.stop_gradient(items[: len(batch["item"])]))
-        labelled = trainer.config.objective.label
-        owners = (
-            group.all_gather(_owners(trainer.config.objective, batch, "user"))
-            if labelled
-            else ids["user"]
-        )
-        kept = kept | {"queue": push(kept["queue"], vectors, ids["item"], owners, state.step)}
-    return state.replace(frequency=frequency, negatives=kept)
+        query_ids = ids["user"]
+        if objective.label:
+            query_ids = group.all_gather(_positive_of(objective, batch, "user"))
+        queue = push(kept["queue"], vectors, ids["item"], query_ids, state.step)
+        kept = kept | {"queue": queue}
+    return frequency, kept
