@@ -81,8 +81,9 @@ class ScannIndex:
 
         Args:
             vectors: float [N, D], finite.
-            kind: scann_brute_force, scann_tree or scann_tree_ah (a tree of codes). Few vectors get brute force, and a tree
-                that does not reach the target gives way to the next kind of `FALLBACK`.
+            kind: scann_brute_force, scann_tree or scann_tree_ah (a tree of codes). Few vectors get
+                brute force, and a tree that does not reach the target gives way to the next kind of
+                `FALLBACK`.
             queries: float [Q, D], user vectors to tune on.
             target_recall: Share of the exact lists to find.
             k: Length of the lists that are asked for most.
