@@ -1,8 +1,7 @@
 r"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
-    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 \
-        --baselines [--split=validation] [--dim=32]
-        [--devices=N]
+    python -m experiments.evaluate --workdir=runs/quickstart --k=10,50,100 --baselines \
+        [--split=validation] [--dim=32] [--devices=N]
 
 Each device scores and ranks its own part of the items. Prints a table and writes
 WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
@@ -16,17 +15,14 @@ from absl import flags
 
 from experiments import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best, latest or a step.")
-_K = flags.DEFINE_list("k", None, "Lengths of the lists; by default those of the configuration.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Weights: best, latest or a step.")
+_K = flags.DEFINE_list("k", [], "Lengths of the lists; by default those of the configuration.")
 _BASELINES = flags.DEFINE_bool(
     "baselines", False, "Measure random, popularity and the like beside the model."
 )
 _QUERIES = flags.DEFINE_integer(
-    "queries",
-    0,
-    "Ask at most this many, evenly spaced, where all would take too long.",
-    lower_bound=0,
+    "queries", 0, "Ask at most this many, evenly spaced, where all take too long.", lower_bound=0
 )
 _WEIGHTS = flags.DEFINE_list(
     "popularity_weights",
@@ -34,10 +30,7 @@ _WEIGHTS = flags.DEFINE_list(
     "Measure lists with popularity weighed too: --popularity_weights=0,.05.",
 )
 _DIM = flags.DEFINE_integer(
-    "dim",
-    None,
-    "Width that vectors are cut to, in the place of config.retrieval.dim's.",
-    lower_bound=1,
+    "dim", None, "Width to cut vectors to, in the place of config.retrieval.dim.", lower_bound=1
 )
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to measure on; 0: all.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
@@ -50,7 +43,7 @@ def main() -> None:
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     if _DIM.value:
         run = api.with_index_options(run, dim=_DIM.value)
-    ks = parse_ks(_K.value, run.config.evaluation.ks)
+    ks = parse_ks(_K.value) or run.config.evaluation.ks
     measured = api.evaluate(
         run,
         ks=ks,
@@ -64,32 +57,32 @@ def main() -> None:
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
 
 
-def parse_ks(given: list[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
-    """List lengths in rising order."""
+def parse_ks(texts: list[str]) -> tuple[int, ...]:
+    """Returns list lengths in rising order."""
     from twotower.core.errors import ConfigError
 
-    bad = [k for k in given or () if not k.strip().isdigit() or int(k) < 1]
-    if bad:
-        raise ConfigError(
-            f"--k={','.join(given)}: {bad[0]!r} is not a list length. Give numbers, such as --k=10,50."
-        )
-    return tuple(sorted({int(k) for k in given})) if given else default
+    for text in texts:
+        if not text.strip().isdigit() or int(text) < 1:
+            raise ConfigError(
+                f"--k={','.join(texts)}: {text!r} is not a list length. "
+                "Give numbers, such as --k=10,50."
+            )
+    return tuple(sorted({int(text) for text in texts}))
 
 
-def parse_weights(given: list[str]) -> tuple[float, ...]:
-    """Weights of popularity."""
+def parse_weights(texts: list[str]) -> tuple[float, ...]:
+    """Returns weights of popularity, in the order given."""
     from twotower.core.errors import ConfigError
 
+    flag = f"--popularity_weights={','.join(texts)}"
     try:
-        weights = tuple(float(weight) for weight in given)
+        weights = tuple(float(text) for text in texts)
     except ValueError as error:
-        raise ConfigError(
-            f"--popularity_weights={','.join(given)}: {error}. Give numbers, such as 0,.02,.05."
-        ) from None
+        raise ConfigError(f"{flag}: {error}. Give numbers, such as 0,.02,.05.") from None
     if not all(map(math.isfinite, weights)):
-        raise ConfigError(f"--popularity_weights={','.join(given)} must be finite.")
+        raise ConfigError(f"{flag} must be finite.")
     return weights
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["workdir"])
+    launch.run(main)

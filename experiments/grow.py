@@ -1,8 +1,8 @@
 r"""Takes a trained run over to data with new users, items and values; training then goes on.
 
     python -m experiments.grow --source=runs/mine --config=experiments/configs/my_log.py \
-        --workdir=runs/mine_2 \\
-        --config.training.steps=4000 [--new_rows=oov|mean|content]
+        --workdir=runs/mine_2 --config.training.steps=4000 [--new_rows=oov|mean|content]
+
     python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2 \
         --config.training.steps=4000
 
@@ -22,8 +22,9 @@ from experiments import launch
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, on the grown data and with more steps."
 )
-_SOURCE = flags.DEFINE_string("source", None, "The folder of the run to go on from.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the new run.")
+flags.mark_flag_as_required("config")
+_SOURCE = flags.DEFINE_string("source", None, "The run to go on from.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the new run.", required=True)
 _NEW_ROWS = flags.DEFINE_string("new_rows", "oov", "What new rows begin as: oov, mean or content.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
 
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["config", "source", "workdir"])
+    launch.run(main)

@@ -1,7 +1,7 @@
-"""Publishes the vectors of a run's bundle in Redis, where several processes read them.
+r"""Publishes the vectors of a run's bundle in Redis, where several processes read them.
 
-python -m experiments.publish --workdir=runs/quickstart --redis=redis://localhost:6379/0
-[--name=shop] [--ttl=86400]
+    python -m experiments.publish --workdir=runs/quickstart --redis=redis://localhost:6379/0 \
+        [--name=shop] [--ttl=86400]
 
 Readers find the vectors that were current before until all of the new ones are there. See
 `twotower.integrations.redis_store`.
@@ -9,33 +9,28 @@ Readers find the vectors that were current before until all of the new ones are 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-_REDIS = flags.DEFINE_string("redis", None, "redis://HOST:PORT/DATABASE.")
-_NAME = flags.DEFINE_string("name", "twotower", "What the keys begin with.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+_REDIS = flags.DEFINE_string("redis", None, "redis://HOST:PORT/DATABASE.", required=True)
+_NAME = flags.DEFINE_string("name", "twotower", "Name that the keys begin with.")
 _TTL = flags.DEFINE_integer("ttl", 86_400, "Seconds that the vectors live.", lower_bound=1)
 
 
 def main() -> None:
+    from twotower import api
     from twotower.integrations.embedding_history import blocks_of
     from twotower.integrations.redis_store import RedisStore, bundle_version
-    from twotower.retrieval.retriever import Retriever
-    from twotower.training.run import load_config
 
-    load_config(Path(_WORKDIR.value))  # says what to do where the folder is no run
     store = RedisStore(_REDIS.value, name=_NAME.value)
-    retriever = Retriever.load(Path(_WORKDIR.value) / "bundle")
+    retriever = api.load_exported(_WORKDIR.value)
     version = bundle_version(retriever)
     counts = store.publish(version, blocks_of(retriever), ttl=_TTL.value)
-    print(
-        f"{_NAME.value}:{version}: {counts['user']:,} user and {counts['item']:,} item vectors, for {_TTL.value:,} seconds."
-    )
+    vectors = f"{counts['user']:,} user and {counts['item']:,} item vectors"
+    print(f"{_NAME.value}:{version}: {vectors}, for {_TTL.value:,} seconds.")
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["workdir", "redis"])
+    launch.run(main)

@@ -1,12 +1,12 @@
-r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score, in parts
-under WORKDIR/recommendations.
+r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score.
 
-    python -m experiments.recommend_all --workdir=runs/quickstart \
-        --k=100 [--approximate] [--devices=N] [--task=T --tasks=N]
+    python -m experiments.recommend_all --workdir=runs/quickstart --k=100 [--approximate] \
+        [--devices=N] [--task=T --tasks=N]
 
-The search is exact, over the items divided over the devices, unless --approximate asks the bundle's
-index, or TPUs are told what share of the best will do: --recall_target=.95. Killed at any moment,
-the same command goes on. Several processes share the work: give each its --task.
+The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
+over the devices, unless --approximate asks the bundle's index, or TPUs are told what share of the
+best will do: --recall_target=.95. Killed at any moment, the same command goes on. Several processes
+share the work: give each its --task.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from absl import flags
 
 from experiments import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-_OUT = flags.DEFINE_string("out", None, "Where to write; by default WORKDIR/recommendations.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; by default WORKDIR/recommendations.")
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
 _APPROXIMATE = flags.DEFINE_bool(
     "approximate", False, "Ask the bundle's index instead of comparing all items."
 )
-_TARGET = flags.DEFINE_float(
-    "recall_target", 1.0, "TPUs alone: the share of the best items that lists must hold.", 0.01, 1.0
+_RECALL_TARGET = flags.DEFINE_float(
+    "recall_target",
+    1.0,
+    "TPUs alone: the share of the best items that lists must hold.",
+    lower_bound=0.01,
+    upper_bound=1.0,
 )
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to search on; 0: all.", lower_bound=0)
-_TASK = flags.DEFINE_integer(
-    "task", 0, "Which of several processes this is, from 0 on.", lower_bound=0
-)
-_TASKS = flags.DEFINE_integer("tasks", 1, "How many processes share the work.", lower_bound=1)
+_TASK = flags.DEFINE_integer("task", 0, "Number of this process, from 0 on.", lower_bound=0)
+_TASKS = flags.DEFINE_integer("tasks", 1, "Processes that share the work.", lower_bound=1)
 
 
 def main() -> None:
@@ -48,11 +50,11 @@ def main() -> None:
         exclude_seen=_EXCLUDE_SEEN.value,
         approximate=_APPROXIMATE.value,
         devices=_DEVICES.value,
-        recall_target=_TARGET.value,
+        recall_target=_RECALL_TARGET.value,
         tasks=Tasks(_TASK.value, _TASKS.value),
     )
     print(f"{out}: lists of {_K.value}.")
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["workdir"])
+    launch.run(main)

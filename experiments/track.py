@@ -1,7 +1,7 @@
-"""Logs a run to MLflow: configuration, metrics, evaluations, files.
+r"""Logs a run to MLflow: configuration, metrics, evaluations, files.
 
-python -m experiments.track --workdir=runs/quickstart --uri=sqlite:///mlflow.db --experiment=shop
-[--bundle]
+    python -m experiments.track --workdir=runs/quickstart --uri=sqlite:///mlflow.db \
+        --experiment=shop [--bundle]
 
 It may be given at any time, also while the run trains, and again: what is there is not logged
 twice. The runs are looked at with MLflow's own server: pip install mlflow, mlflow ui
@@ -14,9 +14,9 @@ from absl import flags
 
 from experiments import launch
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 _URI = flags.DEFINE_string(
-    "uri", "sqlite:///mlflow.db", "Of the store: sqlite:///FILE or http://HOST:PORT."
+    "uri", "sqlite:///mlflow.db", "The store: sqlite:///FILE or http://HOST:PORT."
 )
 _EXPERIMENT = flags.DEFINE_string("experiment", "twotower", "Name of the experiment in MLflow.")
 _ARTIFACTS = flags.DEFINE_string(
@@ -28,15 +28,15 @@ _BUNDLE = flags.DEFINE_bool("bundle", False, "Log the bundle too.")
 def main() -> None:
     from twotower.integrations.tracking import track
 
-    given = {
-        "uri": _URI.value,
-        "experiment": _EXPERIMENT.value,
-        "artifacts": _ARTIFACTS.value,
-        "bundle": _BUNDLE.value,
-    }
-    run_id = track(_WORKDIR.value, **given)
+    run_id = track(
+        _WORKDIR.value,
+        uri=_URI.value,
+        experiment=_EXPERIMENT.value,
+        artifacts=_ARTIFACTS.value,
+        bundle=_BUNDLE.value,
+    )
     print(f"{_WORKDIR.value}: run {run_id} of the experiment {_EXPERIMENT.value!r}.")
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["workdir"])
+    launch.run(main)

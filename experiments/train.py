@@ -18,19 +18,20 @@ from experiments import launch
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a Python file with get_config()."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+flags.mark_flag_as_required("config")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to train on; 0: all.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of several processes, as the cluster says."
+    "distributed", False, "Train in several processes, which the cluster numbers."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0, where no cluster says who is who."
+    "coordinator", "", "HOST:PORT of process 0, where no cluster numbers them."
 )
 _PROCESSES = flags.DEFINE_integer(
-    "processes", 0, "How many processes there are, with --coordinator.", lower_bound=0
+    "processes", 0, "Number of processes, with --coordinator.", lower_bound=0
 )
 _PROCESS = flags.DEFINE_integer(
-    "process", -1, "Which of them this is, from 0 on, with --coordinator."
+    "process", -1, "Number of this process, from 0 on, with --coordinator."
 )
 
 
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main, required=["config", "workdir"])
+    launch.run(main)

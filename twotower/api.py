@@ -151,6 +151,61 @@ def metrics_path(workdir: Path, split: str) -> Path:
     return workdir / "evaluation" / name
 
 
+def repeat(
+    config: Config,
+    workdir: Path | str,
+    *,
+    seeds: int = 3,
+    split: str = "test",
+    baselines: bool = False,
+) -> list[report.Measured]:
+    """Trains and measures a configuration with one seed after another.
+
+    The run of a seed is `workdir / "seed-N"`. A training that was stopped goes on, and one that had
+    ended is only measured. The figures are also written to `repeat_path(workdir, split)`.
+
+    Args:
+        config: The experiment; its own seed is not used.
+        workdir: The folder of the runs.
+        seeds: Number of trainings, with `training.seed` = 0, 1, ...
+        split: The rows to find: "test" or "validation".
+        baselines: Whether popularity and the like are measured, with the first seed alone.
+
+    Returns:
+        The figures of each seed, as `twotower.evaluation.report.measure_run` gives them.
+    """
+    measured = []
+    for seed in range(seeds):
+        training = dataclasses.replace(config.training, seed=seed)
+        seeded = dataclasses.replace(config, training=training)
+        run = train(seeded, Path(workdir) / f"seed-{seed}")
+        measured.append(
+            report.measure_run(
+                run, ks=config.evaluation.ks, split=split, baselines=baselines and seed == 0
+            )
+        )
+    by_seed = {f"seed-{seed}": figures for seed, figures in enumerate(measured)}
+    report.write_metrics(by_seed, repeat_path(workdir, split))
+    return measured
+
+
+def repeat_path(workdir: Path | str, split: str) -> Path:
+    """Returns the file that `repeat` writes the figures of a split to."""
+    name = "repeat.json" if split == "test" else f"repeat_{split}.json"
+    return Path(workdir) / name
+
+
+def load_exported(workdir: Path | str) -> Retriever:
+    """Loads the bundle that was exported of a run.
+
+    Raises:
+        BundleError: The run has no bundle yet, or one that is not whole.
+        ConfigError: The folder is no run.
+    """
+    run_folder.load_config(Path(workdir))  # says what to do where the folder is no run
+    return Retriever.load(Path(workdir) / BUNDLE)
+
+
 def load_retriever(folder: Path | str) -> Retriever:
     """Loads what answers queries from a bundle, a run or one of its checkpoints.
 

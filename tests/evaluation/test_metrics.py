@@ -38,7 +38,7 @@ def trec_eval(ranked, relevant):
         name: np.array([found[str(q)][theirs] for q in range(len(ranked))])
         for name, theirs in TREC_NAMES.items()
     }
-    # trec_eval divides by |relevant| where a list cannot hold them all; MAP@K by min(|relevant|, K).
+    # MAP@K divides by min(|relevant|, K), trec_eval by |relevant| though a list holds but K.
     sizes = np.array([len(items) for items in relevant])
     values["map"] *= sizes / np.minimum(sizes, K)
     return values

@@ -1,62 +1,26 @@
-"""Export, evaluate and query as they are launched, one after the other, on a run of seconds."""
+"""The commands: what they print and write, and how they name a mistake.
+
+Two are really launched (evaluate and query; `tests/training/test_killed.py` launches train); all
+others run in this process.
+"""
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import experiments.launch
+from experiments import launch
+from tests.experiments.commands import error_of, launched, output_of
+from tests.experiments.trained import CONFIG
 from twotower.config import from_dict
 from twotower.core.files import current_version
-from twotower.evaluation.evaluate import make_validate
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import load_retriever
 from twotower.training.run import load_run, train
-
-ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "data": {"source": "shop", "num_interactions": 3000},
-    "features": {
-        "user": {"user_id": {"type": "string", "embedding_size": 8}},
-        "item": {"item_id": {"type": "string", "embedding_size": 8}},
-    },
-    "training": {"batch_size": 64, "steps": 4, "validate_every": 4, "log_every": 2},
-    "retrieval": {"display": ("title",)},
-}
-
-
-def launch(command, *flags, ok=True):
-    """The standard output of a command, or its standard error where it must fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{command}", *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert (done.returncode == 0) == ok, done.stderr
-    return done.stdout if ok else done.stderr
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "shop"
-    train(from_dict(CONFIG), workdir, make_validate=make_validate)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def exported(trained):
-    assert "items" in launch("export", f"--workdir={trained}")
-    return trained
 
 
 def test_the_best_checkpoint_is_not_the_latest(tmp_path):
@@ -70,11 +34,11 @@ def test_the_best_checkpoint_is_not_the_latest(tmp_path):
         make_validate=lambda *_: lambda weights: {"recall@10": next(values)},
     )
     flag = f"--workdir={tmp_path / 'run'}"
-    launch("export", flag)
+    output_of("export", flag)
     bundle = tmp_path / "run" / "bundle"
     assert load_bundle(bundle).manifest["step"] == 4
-    assert "Step 4 on test" in launch("evaluate", flag, "--k=5")
-    launch("export", flag, "--checkpoint=latest")
+    assert "Step 4 on test" in output_of("evaluate", flag, "--k=5")
+    output_of("export", flag, "--checkpoint=latest")
     assert load_bundle(bundle).manifest["step"] == 6
     assert [
         load_run(tmp_path / "run", checkpoint=which).step for which in ("best", "latest", "4")
@@ -82,14 +46,22 @@ def test_the_best_checkpoint_is_not_the_latest(tmp_path):
 
 
 def test_a_bundle_is_asked_for_before_it_is_there(trained):
-    if (trained / "bundle").exists():
-        pytest.skip("another test has exported it")
-    error = launch("query", f"--workdir={trained}", "--user=1", ok=False)
-    assert f"python -m experiments.export --workdir={trained}" in error and "Traceback" not in error
+    error = error_of("query", f"--workdir={trained}", "--user=1")
+    assert f"python -m experiments.export --workdir={trained}" in error
+
+
+def test_export_prints_what_it_wrote(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    printed = output_of("export", f"--workdir={workdir}", "--vectors=int8")
+    bundle = load_bundle(workdir / "bundle")
+    assert bundle.config.retrieval.vectors == "int8"
+    sizes = f"{len(bundle.items):,} items, {len(bundle.users):,} users"
+    assert f"{workdir / 'bundle'}: {sizes}, {bundle.index.kind} index" in printed
+    assert "int8 vectors 8 wide against float32 ones 8 wide" in printed
 
 
 def test_evaluate_writes_what_it_prints(exported):
-    printed = launch("evaluate", f"--workdir={exported}", "--k=10,5", "--baselines")
+    printed = launched("evaluate", f"--workdir={exported}", "--k=10,5", "--baselines")
     measured = json.loads((exported / "evaluation" / "metrics.json").read_text())
     assert set(measured) == {
         "protocol",
@@ -131,17 +103,18 @@ def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
     bundle = load_bundle(exported / "bundle")
     items = bundle.items
     item, title = (items[name][0].as_py() for name in ("item_id", "title"))
-    printed = launch("query", f"--workdir={exported}", f"--item={item}", "--k=3")
+    printed = output_of("query", f"--workdir={exported}", f"--item={item}", "--k=3")
     assert title[:40] in printed and "score" in printed
     user = bundle.users["user_id"][0].as_py()
-    lines = launch("query", f"--workdir={exported}", f"--user={user}", "--k=4").splitlines()
+    printed = launched("query", f"--workdir={exported}", f"--user={user}", "--k=4")
+    lines = printed.splitlines()
     ranks = [line.split()[0] for line in lines[-4:]]
     assert ranks == ["1", "2", "3", "4"]
 
 
 def test_query_writes_lists_of_many_users(exported, tmp_path):
     (tmp_path / "users.txt").write_text("1\nnobody\n\n2\n")
-    printed = launch(
+    printed = output_of(
         "query",
         f"--workdir={exported}",
         f"--users={tmp_path / 'users.txt'}",
@@ -201,13 +174,8 @@ def flip(path):
 def test_what_was_damaged_is_named(exported, tmp_path, command, harm, message):
     shutil.copytree(exported, tmp_path / "run")
     harm(tmp_path / "run")
-    error = launch(
-        command,
-        f"--workdir={tmp_path / 'run'}",
-        *(["--user=1"] if command == "query" else []),
-        ok=False,
-    )
-    assert message in error and "Traceback" not in error
+    user = ["--user=1"] if command == "query" else []
+    assert message in error_of(command, f"--workdir={tmp_path / 'run'}", *user)
 
 
 MY_LOG = "--config=experiments/configs/my_log.py"
@@ -264,8 +232,7 @@ LOG = "user_id,item_id,timestamp\n" + "".join(
 def test_a_training_that_cannot_start_says_why_in_a_line(tmp_path, log, flags, message):
     (tmp_path / "log.csv").write_text(log)
     path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
-    error = launch("train", MY_LOG, f"--workdir={tmp_path / 'run'}", path, *flags, ok=False)
-    assert message in error and "Traceback" not in error
+    assert message in error_of("train", MY_LOG, f"--workdir={tmp_path / 'run'}", path, *flags)
 
 
 def test_an_interrupted_command_says_how_to_go_on(capsys):
@@ -273,7 +240,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        experiments.launch._guarded(interrupted, ["train"])
+        launch.call(interrupted, ["train"])
     assert ended.value.code == 130 and "the same command" in capsys.readouterr().err
 
 
@@ -285,31 +252,30 @@ def test_a_defect_keeps_its_traceback_and_a_refusal_of_the_machine_does_not():
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
 
     with pytest.raises(ValueError):
-        experiments.launch._guarded(defect, ["train"])
+        launch.call(defect, ["train"])
     with pytest.raises(SystemExit, match="Error: runs/a: No space left on device"):
-        experiments.launch._guarded(full, ["train"])
+        launch.call(full, ["train"])
 
 
-@pytest.mark.parametrize("flag", ["--workdir", "--out"])
-def test_a_place_that_cannot_be_written_is_named(exported, tmp_path, flag):
+def test_a_run_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("1\n")
     (tmp_path / "log.csv").write_text(LOG)
-    place = f"{flag}={tmp_path / 'file' / 'under'}"
-    if flag == "--workdir":
-        error = launch(
-            "train",
-            MY_LOG,
-            place,
-            f"--config.data.interactions.path={tmp_path / 'log.csv'}",
-            "--config.training.batch_size=8",
-            ok=False,
-        )
-    else:
-        error = launch(
-            "query", f"--workdir={exported}", f"--users={tmp_path / 'file'}", place, ok=False
-        )
-    assert f"Error: {tmp_path / 'file'}" in error and "Traceback" not in error
+    error = error_of(
+        "train",
+        MY_LOG,
+        f"--workdir={tmp_path / 'file' / 'under'}",
+        f"--config.data.interactions.path={tmp_path / 'log.csv'}",
+        "--config.training.batch_size=8",
+    )
+    assert f"Error: {tmp_path / 'file'}" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "log.csv"]
+
+
+def test_lists_that_cannot_be_written_are_named(exported, tmp_path):
+    (tmp_path / "file").write_text("1\n")
+    users, out = f"--users={tmp_path / 'file'}", f"--out={tmp_path / 'file' / 'under'}"
+    assert f"Error: {tmp_path / 'file'}" in error_of("query", f"--workdir={exported}", users, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -322,21 +288,24 @@ def test_a_place_that_cannot_be_written_is_named(exported, tmp_path, flag):
     ],
 )
 def test_mistakes_are_one_line(exported, flags, message):
-    error = launch("query", f"--workdir={exported}", *flags, ok=False)
-    assert message in error and "Traceback" not in error
+    assert message in error_of("query", f"--workdir={exported}", *flags)
 
 
 @pytest.mark.parametrize("k", ["ten", "0", "-1", "10,,5"])
 def test_what_is_no_list_length(exported, k):
-    error = launch("evaluate", f"--workdir={exported}", f"--k={k}", ok=False)
-    assert f"--k={k}" in error and "is not a list length" in error and "Traceback" not in error
+    error = error_of("evaluate", f"--workdir={exported}", f"--k={k}")
+    assert f"--k={k}" in error and "is not a list length" in error
+
+
+@pytest.mark.parametrize("weights, message", [("x", "could not convert"), ("inf", "finite")])
+def test_what_is_no_weight_of_popularity(exported, weights, message):
+    flag = f"--popularity_weights={weights}"
+    error = error_of("evaluate", f"--workdir={exported}", flag)
+    assert flag in error and message in error
 
 
 @pytest.mark.parametrize("command", ["export", "evaluate", "query"])
 def test_a_folder_that_is_no_run(command, tmp_path):
-    error = launch(
-        command, f"--workdir={tmp_path}", *(["--user=1"] if command == "query" else []), ok=False
-    )
-    assert (
-        "is no run" in error and "python -m experiments.train" in error and "Traceback" not in error
-    )
+    user = ["--user=1"] if command == "query" else []
+    error = error_of(command, f"--workdir={tmp_path}", *user)
+    assert "is no run" in error and "python -m experiments.train" in error

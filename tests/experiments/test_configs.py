@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.export import describe
 from twotower.config import defaults, from_dict
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.report_text import describe_index
 from twotower.features.spec import load_spec
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
@@ -77,7 +77,7 @@ def trained(request, shared_data, tmp_path_factory):
 def test_from_the_log_to_the_metrics(trained):
     folder = trained.workdir / "bundle"
     bundle = export(trained, folder)  # which proves that the bundle scores as the trainer does
-    assert len(bundle.items) == len(trained.prepared.items) and describe(bundle.index)
+    assert len(bundle.items) == len(trained.prepared.items) and describe_index(bundle.index)
     measured = report.measure_run(trained, ks=(10,))
     retriever = Retriever.load(folder)
     queries = make_queries(trained.prepared, "test", "user")

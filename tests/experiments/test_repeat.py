@@ -1,70 +1,60 @@
-"""An experiment with several seeds, as it is launched."""
+"""An experiment with several seeds: their runs, and the table of what they gave."""
 
+import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 
+from tests.experiments.trained import CONFIG
+from twotower import api
+from twotower.config import from_dict
 from twotower.evaluation import report
-from twotower.training.run import load_run
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def repeated(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs")
-    small = (
-        "data.num_interactions=3000",
-        "training.steps=4",
-        "training.validate_every=4",
-        "training.batch_size=64",
-        "training.steps_per_dispatch=1",
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.repeat",
-            "--config=experiments/configs/quickstart.py",
-            f"--workdir={workdir}",
-            "--seeds=2",
-            "--baselines",
-            *(f"--config.{option}" for option in small),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert not done.returncode, done.stderr
-    return workdir, done.stdout
+from twotower.evaluation.baselines import random_scores
+from twotower.evaluation.report_text import format_seeds, format_spread
 
 
-def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(repeated):
-    workdir, _ = repeated
-    written = json.loads((workdir / "repeat.json").read_text())
-    assert list(written) == ["seed-0", "seed-1"]
+def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, monkeypatch):
+    def make_baselines(prepared, queries):
+        return {"random": random_scores(queries.num_items)}
+
+    monkeypatch.setattr(report, "make_baselines", make_baselines)
+    config = from_dict(CONFIG | {"training": CONFIG["training"] | {"steps": 2}})
+    measured = api.repeat(config, tmp_path, seeds=2, baselines=True)
+    written = json.loads((tmp_path / "repeat.json").read_text())
+    assert list(written) == ["seed-0", "seed-1"] and list(written.values()) == measured
     for seed in (0, 1):
-        run = load_run(workdir / f"seed-{seed}")
-        assert run.config.training.seed == seed
-        measured = report.measure_run(run, ks=run.config.evaluation.ks, baselines=False)
-        assert written[f"seed-{seed}"]["model"] == measured["model"]
-    assert written["seed-0"]["model"] != written["seed-1"]["model"]
-    assert "baselines" in written["seed-0"] and "baselines" not in written["seed-1"]
+        run = api.load_run(tmp_path / f"seed-{seed}")
+        assert run.config.training == dataclasses.replace(config.training, seed=seed)
+        alone = report.measure_run(run, ks=config.evaluation.ks, baselines=False)
+        assert measured[seed]["model"] == alone["model"]
+    assert measured[0]["model"] != measured[1]["model"]
+    assert "baselines" in measured[0] and "baselines" not in measured[1]
+    # A second call measures what is there.
+    assert api.repeat(config, tmp_path, seeds=1)[0]["model"] == measured[0]["model"]
 
 
-def test_the_table_has_means_and_deviations_beside_the_baselines(repeated):
-    workdir, printed = repeated
-    written = json.loads((workdir / "repeat.json").read_text())
-    values = [each["model"]["recall@10"] for each in written.values()]
-    line = next(line for line in printed.splitlines() if line.startswith("recall@10 ")).split()
-    popularity = written["seed-0"]["baselines"]["popularity"]["recall@10"]
-    assert line[1:5] == [
-        f"{x:.4f}" for x in (np.mean(values), np.std(values, ddof=1), min(values), max(values))
-    ]
-    assert f"{popularity:.4f}" in line[5:]
+def figures(value):
+    return {f"{name}@10": value for name in ("recall", "ndcg")}
+
+
+def cells(table, metric):
+    line = next(line for line in table.splitlines() if line.startswith(f"{metric} "))
+    return line.split()[1:]
+
+
+def test_the_table_has_means_and_deviations_beside_the_baselines():
+    values = [0.1, 0.25, 0.2]
+    baselines = {"popularity_last_week": figures(0.05)}
+    table = format_spread([figures(value) for value in values], baselines, (10,))
+    assert "last week" in table.splitlines()[0]
+    spread = (np.mean(values), np.std(values, ddof=1), min(values), max(values), 0.05)
+    for metric in ("recall@10", "ndcg@10"):
+        assert cells(table, metric) == [f"{figure:.4f}" for figure in spread]
+    # One seed has no deviation.
+    assert cells(format_spread([figures(0.1)], {}, (10,)), "recall@10")[1] == "-"
+
+
+def test_both_ways_of_masking_are_shown():
+    one = {"model": figures(0.1), "model_unmasked": figures(0.2), "baselines": {}}
+    text = format_seeds([one, one], (10,), "validation")
+    assert "Seen items masked, validation, 2 seeds:" in text and "Nothing masked" in text

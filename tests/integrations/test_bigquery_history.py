@@ -185,7 +185,7 @@ def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
     from twotower.integrations import bigquery_history
 
     sink.load(history, DAY)
-    stored, write = history.stored("item"), bigquery_history._write
+    stored, write = history.files("item"), bigquery_history._write
     table = sink.client.get_table("p.shop.item_embeddings")
     with (
         monkeypatch.context() as patch,
@@ -220,7 +220,7 @@ def test_the_command_appends_a_bundle_and_loads_its_date(server, history, workdi
         server.tables[ITEMS].rows["entity_id"].to_pylist()
         == retriever.bundle.items["item_id"].to_pylist()
     )
-    assert [one.version.name for one in history.stored("user")] == [
+    assert [one.version.name for one in history.files("user")] == [
         "2026-11-25/shop",
         "2026-11-26/new",
     ]

@@ -58,7 +58,7 @@ def test_the_table_is_made_then_found_fit_and_holds_the_payload(dataset, tmp_pat
     with pytest.raises(HistoryError, match="holds vectors that are 4 wide"):
         sink._table("item_embeddings", 8)
     file = (tmp_path / "payload").open("w+b")
-    bigquery_history._write(file, history.stored("item"), DAY)
+    bigquery_history._write(file, history.files("item"), DAY)
     load(sink.client, f"p.{dataset}.item_embeddings", file)
     rows = sink.client.list_rows(table).to_arrow(create_bqstorage_client=False)
     expected = history.dataset("item").to_table().sort_by("entity_id").to_pylist()

@@ -40,8 +40,8 @@ def test_a_rotation_is_no_drift():
 
 
 def test_the_rotation_is_scipys_and_no_other_makes_the_mean_cosine_greater():
-    old = drift._units(draw())
-    new = drift._units(old @ orthogonal(8) + 0.3 * draw(seed=2))
+    old = drift._normalize(draw())
+    new = drift._normalize(old @ orthogonal(8) + 0.3 * draw(seed=2))
     np.testing.assert_allclose(
         rotation(old, new), scipy.linalg.orthogonal_procrustes(old, new)[0], atol=1e-5
     )

@@ -98,7 +98,7 @@ def test_a_table_is_partitioned_by_date_with_who_and_what_beside_each_vector(his
         "item_embeddings/run_date=2026-11-26/run-other.parquet",
         "user_embeddings/run_date=2026-11-25/run-shop.parquet",
     ]
-    assert [one.version.name for one in history.stored("item")] == [
+    assert [one.version.name for one in history.files("item")] == [
         "2026-11-25/shop",
         "2026-11-26/other",
     ]
@@ -122,7 +122,10 @@ def test_duckdb_reads_what_pyarrow_wrote(history):
     history.append(version(), {"item": [block(30)]})
     history.append(version(date=DAY + datetime.timedelta(1)), {"item": [block(20, seed=1)]})
     pattern = f"{history.folder}/item_embeddings/*/*.parquet"
-    query = f"SELECT run_date, entity_id, vector FROM read_parquet('{pattern}') WHERE run_date = DATE '2026-11-26' ORDER BY 2"
+    query = (
+        f"SELECT run_date, entity_id, vector FROM read_parquet('{pattern}') "
+        "WHERE run_date = DATE '2026-11-26' ORDER BY 2"
+    )
     found = duckdb.sql(query).fetchall()
     ids, vectors = history.read(history.find("item", "2026-11-26/shop"))
     expected = sorted(zip(ids.to_pylist(), vectors.tolist()))
@@ -174,7 +177,9 @@ def blocks():
     yield pa.array(["a"] * 70_000), np.ones((70_000, 8), np.float32)
     os.kill(os.getpid(), signal.SIGKILL)
 
-one = Version(run_date=datetime.date(2026, 11, 25), run_id="shop", experiment_id="e", model_version="m")
+one = Version(
+    run_date=datetime.date(2026, 11, 25), run_id="shop", experiment_id="e", model_version="m"
+)
 EmbeddingHistory(sys.argv[1]).append(one, {"item": blocks()})
 """
 
@@ -186,7 +191,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_read_and_the_next_clean
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert killed.returncode == -signal.SIGKILL and len(files(history.folder)) == 2
-    assert [one.version.run_id for one in history.stored("item")] == ["other"] and history.dataset(
+    assert [one.version.run_id for one in history.files("item")] == ["other"] and history.dataset(
         "item"
     ).count_rows() == 3
     history.append(version(), {"item": [block(4)]})
@@ -207,16 +212,16 @@ def test_a_file_of_something_else_or_a_damaged_one_is_named(history):
     with pytest.raises(
         HistoryError, match=r"run-shop\.parquet is no file of the history, or is damaged"
     ):
-        history.stored("item")
+        history.files("item")
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(HistoryError, match=r"run-shop\.parquet is no file of the history"):
-        history.stored("item")
+        history.files("item")
     history.append(version(), {"item": [block(100)]})
     path.rename(path.with_name("run-other.parquet"))
     with pytest.raises(
         HistoryError, match="was moved or renamed: it holds the vectors of 2026-11-25/shop"
     ):
-        history.stored("item")
+        history.files("item")
 
 
 @pytest.mark.parametrize("run", ["", "a/b", "../a", "a b", "x" * 51, "a\n"])

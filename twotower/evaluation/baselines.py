@@ -44,7 +44,10 @@ def make_baselines(
         latest = popularity_order(train, num_items, among=last_week, seed=seed)
         baselines["popularity_last_week"] = same_for_all(latest)
     train_items = items_of_users([train], num_users=len(prepared.users))
-    baselines |= make_item_to_item(train_items, queries, _tuning_queries(prepared))
+    tuning = None
+    if len(prepared.positives("validation")):
+        tuning = _tuning_queries(prepared)
+    baselines |= make_item_to_item(train_items, queries, tuning)
     if prepared.truth is not None:
         truth = prepared.truth
         users = truth.user_factors[queries.user]
@@ -52,10 +55,8 @@ def make_baselines(
     return baselines
 
 
-def _tuning_queries(prepared: PreparedData) -> Queries | None:
-    """Returns the queries that training validates with, if any."""
-    if not len(prepared.positives("validation")):
-        return None
+def _tuning_queries(prepared: PreparedData) -> Queries:
+    """Returns the queries that training validates with."""
     evaluation = prepared.config.evaluation
     queries = make_queries(prepared, "validation", evaluation.query)
     return queries.sample(evaluation.validation_queries)

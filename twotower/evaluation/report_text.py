@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from twotower.core.tables import format_table
@@ -116,9 +117,15 @@ def format_spread(
     return format_table(rows, header, align="lr")
 
 
-def format_bundle(bundle: Bundle) -> str:
-    """Returns what an export chose and measured: the tuning of the index, what stored vectors lose,
-    and the sizes."""
+def format_bundle(bundle: Bundle, folder: Path) -> str:
+    """Returns what an export chose and measured.
+
+    That is the tuning of the index, what cut or rounded vectors lose, and the sizes.
+
+    Args:
+        bundle: a bundle that was just written.
+        folder: the folder that it was written to.
+    """
     lines = []
     tuning = getattr(bundle.index, "tuning", None)
     if tuning is not None:
@@ -126,7 +133,7 @@ def format_bundle(bundle: Bundle) -> str:
     if "against_full" in bundle.manifest:
         lines.append(_loss_line(bundle))
     items, users = f"{len(bundle.items):,} items", f"{len(bundle.users):,} users"
-    lines.append(f"{bundle.folder}: {items}, {users}, {describe_index(bundle.index)}.")
+    lines.append(f"{folder}: {items}, {users}, {describe_index(bundle.index)}.")
     return "\n".join(lines)
 
 

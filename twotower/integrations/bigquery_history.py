@@ -1,8 +1,8 @@
 """The embedding history in BigQuery: dates of the Parquet history, each loaded whole into its
 partition.
 
-Tables user_embeddings and item_embeddings of a dataset, partitioned by run_date and clustered by
-run_id and entity_id; the vector is a REPEATED FLOAT of one width, as VECTOR_SEARCH and CREATE
+A dataset has the tables user_embeddings and item_embeddings, partitioned by run_date and clustered
+by run_id and entity_id. The vector is a REPEATED FLOAT of one width, as VECTOR_SEARCH and CREATE
 VECTOR INDEX ask for.
 """
 
@@ -19,8 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.core.errors import HistoryError
-from twotower.data.sources.bigquery import report_errors
-from twotower.integrations.embedding_history import BLOCK, SCHEMA, TABLES, EmbeddingHistory, Stored
+from twotower.data.sources.bigquery import make_client, report_errors
+from twotower.integrations.embedding_history import (
+    BLOCK,
+    SCHEMA,
+    TABLES,
+    EmbeddingHistory,
+    VectorFile,
+)
 
 COLUMNS = {
     "run_date": ("DATE", "NULLABLE"),
@@ -30,15 +36,16 @@ COLUMNS = {
     "entity_id": ("STRING", "NULLABLE"),
     "vector": ("FLOAT", "REPEATED"),
 }
-WIDTH = (
-    "vector_width"  # a label of the table: an index over vectors of several widths cannot be made
-)
-_ALIASES = {"FLOAT64": "FLOAT"}
+# A label of the table: no index can be made over vectors of several widths.
+WIDTH_LABEL = "vector_width"
+_TYPE_ALIASES = {"FLOAT64": "FLOAT"}
+# A project may begin with a domain and a colon.
+_DATASET = re.compile(r"(([\w.-]+:)?[\w-]+\.)?\w+")
 
 
 @dataclasses.dataclass(frozen=True)
 class BigQueryHistory:
-    """The tables of a dataset.
+    """The embedding history in the tables of a dataset.
 
     Attributes:
         client: a `google.cloud.bigquery.Client`; see `twotower.data.sources.bigquery.make_client`.
@@ -49,60 +56,61 @@ class BigQueryHistory:
     dataset: str
 
     def __post_init__(self):
-        if not re.fullmatch(
-            r"(([\w.-]+:)?[\w-]+\.)?\w+", self.dataset
-        ):  # a project may begin with a domain and a colon
+        if not _DATASET.fullmatch(self.dataset):
             raise HistoryError(f"{self.dataset!r} must be PROJECT.DATASET or DATASET.")
 
     def load(self, history: EmbeddingHistory, run_date: datetime.date) -> dict[str, int]:
-        """Loads a date of `history`, all runs of it, in the place of what the partition held: a
-        repeat changes nothing.
+        """Loads all runs of a date in the place of what its partition held.
 
-        Both tables are made or checked before anything is loaded. A load job loads all of its rows
-        or none.
+        A repeat changes nothing. Both tables are made or checked before anything is loaded, and a
+        load job loads all of its rows or none.
+
+        Args:
+            history: the history that holds the vectors.
+            run_date: the date.
 
         Returns:
-            The name of each table loaded into, and how many rows.
+            The number of rows loaded into each table, by its name.
 
         Raises:
             HistoryError: nothing of that date is kept, a table has other columns, partitions or
                 widths, or BigQuery refuses.
         """
-        of_date = {side: found for side in TABLES if (found := history.stored(side, run_date))}
-        if not of_date:
+        files = {side: history.files(side, run_date) for side in TABLES}
+        files = {side: some for side, some in files.items() if some}
+        if not files:
             raise HistoryError(
                 f"{history.folder} holds no vectors of {run_date}; append a run of that date first."
             )
-        widths = {side: _width(side, found) for side, found in of_date.items()}
+        widths = {side: _width(side, some) for side, some in files.items()}
         tables = {side: self._table(TABLES[side], width) for side, width in widths.items()}
         return {
-            str(table.reference): self._load(table, of_date[side], run_date)
+            str(table.reference): self._load(table, files[side], run_date)
             for side, table in tables.items()
         }
 
     def _table(self, name: str, width: int) -> Any:
-        """The table, made or else checked."""
+        """Returns the table, made where there is none, else checked."""
         from google.api_core.exceptions import NotFound
         from google.cloud import bigquery
 
-        full = ".".join(
-            [*([] if "." in self.dataset else [self.client.project]), self.dataset, name]
-        )
+        project = [] if "." in self.dataset else [self.client.project]
+        full = ".".join([*project, self.dataset, name])
         with report_errors(f"table {full}", HistoryError):
-            new = bigquery.Table(
-                full, [bigquery.SchemaField(n, *kind) for n, kind in COLUMNS.items()]
-            )
+            fields = [bigquery.SchemaField(column, *kind) for column, kind in COLUMNS.items()]
+            new = bigquery.Table(full, fields)
             new.time_partitioning = bigquery.TimePartitioning(field="run_date")
             new.clustering_fields = ["run_id", "entity_id"]
-            new.labels = {WIDTH: str(width)} if width else {}
+            new.labels = {WIDTH_LABEL: str(width)} if width else {}
             try:
                 table = self.client.get_table(full)
             except NotFound:
                 table = self.client.create_table(new, exists_ok=True)
-        _check(full, table, width)
+        _check_table(full, table, width)
         return table
 
-    def _load(self, table: Any, stored: Sequence[Stored], run_date: datetime.date) -> int:
+    def _load(self, table: Any, files: Sequence[VectorFile], run_date: datetime.date) -> int:
+        """Loads files into the partition of a date and returns the number of rows."""
         from google.cloud import bigquery
 
         lists = bigquery.ParquetOptions()
@@ -115,58 +123,71 @@ class BigQueryHistory:
         )
         partition = f"{table.reference}${run_date:%Y%m%d}"
         with tempfile.TemporaryFile() as file, report_errors(f"table {partition}", HistoryError):
-            _write(file, stored, run_date)
+            _write(file, files, run_date)
             job = self.client.load_table_from_file(
                 file, partition, rewind=True, location=table.location, job_config=config
             )
             return job.result().output_rows
 
 
-def _check(name: str, table: Any, width: int) -> None:
-    found = {
-        field.name: (_ALIASES.get(field.field_type, field.field_type), field.mode)
+def open_dataset(dataset: str) -> BigQueryHistory:
+    """Opens PROJECT.DATASET, or DATASET of the environment's project."""
+    project = dataset.rpartition(".")[0]
+    return BigQueryHistory(make_client(project), dataset)
+
+
+def _check_table(name: str, table: Any, width: int) -> None:
+    """Refuses a table that vectors of this width cannot be loaded into."""
+    columns = {
+        field.name: (_TYPE_ALIASES.get(field.field_type, field.field_type), field.mode)
         for field in table.schema
     }
-    for column in {**COLUMNS, **found}:
-        if found.get(column) != COLUMNS.get(column):
-            have, want = (" ".join(kinds.get(column, ("nothing",))) for kinds in (found, COLUMNS))
+    for column in {**COLUMNS, **columns}:
+        if columns.get(column) != COLUMNS.get(column):
             raise HistoryError(
-                f"table {name}: column {column!r} is {have} and must be {want}. Name another dataset."
+                f"table {name}: column {column!r} is {_describe(columns, column)} and must be "
+                f"{_describe(COLUMNS, column)}. Name another dataset."
             )
-    by = table.time_partitioning
-    if by is None or (by.field, by.type_) != ("run_date", "DAY"):
+    partitioning = table.time_partitioning
+    if partitioning is None or (partitioning.field, partitioning.type_) != ("run_date", "DAY"):
         raise HistoryError(
-            f"table {name} must be partitioned by the DAY of run_date, not by {by}. Name another dataset."
+            f"table {name} must be partitioned by the DAY of run_date, not by {partitioning}. "
+            "Name another dataset."
         )
-    had = table.labels.get(WIDTH, str(width))
-    if width and had != str(width):
+    table_width = table.labels.get(WIDTH_LABEL, str(width))
+    if width and table_width != str(width):
         raise HistoryError(
-            f"table {name} holds vectors that are {had} wide (its label {WIDTH}), these are {width} wide, and an index needs "
-            "one width. Name another dataset."
+            f"table {name} holds vectors that are {table_width} wide (its label {WIDTH_LABEL}), "
+            f"these are {width} wide, and an index needs one width. Name another dataset."
         )
 
 
-def _width(side: str, stored: Sequence[Stored]) -> int:
-    widths: Mapping[str, int] = {one.version.name: one.width for one in stored if one.rows}
+def _describe(columns: Mapping[str, tuple[Any, Any]], column: str) -> str:
+    return " ".join(map(str, columns.get(column, ("nothing",))))
+
+
+def _width(side: str, files: Sequence[VectorFile]) -> int:
+    """Returns the one width of the vectors of a date; 0 where there are none."""
+    widths: Mapping[str, int] = {file.version.name: file.width for file in files if file.rows}
     if len(set(widths.values())) > 1:
         raise HistoryError(
-            f"{side} vectors of one date must have one width to be indexed together; they have: {widths}."
+            f"{side} vectors of one date must have one width to be indexed together; "
+            f"they have: {widths}."
         )
     return max(widths.values(), default=0)
 
 
-def _write(file: IO[bytes], stored: Sequence[Stored], run_date: datetime.date) -> None:
-    """All rows of a date as one Parquet file."""
+def _write(target: IO[bytes], files: Sequence[VectorFile], run_date: datetime.date) -> None:
+    """Writes all rows of a date as one Parquet file."""
     schema = pa.schema([("run_date", pa.date32()), *SCHEMA])
-    with pq.ParquetWriter(
-        file, schema, compression="zstd", use_dictionary=schema.names[:4]
-    ) as writer:
-        for batch in _batches(stored):
+    names = schema.names[:4]  # all but ids and vectors, which hardly repeat
+    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=names) as writer:
+        for batch in _batches(files):
             dates = pa.array([run_date] * len(batch), pa.date32())
             writer.write_table(pa.Table.from_arrays([dates, *batch.columns], schema=schema))
 
 
-def _batches(stored: Sequence[Stored]) -> Iterator[pa.RecordBatch]:
-    for one in stored:
-        with pq.ParquetFile(one.path) as file:
+def _batches(files: Sequence[VectorFile]) -> Iterator[pa.RecordBatch]:
+    for stored in files:
+        with pq.ParquetFile(stored.path) as file:
             yield from file.iter_batches(BLOCK)

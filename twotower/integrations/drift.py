@@ -1,8 +1,8 @@
-"""How far the vectors of the same users or items have moved from one model to the next.
+"""Drift: the distance that vectors of the same users or items move from one model to the next.
 
-Two trainings of one model may differ by a rotation, which changes no score. So one is turned onto
+Two trainings of one model may differ by a rotation, which changes no score. So one is rotated onto
 the other before their cosines are taken (orthogonal Procrustes: Schönemann 1966); neighbourhoods
-need no turning.
+need no rotation.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from twotower.core.tables import format_table
 from twotower.index.exact import top_k
 
 NEIGHBOURS = 10
-SAMPLE = 2_000  # entities whose neighbours are compared
+MAX_SAMPLE = 2_000  # entities whose neighbours are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """What has moved between two versions of the vectors of one side.
+    """Movement between two versions of the vectors of one side.
 
     Attributes:
-        ids: of the N entities of both.
-        cosines: float32 [N], of each entity's two vectors after alignment.
-        sampled: int [S], the rows of `ids` that `overlaps` is about, evenly spaced.
-        overlaps: float32 [S], the share of its nearest neighbours that an entity has kept.
-        added, removed: how many entities are only in the new, only in the old version.
+        ids: ids of the N entities of both versions.
+        cosines: cosine of each entity's two vectors after alignment, float32 [N].
+        sampled: rows of `ids` whose neighbours were compared, int [S], evenly spaced.
+        overlaps: share of its nearest neighbours that each of these has kept, float32 [S].
+        added: number of entities in the new version only.
+        removed: number of entities in the old version only.
     """
 
     ids: pa.Array
@@ -54,13 +55,15 @@ def compare(
     new: tuple[pa.ChunkedArray, np.ndarray],
     *,
     k: int = NEIGHBOURS,
-    sample: int = SAMPLE,
+    sample: int = MAX_SAMPLE,
 ) -> Drift:
-    """The drift from `old` to `new`, each entity ids and float [*, D]; the two widths may differ.
+    """Measures the drift from one version to another.
 
     Args:
-        k: neighbours compared, among the entities of both.
-        sample: entities whose neighbours are compared at most.
+        old: entity ids and vectors, float [*, D].
+        new: likewise; the two widths may differ.
+        k: number of neighbours compared, among the entities of both.
+        sample: number of entities at most whose neighbours are compared.
 
     Raises:
         HistoryError: an id stands twice, or fewer than two are in both.
@@ -68,14 +71,15 @@ def compare(
     for (ids, _), name in ((old, "old"), (new, "new")):
         if len(pc.unique(ids)) != len(ids):
             raise HistoryError(f"an id stands twice among the {len(ids)} of the {name} vectors.")
-    at = pc.index_in(old[0], value_set=new[0].combine_chunks())
-    both = pc.is_valid(at).to_numpy(zero_copy_only=False)
+    row_in_new = pc.index_in(old[0], value_set=new[0].combine_chunks())
+    both = pc.is_valid(row_in_new).to_numpy(zero_copy_only=False)
     if both.sum() < 2:
         raise HistoryError(
             f"{int(both.sum())} ids are in both versions; at least two are needed to compare them."
         )
     ids = old[0].combine_chunks().filter(pa.array(both))
-    before, after = old[1][both], new[1][at.drop_null().to_numpy()]
+    before = old[1][both]
+    after = new[1][row_in_new.drop_null().to_numpy()]
     sampled = evenly_spaced(np.arange(len(ids)), sample)
     return Drift(
         ids=ids,
@@ -90,7 +94,7 @@ def compare(
 def rotation(
     old: Float[np.ndarray, "N D"], new: Float[np.ndarray, "N D"]
 ) -> Float[np.ndarray, "D D"]:
-    """The orthogonal R that makes the sum of squares of `old @ R - new` least.
+    """Returns the orthogonal R that makes the sum of squares of `old @ R - new` least.
 
     >>> turned = np.array([[0.0, 1.0], [-1.0, 0.0]])
     >>> rotation(np.eye(2), turned).round(6).tolist()
@@ -103,15 +107,15 @@ def rotation(
 def aligned_cosines(
     old: Float[np.ndarray, "N C"], new: Float[np.ndarray, "N D"]
 ) -> Float[np.ndarray, " N"]:
-    """The cosine of each row of `old` with the same of `new`, after the rotation that makes their
-    mean greatest.
+    """Returns the cosine of each row of `old` with the same of `new` after rotation.
 
-    A narrower side gets further coordinates of 0. A vector of length 0 has cosine 0.
+    The rotation is the one that makes the mean cosine greatest. A narrower side gets further
+    coordinates of 0. A vector of length 0 has cosine 0.
     """
     width = max(old.shape[1], new.shape[1])
-    old, new = (np.pad(_units(x), ((0, 0), (0, width - x.shape[1]))) for x in (old, new))
-    turned = old @ rotation(old, new).astype(np.float32)
-    return np.einsum("nd,nd->n", turned, new).clip(-1.0, 1.0)
+    old, new = (np.pad(_normalize(x), ((0, 0), (0, width - x.shape[1]))) for x in (old, new))
+    rotated = old @ rotation(old, new).astype(np.float32)
+    return np.einsum("nd,nd->n", rotated, new).clip(-1.0, 1.0)
 
 
 def neighbour_overlap(
@@ -121,12 +125,24 @@ def neighbour_overlap(
     *,
     k: int = NEIGHBOURS,
 ) -> Float[np.ndarray, " S"]:
-    """Of each of `rows` the share of its k neighbours of greatest cosine in `old` that are among
-    those in `new`."""
+    """Returns the share of nearest neighbours that entities have kept.
+
+    Args:
+        old: vectors of the old version.
+        new: vectors of the new version.
+        rows: the S entities, rows of both.
+        k: number of neighbours of greatest cosine.
+    """
     k = min(k, len(old) - 1)
     itself = Ragged.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
-    before, after = (top_k(_units(x)[rows], _units(x), k, exclude=itself)[1] for x in (old, new))
-    return (before[:, :, None] == after[:, None, :]).any(2).mean(1).astype(np.float32)
+
+    def neighbours(vectors: np.ndarray) -> np.ndarray:
+        unit = _normalize(vectors)
+        return top_k(unit[rows], unit, k, exclude=itself)[1]
+
+    before, after = neighbours(old), neighbours(new)
+    kept = (before[:, :, None] == after[:, None, :]).any(2)
+    return kept.mean(1).astype(np.float32)
 
 
 def format_drift(drift: Drift, *, most: int = 10) -> str:
@@ -154,8 +170,13 @@ def format_drift(drift: Drift, *, most: int = 10) -> str:
 
 
 def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
-    """Writes histograms of cosines and of neighbours kept as a PNG (or what the suffix says), whole
-    or not at all."""
+    """Draws histograms of cosines and of neighbours kept.
+
+    Args:
+        drift: what `compare` measured.
+        path: image to write, whole or not at all; its suffix names the format.
+        title: title of the image.
+    """
     with extra("plots", "a plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -191,7 +212,7 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, label: str) -> N
     axes.legend()
 
 
-def _units(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1; one of length 0 stays."""
+def _normalize(vectors: np.ndarray) -> np.ndarray:
+    """Returns the rows at length 1; one of length 0 stays."""
     vectors = vectors.astype(np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)

@@ -1,13 +1,13 @@
-"""The embedding history: the vectors of each run, appended to two tables that are partitioned by
-the date of the run.
+"""The embedding history: the vectors of each run, in two tables partitioned by the date of the run.
 
 ```
-HISTORY/item_embeddings/run_date=2026-11-25/run-shop.parquet   run_id, experiment_id, model_version, entity_id, vector
+HISTORY/item_embeddings/run_date=2026-11-25/run-shop.parquet
 HISTORY/user_embeddings/run_date=2026-11-25/run-shop.parquet
 ```
 
-A hive-partitioned Parquet dataset, as pyarrow, DuckDB, Spark and BigQuery read it. Every run of a
-date has a file of its own, which is there whole or not at all; a repeat takes its place.
+It is a hive-partitioned Parquet dataset with the columns run_id, experiment_id, model_version,
+entity_id and vector, as pyarrow, DuckDB, Spark and BigQuery read it. Every run of a date has a file
+of its own, which is there whole or not at all; a repeat takes its place.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from twotower.config import Config
 from twotower.core.errors import HistoryError
 from twotower.core.files import atomic, content_digest
 from twotower.core.progress import progress
+from twotower.core.tables import format_table
 from twotower.index.base import check_vectors
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.weights import model_version
@@ -53,14 +54,14 @@ Block = tuple[pa.Array, np.ndarray]  # ids [n] and vectors [n, D]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Version:
-    """Which vectors: of which run, and when.
+    """Run and date that vectors are of.
 
     Attributes:
-        run_date: the partition; of scheduled work its logical date, so that a repeat finds it
-            again.
-        run_id: one run of a date.
-        experiment_id: what was run, the same on every date.
-        model_version: of the weights, as in the bundle's manifest.
+        run_date: date of the partition; of scheduled work its logical date, so that a repeat finds
+            it again.
+        run_id: name of the run, one of its date.
+        experiment_id: name of what was run, the same on every date.
+        model_version: hash of the weights, as in the bundle's manifest.
     """
 
     run_date: datetime.date
@@ -80,12 +81,14 @@ class Version:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One file of the history.
+class VectorFile:
+    """One file of the history: the vectors of one side and version.
 
     Attributes:
-        rows: N.
-        width: D; 0 without rows.
+        version: run and date.
+        path: the Parquet file.
+        rows: number of vectors, N.
+        width: width of the vectors, D; 0 without rows.
     """
 
     version: Version
@@ -105,11 +108,13 @@ class EmbeddingHistory:
         self.folder = Path(folder)
 
     def append(self, version: Version, sides: Mapping[str, Iterable[Block]]) -> None:
-        """Keeps the vectors of a run; those that it had before on that date are replaced, when all
-        are written.
+        """Keeps the vectors of a run.
+
+        Those that it had before on that date are replaced when all are written.
 
         Args:
-            sides: "user", "item" -> blocks of ids and float [n, D].
+            version: run and date.
+            sides: blocks of ids [n] and vectors, float [n, D], of "user" and "item".
 
         Raises:
             HistoryError: a block has no id for a vector, or another width than the first.
@@ -124,42 +129,42 @@ class EmbeddingHistory:
                 temporary = stack.enter_context(atomic(path))
                 _write(temporary, version, blocks, what=f"{side} vectors of {version.name}")
 
-    def stored(self, side: str, run_date: datetime.date | None = None) -> list[Stored]:
-        """What there is of a side, of one date or of all, in the order of dates and then of run
-        ids."""
+    def files(self, side: str, run_date: datetime.date | None = None) -> list[VectorFile]:
+        """Lists the files of a side, of one date or of all, by date and then by run id."""
         partition = f"run_date={run_date or '*'}"
-        found = (
-            _stored(path)
-            for path in (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
-        )
-        return sorted(found, key=lambda stored: (stored.version.run_date, stored.version.run_id))
+        paths = (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
+        files = [_read_about(path) for path in paths]
+        return sorted(files, key=lambda file: (file.version.run_date, file.version.run_id))
 
-    def find(self, side: str, name: str) -> Stored:
-        """The stored vectors that DATE/RUN names; raises `HistoryError` with those there are."""
+    def find(self, side: str, name: str) -> VectorFile:
+        """Finds the vectors that DATE/RUN names.
+
+        Raises:
+            HistoryError: there are none; the message names the latest.
+        """
         date, _, run_id = name.partition("/")
-        known = self.stored(side, parse_date(date, "the date of DATE/RUN"))
-        for one in known:
-            if one.version.run_id == run_id:
-                return one
-        latest = ", ".join(one.version.name for one in self.stored(side)[-10:]) or "none"
+        for file in self.files(side, parse_date(date, "the date of DATE/RUN")):
+            if file.version.run_id == run_id:
+                return file
+        latest = ", ".join(file.version.name for file in self.files(side)[-10:]) or "none"
         raise HistoryError(
             f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}."
         )
 
-    def read(self, stored: Stored) -> tuple[pa.ChunkedArray, np.ndarray]:
-        """Entity ids, and their vectors float32 [N, D]."""
+    def read(self, stored: VectorFile) -> tuple[pa.ChunkedArray, np.ndarray]:
+        """Reads the entity ids and their vectors, float32 [N, D]."""
         vectors = np.empty((stored.rows, stored.width), np.float32)
-        ids, start = [], 0
+        ids = []
+        start = 0
         with pq.ParquetFile(stored.path) as file:
             for batch in file.iter_batches(BLOCK, columns=["entity_id", "vector"]):
-                vectors[start : start + len(batch)] = _rows(batch["vector"], stored.width)
+                vectors[start : start + len(batch)] = _as_matrix(batch["vector"], stored.width)
                 ids.append(batch["entity_id"])
                 start += len(batch)
         return pa.chunked_array(ids, pa.string()), vectors
 
     def dataset(self, side: str) -> pyarrow.dataset.Dataset:
-        """All vectors of a side, with run_date as a column: a pyarrow dataset, to be filtered and
-        joined."""
+        """Returns all vectors of a side, with run_date as a column, to be filtered and joined."""
         partitioning = pyarrow.dataset.partitioning(PARTITION, flavor="hive")
         schema = pa.schema([*SCHEMA, *PARTITION])
         folder = self.folder / TABLES[side]
@@ -174,8 +179,10 @@ class EmbeddingHistory:
 
 
 def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
-    """The vectors of a bundle's users, as recommendations are made with them, and of its items:
-    what `append` takes."""
+    """Returns the vectors of a bundle's users and items, in the blocks that `append` takes.
+
+    Those of users are the ones that recommendations are made with.
+    """
     bundle = retriever.bundle
 
     def rows(ids: pa.ChunkedArray, embed: Any, what: str) -> Iterator[Block]:
@@ -199,11 +206,14 @@ def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator
 def version_of(
     retriever: Retriever, *, run_date: datetime.date, run_id: str, experiment_id: str = ""
 ) -> Version:
-    """The version of a bundle's vectors.
+    """Returns the version of a bundle's vectors.
 
     Args:
-        experiment_id: by default a hash of `Config.identity` but for the seed, which runs of one
-            configuration share.
+        retriever: the loaded bundle.
+        run_date: date of the run.
+        run_id: name of the run.
+        experiment_id: name of what was run; by default a hash of `Config.identity` but for the
+            seed, which runs of one configuration share.
     """
     bundle, config = retriever.bundle, retriever.bundle.config
     unseeded = dataclasses.replace(
@@ -216,8 +226,56 @@ def version_of(
     )
 
 
+def append_bundle(
+    history: EmbeddingHistory,
+    retriever: Retriever,
+    *,
+    run_date: datetime.date,
+    run_id: str,
+    experiment_id: str = "",
+) -> dict[str, VectorFile]:
+    """Keeps the vectors of a bundle.
+
+    Args:
+        history: the history to append to.
+        retriever: the loaded bundle.
+        run_date: date of the run.
+        run_id: name of the run.
+        experiment_id: name of the experiment; see `version_of`.
+
+    Returns:
+        What is stored of "user" and "item".
+    """
+    version = version_of(retriever, run_date=run_date, run_id=run_id, experiment_id=experiment_id)
+    history.append(version, blocks_of(retriever))
+    return {side: history.find(side, version.name) for side in TABLES}
+
+
+def format_versions(history: EmbeddingHistory) -> str:
+    """Returns a table of what is kept, a row for each file."""
+    rows = []
+    for side in TABLES:
+        for stored in history.files(side):
+            version = stored.version
+            rows.append(
+                [
+                    side,
+                    version.name,
+                    version.experiment_id,
+                    version.model_version[:12],
+                    f"{stored.rows:,}",
+                    str(stored.width),
+                ]
+            )
+    header = ["", "run", "experiment", "model", "vectors", "width"]
+    table = format_table(rows, header, align="llllrr")
+    if not rows:
+        table += f"\n  {history.folder} holds nothing yet."
+    return table
+
+
 def parse_date(text: str, field: str) -> datetime.date:
-    """A date written YYYY-MM-DD."""
+    """Reads a date written YYYY-MM-DD."""
     with contextlib.suppress(ValueError):
         if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
             return datetime.date.fromisoformat(text)
@@ -234,21 +292,26 @@ def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) 
         "use_dictionary": list(constant),
         "write_statistics": ["run_id", "entity_id"],
     }
-    rows, width = 0, 0
+    rows = 0
+    width = 0
     with pq.ParquetWriter(path, SCHEMA, **options) as writer:
         for ids, vectors in blocks:
             vectors = check_vectors(vectors, what=what)
             if len(ids) != len(vectors) or ids.null_count:
                 raise HistoryError(
-                    f"{what}: {len(ids) - ids.null_count} ids for {len(vectors)} vectors; give one each."
+                    f"{what}: {len(ids) - ids.null_count} ids for {len(vectors)} vectors; "
+                    "give one each."
                 )
             if width not in (0, vectors.shape[1]):
                 raise HistoryError(
                     f"{what} are {vectors.shape[1]} wide after others that are {width} wide."
                 )
-            rows, width = rows + len(ids), vectors.shape[1]
+            rows += len(ids)
+            width = vectors.shape[1]
             same = {name: pa.repeat(value, len(ids)) for name, value in constant.items()}
-            table = pa.table({**same, "entity_id": ids, "vector": _lists(vectors)}, schema=SCHEMA)
+            table = pa.table(
+                {**same, "entity_id": ids, "vector": _as_lists(vectors)}, schema=SCHEMA
+            )
             writer.write_table(table, row_group_size=BLOCK)
         about = constant | {"run_date": str(version.run_date), "rows": rows, "width": width}
         writer.add_key_value_metadata(
@@ -256,7 +319,8 @@ def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) 
         )  # so that a listing reads no column
 
 
-def _stored(path: Path) -> Stored:
+def _read_about(path: Path) -> VectorFile:
+    """Reads what a file says of itself, without a column of it."""
     try:
         about = json.loads(pq.read_metadata(path).metadata[b"twotower"])
         rows, width = about.pop("rows"), about.pop("width")
@@ -270,13 +334,13 @@ def _stored(path: Path) -> Stored:
         f"run-{version.run_id}.parquet",
     ):
         raise HistoryError(f"{path} was moved or renamed: it holds the vectors of {version.name}.")
-    return Stored(version=version, path=path, rows=rows, width=width)
+    return VectorFile(version=version, path=path, rows=rows, width=width)
 
 
-def _lists(vectors: np.ndarray) -> pa.ListArray:
+def _as_lists(vectors: np.ndarray) -> pa.ListArray:
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel()))
 
 
-def _rows(lists: pa.ListArray, width: int) -> np.ndarray:
+def _as_matrix(lists: pa.ListArray, width: int) -> np.ndarray:
     return lists.flatten().to_numpy().reshape(len(lists), width)

@@ -2,9 +2,10 @@
 moment.
 
 ```
-NAME:current                                     {"version": of the bundle, "width": D}, written when all vectors are there
-NAME:VERSION:user:ID   NAME:VERSION:item:ID      a vector: D little-endian float32
-NAME:VERSION:list:K:SEEN:ID                      a list of recommendations, JSON
+NAME:current                   {"version": of the bundle, "width": D}, when all vectors are there
+NAME:VERSION:user:ID           a vector: D little-endian float32
+NAME:VERSION:item:ID           likewise
+NAME:VERSION:list:K:SEEN:ID    a list of recommendations, JSON
 ```
 
 Every key has a time to live, so that what belonged to an older bundle goes by itself.
@@ -27,9 +28,11 @@ from twotower.index.base import check_vectors
 from twotower.integrations.embedding_history import Block
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
 
-DAY = 86_400
-PIPELINE = 2_000  # keys written in one round trip
+DAY = 86_400  # seconds
+KEYS_PER_ROUND_TRIP = 2_000
 PUBLISH_TIMEOUT = 10.0  # seconds; a batch job may wait where a server may not
+# A colon would mix the keys of two models.
+_NAME = re.compile(r"[\w.-]{1,64}")
 
 
 class RedisStore:
@@ -37,9 +40,9 @@ class RedisStore:
 
     Args:
         url: redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// with TLS, or unix://PATH.
-        name: of the model; the keys begin with it, so that several models share a server.
-        timeout: seconds that a read waits.
-        retry_after: seconds for which Redis is not asked again after it did not answer.
+        name: name of the model, which the keys begin with, so that several models share a server.
+        timeout: longest wait of a read, in seconds.
+        retry_after: time for which Redis is left alone after it did not answer, in seconds.
     """
 
     def __init__(
@@ -47,56 +50,50 @@ class RedisStore:
     ):
         with extra("redis", "Redis"):
             import redis
-        if not re.fullmatch(r"[\w.-]{1,64}", name):  # a colon would mix the keys of two models
+        if not _NAME.fullmatch(name):
             raise ConfigError(
                 f"name={name!r} must be of 1 to 64 letters, digits, '.', '_' and '-'."
             )
-        self.name, self._errors, self._retry_after, self._away_until = (
-            name,
-            redis.RedisError,
-            retry_after,
-            -np.inf,
-        )
-        self._client, self._publisher = (
-            _connect(url, seconds) for seconds in (timeout, PUBLISH_TIMEOUT)
-        )
+        self.name = name
+        self._errors = redis.RedisError
+        self._retry_after = retry_after
+        self._away_until = -np.inf
+        self._client = _connect(url, timeout)
+        self._publisher = _connect(url, PUBLISH_TIMEOUT)
         self._is_away = False
 
     def publish(
         self, version: str, sides: Mapping[str, Iterable[Block]], *, ttl: int = DAY
     ) -> dict[str, int]:
-        """Writes vectors, and makes them the current ones when all are written: until then readers
-        find the older.
+        """Writes vectors, and makes them the current ones when all are written.
+
+        Until then readers find the older ones.
 
         Args:
-            version: of the bundle, see `bundle_version`.
-            sides: "user", "item" -> blocks of ids and float [n, D].
-            ttl: seconds that all of it lives.
+            version: version of the bundle, see `bundle_version`.
+            sides: blocks of ids [n] and vectors, float [n, D], of "user" and "item".
+            ttl: time that all of it lives, in seconds.
 
         Returns:
-            How many vectors of each side.
+            The number of vectors of each side.
 
         Raises:
             StoreError: Redis is away, full, or refuses; what was current still is.
         """
-        counts, width = dict.fromkeys(sides, 0), 0
+        counts = dict.fromkeys(sides, 0)
+        width = 0
         try:
             for side, blocks in sides.items():
                 for ids, vectors in blocks:
                     vectors = check_vectors(vectors, what=side).astype("<f4")
-                    width, keys = (
-                        vectors.shape[1],
-                        [self._key(version, side, one) for one in ids.to_pylist()],
-                    )
-                    for start in range(0, len(keys), PIPELINE):
-                        self._write(
-                            zip(keys[start : start + PIPELINE], vectors[start : start + PIPELINE]),
-                            ttl,
-                        )
+                    width = vectors.shape[1]
+                    keys = [self._key(version, side, entity) for entity in ids.to_pylist()]
+                    for start in range(0, len(keys), KEYS_PER_ROUND_TRIP):
+                        part = slice(start, start + KEYS_PER_ROUND_TRIP)
+                        self._write(zip(keys[part], vectors[part]), ttl)
                     counts[side] += len(keys)
-            self._publisher.set(
-                f"{self.name}:current", json.dumps({"version": version, "width": width}), ex=ttl
-            )
+            current = json.dumps({"version": version, "width": width})
+            self._publisher.set(f"{self.name}:current", current, ex=ttl)
         except self._errors as error:
             raise StoreError(
                 f"Redis did not take the vectors, and the older ones stay current: {error}"
@@ -104,38 +101,45 @@ class RedisStore:
         return counts
 
     def vectors(self, side: str, ids: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The current vectors of users or items.
+        """Reads the current vectors of users or items.
+
+        Args:
+            side: "user" or "item".
+            ids: ids of the entities, n of them.
 
         Returns:
-            (float32 [n, D], bool [n]): a row of zeros and False for an id without a vector, and D =
-            0 where there are none at all or Redis is away.
+            Vectors float32 [n, D] and whether each id has one, bool [n]. An id without one has a
+            row of zeros, and D is 0 where there are none at all or Redis is away.
         """
         current = self.current()
-        none = np.zeros((len(ids), 0), np.float32), np.zeros(len(ids), bool)
-        if current is None or not len(ids):
-            return none
-        keys = [self._key(current["version"], side, one) for one in ids]
-        found = self.ask(lambda client: client.mget(keys))
-        if found is None:
-            return none
+        values = None
+        if current is not None and len(ids):
+            keys = [self._key(current["version"], side, entity) for entity in ids]
+            values = self.try_call(lambda client: client.mget(keys))
+        if current is None or values is None:
+            return np.zeros((len(ids), 0), np.float32), np.zeros(len(ids), bool)
         size = 4 * current["width"]
-        held = np.array([value is not None and len(value) == size for value in found])
-        joined = b"".join(value if ok else bytes(size) for value, ok in zip(found, held))
-        return np.frombuffer(joined, "<f4").reshape(len(ids), -1).astype(np.float32), held
+        has_vector = np.array([value is not None and len(value) == size for value in values])
+        joined = b"".join(value if ok else bytes(size) for value, ok in zip(values, has_vector))
+        vectors = np.frombuffer(joined, "<f4").reshape(len(ids), -1)
+        return vectors.astype(np.float32), has_vector
 
     def current(self) -> dict[str, Any] | None:
-        """The version and width of the vectors that are current; None where nothing is, or Redis is
-        away."""
-        value = self.ask(lambda client: client.get(f"{self.name}:current"))
+        """Reads the version and width of the current vectors; None where there are none, or Redis
+        is away."""
+        value = self.try_call(lambda client: client.get(f"{self.name}:current"))
         try:
-            held = json.loads(value or b"null")
-            return {"version": str(held["version"]), "width": int(held["width"])}
+            current = json.loads(value or b"null")
+            return {"version": str(current["version"]), "width": int(current["width"])}
         except (KeyError, TypeError, ValueError):
             return None
 
-    def ask(self, call: Callable[[Any], Any]) -> Any:
-        """`call(client)`, or None while Redis is away: it is tried once, and then not for
-        `retry_after` seconds."""
+    def try_call(self, call: Callable[[Any], Any]) -> Any:
+        """Returns `call(client)`, or None while Redis is away.
+
+        Redis is tried once, and then left alone for `retry_after` seconds, so that a server without
+        it does not wait with every request.
+        """
         if time.monotonic() < self._away_until:
             return None
         try:
@@ -170,29 +174,35 @@ class CachedRetriever:
     """Recommends as its retriever does, from Redis where an equal question was answered lately.
 
     Args:
-        ttl: seconds that a list lives. Lists of a live index are asked for anew after every change
-            to it.
+        retriever: what recommends.
+        store: what remembers.
+        ttl: time that a list lives, in seconds. After a change to a live index lists are made anew.
     """
 
     def __init__(self, retriever: Retriever, store: RedisStore, *, ttl: int = 60):
-        self.retriever, self.store, self.ttl = retriever, store, ttl
+        self.retriever = retriever
+        self.store = store
+        self.ttl = ttl
         self._version = bundle_version(retriever)
 
     def recommend(self, user: Any, k: int = 10, *, exclude_seen: bool = True) -> Recommendations:
-        """As `Retriever.recommend` for an id."""
+        """Recommends as `Retriever.recommend` does for an id."""
         version = f"{self._version}.{self.retriever.changes}"
         key = self.store.list_key(version, user, k, exclude_seen=exclude_seen)
-        found = _parsed(self.store.ask(lambda client: client.get(key)))
-        if found is None:
-            found = self.retriever.recommend(user, k=k, exclude_seen=exclude_seen)
-            value = _as_json(found)
-            self.store.ask(lambda client: client.set(key, value, ex=self.ttl))
-        return found
+        recommended = _from_json(self.store.try_call(lambda client: client.get(key)))
+        if recommended is None:
+            recommended = self.retriever.recommend(user, k=k, exclude_seen=exclude_seen)
+            value = _to_json(recommended)
+            self.store.try_call(lambda client: client.set(key, value, ex=self.ttl))
+        return recommended
 
 
 def bundle_version(retriever: Retriever) -> str:
-    """A hash of all that is in a bundle: of two bundles with other weights, items, users or index,
-    another."""
+    """Returns a hash of all that is in a bundle: weights, items, users and index.
+
+    Raises:
+        StoreError: the bundle was never written.
+    """
     if not retriever.bundle.manifest:
         raise StoreError(
             "a bundle that was not written has no version; export it, and load it from its folder."
@@ -221,19 +231,19 @@ def _connect(url: str, timeout: float) -> Any:
         ) from None
 
 
-def _as_json(found: Recommendations) -> str:
-    items = [(one.item_id, one.score, dict(one.display)) for one in found]
-    return json.dumps({"known": found.known, "items": items}, ensure_ascii=False)
+def _to_json(recommended: Recommendations) -> str:
+    items = [(item.item_id, item.score, dict(item.display)) for item in recommended]
+    return json.dumps({"known": recommended.known, "items": items}, ensure_ascii=False)
 
 
-def _parsed(value: bytes | None) -> Recommendations | None:
-    """The list that `_as_json` wrote; None of anything else."""
+def _from_json(value: bytes | None) -> Recommendations | None:
+    """Reads the list that `_to_json` wrote; None where it is anything else."""
     try:
-        held = json.loads(value or b"null")
+        stored = json.loads(value or b"null")
         items = [
             Recommendation(str(item), float(score), dict(display))
-            for item, score, display in held["items"]
+            for item, score, display in stored["items"]
         ]
-        return Recommendations(items, known=bool(held["known"]))
+        return Recommendations(items, known=bool(stored["known"]))
     except (KeyError, TypeError, ValueError):
         return None

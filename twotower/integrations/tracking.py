@@ -1,7 +1,7 @@
-"""A run in MLflow: its configuration, the metrics of its steps, what was evaluated, and its files.
+"""Tracking of a run in MLflow: its configuration, metrics, evaluations and files.
 
-The folder of the run is what is read, so this can be done at any time, also while the run trains,
-and done again: what is there already is not logged twice.
+Only the folder of the run is read, so that a run can be logged at any time, also while it trains,
+and again: what is there already is not logged twice.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from twotower.core.errors import ConfigError, extra
 from twotower.core.files import atomic, current_version
 from twotower.training.run import load_config
 
-AT_ONCE = 1_000  # metrics in a request; MLflow takes no more
-PARAMS_AT_ONCE = 100
-LONGEST = 6_000  # characters of a parameter
-STATE = "mlflow.json"
+# MLflow takes no more of each.
+METRICS_PER_REQUEST = 1_000
+PARAMS_PER_REQUEST = 100
+MAX_PARAM_CHARACTERS = 6_000
+STATE_FILE = "mlflow.json"  # in the folder of the run: which MLflow run it was logged to
 
 
 def track(
@@ -29,12 +30,13 @@ def track(
     """Logs the run in `workdir` to an MLflow store.
 
     Args:
-        uri: of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
-        experiment: its name; it is made where there is none.
-        artifacts: where a new experiment keeps files; by default the folder mlartifacts beside an
-            SQLite file (MLflow's own default is the folder that the command was started in), or
-            where the server says.
-        bundle: log the bundle too, beside the configuration and the evaluations.
+        workdir: folder of the run.
+        uri: the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
+        experiment: name of the experiment, which is made where there is none.
+        artifacts: folder or address where a new experiment keeps files; by default the folder
+            mlartifacts beside an SQLite file (MLflow's own default is the folder that the command
+            was started in), or where the server says.
+        bundle: whether the bundle is logged too, beside the configuration and the evaluations.
 
     Returns:
         The id of the MLflow run, which a later call for this folder and store goes on with.
@@ -55,30 +57,28 @@ def track(
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
         # How many steps are in proportion to the data is known to the training alone.
-        ended = lines and not config.training.steps_for and lines[-1][0] >= config.training.steps
+        training = config.training
+        ended = lines and not training.steps_for and lines[-1][0] >= training.steps
         if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        hint = (
-            f" To log to a new run of MLflow, delete {workdir / STATE}."
-            if (workdir / STATE).exists()
-            else ""
-        )
+        hint = ""
+        if (workdir / STATE_FILE).exists():
+            hint = f" To log to a new run of MLflow, delete {workdir / STATE_FILE}."
         raise ConfigError(f"MLflow at {_without_password(uri)} refuses: {reason}.{hint}") from error
     return run_id
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by their paths.
+    """Yields the leaves of nested mappings with their paths, in names that MLflow takes.
 
     >>> dict(flatten({"a": {"b": 1, "c": {}}, "recall@10": 2}))
     {'a.b': 1, 'recall_at_10': 2}
     """
     for key, value in tree.items():
-        name = prefix + re.sub(
-            r"[^\w.\- /]", "_", str(key).replace("@", "_at_")
-        )  # what MLflow takes in a name
+        readable = str(key).replace("@", "_at_")
+        name = prefix + re.sub(r"[^\w.\- /]", "_", readable)
         if isinstance(value, Mapping):
             yield from flatten(value, f"{name}.")
         else:
@@ -86,15 +86,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: str) -> str:
-    """The MLflow run that the folder was logged to before, or a new one."""
-    path = workdir / STATE
+    """Returns the MLflow run that the folder was logged to before, or a new one."""
+    path = workdir / STATE_FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("uri") == _without_password(uri) and known.get("experiment") == experiment:
         return known["run_id"]
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        place = artifacts or _beside(uri)
-        experiment_id = client.create_experiment(experiment, artifact_location=place or None)
+        location = artifacts or _beside(uri)
+        experiment_id = client.create_experiment(experiment, artifact_location=location or None)
     else:
         experiment_id = found.experiment_id
     run = client.create_run(
@@ -109,8 +109,11 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
 
 
 def _beside(uri: str) -> str:
+    """Returns the folder for files beside an SQLite file; "" for a server."""
     file = uri.removeprefix("sqlite:///")
-    return (Path(file).resolve().parent / "mlartifacts").as_uri() if file != uri else ""
+    if file == uri:
+        return ""
+    return (Path(file).resolve().parent / "mlartifacts").as_uri()
 
 
 def _without_password(uri: str) -> str:
@@ -120,14 +123,15 @@ def _without_password(uri: str) -> str:
 def _log_params(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    had = client.get_run(
-        run_id
-    ).data.params  # MLflow refuses another value for a parameter that it has
+    # MLflow refuses another value for a parameter that it has.
+    logged = client.get_run(run_id).data.params
     params = [
-        Param(name, str(value)[:LONGEST]) for name, value in flatten(config) if name not in had
+        Param(name, str(value)[:MAX_PARAM_CHARACTERS])
+        for name, value in flatten(config)
+        if name not in logged
     ]
-    for start in range(0, len(params), PARAMS_AT_ONCE):
-        client.log_batch(run_id, params=params[start : start + PARAMS_AT_ONCE])
+    for start in range(0, len(params), PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
 
 
 def _log_metrics(
@@ -135,31 +139,34 @@ def _log_metrics(
 ) -> None:
     from mlflow.entities import Metric
 
-    # A time that is always the same for a step: so the store sees what it has already.
+    # The time of a step is made of its number and always the same, so that the store recognises
+    # what it has already.
     begun = client.get_run(run_id).info.start_time
     metrics = [
         Metric(name, float(x), begun + step, step)
         for step, values in lines
         for name, x in flatten(values)
     ]
-    for start in range(0, len(metrics), AT_ONCE):
-        client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
+    for start in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Steps and their metrics; the line that a trainer is just writing is left for the next
-    time."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+    """Yields steps with their metrics.
+
+    A line that the trainer is just writing has no end yet, and is left for the next time.
+    """
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             values = json.loads(line)
-            yield (
-                values.pop("step"),
-                {name: x for name, x in values.items() if isinstance(x, (int, float))},
-            )
+            step = values.pop("step")
+            yield step, {name: x for name, x in values.items() if isinstance(x, (int, float))}
 
 
 def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """The figures in evaluation/, as test.model.recall_at_10."""
+    """Yields steps with the figures in evaluation/, named like test.model.recall_at_10."""
     for path in sorted((workdir / "evaluation").glob("metrics*.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         protocol = measured.pop("protocol")

@@ -12,14 +12,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from twotower.core.errors import ConfigError
+from twotower.core.files import atomic
 from twotower.core.tables import format_table
-from twotower.retrieval.retriever import Recommendation
+from twotower.retrieval.retriever import Recommendation, Retriever
 
 MAX_CELL_CHARACTERS = 48
+LATEST_ITEMS = 5  # of a user, above what is recommended
 
 
 def read_ids(path: Path) -> list[str]:
-    """The user ids in a file: at least one.
+    """Reads the user ids in a file: at least one.
 
     Raises:
         ConfigError: the file is not there, cannot be read, or holds no id.
@@ -71,6 +73,55 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
         ]
         align = f"r{align}r"
     return textwrap.indent(format_table(rows, header, align=align), "  ")
+
+
+def format_user(retriever: Retriever, user: str, k: int, *, exclude_seen: bool = True) -> str:
+    """Returns the latest items of a user above a table of recommendations."""
+    recommended = retriever.recommend(user, k=k, exclude_seen=exclude_seen)
+    lines = []
+    if not recommended.known:
+        lines.append(f"User {user} is not known: these are the recommendations for somebody new.\n")
+    latest = retriever.latest_items(user, LATEST_ITEMS)
+    if latest:
+        lines.append(f"Latest items of user {user}, the latest first:")
+        lines.append(format_items(latest, ranked=False) + "\n")
+    lines += [f"Recommended to user {user}:", format_items(recommended)]
+    return "\n".join(lines)
+
+
+def format_similar(retriever: Retriever, item: str, k: int) -> str:
+    """Returns an item above a table of the items that are most similar to it."""
+    similar = retriever.similar_items(item, k)
+    itself = format_items([retriever.item(item)], ranked=False)
+    return f"Items like {item}:\n{itself}\n\n{format_items(similar)}"
+
+
+def write_lists(
+    retriever: Retriever, users: Path, out: Path, k: int, *, exclude_seen: bool = True
+) -> str:
+    """Writes the recommendations of many users as Parquet: user_id, rank, item_id, score.
+
+    Args:
+        retriever: what recommends.
+        users: file of user ids, see `read_ids`.
+        out: file to write, whole or not at all.
+        k: length of the lists.
+        exclude_seen: whether items that a user has seen are left out.
+
+    Returns:
+        A line that says what was written, and for how many unknown users.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
+    ids = read_ids(users)
+    lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
+    with atomic(out) as temporary:
+        pq.write_table(lists, temporary)
+    unknown = sum(not retriever.knows(user) for user in ids)
+    return (
+        f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users "
+        f"({unknown:,} of them not known)."
+    )
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,71 @@
+"""Commands as tests give them: in this process, where a start costs nothing, or really launched."""
+
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+from absl import flags
+
+from experiments import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(command: str, *arguments: str) -> str:
+    """Returns the standard output of a command in a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{command}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def output_of(command: str, *arguments: str) -> str:
+    """Returns the standard output of a command that runs in this process."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        _run(command, arguments)
+    return text.getvalue()
+
+
+def error_of(command: str, *arguments: str) -> str:
+    """Returns the line that a command in this process ends with, which must be a user's mistake.
+
+    Any other exception than the one that ends a program would show its traceback, and fails the
+    test that asks.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            _run(command, arguments)
+        except SystemExit as ended:
+            message = str(ended.code)
+            assert message.startswith("Error: ") and "Traceback" not in message
+            return message
+    raise AssertionError(f"{command} {' '.join(arguments)} did not fail")
+
+
+def _run(command: str, arguments: tuple[str, ...]) -> None:
+    argv = [f"experiments/{command}.py", *arguments]
+    name = f"experiments.{command}"
+    known = set(flags.FLAGS)
+    # Commands have flags of one name, and absl knows one registry: each gets it to itself.
+    sys.modules.pop(name, None)
+    try:
+        # config_flags reads sys.argv, and paths of experiments count from the project's folder.
+        with mock.patch.object(sys, "argv", argv), contextlib.chdir(ROOT):
+            main = importlib.import_module(name).main
+            launch.call(main, launch.parse(argv))
+    finally:
+        for flag in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, flag)
+        flags.FLAGS.unparse_flags()
+        sys.modules.pop(name, None)
