@@ -21,6 +21,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.fields import check_literals
 from twotower.features.vocabulary import Vocabulary
 
+# The two towers. Its order decides keys of random numbers: it never changes.
 SIDES = ("user", "item")
 # Side and name of a feature.
 Key = tuple[str, str]
@@ -89,6 +90,8 @@ class Fitted:
     vectors: np.ndarray | None = None
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    # A kind knows which of these its `fit` set; a type checker, and a damaged folder, do not.
 
     def require_vocabulary(self) -> Vocabulary:
         """Returns the vocabulary.
@@ -165,6 +168,7 @@ class Feature:
 
     def __post_init__(self):
         minimum = self._min_embedding_size
+        # The side first: all other messages name it.
         self._check(self.side in SIDES, "side", "user or item")
         check_literals(self, self.location)
         self._check(self.embedding_size >= minimum, "embedding_size", f"at least {minimum}")
@@ -239,6 +243,7 @@ class Feature:
         """
         if old.vectors is None:
             return dataclasses.replace(old, vocabulary=vocabulary)
+        # The values at the end of the vocabulary have vectors in `new` alone, in another order.
         known = new.require_vocabulary()
         rows = known.rows(vocabulary.values[len(old.vectors) :]) - known.first
         vectors = np.concatenate([old.vectors, new.require_vectors()[rows]])
@@ -274,6 +279,7 @@ def prefix_errors(location: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        # Inner functions name the feature and more, such as a file or a row.
         if str(error).startswith(location):
             raise
         raise ConfigError(f"{location}: {error}") from None
@@ -283,7 +289,22 @@ def column_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
     """Returns a column of a table, or nulls where the table lacks it."""
     if name in rows.column_names:
         return rows[name]
+    # The type of nulls is taken by every kind, whatever the type of its column.
     return pa.chunked_array([pa.nulls(rows.num_rows)])
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    is_variable = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_variable or pa.types.is_fixed_size_list(kind)
+
+
+def join_lists(column: pa.ChunkedArray) -> pa.LargeListArray:
+    """Returns a column of lists as one array."""
+    # Large lists, whose offsets of 64 bits hold any column in one chunk.
+    kind = pa.large_list(column.type.value_type)
+    chunks = [chunk.cast(kind) for chunk in column.chunks]
+    return pa.concat_arrays(chunks or [pa.array([], kind)])
 
 
 def pad_lists(
@@ -297,6 +318,7 @@ def pad_lists(
         count: Number of rows N.
         length: Values L kept of a row.
     """
+    # Rows ascend, so the values of each lie together and their positions are a difference.
     starts = np.searchsorted(rows, np.arange(count))
     positions = np.arange(len(rows)) - starts[rows]
     padded = np.zeros((count, length), values.dtype)

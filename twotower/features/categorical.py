@@ -18,6 +18,8 @@ from twotower.features.base import (
     Input,
     TableShape,
     TrainingColumn,
+    is_list,
+    join_lists,
     pad_lists,
     prefix_errors,
 )
@@ -42,6 +44,7 @@ class StringFeature(Feature):
     oov_rate: float = 0.01
     initial_norm: float = 1.0
 
+    # One table has one width and one vocabulary, and its rows start from one distribution.
     shared_fields: ClassVar[tuple[str, ...]] = (
         "embedding_size",
         "min_count",
@@ -68,6 +71,7 @@ class StringFeature(Feature):
             with prefix_errors(feature.location):
                 rows, column_values = feature.split_values(column.values)
             values.append(column_values)
+            # Each value counts as often as the user or item that it comes from.
             weights.append(column.weights[rows])
         return Vocabulary.fit(
             pa.chunked_array(values),
@@ -110,6 +114,7 @@ class StringsFeature(StringFeature):
         lists = self._as_lists(column)
         rows = pc.list_parent_indices(lists)
         values = pc.utf8_trim_whitespace(as_strings(pc.list_flatten(lists)))
+        # Two separators in a row, or one at the end, leave empty values that mean nothing.
         kept = pc.fill_null(pc.not_equal(values, ""), False)
         return rows.filter(kept).to_numpy().astype(np.int64), values.filter(kept)
 
@@ -123,11 +128,8 @@ class StringsFeature(StringFeature):
 
     def _as_lists(self, column: pa.ChunkedArray) -> pa.LargeListArray:
         kind = column.type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if is_list or pa.types.is_fixed_size_list(kind):
-            list_type = pa.large_list(kind.value_type)
-            chunks = [chunk.cast(list_type) for chunk in column.chunks]
-            return pa.concat_arrays(chunks or [pa.array([], list_type)])
+        if is_list(kind):
+            return join_lists(column)
         if not self.separator and not pa.types.is_null(kind):
             raise ConfigError(
                 f"{self.location}: column {self.column!r} holds {kind}, not lists; name the "

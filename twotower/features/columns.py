@@ -37,10 +37,12 @@ def training_columns(
     newest = newest_timestamp(train)
     columns = {}
     for feature in spec:
+        # It has no column in training; see `HistoryFeature.fit_to_items`.
         if isinstance(feature, HistoryFeature):
             continue
         table = tables[feature.side]
         if feature.column in table.column_names:
+            # Only users and items of training rows: those of held-out rows say nothing.
             occurs = counts[feature.side] > 0
             all_values = table[feature.column]
             values = all_values.filter(pa.array(occurs))
@@ -48,6 +50,7 @@ def training_columns(
             is_context = False
         elif feature.side == "user" and feature.column in train.column_names:
             _check_is_known_to_query(feature)
+            # A column of the users' own comes first: it is known without an interaction.
             all_values = values = train[feature.column]
             weights = np.ones(len(train), np.int64)
             is_context = True
@@ -74,6 +77,7 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             columns = ", ".join(rows.column_names)
             raise ValueError(f"{name} must have a column {id_column!r}; columns: {columns}.")
     ids = as_strings(table[id_column])
+    # Twice the same id would give one user two rows, of which training reads the first.
     if pc.count_distinct(ids, mode="all").as_py() < len(ids):
         counts = pc.value_counts(ids)
         is_repeated = pc.greater(counts.field("counts"), 1)
@@ -102,6 +106,7 @@ def _check_is_known_to_query(feature: Feature) -> None:
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
     known = list(table.column_names)
+    # Of items the interactions are no place to look: an item's features do not depend on a query.
     if feature.side == "user":
         known += [name for name in train.column_names if name not in known]
     return ConfigError(

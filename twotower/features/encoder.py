@@ -108,6 +108,7 @@ class Encoder:
         known = self.spec.side(side)
         if features is None:
             features = list(known)
+        # A misspelt name is refused before the first column is read.
         check_fields(dict.fromkeys(features), known, f"The encoder of the {side} tower")
         arrays = {}
         for name in features:
@@ -120,6 +121,7 @@ class Encoder:
         items: dict[str, Input] = {}
         for feature in self.spec.item.values():
             items |= feature.inputs(self.fitted[feature.key], {})
+        # Users after items, whose inputs a history reads at each event.
         users: dict[str, Input] = {}
         for feature in self.spec.user.values():
             users |= feature.inputs(self.fitted[feature.key], items)
@@ -129,6 +131,7 @@ class Encoder:
     def tables(self) -> dict[str, TableShape]:
         """The embedding tables by name."""
         tables = {}
+        # Features that share a table agree on its shape; `FeatureSpec` has checked it.
         for feature in self.spec:
             shape = feature.table_shape(self.fitted[feature.key])
             if shape is not None:
@@ -148,11 +151,13 @@ class Encoder:
             ConfigError: The features are not those of this encoder, or a sentence encoder is
                 another.
         """
+        # Compared as mappings, as it was saved.
         if spec.to_dict() != self.spec.to_dict():
             raise ConfigError(
                 "config.features differs from that of the run to grow from, whose towers read "
                 "other features."
             )
+        # Fitted anew to learn which values are frequent enough; everything else is dropped.
         new = Encoder.fit(spec, train, users=users, items=items)
         extended: dict[int, Vocabulary] = {}
         fitted = {}
@@ -179,7 +184,7 @@ class Encoder:
             entry: dict[str, Any] = {
                 "side": side,
                 "name": name,
-                "numbers": dict(fitted.statistics),
+                "numbers": dict(fitted.statistics),  # the key that saved encoders have
             }
             vocabulary = fitted.vocabulary
             if vocabulary is not None:

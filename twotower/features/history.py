@@ -32,6 +32,8 @@ from twotower.features.base import (
     Fitted,
     Input,
     column_of,
+    is_list,
+    join_lists,
     pad_lists,
     prefix_errors,
 )
@@ -129,6 +131,7 @@ class HistoryFeature(Feature):
                 their own are read by their id alone.
         """
         vocabulary = fitted.require_vocabulary()
+        # By row of the id, because batches look items up by the ids of events.
         first, *others = self.reads
         ids = encoded[first]
         known = ids >= vocabulary.first
@@ -141,6 +144,7 @@ class HistoryFeature(Feature):
         return dataclasses.replace(fitted, reads=reads)
 
     def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
+        # Read only where it counts: a request may bring a column of that name for other uses.
         request_times = None
         if self.request_gap and "timestamp" in rows.column_names:
             request_times = rows["timestamp"]
@@ -182,6 +186,7 @@ def encode_histories(
     lists = _as_lists(feature, column)
     owners = pc.list_parent_indices(lists).to_numpy()
     fields = _event_fields(feature, pc.list_flatten(lists))
+    # Cut before anything is looked up: requests may bring years of events.
     kept = _latest_events(fields["item_id"], owners, count, feature.max_length)
     owners = owners[kept]
     fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
@@ -202,10 +207,12 @@ def encode_histories(
     events = encode_events(feature, fitted, items, fields.get("event"), times)
     if feature.gaps and times is not None:
         since_previous = time_buckets(feature, np.diff(times, prepend=times[:1]))
+        # The differences run across histories; what was before the first event is not known.
         since_previous[starts[has_events]] = 0
         events[HISTORY_TIME_SINCE_PREVIOUS] = since_previous
     if feature.request_gap and known_times is not None:
         seconds = np.diff(known_times, append=known_times[-1:])
+        # After the latest event of a history comes the request, not the next history.
         last = ends[has_events] - 1
         requested = np.full(count, np.nan)
         if request_times is not None:
@@ -252,12 +259,14 @@ def encode_events(
         logs = np.log(weights)[pc.fill_null(indices, len(names)).to_numpy()]
     if feature.half_life and times is not None:
         half_life = _SECONDS_A_DAY * feature.half_life
+        # Ages are counted from a fixed moment: in a bag only the differences of logs matter.
         logs = logs + np.log(2) * (times - fitted.statistics["newest"]) / half_life
     return arrays | {HISTORY_WEIGHT: logs.astype(np.float32)}
 
 
 def time_buckets(feature: HistoryFeature, seconds: np.ndarray) -> np.ndarray:
     """Returns the buckets int32 of times: from 1 to `gaps`, and `gaps` + 1 for NaN."""
+    # Clocks of different machines disagree: an event before its predecessor is one at once.
     known = np.maximum(np.nan_to_num(seconds), 0)
     buckets = np.minimum(np.log2(1 + known), feature.gaps - 1).astype(np.int32)
     return np.where(np.isnan(seconds), feature.gaps + 1, 1 + buckets).astype(np.int32)
@@ -280,21 +289,15 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
-def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> Any:
-    """Returns the column as one array of large lists."""
-    kind = column.type
-    if pa.types.is_null(kind):
+def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
+    if pa.types.is_null(column.type):
         return pa.array([None] * len(column), pa.large_list(pa.string()))
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not (is_list or pa.types.is_fixed_size_list(kind)):
+    if not is_list(column.type):
         raise ConfigError(
-            f"{feature.location}: column {feature.column!r} holds {kind}; a history is a list of item "
-            "ids, or of mappings with an item_id, the latest last."
+            f"{feature.location}: column {feature.column!r} holds {column.type}; a history is a "
+            "list of item ids, or of mappings with an item_id, the latest last."
         )
-    kind = pa.large_list(kind.value_type)
-    if not column.num_chunks:
-        return pa.array([], kind)
-    return pa.concat_arrays([chunk.cast(kind) for chunk in column.chunks])
+    return join_lists(column)
 
 
 def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
@@ -319,6 +322,7 @@ def _latest_events(items: Any, owners: np.ndarray, count: int, length: int) -> n
     running = np.cumsum(valid)
     first = np.searchsorted(owners, owners, side="left")
     running_within = running - np.append(0, running)[first]
+    # Counted from the end, because the latest events are kept.
     following = valid_of_owner[owners] - running_within
     return valid & (following < length)
 

@@ -42,6 +42,7 @@ class IntFeature(Feature):
     normalize: bool = False
 
     def __post_init__(self):
+        # Before the checks of `Feature`, which ask a table for at least one column.
         if not self.normalize and self.embedding_size == 0:
             object.__setattr__(self, "embedding_size", 8)
         super().__post_init__()
@@ -161,6 +162,7 @@ def parse_text(column: pa.ChunkedArray, kind: pa.DataType, location: str) -> pa.
     try:
         return pa.chunked_array([texts.cast(kind)])
     except pa.ArrowInvalid:
+        # Arrow's message names the text and not its row; this search is made once, on failure.
         row = next(row for row, text in enumerate(texts) if not _parses(text, kind))
         expected = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
         text = texts[row].as_py()
@@ -194,6 +196,7 @@ def _moments(values: np.ndarray) -> dict[str, float]:
     values = np.sort(values[~np.isnan(values)])
     if not len(values):
         return {"mean": 0.0, "deviation": 1.0}
+    # A column of one value has no deviation; divided by 1 it is 0, and the feature says nothing.
     return {"mean": float(values.mean()), "deviation": float(values.std()) or 1.0}
 
 

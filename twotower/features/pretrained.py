@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
+from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn, is_list
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Ids that an error message names.
@@ -76,6 +76,7 @@ class PretrainedFeature(Feature):
         return self.missing == "zeros"
 
     def fit(self, column: TrainingColumn) -> Fitted:
+        # All ids of the file are kept: an item that comes later may have a vector already.
         vocabulary, vectors = read_vectors(self)
         self._check_missing(vocabulary, column.all_values)
         return Fitted(vocabulary=vocabulary, vectors=vectors)
@@ -87,6 +88,7 @@ class PretrainedFeature(Feature):
         rows = vocabulary.rows(column)
         if not self.frozen:
             return rows
+        # Rows before the first known id are those of null and of unknown ids.
         known = rows - vocabulary.first
         missing = known[:, None] < 0
         vectors = fitted.require_vectors()[np.maximum(known, 0)]
@@ -138,6 +140,7 @@ def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
     """
     path = _expand(feature.path)
     location = f"{feature.location}: {path}"
+    # The dataclass has checked that a .npy file, and no other, has a file of ids.
     read = _read_npy if feature.ids else _read_parquet
     try:
         ids, vectors = read(feature, path, location)
@@ -168,15 +171,16 @@ def _read_parquet(
 ) -> tuple[pa.LargeStringArray, np.ndarray]:
     columns = dict.fromkeys((feature.id_column, feature.vector_column))
     check_fields(columns, pq.read_schema(path).names, location)
+    # Two columns alone: the file may hold much else.
     table = pq.read_table(path, columns=sorted(columns))
     ids = as_strings(table[feature.id_column])
     lists = table[feature.vector_column].combine_chunks()
-    is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
-    if not (is_list or pa.types.is_fixed_size_list(lists.type)):
+    if not is_list(lists.type):
         raise ConfigError(
             f"{location}: column {feature.vector_column!r} is of type {lists.type}, not lists of "
             "numbers."
         )
+    # Refused by `_check_vectors`, as an empty .npy file is.
     if not len(lists):
         return ids, np.zeros((0, 0), np.float32)
     widths = pc.list_value_length(lists).fill_null(0).to_numpy()

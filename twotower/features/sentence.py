@@ -79,6 +79,7 @@ class SentenceFeature(Feature):
         texts = pc.unique(as_strings(column.all_values)).drop_null()
         texts = texts.filter(_is_not_blank(texts))
         folder = find_model(self.model, self.location)
+        # By content: a folder, or a name on the Hub, may hold another model tomorrow.
         sha256 = model_digest(folder, self.location, prompt=self.prompt)
         width = model_width(folder, self.location)
         vectors = _vectors(self, texts, folder, sha256, width)
@@ -100,6 +101,7 @@ class SentenceFeature(Feature):
         encoded[known] = vectors[rows[known]]
         new = ~known & _is_not_blank(texts).to_numpy(zero_copy_only=False)
         if new.any():
+            # Each distinct text once: the model costs far more than a lookup.
             distinct = texts.filter(pa.array(new)).dictionary_encode()
             sha256 = fitted.statistics["model"]
             folder = _find_same_model(self, sha256)
@@ -112,6 +114,7 @@ class SentenceFeature(Feature):
         return Input(width=width, projection=self.embedding_size)
 
     def extend(self, old: Fitted, new: Fitted, vocabulary: Vocabulary) -> Fitted:
+        # Vectors of two models in one column would mean nothing beside each other.
         if old.statistics != new.statistics:
             raise ConfigError(
                 f"{self.location}.model={self.model!r} is another model now than the run to grow "
@@ -237,6 +240,7 @@ def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -
     """Writes one more file; a cache that cannot be written is done without."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     joined = "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
+    # Named by content: two processes that encode the same texts write one file.
     name = hashlib.sha256(joined).hexdigest()[:32]
     table = pa.table({"text": texts, "vector": lists})
     try:

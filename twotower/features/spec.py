@@ -70,6 +70,7 @@ class FeatureSpec:
     def __post_init__(self):
         first_of_table: dict[str, Feature] = {}
         for feature in self:
+            # Each is compared with the first that names the table, so that all agree.
             if feature.has_table:
                 first = first_of_table.setdefault(feature.table, feature)
                 _check_shared(first, feature)
@@ -104,6 +105,7 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     """
     if not config.path:
         return from_mappings({"user": config.user, "item": config.item})
+    # Neither is taken over the other: whichever were ignored, somebody would have meant it.
     if config.user or config.item:
         raise ConfigError(
             f"config.features.path={config.path!r} and config.features.user/item are both given: "
@@ -143,6 +145,7 @@ def from_mappings(mappings: Any) -> FeatureSpec:
                 f"features has both {key!r} and another key for the {side} tower: leave one out."
             )
         by_side[side] = features
+    # An empty side too: a tower that reads nothing could tell no two users apart.
     for side in SIDES:
         by_side[side] = by_side.get(side) or {f"{side}_id": {"type": "string"}}
     return FeatureSpec(
@@ -164,6 +167,7 @@ def _build_feature(side: str, name: str, fields: Any) -> Feature:
         raise ConfigError(
             f"{location}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}."
         )
+    # As text, so that a list or a number is refused like any unknown name.
     kind = choose(FEATURES, str(fields["type"]), f"{location}.type")
     known = _spec_fields(kind)
     check_fields(fields, ["type", *(field.name for field in known)], location)
@@ -190,6 +194,7 @@ def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
     type_of_kind = {kind: name for name, kind in FEATURES.items()}
     dicts = {}
     for name, feature in features.items():
+        # Defaults too: a saved encoder must not change when a default does.
         fields = dataclasses.asdict(feature)
         del fields["side"], fields["name"]
         dicts[name] = {"type": type_of_kind[type(feature)]} | fields
@@ -199,6 +204,7 @@ def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
 def _check_history(spec: FeatureSpec) -> None:
     """Refuses a second history, and one that reads features that items do not have."""
     histories = [feature for feature in spec if isinstance(feature, HistoryFeature)]
+    # The towers have one sequence of events to read.
     for history in histories[1:]:
         raise ConfigError(
             f"{history.location} is a second history beside {histories[0].location}: a user has "

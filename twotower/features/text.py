@@ -152,6 +152,7 @@ def hashed_pieces(
         buckets: Rows of the table that the ids are rows of.
         max_length: Pieces L kept of a text.
     """
+    # Each distinct text is cut once: titles and categories repeat.
     encoded = as_strings(texts).dictionary_encode()
     distinct = encoded.dictionary
     # One more row, without pieces, for null.
@@ -159,6 +160,7 @@ def hashed_pieces(
     for low in range(0, len(distinct), _BLOCK_TEXTS):
         block = distinct.slice(low, _BLOCK_TEXTS)
         rows, hashes = _pieces(block, words, characters)
+        # Row 0 stays padding.
         block_ids = 1 + (hashes % np.uint64(buckets - 1)).astype(np.int32)
         ids[low : low + len(block)] = pad_lists(rows, block_ids, len(block), max_length)
     return ids[encoded.indices.fill_null(len(distinct)).to_numpy()]
@@ -173,6 +175,7 @@ def _pieces(
     joined = normalise("\n".join(lines))
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
     letter = _is_letter(points)
+    # A word begins at a letter that follows none.
     start = letter & ~np.concatenate([[False], letter[:-1]])
     row_of_word = np.cumsum(points == ord("\n"))[start]
     word_of_letter = np.cumsum(start)[letter] - 1
@@ -183,6 +186,7 @@ def _pieces(
     pieces += _character_runs(bounded, ends, row_of_character, characters)
     rows = np.concatenate([piece_rows for piece_rows, _ in pieces])
     hashes = np.concatenate([piece_hashes for _, piece_hashes in pieces])
+    # Stable, so that within a row the order of kinds and of the text remains.
     order = np.argsort(rows, kind="stable")
     return rows[order], hashes[order]
 
@@ -248,5 +252,6 @@ def _word_runs(
     totals = np.zeros(count, np.uint64)
     for position in range(size):
         totals += mix64(words[position : position + count] + np.uint64(position + 1))
+    # Runs that reach into the next text are no runs of either.
     within_text = rows[:count] == rows[size - 1 :]
     return rows[:count][within_text], mix64(totals[within_text] + np.uint64(size))

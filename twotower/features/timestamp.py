@@ -54,6 +54,7 @@ class TimestampFeature(Feature):
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         seconds, missing = as_seconds(column, self.location, unit=self.unit)
+        # What is newer than training, as all requests are, has the age of the newest row.
         hours = np.maximum(fitted.statistics["newest"] - seconds, 0) / 3600
         age = np.log2(1 + hours).astype(np.int64)
         values = {
@@ -62,6 +63,7 @@ class TimestampFeature(Feature):
             "age": np.minimum(age, self.age_buckets - 1),
         }
         ids = np.zeros((len(seconds), len(self.parts)), np.int32)
+        # Each part has rows of its own, one part after the other.
         first = FIRST_BUCKET
         for position, part in enumerate(self.parts):
             ids[:, position] = first + values[part]
@@ -101,6 +103,7 @@ def as_seconds(
     if is_text(column.type):
         column = parse_text(column, pa.timestamp("s"), location)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        # Microseconds hold all dates that pandas and Parquet have; nanoseconds end in 2262.
         column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         unit = "us"
     values = as_numbers(column, location) / UNITS_PER_SECOND[unit]

@@ -149,6 +149,7 @@ class Vocabulary:
         counts = np.bincount(indices, weights, minlength=len(encoded.dictionary))
         table = pa.table({"value": encoded.dictionary, "count": counts})
         table = table.filter(pa.array(counts >= min_count))
+        # Ties are broken by value, because the order of a log must not decide rows.
         order = pc.sort_indices(table, sort_keys=[("count", "descending"), ("value", "ascending")])
         return cls(values=as_strings(table["value"].take(order)), oov_rows=oov_rows)
 
@@ -192,11 +193,13 @@ class Vocabulary:
         values = pa.LargeStringArray.from_buffers(
             len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)
         )
+        # The buffers come from a file: without this, a wrong offset would read past their end.
         values.validate(full=True)
         return cls(values=values, oov_rows=oov_rows)
 
     def _rows_of_dictionary(self, values: pa.DictionaryArray | pa.ChunkedArray) -> np.ndarray:
         if isinstance(values, pa.ChunkedArray):
+            # Chunks may number their values differently.
             values = values.unify_dictionaries().combine_chunks()
         # One more row, that of null.
         rows = np.append(self.rows(values.dictionary), np.int32(0))
