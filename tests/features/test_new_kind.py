@@ -77,7 +77,9 @@ def test_it_is_fitted_encoded_saved_loaded_and_extended(tmp_path):
     encoder.save(tmp_path / "encoder")
     loaded = Encoder.load(tmp_path / "encoder")
     assert_same(loaded.encode("item", titles), arrays)
-    train, users, items = shop(seed=1)
+    train, users, items = shop(items=300)
+    longer = Encoder.fit(encoder.spec, train, users=users, items=items)
+    assert longer.fitted["item", "letters"].statistics["longest"] > longest
     larger = encoder.extend(encoder.spec, train, users=users, items=items)
     assert_same(larger.encode("item", titles), arrays)
 

@@ -13,62 +13,49 @@ from twotower.features.encoder import Encoder
 
 def write_vectors(folder, kind, ids, vectors):
     """The fields of a feature that reads these vectors."""
+    path = folder / f"v.{kind}"
+    fields = {"type": "pretrained", "column": "item_id", "path": str(path)}
     if kind == "npy":
-        np.save(folder / "v.npy", vectors)
+        np.save(path, vectors)
         (folder / "ids.txt").write_text("\n".join(ids))
-        return {
-            "type": "pretrained",
-            "column": "item_id",
-            "path": str(folder / "v.npy"),
-            "ids": str(folder / "ids.txt"),
-        }
-    pq.write_table(
-        pa.table({"id": ids, "vector": [list(v) for v in vectors]}), folder / "v.parquet"
-    )
-    return {"type": "pretrained", "column": "item_id", "path": str(folder / "v.parquet")}
+        return fields | {"ids": str(folder / "ids.txt")}
+    pq.write_table(pa.table({"id": ids, "vector": list(map(list, vectors))}), path)
+    return fields
 
 
 def vectors_of(count=30, width=4):
-    return [f"i{n}" for n in range(count)], np.random.default_rng(0).normal(
-        size=(count, width)
-    ).astype(np.float32)
+    ids = [f"i{n}" for n in range(count)]
+    vectors = np.random.default_rng(0).normal(size=(count, width))
+    return ids, vectors.astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_frozen_vectors_are_those_of_the_file(tmp_path, kind):
     ids, vectors = vectors_of()
-    encoder = fitted(
-        {"item": {"clip": write_vectors(tmp_path, kind, ids, vectors) | {"projection": 6}}}
-    )
-    assert (
-        encoder.inputs["item"]["clip"] == Input(width=4, projection=6)
-        and "item.clip" not in encoder.tables
-    )
-    asked = encoder.encode("item", pa.table({"item_id": ["i7", "i0", "new", None]}))["clip"]
-    np.testing.assert_array_equal(asked, [vectors[7], vectors[0], np.zeros(4), np.zeros(4)])
+    fields = write_vectors(tmp_path, kind, ids, vectors) | {"projection": 6}
+    encoder = fitted({"item": {"clip": fields}})
+    assert encoder.inputs["item"]["clip"] == Input(width=4, projection=6)
+    assert "item.clip" not in encoder.tables
+    encoded = encoder.encode("item", pa.table({"item_id": ["i7", "i0", "new", None]}))["clip"]
+    np.testing.assert_array_equal(encoded, [vectors[7], vectors[0], np.zeros(4), np.zeros(4)])
     encoder.save(tmp_path / "encoder")
     (tmp_path / f"v.{kind}").unlink()
-    assert_same(
-        Encoder.load(tmp_path / "encoder").encode("item", shop()[2]),
-        encoder.encode("item", shop()[2]),
-    )
+    loaded = Encoder.load(tmp_path / "encoder")
+    _, _, items = shop()
+    assert_same(loaded.encode("item", items), encoder.encode("item", items))
 
 
 def test_trained_vectors_start_from_the_file(tmp_path):
     ids, vectors = vectors_of()
-    fields = write_vectors(tmp_path, "npy", ids, vectors) | {
-        "frozen": False,
-        "oov_rows": 2,
-        "table": "clip",
-    }
+    fields = write_vectors(tmp_path, "npy", ids, vectors)
+    fields |= {"frozen": False, "oov_rows": 2, "table": "clip"}
     encoder = fitted({"item": {"clip": fields}})
     rows = encoder.encode("item", pa.table({"item_id": ["i7", "i0", "new", None]}))["clip"]
     table = encoder.tables["clip"]
     assert encoder.inputs["item"]["clip"] == Input(table="clip", oov_rows=2)
     assert (table.rows, table.width) == (33, 4)
-    np.testing.assert_array_equal(
-        table.initial[rows], [vectors[7], vectors[0], np.zeros(4), np.zeros(4)]
-    )
+    expected = [vectors[7], vectors[0], np.zeros(4), np.zeros(4)]
+    np.testing.assert_array_equal(table.initial[rows], expected)
     assert rows[2] in (1, 2) and rows[3] == 0
 
 
@@ -81,8 +68,8 @@ def test_missing_vectors_are_counted_and_named(tmp_path):
     with pytest.raises(ConfigError, match=message):
         fitted({"item": {"clip": fields}})
     encoder = fitted({"item": {"clip": fields | {"missing": "zeros"}}})
-    asked = encoder.encode("item", pa.table({"item_id": ["i1", "i28"]}))["clip"]
-    np.testing.assert_array_equal(asked, [[*vectors[1], 0], [0, 0, 0, 0, 1]])
+    encoded = encoder.encode("item", pa.table({"item_id": ["i1", "i28"]}))["clip"]
+    np.testing.assert_array_equal(encoded, [[*vectors[1], 0], [0, 0, 0, 0, 1]])
     assert encoder.inputs["item"]["clip"].width == 5
 
 

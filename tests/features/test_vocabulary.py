@@ -59,10 +59,9 @@ def test_the_hash_ignores_slices_and_blocks(monkeypatch):
 @pytest.mark.parametrize("min_count", [1, 3])
 def test_fit_orders_by_count_then_value(min_count):
     values = skewed()
-    expected = sorted(
-        (v for v, n in Counter(values).items() if n >= min_count),
-        key=lambda v: (-Counter(values)[v], v),
-    )
+    counts = Counter(values)
+    frequent = [value for value in counts if counts[value] >= min_count]
+    expected = sorted(frequent, key=lambda value: (-counts[value], value))
     fitted = Vocabulary.fit(pa.array(values), min_count=min_count, oov_rows=3)
     assert fitted.values.to_pylist() == expected
     assert fitted.size == 1 + 3 + len(expected)
@@ -86,18 +85,18 @@ def test_weights_count_as_repeated_rows():
 def test_rows_are_those_of_a_dict():
     fitted = Vocabulary.fit(pa.array(skewed()), oov_rows=5)
     row_of = {value: 6 + place for place, value in enumerate(fitted.values.to_pylist())}
-    asked = [*skewed(400, seed=1), None, "new", ""]
-    expected = [0 if v is None else row_of.get(v, 1 + python_hash(v) % 5) for v in asked]
-    rows = fitted.rows(pa.array(asked))
+    values = [*skewed(400, seed=1), None, "new", ""]
+    expected = [0 if v is None else row_of.get(v, 1 + python_hash(v) % 5) for v in values]
+    rows = fitted.rows(pa.array(values))
     assert rows.dtype == np.int32 and rows.tolist() == expected
 
 
 def test_a_single_value_and_a_column_find_the_same_rows():
     """Few values are found by their hashes, many by a hash table of the vocabulary."""
     fitted = Vocabulary.fit(pa.array(skewed()), oov_rows=5)
-    asked = pa.array([*skewed(400, seed=1), None, "new", ""])
-    single = np.concatenate([fitted.rows(asked.slice(n, 1)) for n in range(len(asked))])
-    np.testing.assert_array_equal(single, fitted.rows(asked))
+    values = pa.array([*skewed(400, seed=1), None, "new", ""])
+    single = np.concatenate([fitted.rows(values.slice(n, 1)) for n in range(len(values))])
+    np.testing.assert_array_equal(single, fitted.rows(values))
 
 
 def test_known_values_with_equal_hashes_are_still_told_apart(monkeypatch):
