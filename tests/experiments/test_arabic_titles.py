@@ -15,8 +15,8 @@ from twotower.training.run import load_run, train
 TITLES = [
     (f"{noun} {material}", shelf)
     for shelf, category in enumerate(CATEGORIES)
-    for _, noun in category.nouns
-    for _, material in category.materials
+    for noun in category.nouns.values()
+    for material in category.materials.values()
 ]
 RING, CHAIN = "خاتم ذهب", "سلسال ذهب"
 

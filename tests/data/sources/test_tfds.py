@@ -1,27 +1,26 @@
-"""MovieLens by the real TFDS builders, with no network and without TensorFlow."""
+"""MovieLens by TFDS and from its files, with no network and without TensorFlow."""
 
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sys
-import types
 import zipfile
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from twotower.config import DataConfig
 from twotower.core.errors import ConfigError
 from twotower.data.sources import tfds
+from twotower.data.sources.download import Archive
 from twotower.data.sources.load import load_dataset
 
 needs_tfds = pytest.mark.skipif(
     not (
         importlib.util.find_spec("tensorflow_datasets") and importlib.util.find_spec("array_record")
     ),
-    reason="tensorflow-datasets or array-record is not installed: the extra 'tfds'",
+    reason="tensorflow-datasets or array-record is not installed",
 )
 SMALL = "movielens/latest-small-ratings"
 # A process of its own in which nobody can import TensorFlow, be it installed or not.
@@ -47,102 +46,128 @@ def load(dataset, folder):
     return load_dataset(DataConfig(source="tfds", dataset=dataset, data_dir=str(folder)))
 
 
+def rows_where(table, **values):
+    """The rows of a table that have these values."""
+    for name, value in values.items():
+        table = table.filter(pc.equal(table[name], value))
+    return table.to_pylist()
+
+
 @needs_tfds
 def test_latest_small_from_the_original_zip(shared_data, tmp_path):
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
     shutil.copy(shared_data / "movielens-latest-small" / "ml-latest-small.zip", manual)
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, SMALL, tmp_path]
     environment = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW, SMALL, tmp_path], check=True, env=environment
-    )
+    subprocess.run(command, check=True, env=environment)
+    # What is left is the columns: the second reading needs nothing else.
     shutil.rmtree(tmp_path / "downloads")
     for record in tmp_path.rglob("*.array_record-*"):
-        record.unlink()  # what is left is the columns: the second reading needs nothing else
+        record.unlink()
     data = load(SMALL, tmp_path)
     assert (len(data.interactions), len(data.users), len(data.items)) == (100_836, 610, 9_742)
-    assert (
-        data.interactions.schema.names == ["user_id", "item_id", "rating", "timestamp"]
-        and data.has_catalogue
-    )
-    first = data.items.filter(pc.equal(data.items["item_id"], "1")).to_pylist()
-    assert first == [
-        {
-            "item_id": "1",
-            "title": "Toy Story (1995)",
-            "genres": ["Adventure", "Animation", "Children", "Comedy", "Fantasy"],
-        }
+    assert data.interactions.schema.names == ["user_id", "item_id", "rating", "timestamp"]
+    assert data.has_catalogue
+    genres = ["Adventure", "Animation", "Children", "Comedy", "Fantasy"]
+    toy_story = {"item_id": "1", "title": "Toy Story (1995)", "genres": genres}
+    assert rows_where(data.items, item_id="1") == [toy_story]
+    first = {"user_id": "1", "item_id": "1", "rating": 4.0, "timestamp": 964982703}
+    assert rows_where(data.interactions, user_id="1", item_id="1") == [first]
+
+
+def put_zip(monkeypatch, folder, name, contents):
+    """Puts a zip of these files where it is looked for, under a hash of its own."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for inner, text in contents.items():
+            file.writestr(f"{name}/{inner}", text)
+    archive = archive_with(path.read_bytes(), file_name=path.name)
+    monkeypatch.setattr(tfds, "archive_of", lambda dataset: archive)
+
+
+def test_100k_has_features_of_its_users(shared_data, tmp_path, monkeypatch):
+    folder = shared_data / "movielens-100k"
+    contents = {name: (folder / name).read_bytes() for name in ("u.item", "u.user")}
+    ratings = (folder / "u.data").read_text().splitlines()[:500]
+    contents["u.data"] = "\n".join(ratings)
+    put_zip(monkeypatch, tmp_path / "downloads", "ml-100k", contents)
+    data = load("movielens/100k-ratings", tmp_path)
+    read = data.interactions.to_pylist()
+    assert [tuple(row.values()) for row in read] == [
+        (user, item, float(rating), int(time))
+        for user, item, rating, time in (line.split("\t") for line in ratings)
     ]
-    same = (pc.equal(data.interactions[name], "1") for name in ("user_id", "item_id"))
-    first = data.interactions.filter(pc.and_(*same))
-    assert first.to_pylist() == [
-        {"user_id": "1", "item_id": "1", "rating": 4.0, "timestamp": 964982703}
+    assert len(data.items) == 1_682
+    genres = ["Animation", "Children", "Comedy"]
+    toy_story = {"item_id": "1", "title": "Toy Story (1995)", "genres": genres}
+    assert rows_where(data.items, item_id="1") == [toy_story]
+    # A letter outside of ASCII shows that the file is Latin-1.
+    assert rows_where(data.items, item_id="543")[0]["title"] == "Misérables, Les (1995)"
+    writer = {"user_id": "196", "gender": "M", "age": 49, "occupation": "writer", "zip": "55105"}
+    assert rows_where(data.users, user_id="196") == [writer]
+
+
+def test_1m_has_the_words_that_its_numbers_stand_for(shared_data, tmp_path, monkeypatch):
+    folder = shared_data / "movielens-1m"
+    contents = {name: (folder / name).read_bytes() for name in ("movies.dat", "users.dat")}
+    contents["ratings.dat"] = "1::1193::5::978300760\n2::1::4::978300761\n"
+    put_zip(monkeypatch, tmp_path / "downloads", "ml-1m", contents)
+    data = load("movielens/1m-ratings", tmp_path)
+    assert data.interactions.to_pylist() == [
+        {"user_id": "1", "item_id": "1193", "rating": 5.0, "timestamp": 978300760},
+        {"user_id": "2", "item_id": "1", "rating": 4.0, "timestamp": 978300761},
     ]
+    genres = ["Animation", "Children", "Comedy"]
+    toy_story = {"item_id": "1", "title": "Toy Story (1995)", "genres": genres}
+    assert rows_where(data.items, item_id="1") == [toy_story]
+    pupil = {"user_id": "1", "gender": "F", "age": 1, "occupation": "K-12 student", "zip": "48067"}
+    assert rows_where(data.users, user_id="1") == [pupil]
 
 
 @needs_tfds
-def test_100k_has_features_of_its_users(shared_data, tmp_path, monkeypatch):
-    from tensorflow_datasets.structured import movielens
-
-    archive = tmp_path / "downloads" / "ml-100k.zip"
-    archive.parent.mkdir()
-    ratings = (
-        (shared_data / "movielens-100k" / "u.data").read_text().splitlines(keepends=True)[:500]
-    )
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("ml-100k/u.data", "".join(ratings))
-        for name in ("u.item", "u.user"):
-            file.write(shared_data / "movielens-100k" / name, f"ml-100k/{name}")
-    infos = dict(movielens.Movielens.url_infos)
-    url = next(url for url in infos if url.endswith("ml-100k.zip"))
-    known = type(infos[url])(
-        archive.stat().st_size, hashlib.sha256(archive.read_bytes()).hexdigest(), "ml-100k.zip"
-    )
-    monkeypatch.setattr(movielens.Movielens, "url_infos", {**infos, url: known})
-    data = load("movielens/100k-ratings", tmp_path)
-    expected = sorted(tuple(line.split()) for line in ratings)
-    read = data.interactions.set_column(2, "rating", data.interactions["rating"].cast(pa.int64()))
-    assert sorted(tuple(map(str, row.values())) for row in read.to_pylist()) == expected
-    assert len(data.items) == 1_682
-    assert data.users.filter(pc.equal(data.users["user_id"], "196")).to_pylist() == [
-        {"user_id": "196", "gender": "M", "age": 49, "occupation": "writer", "zip": "55105"}
-    ]
+def test_the_hash_of_an_archive_is_the_one_that_tfds_has(shared_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("TWOTOWER_DATA", str(shared_data))
+    archive = tfds.archive_of(SMALL)
+    expected = shared_data / "movielens-latest-small" / "ml-latest-small.zip"
+    assert tfds.find_archive(archive, tmp_path) == expected
 
 
-def builder(checksum, url="file:///nowhere/ml-latest-small.zip"):
-    known = types.SimpleNamespace(filename="ml-latest-small.zip", checksum=checksum)
-    config = types.SimpleNamespace(name="latest-small-ratings", download_url=url)
-    return types.SimpleNamespace(name="movielens", builder_config=config, url_infos={url: known})
+def archive_with(content, *, file_name="ml-1m.zip", url="file:///nowhere/ml-1m.zip"):
+    """An archive of this content."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Archive(file_name=file_name, url=url, sha256=sha256)
 
 
-def test_a_zip_that_is_nowhere_is_asked_for_by_name_and_place(tmp_path, monkeypatch):
+def test_a_zip_that_is_nowhere_is_asked_for_by_name_and_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TWOTOWER_DATA", raising=False)
-    message = (
-        r"ml-latest-small\.zip is in none of .*cannot be downloaded .*Put the zip into .*manual"
-    )
+    message = r"ml-1m\.zip is in none of .*cannot be downloaded .*Put the zip into .*manual"
     with pytest.raises(ConfigError, match=message):
-        tfds._archive(builder("0"), tmp_path / "downloads")
+        tfds.find_archive(archive_with(b""), tmp_path)
 
 
 def test_a_damaged_zip_is_refused_wherever_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("TWOTOWER_DATA", str(tmp_path / "data"))
-    found = tmp_path / "data" / "movielens" / "ml-latest-small.zip"
-    found.parent.mkdir(parents=True)
-    found.write_bytes(b"x")
-    good = hashlib.sha256(b"x").hexdigest()
-    assert tfds._archive(builder(good), tmp_path / "downloads") == found
-    with pytest.raises(ConfigError, match=rf"its sha256 is {good}"):
-        tfds._archive(builder("0"), tmp_path / "downloads")
+    path = tmp_path / "data" / "movielens" / "ml-1m.zip"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    good = archive_with(b"x", url=path.as_uri())
+    bad = archive_with(b"y", url=path.as_uri())
+    assert tfds.find_archive(good, tmp_path) == path
+    with pytest.raises(ConfigError, match=rf"its sha256 is {good.sha256}"):
+        tfds.find_archive(bad, tmp_path)
     monkeypatch.delenv("TWOTOWER_DATA")
     with pytest.raises(ConfigError, match="its sha256 is"):
-        tfds._archive(builder("0", found.as_uri()), tmp_path / "downloads")
-    assert not list((tmp_path / "downloads" / "manual").iterdir())
-    downloaded = tfds._archive(builder(good, found.as_uri()), tmp_path / "downloads")
-    assert downloaded.read_bytes() == b"x" and downloaded.parent.name == "manual"
+        tfds.find_archive(bad, tmp_path)
+    manual = tmp_path / "downloads" / "manual"
+    assert not list(manual.iterdir())
+    downloaded = tfds.find_archive(good, tmp_path)
+    assert downloaded.read_bytes() == b"x"
+    assert downloaded.parent == manual
 
 
 def test_an_unknown_dataset_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"'movielens/100k-rating'.*did you mean 'movielens/100k-ratings'"
-    ):
+    message = r"'movielens/100k-rating'.*did you mean 'movielens/100k-ratings'"
+    with pytest.raises(ConfigError, match=message):
         load("movielens/100k-rating", tmp_path)

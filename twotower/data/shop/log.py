@@ -1,5 +1,7 @@
-"""The log of the generated shop: sessions of shoppers, and what they look at, put in their carts
-and buy."""
+"""The log of the generated shop: sessions, and what is looked at, put in carts and bought in them.
+
+Rows of a session are views of items; some views are followed by a cart, some carts by a purchase.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,30 @@ import numpy as np
 
 START = 1_735_689_600  # 2025-01-01 00:00 UTC, a Wednesday
 DAYS = 90
+SECONDS_A_DAY = 86_400
 EVENTS = ("view", "add_to_cart", "purchase")
-CART_RATE, PURCHASE_RATE = 0.22, 0.45  # of views, and of carts
-SESSION_VIEWS = 4.0
-_CHUNK = 500_000
+CART_RATE = 0.22  # of views
+PURCHASE_RATE = 0.45  # of carts
+VIEWS_IN_SESSION = 4.0  # on average
+# Users or views that are drawn at once, so that memory does not grow with the log.
+BLOCK = 500_000
+
+# Sessions by hour of the day.
+HOURLY = (3, 2, 1, 1, 1, 2, 4, 6, 8, 9, 10, 10, 11, 10, 9, 9, 10, 12, 14, 17, 19, 18, 13, 7)
+# Sessions by day of the week, from Wednesday: the weekend is Friday and Saturday.
+WEEKLY = (1.0, 1.1, 1.4, 1.3, 0.9, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """The rows, in order of time: [N] each."""
+    """The rows of a log in order of time, [N] each.
+
+    Attributes:
+        user: int32, row of the users table.
+        item: int32, row of the items table.
+        event: int8, number in `EVENTS`.
+        time: int64, seconds since the epoch.
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -27,114 +44,158 @@ class Log:
 
 def draw_log(
     rng: np.random.Generator,
-    rows: int,
+    num_rows: int,
     *,
-    theta: np.ndarray,
-    phi: np.ndarray,
+    mixture: np.ndarray,
+    tastes: np.ndarray,
     joined: np.ndarray,
     created: np.ndarray,
     activity: np.ndarray,
 ) -> Log:
-    """Exactly `rows` events of shoppers with mixtures theta [U, T] over tastes phi [T, I].
+    """Draws exactly `num_rows` events.
+
+    The order of the draws is part of what a seed means: it must not change.
 
     Args:
-        joined, created: int64 [U] and [I] seconds; nobody acts and nothing is seen before.
-        activity: float [U], how many sessions a shopper has relative to others.
+        rng: Source of random numbers.
+        num_rows: Events of the log.
+        mixture: float32 [U, T], share of each taste of a shopper.
+        tastes: float32 [T, I], what each taste looks at.
+        joined: int64 [U], seconds before which a shopper does nothing.
+        created: int64 [I], seconds before which an item is not seen.
+        activity: float [U], sessions of a shopper relative to others.
     """
-    views = rows  # more than enough: some views add a cart and a purchase
-    session, user, start = _sessions(rng, views, joined, activity)
-    carts = rng.random(views) < CART_RATE
-    length = (1 + carts + (carts & (rng.random(views) < PURCHASE_RATE))).astype(np.int8)
-    views = int(np.searchsorted(np.cumsum(length, dtype=np.int64), rows)) + 1
-    session, length = session[:views], length[:views]
-    row_view = np.repeat(np.arange(views, dtype=np.int32), length)
-    first_row = np.cumsum(length, dtype=np.int64) - length
-    event = (np.arange(len(row_view)) - first_row[row_view]).astype(np.int8)
-    row_session = session[row_view]
-    time = start[row_session] + _since_start(rng, row_session)
-    item = _draw_items(rng, user[session], time[first_row], theta, created, phi)[row_view]
-    order = np.argsort(time[:rows], kind="stable")
+    # As many views as rows are more than enough: some views add a cart and a purchase.
+    num_views = num_rows
+    session_of_view, user_of_session, start = _draw_sessions(rng, num_views, joined, activity)
+    has_cart = rng.random(num_views) < CART_RATE
+    has_purchase = has_cart & (rng.random(num_views) < PURCHASE_RATE)
+    num_events = (1 + has_cart + has_purchase).astype(np.int8)
+    num_views = int(np.searchsorted(np.cumsum(num_events, dtype=np.int64), num_rows)) + 1
+    session_of_view = session_of_view[:num_views]
+    num_events = num_events[:num_views]
+
+    # From here on one entry a row.
+    view = np.repeat(np.arange(num_views, dtype=np.int32), num_events)
+    first_row = np.cumsum(num_events, dtype=np.int64) - num_events
+    event = (np.arange(len(view)) - first_row[view]).astype(np.int8)
+    session = session_of_view[view]
+    time = start[session] + _draw_time_in_session(rng, session)
+
+    user_of_view = user_of_session[session_of_view]
+    item_of_view = _draw_items(rng, user_of_view, time[first_row], mixture, created, tastes)
+    order = np.argsort(time[:num_rows], kind="stable")
     return Log(
-        user=user[row_session][order], item=item[order], event=event[order], time=time[order]
+        user=user_of_session[session][order],
+        item=item_of_view[view][order],
+        event=event[order],
+        time=time[order],
     )
 
 
-def _sessions(
-    rng: np.random.Generator, views: int, joined: np.ndarray, activity: np.ndarray
+def draw_arrivals(rng: np.random.Generator, count: int, late_share: float) -> np.ndarray:
+    """Draws when shoppers join, or items appear: int64 [count] seconds since the epoch.
+
+    A share of them arrives within the period of the log, the others in the two years before it.
+    """
+    before = START - rng.integers(1, 2 * 365 * SECONDS_A_DAY, count)
+    # Not in the last days, so that everybody has time to do something.
+    within = START + rng.integers(1, int(0.97 * DAYS * SECONDS_A_DAY), count)
+    return np.where(rng.random(count) < late_share, within, before)
+
+
+def _draw_sessions(
+    rng: np.random.Generator, num_views: int, joined: np.ndarray, activity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """session int32 [views] of each view; user int32 and start int64 of each session. Every user's
-    first come first."""
-    lengths = rng.geometric(1 / SESSION_VIEWS, views)
-    count = int(np.searchsorted(np.cumsum(lengths), views)) + 1
-    session = np.repeat(np.arange(count, dtype=np.int32), lengths[:count])[:views]
-    hours, passed = _rhythm(rng)
-    present_from = np.interp(joined - START, hours, passed)
-    weight = np.cumsum(activity * (1 - present_from))
+    """Draws sessions; the first ones are one of each user, so that nobody is without.
+
+    Returns:
+        The session of each view, int32 [views], and the user and the start in seconds of each
+        session, int32 and int64 [sessions].
+    """
+    lengths = rng.geometric(1 / VIEWS_IN_SESSION, num_views)
+    count = int(np.searchsorted(np.cumsum(lengths), num_views)) + 1
+    session = np.repeat(np.arange(count, dtype=np.int32), lengths[:count])[:num_views]
+    hours, started_share = _draw_rhythm(rng)
+    # A user is there from a moment on that is measured in sessions, not in hours.
+    joined_share = np.interp(joined - START, hours, started_share)
+    weight = np.cumsum(activity * (1 - joined_share))
     everyone = rng.permutation(len(weight))[:count]
-    drawn = np.searchsorted(weight, rng.random(count - len(everyone)) * weight[-1])
-    user = np.concatenate([everyone, np.minimum(drawn, len(weight) - 1)]).astype(np.int32)
-    moment = present_from[user] + rng.random(count) * (1 - present_from[user])
-    begins = START + np.interp(moment, passed, hours).astype(np.int64)
-    return session, user, np.maximum(begins, joined[user])
+    others = np.searchsorted(weight, rng.random(count - len(everyone)) * weight[-1])
+    user = np.concatenate([everyone, np.minimum(others, len(weight) - 1)]).astype(np.int32)
+    moment = joined_share[user] + rng.random(count) * (1 - joined_share[user])
+    start = START + np.interp(moment, started_share, hours).astype(np.int64)
+    return session, user, np.maximum(start, joined[user])
 
 
-def _rhythm(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each full hour since the start, and the share of sessions that start before it."""
+def _draw_rhythm(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the seconds of each full hour, and the share of sessions that start before it."""
     hour = np.arange(DAYS * 24)
-    daily = np.array(
-        [3, 2, 1, 1, 1, 2, 4, 6, 8, 9, 10, 10, 11, 10, 9, 9, 10, 12, 14, 17, 19, 18, 13, 7], float
-    )
-    weekly = np.array(
-        [1.0, 1.1, 1.4, 1.3, 0.9, 0.9, 0.95]
-    )  # from Wednesday: the weekend is Friday and Saturday
-    weight = daily[hour % 24] * weekly[hour // 24 % 7] * np.exp(rng.normal(0, 0.1, len(hour)))
-    return np.arange(DAYS * 24 + 1) * 3600.0, np.concatenate(
-        [[0], np.cumsum(weight) / weight.sum()]
-    )
+    by_hour = np.array(HOURLY, float)[hour % 24]
+    by_day = np.array(WEEKLY)[hour // 24 % 7]
+    weight = by_hour * by_day * np.exp(rng.normal(0, 0.1, len(hour)))
+    started_share = np.concatenate([[0], np.cumsum(weight) / weight.sum()])
+    return np.arange(DAYS * 24 + 1) * 3600.0, started_share
 
 
-def _since_start(rng: np.random.Generator, session: np.ndarray) -> np.ndarray:
-    """int64 [N]: seconds from the start of its session to each row; rows of a session lie together,
-    minutes apart."""
+def _draw_time_in_session(rng: np.random.Generator, session: np.ndarray) -> np.ndarray:
+    """Draws the seconds from the start of a session to each of its rows, minutes apart.
+
+    Args:
+        rng: Source of random numbers.
+        session: int32 [N], session of each row; rows of a session lie together.
+    """
     gaps = 5 + rng.exponential(90, len(session)).astype(np.int64)
     passed = np.cumsum(gaps)
-    first = np.flatnonzero(np.diff(session, prepend=-1))
-    return passed - np.repeat(passed[first], np.diff(first, append=len(session)))
+    first_rows = np.flatnonzero(np.diff(session, prepend=-1))
+    rows_in_session = np.diff(first_rows, append=len(session))
+    return passed - np.repeat(passed[first_rows], rows_in_session)
 
 
 def _draw_items(
     rng: np.random.Generator,
     user: np.ndarray,
     time: np.ndarray,
-    theta: np.ndarray,
+    mixture: np.ndarray,
     created: np.ndarray,
-    phi: np.ndarray,
+    tastes: np.ndarray,
 ) -> np.ndarray:
-    """int32 [M]: an item for each view, from theta @ phi over the items that exist at its time."""
+    """Draws an item for each view, int32 [M], from mixture @ tastes over the items of its time."""
     item = np.empty(len(user), np.int32)
-    cumulative = np.cumsum(phi, axis=1, dtype=np.float64)
-    for start in range(0, len(user), _CHUNK):
-        todo = np.arange(start, min(start + _CHUNK, len(user)))
-        while len(
-            todo
-            # What does not exist yet is drawn again, taste and all: that renormalises the mixture
-            # exactly.
-        ):
-            item[todo] = _draw(rng, theta[user[todo]], cumulative)
-            todo = todo[created[item[todo]] > time[todo]]
+    cumulative = np.cumsum(tastes, axis=1, dtype=np.float64)
+    for start in range(0, len(user), BLOCK):
+        views = np.arange(start, min(start + BLOCK, len(user)))
+        # What does not exist yet is drawn again, taste and all: that renormalises the mixture
+        # exactly.
+        while len(views):
+            item[views] = _draw_from_mixture(rng, mixture[user[views]], cumulative)
+            views = views[created[item[views]] > time[views]]
     return item
 
 
-def _draw(rng: np.random.Generator, theta: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
-    """int32 [M] from theta [M, T] and the tastes' cumulative distributions [T, I], by inverting
-    both."""
-    mixture = np.cumsum(theta, axis=1)
-    taste = np.minimum(
-        (mixture < rng.random((len(theta), 1)) * mixture[:, -1:]).sum(axis=1), theta.shape[1] - 1
-    )
-    uniform = rng.random(len(theta))
-    item = np.empty(len(theta), np.int32)
-    for t in range(theta.shape[1]):
+def _draw_from_mixture(
+    rng: np.random.Generator, mixture: np.ndarray, cumulative: np.ndarray
+) -> np.ndarray:
+    """Draws items by inverting two cumulative distributions: first a taste, then its item.
+
+    Args:
+        rng: Source of random numbers.
+        mixture: float32 [M, T], share of each taste.
+        cumulative: float64 [T, I], cumulative distributions of the tastes.
+
+    Returns:
+        int32 [M].
+    """
+    num_draws, num_tastes = mixture.shape
+    num_items = cumulative.shape[1]
+    bounds = np.cumsum(mixture, axis=1)
+    target = rng.random((num_draws, 1)) * bounds[:, -1:]
+    # Rounding may let a target pass the last bound.
+    taste = np.minimum((bounds < target).sum(axis=1), num_tastes - 1)
+    uniform = rng.random(num_draws)
+    item = np.empty(num_draws, np.int32)
+    for t in range(num_tastes):
         rows = np.flatnonzero(taste == t)
-        item[rows] = np.searchsorted(cumulative[t], uniform[rows] * cumulative[t, -1], side="right")
-    return np.minimum(item, cumulative.shape[1] - 1)
+        target = uniform[rows] * cumulative[t, -1]
+        item[rows] = np.searchsorted(cumulative[t], target, side="right")
+    return np.minimum(item, num_items - 1)

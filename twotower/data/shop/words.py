@@ -1,234 +1,333 @@
-"""The vocabulary of the generated shop, in English and Arabic: categories, what they sell, brands
-and places.
+"""The vocabulary of the generated shop, in English and Arabic.
 
-Arabic names join noun and material as the language does ("خاتم ذهب", a ring of gold), so that no
-adjective has to agree.
+Each table of words maps English to Arabic. Arabic names join noun and material as the language does
+("خاتم ذهب", a ring of gold), so that no adjective has to agree.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
 
 
-class Category(NamedTuple):
-    """One shelf: `price` is what its cheapest usual article costs, `nouns` and `materials` are
-    (English, Arabic)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Category:
+    """One category of articles.
+
+    Attributes:
+        name: Its name.
+        price: Price of its cheapest articles.
+        nouns: English -> Arabic words for its articles.
+        materials: English -> Arabic words for what they are made of, or taste or smell of, the
+            dearest first.
+    """
 
     name: str
-    price: float
-    nouns: tuple[tuple[str, str], ...]
-    materials: tuple[tuple[str, str], ...]
+    price: int
+    nouns: Mapping[str, str]
+    materials: Mapping[str, str]
 
 
-_PRECIOUS = (("gold", "ذهب"), ("silver", "فضة"), ("pearl", "لؤلؤ"), ("diamond", "ألماس"))
-_CLOTH = (("cotton", "قطن"), ("linen", "كتان"), ("silk", "حرير"), ("wool", "صوف"))
-_HIDE = (("leather", "جلد"), ("suede", "شمواه"), ("canvas", "قماش"))
-_SCENT = (("oud", "عود"), ("musk", "مسك"), ("rose", "ورد"), ("amber", "عنبر"))
-_WATCH = (("steel", "ستيل"), ("gold", "ذهب"), ("leather", "جلد"))
-_CASE = (("silicone", "سيليكون"), ("leather", "جلد"), ("carbon fibre", "كربون"))
-_KITCHEN = (("steel", "ستانلس"), ("copper", "نحاس"), ("granite", "جرانيت"))
-_TABLE = (("porcelain", "بورسلان"), ("glass", "زجاج"), ("ceramic", "سيراميك"))
-_WOOD = (("oak", "بلوط"), ("walnut", "جوز"), ("bamboo", "خيزران"))
-_PLASTIC = (("wood", "خشب"), ("fabric", "قماش"), ("rubber", "مطاط"))
+_JEWELLERY = {"gold": "ذهب", "silver": "فضة", "pearl": "لؤلؤ", "diamond": "ألماس"}
+_CLOTH = {"cotton": "قطن", "linen": "كتان", "silk": "حرير", "wool": "صوف"}
+_LEATHER = {"leather": "جلد", "suede": "شمواه", "canvas": "قماش"}
+_SCENTS = {"oud": "عود", "musk": "مسك", "rose": "ورد", "amber": "عنبر"}
+_WATCHES = {"steel": "ستيل", "gold": "ذهب", "leather": "جلد"}
+_CASES = {"silicone": "سيليكون", "leather": "جلد", "carbon fibre": "كربون"}
+_COOKWARE = {"steel": "ستانلس", "copper": "نحاس", "granite": "جرانيت"}
+_TABLEWARE = {"porcelain": "بورسلان", "glass": "زجاج", "ceramic": "سيراميك"}
+_WOODS = {"oak": "بلوط", "walnut": "جوز", "bamboo": "خيزران"}
+_TOYS = {"wood": "خشب", "fabric": "قماش", "rubber": "مطاط"}
 
 CATEGORIES: tuple[Category, ...] = (
-    Category("rings", 90, (("ring", "خاتم"), ("wedding ring", "دبلة")), _PRECIOUS),
     Category(
-        "necklaces",
-        150,
-        (("necklace", "سلسال"), ("pendant", "تعليقة"), ("choker", "طوق")),
-        _PRECIOUS,
-    ),
-    Category("earrings", 70, (("earrings", "حلق"), ("hoops", "قرط")), _PRECIOUS),
-    Category("bracelets", 110, (("bracelet", "سوار"), ("anklet", "خلخال")), _PRECIOUS),
-    Category("watches", 120, (("watch", "ساعة"), ("chronograph", "ساعة كرونو")), _WATCH),
-    Category(
-        "abayas",
-        60,
-        (("abaya", "عباية"), ("open abaya", "عباية مفتوحة")),
-        (("crepe", "كريب"), ("silk", "حرير"), ("linen", "كتان"), ("chiffon", "شيفون")),
+        name="rings",
+        price=90,
+        nouns={"ring": "خاتم", "wedding ring": "دبلة"},
+        materials=_JEWELLERY,
     ),
     Category(
-        "dresses", 45, (("dress", "فستان"), ("jalabiya", "جلابية"), ("kaftan", "قفطان")), _CLOTH
-    ),
-    Category("thobes", 40, (("thobe", "ثوب"), ("vest", "سديري")), _CLOTH),
-    Category(
-        "shirts", 18, (("shirt", "قميص"), ("t-shirt", "تيشيرت"), ("polo shirt", "بولو")), _CLOTH
-    ),
-    Category(
-        "trousers",
-        25,
-        (("trousers", "بنطلون"), ("shorts", "شورت")),
-        (("denim", "جينز"), ("cotton", "قطن"), ("linen", "كتان")),
-    ),
-    Category("scarves", 12, (("scarf", "وشاح"), ("shawl", "شال"), ("hijab", "حجاب")), _CLOTH),
-    Category(
-        "sneakers",
-        50,
-        (("sneakers", "حذاء رياضي"), ("running shoes", "حذاء جري")),
-        (("mesh", "شبك"), ("leather", "جلد"), ("canvas", "قماش")),
-    ),
-    Category("sandals", 22, (("sandals", "صندل"), ("slippers", "شبشب")), _HIDE),
-    Category("heels", 48, (("heels", "كعب"), ("wedges", "ويدج")), _HIDE),
-    Category(
-        "handbags",
-        65,
-        (("handbag", "حقيبة يد"), ("tote bag", "حقيبة كتف"), ("clutch", "كلتش")),
-        _HIDE,
-    ),
-    Category("wallets", 20, (("wallet", "محفظة"), ("card holder", "حافظة بطاقات")), _HIDE),
-    Category(
-        "sunglasses",
-        35,
-        (("sunglasses", "نظارة شمسية"),),
-        (("metal", "معدن"), ("acetate", "أسيتات"), ("wood", "خشب")),
+        name="necklaces",
+        price=150,
+        nouns={"necklace": "سلسال", "pendant": "تعليقة", "choker": "طوق"},
+        materials=_JEWELLERY,
     ),
     Category(
-        "perfumes",
-        45,
-        (("perfume", "عطر"), ("eau de parfum", "ماء عطر"), ("perfume oil", "دهن")),
-        _SCENT,
-    ),
-    Category("incense", 25, (("incense", "بخور"), ("burner", "مبخرة")), _SCENT),
-    Category(
-        "skincare",
-        15,
-        (("face cream", "كريم وجه"), ("serum", "سيروم"), ("soap", "صابون")),
-        (("argan", "أرغان"), ("honey", "عسل"), ("aloe", "صبار"), ("rose", "ورد")),
+        name="earrings",
+        price=70,
+        nouns={"earrings": "حلق", "hoops": "قرط"},
+        materials=_JEWELLERY,
     ),
     Category(
-        "makeup",
-        14,
-        (("lipstick", "روج"), ("mascara", "ماسكارا"), ("eye shadow", "ظلال عيون")),
-        (("matte", "مات"), ("velvet", "مخمل"), ("pearl", "لؤلؤ")),
+        name="bracelets",
+        price=110,
+        nouns={"bracelet": "سوار", "anklet": "خلخال"},
+        materials=_JEWELLERY,
     ),
     Category(
-        "coffee",
-        9,
-        (("coffee", "قهوة"), ("coffee beans", "بن")),
-        (("cardamom", "هيل"), ("saffron", "زعفران"), ("Yemeni", "اليمن"), ("Ethiopian", "الحبشة")),
+        name="watches",
+        price=120,
+        nouns={"watch": "ساعة", "chronograph": "ساعة كرونو"},
+        materials=_WATCHES,
     ),
     Category(
-        "tea",
-        6,
-        (("tea", "شاي"), ("tea bags", "أكياس شاي")),
-        (("mint", "نعناع"), ("ginger", "زنجبيل"), ("hibiscus", "كركديه")),
+        name="abayas",
+        price=60,
+        nouns={"abaya": "عباية", "open abaya": "عباية مفتوحة"},
+        materials={"crepe": "كريب", "silk": "حرير", "linen": "كتان", "chiffon": "شيفون"},
     ),
     Category(
-        "dates",
-        8,
-        (("dates", "تمر"), ("date box", "علبة تمر")),
-        (("ajwa", "عجوة"), ("sukkari", "سكري"), ("medjool", "مجدول")),
+        name="dresses",
+        price=45,
+        nouns={"dress": "فستان", "jalabiya": "جلابية", "kaftan": "قفطان"},
+        materials=_CLOTH,
     ),
     Category(
-        "chocolate",
-        7,
-        (("chocolate", "شوكولاتة"), ("truffles", "ترافل")),
-        (("pistachio", "فستق"), ("hazelnut", "بندق"), ("caramel", "كراميل")),
+        name="thobes",
+        price=40,
+        nouns={"thobe": "ثوب", "vest": "سديري"},
+        materials=_CLOTH,
     ),
     Category(
-        "phone cases", 10, (("phone case", "غطاء جوال"), ("phone wallet", "محفظة جوال")), _CASE
+        name="shirts",
+        price=18,
+        nouns={"shirt": "قميص", "t-shirt": "تيشيرت", "polo shirt": "بولو"},
+        materials=_CLOTH,
     ),
     Category(
-        "chargers",
-        14,
-        (("charger", "شاحن"), ("power bank", "بطارية متنقلة"), ("cable", "كيبل")),
-        (("braided", "قماش"), ("magnetic", "مغناطيس"), ("solar", "طاقة شمسية")),
+        name="trousers",
+        price=25,
+        nouns={"trousers": "بنطلون", "shorts": "شورت"},
+        materials={"denim": "جينز", "cotton": "قطن", "linen": "كتان"},
     ),
     Category(
-        "headphones",
-        40,
-        (("headphones", "سماعة رأس"), ("earbuds", "سماعات أذن")),
-        (("leather", "جلد"), ("silicone", "سيليكون"), ("steel", "ستيل")),
+        name="scarves",
+        price=12,
+        nouns={"scarf": "وشاح", "shawl": "شال", "hijab": "حجاب"},
+        materials=_CLOTH,
     ),
     Category(
-        "smart watches", 80, (("smart watch", "ساعة ذكية"), ("fitness band", "سوار رياضي")), _CASE
-    ),
-    Category("cookware", 30, (("pan", "مقلاة"), ("pot", "قدر"), ("tray", "صينية")), _KITCHEN),
-    Category("tableware", 16, (("plates", "صحون"), ("cups", "فناجين"), ("bowl", "زبدية")), _TABLE),
-    Category(
-        "bedding", 45, (("sheets", "شراشف"), ("pillow", "مخدة"), ("blanket", "بطانية")), _CLOTH
+        name="sneakers",
+        price=50,
+        nouns={"sneakers": "حذاء رياضي", "running shoes": "حذاء جري"},
+        materials={"mesh": "شبك", "leather": "جلد", "canvas": "قماش"},
     ),
     Category(
-        "rugs",
-        75,
-        (("rug", "سجادة"), ("prayer mat", "سجادة صلاة")),
-        (("wool", "صوف"), ("silk", "حرير"), ("jute", "خيش")),
+        name="sandals",
+        price=22,
+        nouns={"sandals": "صندل", "slippers": "شبشب"},
+        materials=_LEATHER,
     ),
     Category(
-        "lamps",
-        28,
-        (("lamp", "مصباح"), ("lantern", "فانوس")),
-        (("brass", "نحاس"), ("glass", "زجاج"), ("wood", "خشب")),
+        name="heels",
+        price=48,
+        nouns={"heels": "كعب", "wedges": "ويدج"},
+        materials=_LEATHER,
     ),
-    Category("furniture", 140, (("table", "طاولة"), ("chair", "كرسي"), ("shelf", "رف")), _WOOD),
-    Category("toys", 12, (("blocks", "مكعبات"), ("puzzle", "أحجية"), ("doll", "دمية")), _PLASTIC),
+    Category(
+        name="handbags",
+        price=65,
+        nouns={"handbag": "حقيبة يد", "tote bag": "حقيبة كتف", "clutch": "كلتش"},
+        materials=_LEATHER,
+    ),
+    Category(
+        name="wallets",
+        price=20,
+        nouns={"wallet": "محفظة", "card holder": "حافظة بطاقات"},
+        materials=_LEATHER,
+    ),
+    Category(
+        name="sunglasses",
+        price=35,
+        nouns={"sunglasses": "نظارة شمسية"},
+        materials={"metal": "معدن", "acetate": "أسيتات", "wood": "خشب"},
+    ),
+    Category(
+        name="perfumes",
+        price=45,
+        nouns={"perfume": "عطر", "eau de parfum": "ماء عطر", "perfume oil": "دهن"},
+        materials=_SCENTS,
+    ),
+    Category(
+        name="incense",
+        price=25,
+        nouns={"incense": "بخور", "burner": "مبخرة"},
+        materials=_SCENTS,
+    ),
+    Category(
+        name="skincare",
+        price=15,
+        nouns={"face cream": "كريم وجه", "serum": "سيروم", "soap": "صابون"},
+        materials={"argan": "أرغان", "honey": "عسل", "aloe": "صبار", "rose": "ورد"},
+    ),
+    Category(
+        name="makeup",
+        price=14,
+        nouns={"lipstick": "روج", "mascara": "ماسكارا", "eye shadow": "ظلال عيون"},
+        materials={"matte": "مات", "velvet": "مخمل", "pearl": "لؤلؤ"},
+    ),
+    Category(
+        name="coffee",
+        price=9,
+        nouns={"coffee": "قهوة", "coffee beans": "بن"},
+        materials={
+            "cardamom": "هيل",
+            "saffron": "زعفران",
+            "Yemeni": "اليمن",
+            "Ethiopian": "الحبشة",
+        },
+    ),
+    Category(
+        name="tea",
+        price=6,
+        nouns={"tea": "شاي", "tea bags": "أكياس شاي"},
+        materials={"mint": "نعناع", "ginger": "زنجبيل", "hibiscus": "كركديه"},
+    ),
+    Category(
+        name="dates",
+        price=8,
+        nouns={"dates": "تمر", "date box": "علبة تمر"},
+        materials={"ajwa": "عجوة", "sukkari": "سكري", "medjool": "مجدول"},
+    ),
+    Category(
+        name="chocolate",
+        price=7,
+        nouns={"chocolate": "شوكولاتة", "truffles": "ترافل"},
+        materials={"pistachio": "فستق", "hazelnut": "بندق", "caramel": "كراميل"},
+    ),
+    Category(
+        name="phone cases",
+        price=10,
+        nouns={"phone case": "غطاء جوال", "phone wallet": "محفظة جوال"},
+        materials=_CASES,
+    ),
+    Category(
+        name="chargers",
+        price=14,
+        nouns={"charger": "شاحن", "power bank": "بطارية متنقلة", "cable": "كيبل"},
+        materials={"braided": "قماش", "magnetic": "مغناطيس", "solar": "طاقة شمسية"},
+    ),
+    Category(
+        name="headphones",
+        price=40,
+        nouns={"headphones": "سماعة رأس", "earbuds": "سماعات أذن"},
+        materials={"leather": "جلد", "silicone": "سيليكون", "steel": "ستيل"},
+    ),
+    Category(
+        name="smart watches",
+        price=80,
+        nouns={"smart watch": "ساعة ذكية", "fitness band": "سوار رياضي"},
+        materials=_CASES,
+    ),
+    Category(
+        name="cookware",
+        price=30,
+        nouns={"pan": "مقلاة", "pot": "قدر", "tray": "صينية"},
+        materials=_COOKWARE,
+    ),
+    Category(
+        name="tableware",
+        price=16,
+        nouns={"plates": "صحون", "cups": "فناجين", "bowl": "زبدية"},
+        materials=_TABLEWARE,
+    ),
+    Category(
+        name="bedding",
+        price=45,
+        nouns={"sheets": "شراشف", "pillow": "مخدة", "blanket": "بطانية"},
+        materials=_CLOTH,
+    ),
+    Category(
+        name="rugs",
+        price=75,
+        nouns={"rug": "سجادة", "prayer mat": "سجادة صلاة"},
+        materials={"wool": "صوف", "silk": "حرير", "jute": "خيش"},
+    ),
+    Category(
+        name="lamps",
+        price=28,
+        nouns={"lamp": "مصباح", "lantern": "فانوس"},
+        materials={"brass": "نحاس", "glass": "زجاج", "wood": "خشب"},
+    ),
+    Category(
+        name="furniture",
+        price=140,
+        nouns={"table": "طاولة", "chair": "كرسي", "shelf": "رف"},
+        materials=_WOODS,
+    ),
+    Category(
+        name="toys",
+        price=12,
+        nouns={"blocks": "مكعبات", "puzzle": "أحجية", "doll": "دمية"},
+        materials=_TOYS,
+    ),
 )
 
-STYLES = (
-    ("classic", "كلاسيكي"),
-    ("modern", "عصري"),
-    ("luxury", "فاخر"),
-    ("simple", "بسيط"),
-    ("vintage", "قديم"),
-    ("handmade", "يدوي"),
-)
+STYLES = {
+    "classic": "كلاسيكي",
+    "modern": "عصري",
+    "luxury": "فاخر",
+    "simple": "بسيط",
+    "vintage": "قديم",
+    "handmade": "يدوي",
+}
 
-BRANDS = (
-    ("Noor", "نور"),
-    ("Zahra", "زهرة"),
-    ("Layali", "ليالي"),
-    ("Rimal", "رمال"),
-    ("Sahar", "سحر"),
-    ("Qamar", "قمر"),
-    ("Yasmin", "ياسمين"),
-    ("Dana", "دانة"),
-    ("Marjan", "مرجان"),
-    ("Nakhla", "نخلة"),
-    ("Waha", "واحة"),
-    ("Shams", "شمس"),
-    ("Najd", "نجد"),
-    ("Hijaz", "حجاز"),
-    ("Andalus", "أندلس"),
-    ("Petra", "بترا"),
-    ("Cedar", "أرز"),
-    ("Nile", "نيل"),
-    ("Atlas", "أطلس"),
-    ("Karma", "كرمة"),
-    ("Safa", "صفا"),
-    ("Rawda", "روضة"),
-    ("Fajr", "فجر"),
-    ("Badr", "بدر"),
-    ("Suhail", "سهيل"),
-    ("Thuraya", "ثريا"),
-    ("Rihla", "رحلة"),
-    ("Sanam", "سنام"),
-    ("Liwan", "ليوان"),
-    ("Mirsal", "مرسال"),
-)
+BRANDS = {
+    "Noor": "نور",
+    "Zahra": "زهرة",
+    "Layali": "ليالي",
+    "Rimal": "رمال",
+    "Sahar": "سحر",
+    "Qamar": "قمر",
+    "Yasmin": "ياسمين",
+    "Dana": "دانة",
+    "Marjan": "مرجان",
+    "Nakhla": "نخلة",
+    "Waha": "واحة",
+    "Shams": "شمس",
+    "Najd": "نجد",
+    "Hijaz": "حجاز",
+    "Andalus": "أندلس",
+    "Petra": "بترا",
+    "Cedar": "أرز",
+    "Nile": "نيل",
+    "Atlas": "أطلس",
+    "Karma": "كرمة",
+    "Safa": "صفا",
+    "Rawda": "روضة",
+    "Fajr": "فجر",
+    "Badr": "بدر",
+    "Suhail": "سهيل",
+    "Thuraya": "ثريا",
+    "Rihla": "رحلة",
+    "Sanam": "سنام",
+    "Liwan": "ليوان",
+    "Mirsal": "مرسال",
+}
 
-CITIES = (
-    ("Riyadh", "SA"),
-    ("Jeddah", "SA"),
-    ("Dammam", "SA"),
-    ("Dubai", "AE"),
-    ("Abu Dhabi", "AE"),
-    ("Doha", "QA"),
-    ("Kuwait City", "KW"),
-    ("Muscat", "OM"),
-    ("Manama", "BH"),
-    ("Amman", "JO"),
-    ("Beirut", "LB"),
-    ("Cairo", "EG"),
-    ("Alexandria", "EG"),
-    ("Casablanca", "MA"),
-    ("Tunis", "TN"),
-    ("Algiers", "DZ"),
-    ("Baghdad", "IQ"),
-    ("Istanbul", "TR"),
-    ("London", "GB"),
-    ("Berlin", "DE"),
-)
+# City -> code of its country.
+CITIES = {
+    "Riyadh": "SA",
+    "Jeddah": "SA",
+    "Dammam": "SA",
+    "Dubai": "AE",
+    "Abu Dhabi": "AE",
+    "Doha": "QA",
+    "Kuwait City": "KW",
+    "Muscat": "OM",
+    "Manama": "BH",
+    "Amman": "JO",
+    "Beirut": "LB",
+    "Cairo": "EG",
+    "Alexandria": "EG",
+    "Casablanca": "MA",
+    "Tunis": "TN",
+    "Algiers": "DZ",
+    "Baghdad": "IQ",
+    "Istanbul": "TR",
+    "London": "GB",
+    "Berlin": "DE",
+}
 
 AGE_GROUPS = ("18-24", "25-34", "35-44", "45-54", "55-64", "65+")
 GENDERS = ("female", "male")

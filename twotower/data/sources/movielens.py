@@ -1,0 +1,131 @@
+"""MovieLens 100K and 1M in the formats of their own, which know demographic data of users.
+
+Both are read by the reader of CSV files: TFDS's parsers of them need TensorFlow. The tables have
+the columns and the words that TFDS gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from twotower.config import TableConfig
+from twotower.data.sources import files
+
+# Genres of u.item, one column of 0 or 1 each, in the order of the file.
+GENRES_100K = (
+    "Unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
+# Occupations of users.dat, by their number.
+OCCUPATIONS_1M = (
+    "other/not specified",
+    "academic/educator",
+    "artist",
+    "clerical/admin",
+    "college/grad student",
+    "customer service",
+    "doctor/health care",
+    "executive/managerial",
+    "farmer",
+    "homemaker",
+    "K-12 student",
+    "lawyer",
+    "programmer",
+    "retired",
+    "sales/marketing",
+    "scientist",
+    "self-employed",
+    "technician/engineer",
+    "tradesman/craftsman",
+    "unemployed",
+    "writer",
+)
+RATING_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
+
+
+class Tables(NamedTuple):
+    """What is read of a MovieLens data set.
+
+    Attributes:
+        interactions: user_id, item_id, rating, timestamp.
+        users: user_id and, in 100K and 1M, gender, age, occupation, zip.
+        items: item_id, title, genres (list of names).
+    """
+
+    interactions: pa.Table
+    users: pa.Table
+    items: pa.Table
+
+
+def read_100k(folder: Path) -> Tables:
+    """Reads u.data, u.user and u.item."""
+    ratings = _read(folder / "u.data", "\t", RATING_COLUMNS)
+    users = _read(folder / "u.user", "|", ("user_id", "age", "gender", "occupation", "zip"))
+    movie_columns = ("item_id", "title", "released", "video", "address")
+    movies = _read(folder / "u.item", "|", (*movie_columns, *GENRES_100K))
+    flags = movies.select(GENRES_100K).to_pylist()
+    genres = [[genre for genre, flag in row.items() if flag] for row in flags]
+    return _tables(ratings, users, movies, genres)
+
+
+def read_1m(folder: Path) -> Tables:
+    """Reads ratings.dat, users.dat and movies.dat."""
+    ratings = _read(folder / "ratings.dat", "::", RATING_COLUMNS)
+    users = _read(folder / "users.dat", "::", ("user_id", "gender", "age", "occupation", "zip"))
+    occupations = [OCCUPATIONS_1M[number] for number in users["occupation"].to_pylist()]
+    index = users.column_names.index("occupation")
+    users = users.set_column(index, "occupation", pa.array(occupations))
+    movies = _read(folder / "movies.dat", "::", ("item_id", "title", "genres"))
+    # 1M alone writes "Children's".
+    texts = [text.replace("Children's", "Children") for text in movies["genres"].to_pylist()]
+    genres = [text.split("|") for text in texts]
+    return _tables(ratings, users, movies, genres)
+
+
+# Size -> reader of the folder that the archive holds.
+READERS: dict[str, Callable[[Path], Tables]] = {"100k": read_100k, "1m": read_1m}
+
+
+def _read(path: Path, delimiter: str, names: tuple[str, ...]) -> pa.Table:
+    config = TableConfig(path=str(path), delimiter=delimiter, names=names, encoding="latin-1")
+    keys = tuple(name for name in names if name in ("user_id", "item_id"))
+    return files.read(config, "interactions", keys=keys, kind="csv")
+
+
+def _tables(
+    ratings: pa.Table, users: pa.Table, movies: pa.Table, genres: list[list[str]]
+) -> Tables:
+    # A zip code is text, also in a file whose codes all look like numbers.
+    zips = users["zip"].cast(pa.string())
+    columns = ["user_id", "gender", "age", "occupation"]
+    items = {
+        "item_id": movies["item_id"],
+        "title": movies["title"],
+        "genres": pa.array(genres, pa.list_(pa.string())),
+    }
+    return Tables(
+        interactions=ratings.select(RATING_COLUMNS),
+        users=users.select(columns).append_column("zip", zips),
+        items=pa.table(items),
+    )
