@@ -116,6 +116,7 @@ def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
     parts = _held_out_parts(split)
     if config.kind != "leave_last_out" or not parts or not has_timestamps(split.train):
         return None
+    # The last part that has rows is the one that is reported on.
     earliest = pc.min(parts[-1]["timestamp"]).as_py()
     is_later = _as_mask(pc.greater(split.train["timestamp"], earliest))
     if not is_later.any():
@@ -160,6 +161,7 @@ def _time_order(split: Split, config: SplitConfig) -> Finding | None:
             count += int(is_early.sum())
             row = describe(rows, int(is_early.argmax()))
             example = f"{row}, where the part before it ends at {latest}"
+        # Test rows must come after validation rows too.
         before = pa.concat_tables([before, rows])
     if not count:
         return None
@@ -206,6 +208,7 @@ def _message(findings: list[Finding], config: SplitConfig) -> str:
     ]
     for finding in findings:
         lines.append(f"  {finding.name}: {finding.message}. {FINDINGS[finding.name].reason}")
+    # The line to copy: it keeps what was accepted before.
     accept = config.accept_leakage + tuple(finding.name for finding in findings)
     lines.append(
         f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}."
@@ -273,5 +276,6 @@ def _occurs_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     It hashes the few alone; `np.isin` sorts both, which is eight times slower.
     """
+    # Then the hash table of the second look-up holds those alone that can be found.
     candidates = others[np.asarray(pc.is_in(pa.array(others), value_set=pa.array(values)))]
     return np.asarray(pc.is_in(pa.array(values), value_set=pa.array(candidates)))

@@ -51,6 +51,7 @@ def to_ids(column: pa.ChunkedArray, *, is_typed: bool) -> pa.ChunkedArray:
             in ".0", that ending goes: it is what pandas makes of whole numbers with gaps.
     """
     if pa.types.is_floating(column.type):
+        # pandas turns whole ids with gaps into floats, with NaN in the gaps.
         column = pc.if_else(pc.is_nan(column), None, column)
         is_whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
         column = column.cast(pa.int64()) if is_whole else column
@@ -67,6 +68,7 @@ def to_numbers(column: pa.ChunkedArray, *, smallest: float = -math.inf) -> pa.Ch
     Raises:
         BadValue: A text is no number, or a number is below `smallest`.
     """
+    # Compared as float64: float32 would round first.
     values = _convert(column, lambda x: _trim(x).cast(pa.float64()), "a number")
     row = pc.index(pc.less(values, smallest), True).as_py()
     if row >= 0:

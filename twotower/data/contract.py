@@ -22,9 +22,12 @@ from twotower.data import columns
 from twotower.data.columns import BadValue
 from twotower.data.nested import expand_objects
 
+# Columns whose names say what they are: a value that is something else is an error.
 NUMBERS = ("rating", "weight", "label")
 CODES = ("event", "split", "user_id", "item_id")
+# Milliseconds taken for seconds lie beyond it.
 YEAR_5000 = 95_617_584_000  # seconds since the epoch
+# Delimiters that a file may have where its rows were read as one column.
 SEPARATORS = r"[;\t|,]"
 
 
@@ -63,6 +66,7 @@ def apply_contract(
     Raises:
         ConfigError: A missing column, or a value of the wrong type.
     """
+    # "metadata.brand" is a field of the column "metadata".
     columns_with_fields = {
         source.split(".")[0] for source in config.columns.values() if "." in source
     }
@@ -116,6 +120,7 @@ def _rename(
     The others keep theirs, unless a mapped one has taken it.
     """
     known = table.column_names
+    # A key that is not mapped must be there under our own name.
     needed = {key: key for key in keys} | dict(config.columns)
     for ours, theirs in needed.items():
         if theirs not in known:
@@ -175,6 +180,7 @@ def _convert(
             values = _read_flags(values)
         return columns.to_numbers(values, smallest=smallest)
     if name in CODES:
+        # Typed: a "1.0" that is no key is kept as it stands.
         return columns.to_ids(values, is_typed=True)
     if pa.types.is_string(values.type) and not is_typed:
         return columns.infer_type(values, form=config.timestamp_format)

@@ -59,6 +59,7 @@ def assemble(
     Raises:
         ConfigError: No row has both ids.
     """
+    # Before ids are dropped, for the message.
     num_rows = len(interactions)
     interactions = drop_missing(interactions, ("user_id", "item_id"), "interactions")
     if not len(interactions):
@@ -103,6 +104,7 @@ def collapse(table: pa.Table, key: str) -> pa.Table:
 
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     """Returns codes in order of first appearance, int32 [N], and their number."""
+    # One chunk, which has one dictionary to count.
     joined = pa.chunked_array([values.combine_chunks()]) if values.num_chunks != 1 else values
     encoded = joined.chunk(0).dictionary_encode()
     return encoded.indices.to_numpy(zero_copy_only=False), len(encoded.dictionary)
@@ -134,6 +136,7 @@ def _entities(table: pa.Table | None, ids: pa.ChunkedArray, key: str, name: str)
     unique = collapse(rows, key)
     if len(unique) < len(rows):
         logging.info("%s: %d rows of %d distinct ids", name, len(rows), len(unique))
+    # Of these nothing is known but the id; they are users and items all the same.
     is_known = pc.is_in(ids_of_log, value_set=unique[key])
     absent = ids_of_log.filter(pc.invert(is_known))
     if not len(absent):

@@ -56,6 +56,7 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
     """
     rows = dataset.interactions
     reports = []
+    # One after the other: a k-core is one of the rows that the conditions leave.
     for name, keep in _filters(config):
         kept = rows.filter(pa.array(keep(rows)))
         removed = rows.num_rows - kept.num_rows
@@ -104,6 +105,7 @@ def _equal(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
 def _in(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
     if not isinstance(value, (tuple, list)):
         raise ConfigError(f"{field}: {value!r} must be a tuple of values, such as ({value!r},).")
+    # Each by itself, so that the message names the one that does not fit.
     for member in value:
         _scalar(column, member, field)
     try:
@@ -167,6 +169,7 @@ def matches(
     check_fields({name: value}, rows.column_names, f"{field}: {table}")
     operator = choose(OPERATORS, symbol, f"{field}: the operator")
     column = rows[name]
+    # A condition is about values, not about the codes that stand for them.
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     mask = pc.fill_null(operator.compare(column, value, field), False)
@@ -206,6 +209,7 @@ def one_row_per_pair(rows: pa.Table, *, keep: str) -> np.ndarray:
     order = np.arange(len(pairs)) if times is None else np.argsort(times, kind="stable")
     if keep == "last":
         order = order[::-1]
+    # `unique` returns the first position of each value, so the order decides which row that is.
     _, first = np.unique(pairs[order], return_index=True)
     mask = np.zeros(len(pairs), bool)
     mask[order[first]] = True
@@ -223,6 +227,7 @@ def k_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
         k: Least number of rows.
     """
     rows = np.arange(len(users))
+    # Dropping a user may leave an item with too few rows, and so on: until nothing changes.
     while True:
         rows_of_user = np.bincount(users[rows])[users[rows]]
         rows_of_item = np.bincount(items[rows])[items[rows]]

@@ -45,6 +45,7 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
     Returns:
         int64 [N]; null has a number like other values.
     """
+    # The chunks share one dictionary, so that their codes can be joined.
     encoded = pc.dictionary_encode(column, null_encoding="encode")
     chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     if not chunks:

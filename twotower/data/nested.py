@@ -62,6 +62,7 @@ def _parse(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """
     one_line = pc.replace_substring_regex(column, r"[\r\n]+", " ")
     lines = pc.fill_null(one_line, "{}").to_pylist()
+    # A line is an object for Arrow's reader.
     # One more object than there are rows: Arrow refuses text in which no object has a field.
     text = "\n".join([*lines, '{"": null}']).encode()
     options = pyarrow.json.ReadOptions(block_size=len(text) + 1, use_threads=False)
@@ -71,6 +72,7 @@ def _parse(column: pa.ChunkedArray) -> pa.ChunkedArray:
             raise pa.ArrowInvalid("a value holds several objects")
     except pa.ArrowInvalid:
         return _parse_one_by_one(lines)
+    # Without the empty name, which came with the additional object.
     names = [name for name in table.column_names if name]
     table = table.select(names).slice(0, len(lines)).combine_chunks()
     return pa.chunked_array([table.to_struct_array().combine_chunks()])

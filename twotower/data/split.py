@@ -93,6 +93,7 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     held_out_parts = [part for part, share in shares if share > 0]
     later, rows_of_user = count_later_rows(rows)
     parts = np.full(len(later), TRAIN, np.int8)
+    # The parts that are wanted take the last rows in turn: without test, validation has the last.
     for position_from_end, part in enumerate(held_out_parts):
         is_held_out = (later == position_from_end) & (rows_of_user >= MIN_ROWS_TO_HOLD_OUT)
         parts[is_held_out] = part
@@ -104,6 +105,7 @@ def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     held_out, test = _held_out_counts(rows, config)
     order = np.random.default_rng(config.seed).permutation(rows.num_rows)
     parts = np.full(rows.num_rows, TRAIN, np.int8)
+    # The first `test` of the rows held out become test rows again.
     parts[order[:held_out]] = VALIDATION
     parts[order[:test]] = TEST
     return parts

@@ -140,6 +140,7 @@ def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0)
     user_features = {name: x[user] for name, x in data["user_features"].items()}
     context = {name: x[index] for name, x in data["context"].items()}
     if SPANS in context:
+        # A batch holds two numbers for a history until here; the windows are cut where it is used.
         spans = context.pop(SPANS)
         context |= windows(data["events"], data["reads"], spans, history_length)
     return {
@@ -194,6 +195,7 @@ class Batches:
         """Returns what `gather` takes for the batch of a step, [B, ...]."""
         start = step * self._batch_size
         positions = np.arange(start, start + self._batch_size)
+        # A batch that crosses the end of a pass goes on in the next one.
         passes, offsets = np.divmod(positions, len(self._examples))
         parts = [self._shuffled(int(n))[offsets[passes == n]] for n in np.unique(passes)]
         return self._examples.index(np.concatenate(parts), passes)
@@ -209,4 +211,5 @@ class Batches:
     def _shuffle(self, number: int) -> np.ndarray:
         """Returns the examples in the order of pass `number`."""
         examples = np.arange(len(self._examples), dtype=np.int32)
+        # The number of the pass is part of the seed: any pass can be had without those before it.
         return np.random.default_rng((self._seed, number)).permutation(examples)

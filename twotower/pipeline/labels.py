@@ -54,6 +54,7 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: Mapping[str, str]) ->
         table = f"{field}={column!r}: the interactions table"
         check_fields({column: field}, rows.column_names, table)
         _check_values(rows, column, field)
+        # Training rows alone: a label that first occurs later cannot be learned.
         labels = read_labels(train, columns)[column]
         for value in (0, 1):
             if not (labels == value).any():

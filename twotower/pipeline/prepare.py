@@ -123,14 +123,16 @@ def prepare(
         LeakageError: The split leaks (see `twotower.data.audit`), or `encoder` was fitted on other
             rows than these training rows.
     """
+    # Before the log is read, which may take minutes: a mistake in the features is told at once.
     spec = load_spec(config.features)
     dataset = filter_rows(load_dataset(config.data), config.data)
     parts = split(dataset.interactions, config.split)
+    # Before anything is fitted: a split that leaks gets as far as no figure.
     audit(parts, config.split)
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
-    # Export alone reads these columns, but a misspelt one would cost a whole training by then.
+    # Export alone reads these columns, but by then a misspelt one would have cost a training.
     check_fields(
         dict.fromkeys(config.retrieval.display),
         dataset.items.column_names,
@@ -140,6 +142,8 @@ def prepare(
     dataset = _restrict_to_corpus(dataset, parts.train)
     users = dataset.users
     items = dataset.items
+    # Vocabularies and statistics know training rows alone, see `Encoder.fit`; an encoder that comes
+    # from a run is held to that by its fingerprint.
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
     check_fitted(encoder.fitted_on, parts)
@@ -152,6 +156,7 @@ def prepare(
         len(parts.validation),
         len(parts.test),
     )
+    # Users and items are encoded once: a batch looks them up by row.
     features = {
         "user": encoder.encode("user", users, _columns_of_users(encoder)),
         "item": encoder.encode("item", items),
@@ -196,6 +201,7 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
     """
     if dataset.has_catalogue:
         return dataset
+    # Training rows alone: an item that test rows bring could not have been recommended.
     trained = pc.unique(train["item_id"])
     is_trained = pc.is_in(dataset.items["item_id"], value_set=trained)
     truth = dataset.truth

@@ -113,8 +113,10 @@ def label_probabilities(
         user: int [N], row of the users table of each row of the log.
         item: int [N], row of the items table.
     """
+    # Mean over the users first: linear, so it costs one user instead of all.
     mean_preference = truth.item_factors @ truth.user_factors.mean(axis=0)
     log_lift = np.empty(len(user), np.float32)
+    # In blocks: the factors of ten million rows would take gigabytes.
     for start in range(0, len(user), BLOCK):
         block = slice(start, start + BLOCK)
         users = truth.user_factors[user[block]]

@@ -87,6 +87,7 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Clien
         describe_row=lambda row: f"{source}, row {row + 1} as it came",
         is_typed=True,
     )
+    # Typed first and sorted then: an id that is a number there sorts as the text that it becomes.
     table = pa.Table.from_batches(batches)
     table = apply_contract(table, config, name, keys=keys, origin=origin)
     return table.sort_by([(column, "ascending") for column in _sort_columns(table, keys)])
@@ -107,6 +108,7 @@ def report_errors(subject: str, error_type: type[ValueError] = ConfigError) -> I
         subject: What was read or written, the beginning of the message.
         error_type: Type of the error to raise.
     """
+    # Here, since the extra may be missing.
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
@@ -114,6 +116,7 @@ def report_errors(subject: str, error_type: type[ValueError] = ConfigError) -> I
         yield
     except (GoogleAPIError, GoogleAuthError) as error:
         message = _messages(error)[0]
+        # Further lines repeat the query, or name the job.
         reason = message.splitlines()[0].rstrip(".")
         raise error_type(f"{subject}: BigQuery refuses: {reason}.") from error
 

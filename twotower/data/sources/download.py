@@ -61,6 +61,7 @@ def unpack(archive: Path, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its target, since a rename works within one file system alone.
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".zip-"))
     with zipfile.ZipFile(archive) as file:
         file.extractall(temporary)
@@ -70,6 +71,7 @@ def unpack(archive: Path, folder: Path) -> None:
 def _download(archive: Archive, folder: Path) -> Path:
     path = folder / archive.file_name
     logging.info("downloading %s to %s", archive.url, path)
+    # The name is given to a file whose hash is right, and not before.
     with atomic(path) as part:
         with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file)

@@ -77,6 +77,7 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
             "files."
         )
     expanded = os.path.expanduser(os.path.expandvars(path))
+    # A variable that is not set stays in the path as it was written.
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset and not os.path.exists(expanded):
         raise ConfigError(f"{field}={path!r}: the environment variable {unset[1]} is not set.")

@@ -66,6 +66,7 @@ def _read_file(path: Path, name: str, encoding: str, *, pairs: bool) -> pa.Table
     first_word = np.cumsum(lengths) - lengths
     is_item = np.ones(len(words), bool)
     is_item[first_word[lengths > 0]] = False
+    # The first word of a line is its user, once for each item.
     users = np.repeat(first_word, np.maximum(lengths - 1, 0))
     return pa.table(
         {"user_id": words.take(pa.array(users)), "item_id": words.filter(pa.array(is_item))}

@@ -106,10 +106,12 @@ SOURCES: dict[str, Source] = {
 def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReader) -> Dataset:
     """Reads the log, followed by the rows of `config.test`, and the tables of users and items."""
     path = config.path or config.interactions.path
+    # `config.data.path` is a short form of `config.data.interactions.path`.
     interactions = read_log(dataclasses.replace(config.interactions, path=path), "interactions")
     if _is_configured(config.test):
         test = read_log(config.test, "test")
         parts = [_with_split(interactions, "train"), _with_split(test, "test")]
+        # A column that one part lacks is null in its rows.
         interactions = pa.concat_tables(parts, promote_options="permissive")
     users = None
     if _is_configured(config.user_table):

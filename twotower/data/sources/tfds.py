@@ -67,6 +67,7 @@ def read(dataset: str, *, data_dir: str = "") -> Tables:
     choose(dict.fromkeys(DATASETS), dataset, "config.data.dataset")
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     root = Path(os.path.expanduser(os.path.expandvars(data_dir)))
+    # TFDS's version of the data set is part of the path; the newest is last.
     kept = sorted((root / dataset).glob("*/columns"))
     if kept:
         return _read_columns(kept[-1])
@@ -130,6 +131,7 @@ def _prepare(dataset: str, root: Path) -> Tables:
     """Lets TFDS prepare a data set, and keeps its columns as Parquet."""
     logging.info("%s: preparing in %s (once)", dataset, root)
     ratings = _open(dataset, root)
+    # Ratings repeat the film of each; a film without ratings is in the other data set alone.
     movies = _open(dataset.replace("-ratings", "-movies"), root)
     labels = movies.dataset_info.features["movie_genres"].feature
 
@@ -155,6 +157,7 @@ def _open(dataset: str, root: Path) -> Any:
     tfds, _ = _import_tfds(dataset)
     tfds.disable_progress_bar()
     try:
+        # This format has random access, and is read and written without TensorFlow.
         builder = tfds.builder(dataset, data_dir=root, file_format="array_record")
     except ValueError as error:  # prepared before, in a format that only TensorFlow reads
         raise ConfigError(
