@@ -33,7 +33,7 @@ PLAIN = {
 }
 
 
-def build(*, oov_rate=0.0, layers=(), dropout=0.0, objective=None, training=None):
+def build(*, oov_rate=0.0, layers=(), dropout=0.0, model=None, objective=None, training=None):
     """A trainer of ids alone, by plain gradient descent, which hides no factor. Items from 30 on
     have no training row."""
     inputs = {
@@ -47,7 +47,7 @@ def build(*, oov_rate=0.0, layers=(), dropout=0.0, objective=None, training=None
     towers = {side: {"layers": layers, "dropout": dropout} for side in inputs}
     config = from_dict(
         {
-            "model": towers,
+            "model": towers | (model or {}),
             "objective": {"negatives": {"uniform": 0}} | (objective or {}),
             "training": {"batch_size": B} | PLAIN | (training or {}),
         }

@@ -1,17 +1,26 @@
 """Options of the objective: which go together, what is refused and how it is told, and parts of a
 batch that add up."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conformance import tiny
 from tests.training.conftest import small_config
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
+from twotower.training import step as step_module
 from twotower.training.checks import check_batch_norm
 from twotower.training.state import resolve_kinds
-from twotower.training.step import EMBED_BLOCK
 
+# What these tests cost is compiling; code that is not optimised comes to the same numbers but for
+# rounding.
+FAST = {"compiler_options": {"xla_backend_optimization_level": 0}}
+TOWERS = {"layers": (16, 16), "dropout": 0.3}
+BATCH = tiny.batch()
 LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
 
 
@@ -37,7 +46,7 @@ LABELLED = {"loss": "binary_cross_entropy", "label": "liked"}
         (
             {},
             {"accumulate": 4},
-            "accumulate=4 with loss='softmax': .* not the larger batch .* raise config.training.batch_size=64",
+            "accumulate=4 with loss='softmax': .* not the larger batch .* raise .*batch_size=64",
         ),
         (
             {"negatives": {"frequency": "gaps"}},
@@ -129,53 +138,54 @@ def test_more_items_than_exist_are_refused(make, negatives, message):
         make(small_config(objective={"negatives": negatives}))
 
 
-def test_parts_of_a_batch_add_up_to_the_whole(make):
-    """Of a loss of single rows: the same loss, gradients and updates, heads and all."""
-    from twotower.training.step import train_step
+def run_step(trainer, batch):
+    """The state and the metrics after one step; compiled anew, without optimisation."""
+    step = jax.jit(lambda s, b: step_module.train_step(s, b, {}, trainer=trainer), **FAST)
+    return step(tiny.start(trainer), batch)
 
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Of a loss of single rows: the same loss, gradients and updates, heads and all."""
+    rng = np.random.default_rng(0)
+    labels = {name: rng.integers(0, 2, tiny.B).astype(np.float32) for name in ("liked", "shared")}
+    labels["liked"][3] = np.nan
+    labels["shared"][::2] = np.nan
     heads = {"share": {"label": "shared", "combine": "concatenate", "layers": (4,)}}
-    model = {"user": {"layers": (16,), "dropout": 0.3}, "item": {"layers": (16,)}}
     results = []
     for parts in (1, 4):
-        config = small_config(
-            objective=LABELLED | {"heads": heads}, training={"accumulate": parts}, model=model
+        trainer = tiny.build(
+            layers=(tiny.D,),
+            dropout=0.3,
+            objective=LABELLED | {"heads": heads},
+            training={"accumulate": parts},
         )
-        trainer, state, batch = make(config)
-        liked, shared = (
-            jax.random.bernoulli(jax.random.key(i), 0.5, (64,)).astype(np.float32) for i in range(2)
-        )
-        batch |= {
-            "labels": {"liked": liked.at[3].set(np.nan), "shared": shared.at[::2].set(np.nan)}
-        }
-        results.append(
-            jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(
-                state, batch
-            )
-        )
+        results.append(run_step(trainer, tiny.batch() | {"labels": labels}))
     whole, parts = results
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
+    assert_close(parts, whole)
     assert {"retrieval/loss", "share/loss"} <= set(whole[1])
 
 
-def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(make):
-    from twotower.training.step import train_step
+def assert_close(results, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results, expected
+    )
 
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        trainer, state, batch = make(
-            small_config(
-                model={"dtype": dtype, "user": {"layers": (16, 16)}, "item": {"layers": (16,)}},
-                objective={"negatives": {"uniform": 0}},
-            )
-        )
-        new, metrics = jax.jit(lambda s, b, trainer=trainer: train_step(s, b, {}, trainer=trainer))(
-            state, batch
-        )
-        losses[dtype] = float(metrics["loss"])
-        assert {x.dtype for x in jax.tree.leaves((new.params, new.tables))} == {np.dtype("float32")}
-        assert trainer.model.embed("user", new.weights, batch["user_features"]).dtype == np.float32
-    assert losses["float32"] != losses["bfloat16"]
-    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+
+@pytest.fixture(scope="module")
+def at_once():
+    """One step of towers with dropout, in float32, with the whole batch embedded at once."""
+    return run_step(tiny.build(**TOWERS), BATCH)
+
+
+def test_bfloat16_is_near_float32_and_keeps_its_parameters_and_vectors(at_once):
+    trainer = tiny.build(**TOWERS, model={"dtype": "bfloat16"})
+    new, metrics = run_step(trainer, BATCH)
+    assert {x.dtype for x in jax.tree.leaves((new.params, new.tables))} == {np.dtype("float32")}
+    users = jax.tree.map(jnp.asarray, BATCH["user_features"])
+    assert trainer.model.embed("user", new.weights, users).dtype == np.float32
+    loss = float(at_once[1]["loss"])
+    assert float(metrics["loss"]) != loss
+    np.testing.assert_allclose(float(metrics["loss"]), loss, rtol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -217,29 +227,15 @@ def test_sources_that_would_never_yield_anything_are_refused(negatives, message)
         from_dict({"objective": {"negatives": negatives}})
 
 
-def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(make, monkeypatch):
-    from twotower.training import step as module
-
-    config = small_config(
-        model={
-            "user": {"layers": (16,), "dropout": 0.3},
-            "item": {"layers": (16, 16), "dropout": 0.3},
-        },
-        objective={"negatives": {"uniform": 0}},
-    )
-    trainer, state, batch = make(config)
-    results = []
-    for block in (1000, 24):  # 64 rows: at once, and in three blocks of which the last is not full
-        monkeypatch.setattr(module, "EMBED_BLOCK", block)
-        results.append(
-            jax.jit(lambda s, b: module.train_step(s, b, {}, trainer=trainer))(state, batch)
-        )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+def test_many_rows_are_embedded_in_blocks_to_the_same_numbers(at_once, monkeypatch):
+    # 16 rows: three blocks, of which the last is not full.
+    monkeypatch.setattr(step_module, "EMBED_BLOCK", 6)
+    assert_close(run_step(tiny.build(**TOWERS), BATCH), at_once)
 
 
-def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(make):
-    tower = {"layers": (16, 16), "batch_norm": True}
-    for values, message in (
+@pytest.mark.parametrize(
+    "values, message",
+    [
         (
             {"training": {"batch_size": 20_000}},
             "user.batch_norm=True needs .* at most 16,384 rows a device; there are 20,000",
@@ -248,9 +244,11 @@ def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(ma
             {"objective": {"label": "liked", "negatives": {"explicit": 2}}},
             "item.batch_norm=True with mined or explicit",
         ),
-    ):
-        trainer, _, _ = make(small_config(model={"user": tower, "item": tower}))
-        config = small_config(model={"user": tower, "item": tower}, **values)
-        trainer = type(trainer).build(config, trainer.model, trainer.corpus)
-        with pytest.raises(ConfigError, match=message):
-            check_batch_norm(config, trainer.sampling.config, 1, max_rows=EMBED_BLOCK)
+    ],
+)
+def test_a_batch_whose_statistics_would_be_of_blocks_or_of_nothing_is_refused(values, message):
+    tower = {"layers": (16, 16), "batch_norm": True}
+    config = from_dict({"model": {"user": tower, "item": tower}} | values)
+    negatives = dataclasses.replace(config.objective.negatives, uniform=0)
+    with pytest.raises(ConfigError, match=message):
+        check_batch_norm(config, negatives, 1, max_rows=step_module.EMBED_BLOCK)

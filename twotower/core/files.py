@@ -26,6 +26,8 @@ from twotower.core.errors import FolderError
 _VERSION = 1
 # The end of the name of an array's file; see `_free_path`.
 _ARRAY_FILE = re.compile(r"(\.[0-9a-f]{8})?\.npy$")
+# The file in a folder of versions that names the current one.
+POINTER = "current"
 _VERSION_NAME = re.compile(r"v-(\d{1,18})")
 
 
@@ -50,9 +52,6 @@ def atomic(path: epath.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-POINTER = "current"
 
 
 def current_version(folder: epath.PathLike) -> Path:
@@ -194,9 +193,8 @@ def write_folder(
             written[path.name] = digest(path)
         content = {"version": _VERSION, "state": state, "files": written}
         content["sha256"] = content_digest(content)
-        temporary = folder / f".{kind}.json.tmp"
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-        temporary.replace(folder / f"{kind}.json")
+        with atomic(folder / f"{kind}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
     except BaseException:
         for name in written:
             (folder / name).unlink(missing_ok=True)
