@@ -111,8 +111,10 @@ def serve(folder: Path, operations: int) -> None:
                 done = ("query", number, step)
                 generation = alive.get(number, 0)
                 snapshot = retriever._live.catalogue.snapshot
-                scores, places = snapshot.search(own_vector(thread, number, generation)[None], 10)
-                ids = snapshot.item_ids(places[0][places[0] >= 0]).to_pylist()
+                scores, positions = snapshot.search(
+                    own_vector(thread, number, generation)[None], 10
+                )
+                ids = snapshot.item_ids(positions[0][positions[0] >= 0]).to_pylist()
                 if (name in ids[:1] and scores[0, 0] > 0.9999) != (number in alive):
                     failures.append(
                         f"query of {name}: {ids[:2]} {scores[0, :2]}, alive {number in alive}"
@@ -133,7 +135,7 @@ def serve(folder: Path, operations: int) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.2)
-        if retriever._live.catalogue.snapshot.count > 4_000:  # as a server would, now and then
+        if retriever._live.catalogue.snapshot.num_slots > 4_000:  # as a server would, now and then
             retriever.rebalance()
     milliseconds = {
         kind: [round(1e3 * float(np.percentile(t, p)), 3) for p in (50, 99)]
@@ -158,12 +160,12 @@ def check(folder: Path, lines: list[list]) -> list[str]:
     wrong, corpus = [], retriever._live.catalogue
     for (thread, number), (kind, generation) in last.items():
         known = corpus.numbers.get(f"t{thread}_{number}", -1)
-        place = corpus.snapshot.place_of(known) if known >= 0 else -1
+        position = corpus.snapshot.position_of(known) if known >= 0 else -1
         # What was under way at the kill may have been made: at most one change a thread.
-        if (place >= 0) != (kind == "upsert") or (
-            place >= 0
+        if (position >= 0) != (kind == "upsert") or (
+            position >= 0
             and not np.allclose(
-                corpus.snapshot.vector(place), own_vector(thread, number, generation)
+                corpus.snapshot.vector(position), own_vector(thread, number, generation)
             )
         ):
             wrong.append(f"t{thread}_{number}: {kind} of {generation}")

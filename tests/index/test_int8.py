@@ -202,7 +202,7 @@ def test_an_item_keeps_its_score_when_items_are_indexed_anew_and_written(folder,
     assert abs(before["new"] - float(live.embed_users([user])[0] @ vector)) > 1e-5
     live.rebalance()
     assert score() == pytest.approx(before, abs=1e-6)
-    assert isinstance(live._live.catalogue.snapshot.main.vectors, Int8Vectors)
+    assert isinstance(live._live.catalogue.snapshot.base.vectors, Int8Vectors)
     live.compact()
     assert np.load(current_version(folder) / "item_vectors.npy").dtype == np.int8
     live = Retriever.load(folder)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from twotower.config import RetrievalConfig
 from twotower.index.exact import ExactIndex
-from twotower.retrieval.live.catalogue import Corpus
+from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.index.build import build_index, load_index
 rng = np.random.default_rng(0)
 unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
@@ -33,7 +33,7 @@ CASES = {
     "a NaN that is upserted": (
         """
         index = build("scann_tree")
-        corpus = Corpus(index, items, table([str(n) for n in range(1500)]))
+        corpus = LiveCatalogue.build(index, items, table([str(n) for n in range(1500)]))
         for vectors in (np.full((1, 8), np.nan), np.full((1, 8), np.inf), np.ones((1, 9)), np.ones((2, 8))):
             try:
                 corpus.upsert(*corpus.check(table(["new"]), vectors))

@@ -124,7 +124,7 @@ def test_stored_users_are_answered_as_encoded_ones(retriever):
     users = retriever.bundle.users["user_id"].to_pylist()
     encoded = retriever.encode_users(retriever.user_rows.take(users))
     np.testing.assert_allclose(retriever.bundle.user_vectors, encoded, atol=1e-6)
-    assert retriever._vectors_of([users[4], "nobody", users[0]])[1].tolist() == [4, -1, 0]
+    assert retriever._vectors_and_rows([users[4], "nobody", users[0]])[1].tolist() == [4, -1, 0]
     np.testing.assert_allclose(
-        retriever._vectors_of([users[4], "nobody"])[0][0], encoded[4], atol=1e-6
+        retriever._vectors_and_rows([users[4], "nobody"])[0][0], encoded[4], atol=1e-6
     )

@@ -1,19 +1,20 @@
-"""Batch jobs over all users and items: vectors, and lists, as Parquet in parts; killed at any
+"""Batch jobs over all users and items: vectors, and lists, as Parquet in parts. Killed at any
 moment, they go on where they were.
 
-A part is a file that is there whole or not at all. What the parts are of (the model, the number of
-rows, the options) stands in job.json beside them, and another job does not go on in the same
-folder. Several processes share a job: task t of n makes the parts t, t + n, t + 2 n, ... and needs
-nothing from the others but the folder.
+A part is a file that is there whole or not at all. The model, the number of rows and the options
+stand in job.json beside the parts, and another job does not go on in the same folder. Several
+processes share a job: task t of n makes the parts t, t + n, t + 2 n, ... and needs nothing from the
+others but the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,14 +33,23 @@ from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import embedding_weights, model_version
+from twotower.towers.two_tower import Weights
 from twotower.training.run import Run
 
-PART = 65_536  # rows of a file
+PART_ROWS = 65_536  # rows of a file
+
+# Some rows -> their encoded features [rows, ...].
+EncodeRows = Callable[[slice], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """Which of several processes this is: `task` of `tasks`."""
+    """The share of one of several processes that work on a job.
+
+    Attributes:
+        task: number of this process, from 0.
+        tasks: number of processes.
+    """
 
     task: int = 0
     tasks: int = 1
@@ -47,41 +57,46 @@ class Tasks:
     def __post_init__(self):
         if not 0 <= self.task < self.tasks:
             raise ConfigError(
-                f"--task={self.task} must lie in [0, {self.tasks}), the tasks of --tasks={self.tasks}."
+                f"--task={self.task} must lie in [0, {self.tasks}), the tasks of "
+                f"--tasks={self.tasks}."
             )
 
 
 def embed_all(
-    run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), part: int = PART
+    run: Run, out: Path, *, devices: int = 0, tasks: Tasks = Tasks(), part: int = PART_ROWS
 ) -> None:
-    """Writes out/users and out/items: an id and a `vector` in each row, embedded on `devices` (0:
-    all)."""
-    model, prepared = run.model, run.prepared
-    weights = divided(run.weights, devices)
-    job = {
-        "job": "embed",
-        "model_version": model_version(jax.tree.map(np.asarray, embedding_weights(run.weights))),
-        "step": run.step,
-    }
+    """Writes out/users and out/items: an id and a `vector` in each row.
+
+    Args:
+        run: a trained run.
+        out: folder of the job.
+        devices: number of devices to embed on; 0 takes all.
+        tasks: share of this process.
+        part: rows of a file.
+    """
+    prepared = run.prepared
+    version = model_version(jax.tree.map(np.asarray, embedding_weights(run.weights)))
+    job = {"job": "embed", "model_version": version, "step": run.step}
     users = known_users(prepared)
-    known = UserRows(prepared.encoder, users)
+    user_rows = UserRows(prepared.encoder, users)
+    items = prepared.features["item"]
 
-    def vectors(
-        side: str, ids: pa.ChunkedArray, encode: Callable[[slice], Mapping[str, np.ndarray]]
-    ) -> None:
-        def make(rows: slice) -> pa.Table:
-            found = embed_rows(model, weights, side, encode(rows))
-            return vector_table(f"{side}_id", ids.slice(rows.start, rows.stop - rows.start), found)
+    def encode_users(rows: slice) -> Mapping[str, np.ndarray]:
+        return user_rows.encode(user_rows.slice(rows.start, rows.stop))
 
-        write_parts(out / f"{side}s", job | {"side": side}, len(ids), make, tasks=tasks, part=part)
+    def encode_items(rows: slice) -> Mapping[str, np.ndarray]:
+        return {name: values[rows] for name, values in items.items()}
 
-    features = prepared.features["item"]
-    vectors("user", users["user_id"], lambda rows: known.encode(known.slice(rows.start, rows.stop)))
-    vectors(
-        "item",
-        prepared.items["item_id"],
-        lambda rows: {name: x[rows] for name, x in features.items()},
+    # Divided over the devices once, for all parts of both sides.
+    run = dataclasses.replace(run, weights=divided(run.weights, devices))
+    sides: tuple[tuple[Literal["user", "item"], pa.ChunkedArray, EncodeRows], ...] = (
+        ("user", users["user_id"], encode_users),
+        ("item", prepared.items["item_id"], encode_items),
     )
+    for side, ids, encode in sides:
+        make = functools.partial(_embed_part, run, side, ids, encode)
+        side_job = job | {"side": side}
+        write_parts(out / f"{side}s", side_job, len(ids), make, tasks=tasks, part=part)
 
 
 def recommend_all(
@@ -94,14 +109,20 @@ def recommend_all(
     devices: int = 0,
     recall_target: float = 1.0,
     tasks: Tasks = Tasks(),
-    part: int = PART,
+    part: int = PART_ROWS,
 ) -> None:
-    """Writes the lists of all known users of the bundle in `folder`: user_id, rank, item_id, score.
+    """Writes the lists of all known users of a bundle: user_id, rank, item_id, score.
 
     Args:
-        approximate: ask the bundle's index; otherwise the search is exact, the items divided over
-            `devices` (0: all).
-        recall_target: of that search on TPUs; see `ExactIndex`.
+        folder: folder of the bundle.
+        out: folder of the job.
+        k: length of the lists.
+        exclude_seen: whether to leave out the items of each user.
+        approximate: whether to ask the bundle's index; otherwise the search is exact.
+        devices: number of devices that the items are divided over in exact search; 0 takes all.
+        recall_target: recall of that search on TPUs; see `ExactIndex`.
+        tasks: share of this process.
+        part: users of a file.
     """
     bundle = load_bundle(folder)
     if not approximate:
@@ -125,8 +146,8 @@ def recommend_all(
     ids = bundle.users["user_id"]
 
     def make(rows: slice) -> pa.Table:
-        asked = ids.slice(rows.start, rows.stop - rows.start).to_pylist()
-        return retriever.recommend_many(asked, k, exclude_seen=exclude_seen)
+        users = ids.slice(rows.start, rows.stop - rows.start).to_pylist()
+        return retriever.recommend_many(users, k, exclude_seen=exclude_seen)
 
     write_parts(out, job, len(ids), make, tasks=tasks, part=part)
 
@@ -142,34 +163,38 @@ def write_parts(
 ) -> None:
     """Writes out/part-NNNNNN.parquet for every `part` rows, but for those that are there.
 
+    Args:
+        out: folder of the job.
+        job: what the parts are made of, which must be the same in every call.
+        rows: number of all rows.
+        make: function from some rows to their table.
+        tasks: share of this process.
+        part: rows of a file.
+
     Raises:
-        ConfigError: the folder holds another job, or something else.
+        ConfigError: The folder holds another job, or something else.
     """
-    job = {**job, "rows": rows, "part": part}
-    _claim(out, job)
-    left = [
-        n for n in range(tasks.task, -(-rows // part), tasks.tasks) if not _path(out, n).exists()
-    ]
-    for number in progress(left, total=len(left), what=f"Writing {out.name}"):
+    _claim(out, {**job, "rows": rows, "part": part})
+    num_parts = -(-rows // part)
+    own = range(tasks.task, num_parts, tasks.tasks)
+    missing = [number for number in own if not _path(out, number).exists()]
+    for number in progress(missing, total=len(missing), what=f"Writing {out.name}"):
         table = make(slice(number * part, min(rows, (number + 1) * part)))
         # Vectors hardly repeat: a dictionary of them would only cost time.
         repeated = [name for name in table.column_names if name != "vector"]
+        options: dict[str, Any] = {"compression": "zstd", "use_dictionary": repeated}
         with atomic(_path(out, number)) as temporary:
-            pq.write_table(table, temporary, compression="zstd", use_dictionary=repeated)
-    logging.info("%s: %d parts of %d rows.", out, -(-rows // part), part)
+            pq.write_table(table, temporary, **options)
+    logging.info("%s: %d parts of %d rows.", out, num_parts, part)
 
 
-def vector_table(name: str, ids: pa.ChunkedArray, vectors: np.ndarray) -> pa.Table:
-    """Ids beside vectors as lists of D floats."""
-    flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
-    return pa.table(
-        {name: ids, "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
-    )
+def divided(weights: Weights, devices: int) -> Weights:
+    """Returns weights on a mesh: tables by rows, all else on every device.
 
-
-def divided(weights: Any, devices: int) -> Any:
-    """Weights on a mesh: tables by rows, all else on every device; as they are where there is one
-    device."""
+    Args:
+        weights: weights of the towers.
+        devices: number of devices; 0 takes all. On one the weights are left as they are.
+    """
     mesh = make_mesh(devices)
     if mesh.size == 1:
         return weights
@@ -181,21 +206,36 @@ def divided(weights: Any, devices: int) -> Any:
     )
 
 
+def _embed_part(
+    run: Run, side: Literal["user", "item"], ids: pa.ChunkedArray, encode: EncodeRows, rows: slice
+) -> pa.Table:
+    """Returns the ids of some rows beside their vectors, lists of D floats."""
+    vectors = embed_rows(run.model, run.weights, side, encode(rows))
+    flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
+    columns = {
+        f"{side}_id": ids.slice(rows.start, rows.stop - rows.start),
+        "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+    }
+    return pa.table(columns)
+
+
 def _claim(out: Path, job: Mapping[str, Any]) -> None:
+    """Writes job.json, or checks that the one that is there says the same."""
     path = out / "job.json"
     if path.exists():
         try:
             known = json.loads(path.read_text())
         except ValueError:
             known = {}
-        names = [name for name in {**known, **job} if known.get(name) != job.get(name)]
-        changed = [f"{name} {known.get(name)!r}, not {job.get(name)!r}" for name in names]
-        if changed:
+        differing = [name for name in {**known, **job} if known.get(name) != job.get(name)]
+        if differing:
+            changes = [f"{name} {known.get(name)!r}, not {job.get(name)!r}" for name in differing]
             raise ConfigError(
-                f"{out} holds another job ({'; '.join(changed)}). Name a new folder, or delete this one."
+                f"{out} holds another job ({'; '.join(changes)}). Name a new folder, or delete "
+                "this one."
             )
         return
-    if out.exists() and any(not name.name.startswith(".") for name in out.iterdir()):
+    if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise ConfigError(f"{out} holds other files and no job.json. Name a new folder.")
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(job, indent=2, sort_keys=True) + "\n")

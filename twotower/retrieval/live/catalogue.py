@@ -1,5 +1,5 @@
-"""Changes to the items of a loaded bundle: each is durable before it can be seen, and seen whole or
-not at all."""
+"""The items of a bundle as they change: every reader sees one moment, every change whole or not at
+all. What makes changes durable is `twotower.retrieval.live.live_bundle`."""
 
 from __future__ import annotations
 
@@ -7,217 +7,293 @@ import dataclasses
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import QueryError, UnknownItemError
-from twotower.index.base import check_vectors
+from twotower.index.base import Index, check_vectors
 from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import log_counts
-from twotower.retrieval.live.snapshot import NEVER, Delta, Main, Snapshot
+from twotower.retrieval.live.segments import NOT_REMOVED, BaseSegment, MemTable
+from twotower.retrieval.live.snapshot import Snapshot
 
-NEAREST_AMONG = 20_000  # ids compared with a misspelt one
+MAX_COMPARED_IDS = 20_000  # ids compared with a misspelt one
 
-# (vectors [N, D], training rows of each [N]) -> an index over them
-BuildIndex = Callable[[Vectors, np.ndarray], Any]
+# (item vectors [N, D], training rows of each [N]) -> an index over them
+BuildIndex = Callable[[Vectors, np.ndarray], Index]
 
 
 class LiveCatalogue:
-    """The items of one bundle, and the one who changes them.
+    """The items that can be recommended, and the one who changes them.
+
+    Readers take `snapshot` once an answer and need no lock. Whoever changes something holds `lock`.
 
     Attributes:
-        snapshot: the items as they are now; take it once an answer.
-        numbers: item id -> number; only grows.
+        snapshot: the items as they are now.
+        numbers: number of each item by its id; only grows.
         lock: held while a change is made.
     """
 
     def __init__(
         self,
-        index: Any,
+        base: BaseSegment,
+        numbers: dict[str, int],
+        counts: np.ndarray,
+        *,
+        lock: threading.RLock,
+        version: int = 0,
+    ):
+        """Starts without changes; see `build` for the items of a bundle.
+
+        Args:
+            base: the indexed items.
+            numbers: number of each item by its id, those of items that are gone among them.
+            counts: training rows of the items by their numbers; those beyond have none.
+            lock: held while a change is made.
+            version: number of the last change that is in the base.
+        """
+        memtable = MemTable.empty(base.vectors.shape[1])
+        self.snapshot = Snapshot(base, memtable, 0, version, 0, {})
+        self.numbers = numbers
+        self.lock = lock
+        self._counts = counts
+        self._slots: dict[int, int] = {}  # number -> its slot, of the items that are in one
+
+    @classmethod
+    def build(
+        cls,
+        index: Index,
         vectors: Vectors,
         items: pa.Table,
         counts: np.ndarray | None = None,
         lock: threading.RLock | None = None,
-    ):
-        count = len(items)
-        self.numbers: dict[str, int] = {
-            item: n for n, item in enumerate(items["item_id"].to_pylist())
-        }
-        self._counts = np.zeros(count, np.int64) if counts is None else np.asarray(counts)
-        main = Main.make(
-            index, vectors, items, self._counts, np.arange(count, dtype=np.int64), count
+    ) -> LiveCatalogue:
+        """Returns the catalogue of N items that were just indexed.
+
+        Args:
+            index: index over `vectors`.
+            vectors: item vectors, float32 [N, D], or int8 that is read as such.
+            items: item_id and display columns, N rows.
+            counts: training rows of each item, int64 [N]; 0 by default.
+            lock: held while a change is made; a new one by default.
+        """
+        size = len(items)
+        ids = items["item_id"].to_pylist()
+        counts = np.zeros(size, np.int64) if counts is None else np.asarray(counts)
+        base = BaseSegment.build(
+            index, vectors, items, counts, np.arange(size, dtype=np.int64), num_numbers=size
         )
-        self.snapshot = Snapshot(main, Delta.empty(vectors.shape[1]), 0, 0, 0, {})
-        self.lock = threading.RLock() if lock is None else lock
-        self._slots: dict[int, int] = {}  # number -> its slot, of those that have one
+        numbers = {item: number for number, item in enumerate(ids)}
+        return cls(base, numbers, counts, lock=lock or threading.RLock())
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the display columns."""
-        return self.snapshot.main.items.schema
+        """Schema of item_id and the display columns."""
+        return self.snapshot.base.items.schema
 
     def numbers_of(self, ids: Iterable[Any]) -> np.ndarray:
-        """int64, the numbers of the ids that ever were in the corpus."""
-        numbers = map(self.numbers.get, dict.fromkeys(map(str, ids)))
-        return np.array([number for number in numbers if number is not None], np.int64)
+        """Returns the numbers of those ids that ever were in the catalogue, int64."""
+        known = [self.numbers.get(item) for item in dict.fromkeys(map(str, ids))]
+        return np.array([number for number in known if number is not None], np.int64)
 
     def counts_of(self, numbers: np.ndarray) -> np.ndarray:
-        """int64, the training rows of the items; 0 of what came after training."""
+        """Returns the training rows of items, int64; 0 of what came after training."""
         known = numbers < len(self._counts)
-        return np.where(known, np.append(self._counts, 0)[np.where(known, numbers, -1)], 0)
+        with_none = np.append(self._counts, 0)
+        return np.where(known, with_none[np.where(known, numbers, -1)], 0)
 
-    def place(self, snapshot: Snapshot, item: Any) -> int:
-        """Where an item is; raises `UnknownItemError` with the nearest ids."""
-        number = self.numbers.get(str(item), -1)
-        place = snapshot.place_of(number) if number >= 0 else -1
-        if place < 0:
-            near = nearest(str(item), self.numbers)
-            hint = f" The nearest ids are: {', '.join(near)}." if near else ""
+    def position(self, snapshot: Snapshot, item: Any) -> int:
+        """Returns the position of an item.
+
+        Raises:
+            UnknownItemError: It is not there; the message names the nearest ids.
+        """
+        number = self.numbers.get(str(item))
+        position = -1 if number is None else snapshot.position_of(number)
+        if position < 0:
+            similar = nearest(str(item), self.numbers)
+            hint = f" The nearest ids are: {', '.join(similar)}." if similar else ""
             raise UnknownItemError(
                 f"item {str(item)!r} is not among the {len(snapshot)} items of the corpus.{hint}"
             )
-        return place
+        return position
 
     def check(self, items: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-        """The items in the schema of the bundle, and their vectors, or an error before anything is
-        changed. Beside int8 vectors they are rounded as those are, so that scores stay what they
-        are when items are indexed anew or written.
+        """Returns items in the schema of the catalogue, and their vectors, ready for `upsert`.
+
+        Beside int8 vectors they are rounded as those are, so that scores stay what they are when
+        items are indexed anew or written.
 
         Raises:
-            QueryError: a vector is not finite, of the wrong width, or zero where vectors are
+            QueryError: A vector is not finite, of the wrong width, or zero where vectors are
                 normalised.
-            ValueError: an id is missing or comes twice, or a column cannot be read as the bundle's.
+            ValueError: An id is missing or comes twice, or a column cannot be read as the
+                catalogue's.
         """
-        main = self.snapshot.main
+        base = self.snapshot.base
         if "item_id" not in items.column_names:
             raise ValueError(
-                f"upsert needs a column 'item_id'; the rows have: {', '.join(items.column_names) or 'none'}."
+                "upsert needs a column 'item_id'; the rows have: "
+                f"{', '.join(items.column_names) or 'none'}."
             )
-        vectors = (
-            check_vectors(vectors, what="item")
-            if len(items)
-            else np.zeros((0, main.vectors.shape[1]), np.float32)
-        )
-        if vectors.shape != (len(items), main.vectors.shape[1]):
-            wanted = [len(items), main.vectors.shape[1]]
+        shape = (len(items), base.vectors.shape[1])
+        if not len(items):
+            return self.schema.empty_table(), np.zeros(shape, np.float32)
+        vectors = check_vectors(vectors, what="item")
+        if vectors.shape != shape:
             raise QueryError(
-                f"item vectors are of shape {list(vectors.shape)}; of these items they must be of {wanted}."
+                f"item vectors are of shape {list(vectors.shape)}; of these items they must be of "
+                f"{list(shape)}."
             )
-        zero = ~vectors.any(axis=1)
-        if main.index.normalized and zero.any():
+        is_zero = ~vectors.any(axis=1)
+        if base.index.normalized and is_zero.any():
             raise QueryError(
-                f"item vector {int(zero.argmax())} is zero although vectors are normalised."
+                f"item vector {int(is_zero.argmax())} is zero although vectors are normalised."
             )
-        columns = {
-            name: _column(items, name, kind)
-            for name, kind in zip(self.schema.names, self.schema.types)
-        }
-        ids = columns["item_id"].to_pylist()
-        if None in ids or len(set(ids)) < len(ids):
-            twice = next((i for n, i in enumerate(ids) if i is None or i in ids[:n]), None)
-            raise ValueError(
-                f"item_id {twice!r} in the rows of upsert is {'missing' if twice is None else 'there twice'}."
-            )
-        return pa.table(columns, schema=self.schema), np.asarray(store_like(vectors, main.vectors))
+        columns = {field.name: _column(items, field) for field in self.schema}
+        _check_ids(columns["item_id"].to_pylist())
+        stored = store_like(vectors, base.vectors)
+        return pa.table(columns, schema=self.schema), np.asarray(stored)
 
     def upsert(self, items: pa.Table, vectors: np.ndarray) -> None:
-        """Adds checked items, or puts them in the place of those with the same ids. The lock is
-        held by the caller."""
+        """Adds checked items, or replaces those with the same ids. The caller holds the lock."""
         if not len(items):
             return
-        old, version = self.snapshot, self.snapshot.version + 1
-        count = old.count + len(items)
-        delta = old.delta.grown(count)
-        numbers = [
-            self.numbers.setdefault(item, len(self.numbers))
-            for item in items["item_id"].to_pylist()
-        ]
-        slots = slice(old.count, count)
-        delta.vectors[slots], delta.numbers[slots], delta.born[slots] = vectors, numbers, version
-        delta.logs[slots] = log_counts(self.counts_of(np.array(numbers)))
-        delta.rows.extend(items.to_pylist())
-        delta.tables.append((old.count, items))
-        dead = old.dead + sum(self._kill(delta, number, version) == "row" for number in numbers)
-        self._slots.update(zip(numbers, range(old.count, count)))
+        old = self.snapshot
+        version = old.version + 1
+        num_slots = old.num_slots + len(items)
+        memtable = old.memtable.with_capacity(num_slots)
+        ids = items["item_id"].to_pylist()
+        numbers = [self.numbers.setdefault(item, len(self.numbers)) for item in ids]
+        slots = slice(old.num_slots, num_slots)
+        memtable.vectors[slots] = vectors
+        memtable.numbers[slots] = numbers
+        memtable.log_counts[slots] = log_counts(self.counts_of(np.array(numbers)))
+        memtable.added_by[slots] = version
+        memtable.rows.extend(items.to_pylist())
+        memtable.tables.append((old.num_slots, items))
+        num_removed = self._remove(numbers, version, memtable)["row"]
+        self._slots.update(zip(numbers, range(old.num_slots, num_slots)))
         self.snapshot = dataclasses.replace(
-            old, delta=delta, count=count, version=version, dead=dead
+            old,
+            memtable=memtable,
+            num_slots=num_slots,
+            version=version,
+            num_removed=old.num_removed + num_removed,
         )
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Takes items away, and says how many of them there were. The lock is held by the
-        caller."""
-        old, version = self.snapshot, self.snapshot.version + 1
-        known = [self.numbers[item] for item in dict.fromkeys(ids) if item in self.numbers]
-        killed = [self._kill(old.delta, number, version) for number in known]
+        """Takes items away, and returns how many of them there were. The caller holds the lock."""
+        old = self.snapshot
+        version = old.version + 1
+        numbers = [self.numbers[item] for item in dict.fromkeys(ids) if item in self.numbers]
+        removed = self._remove(numbers, version, old.memtable)
         self.snapshot = dataclasses.replace(
-            old, version=version, dead=old.dead + killed.count("row")
+            old, version=version, num_removed=old.num_removed + removed["row"]
         )
-        return sum(kind is not None for kind in killed)
+        return removed["row"] + removed["slot"]
 
     def rebalance(self, build: BuildIndex) -> None:
-        """Indexes the items alive anew. Answers go on meanwhile, and so do changes, which the new
-        index then has too."""
+        """Merges both segments into a new base, indexed anew.
+
+        Answers go on meanwhile, and so do changes, which the new catalogue then has too.
+
+        Args:
+            build: function that builds the index.
+        """
         with self.lock:
             then = self.snapshot
-        numbers, vectors, items = then.alive()
+        numbers, vectors, items = then.all_items()
         counts = self.counts_of(numbers)
         index = build(vectors, counts)
         with self.lock:
-            now, total = self.snapshot, len(self.numbers)
-            fresh = LiveCatalogue.__new__(LiveCatalogue)
-            fresh.numbers, fresh._slots, fresh._counts = self.numbers, {}, self._counts
-            main = Main.make(index, vectors, items, counts, numbers, total)
-            fresh.snapshot = Snapshot(main, Delta.empty(vectors.shape[1]), 0, now.version, 0, {})
-            fresh._follow(then, now)
-            # At once: no reader may see the new index without the changes made while it was built.
-            self._slots, self.snapshot = fresh._slots, fresh.snapshot
+            now = self.snapshot
+            base = BaseSegment.build(
+                index, vectors, items, counts, numbers, num_numbers=len(self.numbers)
+            )
+            rebuilt = LiveCatalogue(
+                base, self.numbers, self._counts, lock=self.lock, version=now.version
+            )
+            rebuilt._repeat_changes(then, now)
+            # All at once: no reader may see the new index without the changes made while it was
+            # built.
+            self._slots = rebuilt._slots
+            self.snapshot = rebuilt.snapshot
 
-    def _follow(self, then: Snapshot, now: Snapshot) -> None:
-        """Makes the changes between two snapshots once more, on what was indexed at the first."""
-        born, died = now.delta.born[: now.count], now.delta.died[: now.count]
-        slots = np.flatnonzero(
-            (born > then.version) | ((died > then.version) & (died <= now.version))
-        )
-        rows = np.flatnonzero((now.main.died > then.version) & (now.main.died <= now.version))
-        changed = np.unique(np.concatenate([now.delta.numbers[slots], now.main.numbers[rows]]))
-        names = {number: item for item, number in self.numbers.items()} if changed.size else {}
-        self.delete([names[number] for number in changed.tolist()])
-        back = [place for number in changed.tolist() if (place := now.place_of(number)) >= 0]
-        if back:
-            items = pa.Table.from_pylist(now.rows(np.array(back)), schema=self.schema)
-            self.upsert(items, np.stack([now.vector(place) for place in back]))
+    def _repeat_changes(self, then: Snapshot, now: Snapshot) -> None:
+        """Makes what changed between two snapshots once more, on what was indexed at the first."""
+        memtable = now.memtable
+        added_by = memtable.added_by[: now.num_slots]
+        removed_by = memtable.removed_by[: now.num_slots]
+        slots = np.flatnonzero((added_by > then.version) | _is_between(removed_by, then, now))
+        rows = np.flatnonzero(_is_between(now.base.removed_by, then, now))
+        changed = np.unique(np.concatenate([memtable.numbers[slots], now.base.numbers[rows]]))
+        if not changed.size:
+            return
+        ids = {number: item for item, number in self.numbers.items()}
+        self.delete([ids[number] for number in changed.tolist()])
+        positions = np.array([now.position_of(number) for number in changed.tolist()])
+        positions = positions[positions >= 0]
+        if positions.size:
+            items = pa.Table.from_pylist(now.rows(positions), schema=self.schema)
+            self.upsert(items, np.stack([now.vector(position) for position in positions]))
 
-    def _kill(self, delta: Delta, number: int, version: int) -> str | None:
-        """Marks the item's place, if it is alive, as taken away by change `version`; which kind of
-        place it was."""
-        main, slot = self.snapshot.main, self._slots.pop(number, None)
-        if slot is not None:
-            delta.died[slot] = version
-            return "slot"
-        row = int(main.places[number]) if number < len(main.places) else -1
-        if row < 0 or main.died[row] != NEVER:
-            return None
-        main.died[row] = version
-        return "row"
+    def _remove(
+        self, numbers: Iterable[int], version: int, memtable: MemTable
+    ) -> dict[Literal["row", "slot"], int]:
+        """Sets tombstones where items are there, and counts the rows and slots that got one."""
+        base = self.snapshot.base
+        removed: dict[Literal["row", "slot"], int] = {"row": 0, "slot": 0}
+        for number in numbers:
+            slot = self._slots.pop(number, None)
+            row = base.row_of(number)
+            if slot is not None:
+                memtable.removed_by[slot] = version
+                removed["slot"] += 1
+            elif row >= 0 and base.removed_by[row] == NOT_REMOVED:
+                base.removed_by[row] = version
+                removed["row"] += 1
+        return removed
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Ids that look like `name`; of many ids only those are compared that begin alike."""
+    """Returns the ids that look most like `name`.
+
+    Args:
+        name: an id that is not known.
+        known: ids; of very many only those are compared that begin alike.
+        count: how many to return at most.
+    """
     known = tuple(known)
-    candidates = (
-        known
-        if len(known) <= NEAREST_AMONG
-        else [i for i in known if i[:2] == name[:2]][:NEAREST_AMONG]
-    )
-    return difflib.get_close_matches(name, candidates, n=count, cutoff=0.0)
+    if len(known) > MAX_COMPARED_IDS:
+        known = tuple(item for item in known if item[:2] == name[:2])[:MAX_COMPARED_IDS]
+    return difflib.get_close_matches(name, known, n=count, cutoff=0.0)
 
 
-def _column(items: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    if name not in items.column_names:
-        return pa.chunked_array([pa.nulls(len(items), kind)])
+def _is_between(changes: np.ndarray, then: Snapshot, now: Snapshot) -> np.ndarray:
+    """Whether each change came after one snapshot and is seen by the other."""
+    return (changes > then.version) & (changes <= now.version)
+
+
+def _check_ids(ids: list[str | None]) -> None:
+    if None in ids:
+        raise ValueError("item_id None in the rows of upsert is missing.")
+    seen = set()
+    for item in ids:
+        if item in seen:
+            raise ValueError(f"item_id {item!r} in the rows of upsert is there twice.")
+        seen.add(item)
+
+
+def _column(items: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """Returns a column of the items in the type of the catalogue's; nulls where it is missing."""
+    if field.name not in items.column_names:
+        return pa.chunked_array([pa.nulls(len(items), field.type)])
     try:
-        return items[name].cast(kind)
+        return items[field.name].cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"upsert: column {name!r} must hold {kind}: {error}.") from error
+        raise ValueError(
+            f"upsert: column {field.name!r} must hold {field.type}: {error}."
+        ) from error

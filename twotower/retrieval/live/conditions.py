@@ -11,39 +11,62 @@ import pyarrow as pa
 from twotower.core.errors import ConfigError
 from twotower.data.filters import matches
 
-# (column, operator, value) each, as of `config.data.where`; what a cache may be keyed by.
-Where = tuple[tuple[str, str, Any], ...]
+# (column, operator, value) each, with the operators of `config.data.where`. Hashable, so that
+# matching items can be kept by their conditions.
+Conditions = tuple[tuple[str, str, Any], ...]
+# What a caller may give: {column: value or values}, or (column, operator, value) each.
+ConditionsLike = Mapping[str, Any] | Sequence[Sequence[Any]] | None
 
 
-def conditions(where: Mapping[str, Any] | Sequence[Sequence[Any]] | None) -> Where:
-    """Conditions in one form: {"brand": "x", "size": ["s", "m"]} asks for equality or
-    membership."""
+def as_conditions(where: ConditionsLike) -> Conditions:
+    """Returns conditions in their one form.
+
+    >>> as_conditions({"brand": "x", "size": ["s", "m"]})
+    (('brand', '==', 'x'), ('size', 'in', ('s', 'm')))
+
+    Raises:
+        ConfigError: A value is neither text nor number, nor a list of these.
+    """
     if not where:
         return ()
     if isinstance(where, Mapping):
-        where = [(name, "in" if _several(value) else "==", value) for name, value in where.items()]
-    found = tuple(
-        tuple(tuple(part) if _several(part) else part for part in condition) for condition in where
-    )
+        triples = [(name, "in" if _is_list(x) else "==", x) for name, x in where.items()]
+    else:
+        triples = [tuple(condition) for condition in where]
+    conditions = []
+    for triple in triples:
+        if len(triple) != 3:
+            raise ConfigError(
+                f"where {triple!r} must be (column, operator, value), such as ('price', '<=', 20)."
+            )
+        column, operator, value = triple
+        conditions.append((column, operator, tuple(value) if _is_list(value) else value))
     try:
-        hash(found)
+        hash(tuple(conditions))
     except TypeError as error:
         raise ConfigError(
             f"where={where!r} must hold texts, numbers, and lists of them: {error}."
         ) from None
-    return found
+    return tuple(conditions)
 
 
-def matching(items: pa.Table, where: Where) -> np.ndarray:
-    """bool [N], which items satisfy all conditions; raises `ConfigError` where a column or operator
-    is unknown."""
+def matching_items(items: pa.Table, where: Conditions) -> np.ndarray:
+    """Returns whether each item satisfies all conditions, bool [N].
+
+    Args:
+        items: display columns of N items.
+        where: conditions.
+
+    Raises:
+        ConfigError: A column or an operator is unknown; the nearest is named.
+    """
     mask = np.ones(len(items), bool)
     for condition in where:
-        mask &= matches(
-            items, condition, field=f"where {condition!r}", table="the bundle"
-        ).to_numpy()
+        field = f"where {condition!r}"
+        matching = matches(items, condition, field=field, table="the bundle")
+        mask &= matching.to_numpy()
     return mask
 
 
-def _several(value: Any) -> bool:
+def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset))

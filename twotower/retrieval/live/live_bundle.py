@@ -64,7 +64,7 @@ class LiveBundle:
         lock: held while anything changes.
         """
         self.bundle = bundle
-        self.catalogue = LiveCatalogue(
+        self.catalogue = LiveCatalogue.build(
             bundle.index, bundle.vectors, bundle.items, bundle.counts, lock
         )
         self._lock = lock
@@ -176,7 +176,7 @@ class LiveBundle:
         snapshot = self.catalogue.snapshot
         numbers = self.catalogue.numbers
         known = [item for item in dict.fromkeys(ids) if item in numbers]
-        return [item for item in known if snapshot.place_of(numbers[item]) >= 0]
+        return [item for item in known if snapshot.position_of(numbers[item]) >= 0]
 
     def _replayed(self) -> ChangeLog | None:
         """Makes the changes in the log once more."""
@@ -212,21 +212,21 @@ class LiveBundle:
 
     def _with_items_of(self, then: Snapshot) -> Bundle:
         """The bundle with the items of a snapshot in the place of its own."""
-        numbers, vectors, items = then.alive()
+        numbers, vectors, items = then.all_items()
         counts = self.catalogue.counts_of(numbers)
         rows = np.full(len(self.catalogue.numbers), -1, np.int64)
         rows[numbers] = np.arange(len(numbers))
         seen = self.bundle.seen
         seen_rows = rows[seen.values] if len(rows) else np.zeros(0, np.int64)
         is_left = seen_rows >= 0
-        changed = then.count or then.dead
+        changed = then.num_slots or then.num_removed
         return dataclasses.replace(
             self.bundle,
             vectors=vectors,
             items=items,
             counts=counts,
             seen=Ragged.from_pairs(seen.rows[is_left], seen_rows[is_left], num_rows=len(seen)),
-            index=self._index(vectors, counts) if changed else then.main.index,
+            index=self._index(vectors, counts) if changed else then.base.index,
             manifest={},
         )
 

@@ -5,7 +5,7 @@ import datetime
 import pyarrow as pa
 import pytest
 
-from twotower.retrieval.live.display import reader
+from twotower.retrieval.live.segments import value_reader
 
 TEXT = ["lamp", None, "", "مصباح", "été", "a" * 300]
 COLUMNS = {
@@ -29,7 +29,7 @@ COLUMNS = {
 def test_values_are_those_of_arrow(name, first, pieces):
     """Also of a slice, whose buffers begin before it, and of a column of several pieces."""
     column = COLUMNS[name].slice(first)
-    read = reader(
+    read = value_reader(
         pa.chunked_array([column] if pieces == 1 else [column.slice(0, 1), column.slice(1)])
     )
     found = [read(row) for row in range(len(column))]
@@ -38,5 +38,5 @@ def test_values_are_those_of_arrow(name, first, pieces):
 
 
 def test_no_rows_at_all():
-    assert callable(reader(pa.chunked_array([], pa.string())))
-    assert callable(reader(pa.chunked_array([pa.array([], pa.int64())])))
+    assert callable(value_reader(pa.chunked_array([], pa.string())))
+    assert callable(value_reader(pa.chunked_array([pa.array([], pa.int64())])))
