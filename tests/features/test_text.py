@@ -37,23 +37,29 @@ def python_pieces(value, words, characters, buckets):
     tokens = "".join(c if c.isalnum() else " " for c in normalise(value)).split()
     bounded = [[0x110000, *map(ord, token), 0x110001] for token in tokens]
     hashes = [
-        mix(sum(mix(place << 21 | c) for place, c in enumerate(word)) & MASK) for word in bounded
+        mix(sum(mix(position << 21 | c) for position, c in enumerate(word)) & MASK)
+        for word in bounded
     ]
-    found = []
+    pieces = []
     for size in sorted(words):
         runs = [hashes[n : n + size] for n in range(len(hashes) - size + 1)]
-        found += [
-            mix((sum(mix((h + place + 1) & MASK) for place, h in enumerate(run)) + size) & MASK)
+        pieces += [
+            mix(
+                (sum(mix((h + position + 1) & MASK) for position, h in enumerate(run)) + size)
+                & MASK
+            )
             for run in runs
         ]
     for size in sorted(characters):
         runs = [word[n : n + size] for word in bounded for n in range(len(word) - size + 1)]
         runs = [run for run in runs if run not in ([0x110000], [0x110001])]
-        found += [
-            mix((sum(mix((place + 1) << 21 | c) for place, c in enumerate(run)) + size) & MASK)
+        pieces += [
+            mix(
+                (sum(mix((position + 1) << 21 | c) for position, c in enumerate(run)) + size) & MASK
+            )
             for run in runs
         ]
-    return [1 + h % (buckets - 1) for h in found]
+    return [1 + h % (buckets - 1) for h in pieces]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def python_mix(x):
 def python_hash(text):
     data = text.encode()
     return python_mix(
-        (sum(python_mix(place << 8 | byte) for place, byte in enumerate(data)) + len(data)) & MASK
+        (sum(python_mix(position << 8 | byte) for position, byte in enumerate(data)) + len(data))
+        & MASK
     )
 
 
@@ -84,7 +85,7 @@ def test_weights_count_as_repeated_rows():
 
 def test_rows_are_those_of_a_dict():
     fitted = Vocabulary.fit(pa.array(skewed()), oov_rows=5)
-    row_of = {value: 6 + place for place, value in enumerate(fitted.values.to_pylist())}
+    row_of = {value: 6 + position for position, value in enumerate(fitted.values.to_pylist())}
     values = [*skewed(400, seed=1), None, "new", ""]
     expected = [0 if v is None else row_of.get(v, 1 + python_hash(v) % 5) for v in values]
     rows = fitted.rows(pa.array(values))

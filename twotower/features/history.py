@@ -183,41 +183,28 @@ def encode_histories(
         ConfigError: The column holds something else.
     """
     count = len(column)
-    lists = _as_lists(feature, column)
-    owners = pc.list_parent_indices(lists).to_numpy()
-    fields = _event_fields(feature, pc.list_flatten(lists))
-    # Cut before anything is looked up: requests may bring years of events.
-    kept = _latest_events(fields["item_id"], owners, count, feature.max_length)
-    owners = owners[kept]
-    fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
-    lengths = np.bincount(owners, minlength=count)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    has_events = lengths > 0
-
-    times = known_times = None
+    owners, fields = _parse_events(feature, column)
+    known_times = times = None
     if feature.reads_times:
-        timestamps = fields.get("timestamp", pa.nulls(len(owners), pa.int64())).cast(pa.int64())
-        is_missing = timestamps.is_null().to_numpy(zero_copy_only=False)
+        known_times = _event_times(fields.get("timestamp"), len(owners))
         # An event without a time weighs as if it were of the newest moment of the training rows.
-        filled = pc.fill_null(timestamps, fitted.statistics["newest"])
-        times = filled.to_numpy().astype(np.int64)
-        known_times = np.where(is_missing, np.nan, times)
+        times = np.where(np.isnan(known_times), fitted.statistics["newest"], known_times)
     items = pa.chunked_array([fields["item_id"]])
     events = encode_events(feature, fitted, items, fields.get("event"), times)
     if feature.gaps and times is not None:
-        since_previous = time_buckets(feature, np.diff(times, prepend=times[:1]))
+        seconds = np.diff(times, prepend=times[:1])
+        buckets = time_buckets(feature, seconds)
         # The differences run across histories; what was before the first event is not known.
-        since_previous[starts[has_events]] = 0
-        events[HISTORY_TIME_SINCE_PREVIOUS] = since_previous
+        buckets[np.diff(owners, prepend=-1) > 0] = 0
+        events[HISTORY_TIME_SINCE_PREVIOUS] = buckets
     if feature.request_gap and known_times is not None:
         seconds = np.diff(known_times, append=known_times[-1:])
         # After the latest event of a history comes the request, not the next history.
-        last = ends[has_events] - 1
+        latest = np.diff(owners, append=count) > 0
         requested = np.full(count, np.nan)
         if request_times is not None:
             requested = _seconds(feature, request_times)
-        seconds[last] = requested[has_events] - known_times[last]
+        seconds[latest] = requested[owners[latest]] - known_times[latest]
         events[HISTORY_TIME_TO_NEXT] = time_buckets(feature, seconds)
 
     arrays = {
@@ -244,7 +231,7 @@ def encode_events(
         fitted: The state that the encoder fitted for it.
         items: Item ids [M].
         event_names: Names [M] of what happened, such as "view"; None where they are not known.
-        times: Times int64 [M] in seconds; only a `half_life` reads them.
+        times: Times [M] in seconds; only a `half_life` reads them.
     """
     ids = fitted.require_vocabulary().rows(items)
     arrays = {f"{feature.name}/{feature.reads[0]}": ids}
@@ -287,6 +274,32 @@ def read_arrays(feature: HistoryFeature, fitted: Fitted) -> dict[str, np.ndarray
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
+def _parse_events(
+    feature: HistoryFeature, column: pa.ChunkedArray
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reads the events that histories keep.
+
+    Returns:
+        The row [M] of each event's history, ascending, and the fields of the events: "item_id" and,
+        where the column has them, "event" and "timestamp".
+    """
+    lists = _as_lists(feature, column)
+    owners = pc.list_parent_indices(lists).to_numpy()
+    fields = _event_fields(feature, pc.list_flatten(lists))
+    # Cut before anything is looked up: requests may bring years of events.
+    kept = _latest_events(fields["item_id"], owners, len(column), feature.max_length)
+    fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
+    return owners[kept], fields
+
+
+def _event_times(timestamps: Any, count: int) -> np.ndarray:
+    """Returns the times float64 [M] of events in seconds, NaN where missing."""
+    if timestamps is None:
+        return np.full(count, np.nan)
+    seconds = timestamps.cast(pa.int64()).cast(pa.float64(), safe=False)
+    return pc.fill_null(seconds, np.nan).to_numpy()
 
 
 def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
