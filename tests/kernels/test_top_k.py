@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower.kernels import top_k as kernel
 from twotower.kernels.top_k import RunningTopK, merge_top_k
 
 
@@ -39,9 +40,15 @@ def test_a_merged_list_is_no_longer_than_what_it_is_made_of(scores, module):
     np.testing.assert_array_equal(best, -np.sort(-scores, axis=1))
 
 
-@pytest.mark.parametrize("block", [1, 33, 64, 320])
+@pytest.mark.parametrize("max_appended, min_grouped", [(2_048, 2**15), (0, 2**15), (0, 0)])
+@pytest.mark.parametrize("block", [1, 33, 65, 320])
 @pytest.mark.parametrize("k", [1, 5, 400])
-def test_a_running_top_k_equals_the_sort_however_scores_come(scores, block, k):
+def test_a_running_top_k_equals_the_sort_however_scores_come(
+    scores, block, k, max_appended, min_grouped, monkeypatch
+):
+    """Blocks that are sorted as they are, that are compared one by one, and in groups."""
+    monkeypatch.setattr(kernel, "MAX_APPENDED", max_appended)
+    monkeypatch.setattr(kernel, "MIN_GROUPED", min_grouped)
     best = RunningTopK(len(scores), k)
     for first in range(0, scores.shape[1], block):
         best.add(scores[:, first : first + block], first)

@@ -18,7 +18,7 @@ from twotower.core.ragged import Ragged
 from twotower.index.base import Index, check_queries, check_scores
 from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
-from twotower.kernels.top_k import RunningTopK, group_size
+from twotower.kernels.top_k import RunningTopK
 
 MAX_OVERFETCH = 1_000  # candidates beyond k that are asked for on account of exclusions
 # Times the candidates that would do if the allowed items were spread evenly over the corpus.
@@ -177,9 +177,8 @@ def brute_force_search(
                 products += queries[start:stop, -1:] * extra_coordinate[block][None, :]
             if lists is not None:
                 _exclude(products, block, lists)
-            maxima = products.reshape(stop - start, -1, group_size(len(block), k)).max(-1)
-            check_scores(maxima)
-            best.add(products, first, maxima)
+            check_scores(products)
+            best.add(products, first)
         found, positions = best.best()
         length = found.shape[1]
         scores[start:stop, :length] = found

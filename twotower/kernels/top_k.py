@@ -25,6 +25,10 @@ GROUP = GROUP_SIZES[0]
 # A list of candidates is cut to the best K when it is longer than this many times K: sorting after
 # every block would cost more than the blocks.
 MAX_KEPT = 8
+# Scores of a block, of all queries, that are sorted as they are: looking for the best among so few
+# takes longer.
+MAX_APPENDED = 2_048
+MIN_GROUPED = 2**15  # scores of a block, of all queries, from which groups save time
 
 
 def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
@@ -87,6 +91,21 @@ def group_size(count: int, k: int) -> int:
     return next(fitting, 1)
 
 
+def _with_maxima(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores [Q, C], padded with -inf to whole groups, and the maxima of the groups; the
+    scores themselves where groups would save nothing."""
+    if scores.size < MIN_GROUPED or scores.shape[1] < 2 * k * GROUP:
+        return scores, scores
+    padding = -scores.shape[1] % GROUP
+    if padding:
+        scores = np.pad(scores, ((0, 0), (0, padding)), constant_values=-np.inf)
+    maxima = scores
+    # By halves: three to five times as fast as NumPy's maximum along a short axis.
+    for _ in range(GROUP.bit_length() - 1):
+        maxima = np.maximum(maxima[:, ::2], maxima[:, 1::2])
+    return scores, maxima
+
+
 class RunningTopK:
     """The best `k` scores of each of Q queries, kept while blocks of scores come in.
 
@@ -118,12 +137,15 @@ class RunningTopK:
             maxima: float32 [Q, C / size], the maxima of groups of `size` neighbours, where they are
                 known.
         """
-        count = scores.shape[1]
-        if not count:
+        if not scores.shape[1]:
+            return
+        if maxima is None and scores.size <= MAX_APPENDED:
+            rows = np.arange(first, first + scores.shape[1])
+            self._append(scores, np.where(np.isneginf(scores), -1, rows))
             return
         if maxima is None:
-            groups = scores.reshape(len(scores), -1, group_size(count, self._k))
-            maxima = np.asarray(groups.max(-1))
+            scores, maxima = _with_maxima(scores, self._k)
+        count = scores.shape[1]
         num_groups = maxima.shape[1]
         size = count // num_groups
         thresholds = self._thresholds(maxima)
