@@ -74,23 +74,23 @@ def test_a_report_says_how_many_items_and_queries_a_figure_is_over():
     assert "exact over all 1,234 items" in text and "A sample: 5 of 9 queries" in text
 
 
+TINY = float(np.finfo(np.float32).tiny)
+
+
 @pytest.mark.trap(21)
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.5, 1e-38, -1e-38, 1e-45, TINY, 3e38])
 def test_a_model_that_scores_all_items_alike_finds_nothing(value):
-    """Ties as hits give a collapsed model 100 %: a right answer ranks behind its equals, and only
+    """Ties as hits give a collapsed model 100 %: a relevant item ranks behind its equals, and only
     then comes first."""
-    queries = make(np.zeros(4, int), [[0], [5], [19], [3]], [[]], 20)
-    found = evaluate(
-        lambda s: np.full((4, 20), value, np.float32)[s], queries, (19, 20), mask_seen=True
-    )
-    assert (
-        found["recall@19"] == 0.0
-        and found["recall@20"] == 1.0
-        and found["mrr@20"] == pytest.approx(1 / 20)
-    )
-    better = np.full((4, 20), value, np.float32)
-    better[np.arange(4), [0, 5, 19, 3]] += 1e-3
-    assert evaluate(lambda s: better[s], queries, (1,), mask_seen=True)["recall@1"] == 1.0
+    relevant = [[0], [5], [19], [3]]
+    queries = make(np.zeros(4, int), relevant, [[]], 20)
+    scores = np.full((4, 20), value, np.float32)
+    found = evaluate(lambda s: scores[s], queries, (19, 20), mask_seen=True)
+    assert found["recall@19"] == 0.0 and found["recall@20"] == 1.0
+    assert found["mrr@20"] == pytest.approx(1 / 20)
+    if abs(value) < 1e3:  # above, a thousandth is less than a step of float32
+        scores[np.arange(4), np.ravel(relevant)] += 1e-3
+        assert evaluate(lambda s: scores[s], queries, (1,), mask_seen=True)["recall@1"] == 1.0
 
 
 @pytest.mark.trap(22)
@@ -186,13 +186,16 @@ def test_seen_items_are_masked_where_it_says_so_and_only_there():
 
 
 @pytest.mark.trap(24)
-def test_seen_items_do_not_fill_a_list_that_is_short():
-    """Pushed down by 1e5 they come back when fewer than K remain: here three remain, and the list
-    ends after them."""
+def test_seen_items_never_come_back_though_fewer_than_k_remain():
+    """Pushed down by 1e5 they come back when fewer than K remain: here the best are seen, three
+    remain, and the list ends after them."""
     queries = make([0], [[19]], [list(range(17))], 20)
     scores = np.arange(20, 0, -1, dtype=np.float32)[None]
     found = evaluate(lambda s: scores[s], queries, (10,), mask_seen=True)
-    assert found["coverage@10"] == pytest.approx(3 / 20) and found["mrr@10"] == pytest.approx(1 / 3)
+    assert found["coverage@10"] == pytest.approx(3 / 20)
+    assert found["precision@10"] == pytest.approx(1 / 10)
+    assert found["mrr@10"] == pytest.approx(1 / 3)
+    assert evaluate(lambda s: scores[s], queries, (10,), mask_seen=False)["recall@10"] == 0.0
 
 
 @pytest.mark.trap(35)

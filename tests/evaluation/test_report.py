@@ -48,12 +48,19 @@ def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
         assert measured[f"model{suffix}"] == evaluate(scores, queries, (1,), mask_seen=mask_seen)
 
 
-def test_weights_of_popularity_move_lists_from_the_model_to_popularity(run):
+WEIGHTS = (0.0, 0.1, 1e4)
+
+
+@pytest.fixture(scope="module")
+def measured(run):
+    return report.measure_run(run, ks=KS, baselines=True, popularity_weights=WEIGHTS)
+
+
+def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured):
     """Weight 0 is the model, a great one popularity, whatever the model says."""
-    measured = report.measure_run(run, ks=KS, baselines=True, popularity_weights=(0.0, 0.1, 1e4))
-    found = measured["popularity_weights"]
-    assert list(found) == ["0", "0.1", "10000"] and found["0"] == measured["model"]
-    novelty = [found[weight]["novelty@10"] for weight in found]
+    weighed = measured["popularity_weights"]
+    assert list(weighed) == ["0", "0.1", "10000"] and weighed["0"] == measured["model"]
+    novelty = [weighed[weight]["novelty@10"] for weight in weighed]
     assert novelty[0] > novelty[1] > novelty[2]
     assert novelty[2] == pytest.approx(measured["baselines"]["popularity"]["novelty@10"], abs=0.02)
     assert "weight 0.1" in report_text.format_report(measured, KS)
@@ -74,37 +81,33 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
     )
 
 
-def test_a_run_on_a_mesh_has_the_figures_of_one_device(run):
-    measured = report.measure_run(run, ks=KS, baselines=False, max_queries=40)
+def test_a_run_on_a_mesh_has_the_figures_of_one_device(run, measured):
     weights = divided(run.weights, 8)
-    on_mesh = report.measure_run(
-        dataclasses.replace(run, weights=weights), ks=KS, baselines=False, max_queries=40
-    )
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
-    assert (
-        len(
-            model_scores(run.prepared, run.model, weights, queries)(slice(0, 3)).sharding.device_set
-        )
-        == 8
-    )
+    scores = model_scores(run.prepared, run.model, weights, queries)
+    assert len(scores(slice(0, 3)).sharding.device_set) == 8
+    on_mesh = report.measure_run(dataclasses.replace(run, weights=weights), ks=KS, baselines=False)
     for name in ("model", "model_unmasked"):
         assert on_mesh[name] == pytest.approx(measured[name])
 
 
-def test_items_and_users_that_training_never_saw_are_measured_apart(run):
-    measured = report.measure_run(run, ks=KS, baselines=False)
-    queries, trained = (
-        make_queries(run.prepared, "test", "user"),
-        set(run.prepared.train.user.tolist()),
-    )
-    new = [
-        sum(queries.counts[item] == 0 for item in right)
-        for right in queries.without_seen().relevant
+def test_a_sample_of_the_queries_is_measured(run):
+    sampled = report.measure_run(run, ks=KS, baselines=False, max_queries=40)
+    assert sampled["protocol"]["asked"] == 40 < sampled["protocol"]["available"]
+    assert "A sample: 40 of" in report_text.format_report(sampled, KS)
+    every_query = make_queries(run.prepared, "test", run.config.evaluation.query)
+    queries = every_query.sample(40)
+    scores = model_scores(run.prepared, run.model, run.weights, queries)
+    assert sampled["model"] == evaluate(scores, queries, KS, mask_seen=True)
+
+
+def test_items_and_users_that_training_never_saw_are_measured_apart(run, measured):
+    queries = make_queries(run.prepared, "test", "user").without_seen()
+    trained = set(run.prepared.train.user.tolist())
+    of_new_items = [(queries.counts[items] == 0).any() for items in queries.relevant]
+    assert measured["new_items"]["model"]["queries"] == sum(of_new_items) > 3
+    of_new_users = [
+        user not in trained and count > 0 for user, count in zip(queries.user, queries.num_relevant)
     ]
-    assert measured["new_items"]["model"]["queries"] == sum(count > 0 for count in new) > 3
-    asked = [
-        user not in trained and count > 0
-        for user, count in zip(queries.user, queries.without_seen().num_relevant)
-    ]
-    assert measured["new_users"]["model"]["queries"] == sum(asked) > 0
+    assert measured["new_users"]["model"]["queries"] == sum(of_new_users) > 0
     assert "Right answers that training never saw" in report_text.format_report(measured, KS)

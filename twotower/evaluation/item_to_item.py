@@ -172,7 +172,7 @@ def _best_model(
     """Makes the model of the value that is best on `tuning`.
 
     Args:
-        title: what is chosen, for the log.
+        title: name of the choice, for the log.
         values: values to try, in order.
         make: function from a value to its model.
         tuning: queries to measure with; None takes the middle value.

@@ -244,7 +244,7 @@ def append_bundle(
         experiment_id: name of the experiment; see `version_of`.
 
     Returns:
-        What is stored of "user" and "item".
+        The files of "user" and "item".
     """
     version = version_of(retriever, run_date=run_date, run_id=run_id, experiment_id=experiment_id)
     history.append(version, blocks_of(retriever))

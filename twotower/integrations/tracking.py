@@ -56,7 +56,7 @@ def track(
         lines = list(_lines(workdir / "metrics.jsonl"))
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
-        # How many steps are in proportion to the data is known to the training alone.
+        # Steps in proportion to the data are counted by the training alone: only the bundle tells.
         training = config.training
         ended = lines and not training.steps_for and lines[-1][0] >= training.steps
         if ended or (workdir / "bundle").exists():
@@ -91,12 +91,12 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("uri") == _without_password(uri) and known.get("experiment") == experiment:
         return known["run_id"]
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    known_experiment = client.get_experiment_by_name(experiment)
+    if known_experiment is None:
         location = artifacts or _beside(uri)
         experiment_id = client.create_experiment(experiment, artifact_location=location or None)
     else:
-        experiment_id = found.experiment_id
+        experiment_id = known_experiment.experiment_id
     run = client.create_run(
         experiment_id,
         run_name=workdir.resolve().name,
