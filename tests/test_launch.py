@@ -45,7 +45,11 @@ fi
 PYTHON = r"""#!/bin/bash
 name=$(basename "$0")
 case $1 in
-  -c) case " $VERSIONS .venv " in *" $name "*) exit 0 ;; esac; [ "$0" = .venv/bin/python ] && exit 0; exit 1 ;;
+  -c)
+    case " $VERSIONS .venv " in *" $name "*) exit 0 ;; esac
+    [ "$0" = .venv/bin/python ] && exit 0
+    exit 1
+    ;;
   --version) echo "Python of $name"; exit 0 ;;
 esac
 if [ "$2 $3" = "pip --version" ]; then exit 0; fi

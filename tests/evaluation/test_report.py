@@ -92,11 +92,11 @@ def test_a_run_on_a_mesh_has_the_figures_of_one_device(run, measured):
 
 
 def test_a_sample_of_the_queries_is_measured(run):
-    sampled = report.measure_run(run, ks=KS, baselines=False, max_queries=40)
-    assert sampled["protocol"]["asked"] == 40 < sampled["protocol"]["available"]
-    assert "A sample: 40 of" in report_text.format_report(sampled, KS)
+    sampled = report.measure_run(run, ks=KS, baselines=False, max_queries=20)
+    assert sampled["protocol"]["asked"] == 20 < sampled["protocol"]["available"]
+    assert "A sample: 20 of" in report_text.format_report(sampled, KS)
     every_query = make_queries(run.prepared, "test", run.config.evaluation.query)
-    queries = every_query.sample(40)
+    queries = every_query.sample(20)
     scores = model_scores(run.prepared, run.model, run.weights, queries)
     assert sampled["model"] == evaluate(scores, queries, KS, mask_seen=True)
 
