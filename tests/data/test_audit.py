@@ -15,21 +15,19 @@ EVERYTHING = tuple(FINDINGS)
 
 def part(*rows: tuple) -> pa.Table:
     """Rows of (user, item) or (user, item, time)."""
-    timed = all(len(row) == 3 for row in rows)
     columns = {
         "user_id": pa.array([row[0] for row in rows], pa.string()),
         "item_id": pa.array([row[1] for row in rows], pa.string()),
     }
-    return pa.table(
-        columns | ({"timestamp": pa.array([row[2] for row in rows], pa.int64())} if timed else {})
-    )
+    if all(len(row) == 3 for row in rows):
+        columns["timestamp"] = pa.array([row[2] for row in rows], pa.int64())
+    return pa.table(columns)
 
 
-def found(split: Split, kind: str) -> dict[str, int]:
-    return {
-        finding.name: finding.rows
-        for finding in audit(split, SplitConfig(kind=kind, accept_leakage=EVERYTHING))
-    }
+def count_findings(split: Split, kind: str) -> dict[str, int]:
+    """Kind of leakage -> the rows that show it."""
+    findings = audit(split, SplitConfig(kind=kind, accept_leakage=EVERYTHING))
+    return {finding.name: finding.rows for finding in findings}
 
 
 TRAIN = [("u", "a", 10), ("u", "b", 20), ("v", "a", 11), ("v", "c", 30)]
@@ -128,50 +126,34 @@ CASES = {  # name: (kind, train, validation, test, findings)
 @pytest.mark.parametrize("name", CASES)
 def test_the_audit_finds_what_was_planted_and_counts_its_rows(name):
     kind, train, validation, test, expected = CASES[name]
-    assert (
-        found(
-            Split(
-                *(
-                    part(*rows) if rows else part(*train).slice(0, 0)
-                    for rows in (train, validation, test)
-                )
-            ),
-            kind,
-        )
-        == expected
-    )
+    nothing = part(*train).slice(0, 0)
+    parts = [part(*rows) if rows else nothing for rows in (train, validation, test)]
+    assert count_findings(Split(*parts), kind) == expected
 
 
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        ("random", {"repeated_pairs": 1}),
-        ("leave_last_out", {"repeated_pairs": 1}),
-        ("fixed", {"repeated_pairs": 1}),
-    ],
-)
-def test_without_timestamps_only_pairs_can_be_compared(kind, expected):
-    train, test = part(("u", "a"), ("u", "b"), ("v", "a")), part(("v", "b"), ("u", "b"))
-    assert found(Split(train, train.slice(0, 0), test), kind) == expected
+@pytest.mark.parametrize("kind", ["random", "leave_last_out", "fixed"])
+def test_without_timestamps_only_pairs_can_be_compared(kind):
+    train = part(("u", "a"), ("u", "b"), ("v", "a"))
+    test = part(("v", "b"), ("u", "b"))
+    assert count_findings(Split(train, train.slice(0, 0), test), kind) == {"repeated_pairs": 1}
 
 
 def test_pairs_are_compared_by_both_ids():
-    train, test = (
-        part(("u", "a"), ("v", "b"), ("x", "c")),
-        part(("u", "b"), ("v", "a"), ("a", "u"), ("c", "x")),
-    )
-    assert found(Split(train, train.slice(0, 0), test), "random") == {}
+    train = part(("u", "a"), ("v", "b"), ("x", "c"))
+    test = part(("u", "b"), ("v", "a"), ("a", "u"), ("c", "x"))
+    assert count_findings(Split(train, train.slice(0, 0), test), "random") == {}
+
+
+def random_rows(seed: int, *, ids: int, times: int) -> list[tuple]:
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(ids, size=300), rng.integers(ids, size=300)]
+    columns.append(rng.integers(times, size=300))
+    return [(str(user), str(item), int(time)) for user, item, time in zip(*columns)]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_repeats_are_those_of_sets_of_tuples(seed):
-    rng = np.random.default_rng(seed)
-    rows = [
-        (str(u), str(i), int(t))
-        for u, i, t in zip(
-            rng.integers(20, size=300), rng.integers(20, size=300), rng.integers(3, size=300)
-        )
-    ]
+    rows = random_rows(seed, ids=20, times=3)
     parts = split(part(*rows), SplitConfig(kind="random", validation=0.2, test=0.2, seed=seed))
     train, validation, test = (
         [tuple(row.values()) for row in table.to_pylist()]
@@ -183,7 +165,7 @@ def test_repeats_are_those_of_sets_of_tuples(seed):
         held = sum(row[:width] in before for row in validation)
         return held + sum(row[:width] in before | {v[:width] for v in validation} for row in test)
 
-    assert found(parts, "random") == {
+    assert count_findings(parts, "random") == {
         "random_split": 120,
         "repeated_pairs": repeats(2),
         "identical_rows": repeats(3),
@@ -192,14 +174,9 @@ def test_repeats_are_those_of_sets_of_tuples(seed):
 
 
 def test_a_split_by_time_of_a_log_that_repeats_itself_passes_by_default():
-    rng = np.random.default_rng(0)
-    rows = [
-        (str(u), str(i), int(t))
-        for u, i, t in zip(
-            rng.integers(5, size=300), rng.integers(5, size=300), rng.integers(30, size=300)
-        )
-    ]
-    assert audit(split(part(*rows + rows), SplitConfig()), SplitConfig()) == []
+    rows = random_rows(0, ids=5, times=30)
+    config = SplitConfig()
+    assert audit(split(part(*rows, *rows), config), config) == []
 
 
 def test_a_refusal_says_what_was_found_with_an_example_why_it_flatters_and_how_to_accept_it():

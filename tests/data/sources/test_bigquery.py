@@ -4,6 +4,7 @@ import datetime
 import sys
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.extras import extra
@@ -42,30 +43,23 @@ def server(bigquery_server):
     return bigquery_server
 
 
-def load(project="p", **given):
-    return load_dataset(
-        DataConfig(
-            source="bigquery", project=project, **{k: TableConfig(**v) for k, v in given.items()}
-        )
-    )
+def load(project="p", **tables):
+    configs = {name: TableConfig(**options) for name, options in tables.items()}
+    return load_dataset(DataConfig(source="bigquery", project=project, **configs))
 
 
 def test_a_table_is_read_page_by_page_as_parquet_is(server, tmp_path):
-    import pyarrow.parquet as pq
-
     server.page = 7
     server.put("shop.log", log())
     pq.write_table(log(), tmp_path / "log.parquet")
     files = DataConfig(
         source="parquet", interactions=TableConfig(path=str(tmp_path / "log.parquet"))
     )
-    expected, found = (
-        load_dataset(files).interactions,
-        load(interactions={"path": "shop.log"}).interactions,
-    )
-    assert found.schema.equals(expected.schema)
+    expected = load_dataset(files).interactions
+    read = load(interactions={"path": "shop.log"}).interactions
+    assert read.schema.equals(expected.schema)
     keys = [("timestamp", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")]
-    assert found.sort_by(keys).equals(expected.sort_by(keys))
+    assert read.sort_by(keys).equals(expected.sort_by(keys))
     assert sum(call.endswith("/tables/log/data") for call in server.calls) == 8
 
 
@@ -74,11 +68,11 @@ def test_whatever_order_bigquery_gives_the_rows_are_the_same(server):
     first = load(interactions={"path": "shop.log"})
     server.put("shop.log", shuffled(log()))
     again = load(interactions={"path": "p.shop.log"})
-    assert again.interactions.equals(first.interactions) and again.items.equals(first.items)
+    assert again.interactions.equals(first.interactions)
+    assert again.items.equals(first.items)
     assert fingerprint(again.interactions) == fingerprint(first.interactions)
-    assert first.interactions["timestamp"].to_pylist() == sorted(
-        first.interactions["timestamp"].to_pylist()
-    )
+    times = first.interactions["timestamp"].to_pylist()
+    assert times == sorted(times)
 
 
 def test_a_query_is_read_and_a_view_by_a_query(server):
@@ -92,7 +86,8 @@ def test_a_query_is_read_and_a_view_by_a_query(server):
             "columns": {"user_id": "who", "item_id": "what"},
         }
     )
-    assert len(data.interactions) == 20 and data.users["user_id"].to_pylist() == ["a", "b"]
+    assert len(data.interactions) == 20
+    assert data.users["user_id"].to_pylist() == ["a", "b"]
     server.put("shop.recent", log(), kind="VIEW")
     server.queries["SELECT * FROM `p.shop.recent`"] = log(30)
     assert len(load(interactions={"path": "shop.recent"}).interactions) == 30
@@ -108,8 +103,10 @@ def test_users_items_and_the_test_rows_come_from_there_too(server):
         test={"path": "shop.later"},
         item_table={"query": "SELECT * FROM items", "columns": {"item_id": "sku"}},
     )
-    assert data.has_catalogue and data.items["item_id"].to_pylist()[:2] == ["i0", "i9"]
-    assert data.items["title"].to_pylist()[:2] == ["Zeroth", "Ninth"] and len(data.items) == 6
+    assert data.has_catalogue
+    assert data.items["item_id"].to_pylist()[:2] == ["i0", "i9"]
+    assert data.items["title"].to_pylist()[:2] == ["Zeroth", "Ninth"]
+    assert len(data.items) == 6
     assert data.interactions["split"].to_pylist() == ["train"] * 50 + ["test"] * 4
 
 

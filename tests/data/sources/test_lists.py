@@ -14,10 +14,9 @@ def write(path, text):
 
 
 def load(source, path, **tables):
-    tables = {name: TableConfig(**value) for name, value in tables.items()}
-    return load_dataset(
-        DataConfig(source=source, interactions=TableConfig(path=str(path)), **tables)
-    )
+    configs = {name: TableConfig(**options) for name, options in tables.items()}
+    log = TableConfig(path=str(path))
+    return load_dataset(DataConfig(source=source, interactions=log, **configs))
 
 
 def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path):
@@ -26,15 +25,15 @@ def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path
     expected = [("1", "10"), ("1", "11"), ("2", "10")]
     for source, path in (("pairs", pairs), ("user_lists", lists)):
         table = load(source, path).interactions
-        assert list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist())) == expected, (
-            source
-        )
+        pairs = list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist()))
+        assert pairs == expected, source
     with pytest.raises(ConfigError, match=r"lists\.txt, line 1: '1 10 11'"):
         load("pairs", lists)
 
 
 def test_rows_of_a_fixed_split_follow_and_are_marked(tmp_path):
-    train, test = write(tmp_path / "train.txt", "0 1 2\n"), write(tmp_path / "test.txt", "0 3\n")
+    train = write(tmp_path / "train.txt", "0 1 2\n")
+    test = write(tmp_path / "test.txt", "0 3\n")
     data = load("user_lists", train, test={"path": test})
     assert data.interactions["split"].to_pylist() == ["train", "train", "test"]
     assert data.items["item_id"].to_pylist() == ["1", "2", "3"]
@@ -66,4 +65,5 @@ def test_movielens_1m_pairs_and_the_films_in_their_own_format(shared_data):
     films = {"path": str(folder / "movies.dat"), "delimiter": "::", "encoding": "latin-1"}
     films |= {"names": ("item_id", "title", "genres")}
     titles = load("pairs", folder / "ml-1m.txt", item_table=films).items["title"]
-    assert len(titles) - titles.null_count == 3_883 and titles[0].as_py() == "Toy Story (1995)"
+    assert len(titles) - titles.null_count == 3_883
+    assert titles[0].as_py() == "Toy Story (1995)"
