@@ -33,8 +33,11 @@ def check_rules(config: Config) -> None:
 
 def _check_sequences(config: Config) -> None:
     """Refuses options that a batch of packed sequences cannot be trained with."""
-    negatives, training, model = config.objective.negatives, config.training, config.model
-    no_slots = ", whose batches have empty places"
+    negatives = config.objective.negatives
+    training = config.training
+    model = config.model
+    # Rows of packed sequences end in padding, which statistics of a batch would count.
+    has_padding = ", whose batches have empty places"
     rules = (
         (
             "model.history.kind",
@@ -54,8 +57,8 @@ def _check_sequences(config: Config) -> None:
             1,
             ", whose batches are computed at once",
         ),
-        ("model.user.batch_norm", model.user.batch_norm, False, no_slots),
-        ("model.item.batch_norm", model.item.batch_norm, False, no_slots),
+        ("model.user.batch_norm", model.user.batch_norm, False, has_padding),
+        ("model.item.batch_norm", model.item.batch_norm, False, has_padding),
     )
     for field, value, needed, reason in rules:
         right = f"{needed!r} with config.training.examples='sequences'{reason}"
@@ -64,7 +67,9 @@ def _check_sequences(config: Config) -> None:
 
 def _check_dispatches(config: Config) -> None:
     """Refuses dispatches that end between two events of the loop."""
-    training, negatives = config.training, config.objective.negatives
+    training = config.training
+    negatives = config.objective.negatives
+    # Validations, rankings and the last step happen on the host, so a dispatch must end there.
     periods = [training.validate_every, training.steps]
     if negatives.mined:
         periods.append(negatives.mined_refresh)
@@ -80,7 +85,8 @@ def _check_dispatches(config: Config) -> None:
 
 def _check_queue(config: Config) -> None:
     """Refuses a queue that does not hold whole batches, or that is never used."""
-    training, negatives = config.training, config.objective.negatives
+    training = config.training
+    negatives = config.objective.negatives
     _check(
         negatives.queue % training.batch_size == 0,
         "objective.negatives.queue",
@@ -97,7 +103,8 @@ def _check_queue(config: Config) -> None:
 
 def _check_mined(config: Config) -> None:
     """Refuses hard negatives that are never ranked."""
-    training, negatives = config.training, config.objective.negatives
+    training = config.training
+    negatives = config.objective.negatives
     _check(
         not negatives.mined or negatives.mined_refresh < training.steps,
         "objective.negatives.mined_refresh",

@@ -110,5 +110,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("sofmax", ["bpr", "softmax"])
     "; did you mean 'softmax'?"
     """
+    # At half of the letters alike a name is still a help; below, it misleads.
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."

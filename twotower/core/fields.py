@@ -164,6 +164,7 @@ def convert(hint: Any, value: Any, location: str) -> Any:
     Raises:
         ConfigError: The value is of another type.
     """
+    # A dataclass that was made in code has checked itself.
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else build(hint, value, location)
     origin: Any = typing.get_origin(hint) or hint
@@ -173,6 +174,7 @@ def convert(hint: Any, value: Any, location: str) -> Any:
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return None if value is None else convert(inner[0], value, location)
     if origin is tuple and isinstance(value, (list, tuple)):
+        # All tuples of fields are of one type, tuple[X, ...].
         (inner, *_) = typing.get_args(hint) or (Any,)
         return tuple(convert(inner, v, f"{location}[{i}]") for i, v in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and _is_mapping(value):

@@ -207,8 +207,11 @@ def write_folder(
 
 
 def _free_path(folder: epath.Path, name: str) -> epath.Path:
+    """Returns a path for an array that no file has yet."""
     path = folder / f"{name}.npy"
-    return folder / f"{name}.{secrets.token_hex(4)}.npy" if path.exists() else path
+    if path.exists():
+        return folder / f"{name}.{secrets.token_hex(4)}.npy"
+    return path
 
 
 def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

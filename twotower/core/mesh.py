@@ -177,6 +177,7 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     sharding = NamedSharding(mesh, spec)
 
     def put_array(x: Any) -> jax.Array:
+        # What lies on another device comes to the host first.
         x = np.asarray(x)
         if not mesh.is_multi_process:
             return jax.device_put(x, sharding)

@@ -32,7 +32,9 @@ def check_kinds(config: Config) -> None:
     Raises:
         ConfigError: The first such option, with the nearest kind or the options it goes with.
     """
-    training, objective, model = config.training, config.objective, config.model
+    training = config.training
+    objective = config.objective
+    model = config.model
     choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
@@ -50,7 +52,8 @@ def check_kinds(config: Config) -> None:
 
 
 def _check_optimizer(training: TrainingConfig) -> None:
-    kind, decay = training.optimizer.kind, training.optimizer.weight_decay
+    kind = training.optimizer.kind
+    decay = training.optimizer.weight_decay
     if decay and kind != "adamw":
         raise ConfigError(
             f"config.training.optimizer.weight_decay={decay} needs kind='adamw', not {kind!r}."
@@ -112,7 +115,8 @@ def _check_sources(objective: ObjectiveConfig) -> None:
 
 def _check_parts(config: Config) -> None:
     """Refuses a batch computed in parts where the whole is needed at once."""
-    training, model = config.training, config.model
+    training = config.training
+    model = config.model
     if training.accumulate > 1 and uses_negatives(config.objective):
         raise ConfigError(
             f"config.training.accumulate={training.accumulate} with "
@@ -121,6 +125,7 @@ def _check_parts(config: Config) -> None:
             "computed in blocks and never holds [B, C] scores: raise "
             f"config.training.batch_size={training.batch_size} itself; leave accumulate at 1."
         )
+    # A whole catalogue is embedded in blocks, none of which has the statistics of the batch.
     in_parts = training.accumulate > 1 or config.objective.negatives.catalogue
     if in_parts and (model.user.batch_norm or model.item.batch_norm):
         raise ConfigError(
@@ -133,7 +138,7 @@ def _check_parts(config: Config) -> None:
 def _check_loss(objective: ObjectiveConfig, *, learn_temperature: bool) -> None:
     """Refuses options that the loss does not read, and those without which it learns nothing."""
     name = objective.loss
-    loss = LOSSES.get(name)
+    loss = LOSSES.get(name)  # None for a pointwise loss
     read = {
         "positive_temperature": loss is not None and loss.bilateral,
         "calibration": name == "gbce",
@@ -225,7 +230,9 @@ def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
 
     The rows of each device must also be divisible into the parts they are computed in.
     """
-    size, parts, devices = training.batch_size, training.accumulate, mesh.size
+    size = training.batch_size
+    parts = training.accumulate
+    devices = mesh.size
     if size % devices:
         below = size // devices * devices
         near = f"{below} or {below + devices}" if below else f"{devices}"
@@ -254,6 +261,7 @@ def check_batch_norm(
     size = config.training.batch_size
     hard = negatives.mined + negatives.explicit
     drawn = negatives.uniform + negatives.popularity
+    # Hard negatives are embedded in one go with the batch and with what is drawn.
     items = size * (1 + hard) + drawn
     rows = {"user": size // devices, "item": -(-items // devices)}
     for side, tower in (("user", config.model.user), ("item", config.model.item)):
