@@ -141,8 +141,9 @@ class TrainingColumn(NamedTuple):
 class Feature:
     """The fields that every feature has, and the methods that a kind overrides.
 
-    A kind with one array overrides `encode` and `input`, where it learns something of training rows
-    `fit`, and where it has a table `table_shape`.
+    A kind overrides `encode` and `input`. A kind that learns from training rows overrides `fit`,
+    one with a table of embeddings `table_shape`. Only a kind of several arrays, as a history is,
+    overrides `encode_rows` and `inputs` instead.
 
     Attributes:
         side: Tower that the feature belongs to, "user" or "item".

@@ -106,7 +106,7 @@ def _check_is_known_to_query(feature: Feature) -> None:
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
     known = list(table.column_names)
-    # Of items the interactions are no place to look: an item's features do not depend on a query.
+    # An item's column is not looked for in the interactions: items do not depend on a query.
     if feature.side == "user":
         known += [name for name in train.column_names if name not in known]
     return ConfigError(

@@ -28,8 +28,8 @@ class IntFeature(Feature):
     Attributes:
         buckets: Number of buckets, with about as many training users or items (rows, for a context
             column) in each.
-        boundaries: Boundaries of the buckets in their place: a value v falls in the bucket after
-            the last boundary <= v.
+        boundaries: Boundaries of the buckets, instead of quantiles: a value v falls in the bucket
+            after the last boundary <= v.
         normalize: Whether the feature is (v - mean) / standard deviation and a flag for missing,
             instead of buckets.
         embedding_size: Width of the table; 0 is 8 for buckets, and no dense layer for a normalised

@@ -16,7 +16,7 @@ from twotower.core.hashing import mix64
 # tens of megabytes.
 _BLOCK_BYTES = 1 << 20
 # `index_in` hashes the whole vocabulary on every call: right for a column, a second too long for
-# one query. Fewer than a sixteenth of the known values are found by their own hashes.
+# one query. Columns shorter than a sixteenth of the known values are looked up by hash instead.
 _VALUES_PER_LOOKUP = 16
 
 
