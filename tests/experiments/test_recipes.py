@@ -78,6 +78,8 @@ def shrunk(config):
     training.steps, training.validate_every, training.log_every = 4, 2, 2
     negatives = config.objective.negatives
     training.batch_size = 64
+    for name in ("uniform", "popularity"):
+        negatives[name] = min(negatives[name], 32)
     negatives.queue = 128 if negatives.queue else 0
     negatives.queue_warmup = min(negatives.queue_warmup, 1)
     negatives.mined_refresh = 2

@@ -20,7 +20,12 @@ RECIPES = {
     # Finds the user among the batch's users too; blocks of 128 queries bound the memory.
     "softmax_symmetric": {"objective.symmetric": True, "objective.block": 128},
     "corrected_softmax": {"objective.loss": "corrected_softmax"},
-    "bsl": {"objective.loss": "bsl", "objective.positive_temperature": 0.1},
+    # Two temperatures, of which the positive's is fixed: the other must not be learned either.
+    "bsl": {
+        "objective.loss": "bsl",
+        "objective.positive_temperature": 0.1,
+        "model.learn_temperature": False,
+    },
     "gbce": {"objective.loss": "gbce", "objective.calibration": 0.9},
     "sigmoid": {"objective.loss": "sigmoid"},
     "bpr": {"objective.loss": "bpr", "model.temperature": 0.2},
