@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from tests.index.fakes import UnconditionalIndex
-from tests.retrieval.conftest import make_run
-from tests.retrieval.test_bundle import rewrite_manifest
+from tests.retrieval.runs import make_run, rewrite_manifest
 from twotower.config import RetrievalConfig
 from twotower.core.errors import BundleError, QueryError
 from twotower.core.ragged import Ragged

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import mannwhitneyu
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.config import ObjectiveConfig, from_dict
 from twotower.core.errors import ScoreError
 from twotower.data.shop.generate import label_probabilities

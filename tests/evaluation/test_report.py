@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.evaluation import report, report_text
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries

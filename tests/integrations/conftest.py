@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run, rewrite_manifest, with_other_weights, write
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import content_digest, current_version, digest
+from twotower.core.files import current_version
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
@@ -35,17 +35,6 @@ def copy(exported_files, tmp_path):
 def vectors(run, side, features):
     """As the trainer computes them."""
     return np.asarray(run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, dict(features))))
-
-
-def rewrite_manifest(folder, **changes):
-    """Makes a spoilt bundle look whole, as somebody would who mixes two by hand."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sha256"]
-    manifest |= changes
-    manifest["files"] = {name: digest(folder / name) for name in manifest["files"]}
-    (folder / "manifest.json").write_text(
-        json.dumps(manifest | {"sha256": content_digest(manifest)})
-    )
 
 
 def test_what_is_written_is_what_is_read(run, exported):
@@ -127,11 +116,9 @@ def test_no_bundle_and_a_foreign_folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
+def other(run, tmp_path_factory):
     """A bundle of the same data and other weights."""
-    run = make_run(tmp_path_factory.mktemp("other"), seed=1)
-    export(run, run.workdir / "bundle")
-    return current_version(run.workdir / "bundle")
+    return current_version(write(with_other_weights(run, tmp_path_factory.mktemp("other"))))
 
 
 def test_an_index_of_other_vectors_is_refused(copy, other):

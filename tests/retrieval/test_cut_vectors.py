@@ -4,8 +4,7 @@ and ranks by that."""
 import numpy as np
 import pytest
 
-from tests.index.test_int8 import storing
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run, storing
 from twotower.core.errors import ConfigError, QueryError
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import make_queries

@@ -6,12 +6,10 @@ import shutil
 
 import pytest
 
-from tests.retrieval.conftest import make_run
-from tests.retrieval.test_bundle import rewrite_manifest
+from tests.retrieval.runs import make_run, rewrite_manifest, with_other_weights, write
 from twotower.core.errors import BundleError, ChangesError, FolderError
 from twotower.core.files import current_version
 from twotower.retrieval.bundle import load_bundle
-from twotower.retrieval.export import export
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
@@ -43,19 +41,20 @@ def bundles(tmp_path_factory):
     """Two folders with bundles of all that a bundle may hold, each with a match model and a log of
     changes beside it."""
     pytest.importorskip("scann.scann_ops.py.scann_ops_pybind", reason="scann has no wheel here")
+    sections = {
+        "data": {"num_items": 1_200},
+        "features": FEATURES,
+        "model": {"history": {"kind": "bag"}},
+        "retrieval": {"index": KIND, "popularity": True},
+    }
+    one = make_run(tmp_path_factory.mktemp("run"), **sections)
+    other = with_other_weights(one, tmp_path_factory.mktemp("other"))
     folders = []
-    for seed in (0, 1):
-        sections = {
-            "data": {"num_items": 1_200},
-            "features": FEATURES,
-            "retrieval": {"index": KIND, "popularity": True},
-        }
-        run = make_run(tmp_path_factory.mktemp("run"), seed=seed, **sections)
-        export(run, run.workdir / "bundle")
-        retriever = Retriever.load(run.workdir / "bundle")
+    for row, run in enumerate((one, other)):
+        retriever = Retriever.load(write(run))
         MatchModel.from_bundle(retriever.bundle).save(run.workdir / "match")
         retriever.upsert([{"item_id": "new", "title": "lamp", "price": 3.0}])
-        assert retriever.delete([retriever.bundle.items["item_id"][seed].as_py()]) == 1
+        assert retriever.delete([retriever.bundle.items["item_id"][row].as_py()]) == 1
         assert retriever.bundle.index.kind == KIND
         folders.append(run.workdir)
     return folders
@@ -91,7 +90,7 @@ def test_every_file_of_a_bundle(bundles, damage):
         # Another manifest is whole: the first file that is not its own is named.
         named = refused.value.args[0]
         assert path.name in named or (
-            path.name == "manifest.json" and damage == "of another run" and "was changed" in named
+            path.name == "manifest.json" and damage == "of another run" and "is corrupt" in named
         )
         damaged.add(str(path.relative_to(folder)))
     load_bundle(folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.core.errors import BundleError, ConfigError
 from twotower.retrieval import export as export_module
 from twotower.retrieval.export import export

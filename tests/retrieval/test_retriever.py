@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.index.fakes import UnconditionalIndex
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.core.errors import BundleError, ConfigError, UnknownItemError
 from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex

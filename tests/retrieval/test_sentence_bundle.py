@@ -10,7 +10,7 @@ import pytest
 
 from tests.extras import extra
 from tests.features.tiny_sentence_model import write_model
-from tests.retrieval.conftest import FEATURES, make_run
+from tests.retrieval.runs import FEATURES, make_run
 from twotower.core.errors import ConfigError
 from twotower.features import sentence as sentences
 from twotower.features.sentence_model import load_model, model_digest

@@ -10,8 +10,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from tests.retrieval.conftest import make_run
-from tests.retrieval.test_bundle import rewrite_manifest
+from tests.retrieval.runs import make_run, rewrite_manifest
 from twotower.core.errors import BundleError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
@@ -77,7 +76,8 @@ WITHOUT_FLAX = """if True:
     retriever = Retriever.load(sys.argv[1])
     retriever.upsert([{"item_id": "new", "price": 2.0}])
     user = retriever.bundle.users["user_id"][0].as_py()
-    lists = [retriever.recommend(user, k=5), retriever.recommend(rows=[{"user_id": "new", "city": "x"}], k=5)]
+    row = {"user_id": "new", "city": "x"}
+    lists = [retriever.recommend(user, k=5), retriever.recommend(rows=[row], k=5)]
     print(json.dumps([[item.item_id for item in found] for found in lists]))
 """
 

@@ -301,8 +301,9 @@ WRITER = """if True:
         while True:
             retriever.compact()
     threading.Thread(target=compact, daemon=True).start()
+    vectors = retriever.bundle.vectors[:1]
     for n in itertools.count():
-        retriever.upsert([{"item_id": f"n{n}", "price": float(n)}], vectors=retriever.bundle.vectors[:1])
+        retriever.upsert([{"item_id": f"n{n}", "price": float(n)}], vectors=vectors)
         if n % 3 == 2:
             retriever.delete([f"n{n - 1}"])
         print(n, flush=True)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from tests.retrieval.conftest import make_run
+from tests.retrieval.runs import make_run
 from twotower.index.tuning import TIE_TOLERANCE
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever
