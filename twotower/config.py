@@ -376,7 +376,8 @@ class ObjectiveConfig:
     """The loss that training minimises.
 
     Attributes:
-        loss: Retrieval loss, a key of `twotower.objectives.LOSSES` or `POINTWISE`.
+        loss: Retrieval loss, a key of `twotower.objectives.losses.LOSSES`, or
+            "binary_cross_entropy".
         logq: Whether the log expected count of each candidate is subtracted (sampling-bias
             correction), by the losses that know it.
         mask_same_user: Whether other positives of a query's user are left out of its negatives.

@@ -8,10 +8,10 @@ negatives: they must be equal. Then value and gradient (by queries, items and te
 in-batch softmax, D = 64, with the logQ correction and accidental hits masked, in turns:
 
     naive            the [B, B] logits as one writes them, with optax's cross-entropy
-    reference        `twotower.kernels.reference.naive_loss`, which also holds them
-    streaming        `streaming_loss`
+    reference        `twotower.kernels.softmax_reference.naive_softmax`, which also holds them
+    streaming        `streaming_softmax`
     naive, bf16      the naive form with the operands of its products in bfloat16
-    streaming, bf16  `streaming_loss` likewise; sums are float32 in all of them
+    streaming, bf16  `streaming_softmax` likewise; sums are float32 in all of them
 
 At 65,536 the streaming loss is alone: one buffer of the others would be 17 GB. Pinned to one core
 (`taskset -c 1`) the ratios are steadier. Bfloat16 gains only on processors that multiply it (AMX or
@@ -32,9 +32,16 @@ from absl import app
 
 from experiments.benchmarks import harness
 from twotower.config import ObjectiveConfig
-from twotower.kernels.reference import naive_loss
-from twotower.objectives import LOSSES, streaming_loss
-from twotower.objectives.negatives import Candidates, HardNegatives, Positives
+from twotower.kernels.loss_inputs import (
+    Candidates,
+    HardNegatives,
+    LossInputs,
+    LossOptions,
+    Positives,
+)
+from twotower.kernels.softmax_reference import naive_softmax
+from twotower.kernels.streaming_softmax import streaming_softmax
+from twotower.objectives.losses import LOSSES, bind_constants
 
 _WIDTH = 64
 _SIZES, _QUICK_SIZES = (1024, 4096, 16_384, 65_536), (1024, 4096)
@@ -55,10 +62,10 @@ def main(argv: list[str]) -> None:
         f"{'B':>8}  {'form':16}{'ms':>10}{'examples/s':>14}{'temporary MB':>14}{'naive/form':>12}"
     )
     half = functools.partial(functools.partial, dtype=jnp.bfloat16)
-    streaming = {"streaming": streaming_loss, "streaming, bf16": half(streaming_loss)}
+    streaming = {"streaming": streaming_softmax, "streaming, bf16": half(streaming_softmax)}
     for size in _QUICK_SIZES if quick else _SIZES:
         forms = (
-            {"naive": _naive, "reference": naive_loss, "naive, bf16": half(_naive)}
+            {"naive": _naive, "reference": naive_softmax, "naive, bf16": half(_naive)}
             if size <= _LARGEST_NAIVE
             else {}
         )
@@ -79,51 +86,39 @@ def main(argv: list[str]) -> None:
     harness.report("loss", times, unit="ms for value and gradient", base=next(iter(times)))
 
 
-def _naive(
-    queries: jax.Array,
-    positives: Positives,
-    items: jax.Array,
-    candidates: Candidates,
-    *,
-    scale: jax.Array,
-    weights: jax.Array,
-    dtype: Any = jnp.float32,
-    **_: Any,
-) -> jax.Array:
+def _naive(inputs: LossInputs, options: LossOptions, dtype: Any = jnp.float32) -> jax.Array:
     """The in-batch softmax as one writes it; each query's positive is the candidate of its own
-    place."""
-    places = jnp.arange(len(queries))
-    scores = jnp.matmul(
-        queries.astype(dtype), items.T.astype(dtype), preferred_element_type=jnp.float32
-    )
-    logits = scores * scale - candidates.log_expected_count[None, :]
-    hits = (candidates.ids[None, :] == positives.ids[:, None]) & (
-        places[None, :] != places[:, None]
-    )
-    return jnp.sum(
-        weights
-        * optax.softmax_cross_entropy_with_integer_labels(jnp.where(hits, -jnp.inf, logits), places)
-    )
+    row."""
+    candidates = inputs.candidates
+    rows = jnp.arange(len(inputs.queries))
+    queries = inputs.queries.astype(dtype)
+    items = candidates.vectors.astype(dtype)
+    scores = jnp.matmul(queries, items.T, preferred_element_type=jnp.float32)
+    logits = scores * inputs.scale - candidates.log_expected_count[None, :]
+    is_same = candidates.ids[None, :] == inputs.positives.ids[:, None]
+    hits = is_same & (rows[None, :] != rows[:, None])
+    masked = jnp.where(hits, -jnp.inf, logits)
+    losses = optax.softmax_cross_entropy_with_integer_labels(masked, rows)
+    return jnp.sum(inputs.weights * losses)
 
 
 def _compiled(form: Callable, size: int) -> tuple[Callable[[], None], int]:
     """Value and gradient as a function of nothing, and the bytes of temporaries that it
     allocates."""
     arrays, known = _arrays(size, size, jnp.float32)
+    options = LossOptions(LOSSES["softmax"], mask_same_user=False)
 
     def loss(trained: dict, known: dict) -> jax.Array:
         ids, log_count = known["ids"], known["log_count"]
-        return form(
+        inputs = LossInputs(
             trained["queries"],
+            known["query_ids"],
+            known["weights"],
             Positives(trained["items"], ids, log_count),
-            trained["items"],
-            Candidates(ids, known["owners"], log_count),
-            loss=LOSSES["softmax"],
-            weights=known["weights"],
+            Candidates(trained["items"], ids, known["query_ids"], log_count),
             scale=1 / trained["temperature"],
-            owners=known["owners"],
-            mask_same_user=False,
         )
+        return form(inputs, options)
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays, known).compile()
 
@@ -143,7 +138,7 @@ def _arrays(size: int, num_items: int, dtype: Any) -> tuple[dict, dict]:
     }
     return trained, {
         "ids": jnp.asarray(rng.integers(0, num_items, size), jnp.int32),
-        "owners": jnp.asarray(rng.integers(-1, num_items, size), jnp.int32),
+        "query_ids": jnp.asarray(rng.integers(-1, num_items, size), jnp.int32),
         "log_count": jnp.asarray(rng.normal(size=size), dtype),
         "weights": jnp.asarray(rng.random(size), dtype),
     }
@@ -156,28 +151,26 @@ def _difference(name: str, size: int) -> float:
     rng, loss, ids = np.random.default_rng(1), LOSSES[name], known["ids"]
     trained |= {"hard": jnp.asarray(rng.normal(size=(size, 4, _WIDTH))), "bias": jnp.asarray(-1.0)}
     hard_ids = jnp.asarray(rng.integers(-1, size // 4, (size, 4)), jnp.int32)
-    constants = loss.constants(ObjectiveConfig(margin=0.1), 10_000)
+    bound = bind_constants(loss, ObjectiveConfig(margin=0.1), 10_000)
+    options = LossOptions(bound, margin=0.1, positive_temperature=0.12)
 
     def value(trained: dict, form: Callable) -> jax.Array:
-        return form(
+        padded = ids.at[:9].set(-1)
+        inputs = LossInputs(
             trained["queries"],
+            known["query_ids"],
+            known["weights"],
             Positives(trained["items"], ids, known["log_count"]),
-            trained["items"],
-            Candidates(ids.at[:9].set(-1), known["owners"], known["log_count"]),
-            loss=loss,
-            weights=known["weights"],
+            Candidates(trained["items"], padded, known["query_ids"], known["log_count"]),
             scale=1 / trained["temperature"],
-            owners=known["owners"],
             bias=trained["bias"],
-            margin=0.1,
-            positive_temperature=0.12,
             hard=HardNegatives(trained["hard"], hard_ids, jnp.zeros(hard_ids.shape)),
-            constants=constants,
         )
+        return form(inputs, options)
 
     both = (
         jax.jit(jax.value_and_grad(functools.partial(value, form=form)))(trained)
-        for form in (naive_loss, streaming_loss)
+        for form in (naive_softmax, streaming_softmax)
     )
     relative = lambda x, y: float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(x).max(), 1e-300))  # noqa: E731
     return max(jax.tree.leaves(jax.tree.map(relative, *both)))

@@ -11,12 +11,12 @@ import pytest
 from tests.conformance import tiny
 from twotower.config import ObjectiveConfig, from_dict
 from twotower.core.mesh import SINGLE_DEVICE
-from twotower.objectives import LOSSES, streaming_loss
+from twotower.kernels.loss_inputs import Candidates, LossInputs, LossOptions, Positives
+from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.losses import LOSSES, bind_constants
 from twotower.objectives.negatives import (
-    Candidates,
-    Positives,
     mixed_log_expected_count,
     uniform,
     uniform_log_expected_count,
@@ -31,16 +31,16 @@ D, T = 5, 0.4
 def _loss(query, items, ids, log_count, *, positive_count=0.0, loss="softmax", temperature=T):
     """Of one query whose answer is the first of the items."""
     ids = ids.astype(jnp.int32)
-    return streaming_loss(
+    inputs = LossInputs(
         query[None],
+        jnp.zeros(1, jnp.int32),
+        jnp.ones(1),
         Positives(items[:1], ids[:1], jnp.full(1, positive_count)),
-        items,
-        Candidates(ids, jnp.full(len(ids), -1, jnp.int32), log_count),
-        loss=LOSSES[loss],
-        weights=jnp.ones(1),
+        Candidates(items, ids, jnp.full(len(ids), -1, jnp.int32), log_count),
         scale=1 / temperature,
-        owners=jnp.zeros(1, jnp.int32),
-        constants=LOSSES[loss].constants(ObjectiveConfig(), 9),
+    )
+    return streaming_softmax(
+        inputs, LossOptions(bind_constants(LOSSES[loss], ObjectiveConfig(), 9))
     )
 
 
@@ -221,7 +221,7 @@ def test_a_step_states_one_count_of_an_item_wherever_it_comes_from():
     np.testing.assert_allclose(own["log_count"], shared[own["ids"]], rtol=1e-4)
     known = heard["shared"]["ids"]
     np.testing.assert_allclose(heard["shared"]["log_expected_count"], shared[known], rtol=1e-4)
-    pools = given["explicit"]["items"][own["owners"]]
+    pools = given["explicit"]["items"][own["query_ids"]]
     assert (own["hard"][:, :, None] == pools[:, None, :]).any(-1).all()
     np.testing.assert_allclose(
         own["hard_log_count"], np.logaddexp(shared[own["hard"]], np.log(3 / 5)), rtol=1e-4

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conformance import tiny
 from twotower.core.errors import ConfigError
-from twotower.objectives import LOSSES
+from twotower.objectives.losses import LOSSES
 from twotower.pipeline.batches import Batches, InteractionExamples, Rows
 
 
@@ -48,12 +48,12 @@ def test_answers_and_hard_negatives_are_gathered_apart(devices):
         np.asarray, tiny.step(trainer, devices)(tiny.start(trainer, devices), rows)[2]
     )
     np.testing.assert_array_equal(heard["own"]["ids"], rows["item"])
-    np.testing.assert_array_equal(heard["own"]["owners"], rows["user"])
+    np.testing.assert_array_equal(heard["own"]["query_ids"], rows["user"])
     pools = tiny.catalogue(trainer)["explicit"]["items"][rows["user"]]
     assert heard["own"]["hard"].shape == (tiny.B, 3)
     assert (heard["own"]["hard"][:, :, None] == pools[:, None, :]).any(-1).all()
-    answers = heard["shared"]["owners"] >= 0
-    pairs = set(zip(heard["shared"]["ids"][answers], heard["shared"]["owners"][answers]))
+    answers = heard["shared"]["query_ids"] >= 0
+    pairs = set(zip(heard["shared"]["ids"][answers], heard["shared"]["query_ids"][answers]))
     assert answers.sum() == tiny.B and pairs == set(zip(rows["item"], rows["user"]))
 
 
@@ -75,9 +75,11 @@ def test_every_device_compares_with_the_same_candidates():
     """Hits and owners are known by id on every device: eight devices tell the loss what one tells
     it."""
     alone, many = (jax.tree.map(np.asarray, _steps(devices)[2]) for devices in (1, 8))
-    for name in ("ids", "hard", "owners", "log_count", "hard_log_count"):
+    for name in ("ids", "hard", "query_ids", "log_count", "hard_log_count"):
         np.testing.assert_allclose(many["own"][name], alone["own"][name], rtol=1e-5, err_msg=name)
-    ours, theirs = (sorted(zip(x["shared"]["ids"], x["shared"]["owners"])) for x in (many, alone))
+    ours, theirs = (
+        sorted(zip(x["shared"]["ids"], x["shared"]["query_ids"])) for x in (many, alone)
+    )
     assert [pair for pair in ours if pair[0] >= 0] == [pair for pair in theirs if pair[0] >= 0]
 
 
@@ -90,7 +92,7 @@ def test_a_step_masks_by_id_and_by_user():
     rows = tiny.batch(users=np.arange(tiny.B) % 5, items=np.arange(tiny.B) % 7)
     _, metrics, heard = tiny.step(trainer)(tiny.start(trainer), rows)
     np.testing.assert_array_equal(heard["shared"]["ids"], rows["item"])
-    np.testing.assert_array_equal(heard["shared"]["owners"], rows["user"])
+    np.testing.assert_array_equal(heard["shared"]["query_ids"], rows["user"])
     np.testing.assert_allclose(
         metrics["loss"], tiny.loss_by_hand(tiny.start(trainer), heard), rtol=1e-5
     )

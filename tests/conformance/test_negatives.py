@@ -1,5 +1,7 @@
 """Traps of what is a negative: the answer itself, the user's other answers, masks that overflow."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,15 @@ import pytest
 
 from tests.objectives.cases import OBJECTIVE
 from twotower.config import ObjectiveConfig
-from twotower.objectives import LOSSES, streaming_loss
-from twotower.objectives.negatives import Candidates, HardNegatives, Positives
+from twotower.kernels.loss_inputs import (
+    Candidates,
+    HardNegatives,
+    LossInputs,
+    LossOptions,
+    Positives,
+)
+from twotower.kernels.streaming_softmax import streaming_softmax
+from twotower.objectives.losses import LOSSES, bind_constants
 
 B, C, H, D = 3, 6, 2, 4
 
@@ -22,36 +31,38 @@ def _arrays(scale=1.0):
     }
 
 
-def _loss(
+@functools.partial(jax.jit, static_argnames=("loss", "dtype", "mask_same_user"))
+@functools.partial(jax.value_and_grad, argnums=0)
+def _loss(arrays, ids, query_ids, hard, *, loss, dtype, mask_same_user):
+    whole = jnp.arange(B, dtype=jnp.int32)
+    inputs = LossInputs(
+        arrays["queries"],
+        whole,
+        jnp.ones(B),
+        Positives(arrays["positives"], whole, jnp.zeros(B)),
+        Candidates(arrays["items"], ids, query_ids, jnp.zeros(C)),
+        scale=2.0,
+        hard=HardNegatives(arrays["hard"], hard, jnp.zeros((B, H))),
+    )
+    bound = bind_constants(LOSSES[loss], OBJECTIVE, 9)
+    options = LossOptions(bound, mask_same_user=mask_same_user)
+    return streaming_softmax(inputs, options, dtype=dtype)
+
+
+def _gradients(
     arrays,
     *,
     ids=range(10, 10 + C),
-    owners=(-1,) * C,
+    query_ids=(-1,) * C,
     hard=((-1,) * H,) * B,
     loss="softmax",
     dtype=None,
-    **options,
+    mask_same_user=True,
 ):
-    """Of B queries, of users 0 to B - 1, whose answers have the ids 0 to B - 1."""
-    whole, kind = lambda x: jnp.asarray(x, jnp.int32), LOSSES[loss]  # noqa: E731
-    return streaming_loss(
-        arrays["queries"],
-        Positives(arrays["positives"], whole(range(B)), jnp.zeros(B)),
-        arrays["items"],
-        Candidates(whole(ids), whole(owners), jnp.zeros(C)),
-        loss=kind,
-        weights=jnp.ones(B),
-        scale=2.0,
-        owners=whole(range(B)),
-        hard=HardNegatives(arrays["hard"], whole(hard), jnp.zeros((B, H))),
-        dtype=dtype,
-        constants=kind.constants(OBJECTIVE, 9),
-        **options,
-    )
-
-
-def _gradients(arrays, **options):
-    return jax.jit(jax.value_and_grad(lambda a: _loss(a, **options)))(arrays)
+    """The loss and its gradients of B queries, of users 0 to B - 1, whose answers have the ids 0 to
+    B - 1."""
+    numbers = [jnp.asarray(x, jnp.int32) for x in (ids, query_ids, hard)]
+    return _loss(arrays, *numbers, loss=loss, dtype=dtype, mask_same_user=mask_same_user)
 
 
 @pytest.mark.trap(10)
@@ -82,16 +93,16 @@ def test_an_accidental_hit_has_probability_zero(loss):
 def test_other_answers_of_the_user_are_no_negatives():
     """Another positive of the same user as a negative: moved far, candidate 2 of user 1 leaves
     query 1 as it was."""
-    arrays, owners = _arrays(), [-1, -1, 1, -1, -1, 2]
+    arrays, query_ids = _arrays(), [-1, -1, 1, -1, -1, 2]
     moved = arrays | {"items": arrays["items"].at[2].add(7.0)}
-    (_, before), (_, after) = (_gradients(a, owners=owners) for a in (arrays, moved))
+    (_, before), (_, after) = (_gradients(a, query_ids=query_ids) for a in (arrays, moved))
     assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [
         True,
         False,
         True,
     ]
     (_, before), (_, after) = (
-        _gradients(a, owners=owners, mask_same_user=False) for a in (arrays, moved)
+        _gradients(a, query_ids=query_ids, mask_same_user=False) for a in (arrays, moved)
     )
     assert (before["queries"][1] != after["queries"][1]).any()
     assert ObjectiveConfig().mask_same_user

@@ -193,7 +193,7 @@ def test_a_step_moves_the_rows_it_used_alone(devices):
     state = tiny.start(trainer, devices)
     after, _, heard = tiny.step(trainer, devices)(state, tiny.batch())
     used = {
-        "user": {*np.asarray(heard["own"]["owners"])},
+        "user": {*np.asarray(heard["own"]["query_ids"])},
         "item": {*np.asarray(heard["shared"]["ids"])},
     }
     used["item"] |= {*np.asarray(heard["own"]["hard"]).ravel()}

@@ -136,7 +136,7 @@ def step(trainer, devices=1):
     """(state, batch) -> (state, metrics, heard), compiled once.
 
     Heard is what the loss is told, without vectors: "own", of each query: the id and log count of
-    its positive, its owner, its weight and its hard negatives; and "shared": the candidates.
+    its positive, its user, its weight and its hard negatives; and "shared": the candidates.
     """
     mesh = make_mesh(devices)
     specs, given = (
@@ -161,25 +161,28 @@ def step(trainer, devices=1):
 
 @contextlib.contextmanager
 def _listening(heard):
-    original = step_losses.streaming_loss
+    original = step_losses.streaming_softmax
 
-    def listen(queries, positives, items, candidates, *, hard=None, **options):
+    def listen(inputs, options, **kernel_options):
         own = {
-            "ids": positives.ids,
-            "log_count": positives.log_expected_count,
-            "owners": options["owners"],
-            "weights": options["weights"],
+            "ids": inputs.positives.ids,
+            "log_count": inputs.positives.log_expected_count,
+            "query_ids": inputs.query_ids,
+            "weights": inputs.weights,
         }
+        hard = inputs.hard
         if hard is not None:
             own |= {"hard": hard.ids, "hard_log_count": hard.log_expected_count}
-        heard.append({"own": own, "shared": candidates._asdict()})
-        return original(queries, positives, items, candidates, hard=hard, **options)
+        shared = inputs.candidates._asdict()
+        del shared["vectors"]
+        heard.append({"own": own, "shared": shared})
+        return original(inputs, options, **kernel_options)
 
-    step_losses.streaming_loss = listen
+    step_losses.streaming_softmax = listen
     try:
         yield
     finally:
-        step_losses.streaming_loss = original
+        step_losses.streaming_softmax = original
 
 
 def loss_by_hand(state, heard, log_count=None):
@@ -196,14 +199,14 @@ def loss_by_hand(state, heard, log_count=None):
     }
     own, shared = heard["own"], heard["shared"]
     temperature, losses = np.exp(float(state.params["log_temperature"])), []
-    for b, (item, user) in enumerate(zip(own["ids"], own["owners"])):
+    for b, (item, user) in enumerate(zip(own["ids"], own["query_ids"])):
 
         def logit(i, heard, user=user):
             return table["user"][user] @ table["item"][i] / temperature - (
                 log_count(i) if log_count else heard
             )
 
-        negative = (shared["ids"] >= 0) & (shared["ids"] != item) & (shared["owners"] != user)
+        negative = (shared["ids"] >= 0) & (shared["ids"] != item) & (shared["query_ids"] != user)
         pairs = [*zip(shared["ids"][negative], shared["log_expected_count"][negative])]
         pairs += [*zip(own["hard"][b], own["hard_log_count"][b])] if "hard" in own else []
         logits = [logit(i, count) for i, count in pairs if i not in (item, -1)]

@@ -1,5 +1,6 @@
-"""The losses of a positive and its negatives: values by hand, masks, extremes, and what the
-correction is for."""
+"""Losses: values by hand, masks, extremes, and what the correction is for."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,34 @@ import pytest
 
 from tests.objectives.cases import ITEMS, OBJECTIVE
 from twotower.config import ObjectiveConfig
-from twotower.objectives import LOSSES
-from twotower.objectives.losses import corrected_softmax, gbce, softmax
+from twotower.objectives.losses import (
+    LOSSES,
+    binary_cross_entropy,
+    bind_constants,
+    corrected_softmax,
+    gbce,
+    softmax,
+)
 
 LOG = np.log
 
 
-def of(name, positive, negatives, where, objective=OBJECTIVE, num_items=ITEMS):
-    loss = LOSSES[name]
-    return loss.of(positive, negatives, where=where, **loss.constants(objective, num_items))
+def per_query(name, positive, negatives, where, objective=OBJECTIVE, num_items=ITEMS):
+    return bind_constants(LOSSES[name], objective, num_items).per_query(
+        positive, negatives, where=where
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses_and_gradients(name, positive, negatives, where):
+    """The losses [B], and the gradients of their sum by the positives and negatives."""
+
+    def total(positive, negatives):
+        losses = per_query(name, positive, negatives, where)
+        return losses.sum(), losses
+
+    gradients, losses = jax.grad(total, (0, 1), has_aux=True)(positive, negatives)
+    return losses, gradients
 
 
 # Odds of 2 for the positive, 3 and 5 for the negatives, 100 for what is masked; or similarities of
@@ -43,15 +63,18 @@ COSINES = (np.array([0.8]), np.array([[0.9, 7.0, 0.2]]))
 def test_values_by_hand(name, logits, expected):
     objective = ObjectiveConfig(margin=0.5, calibration=0.6, negative_weight=2.0)
     positive, negatives = (jnp.asarray(x, jnp.float32) for x in logits)
-    got = of(name, positive, negatives, jnp.array([[True, False, True]]), objective, num_items=5)
+    where = jnp.array([[True, False, True]])
+    got = per_query(name, positive, negatives, where, objective, num_items=5)
     np.testing.assert_allclose(got, [expected], rtol=1e-6)
 
 
 @pytest.fixture
 def logits():
     rng = np.random.default_rng(3)
-    where = rng.random((6, 9)) < 0.6
-    where[:, 0] = True
+    # Six or seven allowed of each, so that a slice has one of two shapes.
+    where = np.ones((6, 9), bool)
+    for b in range(6):
+        where[b, rng.choice(np.arange(1, 9), 2 + b % 2, replace=False)] = False
     return (
         jnp.asarray(rng.normal(size=6), jnp.float32),
         jnp.asarray(rng.normal(size=(6, 9)), jnp.float32),
@@ -59,23 +82,23 @@ def logits():
     )
 
 
-def _gradients(name, positive, negatives, where):
-    return jax.grad(lambda p, n: of(name, p, n, where).sum(), (0, 1))(positive, negatives)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_masked_equals_sliced(name, logits):
+    """Each query alone, with its allowed negatives."""
     positive, negatives, where = logits
     filled = jnp.where(where, negatives, jnp.inf)  # whatever stands there is not looked at
-    got, gradients = of(name, positive, filled, where), _gradients(name, positive, filled, where)
+    got, gradients = losses_and_gradients(name, positive, filled, where)
     for b in range(len(positive)):
         kept = np.flatnonzero(where[b])
-        sliced = positive[b : b + 1], negatives[b : b + 1, kept], jnp.ones((1, kept.size), bool)
-        np.testing.assert_allclose(got[b : b + 1], of(name, *sliced), rtol=1e-5)
-        for mine, theirs in zip(
-            (gradients[0][b : b + 1], gradients[1][b : b + 1, kept]), _gradients(name, *sliced)
-        ):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+        everything = jnp.ones((1, kept.size), bool)
+        sliced = losses_and_gradients(
+            name, positive[b : b + 1], negatives[b : b + 1, kept], everything
+        )
+        np.testing.assert_allclose(got[b : b + 1], sliced[0], rtol=1e-5)
+        np.testing.assert_allclose(gradients[0][b : b + 1], sliced[1][0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            gradients[1][b : b + 1, kept], sliced[1][1], rtol=1e-4, atol=1e-6
+        )
     assert not np.asarray(gradients[1])[~np.asarray(where)].any()
 
 
@@ -83,23 +106,18 @@ def test_masked_equals_sliced(name, logits):
 def test_the_order_of_negatives_does_not_matter(name, logits):
     positive, negatives, where = logits
     order = np.random.default_rng(0).permutation(negatives.shape[1])
-    np.testing.assert_allclose(
-        of(name, positive, negatives, where),
-        of(name, positive, negatives[:, order], where[:, order]),
-        rtol=1e-5,
-    )
+    losses, _ = losses_and_gradients(name, positive, negatives, where)
+    moved, _ = losses_and_gradients(name, positive, negatives[:, order], where[:, order])
+    np.testing.assert_allclose(losses, moved, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_query_without_negatives_costs_nothing_and_moves_nothing(name, logits):
     positive, negatives, where = logits
     where = where.at[2].set(False)
-    got, (by_positive, by_negatives) = (
-        of(name, positive, negatives, where),
-        _gradients(name, positive, negatives, where),
-    )
-    assert got[2] == 0 and by_positive[2] == 0 and not by_negatives[2].any()
-    assert np.isfinite(got).all() and (got[np.arange(6) != 2] > 0).any()
+    losses, (by_positive, by_negatives) = losses_and_gradients(name, positive, negatives, where)
+    assert losses[2] == 0 and by_positive[2] == 0 and not by_negatives[2].any()
+    assert np.isfinite(losses).all() and (losses[np.arange(6) != 2] > 0).any()
 
 
 @pytest.mark.parametrize("extreme", [1e4, 1e30])
@@ -107,9 +125,9 @@ def test_a_query_without_negatives_costs_nothing_and_moves_nothing(name, logits)
 def test_extreme_logits_stay_finite(name, extreme, logits):
     _, negatives, where = logits
     for positive in (extreme, -extreme):
-        args = jnp.full(6, positive, jnp.float32), negatives * extreme / 10, where
-        assert np.isfinite(of(name, *args)).all()
-        assert all(np.isfinite(g).all() for g in _gradients(name, *args))
+        values = jnp.full(6, positive, jnp.float32)
+        found = losses_and_gradients(name, values, negatives * extreme / 10, where)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
 def test_calibration_of_zero_is_binary_cross_entropy(logits):
@@ -158,3 +176,29 @@ def test_the_corrected_softmax_approaches_the_full_one_where_the_classic_does_no
     corrected, _ = _mean_gradients(False)
     errors = [float(jnp.abs(gradient - full).max()) for gradient in (corrected, classic)]
     assert errors[0] < 0.02 and errors[1] > 0.08, errors
+
+
+def test_binary_cross_entropy_by_hand():
+    """Odds of 3: probability 3/4."""
+    scores, labels = jnp.log(jnp.array([3.0, 3.0, 3.0])), jnp.array([1.0, 0.0, 0.5])
+    got = binary_cross_entropy(scores, labels, pos_weight=2.0)
+    np.testing.assert_allclose(
+        got, [2 * np.log(4 / 3), np.log(4), np.log(4 / 3) + np.log(4) / 2], rtol=1e-6
+    )
+
+
+def test_a_pos_weight_of_two_is_every_positive_twice():
+    scores, labels = jnp.array([0.3, -1.2, 2.0]), jnp.array([1.0, 1.0, 0.0])
+    twice = binary_cross_entropy(jnp.r_[scores, scores[:2]], jnp.r_[labels, labels[:2]])
+    np.testing.assert_allclose(
+        binary_cross_entropy(scores, labels, pos_weight=2.0).sum(), twice.sum(), rtol=1e-6
+    )
+
+
+def test_extreme_scores_of_rows_stay_finite():
+    scores, labels = jnp.array([1e30, -1e30, 1e30, -1e30]), jnp.array([1.0, 0.0, 0.0, 1.0])
+    losses = binary_cross_entropy(scores, labels)
+    gradient = jax.grad(lambda s: binary_cross_entropy(s, labels).sum())(scores)
+    np.testing.assert_array_equal(losses[:2], 0.0)
+    np.testing.assert_allclose(gradient, [0, 0, 1, -1])
+    assert np.isfinite(losses).all()

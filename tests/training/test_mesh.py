@@ -15,10 +15,10 @@ from twotower.config import NegativesConfig, TrainingConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SHARDED, make_mesh, shardings
 from twotower.features.base import SIDES, TableShape
-from twotower.kernels.reference import naive_loss
-from twotower.objectives import LOSSES
+from twotower.kernels.loss_inputs import Candidates, LossInputs, LossOptions, Positives
+from twotower.kernels.softmax_reference import naive_softmax
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.negatives import Candidates, Positives
+from twotower.objectives.losses import LOSSES
 from twotower.towers.two_tower import Weights
 from twotower.training import memory
 from twotower.training.checks import check_batch, check_batch_norm
@@ -153,19 +153,15 @@ def _plain_gradient(case):
         users, items = (
             trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES
         )
-        return (
-            naive_loss(
-                users,
-                Positives(items, batch["item"], logs),
-                items,
-                Candidates(batch["item"], batch["user"], logs),
-                loss=LOSSES["softmax"],
-                weights=batch["weight"],
-                scale=1 / trainer.model.temperature(params),
-                owners=batch["user"],
-            )
-            / batch["weight"].sum()
+        inputs = LossInputs(
+            users,
+            batch["user"],
+            batch["weight"],
+            Positives(items, batch["item"], logs),
+            Candidates(items, batch["item"], batch["user"], logs),
+            scale=1 / trainer.model.temperature(params),
         )
+        return naive_softmax(inputs, LossOptions(LOSSES["softmax"])) / batch["weight"].sum()
 
     return jax.value_and_grad(loss, (0, 1))(state.params, jax.tree.map(jnp.asarray, state.tables))
 

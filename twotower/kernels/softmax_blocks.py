@@ -1,12 +1,4 @@
-r"""The sweep beneath `streaming_loss`: blocks of queries against all candidates, losses and
-gradients formed together.
-
-Each block sees every candidate, so its losses are complete and their gradient is known while the
-block's exponentials are still in the cache: three matrix products, no recomputation. The gradients
-are the residuals of a `custom_vjp`, whose backward pass only multiplies them by the cotangent; for
-this reason there are no second derivatives. Evaluated without differentiation, the sweep forms the
-losses alone.
-"""
+"""The arithmetic of one block of queries of `twotower.kernels.streaming_softmax`."""
 
 from __future__ import annotations
 
@@ -18,15 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from twotower.objectives.negatives import Candidates
-
-# How far below its bound the greatest logit of a query may be: its exponential, e^-60, is as many
-# nats from the least normal number of float32 as matter beside it.
+# The greatest logit of a query may lie this far below its bound, in nats. The exponential of -60 is
+# as many nats from the least normal number of float32 as matter beside it.
 _SPREAD = 60.0
 
 
-class LossInputs(NamedTuple):
-    """What the loss is differentiated by."""
+class GradientInputs(NamedTuple):
+    """Inputs that the loss is differentiated by: vectors, and the logits that are known before."""
 
     queries: Float[Array, "B D"]
     items: Float[Array, "C D"]
@@ -38,42 +28,43 @@ class LossInputs(NamedTuple):
 
 
 class LossIds(NamedTuple):
-    """What it is not: identities, and the logs of expected counts."""
+    """Inputs of the loss that carry no gradient: ids and log expected counts."""
 
-    ids: Int[Array, "B"]
-    owners: Int[Array, "B"]
+    positives: Int[Array, "B"]
+    queries: Int[Array, "B"]
     hard_allowed: Bool[Array, "B H"]
-    candidates: Candidates
+    candidates: Int[Array, "C"]
+    candidate_queries: Int[Array, "C"]
+    candidate_log_counts: Float[Array, "C"]
 
 
 class KernelOptions(NamedTuple):
-    """The loss, and how to go about it; static.
+    """Static options.
 
     Attributes:
-        of, of_gap, biased: see `twotower.objectives.loss.Loss`.
-        rows: queries in a block, at most.
-        dtype: of the operands of the matrix products.
+        per_query, by_logit_margin, biased: see `twotower.kernels.loss_inputs.Loss`.
+        block_rows: queries in a block, at most.
+        dtype: type of the operands of the matrix products; None keeps that of the vectors.
     """
 
-    of: Callable[..., jax.Array]
-    of_gap: Callable[[jax.Array], jax.Array] | None
+    per_query: Callable[..., jax.Array]
+    by_logit_margin: Callable[[jax.Array], jax.Array] | None
     biased: bool
-    rows: int
+    block_rows: int
     dtype: Any
 
 
-class _Operands(NamedTuple):
-    """What is multiplied, in the layouts of the three products: XLA for CPUs multiplies transposed
-    bfloat16 far slower."""
+class Operands(NamedTuple):
+    """Vectors in the layouts of the three products: XLA for CPUs multiplies transposed bfloat16 far
+    slower."""
 
     queries: Float[Array, "B D"]
     items: Float[Array, "C D"]
     columns: Float[Array, "D C"]
 
 
-class _Block(NamedTuple):
-    """The rows of `LossInputs` and `LossIds` that are of one block of n queries; `columns` are the
-    queries once more."""
+class Block(NamedTuple):
+    """The inputs of one block of n queries; `columns` are the queries once more."""
 
     queries: Float[Array, "n D"]
     columns: Float[Array, "D n"]
@@ -81,21 +72,21 @@ class _Block(NamedTuple):
     hard: Float[Array, "n H"]
     weights: Float[Array, "n"]
     ids: Int[Array, "n"]
-    owners: Int[Array, "n"]
+    query_ids: Int[Array, "n"]
     hard_allowed: Bool[Array, "n H"]
 
 
 class LogitBound(NamedTuple):
-    """No candidate's logit for a query q is greater than slope |q| + level. An infinite slope says
-    nothing."""
+    """A number that no candidate's logit for a query q exceeds: slope |q| + level. An infinite
+    slope bounds nothing."""
 
     slope: Float[Array, ""]
     level: Float[Array, ""]
 
 
 class LogitGradients(NamedTuple):
-    """Derivatives of a block's weighted loss by its logits; by the candidates', `factor[:, None] *
-    candidates`."""
+    """Derivatives of a block's weighted loss by its logits; those by the candidates' are
+    `factor[:, None] * candidates`."""
 
     positive: Float[Array, "n"]
     hard: Float[Array, "n H"]
@@ -103,257 +94,190 @@ class LogitGradients(NamedTuple):
     factor: Float[Array, "n"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sweep(form: KernelOptions, scored: LossInputs, known: LossIds) -> Float[Array, ""]:
-    """The sum of weight x loss. Under a `shard_map` all of `scored` must vary over the same axes as
-    the ids."""
-    operands = _operands(form, scored)
-    bound = _bound(form, operands, scored, known)
-
-    def body(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
-        losses, _ = _losses(form, scored, known, block, _scores(operands, scored, block), bound)
-        return total + jnp.sum(block.weights * losses), None
-
-    start = jnp.zeros((), scored.positive.dtype) + varying_zero(known)
-    return jax.lax.scan(body, start, _blocks(form, operands, scored, known))[0]
-
-
-def _forward(
-    form: KernelOptions, scored: LossInputs, known: LossIds
-) -> tuple[Float[Array, ""], LossInputs]:
-    operands, exact = _operands(form, scored), scored.positive.dtype
-    bound = _bound(form, operands, scored, known)
-
-    def body(totals: tuple, block: _Block) -> tuple[tuple, tuple]:
-        loss, transposed, scale, bias = totals
-        losses, slopes = _losses(
-            form, scored, known, block, _scores(operands, scored, block), bound, weighted=True
-        )
-        outer = slopes.candidates.astype(operands.items.dtype)
-        queries = slopes.factor[:, None] * jnp.matmul(
-            outer, operands.items, preferred_element_type=exact
-        )
-        scaled = (block.columns * (scored.scale * slopes.factor)[None, :]).astype(outer.dtype)
-        # As [D, C]: the CPU forms this product several times as fast as its transpose.
-        transposed += jnp.matmul(scaled, outer, preferred_element_type=exact)
-        scale += jnp.sum(queries * block.queries)
-        if form.biased:
-            bias += jnp.sum(slopes.factor * slopes.candidates.sum(axis=1))
-        loss += jnp.sum(block.weights * losses)
-        return (loss, transposed, scale, bias), (
-            scored.scale * queries,
-            slopes.positive,
-            slopes.hard,
-            losses,
-        )
-
-    start = (
-        jnp.zeros((), exact),
-        jnp.zeros(scored.items.shape[::-1], exact),
-        jnp.zeros((), exact),
-        jnp.zeros((), exact),
-    )
-    start = jax.tree.map(lambda x: x + varying_zero(known).astype(exact), start)
-    (loss, transposed, scale, bias), rows = jax.lax.scan(
-        body, start, _blocks(form, operands, scored, known)
-    )
-    queries, positive, hard, losses = (jax.lax.collapse(x, 0, 2)[: len(known.ids)] for x in rows)
-    # The barrier keeps the transposition out of the loop, where XLA would fold it into the product.
-    items = jax.lax.optimization_barrier(transposed).T
-    gradients = LossInputs(queries, items, positive, hard, scale, bias, losses)
-    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, scored)
-
-
-def _backward(
-    form: KernelOptions, gradients: LossInputs, cotangent: Float[Array, ""]
-) -> tuple[LossInputs, None]:
-    return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients), None
-
-
-sweep.defvjp(_forward, _backward)
-
-
-def varying_zero(known: LossIds) -> Int[Array, ""]:
-    """0, made of the ids: what it is added to varies over a mesh as they do, which loops and
-    `custom_vjp` ask for."""
-    return 0 * known.ids[:1].sum() + 0 * known.candidates.ids[:1].sum()
-
-
-def _operands(form: KernelOptions, scored: LossInputs) -> _Operands:
-    dtype = form.dtype or jnp.result_type(scored.queries, scored.items)
-    queries, items = scored.queries.astype(dtype), scored.items.astype(dtype)
-    return _Operands(queries, items, _transposed(items))
+def make_operands(options: KernelOptions, arrays: GradientInputs) -> Operands:
+    dtype = options.dtype or jnp.result_type(arrays.queries, arrays.items)
+    items = arrays.items.astype(dtype)
+    return Operands(arrays.queries.astype(dtype), items, _transposed(items))
 
 
 def _transposed(x: jax.Array) -> jax.Array:
-    """With a barrier, so that XLA does not fold the transposition into the products of the loop."""
+    # The barrier keeps XLA from folding the transposition into the products of the loop.
     return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
 
-def _bound(
-    form: KernelOptions, operands: _Operands, scored: LossInputs, known: LossIds
-) -> LogitBound | None:
-    """What spares a block the search for its greatest logits, a pass over all of them; None where
-    they are needed.
-
-    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds
-    by much. The greatest one is always right; a bound is if it is not so far above that
-    exponentials vanish, which the longest vectors decide.
-    """
-    if form.of_gap is None or scored.hard.shape[1] or jax.default_backend() != "cpu":
-        return None
-
-    def longest(vectors: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.square(vectors.astype(scored.positive.dtype)).sum(-1).max(initial=0.0))
-
-    levels = _levels(scored, known)
-    highest = jnp.max(levels, initial=-jnp.inf)
-    lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
-    slope = jnp.abs(scored.scale) * longest(operands.items)
-    near = (highest >= lowest) & (
-        2 * slope * longest(operands.queries) + highest - lowest < _SPREAD
-    )
-    return LogitBound(jnp.where(near, slope, jnp.inf), highest)
-
-
-def _blocks(form: KernelOptions, operands: _Operands, scored: LossInputs, known: LossIds) -> _Block:
-    """[blocks, n, ...] of each; the last block is filled up with queries of weight 0."""
-    count = len(known.ids)
-    number = max(1, -(-count // form.rows))
+def cut_into_blocks(
+    options: KernelOptions, operands: Operands, arrays: GradientInputs, ids: LossIds
+) -> Block:
+    """Returns all blocks, with a leading axis; the last is filled up with queries of weight 0."""
+    count = len(ids.positives)
+    number = max(1, -(-count // options.block_rows))
     rows = -(-count // number)
 
     def cut(x: jax.Array) -> jax.Array:
         filled = jnp.pad(x, [(0, number * rows - count)] + [(0, 0)] * (x.ndim - 1))
         return filled.reshape(number, rows, *x.shape[1:])
 
-    queries, *others = map(
-        cut,
-        (
-            operands.queries,
-            scored.positive,
-            scored.hard,
-            scored.weights,
-            known.ids,
-            known.owners,
-            known.hard_allowed,
-        ),
-    )
-    return _Block(queries, _transposed(queries), *others)
-
-
-def _scores(operands: _Operands, scored: LossInputs, block: _Block) -> Float[Array, "n C"]:
-    return jnp.matmul(block.queries, operands.columns, preferred_element_type=scored.positive.dtype)
-
-
-def _levels(scored: LossInputs, known: LossIds, empty: float = -jnp.inf) -> Float[Array, "C"]:
-    """What is added to a candidate's scaled score; `empty` where there is none."""
-    return jnp.where(
-        known.candidates.ids >= 0, scored.bias - known.candidates.log_expected_count, empty
+    queries = cut(operands.queries)
+    return Block(
+        queries=queries,
+        columns=_transposed(queries),
+        positive=cut(arrays.positive),
+        hard=cut(arrays.hard),
+        weights=cut(arrays.weights),
+        ids=cut(ids.positives),
+        query_ids=cut(ids.queries),
+        hard_allowed=cut(ids.hard_allowed),
     )
 
 
-def _logits(
-    scored: LossInputs, scores: Float[Array, "n C"], levels: Float[Array, "C"]
-) -> Float[Array, "n C"]:
-    return scores * scored.scale + levels[None, :]
+def block_scores(operands: Operands, arrays: GradientInputs, block: Block) -> Float[Array, "n C"]:
+    exact = arrays.positive.dtype
+    return jnp.matmul(block.queries, operands.columns, preferred_element_type=exact)
 
 
-def _hits(known: LossIds, block: _Block) -> Bool[Array, "n C"]:
-    """Which candidates are the query's own positive, or another of its owner's."""
-    ids, owners = known.candidates.ids, known.candidates.owners
-    return (ids[None, :] == block.ids[:, None]) | (owners[None, :] == block.owners[:, None])
-
-
-def _losses(
-    form: KernelOptions,
-    scored: LossInputs,
-    known: LossIds,
-    block: _Block,
-    scores: jax.Array,
+def block_losses(
+    options: KernelOptions,
+    arrays: GradientInputs,
+    ids: LossIds,
+    block: Block,
+    scores: Float[Array, "n C"],
     bound: LogitBound | None,
-    weighted: bool = False,
+    *,
+    differentiate: bool = False,
 ) -> tuple[Float[Array, "n"], LogitGradients | None]:
-    """The loss of each query and, if `weighted`, the slopes of the block's weighted loss."""
-    if form.of_gap is not None:
-        return _by_gap(
-            form, functools.partial(_kept, scored, known, block), block, scores, bound, weighted
+    """Returns the loss of each query and, where asked for, the gradients of the weighted loss."""
+    if options.by_logit_margin is not None:
+        negative_logits = functools.partial(_negative_logits, arrays, ids, block)
+        return _losses_by_logit_margin(
+            options, negative_logits, block, scores, bound, differentiate=differentiate
         )
-    logits = _logits(scored, scores, _levels(scored, known, empty=0.0))
-    allowed = ~_hits(known, block) & (known.candidates.ids >= 0)[None, :]
+    logits = scores * arrays.scale + _levels(arrays, ids, padding=0.0)[None, :]
+    allowed = ~_is_hit(ids, block) & (ids.candidates >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
-    def of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
-        return form.of(positive, jnp.concatenate([logits, hard], axis=1), where=where)
+    def losses_of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
+        negatives = jnp.concatenate([logits, hard], axis=1)
+        return options.per_query(positive, negatives, where=where)
 
-    if not weighted:
-        return of(block.positive, logits, block.hard), None
-    losses, pull = jax.vjp(of, block.positive, logits, block.hard)
+    if not differentiate:
+        return losses_of(block.positive, logits, block.hard), None
+    losses, pull = jax.vjp(losses_of, block.positive, logits, block.hard)
     positive, candidates, hard = pull(block.weights)
     return losses, LogitGradients(positive, hard, candidates, jnp.ones_like(positive))
 
 
-def _kept(
-    scored: LossInputs, known: LossIds, block: _Block, scores: Float[Array, "n C"]
+def _is_hit(ids: LossIds, block: Block) -> Bool[Array, "n C"]:
+    """Returns which candidates are no negatives: the query's own positive, wherever it stands, and
+    other positives of its user."""
+    is_positive = ids.candidates[None, :] == block.ids[:, None]
+    is_same_user = ids.candidate_queries[None, :] == block.query_ids[:, None]
+    return is_positive | is_same_user
+
+
+def _levels(arrays: GradientInputs, ids: LossIds, padding: float = -jnp.inf) -> Float[Array, "C"]:
+    """Returns the number added to a candidate's scaled score; `padding` where there is none."""
+    return jnp.where(ids.candidates >= 0, arrays.bias - ids.candidate_log_counts, padding)
+
+
+def _negative_logits(
+    arrays: GradientInputs, ids: LossIds, block: Block, scores: Float[Array, "n C"]
 ) -> Float[Array, "n C"]:
-    """The logits of negatives, -inf elsewhere."""
-    logits = _logits(scored, scores, _levels(scored, known))
-    return jnp.where(_hits(known, block), -jnp.inf, logits)
+    """Returns the logits of negatives, -inf elsewhere."""
+    logits = scores * arrays.scale + _levels(arrays, ids)[None, :]
+    return jnp.where(_is_hit(ids, block), -jnp.inf, logits)
+
+
+def _losses_by_logit_margin(
+    options: KernelOptions,
+    negative_logits: Callable[[jax.Array], jax.Array],
+    block: Block,
+    scores: Float[Array, "n C"],
+    bound: LogitBound | None,
+    *,
+    differentiate: bool,
+) -> tuple[Float[Array, "n"], LogitGradients | None]:
+    """Returns losses of log sum exp(negatives) - positive, whose gradients by the candidates'
+    logits are the exponentials times one number a query."""
+    by_logit_margin = options.by_logit_margin
+    assert by_logit_margin is not None
+    hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
+    top = _top_logit(block, negative_logits, scores, hard, bound)
+    exponentials = jnp.exp(negative_logits(scores) - top[:, None])
+    hard = jnp.exp(hard - top[:, None])
+    if options.dtype:
+        exponentials = _narrow(exponentials, options.dtype)
+    total = exponentials.sum(axis=1, dtype=hard.dtype) + hard.sum(axis=1)
+    none = total == 0
+    total = jnp.where(none, 1.0, total)
+    margin = top + jnp.log(total) - block.positive
+    if not differentiate:
+        return jnp.where(none, 0.0, by_logit_margin(margin)), None
+    losses, pull = jax.vjp(by_logit_margin, margin)
+    slope = jnp.where(none, 0.0, pull(block.weights)[0])
+    gradients = LogitGradients(
+        positive=-slope,
+        hard=hard * (slope / total)[:, None],
+        candidates=exponentials,
+        factor=slope / total,
+    )
+    return jnp.where(none, 0.0, losses), gradients
 
 
 def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
-    """As `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties going
-    up."""
+    """Rounds to `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties
+    going up."""
     if jax.default_backend() != "cpu" or exponentials.dtype != jnp.float32 or dtype != jnp.bfloat16:
         return exponentials.astype(dtype)
     bits = jax.lax.bitcast_convert_type(exponentials, jnp.uint32) + 0x8000
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _by_gap(
-    form: KernelOptions,
-    kept_of: Callable,
-    block: _Block,
-    scores: jax.Array,
-    bound: LogitBound | None,
-    weighted: bool,
-) -> tuple[Float[Array, "n"], LogitGradients | None]:
-    """A loss of log sum exp(negatives) - positive: its slopes are the exponentials times one number
-    a query."""
-    hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
-    top = _top(block, kept_of, scores, hard, bound)
-    kept, hard = jnp.exp(kept_of(scores) - top[:, None]), jnp.exp(hard - top[:, None])
-    if form.dtype:
-        kept = _narrow(kept, form.dtype)
-    total = kept.sum(axis=1, dtype=hard.dtype) + hard.sum(axis=1)
-    none = total == 0
-    total = jnp.where(none, 1.0, total)
-    gap = top + jnp.log(total) - block.positive
-    if not weighted:
-        return jnp.where(none, 0.0, form.of_gap(gap)), None
-    losses, pull = jax.vjp(form.of_gap, gap)
-    slope = jnp.where(none, 0.0, pull(block.weights)[0])
-    return jnp.where(none, 0.0, losses), LogitGradients(
-        -slope, hard * (slope / total)[:, None], kept, slope / total
-    )
+def logit_bound(
+    options: KernelOptions, operands: Operands, arrays: GradientInputs, ids: LossIds
+) -> LogitBound | None:
+    """Returns a bound that spares a block the search for its greatest logits, a pass over all of
+    them; None where they are needed.
+
+    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds
+    by much. The greatest logit is always right. A bound is right if it is not so far above that
+    exponentials vanish, which the longest vectors decide.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    if options.by_logit_margin is None or arrays.hard.shape[1] or not on_cpu:
+        return None
+
+    def longest(vectors: jax.Array) -> jax.Array:
+        squares = jnp.square(vectors.astype(arrays.positive.dtype)).sum(-1)
+        return jnp.sqrt(squares.max(initial=0.0))
+
+    levels = _levels(arrays, ids)
+    highest = jnp.max(levels, initial=-jnp.inf)
+    lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
+    slope = jnp.abs(arrays.scale) * longest(operands.items)
+    spread = 2 * slope * longest(operands.queries) + highest - lowest
+    is_near = (highest >= lowest) & (spread < _SPREAD)
+    return LogitBound(jnp.where(is_near, slope, jnp.inf), highest)
 
 
-def _top(
-    block: _Block,
-    kept_of: Callable,
+def _top_logit(
+    block: Block,
+    negative_logits: Callable[[jax.Array], jax.Array],
     scores: Float[Array, "n C"],
     hard: Float[Array, "n H"],
     bound: LogitBound | None,
 ) -> Float[Array, "n"]:
-    """A finite number near each query's greatest logit and not far below it."""
+    """Returns a finite number near each query's greatest logit and not far below it."""
 
     def greatest(scores: jax.Array) -> jax.Array:
-        kept = kept_of(scores)
-        found = jnp.maximum(kept.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
-        return jnp.where(found == -jnp.inf, 0.0, found)
+        logits = negative_logits(scores)
+        top = jnp.maximum(logits.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
+        return jnp.where(top == -jnp.inf, 0.0, top)
 
     if bound is None:
         return greatest(scores)
     lengths = jnp.sqrt(jnp.square(block.queries.astype(scores.dtype)).sum(axis=1))
-    return jax.lax.cond(
-        bound.slope < jnp.inf, lambda _: bound.slope * lengths + bound.level, greatest, scores
-    )
+
+    def bounded(scores: jax.Array) -> jax.Array:
+        return bound.slope * lengths + bound.level
+
+    return jax.lax.cond(bound.slope < jnp.inf, bounded, greatest, scores)

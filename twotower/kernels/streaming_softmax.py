@@ -1,130 +1,138 @@
 """A retrieval loss against all candidates that never holds their [B, C] scores.
 
-Negatives are the candidates with an id other than the positive's and, if so asked, with another
-owner. No place in the batch plays a part: candidates may be the batch's own items, those of every
-device, a sample, a queue or the catalogue, or all of them. Memory is O((B + C) D + block x C).
+Queries go in blocks against all candidates. A block sees every candidate, so that its losses are
+complete, and their gradient is known, while its exponentials are still in the cache: three matrix
+products, no recomputation. Memory is O((B + C) D + block x C). Two files belong to it:
+`softmax_blocks` has the arithmetic of one block, `softmax_reference` the plain reference.
 
-Inside a `shard_map` queries are the device's own and candidates are gathered from all devices
-before the call. The sweep then holds no collective, and the sum over the devices of the results is
-the loss of the whole batch.
+Negatives are the candidates with an id other than the positive's and, where users are masked, of
+another user. Positions in the batch play no part: candidates may be the batch's own items, those of
+every device, a sample, a queue or the catalogue, or all of them.
+
+Inside a `shard_map` queries are the device's own, and candidates are gathered from all devices
+before the call. The loop then holds no collective, and the sum of the results over devices is the
+loss of the whole batch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from twotower.kernels.softmax_blocks import KernelOptions, LossIds, LossInputs, sweep, varying_zero
-from twotower.objectives.loss import Loss
-from twotower.objectives.negatives import Candidates, HardNegatives, Positives
+from twotower.kernels.loss_inputs import HardNegatives, LossInputs, LossOptions
+from twotower.kernels.softmax_blocks import (
+    Block,
+    GradientInputs,
+    KernelOptions,
+    LossIds,
+    block_losses,
+    block_scores,
+    cut_into_blocks,
+    logit_bound,
+    make_operands,
+)
 
-# An owner that no candidate has: nobody is not the same user as another nobody.
+# A query id that no candidate has: nobody is not the same user as another nobody.
 _NOBODY = -2
 
 
-def streaming_loss(
-    queries: Float[Array, "B D"] | Float[Array, "B L D"],
-    positives: Positives,
-    items: Float[Array, "C D"],
-    candidates: Candidates,
-    *,
-    loss: Loss,
-    weights: Float[Array, "B"] | Float[Array, "B L"],
-    scale: float | Float[Array, ""],
-    owners: Int[Array, "B"] | Int[Array, "B L"],
-    bias: Float[Array, ""] | None = None,
-    hard: HardNegatives | None = None,
-    margin: float = 0.0,
-    positive_temperature: float = 0.0,
-    mask_same_user: bool = True,
-    constants: Mapping[str, Any] | None = None,
-    block: int = 0,
-    dtype: Any = None,
+def streaming_softmax(
+    inputs: LossInputs, options: LossOptions, *, block: int = 0, dtype: Any = None
 ) -> Float[Array, ""]:
-    r"""The sum over queries of weight x loss; its first derivatives cost little more than its
-    value.
+    r"""Sums weight x loss over all queries.
 
     .. math:: s_c = \mathrm{scale} \; (q \cdot v_c) + \mathrm{bias} - \log E_c, \quad
               s_+ = \mathrm{scale} \; (q \cdot v_+ - \mathrm{margin}) + \mathrm{bias} - \log E_+
 
-    of which a loss has the parts that its `Loss` says. Hard negatives have logits like candidates.
+    A loss has those parts of the logits that its `Loss` names; hard negatives have logits like
+    candidates. The gradients by all vectors, scale, bias and weights are formed in the same loop as
+    the value, and cost little more. There are no second derivatives.
 
     Args:
-        queries: vectors of the queries; `positives`, `weights` and `hard` have the same leading
-            axes.
-        items: vectors of the candidates.
-        scale: 1 / T.
-        owners: the identity (user) of each query, or of each row of L queries; negative: nobody.
-        bias: of `Loss.biased`; None is 0.
-        hard: further negatives of each query alone.
-        margin: additive margin, in units of scores; not used where `Loss.own_margin`.
-        positive_temperature: of `Loss.bilateral`; 0 takes 1 / scale.
-        mask_same_user: other positives of a query's owner are not its negatives.
-        constants: of the loss, from `Loss.constants`.
-        block: queries compared at once; 0 chooses.
-        dtype: of the operands of the matrix products, for example bfloat16; sums are float32 at
+        inputs: the arrays.
+        options: the loss and its static options.
+        block: queries compared with all candidates at once; 0 chooses.
+        dtype: type of the operands of matrix products, for example bfloat16; sums are in float32 at
             least.
     """
-    exact, lead = jnp.promote_types(queries.dtype, jnp.float32), queries.shape[:-1]
-    scale = jnp.asarray(scale if loss.scaled else 1.0, exact)
-    bias = jnp.asarray(bias if loss.biased and bias is not None else 0.0, exact)
-    log_count = functools.partial(_log_count, dtype=exact)
+    loss = options.loss
+    queries, positives, candidates = inputs.queries, inputs.positives, inputs.candidates
+    exact = jnp.promote_types(queries.dtype, jnp.float32)
+    scale = jnp.asarray(inputs.scale if loss.scaled else 1.0, exact)
+    has_bias = loss.biased and inputs.bias is not None
+    bias = jnp.asarray(inputs.bias if has_bias else 0.0, exact)
 
-    positive = _dots(queries, positives.vectors, exact) - (0.0 if loss.own_margin else margin)
-    positive = (
-        positive
-        * (1.0 / positive_temperature if loss.bilateral and positive_temperature else scale)
-        + bias
-    )
-    positive -= log_count(positives.log_expected_count, loss.corrects_positive)
+    positive_scale = scale
+    if loss.bilateral and options.positive_temperature:
+        positive_scale = 1.0 / options.positive_temperature
+    margin = 0.0 if loss.takes_margin else options.margin
+    positive = _dots(queries, positives.vectors, exact) - margin
+    positive = positive * positive_scale + bias
+    positive -= _log_count(positives.log_expected_count, loss.corrects_positive, exact)
+
+    hard = inputs.hard
     if hard is None:
-        hard = HardNegatives(
-            queries[..., None, :][..., :0, :],
-            positives.ids[..., None][..., :0],
-            jnp.zeros((*lead, 0), exact),
-        )
+        hard = _no_hard_negatives(inputs, exact)
     hard_logits = _dots(queries[..., None, :], hard.vectors, exact) * scale + bias
-    hard_logits -= log_count(hard.log_expected_count, loss.corrects)
+    hard_logits -= _log_count(hard.log_expected_count, loss.corrects, exact)
     hard_allowed = (hard.ids >= 0) & (hard.ids != positives.ids[..., None])
-    owners = jnp.broadcast_to(owners.reshape(owners.shape + (1,) * (len(lead) - owners.ndim)), lead)
-    owners = jnp.where(mask_same_user & (owners >= 0), owners, _NOBODY)
 
-    rows = functools.partial(jax.lax.collapse, start_dimension=0, stop_dimension=len(lead))
-    known = LossIds(
-        *map(rows, (positives.ids, owners, hard_allowed)),
-        candidates._replace(
-            log_expected_count=log_count(candidates.log_expected_count, loss.corrects)
-        ),
+    lead = queries.shape[:-1]
+    flatten = functools.partial(jax.lax.collapse, start_dimension=0, stop_dimension=len(lead))
+    ids = LossIds(
+        positives=flatten(positives.ids),
+        queries=flatten(_masked_query_ids(inputs.query_ids, lead, options.mask_same_user)),
+        hard_allowed=flatten(hard_allowed),
+        candidates=candidates.ids,
+        candidate_queries=candidates.query_ids,
+        candidate_log_counts=_log_count(candidates.log_expected_count, loss.corrects, exact),
     )
-    scored = LossInputs(
-        rows(queries),
-        items,
-        rows(positive),
-        rows(hard_logits),
-        scale,
-        bias,
-        rows(weights.astype(exact)),
+    arrays = GradientInputs(
+        queries=flatten(queries),
+        items=candidates.vectors,
+        positive=flatten(positive),
+        hard=flatten(hard_logits),
+        scale=scale,
+        bias=bias,
+        weights=flatten(inputs.weights.astype(exact)),
     )
-    scored = jax.tree.map(lambda x: x + varying_zero(known).astype(x.dtype), scored)
-    form = KernelOptions(
-        functools.partial(loss.of, **(constants or {})),
-        loss.of_gap,
-        loss.biased,
-        block or _block_rows(items.shape[0]),
-        dtype,
+    arrays = jax.tree.map(lambda x: x + varying_zero(ids).astype(x.dtype), arrays)
+    kernel_options = KernelOptions(
+        per_query=loss.per_query,
+        by_logit_margin=loss.by_logit_margin,
+        biased=loss.biased,
+        block_rows=block or _block_rows(len(candidates.ids)),
+        dtype=dtype,
     )
-    return sweep(form, scored, known)
+    return _sum_of_blocks(kernel_options, arrays, ids)
+
+
+def _no_hard_negatives(inputs: LossInputs, dtype: Any) -> HardNegatives:
+    return HardNegatives(
+        inputs.queries[..., None, :][..., :0, :],
+        inputs.positives.ids[..., None][..., :0],
+        jnp.zeros((*inputs.queries.shape[:-1], 0), dtype),
+    )
+
+
+def _masked_query_ids(
+    query_ids: Int[Array, "..."], lead: tuple[int, ...], mask_same_user: bool
+) -> Int[Array, "*B"]:
+    """Returns the id of every query, `_NOBODY` where no candidate is to be masked for it."""
+    missing_axes = (1,) * (len(lead) - query_ids.ndim)
+    query_ids = jnp.broadcast_to(query_ids.reshape(query_ids.shape + missing_axes), lead)
+    return jnp.where(mask_same_user & (query_ids >= 0), query_ids, _NOBODY)
 
 
 def _block_rows(candidates: int) -> int:
-    """Queries in a block: on a CPU few, so that a block's logits stay in the cache; elsewhere
-    enough to fill the device."""
-    fewest, logits = (256, 2**20) if jax.default_backend() == "cpu" else (1024, 2**26)
+    """Returns the number of queries in a block: on a CPU few, so that a block's logits stay in the
+    cache; elsewhere enough to fill the device."""
+    on_cpu = jax.default_backend() == "cpu"
+    fewest, logits = (256, 2**20) if on_cpu else (1024, 2**26)
     return max(fewest, logits // max(candidates, 1))
 
 
@@ -135,4 +143,85 @@ def _dots(
 
 
 def _log_count(values: Float[Array, "*b"], used: bool, dtype: Any) -> Float[Array, "*b"]:
-    return jax.lax.stop_gradient(values).astype(dtype) if used else jnp.zeros(values.shape, dtype)
+    """Returns log expected counts to subtract, zeros where the loss does not correct."""
+    if not used:
+        return jnp.zeros(values.shape, dtype)
+    return jax.lax.stop_gradient(values).astype(dtype)
+
+
+def varying_zero(ids: LossIds) -> Int[Array, ""]:
+    """Returns 0, made of the ids: what it is added to varies over a mesh as they do, which loops
+    and `custom_vjp` ask for."""
+    return 0 * ids.positives[:1].sum() + 0 * ids.candidates[:1].sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_blocks(
+    options: KernelOptions, arrays: GradientInputs, ids: LossIds
+) -> Float[Array, ""]:
+    """Sums weight x loss, block by block, without gradients.
+
+    Under a `shard_map` all `arrays` must vary over the same axes as the ids.
+    """
+    operands = make_operands(options, arrays)
+    bound = logit_bound(options, operands, arrays, ids)
+
+    def add_block(total: jax.Array, block: Block) -> tuple[jax.Array, None]:
+        scores = block_scores(operands, arrays, block)
+        losses, _ = block_losses(options, arrays, ids, block, scores, bound)
+        return total + jnp.sum(block.weights * losses), None
+
+    start = jnp.zeros((), arrays.positive.dtype) + varying_zero(ids)
+    blocks = cut_into_blocks(options, operands, arrays, ids)
+    return jax.lax.scan(add_block, start, blocks)[0]
+
+
+def _forward(
+    options: KernelOptions, arrays: GradientInputs, ids: LossIds
+) -> tuple[Float[Array, ""], GradientInputs]:
+    """Returns the sum, and its gradients as the residuals that `_backward` multiplies."""
+    operands = make_operands(options, arrays)
+    exact = arrays.positive.dtype
+    bound = logit_bound(options, operands, arrays, ids)
+
+    def add_block(totals: tuple, block: Block) -> tuple[tuple, tuple]:
+        loss, items, scale, bias = totals
+        scores = block_scores(operands, arrays, block)
+        losses, gradients = block_losses(
+            options, arrays, ids, block, scores, bound, differentiate=True
+        )
+        assert gradients is not None
+        outer = gradients.candidates.astype(operands.items.dtype)
+        product = jnp.matmul(outer, operands.items, preferred_element_type=exact)
+        queries = gradients.factor[:, None] * product
+        columns = block.columns * (arrays.scale * gradients.factor)[None, :]
+        # As [D, C]: the CPU forms this product several times as fast as its transpose.
+        items += jnp.matmul(columns.astype(outer.dtype), outer, preferred_element_type=exact)
+        scale += jnp.sum(queries * block.queries)
+        if options.biased:
+            bias += jnp.sum(gradients.factor * gradients.candidates.sum(axis=1))
+        loss += jnp.sum(block.weights * losses)
+        rows = (arrays.scale * queries, gradients.positive, gradients.hard, losses)
+        return (loss, items, scale, bias), rows
+
+    zero = jnp.zeros((), exact)
+    start = (zero, jnp.zeros(arrays.items.shape[::-1], exact), zero, zero)
+    start = jax.tree.map(lambda x: x + varying_zero(ids).astype(exact), start)
+    blocks = cut_into_blocks(options, operands, arrays, ids)
+    (loss, transposed, scale, bias), rows = jax.lax.scan(add_block, start, blocks)
+    count = len(ids.positives)
+    queries, positive, hard, losses = (jax.lax.collapse(x, 0, 2)[:count] for x in rows)
+    # The barrier keeps the transposition out of the loop, where XLA would fold it into the product.
+    items = jax.lax.optimization_barrier(transposed).T
+    # The derivative by a query's weight is its loss.
+    gradients = GradientInputs(queries, items, positive, hard, scale, bias, weights=losses)
+    return loss, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, arrays)
+
+
+def _backward(
+    options: KernelOptions, gradients: GradientInputs, cotangent: Float[Array, ""]
+) -> tuple[GradientInputs, None]:
+    return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients), None
+
+
+_sum_of_blocks.defvjp(_forward, _backward)

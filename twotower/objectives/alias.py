@@ -15,17 +15,17 @@ FULL = 2**32
 
 
 class AliasTable(NamedTuple):
-    """N cells of equal width, each divided between two ids (Walker 1977): a fair cell, then one
-    biased coin.
+    """N cells of equal width, each divided between two ids (Walker 1977): a draw is a fair cell,
+    then one biased coin.
 
     The coin is 32 random bits against an integer, so the rarest of 10^8 ids is still drawn as often
-    as `log_probability` says.
+    as `log_probability` says; the inverse of a cumulative distribution in float32 is too coarse.
 
     Attributes:
-        threshold: uint32 [N], of 2^32 how often cell i gives i itself.
-        alias: int32 [N], what it gives otherwise.
-        log_probability: float32 [N], log of what these two add up to for each id; -inf for an id
-            that is never drawn.
+        threshold: number of the 2^32 coins for which cell i gives i itself, uint32 [N].
+        alias: id that cell i gives otherwise, int32 [N].
+        log_probability: log of the probability of each id that the cells add up to, float32 [N];
+            -inf for an id that is never drawn.
     """
 
     threshold: Any
@@ -33,19 +33,20 @@ class AliasTable(NamedTuple):
     log_probability: Any
 
     def draw(self, key: jax.Array, num: int) -> Int[Array, "S"]:
-        """`num` ids, with replacement."""
-        place, coin = jax.random.split(key)
-        cell = jax.random.randint(place, (num,), 0, len(self.alias))
-        own = jax.random.bits(coin, (num,), jnp.uint32) < jnp.asarray(self.threshold)[cell]
+        """Draws `num` ids, with replacement."""
+        cell_key, coin_key = jax.random.split(key)
+        cell = jax.random.randint(cell_key, (num,), 0, len(self.alias))
+        coin = jax.random.bits(coin_key, (num,), jnp.uint32)
+        own = coin < jnp.asarray(self.threshold)[cell]
         return jnp.where(own, cell, jnp.asarray(self.alias)[cell]).astype(jnp.int32)
 
     def log_expected_count(self, ids: Int[Array, "*S"], num: int) -> Float[Array, "*S"]:
-        """Log of the expected number of times each id is among `num` draws."""
+        """Returns the log of the expected number of times that each id is among `num` draws."""
         return jnp.asarray(self.log_probability)[ids] + jnp.log(float(num))
 
 
 def popularity_table(counts: np.ndarray, alpha: float) -> AliasTable:
-    """Ids in proportion to their training rows to the power `alpha`; built on the host, in float64.
+    """Makes a table that draws ids in proportion to their training rows to the power `alpha`.
 
     Args:
         counts: training rows of each id, in any order.
@@ -57,15 +58,18 @@ def popularity_table(counts: np.ndarray, alpha: float) -> AliasTable:
     """
     if not (np.isfinite(alpha) and alpha >= 0):
         raise ConfigError(
-            f"config.objective.negatives.alpha={alpha} must be at least 0: 0 draws all items alike, 1 as training rows do."
+            f"config.objective.negatives.alpha={alpha} must be at least 0: 0 draws all items "
+            "alike, 1 as training rows do."
         )
+    # In float64, on the host: counts span many orders of magnitude.
     counts = np.asarray(counts, np.float64)
     _check(counts, "training rows of item")
-    return alias_table(np.where(counts > 0, np.power(np.maximum(counts, 1e-300), alpha), 0.0))
+    powers = np.power(np.maximum(counts, 1e-300), alpha)
+    return alias_table(np.where(counts > 0, powers, 0.0))
 
 
 def alias_table(weights: np.ndarray) -> AliasTable:
-    """The table of ids drawn in proportion to `weights`, float [N].
+    """Makes a table that draws ids in proportion to `weights`, float [N].
 
     Raises:
         ConfigError: a weight is negative or not finite, or all are zero.
@@ -77,9 +81,8 @@ def alias_table(weights: np.ndarray) -> AliasTable:
     # probabilities below say so.
     threshold = np.clip(np.rint(share * FULL), weights > 0, FULL - 1)
     alias = np.where(share >= 1, np.arange(len(weights)), alias)
-    probability = (threshold + np.bincount(alias, FULL - threshold, len(weights))) / (
-        FULL * len(weights)
-    )
+    coins = threshold + np.bincount(alias, FULL - threshold, len(weights))
+    probability = coins / (FULL * len(weights))
     with np.errstate(divide="ignore"):
         log_probability = np.log(probability)
     return AliasTable(
@@ -88,25 +91,31 @@ def alias_table(weights: np.ndarray) -> AliasTable:
 
 
 def _divide(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(own share of each cell, alias) for masses that average 1: Vose's (1991) queue as cumulative
-    sums.
+    """Divides cells between ids whose masses average 1: Vose's (1991) queue as cumulative sums.
 
     Light cells are filled up by the heavy ones in turn; a heavy one that has given more than its
     excess is itself filled up by the next. With deficits D and excesses E summed along these two
     lines, the heavy cell that fills light cell i is the first with E > D[i - 1], and it is spent at
     the first i with D[i] >= E, when E - D[i] is what it lacks.
+
+    Returns:
+        The share of each cell that its own id has, and the id that has the rest.
     """
-    light, heavy = np.flatnonzero(mass < 1), np.flatnonzero(mass >= 1)
-    share, alias = np.minimum(mass, 1.0), np.arange(len(mass))
-    if not len(light) or not len(heavy):
-        return np.ones(len(mass)) if not len(light) else share, alias
-    deficit, excess = np.cumsum(1 - mass[light]), np.cumsum(mass[heavy] - 1)
+    light = np.flatnonzero(mass < 1)
+    heavy = np.flatnonzero(mass >= 1)
+    share = np.minimum(mass, 1.0)
+    alias = np.arange(len(mass))
+    if not len(light):
+        return np.ones(len(mass)), alias
+    if not len(heavy):
+        return share, alias
+    deficit = np.cumsum(1 - mass[light])
+    excess = np.cumsum(mass[heavy] - 1)
     giver = np.searchsorted(excess, np.append(0.0, deficit[:-1]), side="right")
     alias[light] = heavy[np.minimum(giver, len(heavy) - 1)]
     spent = np.searchsorted(deficit, excess, side="left")
-    lacking = np.append(
-        spent[:-1] < len(light), False
-    )  # the last one has nobody after it, and lacks nothing but rounding
+    # The last heavy cell has nobody after it, and lacks nothing but rounding.
+    lacking = np.append(spent[:-1] < len(light), False)
     spent = np.minimum(spent, len(light) - 1)
     share[heavy[lacking]] = np.clip(1 + (excess - deficit[spent])[lacking], 0.0, 1.0)
     alias[heavy[lacking]] = heavy[np.flatnonzero(lacking) + 1]
@@ -121,5 +130,6 @@ def _check(weights: np.ndarray, what: str) -> None:
         )
     if not weights.any():
         raise ConfigError(
-            f"The {what} 0, and of all {len(weights)}, is 0: nothing can be drawn. One at least must be above 0."
+            f"The {what} 0, and of all {len(weights)}, is 0: nothing can be drawn. One at least "
+            "must be above 0."
         )

@@ -1,8 +1,8 @@
-"""How often an id is drawn: counted before training, or estimated as training goes.
+"""Estimators of how often an id stands in a batch: counted before training, or as training goes.
 
 Estimates are arrays of the train state, hence of the checkpoint, so a resumed run corrects as
-before. A step reads them first and updates them afterwards: what it draws must not change what it
-thinks of its own draws. Ids are hashed by integer arithmetic on the device, the same in every
+before. A step reads them first and updates them afterwards: its draws must not change what it
+states of them. Ids are hashed by integer arithmetic on the device, the same in every
 process and on every machine.
 """
 
@@ -20,13 +20,13 @@ from twotower.core.hashing import multiply_shift
 
 Arrays = dict[str, Any]
 
-GAP_RATE = 0.01  # of the moving averages: about the last 200 appearances of an id decide
+# Rate of the moving averages: about the last 200 appearances of an id decide.
+GAP_RATE = 0.01
 SKETCH_DEPTH = 4
-SKETCH_WIDTHS = (
-    2**10,
-    2**20,
-)  # least and greatest; at four bytes a counter the greatest sketch takes 16 MiB
-SKETCH_ROWS = 2**31  # when this many rows are counted, all counters are halved: far from overflow
+# Least and greatest width; at four bytes a counter the greatest sketch takes 16 MiB.
+SKETCH_WIDTHS = (2**10, 2**20)
+# When this many rows are counted, all counters are halved: far from overflow.
+SKETCH_ROWS = 2**31
 
 
 class Frequency(NamedTuple):
@@ -53,7 +53,7 @@ def _log(draws: Any) -> Float[Array, ""]:
 
 
 def init_exact(counts: Any, rows: Any) -> Arrays:
-    """The counts as they are. Rows in all are kept beside them: to sum them up would cost N at
+    """Keeps counts as they are, and the number of rows beside them: to sum them up would cost N at
     every step."""
     return {"counts": jnp.asarray(counts, jnp.float32), "rows": jnp.asarray(rows, jnp.float32)}
 
@@ -61,17 +61,18 @@ def init_exact(counts: Any, rows: Any) -> Arrays:
 def exact_log_expected_count(
     arrays: Arrays, ids: Int[Array, "*S"], draws: Any
 ) -> Float[Array, "*S"]:
-    """log(draws * count / rows), in logs so that nothing is floored; an id that training never saw
-    has one pseudo-count."""
+    """Returns log(draws * count / rows), in logs so that nothing is floored; an id that training
+    never saw has one pseudo-count."""
     return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
 
 
 def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
-    """Nothing seen yet. "start" is the step that counts as the first one.
+    """Makes an estimator that has seen nothing; "start" is the step that counts as the first one.
 
     Args:
-        counts: of N ids, of which only N matters.
-        rate: alpha, of the moving averages.
+        counts: counts of N ids, of which only N matters.
+        rows: not used.
+        rate: alpha, the rate of the moving averages.
     """
     shape = (len(counts),)
     return {
@@ -87,8 +88,8 @@ def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
 
 
 def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
-    r"""From the average number of steps between two appearances of an id (Yi et al., RecSys 2019,
-    Algorithms 2 and 3).
+    r"""Estimates from the average number of steps between two appearances of an id (Yi et al.,
+    RecSys 2019, Algorithms 2 and 3).
 
     .. math:: B \leftarrow (1 - \alpha) B + \alpha (t - A), \quad A \leftarrow t, \quad \hat p = 1 /
     \max_i B_i
@@ -105,11 +106,10 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
     coming, and with it the first estimates are appearances over steps. An id never seen counts as
     if seen once, just now, and among N ids as no likelier than all of them alike.
     """
-    places = _places(arrays, ids)
-    last = arrays["last"].at[places].get(mode="fill", fill_value=-1)
-    times, gaps = (
-        arrays[name].at[places].get(mode="fill", fill_value=0) for name in ("times", "gaps")
-    )
+    rows = _gap_rows(arrays, ids)
+    last = arrays["last"].at[rows].get(mode="fill", fill_value=-1)
+    times = arrays["times"].at[rows].get(mode="fill", fill_value=0)
+    gaps = arrays["gaps"].at[rows].get(mode="fill", fill_value=0)
     steps = (arrays["step"] + 1).astype(jnp.float32)
     seen = last >= 0
     rates = times / jnp.where(seen, gaps + (arrays["step"] - last), 1)
@@ -118,24 +118,25 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
 
 
 def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
-    """The arrays after the batch of `step`. An id that stands in it twice has appeared once, two
-    times."""
+    """Returns the arrays after the batch of `step`. An id that stands in it twice has appeared
+    once, two times."""
     step = step - arrays["start"]
-    places, keep = _places(arrays, ids), 1 - arrays["rate"]
-    old = {name: arrays[name].at[places].get(mode="clip") for name in ("last", "gaps", "times")}
+    rows = _gap_rows(arrays, ids)
+    keep = 1 - arrays["rate"]
+    old = {name: arrays[name].at[rows].get(mode="clip") for name in ("last", "gaps", "times")}
     # Duplicates all write one value, so their order does not matter. What is written depends on
     # what was read: else XLA could write first, and would read from a copy of the whole array.
     new = {
         "last": jnp.maximum(old["last"], step),
         "gaps": keep * old["gaps"] + (step - old["last"]),
-        "times": keep * old["times"] + _multiplicity(places),
+        "times": keep * old["times"] + _multiplicity(rows),
     }
-    written = {name: arrays[name].at[places].set(x, mode="drop") for name, x in new.items()}
+    written = {name: arrays[name].at[rows].set(x, mode="drop") for name, x in new.items()}
     return arrays | written | {"step": jnp.asarray(step, jnp.int32), "batch": jnp.float32(ids.size)}
 
 
-def _places(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
-    """Of ids in the arrays of gaps; past the end for negative ids."""
+def _gap_rows(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
+    """Returns the rows of ids in the arrays of gaps; past the end for negative ids."""
     return jnp.where(ids >= 0, ids, len(arrays["last"]))
 
 
@@ -147,10 +148,11 @@ def init_sketch(
     depth: int = SKETCH_DEPTH,
     halve_at: int = SKETCH_ROWS,
 ) -> Arrays:
-    """Nothing counted yet.
+    """Makes a sketch that has counted nothing.
 
     Args:
-        counts: of N ids, of which only N matters.
+        counts: counts of N ids, of which only N matters.
+        rows: not used.
         width: counters a hash function, a power of two; 0 takes as many as there are ids, within
             `SKETCH_WIDTHS`.
         depth: hash functions.
@@ -171,8 +173,8 @@ def init_sketch(
 def sketch_log_expected_count(
     arrays: Arrays, ids: Int[Array, "*S"], draws: Any
 ) -> Float[Array, "*S"]:
-    """From a count-min sketch (Cormode and Muthukrishnan 2005): the least of an id's counters,
-    never below its true count.
+    """Estimates from a count-min sketch (Cormode and Muthukrishnan 2005): the least of an id's
+    counters, never below its true count.
 
     An id never seen has one pseudo-count, and among N ids is no likelier than all of them alike.
     """
@@ -184,8 +186,8 @@ def sketch_log_expected_count(
 
 
 def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
-    """The sketch after a batch, by conservative update (Estan and Varghese 2002): counters rise no
-    further than they must.
+    """Returns the sketch after a batch, by conservative update (Estan and Varghese 2002): counters
+    rise no further than they must.
 
     All ids of a batch are added to the sketch as it was before it, each with the number of times it
     stands there. Of two ids that share a counter the greater sum is kept, which is at least the
@@ -216,7 +218,7 @@ def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
 
 
 def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
-    """The counters of ids, one by each hash function; past the end for negative ids.
+    """Returns the counters of ids, one by each hash function; past the end for negative ids.
 
     Over the choice of the functions, two ids share a counter of one with probability at most
     2 / width.
@@ -229,13 +231,13 @@ def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
 
 
 def _multipliers(depth: int) -> UInt32[Array, "d"]:
-    """Odd numbers, always the same ones."""
+    """Returns odd numbers, always the same ones."""
     drawn = np.random.default_rng(0).integers(0, 2**32, depth, dtype=np.uint32)
     return jnp.asarray(drawn | np.uint32(1))
 
 
 def _multiplicity(values: Int[Array, "M"]) -> Int[Array, "M"]:
-    """How many times each value stands among all."""
+    """Returns how many times each value stands among all."""
     ordered = jnp.sort(values)
     return (
         jnp.searchsorted(ordered, values, side="right") - jnp.searchsorted(ordered, values)

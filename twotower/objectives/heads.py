@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twotower.config import HeadConfig
-from twotower.objectives.pointwise import binary_cross_entropy
+from twotower.objectives.losses import binary_cross_entropy
 from twotower.towers.layers import MLP, l2_normalize
 
 Heads = Mapping[str, HeadConfig]
-# Name -> the loss of each row [B], and which rows have a label.
-Losses = dict[str, tuple[Float[Array, "B"], Bool[Array, "B"]]]
+# Name of a head -> the loss of each row [B], and whether the row has a label.
+HeadLosses = dict[str, tuple[Float[Array, "B"], Bool[Array, "B"]]]
 
 COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "concatenate": lambda user, item: jnp.concatenate([user, item], -1),
@@ -35,7 +35,7 @@ class Head(nn.Module):
     """Dense layers over the two vectors.
 
     Without hidden layers "multiply" is a weighted dot product, and "concatenate" a sum of a term of
-    the user and one of the item which, whoever asks, orders items alike.
+    the user and one of the item, which orders items alike for all users.
     """
 
     config: HeadConfig
@@ -45,21 +45,21 @@ class Head(nn.Module):
         # Coordinates of mean square 1, which the initialisation of dense layers reckons with; those
         # of unit vectors are smaller by sqrt(D), and their products by D.
         users, items = (math.sqrt(x.shape[-1]) * l2_normalize(x) for x in (users, items))
-        together = COMBINE[self.config.combine](users, items)
-        return MLP((*self.config.layers, 1), name="mlp")(together)[:, 0]
+        combined = COMBINE[self.config.combine](users, items)
+        mlp = MLP((*self.config.layers, 1), name="mlp")
+        return mlp(combined)[:, 0]
 
 
 def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of each head over vectors [B, dim].
+    """Makes fresh parameters of each head over vectors [B, dim].
 
     The key of a head depends on its name alone: adding one leaves the others as they were.
     """
     zeros = jnp.zeros((1, dim))
 
     def init(name: str) -> Any:
-        return Head(heads[name]).init(
-            jax.random.fold_in(key, zlib.crc32(name.encode())), zeros, zeros
-        )["params"]
+        head_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return Head(heads[name]).init(head_key, zeros, zeros)["params"]
 
     return {name: init(name) for name in heads}
 
@@ -67,12 +67,19 @@ def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:
 def head_logits(
     heads: Heads, params: Mapping[str, Any], users: Float[Array, "B D"], items: Float[Array, "B D"]
 ) -> dict[str, Float[Array, "B"]]:
-    """The logit of each head, [B]; its sigmoid is the probability that the label is 1, where
-    `pos_weight` is 1."""
-    return {
-        name: Head(head).apply({"params": params[name]}, users, items)
-        for name, head in heads.items()
-    }
+    """Returns the logit of each head; its sigmoid is the probability that the label is 1, where
+    `pos_weight` is 1.
+
+    Args:
+        heads: name -> options of the head.
+        params: name -> parameters of the head, see `init_heads`.
+        users: vectors of the rows' users.
+        items: vectors of the rows' items.
+    """
+    logits: dict[str, Any] = {}
+    for name, head in heads.items():
+        logits[name] = Head(head).apply({"params": params[name]}, users, items)
+    return logits
 
 
 def head_losses(
@@ -81,20 +88,24 @@ def head_losses(
     users: Float[Array, "B D"],
     items: Float[Array, "B D"],
     labels: Mapping[str, Float[Array, "B"]],
-) -> Losses:
-    """The loss of each row for each head, 0 where the label is missing, and where it is not.
+) -> HeadLosses:
+    """Returns the loss of each row for each head, 0 where the label is missing, and whether it is
+    there.
 
     Args:
+        heads: name -> options of the head.
+        params: name -> parameters of the head.
+        users: vectors of the rows' users.
+        items: vectors of the rows' items.
         labels: column -> 1, 0, or NaN where missing.
     """
-    losses: Losses = {}
+    losses: HeadLosses = {}
     for name, logits in head_logits(heads, params, users, items).items():
-        given = labels[heads[name].label]
-        known = ~jnp.isnan(given)
+        label = labels[heads[name].label]
+        known = ~jnp.isnan(label)
         # Masked before the loss and after it: the gradient of what is thrown away must not be NaN
         # either.
-        loss = binary_cross_entropy(
-            logits, jnp.where(known, given, 0.0), pos_weight=heads[name].pos_weight
-        )
+        targets = jnp.where(known, label, 0.0)
+        loss = binary_cross_entropy(logits, targets, pos_weight=heads[name].pos_weight)
         losses[name] = jnp.where(known, loss, 0.0), known
     return losses

@@ -1,14 +1,22 @@
-"""Listwise losses: how a query's positive fares among all its negatives together."""
+"""Losses of vectors and of scores, per query or per row; reduction happens in the training step.
+
+A retrieval loss takes the logits of a query's positive and of its negatives: all negatives together
+(softmax and its kin), each by itself (gbce, sigmoid), or against the positive (bpr, hinge, triplet,
+cosine_contrastive). `LOSSES` has them by name, with what their logits are made of; see
+`twotower.kernels.loss_inputs.Loss`. The pointwise loss takes the score of a row and its label.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from twotower.objectives.loss import log_sum_exp
-
-# Every loss here takes what `twotower.objectives.loss.Loss.of` says.
+from twotower.config import ObjectiveConfig
+from twotower.kernels.loss_inputs import Loss
 
 
 def softmax(
@@ -24,7 +32,7 @@ def softmax(
     >>> softmax(jnp.zeros(1), jnp.zeros((1, 3)), where=jnp.ones((1, 3), bool))  # one among four
     Array([1.3862944], dtype=float32)
     """
-    return _of_gap(softmax_gap, positive, negatives, where)
+    return _of_logit_margin(softmax_by_logit_margin, positive, negatives, where)
 
 
 def corrected_softmax(
@@ -41,7 +49,7 @@ def corrected_softmax(
     2507.09331). There negatives are drawn from Q(c) / (1 - Q(+)), a fixed number of them; here hits
     of the positive are masked and E counts the draws before masking, which estimates the same sum.
     """
-    return _of_gap(corrected_softmax_gap, positive, negatives, where)
+    return _of_logit_margin(corrected_softmax_by_logit_margin, positive, negatives, where)
 
 
 def bsl(
@@ -56,19 +64,22 @@ def bsl(
     falls away and the two temperatures remain, as in the authors' code, where the sum is raised to
     the power T_+ / T (1.06 to 1.32 in their experiments); this is that loss divided by the power.
     """
-    return _of_gap(bsl_gap, positive, negatives, where)
+    return _of_logit_margin(bsl_by_logit_margin, positive, negatives, where)
 
 
-def softmax_gap(gap: Float[Array, "B"]) -> Float[Array, "B"]:
-    return jax.nn.softplus(gap)
+def softmax_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
+    """The softmax as a function of log sum exp(negatives) - positive."""
+    return jax.nn.softplus(margin)
 
 
-def corrected_softmax_gap(gap: Float[Array, "B"]) -> Float[Array, "B"]:
-    return jax.lax.stop_gradient(jax.nn.sigmoid(gap)) * gap
+def corrected_softmax_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
+    """The corrected softmax as a function of log sum exp(negatives) - positive."""
+    return jax.lax.stop_gradient(jax.nn.sigmoid(margin)) * margin
 
 
-def bsl_gap(gap: Float[Array, "B"]) -> Float[Array, "B"]:
-    return gap
+def bsl_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
+    """The bilateral softmax loss as a function of log sum exp(negatives) - positive: itself."""
+    return margin
 
 
 def gbce(
@@ -103,7 +114,7 @@ def gbce(
 def sigmoid(
     positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"]
 ) -> Float[Array, "B"]:
-    r"""Every pair is a binary question of its own.
+    r"""Sigmoid loss, in which every pair is a binary question of its own.
 
     .. math:: \ell = -\log \sigma(s_+) - \sum_c \log \sigma(-s_c), \quad s = \frac{q \cdot v}{T} + b
 
@@ -114,12 +125,144 @@ def sigmoid(
     return jnp.where(where.any(axis=1), losses, 0.0)
 
 
-def _of_gap(
-    of_gap, positive: Float[Array, "B"], negatives: Float[Array, "B C"], where: Bool[Array, "B C"]
+def bpr(
+    positive: Float[Array, "B"], negatives: Float[Array, "B C"], *, where: Bool[Array, "B C"]
 ) -> Float[Array, "B"]:
-    log_sum, some = log_sum_exp(negatives, where)
-    return jnp.where(some, of_gap(log_sum - positive), 0.0)
+    r"""Bayesian personalised ranking, the mean over negatives of -log sigma(s_+ - s_c).
+
+    Rendle et al., UAI 2009, arXiv 1205.2618.
+    """
+    return _mean(jax.nn.softplus(negatives - positive[:, None]), where)
+
+
+def hinge(
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    *,
+    where: Bool[Array, "B C"],
+    margin: float,
+) -> Float[Array, "B"]:
+    """Margin ranking, the mean over negatives of max(0, margin - (s_+ - s_c)).
+
+    Weston et al., ECML 2010, without its ranks.
+
+    >>> both = jnp.ones((1, 2), bool)
+    >>> hinge(jnp.array([1.0]), jnp.array([[0.75, 0.0]]), where=both, margin=0.5)  # 0.25 and 0
+    Array([0.125], dtype=float32)
+    """
+    return _mean(jax.nn.relu(margin - positive[:, None] + negatives), where)
+
+
+def triplet(
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    *,
+    where: Bool[Array, "B C"],
+    margin: float,
+) -> Float[Array, "B"]:
+    """Triplet loss on the hardest negative of the batch, max(0, margin - s_+ + max_c s_c).
+
+    Hermans et al. 2017, arXiv 1703.07737, on similarities. Between unit vectors the squared
+    distance is 2 - 2 s: half the margin of squared distances gives half of their loss.
+    """
+    some = where.any(axis=1)
+    hardest = jnp.max(jnp.where(where, negatives, -jnp.inf), axis=1, initial=-jnp.inf)
+    return jnp.where(some, jax.nn.relu(margin - positive + jnp.where(some, hardest, 0.0)), 0.0)
+
+
+def cosine_contrastive(
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    *,
+    where: Bool[Array, "B C"],
+    margin: float,
+    negative_weight: float,
+) -> Float[Array, "B"]:
+    r"""Cosine contrastive loss of SimpleX.
+
+    .. math:: \ell = (1 - s_+) + \frac{w}{n} \sum_c \max(0, s_c - m)
+
+    with s the cosine and n allowed negatives. Mao et al., CIKM 2021, arXiv 2109.12613.
+
+    Args:
+        margin: m, the similarity below which a negative is left alone.
+        negative_weight: w.
+    """
+    losses = 1.0 - positive + negative_weight * _mean(jax.nn.relu(negatives - margin), where)
+    return jnp.where(where.any(axis=1), losses, 0.0)
+
+
+def binary_cross_entropy(
+    scores: Float[Array, "B"],
+    labels: Float[Array, "B"],
+    *,
+    pos_weight: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "B"]:
+    r"""Cross-entropy of labels in [0, 1] with the probabilities sigma(s).
+
+    .. math:: \ell = -w_+ \, y \log \sigma(s) - (1 - y) \log(1 - \sigma(s))
+
+    Args:
+        scores: logits s.
+        labels: y.
+        pos_weight: w_+, how many times a row with label 1 counts.
+
+    >>> binary_cross_entropy(jnp.zeros(2), jnp.array([1.0, 0.0]), pos_weight=2.0)
+    Array([1.3862944, 0.6931472], dtype=float32)
+    """
+    return pos_weight * labels * jax.nn.softplus(-scores) + (1.0 - labels) * jax.nn.softplus(scores)
+
+
+def _of_logit_margin(
+    by_logit_margin: Callable[[jax.Array], jax.Array],
+    positive: Float[Array, "B"],
+    negatives: Float[Array, "B C"],
+    where: Bool[Array, "B C"],
+) -> Float[Array, "B"]:
+    some = where.any(axis=1)
+    # A query without negatives sums zeros, and is masked afterwards: its gradient must not be NaN,
+    # nor that of whatever stands in a masked place.
+    logits = jnp.where(where, negatives, 0.0)
+    log_sum = jax.nn.logsumexp(logits, axis=1, where=where | ~some[:, None])
+    return jnp.where(some, by_logit_margin(log_sum - positive), 0.0)
 
 
 def _sum(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array, "B"]:
     return jnp.sum(values, axis=1, where=where)
+
+
+def _mean(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array, "B"]:
+    count = where.sum(axis=1).astype(values.dtype)
+    return _sum(values, where) / jnp.maximum(count, 1.0)
+
+
+# Losses of a positive and its negatives.
+LOSSES: dict[str, Loss] = {
+    "softmax": Loss(softmax, softmax_by_logit_margin, corrects=True, corrects_positive=True),
+    "corrected_softmax": Loss(corrected_softmax, corrected_softmax_by_logit_margin, corrects=True),
+    "bsl": Loss(bsl, bsl_by_logit_margin, corrects=True, bilateral=True),
+    "gbce": Loss(gbce, constants=("calibration", "num_items")),
+    "sigmoid": Loss(sigmoid, biased=True),
+    "bpr": Loss(bpr),
+    "hinge": Loss(hinge, scaled=False, constants=("margin",)),
+    "triplet": Loss(triplet, scaled=False, constants=("margin",)),
+    "cosine_contrastive": Loss(
+        cosine_contrastive, scaled=False, constants=("margin", "negative_weight")
+    ),
+}
+# Name of the loss of a score and its label, `binary_cross_entropy`.
+POINTWISE_LOSS = "binary_cross_entropy"
+
+
+def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Loss:
+    """Returns the loss with its constants given to `per_query`.
+
+    Args:
+        loss: one of `LOSSES`.
+        objective: options, of which `loss.constants` names some.
+        num_items: number of things there are that candidates may be.
+    """
+    constants = {}
+    for name in loss.constants:
+        constants[name] = num_items if name == "num_items" else getattr(objective, name)
+    return loss._replace(per_query=functools.partial(loss.per_query, **constants))

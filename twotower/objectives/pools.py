@@ -1,9 +1,9 @@
-"""Pools of hard negatives, one a user, built on the host: {"items": int32 [U, P], "sizes": int32
-[U]}.
+"""Pools of hard negatives, one for each user, built on the host: {"items": int32 [U, P], "sizes":
+int32 [U]}.
 
-The first "sizes" places of a row are in use, the others hold -1. The shape of mined pools never
-changes, so that a step is traced once; `twotower.objectives.negatives.draw_pool` draws from either
-kind.
+The first "sizes" items of a row are in use, the others are -1. The shape of mined pools never
+changes, so that a step is traced once; `twotower.objectives.negatives.draw_pool` draws from mined
+and explicit pools.
 """
 
 from __future__ import annotations
@@ -15,50 +15,58 @@ from twotower.pipeline.batches import Rows
 
 Pools = dict[str, np.ndarray]
 
-EXPLICIT = 64  # most items kept for a user
+MAX_EXPLICIT_ITEMS = 64  # of a user
 
 
 def empty_pools(users: int, size: int) -> Pools:
-    """Pools of nothing, with places for `size` items."""
+    """Makes pools without items, with room for `size` of each user."""
     return {"items": np.full((users, size), -1, np.int32), "sizes": np.zeros(users, np.int32)}
 
 
 def build_pools(users: np.ndarray, items: np.ndarray, *, num_users: int, size: int) -> Pools:
-    """The first `size` distinct items of each user, in the order given.
+    """Makes pools of the first `size` distinct items of each user.
 
     Args:
-        users, items: int [M], the pairs, a user's first choice first.
+        users: users of the pairs, int [M], in any order.
+        items: items of the pairs, int [M], the first choice of a user before the next.
+        num_users: U.
+        size: P.
     """
     pools = empty_pools(num_users, size)
     _, first = np.unique(pair_keys(users, items), return_index=True)
-    first = first[np.lexsort((first, users[first]))]  # by user, and in the order given
-    users, items = users[first], items[first]
-    place = np.arange(len(users)) - np.searchsorted(users, users)
-    kept = place < size
-    pools["items"][users[kept], place[kept]] = items[kept]
+    # By user, and of each user in the order given.
+    first = first[np.lexsort((first, users[first]))]
+    users = users[first]
+    items = items[first]
+    column = np.arange(len(users)) - np.searchsorted(users, users)
+    kept = column < size
+    pools["items"][users[kept], column[kept]] = items[kept]
     pools["sizes"][:] = np.minimum(np.bincount(users, minlength=num_users), size)
     return pools
 
 
-def explicit_pools(rows: Rows, label: np.ndarray, *, num_users: int, size: int = EXPLICIT) -> Pools:
-    """What each user was shown and did not take: the items of its latest rows whose label is 0.
+def explicit_pools(
+    rows: Rows, label: np.ndarray, *, num_users: int, size: int = MAX_EXPLICIT_ITEMS
+) -> Pools:
+    """Makes pools of the items that each user was shown and did not take: those of its latest rows
+    whose label is 0.
 
     An item that the user took in another training row (label 1) is left out.
 
     Args:
-        rows: of training.
-        label: float32 [N] of `rows`: 1, 0, or NaN where missing.
-        size: items kept for a user, at most; fewer places are made where no user has as many.
+        rows: training rows.
+        label: label of each row, float32 [N]: 1, 0, or NaN where missing.
+        num_users: U.
+        size: items kept for a user, at most; P is less where no user has as many.
     """
-    order = (
-        np.arange(len(rows))
-        if rows.timestamp is None
-        else np.argsort(rows.timestamp, kind="stable")
-    )
+    if rows.timestamp is None:
+        order = np.arange(len(rows))
+    else:
+        order = np.argsort(rows.timestamp, kind="stable")
     keys = pair_keys(rows.user, rows.item)
     refused = (label == 0) & (rows.item >= 0) & ~np.isin(keys, keys[label == 1])
     latest = order[refused[order]][::-1]
-    users, items = rows.user[latest], rows.item[latest]
-    distinct = np.unique(keys[latest]) >> 32
-    most = int(np.bincount(distinct, minlength=1).max(initial=1))
-    return build_pools(users, items, num_users=num_users, size=min(size, max(most, 1)))
+    users_of_pairs = np.unique(keys[latest]) >> 32
+    longest = int(np.bincount(users_of_pairs, minlength=1).max(initial=1))
+    size = min(size, max(longest, 1))
+    return build_pools(rows.user[latest], rows.item[latest], num_users=num_users, size=size)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS
-from twotower.objectives import LOSSES, POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.losses import LOSSES, POINTWISE_LOSS, binary_cross_entropy
 from twotower.towers.history import BLOCKS, HISTORIES
 from twotower.towers.layers import ACTIVATIONS
 from twotower.training.optimizers import DENSE, SCHEDULES
@@ -35,7 +35,8 @@ def check_kinds(config: Config) -> None:
     training = config.training
     objective = config.objective
     model = config.model
-    choose(LOSSES | POINTWISE, objective.loss, "config.objective.loss")
+    known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
+    choose(known_losses, objective.loss, "config.objective.loss")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
@@ -70,7 +71,7 @@ def _check_labels(objective: ObjectiveConfig) -> None:
     """Refuses a loss or a source of negatives that learns from labels where there are none."""
     if objective.label:
         return
-    if objective.loss in POINTWISE:
+    if objective.loss == POINTWISE_LOSS:
         raise ConfigError(
             f"config.objective.loss={objective.loss!r} learns from labels, and "
             "config.objective.label is empty: name the column of the interactions that holds 0 or "
@@ -86,7 +87,7 @@ def _check_labels(objective: ObjectiveConfig) -> None:
 
 def uses_negatives(objective: ObjectiveConfig) -> bool:
     """Returns whether the loss compares a positive with negatives, and is trained at all."""
-    return objective.loss not in POINTWISE and bool(objective.weight)
+    return objective.loss != POINTWISE_LOSS and bool(objective.weight)
 
 
 def _check_sources(objective: ObjectiveConfig) -> None:

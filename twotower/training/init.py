@@ -21,9 +21,9 @@ from twotower.core.mesh import (
     shardings,
 )
 from twotower.features.base import SIDES
-from twotower.objectives import POINTWISE
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
+from twotower.objectives.losses import POINTWISE_LOSS
 from twotower.objectives.negatives import init_queue
 from twotower.training.state import Trainer, TrainState, state_specs
 
@@ -125,7 +125,7 @@ def _init_dense(trainer: Trainer, key: jax.Array) -> tuple[dict[str, Any], dict[
         # The towers have the keys below this one.
         heads_key = jax.random.fold_in(key, len(SIDES))
         params["heads"] = init_heads(objective.heads, trainer.model.dim, heads_key)
-    if objective.loss in POINTWISE:
+    if objective.loss == POINTWISE_LOSS:
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:
         # The loss begins at the odds that there are, of one positive to its candidates, instead of

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from twotower.config import Config
 from twotower.core.mesh import REPLICATED, SHARDED
-from twotower.objectives import LOSSES, POINTWISE
+from twotower.objectives.losses import LOSSES, binary_cross_entropy
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
@@ -129,5 +129,5 @@ def resolve_kinds(config: Config) -> tuple[Any, Optimizers]:
     """
     check_kinds(config)
     name = config.objective.loss
-    loss = LOSSES[name] if name in LOSSES else POINTWISE[name]
+    loss = LOSSES.get(name, binary_cross_entropy)
     return loss, Optimizers.build(config.training)

@@ -5,25 +5,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from twotower.config import ObjectiveConfig
 from twotower.core.mesh import DeviceGroup
 from twotower.features.base import SIDES
-from twotower.objectives import POINTWISE, streaming_loss
-from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.heads import head_losses
-from twotower.objectives.negatives import (
+from twotower.kernels.loss_inputs import (
     Candidates,
     HardNegatives,
+    LossInputs,
+    LossOptions,
     Positives,
-    push,
-    queue_candidates,
 )
+from twotower.kernels.streaming_softmax import streaming_softmax
+from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.heads import head_losses
+from twotower.objectives.losses import POINTWISE_LOSS, bind_constants
+from twotower.objectives.negatives import push, queue_candidates
 from twotower.pipeline.batches import Batch
 from twotower.towers.tower import DTYPES
 from twotower.training.candidates import (
@@ -37,26 +38,6 @@ from twotower.training.state import Trainer, TrainState
 # Side -> vectors. "user": one of each row of the batch, [B, D]. "item": those of the rows, then the
 # shared samples, then the hard negatives row by row.
 Vectors = Mapping[str, jax.Array]
-
-
-class Comparison(NamedTuple):
-    """Queries and all that they are compared with.
-
-    Attributes:
-        queries: Vectors of the queries.
-        query_ids: Identity of each query; other positives of the same query are no negatives.
-        positives: Answers of the queries.
-        vectors: Vectors of the candidates that all queries share.
-        candidates: Ids and log expected counts of these candidates.
-        hard: Hard negatives of each query, if there are any.
-    """
-
-    queries: Float[Array, "B D"]
-    query_ids: Int[Array, "B"]
-    positives: Positives
-    vectors: Float[Array, "C D"]
-    candidates: Candidates
-    hard: HardNegatives | None = None
 
 
 def task_weights(objective: ObjectiveConfig) -> dict[str, float]:
@@ -102,23 +83,23 @@ def loss_sums(
     objective = trainer.config.objective
     rows = len(batch["user"])
     sums = {}
-    if objective.weight and objective.loss in POINTWISE:
+    if objective.weight and objective.loss == POINTWISE_LOSS:
         scores = jnp.sum(vectors["user"] * vectors["item"][:rows], -1)
         scores = scores / trainer.model.temperature(params) + params["bias"]
         sums["retrieval"] = _pointwise_sum(objective, trainer.loss, scores, batch)
     elif objective.weight:
         sampling = trainer.sampling
-        compare_widths = functools.partial(_mean_over_widths, trainer, params, batch)
+        compare_widths = functools.partial(_mean_over_widths, trainer, params)
         popularity = constants.get("popularity")
-        comparison = _users_with_items(
+        inputs = _users_with_items(
             objective, sampling, vectors, batch, sampled, state, popularity, group
         )
-        sums["retrieval"] = compare_widths(comparison, corpus=trainer.corpus.items)
+        sums["retrieval"] = compare_widths(inputs, corpus=trainer.corpus.items)
         if objective.symmetric:
-            comparison = _items_with_users(
+            inputs = _items_with_users(
                 objective, sampling, vectors, batch, state.frequency["user"], group
             )
-            other = compare_widths(comparison, corpus=trainer.corpus.users)
+            other = compare_widths(inputs, corpus=trainer.corpus.users)
             sums["retrieval"] = (sums["retrieval"] + other) / 2
     if objective.heads:
         items = vectors["item"][:rows]
@@ -139,7 +120,7 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     if not objective.label:
         return batch["weight"]
     label = batch["labels"][objective.label]
-    counts = ~jnp.isnan(label) if objective.loss in POINTWISE else label == 1
+    counts = ~jnp.isnan(label) if objective.loss == POINTWISE_LOSS else label == 1
     return jnp.where(counts, batch["weight"], 0)
 
 
@@ -169,7 +150,7 @@ def _users_with_items(
     state: TrainState,
     popularity: Any,
     group: DeviceGroup,
-) -> Comparison:
+) -> LossInputs:
     """Compares the batch's users with the candidates of all sources."""
     rows = len(batch["user"])
     shared = len(sampled.shared)
@@ -204,12 +185,12 @@ def _users_with_items(
             sampled.hard,
             log_count(sampled.hard, sampled.hard_log_count),
         )
-    return Comparison(
+    return LossInputs(
         queries=vectors["user"],
         query_ids=batch["user"],
+        weights=_row_weights(objective, batch),
         positives=Positives(own, batch["item"], log_count(batch["item"])),
-        vectors=items,
-        candidates=Candidates(ids, query_ids, log_count(ids)),
+        candidates=Candidates(items, ids, query_ids, log_count(ids)),
         hard=hard,
     )
 
@@ -221,7 +202,7 @@ def _items_with_users(
     batch: Batch,
     frequency: Any,
     group: DeviceGroup,
-) -> Comparison:
+) -> LossInputs:
     """Compares the batch's items with its users."""
     rows = len(batch["user"])
     users, ids, query_ids = gather_candidates(
@@ -234,58 +215,46 @@ def _items_with_users(
         estimator = FREQUENCIES[sampling.config.frequency]
         return estimator.log_expected_count(frequency, ids, sampling.batch_size)
 
-    return Comparison(
+    return LossInputs(
         queries=vectors["item"][:rows],
         query_ids=batch["item"],
+        weights=_row_weights(objective, batch),
         positives=Positives(vectors["user"], batch["user"], log_count(batch["user"])),
-        vectors=users,
-        candidates=Candidates(ids, query_ids, log_count(ids)),
+        candidates=Candidates(users, ids, query_ids, log_count(ids)),
     )
 
 
 def _mean_over_widths(
-    trainer: Trainer,
-    params: Mapping[str, Any],
-    batch: Batch,
-    comparison: Comparison,
-    *,
-    corpus: int,
+    trainer: Trainer, params: Mapping[str, Any], inputs: LossInputs, *, corpus: int
 ) -> jax.Array:
-    """Returns the sum of weight x loss of a comparison, the mean over all widths that vectors are
-    compared at.
+    """Returns the sum of weight x loss, the mean over all widths that vectors are compared at.
 
     Args:
         trainer: Model and loss.
         params: Dense parameters.
-        batch: This device's part of the batch.
-        comparison: Queries and candidates.
+        inputs: Queries and candidates, without scale and bias.
         corpus: Number of things that a candidate may be.
     """
     objective = trainer.config.objective
-    compare = functools.partial(
-        streaming_loss,
-        loss=trainer.loss,
-        weights=_row_weights(objective, batch),
-        scale=1 / trainer.model.temperature(params),
-        bias=params.get("bias"),
-        owners=comparison.query_ids,
+    inputs = inputs._replace(scale=1 / trainer.model.temperature(params), bias=params.get("bias"))
+    options = LossOptions(
+        bind_constants(trainer.loss, objective, corpus),
         margin=objective.margin,
         positive_temperature=objective.positive_temperature,
         mask_same_user=objective.mask_same_user,
-        constants=trainer.loss.constants(objective, corpus),
+    )
+    compare = functools.partial(
+        streaming_softmax,
+        options=options,
         block=objective.block,
         dtype=DTYPES[trainer.config.model.dtype],
     )
-    queries, _, positives, vectors, candidates, hard = comparison
-    whole = compare(queries, positives, vectors, candidates, hard=hard)
+    whole = compare(inputs)
     # Matryoshka: the first numbers of all vectors are compared as well as the whole.
     shorter = []
     for width in objective.matryoshka:
         cut = functools.partial(trainer.model.shorten, width=width)
-        cut_positives = positives._replace(vectors=cut(positives.vectors))
-        cut_hard = None if hard is None else hard._replace(vectors=cut(hard.vectors))
-        loss = compare(cut(queries), cut_positives, cut(vectors), candidates, hard=cut_hard)
-        shorter.append(loss)
+        shorter.append(compare(inputs.map_vectors(cut)))
     return (whole + sum(shorter)) / (1 + len(shorter))
 
 

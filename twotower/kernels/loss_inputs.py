@@ -1,0 +1,147 @@
+"""Inputs of the retrieval losses: vectors with their ids, and how logits are made of scores.
+
+`twotower.kernels.streaming_softmax` and its plain reference take the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+class Positives(NamedTuple):
+    """The answer of each query.
+
+    Attributes:
+        vectors: vectors of the answers.
+        ids: ids of the answers; a candidate of the same id is no negative.
+        log_expected_count: log of the expected number of times the sources of negatives of this
+            step yield the answer's id.
+    """
+
+    vectors: Float[Array, "*B D"]
+    ids: Int[Array, "*B"]
+    log_expected_count: Float[Array, "*B"]
+
+
+class Candidates(NamedTuple):
+    """The C things that every query is compared with.
+
+    Attributes:
+        vectors: vectors of the candidates.
+        ids: ids of the candidates, equal for equal things; negative for padding, which is never
+            compared.
+        query_ids: identity (user) of the query that each candidate is a positive of; negative where
+            it is nobody's.
+        log_expected_count: log of the expected number of times the sources of negatives of this
+            step yield the candidate's id.
+    """
+
+    vectors: Float[Array, "C D"]
+    ids: Int[Array, "C"]
+    query_ids: Int[Array, "C"]
+    log_expected_count: Float[Array, "C"]
+
+
+class HardNegatives(NamedTuple):
+    """Further negatives of each query alone.
+
+    Attributes:
+        vectors: vectors of the negatives.
+        ids: their ids; negative where there is none.
+        log_expected_count: as in `Candidates`.
+    """
+
+    vectors: Float[Array, "*B H D"]
+    ids: Int[Array, "*B H"]
+    log_expected_count: Float[Array, "*B H"]
+
+
+class LossInputs(NamedTuple):
+    """The arrays of a retrieval loss.
+
+    Attributes:
+        queries: vectors of B queries, [B, D], or of B rows of L queries, [B, L, D]; positives,
+            weights and hard negatives have the same leading axes.
+        query_ids: identity (user) of each query, or of each row of queries; negative: nobody.
+        weights: weight of each query in the sum of losses.
+        positives: answer of each query.
+        candidates: candidates for negatives of all queries.
+        scale: factor of the scores, 1 / temperature.
+        bias: number added to every logit, for losses with `Loss.biased`; None is 0.
+        hard: further negatives of each query.
+    """
+
+    queries: Float[Array, "*B D"]
+    query_ids: Int[Array, "..."]
+    weights: Float[Array, "*B"]
+    positives: Positives
+    candidates: Candidates
+    scale: float | Float[Array, ""] = 1.0
+    bias: Float[Array, ""] | None = None
+    hard: HardNegatives | None = None
+
+    def map_vectors(self, function: Callable[[jax.Array], jax.Array]) -> LossInputs:
+        """Returns the same inputs with `function` applied to all vectors."""
+        hard = self.hard
+        if hard is not None:
+            hard = hard._replace(vectors=function(hard.vectors))
+        return self._replace(
+            queries=function(self.queries),
+            positives=self.positives._replace(vectors=function(self.positives.vectors)),
+            candidates=self.candidates._replace(vectors=function(self.candidates.vectors)),
+            hard=hard,
+        )
+
+
+class Loss(NamedTuple):
+    """A retrieval loss: a function of the logits of each query, and how logits are made of scores.
+
+    Attributes:
+        per_query: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]. A query
+            without any allowed negative costs nothing and moves nothing.
+        by_logit_margin: the loss [B] as a function of its logit margin [B], which is the log of the
+            negatives' summed exponentials, less the positive's logit; None for losses that are no
+            function of it. Lets the streaming form keep exponentials as they are.
+        corrects: whether log expected counts are taken off the negatives' logits.
+        corrects_positive: whether they are taken off the positive's too.
+        scaled: whether scores are divided by the temperature.
+        biased: whether a learnable bias is added to every logit.
+        bilateral: whether the positive may have a temperature of its own.
+        constants: names of the keyword arguments that `per_query` has besides: options of the
+            objective, or "num_items".
+    """
+
+    per_query: Callable[..., jax.Array]
+    by_logit_margin: Callable[[jax.Array], jax.Array] | None = None
+    corrects: bool = False
+    corrects_positive: bool = False
+    scaled: bool = True
+    biased: bool = False
+    bilateral: bool = False
+    constants: tuple[str, ...] = ()
+
+    @property
+    def takes_margin(self) -> bool:
+        """Whether the margin is a constant of the loss, and not taken off the positive's score."""
+        return "margin" in self.constants
+
+
+class LossOptions(NamedTuple):
+    """The static options of a retrieval loss.
+
+    Attributes:
+        loss: the loss, its constants given to `per_query`.
+        margin: additive margin, in units of scores; not used where `Loss.takes_margin`.
+        positive_temperature: temperature of the positive, where `Loss.bilateral`; 0 takes that of
+            the negatives.
+        mask_same_user: whether other positives of a query's user are not its negatives.
+    """
+
+    loss: Loss
+    margin: float = 0.0
+    positive_temperature: float = 0.0
+    mask_same_user: bool = True
