@@ -1,33 +1,25 @@
 """Graph indexes behind the same meaning as exact search, tuned, saved, and never padding with an
 item."""
 
-import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
 
+from tests.index.oracles import clustered_vectors
 from twotower.config import from_dict
 from twotower.core.errors import QueryError
 from twotower.index import graphs
 from twotower.index.build import build_index, load_index, save_index
 from twotower.index.exact import ExactIndex
-from twotower.index.graphs import GRAPHS
+from twotower.index.graphs import GRAPHS, import_library
 from twotower.index.recall import list_recall
-
-
-def unit(vectors):
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def vectors():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(40, 16))
-    return tuple(
-        unit(centres[rng.integers(0, 40, n)] + 0.5 * rng.normal(size=(n, 16))) for n in (400, 2_000)
-    )
+    return clustered_vectors(400, 2_000)
 
 
 def config(kind, target=0.95):
@@ -98,18 +90,10 @@ def test_threads_that_ask_for_lists_of_different_lengths(built, vectors):
     assert not wrong
 
 
-def test_a_library_that_is_not_there_names_its_extra():
-    code = """if True:
-        import sys
-        sys.modules["faiss"] = None
-        from twotower.index.graphs import import_library
-        try:
-            import_library("faiss")
-        except ImportError as error:
-            print(error)
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "twotower[faiss]" in done.stdout, done.stderr
+def test_a_library_that_is_not_there_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"twotower\[faiss\]"):
+        import_library("faiss")
 
 
 def test_a_target_beyond_the_graph_is_searched_exactly(vectors, monkeypatch):
