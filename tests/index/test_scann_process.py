@@ -71,7 +71,8 @@ CASES = {
         """
         index = index_of("scann_tree")
         table = lambda ids: pa.table({"item_id": pa.array(ids, pa.string())})
-        corpus = LiveCatalogue(index, items, table([str(n) for n in range(1500)]))
+        names = table([str(n) for n in range(1500)])
+        corpus = LiveCatalogue.build(index, items, names)
         wrong = [np.full((1, 8), np.nan), np.full((1, 8), np.inf), np.ones((1, 9)), np.ones((2, 8))]
         for vectors in wrong:
             try:
