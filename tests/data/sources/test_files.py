@@ -31,9 +31,8 @@ def test_every_format_yields_the_same_dataset(tmp_path):
         ("log.parquet", {}),
     ]
     for name, option in options:
-        assert (
-            read_rows(str(tmp_path / name), **option).select(names).equals(expected.select(names))
-        ), name
+        table = read_rows(str(tmp_path / name), **option)
+        assert table.select(names).equals(expected.select(names)), name
 
 
 def test_folders_and_globs_are_read_in_the_order_of_names_and_paths_are_expanded(

@@ -25,8 +25,8 @@ def test_pair_files_and_user_lists_are_the_same_log_written_differently(tmp_path
     expected = [("1", "10"), ("1", "11"), ("2", "10")]
     for source, path in (("pairs", pairs), ("user_lists", lists)):
         table = load(source, path).interactions
-        pairs = list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist()))
-        assert pairs == expected, source
+        read = list(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist()))
+        assert read == expected, source
     with pytest.raises(ConfigError, match=r"lists\.txt, line 1: '1 10 11'"):
         load("pairs", lists)
 

@@ -73,7 +73,7 @@ def read(dataset: str, *, data_dir: str = "") -> Tables:
         return _read_columns(kept[-1])
     size = dataset.removeprefix("movielens/").removesuffix("-ratings")
     if size in READERS:
-        unpacked = _unpack_archive(archive_of(dataset), root)
+        unpacked = _unpack(find_archive(archive_of(dataset), root), root)
         return READERS[size](unpacked / f"ml-{size}")
     return _prepare(dataset, root)
 
@@ -116,14 +116,13 @@ def _import_tfds(dataset: str) -> tuple[Any, Any]:
     return tensorflow_datasets, movielens
 
 
-def _unpack_archive(archive: Archive, root: Path) -> Path:
-    """Unpacks the archive to where TFDS looks for unpacked ones, and returns that folder.
+def _unpack(archive: Path, root: Path) -> Path:
+    """Unpacks an archive to where TFDS looks for unpacked ones, and returns that folder.
 
-    TFDS would need TensorFlow to unpack it.
+    TFDS itself would need TensorFlow to unpack it.
     """
-    path = find_archive(archive, root)
-    folder = root / "downloads" / "extracted" / f"ZIP.{path.name}"
-    unpack(path, folder)
+    folder = root / "downloads" / "extracted" / f"ZIP.{archive.name}"
+    unpack(archive, folder)
     return folder
 
 
@@ -165,12 +164,12 @@ def _open(dataset: str, root: Path) -> Any:
             "folder."
         ) from error
     if not Path(builder.data_dir).exists():
-        archive = archive_of(dataset)
-        _unpack_archive(archive, root)
-        found = find_archive(archive, root)
+        archive = find_archive(archive_of(dataset), root)
+        _unpack(archive, root)
+        # TFDS looks for the archive in the manual folder before it would download it.
         builder.download_and_prepare(
             download_dir=root / "downloads",
-            download_config=tfds.download.DownloadConfig(manual_dir=found.parent),
+            download_config=tfds.download.DownloadConfig(manual_dir=archive.parent),
         )
     return tfds.data_source(dataset, split="train", data_dir=root, download=False)
 
