@@ -55,9 +55,11 @@ def _unit(vectors):
 
 def _dots(run, users):
     """The dot products of the towers' vectors, and nothing else: [users, N]."""
-    embed = lambda side, features: np.asarray(
-        run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, features))
-    )  # noqa: E731
+
+    def embed(side, features):
+        on_device = jax.tree.map(jnp.asarray, features)
+        return np.asarray(run.model.embed(side, run.weights, on_device))
+
     rows = run.prepared.encoder.encode("user", users)
     return embed("user", rows) @ embed("item", dict(run.prepared.features["item"])).T
 

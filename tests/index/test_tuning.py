@@ -52,118 +52,118 @@ class Partitioned:
         return found, np.where(np.isneginf(found), -1, rows)
 
 
+def tunable(search, num_items=500, num_leaves=8, hashed=False, target_recall=0.9):
+    return TunableIndex(search, num_items, num_leaves, hashed, target_recall)
+
+
+@pytest.fixture(scope="module")
+def partitioned(vectors):
+    """(100 user vectors, 500 item vectors, an index of eight leaves over them)."""
+    users = vectors[0][:100]
+    items = vectors[1][:500]
+    return users, items, Partitioned(items, 8, 2)
+
+
 @pytest.mark.parametrize("hashed", [False, True])
 def test_the_choice_is_the_cheapest_of_a_full_grid(vectors, hashed):
-    users, items = vectors[0][:200], vectors[1][:1_000]
+    users = vectors[0][:200]
+    items = vectors[1][:1_000]
     index = Partitioned(items, 16, 1)
-    problem = TunableIndex(index.search, len(items), 16, hashed, 0.9)
-    (effort, *_), trials, _ = tune(problem, items, users, 10)
+    task = tunable(index.search, 1_000, 16, hashed)
+    (effort, *_), trials, _ = tune(task, items, users, 10)
     tuning = users[::2]
-    truth = ExactIndex(items).search(tuning, 10)[1]
+    _, truth = ExactIndex(items).search(tuning, 10)
 
-    def reaches(leaves, reorder):
-        shares = isin_lists(truth, index.search(tuning, 10, leaves, reorder)[1]).mean(1)
-        return shares.mean() - 1.64 * shares.std() / np.sqrt(len(shares)) >= 0.9
+    def reaches_target(leaves, reorder):
+        _, rows = index.search(tuning, 10, leaves, reorder)
+        recalls = isin_lists(truth, rows).mean(1)
+        return recalls.mean() - 1.64 * recalls.std() / np.sqrt(len(recalls)) >= 0.9
 
+    reorders = (320, 160, 80, 40, 20) if hashed else (0,)
     grid = [
-        (problem.cost(leaves, reorder), leaves, reorder)
+        (task.cost(leaves, reorder), leaves, reorder)
         for leaves in range(1, 17)
-        for reorder in ((320, 160, 80, 40, 20) if hashed else (0,))
-        if reaches(leaves, reorder)
+        for reorder in reorders
+        if reaches_target(leaves, reorder)
     ]
     assert (effort.leaves, effort.reorder) == min(grid)[1:]
-    assert len([trial for trial in trials if trial.k == 10]) < (
-        32 if hashed else 8
-    )  # of the 80 and 16 of a grid
+    tried = [trial for trial in trials if trial.k == 10]
+    assert len(tried) < (32 if hashed else 8)  # of the 80 and 16 of a grid
     held_out = users[1::2]
-    found = list_recall(
-        index.search(held_out, 10, effort.leaves, effort.reorder)[1],
-        ExactIndex(items).search(held_out, 10)[1],
-    )
-    assert (
-        effort.recall == pytest.approx(found, abs=1e-4)
-        and effort.recall >= 0.9
-        and effort.queries == 100
-    )
+    _, found = index.search(held_out, 10, effort.leaves, effort.reorder)
+    recall = list_recall(found, ExactIndex(items).search(held_out, 10)[1])
+    assert effort.recall == pytest.approx(recall, abs=1e-4)
+    assert effort.recall >= 0.9
+    assert effort.queries == 100
 
 
-def test_what_tunes_and_what_measures_are_different_users(vectors):
-    users, items = vectors[0][:100], vectors[1][:500]
-    asked, index = [], Partitioned(items, 8, 2)
+def test_users_who_tune_and_users_who_measure_are_different(partitioned):
+    users, items, index = partitioned
+    searched = []
 
     def search(queries, *setting):
-        asked.append({row.tobytes() for row in queries})
+        searched.append({row.tobytes() for row in queries})
         return index.search(queries, *setting)
 
-    tune(TunableIndex(search, 500, 8, False, 0.8), items, users, 10)
-    assert {row.tobytes() for row in users} == set().union(*asked) and asked[0] & asked[-1] == set()
+    tune(tunable(search, target_recall=0.8), items, users, 10)
+    assert {row.tobytes() for row in users} == set().union(*searched)
+    assert not searched[0] & searched[-1]
 
 
-def test_the_margin_is_1_64_standard_errors(vectors):
+def test_the_margin_is_1_64_standard_errors(partitioned):
     """A target that the mean reaches and the mean less its margin does not is not reached."""
-    users, items = vectors[0][:100], vectors[1][:500]
-    index = Partitioned(items, 8, 2)
-    truth = ExactIndex(items).search(users[::2], 10)[1]
-    shares = isin_lists(truth, index.search(users[::2], 10, 3, 0)[1]).mean(1)
-    margin = 1.64 * shares.std() / np.sqrt(50)
-    for target, reached in (
-        (shares.mean() - margin * 0.9, False),
-        (shares.mean() - margin * 1.1, True),
-    ):
-        half = tuner._every_second(users, ExactIndex(items).search(users, 10), first=0)
-        trial = tuner._run_trial(
-            TunableIndex(index.search, 500, 8, False, float(target)), half, 10, 3, 0
-        )
-        assert trial.reached is reached and trial.margin == pytest.approx(margin, abs=1e-4)
+    users, items, index = partitioned
+    half = tuner._every_second(users, ExactIndex(items).search(users, 10), first=0)
+    _, rows = index.search(half.queries, 10, 3, 0)
+    recalls = isin_lists(half.rows, rows).mean(1)
+    margin = 1.64 * recalls.std() / np.sqrt(50)
+    for margins_below, reached in ((0.9, False), (1.1, True)):
+        target = float(recalls.mean() - margins_below * margin)
+        task = tunable(index.search, target_recall=target)
+        trial = tuner._run_trial(task, half, 10, 3, 0)
+        assert trial.reached is reached
+        assert trial.margin == pytest.approx(margin, abs=1e-4)
 
 
-def test_held_out_users_who_need_more_leaves_get_them(vectors):
-    users, items = vectors[0][:100], vectors[1][:500]
-    index = Partitioned(items, 8, 2)
-    problem, truth = (
-        TunableIndex(index.search, 500, 8, False, 0.9),
-        ExactIndex(items).search(users, 10),
-    )
-    half = tuner._every_second(users, truth, first=1)
-    leaves, _, recalls = tuner._raise_to_held_out(problem, half, 10, 1, 0)
-    assert leaves > 1 and recalls.mean() >= 0.9
+def test_held_out_users_who_need_more_leaves_get_them(partitioned):
+    users, items, index = partitioned
+    half = tuner._every_second(users, ExactIndex(items).search(users, 10), first=1)
+    leaves, _, recalls = tuner._raise_to_held_out(tunable(index.search), half, 10, 1, 0)
+    assert leaves > 1
+    assert recalls.mean() >= 0.9
 
 
-def test_what_no_effort_reaches_is_no_effort(vectors):
-    users, items = vectors[0][:100], vectors[1][:500]
-    blind = TunableIndex(
-        lambda q, k, *_: (np.full((len(q), k), -np.inf), np.full((len(q), k), -1)),
-        500,
-        8,
-        False,
-        0.9,
-    )
-    efforts, trials, _ = tune(blind, items, users, 10)
-    assert efforts == () and [t.leaves for t in trials] == [1, 2, 4, 8]
+def test_an_index_that_reaches_the_target_at_no_effort_gets_none(partitioned):
+    users, items, _ = partitioned
+
+    def find_nothing(queries, k, *setting):
+        shape = (len(queries), k)
+        return np.full(shape, -np.inf), np.full(shape, -1)
+
+    efforts, trials, _ = tune(tunable(find_nothing), items, users, 10)
+    assert efforts == ()
+    assert [trial.leaves for trial in trials] == [1, 2, 4, 8]
 
 
 def test_of_equal_scores_any_item_is_found():
-    """A thousand copies of one item: which of them come back is nobody's loss."""
-    items, users = np.ones((500, 4), np.float32), np.ones((40, 4), np.float32)
-    last = TunableIndex(
-        lambda q, k, *_: (
-            np.full((len(q), k), 4.0),
-            np.tile(np.arange(499, 499 - k, -1), (len(q), 1)),
-        ),
-        500,
-        8,
-        False,
-        0.99,
-    )
-    efforts, _, _ = tune(last, items, users, 10)
-    assert efforts[0].leaves == 1 and efforts[0].recall == 1.0
+    """Five hundred copies of one item: which of them come back is nobody's loss."""
+    items = np.ones((500, 4), np.float32)
+    users = np.ones((40, 4), np.float32)
+
+    def find_the_last(queries, k, *setting):
+        rows = np.tile(np.arange(499, 499 - k, -1), (len(queries), 1))
+        return np.full(rows.shape, 4.0), rows
+
+    efforts, _, _ = tune(tunable(find_the_last, target_recall=0.99), items, users, 10)
+    assert efforts[0].leaves == 1
+    assert efforts[0].recall == 1.0
 
 
 def test_recall_by_decile_is_counted_by_hand():
-    popularity = np.array(
-        [5, 0, 9, 1, 7, 3, 2, 8, 4, 6] * 2
-    )  # each value twice: ten tenths of two items
-    truth, rows = np.array([[0, 1], [1, 2], [10, 3]]), np.array([[1, 9], [2, 8], [3, 4]])
+    # Each value twice: ten tenths of two items.
+    popularity = np.array([5, 0, 9, 1, 7, 3, 2, 8, 4, 6] * 2)
+    truth = np.array([[0, 1], [1, 2], [10, 3]])
+    rows = np.array([[1, 9], [2, 8], [3, 4]])
     # The items 0 and 10 have 5 (decile 5), 1 has 0 (decile 0), 2 has 9 (decile 9), 3 has 1 (decile
     # 1).
     expected = [0.5, 1.0, None, None, None, 0.0, None, None, None, 1.0]

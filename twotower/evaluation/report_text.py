@@ -11,6 +11,7 @@ from twotower.core.tables import format_table
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.report import INDEX_K
+from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
 
@@ -137,7 +138,7 @@ def format_bundle(bundle: Bundle, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def describe_index(index: Any) -> str:
+def describe_index(index: Index) -> str:
     """Returns the index in words, with its recall where it was tuned."""
     tuning = getattr(index, "tuning", None)
     if tuning is None or not tuning.efforts:
