@@ -11,7 +11,7 @@ from twotower.core.errors import ScoreError
 from twotower.core.mesh import AXIS, REPLICATED, SHARDED, make_mesh, put
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
-from twotower.evaluation.report import frontier
+from twotower.evaluation.report import measure_popularity_weights
 
 
 def problem(num_items, largest=9):
@@ -49,10 +49,12 @@ def test_every_figure_is_that_of_one_device(devices, num_items, masked):
 
 def test_a_weight_of_popularity_is_added_on_a_mesh_too():
     scores, queries = problem(43)
-    items, weights = np.eye(43, dtype=np.float32), (0.0, 2.0)
-    alone = frontier(dot_scores(scores, items), queries, KS, weights)
-    assert frontier(dot_scores(scores, items, mesh=make_mesh(8)), queries, KS, weights) == alone
-    assert alone["0"] != alone["2"]
+    items = np.eye(43, dtype=np.float32)
+    alone, divided = (
+        measure_popularity_weights(dot_scores(scores, items, mesh=mesh), queries, KS, (0.0, 2.0))
+        for mesh in (None, make_mesh(8))
+    )
+    assert divided == alone and alone["0"] != alone["2"]
 
 
 @pytest.mark.parametrize("where", [0, 42])

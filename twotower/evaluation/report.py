@@ -91,7 +91,7 @@ def measure_run(
             measured[f"baselines{suffix}"] = values
     measured |= _measure_new(run, queries, ks)
     if popularity_weights:
-        measured["popularity_weights"] = frontier(
+        measured["popularity_weights"] = measure_popularity_weights(
             rankings["model"], queries, ks, popularity_weights
         )
     if run.config.objective.heads:
@@ -125,7 +125,7 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
     return measured
 
 
-def frontier(
+def measure_popularity_weights(
     scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]
 ) -> Measured:
     """Measures lists with popularity weighed: recall against coverage and novelty.
