@@ -10,7 +10,7 @@ import pyarrow.csv
 import pytest
 
 from tests.features.history_encoder import history_encoder
-from tests.training.conftest import small_config
+from tests.training.shop import small_config
 from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.mesh import make_mesh
 from twotower.data.shop.generate import generate

@@ -24,13 +24,10 @@ COMMAND = [
     sys.executable,
     "-m",
     "experiments.train",
-    "--config=experiments/configs/quickstart.py",
-    "--config.data.num_interactions=3000",
+    "--config=tests/training/tiny_config.py",
     f"--config.training.steps={STEPS}",
-    "--config.training.batch_size=64",
     "--config.training.validate_every=10",
     "--config.training.log_every=5",
-    "--config.training.schedule.kind=plateau",
 ]
 
 # Each start compiles for itself, as it does for those who keep no compiled programs.
@@ -39,9 +36,8 @@ ALONE = {name: value for name, value in os.environ.items() if name != "JAX_COMPI
 
 def _final_state(workdir):
     run = load_run(workdir, checkpoint="latest")
-    abstract = abstract_state(
-        Trainer.build(run.config, run.model, corpus_size(run.prepared)), make_mesh(1)
-    )
+    trainer = Trainer.build(run.config, run.model, corpus_size(run.prepared))
+    abstract = abstract_state(trainer, make_mesh(1))
     with open_checkpoints(workdir, run.config) as checkpoints:
         return checkpoints.restore(STEPS, abstract), checkpoints.best()
 

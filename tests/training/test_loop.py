@@ -8,31 +8,23 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.conftest import make_batches, small_config
+from tests.training.shop import build_trainer, make_batches, small_config
 from twotower.config import non_defaults
 from twotower.core.errors import CheckpointError, ConfigError, ScoreError, TrainingError
 from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
-from twotower.towers.two_tower import TwoTower
 from twotower.training import loop, memory, run
-from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.optimizers import Optimizers
-from twotower.training.state import Trainer, resolve_kinds
+from twotower.training.state import resolve_kinds
 
 # On one device, which compiles soonest; test_mesh.py has several.
 ONE = make_mesh(1)
 fit = functools.partial(loop.fit, mesh=ONE)
 train = functools.partial(run.train, devices=1)
-
-
-def _trainer(prepared, config):
-    return Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
-    )
 
 
 def _by_norm(weights):
@@ -44,11 +36,13 @@ def _equal_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, monkeypatch):
+def test_the_step_is_traced_once_and_metrics_are_written(
+    prepared, tmp_path, monkeypatch, own_programs
+):
     traces = []
     plain = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *a, **k: traces.append(1) or plain(*a, **k))
-    fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=_by_norm)
+    fit(build_trainer(prepared, small_config()), prepared, tmp_path, validate=_by_norm)
     assert len(traces) == 1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
@@ -60,13 +54,13 @@ def test_the_step_is_traced_once_and_metrics_are_written(prepared, tmp_path, mon
 
 def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepared, tmp_path):
     rows = prepared.num_examples
-    as_given = _trainer(prepared, small_config())  # 12 steps, validated every 4
+    as_given = build_trainer(prepared, small_config())  # 12 steps, validated every 4
     assert as_given.scaled_to(rows) is as_given
     few = {"steps_for": 2 * rows, "schedule": {"warmup_steps": 4}}
-    shortened = _trainer(prepared, small_config(training=few)).scaled_to(rows).config.training
+    shortened = build_trainer(prepared, small_config(training=few)).scaled_to(rows).config.training
     assert (shortened.steps, shortened.validate_every, shortened.schedule.warmup_steps) == (6, 2, 2)
     fewest = (
-        _trainer(prepared, small_config(training={"steps_for": 1000 * rows}))
+        build_trainer(prepared, small_config(training={"steps_for": 1000 * rows}))
         .scaled_to(rows)
         .config.training
     )
@@ -75,7 +69,7 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
         2,
     )  # the four before the first validation, in three
     more = {"steps_for": rows // 2, "steps_per_dispatch": 2, "schedule": {"kind": "cosine"}}
-    trainer = _trainer(prepared, small_config(training=more))
+    trainer = build_trainer(prepared, small_config(training=more))
     stretched = trainer.scaled_to(rows)
     assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)
     assert trainer.optimizers.schedule(12) < 1e-6
@@ -86,20 +80,22 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
 
 
 def test_streamed_training_equals_resident_training(prepared, tmp_path):
-    resident = fit(_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
+    resident = fit(build_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
     streamed_config = small_config(training={"resident_megabytes": 0})
-    streamed = fit(_trainer(prepared, streamed_config), prepared, tmp_path / "b", validate=None)
+    streamed = fit(
+        build_trainer(prepared, streamed_config), prepared, tmp_path / "b", validate=None
+    )
     _equal_bits(resident, streamed)
 
 
 @pytest.mark.parametrize("resident_megabytes", [0, 100])
 def test_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path, resident_megabytes):
     config = small_config(training={"resident_megabytes": resident_megabytes})
-    one = fit(_trainer(prepared, config), prepared, tmp_path / "one", validate=_by_norm)
+    one = fit(build_trainer(prepared, config), prepared, tmp_path / "one", validate=_by_norm)
     config = small_config(
         training={"resident_megabytes": resident_megabytes, "steps_per_dispatch": 4}
     )
-    four = fit(_trainer(prepared, config), prepared, tmp_path / "four", validate=_by_norm)
+    four = fit(build_trainer(prepared, config), prepared, tmp_path / "four", validate=_by_norm)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, four)
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
@@ -117,7 +113,7 @@ def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp
             "tables": {"kind": "lazy_adam", "learning_rate": 0.01},
         }
     )
-    whole = fit(_trainer(prepared, config), prepared, tmp_path / "whole", validate=_by_norm)
+    whole = fit(build_trainer(prepared, config), prepared, tmp_path / "whole", validate=_by_norm)
 
     def dies(weights):
         dies.calls += 1
@@ -127,8 +123,8 @@ def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp
 
     dies.calls = 0
     with pytest.raises(KeyboardInterrupt):
-        fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=dies)
-    resumed = fit(_trainer(prepared, config), prepared, tmp_path / "parts", validate=_by_norm)
+        fit(build_trainer(prepared, config), prepared, tmp_path / "parts", validate=dies)
+    resumed = fit(build_trainer(prepared, config), prepared, tmp_path / "parts", validate=_by_norm)
     _equal_bits(whole, resumed)
     steps = [
         json.loads(x)["step"]
@@ -138,9 +134,11 @@ def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp
 
 
 def test_a_finished_run_is_left_as_it_is(prepared, tmp_path):
-    first = fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
+    first = fit(build_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    _equal_bits(first, fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None))
+    _equal_bits(
+        first, fit(build_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
+    )
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -150,7 +148,7 @@ def test_the_best_checkpoint_survives_retention_and_training_stops_early(prepare
     )
     values = iter([0.0, 0.1, 0.5, 0.4, 0.5, 0.3])
     state = fit(
-        _trainer(prepared, config),
+        build_trainer(prepared, config),
         prepared,
         tmp_path,
         validate=lambda w: {"recall@10": next(values)},
@@ -167,7 +165,7 @@ def test_the_best_checkpoint_survives_retention_and_training_stops_early(prepare
 def test_a_misspelt_metric_is_refused_before_the_first_step(prepared, tmp_path):
     config = small_config(training={"metric": "recal@10"})
     with pytest.raises(ConfigError, match="'recal@10' is not measured. Measured: recall@10"):
-        fit(_trainer(prepared, config), prepared, tmp_path, validate=_by_norm)
+        fit(build_trainer(prepared, config), prepared, tmp_path, validate=_by_norm)
 
 
 def test_nan_stops_with_the_step_and_the_last_good_checkpoint(prepared, tmp_path):
@@ -177,7 +175,7 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(prepared, tmp_path
     with pytest.raises(
         TrainingError, match=rf"(The loss is|the norm of the gradient) nan.* at step [234]\. {good}"
     ):
-        fit(_trainer(prepared, config), prepared, tmp_path, validate=None)
+        fit(build_trainer(prepared, config), prepared, tmp_path, validate=None)
 
 
 def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkeypatch):
@@ -192,7 +190,7 @@ def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkey
 
     monkeypatch.setattr(loop, "compile_steps", leaky)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
+        fit(build_trainer(prepared, small_config()), prepared, tmp_path, validate=None)
 
 
 def test_patience_counts_validations_without_improvement():
@@ -337,7 +335,7 @@ def test_vectors_that_cannot_be_ranked_stop_with_the_last_good_checkpoint(prepar
         TrainingError,
         match=r"failed at step 8: Scores hold NaN. The last good checkpoint is .*checkpoints/4\.",
     ):
-        fit(_trainer(prepared, small_config()), prepared, tmp_path, validate=validate)
+        fit(build_trainer(prepared, small_config()), prepared, tmp_path, validate=validate)
 
 
 def test_frequencies_are_those_of_the_training_rows(prepared):
@@ -439,7 +437,7 @@ def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resident_megabytes", [0, 100])
 def test_tables_are_updated_in_place(prepared, resident_megabytes):
     config = small_config(training={"resident_megabytes": resident_megabytes})
-    trainer, batches = _trainer(prepared, config), make_batches(prepared, config)
+    trainer, batches = build_trainer(prepared, config), make_batches(prepared, config)
     state = init_on(ONE, trainer, loop.count_rows(prepared))
     step = loop.compile_steps(trainer, batches, prepared, ONE)
     step(state, 0)
@@ -472,7 +470,9 @@ def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
     }
 
 
-def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, monkeypatch):
+def test_programs_for_a_gpu_give_the_same_bits_in_every_run(
+    prepared, tmp_path, monkeypatch, own_programs
+):
     """What they are compiled with. There is none here: that another option is refused shows that
     the compiler is told."""
     assert compiler_options(make_mesh(2)) == compiler_options(None) == {}
@@ -486,9 +486,7 @@ def test_programs_for_a_gpu_give_the_same_bits_in_every_run(prepared, tmp_path, 
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_ops": True})(1.0) == 2.0
     )  # there is such an option
     config = small_config()
-    trainer = Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
-    )
+    trainer = build_trainer(prepared, config)
     weights = init_on(make_mesh(1), trainer, loop.count_rows(prepared)).weights
     for module in (loop, embed):
         monkeypatch.setattr(module, "compiler_options", lambda mesh: {"of_no_compiler": True})

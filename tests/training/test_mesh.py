@@ -303,7 +303,7 @@ def test_draws_that_batch_norm_would_see_filled_up_are_refused():
 def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_allocated(
     make, prepared, tmp_path, monkeypatch
 ):
-    from tests.training.conftest import small_config
+    from tests.training.shop import small_config
     from twotower.training import loop
 
     trainer, *_ = make(small_config())

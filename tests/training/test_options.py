@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conformance import tiny
-from tests.training.conftest import small_config
+from tests.training.shop import small_config
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.training import step as step_module

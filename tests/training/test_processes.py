@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training import conftest
+from tests.training import shop
 from tests.training.divided import differences
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import make_mesh
@@ -39,8 +39,9 @@ def config_of(**training):
         "tables": {"kind": "adagrad", "initial_accumulator": 0.1},
         "optimizer": {"kind": "sgd"},
     }
-    return conftest.small_config(
-        model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
+    return shop.small_config(
+        features=shop.TINY_FEATURES,
+        model={"user": {"layers": (8,), "dropout": 0.1}, "item": {"layers": (8,)}},
         objective={
             "negatives": {
                 "queue": 128,
@@ -143,9 +144,8 @@ def _losses(workdir):
 
 def _state(workdir, step=STEPS):
     run = load_run(workdir, checkpoint="latest")
-    abstract = abstract_state(
-        Trainer.build(run.config, run.model, corpus_size(run.prepared)), make_mesh(1)
-    )
+    trainer = Trainer.build(run.config, run.model, corpus_size(run.prepared))
+    abstract = abstract_state(trainer, make_mesh(1))
     with open_checkpoints(workdir, run.config, read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore(step, abstract)[0])
 
@@ -214,16 +214,14 @@ def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_rea
     def run(workdir, kill_at=None):
         address = f"--coordinator=127.0.0.1:{_free_port()}"
         options = {
-            "data.num_interactions": 1000,
             "training.steps": 4,
-            "training.batch_size": 64,
             "training.validate_every": 2,
         }
         command = [
             sys.executable,
             "-m",
             "experiments.train",
-            "--config=experiments/configs/quickstart.py",
+            "--config=tests/training/tiny_config.py",
             f"--workdir={workdir}",
             address,
             "--processes=2",

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests.training import conftest
+from tests.training import shop
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
+from twotower.features.base import SIDES
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
@@ -23,11 +24,11 @@ IN_BATCH = {"negatives": {"uniform": 0}}
 
 
 def small_config(**overrides):
-    return conftest.small_config(**{"objective": IN_BATCH} | overrides)
+    return shop.small_config(**{"objective": IN_BATCH} | overrides)
 
 
 def _step(state, batch, *, trainer):
-    return jax.jit(functools.partial(train_step, trainer=trainer))(state, batch, {})
+    return shop.jit_step(trainer)(state, batch, {})
 
 
 def _softmax(queries, answers, ids, owners, counts, rows, temperature):
@@ -196,7 +197,7 @@ def test_rows_without_weight_count_for_nothing(make):
     )
     catalogue = {"item_features": {name: x[:40] for name, x in batch["item_features"].items()}}
     trainer = dataclasses.replace(trainer, sampling=dataclasses.replace(trainer.sampling, items=40))
-    step = jax.jit(functools.partial(train_step, trainer=trainer))
+    step = shop.jit_step(trainer)
     half = batch | {"weight": batch["weight"].at[32:].set(0.0)}
     first = jax.tree.map(lambda x: x[:32], batch)
     np.testing.assert_allclose(

@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import hlo
-from tests.training.conftest import small_config
 from tests.training.divided import differences
+from tests.training.shop import TINY_FEATURES, build_trainer, small_config
 from twotower.core.mesh import make_mesh
-from twotower.towers.two_tower import TwoTower
-from twotower.training import loop
-from twotower.training.candidates import corpus_size
+from twotower.pipeline.prepare import prepare
+from twotower.training.candidates import count_rows
 from twotower.training.checkpoint import checksum
-from twotower.training.init import abstract_state
+from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
-from twotower.training.state import Trainer
 
 CONFIG = small_config(
-    model={"user": {"layers": (16,), "dropout": 0.1}, "item": {"layers": (16,)}},
+    features=TINY_FEATURES,
+    model={"user": {"layers": (8,), "dropout": 0.1}, "item": {"layers": (8,)}},
     objective={"negatives": {"queue": 128, "frequency": "gap"}},
     training={
         "steps": 8,
@@ -39,21 +38,16 @@ class Stopped(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """The data of `CONFIG`."""
+    return prepare(CONFIG)
+
+
 @pytest.fixture
-def go_on(prepared, monkeypatch):
-    """(folder, devices, last step or None) -> the state, where the run was not stopped; one
-    compilation for each mesh."""
-    trainer = Trainer.build(
-        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_size(prepared)
-    )
-    compiled, compile_steps = {}, loop.compile_steps
-
-    def remembered(trainer, batches, prepared, mesh):
-        if mesh not in compiled:
-            compiled[mesh] = compile_steps(trainer, batches, prepared, mesh)
-        return compiled[mesh]
-
-    monkeypatch.setattr(loop, "compile_steps", remembered)
+def go_on(tiny):
+    """(folder, devices, last step or None) -> the state, where the run was not stopped."""
+    trainer = build_trainer(tiny, CONFIG)
 
     def run(workdir, devices, until=None):
         calls = iter(range(10**6))
@@ -64,7 +58,7 @@ def go_on(prepared, monkeypatch):
                 raise Stopped
             return {"recall@10": 0.5}
 
-        return fit(trainer, prepared, workdir, validate=validate, mesh=make_mesh(devices))
+        return fit(trainer, tiny, workdir, validate=validate, mesh=make_mesh(devices))
 
     return run
 
@@ -89,12 +83,10 @@ def test_saved_on_eight_devices_it_goes_on_on_four_on_one_and_on_eight_again(go_
     assert max(far.values()) < 1e-5, max(far, key=far.get)
 
 
-def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_together(prepared):
-    trainer = Trainer.build(
-        CONFIG, TwoTower.build(CONFIG.model, prepared.encoder), corpus_size(prepared)
-    )
-    counts = loop.count_rows(prepared)
-    sums = {n: int(checksum(loop.init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}
+def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_together(tiny):
+    trainer = build_trainer(tiny, CONFIG)
+    counts = count_rows(tiny)
+    sums = {n: int(checksum(init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}
     assert sums[1] == sums[8]
     program = hlo.read(checksum.lower(abstract_state(trainer, make_mesh(8))).compile().as_text())
     found = program.collectives()

@@ -1,5 +1,6 @@
 """What a step asks of the loss: counts, masks and both directions, against a loop over pairs."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ from twotower.training.step_losses import loss_sums
 
 USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
+
+
+def _loss_sums(trainer):
+    """(params, vectors, batch, sampled items, state) -> the sum of the loss of each task."""
+    return jax.jit(lambda *arrays: loss_sums(trainer, *arrays, {}, SINGLE_DEVICE))
 
 
 def _by_hand(query, answer, vectors, counts, *, logq, mask_same_user):
@@ -55,13 +61,14 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
     if options.get("symmetric"):
         expected = (expected + _by_hand(ITEM, USER, (item, user), COUNTS["user"], **by_hand)) / 2
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
+    sums = _loss_sums(trainer)
     for b in range(6):
         batch = {
             "user": jnp.array(USER),
             "item": jnp.array(ITEM),
             "weight": jnp.zeros(6).at[b].set(2.0),
         }
-        got = loss_sums(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)
+        got = sums(params, vectors, batch, drawn, state)
         np.testing.assert_allclose(got["retrieval"], 2 * expected[b], rtol=1e-4)
 
 
@@ -91,7 +98,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
         "labels": {"liked": jnp.ones(2)},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = loss_sums(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
+    got = _loss_sums(trainer)(params, vectors, batch, drawn, state)["retrieval"]
 
     def expected_count(i, own):
         return config.training.batch_size * max(counts[i], 1) / 42 + own
@@ -129,7 +136,7 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
         "labels": {"liked": jnp.array([1.0, 0.0, 1.0])},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = loss_sums(trainer, params, vectors, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
+    got = _loss_sums(trainer)(params, vectors, batch, drawn, state)["retrieval"]
     logits = user[0] @ item[:2].T / 0.07
     np.testing.assert_allclose(got, np.log(np.exp(logits).sum()) - logits[0], rtol=1e-5)
 
@@ -157,7 +164,7 @@ def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
         }
         params = {"log_temperature": jnp.log(jnp.float32(0.5))}
         state = TrainState(0, params, {}, {}, {}, {}, rows, {})
-        return loss_sums(trainer, params, cut, batch, drawn, state, {}, SINGLE_DEVICE)["retrieval"]
+        return _loss_sums(trainer)(params, cut, batch, drawn, state)["retrieval"]
 
     np.testing.assert_allclose(
         loss(8, matryoshka=(4, 2)), np.mean([loss(width) for width in (8, 4, 2)]), rtol=1e-5

@@ -69,8 +69,8 @@ def train(
         workdir: Folder of the run, new or begun with the same configuration.
         make_validate: Function from the data and the towers to `Validate`, called where there are
             validation rows.
-        make_miner: Function from the data and the towers to `Miner`, called where hard negatives are
-            to be mined.
+        make_miner: Function from the data and the towers to `Miner`, called where hard negatives
+            are to be mined.
         devices: Number of devices to use; 0 uses all.
 
     Raises:
