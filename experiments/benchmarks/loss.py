@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     with jax.enable_x64(True):
         worst = {name: _difference(name, 100 if quick else 500) for name in LOSSES}
     print(
-        "float64, everything on, largest relative difference of a value or gradient between reference and streaming:"
+        "float64, everything on, largest relative difference of a value or gradient between "
+        "reference and streaming:"
     )
     print("  " + ", ".join(f"{name} {difference:.0e}" for name, difference in worst.items()))
     times: dict[str, list[float]] = {}
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> None:
             ratio = min(found["naive"]) / min(ms) if "naive" in found else float("nan")
             megabytes = calls[name][1] / 1e6
             print(
-                f"{size:8,}  {name:16}{min(ms):10.1f}{size / min(ms) * 1e3:14,.0f}{megabytes:14.1f}{ratio:12.2f}"
+                f"{size:8,}  {name:16}{min(ms):10.1f}{size / min(ms) * 1e3:14,.0f}"
+                f"{megabytes:14.1f}{ratio:12.2f}"
             )
         times |= {f"{name} {size:,}": ms for name, ms in found.items()}
     harness.report("loss", times, unit="ms for value and gradient", base=next(iter(times)))
@@ -125,7 +127,9 @@ def _compiled(form: Callable, size: int) -> tuple[Callable[[], None], int]:
     def call() -> None:
         jax.block_until_ready(compiled(arrays, known))
 
-    return call, compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return call, memory.temp_size_in_bytes
 
 
 def _arrays(size: int, num_items: int, dtype: Any) -> tuple[dict, dict]:
