@@ -1,6 +1,7 @@
 """Changes to a loaded bundle: searchable at once, durable, whole at every moment, and in the next
 version of the bundle."""
 
+import concurrent.futures
 import pathlib
 import shutil
 import subprocess
@@ -334,48 +335,44 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost(folder):
     assert all(retriever.item(f"n{n}").display["price"] == n for n in range(0, done, 3))
 
 
+def write_pairs(retriever, name):
+    """Changes a pair of items together, and takes it away after every third time."""
+    vectors = retriever.bundle.vectors[3:5]
+    for n in range(60):
+        rows = [{"item_id": f"{name}{part}", "price": float(n)} for part in ("a", "b")]
+        retriever.upsert(rows, vectors=vectors)
+        if n % 3 == 2:
+            assert retriever.delete([f"{name}a", f"{name}b"]) == 2
+
+
+def read_pairs(retriever, steady, size, stop):
+    """Asks for everything until told to stop."""
+    while not stop.is_set():
+        everything = retriever.recommend("nobody", k=size + 9)
+        prices = {item.item_id: item.display["price"] for item in everything}
+        for name in ("p", "q"):
+            assert prices.get(f"{name}a") == prices.get(f"{name}b")
+        assert steady in prices
+        assert size <= len(prices) <= size + 4
+
+
 def test_answers_of_many_threads_are_of_one_moment(folder):
     """A pair of items is changed, taken away and brought back together: nobody ever sees one
     without the other, or two generations of them; items never touched are always there."""
     retriever = Retriever.load(folder)
-    vectors, failures, stop = retriever.bundle.vectors, [], threading.Event()
-    steady, size = retriever.bundle.items["item_id"][3].as_py(), len(retriever)
-
-    def write(name):
-        for n in range(60):
-            rows = [{"item_id": f"{name}{part}", "price": float(n)} for part in ("a", "b")]
-            retriever.upsert(rows, vectors=vectors[3:5])
-            if n % 3 == 2:
-                assert retriever.delete([f"{name}a", f"{name}b"]) == 2
-
-    def read():
-        while not stop.is_set():
-            found = {
-                i.item_id: i.display["price"] for i in retriever.recommend("nobody", k=size + 9)
-            }
-            for name in ("p", "q"):
-                pair = [found.get(f"{name}{part}") for part in ("a", "b")]
-                if pair[0] != pair[1]:
-                    failures.append(pair)
-            if steady not in found or not size <= len(found) <= size + 4:
-                failures.append(len(found))
-
-    def guarded(function, *args):
+    steady = retriever.bundle.items["item_id"][3].as_py()
+    size = len(retriever)
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read_pairs, retriever, steady, size, stop) for _ in range(2)]
+        writers = [pool.submit(write_pairs, retriever, name) for name in ("p", "q")]
         try:
-            function(*args)
-        except BaseException as error:  # a thread's own traceback fails no test
-            failures.append(error)
-
-    readers = [threading.Thread(target=guarded, args=(read,)) for _ in range(2)]
-    writers = [threading.Thread(target=guarded, args=(write, name)) for name in ("p", "q")]
-    for thread in readers + writers:
-        thread.start()
-    guarded(retriever.rebalance)
-    guarded(retriever.compact)
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in readers:
-        thread.join()
-    assert not failures, failures[:3]
+            retriever.rebalance()
+            retriever.compact()
+            for writer in writers:
+                writer.result()
+        finally:
+            stop.set()
+        for reader in readers:
+            reader.result()
     assert len(retriever) == len(Retriever.load(folder)) == size

