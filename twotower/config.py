@@ -481,7 +481,7 @@ class ScheduleConfig:
     Attributes:
         kind: Kind of schedule: constant, cosine (to 0 at the last step) or plateau.
         warmup_steps: Steps of linear rise from 0 before it.
-        factor: Factor on the rates at each plateau, from 0 to 1.
+        patience: Validations without improvement that are borne; the next one lowers the rates.
         patience: Validations without improvement that make a plateau.
     """
 
