@@ -2,6 +2,7 @@
 answers."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -246,11 +247,11 @@ def test_no_top_k_takes_a_whole_row():
     scores = jax.ShapeDtypeStruct((2, 4_000_007), "float32")
     widths = _top_k_widths(lambda s: select_top_k(s, 100), scores)
     assert len(widths) > 2 and max(widths) <= 32 * 100
-    pairs, lists = jax.ShapeDtypeStruct((4,), "int32"), jax.ShapeDtypeStruct((2,), "int32")
+    pair = jax.ShapeDtypeStruct((4,), "int32")
+    pairs = evaluate._Pairs(pair, pair, pair, pair, jax.ShapeDtypeStruct((2,), "int32"))
     counts = jax.ShapeDtypeStruct((scores.shape[1],), "int32")
-    measured = _top_k_widths(
-        lambda *x: evaluate._measure.__wrapped__(*x, ks=(10,)), scores, *[pairs] * 4, lists, counts
-    )
+    measure = functools.partial(evaluate._measure.__wrapped__, ks=(10,))
+    measured = _top_k_widths(measure, scores, pairs, counts)
     assert len(measured) > 2 and max(measured) <= 32 * 10
 
 
