@@ -1,12 +1,22 @@
-"""Known mistakes of measuring, indexing and serving, as changes to the modules of twotower.
+"""Known mistakes of two-tower training, each made by a function in the place of the right one.
 
-`experiments.benchmarks.mutations` makes them; those of training are in `mistakes_losses` and
-`mistakes_training`.
+A mistake takes what it replaces, `right`, and returns what is wrong. The number is that of the
+trap, by which the tests that must see it are marked. `experiments.benchmarks.mutations` makes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,273 +24,457 @@ class Mistake:
     """One way to fall into a trap.
 
     Attributes:
-        trap: its number, by which tests are marked.
-        what: is done wrong.
-        edits: that make it: a module of twotower, a snippet that stands in it once, and what takes
-            its place.
+        trap: Number of the trap.
+        what: What is done wrong, in words.
+        target: What is replaced, "module:name" or "module:Class.attribute".
+        make: Function from the right thing to the wrong one.
     """
 
     trap: int
     what: str
-    edits: tuple[tuple[str, str, str], ...]
+    target: str
+    make: Callable[[Any], Any]
+
+    def find_target(self) -> tuple[Any, str, Any]:
+        """Returns the module or class that holds the target, its name there, and the target.
+
+        Raises:
+            AttributeError: There is no such thing.
+        """
+        module, _, path = self.target.partition(":")
+        *classes, name = path.split(".")
+        owner = functools.reduce(getattr, classes, importlib.import_module(module))
+        return owner, name, inspect.getattr_static(owner, name)
+
+    def put_in_place(self) -> None:
+        """Puts what is wrong in the place of the target, also where it was imported by its name."""
+        owner, name, right = self.find_target()
+        wrong = self.make(right)
+        setattr(owner, name, wrong)
+        if inspect.isclass(owner):
+            return
+        names = [name for name in sys.modules if name.startswith(("twotower", "tests"))]
+        for module in map(sys.modules.__getitem__, names):
+            for alias in [alias for alias, value in vars(module).items() if value is right]:
+                setattr(module, alias, wrong)
 
 
-def make(trap: int, what: str, *parts: str) -> Mistake:
-    """The mistake of one edit or more, each of three parts."""
-    return Mistake(trap, what, tuple(zip(parts[::3], parts[1::3], parts[2::3], strict=True)))
+MISTAKES: list[Mistake] = []
 
 
-EVALUATION = (
-    make(
-        20,
-        "ranks among every third item",
-        "evaluation.evaluate",
-        "scores = scores.astype(jnp.float32).at[",
-        "scores = jnp.where(jnp.arange(scores.shape[1]) % 3 == 0, -jnp.inf, scores).astype(jnp.float32).at[",
-    ),
-    make(
-        20,
-        "a sample under the name of the whole",
-        "evaluation.report",
-        'if protocol["asked"] < protocol["available"]:',
-        "if False:",
-    ),
-    make(
-        21,
-        "ties are hits",
-        "evaluation.evaluate",
-        "own == 0, -tiny, jnp.where(own == tiny, 0.0, jnp.nextafter(own, -jnp.inf))",
-        "own == 0, tiny, jnp.nextafter(own, jnp.inf)",
-    ),
-    make(
-        21,
-        "ties by the order of the items",
-        "evaluation.evaluate",
-        "grouped_top_k(_behind_equals(scores, right_query, right_item), ",
-        "grouped_top_k(scores, ",
-    ),
-    make(22, "the audit warns of nothing", "data.audit", "    if refused:\n", "    if False:\n"),
-    make(
-        22,
-        "what others did later is no finding",
-        "data.audit",
-        'config.kind != "leave_last_out" or not held',
-        "True or not held",
-    ),
-    make(
-        22,
-        "fitted on all rows",
-        "data.prepare",
-        "fit(spec, parts.train, users=users, items=items)",
-        "fit(spec, dataset.interactions, users=users, items=dataset.items)",
-        "data.audit",
-        "if fitted_on != expected:",
-        "if False:",
-    ),
-    make(
-        22,
-        "statistics over items without training rows",
-        "data.fitting",
-        "Column(feature, seen[side][name], weights,",
-        "Column(feature, tables[side][name], counts[side],",
-    ),
-    make(
-        22,
-        "an encoder of other rows is taken",
-        "data.audit",
-        "if fitted_on != expected:",
-        "if False:",
-    ),
-    make(
-        22,
-        "the label is a feature",
-        "data.fitting",
-        '_ANSWERS = ("item_id", "label")',
-        "_ANSWERS = ()",
-    ),
-    make(
-        22,
-        "history with what is asked for",
-        "evaluation.queries",
-        '"test": ("train", "validation")}',
-        '"test": ("train", "validation", "test")}',
-    ),
-    make(
-        22,
-        "a history holds its own target",
-        "data.histories",
-        'np.searchsorted(keys[order], keys[rows], side="left")',
-        'np.searchsorted(keys[order], keys[rows], side="right")',
-    ),
-    make(
-        22,
-        "training reads held-out rows",
-        "data.histories",
-        'KNOWN = {"train": (0,), "validation": (0,),',
-        'KNOWN = {"train": (0, 1, 2), "validation": (0, 1, 2),',
-    ),
-    make(
-        22,
-        "attention to what comes after",
-        "towers.history",
-        "(place >= other)[None]",
-        "(place >= 0 * other)[None]",
-    ),
-    make(
-        25,
-        "the vector of the last place instead of the last event",
-        "towers.history",
-        "jnp.take_along_axis(x, history.valid.sum(1)[:, None, None], axis=1)[:, 0]",
-        "x[:, -1]",
-    ),
-    make(
-        23,
-        "nothing is ever masked",
-        "evaluation.evaluate",
-        "queries.seen_of(part) if mask_seen else none",
-        "none",
-    ),
-    make(
-        23,
-        "seen items are always masked",
-        "evaluation.evaluate",
-        "queries.seen_of(part) if mask_seen else none",
-        "queries.seen_of(part)",
-    ),
-    make(
-        24,
-        "seen items 1e5 lower",
-        "evaluation.evaluate",
-        '.at[seen_query, seen_item].set(-jnp.inf, mode="drop")',
-        '.at[seen_query, seen_item].add(-1e5, mode="drop")',
-    ),
-    make(
-        35,
-        "the first in the file is the last in time",
-        "data.interactions",
-        "keys = (users,) if times is None else (times, users)",
-        "keys = (users,) if times is None else (-np.arange(len(users)), times, users)",
-    ),
-    make(
-        35,
-        "an unstable sort of the history",
-        "retrieval.history",
-        'for part in parts]), kind="stable")',
-        "for part in parts]))",
-    ),
-)
+def mistake(trap: int, target: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Adds the decorated function to `MISTAKES`; its name says what is done wrong."""
 
-INDEX = (
-    make(
-        7,
-        "the correction is left in at serving",
-        "retrieval.retriever",
-        "return snapshot, *snapshot.search(vectors, k, exclude=exclude, where=where, only=only, popularity_weight=weight)",
-        "scores, rows = snapshot.search(vectors, k, exclude=exclude, where=where, only=only)\n"
-        "        return snapshot, scores - np.log(np.maximum(live.bundle.counts[rows], 1.0)), rows",
-    ),
-    make(
-        7,
-        "the correction is left in at evaluation",
-        "evaluation.evaluate",
-        "    return dot_scores(query_vectors(prepared, model, weights, queries), items, mesh=mesh_of(weights))",
-        "    dots = dot_scores(query_vectors(prepared, model, weights, queries), items)\n"
-        "    return lambda chosen: dots(chosen) - np.log(np.maximum(queries.counts, 1.0))[None, :]",
-    ),
-    make(
-        9,
-        "the index normalises",
-        "retrieval.exact",
-        'vectors = check_vectors(vectors, what="item")',
-        'vectors = check_vectors(vectors, what="item"); vectors = vectors / '
-        "np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)",
-    ),
-    make(9, "ScaNN by distance", "retrieval.scann_library", '"dot_product"', '"squared_l2"'),
-    make(
-        9,
-        "export compares nothing",
-        "retrieval.export",
-        "if not (differ <= TOLERANCE * scale + rounding).all():",
-        "if False:",
-    ),
-    make(
-        9,
-        "the bundle says another normalisation",
-        "retrieval.bundle",
-        '"normalized": bundle.normalized',
-        '"normalized": True',
-    ),
-    make(
-        18,
-        "no version of the weights",
-        "retrieval.bundle",
-        'if model_version(weights) != manifest["model_version"]:',
-        "if False:",
-    ),
-    make(
-        18,
-        "an index of other weights",
-        "retrieval.bundle",
-        'if info["model_version"] != manifest["model_version"]:',
-        "if False:",
-    ),
-    make(
-        24,
-        "excluded items 1e5 lower",
-        "retrieval.exact",
-        'scores.at[query, item].set(-jnp.inf, mode="drop")',
-        'scores.at[query, item].add(-1e5, mode="drop")',
-    ),
-    make(
-        24,
-        "excluded items fill a short list",
-        "retrieval.search",
-        "rows = padded(np.where(kept, np.take_along_axis(rows, order, axis=1), -1), k, -1)",
-        "rows = padded(np.take_along_axis(rows, order, axis=1), k, -1)",
-    ),
-    make(
-        32,
-        "few leaves, untuned",
-        "retrieval.tuned",
-        "return min(self.num_leaves, math.ceil(leaves - 1e-9)),",
-        "return 2,",
-    ),
-    make(32, "all leaves, untuned", "retrieval.tuning", "        yield high", "        yield most"),
-    make(
-        33,
-        "zero queries are answered",
-        "retrieval.exact",
-        "if normalized and zero.any():",
-        "if False:",
-    ),
-    make(33, "NaN queries are answered", "retrieval.exact", "    if bad.any():", "    if False:"),
-    make(34, "top_k of the whole row", "retrieval.exact", "    if size == 1:", "    if True:"),
-    make(
-        34,
-        "the last of equal groups",
-        "retrieval.exact",
-        "groups = jnp.sort(groups, axis=1)",
-        "groups = jnp.sort(groups, axis=1)[:, ::-1]",
-    ),
-    make(
-        34,
-        "evaluation sorts the whole row",
-        "evaluation.evaluate",
-        "best, rows = grouped_top_k(",
-        "best, rows = jax.lax.top_k(",
-    ),
-    make(
-        34,
-        "one block of all items",
-        "retrieval.exact",
-        "item_block: int = ITEM_BLOCK, mesh",
-        "item_block: int = 2**30, mesh",
-    ),
-    make(
-        34,
-        "the later block wins ties",
-        "retrieval.exact",
-        "jnp.concatenate([scores, new_scores], axis=1), jnp.concatenate([rows, new_rows], axis=1)",
-        "jnp.concatenate([new_scores, scores], axis=1), jnp.concatenate([new_rows, rows], axis=1)",
-    ),
-)
+    def add(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        MISTAKES.append(Mistake(trap, make.__name__.replace("_", " "), target, make))
+        return make
+
+    return add
+
+
+def _with_default(init: Any, **wrong: Any) -> Any:
+    """Returns the `__init__` of a dataclass with other defaults."""
+    return lambda self, *args, **fields: init(self, *args, **wrong | fields)
+
+
+@mistake(1, "twotower.kernels.streaming_softmax:_log_count")
+def log_q_is_added(right):
+    return lambda values, used, dtype: -right(values, used, dtype)
+
+
+@mistake(1, "twotower.training.candidates:log_expected_count")
+def q_of_an_item_is_its_rarity(right):
+    return lambda *args: -right(*args)
+
+
+@mistake(2, "twotower.kernels.softmax_blocks:_logits")
+def scores_are_corrected_before_the_temperature(right):
+    return lambda scored, scores, levels: (scores + levels[None, :]) * scored.scale
+
+
+@mistake(3, "twotower.objectives.frequency:FREQUENCIES")
+def shares_of_rows_are_floored_at_1e_6(right):
+    def floored(estimate: Any) -> Any:
+        def log_expected_count(arrays, ids, draws):
+            return jnp.maximum(estimate(arrays, ids, draws), jnp.log(1e-6 * draws))
+
+        return log_expected_count
+
+    return {
+        name: estimator._replace(log_expected_count=floored(estimator.log_expected_count))
+        for name, estimator in right.items()
+    }
+
+
+@mistake(3, "twotower.objectives.negatives:uniform_log_expected_count")
+def uniform_draws_are_floored_at_1e_6(right):
+    return lambda ids, num, items: jnp.maximum(right(ids, num, items), np.log(1e-6))
+
+
+@mistake(4, "twotower.objectives.frequency:FREQUENCIES")
+def an_item_never_counted_has_log_0(right):
+    def log_expected_count(arrays, ids, draws):
+        return jnp.log(arrays["counts"][ids] * draws / arrays["rows"])
+
+    return right | {"exact": right["exact"]._replace(log_expected_count=log_expected_count)}
+
+
+@mistake(4, "twotower.objectives.negatives:mixed_log_expected_count")
+def an_item_that_no_source_yields_has_log_0(right):
+    return lambda ids, sources: jnp.log(sum(jnp.exp(source(ids)) for source in sources))
+
+
+@mistake(5, "twotower.objectives.negatives:mixed_log_expected_count")
+def the_greatest_count_of_all_sources_is_taken(right):
+    return lambda ids, sources: jnp.stack([source(ids) for source in sources]).max(0)
+
+
+@mistake(5, "twotower.training.candidates:log_expected_count")
+def hard_negatives_have_the_count_of_their_pool_alone(right):
+    def log_expected_count(sampling, frequency, popularity, queued, ids, own=None):
+        return right(sampling, frequency, popularity, queued, ids) if own is None else own
+
+    return log_expected_count
+
+
+@mistake(6, "twotower.objectives:LOSSES")
+def the_positive_that_is_always_there_is_corrected(right):
+    return right | {
+        "corrected_softmax": right["corrected_softmax"]._replace(corrects_positive=True)
+    }
+
+
+@mistake(7, "twotower.retrieval.retriever:Retriever._search")
+def the_correction_is_left_in_at_serving(right):
+    def search(retriever, *args):
+        snapshot, scores, positions = right(retriever, *args)
+        counts = np.maximum(retriever.bundle.counts[positions], 1.0)
+        return snapshot, scores - np.log(counts), positions
+
+    return search
+
+
+@mistake(7, "twotower.evaluation.evaluate:model_scores")
+def the_correction_is_left_in_at_evaluation(right):
+    def model_scores(prepared, model, weights, queries):
+        dots = right(prepared, model, weights, queries)
+        log_counts = np.log(np.maximum(queries.counts, 1.0))
+        return lambda chosen: dots(chosen) - log_counts[None, :]
+
+    return model_scores
+
+
+@mistake(7, "twotower.training.candidates:log_expected_count")
+def the_correction_is_forgotten_in_the_step(right):
+    def log_expected_count(sampling, frequency, popularity, queued, ids, own=None):
+        return jnp.zeros(ids.shape)
+
+    return log_expected_count
+
+
+@mistake(8, "twotower.config:ModelConfig.__init__")
+def cosines_begin_at_temperature_1(right):
+    return _with_default(right, temperature=1.0)
+
+
+@mistake(8, "twotower.training.step:bounded_temperature")
+def the_temperature_drifts_without_bounds(right):
+    return lambda model, old, new: new["log_temperature"]
+
+
+@mistake(9, "twotower.index.base:check_vectors")
+def the_index_normalises(right):
+    def check_vectors(vectors, *, what):
+        checked = right(vectors, what=what)
+        return checked / np.maximum(np.linalg.norm(checked, axis=1, keepdims=True), 1e-9)
+
+    return check_vectors
+
+
+@mistake(9, "twotower.retrieval.export:compare_scores")
+def export_compares_nothing(right):
+    return lambda served, trained, rounding=0.0: None
+
+
+@mistake(10, "twotower.kernels.softmax_blocks:_hits")
+def hits_of_the_answer_stay(right):
+    return lambda known, block: known.candidates.owners[None, :] == block.owners[:, None]
+
+
+@mistake(11, "twotower.kernels.softmax_blocks:_hits")
+def other_answers_of_the_user_stay(right):
+    return lambda known, block: known.candidates.ids[None, :] == block.ids[:, None]
+
+
+@mistake(11, "twotower.training.candidates:gather_candidates")
+def users_are_forgotten_in_the_step(right):
+    def gather_candidates(*args):
+        vectors, ids, users = right(*args)
+        return vectors, ids, jnp.full_like(users, -1)
+
+    return gather_candidates
+
+
+@mistake(12, "twotower.kernels.softmax_blocks:_kept")
+def masked_by_adding_finfo_min(right):
+    def kept(scored, known, block, scores):
+        return jnp.maximum(right(scored, known, block, scores), jnp.finfo(scores.dtype).min)
+
+    return kept
+
+
+@mistake(12, "twotower.kernels.softmax_blocks:_scores")
+def logits_are_in_half_precision(right):
+    def scores(operands, scored, block):
+        return (block.queries @ operands.columns).astype(scored.positive.dtype)
+
+    return scores
+
+
+@mistake(13, "twotower.objectives.alias:AliasTable.draw")
+def duplicates_are_dropped_and_counted(right):
+    return lambda table, key, num: jnp.unique(right(table, key, num), size=num, fill_value=0)
+
+
+@mistake(13, "twotower.objectives.alias:AliasTable.log_expected_count")
+def a_probability_stands_for_a_count(right):
+    def log_expected_count(table, ids, num):
+        return jnp.log1p(-((1 - jnp.exp(right(table, ids, 1))) ** num))
+
+    return log_expected_count
+
+
+@mistake(14, "twotower.core.mesh:DeviceGroup.pvary")
+def gradients_are_summed_twice(right):
+    return lambda group, tree: tree
+
+
+@mistake(14, "twotower.core.mesh:DeviceGroup.gather")
+def gathered_items_have_no_gradient(right):
+    return lambda group, x: right(group, jax.lax.stop_gradient(x) if group.axis else x)
+
+
+@mistake(15, "twotower.training.candidates:SampledItems.ids")
+def hard_negatives_are_interleaved(right):
+    return property(lambda items: jnp.concatenate([items.shared, items.hard.T.ravel()]))
+
+
+@mistake(15, "twotower.training.candidates:gather_candidates")
+def vectors_stand_in_another_order_than_ids(right):
+    def gather_candidates(*args):
+        vectors, ids, users = right(*args)
+        return vectors[::-1], ids, users
+
+    return gather_candidates
+
+
+@mistake(16, "twotower.pipeline.batches:Batches.indices")
+def the_last_batch_of_a_pass_is_short(right):
+    def indices(batches, step):
+        steps = -(-len(batches._examples) // batches._batch_size)
+        start = step % steps * batches._batch_size
+        return batches._shuffle(step // steps)[start : start + batches._batch_size]
+
+    return indices
+
+
+@mistake(16, "twotower.training.step:weight_sums")
+def losses_are_divided_by_all_rows(right):
+    def weight_sums(objective, batch):
+        rows = len(batch["user"])
+        return jax.tree.map(lambda x: 0 * x + rows, right(objective, batch))
+
+    return weight_sums
+
+
+@mistake(17, "twotower.training.checks:_check_parts")
+def accumulation_is_accepted_for_every_loss(right):
+    return lambda config: None
+
+
+@mistake(18, "twotower.retrieval.weights:model_version")
+def weights_have_no_version(right):
+    return lambda weights: "1"
+
+
+@mistake(19, "twotower.config:NegativesConfig.__init__")
+def items_never_clicked_are_no_negatives(right):
+    return _with_default(right, uniform=0)
+
+
+@mistake(19, "twotower.evaluation.metrics:never_trained")
+def what_was_never_trained_is_not_told(right):
+    return lambda *args, **options: 0 * right(*args, **options)
+
+
+@mistake(20, "twotower.evaluation.evaluate:_mask_scores")
+def a_sample_of_the_items_competes(right):
+    def mask_scores(scores, *args):
+        is_sampled = jnp.arange(scores.shape[1]) % 3 > 0
+        return jnp.where(is_sampled[None, :], right(scores, *args), -jnp.inf)
+
+    return mask_scores
+
+
+@mistake(20, "twotower.evaluation.report_text:format_report")
+def a_sample_goes_by_the_name_of_the_whole(right):
+    def format_report(measured, ks):
+        protocol = measured["protocol"]
+        whole = protocol | {"asked": protocol["available"]}
+        return right(measured | {"protocol": whole}, ks)
+
+    return format_report
+
+
+@mistake(21, "twotower.evaluation.evaluate:_relevant_behind_equals")
+def ties_are_hits(right):
+    return lambda scores, pairs: -right(-scores, pairs)
+
+
+@mistake(21, "twotower.evaluation.evaluate:_relevant_behind_equals")
+def ties_go_by_the_order_of_the_items(right):
+    return lambda scores, pairs: scores
+
+
+@mistake(22, "twotower.data.audit:audit")
+def a_split_that_leaks_is_taken(right):
+    return lambda split, config: []
+
+
+@mistake(22, "twotower.evaluation.queries:EARLIER_PARTS")
+def seen_items_hold_what_is_asked_for(right):
+    return right | {"test": ("train", "validation", "test")}
+
+
+@mistake(22, "twotower.pipeline.histories:KNOWN_PARTS")
+def histories_of_training_hold_held_out_rows(right):
+    return right | {"train": (0, 1, 2)}
+
+
+@mistake(23, "twotower.evaluation.evaluate:_blocks")
+def seen_items_are_always_masked(right):
+    return lambda queries, block_bytes, *, mask_seen: right(queries, block_bytes, mask_seen=True)
+
+
+@mistake(24, "twotower.evaluation.evaluate:_mask_scores")
+def seen_items_are_1e5_lower(right):
+    def mask_scores(scores, pairs, *rest):
+        return scores.at[pairs.seen_query, pairs.seen_item].add(-1e5, mode="drop")
+
+    return mask_scores
+
+
+@mistake(24, "twotower.index.exact:_scores")
+def excluded_items_are_1e5_lower(right):
+    def scores(queries, items, query, item):
+        dots = right(queries, items, query[:0], item[:0])
+        return dots.at[query, item].add(-1e5, mode="drop")
+
+    return scores
+
+
+@mistake(25, "twotower.towers.embeddings:pool")
+def padding_is_averaged(right):
+    return lambda rows, ids: rows.mean(-2)
+
+
+@mistake(25, "twotower.features.vocabulary:Vocabulary._oov_rows_of")
+def nothing_is_a_value(right):
+    return lambda vocabulary, values: right(vocabulary, values.fill_null(""))
+
+
+@mistake(26, "twotower.towers.embeddings:lookup")
+def ids_out_of_range_are_clamped(right):
+    return lambda table, ids: table.at[ids].get(mode="clip")
+
+
+@mistake(26, "twotower.features.vocabulary:Vocabulary._oov_rows_of")
+def unknown_values_lie_past_the_end(right):
+    return lambda vocabulary, values: vocabulary.size + right(vocabulary, values)
+
+
+@mistake(27, "twotower.features.vocabulary:Vocabulary._oov_rows_of")
+def unknown_values_share_a_row(right):
+    return lambda vocabulary, values: np.minimum(right(vocabulary, values), 1)
+
+
+@mistake(27, "twotower.training.step:oov_dropout")
+def rows_of_unknown_values_are_not_trained(right):
+    return lambda inputs, features, keys: dict(features)
+
+
+@mistake(28, "twotower.kernels.sparse_update:apply_gradients")
+def tables_decay(right):
+    def apply_gradients(optimizer, table, *args, **options):
+        return right(optimizer, 0.999 * table, *args, **options)
+
+    return apply_gradients
+
+
+@mistake(28, "twotower.training.optimizers:_kernels")
+def all_that_is_dense_decays(right):
+    return lambda params: jax.tree.map(lambda _: True, params)
+
+
+@mistake(29, "twotower.training.checkpoint:Checkpoints.restore")
+def optimizers_begin_cold(right):
+    def restore(checkpoints, step, abstract):
+        state, record = right(checkpoints, step, abstract)
+        slots = jax.tree.map(jnp.zeros_like, state.table_slots)
+        return state.replace(table_slots=slots), record
+
+    return restore
+
+
+@mistake(30, "twotower.training.checkpoint:Checkpoints.restore")
+def estimates_begin_anew(right):
+    def restore(checkpoints, step, abstract):
+        state, record = right(checkpoints, step, abstract)
+        frequency = jax.tree.map(jnp.zeros_like, state.frequency)
+        return state.replace(frequency=frequency), record
+
+    return restore
+
+
+@mistake(30, "twotower.objectives.frequency:_multipliers")
+def the_hash_is_salted(right):
+    salt = np.uint32(hash("twotower") & 0xFFFF)
+    return lambda depth: right(depth) + 2 * salt + 2
+
+
+@mistake(31, "twotower.objectives.alias:popularity_table")
+def ids_are_taken_to_be_sorted_by_frequency(right):
+    return lambda counts, alpha: right(np.sort(counts)[::-1], alpha)
+
+
+@mistake(32, "twotower.index.tuning:Tuning.effort")
+def one_leaf_is_searched(right):
+    return lambda tuning, k: (1, right(tuning, k)[1])
+
+
+@mistake(33, "twotower.index.base:check_queries")
+def every_query_is_answered(right):
+    return lambda queries, dim, *, normalized=False: np.asarray(queries, np.float32)
+
+
+@mistake(34, "twotower.kernels.top_k:select_top_k")
+def the_whole_row_is_sorted(right):
+    return jax.lax.top_k
+
+
+@mistake(35, "twotower.data.interactions:count_later_rows")
+def the_first_of_equal_times_is_the_last(right):
+    def count_later_rows(rows):
+        later, counts = right(rows.take(np.arange(len(rows))[::-1]))
+        return later[::-1], counts[::-1]
+
+    return count_later_rows
+
+
+@mistake(35, "twotower.retrieval.user_items:time_order")
+def a_history_ends_with_the_first_of_equal_times(right):
+    def time_order(parts):
+        times = np.concatenate([part.timestamp for part in parts])
+        return np.argsort(-times, kind="stable")[::-1]
+
+    return time_order
