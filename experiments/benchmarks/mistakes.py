@@ -87,9 +87,9 @@ def q_of_an_item_is_its_rarity(right):
     return lambda *args: -right(*args)
 
 
-@mistake(2, "twotower.kernels.softmax_blocks:_logits")
+@mistake(2, "twotower.kernels.softmax_blocks:_levels")
 def scores_are_corrected_before_the_temperature(right):
-    return lambda scored, scores, levels: (scores + levels[None, :]) * scored.scale
+    return lambda arrays, *rest, **options: arrays.scale * right(arrays, *rest, **options)
 
 
 @mistake(3, "twotower.objectives.frequency:FREQUENCIES")
@@ -137,7 +137,7 @@ def hard_negatives_have_the_count_of_their_pool_alone(right):
     return log_expected_count
 
 
-@mistake(6, "twotower.objectives:LOSSES")
+@mistake(6, "twotower.objectives.losses:LOSSES")
 def the_positive_that_is_always_there_is_corrected(right):
     return right | {
         "corrected_softmax": right["corrected_softmax"]._replace(corrects_positive=True)
@@ -196,14 +196,14 @@ def export_compares_nothing(right):
     return lambda served, trained, rounding=0.0: None
 
 
-@mistake(10, "twotower.kernels.softmax_blocks:_hits")
+@mistake(10, "twotower.kernels.softmax_blocks:_is_hit")
 def hits_of_the_answer_stay(right):
-    return lambda known, block: known.candidates.owners[None, :] == block.owners[:, None]
+    return lambda ids, block: ids.candidate_queries[None, :] == block.query_ids[:, None]
 
 
-@mistake(11, "twotower.kernels.softmax_blocks:_hits")
+@mistake(11, "twotower.kernels.softmax_blocks:_is_hit")
 def other_answers_of_the_user_stay(right):
-    return lambda known, block: known.candidates.ids[None, :] == block.ids[:, None]
+    return lambda ids, block: ids.candidates[None, :] == block.ids[:, None]
 
 
 @mistake(11, "twotower.training.candidates:gather_candidates")
@@ -215,20 +215,20 @@ def users_are_forgotten_in_the_step(right):
     return gather_candidates
 
 
-@mistake(12, "twotower.kernels.softmax_blocks:_kept")
+@mistake(12, "twotower.kernels.softmax_blocks:_negative_logits")
 def masked_by_adding_finfo_min(right):
-    def kept(scored, known, block, scores):
-        return jnp.maximum(right(scored, known, block, scores), jnp.finfo(scores.dtype).min)
+    def negative_logits(arrays, ids, block, scores):
+        return jnp.maximum(right(arrays, ids, block, scores), jnp.finfo(scores.dtype).min)
 
-    return kept
+    return negative_logits
 
 
-@mistake(12, "twotower.kernels.softmax_blocks:_scores")
+@mistake(12, "twotower.kernels.softmax_blocks:block_scores")
 def logits_are_in_half_precision(right):
-    def scores(operands, scored, block):
-        return (block.queries @ operands.columns).astype(scored.positive.dtype)
+    def block_scores(operands, arrays, block):
+        return (block.queries @ operands.columns).astype(arrays.positive.dtype)
 
-    return scores
+    return block_scores
 
 
 @mistake(13, "twotower.objectives.alias:AliasTable.draw")
