@@ -60,7 +60,7 @@ def test_many_query_blocks_equal_one(monkeypatch):
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monkeypatch):
     """All scores alike: every group reaches the threshold, and only the first K may be kept."""
-    monkeypatch.setattr(kernel, "MAX_KEPT", 1)
+    monkeypatch.setattr(kernel, "MAX_CANDIDATES_PER_RANK", 1)
     items = np.full((3_211, 2), value, np.float32)
     items[3_210] = 9.0
     queries = np.ones((5, 2), np.float32)
@@ -75,7 +75,7 @@ def test_a_collapsed_model_gives_the_first_rows_in_order(value, item_block, monk
 def test_scores_that_only_rise_or_fall_along_the_corpus(order, monkeypatch):
     """Each block beats the one before, so that the lists so far grow and must be cut; or none
     does."""
-    monkeypatch.setattr(kernel, "MAX_KEPT", 2)
+    monkeypatch.setattr(kernel, "MAX_CANDIDATES_PER_RANK", 2)
     items = np.arange(1_000, dtype=np.float32)[::order, None] // 3  # three of each score
     queries = np.ones((3, 1), np.float32)
     found = ExactIndex(items, item_block=64).search(queries, 10)

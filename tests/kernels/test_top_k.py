@@ -47,8 +47,8 @@ def test_a_running_top_k_equals_the_sort_however_scores_come(
     scores, block, k, max_appended, min_grouped, monkeypatch
 ):
     """Blocks that are sorted as they are, that are compared one by one, and in groups."""
-    monkeypatch.setattr(kernel, "MAX_APPENDED", max_appended)
-    monkeypatch.setattr(kernel, "MIN_GROUPED", min_grouped)
+    monkeypatch.setattr(kernel, "MAX_SCORES_TO_SORT", max_appended)
+    monkeypatch.setattr(kernel, "MIN_SCORES_TO_GROUP", min_grouped)
     best = RunningTopK(len(scores), k)
     for first in range(0, scores.shape[1], block):
         best.add(scores[:, first : first + block], first)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twotower.objectives.frequency import FREQUENCIES, _slots, init_gap, init_sketch
+from twotower.objectives.frequency import FREQUENCIES, _slots, init_intervals, init_sketch
 
 N, B = 300, 128
 EXACT, GAP, SKETCH = FREQUENCIES["exact"], FREQUENCIES["gap"], FREQUENCIES["sketch"]
@@ -32,7 +32,7 @@ def run(estimator, arrays, batches, first=0):
 
 
 def fresh(estimator, size=N, **options):
-    init = functools.partial({GAP: init_gap, SKETCH: init_sketch}[estimator], **options)
+    init = functools.partial({GAP: init_intervals, SKETCH: init_sketch}[estimator], **options)
     return init(np.zeros(size, np.float32), np.float32(0))
 
 

@@ -267,7 +267,7 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
 def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypatch):
     whole = run.load_run(finished)
     monkeypatch.setattr(
-        memory, "_limit", lambda mesh: 150_000
+        memory, "_free_bytes", lambda mesh: 150_000
     )  # of 3 tables, 1,024 x 16 or x 4 or 512 x 8, and their state
     divided = run.load_run(finished)
     _equal_bits(whole.weights, divided.weights)
@@ -276,7 +276,7 @@ def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypa
     rows = {name: values[:20] for name, values in whole.prepared.features["user"].items()}
     vectors = [embed_rows(r.model, r.weights, "user", rows) for r in (whole, divided)]
     np.testing.assert_allclose(*vectors, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(memory, "_limit", lambda mesh: 1000)
+    monkeypatch.setattr(memory, "_free_bytes", lambda mesh: 1000)
     with pytest.raises(ConfigError, match="on each of 8 devices"):
         run.load_run(finished)
 

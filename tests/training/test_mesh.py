@@ -307,7 +307,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_all
     from twotower.training import loop
 
     trainer, *_ = make(small_config())
-    monkeypatch.setattr(memory, "_limit", lambda mesh: 20_000)
+    monkeypatch.setattr(memory, "_free_bytes", lambda mesh: 20_000)
     monkeypatch.setattr(loop, "init_on", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ConfigError) as error:
         fit(trainer, prepared, tmp_path, validate=None, mesh=make_mesh(8))

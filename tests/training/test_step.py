@@ -17,7 +17,7 @@ from twotower.features.base import SIDES
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
 from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
-from twotower.training.step import lookup_all, oov_dropout, shared_gradients, shared_ids, train_step
+from twotower.training.step import gather_gradients, gather_ids, lookup_all, oov_dropout, train_step
 
 # The batch's own negatives alone, so that an oracle needs no draws.
 IN_BATCH = {"negatives": {"uniform": 0}}
@@ -114,7 +114,7 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
         {"user_id": shared["user"]["user_id"]},
         {"item_id": shared["item"]["item_id"]},
     )
-    ids = shared_ids(model, features, SINGLE_DEVICE)
+    ids = gather_ids(model, features, SINGLE_DEVICE)
     rows = lookup_all(
         model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, SINGLE_DEVICE
     )
@@ -122,7 +122,7 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
         :, 0
     ].tolist() == [10, 14, 10]
     grads = {"user": {"user_id": jnp.ones((3, 2))}, "item": {"item_id": jnp.full((3, 2), 10.0)}}
-    given = shared_gradients(model, grads, SINGLE_DEVICE)
+    given = gather_gradients(model, grads, SINGLE_DEVICE)
     table, _, _ = apply_gradients(
         TABLE_OPTIMIZERS["sgd"], jnp.zeros((1024, 2)), {}, ids["shared"], given["shared"], 1.0, 0
     )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 # The greatest logit of a query may lie this far below its bound, in nats. The exponential of -60 is
 # as many nats from the least normal number of float32 as matter beside it.
-_SPREAD = 60.0
+_MAX_SPREAD = 60.0
 
 
 class GradientInputs(NamedTuple):
@@ -97,10 +97,10 @@ class LogitGradients(NamedTuple):
 def make_operands(options: KernelOptions, arrays: GradientInputs) -> Operands:
     dtype = options.dtype or jnp.result_type(arrays.queries, arrays.items)
     items = arrays.items.astype(dtype)
-    return Operands(arrays.queries.astype(dtype), items, _transposed(items))
+    return Operands(arrays.queries.astype(dtype), items, _transpose(items))
 
 
-def _transposed(x: jax.Array) -> jax.Array:
+def _transpose(x: jax.Array) -> jax.Array:
     # The barrier keeps XLA from folding the transposition into the products of the loop.
     return jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
 
@@ -120,7 +120,7 @@ def cut_into_blocks(
     queries = cut(operands.queries)
     return Block(
         queries=queries,
-        columns=_transposed(queries),
+        columns=_transpose(queries),
         positive=cut(arrays.positive),
         hard=cut(arrays.hard),
         weights=cut(arrays.weights),
@@ -155,13 +155,13 @@ def block_losses(
     allowed = ~_is_hit(ids, block) & (ids.candidates >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
-    def losses_of(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
+    def losses_from_logits(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
         negatives = jnp.concatenate([logits, hard], axis=1)
         return options.per_query(positive, negatives, where=where)
 
     if not differentiate:
-        return losses_of(block.positive, logits, block.hard), None
-    losses, pull = jax.vjp(losses_of, block.positive, logits, block.hard)
+        return losses_from_logits(block.positive, logits, block.hard), None
+    losses, pull = jax.vjp(losses_from_logits, block.positive, logits, block.hard)
     positive, candidates, hard = pull(block.weights)
     return losses, LogitGradients(positive, hard, candidates, jnp.ones_like(positive))
 
@@ -255,7 +255,7 @@ def logit_bound(
     lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
     slope = jnp.abs(arrays.scale) * longest(operands.items)
     spread = 2 * slope * longest(operands.queries) + highest - lowest
-    is_near = (highest >= lowest) & (spread < _SPREAD)
+    is_near = (highest >= lowest) & (spread < _MAX_SPREAD)
     return LogitBound(jnp.where(is_near, slope, jnp.inf), highest)
 
 

@@ -91,7 +91,7 @@ def apply_gradients_densely(
     """Does what `apply_gradients` does by a gradient as large as the table: the plain reference."""
     summed = jnp.zeros_like(table).at[ids].add(grads).at[PADDING].set(0.0)
     used = jnp.zeros(len(table), bool).at[ids].set(True).at[PADDING].set(False)
-    rows = _rows_in_place(used, ids.dtype)
+    rows = _rows_by_entry(used, ids.dtype)
     table, slots = optimizer.update(table, slots, rows, summed, rate, step)
     return table, slots, jnp.sum(jnp.square(summed))
 
@@ -158,7 +158,7 @@ def merge_by_hashing(
     count = local.size
     if num_rows <= count:
         used = jnp.zeros(num_rows, bool).at[local].set(True, mode="drop")
-        rows = _rows_in_place(used, local.dtype)
+        rows = _rows_by_entry(used, local.dtype)
         slot = local
         count = num_rows
     else:
@@ -216,7 +216,7 @@ def merge_by_sorting(
     sums = grads[order]
     span = 1
     while span < local.size:
-        neighbours = [_before(ordered, sums, i * span) for i in range(1, _SUMS_PER_ROUND)]
+        neighbours = [_earlier_sums(ordered, sums, i * span) for i in range(1, _SUMS_PER_ROUND)]
         # A barrier, or XLA would make one kernel of all rounds, each of which reads the one before
         # several times.
         sums = jax.lax.optimization_barrier(sum(neighbours) + sums)
@@ -230,10 +230,10 @@ def merge_by_sorting(
     used = jnp.zeros(num_rows, bool).at[rows].set(True, mode="drop", unique_indices=True)
     by_row = jnp.zeros((num_rows, grads.shape[1]), grads.dtype)
     by_row = by_row.at[rows].set(sums, mode="drop", unique_indices=True)
-    return _rows_in_place(used, local.dtype), by_row
+    return _rows_by_entry(used, local.dtype), by_row
 
 
-def _before(
+def _earlier_sums(
     ordered: Int[Array, "N"], sums: Float[Array, "N D"], distance: int
 ) -> Float[Array, "N D"]:
     """Returns the sums that stand `distance` before, where those are of the same row; 0
@@ -244,7 +244,7 @@ def _before(
     return jnp.pad(moved, ((len(ordered) - count, 0), (0, 0)))
 
 
-def _rows_in_place(used: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
+def _rows_by_entry(used: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
     """Returns each used row in its own entry, and a row past the end in the others."""
     rows = jnp.arange(len(used), dtype=dtype)
     return jnp.where(used, rows, len(used) + rows)
@@ -258,7 +258,7 @@ def _is_dense(array: jax.Array, rows: Int[Array, "M"]) -> bool:
     return len(rows) == len(array)
 
 
-def _changed(array: jax.Array, rows: Int[Array, "V"]) -> jax.Array:
+def _update_mask(array: jax.Array, rows: Int[Array, "V"]) -> jax.Array:
     """Returns which rows of the array a dense update changes, [V] or [V, 1]."""
     return (rows < len(array)).reshape(-1, *[1] * (array.ndim - 1))
 
@@ -271,13 +271,13 @@ def _gather(array: jax.Array, rows: Int[Array, "M"]) -> jax.Array:
 
 def _set(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
     if _is_dense(array, rows):
-        return jnp.where(_changed(array, rows), values, array)
+        return jnp.where(_update_mask(array, rows), values, array)
     return array.at[rows].set(values, mode="drop", unique_indices=True)
 
 
 def _add(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
     if _is_dense(array, rows):
-        return jnp.where(_changed(array, rows), array + values, array)
+        return jnp.where(_update_mask(array, rows), array + values, array)
     return array.at[rows].add(values, mode="drop", unique_indices=True)
 
 

@@ -24,11 +24,11 @@ GROUP_SIZES = (32, 16, 8, 4, 2)
 GROUP = GROUP_SIZES[0]
 # A list of candidates is cut to the best K when it is longer than this many times K: sorting after
 # every block would cost more than the blocks.
-MAX_KEPT = 8
+MAX_CANDIDATES_PER_RANK = 8
 # Scores of a block, of all queries, that are sorted as they are: looking for the best among so few
 # takes longer.
-MAX_APPENDED = 2_048
-MIN_GROUPED = 2**15  # scores of a block, of all queries, from which groups save time
+MAX_SCORES_TO_SORT = 2_048
+MIN_SCORES_TO_GROUP = 2**15  # scores of a block, of all queries, from which groups save time
 
 
 def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
@@ -94,7 +94,7 @@ def group_size(count: int, k: int) -> int:
 def _with_maxima(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns scores [Q, C], padded with -inf to whole groups, and the maxima of the groups; the
     scores themselves where groups would save nothing."""
-    if scores.size < MIN_GROUPED or scores.shape[1] < 2 * k * GROUP:
+    if scores.size < MIN_SCORES_TO_GROUP or scores.shape[1] < 2 * k * GROUP:
         return scores, scores
     padding = -scores.shape[1] % GROUP
     if padding:
@@ -139,7 +139,7 @@ class RunningTopK:
         """
         if not scores.shape[1]:
             return
-        if maxima is None and scores.size <= MAX_APPENDED:
+        if maxima is None and scores.size <= MAX_SCORES_TO_SORT:
             rows = np.arange(first, first + scores.shape[1])
             self._append(scores, np.where(np.isneginf(scores), -1, rows))
             return
@@ -157,7 +157,7 @@ class RunningTopK:
         values = members.ravel()[kept]
         # Positions in the flattened block, of which each query has `count`.
         rows = group * size + kept % size - query * count + first
-        if len(kept) > MAX_KEPT * self._k * len(scores):
+        if len(kept) > MAX_CANDIDATES_PER_RANK * self._k * len(scores):
             needed = self._first_equals(thresholds, query, values)
             query, values, rows = query[needed], values[needed], rows[needed]
         self._append(*self._as_lists(query, values, rows))
@@ -211,5 +211,5 @@ class RunningTopK:
         equals in order."""
         self._scores = np.concatenate([self._scores, scores], axis=1)
         self._rows = np.concatenate([self._rows, rows], axis=1)
-        if self._scores.shape[1] > MAX_KEPT * self._k:
+        if self._scores.shape[1] > MAX_CANDIDATES_PER_RANK * self._k:
             self._scores, self._rows = self.best()

@@ -21,7 +21,7 @@ from twotower.core.hashing import multiply_shift
 Arrays = dict[str, Any]
 
 # Rate of the moving averages: about the last 200 appearances of an id decide.
-GAP_RATE = 0.01
+INTERVAL_RATE = 0.01
 SKETCH_DEPTH = 4
 # Least and greatest width; at four bytes a counter the greatest sketch takes 16 MiB.
 SKETCH_WIDTHS = (2**10, 2**20)
@@ -66,7 +66,7 @@ def exact_log_expected_count(
     return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
 
 
-def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
+def init_intervals(counts: Any, rows: Any, *, rate: float = INTERVAL_RATE) -> Arrays:
     """Makes an estimator that has seen nothing; "start" is the step that counts as the first one.
 
     Args:
@@ -87,7 +87,9 @@ def init_gap(counts: Any, rows: Any, *, rate: float = GAP_RATE) -> Arrays:
     }
 
 
-def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) -> Float[Array, "*S"]:
+def interval_log_expected_count(
+    arrays: Arrays, ids: Int[Array, "*S"], draws: Any
+) -> Float[Array, "*S"]:
     r"""Estimates from the average number of steps between two appearances of an id (Yi et al.,
     RecSys 2019, Algorithms 2 and 3).
 
@@ -106,7 +108,7 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
     coming, and with it the first estimates are appearances over steps. An id never seen counts as
     if seen once, just now, and among N ids as no likelier than all of them alike.
     """
-    rows = _gap_rows(arrays, ids)
+    rows = _interval_rows(arrays, ids)
     last = arrays["last"].at[rows].get(mode="fill", fill_value=-1)
     times = arrays["times"].at[rows].get(mode="fill", fill_value=0)
     gaps = arrays["gaps"].at[rows].get(mode="fill", fill_value=0)
@@ -117,11 +119,11 @@ def gap_log_expected_count(arrays: Arrays, ids: Int[Array, "*S"], draws: Any) ->
     return jnp.log(jnp.where(seen, rates / jnp.maximum(arrays["batch"], 1), unseen)) + _log(draws)
 
 
-def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
+def update_intervals(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
     """Returns the arrays after the batch of `step`. An id that stands in it twice has appeared
     once, two times."""
     step = step - arrays["start"]
-    rows = _gap_rows(arrays, ids)
+    rows = _interval_rows(arrays, ids)
     keep = 1 - arrays["rate"]
     old = {name: arrays[name].at[rows].get(mode="clip") for name in ("last", "gaps", "times")}
     # Duplicates all write one value, so their order does not matter. What is written depends on
@@ -135,7 +137,7 @@ def update_gap(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Ar
     return arrays | written | {"step": jnp.asarray(step, jnp.int32), "batch": jnp.float32(ids.size)}
 
 
-def _gap_rows(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
+def _interval_rows(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
     """Returns the rows of ids in the arrays of gaps; past the end for negative ids."""
     return jnp.where(ids >= 0, ids, len(arrays["last"]))
 
@@ -179,7 +181,7 @@ def sketch_log_expected_count(
     An id never seen has one pseudo-count, and among N ids is no likelier than all of them alike.
     """
     slots = _slots(arrays, ids.ravel())
-    counted = _counted(arrays, slots).astype(jnp.float32)
+    counted = _least_counts(arrays, slots).astype(jnp.float32)
     rows = arrays["rows"].astype(jnp.float32)
     out_of = jnp.where(counted > 0, rows, jnp.maximum(rows, arrays["items"]))
     return (jnp.log(jnp.maximum(counted, 1)) - jnp.log(out_of) + _log(draws)).reshape(ids.shape)
@@ -194,7 +196,7 @@ def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
     true count of either, so nothing is ever underestimated.
     """
     slots = _slots(arrays, ids)
-    raised = _counted(arrays, slots) + _multiplicity(ids).astype(jnp.uint32)
+    raised = _least_counts(arrays, slots) + _multiplicity(ids).astype(jnp.uint32)
     depth = jnp.arange(len(slots))[:, None]
     counts = (
         arrays["counts"].at[depth, slots].max(jnp.broadcast_to(raised, slots.shape), mode="drop")
@@ -212,7 +214,7 @@ def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
     return arrays | {"counts": counts, "rows": rows}
 
 
-def _counted(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
+def _least_counts(arrays: Arrays, slots: Int[Array, "d M"]) -> UInt32[Array, "M"]:
     depth = jnp.arange(len(slots))[:, None]
     return arrays["counts"].at[depth, slots].get(mode="fill", fill_value=0).min(0)
 
@@ -248,6 +250,6 @@ FREQUENCIES = {
     "exact": Frequency(
         init_exact, exact_log_expected_count, lambda arrays, ids, step: arrays, learns=False
     ),
-    "gap": Frequency(init_gap, gap_log_expected_count, update_gap, learns=True),
+    "gap": Frequency(init_intervals, interval_log_expected_count, update_intervals, learns=True),
     "sketch": Frequency(init_sketch, sketch_log_expected_count, update_sketch, learns=True),
 }

@@ -56,10 +56,10 @@ class MLPTower(nn.Module):
             axis: mesh axis over which batch statistics are taken.
         """
         config = self.config
-        columns = self._projected(features)
+        columns = self._project(features)
         if history is not None:
             assert self.history is not None, "this side has no history"
-            vectors = jnp.concatenate(self._projected(history["vectors"]), -1)
+            vectors = jnp.concatenate(self._project(history["vectors"]), -1)
             events = History(**history | {"vectors": vectors})
             columns.append(self.history(events, keys=keys))
         x = drop_out(jnp.concatenate(columns, -1), config.dropout, keys, 0)
@@ -76,7 +76,7 @@ class MLPTower(nn.Module):
         # would not rank.
         return mlp(x, keys=keys, axis=axis).astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def _projected(self, columns: dict[str, Any]) -> list[Array]:
+    def _project(self, columns: dict[str, Any]) -> list[Array]:
         vectors = []
         for name, x in columns.items():
             if name in self.projections:

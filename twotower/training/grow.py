@@ -26,7 +26,7 @@ from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.run import claim, encoder_folder, load_config, local_folder, step_of
+from twotower.training.run import claim, encoder_folder, find_step, load_config, local_folder
 from twotower.training.state import Trainer, TrainState
 
 NEIGHBOURS = 10  # known rows whose mean a row made from content is
@@ -79,7 +79,7 @@ def grow(
         logging.info(
             "The estimates of frequency begin anew: they were of the rows of the old corpus."
         )
-    state = migrate(Known(state, encoder), fresh, prepared, make)
+    state = migrate(OldRun(state, encoder), fresh, prepared, make)
     workdir.mkdir(parents=True, exist_ok=True)
     prepared.encoder.save(encoder_folder(workdir))
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
@@ -90,7 +90,7 @@ def grow(
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
-class Known(NamedTuple):
+class OldRun(NamedTuple):
     """What the old run knows.
 
     Attributes:
@@ -118,7 +118,9 @@ class Addition(NamedTuple):
     rows: range
 
 
-def migrate(known: Known, fresh: TrainState, prepared: PreparedData, make: NewRows) -> TrainState:
+def migrate(
+    old_run: OldRun, fresh: TrainState, prepared: PreparedData, make: MakeRows
+) -> TrainState:
     """Returns a state of the grown vocabulary with everything that the old run knows.
 
     Args:
@@ -127,21 +129,21 @@ def migrate(known: Known, fresh: TrainState, prepared: PreparedData, make: NewRo
         prepared: The new data.
         make: Function that makes the rows of new values, one of `NEW_ROWS`.
     """
-    old = known.state
+    old = old_run.state
     _check_alike("params", old.params, fresh.params)
     _check_alike("opt_state", old.opt_state["dense"], fresh.opt_state["dense"])
     uses = _vocabulary_uses(prepared.encoder)
     tables = {}
     slots = {}
     for name, table in fresh.tables.items():
-        count = known.encoder.tables[name].rows
+        count = old_run.encoder.tables[name].rows
         shape = prepared.encoder.tables[name]
         tables[name] = _overlay(old.tables[name], table, count)
         # Rows of pretrained vectors are not made: they are those of the new file.
         if shape.rows > count and shape.initial is None:
             side, feature = uses[name]
             addition = Addition(name, side, feature, range(count, shape.rows))
-            tables[name][count : shape.rows] = make(known, prepared, addition)
+            tables[name][count : shape.rows] = make(old_run, prepared, addition)
         slots[name] = {
             part: _overlay(old.table_slots[name][part], slot, count)
             for part, slot in fresh.table_slots[name].items()
@@ -150,15 +152,15 @@ def migrate(known: Known, fresh: TrainState, prepared: PreparedData, make: NewRo
         step=old.step,
         params=old.params,
         batch_stats=old.batch_stats,
-        opt_state=_grown_optimizers(old, fresh),
+        opt_state=_carry_optimizers(old, fresh),
         tables=tables,
         table_slots=slots,
-        frequency=_grown_frequency(old, fresh),
+        frequency=_restart_frequency(old, fresh),
     )
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, fresh)
 
 
-def _grown_optimizers(old: TrainState, fresh: TrainState) -> dict[str, Any]:
+def _carry_optimizers(old: TrainState, fresh: TrainState) -> dict[str, Any]:
     """Returns the state of the optimizers, with the rates that a plateau schedule had come to."""
     opt_state = {"dense": old.opt_state["dense"]}
     if "plateau" in fresh.opt_state:
@@ -170,7 +172,7 @@ def _grown_optimizers(old: TrainState, fresh: TrainState) -> dict[str, Any]:
     return opt_state
 
 
-def _grown_frequency(old: TrainState, fresh: TrainState) -> dict[str, Any]:
+def _restart_frequency(old: TrainState, fresh: TrainState) -> dict[str, Any]:
     """Returns fresh estimates of frequency, which begin at the step to go on from."""
     frequency = {}
     for side, estimates in fresh.frequency.items():
@@ -198,27 +200,27 @@ def _overlay(old: Any, fresh: Any, count: int) -> np.ndarray:
 
 
 # (what the old run knows, the new data, the rows to make) -> [new rows, E].
-NewRows = Callable[[Known, PreparedData, Addition], np.ndarray]
+MakeRows = Callable[[OldRun, PreparedData, Addition], np.ndarray]
 
 
-def rows_from_oov(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+def rows_from_oov(old_run: OldRun, prepared: PreparedData, addition: Addition) -> np.ndarray:
     """Returns, for each new value, the out-of-vocabulary row that it had been: what is new scores
     as it did when unknown."""
     new = _vocabulary(prepared.encoder, addition.side, addition.feature)
-    old = _vocabulary(known.encoder, addition.side, addition.feature)
+    old = _vocabulary(old_run.encoder, addition.side, addition.feature)
     values = new.values[addition.rows.start - new.first : addition.rows.stop - new.first]
-    return np.asarray(known.state.tables[addition.table])[old.rows(values)]
+    return np.asarray(old_run.state.tables[addition.table])[old.rows(values)]
 
 
-def rows_from_mean(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+def rows_from_mean(old_run: OldRun, prepared: PreparedData, addition: Addition) -> np.ndarray:
     """Returns, for every new value, the mean of the known rows."""
-    first = _vocabulary(known.encoder, addition.side, addition.feature).first
-    table = np.asarray(known.state.tables[addition.table])
+    first = _vocabulary(old_run.encoder, addition.side, addition.feature).first
+    table = np.asarray(old_run.state.tables[addition.table])
     rows = table[first : addition.rows.start]
     return np.broadcast_to(rows.mean(0), (len(addition.rows), rows.shape[1]))
 
 
-def rows_from_content(known: Known, prepared: PreparedData, addition: Addition) -> np.ndarray:
+def rows_from_content(old_run: OldRun, prepared: PreparedData, addition: Addition) -> np.ndarray:
     """Returns, for each new value, the mean row of the known users or items that are nearest to it
     by all their other features.
 
@@ -234,10 +236,10 @@ def rows_from_content(known: Known, prepared: PreparedData, addition: Addition) 
             addition.table,
             side,
         )
-        return rows_from_oov(known, prepared, addition)
+        return rows_from_oov(old_run, prepared, addition)
     others = {
         name: i
-        for name, i in known.encoder.inputs[side].items()
+        for name, i in old_run.encoder.inputs[side].items()
         if name != feature and name in features
     }
     if not others:
@@ -245,15 +247,15 @@ def rows_from_content(known: Known, prepared: PreparedData, addition: Addition) 
             f"--new_rows=content compares {side}s by their features other than {feature!r}, and "
             "there are none: choose oov or mean."
         )
-    content = content_vectors(others, known.state.tables, features)
+    content = content_vectors(others, old_run.state.tables, features)
     first_new = addition.rows.start
-    first_known = _vocabulary(known.encoder, side, feature).first
+    first_known = _vocabulary(old_run.encoder, side, feature).first
     has_known = np.flatnonzero((ids >= first_known) & (ids < first_new))
     has_new = np.flatnonzero(ids >= first_new)
     # The user or item of each new value.
     entities = np.zeros(len(addition.rows), np.int64)
     entities[ids[has_new] - first_new] = has_new
-    table = np.asarray(known.state.tables[addition.table])
+    table = np.asarray(old_run.state.tables[addition.table])
     count = min(NEIGHBOURS, len(has_known))
     means = []
     for block in np.array_split(entities, -(-len(entities) // _BLOCK)):
@@ -263,7 +265,7 @@ def rows_from_content(known: Known, prepared: PreparedData, addition: Addition) 
     return np.concatenate(means)
 
 
-NEW_ROWS: Mapping[str, NewRows] = {
+NEW_ROWS: Mapping[str, MakeRows] = {
     "oov": rows_from_oov,
     "mean": rows_from_mean,
     "content": rows_from_content,
@@ -329,7 +331,7 @@ def _restore(
     How many users and items it knows is read from the checkpoint itself, without the data.
     """
     with open_checkpoints(source, config, read_only=True) as checkpoints:
-        step = step_of(checkpoints, checkpoint, source)
+        step = find_step(checkpoints, checkpoint, source)
         progress = EarlyStopping(**checkpoints.record(step))
         corpus = CorpusSize(progress.users, progress.items, unseen=0)
         trainer = Trainer.build(config, TwoTower.build(config.model, encoder), corpus)

@@ -37,7 +37,7 @@ from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch, check_batch_norm, check_metric, check_miner
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
-from twotower.training.metrics import StepMetrics, Writer, last_good, open_writer
+from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
 from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 
@@ -155,7 +155,7 @@ def fit(
                 check_metric(validate(state.weights), config.metric)
             run_steps = compile_steps(trainer, batches, data, mesh)
             run = _Run(trainer, checkpoints, writer, progress, validate, mine, mesh)
-            state = run.to_the_end(state, run_steps)
+            state = run.run_to_end(state, run_steps)
     best = ""
     if validate:
         best = f"; best {config.metric} {progress.best:.4f} at step {progress.best_step}"
@@ -236,7 +236,7 @@ class _Run:
     mine: Miner | None
     mesh: Mesh
 
-    def to_the_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
+    def run_to_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
         """Runs all further steps; each validation is followed by a checkpoint."""
         config = self.trainer.config.training
         dispatch = config.steps_per_dispatch
@@ -301,7 +301,7 @@ class _Run:
             return dict(self.validate(weights))
         except ScoreError as error:  # the parameters are no longer finite
             raise TrainingError(
-                f"Validation failed at step {step}: {error} {last_good(self.checkpoints)}"
+                f"Validation failed at step {step}: {error} {recovery_hint(self.checkpoints)}"
             ) from error
 
     def _with_schedule_after(self, state: TrainState, value: float) -> TrainState:

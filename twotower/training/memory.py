@@ -27,15 +27,15 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
         ConfigError: The run does not fit; the message has the arithmetic.
     """
     lines = _state_lines(state, mesh.size)
-    lines += [f"{name}: {_size(count)}" for name, count in resident.items() if count]
+    lines += [f"{name}: {_format_bytes(count)}" for name, count in resident.items() if count]
     needed = _bytes_on_each(state) + sum(resident.values())
-    total = f"{_size(needed)} on each of {mesh.size} device{'s' if mesh.size > 1 else ''}"
+    total = f"{_format_bytes(needed)} on each of {mesh.size} device{'s' if mesh.size > 1 else ''}"
     logging.info("Memory before activations: %s (%s).", total, "; ".join(lines))
-    limit = _limit(mesh)
+    limit = _free_bytes(mesh)
     if limit is not None and needed > limit:
         more = -(-needed // max(limit, 1))
         raise ConfigError(
-            f"The run needs {total}, and {_size(limit)} is free. It holds: {'; '.join(lines)}. "
+            f"The run needs {total}, and {_format_bytes(limit)} is free. It holds: {'; '.join(lines)}. "
             f"Divide the tables over more devices (about {more * mesh.size}), choose "
             "config.training.tables.kind='rowwise_adagrad' (one number of state a row), narrower "
             "embeddings (embedding_size) or fewer rows (min_count)."
@@ -45,7 +45,7 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
 def fits(mesh: Mesh, state: Any) -> bool:
     """Returns whether each device of a mesh has room for its part of a state; see
     `check_memory`."""
-    limit = _limit(mesh)
+    limit = _free_bytes(mesh)
     return limit is None or _bytes_on_each(state) <= limit
 
 
@@ -63,18 +63,18 @@ def _state_lines(state: Any, devices: int) -> list[str]:
     lines = []
     for name, table in state.tables.items():
         rows, width = table.shape
-        size = _size(_bytes_on_each(state.table_slots[name]) + _bytes_on_each(table))
+        size = _format_bytes(_bytes_on_each(state.table_slots[name]) + _bytes_on_each(table))
         lines.append(
             f"table {name}: {rows:,} x {width} and its optimizer's state over {devices} = {size}"
         )
     dense = (state.params, state.opt_state, state.batch_stats)
-    lines.append(f"dense parameters and their optimizer: {_size(_bytes_on_each(dense))}")
+    lines.append(f"dense parameters and their optimizer: {_format_bytes(_bytes_on_each(dense))}")
     kept = (state.frequency, state.negatives)
-    lines.append(f"frequencies and kept negatives: {_size(_bytes_on_each(kept))}")
+    lines.append(f"frequencies and kept negatives: {_format_bytes(_bytes_on_each(kept))}")
     return lines
 
 
-def _limit(mesh: Mesh) -> int | None:
+def _free_bytes(mesh: Mesh) -> int | None:
     """Returns the bytes that one device may use; None where the machine does not say."""
     process = jax.process_index()
     devices = [device for device in mesh.devices.flat if device.process_index == process]
@@ -93,7 +93,7 @@ def _limit(mesh: Mesh) -> int | None:
     return None
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     """Returns a number of bytes in the unit that suits it."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= scale:

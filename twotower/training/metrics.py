@@ -44,7 +44,7 @@ class Writer(Protocol):
         ...
 
 
-def last_good(checkpoints: Checkpoints) -> str:
+def recovery_hint(checkpoints: Checkpoints) -> str:
     """Returns, for an error message, where to go on from."""
     checkpoints.wait()
     latest = checkpoints.latest()
@@ -131,7 +131,7 @@ class StepMetrics:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"The loss is {loss} and the norm of the gradient {norm} at step {self._step}. "
-                f"{last_good(self._checkpoints)}"
+                f"{recovery_hint(self._checkpoints)}"
             )
         if norm == 0 and not self._warned:
             self._warned = True

@@ -27,7 +27,7 @@ DENSE: Mapping[str, Callable[[DenseOptimizerConfig], optax.GradientTransformatio
 SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda steps: optax.constant_schedule(1.0),
     "cosine": lambda steps: optax.cosine_decay_schedule(1.0, max(steps, 1)),
-    # Validations move the factor of the plateau schedule: it is state, see `plateau_of`.
+    # Validations move the factor of the plateau schedule: it is state, see `plateau_schedule`.
     "plateau": lambda steps: optax.constant_schedule(1.0),
 }
 
@@ -62,7 +62,7 @@ class Optimizers(NamedTuple):
             choose(TABLE_OPTIMIZERS, config.tables.kind, "config.training.tables.kind"),
             config.tables.learning_rate,
             schedule(config),
-            plateau_of(config.schedule),
+            plateau_schedule(config.schedule),
         )
 
     def init(self, params: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def schedule(config: TrainingConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
 
 
-def plateau_of(config: ScheduleConfig) -> optax.GradientTransformationExtraArgs | None:
+def plateau_schedule(config: ScheduleConfig) -> optax.GradientTransformationExtraArgs | None:
     """Returns the transformation that lowers the rates when validations stop improving; None for
     another schedule.
 

@@ -84,7 +84,7 @@ def train(
     resolve_kinds(config)  # a misspelt loss is refused before the data is read, not after
     encoder = None
     # encoder.json is written last: without it a killed process had not finished the folder.
-    if is_begun(workdir, config) and (encoder_folder(workdir) / "encoder.json").exists():
+    if holds_run(workdir, config) and (encoder_folder(workdir) / "encoder.json").exists():
         encoder = Encoder.load(encoder_folder(workdir))
     prepared = prepare(config, encoder=encoder)
     model = TwoTower.build(config.model, prepared.encoder)
@@ -143,7 +143,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
-        step = step_of(checkpoints, checkpoint, workdir)
+        step = find_step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
     return Run(workdir, config, prepared, model, state.weights, step)
 
@@ -208,7 +208,7 @@ def _read_json(path: Path) -> Any:
         ) from None
 
 
-def is_begun(workdir: Path, config: Config) -> bool:
+def holds_run(workdir: Path, config: Config) -> bool:
     """Returns whether a folder holds a run of this configuration.
 
     A run that never reached a checkpoint (its batch was larger than the data, say) may be begun
@@ -266,7 +266,7 @@ def _differences(old: Any, new: Any, field: str) -> list[str]:
     return changed
 
 
-def step_of(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
+def find_step(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
     """Returns the step that "best", "latest" or a number names.
 
     Raises:

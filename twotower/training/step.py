@@ -78,16 +78,16 @@ def train_step(
     # Candidates beside the batch's own, and the features of all that is embedded.
     sources = {**state.negatives, **constants}
     sampled = sample_items(trainer.sampling, batch, sources, sampling_key, group)
-    rows_of = row_numbers(batch, sampled, group)
-    features = with_samples(batch, sampled, constants, model.inputs["item"])
+    numbers = row_numbers(batch, sampled, group)
+    features = add_samples(batch, sampled, constants, model.inputs["item"])
     features = {
         side: oov_dropout(model.inputs[side], features[side], keys)
-        for side, keys in side_keys(oov_key, rows_of).items()
+        for side, keys in side_keys(oov_key, numbers).items()
     }
-    dropout_keys = side_keys(dropout_key, rows_of)
+    dropout_keys = side_keys(dropout_key, numbers)
 
     # Table rows: the gradient is taken of the rows that are looked up, never of a table.
-    ids = shared_ids(model, features, group)
+    ids = gather_ids(model, features, group)
     rows = lookup_all(model, state.tables, features, ids, group)
 
     # The means are over the rows of all devices: what each device adds to them can be summed up.
@@ -117,7 +117,7 @@ def train_step(
 
     # Both updates follow one schedule; those of tables need the gradients of all devices' rows.
     factor = optimizers.rate_factor(state.step, state.opt_state)
-    table_grads = shared_gradients(model, row_grads, group)
+    table_grads = gather_gradients(model, row_grads, group)
     tables, slots, row_norm = update_tables(optimizers, state, ids, table_grads, factor, group)
     grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
     params, dense = update_dense(optimizers, state, grads, factor)
@@ -186,7 +186,7 @@ def row_numbers(batch: Batch, sampled: SampledItems, group: DeviceGroup) -> dict
     return {"user": group.row_numbers(users), "item": jnp.concatenate(items)}
 
 
-def side_keys(key: jax.Array, rows_of: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def side_keys(key: jax.Array, numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns a random key for each row of each side.
 
     Args:
@@ -194,11 +194,11 @@ def side_keys(key: jax.Array, rows_of: Mapping[str, jax.Array]) -> dict[str, jax
         rows_of: Numbers of the rows of each side; see `row_numbers`.
     """
     return {
-        side: row_keys(jax.random.fold_in(key, i), rows_of[side]) for i, side in enumerate(SIDES)
+        side: row_keys(jax.random.fold_in(key, i), numbers[side]) for i, side in enumerate(SIDES)
     }
 
 
-def with_samples(
+def add_samples(
     batch: Batch, sampled: SampledItems, constants: Mapping[str, Any], inputs: Mapping[str, Input]
 ) -> dict[str, dict[str, jax.Array]]:
     """Returns the encoded features of both sides, those of the sampled items after the batch's
@@ -286,11 +286,11 @@ def embed_sides(
             if changed:
                 statistics[side] = changed
         else:
-            vectors[side] = _by_blocks(lambda part, embed=embed: embed(part)[0], parts, length)
+            vectors[side] = _map_blocks(lambda part, embed=embed: embed(part)[0], parts, length)
     return vectors, statistics
 
 
-def _by_blocks(function: Callable[[Any], jax.Array], tree: Any, length: int) -> jax.Array:
+def _map_blocks(function: Callable[[Any], jax.Array], tree: Any, length: int) -> jax.Array:
     """Applies a function to arrays with `length` rows, one block of rows at a time; its inner
     results are computed again for the gradient instead of being kept."""
     blocks = -(-length // EMBED_BLOCK)
@@ -360,8 +360,8 @@ def update_tables(
     Args:
         optimizers: Optimizers of the run.
         state: State before the step.
-        ids: Ids of each table that all devices looked up; see `shared_ids`.
-        grads: Gradient of each of these ids; see `shared_gradients`.
+        ids: Ids of each table that all devices looked up; see `gather_ids`.
+        grads: Gradient of each of these ids; see `gather_gradients`.
         factor: Factor of the schedule on the learning rate.
         group: Devices that share the rows of the tables.
     """
@@ -429,7 +429,7 @@ def table_uses(model: TwoTower) -> dict[str, list[tuple[str, str]]]:
     return uses
 
 
-def shared_ids(
+def gather_ids(
     model: TwoTower, features: Features, group: DeviceGroup
 ) -> dict[str, Int[Array, "M"]]:
     """Returns the ids that all devices look up in each table, device after device, as `lookup_all`
@@ -455,7 +455,7 @@ def lookup_all(
         model: Pair of towers.
         tables: This device's rows of the tables.
         features: Encoded features of both sides.
-        ids: Ids that all devices look up: `shared_ids` of the same features.
+        ids: Ids that all devices look up: `gather_ids` of the same features.
         group: Devices that share the rows of the tables.
     """
     rows: dict[str, dict[str, jax.Array]] = {side: {} for side in SIDES}
@@ -469,10 +469,10 @@ def lookup_all(
     return rows
 
 
-def shared_gradients(
+def gather_gradients(
     model: TwoTower, row_grads: Features, group: DeviceGroup
 ) -> dict[str, Float[Array, "M E"]]:
-    """Returns the gradient of each of the `shared_ids` of each table.
+    """Returns the gradient of each of the `gather_ids` of each table.
 
     Args:
         model: Pair of towers.

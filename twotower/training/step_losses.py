@@ -91,12 +91,12 @@ def loss_sums(
         sampling = trainer.sampling
         compare_widths = functools.partial(_mean_over_widths, trainer, params)
         popularity = constants.get("popularity")
-        inputs = _users_with_items(
+        inputs = _user_loss_inputs(
             objective, sampling, vectors, batch, sampled, state, popularity, group
         )
         sums["retrieval"] = compare_widths(inputs, corpus=trainer.corpus.items)
         if objective.symmetric:
-            inputs = _items_with_users(
+            inputs = _item_loss_inputs(
                 objective, sampling, vectors, batch, state.frequency["user"], group
             )
             other = compare_widths(inputs, corpus=trainer.corpus.users)
@@ -124,7 +124,7 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     return jnp.where(counts, batch["weight"], 0)
 
 
-def _positive_of(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
+def _positive_query_ids(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
     """Returns the query that each row's answer is a positive of; -1 where the label says that it
     is a positive of none."""
     if not objective.label:
@@ -141,7 +141,7 @@ def _pointwise_sum(
     return jnp.sum(losses * _row_weights(objective, batch))
 
 
-def _users_with_items(
+def _user_loss_inputs(
     objective: ObjectiveConfig,
     sampling: NegativeSampling,
     vectors: Vectors,
@@ -161,7 +161,7 @@ def _users_with_items(
     if sampling.config.in_batch and not sampling.config.catalogue:
         parts = [own, *parts]
         part_ids = [batch["item"], *part_ids]
-        part_query_ids = [_positive_of(objective, batch, "user"), *part_query_ids]
+        part_query_ids = [_positive_query_ids(objective, batch, "user"), *part_query_ids]
     items, ids, query_ids = gather_candidates(parts, part_ids, part_query_ids, group)
     queued = 0
     if sampling.config.queue:
@@ -195,7 +195,7 @@ def _users_with_items(
     )
 
 
-def _items_with_users(
+def _item_loss_inputs(
     objective: ObjectiveConfig,
     sampling: NegativeSampling,
     vectors: Vectors,
@@ -206,7 +206,7 @@ def _items_with_users(
     """Compares the batch's items with its users."""
     rows = len(batch["user"])
     users, ids, query_ids = gather_candidates(
-        [vectors["user"]], [batch["user"]], [_positive_of(objective, batch, "item")], group
+        [vectors["user"]], [batch["user"]], [_positive_query_ids(objective, batch, "item")], group
     )
 
     def log_count(ids: jax.Array) -> jax.Array:
@@ -294,7 +294,7 @@ def update_sampling_state(
         vectors = group.all_gather(jax.lax.stop_gradient(items[: len(batch["item"])]))
         query_ids = ids["user"]
         if objective.label:
-            query_ids = group.all_gather(_positive_of(objective, batch, "user"))
+            query_ids = group.all_gather(_positive_query_ids(objective, batch, "user"))
         queue = push(kept["queue"], vectors, ids["item"], query_ids, state.step)
         kept = kept | {"queue": queue}
     return frequency, kept
