@@ -19,7 +19,7 @@ from twotower.evaluation.queries import make_queries
 from twotower.retrieval.batch_jobs import divided
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.export import export as write_bundle_of
-from twotower.retrieval.export import load_retriever as load_retriever_of
+from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
 from twotower.retrieval.retriever import Retriever
 from twotower.training import run as run_folder
@@ -207,12 +207,27 @@ def load_exported(workdir: Path | str) -> Retriever:
 
 
 def load_retriever(folder: Path | str) -> Retriever:
-    """Loads what answers queries from a bundle, a run or one of its checkpoints.
+    """Loads the retriever of a bundle, of a run, or of one of its checkpoints.
 
-    For a run without a bundle, and for a checkpoint, a bundle is made in memory.
+    A run is answered from its bundle, with the changes made to it. Where it has none, and for a
+    checkpoint, a bundle is made in memory; that of a run comes from the best checkpoint.
+
+    Args:
+        folder: Such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000.
 
     Raises:
-        BundleError: The bundle is not whole.
-        ConfigError: The folder is neither.
+        BundleError: The folder is none of these, or the bundle is not whole.
+        ChangesError: The log of changes to the bundle is damaged.
     """
-    return load_retriever_of(folder)
+    folder = Path(folder)
+    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.isdigit()
+    workdir = folder.parent.parent if is_checkpoint else folder
+    # A bundle has a config.json too, but no checkpoints.
+    is_run = (workdir / "config.json").exists() and (workdir / "checkpoints").exists()
+    if not is_run:
+        return Retriever.load(folder)
+    if is_checkpoint:
+        return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
+    if (workdir / BUNDLE).exists():
+        return Retriever.load(workdir / BUNDLE)
+    return Retriever(make_bundle(load_run(workdir)))

@@ -15,11 +15,11 @@ import pytest
 from experiments import launch
 from tests.experiments.commands import error_of, launched, output_of
 from tests.experiments.trained import CONFIG
+from twotower.api import load_retriever
 from twotower.config import from_dict
 from twotower.core.files import current_version
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.export import load_retriever
 from twotower.training.run import load_run, train
 
 

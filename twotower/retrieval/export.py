@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import embedding_weights
 from twotower.towers.two_tower import TwoTower, Weights
-from twotower.training.run import Run, load_run
+from twotower.training.run import Run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
 PARITY_ROWS = 256
@@ -78,33 +77,6 @@ def export(run: Run, folder: Path) -> Bundle:
         run.step,
     )
     return dataclasses.replace(bundle, manifest=manifest)
-
-
-def load_retriever(path: str | os.PathLike) -> Retriever:
-    """Returns a retriever of a bundle, of a run, or of one of its checkpoints.
-
-    A run is answered from its bundle, with the changes made to it. Where it has none, and for a
-    checkpoint, a bundle is made in memory; of a run from the best checkpoint.
-
-    Args:
-        path: such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000.
-
-    Raises:
-        BundleError: The folder is none of these, or the bundle is not whole.
-        ChangesError: The log of changes to the bundle is damaged.
-    """
-    folder = Path(path)
-    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.isdigit()
-    workdir = folder.parent.parent if is_checkpoint else folder
-    is_run = (workdir / "config.json").exists() and (workdir / "checkpoints").exists()
-    # A bundle has a config.json too, but no checkpoints.
-    if not is_run:
-        return Retriever.load(folder)
-    if is_checkpoint:
-        return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
-    if (workdir / "bundle").exists():
-        return Retriever.load(workdir / "bundle")
-    return Retriever(make_bundle(load_run(workdir, checkpoint="best")))
 
 
 def make_bundle(run: Run) -> Bundle:

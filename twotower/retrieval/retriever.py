@@ -102,8 +102,8 @@ class Retriever:
         """Returns the retriever of a bundle, with the changes that were made to it.
 
         Args:
-            folder: folder of the bundle. `twotower.retrieval.export.load_retriever` also takes a
-                run, or one of its checkpoints.
+            folder: folder of the bundle. `twotower.api.load_retriever` also takes a run, or one of
+                its checkpoints.
 
         Raises:
             BundleError: The bundle is not whole.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import ConfigError
-from twotower.data.filters import matches
+from twotower.data.operators import matches
 
 # (column, operator, value) each, with the operators of `config.data.where`. Hashable, so that
 # matching items can be kept by their conditions.
