@@ -21,13 +21,13 @@ _TTL = flags.DEFINE_integer("ttl", 86_400, "Seconds that the vectors live.", low
 
 def main() -> None:
     from twotower import api
-    from twotower.integrations.embedding_history import blocks_of
+    from twotower.integrations.embedding_history import vector_blocks
     from twotower.integrations.redis_store import RedisStore, bundle_version
 
     store = RedisStore(_REDIS.value, name=_NAME.value)
     retriever = api.load_exported(_WORKDIR.value)
     version = bundle_version(retriever)
-    counts = store.publish(version, blocks_of(retriever), ttl=_TTL.value)
+    counts = store.publish(version, vector_blocks(retriever), ttl=_TTL.value)
     vectors = f"{counts['user']:,} user and {counts['item']:,} item vectors"
     print(f"{_NAME.value}:{version}: {vectors}, for {_TTL.value:,} seconds.")
 

@@ -34,7 +34,7 @@ def ranking(scores_of, query=0):
 
 def test_popularity_is_by_count_then_latest():
     train = rows([4, 4, 4, 2, 1, 1, 2, 0], days=range(8))
-    order = ranking(baselines.same_for_all(baselines.popularity_order(train, 6)))
+    order = ranking(baselines.order_scores(baselines.popularity_order(train, 6)))
     assert order[:4] == [4, 2, 1, 0] and set(order[4:]) == {3, 5}
 
 

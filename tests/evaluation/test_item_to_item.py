@@ -9,7 +9,7 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.ragged import Ragged
 from twotower.evaluation import item_to_item
-from twotower.evaluation.baselines import make_baselines, popularity_order, same_for_all
+from twotower.evaluation.baselines import make_baselines, popularity_order, order_scores
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.batches import Rows
@@ -142,7 +142,7 @@ def test_both_find_what_popularity_cannot():
     rows = Rows(
         train.rows.astype(np.int32), train.values, np.ones(len(train.values), np.float32), None, {}
     )
-    popularity = evaluate(same_for_all(popularity_order(rows, 60)), queries, (10,), mask_seen=True)[
+    popularity = evaluate(order_scores(popularity_order(rows, 60)), queries, (10,), mask_seen=True)[
         "recall@10"
     ]
     made = item_to_item.make_item_to_item(train, queries, queries)

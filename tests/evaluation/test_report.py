@@ -23,7 +23,7 @@ def seen_first(prepared, model, weights, queries):
     """Scores of a model that knows what a user has seen, and after that the right answers."""
     scores = np.zeros((len(queries), queries.num_items), np.float32)
     scores[queries.relevant.rows, queries.relevant.values] = 1
-    for query, seen in enumerate(queries.seen_of(slice(0, len(queries)))):
+    for query, seen in enumerate(queries.seen_lists(slice(0, len(queries)))):
         scores[query, seen] = 2
     return lambda chosen: scores[chosen]
 

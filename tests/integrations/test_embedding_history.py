@@ -20,9 +20,9 @@ from twotower.core.errors import HistoryError, QueryError
 from twotower.integrations.embedding_history import (
     EmbeddingHistory,
     Version,
-    blocks_of,
+    vector_blocks,
     parse_date,
-    version_of,
+    make_version,
 )
 from twotower.retrieval.retriever import Retriever
 
@@ -256,14 +256,14 @@ def test_dates_and_places_are_checked(history):
 
 
 def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
-    one = version_of(retriever, run_date=DAY, run_id="shop")
-    history.append(one, blocks_of(retriever, block=16))
+    one = make_version(retriever, run_date=DAY, run_id="shop")
+    history.append(one, vector_blocks(retriever, block=16))
     (users, queries), (items, vectors) = (
         history.read(history.find(side, one.name)) for side in ("user", "item")
     )
     assert one.model_version == retriever.bundle.manifest["model_version"]
     unwritten = Retriever(dataclasses.replace(retriever.bundle, manifest={}, folder=None))
-    assert version_of(unwritten, run_date=DAY, run_id="shop") == one
+    assert make_version(unwritten, run_date=DAY, run_id="shop") == one
     assert users.equals(retriever.bundle.users["user_id"]) and items.equals(
         retriever.bundle.items["item_id"]
     )
@@ -275,7 +275,7 @@ def test_the_vectors_of_a_bundle_rank_as_its_retriever_does(history, retriever):
 
 def test_runs_of_one_configuration_share_an_experiment(retriever):
     def experiment(one=retriever, **values):
-        return version_of(one, run_date=DAY, **values).experiment_id
+        return make_version(one, run_date=DAY, **values).experiment_id
 
     def changed(**training):
         config = retriever.bundle.config

@@ -18,7 +18,7 @@ import pytest
 from tests.extras import extra, program
 from tests.integrations.test_embedding_history import block
 from twotower.core.errors import ConfigError, QueryError, StoreError
-from twotower.integrations.embedding_history import blocks_of
+from twotower.integrations.embedding_history import vector_blocks
 from twotower.integrations.redis_store import CachedRetriever, RedisStore, bundle_version
 from twotower.retrieval.retriever import Retriever
 
@@ -86,7 +86,7 @@ def store(server):
 
 
 def test_the_vectors_of_a_bundle_are_found_by_id(store, retriever):
-    counts = store.publish(bundle_version(retriever), blocks_of(retriever, block=16))
+    counts = store.publish(bundle_version(retriever), vector_blocks(retriever, block=16))
     ids = retriever.bundle.items["item_id"].to_pylist()
     vectors, found = store.vectors("item", [ids[5], "nothing", ids[0]])
     np.testing.assert_array_equal(vectors[[0, 2]], retriever.bundle.vectors[[5, 0]])

@@ -36,13 +36,13 @@ def make_baselines(
     order = popularity_order(train, num_items, seed=seed)
     baselines = {
         "random": random_scores(num_items, seed=seed),
-        "popularity": same_for_all(order),
+        "popularity": order_scores(order),
         "popularity_top_quantile": top_quantile_scores(order, seed=seed),
     }
     if train.timestamp is not None:
         last_week = train.timestamp > train.timestamp.max() - WEEK
         latest = popularity_order(train, num_items, among=last_week, seed=seed)
-        baselines["popularity_last_week"] = same_for_all(latest)
+        baselines["popularity_last_week"] = order_scores(latest)
     train_items = items_of_users([train], num_users=len(prepared.users))
     tuning = None
     if len(prepared.positives("validation")):
@@ -87,14 +87,14 @@ def popularity_order(
     return np.lexsort((shuffled, -latest.astype(np.float64), -counts))
 
 
-def same_for_all(order: np.ndarray) -> Scores:
+def order_scores(order: np.ndarray) -> Scores:
     """Makes scores that rank the items in `order` for every query."""
     ranks = np.empty(len(order), np.float32)
     # Whole numbers are distinct in float32 up to 2**24 either side of 0.
     ranks[order] = len(order) // 2 - np.arange(len(order))
 
-    def scores(chosen: slice) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(ranks), (chosen.stop - chosen.start, len(order)))
+    def scores(block: slice) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(ranks), (block.stop - block.start, len(order)))
 
     return scores
 
@@ -108,7 +108,7 @@ def random_scores(num_items: int, *, seed: int = 0) -> Scores:
         keys = jax.vmap(lambda query: jax.random.fold_in(key, query))(queries)
         return jax.vmap(lambda key: jax.random.uniform(key, (num_items,)))(keys)
 
-    return lambda chosen: draw(jnp.arange(chosen.start, chosen.stop))
+    return lambda block: draw(jnp.arange(block.start, block.stop))
 
 
 def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: int = 0) -> Scores:
@@ -117,4 +117,4 @@ def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: in
     top = np.zeros((1, len(order)), np.float32)
     top[0, order[: max(1, round(share * len(order)))]] = 1.0
     draw = random_scores(len(order), seed=seed)
-    return lambda chosen: draw(chosen) + jnp.asarray(top)
+    return lambda block: draw(block) + jnp.asarray(top)

@@ -46,7 +46,7 @@ COLUMNS = P(None, AXIS)
 
 
 def evaluate(
-    scores_of: Scores,
+    score_block: Scores,
     queries: Queries,
     ks: Sequence[int],
     *,
@@ -78,9 +78,9 @@ def evaluate(
     answerable = queries.num_relevant > 0
     per_query: dict[str, list[np.ndarray]] = {}
     recommended = {k: np.zeros(queries.num_items, bool) for k in ks}
-    for chosen, pairs in _blocks(queries, block_bytes, mask_seen=mask_seen):
-        count = chosen.stop - chosen.start
-        scores = _pad_queries(scores_of(chosen), len(pairs.num_relevant))
+    for block, pairs in _blocks(queries, block_bytes, mask_seen=mask_seen):
+        count = block.stop - block.start
+        scores = _pad_queries(score_block(block), len(pairs.num_relevant))
         values, lists = _measure_block(scores, pairs, queries.counts, tuple(ks))
         if values.pop("has_nan"):
             raise ScoreError(
@@ -89,7 +89,7 @@ def evaluate(
             )
         for name, value in values.items():
             per_query.setdefault(name, []).append(np.asarray(value)[:count])
-        lists = np.asarray(lists)[:count][answerable[chosen]]
+        lists = np.asarray(lists)[:count][answerable[block]]
         for k in ks:
             listed = lists[:, :k]
             recommended[k][listed[listed >= 0]] = True
@@ -115,11 +115,11 @@ def dot_scores(
     """
     if mesh is None:
         items = jnp.asarray(items)
-        return lambda chosen: _dot(jnp.asarray(users[chosen]), items)
+        return lambda block: _dot(jnp.asarray(users[block]), items)
     padded = pad_rows(np.asarray(items), round_up(len(items), mesh.size))
     parts = put(mesh, padded, SHARDED)
     dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
-    return lambda chosen: dot(put(mesh, users[chosen], REPLICATED), parts)
+    return lambda block: dot(put(mesh, users[block], REPLICATED), parts)
 
 
 def query_vectors(
@@ -194,7 +194,7 @@ def _blocks(
     relevant_size = _max_pairs(queries.relevant.lengths, blocks)
     nothing_seen = Ragged.empty(size)
     for block in progress(blocks, total=len(blocks), what="Evaluation"):
-        seen = queries.seen_of(block) if mask_seen else nothing_seen
+        seen = queries.seen_lists(block) if mask_seen else nothing_seen
         relevant = queries.relevant.take(np.arange(block.start, block.stop))
         yield (
             block,

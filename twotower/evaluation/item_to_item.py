@@ -151,9 +151,9 @@ def _model_of_users(score_user: Callable[[np.ndarray], np.ndarray]) -> ItemModel
     """Makes a model of the function from the seen items of one user to scores [N]."""
 
     def model(queries: Queries) -> Scores:
-        def scores(chosen: slice) -> np.ndarray:
+        def scores(block: slice) -> np.ndarray:
             # Histories are short beside N, so rows are added up rather than multiplied out.
-            seen = queries.seen_of(chosen)
+            seen = queries.seen_lists(block)
             return np.stack([score_user(items) for items in seen]).astype(np.float32)
 
         return scores

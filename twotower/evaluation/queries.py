@@ -49,9 +49,9 @@ class Queries:
         """Number of relevant items of each query, int32 [Q]."""
         return (self.relevant.lengths + self.missing).astype(np.int32)
 
-    def seen_of(self, chosen: slice) -> Ragged:
+    def seen_lists(self, block: slice) -> Ragged:
         """Returns the seen items of some queries, a list for each."""
-        return self.seen.take(self.user[chosen])
+        return self.seen.take(self.user[block])
 
     def without_seen(self) -> Queries:
         """Returns the queries without the relevant items that the user had seen.
@@ -62,7 +62,7 @@ class Queries:
         unseen = ~self.seen.contains(users, self.relevant.values)
         return dataclasses.replace(self, relevant=self.relevant.filter(unseen))
 
-    def of_new_items(self) -> Queries:
+    def keep_new_items(self) -> Queries:
         """Returns the queries with only the relevant items that training never saw.
 
         Many queries are then left without a relevant item.
@@ -72,7 +72,7 @@ class Queries:
             self, relevant=self.relevant.filter(new), missing=np.zeros_like(self.missing)
         )
 
-    def of_new_users(self, trained: np.ndarray) -> Queries:
+    def keep_new_users(self, trained: np.ndarray) -> Queries:
         """Returns the queries of users that are not among `trained`, the users of training rows."""
         return self.take(np.flatnonzero(~np.isin(self.user, trained)))
 

@@ -107,8 +107,8 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
     """
     measured: Measured = {}
     parts = {
-        "new_items": queries.of_new_items(),
-        "new_users": queries.of_new_users(run.prepared.train.user),
+        "new_items": queries.keep_new_items(),
+        "new_users": queries.keep_new_users(run.prepared.train.user),
     }
     for name, part in parts.items():
         part = part.take(np.flatnonzero(part.num_relevant > 0))
@@ -126,7 +126,7 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
 
 
 def measure_popularity_weights(
-    scores_of: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]
+    score_block: Scores, queries: Queries, ks: Sequence[int], weights: Sequence[float]
 ) -> Measured:
     """Measures lists with popularity weighed: recall against coverage and novelty.
 
@@ -137,8 +137,8 @@ def measure_popularity_weights(
     measured: Measured = {}
     for weight in weights:
 
-        def weighed_scores(chosen: slice, weight: float = weight) -> jax.Array | np.ndarray:
-            scores = scores_of(chosen)
+        def weighed_scores(block: slice, weight: float = weight) -> jax.Array | np.ndarray:
+            scores = score_block(block)
             return scores + weight * pad_rows(log_popularity, scores.shape[1])[None, :]
 
         measured[f"{weight:g}"] = evaluate(weighed_scores, queries, ks, mask_seen=True)

@@ -133,7 +133,7 @@ class EmbeddingHistory:
         """Lists the files of a side, of one date or of all, by date and then by run id."""
         partition = f"run_date={run_date or '*'}"
         paths = (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
-        files = [_read_about(path) for path in paths]
+        files = [_read_file_info(path) for path in paths]
         return sorted(files, key=lambda file: (file.version.run_date, file.version.run_id))
 
     def find(self, side: str, name: str) -> VectorFile:
@@ -178,7 +178,7 @@ class EmbeddingHistory:
         return self.folder / TABLES[side] / f"run_date={date.isoformat()}"
 
 
-def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
+def vector_blocks(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
     """Returns the vectors of a bundle's users and items, in the blocks that `append` takes.
 
     Those of users are the ones that recommendations are made with.
@@ -203,7 +203,7 @@ def blocks_of(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator
     }
 
 
-def version_of(
+def make_version(
     retriever: Retriever, *, run_date: datetime.date, run_id: str, experiment_id: str = ""
 ) -> Version:
     """Returns the version of a bundle's vectors.
@@ -241,13 +241,13 @@ def append_bundle(
         retriever: the loaded bundle.
         run_date: date of the run.
         run_id: name of the run.
-        experiment_id: name of the experiment; see `version_of`.
+        experiment_id: name of the experiment; see `make_version`.
 
     Returns:
         The files of "user" and "item".
     """
-    version = version_of(retriever, run_date=run_date, run_id=run_id, experiment_id=experiment_id)
-    history.append(version, blocks_of(retriever))
+    version = make_version(retriever, run_date=run_date, run_id=run_id, experiment_id=experiment_id)
+    history.append(version, vector_blocks(retriever))
     return {side: history.find(side, version.name) for side in TABLES}
 
 
@@ -319,7 +319,7 @@ def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) 
         )  # so that a listing reads no column
 
 
-def _read_about(path: Path) -> VectorFile:
+def _read_file_info(path: Path) -> VectorFile:
     """Reads what a file says of itself, without a column of it."""
     try:
         about = json.loads(pq.read_metadata(path).metadata[b"twotower"])

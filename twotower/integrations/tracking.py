@@ -93,7 +93,7 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
         return known["run_id"]
     known_experiment = client.get_experiment_by_name(experiment)
     if known_experiment is None:
-        location = artifacts or _beside(uri)
+        location = artifacts or _artifact_folder(uri)
         experiment_id = client.create_experiment(experiment, artifact_location=location or None)
     else:
         experiment_id = known_experiment.experiment_id
@@ -108,7 +108,7 @@ def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: st
     return run.info.run_id
 
 
-def _beside(uri: str) -> str:
+def _artifact_folder(uri: str) -> str:
     """Returns the folder for files beside an SQLite file; "" for a server."""
     file = uri.removeprefix("sqlite:///")
     if file == uri:
