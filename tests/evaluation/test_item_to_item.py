@@ -9,7 +9,7 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.ragged import Ragged
 from twotower.evaluation import item_to_item
-from twotower.evaluation.baselines import make_baselines, popularity_order, order_scores
+from twotower.evaluation.baselines import make_baselines, order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.batches import Rows

@@ -20,9 +20,9 @@ from twotower.core.errors import HistoryError, QueryError
 from twotower.integrations.embedding_history import (
     EmbeddingHistory,
     Version,
-    vector_blocks,
-    parse_date,
     make_version,
+    parse_date,
+    vector_blocks,
 )
 from twotower.retrieval.retriever import Retriever
 
