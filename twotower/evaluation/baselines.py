@@ -1,4 +1,4 @@
-"""Rankings that know nothing of the towers, which a model must beat.
+"""Rankings without the towers, which a model must beat.
 
 For the generated shop there is also one that it cannot beat: that by the true preferences.
 """
@@ -19,7 +19,7 @@ from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users
 
 WEEK = 7 * 24 * 3600  # seconds
-TOP_SHARE = 0.1  # share of the items that are in the top quantile
+TOP_SHARE = 0.1  # share of the items that count as popular, the "top quantile"
 
 
 def make_baselines(
@@ -31,6 +31,7 @@ def make_baselines(
     have timestamps; "item_knn" and "ease" where the log is not too large for them; and
     "true_preferences" where the data was generated.
     """
+    # Fitted on training rows alone, as the model is.
     train = prepared.positives("train")
     num_items = len(prepared.items)
     order = popularity_order(train, num_items, seed=seed)
@@ -40,6 +41,7 @@ def make_baselines(
         "popularity_top_quantile": top_quantile_scores(order, seed=seed),
     }
     if train.timestamp is not None:
+        # The last week of the training rows: what the held-out rows lie in is not known to it.
         last_week = train.timestamp > train.timestamp.max() - WEEK
         latest = popularity_order(train, num_items, among=last_week, seed=seed)
         baselines["popularity_last_week"] = order_scores(latest)
@@ -50,6 +52,7 @@ def make_baselines(
     baselines |= make_item_to_item(train_items, queries, tuning)
     if prepared.truth is not None:
         truth = prepared.truth
+        # Factors stand in the order of the users table, a row for each user, not for each query.
         users = truth.user_factors[queries.user]
         baselines["true_preferences"] = dot_scores(users, truth.item_factors)
     return baselines
@@ -57,6 +60,7 @@ def make_baselines(
 
 def _tuning_queries(prepared: PreparedData) -> Queries:
     """Returns the queries that training validates with."""
+    # The same sample, so that baselines are tuned on as much as the model is.
     evaluation = prepared.config.evaluation
     queries = make_queries(prepared, "validation", evaluation.query)
     return queries.sample(evaluation.validation_queries)
@@ -77,13 +81,20 @@ def popularity_order(
         among: rows to count, bool [rows]; None counts all.
         seed: seed of the order of equals.
     """
-    counted = train.item if among is None else train.item[among]
-    counts = np.bincount(counted[counted >= 0], minlength=num_items)
-    times = np.arange(len(train)) if train.timestamp is None else train.timestamp
+    counted_items = train.item
+    if among is not None:
+        counted_items = counted_items[among]
+    # A row outside of the corpus has item -1.
+    counts = np.bincount(counted_items[counted_items >= 0], minlength=num_items)
+    times = train.timestamp
+    if times is None:
+        # Without times the order of the log decides.
+        times = np.arange(len(train))
     latest = np.full(num_items, np.iinfo(np.int64).min)
-    known = train.item >= 0
-    np.maximum.at(latest, train.item[known], times[known])
+    in_corpus = train.item >= 0
+    np.maximum.at(latest, train.item[in_corpus], times[in_corpus])
     shuffled = np.random.default_rng(seed).permutation(num_items)
+    # The last key is the first to sort by. The least int64 has no negative, hence float64.
     return np.lexsort((shuffled, -latest.astype(np.float64), -counts))
 
 
@@ -94,13 +105,14 @@ def order_scores(order: np.ndarray) -> Scores:
     ranks[order] = len(order) // 2 - np.arange(len(order))
 
     def scores(block: slice) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(ranks), (block.stop - block.start, len(order)))
+        shape = (block.stop - block.start, len(order))
+        return jnp.broadcast_to(jnp.asarray(ranks), shape)
 
     return scores
 
 
 def random_scores(num_items: int, *, seed: int = 0) -> Scores:
-    """Makes scores in [0, 1), drawn for each query by its number, whatever the blocks are."""
+    """Makes scores in [0, 1), drawn for each query by its number alone."""
     key = jax.random.key(seed)
 
     @jax.jit
@@ -108,13 +120,16 @@ def random_scores(num_items: int, *, seed: int = 0) -> Scores:
         keys = jax.vmap(lambda query: jax.random.fold_in(key, query))(queries)
         return jax.vmap(lambda key: jax.random.uniform(key, (num_items,)))(keys)
 
+    # A key for each query, so that the size of a block does not change what is drawn.
     return lambda block: draw(jnp.arange(block.start, block.stop))
 
 
 def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: int = 0) -> Scores:
     """Makes scores that put the first `share` of `order`, shuffled for each query, before all other
     items."""
-    top = np.zeros((1, len(order)), np.float32)
-    top[0, order[: max(1, round(share * len(order)))]] = 1.0
+    num_top = max(1, round(share * len(order)))
+    # Random scores are below 1, so that 1 more puts an item before all others.
+    bonus = np.zeros((1, len(order)), np.float32)
+    bonus[0, order[:num_top]] = 1.0
     draw = random_scores(len(order), seed=seed)
-    return lambda block: draw(block) + jnp.asarray(top)
+    return lambda block: draw(block) + jnp.asarray(bonus)

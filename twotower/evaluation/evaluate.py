@@ -40,8 +40,9 @@ from twotower.towers.two_tower import TwoTower, Weights
 # there may be more of them than items; the last ones are then padding.
 Scores = Callable[[slice], jax.Array | np.ndarray]
 
-BLOCK_BYTES = 2**27  # of the scores of a block
+BLOCK_BYTES = 2**27  # bytes of scores that are held at once
 MAX_BLOCK_QUERIES = 1_024
+# Each device has the scores of all queries for its own part of the items.
 COLUMNS = P(None, AXIS)
 
 
@@ -59,20 +60,21 @@ def evaluate(
     items one score finds nothing. Queries without a relevant item are counted, not averaged.
 
     Args:
-        scores_of: function from a slice of the queries to their scores, float32 [b, N].
+        score_block: function from a slice of the queries to their scores, float32 [b, N].
         queries: queries with their relevant and their seen items.
         ks: lengths of the lists.
         mask_seen: whether items that the user had seen are taken out of the lists, and out of the
             relevant items.
-        block_bytes: bytes of scores held at once.
+        block_bytes: bytes of scores that are held at once.
 
     Returns:
-        "name@K" for every metric and K, "queries" (how many are averaged) and
-        "queries_without_answer" (how many are not).
+        "name@K" for every metric and K, "queries" (the number that is averaged) and
+        "queries_without_answer" (the number that is not).
 
     Raises:
         ScoreError: a score is NaN.
     """
+    # Both halves belong together: an item that no list may hold would count as missed.
     if mask_seen:
         queries = queries.without_seen()
     answerable = queries.num_relevant > 0
@@ -80,18 +82,22 @@ def evaluate(
     recommended = {k: np.zeros(queries.num_items, bool) for k in ks}
     for block, pairs in _blocks(queries, block_bytes, mask_seen=mask_seen):
         count = block.stop - block.start
+        # The last block is as long as the others, so that one program serves all.
         scores = _pad_queries(score_block(block), len(pairs.num_relevant))
         values, lists = _measure_block(scores, pairs, queries.counts, tuple(ks))
+        # Refused, not ranked: NaN has no order, so any figure of it would be arbitrary.
         if values.pop("has_nan"):
             raise ScoreError(
-                f"Scores of queries {chosen.start} to {chosen.stop - 1} hold NaN; "
+                f"Scores of queries {block.start} to {block.stop - 1} hold NaN; "
                 "they cannot be ranked."
             )
         for name, value in values.items():
             per_query.setdefault(name, []).append(np.asarray(value)[:count])
+        # Coverage is over the same queries as the means.
         lists = np.asarray(lists)[:count][answerable[block]]
         for k in ks:
             listed = lists[:, :k]
+            # -1 ends a list that could not be filled.
             recommended[k][listed[listed >= 0]] = True
     result: dict[str, float] = {}
     for name, values in per_query.items():
@@ -116,8 +122,10 @@ def dot_scores(
     if mesh is None:
         items = jnp.asarray(items)
         return lambda block: _dot(jnp.asarray(users[block]), items)
+    # Equal parts: the last device has rows of zeros, which `_mask_scores` keeps out of lists.
     padded = pad_rows(np.asarray(items), round_up(len(items), mesh.size))
     parts = put(mesh, padded, SHARDED)
+    # Scores stay divided by columns, so that no device needs room for all of them.
     dot = jax.jit(_dot, out_shardings=NamedSharding(mesh, COLUMNS))
     return lambda block: dot(put(mesh, users[block], REPLICATED), parts)
 
@@ -126,6 +134,7 @@ def query_vectors(
     prepared: PreparedData, model: TwoTower, weights: Weights, queries: Queries
 ) -> np.ndarray:
     """Returns the user vectors of the queries, float32 [Q, D]."""
+    # The context is the query's own: its time and its history, not those of the user today.
     features = prepared.user_features(queries.user, queries.context)
     return embed_rows(model, weights, "user", features)
 
@@ -133,7 +142,7 @@ def query_vectors(
 def model_scores(
     prepared: PreparedData, model: TwoTower, weights: Weights, queries: Queries
 ) -> Scores:
-    """Makes the scores of the two towers, on the mesh that the weights are divided over."""
+    """Makes the scores that the two towers give, on the mesh that the weights are divided over."""
     items = embed_rows(model, weights, "item", prepared.features["item"])
     users = query_vectors(prepared, model, weights, queries)
     return dot_scores(users, items, mesh=find_mesh(weights))
@@ -148,6 +157,7 @@ def make_validate(
     metrics of heads, named "click/auc", are over a fixed sample of as many rows.
     """
     evaluation = prepared.config.evaluation
+    # Made once: all validations of a training measure the same queries and rows.
     every_query = make_queries(prepared, "validation", evaluation.query)
     queries = every_query.sample(evaluation.validation_queries)
     measure_heads = heads.make_head_metrics(
@@ -185,31 +195,31 @@ def _blocks(
     queries: Queries, block_bytes: int, *, mask_seen: bool
 ) -> Iterator[tuple[slice, _Pairs]]:
     """Yields slices of the queries with their pairs; no seen pairs without `mask_seen`."""
-    fitting = block_bytes // (4 * queries.num_items)
-    size = max(1, min(fitting, MAX_BLOCK_QUERIES, len(queries)))
+    queries_that_fit = block_bytes // (4 * queries.num_items)  # four bytes a score
+    size = max(1, min(queries_that_fit, MAX_BLOCK_QUERIES, len(queries)))
     starts = range(0, len(queries), size)
     blocks = [slice(start, min(start + size, len(queries))) for start in starts]
     # Room for seen pairs also where none are masked, so that the same program serves both.
     seen_size = _max_pairs(queries.seen.lengths[queries.user], blocks)
     relevant_size = _max_pairs(queries.relevant.lengths, blocks)
+    num_items = queries.num_items
     nothing_seen = Ragged.empty(size)
     for block in progress(blocks, total=len(blocks), what="Evaluation"):
         seen = queries.seen_lists(block) if mask_seen else nothing_seen
         relevant = queries.relevant.take(np.arange(block.start, block.stop))
-        yield (
-            block,
-            _Pairs(
-                *pad_pairs(seen.rows, seen.values, seen_size, num_columns=queries.num_items),
-                *pad_pairs(
-                    relevant.rows, relevant.values, relevant_size, num_columns=queries.num_items
-                ),
-                num_relevant=pad_rows(queries.num_relevant[block], size),
-            ),
+        # Pairs of padding name the column past the last item. Scatters drop it; where a mesh has
+        # such a column, it is no item and is masked.
+        seen_pairs = pad_pairs(seen.rows, seen.values, seen_size, num_columns=num_items)
+        relevant_pairs = pad_pairs(
+            relevant.rows, relevant.values, relevant_size, num_columns=num_items
         )
+        num_relevant = pad_rows(queries.num_relevant[block], size)
+        yield block, _Pairs(*seen_pairs, *relevant_pairs, num_relevant)
 
 
 def _max_pairs(lengths: np.ndarray, blocks: Sequence[slice]) -> int:
     """Returns the size that the pairs of every block fit in."""
+    # A power of two, so that evaluations of nearly as many pairs share a compiled program.
     return max((next_power_of_two(int(lengths[block].sum())) for block in blocks), default=1)
 
 
@@ -224,11 +234,12 @@ def _pad_queries(scores: jax.Array | np.ndarray, size: int) -> Float[Array, "B N
 def _measure_block(
     scores: Float[Array, "B N"], pairs: _Pairs, counts: np.ndarray, ks: tuple[int, ...]
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Does `_measure` on the devices that the columns of the scores are divided over."""
+    """Measures a block on the devices that the columns of its scores are divided over."""
     mesh = find_mesh(scores)
     if mesh is None:
         return _measure(scores, pairs, counts, ks=ks)
     width = scores.shape[1]
+    # Pairs are few: every device gets all of them and keeps those of its own columns.
     return _measure(
         scores,
         put(mesh, pairs, REPLICATED),
@@ -268,7 +279,7 @@ def _measure(
         return _measure_part(scores, pairs, counts, ks=ks, padding=padding, group=SINGLE_DEVICE)
     part = functools.partial(_measure_part, ks=ks, padding=padding, group=device_group(mesh))
     specs = (COLUMNS, REPLICATED, SHARDED)
-    # Not checked: that all_gather and top_k leave the same on every device is not seen by JAX.
+    # Unchecked, since JAX cannot see that all_gather and top_k leave the same on every device.
     divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
     return divided(scores, pairs, counts)
 
@@ -282,29 +293,34 @@ def _measure_part(
     padding: int,
     group: DeviceGroup,
 ) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Does `_measure` on one device of a group, which has N of the items."""
-    longest = max(ks)
+    """Measures the lists as `_measure` does, on one device of a group, which has N of the items."""
+    max_k = max(ks)
+    # Before masking, which could hide a NaN.
     has_nan = group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0
     if group is not SINGLE_DEVICE:
         width = scores.shape[1]
+        # Items of other devices get the column past the end, which scatters drop.
         pairs = pairs._replace(
             seen_item=group.local_rows(jnp.asarray(pairs.seen_item), width),
             relevant_item=group.local_rows(jnp.asarray(pairs.relevant_item), width),
         )
     scores = _mask_scores(scores, pairs, padding, group)
-    best, rows, hits, trained = _top_lists(scores, pairs, counts, longest, group)
+    best, rows, hits, trained = _top_lists(scores, pairs, counts, max_k, group)
+    # A list longer than what masking leaves ends in masked items, which are no part of it.
     listed = ~jnp.isneginf(best)
     # A corpus smaller than K gives lists that end in nothing.
-    missing = [(0, 0), (0, longest - rows.shape[1])]
+    missing = [(0, 0), (0, max_k - rows.shape[1])]
     hits = jnp.pad(hits & listed, missing)
     rows = jnp.pad(jnp.where(listed, rows, -1), missing, constant_values=-1)
     trained = jnp.pad(jnp.where(listed, trained, 0), missing)
     num_relevant = jnp.asarray(pairs.num_relevant)
+    # Columns of padding have a count of 0.
     total = group.sum(counts.sum())
     num_items = scores.shape[1] * group.size - padding
     values: dict[str, Array] = {"has_nan": has_nan}
     for k in ks:
         listed = rows[:, :k] >= 0
+        # Without a mask: a list that could not be filled is still K long to these.
         for name, metric in metrics.RANKING_METRICS.items():
             values[f"{name}@{k}"] = metric(hits[:, :k], num_relevant)
         values[f"novelty@{k}"] = metrics.novelty(trained[:, :k], total, num_items, where=listed)
@@ -317,6 +333,7 @@ def _mask_scores(
 ) -> Float[Array, "B N"]:
     """Returns the scores with -inf for seen items and for columns that are no items."""
     scores = scores.astype(jnp.float32)
+    # -inf, not a low score: where fewer than K items remain, seen ones must not come back.
     scores = scores.at[pairs.seen_query, pairs.seen_item].set(-jnp.inf, mode="drop")
     if not padding:
         return scores
@@ -356,17 +373,20 @@ def _relevant_behind_equals(scores: Float[Array, "B N"], pairs: _Pairs) -> Float
 
     The relevant items then sort after their equals, and before all that is really lower.
     """
-    at = (pairs.relevant_query, pairs.relevant_item)
+    positions = (pairs.relevant_query, pairs.relevant_item)
     tiny = jnp.finfo(jnp.float32).tiny
     # Numbers below `tiny` compare as 0 on some devices, so the steps around 0 are made by hand.
     scores = jnp.where(jnp.abs(scores) < tiny, 0.0, scores)
-    own = scores.at[at].get(mode="fill", fill_value=1.0)
-    below = jnp.nextafter(own, -jnp.inf)
-    lower = jnp.where(own == 0, -tiny, jnp.where(own == tiny, 0.0, below))
-    return scores.at[at].set(lower, mode="drop")
+    # Pairs of padding read 1, which is written nowhere.
+    relevant_scores = scores.at[positions].get(mode="fill", fill_value=1.0)
+    next_lower = jnp.nextafter(relevant_scores, -jnp.inf)
+    next_lower = jnp.where(relevant_scores == tiny, 0.0, next_lower)
+    next_lower = jnp.where(relevant_scores == 0, -tiny, next_lower)
+    return scores.at[positions].set(next_lower, mode="drop")
 
 
 def _average(values: np.ndarray, where: np.ndarray) -> float:
     if not where.any():
         return 0.0
+    # In float64: a sum of many float32 values loses digits.
     return float(values[where].mean(dtype=np.float64))
