@@ -184,10 +184,9 @@ def main(argv: list[str]) -> None:
             if not (folder / "manifest.json").exists():
                 start = time.perf_counter()
                 make(folder, count)
-                print(
-                    f"{count:,} items: index built and bundle written in {time.perf_counter() - start:.0f} s",
-                    flush=True,
-                )
+                spent = time.perf_counter() - start
+                written = f"index built and bundle written in {spent:.0f} s"
+                print(f"{count:,} items: {written}", flush=True)
         print(f"{ask:,} items, {USERS:,} users, lists of {K}")
         answers = percentiles(answering(folders[ask]))
         loads = harness.table(

@@ -33,10 +33,10 @@ def contestants(
     vectors: np.ndarray,
 ) -> dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]]:
     """name -> (queries, k) -> (scores, rows)"""
-    import faiss
-
     from twotower.index.exact import ExactIndex
+    from twotower.index.graphs import import_library
 
+    faiss = import_library("faiss")
     faiss.omp_set_num_threads(flags.FLAGS.threads)
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)
@@ -49,16 +49,16 @@ def contestants(
 
 def partitioned(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The usual way with NumPy: all scores, the best K by `argpartition`, and those sorted."""
-    found = []
+    best_scores = []
+    best_rows = []
     for start in range(0, len(queries), BLOCK):
         scores = queries[start : start + BLOCK] @ vectors.T
         rows = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
         best = np.take_along_axis(scores, rows, axis=1)
         order = np.argsort(-best, axis=1)
-        found.append(
-            (np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1))
-        )
-    return tuple(np.concatenate(part) for part in zip(*found))
+        best_scores.append(np.take_along_axis(best, order, axis=1))
+        best_rows.append(np.take_along_axis(rows, order, axis=1))
+    return np.concatenate(best_scores), np.concatenate(best_rows)
 
 
 def check(
@@ -77,9 +77,8 @@ def main(argv: list[str]) -> None:
     users, vectors = (
         load(Path(workdir), count) if workdir else draw(_ITEMS.value, flags.FLAGS.dim, count)
     )
-    print(
-        f"{len(users):,} users, {len(vectors):,} items of width {vectors.shape[1]}, {flags.FLAGS.threads} threads"
-    )
+    width, threads = vectors.shape[1], flags.FLAGS.threads
+    print(f"{len(users):,} users, {len(vectors):,} items of width {width}, {threads} threads")
     searches, results = contestants(vectors), {}
     for k in map(int, _K.value):
         expected = searches["FAISS IndexFlatIP"](users, k)

@@ -155,9 +155,10 @@ class Program:
             known = {line.name: line.shapes for line in lines}
             for line in lines:
                 if line.kind == "dot":
-                    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)[1]
+                    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+                    assert contracted, "every product names the axes that it sums over"
                     left = known[line.operands[0]][0].dims
-                    inner = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+                    inner = math.prod(left[int(axis)] for axis in contracted[1].split(",") if axis)
                     total += 2 * line.shapes[0].size * inner * self.times.get(name, 0)
         return total
 

@@ -92,10 +92,11 @@ def size_of(write: Callable[[Path], Any]) -> int:
 
 def make_ours(users: np.ndarray, vectors: np.ndarray) -> tuple[Any, Built]:
     """The index as export builds it, for `users` to tune on."""
-    from twotower.config import RetrievalConfig
+    from twotower.config import from_dict
     from twotower.index.build import build_index, save_index
 
-    config = RetrievalConfig(index=_INDEX.value, target_recall=_TARGET.value, k=_K.value)
+    options = {"index": _INDEX.value, "target_recall": _TARGET.value, "k": _K.value}
+    config = from_dict({"retrieval": options}).retrieval
     index = build_index(vectors, config, normalized=True, queries=users)
     return index, Built(
         lambda q, k, _: index.search(q, k), write=lambda path: save_index(index, path)
@@ -135,19 +136,24 @@ def measure(
     queries in the best round."""
     from twotower.index.recall import list_recall
 
-    k, count = truth.shape[1], len(contestants)
-    batches, singles = ([[] for _ in range(count)] for _ in range(2))
+    k = truth.shape[1]
+
+    def spent(contestant: tuple[Built, int], queries: np.ndarray) -> float:
+        built, effort = contestant
+        return seconds(lambda: built.search(queries, k, effort))
+
+    batches = np.zeros((len(contestants), ROUNDS))
+    singles = np.zeros((len(contestants), ROUNDS))
     for turn in range(ROUNDS):
         some = held_out[(turn * SINGLES + np.arange(SINGLES)) % len(held_out)]
-        for n, (built, effort) in enumerate(contestants):
-            batches[n].append(seconds(lambda: built.search(held_out, k, effort)) / len(held_out))  # noqa: B023
-            singles[n].append(
-                np.median([seconds(lambda q=q: built.search(q[None], k, effort)) for q in some])
-            )  # noqa: B023
-    found = [
-        list_recall(built.search(held_out, k, effort)[1], truth) for built, effort in contestants
-    ]
-    return [Speed(min(batches[n]), float(min(singles[n])), found[n]) for n in range(count)]
+        for n, contestant in enumerate(contestants):
+            batches[n, turn] = spent(contestant, held_out) / len(held_out)
+            singles[n, turn] = np.median([spent(contestant, query[None]) for query in some])
+    speeds = []
+    for n, (built, effort) in enumerate(contestants):
+        recall = list_recall(built.search(held_out, k, effort)[1], truth)
+        speeds.append(Speed(float(batches[n].min()), float(singles[n].min()), recall))
+    return speeds
 
 
 def grid_best(
@@ -187,7 +193,8 @@ def grid_best(
         truth,
     )
     text = [
-        f"Tuning takes {spent:.1f} s and chose {settings[0]}, (leaves, candidates). Best of a full grid"
+        f"Tuning takes {spent:.1f} s and chose {settings[0]}, (leaves, candidates). "
+        "Best of a full grid"
     ]
     for way in ("batch", "single"):
         best = min(range(len(settings)), key=lambda n: getattr(speeds[n], way))
@@ -213,7 +220,8 @@ def shown(
         "megabytes": size_of(built.write) / 1e6,
     }
     print(
-        f"{name:36}{row['recall']:8.4f}{effort:8}{row['queries_per_second']:11,.0f}{row['ours_batch']:6.2f}"
+        f"{name:36}{row['recall']:8.4f}{effort:8}"
+        f"{row['queries_per_second']:11,.0f}{row['ours_batch']:6.2f}"
         f"{row['single_ms']:11.4f}{row['ours_single']:6.2f}{build:9.1f}{row['megabytes']:8.1f}",
         flush=True,
     )
@@ -239,21 +247,24 @@ def against(
 
 
 def main(argv: list[str]) -> None:
-    import faiss
-
     from twotower.index.exact import ExactIndex
+    from twotower.index.graphs import import_library
 
+    faiss = import_library("faiss")
     faiss.omp_set_num_threads(_THREADS.value)
     items = 10_000 if harness.QUICK.value else _ITEMS.value
     users, vectors = load(Path(_WORKDIR.value)) if _WORKDIR.value else draw(items, _DIM.value)
     held_out = np.ascontiguousarray(users[1::2])
     truth = ExactIndex(vectors).search(held_out, _K.value)[1]
+    cores = len(os.sched_getaffinity(0))
     print(
-        f"{len(vectors):,} items of width {vectors.shape[1]}, k={_K.value}, target {_TARGET.value}, "
-        f"{len(os.sched_getaffinity(0))} cores, {_THREADS.value} threads, {len(held_out)} held-out users"
+        f"{len(vectors):,} items of width {vectors.shape[1]}, k={_K.value}, "
+        f"target {_TARGET.value}, {cores} cores, {_THREADS.value} threads, "
+        f"{len(held_out)} held-out users"
     )
     print(
-        f"{'':36}{'recall':>8}{'effort':>8}{'queries/s':>11}{'ours':>6}{'single ms':>11}{'ours':>6}{'build s':>9}{'MB':>8}"
+        f"{'':36}{'recall':>8}{'effort':>8}{'queries/s':>11}{'ours':>6}"
+        f"{'single ms':>11}{'ours':>6}{'build s':>9}{'MB':>8}"
     )
     start = now()
     index, own = make_ours(users[::2], vectors)

@@ -36,10 +36,11 @@ Peer = tuple[str, Callable[[], dict[str, Built]]]
 
 def exact_peers(vectors: np.ndarray) -> Iterator[Peer]:
     """JAX, NumPy and FAISS, comparing all."""
-    import faiss
-
     from twotower.index.exact import ExactIndex
+    from twotower.index.graphs import import_library
     from twotower.index.search import brute_force_search
+
+    faiss = import_library("faiss")
 
     def flat() -> dict[str, Built]:
         index = faiss.IndexFlatIP(vectors.shape[1])
@@ -66,8 +67,9 @@ def graph_peers(vectors: np.ndarray, widths: Sequence[int], threads: int) -> Ite
 
 
 def _hnswlib(vectors: np.ndarray, links: int, threads: int) -> dict[str, Built]:
-    import hnswlib
+    from twotower.index.graphs import import_library
 
+    hnswlib = import_library("hnswlib")
     graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
     graph.init_index(max_elements=len(vectors), M=links, ef_construction=200, random_seed=0)
     graph.add_items(vectors, num_threads=threads)
@@ -81,8 +83,9 @@ def _hnswlib(vectors: np.ndarray, links: int, threads: int) -> dict[str, Built]:
 
 
 def _faiss_hnsw(vectors: np.ndarray, links: int) -> dict[str, Built]:
-    import faiss
+    from twotower.index.graphs import import_library
 
+    faiss = import_library("faiss")
     hnsw = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
     hnsw.hnsw.efConstruction = 200
     hnsw.add(vectors)
@@ -106,8 +109,9 @@ def inverted_peers(vectors: np.ndarray, per_root: Sequence[int]) -> Iterator[Pee
 
 
 def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
-    import faiss
+    from twotower.index.graphs import import_library
 
+    faiss = import_library("faiss")
     index = faiss.index_factory(vectors.shape[1], f"IVF{lists},{kind}", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
@@ -122,7 +126,7 @@ def _inverted(vectors: np.ndarray, lists: int, kind: str) -> dict[str, Built]:
 
     def ways(again: int) -> Built:
         return Built(
-            lambda *asked: search(*asked, again),
+            lambda queries, k, probes: search(queries, k, probes, again),
             lists,
             False,
             lambda path: faiss.write_index(index, str(path)),

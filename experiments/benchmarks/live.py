@@ -22,12 +22,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from absl import app, flags
 
 from experiments.benchmarks import harness
+
+if TYPE_CHECKING:
+    from twotower.retrieval.retriever import Retriever
 
 _OPERATIONS = flags.DEFINE_integer("operations", 100_000, "Upserts, deletes and queries in all.")
 _ITEMS = flags.DEFINE_integer("items", 20_000, "Items to begin with.")
@@ -80,74 +84,92 @@ def own_vector(thread: int, number: int, generation: int) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
+class Client:
+    """A thread that changes and queries items of its own, and checks what it is answered.
+
+    Attributes:
+        failures: What was answered wrongly, as text.
+        seconds: Kind of operation -> seconds of each.
+    """
+
+    def __init__(self, retriever: Retriever, number: int, lock: threading.Lock) -> None:
+        self.failures: list[str] = []
+        self.seconds: dict[str, list[float]] = {"upsert": [], "delete": [], "query": []}
+        self._retriever = retriever
+        self._number = number
+        self._lock = lock
+        self._alive: dict[int, int] = {}  # item -> step at which it was upserted last
+
+    def run(self, steps: int) -> None:
+        """Does so many operations, and prints each change when it is acknowledged."""
+        rng = np.random.default_rng(self._number)
+        for step in range(steps):
+            share = rng.random()
+            item = int(rng.integers(OWN))
+            kind = "upsert" if share < 0.2 else "delete" if share < 0.3 else "query"
+            start = time.perf_counter()
+            getattr(self, f"_{kind}")(item, step)
+            self.seconds[kind].append(time.perf_counter() - start)
+            if kind != "query":
+                with self._lock:
+                    print(json.dumps([self._number, kind, item, step]), flush=True)
+
+    def _upsert(self, item: int, step: int) -> None:
+        vector = own_vector(self._number, item, step)
+        rows = pa.table({"item_id": [self._name(item)]})
+        self._retriever.upsert(rows, vectors=vector[None])
+        self._alive[item] = step
+
+    def _delete(self, item: int, step: int) -> None:
+        del step
+        name = self._name(item)
+        if self._retriever.delete([name]) != (item in self._alive):
+            self.failures.append(f"delete of {name}")
+        self._alive.pop(item, None)
+
+    def _query(self, item: int, step: int) -> None:
+        del step
+        name = self._name(item)
+        snapshot = self._retriever._live.catalogue.snapshot
+        vector = own_vector(self._number, item, self._alive.get(item, 0))
+        scores, positions = snapshot.search(vector[None], 10)
+        ids = snapshot.item_ids(positions[0][positions[0] >= 0]).to_pylist()
+        is_alive = item in self._alive
+        if (name in ids[:1] and scores[0, 0] > 0.9999) != is_alive:
+            answer = f"{ids[:2]} {scores[0, :2]}"
+            self.failures.append(f"query of {name}: {answer}, alive {is_alive}")
+        own = {i for i in ids if i.startswith(self._name(""))}
+        if own - set(map(self._name, self._alive)) or len(set(ids)) < 10:
+            self.failures.append(f"{ids} holds what is gone, or an item twice")
+
+    def _name(self, item: int | str) -> str:
+        return f"t{self._number}_{item}"
+
+
 def serve(folder: Path, operations: int) -> None:
-    """Runs the threads; a line of JSON for each acknowledged change, and one with the failures at
-    the end."""
+    """Runs the threads; prints a line of JSON for each acknowledged change, and one with the
+    failures at the end."""
     from twotower.retrieval.retriever import Retriever
 
-    retriever, failures, times, lock = (
-        Retriever.load(folder),
-        [],
-        {"upsert": [], "delete": [], "query": []},
-        threading.Lock(),
-    )
-
-    def work(thread: int) -> None:
-        rng, alive = np.random.default_rng(thread), {}
-        for step in range(operations // THREADS):
-            kind, number = rng.random(), int(rng.integers(OWN))
-            name, start = f"t{thread}_{number}", time.perf_counter()
-            if kind < 0.2:
-                retriever.upsert(
-                    pa.table({"item_id": [name]}), vectors=own_vector(thread, number, step)[None]
-                )
-                alive[number], done = step, ("upsert", number, step)
-            elif kind < 0.3:
-                if retriever.delete([name]) != (number in alive):
-                    failures.append(f"delete of {name}")
-                alive.pop(number, None)
-                done = ("delete", number, step)
-            else:
-                done = ("query", number, step)
-                generation = alive.get(number, 0)
-                snapshot = retriever._live.catalogue.snapshot
-                scores, positions = snapshot.search(
-                    own_vector(thread, number, generation)[None], 10
-                )
-                ids = snapshot.item_ids(positions[0][positions[0] >= 0]).to_pylist()
-                if (name in ids[:1] and scores[0, 0] > 0.9999) != (number in alive):
-                    failures.append(
-                        f"query of {name}: {ids[:2]} {scores[0, :2]}, alive {number in alive}"
-                    )
-                mine = {f"t{thread}_{n}" for n in alive}
-                if (
-                    any(i.startswith(f"t{thread}_") and i not in mine for i in ids)
-                    or len(set(ids)) < 10
-                ):
-                    failures.append(f"{ids} holds what is gone, or an item twice")
-            times[done[0]].append(time.perf_counter() - start)
-            if done[0] != "query":
-                with lock:
-                    print(json.dumps([thread, *done]), flush=True)
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(THREADS)]
+    retriever = Retriever.load(folder)
+    lock = threading.Lock()
+    clients = [Client(retriever, number, lock) for number in range(THREADS)]
+    steps = operations // THREADS
+    threads = [threading.Thread(target=client.run, args=(steps,)) for client in clients]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.2)
         if retriever._live.catalogue.snapshot.num_slots > 4_000:  # as a server would, now and then
             retriever.rebalance()
-    milliseconds = {
-        kind: [round(1e3 * float(np.percentile(t, p)), 3) for p in (50, 99)]
-        for kind, t in times.items()
-        if t
-    }
-    print(
-        json.dumps(
-            {"failures": failures[:5], "count": len(failures), "p50 and p99 ms": milliseconds}
-        ),
-        flush=True,
-    )
+    failures = [failure for client in clients for failure in client.failures]
+    milliseconds = {}
+    for kind in ("upsert", "delete", "query"):
+        times = [1e3 * t for client in clients for t in client.seconds[kind]]
+        if times:
+            milliseconds[kind] = [round(float(np.percentile(times, p)), 3) for p in (50, 99)]
+    shown = {"failures": failures[:5], "count": len(failures), "p50 and p99 ms": milliseconds}
+    print(json.dumps(shown), flush=True)
 
 
 def check(folder: Path, lines: list[list]) -> list[str]:
@@ -189,27 +211,27 @@ def main(argv: list[str]) -> None:
         ]
         start = time.perf_counter()
         killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert killed.stdout
         lines = []
         for line in killed.stdout:
             lines.append(json.loads(line))
             if len(lines) > 0.1 * operations:
                 os.kill(killed.pid, signal.SIGKILL)
                 break
-        lines += [
-            json.loads(line) for line in killed.stdout.read().splitlines() if line.endswith("]")
-        ]
+        # The last line may have been cut off.
+        whole = [line for line in killed.stdout.read().splitlines() if line.endswith("]")]
+        lines += map(json.loads, whole)
         killed.wait()
         wrong = check(folder, lines)
         print(
-            f"Killed after {len(lines):,} acknowledged changes, {len(wrong)} differ; one a thread may have been under "
-            f"way {wrong[:5]}"
+            f"Killed after {len(lines):,} acknowledged changes, {len(wrong)} differ; "
+            f"one a thread may have been under way {wrong[:5]}"
         )
         for path in Path(parent).rglob("*.changes"):
             path.unlink()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        print(
-            f"{operations:,} operations by {THREADS} threads in {time.perf_counter() - start:.0f} s with the killed part:"
-        )
+        spent = f"{time.perf_counter() - start:.0f} s with the killed part"
+        print(f"{operations:,} operations by {THREADS} threads in {spent}:")
         print(done.stdout.splitlines()[-1])
 
 

@@ -101,6 +101,10 @@ class Worker:
             env=environment,
             cwd=_ROOT,
         )
+        assert self._process.stdin and self._process.stdout
+        self._input = self._process.stdin
+        self._output = self._process.stdout
+        self._peer = peer
         self.note = ""
 
     def ready(self) -> None:
@@ -109,20 +113,19 @@ class Worker:
 
     def __call__(self, repeats: int) -> float:
         """Milliseconds a repetition."""
-        self._process.stdin.write(f"{repeats}\n")
-        self._process.stdin.flush()
+        self._input.write(f"{repeats}\n")
+        self._input.flush()
         return self._answer()["milliseconds"]
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._input.close()
         self._process.wait()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._output.readline()
         if not line:
-            raise RuntimeError(
-                f"A contestant ended with status {self._process.wait()}: {self._process.args[-1]}"
-            )
+            status = self._process.wait()
+            raise RuntimeError(f"The contestant {self._peer} ended with status {status}.")
         return json.loads(line)
 
 

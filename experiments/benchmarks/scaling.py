@@ -126,11 +126,13 @@ def measured(setting: Setting) -> dict[str, Any]:
     sent, flops = sum(collective.sent(setting.devices) for collective in found), program.flops()
     if setting == _BASE._replace(devices=1):
         print(
-            f"{'D':>5}{'B':>8}{'V':>11}{'n':>4}{'collectives':>13}{'bytes sent':>14}{'formula':>14}{'FLOP':>16}{'formula':>16}"
+            f"{'D':>5}{'B':>8}{'V':>11}{'n':>4}{'collectives':>13}"
+            f"{'bytes sent':>14}{'formula':>14}{'FLOP':>16}{'formula':>16}"
         )
     shape = f"{setting.width:5}{setting.batch:8,}{setting.rows:11,}{setting.devices:4}"
     print(
-        f"{shape}{len(found):13}{sent:14,.0f}{setting.sent():14,.0f}{flops:16,}{setting.flops():16,.0f}",
+        f"{shape}{len(found):13}{sent:14,.0f}{setting.sent():14,.0f}"
+        f"{flops:16,}{setting.flops():16,.0f}",
         flush=True,
     )
     assert sent == setting.sent() and flops == setting.flops(), (
@@ -212,7 +214,8 @@ def gpu() -> dict[str, Any]:
     )
     print(f"\n{card.device_kind}: measured peaks {shown}, {peaks['bytes'] / 1e9:,.0f} GB/s")
     print(
-        f"{'B':>8}  {'':32}{'ms':>9}{'examples/s':>14}{'TFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'of peak':>9}{'to ours':>9}"
+        f"{'B':>8}  {'':32}{'ms':>9}{'examples/s':>14}{'TFLOP/s':>10}{'of peak':>9}"
+        f"{'GB/s':>8}{'of peak':>9}{'to ours':>9}"
     )
     found: dict[tuple[int, str], float] = {}
     batches = (1024, 4096) if harness.QUICK.value else (1024, 4096, 16_384, 65_536)
@@ -220,7 +223,7 @@ def gpu() -> dict[str, Any]:
         batch: Setting(width=64, batch=batch, rows=1_000_448, devices=1) for batch in batches
     }
 
-    def show(batch: int, name: str, taken: float) -> None:
+    def show(*, batch: int, name: str, taken: float) -> None:
         setting, found[batch, name] = settings[batch], taken
         rate, moved, peak = (
             setting.flops() / taken,
@@ -233,14 +236,16 @@ def gpu() -> dict[str, Any]:
             if b == batch and who.startswith("twotower")
         )
         print(
-            f"{batch:8,}  {name:32}{taken * 1e3:9.3f}{batch / taken:14,.0f}{rate / 1e12:10.2f}{rate / peak:9.1%}"
+            f"{batch:8,}  {name:32}{taken * 1e3:9.3f}{batch / taken:14,.0f}"
+            f"{rate / 1e12:10.2f}{rate / peak:9.1%}"
             f"{moved / 1e9:8.0f}{moved / peaks['bytes']:9.1%}{taken / best:9.2f}",
             flush=True,
         )
 
     for batch, setting in settings.items():
         for dtype in ("float32", "bfloat16"):
-            show(batch, f"twotower, {dtype}", step_seconds(setting, card, dtype))
+            taken = step_seconds(setting, card, dtype)
+            show(batch=batch, name=f"twotower, {dtype}", taken=taken)
     _torch_seconds(settings[batches[0]], batches, show)
     return {
         "card": card.device_kind,
@@ -256,13 +261,8 @@ def step_seconds(setting: Setting, device: Any, dtype: str) -> float:
     mesh = Mesh(np.asarray([device]), ("devices",))
     program, rng = compiled(setting, mesh, steps=_TOGETHER, dtype=dtype), np.random.default_rng(0)
     ones = np.ones(setting.rows, np.float32)
-    state = [
-        init_on(
-            mesh,
-            trainer_of(setting, dtype),
-            {"user": ones, "item": ones, "rows": np.float32(setting.rows)},
-        )
-    ]
+    counts = {"user": ones, "item": ones, "rows": np.asarray(setting.rows, np.float32)}
+    state = [init_on(mesh, trainer_of(setting, dtype), counts)]
     user, item = (
         rng.integers(1, setting.rows, (_TOGETHER, setting.batch)).astype(np.int32) for _ in range(2)
     )
@@ -277,15 +277,13 @@ def step_seconds(setting: Setting, device: Any, dtype: str) -> float:
 
     def run() -> None:
         for _ in range(_STEPS // _TOGETHER):
-            state[0], metrics = program(state[0], batches)
-        jax.block_until_ready(metrics["loss"])
+            state[0], _ = program(state[0], batches)
+        jax.block_until_ready(state[0])
 
     return _best(run) / _STEPS
 
 
-def _torch_seconds(
-    setting: Setting, batches: Sequence[int], show: Callable[[int, str, float], None]
-) -> None:
+def _torch_seconds(setting: Setting, batches: Sequence[int], show: Callable[..., None]) -> None:
     """Tells `show` each figure as soon as it is there: compiling takes PyTorch minutes."""
     command = [
         _TORCH.value,
@@ -309,7 +307,8 @@ def _peak_flops(dtype: str, size: int = 8192) -> float:
 
 
 def _peak_bytes(size: int = 2**28) -> float:
-    x, copy = jax.random.normal(jax.random.key(0), size), jax.jit(lambda x: x + 1)
+    x = jax.random.normal(jax.random.key(0), (size,))
+    copy = jax.jit(lambda x: x + 1)
     return 2 * x.nbytes / _best(lambda: copy(x).block_until_ready())
 
 

@@ -30,9 +30,8 @@ def main(argv: list[str]) -> None:
                 found, rounds=4 if harness.QUICK.value else 8, repeats=dict.fromkeys(found, 1)
             )
             for name, worker in found.items():
-                print(
-                    f"{name}: {worker.note}; {1e3 * batch / min(times[name]):,.0f} sequences a second"
-                )
+                rate = 1e3 * batch / min(times[name])
+                print(f"{name}: {worker.note}; {rate:,.0f} sequences a second")
         title = f"sequence step, L = {length}, B = {batch}"
         figures[f"L = {length}"] = harness.table(title, times, unit="ms a step", base="twotower")
     harness.write_json("sequence", figures, unit="ms a step", base="twotower")

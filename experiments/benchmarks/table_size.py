@@ -64,9 +64,8 @@ def _compare(rows: int, group: dict[str, tuple[str, str, int]]) -> dict[str, dic
     for part in [*parts, *({name: task} for name, task in group.items() if name not in sparse)]:
         needed = sum(tables for *_, tables in part.values()) * rows * _WIDTH * 4
         if needed > 0.8 * _available_memory():
-            print(
-                f"Without {' and '.join(part)} of {rows:,} rows: {needed / 2**30:.1f} GiB are not available."
-            )
+            left_out = f"{' and '.join(part)} of {rows:,} rows"
+            print(f"Without {left_out}: {needed / 2**30:.1f} GiB are not available.")
             continue
         for name, times in _turns(rows, part).items():
             results.setdefault(name, []).extend(times)

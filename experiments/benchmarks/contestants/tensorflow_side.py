@@ -34,7 +34,9 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
     for together, compiled, half in (
         float32[:1] if quick else (*float32, (steps, False, True), (steps, True, True))
     ):
-        name = f"steps_per_execution={together}{', jit_compile' if compiled else ''}{', bfloat16' if half else ''}"
+        name = f"steps_per_execution={together}"
+        name += ", jit_compile" if compiled else ""
+        name += ", bfloat16" if half else ""
         try:
             runs[name] = _passes(batch, together, compiled, half)
             runs[name](1)

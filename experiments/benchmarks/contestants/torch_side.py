@@ -66,7 +66,9 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
     for sparse, compiled, half in (
         ((False, False, False),) if quick else itertools.product((False, True), repeat=3)
     ):
-        name = f"{'sparse' if sparse else 'dense'} tables{', torch.compile' if compiled else ''}{', bfloat16' if half else ''}"
+        name = "sparse tables" if sparse else "dense tables"
+        name += ", torch.compile" if compiled else ""
+        name += ", bfloat16" if half else ""
         try:
             runs[name] = _passes(batch, sparse, compiled, half)
             runs[name](1)

@@ -90,7 +90,7 @@ def _faster(
     for dtype, (run, _) in runs.items():
         run(2)
         times[dtype] = min(seconds(run) for _ in range(3))
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     return runs[best][0], f"{runs[best][1]}, {best}"
 
 
@@ -167,15 +167,17 @@ def _fit(
         side: np.bincount(x, minlength=sizes[side]).astype(np.float32)
         for side, x in (("user", users), ("item", items))
     }
-    state = [init_on(mesh, trainer, counts | {"rows": np.float32(len(users))})]
+    counts["rows"] = np.asarray(len(users), np.float32)
+    state = [init_on(mesh, trainer, counts)]
     # Of the prepared data only the corpus' popularity and features would be asked for, by negatives
     # that are not used.
-    run_steps, place = compile_steps(trainer, batches, None, mesh), itertools.count()
+    no_data: Any = None
+    run_steps, place = compile_steps(trainer, batches, no_data, mesh), itertools.count()
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            state[0], metrics = run_steps(state[0], next(place) * training.steps_per_dispatch)
-        jax.block_until_ready(metrics)
+            state[0], _ = run_steps(state[0], next(place) * training.steps_per_dispatch)
+        jax.block_until_ready(state[0])
 
     return run, f"jax {jax.__version__}"
 
@@ -233,8 +235,8 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            state[0], metrics = run_steps(state[0], next(place))
-        jax.block_until_ready(metrics)
+            state[0], _ = run_steps(state[0], next(place))
+        jax.block_until_ready(state[0])
 
     return run, f"jax {jax.__version__}"
 
