@@ -24,6 +24,7 @@ def check_rules(config: Config) -> None:
     Raises:
         ConfigError: The first such option, with its value and what would be right.
     """
+    # The order of the checks is the order of the messages: the kind of example first.
     if config.training.examples == "sequences":
         _check_sequences(config)
     _check_dispatches(config)
@@ -38,6 +39,7 @@ def _check_sequences(config: Config) -> None:
     model = config.model
     # Rows of packed sequences end in padding, which statistics of a batch would count.
     has_padding = ", whose batches have empty places"
+    # (field, its value, the value it must have, the reason that follows in the message)
     rules = (
         (
             "model.history.kind",
@@ -73,6 +75,7 @@ def _check_dispatches(config: Config) -> None:
     periods = [training.validate_every, training.steps]
     if negatives.mined:
         periods.append(negatives.mined_refresh)
+    # A dispatch that divides all periods ends at each of these steps.
     divisor = math.gcd(*periods)
     _check(
         divisor % training.steps_per_dispatch == 0,
@@ -88,12 +91,14 @@ def _check_queue(config: Config) -> None:
     training = config.training
     negatives = config.objective.negatives
     _check(
+        # Each step writes one batch over the oldest entries; 0 is a multiple too.
         negatives.queue % training.batch_size == 0,
         "objective.negatives.queue",
         negatives.queue,
         f"a multiple of config.training.batch_size={training.batch_size}",
     )
     _check(
+        # A queue that starts after the last step would be an option without an effect.
         not negatives.queue or negatives.queue_warmup < training.steps,
         "objective.negatives.queue_warmup",
         negatives.queue_warmup,
@@ -106,6 +111,7 @@ def _check_mined(config: Config) -> None:
     training = config.training
     negatives = config.objective.negatives
     _check(
+        # The first ranking is made after `mined_refresh` steps, not before the first one.
         not negatives.mined or negatives.mined_refresh < training.steps,
         "objective.negatives.mined_refresh",
         negatives.mined_refresh,

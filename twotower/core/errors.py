@@ -17,6 +17,7 @@ class TwotowerError(Exception):
     """Base of all exceptions that the package raises on purpose."""
 
 
+# Each class is also the builtin error that callers without this module would catch.
 class ConfigError(TwotowerError, ValueError):
     """A configuration that cannot be run; the message names the field, its value and the cure."""
 
@@ -84,6 +85,7 @@ def extra(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
+    # The original message is kept: a part of an extra may be installed and broken.
     except ImportError as error:
         raise ConfigError(
             f"{what} needs the extra {name!r} ({error}): pip install 'twotower[{name}]'."
@@ -97,6 +99,7 @@ def choose(kinds: Mapping[str, T], name: str, field: str) -> T:
         ConfigError: There is none; the message names the field, the value and the nearest kind.
     """
     if name not in kinds:
+        # Listed by name: the dict may be in the order in which modules registered their kinds.
         known = ", ".join(sorted(kinds))
         raise ConfigError(
             f"{field}={name!r} is not known{did_you_mean(name, kinds)} Known: {known}."
@@ -112,4 +115,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     # At half of the letters alike a name is still a help; below, it misleads.
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    if not close:
+        return "."
+    return f"; did you mean {close[0]!r}?"

@@ -19,12 +19,13 @@ class FieldError(ConfigError):
     """A field of a dataclass that has a wrong value.
 
     Attributes:
-        location: The name of the dataclass in the configuration.
-        field: The name of the field.
-        problem: The rest of the message: the value, and what would be right.
+        location: Name of the dataclass in the configuration.
+        field: Name of the field.
+        problem: Rest of the message: the value, and the right ones.
     """
 
     def __init__(self, location: str, field: str, problem: str):
+        # The parts, not the message: `build` replaces the location, and pickle calls this again.
         super().__init__(location, field, problem)
         self.location = location
         self.field = field
@@ -54,30 +55,31 @@ class FieldChecks:
     A field whose type is a `Literal` is checked at once; the methods check the others.
 
     Args:
-        instance: The dataclass, typically in its `__post_init__`.
-        location: Its name in messages. `build` puts the name of the mapping that it reads in its
-            place, so a dataclass that lies in several places gives the name of its class.
+        instance: Dataclass to check, typically in its `__post_init__`.
+        location: Name of the dataclass in messages. `build` replaces it by the name of the mapping
+            that it reads, so a dataclass that several sections hold passes the name of its class.
 
     Raises (the methods too):
-        FieldError: The first wrong field, with its value and what would be right.
+        FieldError: The first wrong field, with its value and the right ones.
     """
 
     def __init__(self, instance: Any, location: str):
         self._instance = instance
         self._location = location
+        # At once: every other check may then rely on the kind that a Literal names.
         check_literals(instance, location)
 
     def refuse(self, field: str, problem: str) -> NoReturn:
         """Refuses a field, with the rest of the message."""
         raise FieldError(self._location, field, problem)
 
-    def true(self, ok: bool, field: str, right: str) -> None:
+    def require(self, ok: bool, field: str, right: str) -> None:
         """Refuses a field unless `ok`.
 
         Args:
-            ok: Whether its value is right.
-            field: Its name, dotted where it is one of a nested dataclass.
-            right: The right values, after the words "must be".
+            ok: Whether the value of the field is right.
+            field: Name of the field, dotted for one of a nested dataclass.
+            right: Right values, after the words "must be".
         """
         if not ok:
             value = operator.attrgetter(field)(self._instance)
@@ -87,26 +89,33 @@ class FieldChecks:
         """Refuses fields outside of [low, high], and NaN."""
         for field in fields:
             value = getattr(self._instance, field)
-            self.true(low <= value <= high, field, f"between {low} and {high}")
+            # Written so that NaN, which compares as False, is refused.
+            self.require(low <= value <= high, field, f"between {low} and {high}")
 
     def at_least(self, low: float, *fields: str) -> None:
         """Refuses fields below `low`, and NaN."""
         for field in fields:
             value = getattr(self._instance, field)
-            self.true(value >= low, field, f"at least {low}")
+            # NaN is refused here too.
+            self.require(value >= low, field, f"at least {low}")
 
     def widths(self, *fields: str) -> None:
         """Refuses tuples of widths of layers with one below 1."""
         for field in fields:
-            value = getattr(self._instance, field)
-            self.true(min(value, default=1) >= 1, field, "widths of at least 1")
+            layers = getattr(self._instance, field)
+            are_positive = min(layers, default=1) >= 1
+            self.require(are_positive, field, "widths of at least 1")
 
 
 @functools.cache
 def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
     """Returns the values that the fields of `Literal` types may have."""
-    hints = typing.get_type_hints(cls).items()
-    return {name: typing.get_args(h) for name, h in hints if typing.get_origin(h) is typing.Literal}
+    literals = {}
+    # Annotations are text under `from __future__ import annotations`: this resolves them.
+    for name, hint in typing.get_type_hints(cls).items():
+        if typing.get_origin(hint) is typing.Literal:
+            literals[name] = typing.get_args(hint)
+    return literals
 
 
 def check_fields(values: Mapping[str, Any], known: Iterable[str], location: str) -> None:
@@ -115,6 +124,7 @@ def check_fields(values: Mapping[str, Any], known: Iterable[str], location: str)
     Raises:
         ConfigError: The first such key, with the nearest known one.
     """
+    # A copy, since an iterator could be read only once.
     known = list(known)
     for name in values:
         if name not in known:
@@ -126,13 +136,14 @@ def build(cls: type[T], values: Any, location: str) -> T:
     """Returns a dataclass made from a mapping of its fields; nested dataclasses likewise.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass to make.
         values: Field -> value: a mapping, or an `ml_collections.ConfigDict`.
-        location: The name of the mapping in messages, such as "config.training".
+        location: Name of the mapping in messages, such as "config.training".
 
     Raises:
         ConfigError: A field is unknown, or its value is of the wrong type.
     """
+    # Refused by its own sentence: `cls(**values)` would fail with a message about Python.
     if not _is_mapping(values):
         raise ConfigError(
             f"{location}={values!r} must be a mapping with the fields of {cls.__name__}."
@@ -153,39 +164,50 @@ def build(cls: type[T], values: Any, location: str) -> T:
 def convert(hint: Any, value: Any, location: str) -> Any:
     """Returns `value` as the annotated type `hint`.
 
-    Lists become tuples, whole numbers floats, and mappings dataclasses, where the annotation says
-    so; nothing else is converted.
+    Lists become tuples, whole numbers floats, and mappings dataclasses, if the annotation says so;
+    nothing else is converted.
 
     Args:
-        hint: The annotation, resolved.
-        value: The value of the field.
-        location: The name of the field in messages.
+        hint: Annotation, resolved.
+        value: Value of the field.
+        location: Name of the field in messages.
 
     Raises:
         ConfigError: The value is of another type.
     """
     # A dataclass that was made in code has checked itself.
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else build(hint, value, location)
+        if isinstance(value, hint):
+            return value
+        return build(hint, value, location)
+    # `tuple[int, ...]` has the origin tuple; a plain type is its own.
     origin: Any = typing.get_origin(hint) or hint
+    # Before `isinstance` below, which does not take a Literal.
     if origin is typing.Literal:
         return _convert_literal(hint, value, location)
     if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return None if value is None else convert(inner[0], value, location)
+        return convert(inner[0], value, location)
     if origin is tuple and isinstance(value, (list, tuple)):
-        # All tuples of fields are of one type, tuple[X, ...].
-        (inner, *_) = typing.get_args(hint) or (Any,)
-        return tuple(convert(inner, v, f"{location}[{i}]") for i, v in enumerate(value))
+        return _convert_tuple(hint, value, location)
     if isinstance(origin, type) and issubclass(origin, Mapping) and _is_mapping(value):
         return _convert_mapping(hint, value, location)
+    return _convert_plain(hint, value, location)
+
+
+def _convert_plain(hint: Any, value: Any, location: str) -> Any:
+    """Returns a value of a type without members: a number, text, or anything at all."""
     # JSON has one type of number, but Python's booleans are integers too.
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
     if hint is Any:
         return value
-    if isinstance(value, origin) and not (is_bool and hint in (int, float)):
+    if isinstance(value, typing.get_origin(hint) or hint) and not (
+        is_bool and hint in (int, float)
+    ):
         return value
     name = getattr(hint, "__name__", hint)
     raise ConfigError(f"{location}={value!r} must be of type {name}, not {type(value).__name__}.")
@@ -194,19 +216,34 @@ def convert(hint: Any, value: Any, location: str) -> Any:
 def _convert_literal(hint: Any, value: Any, location: str) -> Any:
     """Returns the value, which must be of the type of the literals.
 
-    `FieldChecks` says which of them are right, however the dataclass is made.
+    `FieldChecks` compares it with the literals, however the dataclass is made.
     """
+    # All literals of one field are of one type.
     kind = type(typing.get_args(hint)[0])
     return convert(kind, value, location)
+
+
+def _convert_tuple(hint: Any, values: Iterable[Any], location: str) -> tuple[Any, ...]:
+    """Returns the values as a tuple, each converted to the type of its members."""
+    # All tuples of fields have members of one type, tuple[X, ...]; a plain tuple has any.
+    (inner, *_) = typing.get_args(hint) or (Any,)
+    converted = []
+    for index, value in enumerate(values):
+        converted.append(convert(inner, value, f"{location}[{index}]"))
+    return tuple(converted)
 
 
 def _convert_mapping(hint: Any, value: Any, location: str) -> dict[str, Any]:
     """Returns a plain dict, with its values converted where they are dataclasses."""
     (_, inner) = typing.get_args(hint) or (Any, Any)
     values = _as_mapping(value)
+    # Values of other types are checked by the code that reads them, such as a feature's kind.
     if not dataclasses.is_dataclass(inner):
         return dict(values)
-    return {name: convert(inner, x, f"{location}.{name}") for name, x in values.items()}
+    converted = {}
+    for name, fields in values.items():
+        converted[name] = convert(inner, fields, f"{location}.{name}")
+    return converted
 
 
 def _is_mapping(values: Any) -> bool:
@@ -215,4 +252,6 @@ def _is_mapping(values: Any) -> bool:
 
 
 def _as_mapping(values: Any) -> Mapping[str, Any]:
-    return values.to_dict() if hasattr(values, "to_dict") else values
+    if hasattr(values, "to_dict"):
+        return values.to_dict()
+    return values

@@ -23,7 +23,8 @@ from etils import epath
 
 from twotower.core.errors import FolderError
 
-_VERSION = 1
+# Version of the format of `KIND.json`; a reader of another version refuses it.
+_FORMAT_VERSION = 1
 # The end of the name of an array's file; see `_free_path`.
 _ARRAY_FILE = re.compile(r"(\.[0-9a-f]{8})?\.npy$")
 # The file in a folder of versions that names the current one.
@@ -47,18 +48,20 @@ def atomic(path: epath.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        # On the disk before the rename: after a power cut the new name must not show an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        # Atomic within one file system, which is why the temporary file lies beside `path`.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def current_version(folder: epath.PathLike) -> Path:
-    """Returns where the content of `folder` lies: in the version that its pointer names, or in the
-    folder itself where there is no pointer.
+    """Returns the folder that holds the content of `folder`: the version that its pointer names, or
+    `folder` itself if it has no pointer.
 
-    Whoever loads several files asks once, so that all of them are of one version.
+    A reader of several files calls this once, so that all of them are of one version.
 
     Raises:
         FolderError: The pointer names no version that is there.
@@ -67,7 +70,10 @@ def current_version(folder: epath.PathLike) -> Path:
     pointer = folder / POINTER
     if not pointer.is_file():
         return folder
-    name = pointer.read_bytes().decode("utf-8", "replace").strip()
+    # A corrupt pointer may hold any bytes: they are shown in the message rather than fail here.
+    text = pointer.read_bytes().decode("utf-8", "replace")
+    name = text.strip()
+    # The form is checked too: a name such as "../x" would lead out of the folder.
     if not _VERSION_NAME.fullmatch(name) or not (folder / name).is_dir():
         raise FolderError(f"{pointer} is corrupt: it names {name!r}, which is not in {folder}.")
     return folder / name
@@ -80,6 +86,7 @@ def new_version(folder: epath.PathLike) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Above every number there is, also that of a version which a killed process left unfinished.
     number = 1 + max(map(_version_number, folder.iterdir()), default=0)
     while True:
         version = folder / f"v-{number}"
@@ -99,12 +106,15 @@ def publish_version(version: Path) -> None:
     """
     folder = version.parent
     try:
+        # Read before the pointer moves: its readers may still be opening files.
         previous = current_version(folder)
     except FolderError:  # a corrupt pointer is replaced
         previous = None
+    # First the files, then the pointer: it must never name a version that a power cut took.
     sync_files(version)
     with atomic(folder / POINTER) as temporary:
         temporary.write_text(f"{version.name}\n", encoding="utf-8")
+    # The rename of the pointer itself; the old versions are deleted only after it.
     sync_folder(folder)
     for path in folder.iterdir():
         number = _version_number(path)
@@ -118,6 +128,7 @@ def publish_version(version: Path) -> None:
 def discard(path: Path) -> None:
     """Deletes a file or a whole folder; what cannot be deleted stays."""
     if path.is_dir():
+        # Deleting is housekeeping: what is left is tried again by the next version.
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -126,6 +137,7 @@ def discard(path: Path) -> None:
 
 def sync_files(folder: Path) -> None:
     """Waits until all files below `folder` are on the disk."""
+    # Folders too: a new file's name is part of its folder.
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             sync_folder(path)
@@ -148,15 +160,18 @@ def _sync(path: Path) -> None:
 
 
 def _version_number(path: Path) -> int:
-    """Returns the number of a version's folder; 0 of everything else."""
+    """Returns the number of a version's folder; 0 for everything else."""
     match = _VERSION_NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0
+    if not match:
+        return 0
+    return int(match[1])
 
 
 def digest(path: epath.PathLike) -> str:
     """Returns the SHA-256 of a file, as hexadecimal text."""
     sha256 = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
+        # In blocks of a mebibyte: arrays may be larger than the memory.
         while block := file.read(2**20):
             sha256.update(block)
     return sha256.hexdigest()
@@ -167,6 +182,7 @@ def content_digest(content: Mapping[str, Any]) -> str:
 
     The key "sha256", under which content says its own, is left out.
     """
+    # Sorted keys: JSON objects that are equal have one digest.
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -174,11 +190,17 @@ def content_digest(content: Mapping[str, Any]) -> str:
 def write_folder(
     folder: epath.PathLike, kind: str, state: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes one .npy an array and `kind`.json, which names them: what it does not name is not
-    there.
+    """Writes one .npy file for each array, and `kind`.json, which names them.
 
-    So a folder that holds another state already changes all at once, when `kind`.json does. Arrays
-    come under names that are free, and those of the old state are deleted at the end.
+    Readers see only the files that `kind`.json names, so a folder that holds another state already
+    changes all at once, when `kind`.json does. New arrays get file names that are not in use, and
+    the files of the old state are deleted at the end.
+
+    Args:
+        folder: Folder to write to; it is made if there is none.
+        kind: Name of the JSON file, without ".json".
+        state: JSON content.
+        arrays: Name -> array.
     """
     folder = epath.Path(folder)
     existed = folder.exists()
@@ -187,20 +209,25 @@ def write_folder(
     try:
         for name, array in arrays.items():
             path = _free_path(folder, name)
+            # Noted before the file exists, so that an error while it is written removes it too.
             written[path.name] = ""
             with path.open("wb") as file:
+                # Without pickle: an array of objects is refused here, not by the reader later.
                 np.save(file, array, allow_pickle=False)
+            # From the file rather than from the array: what was written is what is checked.
             written[path.name] = digest(path)
-        content = {"version": _VERSION, "state": state, "files": written}
+        content = {"version": _FORMAT_VERSION, "state": state, "files": written}
         content["sha256"] = content_digest(content)
         with atomic(folder / f"{kind}.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    # KeyboardInterrupt included: half of a state must not stay.
     except BaseException:
         for name in written:
             (folder / name).unlink(missing_ok=True)
         if not existed:
             folder.rmtree(missing_ok=True)
         raise
+    # Only now: until `kind`.json named the new files, readers needed the old ones.
     for path in folder.glob("*.npy"):
         if path.name not in written:
             path.unlink(missing_ok=True)
@@ -223,6 +250,7 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     """
     folder = epath.Path(folder)
     content = _read_state(folder, kind)
+    # All files are checked before the first is loaded, so nothing is half read.
     check_files(folder, content["files"])
     arrays = {}
     for name in content["files"]:
@@ -241,6 +269,7 @@ def check_files(folder: epath.PathLike, digests: Mapping[str, str]) -> None:
     Raises:
         FolderError: The message names the first such file.
     """
+    # In the order in which they were written, so that a message is the same each time.
     for name, written in digests.items():
         path = epath.Path(folder) / name
         if not path.is_file():
@@ -269,13 +298,15 @@ def _read_state(folder: epath.Path, kind: str) -> dict[str, Any]:
     if not path.exists():
         raise FolderError(f"{folder} holds no {kind}: there is no {kind}.json in it.")
     content = read_json(path)
+    # Before the digest is compared: a JSON file of another program has none.
     if not {"version", "state", "files", "sha256"} <= set(content):
         raise FolderError(
             f"{path} was not written by twotower: it lacks version, state, files or sha256."
         )
-    if content["version"] != _VERSION:
+    if content["version"] != _FORMAT_VERSION:
         raise FolderError(
-            f"{path} has version {content['version']!r}; this twotower reads version {_VERSION}."
+            f"{path} has version {content['version']!r}; this twotower reads version "
+            f"{_FORMAT_VERSION}."
         )
     if content["sha256"] != content_digest(content):
         raise FolderError(f"{path} is corrupt: its sha256 does not match its content.")

@@ -38,38 +38,50 @@ class DeviceGroup:
     Without an axis there is one device, and every operation is the identity.
 
     Attributes:
-        axis: The name of the mesh axis.
-        size: The number of devices.
+        axis: Name of the mesh axis; None on a single device.
+        size: Number of devices.
     """
 
+    # None rather than an axis of size 1: collectives need a `shard_map` around them.
     axis: str | None = None
     size: int = 1
 
     def index(self) -> Any:
         """Returns the number of this device, from 0; an int, or a traced int32 scalar."""
-        return jax.lax.axis_index(self.axis) if self.axis else 0
+        if not self.axis:
+            return 0
+        return jax.lax.axis_index(self.axis)
 
     def gather(self, x: jax.Array) -> jax.Array:
         """Returns all devices' x, one after the other along the first axis.
 
         Its gradient goes back to the device of each part.
         """
-        return jax.lax.all_gather(x, self.axis, tiled=True) if self.axis else x
-
-    def all_gather(self, x: jax.Array) -> jax.Array:
-        """Returns what `gather` does, without a gradient and known to be the same everywhere."""
         if not self.axis:
             return x
+        # Autodiff turns it into a sum scattered over devices: an item that is a negative of every
+        # device gets the gradients of all of them.
+        return jax.lax.all_gather(x, self.axis, tiled=True)
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """Returns all devices' x like `gather`, without a gradient, as a replicated array."""
+        if not self.axis:
+            return x
+        # `to="invarying"` marks the result as equal on all devices, which outputs of a `shard_map`
+        # with a replicated spec must be.
         return jax.lax.all_gather(x, self.axis, tiled=True, to="invarying")
 
     def sum(self, tree: T) -> T:
         """Returns the sum over devices of each array."""
-        return jax.lax.psum(tree, self.axis) if self.axis else tree
+        if not self.axis:
+            return tree
+        return jax.lax.psum(tree, self.axis)
 
     def scatter_sum(self, x: jax.Array) -> jax.Array:
         """Returns this device's part, along the first axis, of the sum over devices."""
         if not self.axis:
             return x
+        # Each device receives its own part alone; a `psum` would move the whole sum to all of them.
         return jax.lax.psum_scatter(x, self.axis, scatter_dimension=0, tiled=True)
 
     def pvary(self, tree: T) -> T:
@@ -79,21 +91,25 @@ class DeviceGroup:
         """
         if not self.axis:
             return tree
+        # Without the cast, whether JAX itself inserts a sum into the gradient depends on its checks
+        # of replication; with it, the one `sum` of the caller is right either way.
         return jax.tree.map(lambda x: jax.lax.pcast(x, self.axis, to="varying"), tree)
 
     def part(self, x: jax.Array) -> jax.Array:
         """Returns this device's part of an array that all have whole.
 
         Args:
-            x: The array; the length of its first axis is a multiple of `size`.
+            x: Array whose first axis has a length that is a multiple of `size`.
         """
         if not self.axis:
             return x
+        # Shapes are static under `jit`; the start alone is traced.
         length = x.shape[0] // self.size
         return jax.lax.dynamic_slice_in_dim(x, self.index() * length, length)
 
     def row_numbers(self, length: int) -> Int[Array, "length"]:
         """Returns the numbers of this device's `length` rows among all devices' rows."""
+        # The mesh is flat and parts are contiguous, so that parts joined in order are the array.
         return self.index() * length + jnp.arange(length, dtype=jnp.int32)
 
     def local_rows(self, rows: Int[Array, "M"], length: int) -> Int[Array, "M"]:
@@ -107,6 +123,7 @@ class DeviceGroup:
             Rows in [0, length); `length`, which is past the end, for rows of other devices.
         """
         local = rows - self.index() * length
+        # Never a negative row: JAX would count it from the end.
         return jnp.where((local >= 0) & (local < length), local, length)
 
 
@@ -117,13 +134,15 @@ def make_mesh(devices: int = 0) -> Mesh:
     """Returns a flat mesh over all devices of all processes.
 
     Args:
-        devices: The number of devices to use, the first of a single process; 0 uses all.
+        devices: Number of devices to use, the first ones of a single process; 0 uses all.
 
     Raises:
         ConfigError: The number does not divide the devices there are, or the rows of tables.
     """
+    # Of all processes: a mesh covers the same devices in each of them.
     known = jax.devices()
     count = devices or len(known)
+    # Rows are padded to ROW_MULTIPLE, so a count that divides it gives parts of one size.
     if count < 1 or len(known) % count or ROW_MULTIPLE % count:
         divisors = [n for n in range(1, len(known) + 1) if len(known) % n == 0]
         fits = [str(n) for n in divisors if ROW_MULTIPLE % n == 0]
@@ -131,6 +150,7 @@ def make_mesh(devices: int = 0) -> Mesh:
             f"--devices={devices or count} must divide the {len(known)} devices here, and "
             f"{ROW_MULTIPLE}, by which table rows are padded. Choose one of {', '.join(fits)}."
         )
+    # The first ones could all belong to one process, and the others would have no part in a step.
     if jax.process_count() > 1 and count != len(known):
         raise ConfigError(
             f"--devices={devices}: with several processes all {len(known)} devices take part; "
@@ -144,6 +164,7 @@ def host_mesh() -> Mesh:
 
     For arrays that are to be made without an accelerator.
     """
+    # The same axis name, so that specs written for the accelerators hold here.
     return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), (AXIS,))
 
 
@@ -152,12 +173,15 @@ def device_group(mesh: Mesh) -> DeviceGroup:
 
     A mesh of one device is `SINGLE_DEVICE`, whose program needs no collectives.
     """
-    return DeviceGroup(AXIS, mesh.size) if mesh.size > 1 else SINGLE_DEVICE
+    if mesh.size == 1:
+        return SINGLE_DEVICE
+    return DeviceGroup(AXIS, mesh.size)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Returns a tree of `PartitionSpec` as shardings of `mesh`."""
 
+    # A PartitionSpec is a tuple, which `tree.map` would take apart.
     def is_spec(x: Any) -> bool:
         return isinstance(x, PartitionSpec)
 
@@ -170,14 +194,14 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     Each process copies only the parts that its devices hold.
 
     Args:
-        mesh: The devices.
-        tree: Host arrays, which every process has alike.
-        spec: The partition of each of them.
+        mesh: Devices.
+        tree: Host arrays, equal in every process.
+        spec: Partition of each of them.
     """
     sharding = NamedSharding(mesh, spec)
 
     def put_array(x: Any) -> jax.Array:
-        # What lies on another device comes to the host first.
+        # An array of another device comes to the host first.
         x = np.asarray(x)
         if not mesh.is_multi_process:
             return jax.device_put(x, sharding)
@@ -192,19 +216,21 @@ def put_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) 
     """Returns each process's parts of arrays as global arrays on the devices of `mesh`.
 
     Args:
-        mesh: The devices.
+        mesh: Devices.
         tree: Host arrays, the parts of this process.
-        spec: The partition of each of them.
-        rows: The length of the global arrays along `axis`.
-        axis: The axis that is divided over processes.
+        spec: Partition of each of them.
+        rows: Length of the global arrays along `axis`.
+        axis: Axis that is divided over processes.
     """
     sharding = NamedSharding(mesh, spec)
 
     def put_array(x: Any) -> jax.Array:
         if not mesh.is_multi_process:
             return jax.device_put(x, sharding)
+        # Process-local arrays have their own rows along `axis`; the global shape has those of all.
         shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
-        with jax.transfer_guard("allow"):  # see `put`
+        # Explicit too, as in `put`.
+        with jax.transfer_guard("allow"):
             return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(put_array, tree)
@@ -216,11 +242,12 @@ def process_part(mesh: Mesh, rows: int) -> slice:
     The devices of a process follow each other in the mesh.
 
     Args:
-        mesh: The devices of all processes.
-        rows: The rows of the whole batch.
+        mesh: Devices of all processes.
+        rows: Number of rows of the whole batch.
     """
     process = jax.process_index()
     own = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == process]
+    # Rows are a multiple of the devices, so both divisions are exact.
     start = own[0] * rows // mesh.size
     stop = (own[-1] + 1) * rows // mesh.size
     return slice(start, stop)
@@ -231,6 +258,7 @@ def shard_map_if_needed(mesh: Mesh, function: Callable, in_specs: Any, out_specs
 
     On a mesh of one device they are the same, and the function is returned as it is.
     """
+    # No shard_map: the program is smaller, and can be run without `jit` in a test.
     if mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
@@ -239,11 +267,17 @@ def shard_map_if_needed(mesh: Mesh, function: Callable, in_specs: Any, out_specs
 def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
     """Returns the options with which a program gives the same bits in every run.
 
-    A GPU otherwise adds numbers to one address in any order, and XLA chooses its products by timing
-    them.
+    A GPU otherwise adds numbers to one address in any order, and XLA chooses its algorithms of
+    matrix products by timing them.
 
     Args:
-        mesh: The devices of the program; None for the default device.
+        mesh: Devices of the program; None for the default device.
     """
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    return {"xla_gpu_deterministic_ops": True} if platform == "gpu" else {}
+    # A mesh may lie on the host beside an accelerator, as `host_mesh` does.
+    platform = jax.default_backend()
+    if mesh:
+        platform = mesh.devices.flat[0].platform
+    # An option of XLA's GPU compiler.
+    if platform != "gpu":
+        return {}
+    return {"xla_gpu_deterministic_ops": True}

@@ -17,22 +17,25 @@ def progress(blocks: Iterable[T], *, total: int, what: str, seconds: float = 30.
     """Yields the blocks of some work, and shows how far it has come.
 
     Args:
-        blocks: The parts of the work.
-        total: The number of blocks. A single one is over before a bar could be read, so nothing is
+        blocks: Parts of the work.
+        total: Number of blocks. A single one is over before a bar could be read, so nothing is
             shown.
-        what: The name of the work, in a word or two.
-        seconds: The time between lines of the log, where there is no terminal; shorter work logs
-            nothing.
+        what: Name of the work, in a word or two.
+        seconds: Seconds between lines of the log without a terminal; shorter work logs nothing.
     """
+    # Short work in a server or a test stays silent.
     if total <= 1:
         yield from blocks
     elif sys.stderr.isatty():
+        # On standard error, so that output that is piped elsewhere stays clean; `leave` would keep
+        # the bar.
         yield from tqdm.tqdm(blocks, total=total, desc=what, leave=False, dynamic_ncols=True)
     else:
         yield from _log_progress(blocks, total, what, seconds)
 
 
 def _log_progress(blocks: Iterable[T], total: int, what: str, seconds: float) -> Iterator[T]:
+    # The monotonic clock: the time of day may be set back meanwhile.
     logged = time.monotonic()
     for done, block in enumerate(blocks):
         if time.monotonic() - logged > seconds:

@@ -18,6 +18,7 @@ class Ragged:
         values: int32 [M], the lists one after the other.
     """
 
+    # Two arrays instead of a list of arrays: a list a user would be a Python object a user.
     offsets: np.ndarray
     values: np.ndarray
 
@@ -30,16 +31,18 @@ class Ragged:
         Args:
             rows: int [M], in [0, num_rows).
             values: int [M].
-            num_rows: The number R of lists.
+            num_rows: Number R of lists.
 
         Raises:
             ValueError: A row is out of range.
         """
         rows = np.asarray(rows, np.int64)
+        # `bincount` would grow past `num_rows`, and give more lists than were named.
         if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
             raise ValueError(
                 f"Rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}]."
             )
+        # Stable, since the order within a row is the order in time.
         order = np.argsort(rows, kind="stable")
         lengths = np.bincount(rows, minlength=num_rows)
         return cls(_offsets(lengths), np.asarray(values)[order].astype(np.int32))
@@ -71,12 +74,14 @@ class Ragged:
     def take(self, rows: np.ndarray) -> Ragged:
         """Returns the lists of `rows`, in that order; a row of -1 gives an empty list."""
         rows = np.asarray(rows, np.int64)
-        # One row is what a request asks for: its values need no copy.
+        # A request takes one row: its values need no copy.
         if len(rows) == 1 and rows[0] >= 0:
             values = np.asarray(self[rows[0]])
             return Ragged(np.array([0, len(values)], np.int64), values)
+        # Without any list there is no length to look up, not even for -1.
         lengths = np.zeros(len(rows), np.int64)
         if len(self):
+            # -1 reads the last list here; its length is replaced by 0.
             lengths = np.where(rows >= 0, self.lengths[rows], 0)
         offsets = _offsets(lengths)
         # A value's position here is the start of its list and the distance from there.
@@ -85,7 +90,11 @@ class Ragged:
         return Ragged(offsets, self.values[positions])
 
     def filter(self, keep: np.ndarray) -> Ragged:
-        """Returns as many lists, of the values where `keep`, bool [M], holds."""
+        """Returns the lists without the values whose `keep` is False.
+
+        Args:
+            keep: bool [M].
+        """
         return Ragged.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
 
     def join(self, other: Ragged) -> Ragged:
@@ -95,25 +104,28 @@ class Ragged:
         return Ragged.from_pairs(rows, values, num_rows=len(self))
 
     def distinct(self, *, keep: Literal["first", "last"] = "first") -> Ragged:
-        """Returns each value once a row, where it stands first or last."""
+        """Returns each value once a row, at its first or its last position."""
+        # `unique` gives the first index of each key; read backwards, that is the last.
         step = 1 if keep == "first" else -1
         keys = pair_keys(self.rows, self.values)
         _, index = np.unique(keys[::step], return_index=True)
+        # A mask in the order of `keys[::step]`, turned back when it is used.
         kept = np.zeros(len(keys), bool)
         kept[index] = True
         return self.filter(kept[::step])
 
     def contains(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Returns whether each value stands in the list of its row.
+        """Marks the values that are in the list of their row.
 
         Args:
             rows: int, of a shape that broadcasts with that of `values`.
-            values: int; -1 stands in no list.
+            values: int; -1 is in no list.
 
         Returns:
             bool, of the broadcast shape.
         """
         rows, values = np.broadcast_arrays(rows, values)
+        # One comparison of all pairs at once, instead of a search in each list.
         held = np.isin(pair_keys(rows, values), pair_keys(self.rows, self.values))
         return held & (values >= 0)
 
@@ -121,12 +133,14 @@ class Ragged:
 def pair_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns one integer for each pair (row, value), int64; both fit in 32 bits.
 
-    Keys are equal where both are, and sort by row and then by value. A value of -1 has a key like
-    others: whoever looks for values must leave it out.
+    Two keys are equal if both numbers are, and keys sort by row and then by value. A value of -1
+    has a key like others: callers that search for values leave it out.
     """
+    # The mask keeps the sign bits of -1 out of the half that holds the row.
     return (np.asarray(rows, np.int64) << 32) | (np.asarray(values, np.int64) & 0xFFFFFFFF)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     """Returns the sums of the lengths before each list, and of all: int64 [R + 1]."""
+    # int64: a large log has more values than int32 can count.
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

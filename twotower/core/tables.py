@@ -43,6 +43,7 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
 def _printable(cell: str) -> str:
     """Returns the cell as one line that leaves the cells beside it where they are."""
     text = _DIRECTIONS.sub("", _SPACES.sub(" ", cell))
+    # After white space was folded: tabs and line breaks are control characters too.
     text = "".join("�" if unicodedata.category(letter) == "Cc" else letter for letter in text)
     if any(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in text):
         # Isolated, or a terminal would show the number in the next column before this text.
