@@ -8,12 +8,9 @@ import pytest
 from tests.pipeline.history_log import LENGTH, prepare_log, read_log, write_log
 from twotower.core.errors import ConfigError
 from twotower.data.split import PARTS
-from twotower.features.history import (
-    HISTORY_TIME_SINCE_PREVIOUS,
-    HISTORY_TIME_TO_NEXT,
-    HISTORY_WEIGHT,
-)
-from twotower.pipeline.histories import KNOWN_PARTS, SPANS, windows
+from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT
+from twotower.pipeline.batches import SPANS, windows
+from twotower.pipeline.histories import KNOWN_PARTS
 
 IDS = "history/item_id"
 

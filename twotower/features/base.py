@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,6 +22,15 @@ from twotower.core.fields import check_literals
 from twotower.features.vocabulary import Vocabulary
 
 # The two towers. Its order decides keys of random numbers: it never changes.
+# Names of the arrays that stand beside the items of a history.
+HISTORY_TIME_SINCE_PREVIOUS = "history gap"
+HISTORY_TIME_TO_NEXT = "history until"
+HISTORY_WEIGHT = "history weight"
+# Two more where whole sequences are packed into rows [B, S].
+HISTORY_SEGMENT = "history segment"
+HISTORY_POSITION = "history position"
+_BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
+
 SIDES = ("user", "item")
 # Side and name of a feature.
 Key = tuple[str, str]
@@ -326,3 +335,11 @@ def pad_lists(
     kept = positions < length
     padded[rows[kept], positions[kept]] = values[kept]
     return padded
+
+
+def id_array(names: Iterable[str]) -> str:
+    """Returns the name of the array that holds the ids of the items of a history.
+
+    It is looked up rather than taken as the first: `jit` sorts dictionaries by name.
+    """
+    return next(name for name in names if name not in _BESIDE_ITEMS)

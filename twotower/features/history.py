@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,14 @@ import pyarrow as pa
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.features.base import (
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
+    HISTORY_WEIGHT,
     Feature,
     Fitted,
     Input,
     column_of,
+    id_array,
     is_list,
     join_lists,
     pad_lists,
@@ -40,15 +44,6 @@ from twotower.features.base import (
 from twotower.features.timestamp import as_seconds
 from twotower.features.vocabulary import as_strings
 
-# Names of the arrays that stand beside the items of a history.
-HISTORY_TIME_SINCE_PREVIOUS = "history gap"
-HISTORY_TIME_TO_NEXT = "history until"
-HISTORY_WEIGHT = "history weight"
-# Two more where whole sequences are packed into rows [B, S].
-HISTORY_SEGMENT = "history segment"
-HISTORY_POSITION = "history position"
-
-_BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
 _SECONDS_A_DAY = 86_400
 
 
@@ -257,14 +252,6 @@ def time_buckets(feature: HistoryFeature, seconds: np.ndarray) -> np.ndarray:
     known = np.maximum(np.nan_to_num(seconds), 0)
     buckets = np.minimum(np.log2(1 + known), feature.gaps - 1).astype(np.int32)
     return np.where(np.isnan(seconds), feature.gaps + 1, 1 + buckets).astype(np.int32)
-
-
-def id_array(names: Iterable[str]) -> str:
-    """Returns the name of the array that holds the ids of the items of a history.
-
-    It is looked up rather than taken as the first: `jit` sorts dictionaries by name.
-    """
-    return next(name for name in names if name not in _BESIDE_ITEMS)
 
 
 def read_arrays(feature: HistoryFeature, fitted: Fitted) -> dict[str, np.ndarray]:

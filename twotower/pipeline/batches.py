@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from twotower.core.errors import ConfigError
-from twotower.pipeline.histories import SPANS, Histories, windows
+from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, id_array
 
 # "user", "item", "weight": [B]; "user_features", "item_features": {name: [B, ...]}; "labels":
 # {column: [B]}, NaN where missing.
@@ -55,6 +55,10 @@ class Rows:
         return Rows(*jax.tree.map(lambda x: x[index], arrays))
 
 
+# The name, in the context of a row, of the span of its history.
+SPANS = "history span"
+
+
 @runtime_checkable
 class Examples(Protocol):
     """What a pass over the training data consists of."""
@@ -87,6 +91,29 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
+class EventSpans(Protocol):
+    """The events of a log, of which the histories of training rows are spans.
+
+    `twotower.pipeline.histories.Histories` are such.
+    """
+
+    @property
+    def training_events(self) -> Mapping[str, np.ndarray]:
+        """Array name -> [M, ...], one entry for each event that training rows know of."""
+        ...
+
+    @property
+    def reads(self) -> Mapping[str, np.ndarray]:
+        """Array name -> [V, ...], what is read of an item beside its id, by the row of the id."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Number of events in a history at most, L."""
+        ...
+
+
 class InteractionExamples:
     """Training rows as examples: each is one user with one item.
 
@@ -98,7 +125,7 @@ class InteractionExamples:
 
     name = "training rows"
 
-    def __init__(self, rows: Rows, features: Features, histories: Histories | None = None) -> None:
+    def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
         self.data = {
             "user": rows.user,
             "item": rows.item,
@@ -151,6 +178,51 @@ def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0)
         "item_features": {name: x[item] for name, x in data["item_features"].items()},
         "labels": {name: x[index] for name, x in data["labels"].items()},
     }
+
+
+def windows(
+    events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int
+) -> dict[str, Any]:
+    """Returns the arrays [N, L, ...] of spans of events, 0 after the end of each.
+
+    Works on NumPy arrays, and inside `jit` on those of the device.
+
+    Args:
+        events: See `twotower.pipeline.histories.Histories`.
+        reads: See `twotower.pipeline.histories.Histories`.
+        spans: Spans int32 [N, 2 or 3] of at most L events.
+        length: L.
+    """
+    slot = np.arange(length, dtype=np.int32)[None]
+    rows = spans[:, :1] + slot
+    valid = rows < spans[:, 1:2]
+    arrays = read_events(events, reads, rows * valid, valid, first=slot == 0)
+    if HISTORY_TIME_TO_NEXT in arrays:
+        # After the latest event comes the request, of which the span itself knows.
+        latest = rows == spans[:, 1:2] - 1
+        to_next = arrays[HISTORY_TIME_TO_NEXT]
+        arrays[HISTORY_TIME_TO_NEXT] = to_next * ~latest + spans[:, 2:] * latest
+    return arrays
+
+
+def read_events(
+    events: Mapping[str, Any], reads: Mapping[str, Any], rows: Any, valid: Any, *, first: Any
+) -> dict[str, Any]:
+    """Returns the arrays [N, S, ...] of single events.
+
+    Args:
+        events: See `twotower.pipeline.histories.Histories`.
+        reads: See `twotower.pipeline.histories.Histories`.
+        rows: Rows int32 [N, S] of the events.
+        valid: Mask bool [N, S]; everything else becomes 0.
+        first: Mask bool [N, S] of events that begin a history; their time since the event before
+            is not known.
+    """
+    arrays = {name: values[rows] * valid for name, values in events.items()}
+    if HISTORY_TIME_SINCE_PREVIOUS in arrays:
+        arrays[HISTORY_TIME_SINCE_PREVIOUS] = arrays[HISTORY_TIME_SINCE_PREVIOUS] * ~first
+    ids = arrays[id_array(arrays)]
+    return arrays | {name: values[ids] for name, values in reads.items()}
 
 
 class Batches:

@@ -19,19 +19,15 @@ import pyarrow as pa
 
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
-from twotower.features.base import Fitted
+from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, Fitted
 from twotower.features.history import (
-    HISTORY_TIME_SINCE_PREVIOUS,
-    HISTORY_TIME_TO_NEXT,
     HistoryFeature,
     encode_events,
-    id_array,
     read_arrays,
     time_buckets,
 )
+from twotower.pipeline.batches import windows
 
-# The name, in the context of a row, of the span of its history.
-SPANS = "history span"
 # Part of a split -> the numbers of the parts whose events its rows may know of; "now" stands for a
 # user who is served at the end of the log.
 KNOWN_PARTS = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
@@ -122,51 +118,6 @@ class Histories:
             values = pa.StructArray.from_arrays(columns, fields)
         offsets = np.append(0, ends).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), values)
-
-
-def windows(
-    events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, length: int
-) -> dict[str, Any]:
-    """Returns the arrays [N, L, ...] of spans of events, 0 after the end of each.
-
-    Works on NumPy arrays, and inside `jit` on those of the device.
-
-    Args:
-        events: See `Histories`.
-        reads: See `Histories`.
-        spans: Spans int32 [N, 2 or 3] of at most L events.
-        length: L.
-    """
-    slot = np.arange(length, dtype=np.int32)[None]
-    rows = spans[:, :1] + slot
-    valid = rows < spans[:, 1:2]
-    arrays = read_events(events, reads, rows * valid, valid, first=slot == 0)
-    if HISTORY_TIME_TO_NEXT in arrays:
-        # After the latest event comes the request, of which the span itself knows.
-        latest = rows == spans[:, 1:2] - 1
-        to_next = arrays[HISTORY_TIME_TO_NEXT]
-        arrays[HISTORY_TIME_TO_NEXT] = to_next * ~latest + spans[:, 2:] * latest
-    return arrays
-
-
-def read_events(
-    events: Mapping[str, Any], reads: Mapping[str, Any], rows: Any, valid: Any, *, first: Any
-) -> dict[str, Any]:
-    """Returns the arrays [N, S, ...] of single events.
-
-    Args:
-        events: See `Histories`.
-        reads: See `Histories`.
-        rows: Rows int32 [N, S] of the events.
-        valid: Mask bool [N, S]; everything else becomes 0.
-        first: Mask bool [N, S] of events that begin a history; their time since the event before
-            is not known.
-    """
-    arrays = {name: values[rows] * valid for name, values in events.items()}
-    if HISTORY_TIME_SINCE_PREVIOUS in arrays:
-        arrays[HISTORY_TIME_SINCE_PREVIOUS] = arrays[HISTORY_TIME_SINCE_PREVIOUS] * ~first
-    ids = arrays[id_array(arrays)]
-    return arrays | {name: values[ids] for name, values in reads.items()}
 
 
 def build_histories(

@@ -21,8 +21,8 @@ from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import load_spec
-from twotower.pipeline.batches import Examples, Features, InteractionExamples, Rows
-from twotower.pipeline.histories import SPANS, Histories, build_histories
+from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
+from twotower.pipeline.histories import Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 
@@ -65,6 +65,25 @@ class PreparedData:
     def num_examples(self) -> int:
         """The examples of a pass over the training data: rows, or packed rows of sequences."""
         return len(self.train if self.packing is None else self.packing)
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions in a pass: rows, or all slots of packed sequences, filled or not."""
+        if self.packing is None:
+            return len(self.train)
+        return len(self.packing) * self.packing.num_slots
+
+    def target_rates(self) -> np.ndarray | None:
+        """Returns how often a pass has each training row as a target.
+
+        Returns:
+            float64 [rows] of packed sequences; None where each row is one example.
+        """
+        if self.packing is None or self.histories is None:
+            return None
+        rates = np.zeros(len(self.train))
+        rates[self.histories.orders["train"]] = self.packing.target_rates(len(self.train))
+        return rates
 
     def training_examples(self) -> Examples:
         """Returns the examples that batches are made of."""

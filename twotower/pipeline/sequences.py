@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from twotower.features.history import HISTORY_POSITION, HISTORY_SEGMENT
-from twotower.pipeline.batches import Batch, Features, Rows
-from twotower.pipeline.histories import SPANS, Histories, read_events
+from twotower.features.base import HISTORY_POSITION, HISTORY_SEGMENT
+from twotower.pipeline.batches import SPANS, Batch, Features, Rows, read_events
+from twotower.pipeline.histories import Histories
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,8 +22,7 @@ from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
 from twotower.index.recall import list_ndcg, list_recall
 from twotower.index.tuning import TUNING_QUERIES
-from twotower.pipeline.batches import Rows
-from twotower.pipeline.histories import SPANS
+from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,15 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
-from twotower.features.base import SIDES, Input, TableShape
-from twotower.features.encoder import Encoder
-from twotower.features.history import (
+from twotower.features.base import (
     HISTORY_POSITION,
     HISTORY_SEGMENT,
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
+    SIDES,
+    Input,
+    TableShape,
 )
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
@@ -55,6 +56,21 @@ class Weights(NamedTuple):
     batch_stats: dict[str, Any]
 
 
+@runtime_checkable
+class EncodedFeatures(Protocol):
+    """The parts of an encoder that the towers are made for."""
+
+    @property
+    def inputs(self) -> Mapping[str, Mapping[str, Input]]:
+        """Side -> array of the features -> how a tower reads it."""
+        ...
+
+    @property
+    def tables(self) -> Mapping[str, TableShape]:
+        """The embedding tables by name."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TwoTower:
     """The towers of one configuration and encoder: pure functions, and no arrays but the given
@@ -77,7 +93,7 @@ class TwoTower:
     dim: int
 
     @classmethod
-    def build(cls, config: ModelConfig, encoder: Encoder) -> TwoTower:
+    def build(cls, config: ModelConfig, encoder: EncodedFeatures) -> TwoTower:
         """Makes the towers for the features of an encoder; raises as `build_from`."""
         return cls.build_from(config, encoder.inputs, encoder.tables)
 

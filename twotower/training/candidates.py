@@ -23,8 +23,6 @@ from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.negatives import LogExpectedCount
 from twotower.objectives.pools import explicit_pools
 from twotower.pipeline.batches import Batch, Examples, Features, Rows
-from twotower.pipeline.histories import Histories
-from twotower.pipeline.sequences import SequencePacking
 from twotower.training.checks import check_negatives, uses_negatives
 
 
@@ -316,13 +314,12 @@ class TrainingData(Protocol):
         ...
 
     @property
-    def histories(self) -> Histories | None:
-        """Histories of users, where they are a feature."""
+    def num_positions(self) -> int:
+        """Number of positions in a pass: rows, or all slots of packed sequences, filled or not."""
         ...
 
-    @property
-    def packing(self) -> SequencePacking | None:
-        """Packed sequences, where these are the examples of training."""
+    def target_rates(self) -> np.ndarray | None:
+        """Returns how often a pass has each training row as a target [rows]; None means once."""
         ...
 
     @property
@@ -375,13 +372,8 @@ def count_rows(data: TrainingData) -> dict[str, np.ndarray]:
     a pass, filled or not.
     """
     sizes = {"user": len(data.users), "item": len(data.items)}
-    rates = None
-    rows = len(data.train)
-    if data.packing is not None and data.histories is not None:
-        rates = np.zeros(rows)
-        rates[data.histories.orders["train"]] = data.packing.target_rates(rows)
-        rows = len(data.packing) * data.packing.num_slots
-    counts = {"rows": np.asarray(rows, np.float32)}
+    rates = data.target_rates()
+    counts = {"rows": np.asarray(data.num_positions, np.float32)}
     for side, size in sizes.items():
         ids = getattr(data.train, side)
         counts[side] = np.bincount(ids, rates, minlength=size).astype(np.float32)
