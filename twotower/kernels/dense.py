@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 
 def activation_dtype(dtype: Any) -> Any:
-    """Returns the type to add and normalise in where products are in `dtype`; None keeps the type
-    of the parameters."""
+    """Returns the type of sums and normalisations where products are in `dtype`; None keeps the
+    type of the parameters."""
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return None
     return dtype
@@ -49,6 +49,7 @@ def bfloat16_product(
 def _forward(
     x: Array, kernel: Array, dims: Any, precision: Any
 ) -> tuple[Array, tuple[Array, Array]]:
+    # Kept unrounded: the kernel's gradient is formed of them in float32.
     return bfloat16_product(x, kernel, dims, precision), (x, kernel)
 
 
@@ -81,6 +82,7 @@ def _kernel_gradient(x: Float[Array, "N F"], y: Float[Array, "N G"]) -> Float[Ar
 
 
 def _rounded_product(x: Float[Array, "*B F"], y: Float[Array, "F G"]) -> Float[Array, "*B G"]:
+    # The sums stay float32, and so does the output: only the operands lose bits.
     x = x.astype(jnp.bfloat16)
     y = y.astype(jnp.bfloat16)
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)

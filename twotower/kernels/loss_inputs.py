@@ -1,6 +1,6 @@
-"""Inputs of the retrieval losses: vectors with their ids, and how logits are made of scores.
+"""Inputs of the retrieval losses: vectors with their ids, and the recipe of logits from scores.
 
-`twotower.kernels.streaming_softmax` and its plain reference take the same ones.
+`twotower.kernels.streaming_softmax` and its plain reference take the same inputs.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ class Positives(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The C things that every query is compared with.
+    """The C items that every query is compared with (users, where items are the queries).
 
     Attributes:
         vectors: vectors of the candidates.
-        ids: ids of the candidates, equal for equal things; negative for padding, which is never
+        ids: ids of the candidates, equal for equal items; negative for padding, which is never
             compared.
-        query_ids: identity (user) of the query that each candidate is a positive of; negative where
-            it is nobody's.
+        query_ids: identity (user) of the query that each candidate is a positive of; negative for
+            a positive of nobody.
         log_expected_count: log of the expected number of times the sources of negatives of this
             step yield the candidate's id.
     """
 
     vectors: Float[Array, "C D"]
     ids: Int[Array, "C"]
+    # Ids instead of positions: candidates of a queue or of other devices have no row in the batch.
     query_ids: Int[Array, "C"]
     log_expected_count: Float[Array, "C"]
 
@@ -51,11 +52,12 @@ class HardNegatives(NamedTuple):
 
     Attributes:
         vectors: vectors of the negatives.
-        ids: their ids; negative where there is none.
+        ids: ids of the negatives; negative for padding.
         log_expected_count: as in `Candidates`.
     """
 
     vectors: Float[Array, "*B H D"]
+    # No query ids: a hard negative is compared with its own query alone.
     ids: Int[Array, "*B H"]
     log_expected_count: Float[Array, "*B H"]
 
@@ -76,16 +78,20 @@ class LossInputs(NamedTuple):
     """
 
     queries: Float[Array, "*B D"]
+    # One id for a row of L queries where all of them are the same user's.
     query_ids: Int[Array, "..."]
+    # Rows that only fill up a batch have weight 0: they cost nothing and move nothing.
     weights: Float[Array, "*B"]
     positives: Positives
     candidates: Candidates
     scale: float | Float[Array, ""] = 1.0
     bias: Float[Array, ""] | None = None
+    # Beside the candidates, not instead of them.
     hard: HardNegatives | None = None
 
     def map_vectors(self, function: Callable[[jax.Array], jax.Array]) -> LossInputs:
         """Returns the same inputs with `function` applied to all vectors."""
+        # Scale, bias and ids do not depend on the width of the vectors.
         hard = self.hard
         if hard is not None:
             hard = hard._replace(vectors=function(hard.vectors))
@@ -115,7 +121,9 @@ class Loss(NamedTuple):
             objective, or "num_items".
     """
 
+    # Its constants are Python numbers of the configuration: static under `jit`.
     per_query: Callable[..., jax.Array]
+    # Its gradient by a negative's logit is one number a query times the exponential.
     by_logit_margin: Callable[[jax.Array], jax.Array] | None = None
     corrects: bool = False
     corrects_positive: bool = False

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# The greatest logit of a query may lie this far below its bound, in nats. The exponential of -60 is
-# as many nats from the least normal number of float32 as matter beside it.
+# Greatest distance of a query's greatest logit from its bound, in nats: the least normal number of
+# float32 is e^-87, so that logits up to 27 nats below the greatest one still count beside it.
 _MAX_SPREAD = 60.0
 
 
 class GradientInputs(NamedTuple):
-    """Inputs that the loss is differentiated by: vectors, and the logits that are known before."""
+    """Inputs that the loss is differentiated by: vectors, and the logits of single pairs."""
 
     queries: Float[Array, "B D"]
     items: Float[Array, "C D"]
+    # Logits of positives and hard negatives are formed outside the loop: autodiff takes their
+    # gradients on to the vectors.
     positive: Float[Array, "B"]
     hard: Float[Array, "B H"]
     scale: Float[Array, ""]
@@ -32,6 +34,7 @@ class LossIds(NamedTuple):
 
     positives: Int[Array, "B"]
     queries: Int[Array, "B"]
+    # True for hard negatives that exist and are not the query's own positive.
     hard_allowed: Bool[Array, "B H"]
     candidates: Int[Array, "C"]
     candidate_queries: Int[Array, "C"]
@@ -39,7 +42,7 @@ class LossIds(NamedTuple):
 
 
 class KernelOptions(NamedTuple):
-    """Static options.
+    """Static options of the kernel.
 
     Attributes:
         per_query, by_logit_margin, biased: see `twotower.kernels.loss_inputs.Loss`.
@@ -59,6 +62,8 @@ class Operands(NamedTuple):
     slower."""
 
     queries: Float[Array, "B D"]
+    # Scores multiply by `columns`, gradients of queries by `items`: both operands are then read
+    # along their rows.
     items: Float[Array, "C D"]
     columns: Float[Array, "D C"]
 
@@ -77,24 +82,27 @@ class Block(NamedTuple):
 
 
 class LogitBound(NamedTuple):
-    """A number that no candidate's logit for a query q exceeds: slope |q| + level. An infinite
-    slope bounds nothing."""
+    """Upper bound of the logits of a query q over all candidates: slope |q| + level."""
 
+    # Infinite where the bound is too far above the logits to be used.
     slope: Float[Array, ""]
     level: Float[Array, ""]
 
 
 class LogitGradients(NamedTuple):
-    """Derivatives of a block's weighted loss by its logits; those by the candidates' are
+    """Derivatives of a block's weighted loss by its logits; those by the logits of candidates are
     `factor[:, None] * candidates`."""
 
     positive: Float[Array, "n"]
     hard: Float[Array, "n H"]
+    # Kept apart from the factor, so that the exponentials go into the products as they are: one
+    # pass over [n, C] less.
     candidates: Float[Array, "n C"]
     factor: Float[Array, "n"]
 
 
 def make_operands(options: KernelOptions, arrays: GradientInputs) -> Operands:
+    # Rounded once for all blocks, not in each.
     dtype = options.dtype or jnp.result_type(arrays.queries, arrays.items)
     items = arrays.items.astype(dtype)
     return Operands(arrays.queries.astype(dtype), items, _transpose(items))
@@ -110,10 +118,12 @@ def cut_into_blocks(
 ) -> Block:
     """Returns all blocks, with a leading axis; the last is filled up with queries of weight 0."""
     count = len(ids.positives)
+    # Blocks of equal size, so that the last is not mostly padding.
     number = max(1, -(-count // options.block_rows))
     rows = -(-count // number)
 
     def cut(x: jax.Array) -> jax.Array:
+        # Padding has weight 0, and its gradients are cut off after the loop.
         filled = jnp.pad(x, [(0, number * rows - count)] + [(0, 0)] * (x.ndim - 1))
         return filled.reshape(number, rows, *x.shape[1:])
 
@@ -145,12 +155,14 @@ def block_losses(
     *,
     differentiate: bool = False,
 ) -> tuple[Float[Array, "n"], LogitGradients | None]:
-    """Returns the loss of each query and, where asked for, the gradients of the weighted loss."""
+    """Returns the loss of each query and, if `differentiate`, the gradients of the weighted loss;
+    else None."""
     if options.by_logit_margin is not None:
         negative_logits = functools.partial(_negative_logits, arrays, ids, block)
         return _losses_by_logit_margin(
             options, negative_logits, block, scores, bound, differentiate=differentiate
         )
+    # Finite for padding too: the mask takes it out, and 0 x inf would be NaN in the gradient.
     logits = scores * arrays.scale + _levels(arrays, ids, padding=0.0)[None, :]
     allowed = ~_is_hit(ids, block) & (ids.candidates >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
@@ -167,15 +179,17 @@ def block_losses(
 
 
 def _is_hit(ids: LossIds, block: Block) -> Bool[Array, "n C"]:
-    """Returns which candidates are no negatives: the query's own positive, wherever it stands, and
-    other positives of its user."""
+    """Returns a mask of the candidates that are no negatives: the query's own positive, at any
+    position, and other positives of its user."""
+    # By id, not by position: an accidental hit is a hit on whatever device or source it came from.
     is_positive = ids.candidates[None, :] == block.ids[:, None]
     is_same_user = ids.candidate_queries[None, :] == block.query_ids[:, None]
     return is_positive | is_same_user
 
 
 def _levels(arrays: GradientInputs, ids: LossIds, padding: float = -jnp.inf) -> Float[Array, "C"]:
-    """Returns the number added to a candidate's scaled score; `padding` where there is none."""
+    """Returns the number added to the scaled score of each candidate; `padding` for id -1."""
+    # The correction comes after the temperature: log counts are not divided by it.
     return jnp.where(ids.candidates >= 0, arrays.bias - ids.candidate_log_counts, padding)
 
 
@@ -201,18 +215,25 @@ def _losses_by_logit_margin(
     by_logit_margin = options.by_logit_margin
     assert by_logit_margin is not None
     hard = jnp.where(block.hard_allowed, block.hard, -jnp.inf)
+    # Taken off all logits before the exponential, and added to its logarithm: any number near the
+    # greatest logit gives the same loss.
     top = _top_logit(block, negative_logits, scores, hard, bound)
+    # Formed here even where their maximum was taken before: masks, exponentials and rounding are
+    # then one pass over [n, C].
     exponentials = jnp.exp(negative_logits(scores) - top[:, None])
     hard = jnp.exp(hard - top[:, None])
     if options.dtype:
         exponentials = _narrow(exponentials, options.dtype)
+    # Summed in float32 after rounding: value and gradient see the same exponentials.
     total = exponentials.sum(axis=1, dtype=hard.dtype) + hard.sum(axis=1)
+    # A query without negatives: 1 avoids log 0, and the loss is masked below.
     none = total == 0
     total = jnp.where(none, 1.0, total)
     margin = top + jnp.log(total) - block.positive
     if not differentiate:
         return jnp.where(none, 0.0, by_logit_margin(margin)), None
     losses, pull = jax.vjp(by_logit_margin, margin)
+    # Derivative of the weighted loss by its logit margin.
     slope = jnp.where(none, 0.0, pull(block.weights)[0])
     gradients = LogitGradients(
         positive=-slope,
@@ -224,8 +245,9 @@ def _losses_by_logit_margin(
 
 
 def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
-    """Rounds to `dtype`. XLA for CPUs rounds to bfloat16 in many instructions; here two do, ties
-    going up."""
+    """Rounds exponentials to `dtype`; ties to bfloat16 go up on a CPU."""
+    # XLA for CPUs rounds to bfloat16 in many instructions; adding half a unit and cutting the lower
+    # 16 bits off are two. Exponentials are finite and positive, so that nothing overflows.
     if jax.default_backend() != "cpu" or exponentials.dtype != jnp.float32 or dtype != jnp.bfloat16:
         return exponentials.astype(dtype)
     bits = jax.lax.bitcast_convert_type(exponentials, jnp.uint32) + 0x8000
@@ -235,18 +257,20 @@ def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"
 def logit_bound(
     options: KernelOptions, operands: Operands, arrays: GradientInputs, ids: LossIds
 ) -> LogitBound | None:
-    """Returns a bound that spares a block the search for its greatest logits, a pass over all of
-    them; None where they are needed.
+    """Returns a bound of all logits, which spares a block the pass that finds its greatest ones;
+    None where these are needed.
 
-    The exponentials of a loss are taken of logits less a number that no logit of the query exceeds
-    by much. The greatest logit is always right. A bound is right if it is not so far above that
-    exponentials vanish, which the longest vectors decide.
+    Exponentials are taken of logits less a number near the greatest one. The greatest one itself
+    always serves. A bound serves unless it is so far above that exponentials vanish, which depends
+    on the norms of the vectors.
     """
+    # The bound covers candidates alone: hard negatives need the maximum.
     on_cpu = jax.default_backend() == "cpu"
     if options.by_logit_margin is None or arrays.hard.shape[1] or not on_cpu:
         return None
 
     def longest(vectors: jax.Array) -> jax.Array:
+        # In the type of the sums: squares of bfloat16 would round the norm down, below the logits.
         squares = jnp.square(vectors.astype(arrays.positive.dtype)).sum(-1)
         return jnp.sqrt(squares.max(initial=0.0))
 
@@ -254,7 +278,9 @@ def logit_bound(
     highest = jnp.max(levels, initial=-jnp.inf)
     lowest = jnp.min(levels, where=levels > -jnp.inf, initial=jnp.inf)
     slope = jnp.abs(arrays.scale) * longest(operands.items)
+    # |q . v| is at most |q| |v|, on either side of 0: hence twice the product.
     spread = 2 * slope * longest(operands.queries) + highest - lowest
+    # The first condition fails where there is no candidate at all.
     is_near = (highest >= lowest) & (spread < _MAX_SPREAD)
     return LogitBound(jnp.where(is_near, slope, jnp.inf), highest)
 
@@ -271,6 +297,7 @@ def _top_logit(
     def greatest(scores: jax.Array) -> jax.Array:
         logits = negative_logits(scores)
         top = jnp.maximum(logits.max(axis=1, initial=-jnp.inf), hard.max(axis=1, initial=-jnp.inf))
+        # Without any negative: 0 keeps -inf - -inf out of the exponentials.
         return jnp.where(top == -jnp.inf, 0.0, top)
 
     if bound is None:
@@ -280,4 +307,5 @@ def _top_logit(
     def bounded(scores: jax.Array) -> jax.Array:
         return bound.slope * lengths + bound.level
 
+    # Decided at run time, since norms change in training; only one branch runs.
     return jax.lax.cond(bound.slope < jnp.inf, bounded, greatest, scores)

@@ -9,9 +9,12 @@ from twotower.kernels.loss_inputs import LossInputs, LossOptions
 
 
 def naive_softmax(inputs: LossInputs, options: LossOptions) -> Float[Array, ""]:
-    """Does what `streaming_softmax` does, one array after the other, for queries [B, D]."""
+    """Returns the result of `streaming_softmax` for queries [B, D], by the whole matrix of
+    logits."""
     loss = options.loss
-    queries, positives, candidates = inputs.queries, inputs.positives, inputs.candidates
+    queries = inputs.queries
+    positives = inputs.positives
+    candidates = inputs.candidates
     scale = inputs.scale if loss.scaled else 1.0
     bias = 0.0
     if loss.biased and inputs.bias is not None:
@@ -23,6 +26,7 @@ def naive_softmax(inputs: LossInputs, options: LossOptions) -> Float[Array, ""]:
     positive = jnp.sum(queries * positives.vectors, axis=-1)
     if not loss.takes_margin:
         positive = positive - options.margin
+    # The temperature comes before the correction: log counts are in nats of the final logit.
     positive = positive * positive_scale + bias
     if loss.corrects_positive:
         positive = positive - positives.log_expected_count
@@ -35,8 +39,10 @@ def naive_softmax(inputs: LossInputs, options: LossOptions) -> Float[Array, ""]:
     where = (candidates.ids >= 0)[None, :] & is_other
     if options.mask_same_user:
         users = inputs.query_ids[:, None]
+        # A negative id is nobody, who is not the same user as another nobody.
         where &= (candidates.query_ids[None, :] != users) | (users < 0)
 
+    # Hard negatives are columns of their own: each query has others.
     hard = inputs.hard
     if hard is not None:
         hard_logits = jnp.einsum("bd,bhd->bh", queries, hard.vectors) * scale + bias

@@ -41,7 +41,7 @@ class TableOptimizer(NamedTuple):
         init: (table [V, D], initial accumulator) -> slots, arrays with V rows.
         update: (table, slots, rows [M], gradients [M, D], learning rate, steps so far) -> (table,
             slots). Rows are as `merge_duplicates` returns them: distinct, those from V on ignored,
-            and of M = V rows each in its place.
+            and of M = V rows row i in entry i or nowhere.
     """
 
     init: Callable[[jax.Array, float], Slots]
@@ -74,6 +74,7 @@ def apply_gradients(
     Returns:
         The table, the slots, and the squared norm of the gradient of these rows.
     """
+    # Summed before the optimizer: Adagrad squares the gradient of a row, not of each use of it.
     rows, merged = merge_duplicates(ids, grads, len(table), first=first)
     table, slots = optimizer.update(table, slots, rows, merged, rate, step)
     return table, slots, jnp.sum(jnp.square(merged))
@@ -88,8 +89,10 @@ def apply_gradients_densely(
     rate: Any,
     step: Any,
 ) -> tuple[Float[Array, "V D"], Slots, Float[Array, ""]]:
-    """Does what `apply_gradients` does by a gradient as large as the table: the plain reference."""
+    """Returns the result of `apply_gradients`, by a gradient as large as the table: the plain
+    reference."""
     summed = jnp.zeros_like(table).at[ids].add(grads).at[PADDING].set(0.0)
+    # A row whose gradient is 0 was used all the same: the moments of Adam move it.
     used = jnp.zeros(len(table), bool).at[ids].set(True).at[PADDING].set(False)
     rows = _rows_by_entry(used, ids.dtype)
     table, slots = optimizer.update(table, slots, rows, summed, rate, step)
@@ -134,7 +137,10 @@ def merge_duplicates(
             the update then passes over the whole table.
         grads [M, D]: the summed gradient of `rows`; 0 in the entries left over.
     """
+    # Every device merges the ids of all devices and keeps those of its own rows: no update of a row
+    # is split, and none is made twice.
     owned = (ids != PADDING) & (ids >= first) & (ids < first + num_rows)
+    # Never -1 for "none": a negative index wraps around to the last row.
     local = jnp.where(owned, ids - first, num_rows).astype(ids.dtype)
     # A CPU adds one number after the other, in a fixed order; a GPU does not.
     hashing = functools.partial(merge_by_hashing, num_rows=num_rows)
@@ -157,6 +163,7 @@ def merge_by_hashing(
     """
     count = local.size
     if num_rows <= count:
+        # A table smaller than the batch: its rows themselves are the slots.
         used = jnp.zeros(num_rows, bool).at[local].set(True, mode="drop")
         rows = _rows_by_entry(used, local.dtype)
         slot = local
@@ -180,6 +187,7 @@ def slots_by_hashing(
         row; and the row of each slot, distinct rows past the end where a slot is not used.
     """
     count = local.size
+    # A power of two, whose bits the multiplicative hash takes from the top.
     bits = (_HASH_SLOTS * count - 1).bit_length()
     positions = jnp.arange(count, dtype=local.dtype)
 
@@ -187,18 +195,24 @@ def slots_by_hashing(
         bucket = multiply_shift(local.astype(jnp.uint32), multiplier, bits).astype(jnp.int32)
         # Rows that have a slot claim none.
         claimed = jnp.where(slot < 0, bucket, 2**bits)
+        # The maximum does not depend on the order in which a scatter writes: the same slots in
+        # every run.
         last = jnp.zeros(2**bits, local.dtype).at[claimed].max(positions, mode="drop")[bucket]
         slot = jnp.where((slot < 0) & (local[last] == local), last, slot)
-        return slot, multiplier * jnp.uint32(747796405)  # odd again
+        # The product of odd numbers is odd: every round has a hash function of its own.
+        return slot, multiplier * jnp.uint32(747796405)
 
     def unsettled(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (carry[0] < 0).any()
 
     # Made of `local`, so that the loop's first value varies over a mesh as its others do.
     none = jnp.full_like(local, -1) + 0 * local
+    # Odd, and 2^32 / the golden ratio: multiples are spread evenly (Knuth).
     start = (none, jnp.uint32(2654435769))
     slot, _ = jax.lax.while_loop(unsettled, lambda carry: settle(*carry), start)
     is_row = local < num_rows
+    # The position that gave a slot its number holds its row; all other entries are distinct
+    # fillers.
     rows = jnp.where((slot == positions) & is_row, local, num_rows + positions)
     return jnp.where(is_row, slot, count), rows
 
@@ -212,6 +226,7 @@ def merge_by_sorting(
     other bits in every run. Arguments and results are those of `merge_by_hashing`.
     """
     positions = jnp.arange(local.size, dtype=local.dtype)
+    # A stable sort: the gradients of a row are added in the order of the batch, in every run.
     ordered, order = jax.lax.sort((local, positions), num_keys=1)
     sums = grads[order]
     span = 1
@@ -221,12 +236,14 @@ def merge_by_sorting(
         # several times.
         sums = jax.lax.optimization_barrier(sum(neighbours) + sums)
         span *= _SUMS_PER_ROUND
+    # The last of equal rows has the sum of all of them.
     is_last = jnp.append(ordered[1:] != ordered[:-1], True)
     kept = is_last & (ordered < num_rows)
     rows = jnp.where(kept, ordered, num_rows + positions)
     sums = jnp.where(kept[:, None], sums, 0.0)
     if num_rows > local.size:
         return rows, sums
+    # A table smaller than the batch: entry i must be row i, as the update expects.
     used = jnp.zeros(num_rows, bool).at[rows].set(True, mode="drop", unique_indices=True)
     by_row = jnp.zeros((num_rows, grads.shape[1]), grads.dtype)
     by_row = by_row.at[rows].set(sums, mode="drop", unique_indices=True)
@@ -236,8 +253,7 @@ def merge_by_sorting(
 def _earlier_sums(
     ordered: Int[Array, "N"], sums: Float[Array, "N D"], distance: int
 ) -> Float[Array, "N D"]:
-    """Returns the sums that stand `distance` before, where those are of the same row; 0
-    elsewhere."""
+    """Returns the sums `distance` entries before each, where these are of the same row; else 0."""
     count = max(len(ordered) - distance, 0)
     same = ordered[distance:] == ordered[:count]
     moved = jnp.where(same[:, None], sums[:count], 0.0)
@@ -259,13 +275,14 @@ def _is_dense(array: jax.Array, rows: Int[Array, "M"]) -> bool:
 
 
 def _update_mask(array: jax.Array, rows: Int[Array, "V"]) -> jax.Array:
-    """Returns which rows of the array a dense update changes, [V] or [V, 1]."""
+    """Returns a mask of the rows that a dense update changes, [V] or [V, 1]."""
     return (rows < len(array)).reshape(-1, *[1] * (array.ndim - 1))
 
 
 def _gather(array: jax.Array, rows: Int[Array, "M"]) -> jax.Array:
     if _is_dense(array, rows):
         return array
+    # Rows past the end are entries left over, whose result is dropped again by the write.
     return take_rows(array, rows, 0.0)
 
 
@@ -322,6 +339,8 @@ def _lazy_adam_init(table: jax.Array, initial: float) -> Slots:
 
 
 def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, eps=1e-8):
+    # Epsilon is added after the bias is corrected, as in optax; added before, as in PyTorch, it
+    # made a step of small gradients differ by 7e-3.
     m = b1 * _gather(slots["m"], rows) + (1 - b1) * grads
     v = b2 * _gather(slots["v"], rows) + (1 - b2) * jnp.square(grads)
     t = step + 1
@@ -330,6 +349,7 @@ def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, e
     return _add(table, rows, update), kept
 
 
+# None has weight decay, which would shrink rows that no batch used.
 TABLE_OPTIMIZERS: Mapping[str, TableOptimizer] = {
     "sgd": TableOptimizer(_sgd_init, _sgd_update),
     # Duchi et al. 2011: equal to `optax.adagrad` on the rows touched.

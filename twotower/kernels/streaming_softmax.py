@@ -7,7 +7,7 @@ products, no recomputation. Memory is O((B + C) D + block x C). Two files belong
 
 Negatives are the candidates with an id other than the positive's and, where users are masked, of
 another user. Positions in the batch play no part: candidates may be the batch's own items, those of
-every device, a sample, a queue or the catalogue, or all of them.
+every device, a sample, a queue or the whole corpus, or all of them.
 
 Inside a `shard_map` queries are the device's own, and candidates are gathered from all devices
 before the call. The loop then holds no collective, and the sum of the results over devices is the
@@ -36,7 +36,7 @@ from twotower.kernels.softmax_blocks import (
     make_operands,
 )
 
-# A query id that no candidate has: nobody is not the same user as another nobody.
+# A query id that no candidate has, -1 included: nobody is not the same user as another nobody.
 _NOBODY = -2
 
 
@@ -55,12 +55,15 @@ def streaming_softmax(
     Args:
         inputs: the arrays.
         options: the loss and its static options.
-        block: queries compared with all candidates at once; 0 chooses.
+        block: number of queries in a block; 0 chooses by the number of candidates.
         dtype: type of the operands of matrix products, for example bfloat16; sums are in float32 at
             least.
     """
     loss = options.loss
-    queries, positives, candidates = inputs.queries, inputs.positives, inputs.candidates
+    queries = inputs.queries
+    positives = inputs.positives
+    candidates = inputs.candidates
+    # Logits and sums are float32 at least, float64 where the vectors are, as in the tests.
     exact = jnp.promote_types(queries.dtype, jnp.float32)
     scale = jnp.asarray(inputs.scale if loss.scaled else 1.0, exact)
     has_bias = loss.biased and inputs.bias is not None
@@ -69,6 +72,7 @@ def streaming_softmax(
     positive_scale = scale
     if loss.bilateral and options.positive_temperature:
         positive_scale = 1.0 / options.positive_temperature
+    # In units of scores, before the temperature.
     margin = 0.0 if loss.takes_margin else options.margin
     positive = _dots(queries, positives.vectors, exact) - margin
     positive = positive * positive_scale + bias
@@ -77,10 +81,13 @@ def streaming_softmax(
     hard = inputs.hard
     if hard is None:
         hard = _no_hard_negatives(inputs, exact)
+    # B H products, few beside the B C of the candidates: no block is needed for them.
     hard_logits = _dots(queries[..., None, :], hard.vectors, exact) * scale + bias
     hard_logits -= _log_count(hard.log_expected_count, loss.corrects, exact)
+    # A pool may hold the positive itself, which is no negative.
     hard_allowed = (hard.ids >= 0) & (hard.ids != positives.ids[..., None])
 
+    # Rows of packed sequences are queries like any other from here on.
     lead = queries.shape[:-1]
     flatten = functools.partial(jax.lax.collapse, start_dimension=0, stop_dimension=len(lead))
     ids = LossIds(
@@ -100,6 +107,7 @@ def streaming_softmax(
         bias=bias,
         weights=flatten(inputs.weights.astype(exact)),
     )
+    # Scale and bias are the same on all devices, vectors are not: a `custom_vjp` wants one kind.
     arrays = jax.tree.map(lambda x: x + varying_zero(ids).astype(x.dtype), arrays)
     kernel_options = KernelOptions(
         per_query=loss.per_query,
@@ -122,18 +130,23 @@ def _no_hard_negatives(inputs: LossInputs, dtype: Any) -> HardNegatives:
 def _masked_query_ids(
     query_ids: Int[Array, "..."], lead: tuple[int, ...], mask_same_user: bool
 ) -> Int[Array, "*B"]:
-    """Returns the id of every query, `_NOBODY` where no candidate is to be masked for it."""
+    """Returns the user id of every query; `_NOBODY` for a query without one, and for all where
+    users are not masked."""
     missing_axes = (1,) * (len(lead) - query_ids.ndim)
     query_ids = jnp.broadcast_to(query_ids.reshape(query_ids.shape + missing_axes), lead)
     return jnp.where(mask_same_user & (query_ids >= 0), query_ids, _NOBODY)
 
 
 def _block_rows(candidates: int) -> int:
-    """Returns the number of queries in a block: on a CPU few, so that a block's logits stay in the
-    cache; elsewhere enough to fill the device."""
-    on_cpu = jax.default_backend() == "cpu"
-    fewest, logits = (256, 2**20) if on_cpu else (1024, 2**26)
-    return max(fewest, logits // max(candidates, 1))
+    """Returns the number of queries in a block."""
+    # On a CPU a block's logits stay in the cache, 4 MiB of them; elsewhere they fill the device.
+    if jax.default_backend() == "cpu":
+        min_rows = 256
+        max_logits = 2**20
+    else:
+        min_rows = 1024
+        max_logits = 2**26
+    return max(min_rows, max_logits // max(candidates, 1))
 
 
 def _dots(
@@ -146,12 +159,14 @@ def _log_count(values: Float[Array, "*b"], used: bool, dtype: Any) -> Float[Arra
     """Returns log expected counts to subtract, zeros where the loss does not correct."""
     if not used:
         return jnp.zeros(values.shape, dtype)
+    # Estimates of the sampler, not of the model: nothing is learned through them.
     return jax.lax.stop_gradient(values).astype(dtype)
 
 
 def varying_zero(ids: LossIds) -> Int[Array, ""]:
-    """Returns 0, made of the ids: what it is added to varies over a mesh as they do, which loops
-    and `custom_vjp` ask for."""
+    """Returns 0, computed from the ids: a sum with it varies over a mesh as they do, which loops
+    and `custom_vjp` require."""
+    # Slices, so that nothing is summed in earnest and an empty batch works too.
     return 0 * ids.positives[:1].sum() + 0 * ids.candidates[:1].sum()
 
 
@@ -171,6 +186,7 @@ def _sum_of_blocks(
         losses, _ = block_losses(options, arrays, ids, block, scores, bound)
         return total + jnp.sum(block.weights * losses), None
 
+    # The first value of a scan must vary over the mesh as the later ones do.
     start = jnp.zeros((), arrays.positive.dtype) + varying_zero(ids)
     blocks = cut_into_blocks(options, operands, arrays, ids)
     return jax.lax.scan(add_block, start, blocks)[0]
@@ -191,16 +207,22 @@ def _forward(
             options, arrays, ids, block, scores, bound, differentiate=True
         )
         assert gradients is not None
+        # [n, C]: the exponentials, which are in the type of the operands already where it is
+        # narrow.
         outer = gradients.candidates.astype(operands.items.dtype)
         product = jnp.matmul(outer, operands.items, preferred_element_type=exact)
         queries = gradients.factor[:, None] * product
         columns = block.columns * (arrays.scale * gradients.factor)[None, :]
         # As [D, C]: the CPU forms this product several times as fast as its transpose.
         items += jnp.matmul(columns.astype(outer.dtype), outer, preferred_element_type=exact)
+        # Logits are scale x score, so the derivative by the scale is that by the query along the
+        # query.
         scale += jnp.sum(queries * block.queries)
+        # A pass over [n, C] that only losses with a bias pay for.
         if options.biased:
             bias += jnp.sum(gradients.factor * gradients.candidates.sum(axis=1))
         loss += jnp.sum(block.weights * losses)
+        # Each query is in one block: its gradients are complete here, and are not accumulated.
         rows = (arrays.scale * queries, gradients.positive, gradients.hard, losses)
         return (loss, items, scale, bias), rows
 
@@ -221,6 +243,7 @@ def _forward(
 def _backward(
     options: KernelOptions, gradients: GradientInputs, cotangent: Float[Array, ""]
 ) -> tuple[GradientInputs, None]:
+    # All work was done in `_forward`: a sum has one cotangent, and gradients are linear in it.
     return jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients), None
 
 

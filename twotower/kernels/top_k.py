@@ -3,8 +3,8 @@
 The plain references are `jax.lax.top_k` and a stable `np.argsort`; everything here returns the same
 items in the same order. Both fast forms rest on one fact. Divide the scores of a query into groups
 of neighbours and take the maximum of each: at least K scores are as good as the K-th greatest
-maximum, so that no group below it holds one of the best K. Of most scores nothing but the maxima of
-their groups is ever looked at.
+maximum, so that no group below it holds one of the best K. Of most scores only the maxima of their
+groups are ever compared.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
     if isinstance(scores, np.ndarray):
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return tuple(np.take_along_axis(x, order, axis=1) for x in (scores, *columns))
+    # Stable as well: of equal scores `top_k` takes the lower position.
     best, order = jax.lax.top_k(scores, min(k, scores.shape[1]))
     return best, *(jnp.take_along_axis(x, order, axis=1) for x in columns)
 
@@ -61,9 +62,9 @@ def select_top_k(
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """Selects the best `k` of each row, and their positions, as `jax.lax.top_k` does.
 
-    Many times as fast on an accelerator where rows are long and lists short: XLA sorts the row that
-    it is given, and this gives it the maxima of groups first, then the K best groups. Of equal
-    maxima the first groups are taken, since each holds a score as good on a lower row.
+    Many times as fast on an accelerator where rows are long and lists short: XLA sorts whole rows,
+    which are here the maxima of groups first, then the scores of the K best groups. Of equal maxima
+    the first groups are taken, since each holds a score as good at a lower position.
     """
     # Groups are used only while at most a fourth of the row has to be looked at twice.
     fitting = (size for size in GROUP_SIZES if scores.shape[1] >= 4 * k * size)
@@ -73,12 +74,15 @@ def select_top_k(
         return best, positions
     padding = -scores.shape[1] % size
     filled = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    # Padding of -inf makes a group no better.
     maxima = filled.reshape(len(scores), -1, size).max(-1)
+    # Maxima of a long row are a long row: groups of groups, until a row is short.
     _, groups = select_top_k(maxima, k)
     # Back in the order of the row: of equal scores the lower position must stay first.
     groups = jnp.sort(groups, axis=1)
     positions = groups[:, :, None] * size + jnp.arange(size)[None, None]
     positions = positions.reshape(len(scores), -1)
+    # Positions past the end are those of the padding.
     candidates = jnp.take_along_axis(scores, positions, axis=1, mode="fill", fill_value=-jnp.inf)
     best, order = jax.lax.top_k(candidates, k)
     return best, jnp.take_along_axis(positions, order, axis=1)
@@ -93,7 +97,7 @@ def group_size(count: int, k: int) -> int:
 
 def _with_maxima(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns scores [Q, C], padded with -inf to whole groups, and the maxima of the groups; the
-    scores themselves where groups would save nothing."""
+    scores twice where groups would save nothing."""
     if scores.size < MIN_SCORES_TO_GROUP or scores.shape[1] < 2 * k * GROUP:
         return scores, scores
     padding = -scores.shape[1] % GROUP
@@ -116,15 +120,16 @@ class RunningTopK:
 
     def __init__(self, queries: int, k: int):
         self._k = k
+        # More than K candidates, unsorted, which `_append` cuts to K now and then.
         self._scores = np.zeros((queries, 0), np.float32)
         self._rows = np.zeros((queries, 0), np.int32)
 
     def add_lists(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Adds lists of the best that were found elsewhere.
+        """Adds lists that were selected elsewhere.
 
         Args:
             scores: float32 [Q, M], best first.
-            rows: int [Q, M], their rows.
+            rows: int [Q, M], rows of the scores.
         """
         self._append(scores, rows)
 
@@ -134,13 +139,14 @@ class RunningTopK:
         Args:
             scores: float32 [Q, C] of the rows from `first` on, which lie above all rows so far.
             first: row of the first column.
-            maxima: float32 [Q, C / size], the maxima of groups of `size` neighbours, where they are
+            maxima: float32 [Q, C / size], the maxima of groups of `size` neighbours, if they are
                 known.
         """
         if not scores.shape[1]:
             return
         if maxima is None and scores.size <= MAX_SCORES_TO_SORT:
             rows = np.arange(first, first + scores.shape[1])
+            # Excluded items have -inf, and must not come back with a row.
             self._append(scores, np.where(np.isneginf(scores), -1, rows))
             return
         if maxima is None:
@@ -149,14 +155,19 @@ class RunningTopK:
         num_groups = maxima.shape[1]
         size = count // num_groups
         thresholds = self._thresholds(maxima)
+        # Of all queries at once, numbered through: one pass of NumPy instead of a loop over
+        # queries.
         groups = np.flatnonzero(maxima >= thresholds[:, None])
         members = scores.reshape(-1, size)[groups]
+        # Ascending, hence by query and, within a query, by row: `_first_equals` and `_as_lists`
+        # need that.
         kept = np.flatnonzero(members >= thresholds[groups // num_groups][:, None])
         group = groups[kept // size]
         query = group // num_groups
         values = members.ravel()[kept]
         # Positions in the flattened block, of which each query has `count`.
         rows = group * size + kept % size - query * count + first
+        # Only then: most blocks leave few candidates, and need no search for equals.
         if len(kept) > MAX_CANDIDATES_PER_RANK * self._k * len(scores):
             needed = self._first_equals(thresholds, query, values)
             query, values, rows = query[needed], values[needed], rows[needed]
@@ -169,12 +180,14 @@ class RunningTopK:
         return scores, rows
 
     def _thresholds(self, maxima: np.ndarray) -> np.ndarray:
-        """Returns scores float32 [Q] that the K-th best is not below: K scores are as good, in the
+        """Returns lower bounds of the K-th best scores, float32 [Q]: K scores are as good, in the
         block or in the lists so far."""
-        thresholds = np.full(len(maxima), np.finfo(np.float32).min)  # above -inf, which is no item
+        # Above -inf, which is no item.
+        thresholds = np.full(len(maxima), np.finfo(np.float32).min)
         for scores in (self._scores, maxima):
             if scores.shape[1] >= self._k:
                 at = scores.shape[1] - self._k
+                # A partition is linear in the row, and the order within is of no use here.
                 kth_best = np.partition(scores, at, axis=1)[:, at]
                 thresholds = np.maximum(thresholds, kth_best)
         return thresholds
@@ -182,19 +195,20 @@ class RunningTopK:
     def _first_equals(
         self, thresholds: np.ndarray, query: np.ndarray, values: np.ndarray
     ) -> np.ndarray:
-        """Returns bool [M], false for candidates that equal the threshold and are not among the
-        first K of their query that do. A collapsed model gives all items one score: all would be
-        kept."""
+        """Returns a mask [M] that leaves at most K candidates of each query at its threshold, the
+        first ones."""
+        # A collapsed model gives all items one score: without this all would be kept.
         equal = values == thresholds[query]
         equals_before = np.concatenate([[0], np.cumsum(equal)])
         starts = np.searchsorted(query, np.arange(len(thresholds)))
+        # Number of each candidate among the equals of its query, from 1.
         number = equals_before[1:] - equals_before[starts][query]
         return ~equal | (number <= self._k)
 
     def _as_lists(
         self, query: np.ndarray, values: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns candidates [M], which are sorted by query, as [Q, most of any query]; score -inf
+        """Returns candidates [M], sorted by query, as lists [Q, length of the longest]; score -inf
         and row -1 after the last of each."""
         lengths = np.bincount(query, minlength=len(self._scores))
         starts = np.cumsum(lengths) - lengths
@@ -207,8 +221,8 @@ class RunningTopK:
         return scores, listed
 
     def _append(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Puts candidates behind those so far, in the order of rows, so that a stable sort leaves
-        equals in order."""
+        """Appends candidates, whose rows lie above all so far: a stable sort leaves equals in the
+        order of their rows."""
         self._scores = np.concatenate([self._scores, scores], axis=1)
         self._rows = np.concatenate([self._rows, rows], axis=1)
         if self._scores.shape[1] > MAX_CANDIDATES_PER_RANK * self._k:

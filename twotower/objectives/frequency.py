@@ -1,9 +1,9 @@
 """Estimators of how often an id stands in a batch: counted before training, or as training goes.
 
 Estimates are arrays of the train state, hence of the checkpoint, so a resumed run corrects as
-before. A step reads them first and updates them afterwards: its draws must not change what it
-states of them. Ids are hashed by integer arithmetic on the device, the same in every
-process and on every machine.
+before. A step reads them first and updates them afterwards: its batch must not change its own
+correction. Ids are hashed by integer arithmetic on the device, the same in every process and on
+every machine.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ Arrays = dict[str, Any]
 
 # Rate of the moving averages: about the last 200 appearances of an id decide.
 INTERVAL_RATE = 0.01
+# Hash functions of a sketch.
 SKETCH_DEPTH = 4
 # Least and greatest width; at four bytes a counter the greatest sketch takes 16 MiB.
 SKETCH_WIDTHS = (2**10, 2**20)
-# When this many rows are counted, all counters are halved: far from overflow.
+# Number of rows after which all counters are halved: far from overflow.
 SKETCH_ROWS = 2**31
 
 
 class Frequency(NamedTuple):
-    """An estimator of how often an id stands in a batch.
+    """An estimator of the number of times an id stands in a batch.
 
     Attributes:
         init: (training rows of each of N ids, training rows in all) -> arrays.
@@ -49,6 +50,7 @@ class Frequency(NamedTuple):
 
 
 def _log(draws: Any) -> Float[Array, ""]:
+    # Draws may be a Python number, or the traced number of queue entries in use.
     return jnp.log(jnp.asarray(draws, jnp.float32))
 
 
@@ -63,7 +65,8 @@ def exact_log_expected_count(
 ) -> Float[Array, "*S"]:
     """Returns log(draws * count / rows), in logs so that nothing is floored; an id that training
     never saw has one pseudo-count."""
-    return jnp.log(jnp.maximum(arrays["counts"][ids], 1.0)) - jnp.log(arrays["rows"]) + _log(draws)
+    counts = jnp.maximum(arrays["counts"][ids], 1.0)
+    return jnp.log(counts) - jnp.log(arrays["rows"]) + _log(draws)
 
 
 def init_intervals(counts: Any, rows: Any, *, rate: float = INTERVAL_RATE) -> Arrays:
@@ -75,7 +78,9 @@ def init_intervals(counts: Any, rows: Any, *, rate: float = INTERVAL_RATE) -> Ar
         rate: alpha, the rate of the moving averages.
     """
     shape = (len(counts),)
+    # Names of the arrays are those in checkpoints; "gaps" are intervals, in steps.
     return {
+        # Step of the last appearance; -1 for none.
         "last": jnp.full(shape, -1, jnp.int32),
         "gaps": jnp.zeros(shape),
         "times": jnp.zeros(shape),
@@ -97,31 +102,35 @@ def interval_log_expected_count(
     \max_i B_i
 
     There p is the probability that a batch holds the id at all, and is used as if an id never stood
-    in a batch twice. A popular one does, up to B times at gaps of 1, where 1 / B stays at 1. So the
-    average number of times an id stands in the batches that hold it is kept beside the average gap:
-    by the renewal-reward theorem, times / gap is the expected count in a batch, duplicates
-    included, and with no duplicates it is 1 / B. Both averages are kept as decayed sums, s <- (1 -
-    alpha) s + x: their quotient equals that of the moving averages and needs no initial value to be
-    forgotten.
+    in a batch twice. A popular one does, up to B times at intervals of 1, where 1 / B stays at 1.
+    So the average number of times an id stands in the batches that hold it is kept beside the
+    average interval: by the renewal-reward theorem, times / interval is the expected count in a
+    batch, duplicates included, and with no duplicates it is 1 / B. Both averages are kept as
+    decayed sums, s <- (1 - alpha) s + x: their quotient equals that of the moving averages and
+    needs no initial value to be forgotten.
 
-    The gap since the last appearance, still open, is added: it is what tells of an id that stopped
+    The interval since the last appearance, still open, is added: it alone shows that an id stopped
     coming, and with it the first estimates are appearances over steps. An id never seen counts as
     if seen once, just now, and among N ids as no likelier than all of them alike.
     """
     rows = _interval_rows(arrays, ids)
     last = arrays["last"].at[rows].get(mode="fill", fill_value=-1)
     times = arrays["times"].at[rows].get(mode="fill", fill_value=0)
-    gaps = arrays["gaps"].at[rows].get(mode="fill", fill_value=0)
+    intervals = arrays["gaps"].at[rows].get(mode="fill", fill_value=0)
     steps = (arrays["step"] + 1).astype(jnp.float32)
-    seen = last >= 0
-    rates = times / jnp.where(seen, gaps + (arrays["step"] - last), 1)
+    is_seen = last >= 0
+    # Masked before the division too: 0 / 0 would be computed for ids never seen.
+    rates = times / jnp.where(is_seen, intervals + (arrays["step"] - last), 1)
     unseen = 1 / jnp.maximum(steps * arrays["batch"], arrays["items"])
-    return jnp.log(jnp.where(seen, rates / jnp.maximum(arrays["batch"], 1), unseen)) + _log(draws)
+    # Before the first batch its size is 0, and no id is seen.
+    share = jnp.where(is_seen, rates / jnp.maximum(arrays["batch"], 1), unseen)
+    return jnp.log(share) + _log(draws)
 
 
 def update_intervals(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
     """Returns the arrays after the batch of `step`. An id that stands in it twice has appeared
     once, two times."""
+    # A run grown from another begins its estimates anew, at a step above 0.
     step = step - arrays["start"]
     rows = _interval_rows(arrays, ids)
     keep = 1 - arrays["rate"]
@@ -138,7 +147,8 @@ def update_intervals(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""])
 
 
 def _interval_rows(arrays: Arrays, ids: Int[Array, "*S"]) -> Int[Array, "*S"]:
-    """Returns the rows of ids in the arrays of gaps; past the end for negative ids."""
+    """Returns the rows of ids in the arrays of intervals; past the end for negative ids."""
+    # Not -1, which would wrap around to the last row.
     return jnp.where(ids >= 0, ids, len(arrays["last"]))
 
 
@@ -181,10 +191,11 @@ def sketch_log_expected_count(
     An id never seen has one pseudo-count, and among N ids is no likelier than all of them alike.
     """
     slots = _slots(arrays, ids.ravel())
-    counted = _least_counts(arrays, slots).astype(jnp.float32)
+    counts = _least_counts(arrays, slots).astype(jnp.float32)
     rows = arrays["rows"].astype(jnp.float32)
-    out_of = jnp.where(counted > 0, rows, jnp.maximum(rows, arrays["items"]))
-    return (jnp.log(jnp.maximum(counted, 1)) - jnp.log(out_of) + _log(draws)).reshape(ids.shape)
+    total = jnp.where(counts > 0, rows, jnp.maximum(rows, arrays["items"]))
+    logs = jnp.log(jnp.maximum(counts, 1)) - jnp.log(total) + _log(draws)
+    return logs.reshape(ids.shape)
 
 
 def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
@@ -196,21 +207,25 @@ def update_sketch(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
     true count of either, so nothing is ever underestimated.
     """
     slots = _slots(arrays, ids)
-    raised = _least_counts(arrays, slots) + _multiplicity(ids).astype(jnp.uint32)
+    sums = _least_counts(arrays, slots) + _multiplicity(ids).astype(jnp.uint32)
+    sums = jnp.broadcast_to(sums, slots.shape)
     depth = jnp.arange(len(slots))[:, None]
-    counts = (
-        arrays["counts"].at[depth, slots].max(jnp.broadcast_to(raised, slots.shape), mode="drop")
-    )
+    # A maximum, so that duplicates and ids that share a counter may be written in any order.
+    counts = arrays["counts"].at[depth, slots].max(sums, mode="drop")
     rows = arrays["rows"] + jnp.uint32(ids.size)
-    # Rounded up, so that what was seen stays seen.
-    halve = lambda x: x - x // 2  # noqa: E731
-    counts, rows = jax.lax.cond(
-        rows >= arrays["halve_at"],
-        lambda c, r: (halve(c), halve(r)),
-        lambda c, r: (c, r),
-        counts,
-        rows,
-    )
+
+    def halve(x: jax.Array) -> jax.Array:
+        # Rounded up, so that an id that was seen stays seen.
+        return x - x // 2
+
+    def halve_both(counts: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return halve(counts), halve(rows)
+
+    def keep_both(counts: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return counts, rows
+
+    is_full = rows >= arrays["halve_at"]
+    counts, rows = jax.lax.cond(is_full, halve_both, keep_both, counts, rows)
     return arrays | {"counts": counts, "rows": rows}
 
 
@@ -234,22 +249,28 @@ def _slots(arrays: Arrays, ids: Int[Array, "M"]) -> Int[Array, "d M"]:
 
 def _multipliers(depth: int) -> UInt32[Array, "d"]:
     """Returns odd numbers, always the same ones."""
-    drawn = np.random.default_rng(0).integers(0, 2**32, depth, dtype=np.uint32)
-    return jnp.asarray(drawn | np.uint32(1))
+    # Even ones would lose a bit of every id. The seed is fixed: every process makes its own.
+    numbers = np.random.default_rng(0).integers(0, 2**32, depth, dtype=np.uint32)
+    return jnp.asarray(numbers | np.uint32(1))
 
 
 def _multiplicity(values: Int[Array, "M"]) -> Int[Array, "M"]:
-    """Returns how many times each value stands among all."""
+    """Returns the number of times that each value stands among all."""
+    # By sorting: a comparison of all pairs would take [M, M].
     ordered = jnp.sort(values)
-    return (
-        jnp.searchsorted(ordered, values, side="right") - jnp.searchsorted(ordered, values)
-    ).astype(jnp.int32)
+    first = jnp.searchsorted(ordered, values)
+    end = jnp.searchsorted(ordered, values, side="right")
+    return (end - first).astype(jnp.int32)
 
 
+def _keep(arrays: Arrays, ids: Int[Array, "B"], step: Any) -> Arrays:
+    """Returns the arrays of exact counts, which no batch changes."""
+    return arrays
+
+
+# By the names that `config.objective.negatives.frequency` takes.
 FREQUENCIES = {
-    "exact": Frequency(
-        init_exact, exact_log_expected_count, lambda arrays, ids, step: arrays, learns=False
-    ),
+    "exact": Frequency(init_exact, exact_log_expected_count, _keep, learns=False),
     "gap": Frequency(init_intervals, interval_log_expected_count, update_intervals, learns=True),
     "sketch": Frequency(init_sketch, sketch_log_expected_count, update_sketch, learns=True),
 }

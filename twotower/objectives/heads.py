@@ -42,9 +42,10 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, users: Float[Array, "B D"], items: Float[Array, "B D"]) -> Float[Array, "B"]:
-        # Coordinates of mean square 1, which the initialisation of dense layers reckons with; those
-        # of unit vectors are smaller by sqrt(D), and their products by D.
-        users, items = (math.sqrt(x.shape[-1]) * l2_normalize(x) for x in (users, items))
+        # Coordinates of mean square 1, for which dense layers are initialised; those of unit
+        # vectors are smaller by sqrt(D), and their products by D.
+        users = math.sqrt(users.shape[-1]) * l2_normalize(users)
+        items = math.sqrt(items.shape[-1]) * l2_normalize(items)
         combined = COMBINE[self.config.combine](users, items)
         mlp = MLP((*self.config.layers, 1), name="mlp")
         return mlp(combined)[:, 0]
@@ -58,6 +59,7 @@ def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:
     zeros = jnp.zeros((1, dim))
 
     def init(name: str) -> Any:
+        # Not Python's `hash`, which is salted: it differs in every process.
         head_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return Head(heads[name]).init(head_key, zeros, zeros)["params"]
 
@@ -103,8 +105,8 @@ def head_losses(
     for name, logits in head_logits(heads, params, users, items).items():
         label = labels[heads[name].label]
         known = ~jnp.isnan(label)
-        # Masked before the loss and after it: the gradient of what is thrown away must not be NaN
-        # either.
+        # Masked before the loss and after it: where a label is missing, the gradient must not be
+        # NaN either.
         targets = jnp.where(known, label, 0.0)
         loss = binary_cross_entropy(logits, targets, pos_weight=heads[name].pos_weight)
         losses[name] = jnp.where(known, loss, 0.0), known

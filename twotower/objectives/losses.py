@@ -1,8 +1,8 @@
-"""Losses of vectors and of scores, per query or per row; reduction happens in the training step.
+"""Losses of logits and of scores, per query or per row; reduction happens in the training step.
 
 A retrieval loss takes the logits of a query's positive and of its negatives: all negatives together
 (softmax and its kin), each by itself (gbce, sigmoid), or against the positive (bpr, hinge, triplet,
-cosine_contrastive). `LOSSES` has them by name, with what their logits are made of; see
+cosine_contrastive). `LOSSES` has them by name, with the recipe of their logits; see
 `twotower.kernels.loss_inputs.Loss`. The pointwise loss takes the score of a row and its label.
 """
 
@@ -69,16 +69,19 @@ def bsl(
 
 def softmax_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
     """The softmax as a function of log sum exp(negatives) - positive."""
+    # log(e^s + sum) - s = log(1 + e^margin), without an overflow for any margin.
     return jax.nn.softplus(margin)
 
 
 def corrected_softmax_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
     """The corrected softmax as a function of log sum exp(negatives) - positive."""
+    # sigmoid(margin) is 1 - p.
     return jax.lax.stop_gradient(jax.nn.sigmoid(margin)) * margin
 
 
 def bsl_by_logit_margin(margin: Float[Array, "B"]) -> Float[Array, "B"]:
-    """The bilateral softmax loss as a function of log sum exp(negatives) - positive: itself."""
+    """The bilateral softmax loss as a function of log sum exp(negatives) - positive: the
+    identity."""
     return margin
 
 
@@ -106,6 +109,7 @@ def gbce(
         num_items: N, items in the corpus.
     """
     count = where.sum(axis=1).astype(positive.dtype)
+    # N - 1 items can be a negative; a corpus of one item has none.
     beta = 1.0 - calibration * (1.0 - jnp.minimum(count / max(num_items - 1, 1), 1.0))
     total = beta * jax.nn.softplus(-positive) + _sum(jax.nn.softplus(negatives), where)
     return jnp.where(count > 0, total / (count + 1.0), 0.0)
@@ -121,6 +125,7 @@ def sigmoid(
     Zhai et al., ICCV 2023, arXiv 2303.15343 (SigLIP), where T starts at 1/10 and the learnable bias
     b at -10, so that the many negatives do not dominate the first steps.
     """
+    # softplus(-s) = -log sigmoid(s), without the log of a number near 0.
     losses = jax.nn.softplus(-positive) + _sum(jax.nn.softplus(negatives), where)
     return jnp.where(where.any(axis=1), losses, 0.0)
 
@@ -165,9 +170,13 @@ def triplet(
     Hermans et al. 2017, arXiv 1703.07737, on similarities. Between unit vectors the squared
     distance is 2 - 2 s: half the margin of squared distances gives half of their loss.
     """
-    some = where.any(axis=1)
-    hardest = jnp.max(jnp.where(where, negatives, -jnp.inf), axis=1, initial=-jnp.inf)
-    return jnp.where(some, jax.nn.relu(margin - positive + jnp.where(some, hardest, 0.0)), 0.0)
+    has_negatives = where.any(axis=1)
+    allowed = jnp.where(where, negatives, -jnp.inf)
+    hardest = jnp.max(allowed, axis=1, initial=-jnp.inf)
+    # Masked before the loss and after it: without negatives the gradient must not be NaN.
+    hardest = jnp.where(has_negatives, hardest, 0.0)
+    losses = jax.nn.relu(margin - positive + hardest)
+    return jnp.where(has_negatives, losses, 0.0)
 
 
 def cosine_contrastive(
@@ -188,6 +197,7 @@ def cosine_contrastive(
         margin: m, the similarity below which a negative is left alone.
         negative_weight: w.
     """
+    # The term of the positive alone would move a query without negatives.
     losses = 1.0 - positive + negative_weight * _mean(jax.nn.relu(negatives - margin), where)
     return jnp.where(where.any(axis=1), losses, 0.0)
 
@@ -219,12 +229,13 @@ def _of_logit_margin(
     negatives: Float[Array, "B C"],
     where: Bool[Array, "B C"],
 ) -> Float[Array, "B"]:
-    some = where.any(axis=1)
+    has_negatives = where.any(axis=1)
     # A query without negatives sums zeros, and is masked afterwards: its gradient must not be NaN,
-    # nor that of whatever stands in a masked place.
+    # nor that of a masked entry, whatever its value.
     logits = jnp.where(where, negatives, 0.0)
-    log_sum = jax.nn.logsumexp(logits, axis=1, where=where | ~some[:, None])
-    return jnp.where(some, by_logit_margin(log_sum - positive), 0.0)
+    summed = where | ~has_negatives[:, None]
+    log_sum = jax.nn.logsumexp(logits, axis=1, where=summed)
+    return jnp.where(has_negatives, by_logit_margin(log_sum - positive), 0.0)
 
 
 def _sum(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array, "B"]:
@@ -232,11 +243,13 @@ def _sum(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array,
 
 
 def _mean(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array, "B"]:
+    # Of the allowed negatives alone, so that masking equals leaving out.
     count = where.sum(axis=1).astype(values.dtype)
     return _sum(values, where) / jnp.maximum(count, 1.0)
 
 
-# Losses of a positive and its negatives.
+# Losses of a positive and its negatives. Those of the softmax kind estimate a sum over all items,
+# for which log expected counts are subtracted.
 LOSSES: dict[str, Loss] = {
     "softmax": Loss(softmax, softmax_by_logit_margin, corrects=True, corrects_positive=True),
     "corrected_softmax": Loss(corrected_softmax, corrected_softmax_by_logit_margin, corrects=True),
@@ -255,14 +268,15 @@ POINTWISE_LOSS = "binary_cross_entropy"
 
 
 def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Loss:
-    """Returns the loss with its constants given to `per_query`.
+    """Returns the loss with its constants bound as arguments of `per_query`.
 
     Args:
         loss: one of `LOSSES`.
         objective: options, of which `loss.constants` names some.
-        num_items: number of things there are that candidates may be.
+        num_items: N, number of items (or users) that a candidate may be.
     """
     constants = {}
     for name in loss.constants:
+        # The one constant that is no option: it depends on the data.
         constants[name] = num_items if name == "num_items" else getattr(objective, name)
     return loss._replace(per_query=functools.partial(loss.per_query, **constants))

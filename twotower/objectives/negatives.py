@@ -1,8 +1,8 @@
-"""Sources of negatives, each of which states how often it is expected to yield each candidate.
+"""Sources of negatives, each with the expected number of times that it yields a candidate.
 
 Draws are with replacement and duplicates stay: a candidate drawn twice counts twice, and its
 expected count says so. The draws of a step are a function of its key alone, or of one key for each
-row of the batch: however the batch is divided over devices, the same is drawn.
+row of the batch: they are the same however the batch is divided over devices.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def mixed_log_expected_count(
     """Returns the log of the expected number of times that all sources of a step together yield
     each id: their expected counts summed.
 
-    It is the same for a candidate whichever source it came from, and for a positive. 0 where no
-    source ever yields an id: it is there because it was put there, once.
+    It is the same for a candidate whichever source it came from, and for a positive. 0, a count of
+    1, where no source ever yields an id: such a candidate was added once, by hand.
     """
     if not sources:
         return jnp.zeros(ids.shape)
-    total = jax.nn.logsumexp(jnp.stack([source(ids) for source in sources]), axis=0)
+    # Summed in logs, where no count is too small.
+    log_counts = jnp.stack([source(ids) for source in sources])
+    total = jax.nn.logsumexp(log_counts, axis=0)
     return jnp.where(jnp.isneginf(total), 0.0, total)
 
 
@@ -57,7 +59,7 @@ def init_queue(size: int, dim: int) -> dict[str, Array]:
 
     Returns:
         {"vectors": [Q, D], "ids", "owners", "step": int32 [Q]}; "owners" are query ids, and "step"
-        is when an entry was made, -1 for none.
+        is the step that an entry was made in, -1 for none. The keys are those of checkpoints.
     """
     queue = {"vectors": jnp.zeros((size, dim))}
     # Arrays of their own, though equal: a state is donated, and a buffer can be given away only
@@ -81,9 +83,11 @@ def push(
         vectors: item vectors of the batch.
         ids: their ids; negative for a row that is no candidate.
         query_ids: identity (user) of the query that each item is a positive of.
-        step: number of the step, which alone decides where the batch goes.
+        step: number of the step, which alone decides which entries are replaced.
     """
-    size, batch = len(queue["ids"]), len(ids)
+    size = len(queue["ids"])
+    batch = len(ids)
+    # Whole batches are one slice that never wraps around: it is written in place.
     if size % batch:
         raise ValueError(f"A queue of {size} entries does not take whole batches of {batch}.")
     start = step % (size // batch) * batch
@@ -94,6 +98,7 @@ def push(
         "step": jnp.full(batch, step, jnp.int32),
     }
     return {
+        # In the type of the queue, whatever the arithmetic is in: a state keeps its types.
         name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), start, 0)
         for name, old in queue.items()
     }
@@ -112,10 +117,10 @@ def queue_candidates(
 
     Returns:
         Vectors; ids and query ids, -1 where an entry is not used: empty, too old, or not of the
-        past; and the number of entries in use, which is the number of draws that their expected
-        counts are to be stated for.
+        past; and the number of entries in use, as the number of draws in expected counts.
     """
     used = _is_used(queue["step"], step, warmup, age)
+    # Masked by id, since shapes are static: unused entries stay among the candidates, as padding.
     ids = jnp.where(used, queue["ids"], -1)
     query_ids = jnp.where(used, queue["owners"], -1)
     return queue["vectors"], (ids, query_ids), used.sum().astype(jnp.float32)
@@ -124,8 +129,11 @@ def queue_candidates(
 def _is_used(
     made: Int[Array, "Q"], step: Int[Array, ""], warmup: int, age: int
 ) -> Bool[Array, "Q"]:
+
     used = (made >= 0) & (made < step) & (step >= warmup)
-    return used & (step - made <= age) if age else used
+    if not age:
+        return used
+    return used & (step - made <= age)
 
 
 def draw_pool(
@@ -145,12 +153,16 @@ def draw_pool(
         pool is empty.
     """
     size = jnp.where(users >= 0, pools["sizes"][users], 0)[:, None]
+
+    def draw_bits(key: jax.Array) -> jax.Array:
+        return jax.random.bits(key, (num,), jnp.uint32)
+
     # The remainder of 32 bits favours the first items by one part in 2^32 / size, and costs half of
     # `randint`.
-    bits = jax.vmap(lambda key: jax.random.bits(key, (num,), jnp.uint32))(keys)
-    column = (bits % jnp.maximum(size, 1).astype(jnp.uint32)).astype(jnp.int32)
-    drawn = jnp.take_along_axis(pools["items"][users], column, axis=1)
-    ids = jnp.where(size > 0, drawn, -1)
+    divisor = jnp.maximum(size, 1).astype(jnp.uint32)
+    column = (jax.vmap(draw_bits)(keys) % divisor).astype(jnp.int32)
+    items = jnp.take_along_axis(pools["items"][users], column, axis=1)
+    ids = jnp.where(size > 0, items, -1)
     return ids, pool_log_expected_count(pools, users, ids, num)
 
 
@@ -162,9 +174,10 @@ def pool_log_expected_count(
 
     H / size for ids in the pool, -inf outside of it; 0 for id -1. For a query with hard negatives
     from two pools, sum over both. Shared candidates are not looked up in the query's pool, which
-    would take [B, C]. So an item in a pool weighs more than its share, at most twice: hard
-    negatives are there to weigh more.
+    would take [B, C]. So an item in a pool weighs more than its share, at most twice, as is the
+    purpose of hard negatives.
     """
+    # [B, H, P], small: pools have some hundred items at most.
     occurrences = (pools["items"][users][:, None, :] == ids[:, :, None]).sum(-1)
     size = jnp.maximum(pools["sizes"][users], 1)[:, None]
     return jnp.where(ids >= 0, jnp.log(occurrences * (num / size)), 0.0)

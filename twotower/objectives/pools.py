@@ -15,7 +15,8 @@ from twotower.pipeline.batches import Rows
 
 Pools = dict[str, np.ndarray]
 
-MAX_EXPLICIT_ITEMS = 64  # of a user
+# Greatest number of items in a user's explicit pool.
+MAX_EXPLICIT_ITEMS = 64
 
 
 def empty_pools(users: int, size: int) -> Pools:
@@ -33,8 +34,10 @@ def build_pools(users: np.ndarray, items: np.ndarray, *, num_users: int, size: i
         size: P.
     """
     pools = empty_pools(num_users, size)
+    # Position of the first occurrence of each pair: the order of choice decides which ones are
+    # kept.
     _, first = np.unique(pair_keys(users, items), return_index=True)
-    # By user, and of each user in the order given.
+    # By user, and within a user in the order of the pairs.
     first = first[np.lexsort((first, users[first]))]
     users = users[first]
     items = items[first]
@@ -64,8 +67,10 @@ def explicit_pools(
     else:
         order = np.argsort(rows.timestamp, kind="stable")
     keys = pair_keys(rows.user, rows.item)
+    # An item outside the corpus has -1. NaN labels are neither 0 nor 1.
     refused = (label == 0) & (rows.item >= 0) & ~np.isin(keys, keys[label == 1])
     latest = order[refused[order]][::-1]
+    # The user is the upper half of a pair's key; see `pair_keys`.
     users_of_pairs = np.unique(keys[latest]) >> 32
     longest = int(np.bincount(users_of_pairs, minlength=1).max(initial=1))
     size = min(size, max(longest, 1))

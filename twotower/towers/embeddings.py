@@ -1,4 +1,4 @@
-"""Embedding tables: how rows begin, how they are looked up, and pools of them.
+"""Embedding tables: fresh rows, lookups, and means of rows.
 
 Tables are plain arrays outside Flax, updated by `twotower.kernels.sparse_update`. Row 0 of every
 table is padding and zero.
@@ -16,6 +16,7 @@ from twotower.kernels.sparse_update import PADDING, take_rows
 
 def padded_rows(rows: int) -> int:
     """Returns the number of rows allocated for `rows` used ones."""
+    # Divisible over any usual number of devices, so that a checkpoint fits onto another mesh.
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -48,14 +49,15 @@ def init_table(
     chunk = min(count, ROW_MULTIPLE)
 
     def draw_row(row: Int[Array, ""]) -> jax.Array:
+        # A vector of `width` normal numbers has norm sqrt(width), about.
         values = norm * width**-0.5 * jax.random.normal(jax.random.fold_in(key, row), (width,))
         return jnp.where(row == PADDING, 0.0, values)
 
     def fill(i: Int[Array, ""], table: jax.Array) -> jax.Array:
         # The last chunk ends with the table and makes some rows of the one before once more.
         offset = jnp.minimum(i * chunk, count - chunk)
-        drawn = jax.vmap(draw_row)(start + offset + jnp.arange(chunk))
-        return jax.lax.dynamic_update_slice(table, drawn, (offset, 0))
+        rows = jax.vmap(draw_row)(start + offset + jnp.arange(chunk))
+        return jax.lax.dynamic_update_slice(table, rows, (offset, 0))
 
     # Zero by way of `start`: inside a `shard_map` the loop's first value must vary over the mesh as
     # its others do.
@@ -66,6 +68,7 @@ def init_table(
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns the rows of `ids`; NaN for an id past the end or negative, which stops training,
     instead of some other row."""
+    # Negative indices would count from the end of the table.
     rows = jnp.where(ids < 0, len(table), ids)
     return take_rows(table, rows, jnp.nan)
 
@@ -78,8 +81,8 @@ def lookup_rows(
 ) -> Float[Array, "M E"]:
     """Returns the rows of `ids` in a table that is divided over devices; NaN as in `lookup`.
 
-    Each device finds, for all devices, the rows that it holds; a reduce-scatter brings them to
-    those that look them up. What moves is the size of the rows, never of the table.
+    Each device reads, for all devices, the rows that it holds; a reduce-scatter brings them to
+    the devices that look them up. The rows move, never the table.
 
     Args:
         table: the Vd rows that this device holds.
@@ -90,6 +93,7 @@ def lookup_rows(
     if not group.axis:
         return lookup(table, ids)
     local = group.local_rows(all_ids, len(table))
+    # Rows of other devices are 0 here, so that each sum has one term: the row itself, to the bit.
     rows = group.scatter_sum(take_rows(table, local, 0.0))
     exists = (ids >= 0) & (ids < len(table) * group.size)
     return jnp.where(exists[:, None], rows, jnp.nan)
@@ -97,6 +101,7 @@ def lookup_rows(
 
 def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array, "... D"]:
     """Averages the rows whose id is not padding; zero where all are."""
+    # Row 0 is zero, but must not count in the mean; nor may its gradient be anything but 0.
     valid = (ids != PADDING)[..., None]
     count = jnp.maximum(valid.sum(-2), 1)
     return jnp.where(valid, rows, 0.0).sum(-2) / count.astype(rows.dtype)

@@ -33,14 +33,14 @@ class History(NamedTuple):
         vectors: vectors of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of
             each.
         valid: whether a position holds an event.
-        time_since_previous: bucket of the time since the event before, 0 for none; None where it is
-            not read.
-        log_weights: log weights of the events of a bag; None where all weigh the same.
+        time_since_previous: bucket of the time since the event before, 0 for none; None if times
+            are not read.
+        log_weights: log weights of the events of a bag; None for equal weights.
         segment: number of the packed sequence, within its row, that each position belongs to, from
-            1; 0 where it belongs to none.
+            1; 0 for padding.
         position: number of events before it in its packed sequence; the start token has 0, the
             first event 1.
-        time_to_next: bucket of the time until the next event, or the request, from 1; None where it
+        time_to_next: bucket of the time until the next event, or the request, from 1; None if it
             is not read.
     """
 
@@ -56,13 +56,15 @@ class History(NamedTuple):
 def weighted_mean(
     vectors: Float[Array, "B L E"], logits: Float[Array, "B L"], where: Bool[Array, "B L"]
 ) -> Float[Array, "B E"]:
-    """Averages vectors by the softmax of their logits; zero where none is allowed."""
+    """Averages vectors by the softmax of their logits; zero for rows without an allowed one."""
     top = jnp.max(logits, 1, keepdims=True, where=where, initial=-jnp.inf)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
-    # Masked before the exponential too: the gradient of what is thrown away must not be NaN.
-    weights = jnp.where(where, jnp.exp(jnp.where(where, logits, 0.0) - top), 0.0)
+    # Masked before the exponential too: the gradient of a masked entry must not be NaN.
+    allowed = jnp.where(where, logits, 0.0)
+    weights = jnp.where(where, jnp.exp(allowed - top), 0.0)
     total = weights.sum(1, keepdims=True)
-    return jnp.einsum("bl,ble->be", weights / jnp.where(total > 0, total, 1.0), vectors)
+    shares = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("bl,ble->be", shares, vectors)
 
 
 class HistoryEncoder(nn.Module):
@@ -88,10 +90,13 @@ class HistoryEncoder(nn.Module):
         Vectors have a mean square of 1 where the rows of tables have norm 1.
         """
         width = jnp.float32(history.vectors.shape[-1])
+        # Layers are initialised for coordinates of mean square 1; those of a row are 1 / width.
         x = history.vectors * jnp.sqrt(width).astype(history.vectors.dtype)
         if self.config.width:
             x = apply_tokenwise(dense(self.config.width, self.dtype, name="project"), x)
         if self.time_buckets:
+            # Bucket 0 is that of the first event. The names "gaps" and "until" are those in
+            # checkpoints.
             shape = (self.time_buckets + 1, x.shape[-1])
             table = self.param("gaps", nn.initializers.normal(0.1), shape)
             x = x + table[history.time_since_previous].astype(x.dtype)
@@ -103,8 +108,8 @@ class HistoryEncoder(nn.Module):
         return x
 
     def event_log_weights(self, history: History) -> Float[Array, "B L"]:
-        """Returns log weights of the events in a bag, besides what their vectors are worth: those
-        of their kind, and of how recent they are."""
+        """Returns log weights of the events in a bag: those of their kind, plus a learned one for
+        each number of later events."""
         if history.log_weights is None:
             logits = jnp.zeros(history.valid.shape, jnp.float32)
         else:
@@ -117,12 +122,12 @@ class HistoryEncoder(nn.Module):
 
 
 def _init_recency(key: Array, shape: tuple[int]) -> Float[Array, "L"]:
-    """Log weights to begin with: an event counts e times less for every ten that follow it."""
+    """Returns initial log weights: an event counts e times less for every ten later ones."""
     return -jnp.arange(shape[0], dtype=jnp.float32) / 10
 
 
 class Bag(HistoryEncoder):
-    """The mean of the events by their weights."""
+    """The weighted mean of the events."""
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
@@ -154,8 +159,10 @@ class Causal(HistoryEncoder):
         x = self.event_vectors(history)
         if history.segment is not None and history.position is not None:
             return _transform(self, x, history.segment, history.position, keys, causal=True)
+        # Padding after the last event is in segment 0, which no event sees.
         x, segment, position = _with_start_token(x, history.valid)
         x = _transform(self, x, segment, position, keys, causal=True)
+        # The start token is position 0, so that the last of n events is position n.
         last = history.valid.sum(1)[:, None, None]
         return jnp.take_along_axis(x, last, axis=1)[:, 0]
 
@@ -177,7 +184,7 @@ class Bidirectional(HistoryEncoder):
             logits = _attention_logits(x, self.dtype)
         else:
             logits = jnp.zeros(segment.shape, jnp.float32)
-        # The start token takes part only where there is no event.
+        # The start token takes part only in a history without events.
         is_empty = ~history.valid.any(1)[:, None]
         return weighted_mean(x, logits, (segment > 0) & ((position > 0) | is_empty))
 
@@ -196,6 +203,7 @@ def _with_start_token(
 ) -> tuple[Array, Array, Array]:
     """Returns events behind an empty position for the start token: vectors [B, L + 1, F], segments
     and positions [B, L + 1]."""
+    # One sequence a row, of segment 1; padding has segment 0, as in packed rows.
     segment = jnp.pad(valid.astype(jnp.int32), ((0, 0), (1, 0)), constant_values=1)
     position = jnp.broadcast_to(jnp.arange(x.shape[1] + 1)[None], segment.shape)
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0))), segment, position
@@ -204,6 +212,7 @@ def _with_start_token(
 def _attention_logits(x: Float[Array, "B L F"], dtype: Any) -> Float[Array, "B L"]:
     hidden = jnp.tanh(dense(x.shape[-1], dtype, name="attention_hidden")(x))
     logits = dense(1, dtype, use_bias=False, name="attention")(hidden)
+    # Softmax weights are formed in float32, whatever the arithmetic of the layers is.
     return logits[..., 0].astype(jnp.float32)
 
 
@@ -219,7 +228,7 @@ def _transform(
     """Applies the blocks of a Transformer, as modules of `encoder`.
 
     Args:
-        encoder: the history encoder whose options and parameters they are.
+        encoder: the history encoder that has their options and parameters.
         x: vectors of the events [B, S, F], with a position for each start token.
         segment: as in `History`.
         position: as in `History`.
@@ -230,8 +239,10 @@ def _transform(
     width = x.shape[-1]
     _check_heads(config, width)
     start = encoder.param("start", nn.initializers.normal(0.1), (width,))
+    # Every packed sequence begins with a start token, wherever it begins within its row.
     x = jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
     if choose(POSITIONS, config.positions, "config.model.history.positions"):
+        # L events and the start token.
         shape = (encoder.length + 1, width)
         table = encoder.param("positions", nn.initializers.normal(0.02), shape)
         x = x + table[position].astype(x.dtype)
@@ -240,6 +251,7 @@ def _transform(
     for i in range(config.blocks):
         layer = block(config, i, causal, encoder.dtype, name=f"block_{i}")
         x = layer(x, segment, position, keys=keys)
+    # Pre-norm blocks leave their sum unnormalised, so that the last norm belongs to the encoder.
     return apply_tokenwise(nn.LayerNorm(name="norm"), x)
 
 
@@ -254,15 +266,15 @@ def _check_heads(config: HistoryConfig, width: int) -> None:
 
 
 def apply_tokenwise(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array, "B S G"]:
-    """Applies a module to each position: on a CPU, gradients of products of [B S, F] are formed
-    faster than those of [B, S, F]."""
+    """Applies a module to each position."""
+    # On a CPU gradients of products of [B S, F] are formed faster than those of [B, S, F].
     tokens = module(x.reshape(-1, x.shape[-1]))
     return tokens.reshape(*x.shape[:-1], -1)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) within segments, with rotary positions where the
-    options say so."""
+    """Multi-head attention (Vaswani et al. 2017) within segments, with rotary positions if the
+    options name them."""
 
     config: HistoryConfig
     causal: bool
@@ -274,12 +286,14 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "B S F"]:
         width = x.shape[-1]
         heads = self.config.heads
+        # One product for all three: wide products are faster than narrow ones.
         qkv = apply_tokenwise(dense(3 * width, self.dtype, name="qkv"), x)
         shape = (*x.shape[:2], heads, width // heads)
         q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, -1))
         if self.config.positions == "rotary":
             q = rotate(q, position)
             k = rotate(k, position)
+        # The scale goes onto the queries, which are fewer numbers than the logits.
         out = attend(q * (width // heads) ** -0.5, k, v, segment, causal=self.causal)
         return apply_tokenwise(dense(width, self.dtype, name="out"), out.reshape(x.shape))
 
@@ -311,19 +325,21 @@ class TransformerBlock(nn.Module):
 
     def drop_out(self, x: Array, keys: Array | None, part: int) -> Float[Array, "B S F"]:
         """Drops units out of one of the block's two parts, 0 or 1."""
+        # `_FIRST_LAYER` itself is the dropout of the events.
         layer = _FIRST_LAYER + 1 + 2 * self.index + part
         return drop_out(x, self.config.dropout, keys, layer)
 
 
 class SasrecBlock(TransformerBlock):
-    """x + attention(norm(x)), then x + dense(relu(dense(norm(x)))): Kang and McAuley, ICDM 2018,
-    normalised before each part."""
+    """The block x + attention(norm(x)), then x + dense(relu(dense(norm(x)))): Kang and McAuley,
+    ICDM 2018, normalised before each part."""
 
     @nn.compact
     def __call__(
         self, x: Array, segment: Array, position: Array, *, keys: Array | None
     ) -> Float[Array, "B S F"]:
         width = x.shape[-1]
+        # The residual sum stays in the type of x, whatever the layers compute in.
         added = self.self_attention(x, segment, position)
         x = x + self.drop_out(added, keys, 0).astype(x.dtype)
         hidden = nn.relu(self.project(self.config.expansion * width, self.normalize(x)))
@@ -332,7 +348,7 @@ class SasrecBlock(TransformerBlock):
 
 
 class LigrBlock(TransformerBlock):
-    """x + attention(norm(x)) * sigmoid(W x), then x + SwiGLU(norm(x)) * sigmoid(W x).
+    """The block x + attention(norm(x)) * sigmoid(W x), then x + SwiGLU(norm(x)) * sigmoid(W x).
 
     The gated residual block of LiGR (Borisyuk et al. 2025, arXiv 2502.03417); SwiGLU of Shazeer
     2020, arXiv 2002.05202.
@@ -360,5 +376,5 @@ class LigrBlock(TransformerBlock):
 
 
 BLOCKS: Mapping[str, type[TransformerBlock]] = {"sasrec": SasrecBlock, "ligr": LigrBlock}
-# Kind of positions -> whether they have a table of vectors.
+# Kind of positions -> whether they have a table of vectors; rotary ones turn queries and keys.
 POSITIONS = {"learned": True, "rotary": False}

@@ -1,4 +1,4 @@
-"""The few Linen blocks that towers share."""
+"""Layers that both towers share: dropout, dense layers, an MLP, normalisation."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def drop_out(
         keys: random keys [B]; None drops nothing.
         layer: number that tells the layers of one tower apart.
     """
+    # Inference, or nothing to drop: no random bits are computed.
     if keys is None or not rate:
         return x
 
@@ -44,9 +45,15 @@ def drop_out(
         return jax.random.bits(jax.random.fold_in(key, layer), (2,), jnp.uint32)
 
     words = jax.vmap(draw_words)(keys)
-    first, second = (words[:, i].reshape(-1, *[1] * (x.ndim - 1)) for i in range(2))
-    position = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
+    # One word would leave rows with close words the same units, shifted; the second is mixed in
+    # after the first hash.
+    row_shape = (-1, *[1] * (x.ndim - 1))
+    first = words[:, 0].reshape(row_shape)
+    second = words[:, 1].reshape(row_shape)
+    count = math.prod(x.shape[1:])
+    position = jax.lax.iota(jnp.uint32, count).reshape(1, *x.shape[1:])
     bits = mix32(mix32(position + first) ^ second)
+    # As integers: a uniform number in float32 has 24 bits and costs a conversion.
     kept = bits >= jnp.uint32(rate * 2**32)
     return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
 
@@ -55,10 +62,11 @@ def dense(width: int, dtype: Any = None, **options: Any) -> nn.Dense:
     """Makes a dense layer.
 
     Args:
-        width: of its outputs.
+        width: number of its outputs.
         dtype: type of the arithmetic, for example bfloat16; None keeps that of the parameters.
         options: further arguments of `nn.Dense`.
     """
+    # Only the operands are rounded: parameters, sums and outputs stay float32.
     if rounds_operands(dtype):
         return nn.Dense(width, dot_general=bfloat16_product, **options)
     return nn.Dense(width, dtype=dtype, **options)
@@ -68,7 +76,7 @@ class MLP(nn.Module):
     """Dense layers; every one but the last is normalised, activated and dropped out.
 
     Attributes:
-        layers: widths; none gives the input back.
+        layers: widths; an MLP without layers is the identity.
         activation: a key of `ACTIVATIONS`.
         dropout: share of hidden units dropped in training.
         layer_norm: whether hidden units are normalised per example.
@@ -88,24 +96,31 @@ class MLP(nn.Module):
         self, x: Float[Array, "... F"], *, keys: Array | None = None, axis: str | None = None
     ) -> Float[Array, "... D"]:
         normal_dtype = activation_dtype(self.dtype)
+        # Dropout layer 0 is that of the tower's input.
         for layer, width in enumerate(self.layers[:-1], 1):
             x = dense(width, self.dtype)(x)
             if self.layer_norm:
                 x = nn.LayerNorm(dtype=normal_dtype)(x)
             if self.batch_norm:
+                # Without keys it is inference: the running statistics are used.
                 norm = nn.BatchNorm(
                     use_running_average=keys is None,
                     momentum=0.9,
+                    # Statistics are of the whole batch, over all devices.
                     axis_name=axis,
                     dtype=normal_dtype,
                 )
                 x = norm(x)
             x = drop_out(ACTIVATIONS[self.activation](x), self.dropout, keys, layer)
+        # The last layer is linear: vectors may point anywhere, not into one orthant.
         return dense(self.layers[-1], self.dtype)(x) if self.layers else x
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Scales vectors to norm 1; the zero vector stays zero, with a zero gradient instead of NaN."""
     square = jnp.sum(x * x, -1, keepdims=True)
+    # Norms below 1e-6 are rounding, without a direction.
     positive = square > 1e-12
-    return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1.0)), 0.0)
+    # Masked before the root too: its gradient at 0 is infinite, and 0 x inf is NaN.
+    safe = jnp.where(positive, square, 1.0)
+    return jnp.where(positive, x * jax.lax.rsqrt(safe), 0.0)

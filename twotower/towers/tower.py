@@ -1,4 +1,4 @@
-"""One tower: the vectors of one side's features in, one vector out."""
+"""One tower: the function from the vectors of one side's features to one vector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MLPTower(nn.Module):
     Attributes:
         config: options of the layers. Without layers the concatenation itself is the vector.
         projections: feature -> width of a dense layer of its own before the concatenation.
-        history: encoder of the history, where the side has one.
+        history: encoder of the history, if the side has one.
         dtype: type of the arithmetic; parameters and vectors are float32 all the same.
     """
 
@@ -59,9 +59,12 @@ class MLPTower(nn.Module):
         columns = self._project(features)
         if history is not None:
             assert self.history is not None, "this side has no history"
+            # The vectors of an event's features are projected and concatenated as those of a row
+            # are.
             vectors = jnp.concatenate(self._project(history["vectors"]), -1)
             events = History(**history | {"vectors": vectors})
             columns.append(self.history(events, keys=keys))
+        # Layer 0 of the tower; the history numbers its own from far above.
         x = drop_out(jnp.concatenate(columns, -1), config.dropout, keys, 0)
         mlp = MLP(
             config.layers,
@@ -80,6 +83,7 @@ class MLPTower(nn.Module):
         vectors = []
         for name, x in columns.items():
             if name in self.projections:
+                # A slash would separate modules in Flax, and parameters in checkpoints.
                 layer_name = f"project_{name}".replace("/", "_")
                 x = dense(self.projections[name], self.dtype, name=layer_name)(x)
             vectors.append(x)
@@ -98,7 +102,7 @@ def build_tower(
 
     Args:
         config: options of the tower.
-        inputs: feature -> what the tower reads of it.
+        inputs: feature -> shape and table of its encoded values.
         history: options of the encoder of the history.
         dtype: a key of `DTYPES`.
         field: path of `config` in the configuration, for messages.
@@ -110,12 +114,13 @@ def build_tower(
         raise ConfigError(f"{field}.kind={config.kind!r} is not known. Known: mlp.")
     choose(ACTIVATIONS, config.activation, f"{field}.activation")
     arithmetic = choose(DTYPES, dtype, "config.model.dtype")
-    projections = {name: i.projection for name, i in inputs.items() if i.projection}
-    first = next((i for i in inputs.values() if i.history_length), None)
+    projections = {name: spec.projection for name, spec in inputs.items() if spec.projection}
+    # All features of an event have the same length and times: the first one tells them.
+    event = next((spec for spec in inputs.values() if spec.history_length), None)
     encoder = None
-    if first is not None:
+    if event is not None:
         kind = choose(HISTORIES, history.kind, "config.model.history.kind")
         encoder = kind(
-            history, first.history_length, first.time_buckets, arithmetic, first.time_to_next
+            history, event.history_length, event.time_buckets, arithmetic, event.time_to_next
         )
     return MLPTower(config, projections, encoder, arithmetic)

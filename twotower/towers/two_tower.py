@@ -34,8 +34,8 @@ from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows,
 from twotower.towers.layers import l2_normalize
 from twotower.towers.tower import MLPTower, build_tower
 
-# Bounds of the learned temperature: below, the float32 softmax saturates; above, cosines cannot
-# separate items.
+# Bounds of the learned temperature: below the first the float32 softmax saturates, above the second
+# cosines cannot separate items.
 TEMPERATURES = (0.01, 1.0)
 
 Features = Mapping[str, Any]
@@ -73,15 +73,15 @@ class EncodedFeatures(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TwoTower:
-    """The towers of one configuration and encoder: pure functions, and no arrays but the given
-    initial rows of tables.
+    """The towers of one configuration and encoder: pure functions, and no arrays but pretrained
+    rows of tables.
 
     Compared by identity, so that it can be a static argument of `jit`.
 
     Attributes:
         config: options of the model.
-        inputs: side -> feature -> how the tower reads it.
-        tables: table name -> its shape, and its initial rows where those are given.
+        inputs: side -> feature -> shape and table of its encoded values.
+        tables: table name -> its shape, and its pretrained rows if it has some.
         towers: side -> tower.
         dim: D, the width of the vectors of `embed`; see `cut`.
     """
@@ -121,6 +121,7 @@ class TwoTower:
             )
 
         towers = {side: build(side) for side in SIDES}
+        # The width is that of an example, traced and never computed: no tower states its own.
         model = cls(config, inputs, tables, towers, 0)
         dims = {}
         for side in SIDES:
@@ -141,8 +142,8 @@ class TwoTower:
 
     @property
     def history_length(self) -> int:
-        """L, the events of a user's history at most; 0 where histories are not read."""
-        return max((i.history_length for i in self.inputs["user"].values()), default=0)
+        """L, the events of a user's history at most; 0 if histories are not read."""
+        return max((spec.history_length for spec in self.inputs["user"].values()), default=0)
 
     def init(self, key: jax.Array) -> Weights:
         """Makes fresh weights."""
@@ -161,6 +162,7 @@ class TwoTower:
         shape = self.tables[name]
         if shape.initial is None:
             return None
+        # Zeros after the last row: no id ever names them.
         padding = padded_rows(shape.rows) - shape.rows
         return np.pad(shape.initial.astype(np.float32), ((0, padding), (0, 0)))
 
@@ -168,11 +170,13 @@ class TwoTower:
         """Makes fresh `params` and `batch_stats`, see `Weights`."""
         params = {}
         stats = {}
+        # A key for each side: towers of equal shape begin with different parameters.
         for i, side in enumerate(SIDES):
             variables = self._init_tower(side, jax.random.fold_in(key, i))
             params[side] = variables.get("params", {})
             if "batch_stats" in variables:
                 stats[side] = variables["batch_stats"]
+        # The log, so that the optimizer's steps are relative and the temperature stays above 0.
         params["log_temperature"] = jnp.log(jnp.float32(self.config.temperature))
         return params, stats
 
@@ -185,6 +189,7 @@ class TwoTower:
         were.
         """
         shape = self.tables[name]
+        # Not Python's `hash`, which is salted: every process and restart must draw the same rows.
         key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return init_table(key, shape.rows, shape.width, start=start, count=count, norm=shape.norm)
 
@@ -194,9 +199,9 @@ class TwoTower:
         """Returns the table rows that encoded ids name: feature -> [..., E], or [..., L, E] for
         features of several values."""
         return {
-            name: lookup(tables[i.table], features[name])
-            for name, i in self.inputs[side].items()
-            if i.table
+            name: lookup(tables[spec.table], features[name])
+            for name, spec in self.inputs[side].items()
+            if spec.table
         }
 
     def vectors(
@@ -228,6 +233,7 @@ class TwoTower:
         if side in weights.batch_stats:
             variables["batch_stats"] = weights.batch_stats[side]
         training = keys is not None
+        # Statistics change in training alone: at inference the running ones are read.
         x, updates = self.towers[side].apply(
             variables,
             self._columns(side, rows, features),
@@ -257,7 +263,7 @@ class TwoTower:
         return dataclasses.replace(self, dim=width)
 
     def temperature(self, params: Mapping[str, Any]) -> Float[Array, ""]:
-        """Returns the number that scores are divided by in the loss."""
+        """Returns the divisor of the scores in the loss."""
         log = params["log_temperature"]
         if not self.config.learn_temperature:
             log = jax.lax.stop_gradient(log)
@@ -266,14 +272,17 @@ class TwoTower:
     def _columns(
         self, side: str, rows: Features, features: Features, *, of_events: bool = False
     ) -> dict[str, jax.Array]:
-        """Returns the vector of each feature of a row, or else of each event of its history."""
+        """Returns the vector of each feature of a row; if `of_events`, of each event of its
+        history."""
         columns = {}
-        for name, i in self.inputs[side].items():
-            if bool(i.history_length) != of_events:
+        # In the order of the specification: the first dense layer's rows follow it.
+        for name, spec in self.inputs[side].items():
+            if bool(spec.history_length) != of_events:
                 continue
-            if not i.table:
+            if not spec.table:
                 columns[name] = features[name]
-            elif i.length:
+            elif spec.length:
+                # Several values, such as tags, are averaged.
                 columns[name] = pool(rows[name], features[name])
             else:
                 columns[name] = rows[name]
@@ -281,14 +290,14 @@ class TwoTower:
 
     def _history(self, side: str, rows: Features, features: Features) -> dict[str, Any] | None:
         """Returns the fields of `twotower.towers.history.History`; None without a history."""
-        first = next((name for name, i in self.inputs[side].items() if i.history_length), None)
-        if first is None:
+        events = [name for name, spec in self.inputs[side].items() if spec.history_length]
+        if not events:
             return None
         segment = features.get(HISTORY_SEGMENT)
         return {
             "vectors": self._columns(side, rows, features, of_events=True),
             # In a packed sequence the start token has no item, and is valid all the same.
-            "valid": features[first] != PADDING if segment is None else segment > 0,
+            "valid": features[events[0]] != PADDING if segment is None else segment > 0,
             "time_since_previous": features.get(HISTORY_TIME_SINCE_PREVIOUS),
             "log_weights": features.get(HISTORY_WEIGHT),
             "segment": segment,
@@ -300,14 +309,15 @@ class TwoTower:
         """Returns the columns and the history of one user or item, all of it padding."""
         rows = {}
         features = {}
-        for name, i in self.inputs[side].items():
-            shape = (1, *(n for n in (i.history_length, i.length) if n))
-            if i.table:
+        for name, spec in self.inputs[side].items():
+            shape = (1, *(length for length in (spec.history_length, spec.length) if length))
+            if spec.table:
                 features[name] = jnp.zeros(shape, jnp.int32)
-                rows[name] = jnp.zeros((*shape, self.tables[i.table].width))
+                rows[name] = jnp.zeros((*shape, self.tables[spec.table].width))
             else:
-                features[name] = jnp.zeros((*shape, i.width))
-            if i.time_buckets:
+                features[name] = jnp.zeros((*shape, spec.width))
+            if spec.time_buckets:
+                # Both times at once: a tower takes the one it reads and ignores the other.
                 buckets = jnp.zeros(shape[:2], jnp.int32)
                 features[HISTORY_TIME_SINCE_PREVIOUS] = buckets
                 features[HISTORY_TIME_TO_NEXT] = buckets
