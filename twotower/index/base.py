@@ -1,5 +1,8 @@
-"""The index as the rest of the library sees it, and the checks that every kind makes of its
-input."""
+"""The protocol of an index, and the checks that every kind makes of its input.
+
+ScaNN answers a query that is not finite with arbitrary items and no error, so every kind checks its
+queries before it searches.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +45,16 @@ class Index(Protocol):
         Raises:
             QueryError: A query is of the wrong width, not finite, or zero where vectors are
                 normalised.
-            ValueError: k < 1.
+            ValueError: `k` < 1.
         """
         ...
 
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """Writes what cannot be built from the vectors in a moment.
+        """Writes everything that cannot be built from the vectors in a moment.
 
         Returns:
-            Settings to keep in index.json: "kind", "num_items", "dim", "normalized" and what
-            loading needs beside them.
+            Settings to keep in index.json: "kind", "num_items", "dim", "normalized" and all else
+            that loading needs.
         """
         ...
 
@@ -80,6 +83,7 @@ def check_vectors(vectors: ArrayLike, *, what: str) -> np.ndarray:
     Raises:
         QueryError: The shape is another, or a vector is not finite; the message names the first.
     """
+    # The one copy, where it is needed at all: every kind below takes contiguous float32.
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise QueryError(
@@ -95,7 +99,7 @@ def check_vectors(vectors: ArrayLike, *, what: str) -> np.ndarray:
 
 
 def check_queries(queries: ArrayLike, dim: int, *, normalized: bool = False) -> np.ndarray:
-    """Returns `queries` as float32 [Q, D], and refuses what would be answered with arbitrary items.
+    """Returns `queries` as float32 [Q, D], and refuses those that have no best items.
 
     Args:
         queries: float [Q, D].
@@ -106,11 +110,13 @@ def check_queries(queries: ArrayLike, dim: int, *, normalized: bool = False) -> 
         QueryError: The width is not `dim`, a query is not finite, or is zero although vectors are
             normalised.
     """
+    # Nearly all queries take this way out; the checks below find the words for the others.
     if isinstance(queries, np.ndarray) and _passes_quick_check(queries, dim):
         return queries
     queries = check_vectors(queries, what="query")
     if queries.shape[1] != dim:
         raise QueryError(f"query vectors are {queries.shape[1]} wide; the items are {dim} wide.")
+    # It scores all items alike: any list would be right, which hides what went wrong before.
     zero = ~queries.any(axis=1)
     if normalized and zero.any():
         raise QueryError(
@@ -120,15 +126,17 @@ def check_queries(queries: ArrayLike, dim: int, *, normalized: bool = False) -> 
 
 
 def _passes_quick_check(queries: np.ndarray, dim: int) -> bool:
-    """Whether one pass finds nothing wrong with the queries; where it does, they may still be fine.
+    """Whether one pass over the queries finds nothing wrong; if it does, they may still be fine.
 
     The pass takes a fraction of the time of a search. A sum of squares is NaN or infinite where a
     number is, and 0 for a vector of zeros.
     """
+    # Another type or layout needs a copy, which `check_vectors` makes.
     if queries.dtype != np.float32 or not queries.flags.c_contiguous:
         return False
     if queries.ndim != 2 or queries.shape[1] != dim:
         return False
+    # For one query a dot product costs less than the three calls below.
     if len(queries) == 1:
         return bool(0.0 < np.vdot(queries, queries) < np.inf)
     squares = np.einsum("qd,qd->q", queries, queries)

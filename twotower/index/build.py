@@ -1,7 +1,7 @@
 """Indexes built, saved and loaded by kind: exact, ScaNN tuned to a recall target, or a graph.
 
-ScaNN has no wheel for every platform; where it cannot be imported, "auto" means exact search, and
-hnswlib and FAISS can be asked for by name.
+ScaNN has no wheel for every platform; where it cannot be imported, "auto" means exact search.
+hnswlib and FAISS are used where the configuration names them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MIN_HASHED_VECTORS = 200_000
 # A list of more than one in so many items is found by looking at all of them.
 MIN_ITEMS_PER_ENTRY = 20
 
+# Kinds of `config.retrieval.index`, and what each is.
 KINDS = {
     "auto": (
         "what suits the number, width and length of vectors, the lists asked for, and the platform"
@@ -67,18 +68,20 @@ def build_index(
         normalized: Whether the vectors have length 1.
         queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items
             are.
-        popularity: number [N], for the recall of each decile of popularity.
+        popularity: Popularity of each item, [N], for the recall of each decile of popularity.
 
     Raises:
         ConfigError: The kind is unknown, or unfit for vectors that are not normalised.
         ImportError: A library was asked for by name and cannot be imported.
     """
     choose(KINDS, config.index, "config.retrieval.index")
+    # Before the kind is resolved: ScaNN ends the process on vectors that are not finite.
     vectors = check_vectors(vectors, what="item")
     num_items, dim = vectors.shape
     kind = resolve_kind(config, num_items, dim, normalized=normalized)
     if kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
+    # Items are worse to tune on than users, but a run may have none of these.
     if queries is None or not len(queries):
         queries = vectors
     build = GraphIndex.build if kind in GRAPHS else ScannIndex.build
@@ -94,7 +97,7 @@ def build_index(
 
 
 def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalized: bool) -> str:
-    """Returns the kind of index to build; "auto" is resolved by what suits the vectors.
+    """Returns the kind of index to build; "auto" becomes the kind that suits the vectors.
 
     Raises:
         ConfigError: The kind is unfit for vectors that are not normalised.
@@ -106,17 +109,20 @@ def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalize
         )
     if config.index != "auto":
         return config.index
+    # In this order: ScaNN is imported, which takes a while, only where it is of use.
     if num_items < MIN_TREE_VECTORS or not has_scann():
         return "exact"
     if num_items * dim < MIN_TREE_NUMBERS or num_items < MIN_ITEMS_PER_ENTRY * config.k:
         return "scann_brute_force"
+    # Single queries, as a server gets them, decide: in batches at a recall of .99 "scann_tree" is
+    # 1.7 times as fast.
     if num_items >= MIN_HASHED_VECTORS and normalized:
         return "scann_tree_ah"
     return "scann_tree"
 
 
 def save_index(index: Index, folder: str | os.PathLike, **more: Any) -> None:
-    """Writes `index`, and index.json with its settings and what was tried for it.
+    """Writes `index`, and index.json with its settings and the trials of its tuning.
 
     Args:
         index: Index to write.
@@ -140,17 +146,20 @@ def load_index(folder: str | os.PathLike, vectors: Vectors) -> Index:
         BadIndexError: The index is of other vectors, or cannot be read.
     """
     info = json.loads((Path(folder) / "index.json").read_text())
+    # Rows of another corpus would be answered as if they were these.
     if (info["num_items"], info["dim"]) != vectors.shape:
         raise BadIndexError(
             f"{folder} indexes {info['num_items']} vectors {info['dim']} wide, "
             f"not {list(vectors.shape)}."
         )
     kind = info["kind"]
+    # An exact index is no more than the vectors, so it is built anew.
     if kind == "exact":
         return ExactIndex(vectors, normalized=info["normalized"])
     load = GraphIndex.load if kind in GRAPHS else ScannIndex.load
     try:
         return load(folder, Tuning.from_dict(info))
+    # A bundle that was made where ScaNN runs is served elsewhere too, only slower.
     except ImportError as error:
         logging.warning("Exact search instead of %s: %s", kind, error)
         return ExactIndex(vectors, normalized=info["normalized"])

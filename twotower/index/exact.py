@@ -1,9 +1,9 @@
-"""Exact search: the K items of greatest dot product, in blocks of queries and of items, on one
-device or divided over a mesh.
+"""Exact search: the K items of greatest dot product, on one device or divided over a mesh.
 
-Blocks bound the memory. On a CPU XLA multiplies and NumPy selects; a GPU would sort the row that
-`top_k` takes, so that it is given groups. Over a mesh each device holds its part of every block and
-finds the best of it; K scores and rows of each are then merged: no device holds another's items.
+Queries and items are taken in blocks, which bounds the memory. On a CPU XLA multiplies and NumPy
+selects; a GPU would sort the whole row given to `top_k`, so `select_top_k` hands it groups. Over a
+mesh each device holds its part of every block and finds the best of it; only lists of K scores and
+rows are exchanged and merged.
 """
 
 from __future__ import annotations
@@ -83,19 +83,27 @@ class ExactIndex:
         vectors = check_vectors(vectors, what="item")
         self.num_items, self.dim = vectors.shape
         self.normalized = normalized
+        # A mesh of one device is no mesh: nothing is divided, and nothing has to be merged.
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        # NumPy selects several times as fast as XLA's `top_k` on a CPU. Several CPU devices, which
+        # tests take for accelerators, select as these do.
         self._on_host = self._mesh is None and jax.default_backend() == "cpu"
         self._recall_target = recall_target if jax.default_backend() == "tpu" else 1.0
         devices = self._mesh.size if self._mesh else 1
         items_per_device = -(-self.num_items // devices)
+        # A small corpus is one block as long as itself, not one padded to `item_block`.
         self._device_rows = max(1, min(item_block, items_per_device))
         self._block_rows = self._device_rows * devices
+        # Only the last block is padded: to equal parts on a mesh, to whole groups on the host (a
+        # length without small divisors would leave groups of one).
         multiple = devices
         if self._on_host and self._device_rows >= GROUP:
             multiple = GROUP
         self._blocks: list[jax.Array] = []
         for first in range(0, self.num_items, self._block_rows):
             block = vectors[first : first + self._block_rows]
+            # A copy also where nothing is missing: on a CPU JAX may keep the buffer that it is
+            # given, and a caller may write into its own.
             padded = pad_rows(block, round_up(len(block), multiple))
             self._blocks.append(self._put(padded, SHARDED))
 
@@ -116,7 +124,7 @@ class ExactIndex:
         Raises:
             QueryError: A query is of the wrong width, not finite, or zero where vectors are
                 normalised; or a score overflows.
-            ValueError: k < 1, or `exclude` is not one list a query.
+            ValueError: `k` < 1, or `exclude` is not one list a query.
         """
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
@@ -125,6 +133,7 @@ class ExactIndex:
                 f"exclude holds {len(exclude)} lists for {len(queries)} queries; "
                 "give one list a query."
             )
+        # Lists of more items than there are end in these.
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
         if not self.num_items:
@@ -134,6 +143,7 @@ class ExactIndex:
         for start in range(0, len(queries), step):
             stop = min(start + step, len(queries))
             lists = None if exclude is None else exclude.take(np.arange(start, stop))
+            # Padded to a power of two, so that few shapes are compiled.
             size = min(step, next_power_of_two(stop - start))
             best, best_rows = search(queries[start:stop], size, k, lists)
             scores[start:stop, : best.shape[1]] = best
@@ -150,29 +160,35 @@ class ExactIndex:
         }
 
     def _query_block(self) -> int:
-        """Returns the number of queries whose scores with a block of items fit into the memory that
-        a block may take."""
+        """Returns the number of queries whose scores with a block of items fit into its memory."""
+        # By the platform, not by `_on_host`: the devices of a CPU mesh share one memory.
         if jax.default_backend() == "cpu":
             block_bytes = HOST_BLOCK_BYTES
             max_queries = HOST_BLOCK_QUERIES
         else:
             block_bytes = BLOCK_BYTES
             max_queries = BLOCK_QUERIES
-        return max(1, min(block_bytes // (4 * self._device_rows), max_queries))
+        bytes_per_query = 4 * self._device_rows  # scores are float32
+        return max(1, min(block_bytes // bytes_per_query, max_queries))
 
     def _search_on_host(
         self, queries: np.ndarray, size: int, k: int, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search` of one block of queries, padded to `size`: XLA multiplies, NumPy selects."""
         best = RunningTopK(len(queries), k)
-        padded = pad_rows(queries, size)
+        padded = queries
+        # `np.pad` takes ten microseconds and more also where nothing is missing.
+        if len(queries) < size:
+            padded = pad_rows(queries, size)
         for number, items in enumerate(self._blocks):
             first = number * self._block_rows
             count = min(self._block_rows, self.num_items - first)
             pairs = _excluded_pairs(exclude, first, first + len(items))
             group = group_size(len(items), k)
             block = _scores_and_maxima(padded, items, *pairs, count=count, size=group)
+            # On a CPU these are views of XLA's buffers.
             scores, maxima = (np.asarray(x)[: len(queries)] for x in block)
+            # A maximum is NaN where any score of its group is, so the scores need no look.
             check_scores(maxima)
             best.add(scores, first, maxima)
         return best.best()
@@ -192,6 +208,7 @@ class ExactIndex:
             # Merged at once, so that one list a query is held however many blocks there are.
             lists = block if lists is None else _merge_lists(*lists, *block, k)
         assert lists is not None, "an index without items is answered without a search"
+        # The only copy to the host: lists of K, not scores of all items.
         scores, rows = (np.asarray(x)[: len(queries)] for x in lists)
         check_scores(scores)
         return scores, rows
@@ -210,6 +227,7 @@ def _scores(
     item: Int[Array, " E"],
 ) -> Float[Array, "B N"]:
     """Returns all dot products, -inf for the excluded pairs (query, item)."""
+    # HIGHEST: by default accelerators round the factors of a product to fewer bits.
     scores = jnp.einsum("bd,nd->bn", queries, items, precision=jax.lax.Precision.HIGHEST)
     return scores.at[query, item].set(-jnp.inf, mode="drop")
 
@@ -223,8 +241,10 @@ def _scores_and_maxima(
     count: int,
     size: int,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B G"]]:
-    """Returns the scores of a block, -inf from the `count`-th item on, and the maxima of groups of
-    `size` neighbours."""
+    """Returns the scores of a block and the maxima of groups of `size` neighbours.
+
+    Scores are -inf from the `count`-th item on, where the block is padding.
+    """
     scores = _scores(queries, items, query, item)
     scores = scores.at[:, count:].set(-jnp.inf)
     groups = scores.reshape(len(queries), -1, size)
@@ -249,6 +269,7 @@ def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[.
         first: Int[Array, ""],
         count: Int[Array, ""],
     ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+        # Inside of `shard_map` the items are those of one device, whose rows begin further on.
         rows = first + group.row_numbers(len(items))
         if mesh is None:
             scores = _scores(queries, items, query, item)
@@ -264,6 +285,7 @@ def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[.
             best, positions = jax.lax.approx_max_k(scores, length, recall_target=recall_target)
         else:
             best, positions = select_top_k(scores, length)
+        # Excluded items, and padding: of a short list these come back too.
         best_rows = jnp.where(jnp.isneginf(best), -1, rows[positions])
         if mesh is None:
             return best, best_rows
@@ -274,6 +296,8 @@ def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[.
 
     if mesh is None:
         return jax.jit(search)
+    # `check_vma` is off: the outputs are the same on every device after the gathering, which JAX
+    # does not infer.
     in_specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
     sharded = jax.shard_map(
         search,
@@ -293,7 +317,7 @@ def _merge_lists(
     more_rows: Int[Array, "B M"],
     k: int,
 ) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
-    """Returns the best `k` of two lists, the earlier of which holds the lower rows."""
+    """Returns the best `k` of two lists; those of the first have the lower rows."""
     scores = jnp.concatenate([scores, more_scores], axis=1)
     rows = jnp.concatenate([rows, more_rows], axis=1)
     best, best_rows = merge_top_k(k, scores, rows)
@@ -306,6 +330,7 @@ def _excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.n
     They are padded to a power of two with pairs that a scatter drops, so that few shapes are
     compiled.
     """
+    # Without exclusions the arrays are empty, which is one more shape that is compiled.
     if exclude is None:
         return np.zeros(0, np.int32), np.zeros(0, np.int32)
     inside = (exclude.values >= first) & (exclude.values < stop)

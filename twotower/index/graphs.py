@@ -25,19 +25,19 @@ from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.exact import ExactIndex
 from twotower.index.tuning import TunableIndex, Tuning
 
-LINKS_PER_ITEM = 32
-EF_CONSTRUCTION = 200  # candidates kept while building
+LINKS_PER_ITEM = 32  # M of the paper (Malkov and Yashunin 2016); each library's graph has as many
+EF_CONSTRUCTION = 200  # candidates kept while building; hnswlib's default
 MAX_EF_SEARCH = 4_096  # candidates kept by a search, at most
 
 
 class Library(NamedTuple):
-    """How one library builds, searches, writes and reads a graph.
+    """The functions with which one library builds, searches, writes and reads a graph.
 
     Attributes:
         module: Name of the module to import.
         extra: Extra of the package that installs it.
         file: Name of the file that holds the graph.
-        build: vectors [N, D] -> graph.
+        build: Vectors [N, D] -> graph.
         search: (graph, queries [Q, D], k, ef) -> (scores, rows) [Q, k]; row -1 where fewer than k
             were found.
         write: (graph, path), writes the graph.
@@ -80,6 +80,7 @@ def _build_hnswlib(vectors: np.ndarray) -> Any:
         ef_construction=EF_CONSTRUCTION,
         random_seed=0,
     )
+    # By one thread: several would link the items in another order each time.
     graph.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return graph
 
@@ -87,12 +88,16 @@ def _build_hnswlib(vectors: np.ndarray) -> Any:
 def _search_hnswlib(
     graph: Any, queries: np.ndarray, k: int, ef: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    # hnswlib finds efSearch items at most. The setting is the graph's: see `one_search_at_a_time`.
     graph.set_ef(max(ef, k))
     try:
         rows, distances = graph.knn_query(queries, k=k)
-    except RuntimeError:  # some query found fewer than k
+    # Some query found fewer than k, and hnswlib returns none of the lists. The tuner sees a recall
+    # of 0 then, and raises efSearch.
+    except RuntimeError:
         shape = (len(queries), k)
         return np.full(shape, -np.inf, np.float32), np.full(shape, -1)
+    # Its distance is 1 - dot product.
     return 1.0 - distances, rows.astype(np.int64)
 
 
@@ -108,6 +113,7 @@ def _read_hnswlib(path: Path, num_items: int, dim: int) -> Any:
 
 def _build_faiss(vectors: np.ndarray) -> Any:
     faiss = import_library("faiss")
+    # As of hnswlib, one thread; the number is the process's, so it is set back.
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -161,8 +167,10 @@ GRAPHS = {
 
 
 class GraphIndex:
-    """A graph with the meaning of `ExactIndex.search`, and its tuning, which counts as "leaves" the
-    candidates that a search keeps."""
+    """A graph with the contract of `ExactIndex.search`, and its tuning.
+
+    The tuning counts the candidates that a search keeps as "leaves".
+    """
 
     def __init__(self, graph: Any, tuning: Tuning):
         """Wraps a graph.
@@ -227,14 +235,15 @@ class GraphIndex:
     def search_with(
         self, queries: np.ndarray, k: int, candidates: int, reorder: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` with a given setting.
+        """Searches with a given setting.
 
         Args:
             queries: float32 [Q, D], checked.
             k: Length of the lists.
             candidates: Candidates that the search keeps (efSearch).
-            reorder: Not used: whole vectors are compared. The tuner gives it to every index.
+            reorder: Not used: whole vectors are compared. The tuner passes it to every index.
         """
+        # Filled in where the corpus holds fewer than k items, or the search found fewer.
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
         if not len(queries):
@@ -242,6 +251,7 @@ class GraphIndex:
         length = min(k, self.num_items)
         with self._lock:
             found, found_rows = self._library.search(self._graph, queries, length, candidates)
+        # FAISS marks what it did not find by row -1 and a score of its own.
         rows[:, :length] = found_rows
         scores[:, :length] = np.where(found_rows < 0, -np.inf, found)
         return scores, rows

@@ -1,5 +1,4 @@
-"""Item vectors as int8, a quarter of float32: mapped into memory, and read as the float32 vectors
-that they stand for.
+"""Item vectors stored as int8, in a quarter of the memory of float32, and read as float32.
 
 Each item has one scale, which keeps its length: cosines stay cosines. Measured on learned vectors
 64 wide, exact top 10 of 2,000 users: .993 of it is found among 38,048 items, .984 among 200,000.
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+# The codes are symmetric about 0: -128 is not used.
 MAX_CODE = 127
 
 
@@ -22,6 +22,7 @@ class Int8Vectors:
     Read as float32, by rows (`vectors[rows]`) or whole (`np.asarray`).
     """
 
+    # The type that readers see, not that of the codes.
     dtype = np.dtype(np.float32)
 
     def __init__(self, codes: np.ndarray, scales: np.ndarray):
@@ -52,6 +53,7 @@ class Int8Vectors:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         scales = np.asarray(self.scales[rows])
+        # float32: int8 times float32 is promoted to it.
         return np.asarray(self.codes[rows] * scales[..., None])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -68,9 +70,11 @@ def quantize(vectors: np.ndarray) -> Int8Vectors:
     Quantised once more, dequantised vectors have the same codes, and scales that differ by rounding
     alone.
     """
+    # A vector of zeros has steps of 0 and stays one.
     steps = _steps(vectors)[:, None]
     in_steps = np.divide(vectors, steps, out=np.zeros(vectors.shape), where=steps > 0)
     codes = np.rint(in_steps).astype(np.int8)
+    # Not the step itself as scale: rounding changes the length, and with it every cosine.
     lengths = np.linalg.norm(np.asarray(vectors, np.float64), axis=1)
     code_lengths = np.linalg.norm(codes.astype(np.float64), axis=1)
     scales = lengths / np.maximum(code_lengths, 1)
@@ -83,7 +87,7 @@ def store_like(vectors: np.ndarray, other: Vectors) -> Vectors:
 
 
 def error_bound(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Returns [Q, N], by how much the scores of dequantised vectors may differ.
+    """Returns the bound of the difference that quantisation makes to each score, [Q, N].
 
     |q| x sqrt(D) x half a step of the item (Cauchy-Schwarz). Keeping the length moves no vector
     further off by more than a hundredth of that, at any width below 4,096.
@@ -94,9 +98,10 @@ def error_bound(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """
     lengths = np.linalg.norm(queries, axis=1)
     half_diagonals = np.sqrt(vectors.shape[1]) / 2 * _steps(vectors)
+    # The hundredth is for keeping the length, see above.
     return 1.01 * lengths[:, None] * half_diagonals[None, :]
 
 
 def _steps(vectors: np.ndarray) -> np.ndarray:
-    """Returns float64 [N], by how much a number grows where its code grows by one."""
+    """Returns the difference between two neighbouring codes of each item, float64 [N]."""
     return np.abs(np.asarray(vectors, np.float64)).max(axis=1, initial=0.0) / MAX_CODE

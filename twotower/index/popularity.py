@@ -1,5 +1,4 @@
-"""The popularity knob: score + weight x log count, by one more coordinate of the vectors that are
-indexed.
+"""Popularity at query time: score + weight x log count, by one more coordinate in the index.
 
 An item's coordinate is a small multiple of its log count, a query's the weight divided by that
 multiple; so one index serves every weight, 0 (the plain dot product) among them. Items without a
@@ -21,6 +20,7 @@ from twotower.index.tuning import TUNING_QUERIES
 
 def log_counts(counts: np.ndarray) -> np.ndarray:
     """Returns the logs of counts as float32, of the same shape; 0 for a count of 0."""
+    # An item that was never trained on counts as one row: its log is 0, not -inf.
     return np.log(np.maximum(np.asarray(counts, np.float64), 1.0)).astype(np.float32)
 
 
@@ -35,6 +35,8 @@ def popularity_coordinate(counts: np.ndarray, dim: int) -> tuple[np.ndarray, flo
         dim: Width of the vectors, D.
     """
     logs = log_counts(counts)
+    # 1 / sqrt(D) is the size of a number in a unit vector. Below 1, as of a corpus without
+    # repeated items, the logs are not stretched.
     scale = 1.0 / np.sqrt(dim) / max(float(logs.max(initial=0.0)), 1.0)
     return (scale * logs).astype(np.float32), float(1.0 / scale)
 
@@ -46,12 +48,13 @@ def append_coordinate(vectors: Vectors, values: ArrayLike) -> np.ndarray:
         vectors: float [N, D].
         values: The last coordinate, one number or [N].
     """
+    # Whole in memory and in float32, also of int8 vectors.
     column = np.broadcast_to(np.asarray(values, np.float32), len(vectors))
     return np.column_stack([vectors, column]).astype(np.float32)
 
 
 def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Index:
-    """Builds the index that a bundle of `config` has.
+    """Builds the index of a bundle.
 
     Args:
         config: Configuration of the run.
@@ -63,6 +66,7 @@ def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.
     if config.retrieval.popularity:
         coordinate, _ = popularity_coordinate(counts, vectors.shape[1])
         vectors = append_coordinate(vectors, coordinate)
+        # Tuned for weight 0, the plain dot product.
         queries = append_coordinate(queries, 0.0)
     return build_index(
         vectors,

@@ -1,4 +1,4 @@
-"""What approximate lists find of the exact ones: recall, NDCG, and recall by popularity."""
+"""Recall and NDCG of approximate lists against exact ones, also by popularity of the items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NUM_DECILES = 10
 
 
 def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
-    """Returns bool [Q, K], which of the values [Q, K] stand in the same row of `lists` [Q, M].
+    """Marks the values [Q, K] that stand in the same row of `lists` [Q, M]: bool [Q, K].
 
     Args:
         values: int [Q, K] below 2^31; one of -1 stands nowhere.
@@ -23,16 +23,20 @@ def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
 
 
 def list_recall(rows: np.ndarray, truth: np.ndarray) -> float:
-    """Returns the mean share of each row of `truth` [Q, K] that stands in the same row of `rows`
-    [Q, M]."""
+    """Returns the mean share of the exact lists that was found.
+
+    Args:
+        rows: int [Q, M], lists that were found.
+        truth: int [Q, K], exact lists.
+    """
+    # Of nothing, nothing is missing: a corpus without items passes any target.
     if not truth.size:
         return 1.0
     return float(isin_lists(truth, rows).mean())
 
 
 def list_ndcg(rows: np.ndarray, truth: np.ndarray) -> float:
-    """Returns the mean NDCG of the lists `rows` [Q, K], in which the entries of `truth` [Q, K] are
-    right, all alike.
+    """Returns the mean NDCG of lists `rows` [Q, K]; all items of `truth` [Q, K] are equally right.
 
     One of two right items, in the second position: 1 / log2(3) of 1 + 1 / log2(3).
 
@@ -54,11 +58,13 @@ def recall_by_decile(
     Args:
         rows: int [Q, M], lists that were found.
         truth: int [Q, K], exact lists.
-        popularity: number [N].
+        popularity: Popularity of each item, [N].
 
     Returns:
         One recall a decile; None where no true item is in it.
     """
+    # By rank, not by count: the deciles are equally large however the counts are spread. Stable,
+    # so that items of one count are in the same deciles each time.
     rank = np.empty(len(popularity), np.int64)
     rank[np.argsort(popularity, kind="stable")] = np.arange(len(popularity))
     decile = rank[truth] * NUM_DECILES // len(popularity)

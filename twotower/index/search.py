@@ -1,9 +1,9 @@
-"""Filtered search: an index that never changes, less what is excluded or not allowed, with full
-lists whenever enough items exist.
+"""Filtered search: the best items of an index that are allowed and not excluded.
 
-An approximate index knows no conditions: it is asked for more than K, and what is not allowed is
-dropped. Where a list is then short, or where so few items are allowed that most of what it finds
-would be dropped, the allowed items are compared one by one.
+An approximate index knows no conditions: more than K items are fetched from it, and those that are
+not allowed are dropped. Where a list is then short, or where so few items are allowed that most of
+what is found would be dropped, the allowed items are compared one by one. Lists are full whenever
+enough items exist.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
 from twotower.kernels.top_k import RunningTopK
 
-MAX_OVERFETCH = 1_000  # candidates beyond k that are asked for on account of exclusions
+# Candidates beyond k that are fetched on account of exclusions. A user with more of them may get a
+# short list, which is then made again by comparing all items.
+MAX_OVERFETCH = 1_000
 # Times the candidates that would do if the allowed items were spread evenly over the corpus.
 OVERFETCH_FACTOR = 1.5
-# Up to so many times as many allowed items as would be fetched are compared faster than found.
+# Up to this ratio of allowed items to candidates, comparing them all is faster than searching.
 BRUTE_FORCE_FACTOR = 4
-MAX_BLOCK_SCORES = 2**24  # scores held at once
+MAX_BLOCK_SCORES = 2**24  # scores held at once: 64 MiB of float32
 ROW_BLOCK = 65_536  # rows compared at once
 MAX_COMPARED_EXCLUSIONS = 256  # exclusions of a single query that are compared without a sort
 
@@ -36,9 +38,11 @@ class AllowedRows:
 
     Attributes:
         count: Number of them.
-        contains: rows [...] -> bool [...], which of them are allowed.
-        list_rows: () -> all of them, rising.
+        contains: Function from rows [...] to bool [...], whether each is allowed.
+        list_rows: Function that returns all of them, rising.
     """
+
+    # Functions, not a mask of the corpus: most answers look at some K rows of it.
 
     count: int
     contains: Callable[[np.ndarray], np.ndarray]
@@ -52,6 +56,7 @@ class AllowedRows:
     @classmethod
     def from_rows(cls, allowed: np.ndarray) -> AllowedRows:
         """Returns the given rows, which rise."""
+        # A look-up among few rows costs less than making a mask of N.
         return cls(len(allowed), lambda rows: np.isin(rows, allowed), lambda: allowed)
 
 
@@ -86,13 +91,16 @@ def search_filtered(
     """
     if exclude is None:
         exclude = Ragged.empty(len(queries))
+    # Exact search takes exclusions itself: nothing is fetched in vain.
     if isinstance(index, ExactIndex) and allowed is None:
         return index.search(queries, k, exclude=exclude)
     num_allowed = index.num_items if allowed is None else allowed.count
+    # One length for all queries, which an index searches together.
     max_excluded = int(exclude.lengths.max(initial=0))
     fetched = k + min(max_excluded, MAX_OVERFETCH)
     if num_allowed < index.num_items:
         fetched = int(OVERFETCH_FACTOR * fetched * index.num_items / max(num_allowed, 1)) + 1
+    # An exact index with a condition, too many candidates to fetch, or few enough items allowed.
     if (
         isinstance(index, ExactIndex)
         or fetched > k + 2 * MAX_OVERFETCH
@@ -105,14 +113,17 @@ def search_filtered(
         )
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
     keep = rows >= 0
+    # Each test is skipped where nothing can fail it: half of an answer was such overhead.
     if max_excluded:
         keep &= ~_is_excluded(exclude, rows)
     if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
+        # Row 0 in the place of -1, which would be the last; `keep` is false there already.
         keep &= allowed.contains(np.maximum(rows, 0))
-    if keep.shape[1] >= k and keep[:, :k].all():  # nearly always
+    if keep.shape[1] >= k and keep[:, :k].all():  # nearly always: no list has to be packed
         return scores[:, :k], rows[:, :k]
     scores, rows, lengths = _drop(scores, rows, keep, k)
     short = np.flatnonzero(lengths < k)
+    # A list that holds all there is is not short, and not worth a comparison with every item.
     if short.size:
         available = num_allowed - _count_excluded(exclude.take(short), allowed)
         short = short[lengths[short] < np.minimum(k, available)]
@@ -138,8 +149,9 @@ def brute_force_search(
     *,
     extra_coordinate: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the best `k` of some rows, of equal scores the lower row first, by NumPy, which
-    compiles nothing.
+    """Returns the best `k` of some rows; of equal scores the lower row comes first.
+
+    By NumPy, which compiles nothing: the number of allowed rows differs from answer to answer.
 
     Args:
         vectors: float [N, D].
@@ -156,6 +168,7 @@ def brute_force_search(
         QueryError: A score overflows.
     """
     queries = np.asarray(queries, np.float32)
+    # Lists of more items than there are end in these.
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int32)
     total = len(vectors) if among is None else len(among)
@@ -166,6 +179,7 @@ def brute_force_search(
         best = RunningTopK(stop - start, k)
         for first in range(0, total, ROW_BLOCK):
             last = min(first + ROW_BLOCK, total)
+            # A slice of all vectors is a view; chosen rows are copied.
             if among is None:
                 block = np.arange(first, last)
                 block_vectors = vectors[first:last]
@@ -173,6 +187,7 @@ def brute_force_search(
                 block = among[first:last]
                 block_vectors = vectors[block]
             products = queries[start:stop, : vectors.shape[1]] @ block_vectors.T
+            # Added, not appended to the vectors: that would copy the corpus for each answer.
             if extra_coordinate is not None:
                 products += queries[start:stop, -1:] * extra_coordinate[block][None, :]
             if lists is not None:
@@ -182,6 +197,7 @@ def brute_force_search(
         found, positions = best.best()
         length = found.shape[1]
         scores[start:stop, :length] = found
+        # Positions among the compared rows become rows of the index.
         if among is not None and length:
             positions = np.where(positions < 0, -1, among[positions])
         rows[start:stop, :length] = positions
@@ -191,7 +207,8 @@ def brute_force_search(
 def _drop(
     scores: np.ndarray, rows: np.ndarray, keep: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the first `k` entries to keep of each list, padded, and their numbers."""
+    """Returns the first `k` entries to keep of each list, padded, and the number of them."""
+    # Stable: those to keep come first, and stay in the order of their scores.
     order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(keep, order, axis=1)
     best = np.where(kept, np.take_along_axis(scores, order, axis=1), -np.inf)
@@ -200,7 +217,7 @@ def _drop(
 
 
 def _pad_lists(lists: np.ndarray, k: int, value: float) -> np.ndarray:
-    """Returns lists [Q, <= k] as [Q, k]."""
+    """Returns lists [Q, <= k], padded with `value` to [Q, k]."""
     missing = k - lists.shape[1]
     if not missing:
         return lists
@@ -208,7 +225,8 @@ def _pad_lists(lists: np.ndarray, k: int, value: float) -> np.ndarray:
 
 
 def _is_excluded(exclude: Ragged, rows: np.ndarray) -> np.ndarray:
-    """Returns bool [Q, M], which of the rows [Q, M] stand in the list of their query."""
+    """Marks the rows [Q, M] that stand in the list of their query: bool [Q, M]."""
+    # For one user with a usual history, all pairs cost less than a search among sorted keys.
     if len(exclude) == 1 and len(exclude.values) <= MAX_COMPARED_EXCLUSIONS:
         return (rows[0, :, None] == exclude.values[None, :]).any(1)[None, :]
     return exclude.contains(np.arange(len(rows))[:, None], rows)
@@ -216,6 +234,7 @@ def _is_excluded(exclude: Ragged, rows: np.ndarray) -> np.ndarray:
 
 def _count_excluded(exclude: Ragged, allowed: AllowedRows | None) -> np.ndarray:
     """Returns int [Q], the number of allowed rows that each query excludes."""
+    # An item that is listed twice is missing once.
     exclude = exclude.distinct()
     if allowed is not None:
         exclude = exclude.filter(allowed.contains(exclude.values))
@@ -225,6 +244,7 @@ def _count_excluded(exclude: Ragged, allowed: AllowedRows | None) -> np.ndarray:
 def _exclude(scores: np.ndarray, rows: np.ndarray, exclude: Ragged) -> None:
     """Sets the scores [Q, M] of the rows [M], which rise, to -inf where a query excludes them."""
     column = np.searchsorted(rows, exclude.values)
+    # A row beyond the last would be looked for behind the end.
     nearest = rows[np.minimum(column, len(rows) - 1)]
     inside = (column < len(rows)) & (nearest == exclude.values)
     scores[exclude.rows[inside], column[inside]] = -np.inf

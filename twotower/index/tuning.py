@@ -1,5 +1,4 @@
-"""How hard an index must search: the cheapest setting that reaches the recall asked for, measured
-on real user vectors.
+"""Tuning: the cheapest setting of an index that reaches a recall, measured on real user vectors.
 
 Half of the user vectors tune, the other half measures what was chosen. The choice is by counted
 work, not by the clock, so that the same vectors give the same index on a busy machine; the speeds
@@ -92,7 +91,7 @@ class Tuning:
         num_items: Number of vectors, N.
         dim: Width of the vectors, D.
         normalized: Whether the vectors have length 1, so that a query of length 0 is a mistake.
-        num_leaves: Leaves of the tree, 0 without one; of a graph the most candidates kept.
+        num_leaves: Leaves of the tree, 0 without one; for a graph, the largest efSearch.
         target_recall: Share of the exact lists to find.
         efforts: Efforts by rising list length; () where the search is exhaustive.
         recall_by_decile: Recall of the items of each decile of popularity; see `tune`.
@@ -107,6 +106,7 @@ class Tuning:
     target_recall: float = 1.0
     efforts: tuple[SearchEffort, ...] = ()
     recall_by_decile: tuple[float | None, ...] = ()
+    # Not compared: two builds of the same vectors are equal but for their speeds.
     tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
@@ -120,7 +120,7 @@ class Tuning:
 
     @property
     def hashed(self) -> bool:
-        """Whether codes are compared first, and candidates then scored anew."""
+        """Whether codes are compared first and candidates are then scored anew."""
         return self.kind == "scann_tree_ah"
 
     def effort(self, k: int) -> tuple[int, int]:
@@ -136,6 +136,7 @@ class Tuning:
             leaves = _interpolate(below.leaves, above.leaves, share)
             reorder = _interpolate(below.reorder, above.reorder, share)
         else:
+            # Measured itself, or outside of what was: shorter lists get the effort of the shortest.
             factor = max(1.0, k / above.k)
             leaves = factor * above.leaves
             reorder = factor * above.reorder
@@ -146,8 +147,10 @@ class Tuning:
 
 
 def _interpolate(low: int, high: int, share: float) -> float:
-    """Returns the number at `share` of the way from `low` to `high` on a logarithmic scale; 0 from
-    0, which means that nothing is scored anew at any length."""
+    """Returns the number at `share` of the way from `low` to `high` on a logarithmic scale.
+
+    From 0 it is 0: nothing is scored anew at any length.
+    """
     return low * (high / low) ** share if low else 0.0
 
 
@@ -158,11 +161,11 @@ class TunableIndex:
     Attributes:
         search: Search with given settings: (queries, k, leaves, reorder) -> (scores, rows).
         num_items: Number of vectors, N.
-        num_leaves: The most leaves that can be searched.
+        num_leaves: Largest number of leaves that can be searched.
         hashed: Whether candidates are scored anew, so that `reorder` is a setting.
         target_recall: Recall to reach.
-        is_graph: Whether leaves are the candidates that the search of a graph keeps: at least as
-            many as the list is long.
+        is_graph: Whether leaves are the candidates that a graph's search keeps, which must be at
+            least as many as the list is long.
     """
 
     search: Search
@@ -193,8 +196,8 @@ def tune(
         index: Index over `vectors`.
         vectors: float32 [N, D].
         queries: float32 [Q, D], user vectors.
-        k: Length of the lists that are asked for most.
-        popularity: number [N], for the recall of each decile.
+        k: Usual length of the lists.
+        popularity: Popularity of each item, [N], for the recall of each decile.
 
     Returns:
         (efforts, trials, recalls by decile). Efforts by rising k; none where no setting reaches the
@@ -206,13 +209,20 @@ def tune(
     trials: list[Trial] = []
     deciles: tuple[float | None, ...] = ()
     for length in tuned_lengths(k, index.num_items):
-        sample = evenly_spaced(queries, TUNING_QUERIES if length == k else LONG_LIST_QUERIES)
+        # Exact lists of long length take long to make, and few queries say enough: each has many
+        # items to find.
+        max_queries = LONG_LIST_QUERIES
+        if length == k:
+            max_queries = TUNING_QUERIES
+        sample = evenly_spaced(queries, max_queries)
         exact = ExactIndex(vectors).search(sample, length)
         tuning_half = _every_second(sample, exact, first=0)
         held_out = _every_second(sample, exact, first=1)
+        # Of a single query there is no second.
         if not len(held_out.queries):
             held_out = tuning_half
         setting = _cheapest_setting(index, tuning_half, length, trials)
+        # One length that fails fails the index: another kind is built.
         if setting is None:
             return (), tuple(trials), ()
         leaves, reorder = setting
@@ -225,8 +235,8 @@ def tune(
 
 
 def tuned_lengths(k: int, num_items: int) -> list[int]:
-    """Returns the list lengths to tune: `k`, and longer ones that are a tenth of the corpus at
-    most."""
+    """Returns the list lengths to tune: `k`, and longer ones up to a tenth of the corpus."""
+    # Longer lists would hold so much of the corpus that any effort finds them.
     longest = min(MAX_TUNED_LENGTH, num_items // 10)
     lengths = [k * factor for factor in LONG_LIST_FACTORS]
     return [min(k, num_items), *(length for length in lengths if length <= longest)]
@@ -247,8 +257,13 @@ class GroundTruth:
     rows: np.ndarray
 
     def recalls(self, scores: np.ndarray) -> np.ndarray:
-        """Returns float [Q], the share of each exact list that a search with these scores [Q, K]
-        found. Of items with one score any will do."""
+        """Returns the share of each exact list that a search found, float [Q].
+
+        Args:
+            scores: float32 [Q, K], scores of the lists that it returned.
+        """
+        # By scores, not by rows: of items with one score any will do. Libraries round sums in
+        # other orders, hence the tolerance.
         kth_best = self.scores[:, -1:]
         threshold = kth_best - TIE_TOLERANCE * np.maximum(1.0, np.abs(kth_best))
         found = (scores >= threshold).sum(1)
@@ -266,8 +281,10 @@ def _every_second(
 def _cheapest_setting(
     index: TunableIndex, truth: GroundTruth, k: int, trials: list[Trial]
 ) -> tuple[int, int] | None:
-    """Returns (leaves, candidates scored anew), or None where nothing reaches the target; adds what
-    it tries to `trials`."""
+    """Returns (leaves, candidates scored anew), or None where nothing reaches the target.
+
+    The settings that it tries are added to `trials`.
+    """
     reorders = [0]
     if index.hashed:
         reorders = [min(index.num_items, k * factor) for factor in REORDER_FACTORS]
@@ -299,12 +316,15 @@ def _fewest_leaves(
         trials.append(_run_trial(index, truth, k, leaves, reorder))
         return trials[-1].reached
 
-    first = min(k, index.num_leaves) if index.is_graph else 1
+    first = 1
+    if index.is_graph:
+        first = min(k, index.num_leaves)
     high = first
     while not reaches_target(high):
         if high == index.num_leaves or index.cost(high, reorder) >= max_cost:
             return
         high = min(2 * high, index.num_leaves)
+    # `low` failed, or is below the least; `high` reaches the target. Their distance halves.
     low = max(high // 2, first - 1)
     while high - low > 1:
         middle = (low + high) // 2
@@ -323,6 +343,7 @@ def _run_trial(index: TunableIndex, truth: GroundTruth, k: int, leaves: int, reo
     seconds = time.perf_counter() - start
     recalls = truth.recalls(scores)
     recall = float(recalls.mean())
+    # Of the best of many settings the measured recall is too high: chance chose it too.
     margin = MARGIN_ERRORS * float(recalls.std()) / math.sqrt(len(recalls))
     return Trial(
         k=k,
@@ -348,6 +369,7 @@ def _raise_to_held_out(
         recalls = held_out.recalls(scores)
         if recalls.mean() >= index.target_recall or leaves == index.num_leaves:
             return leaves, rows, recalls
+        # By a sixteenth: close to the fewest that do, in few rounds.
         more = min(index.num_leaves, leaves + max(1, leaves // 16))
         logging.info(
             "Held-out recall@%d %.4f is below %.4f: %d leaves are searched, not %d.",

@@ -1,4 +1,4 @@
-"""What tuning tried for an index, as a table and as a plot."""
+"""The trials of tuning an index, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from twotower.core.tables import format_table
 from twotower.index.tuning import SearchEffort, Trial, Tuning
 
+# "-margin" is the recall less its margin, which must reach the target.
 HEADER = ("k", "leaves", "reorder", "recall", "-margin", "queries/s", "")
 
 
 def format_tuning(tuning: Tuning) -> str:
-    """Returns the trials that explain the choice as a table, and what was chosen."""
+    """Returns a table of the trials that explain the choice, and the choice in words."""
     if not tuning.tried:
         return f"{tuning.kind}: exact, nothing to tune."
     chosen = {(effort.k, effort.leaves, effort.reorder) for effort in tuning.efforts}
@@ -25,12 +26,17 @@ def format_tuning(tuning: Tuning) -> str:
     ]
     lines.extend(_sentence(effort) for effort in tuning.efforts)
     if tuning.recall_by_decile:
-        recalls = ("-" if recall is None else f"{recall:.3f}" for recall in tuning.recall_by_decile)
-        lines.append(
-            f"Recall@{tuning.efforts[0].k} by decile of popularity, the least popular first: "
-            + " ".join(recalls)
-        )
+        recalls = " ".join(map(_recall_text, tuning.recall_by_decile))
+        k = tuning.efforts[0].k
+        lines.append(f"Recall@{k} by decile of popularity, the least popular first: {recalls}")
     return "\n".join(lines)
+
+
+def _recall_text(recall: float | None) -> str:
+    # No true item is in the decile: its recall is not known, which is not 0.
+    if recall is None:
+        return "-"
+    return f"{recall:.3f}"
 
 
 def _cells(trial: Trial, chosen: set[tuple[int, int, int]]) -> list[str]:
@@ -61,8 +67,12 @@ def _sentence(effort: SearchEffort) -> str:
 
 
 def _shown_trials(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
-    """Returns the trials that were chosen, and for each list length and number of candidates the
-    one of fewest leaves that reached the target, or the best where none did."""
+    """Returns the trials that were chosen, and the best of each list length and candidates.
+
+    The best is the one of fewest leaves that reached the target, or that of the highest recall
+    where none did.
+    """
+    # Tuning tries dozens of settings; these say why the others were not taken.
     best: dict[tuple[int, int], Trial] = {}
     for trial in trials:
         key = (trial.k, trial.reorder)
@@ -75,14 +85,16 @@ def _shown_trials(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) ->
 
 def _rank(trial: Trial) -> tuple[bool, float]:
     """Returns a key that is greater for a better trial of one length and number of candidates."""
-    return trial.reached, -trial.leaves if trial.reached else trial.recall
+    if trial.reached:
+        return True, -trial.leaves
+    return False, trial.recall
 
 
 def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> None:
-    """Draws recall against queries per second of the trials into an image.
+    """Plots recall against queries per second of the trials into an image.
 
     Raises:
-        ImportError: matplotlib is missing; the message names the extra to install.
+        ImportError: Matplotlib is missing; the message names the extra to install.
     """
     try:
         from matplotlib.figure import Figure
@@ -94,9 +106,9 @@ def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> No
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(lengths), squeeze=False)[0]
     for axes, k in zip(all_axes, lengths):
-        of_length = [trial for trial in trials if trial.k == k]
-        for reorder in sorted({trial.reorder for trial in of_length}):
-            series = [trial for trial in of_length if trial.reorder == reorder]
+        same_length = [trial for trial in trials if trial.k == k]
+        for reorder in sorted({trial.reorder for trial in same_length}):
+            series = [trial for trial in same_length if trial.reorder == reorder]
             points = sorted((trial.recall, trial.queries_per_second) for trial in series)
             label = f"{reorder} candidates" if reorder else "whole vectors"
             axes.plot(*zip(*points), marker="o", label=label)

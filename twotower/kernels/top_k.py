@@ -223,7 +223,11 @@ class RunningTopK:
     def _append(self, scores: np.ndarray, rows: np.ndarray) -> None:
         """Appends candidates, whose rows lie above all so far: a stable sort leaves equals in the
         order of their rows."""
-        self._scores = np.concatenate([self._scores, scores], axis=1)
-        self._rows = np.concatenate([self._rows, rows], axis=1)
+        if self._scores.shape[1]:
+            scores = np.concatenate([self._scores, scores], axis=1)
+            rows = np.concatenate([self._rows, rows], axis=1)
+        # The first candidates are kept without a copy: a single query over one block has no others.
+        self._scores = scores
+        self._rows = rows
         if self._scores.shape[1] > MAX_CANDIDATES_PER_RANK * self._k:
             self._scores, self._rows = self.best()

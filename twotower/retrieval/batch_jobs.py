@@ -47,8 +47,8 @@ class Tasks:
     """The share of one of several processes that work on a job.
 
     Attributes:
-        task: number of this process, from 0.
-        tasks: number of processes.
+        task: Number of this process, from 0.
+        tasks: Number of processes.
     """
 
     task: int = 0
@@ -68,11 +68,11 @@ def embed_all(
     """Writes out/users and out/items: an id and a `vector` in each row.
 
     Args:
-        run: a trained run.
-        out: folder of the job.
-        devices: number of devices to embed on; 0 takes all.
-        tasks: share of this process.
-        part: rows of a file.
+        run: A trained run.
+        out: Folder of the job.
+        devices: Number of devices to embed on; 0 takes all.
+        tasks: Share of this process.
+        part: Rows of a file.
     """
     prepared = run.prepared
     version = model_version(jax.tree.map(np.asarray, embedding_weights(run.weights)))
@@ -114,15 +114,15 @@ def recommend_all(
     """Writes the lists of all known users of a bundle: user_id, rank, item_id, score.
 
     Args:
-        folder: folder of the bundle.
-        out: folder of the job.
-        k: length of the lists.
-        exclude_seen: whether to leave out the items of each user.
-        approximate: whether to ask the bundle's index; otherwise the search is exact.
-        devices: number of devices that the items are divided over in exact search; 0 takes all.
-        recall_target: recall of that search on TPUs; see `ExactIndex`.
-        tasks: share of this process.
-        part: users of a file.
+        folder: Folder of the bundle.
+        out: Folder of the job.
+        k: Length of the lists.
+        exclude_seen: Whether to leave out the items of each user.
+        approximate: Whether to ask the bundle's index; otherwise the search is exact.
+        devices: Number of devices that the items are divided over in exact search; 0 takes all.
+        recall_target: Recall of that search on TPUs; see `ExactIndex`.
+        tasks: Share of this process.
+        part: Users of a file.
     """
     bundle = load_bundle(folder)
     if not approximate:
@@ -164,12 +164,12 @@ def write_parts(
     """Writes out/part-NNNNNN.parquet for every `part` rows, but for those that are there.
 
     Args:
-        out: folder of the job.
-        job: what the parts are made of, which must be the same in every call.
-        rows: number of all rows.
-        make: function from some rows to their table.
-        tasks: share of this process.
-        part: rows of a file.
+        out: Folder of the job.
+        job: What the parts are made of, which must be the same in every call.
+        rows: Number of all rows.
+        make: Function from some rows to their table.
+        tasks: Share of this process.
+        part: Rows of a file.
 
     Raises:
         ConfigError: The folder holds another job, or something else.
@@ -192,8 +192,8 @@ def divided(weights: Weights, devices: int) -> Weights:
     """Returns weights on a mesh: tables by rows, all else on every device.
 
     Args:
-        weights: weights of the towers.
-        devices: number of devices; 0 takes all. On one the weights are left as they are.
+        weights: Weights of the towers.
+        devices: Number of devices; 0 takes all. On one the weights are left as they are.
     """
     mesh = make_mesh(devices)
     if mesh.size == 1:

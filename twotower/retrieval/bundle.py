@@ -69,20 +69,20 @@ class Bundle:
     """A bundle in memory.
 
     Attributes:
-        config: configuration of the run.
-        encoder: encoder of raw features.
-        towers: both towers and their weights.
-        vectors: item vectors, float32 [N, D], or int8 that is read as such.
+        config: Configuration of the run.
+        encoder: Encoder of raw features.
+        towers: Both towers and their weights.
+        vectors: Item vectors, float32 [N, D], or int8 that is read as such.
         items: item_id and display columns, N rows.
-        counts: training rows of each item, int64 [N].
-        user_vectors: vectors of the known users, float32 [U, D].
+        counts: Training rows of each item, int64 [N].
+        user_vectors: Vectors of the known users, float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
-        seen: items of each user, distinct, the latest last.
-        index: index over `vectors`, with one more coordinate where `config.retrieval.popularity`
+        seen: Items of each user, distinct, the latest last.
+        index: Index over `vectors`, with one more coordinate where `config.retrieval.popularity`
             says so.
-        manifest: content of manifest.json; {} before it is written.
-        folder: folder that it was loaded from; None where it only is in memory.
-        version: folder of its files, inside `folder` or `folder` itself.
+        manifest: Content of manifest.json; {} before it is written.
+        folder: Folder that it was loaded from; None where it only is in memory.
+        version: Folder of its files, inside `folder` or `folder` itself.
     """
 
     config: Config
@@ -109,10 +109,10 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     """Writes a bundle into an empty folder, and returns its manifest.
 
     Args:
-        bundle: bundle to write.
-        folder: empty folder.
-        step: step of the checkpoint that the weights come from.
-        **more: further entries of the manifest.
+        bundle: Bundle to write.
+        folder: Empty folder.
+        step: Step of the checkpoint that the weights come from.
+        **more: Further entries of the manifest.
     """
     (folder / "config.json").write_text(bundle.config.to_json(), encoding="utf-8")
     bundle.encoder.save(folder / "encoder")
@@ -154,7 +154,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle, after checking that every file is the one that was written.
 
     Args:
-        folder: folder that `export` or `write_bundle` wrote.
+        folder: Folder that `export` or `write_bundle` wrote.
 
     Raises:
         BundleError: The folder is no bundle, a file is missing or changed, or parts do not belong

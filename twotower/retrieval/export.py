@@ -43,8 +43,8 @@ def export(run: Run, folder: Path) -> Bundle:
     """Writes the bundle of a run; one that is there is replaced only when the new one is whole.
 
     Args:
-        run: a trained run, with the weights of one of its checkpoints.
-        folder: folder of the bundle.
+        run: A trained run, with the weights of one of its checkpoints.
+        folder: Folder of the bundle.
 
     Returns:
         The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there
@@ -214,8 +214,8 @@ def check_parity(run: Run, folder: Path) -> None:
     the towers may not.
 
     Args:
-        run: the run that the bundle was made of.
-        folder: folder of the bundle.
+        run: The run that the bundle was made of.
+        folder: Folder of the bundle.
 
     Raises:
         BundleError: Scores differ by more.
@@ -263,9 +263,9 @@ def compare_scores(
     """Refuses scores [B, N] that differ from the trainer's by more than `TOLERANCE`.
 
     Args:
-        served: scores by the bundle, [B, N].
-        trained: scores by the trainer's towers, [B, N].
-        rounding: what rounding of stored vectors allows beside that, [B, N].
+        served: Scores by the bundle, [B, N].
+        trained: Scores by the trainer's towers, [B, N].
+        rounding: What rounding of stored vectors allows beside that, [B, N].
     """
     scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
     difference = np.abs(served - trained)

@@ -24,7 +24,7 @@ def read_ids(path: Path) -> list[str]:
     """Reads the user ids in a file: at least one.
 
     Raises:
-        ConfigError: the file is not there, cannot be read, or holds no id.
+        ConfigError: The file is not there, cannot be read, or holds no id.
     """
     if not path.is_file():
         raise ConfigError(f"--users={path} is not a file.")
@@ -57,7 +57,7 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
     """Returns a table of items with their display columns.
 
     Args:
-        ranked: whether rank and score stand beside each item.
+        ranked: Whether rank and score stand beside each item.
     """
     if not items:
         return "  (nothing)"
@@ -102,11 +102,11 @@ def write_lists(
     """Writes the recommendations of many users as Parquet: user_id, rank, item_id, score.
 
     Args:
-        retriever: what recommends.
-        users: file of user ids, see `read_ids`.
-        out: file to write, whole or not at all.
-        k: length of the lists.
-        exclude_seen: whether items that a user has seen are left out.
+        retriever: What recommends.
+        users: File of user ids, see `read_ids`.
+        out: File to write, whole or not at all.
+        k: Length of the lists.
+        exclude_seen: Whether items that a user has seen are left out.
 
     Returns:
         A line that says what was written, and for how many unknown users.

@@ -32,10 +32,10 @@ class StoredVectors(Protocol):
     """What a `Bundle` holds of users and items.
 
     Attributes:
-        users: column user_id, U rows.
+        users: Column user_id, U rows.
         user_vectors: float32 [U, D].
-        items: column item_id, N rows.
-        vectors: item vectors [N, D], float32 or read as such.
+        items: Column item_id, N rows.
+        vectors: Item vectors [N, D], float32 or read as such.
     """
 
     users: pa.Table
@@ -85,7 +85,7 @@ class MatchModel:
         """Returns the model that `save` wrote, or that of a bundle.
 
         Args:
-            folder: folder of either. Of a bundle only ids and vectors are read.
+            folder: Folder of either. Of a bundle only ids and vectors are read.
 
         Raises:
             FolderError: The folder holds neither, or a file of it was changed.
@@ -123,7 +123,7 @@ class MatchModel:
         Args:
             user_ids: B user ids.
             item_ids: B item ids.
-            unknown: answer to an id without a vector: an error, or the score NaN.
+            unknown: Answer to an id without a vector: an error, or the score NaN.
 
         Raises:
             UnknownIdError: An id has no vector, and `unknown` is "error".

@@ -42,10 +42,10 @@ class Recommendation:
     """One item of a list.
 
     Attributes:
-        item_id: id of the item.
-        score: dot product of the vectors, or cosine of similar items; NaN of an item that was
+        item_id: Id of the item.
+        score: Dot product of the vectors, or cosine of similar items; NaN of an item that was
             looked up.
-        display: the item's display columns.
+        display: The item's display columns.
     """
 
     item_id: str
@@ -57,7 +57,7 @@ class Recommendations(list[Recommendation]):
     """A list, best first.
 
     Attributes:
-        known: whether the user was known when the bundle was made.
+        known: Whether the user was known when the bundle was made.
     """
 
     def __init__(self, items: Sequence[Recommendation] = (), *, known: bool = True):
@@ -69,9 +69,9 @@ class _Filters(NamedTuple):
     """Which items may come back, whoever asks.
 
     Attributes:
-        where: conditions on display columns.
-        allow: ids of the only items that may; None allows all.
-        deny: ids of items that may not.
+        where: Conditions on display columns.
+        allow: Ids of the only items that may; None allows all.
+        deny: Ids of items that may not.
     """
 
     where: Conditions
@@ -102,7 +102,7 @@ class Retriever:
         """Returns the retriever of a bundle, with the changes that were made to it.
 
         Args:
-            folder: folder of the bundle. `twotower.api.load_retriever` also takes a run, or one of
+            folder: Folder of the bundle. `twotower.api.load_retriever` also takes a run, or one of
                 its checkpoints.
 
         Raises:
@@ -144,17 +144,17 @@ class Retriever:
         """Returns the best `k` items of one user; fewer only where fewer exist.
 
         Args:
-            user: id of the user. One that is not known is encoded by its out-of-vocabulary rows;
+            user: Id of the user. One that is not known is encoded by its out-of-vocabulary rows;
                 `known` in the answer is False.
-            rows: one row of raw user features instead, or beside an id whose stored features it
+            rows: One row of raw user features instead, or beside an id whose stored features it
                 replaces.
-            k: length of the list.
-            exclude_seen: whether to leave out the items of the user, as far as the user is known,
+            k: Length of the list.
+            exclude_seen: Whether to leave out the items of the user, as far as the user is known,
                 and those of a history in `rows`.
-            where: conditions; see the class.
-            allow: ids of the only items that may come back.
-            deny: ids of items to leave out.
-            popularity_weight: factor of an item's log training rows in its score.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
+            popularity_weight: Factor of an item's log training rows in its score.
         """
         check_k(k)
         filters = _Filters(as_conditions(where), _listed(allow), list(deny))
@@ -189,13 +189,13 @@ class Retriever:
         """Returns the lists of many users in one table.
 
         Args:
-            user_ids: ids of the users.
-            k: length of the lists.
-            exclude_seen: whether to leave out the items of each user.
-            where: conditions; see the class.
-            allow: ids of the only items that may come back.
-            deny: ids of items to leave out.
-            popularity_weight: factor of an item's log training rows in its score.
+            user_ids: Ids of the users.
+            k: Length of the lists.
+            exclude_seen: Whether to leave out the items of each user.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
+            popularity_weight: Factor of an item's log training rows in its score.
 
         Returns:
             Columns user_id, rank (from 1), item_id and score; up to k rows a user, in the order of
@@ -234,11 +234,11 @@ class Retriever:
         """Returns the `k` items of greatest cosine to an item, without itself.
 
         Args:
-            item: id of the item.
-            k: length of the list.
-            where: conditions; see the class.
-            allow: ids of the only items that may come back.
-            deny: ids of items to leave out.
+            item: Id of the item.
+            k: Length of the list.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
 
         Raises:
             UnknownItemError: The item is not there.
@@ -284,7 +284,7 @@ class Retriever:
         """Returns the vectors of raw user features, float32 [B, D].
 
         Args:
-            rows: an Arrow table, or a list of mappings. What a row lacks is missing; a timestamp
+            rows: An Arrow table, or a list of mappings. What a row lacks is missing; a timestamp
                 is the newest of the log; a user_id that was never seen gets its out-of-vocabulary
                 row.
         """
@@ -305,7 +305,7 @@ class Retriever:
         are described by.
 
         Args:
-            rows: an Arrow table, or a list of mappings. What a row lacks is missing.
+            rows: An Arrow table, or a list of mappings. What a row lacks is missing.
         """
         table = as_table(rows)
         towers = self.bundle.towers
@@ -331,7 +331,7 @@ class Retriever:
         Args:
             rows: item_id, the columns of item features and display columns; what is left out is
                 missing.
-            vectors: vectors in the place of those of the item tower, float [N, D].
+            vectors: Vectors in the place of those of the item tower, float [N, D].
 
         Returns:
             The number of items now.
@@ -402,12 +402,12 @@ class Retriever:
         """Returns the snapshot that was searched, the scores [B, k] and the positions [B, k].
 
         Args:
-            vectors: user vectors, float32 [B, D].
-            user_rows: row of each user in the users table, int64 [B]; -1 of unknown ones.
-            k: length of the lists.
-            filters: which items may come back.
-            exclude_seen: whether to leave out the items of each user.
-            popularity_weight: see `recommend`.
+            vectors: User vectors, float32 [B, D].
+            user_rows: Row of each user in the users table, int64 [B]; -1 of unknown ones.
+            k: Length of the lists.
+            filters: Which items may come back.
+            exclude_seen: Whether to leave out the items of each user.
+            popularity_weight: See `recommend`.
         """
         live = self._live  # one of them, whatever takes its place meanwhile
         catalogue = live.catalogue

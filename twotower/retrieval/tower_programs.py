@@ -29,9 +29,9 @@ def export_tower(embed: Embed, weights: WeightArrays, example: Mapping[str, np.n
     """Returns the program of one tower.
 
     Args:
-        embed: function of the weights and the features that JAX can trace.
-        weights: arrays that say the shapes and types of the weights.
-        example: encoded features of any number of rows, which say theirs.
+        embed: Function of the weights and the features that JAX can trace.
+        weights: Arrays that say the shapes and types of the weights.
+        example: Encoded features of any number of rows, which say theirs.
     """
     (batch,) = jax.export.symbolic_shape("b")
     features = {
@@ -48,7 +48,7 @@ class TowerPrograms:
     Attributes:
         programs: {"user": ..., "item": ...}, as `export_tower` returns them.
         weights: NumPy arrays.
-        dim: width of the vectors, D.
+        dim: Width of the vectors, D.
     """
 
     def __init__(self, programs: Mapping[str, bytes], weights: WeightArrays):
@@ -69,8 +69,8 @@ class TowerPrograms:
 
         Args:
             side: "user" or "item".
-            features: encoded features, [N, ...] each.
-            batch: rows embedded at once. A last part is padded to a power of two, so that few
+            features: Encoded features, [N, ...] each.
+            batch: Rows embedded at once. A last part is padded to a power of two, so that few
                 shapes are compiled.
         """
         count = len(next(iter(features.values())))

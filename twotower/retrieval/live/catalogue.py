@@ -31,9 +31,9 @@ class LiveCatalogue:
     Readers take `snapshot` once an answer and need no lock. Whoever changes something holds `lock`.
 
     Attributes:
-        snapshot: the items as they are now.
-        numbers: number of each item by its id; only grows.
-        lock: held while a change is made.
+        snapshot: The items as they are now.
+        numbers: Number of each item by its id; only grows.
+        lock: Held while a change is made.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class LiveCatalogue:
         """Starts without changes; see `build` for the items of a bundle.
 
         Args:
-            base: the indexed items.
-            numbers: number of each item by its id, those of items that are gone among them.
-            counts: training rows of the items by their numbers; those beyond have none.
-            lock: held while a change is made.
-            version: number of the last change that is in the base.
+            base: The indexed items.
+            numbers: Number of each item by its id, those of items that are gone among them.
+            counts: Training rows of the items by their numbers; those beyond have none.
+            lock: Held while a change is made.
+            version: Number of the last change that is in the base.
         """
         memtable = MemTable.empty(base.vectors.shape[1])
         self.snapshot = Snapshot(base, memtable, 0, version, 0, {})
@@ -73,11 +73,11 @@ class LiveCatalogue:
         """Returns the catalogue of N items that were just indexed.
 
         Args:
-            index: index over `vectors`.
-            vectors: item vectors, float32 [N, D], or int8 that is read as such.
+            index: Index over `vectors`.
+            vectors: Item vectors, float32 [N, D], or int8 that is read as such.
             items: item_id and display columns, N rows.
-            counts: training rows of each item, int64 [N]; 0 by default.
-            lock: held while a change is made; a new one by default.
+            counts: Training rows of each item, int64 [N]; 0 by default.
+            lock: Held while a change is made; a new one by default.
         """
         size = len(items)
         ids = items["item_id"].to_pylist()
@@ -201,7 +201,7 @@ class LiveCatalogue:
         Answers go on meanwhile, and so do changes, which the new catalogue then has too.
 
         Args:
-            build: function that builds the index.
+            build: Function that builds the index.
         """
         with self.lock:
             then = self.snapshot
@@ -262,9 +262,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Returns the ids that look most like `name`.
 
     Args:
-        name: an id that is not known.
-        known: ids; of very many only those are compared that begin alike.
-        count: how many to return at most.
+        name: An id that is not known.
+        known: Ids; of very many only those are compared that begin alike.
+        count: How many to return at most.
     """
     known = tuple(known)
     if len(known) > MAX_COMPARED_IDS:

@@ -54,8 +54,8 @@ def matching_items(items: pa.Table, where: Conditions) -> np.ndarray:
     """Returns whether each item satisfies all conditions, bool [N].
 
     Args:
-        items: display columns of N items.
-        where: conditions.
+        items: Display columns of N items.
+        where: Conditions.
 
     Raises:
         ConfigError: A column or an operator is unknown; the nearest is named.

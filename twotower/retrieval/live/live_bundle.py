@@ -42,8 +42,8 @@ class Compacted(NamedTuple):
     """A new version of a bundle that is not current yet.
 
     Attributes:
-        bundle: the new version, loaded.
-        last: number of the last change that is in it.
+        bundle: The new version, loaded.
+        last: Number of the last change that is in it.
     """
 
     bundle: Bundle
@@ -54,14 +54,14 @@ class LiveBundle:
     """A bundle, and its items as they are now.
 
     Attributes:
-        bundle: what was loaded.
-        catalogue: its items now, with the changes in its log.
+        bundle: What was loaded.
+        catalogue: Its items now, with the changes in its log.
     """
 
     def __init__(self, bundle: Bundle, lock: threading.RLock):
         """Args:
-        bundle: a bundle; only one that was loaded from a folder can be changed.
-        lock: held while anything changes.
+        bundle: A bundle; only one that was loaded from a folder can be changed.
+        lock: Held while anything changes.
         """
         self.bundle = bundle
         self.catalogue = LiveCatalogue.build(

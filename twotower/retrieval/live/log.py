@@ -61,7 +61,7 @@ class Delete:
     """Items to take away.
 
     Attributes:
-        ids: item ids.
+        ids: Item ids.
     """
 
     ids: tuple[str, ...]
@@ -81,14 +81,14 @@ class ChangeLog:
     The callers hold a lock: a connection serves one thread at a time.
 
     Attributes:
-        path: see `changes_path`.
-        last: number of the last change that was read or written here.
+        path: See `changes_path`.
+        last: Number of the last change that was read or written here.
     """
 
     def __init__(self, path: Path, sha256: str):
         """Args:
-        path: file of the log, which need not exist.
-        sha256: hash of the bundle's manifest.
+        path: File of the log, which need not exist.
+        sha256: Hash of the bundle's manifest.
         """
         self.path = path
         self.last = 0

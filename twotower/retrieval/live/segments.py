@@ -36,13 +36,13 @@ class BaseSegment:
     """The items that were indexed. Only tombstones change.
 
     Attributes:
-        index: index over `vectors`.
+        index: Index over `vectors`.
         vectors: float32 [N, D], or int8 that is read as such.
         items: item_id and display columns, N rows.
-        counts: training rows of each item, int64 [N].
-        numbers: number of each row's item, int64 [N].
-        row_by_number: row of each number, int64; -1 without one.
-        removed_by: change that removed each row, int64 [N].
+        counts: Training rows of each item, int64 [N].
+        numbers: Number of each row's item, int64 [N].
+        row_by_number: Row of each number, int64; -1 without one.
+        removed_by: Change that removed each row, int64 [N].
     """
 
     index: Index
@@ -66,12 +66,12 @@ class BaseSegment:
         """Returns the segment of N items, all of them there.
 
         Args:
-            index: index over `vectors`.
-            vectors: item vectors [N, D].
+            index: Index over `vectors`.
+            vectors: Item vectors [N, D].
             items: item_id and display columns, N rows.
-            counts: training rows of each item, int64 [N].
-            numbers: number of each item, int64 [N].
-            num_numbers: how many numbers have been given to items so far.
+            counts: Training rows of each item, int64 [N].
+            numbers: Number of each item, int64 [N].
+            num_numbers: How many numbers have been given to items so far.
         """
         row_by_number = np.full(num_numbers, -1, np.int64)
         row_by_number[numbers] = np.arange(len(numbers))
@@ -130,10 +130,10 @@ class MemTable:
 
     Attributes:
         vectors: float32 [capacity, D].
-        numbers: number of the item in each slot, int64 [capacity].
-        log_counts: log training rows of each item, float32 [capacity].
-        added_by: change that added each slot, int64 [capacity].
-        removed_by: change that removed each slot, int64 [capacity].
+        numbers: Number of the item in each slot, int64 [capacity].
+        log_counts: Log training rows of each item, float32 [capacity].
+        added_by: Change that added each slot, int64 [capacity].
+        removed_by: Change that removed each slot, int64 [capacity].
         rows: item_id and display columns of each slot; grows.
         tables: (first slot, the same columns of it and the next ones) of each update; grows.
     """

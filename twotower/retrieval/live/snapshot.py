@@ -36,12 +36,12 @@ class Snapshot:
     A position is a row of the base, or, from `len(base)` on, a slot of the memtable.
 
     Attributes:
-        base: the items that were indexed.
-        memtable: the items that came since.
-        num_slots: slots of the memtable that exist.
-        version: number of the last change that is seen.
-        num_removed: rows of the base that are gone.
-        cache: matching rows or slots by their conditions; shared by all snapshots of one base.
+        base: The items that were indexed.
+        memtable: The items that came since.
+        num_slots: Slots of the memtable that exist.
+        version: Number of the last change that is seen.
+        num_removed: Rows of the base that are gone.
+        cache: Matching rows or slots by their conditions; shared by all snapshots of one base.
     """
 
     base: BaseSegment
@@ -68,13 +68,13 @@ class Snapshot:
         """Returns the best `k` items that are there: the index's, merged with the memtable's.
 
         Args:
-            queries: query vectors, float [B, D].
-            k: length of the lists.
-            exclude: numbers of the items that must not come back, for each query.
-            where: conditions that items must satisfy.
-            only: numbers of the items that may come back; all by default.
-            popularity_weight: factor of an item's log count in its score.
-            cosine: whether cosines rank in the place of dot products.
+            queries: Query vectors, float [B, D].
+            k: Length of the lists.
+            exclude: Numbers of the items that must not come back, for each query.
+            where: Conditions that items must satisfy.
+            only: Numbers of the items that may come back; all by default.
+            popularity_weight: Factor of an item's log count in its score.
+            cosine: Whether cosines rank in the place of dot products.
 
         Returns:
             (scores float32 [B, k], positions int64 [B, k]); score -inf and position -1 where fewer
