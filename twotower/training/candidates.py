@@ -1,5 +1,5 @@
-"""Candidates of a step: items sampled for it, how often each was to be expected, and all devices'
-candidates brought together; with what a step needs of the whole corpus for that."""
+"""Candidates of a step: the items sampled for it, their expected counts, and the candidates of all
+devices; with the arrays of the whole corpus that a step reads for that."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from twotower.training.checks import check_negatives, uses_negatives
 
 
 class CorpusSize(NamedTuple):
-    """Sizes of what training compares.
+    """Numbers of users and items.
 
     Attributes:
         users: Number of users, U.
@@ -61,33 +61,36 @@ class NegativeSampling:
     def build(
         cls, config: Config, loss: Any, corpus: CorpusSize, *, positions: int = 1
     ) -> NegativeSampling:
-        """Returns the sampling that a configuration asks for.
+        """Returns the sampling of a configuration.
 
         Args:
             config: Configuration of the run.
-            loss: `Loss` of the run, or the function of a pointwise loss, which has no negatives.
+            loss: Retrieval loss of the run, or the function of a pointwise one, which has no
+                negatives.
             corpus: Sizes of the corpus.
             positions: Number of positions in a row of the batch; see
                 `twotower.pipeline.sequences`.
 
         Raises:
-            ConfigError: The corpus has fewer items than are to be drawn.
+            ConfigError: The corpus has fewer items than the sources draw.
         """
         objective = config.objective
+        # A position of a packed row is a positive, hence a row of the loss.
         batch_size = config.training.batch_size * positions
         if not uses_negatives(objective):
             no_source = NegativesConfig(in_batch=False, uniform=0)
             return cls(no_source, batch_size, corpus.items, corrected=False)
         uniform = objective.negatives.uniform
         if uniform < 0:
-            # Items that no row trains would never be a negative of anything: a quarter of the
-            # batch is drawn from all, so that they learn to be unlikely.
-            needed = corpus.unseen and not objective.negatives.catalogue
-            uniform = min(-(-batch_size // 4), corpus.items) if needed else 0
-        chosen = dataclasses.replace(objective.negatives, uniform=uniform)
-        check_negatives(chosen, items=corpus.items, batch_size=batch_size)
+            uniform = 0
+            # Items that no row trains would never be a negative of anything: as many as a quarter
+            # of the batch are drawn from all, so that they learn to be unlikely.
+            if corpus.unseen and not objective.negatives.catalogue:
+                uniform = min(-(-batch_size // 4), corpus.items)
+        sources = dataclasses.replace(objective.negatives, uniform=uniform)
+        check_negatives(sources, items=corpus.items, batch_size=batch_size)
         corrected = objective.logq and loss.corrects
-        return cls(chosen, batch_size, corpus.items, corrected)
+        return cls(sources, batch_size, corpus.items, corrected)
 
     @property
     def hard(self) -> int:
@@ -98,6 +101,7 @@ class NegativeSampling:
     def candidates(self) -> int:
         """Number of items that each query is compared with."""
         config = self.config
+        # Every item is a candidate once: in-batch and shared sources would only repeat some.
         if config.catalogue:
             return self.items + self.hard
         shared = config.uniform + config.popularity + config.queue
@@ -111,7 +115,7 @@ class NegativeSampling:
 
 
 class SampledItems(NamedTuple):
-    """Items of a step beside the batch's own, on one device; id -1 where there is none.
+    """Items of a step beside the batch's own, on one device; id -1 for padding.
 
     Attributes:
         shared: Candidates of all queries, this device's part of them.
@@ -139,21 +143,22 @@ def sample_items(
     """Draws the items of one step.
 
     Shared draws are a function of the key, and each row of the batch has a key of its own, so that
-    every division over devices draws the same.
+    the draws are the same however the batch is divided over devices.
 
     Args:
         sampling: Sources of negatives.
         batch: This device's part of the batch.
-        arrays: "mined" and "explicit" pools and the "popularity" table, as far as `sampling` uses
-            them.
+        arrays: "mined" and "explicit" pools and the "popularity" table, if `sampling` uses them.
         key: Random key of the step.
         group: Devices of the step.
     """
     config = sampling.config
+    # Never an empty list, which cannot be concatenated.
     shared = [jnp.zeros(0, jnp.int32)]
     if config.catalogue:
         shared.append(jnp.arange(sampling.items, dtype=jnp.int32))
     if config.uniform:
+        # A number for each source, so that adding one leaves the draws of the others as they were.
         uniform_key = jax.random.fold_in(key, 0)
         shared.append(negatives.uniform(uniform_key, config.uniform, sampling.items))
     if config.popularity:
@@ -182,13 +187,13 @@ def _sample_hard(
     counts = {"mined": config.mined, "explicit": config.explicit}
     pools = [(arrays[name], count) for name, count in counts.items() if count]
     rows = group.row_numbers(len(users))
-    drawn = [jnp.zeros((len(users), 0), jnp.int32)]
+    parts = [jnp.zeros((len(users), 0), jnp.int32)]
     for i, (pool, count) in enumerate(pools):
         # Keys 0 and 1 are those of the shared draws.
         keys = row_keys(jax.random.fold_in(key, 2 + i), rows)
         ids, _ = negatives.draw_pool(keys, pool, users, count)
-        drawn.append(ids)
-    hard = jnp.concatenate(drawn, axis=1)
+        parts.append(ids)
+    hard = jnp.concatenate(parts, axis=1)
     if not pools:
         return hard, jnp.zeros(hard.shape)
     # An item of one pool may be in the other as well: its expected counts are summed.
@@ -216,6 +221,8 @@ def take_features(
     """
 
     def take(name: str, values: Array) -> jax.Array:
+        # -1 would take the last item; its dense features are read as those of item 0, and masked as
+        # an id.
         taken = values[jnp.maximum(ids, 0)]
         if not inputs[name].table:
             return taken
@@ -233,13 +240,13 @@ def log_expected_count(
     ids: Int[Array, "..."],
     own: jax.Array | None = None,
 ) -> Float[Array, "..."]:
-    """Returns the log of how often the sources of a step yield each id: their expected counts
-    summed; 0 where nothing is corrected.
+    """Returns the log of the number of times that the sources of a step are expected to yield each
+    id, summed over the sources; 0 if the loss is not corrected.
 
     Args:
         sampling: Sources of negatives.
         frequency: State of the frequency estimator of items.
-        popularity: Table that popular items are drawn from, where they are.
+        popularity: Table that popular items are drawn from; None without that source.
         queued: Number of entries of the queue in use.
         ids: Items of any shape.
         own: Log of the expected counts that a source of one query alone adds, of the shape of
@@ -249,10 +256,12 @@ def log_expected_count(
     if not sampling.corrected:
         return jnp.zeros(ids.shape)
     sources: list[LogExpectedCount] = []
-    if config.catalogue:  # every item once
+    if config.catalogue:
+        # Every item once, whatever the batch holds.
         sources.append(lambda ids: jnp.zeros(ids.shape))
     elif config.in_batch or config.queue:
         estimator = FREQUENCIES[config.frequency]
+        # Rows of the batch and of the queue are draws from the same training rows.
         draws = sampling.batch_size * config.in_batch + queued
         sources.append(lambda ids: estimator.log_expected_count(frequency, ids, draws))
     if config.uniform:
@@ -262,6 +271,7 @@ def log_expected_count(
         sources.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
     if own is not None:
         sources.append(lambda ids: own)
+    # Padding is looked up as item 0; its logit is masked by its id.
     return negatives.mixed_log_expected_count(jnp.maximum(ids, 0), sources)
 
 
@@ -276,10 +286,13 @@ def gather_candidates(
     The parts are concatenated before they are gathered, all three alike, so that what belongs
     together stays together.
     """
-    if not sum(map(len, ids)):  # no collective of nothing
+    # An empty array is gathered by no collective.
+    if not sum(map(len, ids)):
         group = SINGLE_DEVICE
+    # One collective for both.
     both = jnp.stack([jnp.concatenate(ids), jnp.concatenate(query_ids)], axis=1)
     both = group.all_gather(both)
+    # `gather` passes gradients back to the device that each vector came from; ids have none.
     return group.gather(jnp.concatenate(vectors)), both[:, 0], both[:, 1]
 
 
@@ -341,7 +354,7 @@ def step_constants(
         sampling: Sources of negatives, which decide what is needed.
         data: Prepared data.
         mesh: Devices of the run.
-        resident: Training data that is on the devices already, if it is.
+        resident: Training data that is on the devices already; None if batches come from the host.
 
     Returns:
         "item_features" {name: [N, ...]}, "popularity" (an alias table) and "explicit" (pools of
@@ -350,6 +363,7 @@ def step_constants(
     config = sampling.config
     constants: dict[str, Any] = {}
     if sampling.needs_features:
+        # The resident data has the same features: they are not put on the devices twice.
         if resident:
             constants["item_features"] = resident["item_features"]
         else:
@@ -368,10 +382,11 @@ def count_rows(data: TrainingData) -> dict[str, np.ndarray]:
     """Returns the number of training rows of each user ("user", [U]), of each item of the corpus
     ("item", [N]) and in all ("rows"), float32.
 
-    Of sequences it is how often a pass has each as a target, and in all the number of positions of
-    a pass, filled or not.
+    With packed sequences these are the expected numbers of times that a pass has each as a target,
+    and in all the number of positions of a pass, filled or not.
     """
     sizes = {"user": len(data.users), "item": len(data.items)}
+    # None, and every row counts once, unless the examples are sequences.
     rates = data.target_rates()
     counts = {"rows": np.asarray(data.num_positions, np.float32)}
     for side, size in sizes.items():

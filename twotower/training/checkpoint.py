@@ -29,8 +29,9 @@ class _LatestAndBest:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         best = best_step({c.step: c.metrics or {} for c in checkpoints}, self.metric)
-        recent = len(checkpoints) - self.keep
-        return [i >= recent or c.step == best for i, c in enumerate(checkpoints)]
+        # Orbax passes the checkpoints in the order of their steps.
+        first_kept = len(checkpoints) - self.keep
+        return [i >= first_kept or c.step == best for i, c in enumerate(checkpoints)]
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
@@ -38,6 +39,7 @@ def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | 
     measured = {
         step: values[metric] for step, values in sorted(metrics.items()) if metric in values
     }
+    # Steps are sorted, and `max` returns the first of equals: the earliest.
     return max(measured, key=measured.__getitem__) if measured else None
 
 
@@ -68,6 +70,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
+        # Resolved, since Orbax refuses relative paths.
         self._manager = ocp.CheckpointManager(
             self.folder.resolve(), options=options, item_names=("state", "record")
         )
@@ -91,9 +94,11 @@ class Checkpoints:
         Args:
             step: Number of steps done.
             state: Tree of arrays.
-            record: What the loop remembers, as JSON.
+            record: Progress of the loop, as JSON.
             metrics: Validation metrics.
         """
+        # The checksum waits for the step that made the state; the copy of the state is then
+        # asynchronous.
         checked = {"run": self._run, "checksum": int(checksum(state)), "loop": dict(record)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked)
@@ -132,12 +137,13 @@ class Checkpoints:
 
         Args:
             step: Number of steps done.
-            abstract: Shapes, types and shardings to restore onto, always explicit.
+            abstract: Shapes, types and shardings to restore onto.
 
         Raises:
             CheckpointError: There is no checkpoint of that step, its files are corrupt, or it holds
                 the arrays of another model or run.
         """
+        # Explicit shardings let a run go on with another number of devices.
         self._check_exists(step)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
@@ -146,7 +152,7 @@ class Checkpoints:
         try:
             restored: Any = self._manager.restore(step, args=items)
         except Exception as error:
-            # Orbax and TensorStore raise many kinds for a damaged file; the cause is kept.
+            # Orbax and TensorStore raise errors of many kinds for a damaged file.
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
                 f"{folder} cannot be restored: it is damaged, or was written by a model with other "
@@ -154,6 +160,7 @@ class Checkpoints:
             ) from error
         state = restored["state"]
         record = restored["record"]
+        # Its arrays may have the same shapes by chance: only the name tells.
         if record["run"] != self._run:
             raise CheckpointError(
                 f"{folder} belongs to another run, of another configuration. {_CURE}"
@@ -182,9 +189,11 @@ def checksum(state: Any) -> jax.Array:
     """
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(state)):
+        # Bits, not values: a NaN and the sign of 0 count too. All arrays of a state have 32 bits.
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
         # Odd factors are invertible modulo 2^32, so no change of one element cancels out.
         factors = 2 * jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(_GOLDEN) + 1
+        # Integer sums wrap around and have no order: every division over devices gives the same.
         part = jnp.sum(words * factors, dtype=jnp.uint32)
         total += jnp.uint32(2 * number + 1) * part
     return total

@@ -20,8 +20,8 @@ from twotower.towers.history import BLOCKS, HISTORIES
 from twotower.towers.layers import ACTIVATIONS
 from twotower.training.optimizers import DENSE, SCHEDULES
 
-# Endings and beginnings of metrics that no checkpoint can be chosen by, the greatest value being
-# the best.
+# Endings and beginnings of the metrics that cannot choose the best checkpoint, which has the
+# greatest value.
 SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
 COUNTS = ("never_trained", "queries")
 
@@ -35,6 +35,7 @@ def check_kinds(config: Config) -> None:
     training = config.training
     objective = config.objective
     model = config.model
+    # Each dictionary is the one that the kind is looked up in later: a new entry is known at once.
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
@@ -53,12 +54,14 @@ def check_kinds(config: Config) -> None:
 
 
 def _check_optimizer(training: TrainingConfig) -> None:
+    # A decay that no optimizer applies would be a silent option.
     kind = training.optimizer.kind
     decay = training.optimizer.weight_decay
     if decay and kind != "adamw":
         raise ConfigError(
             f"config.training.optimizer.weight_decay={decay} needs kind='adamw', not {kind!r}."
         )
+    # Its range is checked here, since other schedules do not read it.
     schedule = training.schedule
     if schedule.kind == "plateau" and not 0 < schedule.factor < 1:
         raise ConfigError(
@@ -93,21 +96,23 @@ def uses_negatives(objective: ObjectiveConfig) -> bool:
 def _check_sources(objective: ObjectiveConfig) -> None:
     """Refuses negatives that no loss uses, and a loss without any."""
     negatives = objective.negatives
-    drawn = negatives.uniform > 0 or any(
-        (
-            negatives.popularity,
-            negatives.catalogue,
-            negatives.queue,
-            negatives.mined,
-            negatives.explicit,
-        )
+    sources = (
+        # -1 decides by the corpus, which is not known yet.
+        negatives.uniform > 0,
+        negatives.popularity,
+        negatives.catalogue,
+        negatives.queue,
+        negatives.mined,
+        negatives.explicit,
     )
-    if drawn and not uses_negatives(objective):
+    # `in_batch` is left out: it is on by default, also for losses without negatives.
+    has_sources = any(sources)
+    if has_sources and not uses_negatives(objective):
         raise ConfigError(
             f"config.objective.negatives has sources that loss={objective.loss!r} with "
             f"weight={objective.weight} never uses."
         )
-    if uses_negatives(objective) and not drawn and not negatives.in_batch:
+    if uses_negatives(objective) and not has_sources and not negatives.in_batch:
         raise ConfigError(
             "config.objective.negatives has no source: set in_batch=True, or how many to draw by "
             "uniform or popularity, or catalogue=True."
@@ -126,7 +131,7 @@ def _check_parts(config: Config) -> None:
             "computed in blocks and never holds [B, C] scores: raise "
             f"config.training.batch_size={training.batch_size} itself; leave accumulate at 1."
         )
-    # A whole catalogue is embedded in blocks, none of which has the statistics of the batch.
+    # All items are embedded in blocks, none of which has the statistics of the batch.
     in_parts = training.accumulate > 1 or config.objective.negatives.catalogue
     if in_parts and (model.user.batch_norm or model.item.batch_norm):
         raise ConfigError(
@@ -149,17 +154,20 @@ def _check_loss(objective: ObjectiveConfig, *, learn_temperature: bool) -> None:
         "symmetric": loss is not None,
     }
     for field, is_read in read.items():
+        # A value other than the default was set on purpose.
         value = getattr(objective, field)
         if not is_read and value != getattr(ObjectiveConfig(), field):
             raise ConfigError(
                 f"config.objective.{field}={value} is not read by loss={name!r}: leave one of them "
                 "out."
             )
+    # Its positive stands outside the sum, so that nothing holds the temperature.
     if loss is not None and loss.bilateral and learn_temperature:
         raise ConfigError(
             f"config.objective.loss={name!r} falls without bound as the temperature does: set "
             "config.model.learn_temperature=False."
         )
+    # Equal vectors have a loss of `margin`, and of 0 without one.
     if name in ("hinge", "triplet") and not objective.margin:
         raise ConfigError(
             f"config.objective.margin=0.0 with loss={name!r} is met by vectors that are all alike: "
@@ -171,8 +179,8 @@ def check_matryoshka(widths: tuple[int, ...], dim: int) -> None:
     """Refuses widths of cut vectors that are equal, or not below that of the vectors.
 
     Args:
-        widths: The option `config.objective.matryoshka`.
-        dim: The width D of the vectors.
+        widths: Option `config.objective.matryoshka`.
+        dim: D, width of the vectors.
     """
     in_range = all(0 < width < dim for width in widths)
     if not in_range or len(set(widths)) < len(widths):
@@ -183,12 +191,13 @@ def check_matryoshka(widths: tuple[int, ...], dim: int) -> None:
 
 
 def check_negatives(negatives: NegativesConfig, *, items: int, batch_size: int) -> None:
-    """Refuses sources that are to give more items than there are.
+    """Refuses sources of more items than the corpus or a pool has.
 
     Args:
-        negatives: The sources, with `uniform` decided.
-        items: The number N of items of the corpus.
-        batch_size: The rows B of a batch of all devices; of packed sequences, their positions.
+        negatives: Sources of negatives, with `uniform` decided.
+        items: N, number of items of the corpus.
+        batch_size: B, number of rows of a batch over all devices; with packed sequences, of
+            positions.
     """
 
     def check(ok: bool, field: str, cure: str) -> None:
@@ -202,6 +211,7 @@ def check_negatives(negatives: NegativesConfig, *, items: int, batch_size: int) 
             "them by catalogue=True."
         )
         check(getattr(negatives, field) <= items, field, cure)
+    # The queue takes whole batches; see `objectives.negatives.push`.
     nearest = max(1, round(negatives.queue / batch_size)) * batch_size
     cure = f"must be a multiple of the batch size {batch_size}, such as {nearest}."
     check(negatives.queue % batch_size == 0, "queue", cure)
@@ -211,13 +221,13 @@ def check_negatives(negatives: NegativesConfig, *, items: int, batch_size: int) 
         check(last <= items, "mined_ranks", cure)
         pool = last - first
         cure = (
-            f"is more than the {pool} items of a pool: draw at most so many, or widen mined_ranks."
+            f"is more than the {pool} items of a pool: draw at most {pool}, or widen mined_ranks."
         )
         check(negatives.mined <= pool, "mined", cure)
 
 
 def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
-    """Refuses mined negatives where nothing ranks the items."""
+    """Refuses mined negatives without a function that ranks the items."""
     if negatives.mined and not has_miner:
         raise ConfigError(
             f"config.objective.negatives.mined={negatives.mined} needs a function that ranks "
@@ -251,19 +261,19 @@ def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
 def check_batch_norm(
     config: Config, negatives: NegativesConfig, devices: int, *, max_rows: int
 ) -> None:
-    """Refuses batch normalisation whose statistics would be of more, or of less, than a batch.
+    """Refuses batch normalisation over a part of a batch, or over padding.
 
     Args:
-        config: The configuration.
-        negatives: The sources of negatives, with `uniform` decided.
-        devices: The number of devices that divide the batch.
-        max_rows: The rows that a device embeds at once.
+        config: Configuration of the run.
+        negatives: Sources of negatives, with `uniform` decided.
+        devices: Number of devices that divide the batch.
+        max_rows: Number of rows that a device embeds at once.
     """
     size = config.training.batch_size
     hard = negatives.mined + negatives.explicit
-    drawn = negatives.uniform + negatives.popularity
-    # Hard negatives are embedded in one go with the batch and with what is drawn.
-    items = size * (1 + hard) + drawn
+    samples = negatives.uniform + negatives.popularity
+    # The batch's items, the shared samples and the hard negatives are embedded together.
+    items = size * (1 + hard) + samples
     rows = {"user": size // devices, "item": -(-items // devices)}
     for side, tower in (("user", config.model.user), ("item", config.model.item)):
         if tower.batch_norm and rows[side] > max_rows:
@@ -279,24 +289,23 @@ def check_batch_norm(
             "config.model.item.batch_norm=True with mined or explicit negatives would count the "
             "empty slots of users who have none: choose layer_norm."
         )
-    # Draws that cannot be divided are filled up with padding, which would be taken for items.
-    if drawn % devices:
+    # Samples that cannot be divided are filled up with padding, which would count as items.
+    if samples % devices:
         raise ConfigError(
             f"config.objective.negatives.uniform={negatives.uniform} and "
-            f"popularity={negatives.popularity} draw {drawn} items, which cannot be divided evenly "
-            f"over {devices} devices, and batch_norm of the item tower would count what fills them "
-            f"up. Draw {max(drawn // devices, 1) * devices} in all, or choose layer_norm."
+            f"popularity={negatives.popularity} draw {samples} items, which cannot be divided "
+            f"evenly over {devices} devices, and batch_norm of the item tower would count the "
+            f"padding. Draw {max(samples // devices, 1) * devices} in all, or choose layer_norm."
         )
 
 
 def check_metric(values: Mapping[str, float], metric: str) -> None:
-    """Refuses a metric that names no best checkpoint.
-
-    Meant to be called before the first step, so that a misspelt metric does not cost an hour.
+    """Refuses a metric that cannot choose the best checkpoint.
 
     Args:
-        values: The metrics of a validation.
-        metric: The option `config.training.metric`.
+        values: Metrics of a validation; one before the first step lets a misspelt metric cost
+            seconds instead of an hour.
+        metric: Option `config.training.metric`.
     """
     if metric not in values:
         raise ConfigError(

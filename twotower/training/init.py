@@ -1,5 +1,5 @@
-"""Fresh states: shapes first, then each array where it will live, so that no table is ever whole on
-one device."""
+"""Fresh states: shapes first, then each array on its own devices, so that no table is ever whole on
+one of them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
         counts: Training rows of each user ("user", float32 [U]), of each item ("item", [N]) and in
             all ("rows").
     """
+    # Drawn again from the same seed in `_init_dense`: tables and towers fold different numbers in.
     key = jax.random.key(trainer.config.training.seed)
     return _state_around(trainer, trainer.model.init(key).tables, counts)
 
@@ -48,6 +49,7 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
         trainer: Model, loss and optimizers.
         counts: Training rows; see `init_state`.
     """
+    # Tables come first, each sharded from its first number on.
     abstract = abstract_state(trainer, mesh)
     key = jax.random.key(trainer.config.training.seed)
     tables = {name: _init_table(mesh, trainer, key, name, abstract) for name in abstract.tables}
@@ -74,6 +76,7 @@ def _init_table(
     def draw() -> jax.Array:
         return trainer.model.init_rows(key, name, start=group.index() * count, count=count)
 
+    # A row's values depend on the key and its number alone: equal on any number of devices.
     draw_all = shard_map_if_needed(mesh, draw, (), SHARDED)
     return jax.jit(draw_all, out_shardings=table.sharding)()
 
@@ -126,16 +129,17 @@ def _init_dense(trainer: Trainer, key: jax.Array) -> tuple[dict[str, Any], dict[
         heads_key = jax.random.fold_in(key, len(SIDES))
         params["heads"] = init_heads(objective.heads, trainer.model.dim, heads_key)
     if objective.loss == POINTWISE_LOSS:
+        # The odds of label 1 are not known before training; one to one.
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:
-        # The loss begins at the odds that there are, of one positive to its candidates, instead of
-        # at one to one.
+        # The loss begins at the true odds, one positive to all candidates, instead of at one to
+        # one.
         params["bias"] = -jnp.log(jnp.float32(trainer.sampling.candidates))
     return params, stats
 
 
 def _init_negatives(trainer: Trainer) -> dict[str, Any]:
-    """Returns an empty queue and empty pools of mined negatives, as far as they are used."""
+    """Returns an empty queue and empty pools of mined negatives, if they are used."""
     config = trainer.sampling.config
     empty: dict[str, Any] = {}
     if config.queue:
@@ -144,6 +148,7 @@ def _init_negatives(trainer: Trainer) -> dict[str, Any]:
         first, last = config.mined_ranks
         users = trainer.corpus.users
         empty["mined"] = {
+            # Of the size of all later pools, so that a step is traced once.
             "items": jnp.full((users, last - first), -1, jnp.int32),
             "sizes": jnp.zeros(users, jnp.int32),
         }

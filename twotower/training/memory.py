@@ -1,4 +1,4 @@
-"""Memory of a run on each device: stated before anything is allocated, and refused where it cannot
+"""Memory of a run on each device: logged before anything is allocated, and refused if it cannot
 fit."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from twotower.core.errors import ConfigError
 
 
 def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
-    """Logs the bytes on each device of a mesh, and refuses a run that needs more than there are.
+    """Logs the bytes on each device of a mesh, and refuses a run that needs more than are free.
 
     Args:
         mesh: Devices of the run.
@@ -28,15 +28,18 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
     """
     lines = _state_lines(state, mesh.size)
     lines += [f"{name}: {_format_bytes(count)}" for name, count in resident.items() if count]
+    # Activations and temporary arrays are left out: their size is known only after compiling.
     needed = _bytes_on_each(state) + sum(resident.values())
-    total = f"{_format_bytes(needed)} on each of {mesh.size} device{'s' if mesh.size > 1 else ''}"
-    logging.info("Memory before activations: %s (%s).", total, "; ".join(lines))
+    devices = "device" if mesh.size == 1 else "devices"
+    total = f"{_format_bytes(needed)} on each of {mesh.size} {devices}"
+    parts = "; ".join(lines)
+    logging.info("Memory before activations: %s (%s).", total, parts)
     limit = _free_bytes(mesh)
     if limit is not None and needed > limit:
-        more = -(-needed // max(limit, 1))
+        factor = -(-needed // max(limit, 1))
         raise ConfigError(
-            f"The run needs {total}, and {_format_bytes(limit)} is free. It holds: {'; '.join(lines)}. "
-            f"Divide the tables over more devices (about {more * mesh.size}), choose "
+            f"The run needs {total}, and {_format_bytes(limit)} is free. It holds: {parts}. "
+            f"Divide the tables over more devices (about {factor * mesh.size}), choose "
             "config.training.tables.kind='rowwise_adagrad' (one number of state a row), narrower "
             "embeddings (embedding_size) or fewer rows (min_count)."
         )
@@ -53,7 +56,9 @@ def _bytes_on_each(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        # A replicated array is whole on each device, a sharded one in part.
         part = leaf.sharding.shard_shape(leaf.shape)
+        # In int64: a table of 2^31 numbers is no rarity.
         total += int(np.prod(part, dtype=np.int64)) * leaf.dtype.itemsize
     return total
 
@@ -69,13 +74,14 @@ def _state_lines(state: Any, devices: int) -> list[str]:
         )
     dense = (state.params, state.opt_state, state.batch_stats)
     lines.append(f"dense parameters and their optimizer: {_format_bytes(_bytes_on_each(dense))}")
-    kept = (state.frequency, state.negatives)
-    lines.append(f"frequencies and kept negatives: {_format_bytes(_bytes_on_each(kept))}")
+    sampling = (state.frequency, state.negatives)
+    lines.append(f"frequencies and kept negatives: {_format_bytes(_bytes_on_each(sampling))}")
     return lines
 
 
 def _free_bytes(mesh: Mesh) -> int | None:
-    """Returns the bytes that one device may use; None where the machine does not say."""
+    """Returns the bytes that one device may use; None if the machine does not say."""
+    # Devices of other processes cannot be asked for their memory.
     process = jax.process_index()
     devices = [device for device in mesh.devices.flat if device.process_index == process]
     if devices[0].platform != "cpu":
@@ -83,8 +89,8 @@ def _free_bytes(mesh: Mesh) -> int | None:
         if "bytes_limit" not in stats:
             return None
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    # Devices of a CPU share its memory. What the system keeps of files, such as the log just read,
-    # is free as well.
+    # Devices of a CPU share its memory. "Available" includes the system's cache of files, such as
+    # the log that was just read.
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     for line in lines:

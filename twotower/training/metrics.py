@@ -1,5 +1,5 @@
-"""Metrics of training: read from the device when the next steps are under way, averaged, and
-written as JSON lines, TensorBoard events, and a bar or log lines for whoever watches."""
+"""Metrics of training: read from the device while the next steps run, averaged, and written as JSON
+lines, TensorBoard events, and a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ class Writer(Protocol):
         Args:
             step: Number of steps done.
             values: Metrics by name.
-            show: The few to display, as text, until they are replaced.
+            show: Metrics to display, as text, until they are replaced.
         """
         ...
 
 
 def recovery_hint(checkpoints: Checkpoints) -> str:
-    """Returns, for an error message, where to go on from."""
+    """Returns the end of an error message: the checkpoint to go on from, and the cure."""
+    # A save in progress is of a good state, and must not be cut off by the error.
     checkpoints.wait()
     latest = checkpoints.latest()
     origin = "There is no checkpoint before it."
@@ -55,7 +56,7 @@ def recovery_hint(checkpoints: Checkpoints) -> str:
 
 
 class StepMetrics:
-    """Metrics of steps, read after the next dispatch was launched, averaged and written.
+    """Metrics of steps, read after the launch of the next dispatch, averaged and written.
 
     Args:
         writer: Writer of the averages.
@@ -71,7 +72,9 @@ class StepMetrics:
         self._checkpoints = checkpoints
         self._batch_size = batch_size
         self._log_every = log_every
+        # The dispatch that the device works on: its last step, and its metrics.
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        # Metrics of the steps since the last line.
         self._window: list[dict[str, float]] = []
         # The rate is measured from the first dispatch read on, so that compiling does not count.
         self._since: float | None = None
@@ -81,30 +84,31 @@ class StepMetrics:
         self._warned = False
 
     def launch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Reads the dispatch before, and takes note of one that is under way.
+        """Reads the metrics of the dispatch before, and keeps those of the one that runs now.
 
         Args:
             step: Last step of the dispatch.
             metrics: Metrics of its K steps, [K] each.
         """
+        # One dispatch behind: the device has the next steps to do while the host waits here.
         self.read()
         self._pending = (step, metrics)
 
     def resume(self) -> None:
-        """Takes the time since the last reading out of the rate of training: a validation."""
+        """Leaves the time since the last reading, such as a validation's, out of the rate."""
         if self._since is not None:
             paused = time.perf_counter() - self._read_at
             self._since += paused
             self._read_at += paused
 
     def flush(self) -> None:
-        """Writes what is left when training ends between two lines."""
+        """Writes the last line when training ends between two lines."""
         self.read()
         if self._window:
             self._write()
 
     def read(self) -> None:
-        """Waits for the dispatch under way.
+        """Waits for the dispatch that runs now, and takes its metrics into account.
 
         Raises:
             TrainingError: Its loss or a gradient is not finite.
@@ -113,6 +117,7 @@ class StepMetrics:
             return
         last, metrics = self._pending
         self._pending = None
+        # One transfer for all metrics of all steps, and the only wait for the device.
         values = {name: np.asarray(x) for name, x in jax.device_get(metrics).items()}
         count = len(values["loss"])
         self._read_at = time.perf_counter()
@@ -127,6 +132,7 @@ class StepMetrics:
     def _add(self, values: dict[str, float]) -> None:
         """Adds a step to the window, and writes a line where one is due."""
         loss = values["loss"]
+        # The loss of this step may still be finite when its gradient is not.
         norm = values["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
@@ -148,8 +154,11 @@ class StepMetrics:
 
     def _write(self) -> None:
         """Writes the means of the window and begins a new one."""
+        # Every step has the same metrics.
         names = self._window[0]
-        means = {name: float(np.mean([step[name] for step in self._window])) for name in names}
+        means = {}
+        for name in names:
+            means[name] = float(np.mean([step[name] for step in self._window]))
         show = {"loss": f"{means['loss']:.4f}"}
         if self._timed_steps and self._since is not None:
             seconds = self._read_at - self._since
@@ -162,7 +171,7 @@ class StepMetrics:
 
 
 class MetricWriter:
-    """Writer to `metrics.jsonl` and `tensorboard/` of a run, and to whoever watches.
+    """Writer to `metrics.jsonl` and `tensorboard/` of a run, and to a progress bar or the log.
 
     Args:
         workdir: Folder of the run.
@@ -172,18 +181,20 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int) -> None:
+        # Imported by training alone: loading a run to serve it needs no TensorBoard.
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / "metrics.jsonl"
         _truncate(path, start)
         self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(path.parent / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        # TensorBoard hides the events of later steps, which a killed process left.
+        purge_step = start + 1 if start else None
+        self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm.tqdm(
             total=steps,
             initial=start,
             unit="step",
+            # In a log file every update of a bar would be a line.
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -204,13 +215,15 @@ class MetricWriter:
     def write(self, step: int, values: Mapping[str, float], *, show: Mapping[str, str]) -> None:
         """See `Writer`."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        # A killed process leaves whole lines, up to the last one.
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._shown |= show
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
-            logging.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in show.items()))
+            shown = ", ".join(f"{name} {value}" for name, value in show.items())
+            logging.info("step %d: %s", step, shown)
 
 
 class SilentWriter:
@@ -253,5 +266,6 @@ def _truncate(path: Path, start: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > start:
             break
         kept.append(line)
+    # A process killed here leaves the old file or the new one, never half of either.
     with atomic(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

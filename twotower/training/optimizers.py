@@ -16,8 +16,10 @@ from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
 from twotower.core.errors import choose
 from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
 
+# By the names that `config.training.optimizer.kind` takes.
 DENSE: Mapping[str, Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = {
     "adam": lambda c: optax.adam(c.learning_rate),
+    # The schedule multiplies the whole update, its weight decay included.
     "adamw": lambda c: optax.adamw(c.learning_rate, weight_decay=c.weight_decay, mask=_kernels),
     "adagrad": lambda c: optax.adagrad(c.learning_rate),
     "sgd": lambda c: optax.sgd(c.learning_rate),
@@ -75,7 +77,10 @@ class Optimizers(NamedTuple):
     def rate_factor(self, step: jax.Array, opt_state: Mapping[str, Any]) -> Any:
         """Returns the factor on both learning rates at a step."""
         factor = self.schedule(step)
-        return factor * opt_state["plateau"].scale if "plateau" in opt_state else factor
+        if "plateau" not in opt_state:
+            return factor
+        # The warm-up comes before the plateau: both factors are multiplied.
+        return factor * opt_state["plateau"].scale
 
     def after_validation(self, opt_state: dict[str, Any], value: float) -> dict[str, Any]:
         """Returns `opt_state` with the plateau schedule moved on by a validation.
@@ -86,8 +91,9 @@ class Optimizers(NamedTuple):
         """
         if self.plateau is None:
             return opt_state
-        # Arrays of several processes are no operands of an operation of one: on the host they are.
+        # On the host: arrays over several processes cannot be operands of one process's operation.
         before: ReduceLROnPlateauState = jax.device_get(opt_state["plateau"])
+        # Optax watches a loss, the less the better.
         _, after = self.plateau.update({}, before, value=np.float32(-value))
         return opt_state | {"plateau": after}
 
@@ -97,6 +103,7 @@ def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformatio
     optimizer = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
     if not config.clip_norm:
         return optimizer
+    # Clipped before the moments are taken. Gradients of tables have no part in the norm.
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
@@ -109,6 +116,7 @@ def schedule(config: TrainingConfig) -> optax.Schedule:
     """Returns step -> factor in [0, 1] on every learning rate, that of the plateau apart."""
     kind = config.schedule.kind
     warmup = config.schedule.warmup_steps
+    # The cosine ends at the last step, warm-up included.
     after = choose(SCHEDULES, kind, "config.training.schedule.kind")(config.steps - warmup)
     if not warmup:
         return after

@@ -23,6 +23,7 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
     Raises:
         ConfigError: The three do not go together, or no cluster is found.
     """
+    # A negative number of the process is the flag's default, and means none.
     if not coordinator:
         if processes or process >= 0:
             raise ConfigError(

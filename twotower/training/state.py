@@ -1,5 +1,5 @@
-"""The state of training, arrays only, so that it is the checkpoint; and the trainer, all that a
-step needs besides arrays."""
+"""The state of training, arrays only, so that it is the checkpoint; and the trainer, the static
+parts of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
 from twotower.training.optimizers import Optimizers
 
-# (pattern of an array's path in the state, its partition): the first that matches decides.
+# (pattern of an array's path in the state, its partition): the first that matches decides. Only
+# tables and their slots are divided; everything else is read whole by every device.
 STATE_SHARDING = ((r"^(tables|table_slots)/", SHARDED), (r"^[a-z_]+(/|$)", REPLICATED))
 
 
@@ -38,8 +39,8 @@ class TrainState(flax.struct.PyTreeNode):
         table_slots: State of the sparse optimizer by table, arrays with V rows.
         frequency: State of the frequency estimator of items ("item"), and of users ("user") for a
             symmetric loss.
-        negatives: Past item vectors ("queue") and pools of mined hard negatives ("mined"), as far
-            as they are used.
+        negatives: Past item vectors ("queue") and pools of mined hard negatives ("mined"), if they
+            are used.
     """
 
     # Arrays and dicts of arrays; shapes, partitions and options of saving have the same fields.
@@ -77,7 +78,7 @@ def state_specs(state: Any, rules: Sequence[tuple[str, PartitionSpec]] = STATE_S
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """Static parts of a step, built once.
+    """Static parts of a step, built once and compared by identity.
 
     Attributes:
         config: Configuration of the run.
@@ -85,7 +86,7 @@ class Trainer:
         loss: Retrieval loss, or the function of a pointwise one.
         optimizers: Optimizers of dense parameters and tables, with their schedule.
         corpus: Numbers of users and items.
-        sampling: Sources of negatives; none for a loss that looks at each row alone.
+        sampling: Sources of negatives; none for a pointwise loss.
     """
 
     config: Config
@@ -114,6 +115,7 @@ class Trainer:
     def scaled_to(self, num_examples: int) -> Trainer:
         """Returns the trainer with its steps in proportion to the examples of a pass; see
         `TrainingConfig.scaled_to`."""
+        # The schedule depends on the number of steps, so that the optimizers are built anew.
         training = self.config.training.scaled_to(num_examples)
         if training is self.config.training:
             return self
@@ -122,7 +124,7 @@ class Trainer:
 
 
 def resolve_kinds(config: Config) -> tuple[Any, Optimizers]:
-    """Returns the loss and the optimizers that a configuration names; needs no data.
+    """Returns the loss and the optimizers that a configuration names, without its data.
 
     Raises:
         ConfigError: One of them is unknown, or options do not go together.
