@@ -41,7 +41,7 @@ def make_baselines(
         "popularity_top_quantile": top_quantile_scores(order, seed=seed),
     }
     if train.timestamp is not None:
-        # The last week of the training rows: what the held-out rows lie in is not known to it.
+        # The last week that training rows have; the held-out rows are not read.
         last_week = train.timestamp > train.timestamp.max() - WEEK
         latest = popularity_order(train, num_items, among=last_week, seed=seed)
         baselines["popularity_last_week"] = order_scores(latest)

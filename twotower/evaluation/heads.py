@@ -1,7 +1,7 @@
 """Metrics of heads: how well their logits predict the labels of the held-out rows of a run.
 
 Each metric is a pure function of logits, labels and weights, float [N] each. It is NaN where it is
-not defined (where no row has label 1, say); such values are left out of what is reported.
+not defined (without a row of label 1, say); such values are left out of the report.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower, Weights
 
-NUM_BINS = 15  # of probabilities, as Guo et al. have
-BLOCK_ROWS = 2**17  # rows embedded at once
+NUM_BINS = 15  # bins of probabilities, as Guo et al. have
+# Rows whose logits are computed at once: the vectors of a long log need not be held together.
+BLOCK_ROWS = 2**17
 
 # Head -> metric -> value.
 HeadMetrics = dict[str, dict[str, float]]
@@ -40,31 +41,34 @@ def auc(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
     >>> auc(np.array([3.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.0]), np.ones(3))
     0.75
     """
+    # Equal logits share a rank, so that pairs of equals can be told from ordered ones.
     _, rank = np.unique(logits, return_inverse=True)
     positives = np.bincount(rank, weights * (labels == 1))
     negatives = np.bincount(rank, weights * (labels == 0))
     negatives_below = np.cumsum(negatives) - negatives
-    ordered_pairs = (positives * (negatives_below + negatives / 2)).sum()
+    negatives_behind = negatives_below + negatives / 2
+    ordered_pairs = (positives * negatives_behind).sum()
     return _ratio(ordered_pairs, positives.sum() * negatives.sum())
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the mean of -log of the probability that was given to the label, in nats."""
+    """Returns the mean of -log of the probability of the label, in nats."""
+    # From the logit, not the probability, whose log is infinite where it rounds to 0.
     return _mean(np.logaddexp(0, logits) - labels * logits, weights)
 
 
 def binary_accuracy(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the share of rows whose label is the likelier one; at one half that is 1."""
+    """Returns the share of rows whose label is the likelier one; at probability 1/2 that is 1."""
     return _mean((logits >= 0) == (labels == 1), weights)
 
 
 def binary_precision(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the share of the rows predicted to be 1 that are."""
+    """Returns the share of rows with label 1 among those that are predicted to have it."""
     return _mean(labels == 1, weights * (logits >= 0))
 
 
 def binary_recall(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the share of the rows with label 1 that are predicted to be."""
+    """Returns the share of the rows with label 1 that are predicted to have it."""
     return _mean(logits >= 0, weights * (labels == 1))
 
 
@@ -84,7 +88,9 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, weights: np.ndarra
     Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     probabilities = _sigmoid(logits)
+    # A probability of 1 belongs to the last bin.
     bins = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
+    # The sum over a bin of p - y is W_b (mean p - mean y).
     errors = np.bincount(bins, weights * (probabilities - labels))
     return _ratio(np.abs(errors).sum(), weights.sum())
 
@@ -106,13 +112,14 @@ def make_head_metrics(
     """Makes the function from weights to the metrics of every head.
 
     A head is measured on the rows of a part that have its label and a weight, and whose item is in
-    the corpus. Its metrics stand beside "rows", the number of these.
+    the corpus. "rows", their number, stands beside its metrics.
 
     Args:
         prepared: prepared data of a run.
         model: the model; the heads' own weights are `weights.params["heads"]`.
         part: "train", "validation" or "test".
-        max_rows: number of rows of each head at most, evenly spaced, always the same; 0 takes all.
+        max_rows: greatest number of rows of each head, evenly spaced and always the same; 0 takes
+            all.
 
     Raises (when called):
         ScoreError: a logit is NaN.
@@ -125,6 +132,7 @@ def make_head_metrics(
     apply = jax.jit(lambda params, users, items: head_logits(heads, params, users, items))
 
     def measure(weights: Weights) -> HeadMetrics:
+        # A part without labels, or a model without heads, costs nothing.
         if not len(union):
             return {}
         logits = _logits(prepared, model, weights, rows.take(union), apply)
@@ -132,11 +140,13 @@ def make_head_metrics(
         for name, positions in measured.items():
             if not len(positions):
                 continue
-            own = logits[name][np.searchsorted(union, positions)]
-            if np.isnan(own).any():
+            # `union` is sorted, and holds every position of every head.
+            labelled_logits = logits[name][np.searchsorted(union, positions)]
+            # A sort would put NaN above all else and give a figure all the same.
+            if np.isnan(labelled_logits).any():
                 raise ScoreError(f"Logits of head {name!r} are NaN; they cannot be measured.")
             labels = rows.labels[heads[name].label][positions]
-            metrics[name] = measure_head(own, labels, rows.weight[positions])
+            metrics[name] = measure_head(labelled_logits, labels, rows.weight[positions])
         return metrics
 
     return measure
@@ -145,24 +155,30 @@ def make_head_metrics(
 def measure_head(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     """Returns every metric that is defined, summed in float64, and the number of "rows"."""
     values = [np.asarray(x, np.float64) for x in (logits, labels, weights)]
-    metrics = {name: metric(*values) for name, metric in HEAD_METRICS.items()}
-    defined = {name: value for name, value in metrics.items() if not np.isnan(value)}
-    return defined | {"rows": len(logits)}
+    metrics: dict[str, float] = {}
+    for name, metric in HEAD_METRICS.items():
+        value = metric(*values)
+        # NaN marks a metric that is not defined, and JSON has no NaN.
+        if not np.isnan(value):
+            metrics[name] = value
+    return metrics | {"rows": len(logits)}
 
 
 def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Returns the metrics of all heads as {"click/auc": ...}, without the numbers of rows."""
-    return {
-        f"{head}/{name}": value
-        for head, values in metrics.items()
-        for name, value in values.items()
-        if name != "rows"
-    }
+    flat = {}
+    for head, values in metrics.items():
+        for name, value in values.items():
+            # The number of rows is the same at every step: nothing to plot.
+            if name != "rows":
+                flat[f"{head}/{name}"] = value
+    return flat
 
 
 def _labelled(rows: Rows, label: str, max_rows: int) -> np.ndarray:
     """Returns the positions, int64, of rows that have a label, a weight and an item."""
     is_labelled = ~np.isnan(rows.labels[label])
+    # An item outside of the corpus has no vector.
     positions = np.flatnonzero(is_labelled & (rows.weight > 0) & (rows.item >= 0))
     return evenly_spaced(positions, max_rows) if max_rows else positions
 
@@ -171,6 +187,7 @@ def _logits(
     prepared: PreparedData, model: TwoTower, weights: Weights, rows: Rows, apply: Callable
 ) -> dict[str, np.ndarray]:
     """Returns the logits [N] of each head, computed a block of rows at a time."""
+    # Each item is embedded once; a user differs from row to row by its context.
     items, item_of_row = np.unique(rows.item, return_inverse=True)
     features = {name: x[items] for name, x in prepared.features["item"].items()}
     item_vectors = embed_rows(model, weights, "item", features)
@@ -182,10 +199,11 @@ def _logits(
         users = embed_rows(model, weights, "user", user_features)
         logits = apply(weights.params["heads"], users, item_vectors[item_of_row[block]])
         blocks.append(jax.device_get(logits))
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
+    # 1 / (1 + exp(-x)) would overflow for a very negative logit.
     return np.exp(-np.logaddexp(0, -x))
 
 

@@ -1,13 +1,13 @@
 """Classic item-to-item models, linear in the items that a user has: item-kNN and EASE.
 
-They are fitted on training rows alone, as towers are, and are given the seen items of a query, as
-the towers' histories hold them.
+They are fitted on training rows alone, as towers are, and score a query by its seen items, as the
+towers' histories hold them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,13 @@ from twotower.core.ragged import Ragged
 from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 
+T = TypeVar("T")
 # A fitted model: queries -> their scores.
 ItemModel = Callable[[Queries], Scores]
 
-NEIGHBOURS = (5, 20, 100)
-RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0)  # lambda of EASE
+NEIGHBOURS = (5, 20, 100)  # numbers of neighbours to try
+# Ridges (lambda) of EASE to try, from the strongest: the search stops when one brings no gain.
+RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0)
 MAX_EASE_ITEMS = 20_000  # a matrix of them takes 1.6 GB, and five are held at once
 MAX_ITEM_PAIRS = 10**10  # pairs of two items of one user, which take minutes to count
 
@@ -32,29 +34,33 @@ MAX_ITEM_PAIRS = 10**10  # pairs of two items of one user, which take minutes to
 def make_item_to_item(
     train: Ragged, queries: Queries, tuning: Queries | None
 ) -> Mapping[str, Scores]:
-    """Makes the scores of "item_knn" and "ease", less what the log is too large for.
+    """Makes the scores of "item_knn" and "ease", each where the log is not too large for it.
 
     Args:
         train: distinct items of each user in training.
         queries: queries to score. One without seen items gets 0 for all.
         tuning: validation queries, whose NDCG@10 with seen items masked chooses the number of
             neighbours and the ridge; None takes the middle ones.
+
+    Returns:
+        Name -> scores, without the models that are left out; a warning says why.
     """
     pairs = int((train.lengths**2).sum())
     if pairs > MAX_ITEM_PAIRS:
         logging.warning(
             "item_knn and ease are left out: the users have %d pairs of items, "
-            "which to count takes too long above %d.",
+            "and counting more than %d takes too long.",
             pairs,
             MAX_ITEM_PAIRS,
         )
         return {}
+    # Nearest first: the model of fewer neighbours is the first columns of this.
     near, similarity = nearest_items(train, queries.num_items, max(NEIGHBOURS))
 
     def make_knn(count: int) -> ItemModel:
         return neighbour_model(near[:, :count], similarity[:, :count])
 
-    # Few and many neighbours may both do well, so that all are tried.
+    # NDCG may rise again after it fell, so that all numbers of neighbours are tried.
     knn = _best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
     scores = {"item_knn": knn(queries)}
     if queries.num_items > MAX_EASE_ITEMS:
@@ -65,6 +71,7 @@ def make_item_to_item(
             MAX_EASE_ITEMS,
         )
         return scores
+    # On the device once, for all ridges.
     gram = jnp.asarray(gram_matrix(train, queries.num_items))
 
     def make_ease(ridge: float) -> ItemModel:
@@ -94,6 +101,7 @@ def nearest_items(train: Ragged, num_items: int, count: int) -> tuple[np.ndarray
         is_other = others != item
         others = others[is_other]
         cosine = shared[is_other] / np.sqrt(popularity[item] * popularity[others])
+        # The last key is the first to sort by.
         best = np.lexsort((-popularity[others], -cosine))[:count]
         near[item, : len(best)] = others[best]
         similarity[item, : len(best)] = cosine[best]
@@ -101,8 +109,11 @@ def nearest_items(train: Ragged, num_items: int, count: int) -> tuple[np.ndarray
 
 
 def gram_matrix(train: Ragged, num_items: int) -> np.ndarray:
-    """Returns X'X of the binary matrix of users and items, float32 [N, N]: the number of users that
-    two items share."""
+    """Returns the number of users that two items share, float32 [N, N].
+
+    It is X'X of the binary matrix X of users and items.
+    """
+    # Counts are exact in float32 up to 2**24 users.
     gram = np.zeros((num_items, num_items), np.float32)
     for item, (others, shared) in enumerate(_shared_users(train, num_items)):
         gram[item, others] = shared
@@ -111,7 +122,7 @@ def gram_matrix(train: Ragged, num_items: int) -> np.ndarray:
 
 @jax.jit
 def ease(gram: Float[Array, "N N"], ridge: Float[Array, ""]) -> Float[Array, "N N"]:
-    """Returns the weights that predict a row of X from itself with a diagonal of 0.
+    """Returns the weights that predict a row of X from itself, with a diagonal of 0.
 
     They are the least squares solution B = I - P / diag(P), with P = (X'X + ridge I)^-1.
 
@@ -120,8 +131,10 @@ def ease(gram: Float[Array, "N N"], ridge: Float[Array, ""]) -> Float[Array, "N 
     unit = jnp.eye(len(gram), dtype=gram.dtype)
     # A TPU would otherwise round the factors of an inverse to eight bits.
     with jax.default_matmul_precision("highest"):
+        # The sum is positive definite, so that a Cholesky factor suffices.
         factor = jax.scipy.linalg.cho_factor(gram + ridge * unit)
         inverse = jax.scipy.linalg.cho_solve(factor, unit)
+    # Without a zero diagonal an item would predict itself.
     return jnp.where(unit == 1, 0.0, -inverse / jnp.diag(inverse)[None, :])
 
 
@@ -134,21 +147,22 @@ def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
     """
 
     def score_user(items: np.ndarray) -> np.ndarray:
-        return np.bincount(
-            near[items].ravel(), weights=similarity[items].ravel(), minlength=len(near)
-        )
+        # Where an item has too few neighbours, row 0 stands with a cosine of 0 and adds nothing.
+        neighbours = near[items].ravel()
+        cosines = similarity[items].ravel()
+        return np.bincount(neighbours, weights=cosines, minlength=len(near))
 
-    return _model_of_users(score_user)
+    return _make_item_model(score_user)
 
 
 def linear_model(weights: np.ndarray) -> ItemModel:
     """Makes the model that scores an item by the sum of the `weights` [N, N] from seen items to
     it."""
-    return _model_of_users(lambda items: weights[items].sum(axis=0))
+    return _make_item_model(lambda items: weights[items].sum(axis=0))
 
 
-def _model_of_users(score_user: Callable[[np.ndarray], np.ndarray]) -> ItemModel:
-    """Makes a model of the function from the seen items of one user to scores [N]."""
+def _make_item_model(score_user: Callable[[np.ndarray], np.ndarray]) -> ItemModel:
+    """Makes a model from the function that turns the seen items of one user into scores [N]."""
 
     def model(queries: Queries) -> Scores:
         def scores(block: slice) -> np.ndarray:
@@ -163,8 +177,8 @@ def _model_of_users(score_user: Callable[[np.ndarray], np.ndarray]) -> ItemModel
 
 def _best_model(
     title: str,
-    values: Sequence[Any],
-    make: Callable[[Any], ItemModel],
+    values: Sequence[T],
+    make: Callable[[T], ItemModel],
     tuning: Queries | None,
     *,
     stop_early: bool,
@@ -181,14 +195,14 @@ def _best_model(
     if tuning is None:
         return make(values[len(values) // 2])
     best: ItemModel | None = None
-    highest = -1.0
+    best_ndcg = -1.0
     for value in progress(values, total=len(values), what=title):
         model = make(value)
         ndcg = evaluate(model(tuning), tuning, (10,), mask_seen=True)["ndcg@10"]
         logging.info("%s %g: NDCG@10 %.4f on validation.", title, value, ndcg)
-        if ndcg > highest:
+        if ndcg > best_ndcg:
             best = model
-            highest = ndcg
+            best_ndcg = ndcg
         elif stop_early:
             break
     assert best is not None, "an NDCG is at least 0, and there is a value to try"
@@ -196,8 +210,10 @@ def _best_model(
 
 
 def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields for each item the items that its users have, itself among them, and how many of these
-    users have each."""
-    users_of = Ragged.from_pairs(train.values, train.rows, num_rows=num_items)
-    for users in progress(users_of, total=num_items, what="Item pairs"):
+    """Yields for each item the items that its users have, itself among them, and the number of
+    these users that have each."""
+    # The transpose: lists of users by item. One row of X'X at a time needs no matrix of users and
+    # items.
+    item_users = Ragged.from_pairs(train.values, train.rows, num_rows=num_items)
+    for users in progress(item_users, total=num_items, what="Item pairs"):
         yield np.unique(train.take(users).values, return_counts=True)

@@ -1,8 +1,8 @@
 """Ranking metrics, pure and per query. `twotower.evaluation.evaluate` alone averages them.
 
-The metrics of accuracy take `hits` bool [B, K], which says whether the item at each rank is
-relevant, the best rank first, and `num_relevant` int [B], how many relevant items each query has in
-the whole corpus and outside of it. A query without a relevant item scores 0.
+The metrics of accuracy take `hits` bool [B, K], whether the item at each rank is relevant, the best
+rank first, and `num_relevant` int [B], the number of relevant items of each query in the corpus and
+outside of it. A query without a relevant item scores 0.
 
 `where` bool [B, K] says which ranks count. A rank that is left out might as well not be in the
 list: masking equals slicing.
@@ -38,8 +38,10 @@ def precision(
 
     A list that could not be filled is still K long.
     """
-    del num_relevant
-    return _divide(_counted_hits(hits, where).sum(1), _ranks(hits, where)[:, -1])
+    del num_relevant  # all metrics of accuracy are called alike
+    # The last rank is the length of the list without the ranks that are left out.
+    length = _ranks(hits, where)[:, -1]
+    return _divide(_counted_hits(hits, where).sum(1), length)
 
 
 def hit_rate(
@@ -71,7 +73,9 @@ def ndcg(
     list is cut at K, as in the evaluation of NGCF and LightGCN.
     """
     ranks = _ranks(hits, where)
+    # A rank that is left out before any that counts is 0, and log2(1) would divide by 0.
     discounts = 1.0 / jnp.log2(jnp.maximum(ranks, 1) + 1.0)
+    # The ideal list has its relevant items first, as many as there are and fit.
     ideal = _mask(hits, where) & (ranks <= num_relevant[:, None])
     gains = (_counted_hits(hits, where) * discounts).sum(1)
     return _divide(gains, (ideal * discounts).sum(1))
@@ -88,7 +92,9 @@ def mrr(
     Voorhees, The TREC-8 question answering track report, TREC 1999.
     """
     del num_relevant
-    return (_counted_hits(hits, where) / jnp.maximum(_ranks(hits, where), 1)).max(1)
+    # The first hit has the greatest reciprocal.
+    reciprocals = _counted_hits(hits, where) / jnp.maximum(_ranks(hits, where), 1)
+    return reciprocals.max(1)
 
 
 def average_precision(
@@ -102,9 +108,11 @@ def average_precision(
     (1 / min(|relevant|, K)) sum_k hit_k (hits up to k) / k; its mean over queries is MAP@K.
     Dividing by min(|relevant|, K) lets a perfect list score 1 however short it is.
     """
-    hits, ranks = _counted_hits(hits, where), _ranks(hits, where)
-    precisions = jnp.cumsum(hits, axis=1) / jnp.maximum(ranks, 1)
-    return _divide((hits * precisions).sum(1), jnp.minimum(num_relevant, ranks[:, -1]))
+    ranks = _ranks(hits, where)
+    counted = _counted_hits(hits, where)
+    precisions = jnp.cumsum(counted, axis=1) / jnp.maximum(ranks, 1)
+    most_hits = jnp.minimum(num_relevant, ranks[:, -1])
+    return _divide((counted * precisions).sum(1), most_hits)
 
 
 def novelty(
@@ -125,7 +133,7 @@ def novelty(
         counts: number of training rows of the item at each rank.
         total: number of training rows of all items.
         num_items: number of items in the corpus, N.
-        where: ranks that count.
+        where: ranks that count, which are those that hold an item.
     """
     information = -jnp.log2((counts + 1.0) / (total + num_items))
     return _mean(information, where)
@@ -148,11 +156,12 @@ def never_trained(
 def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""]:
     """Returns the share of the corpus that is recommended to anybody.
 
-    It belongs to all lists together, so that it is the one metric that is not per query.
+    It belongs to all lists together: the one metric that is not per query.
     """
     return recommended.mean(dtype=jnp.float32)
 
 
+# Metrics of accuracy by the name that reports print; all take (hits, num_relevant, where=).
 RANKING_METRICS = {
     "recall": recall,
     "precision": precision,
@@ -182,5 +191,7 @@ def _divide(numerator: Array, denominator: Array) -> Float[Array, " B"]:
 
 
 def _mean(values: Float[Array, "B K"], where: Bool[Array, "B K"] | None) -> Float[Array, " B"]:
-    where = jnp.ones_like(values, bool) if where is None else where
+    if where is None:
+        where = jnp.ones_like(values, bool)
+    # Chosen, not multiplied: 0 times an infinite value that is left out would be NaN.
     return _divide(jnp.where(where, values, 0.0).sum(1), where.sum(1))

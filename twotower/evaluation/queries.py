@@ -23,8 +23,8 @@ class Queries:
     Attributes:
         user: row of the users table for each query, int32 [Q].
         relevant: relevant items of each query, Q lists of corpus rows.
-        missing: number of relevant items of each query that are not in the corpus, int32 [Q].
-            Nothing can find them, and they count as missed.
+        missing: number of relevant items of each query that are not in the corpus, int32 [Q]. No
+            ranking can list them, and they count as missed.
         seen: items of the earlier rows of each user, a list for each user (not query).
         counts: number of positive training rows of each item, int64 [N].
         context: encoded features of the query itself, arrays [Q, ...].
@@ -50,13 +50,13 @@ class Queries:
         return (self.relevant.lengths + self.missing).astype(np.int32)
 
     def seen_lists(self, block: slice) -> Ragged:
-        """Returns the seen items of some queries, a list for each."""
+        """Returns the seen items of a slice of the queries, a list for each."""
         return self.seen.take(self.user[block])
 
     def without_seen(self) -> Queries:
         """Returns the queries without the relevant items that the user had seen.
 
-        Where seen items are masked these cannot come back, so that they cannot be asked for.
+        Where seen items are masked no list can hold them, so that they would count as missed.
         """
         users = self.user[self.relevant.rows]
         unseen = ~self.seen.contains(users, self.relevant.values)
@@ -67,10 +67,10 @@ class Queries:
 
         Many queries are then left without a relevant item.
         """
-        new = self.counts[self.relevant.values] == 0
-        return dataclasses.replace(
-            self, relevant=self.relevant.filter(new), missing=np.zeros_like(self.missing)
-        )
+        is_new = self.counts[self.relevant.values] == 0
+        relevant = self.relevant.filter(is_new)
+        # Items outside of the corpus are as new, but would only lower every ranking alike.
+        return dataclasses.replace(self, relevant=relevant, missing=np.zeros_like(self.missing))
 
     def keep_new_users(self, trained: np.ndarray) -> Queries:
         """Returns the queries of users that are not among `trained`, the users of training rows."""
@@ -88,6 +88,7 @@ class Queries:
     def take(self, rows: np.ndarray) -> Queries:
         """Returns the queries at these positions."""
         context = {name: values[rows] for name, values in self.context.items()}
+        # `seen` has a list for each user and `counts` a number for each item: both stay.
         return dataclasses.replace(
             self,
             user=self.user[rows],
@@ -97,7 +98,8 @@ class Queries:
         )
 
 
-# Parts of the log whose items count as seen when a split is evaluated.
+# Parts of the log whose items count as seen when a split is evaluated: never the split itself,
+# whose items are the ones to rank first.
 EARLIER_PARTS = {"validation": ("train",), "test": ("train", "validation")}
 
 
@@ -130,29 +132,28 @@ def make_queries(prepared: PreparedData, split: str, kind: str) -> Queries:
             f"None of the {len(positive):,} {split} rows has config.objective.label={label!r} 1: "
             "no item is relevant."
         )
+    # Rows as arrays know items of the corpus alone; the raw table has the ids of all others.
+    raw: pa.Table = getattr(prepared.raw, split)
+    item_ids = raw["item_id"].filter(pa.array(positive))
+    earlier_rows = [prepared.positives(part) for part in earlier]
+    seen = items_of_users(earlier_rows, num_users=len(prepared.users))
     trained = prepared.positives("train").item
-    item_ids = getattr(prepared.raw, split)["item_id"].filter(pa.array(positive))
-    return make(
-        prepared.positives(split),
-        item_ids,
-        seen=items_of_users(
-            [prepared.positives(part) for part in earlier], num_users=len(prepared.users)
-        ),
-        counts=np.bincount(trained[trained >= 0], minlength=len(prepared.items)),
-    )
+    counts = np.bincount(trained[trained >= 0], minlength=len(prepared.items))
+    return make(prepared.positives(split), item_ids, seen=seen, counts=counts)
 
 
 def _query_per_interaction(
     rows: Rows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
 ) -> Queries:
     """Makes a query of each row, whose item is the relevant one."""
-    del item_ids
-    known = rows.item >= 0
-    relevant = Ragged.from_pairs(np.flatnonzero(known), rows.item[known], num_rows=len(rows))
+    del item_ids  # a query has one item: no ids are needed to count distinct missing ones
+    in_corpus = rows.item >= 0
+    query = np.flatnonzero(in_corpus)
+    relevant = Ragged.from_pairs(query, rows.item[in_corpus], num_rows=len(rows))
     return Queries(
         user=rows.user,
         relevant=relevant,
-        missing=(~known).astype(np.int32),
+        missing=(~in_corpus).astype(np.int32),
         seen=seen,
         counts=counts,
         context=dict(rows.context),
@@ -164,17 +165,19 @@ def _query_per_user(
 ) -> Queries:
     """Makes a query of each user, to whom the distinct items of all its rows are relevant."""
     user, first, query = np.unique(rows.user, return_index=True, return_inverse=True)
-    known = rows.item >= 0
-    pairs = Ragged.from_pairs(query[known], rows.item[known], num_rows=len(user))
-    # Items outside of the corpus have no row; their ids tell them apart.
-    codes = item_ids.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    missing = Ragged.from_pairs(query[~known], codes[~known], num_rows=len(user))
+    in_corpus = rows.item >= 0
+    relevant = Ragged.from_pairs(query[in_corpus], rows.item[in_corpus], num_rows=len(user))
+    # Items outside of the corpus have no row; their ids, as numbers, tell them apart.
+    encoded_ids = item_ids.combine_chunks().dictionary_encode()
+    codes = encoded_ids.indices.to_numpy(zero_copy_only=False)
+    missing = Ragged.from_pairs(query[~in_corpus], codes[~in_corpus], num_rows=len(user))
     return Queries(
         user=user,
-        relevant=pairs.distinct(),
+        relevant=relevant.distinct(),
         missing=missing.distinct().lengths.astype(np.int32),
         seen=seen,
         counts=counts,
+        # The context of a later row may tell of an earlier one, whose item is relevant too.
         context={name: values[first] for name, values in rows.context.items()},
     )
 

@@ -30,10 +30,10 @@ from twotower.retrieval.retriever import Retriever
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000  # users that the index is measured with
-INDEX_K = 10
-SINGLE_QUERIES = 100  # of these users, asked one by one
+INDEX_K = 10  # length of the lists that the index is measured with
+SINGLE_QUERIES = 100  # number of these users that are searched for one by one
 
-# Names -> figures, or further names; what JSON can hold.
+# Names -> figures, or further names, as JSON holds them.
 Measured = dict[str, Any]
 
 
@@ -56,20 +56,21 @@ def measure_run(
         ks: lengths of the lists.
         split: "test" or "validation".
         baselines: whether to measure them.
-        max_queries: number of queries at most, evenly spaced, and of labelled rows of each head; 0
+        max_queries: greatest number of queries, evenly spaced, and of labelled rows of each head; 0
             takes all.
         popularity_weights: factors by which the log count of an item is added to its score. Each is
             measured with seen items masked.
 
     Returns:
-        {"protocol": how it was measured, "model": {"recall@10": ...}, "model_unmasked": ...,
-        "baselines": {name: ...}, "baselines_unmasked": ...}; of items and users that training never
-        saw "new_items" and "new_users", each {"model": ..., "random": ...}; of a model with heads
-        "heads": {name: {"auc": ...}}; and with `popularity_weights` "popularity_weights":
-        {"0.05": {"recall@10": ...}}.
+        {"protocol": {...}, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name:
+        ...}, "baselines_unmasked": ...}; for items and users that training never saw "new_items"
+        and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
+        {"auc": ...}}; and with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
+        ...}}.
     """
     # Heads read whole vectors, which are not cut for a bundle.
-    whole = run.model
+    whole_model = run.model
+    # Rankings are those of the vectors that a bundle would serve.
     run = dataclasses.replace(run, model=served_model(run))
     every_query = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every_query.sample(max_queries)
@@ -79,13 +80,11 @@ def measure_run(
     if baselines:
         rankings |= make_baselines(run.prepared, queries)
     measured: Measured = {"protocol": _protocol(run, split, queries, len(every_query))}
-    if run.model is not whole:
+    if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
+    # Papers report either, and the two are not comparable: both are always measured.
     for suffix, mask_seen in (("", True), ("_unmasked", False)):
-        values = {
-            name: evaluate(scores, queries, ks, mask_seen=mask_seen)
-            for name, scores in rankings.items()
-        }
+        values = _measure_rankings(rankings, queries, ks, mask_seen=mask_seen)
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
@@ -95,7 +94,7 @@ def measure_run(
             rankings["model"], queries, ks, popularity_weights
         )
     if run.config.objective.heads:
-        measure_heads = make_head_metrics(run.prepared, whole, split, max_rows=max_queries)
+        measure_heads = make_head_metrics(run.prepared, whole_model, split, max_rows=max_queries)
         measured["heads"] = measure_heads(run.weights)
     return measured
 
@@ -106,23 +105,33 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
     They rank the whole corpus with seen items masked, by the model and at random.
     """
     measured: Measured = {}
+    # A user of any training row is known, whether the row is positive or not.
     parts = {
         "new_items": queries.keep_new_items(),
         "new_users": queries.keep_new_users(run.prepared.train.user),
     }
     for name, part in parts.items():
+        # Few queries are left of many: the others would only be embedded.
         part = part.take(np.flatnonzero(part.num_relevant > 0))
         if not len(part):
             continue
+        # Chance is the bar: popularity ranks every new item last.
         rankings = {
             "model": model_scores(run.prepared, run.model, run.weights, part),
             "random": random_scores(part.num_items),
         }
-        measured[name] = {
-            ranking: evaluate(scores, part, ks, mask_seen=True)
-            for ranking, scores in rankings.items()
-        }
+        measured[name] = _measure_rankings(rankings, part, ks, mask_seen=True)
     return measured
+
+
+def _measure_rankings(
+    rankings: Mapping[str, Scores], queries: Queries, ks: Sequence[int], *, mask_seen: bool
+) -> dict[str, dict[str, float]]:
+    """Returns the metrics of each ranking by its name."""
+    return {
+        name: evaluate(scores, queries, ks, mask_seen=mask_seen)
+        for name, scores in rankings.items()
+    }
 
 
 def measure_popularity_weights(
@@ -130,16 +139,24 @@ def measure_popularity_weights(
 ) -> Measured:
     """Measures lists with popularity weighed: recall against coverage and novelty.
 
+    Args:
+        score_block: scores of the model, see `evaluate`.
+        queries: queries with their relevant and their seen items.
+        ks: lengths of the lists.
+        weights: factors by which the log count of an item is added to its score.
+
     Returns:
         The metrics by weight, seen items masked.
     """
     log_popularity = log_counts(queries.counts)
     measured: Measured = {}
     for weight in weights:
-
+        # The default binds this turn's weight: a closure would see the last one.
         def weighed_scores(block: slice, weight: float = weight) -> jax.Array | np.ndarray:
             scores = score_block(block)
-            return scores + weight * pad_rows(log_popularity, scores.shape[1])[None, :]
+            # On a mesh there are more columns than items.
+            bonus = weight * pad_rows(log_popularity, scores.shape[1])
+            return scores + bonus[None, :]
 
         measured[f"{weight:g}"] = evaluate(weighed_scores, queries, ks, mask_seen=True)
     return measured
@@ -154,29 +171,33 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
 
     Returns:
         recall@10, queries per second in one batch, and the median time of a single query in
-        milliseconds. These two are of this machine, and of the index alone: without encoding users
-        or dropping seen items.
+        milliseconds. The times depend on the machine, and are of the index alone: without encoding
+        users or dropping seen items.
     """
     bundle = retriever.bundle
-    asked_users = bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES)))
-    queries = retriever.encode_users(asked_users)
+    index = bundle.index
+    sample = bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES)))
+    queries = retriever.encode_users(sample)
     k = min(INDEX_K, len(bundle.vectors))
+    # Of the stored vectors: rounding them is no error of the index.
     _, truth = ExactIndex(bundle.vectors).search(queries, k)
-    if bundle.index.dim > queries.shape[1]:  # popularity is not weighed here
+    # An index with the popularity knob has one coordinate more; 0 asks for the plain dot product.
+    if index.dim > queries.shape[1]:
         queries = append_coordinate(queries, 0.0)
-    _, rows = bundle.index.search(queries, truth.shape[1])
-    batch_seconds = _median_seconds(lambda: bundle.index.search(queries, INDEX_K), repeats=5)
-    single_seconds = [
-        _median_seconds(lambda q=query: bundle.index.search(q[None], INDEX_K), repeats=1)
-        for query in queries[:SINGLE_QUERIES]
-    ]
+    _, rows = index.search(queries, truth.shape[1])
+    batch_seconds = _median_seconds(lambda: index.search(queries, INDEX_K), repeats=5)
+    single_seconds = []
+    for query in queries[:SINGLE_QUERIES]:
+        one_query = query[None]
+        seconds = _median_seconds(lambda q=one_query: index.search(q, INDEX_K), repeats=1)
+        single_seconds.append(seconds)
     # The first tenth warms caches and compiles.
-    warm = single_seconds[len(single_seconds) // 10 :]
+    warm_seconds = single_seconds[len(single_seconds) // 10 :]
     return {
-        "kind": bundle.index.kind,
+        "kind": index.kind,
         f"recall@{INDEX_K}": list_recall(rows, truth),
         "queries_per_second": round(len(queries) / batch_seconds, 1),
-        "single_query_ms": round(1e3 * float(np.median(warm)), 4),
+        "single_query_ms": round(1e3 * float(np.median(warm_seconds)), 4),
         "queries": len(queries),
         "items": len(bundle.vectors),
         "step": bundle.manifest.get("step"),
@@ -184,12 +205,13 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
 
 
 def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes figures as JSON, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measured:
+    """Returns what a reader needs to repeat the figures, or to compare them with others."""
     return {
         "split": split,
         "query": run.config.evaluation.query,
@@ -202,9 +224,10 @@ def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measure
 
 def _median_seconds(call: Callable[[], object], *, repeats: int) -> float:
     """Returns the median wall-clock time of a call."""
-    times = []
+    # The median, which another program on the machine hardly moves.
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))

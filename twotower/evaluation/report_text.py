@@ -1,4 +1,7 @@
-"""The figures of a run as text: tables for a terminal, and a line for each comparison."""
+"""The figures of a run as text: tables for a terminal, and a line for each comparison.
+
+The titles of queries and rankings are words for people; the JSON file has the names.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from twotower.retrieval.bundle import Bundle
 
 TABLE_METRICS = (*RANKING_METRICS, "coverage", "novelty", "never_trained")
 EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
-SEED_METRICS = ("recall", "ndcg")
+SEED_METRICS = ("recall", "ndcg")  # those that papers report
 
+# By the suffix of the keys that `measure_run` gives.
 MASKING_TITLES = {"": "Seen items masked", "_unmasked": "Nothing masked"}
 NEW_TITLES = {
     "new_items": "Right answers that training never saw",
@@ -28,17 +32,26 @@ QUERY_TITLES = {"user": "user", "interaction": "held-out interaction"}
 
 
 def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
-    """Returns tables of what `measure_run` and `measure_index` gave, with comparisons."""
+    """Returns the figures of `measure_run` and `measure_index` as tables, with comparisons.
+
+    Args:
+        measured: figures by name; "index" is optional.
+        ks: lengths of the lists, rising.
+    """
     lines = _protocol_lines(measured["protocol"])
     for suffix, title in MASKING_TITLES.items():
         model = measured[f"model{suffix}"]
         baselines = measured.get(f"baselines{suffix}", {})
-        without = model["queries_without_answer"]
-        note = f", {without:,} without an answer that is left" if without else ""
+        # Masking takes seen items out of the relevant ones too, and may leave none.
+        unanswerable = model["queries_without_answer"]
+        note = ""
+        if unanswerable:
+            note = f", {unanswerable:,} without an answer that is left"
         lines += ["", f"{title} ({model['queries']:,} queries{note}):"]
         lines.append(format_metrics({"model": model, **baselines}, ks))
         lines += _comparisons(model, baselines, min(ks))
     for name, title in NEW_TITLES.items():
+        # Left out where the split has no such query: a table of zeros would say something else.
         if name in measured:
             queries = measured[name]["model"]["queries"]
             lines += ["", f"{title} ({queries:,} queries, seen items masked):"]
@@ -62,30 +75,37 @@ def format_metrics(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]
     """
     rows = []
     for name in TABLE_METRICS:
-        for k in ks if name in EVERY_K_METRICS else ks[:1]:
+        shown_ks = ks if name in EVERY_K_METRICS else ks[:1]
+        for k in shown_ks:
             metric = f"{name}@{k}"
             rows.append([metric, *(f"{values[metric]:.4f}" for values in columns.values())])
-    return format_table(rows, ["", *map(_short_name, columns)], align="lr")
+    header = ["", *map(_short_name, columns)]
+    return format_table(rows, header, align="lr")
 
 
 def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
-    """Returns a table with a column for each head and a row for each metric; "-" where a metric is
-    not defined."""
+    """Returns a table with a column for each head and a row for each metric.
+
+    A metric that is not defined for a head is "-".
+    """
     rows = []
     for name in HEAD_METRICS:
-        values = [measured.get(name) for measured in heads.values()]
-        rows.append([name, *("-" if value is None else f"{value:.4f}" for value in values)])
+        row = [name]
+        for measured in heads.values():
+            # Not 0: a head whose rows all have one label has no AUC, for instance.
+            row.append(f"{measured[name]:.4f}" if name in measured else "-")
+        rows.append(row)
     rows.append(["rows", *(f"{measured['rows']:,}" for measured in heads.values())])
     return format_table(rows, ["", *heads], align="lr")
 
 
 def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split: str) -> str:
-    """Returns what each seed gave as tables: the spread of the model's metrics, beside baselines.
+    """Returns tables of the spread of the model's metrics over seeds, beside baselines.
 
     Args:
-        measured: what `measure_run` gave for each seed; baselines are those of the first.
+        measured: figures of `measure_run` for each seed; baselines are those of the first.
         ks: lengths of the lists.
-        split: the rows that were to be found, for the titles.
+        split: name of the rows that were to be found, for the titles.
     """
     lines = []
     for suffix, title in MASKING_TITLES.items():
@@ -103,38 +123,41 @@ def format_spread(
 ) -> str:
     """Returns a table of the spread of metrics over trainings of one model.
 
-    A row has the mean, the standard deviation (of one training "-"), the lowest, the highest, then
-    the value of each baseline.
+    A row has the mean, the standard deviation ("-" for a single training), the lowest, the highest,
+    then the value of each baseline.
     """
     rows = []
-    for metric in (f"{name}@{k}" for name in SEED_METRICS for k in ks):
+    metrics = [f"{name}@{k}" for name in SEED_METRICS for k in ks]
+    for metric in metrics:
         values = [model[metric] for model in models]
         figures = [statistics.mean(values), min(values), max(values)]
         mean, lowest, highest = (f"{figure:.4f}" for figure in figures)
+        # The deviation of a sample (n - 1): other seeds would give other values.
         deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-        others = [f"{values[metric]:.4f}" for values in baselines.values()]
+        others = [f"{baseline[metric]:.4f}" for baseline in baselines.values()]
         rows.append([metric, mean, deviation, lowest, highest, *others])
     header = ["", "mean", "deviation", "lowest", "highest", *map(_short_name, baselines)]
     return format_table(rows, header, align="lr")
 
 
 def format_bundle(bundle: Bundle, folder: Path) -> str:
-    """Returns what an export chose and measured.
+    """Returns the choices and measurements of an export as text.
 
-    That is the tuning of the index, what cut or rounded vectors lose, and the sizes.
+    These are the tuning of the index, the loss by cut or rounded vectors, and the sizes.
 
     Args:
         bundle: a bundle that was just written.
         folder: the folder that it was written to.
     """
     lines = []
+    # Exact search has nothing to tune.
     tuning = getattr(bundle.index, "tuning", None)
     if tuning is not None:
         lines.append(format_tuning(tuning))
     if "against_full" in bundle.manifest:
         lines.append(_loss_line(bundle))
-    items, users = f"{len(bundle.items):,} items", f"{len(bundle.users):,} users"
-    lines.append(f"{folder}: {items}, {users}, {describe_index(bundle.index)}.")
+    sizes = f"{len(bundle.items):,} items, {len(bundle.users):,} users"
+    lines.append(f"{folder}: {sizes}, {describe_index(bundle.index)}.")
     return "\n".join(lines)
 
 
@@ -143,6 +166,7 @@ def describe_index(index: Index) -> str:
     tuning = getattr(index, "tuning", None)
     if tuning is None or not tuning.efforts:
         return f"{index.kind} index"
+    # The first effort is that for the lists of `config.retrieval.k`; others are for longer ones.
     effort = tuning.efforts[0]
     return (
         f"{index.kind} index that searches {effort.leaves} of {tuning.num_leaves} leaves and finds "
@@ -153,11 +177,12 @@ def describe_index(index: Index) -> str:
 def _loss_line(bundle: Bundle) -> str:
     against_full = bundle.manifest["against_full"]
     kind = bundle.config.retrieval.vectors
+    # Beside the metrics, such as recall@10, stand the width and the number of users.
     metrics = [f"{name} {value:.4f}" for name, value in against_full.items() if "@" in name]
-    return (
-        f"{kind} vectors {bundle.towers.dim} wide against float32 ones {against_full['dim']} wide, "
-        f"exact lists of {against_full['users']:,} users: {', '.join(metrics)}."
-    )
+    stored = f"{kind} vectors {bundle.towers.dim} wide"
+    full = f"float32 ones {against_full['dim']} wide"
+    users = f"{against_full['users']:,} users"
+    return f"{stored} against {full}, exact lists of {users}: {', '.join(metrics)}."
 
 
 def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
@@ -165,9 +190,9 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     corpus = f"exact over all {protocol['items']:,} items"
     if "dim" in protocol:
         corpus += f", vectors cut to {protocol['dim']}"
-    lines = [
-        f"Step {protocol['step']} on {protocol['split']}: one query per {query}, {corpus}.",
-    ]
+    step = f"Step {protocol['step']} on {protocol['split']}"
+    lines = [f"{step}: one query per {query}, {corpus}."]
+    # Metrics of a sample may not pass for those of all queries.
     if protocol["asked"] < protocol["available"]:
         lines.append(
             f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked."
@@ -178,16 +203,18 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
 def _comparisons(
     model: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], k: int
 ) -> list[str]:
+    """Returns lines that compare the model with popularity and with the best that is possible."""
     lines = []
     metric = f"recall@{k}"
+    recall = model[metric]
+    # Missing, or 0 in a tiny split: no ratio can be formed.
     popularity = baselines.get("popularity", {}).get(metric, 0.0)
     if popularity:
-        lines.append(f"{metric}: {model[metric] / popularity:.2f} times popularity's.")
+        lines.append(f"{metric}: {recall / popularity:.2f} times popularity's.")
     best = baselines.get("true_preferences", {}).get(metric, 0.0)
     if best:
-        lines.append(
-            f"{metric}: {model[metric] / best:.0%} of what ranking by the true preferences reaches."
-        )
+        share = f"{recall / best:.0%}"
+        lines.append(f"{metric}: {share} of what ranking by the true preferences reaches.")
     return lines
 
 
