@@ -25,6 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.program_cache import program_cache
+
+# As tests/conftest.py has it: JAX reads its environment when it is imported, which is here before
+# the children are forked.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(program_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import pytest
 from absl import app, flags
 
@@ -36,7 +46,7 @@ JOBS = flags.DEFINE_integer("jobs", os.cpu_count() or 1, "Processes at once.", l
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_TRAPS = (2, 10, 19, 21, 26, 33)  # one of each theme, with tests of seconds
-MAX_SECONDS = 900  # for the tests of a mistake
+MAX_SECONDS = 1_800  # for some tests in a child
 # Imported once, before children are forked; none of it starts a backend of JAX.
 COMMON_IMPORTS = ("flax.linen", "optax", "orbax.checkpoint", "pyarrow.parquet", "jaxtyping")
 # A test that fails by one of these has not seen the mistake: the wrong function does not run.
@@ -93,16 +103,13 @@ class _Watch:
         self.times[test] = self.times.get(test, 0.0) + report.duration
 
 
-def _run_tests(tests: Sequence[str], mistake: Mistake | None, cache: str, answer: Path) -> None:
+def _run_tests(tests: Sequence[str], mistake: Mistake | None, answer: Path) -> None:
     """Runs tests, with a mistake if there is one, and writes what happened to a file."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     watch = _Watch(mistake)
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[watch])
     result = {0: "missed", 1: "broken" if watch.crashed else "caught"}.get(code, "broken")
@@ -112,18 +119,12 @@ def _run_tests(tests: Sequence[str], mistake: Mistake | None, cache: str, answer
     os._exit(0)  # without waiting for threads of what was imported
 
 
-def attempt(tests: Sequence[str], mistake: Mistake | None, cache: str) -> Outcome:
-    """Returns the outcome of tests in a child process, with a mistake if there is one.
-
-    Args:
-        tests: Ids of the tests.
-        mistake: The mistake.
-        cache: Folder of compiled programs: most of a mistake's programs are those without it.
-    """
+def attempt(tests: Sequence[str], mistake: Mistake | None = None) -> Outcome:
+    """Returns the outcome of tests in a child process, with a mistake if there is one."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        arguments = (tests, mistake, cache, answer)
+        arguments = (tests, mistake, answer)
         child = multiprocessing.get_context("fork").Process(target=_run_tests, args=arguments)
         child.start()
         child.join(MAX_SECONDS)
@@ -145,15 +146,15 @@ def main(argv: list[str]) -> None:
     tests = find_tests()
     all_tests = dict.fromkeys(test for mistake in mistakes for test in tests[mistake.trap])
     rows = []
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(JOBS.value) as pool:
-        before = attempt(list(all_tests), None, cache)
+    with ThreadPoolExecutor(JOBS.value) as pool:
+        before = attempt(list(all_tests))
         shown = f"{before.result} ({before.seconds} s) {before.by}"
         print(f"Without a mistake the tests are {shown}", flush=True)
         # Quick tests first: a mistake is caught by the first that fails.
         for names in tests.values():
             names.sort(key=lambda name: before.times.get(name, 0.0))
         made = mistakes if before.result == "green" else []
-        outcomes = pool.map(lambda m: attempt(tests[m.trap], m, cache), made)
+        outcomes = pool.map(lambda m: attempt(tests[m.trap], m), made)
         for mistake, outcome in zip(made, outcomes):
             line = (
                 f"{mistake.trap:4}  {outcome.result:8}{outcome.seconds:5.1f} s  {mistake.what:52}"

@@ -25,7 +25,6 @@ def test_a_mistake_replaces_what_exists(mistake):
 
 # In a process of its own, since this one has threads that a fork would not survive.
 RUN = """
-import tempfile
 from experiments.benchmarks.mistakes import Mistake
 from experiments.benchmarks.mutations import attempt, find_tests
 
@@ -39,9 +38,8 @@ wrong = {
 }
 tests = [test for test in find_tests()[35] if "order_of_the_file" in test]
 target = "twotower.data.interactions:count_later_rows"
-with tempfile.TemporaryDirectory() as cache:
-    for what, make in wrong.items():
-        print(attempt(tests, Mistake(35, what, target, make), cache).result)
+for what, make in wrong.items():
+    print(attempt(tests, Mistake(35, what, target, make)).result)
 """
 
 
