@@ -1,4 +1,4 @@
-"""The leakage audit: refuses a split whose training rows know what it is tested on.
+"""The leakage audit: refuses a split whose training rows reveal the held-out rows.
 
 A kind of leakage that a published protocol has can be accepted by name.
 """
@@ -44,7 +44,7 @@ class Check:
     """One kind of leakage to look for.
 
     Attributes:
-        reason: Why it flatters the figures, and the cure.
+        reason: Sentences on why it flatters the figures, and on the cure.
         look: Function that returns the finding in a split, or None.
     """
 
@@ -57,7 +57,7 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
 
     Args:
         split: The parts of the log.
-        config: How the log was divided, and the kinds of leakage to accept.
+        config: Kind of the split, and the kinds of leakage to accept.
 
     Returns:
         The findings, all of them accepted by `config.accept_leakage`.
@@ -68,6 +68,7 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
     """
     for name in config.accept_leakage:
         choose(FINDINGS, name, "config.split.accept_leakage")
+    # All checks run before the first complaint, so that one message names everything to mend.
     results = [check.look(split, config) for check in FINDINGS.values()]
     findings = [finding for finding in results if finding is not None]
     not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
@@ -86,6 +87,7 @@ def check_fitted(fitted_on: str, split: Split) -> None:
     Raises:
         LeakageError: The fingerprints differ.
     """
+    # By content rather than by path: the same file may hold other rows today.
     expected = fingerprint(split.train)
     if fitted_on != expected:
         raise LeakageError(
@@ -111,13 +113,14 @@ def _random_split(split: Split, config: SplitConfig) -> Finding | None:
 def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
     """Looks, after leave-last-out, for training rows that are later than a held-out row.
 
-    They are rows of other users, and tell what is coming.
+    They are rows of other users, and show coming trends.
     """
     parts = _held_out_parts(split)
     if config.kind != "leave_last_out" or not parts or not has_timestamps(split.train):
         return None
     # The last part that has rows is the one that is reported on.
     earliest = pc.min(parts[-1]["timestamp"]).as_py()
+    # One moment for all users: leave-last-out compares each row with its own user's rows alone.
     is_later = _as_mask(pc.greater(split.train["timestamp"], earliest))
     if not is_later.any():
         return None
@@ -155,6 +158,7 @@ def _time_order(split: Split, config: SplitConfig) -> Finding | None:
     example = ""
     before = split.train
     for rows in _held_out_parts(split):
+        # Equal times count as early: rows of one second have no order that could be trusted.
         latest = pc.max(before["timestamp"]).as_py()
         is_early = _as_mask(pc.less_equal(rows["timestamp"], latest))
         if is_early.any():
@@ -171,15 +175,16 @@ def _time_order(split: Split, config: SplitConfig) -> Finding | None:
     return Finding("time_order", count, message)
 
 
+# The order of the checks is the order of the lines in the message.
 FINDINGS: dict[str, Check] = {
     "random_split": Check(
         "Training has seen what the same users did afterwards, and what became popular later, "
-        "which no served model has. config.split.kind='time' asks what a served model is asked.",
+        "which no served model has. config.split.kind='time' predicts as a served model must.",
         _random_split,
     ),
     "future_rows": Check(
         "Training knows what other users liked after the moment that is predicted, so it knows "
-        "coming trends. config.split.kind='time' does not.",
+        "coming trends. config.split.kind='time' trains on earlier rows alone.",
         _future_rows,
     ),
     "repeated_pairs": Check(
@@ -201,7 +206,8 @@ FINDINGS: dict[str, Check] = {
 
 
 def _message(findings: list[Finding], config: SplitConfig) -> str:
-    """Returns what was found, why each finding flatters the figures, and how to accept them."""
+    """Returns the findings, the reason why each flatters the figures, and the option to accept
+    them."""
     lines = [
         "the leakage audit refuses this split "
         f"(config.split.kind={config.kind!r}), whose figures would be too good:"
@@ -227,9 +233,10 @@ def _as_mask(condition: pa.ChunkedArray) -> np.ndarray:
 
 
 def _row_codes(rows: pa.Table) -> np.ndarray:
-    """Numbers the (user, item, timestamp) of each row: int64 [N], equal where all three are."""
+    """Numbers the (user, item, timestamp) of each row: int64 [N], equal if all three are."""
     # `codes` makes the numbers of pairs dense, so that the product below cannot overflow.
     pairs = codes(pa.chunked_array([pair_codes(rows)]))
+    # Dense codes instead of seconds, which would leave no room for the pairs in 64 bits.
     times = codes(rows["timestamp"])
     return pairs * (times.max(initial=0) + 1) + times
 
@@ -237,12 +244,12 @@ def _row_codes(rows: pa.Table) -> np.ndarray:
 def _find_repeats(
     name: str, split: Split, number_rows: Callable[[pa.Table], np.ndarray], consequence: str
 ) -> Finding | None:
-    """Looks for held-out rows that stand in an earlier part too.
+    """Looks for held-out rows that occur in an earlier part too.
 
     Args:
         name: Kind of leakage.
         split: The parts of the log.
-        number_rows: Function from rows to codes, int64 [N], that are equal where rows repeat.
+        number_rows: Function from rows to codes, int64 [N], that are equal for repeated rows.
         consequence: End of the sentence "3 of 10 held-out rows ...".
     """
     parts = _held_out_parts(split)
@@ -258,6 +265,7 @@ def _find_repeats(
     masks = []
     for part in parts:
         stop = start + part.num_rows
+        # `values[:start]` are all earlier parts: test rows may repeat validation rows as well.
         masks.append(_occurs_in(values[start:stop], values[:start]))
         start = stop
     is_repeated = np.concatenate(masks)
@@ -272,10 +280,12 @@ def _find_repeats(
 
 
 def _occurs_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Marks the values, few, that occur among many others: bool [N].
+    """Marks the values that occur among others, which are many more: bool [N].
 
-    It hashes the few alone; `np.isin` sorts both, which is eight times slower.
+    It hashes `values` alone; `np.isin` sorts both, which is eight times slower.
     """
-    # Then the hash table of the second look-up holds those alone that can be found.
-    candidates = others[np.asarray(pc.is_in(pa.array(others), value_set=pa.array(values)))]
-    return np.asarray(pc.is_in(pa.array(values), value_set=pa.array(candidates)))
+    wanted = pa.array(values)
+    is_candidate = pc.is_in(pa.array(others), value_set=wanted)
+    # The hash table of the second look-up then holds only those that can match.
+    candidates = pa.array(others[np.asarray(is_candidate)])
+    return np.asarray(pc.is_in(wanted, value_set=candidates))

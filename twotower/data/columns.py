@@ -17,6 +17,7 @@ from twotower.core.arrow import pc
 from twotower.core.times import UNITS_PER_SECOND
 
 _ISO = re.compile(r"\s*\d{4}-\d{2}-\d{2}([T ]\d|\s*$)")
+# Only tells which conversions to try; Arrow's own parser decides.
 _NUMBER = re.compile(r"\s*-?\d+(\.\d*)?([eE][+-]?\d+)?\s*$")
 # Numbers that are codes: a zero leads, or no int64 holds their digits.
 _CODE = r"^\s*-?0\d|^\s*-?\d{19,}\s*$"
@@ -27,12 +28,12 @@ Convert = Callable[[pa.ChunkedArray], pa.ChunkedArray]
 
 
 class BadValue(ValueError):
-    """A value that is not what its column asks for.
+    """A value of the wrong type for its column.
 
     Attributes:
         row: Row of the whole table, from 0.
-        value: The value as it was read.
-        right: What would be right, such as "a number".
+        value: Value as it was read.
+        right: Words for a right value, such as "a number".
     """
 
     def __init__(self, row: int, value: object, right: str):
@@ -46,17 +47,21 @@ def to_ids(column: pa.ChunkedArray, *, is_typed: bool) -> pa.ChunkedArray:
     """Returns ids as strings: 42 is "42" and so is 42.0; empty ones are null.
 
     Args:
-        column: The ids.
-        is_typed: Whether the file knows types, as Parquet does. If it does not, and every id ends
-            in ".0", that ending goes: it is what pandas makes of whole numbers with gaps.
+        column: Ids.
+        is_typed: Whether the file stores types, as Parquet does. If it does not, and every id ends
+            in ".0", the ending is removed: pandas writes whole numbers with gaps so.
     """
+    # Before text is made of them: "42.0" would be another id than "42".
     if pa.types.is_floating(column.type):
         # pandas turns whole ids with gaps into floats, with NaN in the gaps.
         column = pc.if_else(pc.is_nan(column), None, column)
         is_whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
-        column = column.cast(pa.int64()) if is_whole else column
+        if is_whole:
+            column = column.cast(pa.int64())
     column = column.cast(pa.string())
+    # An id that is empty text is missing, as in CSV files, where the two look the same.
     column = pc.if_else(pc.equal(column, ""), None, column)
+    # Every id or none: a single "1.0" among others is an id of its own.
     if not is_typed and _all_match(column, r"^-?\d+\.0+$"):
         column = pc.replace_substring_regex(column, r"\.0+$", "")
     return column
@@ -70,9 +75,11 @@ def to_numbers(column: pa.ChunkedArray, *, smallest: float = -math.inf) -> pa.Ch
     """
     # Compared as float64: float32 would round first.
     values = _convert(column, lambda x: _trim(x).cast(pa.float64()), "a number")
+    # -1 without such a row; null and NaN are not below anything.
     row = pc.index(pc.less(values, smallest), True).as_py()
     if row >= 0:
         raise BadValue(row, column[row].as_py(), f"at least {smallest:g}")
+    # float32, as in the arrays that training reads.
     return values.cast(pa.float32())
 
 
@@ -87,6 +94,7 @@ def to_seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> p
     Raises:
         BadValue: A text is no time.
     """
+    # Typed columns first: their meaning does not depend on the options for text.
     kind = column.type
     if pa.types.is_temporal(kind):
         return _time_to_seconds(column)
@@ -94,6 +102,7 @@ def to_seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> p
         return _parse_form(column.cast(pa.string()), form)
     if not pa.types.is_string(kind):
         return _scale(column, UNITS_PER_SECOND[unit])
+    # The first value decides between numbers and dates for the whole column.
     first = first_value(column)
     if first is None or _NUMBER.match(first):
         return _convert(
@@ -109,14 +118,14 @@ def to_seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> p
 
 
 def infer_type(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
-    """Returns a column of text as another type where every value is of it, else as it is.
+    """Returns a column of text as another type if all its values are of that type, else as text.
 
     The types are whole numbers, numbers, booleans, and seconds of times. Codes keep their text:
     numbers with leading zeros, and more digits than an integer can hold.
 
     Args:
-        column: The text.
-        form: strptime form of times beside ISO 8601.
+        column: Text.
+        form: strptime form of times in addition to ISO 8601.
     """
     first = first_value(column)
     if first is None:
@@ -129,9 +138,12 @@ def infer_type(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
     elif first.strip().lower() in ("true", "false"):
         attempts = [lambda x: _trim(x).cast(pa.bool_())]
     else:
-        attempts = [_parse_iso] if _ISO.match(first) else []
+        attempts = []
+        if _ISO.match(first):
+            attempts.append(_parse_iso)
         if form:
             attempts.append(lambda x: _parse_form(x, form))
+    # From the narrowest type to the widest; the first one that fits every value is taken.
     for convert in attempts:
         try:
             return convert(column)
@@ -147,12 +159,15 @@ def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
+        # Dictionaries of several files have different codes for one value.
         return simplify_type(column.cast(kind.value_type))
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        # Seconds as everywhere, whatever unit the file has.
         return _time_to_seconds(column)
     if pa.types.is_decimal(kind):
         return column.cast(pa.float64())
     if is_list(kind):
+        # No feature reads lists of lists or structs from a table.
         if pa.types.is_nested(kind.value_type):
             return to_json_text(column)
         return column.cast(pa.list_(pa.string()))
@@ -171,7 +186,9 @@ def is_list(kind: pa.DataType) -> bool:
 def first_value(column: pa.ChunkedArray) -> str | None:
     """Returns the first value that is not null, or None without one."""
     row = pc.index(pc.is_valid(column), True).as_py()
-    return None if row < 0 else column[row].as_py()
+    if row < 0:
+        return None
+    return column[row].as_py()
 
 
 def to_json_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -205,6 +222,7 @@ def _convert(column: pa.ChunkedArray, convert: Convert, right: str) -> pa.Chunke
         return convert(column)
     except pa.ArrowInvalid:
         pass
+    # About twenty conversions for a million rows; row by row it would be a million.
     low = 0
     high = len(column)
     # Rows before `low` convert, and those before `high` do not.
@@ -219,6 +237,7 @@ def _convert(column: pa.ChunkedArray, convert: Convert, right: str) -> pa.Chunke
 
 
 def _time_to_seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # The zone is kept, so that this changes the unit alone: Arrow stores UTC whatever the zone.
     zone = getattr(column.type, "tz", None)
     # Through microseconds, which Arrow casts dates and all times to. Not safe: fractions of a
     # second are dropped.
@@ -230,9 +249,10 @@ def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns the seconds of ISO 8601 times.
 
     Raises:
-        pa.ArrowInvalid: A value is none.
+        pa.ArrowInvalid: A value is no such time.
     """
     column = _trim(column)
+    # Zones and fractions differ between files, but rarely within a column.
     for kind in _ISO_TYPES[:-1]:
         try:
             return _time_to_seconds(column.cast(kind))
@@ -242,6 +262,7 @@ def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _parse_form(column: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
+    # With `error_is_null` the failed rows are found at once, and are told from missing ones below.
     times = pc.strptime(column, format=form, unit="s", error_is_null=True)
     failed = pc.and_(pc.is_null(times), pc.is_valid(column)).to_numpy()
     rows = np.flatnonzero(failed)
@@ -256,19 +277,25 @@ def _scale(column: pa.ChunkedArray, per_second: int) -> pa.ChunkedArray:
     if pa.types.is_integer(column.type):
         column = column.cast(pa.int64())
         # Integers are divided as such: nanoseconds have more digits than a float holds.
-        return column if per_second == 1 else pc.divide(column, per_second)
+        if per_second == 1:
+            return column
+        return pc.divide(column, per_second)
+    # NaN has no integer: the cast below would fail.
     column = pc.if_else(pc.is_nan(column), None, column)
+    # Down, not towards 0: times before 1970 are negative.
     return pc.floor(pc.divide(column, float(per_second))).cast(pa.int64())
 
 
 def _parse_number(column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
+        # Whole numbers first: float64 would lose digits beyond 2^53.
         return column.cast(pa.int64())
     except pa.ArrowInvalid:
         return column.cast(pa.float64())
 
 
 def _trim(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Trimming copies the column, so only columns that need it are trimmed.
     if pa.types.is_string(column.type) and _any_match(column, r"^\s|\s$"):
         return pc.utf8_trim_whitespace(column)
     return column
@@ -294,4 +321,6 @@ def _guess_form(text: str) -> str:
         day = "%d.%m.%Y"
     else:
         day = "%d %b %Y"
-    return f"{day} %H:%M" if ":" in text else day
+    if ":" not in text:
+        return day
+    return f"{day} %H:%M"

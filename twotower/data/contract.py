@@ -33,12 +33,12 @@ SEPARATORS = r"[;\t|,]"
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the rows of a table come from, for messages.
+    """The source of the rows of a table, for messages.
 
     Attributes:
         name: Name of the source, such as a path.
         describe_row: Function from the number of a row, from 0, to its name in the source.
-        is_typed: Whether the columns have types already, as in Parquet; else they are text.
+        is_typed: Whether the columns have types already, as in Parquet; if not, they are text.
     """
 
     name: str
@@ -53,10 +53,10 @@ def apply_contract(
 
     Args:
         table: The table as it was read.
-        config: Our name of each column, and the form of times.
+        config: Mapping of our names to columns of the source, and the form of times.
         name: Name of the table in the configuration, for messages.
         keys: Columns that it must have; they become strings.
-        origin: Where its rows come from.
+        origin: Source of its rows.
 
     Returns:
         `keys` as strings, timestamp as int64 seconds, rating, weight and label as float32; other
@@ -71,6 +71,7 @@ def apply_contract(
         source.split(".")[0] for source in config.columns.values() if "." in source
     }
     try:
+        # Before columns are renamed: the mapping may name fields of objects.
         table = expand_objects(table, required=columns_with_fields)
     except BadValue as error:
         raise _refusal(error, name, ", ".join(sorted(columns_with_fields)), origin) from None
@@ -92,15 +93,20 @@ def similar_name_hint(name: str, known: Iterable[str]) -> str:
     " (did you mean 'UserID'?)"
     """
     similar = _similar_name(name, known)
-    return f" (did you mean {similar!r}?)" if similar else ""
+    if not similar:
+        return ""
+    return f" (did you mean {similar!r}?)"
 
 
 def _similar_name(name: str, known: Iterable[str]) -> str:
     """Returns the known name most like `name`, whatever its case and separators, or ""."""
     # Of two names that fold to the same, the first one stays in the dict.
     names = {_fold(other): other for other in reversed(list(known))}
+    # Half of the letters alike, as in `did_you_mean`.
     close = difflib.get_close_matches(_fold(name), list(names), n=1, cutoff=0.5)
-    return names[close[0]] if close else ""
+    if not close:
+        return ""
+    return names[close[0]]
 
 
 def _fold(name: str) -> str:
@@ -115,9 +121,9 @@ def _refusal(error: BadValue, name: str, column: str, origin: Origin) -> ConfigE
 def _rename(
     table: pa.Table, config: TableConfig, name: str, keys: tuple[str, ...], origin: Origin
 ) -> pa.Table:
-    """Gives the mapped columns our names, keys first.
+    """Renames the mapped columns to our names, and puts the keys first.
 
-    The others keep theirs, unless a mapped one has taken it.
+    Other columns keep their names, unless a mapped column has the same one.
     """
     known = table.column_names
     # A key that is not mapped must be there under our own name.
@@ -130,6 +136,7 @@ def _rename(
                 f"{name}: {origin.name} has no column {theirs!r}{similar}; {cure}. "
                 f"It has: {', '.join(known)}."
             )
+    # One source column may have two of our names, such as user_id and a feature.
     mapped = {ours: table[theirs] for ours, theirs in config.columns.items()}
     renamed = set(config.columns.values())
     others = {}
@@ -137,15 +144,19 @@ def _rename(
         if column not in renamed and column not in mapped:
             others[column] = table[column]
     merged = mapped | others
+    # Keys first, for readers of a printed table.
     return pa.table({key: merged[key] for key in keys} | merged)
 
 
 def _missing_column_cure(
     ours: str, theirs: str, known: list[str], config: TableConfig, name: str, *, is_key: bool
 ) -> str:
-    """Returns what to write into the configuration when a column is not in the table."""
+    """Returns the cure for a missing column: the option to write into the configuration."""
     field = f"config.data.{name}"
-    separator = re.search(SEPARATORS, known[0]) if len(known) == 1 else None
+    separator = None
+    # A single column whose name holds a separator is a file read with the wrong delimiter.
+    if len(known) == 1:
+        separator = re.search(SEPARATORS, known[0])
     if separator:
         return (
             f"its fields look separated by {separator[0]!r}: set {field}.delimiter={separator[0]!r}"
@@ -155,6 +166,7 @@ def _missing_column_cure(
         right = _similar_name(theirs, known) or "ITS NAME IN THE FILE"
         mapping = {**config.columns, ours: right}
         cure = f"say which it is by {field}.columns={mapping!r}"
+    # A key cannot be left out, so that cure is not offered.
     if is_key:
         return cure
     without = {column: source for column, source in config.columns.items() if column != ours}
@@ -168,20 +180,25 @@ def _convert(
     keys: tuple[str, ...],
     is_typed: bool,
 ) -> pa.ChunkedArray:
-    """Returns a column as the type that its name asks for."""
+    """Returns a column converted to the type that its name stands for."""
+    # Apart from other columns, because numbers of a time need its unit.
     if name == "timestamp":
         return _convert_timestamp(values, config)
     values = columns.simplify_type(values)
     if name in keys:
         return columns.to_ids(values, is_typed=is_typed)
     if name in NUMBERS:
-        smallest = 0.0 if name == "weight" else -math.inf
+        # A negative weight would turn the loss around.
+        smallest = -math.inf
+        if name == "weight":
+            smallest = 0.0
         if name == "label":
             values = _read_flags(values)
         return columns.to_numbers(values, smallest=smallest)
     if name in CODES:
-        # Typed: a "1.0" that is no key is kept as it stands.
+        # As if typed: a "1.0" of a column that is no key is kept unchanged.
         return columns.to_ids(values, is_typed=True)
+    # A typed column of text is text on purpose, such as postcodes in a Parquet file.
     if pa.types.is_string(values.type) and not is_typed:
         return columns.infer_type(values, form=config.timestamp_format)
     return values
@@ -190,6 +207,7 @@ def _convert(
 def _convert_timestamp(values: pa.ChunkedArray, config: TableConfig) -> pa.ChunkedArray:
     unit = config.timestamp_unit
     times = columns.to_seconds(values, form=config.timestamp_format, unit=unit)
+    # A warning, not a refusal: times far in the future may be meant.
     latest = pc.max(times).as_py()
     if latest is not None and latest > YEAR_5000:
         logging.warning(

@@ -1,4 +1,4 @@
-"""A log as every source yields it: three Arrow tables, and of a generated shop the truth."""
+"""A log as every source yields it: three Arrow tables, and the truth of a generated shop."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TruePreferences:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A log and what is known of its users and items.
+    """A log, and the attributes of its users and items.
 
     Attributes:
-        interactions: The log in file order: user_id and item_id (string), and where the source has
+        interactions: The log in file order: user_id and item_id (string), and if the source has
             them timestamp (int64 seconds since the epoch, UTC), event (string), weight, label
             (float32), split (string) and context columns.
         users: user_id (string, unique) and columns of users; holds every user of `interactions`.
@@ -52,7 +52,7 @@ class Dataset:
 def assemble(
     interactions: pa.Table, users: pa.Table | None = None, items: pa.Table | None = None
 ) -> Dataset:
-    """Makes a `Dataset` of tables as they were read.
+    """Makes a `Dataset` of raw tables.
 
     Rows without ids are dropped; the tables of users and items become unique and complete.
 
@@ -65,7 +65,7 @@ def assemble(
     if not len(interactions):
         raise ConfigError(
             f"interactions: none of {num_rows} rows has both a user_id and an item_id; check "
-            f"config.data.interactions.columns, which says what they are called in the file."
+            "config.data.interactions.columns, which maps them to columns of the file."
         )
     return Dataset(
         interactions=interactions,
@@ -78,6 +78,7 @@ def assemble(
 def drop_missing(table: pa.Table, columns: tuple[str, ...], name: str) -> pa.Table:
     """Returns a table without the rows that lack one of `columns`, and logs their number."""
     for column in columns:
+        # Dropped and counted rather than refused: published logs do have rows without a user.
         missing = table[column].null_count
         if missing:
             logging.warning(
@@ -93,9 +94,11 @@ def collapse(table: pa.Table, key: str) -> pa.Table:
     Each column takes the first value of the merged rows that is not null.
     """
     codes, count = _codes(table[key])
+    # Every key is unique already: no copy.
     if count == len(table):
         return table
     columns = {}
+    # Column by column, since the first row of a key may lack what a later one has.
     for name in table.column_names:
         rows = _first_valid(table[name], codes, count)
         columns[name] = table[name].take(rows)
@@ -105,8 +108,11 @@ def collapse(table: pa.Table, key: str) -> pa.Table:
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     """Returns codes in order of first appearance, int32 [N], and their number."""
     # One chunk, which has one dictionary to count.
-    joined = pa.chunked_array([values.combine_chunks()]) if values.num_chunks != 1 else values
+    joined = values
+    if values.num_chunks != 1:
+        joined = pa.chunked_array([values.combine_chunks()])
     encoded = joined.chunk(0).dictionary_encode()
+    # Keys have no null here, so there is no code for one.
     return encoded.indices.to_numpy(zero_copy_only=False), len(encoded.dictionary)
 
 
@@ -117,6 +123,7 @@ def _first_valid(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.A
     # Backwards: of several rows with one code the last write is the first row.
     backwards = valid_rows[::-1]
     first[codes[backwards]] = backwards
+    # `take` gives null for a null index.
     return pa.array(first, mask=first < 0)
 
 
@@ -124,8 +131,8 @@ def _entities(table: pa.Table | None, ids: pa.ChunkedArray, key: str, name: str)
     """Returns the table of users or items, one row an id, with every id of the log.
 
     Args:
-        table: The table as it was read; None makes one of the ids alone.
-        ids: The ids of the log.
+        table: Raw table; None makes one of the ids alone.
+        ids: Ids of the log.
         key: Column of the id.
         name: Name of the table in messages.
     """
@@ -136,10 +143,11 @@ def _entities(table: pa.Table | None, ids: pa.ChunkedArray, key: str, name: str)
     unique = collapse(rows, key)
     if len(unique) < len(rows):
         logging.info("%s: %d rows of %d distinct ids", name, len(rows), len(unique))
-    # Of these nothing is known but the id; they are users and items all the same.
+    # Nothing is known of these but the id; they are users and items all the same.
     is_known = pc.is_in(ids_of_log, value_set=unique[key])
     absent = ids_of_log.filter(pc.invert(is_known))
     if not len(absent):
         return unique
     logging.info("%s: %d ids of the log are not in the table", name, len(absent))
+    # At the end, so that the rows of the table keep their numbers; other columns become null.
     return pa.concat_tables([unique, pa.table({key: absent})], promote_options="default")

@@ -16,15 +16,15 @@ from twotower.data.dataset import Dataset
 from twotower.data.interactions import codes, pair_codes, timestamps
 from twotower.data.operators import matches
 
-# From the rows of a log to the mask of those to keep: bool [N].
+# A function from the rows of a log to the mask of those to keep: bool [N].
 RowMask = Callable[[pa.Table], np.ndarray | pa.ChunkedArray]
 
 
 def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
-    """Keeps the rows that `where`, `duplicates` and `k_core` of the configuration ask for.
+    """Applies the filters `where`, `duplicates` and `k_core` of the configuration.
 
-    Rows keep their order. A k-core also restricts the tables of users and items to those that
-    survive; the other filters leave them whole.
+    Rows keep their order. A k-core also restricts the tables of users and items to those in it; the
+    other filters leave the tables whole.
 
     Raises:
         ConfigError: An unknown column or operator, a value that cannot be compared with its column,
@@ -44,7 +44,9 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
         reason = "; ".join(reports) or "the log is empty"
         raise ConfigError(f"no training rows are left after the filters of config.data: {reason}.")
     dataset = dataclasses.replace(dataset, interactions=rows)
-    return _drop_absent_entities(dataset) if config.k_core > 0 else dataset
+    if config.k_core == 0:
+        return dataset
+    return _drop_absent_entities(dataset)
 
 
 def _filters(config: DataConfig) -> list[tuple[str, RowMask]]:
@@ -52,9 +54,12 @@ def _filters(config: DataConfig) -> list[tuple[str, RowMask]]:
     filters: list[tuple[str, RowMask]] = []
     for i, condition in enumerate(config.where):
         field = f"config.data.where[{i}]={condition!r}"
+        # `_where` and its like are functions of their own, as a lambda made here would read the
+        # last condition of the loop.
         filters.append((f"where {condition!r}", _where(condition, field)))
     if config.duplicates != "all":
         filters.append((f"duplicates={config.duplicates!r}", _duplicates(config.duplicates)))
+    # Last: any later filter could leave a user with fewer rows.
     if config.k_core > 0:
         filters.append((f"k_core={config.k_core}", _k_core(config.k_core)))
     return filters
@@ -77,11 +82,14 @@ def one_row_per_pair(rows: pa.Table, *, keep: str) -> np.ndarray:
 
     Args:
         rows: The log.
-        keep: "first" or "last", in time if rows have one, and then in file order.
+        keep: "first" or "last" row, by timestamp if rows have one, and then by file order.
     """
     pairs = pair_codes(rows)
     times = timestamps(rows)
-    order = np.arange(len(pairs)) if times is None else np.argsort(times, kind="stable")
+    order = np.arange(len(pairs))
+    if times is not None:
+        # Stable: rows of one second stay in file order.
+        order = np.argsort(times, kind="stable")
     if keep == "last":
         order = order[::-1]
     # `unique` returns the first position of each value, so the order decides which row that is.
@@ -104,6 +112,7 @@ def k_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
     rows = np.arange(len(users))
     # Dropping a user may leave an item with too few rows, and so on: until nothing changes.
     while True:
+        # Counted anew in each round, over the rows that are left.
         rows_of_user = np.bincount(users[rows])[users[rows]]
         rows_of_item = np.bincount(items[rows])[items[rows]]
         is_kept = (rows_of_user >= k) & (rows_of_item >= k)

@@ -23,8 +23,8 @@ class Split:
         train: Rows to learn from.
         validation: Rows to choose a model by.
         test: Rows to report on.
-        file_positions: Position in the file of each row, one int64 array a part; None says that
-            the parts follow each other in the file.
+        file_positions: Position in the file of each row, one int64 array a part; None if the parts
+            follow each other in the file.
     """
 
     train: pa.Table
@@ -46,6 +46,7 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
         int64 [N]; null has a number like other values.
     """
     # The chunks share one dictionary, so that their codes can be joined.
+    # "encode": without it null would have no code, and -1 or a gap in its place.
     encoded = pc.dictionary_encode(column, null_encoding="encode")
     chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
     if not chunks:
@@ -54,12 +55,14 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def pair_codes(rows: pa.Table) -> np.ndarray:
-    """Numbers the (user, item) pairs of a log: int64 [N], equal where both ids are."""
+    """Numbers the (user, item) pairs of a log: int64 [N], equal if both ids are."""
+    # One number a pair: pairs can then be sorted, hashed and compared as a column.
     return pair_keys(codes(rows["user_id"]), codes(rows["item_id"]))
 
 
 def has_timestamps(rows: pa.Table) -> bool:
-    """Returns whether any row says when it happened."""
+    """Returns whether any row has a timestamp."""
+    # A column without any value counts as none, as files with an empty column have.
     return "timestamp" in rows.column_names and rows["timestamp"].null_count < rows.num_rows
 
 
@@ -86,7 +89,7 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
 def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Counts, for each row, the later rows of the same user, and all rows of that user.
 
-    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order.
+    Rows are ordered by timestamp, and equal or absent timestamps by file order.
 
     Returns:
         Later rows, int64 [N], and all rows, int64 [N].
@@ -94,9 +97,13 @@ def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     users = codes(rows["user_id"])
     times = timestamps(rows)
     # `lexsort` sorts by its last key first, and is stable: equal keys stay in file order.
-    keys = (users,) if times is None else (times, users)
+    # Sorted by user, then by time; without times the order of the file is that of time.
+    keys = [users]
+    if times is not None:
+        keys = [times, users]
     order = np.lexsort(keys)
     counts = np.bincount(users)
+    # In sorted order each user's rows lie together, and end at the running count.
     last_of_user = np.cumsum(counts)[users[order]] - 1
     later = np.empty(len(users), np.int64)
     later[order] = last_of_user - np.arange(len(users))
@@ -104,22 +111,24 @@ def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(rows: pa.Table, row: int) -> str:
-    """Returns one row as text for a message: its ids and, where there is one, its timestamp."""
+    """Returns one row as text for a message: its ids and, if it has one, its timestamp."""
     names = [name for name in ("user_id", "item_id", "timestamp") if name in rows.column_names]
     return ", ".join(f"{name}={rows[name][row].as_py()!r}" for name in names)
 
 
 def fingerprint(rows: pa.Table) -> str:
-    """Returns a hex digest of who met which item and when, in order.
+    """Returns a hex digest of the ids and timestamps of the rows, in order.
 
-    It is the same however the columns are cut into chunks.
+    It does not depend on how the columns are cut into chunks.
     """
     digest = hashlib.sha256()
     for name in ("user_id", "item_id", "timestamp"):
         if name in rows.column_names:
+            # Name and length apart the columns, whose bytes follow each other without a separator.
             digest.update(f"{name} {rows.num_rows} ".encode())
             for part in _column_bytes(rows[name]):
                 digest.update(part.data)
+    # 64 bits are enough to notice a change; it is not a signature.
     return digest.hexdigest()[:16]
 
 
@@ -129,6 +138,7 @@ def _column_bytes(column: pa.ChunkedArray) -> list[np.ndarray]:
     Reading Arrow's buffers avoids one Python object a value.
     """
     if not pa.types.is_string(column.type):
+        # Null as a value that no timestamp has.
         smallest = np.iinfo(np.int64).min
         return [np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))]
     # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
@@ -140,5 +150,6 @@ def _text_bytes(values: pa.StringArray) -> np.ndarray:
     _, offsets, text = values.buffers()
     if not len(values) or offsets is None or text is None:
         return np.zeros(0, np.uint8)
+    # A chunk may be a slice: its offsets start in the middle of shared buffers.
     ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
     return np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]

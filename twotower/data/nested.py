@@ -16,9 +16,9 @@ def expand_objects(table: pa.Table, *, required: set[str]) -> pa.Table:
     """Replaces each column of structs or JSON objects by columns `column.field`.
 
     Args:
-        table: The table as it was read.
-        required: Columns whose fields are asked for. In these a value that is no JSON object is an
-            error, while another column of which only some values are objects stays text.
+        table: Raw table.
+        required: Columns whose fields the configuration names. A value of these that is no JSON
+            object is an error, while any other column with such a value stays text.
 
     Raises:
         BadValue: A value of a required column is no JSON object.
@@ -26,10 +26,12 @@ def expand_objects(table: pa.Table, *, required: set[str]) -> pa.Table:
     expanded: dict[str, pa.ChunkedArray] = {}
     for name in table.column_names:
         column = table[name]
+        # The first value tells most columns of text apart without parsing all of them.
         if pa.types.is_string(column.type) and _is_object(first_value(column)):
             try:
                 column = _parse(column)
             except BadValue:
+                # Other columns may hold objects by chance.
                 if name in required:
                     raise
         expanded |= _fields(name, column)
@@ -41,6 +43,7 @@ def _fields(name: str, column: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
     if not pa.types.is_struct(column.type):
         return {name: column}
     fields: dict[str, pa.ChunkedArray] = {}
+    # `flatten` also turns the fields of a null struct into nulls.
     for field, values in zip(column.type, column.flatten(), strict=True):
         fields |= _fields(f"{name}.{field.name}", values)
     return fields
@@ -60,11 +63,13 @@ def _parse(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     Types of a field that differ between rows become text.
     """
+    # Line breaks between the parts of an object are white space in JSON.
     one_line = pc.replace_substring_regex(column, r"[\r\n]+", " ")
     lines = pc.fill_null(one_line, "{}").to_pylist()
-    # A line is an object for Arrow's reader.
-    # One more object than there are rows: Arrow refuses text in which no object has a field.
+    # Arrow's reader takes one object a line. One more object than there are rows: Arrow refuses
+    # text in which no object has a field.
     text = "\n".join([*lines, '{"": null}']).encode()
+    # One block and one thread: types are inferred by block, and rows must keep their order.
     options = pyarrow.json.ReadOptions(block_size=len(text) + 1, use_threads=False)
     try:
         table = pyarrow.json.read_json(io.BytesIO(text), read_options=options)
@@ -74,12 +79,16 @@ def _parse(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return _parse_one_by_one(lines)
     # Without the empty name, which came with the additional object.
     names = [name for name in table.column_names if name]
-    table = table.select(names).slice(0, len(lines)).combine_chunks()
-    return pa.chunked_array([table.to_struct_array().combine_chunks()])
+    rows = table.select(names).slice(0, len(lines))
+    structs = rows.combine_chunks().to_struct_array()
+    return pa.chunked_array([structs.combine_chunks()])
 
 
 def _parse_one_by_one(lines: list[str]) -> pa.ChunkedArray:
-    """Parses with Python's parser, which is slower and accepts fields of several types."""
+    """Returns JSON objects as structs like `_parse`, by Python's parser.
+
+    It is slower, and accepts fields of several types.
+    """
     objects = []
     for row, line in enumerate(lines):
         try:
@@ -89,9 +98,12 @@ def _parse_one_by_one(lines: list[str]) -> pa.ChunkedArray:
         if not isinstance(value, dict):
             raise BadValue(row, line, "a JSON object")
         objects.append(value)
-    names = dict.fromkeys(name for value in objects for name in value)
-    arrays = {name: _array([value.get(name) for value in objects]) for name in names}
-    return pa.chunked_array([pa.StructArray.from_arrays(list(arrays.values()), list(arrays))])
+    # A dict rather than a set: names keep the order in which they first appear.
+    names = list(dict.fromkeys(name for value in objects for name in value))
+    arrays = []
+    for name in names:
+        arrays.append(_array([value.get(name) for value in objects]))
+    return pa.chunked_array([pa.StructArray.from_arrays(arrays, names)])
 
 
 def _array(values: list) -> pa.Array:
@@ -100,9 +112,13 @@ def _array(values: list) -> pa.Array:
     Values of several types become text, or lists of text where all are lists.
     """
     try:
+        # Arrow infers one type for all values, or fails.
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         if not all(value is None or isinstance(value, list) for value in values):
             return pa.array([value_to_text(value) for value in values], pa.string())
-    lists = [value and [value_to_text(part) for part in value] for value in values]
+    lists = []
+    for value in values:
+        # Null and the empty list stay as they are.
+        lists.append(value and [value_to_text(part) for part in value])
     return pa.array(lists, pa.list_(pa.string()))

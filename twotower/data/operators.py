@@ -19,7 +19,7 @@ from twotower.core.fields import check_fields
 
 @runtime_checkable
 class Comparison(Protocol):
-    """A comparison of a column with a value: bool [N], null where the column is.
+    """A comparison of a column with a value: bool [N], null for null values of the column.
 
     `field` is the name of the condition in messages.
     """
@@ -50,6 +50,7 @@ def _in(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
     if not isinstance(value, (tuple, list)):
         raise ConfigError(f"{field}: {value!r} must be a tuple of values, such as ({value!r},).")
     # Each by itself, so that the message names the one that does not fit.
+    # One after the other before the look-up below, which converts all at once.
     for member in value:
         _scalar(column, member, field)
     try:
@@ -69,7 +70,7 @@ def _starts_with(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedA
 
 
 def _order(compare: Callable[[pa.ChunkedArray, pa.Scalar], pa.ChunkedArray]) -> Comparison:
-    """Returns a comparison by one of Arrow's functions of order."""
+    """Returns a comparison by one of Arrow's functions for <, <=, > and >=."""
     return lambda column, value, field: compare(column, _scalar(column, value, field))
 
 
@@ -93,10 +94,10 @@ def matches(
     """Marks the rows that satisfy a condition: bool [N], never null.
 
     A null satisfies `!=`, `not in` and `not starts with` and nothing else; `== None` and `!= None`
-    ask for nulls.
+    select by being null.
 
     Args:
-        rows: The table.
+        rows: Table with N rows.
         condition: (column, operator, value).
         field: Name of the condition in messages.
         table: Name of the table in messages.
@@ -116,12 +117,15 @@ def matches(
     # A condition is about values, not about the codes that stand for them.
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    # Null before the negation: a row without a value is none of those that a negation leaves out.
     mask = pc.fill_null(operator.compare(column, value, field), False)
-    return pc.invert(mask) if operator.is_negated else mask
+    if operator.is_negated:
+        return pc.invert(mask)
+    return mask
 
 
 def _scalar(column: pa.ChunkedArray, value: Any, field: str) -> pa.Scalar:
-    """Returns a value as Arrow compares it with a column.
+    """Returns a value as a scalar that Arrow can compare with a column.
 
     Numbers compare with numbers and text with text, never across.
     """

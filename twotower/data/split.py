@@ -1,4 +1,4 @@
-"""Rows into train, validation and test: by time, leave-last-out, at random, or as the log says."""
+"""Splits of a log into train, validation and test: by time, last rows, chance or a column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAIN = 0
 VALIDATION = 1
 TEST = 2
 
-# With fewer rows a user would have nothing, or one row, left to learn from.
+# With fewer rows a user would have none left to learn from after two are held out.
 MIN_ROWS_TO_HOLD_OUT = 3
 
 
@@ -36,7 +36,7 @@ class ValidationRows(Protocol):
 
 
 def split(interactions: pa.Table, config: SplitConfig) -> Split:
-    """Divides a log as `config.kind` says.
+    """Divides a log by the kind of split that `config.kind` names.
 
     Args:
         interactions: The log, N rows in file order.
@@ -47,8 +47,10 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
             whose share is above 0.
     """
     divide = choose(SPLITS, config.kind, "config.split.kind")
+    # A part for each row instead of three tables, so that rows keep their file order.
     part_of_row = divide(interactions, config)
     tables = [interactions.filter(pa.array(part_of_row == part)) for part in range(len(PARTS))]
+    # Train is always needed; a part with a share of 0 may be empty.
     is_needed = (True, config.validation > 0, config.test > 0)
     for name, table, needed in zip(PARTS, tables, is_needed):
         if needed and not table.num_rows:
@@ -57,6 +59,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
                 f"test={config.test} leaves no {name} rows of {interactions.num_rows:,}. "
                 f"{_HINTS[config.kind]}"
             )
+    # Kept because file order breaks ties of time when the parts are joined again.
     positions = [np.flatnonzero(part_of_row == part) for part in range(len(PARTS))]
     return Split(*tables, file_positions=tuple(positions))
 
@@ -73,8 +76,10 @@ def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
             "config.split.kind='time' needs a column 'timestamp'; choose leave_last_out, random or "
             "fixed without one."
         )
+    # Numbers of rows rather than quantiles: quantiles interpolate between times.
     held_out, test = _held_out_counts(rows, config)
     ordered = np.sort(times)
+    # int8: one byte a row for three values.
     parts = np.full(len(times), TRAIN, np.int8)
     # Test last: its rows were marked as validation first.
     for count, part in ((held_out, VALIDATION), (test, TEST)):
@@ -86,14 +91,16 @@ def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Holds out the last row of each user for test and the one before it for validation.
 
-    Rows are ordered by timestamp where there is one; file order breaks ties, or is the order. Users
-    with fewer than three rows stay in train. A part whose share is 0 gets no rows.
+    Rows are ordered by timestamp, and equal or absent timestamps by file order. Users with fewer
+    than three rows stay in train. A part whose share is 0 gets no rows.
     """
+    # Test first: it takes the very last row.
     shares = ((TEST, config.test), (VALIDATION, config.validation))
     held_out_parts = [part for part, share in shares if share > 0]
+    # `later` counts from the end of each user: 0 is the last row.
     later, rows_of_user = count_later_rows(rows)
     parts = np.full(len(later), TRAIN, np.int8)
-    # The parts that are wanted take the last rows in turn: without test, validation has the last.
+    # Parts with a share take the last rows in turn: without test, validation has the last.
     for position_from_end, part in enumerate(held_out_parts):
         is_held_out = (later == position_from_end) & (rows_of_user >= MIN_ROWS_TO_HOLD_OUT)
         parts[is_held_out] = part
@@ -103,6 +110,7 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Draws exactly round(N * share) rows for validation and for test, by the seed."""
     held_out, test = _held_out_counts(rows, config)
+    # A permutation instead of a draw a row: the sizes are exact.
     order = np.random.default_rng(config.seed).permutation(rows.num_rows)
     parts = np.full(rows.num_rows, TRAIN, np.int8)
     # The first `test` of the rows held out become test rows again.
@@ -112,16 +120,17 @@ def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 
 def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Follows the column `split` of the log.
+    """Divides the log by its column `split`.
 
-    If no row says validation, a share of the training rows becomes it, chosen as `config.held`
-    says.
+    If no row is marked "validation", a share of the training rows is held out, chosen by the kind
+    that `config.held` names.
     """
     if "split" not in rows.column_names:
         raise ConfigError(
             "config.split.kind='fixed' needs a column 'split' of train, validation and test, or a "
             "file config.data.test.path."
         )
+    # The index in PARTS is the number of the part.
     index = pc.index_in(rows["split"].cast(pa.string()), value_set=pa.array(PARTS))
     if index.null_count:
         row = pc.index(pc.is_null(index), True).as_py()
@@ -133,6 +142,7 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     if not (parts == VALIDATION).any():
         train = np.flatnonzero(parts == TRAIN)
         hold_out = choose(HELD, config.held, "config.split.held")
+        # Positions among the training rows, not in the log.
         held_out = hold_out(rows.take(pa.array(train)), config)
         parts[train[held_out]] = VALIDATION
     return parts
@@ -148,8 +158,8 @@ SPLITS: dict[str, PartOfRows] = {
 _HINTS = {
     "time": "Change the shares, or give finer timestamps: rows of one second are never divided.",
     "leave_last_out": "Only users with at least three rows have one held out.",
-    "random": "Change the shares, or bring more rows.",
-    "fixed": "The column 'split' decides it; set the share to 0 for a part that is not wanted.",
+    "random": "Change the shares, or use a log with more rows.",
+    "fixed": "The column 'split' decides it; set the share to 0 for a part that is not needed.",
 }
 
 
@@ -162,6 +172,7 @@ def _random_share(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 def _latest_share_of_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Takes the latest share of each user's rows."""
     later, rows_of_user = count_later_rows(rows)
+    # A user with few rows may round to none held out.
     return np.flatnonzero(later < np.round(rows_of_user * config.validation))
 
 
@@ -174,11 +185,13 @@ HELD: dict[str, ValidationRows] = {
 
 def _held_out_counts(rows: pa.Table, config: SplitConfig) -> tuple[int, int]:
     """Returns the number of rows for validation and test together, and for test alone."""
+    # Each share is checked by `SplitConfig`, their sum only here: leave_last_out does not use it.
     if config.validation + config.test >= 1:
         raise ConfigError(
             f"config.split.validation={config.validation} and config.split.test={config.test} must "
             "leave a share for train."
         )
+    # Rounded one by one, so that a part has the same size whatever the other is.
     test = round(rows.num_rows * config.test)
     validation = round(rows.num_rows * config.validation)
     return test + validation, test

@@ -1,7 +1,7 @@
 """A generated shop whose true preferences are known.
 
 Every shopper has a mixture theta over T tastes, every taste a distribution phi over the items, and
-what a shopper looks at next is drawn from
+the next item that a shopper looks at is drawn from
 
     p(item | user) = sum_t theta[user, t] * phi[t, item],
 
@@ -9,13 +9,13 @@ renormalised over the items that exist at that moment. Preference is therefore e
 product, `TruePreferences.user_factors` with `TruePreferences.item_factors`, which no model can beat
 on average: the ceiling that the quick start reports.
 
-Some rows say whether the shopper `liked` the item (1 or 0, else missing), all rows whether he
-`shared` it. Both are drawn with the probabilities of `label_probabilities`, higher where the item
-suits him more than others.
+Some rows hold the label `liked` (1 or 0, else missing), all rows the label `shared`. Both are drawn
+with the probabilities of `label_probabilities`, which are higher if the item suits the shopper
+better than it suits others.
 
-A taste likes some categories, brands and materials and a price level, so the columns of the items
-tell about items never sold; it likes items of its own beyond that, and popular ones (Zipf) more.
-Who shares gender and age shares likings.
+A taste prefers some categories, brands and materials and a price level, so the columns of the items
+tell about items never sold; beyond that it prefers single items, and popular ones (Zipf). Shoppers
+of one gender and age group have similar mixtures.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from twotower.data.shop.shoppers import draw_shoppers, shopper_table
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """How a label is drawn, see `label_probabilities`.
+    """The parameters of a label, see `label_probabilities`.
 
     Attributes:
         slope: Slope of its logit.
         offset: Offset of its logit.
-        known_share: Share of the rows in which it is known.
+        known_share: Share of the rows in which it is not missing.
     """
 
     slope: float
@@ -50,6 +50,7 @@ class Label:
     known_share: float
 
 
+# One label with missing values, as ratings have, and one that every row has.
 LABELS = {
     "liked": Label(slope=2.0, offset=-5.4, known_share=0.6),
     "shared": Label(slope=1.0, offset=-5.0, known_share=1.0),
@@ -59,19 +60,20 @@ LABELS = {
 def generate(num_interactions: int = 100_000, *, seed: int = 0, num_items: int = 0) -> Dataset:
     """Generates a log in order of time, its shoppers, its items and the truth.
 
-    The same numbers give the same bytes on the same versions of NumPy and Arrow. There is one
-    shopper for 25 rows or so.
+    Equal arguments give equal bytes on the same versions of NumPy and Arrow. There is about one
+    shopper for 25 rows.
 
     Args:
-        num_interactions: Rows of the log.
-        seed: Seed of everything that is drawn.
-        num_items: Items of the shop; 0 lets their number grow more slowly than the log (2,500 at
+        num_interactions: Number of rows of the log.
+        seed: Random seed of all draws.
+        num_items: Number of items of the shop; 0 lets it grow more slowly than the log (2,500 at
             100,000 rows, 100,000 at ten million).
     """
     num_shoppers = count_shoppers(num_interactions)
     num_items = num_items or count_items(num_interactions)
     # One stream of random numbers a part: another number of items draws the same shoppers.
     streams = [np.random.default_rng([seed, num_interactions, part]) for part in range(5)]
+    # Streams belong to their parts by number: 0 items, 1 tastes, 2 shoppers, 3 log, 4 labels.
     items = draw_items(streams[0], num_items)
     tastes = draw_tastes(streams[1], items)
     shoppers = draw_shoppers(streams[2], num_shoppers)
@@ -85,7 +87,9 @@ def generate(num_interactions: int = 100_000, *, seed: int = 0, num_items: int =
         activity=shoppers.activity,
     )
     truth = TruePreferences(
-        user_factors=shoppers.mixture, item_factors=np.ascontiguousarray(tastes.T)
+        # Rows of items must be contiguous: both are written and multiplied row by row.
+        user_factors=shoppers.mixture,
+        item_factors=np.ascontiguousarray(tastes.T),
     )
     labels = _draw_labels(streams[4], truth, log)
     users_table = shopper_table(shoppers)
@@ -109,7 +113,7 @@ def label_probabilities(
     No head can have a lower log loss on average than these.
 
     Args:
-        truth: The preferences behind the log.
+        truth: Preferences behind the log.
         user: int [N], row of the users table of each row of the log.
         item: int [N], row of the items table.
     """
@@ -122,6 +126,7 @@ def label_probabilities(
         users = truth.user_factors[user[block]]
         items = truth.item_factors[item[block]]
         preference = np.einsum("nt,nt->n", users, items)
+        # Lift over the mean shopper: without it popular items would simply be liked more.
         log_lift[block] = np.log(preference / mean_preference[item[block]])
     probabilities = {}
     for name, label in LABELS.items():
@@ -147,11 +152,13 @@ def write(dataset: Dataset, folder: str | os.PathLike) -> None:
 
 def count_shoppers(num_interactions: int) -> int:
     """Returns the number of shoppers that suits the size of a log."""
+    # At least 20, so that a small shop has users to split.
     return max(20, num_interactions // 25)
 
 
 def count_items(num_interactions: int) -> int:
     """Returns the number of items that suits the size of a log."""
+    # The exponent .8 takes the catalogue from 2,500 to 100,000 when the log grows a hundredfold.
     return max(50, round(2500 * (num_interactions / 100_000) ** 0.8))
 
 
@@ -159,6 +166,7 @@ def _draw_labels(rng: np.random.Generator, truth: TruePreferences, log: Log) -> 
     labels = {}
     for name, probability in label_probabilities(truth, log.user, log.item).items():
         is_positive = rng.random(len(log.user)) < probability
+        # Drawn for all rows even if all are known: the stream of random numbers stays the same.
         is_unknown = rng.random(len(log.user)) >= LABELS[name].known_share
         labels[name] = pa.array(is_positive.astype(np.int64), mask=is_unknown)
     return labels
@@ -169,6 +177,7 @@ def _log_table(
 ) -> pa.Table:
     return pa.table(
         {
+            # By code rather than by text, without a Python object for each row.
             "user_id": user_ids.combine_chunks().take(pa.array(log.user)),
             "item_id": item_ids.combine_chunks().take(pa.array(log.item)),
             "timestamp": log.time,

@@ -1,4 +1,4 @@
-"""The items of the generated shop, and what each taste likes of them."""
+"""The items of the generated shop, and the distribution of each taste over them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.data.shop.log import draw_arrivals
 TASTES = 32  # T
 # Share of the items that appear within the period of the log.
 LATE_ITEMS = 0.12
-# What a taste's log-preference is made of. Popularity is kept mild and tastes sharp: with these, at
+# The parts of a taste's log-preference. Popularity is kept mild and tastes sharp: with these, at
 # 100,000 rows, ranking by the truth finds ten times what popularity finds, and a truncated SVD
 # three quarters of that.
 CATEGORY_BONUS = 6.0  # of the two categories of each taste
@@ -39,7 +39,7 @@ class Items:
         level: Price level within the category, 0 to 1.
         price: Price.
         created: Seconds since the epoch at which the item appeared.
-        log_popularity: Minus the log of the rank by popularity, which is random.
+        log_popularity: Minus the log of the popularity rank, which is random.
     """
 
     category: np.ndarray
@@ -57,16 +57,18 @@ class Items:
 def draw_items(rng: np.random.Generator, count: int) -> Items:
     """Draws the items of the shop.
 
-    The order of the draws is part of what a seed means: it must not change.
+    The order of the draws must not change: a seed would give another shop.
     """
     num_categories = len(words.CATEGORIES)
     num_brands = len(words.BRANDS)
+    # Sizes fall slowly with the rank, which is shuffled below: no category is all of the shop.
     sizes = np.array([1.0 / (rank + 8) for rank in range(num_categories)])
     category = rng.choice(num_categories, count, p=rng.permutation(sizes / sizes.sum()))
     num_nouns = np.array([len(c.nouns) for c in words.CATEGORIES])[category]
     num_materials = np.array([len(c.materials) for c in words.CATEGORIES])[category]
     # A brand lives in a few categories: each category has its own order of brands.
     brand_orders = np.stack([rng.permutation(num_brands) for _ in words.CATEGORIES])
+    # The first brand of a category has a fifth of its items, and each further one a fifth less.
     brand_rank = np.minimum(rng.geometric(0.2, count) - 1, num_brands - 1)
     material = rng.integers(num_materials)
     # The first materials of a category are the dear ones.
@@ -82,6 +84,7 @@ def draw_items(rng: np.random.Generator, count: int) -> Items:
         style=rng.integers(len(words.STYLES), size=count),
         model=rng.integers(1, 100, count),
         level=level,
+        # The dearest item of a category costs eight times the cheapest.
         price=np.round(base_price * 8**level, 2),
         created=draw_arrivals(rng, count, LATE_ITEMS),
         log_popularity=-np.log(popularity_rank),
@@ -89,13 +92,15 @@ def draw_items(rng: np.random.Generator, count: int) -> Items:
 
 
 def draw_tastes(rng: np.random.Generator, items: Items) -> np.ndarray:
-    """Draws what each taste looks at, float32 [T, I]; rows sum to 1."""
+    """Draws the distribution of each taste over the items, float32 [T, I]; rows sum to 1."""
     num_categories = len(words.CATEGORIES)
     num_materials = max(len(c.materials) for c in words.CATEGORIES)
     by_category = rng.normal(0, CATEGORY_SPREAD, (TASTES, num_categories))
     # Each taste has two categories of its own, spread so that every category is somebody's.
     for offset in (0, 1):
         favourite = (rng.permutation(TASTES) + offset * TASTES) % num_categories
+        # The second round counts on from TASTES: it reaches the categories that the first one left
+        # out.
         by_category[np.arange(TASTES), favourite] += CATEGORY_BONUS
     by_brand = rng.normal(0, BRAND_SPREAD, (TASTES, len(words.BRANDS)))
     by_material = rng.normal(0, MATERIAL_SPREAD, (TASTES, num_categories, num_materials))
@@ -105,9 +110,11 @@ def draw_tastes(rng: np.random.Generator, items: Items) -> np.ndarray:
         + by_brand[:, items.brand]
         + by_material[:, items.category, items.material]
     )
+    # A bell over the price level: a taste likes one level, and those beside it less.
     logits -= ((items.level - liked_level) / PRICE_LEVEL_WIDTH) ** 2 / 2
     noise = ITEM_NOISE * rng.normal(size=logits.shape)
     logits += noise + ZIPF_EXPONENT * items.log_popularity
+    # Less the maximum, so that no exponential overflows.
     tastes = np.exp(logits - logits.max(axis=1, keepdims=True))
     return (tastes / tastes.sum(axis=1, keepdims=True)).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The log of the generated shop: sessions, and what is looked at, put in carts and bought in them.
+"""The log of the generated shop: sessions of views, carts and purchases.
 
 Rows of a session are views of items; some views are followed by a cart, some carts by a purchase.
 """
@@ -54,23 +54,25 @@ def draw_log(
 ) -> Log:
     """Draws exactly `num_rows` events.
 
-    The order of the draws is part of what a seed means: it must not change.
+    The order of the draws must not change: a seed would give another log.
 
     Args:
         rng: Source of random numbers.
-        num_rows: Events of the log.
-        mixture: float32 [U, T], share of each taste of a shopper.
-        tastes: float32 [T, I], what each taste looks at.
-        joined: int64 [U], seconds before which a shopper does nothing.
-        created: int64 [I], seconds before which an item is not seen.
-        activity: float [U], sessions of a shopper relative to others.
+        num_rows: Number of events of the log.
+        mixture: Share of each taste of a shopper, float32 [U, T].
+        tastes: Distribution of each taste over the items, float32 [T, I].
+        joined: Time in seconds from which on a shopper visits, int64 [U].
+        created: Time in seconds from which on an item can be seen, int64 [I].
+        activity: Number of sessions of a shopper relative to others, float [U].
     """
     # As many views as rows are more than enough: some views add a cart and a purchase.
     num_views = num_rows
     session_of_view, user_of_session, start = _draw_sessions(rng, num_views, joined, activity)
+    # Drawn for all views: how many of them are needed is known only with their carts.
     has_cart = rng.random(num_views) < CART_RATE
     has_purchase = has_cart & (rng.random(num_views) < PURCHASE_RATE)
     num_events = (1 + has_cart + has_purchase).astype(np.int8)
+    # The first view whose events complete the rows.
     num_views = int(np.searchsorted(np.cumsum(num_events, dtype=np.int64), num_rows)) + 1
     session_of_view = session_of_view[:num_views]
     num_events = num_events[:num_views]
@@ -84,6 +86,7 @@ def draw_log(
 
     user_of_view = user_of_session[session_of_view]
     item_of_view = _draw_items(rng, user_of_view, time[first_row], mixture, created, tastes)
+    # Stable: events of one second keep one order on every machine.
     order = np.argsort(time[:num_rows], kind="stable")
     return Log(
         user=user_of_session[session][order],
@@ -94,25 +97,27 @@ def draw_log(
 
 
 def draw_arrivals(rng: np.random.Generator, count: int, late_share: float) -> np.ndarray:
-    """Draws when shoppers join, or items appear: int64 [count] seconds since the epoch.
+    """Draws the times at which shoppers join, or items appear: int64 [count], in seconds.
 
-    A share of them arrives within the period of the log, the others in the two years before it.
+    A share of them lies within the period of the log, the others in the two years before it.
     """
     before = START - rng.integers(1, 2 * 365 * SECONDS_A_DAY, count)
     # Not in the last days, so that everybody has time to do something.
     within = START + rng.integers(1, int(0.97 * DAYS * SECONDS_A_DAY), count)
+    # Both are drawn for everyone: one draw each, whatever the share.
     return np.where(rng.random(count) < late_share, within, before)
 
 
 def _draw_sessions(
     rng: np.random.Generator, num_views: int, joined: np.ndarray, activity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws sessions; the first ones are one of each user, so that nobody is without.
+    """Draws sessions, of which the first ones are one for each user, so that nobody has none.
 
     Returns:
         The session of each view, int32 [views], and the user and the start in seconds of each
         session, int32 and int64 [sessions].
     """
+    # Geometric with that mean: each view is the last one with the same probability.
     lengths = rng.geometric(1 / VIEWS_IN_SESSION, num_views)
     count = int(np.searchsorted(np.cumsum(lengths), num_views)) + 1
     session = np.repeat(np.arange(count, dtype=np.int32), lengths[:count])[:num_views]
@@ -125,6 +130,7 @@ def _draw_sessions(
     user = np.concatenate([everyone, np.minimum(others, len(weight) - 1)]).astype(np.int32)
     moment = joined_share[user] + rng.random(count) * (1 - joined_share[user])
     start = START + np.interp(moment, started_share, hours).astype(np.int64)
+    # Interpolation rounds, so a session may begin a second too early.
     return session, user, np.maximum(start, joined[user])
 
 
@@ -145,8 +151,9 @@ def _draw_time_in_session(rng: np.random.Generator, session: np.ndarray) -> np.n
         rng: Source of random numbers.
         session: int32 [N], session of each row; rows of a session lie together.
     """
-    gaps = 5 + rng.exponential(90, len(session)).astype(np.int64)
-    passed = np.cumsum(gaps)
+    # At least five seconds, so that the events of a session are never of one second.
+    intervals = 5 + rng.exponential(90, len(session)).astype(np.int64)
+    passed = np.cumsum(intervals)
     first_rows = np.flatnonzero(np.diff(session, prepend=-1))
     rows_in_session = np.diff(first_rows, append=len(session))
     return passed - np.repeat(passed[first_rows], rows_in_session)
@@ -162,6 +169,7 @@ def _draw_items(
 ) -> np.ndarray:
     """Draws an item for each view, int32 [M], from mixture @ tastes over the items of its time."""
     item = np.empty(len(user), np.int32)
+    # float64: in float32, sums over 100,000 items could leave some of them no share at all.
     cumulative = np.cumsum(tastes, axis=1, dtype=np.float64)
     for start in range(0, len(user), BLOCK):
         views = np.arange(start, min(start + BLOCK, len(user)))
@@ -180,8 +188,8 @@ def _draw_from_mixture(
 
     Args:
         rng: Source of random numbers.
-        mixture: float32 [M, T], share of each taste.
-        cumulative: float64 [T, I], cumulative distributions of the tastes.
+        mixture: Share of each taste, float32 [M, T].
+        cumulative: Cumulative distributions of the tastes, float64 [T, I].
 
     Returns:
         int32 [M].

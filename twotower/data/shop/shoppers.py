@@ -1,4 +1,4 @@
-"""The shoppers of the generated shop: who they are, and their mixtures of tastes."""
+"""The shoppers of the generated shop: their attributes, and their mixtures of tastes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Shoppers:
         city: Number in `words.CITIES`.
         age: Number in `words.AGE_GROUPS`.
         gender: Number in `words.GENDERS`.
-        joined: Seconds since the epoch before which the shopper does nothing.
-        activity: Sessions of the shopper relative to those of others.
-        mixture: float32 [U, T], share of each taste; rows sum to 1.
+        joined: Time of the first possible visit, in seconds since the epoch.
+        activity: Number of sessions of the shopper relative to others.
+        mixture: Share of each taste, float32 [U, T]; rows sum to 1.
     """
 
     city: np.ndarray
@@ -42,9 +42,9 @@ class Shoppers:
 
 
 def draw_shoppers(rng: np.random.Generator, count: int) -> Shoppers:
-    """Draws the shoppers; those who share gender and age share likings.
+    """Draws the shoppers; those of one gender and age group have similar mixtures.
 
-    The order of the draws is part of what a seed means: it must not change.
+    The order of the draws must not change: a seed would give other shoppers.
     """
     num_ages = len(words.AGE_GROUPS)
     num_genders = len(words.GENDERS)

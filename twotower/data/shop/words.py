@@ -15,11 +15,11 @@ class Category:
     """One category of articles.
 
     Attributes:
-        name: Its name.
+        name: Name of the category.
         price: Price of its cheapest articles.
         nouns: English -> Arabic words for its articles.
-        materials: English -> Arabic words for what they are made of, or taste or smell of, the
-            dearest first.
+        materials: English -> Arabic words for their materials, flavours or scents, the dearest
+            first.
     """
 
     name: str

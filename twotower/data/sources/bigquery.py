@@ -1,4 +1,4 @@
-"""Tables of BigQuery, and results of its queries, into one Arrow table with our names and types.
+"""Reader of BigQuery: a table, or the result of a query, as an Arrow table of our names and types.
 
 Rows come page by page over REST. For logs beyond some ten million rows, let BigQuery write Parquet
 (EXPORT DATA) and read that.
@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from absl import logging
@@ -21,6 +21,7 @@ from twotower.data.contract import Origin, apply_contract
 
 if TYPE_CHECKING:  # an extra, which is not always installed
     from google.cloud.bigquery import Client
+    from google.cloud.bigquery.table import RowIterator
 
 SECONDS_BETWEEN_LOG_LINES = 30.0
 
@@ -32,7 +33,7 @@ def make_client(project: str = "", location: str = "") -> Client:
 
     Args:
         project: Project that is billed for queries; empty means that of the credentials.
-        location: Where queries run; empty lets BigQuery find out.
+        location: Region that runs the queries; empty lets BigQuery choose it.
 
     Raises:
         ConfigError: The extra bigquery, credentials or a project are missing.
@@ -43,9 +44,11 @@ def make_client(project: str = "", location: str = "") -> Client:
         from google.cloud import bigquery
     credentials = None
     if os.environ.get("BIGQUERY_EMULATOR_HOST"):
+        # An emulator checks no credentials, but the client would look for some.
         credentials = AnonymousCredentials()
         project = project or "emulated"
     try:
+        # Empty text would be taken for a name, so None stands for it.
         return bigquery.Client(project or None, credentials, location=location or None)
     except DefaultCredentialsError as error:
         raise ConfigError(
@@ -60,15 +63,14 @@ def make_client(project: str = "", location: str = "") -> Client:
 def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Client) -> pa.Table:
     """Reads a table or the result of a query, sorted by time, ids, and the other columns.
 
-    BigQuery's own order differs from time to time, while a later command must find the rows that
-    training found. Put a time limit into a query over a growing table for the same reason: later
-    commands then read the same rows.
+    BigQuery's own order differs from time to time, while a later command must read the same rows as
+    training did. Put a time limit into a query over a growing table for the same reason.
 
     Args:
         config: Table or query to read, and our names of its columns.
         name: Name of the table in the configuration, for messages.
         keys: Columns that it must have; they become strings.
-        client: The client that asks BigQuery.
+        client: Client of BigQuery.
 
     Returns:
         Columns with the names and types of `apply_contract`.
@@ -77,9 +79,13 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Clien
         ConfigError: BigQuery refuses, there are no rows, or a column is missing or of the wrong
             type.
     """
-    source = f"table {config.path}" if config.path else f"the result of config.data.{name}.query"
+    source = f"the result of config.data.{name}.query"
+    if config.path:
+        source = f"table {config.path}"
     with report_errors(f"{name}: {source}"):
+        # A list, so that errors of the last pages too are raised inside the block.
         batches = list(_read_batches(client, config, name))
+    # A result without rows may still have a batch, which holds its schema.
     if not any(len(batch) for batch in batches):
         raise ConfigError(f"{name}: {source} has no rows.")
     origin = Origin(
@@ -90,6 +96,7 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Clien
     # Typed first and sorted then: an id that is a number there sorts as the text that it becomes.
     table = pa.Table.from_batches(batches)
     table = apply_contract(table, config, name, keys=keys, origin=origin)
+    # By every column: rows that are equal in all of them may change places unseen.
     return table.sort_by([(column, "ascending") for column in _sort_columns(table, keys)])
 
 
@@ -105,7 +112,7 @@ def report_errors(subject: str, error_type: type[ValueError] = ConfigError) -> I
     """Turns an error of BigQuery's client into an `error_type` with a message of one line.
 
     Args:
-        subject: What was read or written, the beginning of the message.
+        subject: Name of the table that was read or written, the beginning of the message.
         error_type: Type of the error to raise.
     """
     # Here, since the extra may be missing.
@@ -124,6 +131,7 @@ def report_errors(subject: str, error_type: type[ValueError] = ConfigError) -> I
 def _messages(error: Exception) -> list[str]:
     """Returns the reasons that BigQuery gives, or else the text of the error."""
     reasons = []
+    # The text of the error itself begins with the address of the request.
     for detail in getattr(error, "errors", ()):
         if isinstance(detail, dict) and detail.get("message"):
             reasons.append(detail["message"])
@@ -131,10 +139,11 @@ def _messages(error: Exception) -> list[str]:
 
 
 def _read_batches(client: Client, config: TableConfig, name: str) -> Iterator[pa.RecordBatch]:
-    """Yields the rows page by page, and logs how many have come."""
+    """Yields the rows page by page, and logs their number now and then."""
     rows = _find_rows(client, config, name)
     count = 0
     last_logged = time.monotonic()
+    # Pages as Arrow tables, so that no row becomes a Python object.
     for batch in rows.to_arrow_iterable():
         yield batch
         count += len(batch)
@@ -143,8 +152,8 @@ def _read_batches(client: Client, config: TableConfig, name: str) -> Iterator[pa
             logging.info("%s: %d of %d rows from BigQuery.", name, count, rows.total_rows)
 
 
-def _find_rows(client: Client, config: TableConfig, name: str) -> Any:
-    """Returns the rows that are to be read, as an iterator of BigQuery's client."""
+def _find_rows(client: Client, config: TableConfig, name: str) -> RowIterator:
+    """Returns the rows of the table or query, as an iterator of BigQuery's client."""
     if config.query:
         return client.query(config.query).result()
     if not config.path:
@@ -159,6 +168,7 @@ def _find_rows(client: Client, config: TableConfig, name: str) -> Any:
             f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or "
             "DATASET.TABLE."
         ) from error
+    # Listing rows costs nothing; a query is billed by the bytes that it reads.
     if table.table_type == "TABLE":
         return client.list_rows(table)
     # Rows of a view cannot be listed.

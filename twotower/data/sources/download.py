@@ -1,4 +1,4 @@
-"""Archives that are looked for on this machine, or else downloaded, and checked by their hash."""
+"""Archives of data sets: found on this machine or downloaded, and checked by their hash."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Archive:
     """A zip file that is published somewhere.
 
     Attributes:
-        file_name: Its name, without a folder.
+        file_name: Name of the file, without a folder.
         url: Address to download it from.
-        sha256: Hash of its content.
+        sha256: SHA-256 of its content, in hexadecimal.
     """
 
     file_name: str
@@ -36,13 +36,14 @@ def find_or_download(archive: Archive, folders: Sequence[Path], download_folder:
     """Returns the path of an archive whose content has been checked.
 
     Args:
-        archive: The archive.
-        folders: Folders to look for it in.
-        download_folder: Folder that it is downloaded into if it is in none of them.
+        archive: Name, address and hash of the archive.
+        folders: Folders to search.
+        download_folder: Folder to download it into if none of them has it.
 
     Raises:
-        ConfigError: It is nowhere and cannot be downloaded, or its content is another.
+        ConfigError: The archive is not here and cannot be downloaded, or its hash is wrong.
     """
+    # The first hit is checked too: a file of that name may be damaged or older.
     for folder in folders:
         path = folder / archive.file_name
         if path.is_file():
@@ -57,7 +58,7 @@ def find_or_download(archive: Archive, folders: Sequence[Path], download_folder:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks an archive into a folder, which is then there whole or not at all."""
+    """Unpacks an archive into a folder, which then exists completely or not at all."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,9 @@ def unpack(archive: Path, folder: Path) -> None:
 def _download(archive: Archive, folder: Path) -> Path:
     path = folder / archive.file_name
     logging.info("downloading %s to %s", archive.url, path)
-    # The name is given to a file whose hash is right, and not before.
+    # The file gets its name only once its hash has been checked.
     with atomic(path) as part:
+        # The time limit is that of one read, not of the whole download.
         with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file)
         _verify(part, archive)
@@ -81,6 +83,7 @@ def _download(archive: Archive, folder: Path) -> Path:
 
 def _verify(path: Path, archive: Archive) -> Path:
     with path.open("rb") as file:
+        # Read in blocks: archives may be larger than the memory.
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != archive.sha256:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""CSV and Parquet files into one Arrow table, or an error with file, row and column."""
+"""Reader of CSV and Parquet files: one Arrow table, or an error with file, row and column."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from twotower.data.contract import Origin, apply_contract, similar_name_hint
 Kind = Literal["csv", "parquet"]
 
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    # Compressed files too: Arrow decompresses what ends in .gz, .bz2 or .zst.
     "csv": (".csv", ".tsv", ".txt", ".dat", ".data", ".gz", ".bz2", ".zst"),
     "parquet": (".parquet", ".pq"),
 }
@@ -37,7 +38,7 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
         name: Name of the table in the configuration, for messages: interactions, user_table,
             item_table or test.
         keys: Columns that it must have; they become strings.
-        kind: Kind of the files whose names do not tell it.
+        kind: Kind of the files whose suffix is of no known kind.
 
     Returns:
         Columns with the names and types of `apply_contract`.
@@ -46,12 +47,14 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
         ConfigError: No such file, an empty one, a missing column, or a value of the wrong type.
     """
     paths = find_files(config.path, name, kind)
+    # All at once: types are decided over the whole table, not file by file.
     parts = [_read_file(path, config, name, kind) for path in paths]
     files = _Files(paths, parts)
     if not sum(len(part) for part in parts):
         raise ConfigError(
             f"{name}: {files.name} has no rows; config.data.{name}.path must name a file with data."
         )
+    # The first file decides; files of both kinds would not have one contract.
     is_typed = _is_parquet(paths[0], kind)
     has_header = not is_typed and not config.names
     origin = Origin(
@@ -76,6 +79,7 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
             f"{field}={path!r} is empty: it must name a {kind} file, a folder or a glob of such "
             "files."
         )
+    # Here rather than by a shell: paths come from configuration files.
     expanded = os.path.expanduser(os.path.expandvars(path))
     # A variable that is not set stays in the path as it was written.
     unset = re.search(r"\$\{?(\w+)", expanded)
@@ -89,40 +93,53 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
                 f"{field}={path!r}: the folder holds no file that ends in {suffixes}."
             )
         return files
+    # Before the glob: a file name may itself contain brackets.
     if os.path.exists(expanded):
         return [Path(expanded)]
+    # Sorted, since a glob follows the order of the disk and rows must have one order everywhere.
     files = sorted(Path(match) for match in glob.glob(expanded, recursive=True))
     if not files:
-        location = "" if os.path.isabs(expanded) else f" in {os.getcwd()}"
+        location = ""
+        if not os.path.isabs(expanded):
+            location = f" in {os.getcwd()}"
         hint = _similar_file_hint(Path(expanded), kind)
         raise ConfigError(f"{field}={path!r}: there is no such file{location}{hint}.")
     return files
 
 
 class _Files:
-    """The files of a table, which say where a row of the whole table stands.
+    """The files of a table, by which a row of the whole table is named.
 
     Attributes:
-        name: The first file, and the number of the others.
+        name: Path of the first file, and the number of the others.
     """
 
     def __init__(self, paths: list[Path], parts: list[pa.Table]):
         self._paths = paths
         self._ends = np.cumsum([len(part) for part in parts])
         others = len(paths) - 1
-        self.name = f"{paths[0]} (and {others} more)" if others else str(paths[0])
+        self.name = str(paths[0])
+        if others:
+            self.name = f"{paths[0]} (and {others} more)"
 
     def describe_row(self, row: int, *, has_header: bool) -> str:
         """Returns file and row, counted from 1 as a person does, of a row counted from 0."""
+        # "right": a row at the end of one file is the first of the next.
         file = int(np.searchsorted(self._ends, row, side="right"))
-        first_row = int(self._ends[file - 1]) if file else 0
+        first_row = 0
+        if file:
+            first_row = int(self._ends[file - 1])
         number = row - first_row + 1
-        line = f" (row {number + 1} with the header)" if has_header else ""
-        return f"{self._paths[file]}, row {number}{line}"
+        name = f"{self._paths[file]}, row {number}"
+        if has_header:
+            # As an editor or a spreadsheet numbers its lines.
+            name = f"{name} (row {number + 1} with the header)"
+        return name
 
 
 def _files_of_folder(folder: Path, kind: Kind) -> list[Path]:
     files = []
+    # Folders of partitions (day=1/part-0.parquet) are searched too.
     for path in sorted(folder.rglob("*")):
         if path.is_file() and _is_data(path.relative_to(folder), kind):
             files.append(path)
@@ -150,6 +167,7 @@ def _is_parquet(path: Path, kind: Kind) -> bool:
 
 
 def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Table:
+    # Before Arrow sees it, which reports an empty file in different words by kind.
     if os.path.getsize(path) == 0:
         raise ConfigError(
             f"{name}: {path} is empty (0 bytes); config.data.{name}.path must name a file with "
@@ -159,6 +177,7 @@ def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Tab
         if _is_parquet(path, kind):
             return parquet.read_table(path)
         return _read_csv(path, config, name)
+    # Two common mistakes are told from the rest by Arrow's words, so that the message names a cure.
     except (pa.ArrowInvalid, OSError, UnicodeError) as error:
         reason = str(error).rstrip(".")
         cure = ""
@@ -172,31 +191,40 @@ def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Tab
 def _read_csv(path: Path, config: TableConfig, name: str) -> pa.Table:
     """Reads all columns as text.
 
-    Their types are decided over all files at once, and so that a bad value has a row.
+    Their types are decided later, over all files at once, and so that errors can name the row.
     """
     threaded = _csv_options(config, use_threads=True)
-    # One thread reads the header, and says in its messages in which row it failed.
+    # A single thread for the header, and for errors: its messages name the row.
     single = _csv_options(config, use_threads=False)
     with csv.open_csv(_csv_input(path, config), **single) as reader:
         header = reader.schema.names
     _check_header(header, path, name)
+    # Text even for columns of digits: leading zeros of ids would be lost.
     convert = csv.ConvertOptions(
         column_types=dict.fromkeys(header, pa.string()),
         strings_can_be_null=True,
         null_values=_NULLS,
     )
     try:
+        # With threads first; only a file that fails is read again, for the number of the row.
         table = csv.read_csv(_csv_input(path, config), convert_options=convert, **threaded)
     except pa.ArrowInvalid:
         table = csv.read_csv(_csv_input(path, config), convert_options=convert, **single)
+    # After reading: Arrow looks columns up by the names in the file, spaces included.
     table = table.rename_columns([column.strip() for column in header])
     # A column without a name is the index that pandas writes.
-    return table.drop_columns([""]) if "" in table.column_names else table
+    if "" in table.column_names:
+        table = table.drop_columns([""])
+    return table
 
 
 def _csv_input(path: Path, config: TableConfig) -> str | io.BytesIO:
-    """Returns what Arrow reads: the file, or its text with a delimiter of one character."""
+    """Returns the input of Arrow's reader: the path, or the text with a delimiter of one character.
+
+    Arrow knows no longer delimiters.
+    """
     if len(config.delimiter) <= 1:
+        # The path, so that Arrow decompresses and decodes by itself, in blocks.
         return str(path)
     with pa.input_stream(str(path), compression="detect") as stream:
         text = stream.read().decode(config.encoding)
@@ -207,16 +235,18 @@ def _csv_options(config: TableConfig, *, use_threads: bool) -> dict[str, Any]:
     names = list(config.names) or None
     if len(config.delimiter) <= 1:
         encoding = config.encoding
+        # Quoted fields may hold line breaks, as descriptions of items do.
         parse = csv.ParseOptions(delimiter=config.delimiter, newlines_in_values=True)
     else:
         encoding = "utf8"
-        # Formats with such delimiters know no quotes: in movies.dat a title may begin with one.
+        # Files with such delimiters use no quotes: in movies.dat a title may begin with one.
         parse = csv.ParseOptions(delimiter=_FIELD_SEPARATOR, quote_char=False)
     read = csv.ReadOptions(column_names=names, encoding=encoding, use_threads=use_threads)
     return {"read_options": read, "parse_options": parse}
 
 
 def _check_header(header: list[str], path: Path, name: str) -> None:
+    # Arrow accepts two columns of one name, and fails only when one is looked up.
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated:
         raise ConfigError(
@@ -227,6 +257,7 @@ def _check_header(header: list[str], path: Path, name: str) -> None:
 
 def _concat(parts: list[pa.Table], name: str, files: _Files) -> pa.Table:
     try:
+        # "permissive": a column that one file lacks is null there, and numbers widen.
         return pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ConfigError(

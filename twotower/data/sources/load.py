@@ -1,4 +1,4 @@
-"""Where a log comes from: one dict of sources, each of which yields a `Dataset` of Arrow tables.
+"""The sources of a log: one dict of readers, each of which yields a `Dataset` of Arrow tables.
 
 A source keeps the order of the rows, turns ids into strings and timestamps into seconds, and makes
 the tables of users and items unique and complete. It filters nothing but rows without ids.
@@ -26,7 +26,7 @@ LOG_KEYS = ("user_id", "item_id")
 
 @runtime_checkable
 class Source(Protocol):
-    """A reader of a log: it yields what the configuration names.
+    """A reader of the log that a configuration names.
 
     A module of `config.plugins` may add one to `SOURCES`.
     """
@@ -49,7 +49,7 @@ class TableReader(Protocol):
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Reads the log that `config` names; where it names an `item_group`, that is the item id.
+    """Reads the log that `config` names, with items grouped if it names an `item_group`.
 
     Raises:
         ConfigError: An unknown source, or a file, row or column that cannot be used; the message
@@ -57,10 +57,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     """
     read = choose(SOURCES, config.source, "config.data.source")
     dataset = read(config)
-    return _group_items(dataset, config.item_group) if config.item_group else dataset
+    if not config.item_group:
+        return dataset
+    return _group_items(dataset, config.item_group)
 
 
 def _csv(config: DataConfig) -> Dataset:
+    # The kind is for files whose suffix does not tell; others are read by their suffix.
     read_table = functools.partial(files.read, kind="csv")
     return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
 
@@ -71,6 +74,7 @@ def _parquet(config: DataConfig) -> Dataset:
 
 
 def _bigquery(config: DataConfig) -> Dataset:
+    # One client for all tables, so that credentials are looked up once.
     client = bigquery.make_client(config.project, config.location)
     read_table = functools.partial(bigquery.read, client=client)
     return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
@@ -92,6 +96,7 @@ def _tfds(config: DataConfig) -> Dataset:
     return assemble(*tfds.read(config.dataset, data_dir=config.data_dir))
 
 
+# Open to modules of users, which is why `DataConfig.source` is text and no Literal.
 SOURCES: dict[str, Source] = {
     "csv": _csv,
     "parquet": _parquet,
@@ -113,6 +118,7 @@ def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReade
         parts = [_with_split(interactions, "train"), _with_split(test, "test")]
         # A column that one part lacks is null in its rows.
         interactions = pa.concat_tables(parts, promote_options="permissive")
+    # Without a table, `assemble` makes one of the ids in the log.
     users = None
     if _is_configured(config.user_table):
         users = read_table(config.user_table, "user_table", keys=("user_id",))
@@ -132,7 +138,10 @@ def _is_configured(table: TableConfig) -> bool:
 
 
 def _group_items(dataset: Dataset, column: str) -> Dataset:
-    """Makes `column` of the items the item id, in the log too; one group becomes one item."""
+    """Returns the dataset with a column of the items as the item id, in the log too.
+
+    All items of one group become one item.
+    """
     items = dataset.items
     if column == "item_id":
         return dataset
@@ -141,9 +150,11 @@ def _group_items(dataset: Dataset, column: str) -> Dataset:
         raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{hint}.")
     # An item without a group stays itself.
     group = pc.coalesce(items[column].cast(pa.string()), items["item_id"])
+    # Never null: `items` holds every item of the log.
     row_of_item = pc.index_in(dataset.interactions["item_id"], value_set=items["item_id"])
     interactions = _set_column(dataset.interactions, "item_id", group.take(row_of_item))
     items = collapse(_set_column(items, "item_id", group), "item_id")
+    # Without the truth, whose rows are single items.
     return Dataset(interactions, dataset.users, items, dataset.has_catalogue)
 
 

@@ -1,4 +1,4 @@
-"""MovieLens 100K and 1M in the formats of their own, which know demographic data of users.
+"""Readers of MovieLens 100K and 1M in their own formats, which hold demographic data of users.
 
 Both are read by the reader of CSV files: TFDS's parsers of them need TensorFlow. The tables have
 the columns and the words that TFDS gives them.
@@ -65,7 +65,7 @@ RATING_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 
 class Tables(NamedTuple):
-    """What is read of a MovieLens data set.
+    """The tables of a MovieLens data set.
 
     Attributes:
         interactions: user_id, item_id, rating, timestamp.
@@ -84,8 +84,9 @@ def read_100k(folder: Path) -> Tables:
     users = _read(folder / "u.user", "|", ("user_id", "age", "gender", "occupation", "zip"))
     movie_columns = ("item_id", "title", "released", "video", "address")
     movies = _read(folder / "u.item", "|", (*movie_columns, *GENRES_100K))
-    flags = movies.select(GENRES_100K).to_pylist()
-    genres = [[genre for genre, flag in row.items() if flag] for row in flags]
+    genres = []
+    for flags in movies.select(GENRES_100K).to_pylist():
+        genres.append([genre for genre, flag in flags.items() if flag])
     return _tables(ratings, users, movies, genres)
 
 
@@ -93,6 +94,7 @@ def read_1m(folder: Path) -> Tables:
     """Reads ratings.dat, users.dat and movies.dat."""
     ratings = _read(folder / "ratings.dat", "::", RATING_COLUMNS)
     users = _read(folder / "users.dat", "::", ("user_id", "gender", "age", "occupation", "zip"))
+    # 1M writes numbers, 100K words; words are what TFDS has.
     occupations = [OCCUPATIONS_1M[number] for number in users["occupation"].to_pylist()]
     index = users.column_names.index("occupation")
     users = users.set_column(index, "occupation", pa.array(occupations))
@@ -108,8 +110,10 @@ READERS: dict[str, Callable[[Path], Tables]] = {"100k": read_100k, "1m": read_1m
 
 
 def _read(path: Path, delimiter: str, names: tuple[str, ...]) -> pa.Table:
+    # Titles with accents are in latin-1 in both sizes; the files have no header.
     config = TableConfig(path=str(path), delimiter=delimiter, names=names, encoding="latin-1")
     keys = tuple(name for name in names if name in ("user_id", "item_id"))
+    # Suffixes such as .user and .item are of no known kind, so they are read as CSV.
     return files.read(config, "interactions", keys=keys, kind="csv")
 
 
@@ -118,6 +122,7 @@ def _tables(
 ) -> Tables:
     # A zip code is text, also in a file whose codes all look like numbers.
     zips = users["zip"].cast(pa.string())
+    # One order for both sizes, whose files order them differently.
     columns = ["user_id", "gender", "age", "occupation"]
     items = {
         "item_id": movies["item_id"],

@@ -1,11 +1,11 @@
-"""MovieLens by TensorFlow Datasets, without TensorFlow.
+"""Reader of MovieLens by TensorFlow Datasets, without TensorFlow.
 
 TFDS knows the archives and their hashes. The newer sizes it prepares itself, and
 `tfds.data_source` reads them; its parsers of the two older sizes need TensorFlow, and these are
 read from the archive's files by `twotower.data.sources.movielens`.
 
-The zip is looked for in `data_dir/downloads/manual`, `data_dir/downloads`, `data_dir` itself and
-the folders of `$TWOTOWER_DATA`; where it is in none of them it is downloaded into the first.
+The zip is searched in `data_dir/downloads/manual`, `data_dir/downloads`, `data_dir` itself and the
+folders of `$TWOTOWER_DATA`; if none of them has it, it is downloaded into the first.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _TYPES = {
 def read(dataset: str, *, data_dir: str = "") -> Tables:
     """Reads interactions, users and items of one of `DATASETS`, every movie among the items.
 
-    Preparing takes some ten seconds for 100,000 ratings, and over an hour for 25 million. What
-    comes out is kept in `data_dir` beside TFDS's own files, and read from there in a fraction of a
+    Preparing takes some ten seconds for 100,000 ratings, and over an hour for 25 million. The
+    tables are kept in `data_dir` beside TFDS's own files, and read from there in a fraction of a
     second.
 
     Args:
@@ -61,18 +61,20 @@ def read(dataset: str, *, data_dir: str = "") -> Tables:
             ~/tensorflow_datasets.
 
     Raises:
-        ConfigError: An unknown data set; or its zip is nowhere and cannot be downloaded, or is not
-            the one that TFDS knows.
+        ConfigError: An unknown data set; or its zip is not here and cannot be downloaded, or its
+            hash is not the one that TFDS has on record.
     """
     choose(dict.fromkeys(DATASETS), dataset, "config.data.dataset")
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     root = Path(os.path.expanduser(os.path.expandvars(data_dir)))
     # TFDS's version of the data set is part of the path; the newest is last.
+    # Before anything of TFDS is imported, which takes seconds.
     kept = sorted((root / dataset).glob("*/columns"))
     if kept:
         return _read_columns(kept[-1])
     size = dataset.removeprefix("movielens/").removesuffix("-ratings")
     if size in READERS:
+        # The archives of both older sizes hold one folder, named by the size.
         unpacked = _unpack(find_archive(archive_of(dataset), root), root)
         return READERS[size](unpacked / f"ml-{size}")
     return _prepare(dataset, root)
@@ -89,16 +91,17 @@ def archive_of(dataset: str) -> Archive:
 
 
 def find_archive(archive: Archive, root: Path) -> Path:
-    """Returns the path of an archive, downloaded if it is nowhere on this machine.
+    """Returns the path of an archive, downloaded if it is not on this machine.
 
     Args:
-        archive: The archive.
+        archive: Name, address and hash of the archive.
         root: Folder in which TFDS keeps prepared data.
     """
     downloads = root / "downloads"
     folders = [downloads / "manual", downloads, root]
     if os.environ.get("TWOTOWER_DATA"):
         data = Path(os.environ["TWOTOWER_DATA"]).resolve()
+        # Sorted, so that of two copies the same one is taken everywhere.
         folders += [data, *sorted(path for path in data.glob("*") if path.is_dir())]
     return find_or_download(archive, folders, downloads / "manual")
 
@@ -106,6 +109,7 @@ def find_archive(archive: Archive, root: Path) -> Path:
 def _import_tfds(dataset: str) -> tuple[Any, Any]:
     """Returns the package and its module of MovieLens, whose import registers the builder."""
     try:
+        # Here, because the import takes seconds, which users of their own logs should not wait for.
         import tensorflow_datasets
         from tensorflow_datasets.structured import movielens
     except ImportError as error:
@@ -117,7 +121,7 @@ def _import_tfds(dataset: str) -> tuple[Any, Any]:
 
 
 def _unpack(archive: Path, root: Path) -> Path:
-    """Unpacks an archive to where TFDS looks for unpacked ones, and returns that folder.
+    """Unpacks an archive into the folder in which TFDS expects it, and returns that folder.
 
     TFDS itself would need TensorFlow to unpack it.
     """
@@ -137,6 +141,7 @@ def _prepare(dataset: str, root: Path) -> Tables:
     def read_genres(numbers: np.ndarray) -> list[str]:
         return [labels.int2str(int(number)) for number in numbers]
 
+    # Tables block by block: Python objects of all examples at once would take gigabytes.
     interactions = [_to_table(block, _INTERACTION_COLUMNS) for block in _blocks(ratings)]
     items = [_to_table(block, _ITEM_COLUMNS, genres=read_genres) for block in _blocks(movies)]
     log = pa.concat_tables(interactions)
@@ -145,14 +150,16 @@ def _prepare(dataset: str, root: Path) -> Tables:
         users=pa.table({"user_id": log["user_id"].unique()}),
         items=pa.concat_tables(items),
     )
+    # Inside the folder of the version, so that a new version of TFDS is prepared anew.
     folder = Path(ratings.dataset_info.data_dir) / "columns"
     _write_columns(tables, folder)
     logging.info("%s: kept as columns in %s", dataset, folder)
+    # From the files, so that the first run reads the same as later ones.
     return _read_columns(folder)
 
 
 def _open(dataset: str, root: Path) -> Any:
-    """Returns TFDS's random-access source of a data set, which is prepared if it is not yet."""
+    """Returns TFDS's random-access source of a data set, prepared first if need be."""
     tfds, _ = _import_tfds(dataset)
     tfds.disable_progress_bar()
     try:
@@ -171,6 +178,7 @@ def _open(dataset: str, root: Path) -> Any:
             download_dir=root / "downloads",
             download_config=tfds.download.DownloadConfig(manual_dir=archive.parent),
         )
+    # Ratings and films have one split, which TFDS calls train.
     return tfds.data_source(dataset, split="train", data_dir=root, download=False)
 
 
@@ -188,13 +196,14 @@ def _to_table(
     """Returns examples as columns with our names.
 
     Args:
-        examples: Examples as TFDS has them: NumPy values, and bytes for text.
+        examples: Examples of TFDS: NumPy values, and bytes for text.
         names: TFDS's name of a column -> ours.
         **converters: Our name of a column -> function of its values.
     """
     columns = {}
     for theirs, ours in names.items():
         convert = converters.get(ours, _to_python)
+        # Types are named, because Arrow would infer double for ratings.
         columns[ours] = pa.array([convert(example[theirs]) for example in examples], _TYPES[ours])
     return pa.table(columns)
 
@@ -202,11 +211,14 @@ def _to_table(
 def _to_python(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.item()
+    return value
 
 
 def _write_columns(tables: Tables, folder: Path) -> None:
-    """Writes the tables to a folder that is there whole or not at all."""
+    """Writes the tables to a folder, which then exists completely or not at all."""
+    # Beside its target: a rename works within one file system alone.
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".columns-"))
     for name, table in tables._asdict().items():
         pq.write_table(table, temporary / f"{name}.parquet")
