@@ -1,10 +1,9 @@
-"""Batch jobs over all users and items: vectors, and lists, as Parquet in parts. Killed at any
-moment, they go on where they were.
+"""Batch jobs over all users and items: vectors and lists as Parquet, in parts.
 
-A part is a file that is there whole or not at all. The model, the number of rows and the options
-stand in job.json beside the parts, and another job does not go on in the same folder. Several
-processes share a job: task t of n makes the parts t, t + n, t + 2 n, ... and needs nothing from the
-others but the folder.
+A job that was killed goes on where it was. A part is a file that is whole or does not exist. The
+model, the number of rows and the options stand in job.json beside the parts, and another job does
+not go on in the same folder. Several processes share a job: task t of n makes the parts t, t + n,
+t + 2 n, ... and needs nothing from the others but the folder.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from twotower.retrieval.weights import embedding_weights, model_version
 from twotower.towers.two_tower import Weights
 from twotower.training.run import Run
 
-PART_ROWS = 65_536  # rows of a file
+PART_ROWS = 65_536  # rows of a file, at most as many are computed again after a kill
 
-# Some rows -> their encoded features [rows, ...].
+# A slice of the rows -> their encoded features [rows, ...].
 EncodeRows = Callable[[slice], Mapping[str, np.ndarray]]
 
 
@@ -75,6 +74,7 @@ def embed_all(
         part: Rows of a file.
     """
     prepared = run.prepared
+    # Before the weights are divided: other processes, with other devices, must say the same.
     version = model_version(jax.tree.map(np.asarray, embedding_weights(run.weights)))
     job = {"job": "embed", "model_version": version, "step": run.step}
     users = known_users(prepared)
@@ -94,6 +94,7 @@ def embed_all(
         ("item", prepared.items["item_id"], encode_items),
     )
     for side, ids, encode in sides:
+        # `partial` and not a closure, which would see the side of the last round.
         make = functools.partial(_embed_part, run, side, ids, encode)
         side_job = job | {"side": side}
         write_parts(out / f"{side}s", side_job, len(ids), make, tasks=tasks, part=part)
@@ -118,13 +119,14 @@ def recommend_all(
         out: Folder of the job.
         k: Length of the lists.
         exclude_seen: Whether to leave out the items of each user.
-        approximate: Whether to ask the bundle's index; otherwise the search is exact.
+        approximate: Whether to search the bundle's index; otherwise the search is exact.
         devices: Number of devices that the items are divided over in exact search; 0 takes all.
         recall_target: Recall of that search on TPUs; see `ExactIndex`.
         tasks: Share of this process.
         part: Users of a file.
     """
     bundle = load_bundle(folder)
+    # Exact by default: for all users at once the accelerator is busy anyway, and nobody waits.
     if not approximate:
         index = ExactIndex(
             bundle.vectors,
@@ -134,6 +136,7 @@ def recommend_all(
         )
         bundle = dataclasses.replace(bundle, index=index)
     retriever = Retriever(bundle)
+    # All that the lists depend on, so that a job is never gone on with after a change.
     job = {
         "job": "recommend",
         "bundle": bundle.manifest["sha256"],
@@ -165,7 +168,7 @@ def write_parts(
 
     Args:
         out: Folder of the job.
-        job: What the parts are made of, which must be the same in every call.
+        job: Description of the job, which must be the same in every call.
         rows: Number of all rows.
         make: Function from some rows to their table.
         tasks: Share of this process.
@@ -174,6 +177,7 @@ def write_parts(
     Raises:
         ConfigError: The folder holds another job, or something else.
     """
+    # The number of tasks is no part of the job: it may differ when the job goes on.
     _claim(out, {**job, "rows": rows, "part": part})
     num_parts = -(-rows // part)
     own = range(tasks.task, num_parts, tasks.tasks)
@@ -220,11 +224,12 @@ def _embed_part(
 
 
 def _claim(out: Path, job: Mapping[str, Any]) -> None:
-    """Writes job.json, or checks that the one that is there says the same."""
+    """Writes job.json, or checks that an existing one says the same."""
     path = out / "job.json"
     if path.exists():
         try:
             known = json.loads(path.read_text())
+        # A file that is cut or foreign says nothing that agrees, and is refused below.
         except ValueError:
             known = {}
         differing = [name for name in {**known, **job} if known.get(name) != job.get(name)]
@@ -235,6 +240,7 @@ def _claim(out: Path, job: Mapping[str, Any]) -> None:
                 "this one."
             )
         return
+    # Files whose names begin with a dot are those of atomic writes by other tasks.
     if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise ConfigError(f"{out} holds other files and no job.json. Name a new folder.")
     with atomic(path) as temporary:

@@ -1,4 +1,4 @@
-"""The bundle: everything that recommending needs, in one folder that proves what it is.
+"""The bundle: everything that recommending needs, in one folder whose files can be verified.
 
 ```
 manifest.json    format, versions, metric, checkpoint step, hash of the weights, sentence encoders,
@@ -60,7 +60,7 @@ from twotower.retrieval.weights import WeightArrays, load_weights, model_version
 
 FORMAT = "twotower-bundle"
 VERSION = 2
-PACKAGES = ("jax", "numpy", "pyarrow", "scann")
+PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 
@@ -78,10 +78,10 @@ class Bundle:
         user_vectors: Vectors of the known users, float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: Items of each user, distinct, the latest last.
-        index: Index over `vectors`, with one more coordinate where `config.retrieval.popularity`
-            says so.
+        index: Index over `vectors`, with one more coordinate if `config.retrieval.popularity` is
+            set.
         manifest: Content of manifest.json; {} before it is written.
-        folder: Folder that it was loaded from; None where it only is in memory.
+        folder: Folder that it was loaded from; None of a bundle in memory.
         version: Folder of its files, inside `folder` or `folder` itself.
     """
 
@@ -114,6 +114,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         step: Step of the checkpoint that the weights come from.
         **more: Further entries of the manifest.
     """
+    # The manifest comes last: a folder without one is no bundle, whatever else lies there.
     (folder / "config.json").write_text(bundle.config.to_json(), encoding="utf-8")
     bundle.encoder.save(folder / "encoder")
     save_weights(bundle.towers.weights, folder)
@@ -160,12 +161,14 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         BundleError: The folder is no bundle, a file is missing or changed, or parts do not belong
             together.
     """
+    # Absolute: changes are written beside it later, from wherever the process is then.
     home = Path(folder).absolute()
     with _bundle_errors():
         files = current_version(home)
         manifest = _read_manifest(files)
         check_files(files, manifest["files"])
     weights = load_weights(files)
+    # Whole files are not enough: vectors of one model beside towers of another rank at random.
     if model_version(weights) != manifest["model_version"]:
         raise BundleError(
             f"{files} has weights of another model than its manifest says. Export again."
@@ -190,6 +193,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         version=files,
     )
     _check_lengths(bundle, files)
+    # Known texts are served from their stored vectors, so this is no error yet.
     for feature in bundle.encoder.spec:
         if isinstance(feature, SentenceFeature):
             warn_of_missing_extra(feature)
@@ -197,7 +201,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
 
 
 def _arrays(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Returns what is written as .npy, by name."""
+    """Returns the arrays that are written as .npy, by name."""
     arrays = {
         "item_counts": bundle.counts,
         "user_vectors": bundle.user_vectors,
@@ -213,7 +217,7 @@ def _arrays(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
-    """Returns what a server needs to embed new texts, by feature: name and hash of its model."""
+    """Returns name and hash of each sentence model, by feature: new texts are embedded by it."""
     models = {}
     for feature in encoder.spec:
         if isinstance(feature, SentenceFeature):
@@ -225,6 +229,7 @@ def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
 def _package_versions() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:
+        # ScaNN is missing on some platforms.
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
@@ -242,6 +247,7 @@ def _bundle_errors() -> Iterator[None]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
+        # Versions without a pointer: killed at the very first export, or half copied.
         if any(folder.glob("v-*/")):
             raise BundleError(
                 f"{folder} has no file {POINTER!r} that names one of its versions: the first "
@@ -280,7 +286,8 @@ def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_lengths(bundle: Bundle, folder: Path) -> None:
-    """Refuses halves that differ in length or width."""
+    """Refuses parts that differ in length or width."""
+    # Files of two bundles, each whole, with a manifest made anew would pass all other checks.
     manifest = bundle.manifest
     items = {len(bundle.items), len(bundle.vectors), len(bundle.counts), manifest["num_items"]}
     users = {len(bundle.users), len(bundle.user_vectors), len(bundle.seen)}
@@ -298,12 +305,13 @@ def _check_lengths(bundle: Bundle, folder: Path) -> None:
 
 
 def _mapped(folder: Path, name: str) -> np.ndarray:
+    """Returns an array that is mapped into memory, for reading."""
     # A plain array over the mapped file: indexing a `np.memmap` is slower by ten microseconds.
     return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
 
 def _stored_vectors(folder: Path, kind: str) -> Vectors:
-    """Returns the item vectors, stored as `config.retrieval.vectors` says."""
+    """Returns the item vectors in the type that `config.retrieval.vectors` names."""
     vectors = _mapped(folder, "item_vectors")
     if vectors.dtype != kind:
         raise BundleError(
@@ -323,6 +331,7 @@ def _stored_vectors(folder: Path, kind: str) -> Vectors:
 
 def _indexed_vectors(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
     """Returns the vectors that the index was built from."""
+    # The coordinate of popularity is computed anew from the counts, not stored.
     if not config.retrieval.popularity:
         return vectors
     coordinate, _ = popularity_coordinate(counts, vectors.shape[1])
@@ -333,6 +342,7 @@ def _load_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
     programs = {side: (folder / f"{side}_tower.stablehlo").read_bytes() for side in SIDES}
     try:
         return TowerPrograms(programs, weights)
+    # A package that is missing is another complaint than a program that is too old.
     except ImportError:
         raise
     # JAX raises many kinds for a program of a version that it does not read; the cause is kept.

@@ -16,7 +16,7 @@ from twotower.core.progress import progress
 from twotower.towers.two_tower import TwoTower, Weights
 
 BATCH = 4_096  # rows embedded at once
-MAX_BATCH_EVENTS = 2**16  # events in the histories of a batch
+MAX_BATCH_EVENTS = 2**16  # events in the histories of a batch: a Transformer keeps much of each
 
 
 def embed_rows(
@@ -46,6 +46,7 @@ def embed_rows(
     min_size = mesh.size if mesh else 1
     batch = max(batch, min_size)
     embed = _compiled_embed(mesh)
+    # On the host: the vectors of a large corpus may not fit beside the tables.
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
@@ -61,7 +62,8 @@ def embed_rows(
 
 
 def find_mesh(arrays: Any) -> Mesh | None:
-    """Returns the mesh of several devices that a tree of arrays is divided over, if it is."""
+    """Returns the mesh of several devices that a tree of arrays lies on, or None."""
+    # Weights that were read from a checkpoint may be NumPy arrays, which lie on none.
     for array in jax.tree.leaves(arrays):
         if not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
             continue
@@ -73,7 +75,7 @@ def find_mesh(arrays: Any) -> Mesh | None:
 
 @functools.cache
 def _compiled_embed(mesh: Mesh | None) -> Callable[..., jax.Array]:
-    """Returns `TwoTower.embed` as a program of `mesh`."""
+    """Returns `TwoTower.embed` compiled for `mesh`; one function a mesh, so that it is cached."""
 
     def embed(
         model: TwoTower, side: str, weights: Weights, features: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Lists of users read from files, and lists of items as text."""
+"""User ids from files, and recommendations as text or as a Parquet file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from twotower.core.files import atomic
 from twotower.core.tables import format_table
 from twotower.retrieval.retriever import Recommendation, Retriever
 
-MAX_CELL_CHARACTERS = 48
-LATEST_ITEMS = 5  # of a user, above what is recommended
+MAX_CELL_CHARACTERS = 48  # longer texts are cut
+LATEST_ITEMS = 5  # latest items of a user, shown above the recommendations
 
 
 def read_ids(path: Path) -> list[str]:
-    """Reads the user ids in a file: at least one.
+    """Reads the user ids of a file: a column `user_id`, or a line each in a text file.
 
     Raises:
         ConfigError: The file is not there, cannot be read, or holds no id.
@@ -41,10 +41,12 @@ def _read_ids(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         table = pq.read_table(path)
     elif path.suffix == ".csv" or path.name.endswith(".csv.gz"):
+        # As text: a column of numbers would lose leading zeros.
         as_text = pyarrow.csv.ConvertOptions(column_types={"user_id": "string"})
         table = pyarrow.csv.read_csv(path, convert_options=as_text)
     else:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # A header is allowed, as if the file were a CSV of one column.
         return [line for line in lines if line and line != "user_id"]
     if "user_id" not in table.column_names:
         raise ConfigError(
@@ -57,6 +59,7 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
     """Returns a table of items with their display columns.
 
     Args:
+        items: Items, the best first.
         ranked: Whether rank and score stand beside each item.
     """
     if not items:
@@ -92,8 +95,8 @@ def format_user(retriever: Retriever, user: str, k: int, *, exclude_seen: bool =
 def format_similar(retriever: Retriever, item: str, k: int) -> str:
     """Returns an item above a table of the items that are most similar to it."""
     similar = retriever.similar_items(item, k)
-    itself = format_items([retriever.item(item)], ranked=False)
-    return f"Items like {item}:\n{itself}\n\n{format_items(similar)}"
+    header = format_items([retriever.item(item)], ranked=False)
+    return f"Items like {item}:\n{header}\n\n{format_items(similar)}"
 
 
 def write_lists(
@@ -102,7 +105,7 @@ def write_lists(
     """Writes the recommendations of many users as Parquet: user_id, rank, item_id, score.
 
     Args:
-        retriever: What recommends.
+        retriever: Retriever that recommends.
         users: File of user ids, see `read_ids`.
         out: File to write, whole or not at all.
         k: Length of the lists.
@@ -113,6 +116,7 @@ def write_lists(
     """
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
+    # Both paths are checked before the long part.
     ids = read_ids(users)
     lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
     with atomic(out) as temporary:

@@ -1,5 +1,7 @@
-"""Scores of pairs of a user and an item from stored vectors alone: no towers, no index, no
-features."""
+"""Scores of pairs of a user and an item, from stored vectors alone.
+
+Nothing here loads JAX, an index or the features: three modules of the package are enough to match.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ SIDES = ("user", "item")
 
 @runtime_checkable
 class StoredVectors(Protocol):
-    """What a `Bundle` holds of users and items.
+    """The ids and vectors of a `Bundle`.
 
     Attributes:
         users: Column user_id, U rows.
@@ -45,7 +47,7 @@ class StoredVectors(Protocol):
 
 
 class MatchModel:
-    """Scores of a user id and an item id.
+    """Vectors of users and items by their ids, which score pairs of these.
 
     >>> ids = {"user": ["u"], "item": ["a", "b"]}
     >>> model = MatchModel(ids, {"user": np.ones((1, 2)), "item": np.eye(2)})
@@ -54,12 +56,15 @@ class MatchModel:
     """
 
     def __init__(self, ids: Mapping[str, Sequence[str]], vectors: Mapping[str, ArrayLike]):
-        """Args:
-        ids: {"user": U ids, "item": N ids}, distinct.
-        vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
+        """Checks that ids and vectors go together, and keeps them.
+
+        Args:
+            ids: {"user": U ids, "item": N ids}, distinct.
+            vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
         """
         self._vectors = {side: np.asarray(vectors[side], np.float32) for side in SIDES}
         self._rows = {side: {name: row for row, name in enumerate(ids[side])} for side in SIDES}
+        # A repeated id would silently take the vector of its last row.
         for side in SIDES:
             distinct = len(self._rows[side])
             if not len(ids[side]) == distinct == len(self._vectors[side]):
@@ -82,16 +87,17 @@ class MatchModel:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> MatchModel:
-        """Returns the model that `save` wrote, or that of a bundle.
+        """Loads the model that `save` wrote, or that of a bundle.
 
         Args:
-            folder: Folder of either. Of a bundle only ids and vectors are read.
+            folder: Folder of either; only the ids and vectors of a bundle are read.
 
         Raises:
             FolderError: The folder holds neither, or a file of it was changed.
             BundleError: The manifest of the bundle was changed.
         """
         files = current_version(folder)
+        # A manifest is a bundle's; what `save` writes has none.
         if (files / "manifest.json").exists():
             return cls(*_read_bundle(files))
         _, arrays = read_folder(folder, KIND)
@@ -138,10 +144,12 @@ class MatchModel:
             )
         user_rows = self._find("user", user_ids, unknown)
         item_rows = self._find("item", item_ids, unknown)
+        # With "error" all of them are.
         known = (user_rows >= 0) & (item_rows >= 0)
         users = self._vectors["user"][user_rows[known]]
         items = self._vectors["item"][item_rows[known]]
         scores = np.full(len(known), np.nan, np.float32)
+        # Pair by pair: a product of matrices would score every user with every item.
         scores[known] = np.einsum("bd,bd->b", users, items)
         return scores
 
@@ -159,14 +167,14 @@ class MatchModel:
 
 
 def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """Returns ids and vectors of both sides, from files that are what the manifest says."""
+    """Returns ids and vectors of both sides, after checking their files against the manifest."""
     path = folder / "manifest.json"
     manifest = read_json(path)
     if "files" not in manifest or manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written. Export again.")
     digests = manifest["files"]
     names = {f"{side}_vectors.npy" for side in SIDES} | {f"{side}s.parquet" for side in SIDES}
-    # Beside vectors that are stored as int8, which are whole steps of their row's scale.
+    # Only beside vectors that are stored as int8: multiples of their row's scale.
     names |= {"item_scales.npy"} & set(digests)
     check_files(folder, {name: digests[name] for name in names})
     ids = {}
@@ -182,7 +190,7 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
 
 
 def _flat(ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the UTF-8 of all ids, uint8, and the offset of each, int64."""
+    """Returns the UTF-8 of all ids, uint8, and the offset of each, int64: Arrow's layout."""
     encoded = [name.encode() for name in ids]
     lengths = [len(text) for text in encoded]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -190,7 +198,7 @@ def _flat(ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _strings(data: np.ndarray, offsets: np.ndarray) -> list[str]:
-    """Returns the ids that `_flat` made these of."""
+    """Returns the ids whose text `_flat` joined."""
     array = pa.LargeStringArray.from_buffers(
         len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data.tobytes())
     )

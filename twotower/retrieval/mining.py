@@ -1,5 +1,4 @@
-"""Hard negatives: for each user, the items that the model itself ranks high and that the user is
-not known to like."""
+"""Hard negatives: items that the model ranks high for a user who is not known to like them."""
 
 from __future__ import annotations
 
@@ -24,13 +23,15 @@ Miner = Callable[[Weights], Pools]
 def make_miner(prepared: PreparedData, model: TwoTower) -> Miner:
     """Returns a function of the weights that mines pools of hard negatives, for the training loop.
 
-    Only the training rows tell which items a user likes: later ones must not tell it anything. A
-    user's vector is that of its latest training row. A user without a positive has an empty pool.
+    The items that a user likes are those of its training rows: later rows must not leak into
+    training. A user's vector is that of its latest training row. A user without a positive has an
+    empty pool.
     """
     negatives = prepared.config.objective.negatives
     train = prepared.train
     num_users = len(prepared.users)
     known = items_of_users([prepared.positives("train")], num_users=num_users)
+    # Prepared once: only the weights change between two rounds of mining.
     users = np.flatnonzero(known.lengths)
     latest = latest_rows([train], num_users=num_users)[users]
     context = {name: values[latest] for name, values in train.context.items()}
@@ -44,6 +45,7 @@ def make_miner(prepared: PreparedData, model: TwoTower) -> Miner:
             ranks=negatives.mined_ranks,
             margin=negatives.mined_margin,
         )
+        # A row a user again: training looks pools up by user.
         pools = empty_pools(num_users, mined["items"].shape[1])
         for name, values in mined.items():
             pools[name][users] = values
@@ -84,6 +86,7 @@ def mine_hard_negatives(
         block = np.arange(start, min(start + USER_BLOCK, len(users)))
         positives = known.take(block)
         scores, rows = index.search(users[block], last, exclude=positives)
+        # The very first ranks hold the items that the user likes most likely, recorded or not.
         scores = scores[:, first:]
         rows = rows[:, first:]
         keep = rows >= 0
@@ -99,6 +102,7 @@ def mine_hard_negatives(
 
 def _mean_positive_scores(users: np.ndarray, items: np.ndarray, positives: Ragged) -> np.ndarray:
     """Returns float64 [Q], the mean score of each user's positives; infinite without any."""
+    # In blocks of pairs: [pairs, D] of all positives could be larger than the tables.
     all_users = positives.rows
     sums = np.zeros(len(users))
     for start in range(0, len(all_users), PAIR_BLOCK):
@@ -106,5 +110,6 @@ def _mean_positive_scores(users: np.ndarray, items: np.ndarray, positives: Ragge
         item = positives.values[start : start + PAIR_BLOCK]
         scores = np.einsum("pd,pd->p", users[user], items[item])
         sums += np.bincount(user, scores, minlength=len(users))
+    # No item lies above an infinite mean: without positives there is nothing to compare with.
     means = sums / np.maximum(positives.lengths, 1)
     return np.where(positives.lengths > 0, means, np.inf)

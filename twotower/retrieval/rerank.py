@@ -1,5 +1,7 @@
-"""Lists made more diverse after retrieval: fetch more items than are shown, then choose among
-them."""
+"""Diverse lists, chosen from the candidates of a retrieval.
+
+Fetch more items than are shown, then let one of these functions choose among them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from jaxtyping import Float, Int
 def maximal_marginal_relevance(
     scores: Float[np.ndarray, " M"], vectors: Float[np.ndarray, "M D"], k: int, *, diversity: float
 ) -> Int[np.ndarray, " K"]:
-    """Chooses `k` items one after the other, each by its score less its likeness to those chosen.
+    """Chooses `k` items one by one, each by its score less its likeness to those chosen before.
 
     The next item maximises (1 - diversity) score - diversity max cosine to the chosen (Carbonell
     and Goldstein 1998).
@@ -34,18 +36,20 @@ def maximal_marginal_relevance(
     """
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity={diversity} must be between 0 and 1.")
+    # Cosines, so that one scale of `diversity` serves vectors of any length.
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     units = vectors / np.maximum(lengths, 1e-30)
-    left = np.ones(len(scores), bool)
+    is_left = np.ones(len(scores), bool)
+    # Of each candidate, to the chosen items so far. Kept up to date: O(k M D) in all.
     max_cosine = np.full(len(scores), -np.inf)
     chosen: list[int] = []
     while len(chosen) < min(k, len(scores)):
         worth = scores  # the first item is like nothing chosen
         if chosen:
             worth = (1 - diversity) * scores - diversity * max_cosine
-        best = int(np.argmax(np.where(left, worth, -np.inf)))
+        best = int(np.argmax(np.where(is_left, worth, -np.inf)))
         chosen.append(best)
-        left[best] = False
+        is_left[best] = False
         max_cosine = np.maximum(max_cosine, units @ units[best])
     return np.array(chosen, np.int64)
 
@@ -53,14 +57,14 @@ def maximal_marginal_relevance(
 def cap_per_label(
     labels: Sequence[Hashable], k: int, *, max_items: int | Mapping[Hashable, int]
 ) -> Int[np.ndarray, " K"]:
-    """Chooses the first `k` items of which no label comes more often than allowed.
+    """Chooses the first `k` items such that no label comes more often than allowed.
 
     Args:
         labels: Label of each candidate, best first: its category, brand or seller. An item without
             one (None) may always come.
         k: Number of items to choose.
-        max_items: The most items of each label; or label -> number, where a label that is not named
-            has no bound.
+        max_items: Largest number of items of a label; or a mapping from labels to such numbers, in
+            which a missing label has no bound.
 
     Returns:
         Positions of the chosen items among the candidates.
@@ -73,7 +77,10 @@ def cap_per_label(
     for position, label in enumerate(labels):
         if len(chosen) == k:
             break
-        bound = max_items.get(label) if isinstance(max_items, Mapping) else max_items
+        if isinstance(max_items, Mapping):
+            bound = max_items.get(label)
+        else:
+            bound = max_items
         count = counts.get(label, 0)
         if label is not None and bound is not None and count >= bound:
             continue

@@ -32,7 +32,8 @@ __all__ = [
     "as_table",
     "nearest",
 ]
-USERS_AT_ONCE = BATCH  # users whose candidates are in memory together
+# Users whose candidates are in memory together: one call of the tower programs.
+USERS_AT_ONCE = BATCH
 
 Rows = pa.Table | Sequence[Mapping]
 
@@ -45,7 +46,7 @@ class Recommendation:
         item_id: Id of the item.
         score: Dot product of the vectors, or cosine of similar items; NaN of an item that was
             looked up.
-        display: The item's display columns.
+        display: Display columns of the item.
     """
 
     item_id: str
@@ -66,12 +67,12 @@ class Recommendations(list[Recommendation]):
 
 
 class _Filters(NamedTuple):
-    """Which items may come back, whoever asks.
+    """Limits on the items that may come back, the same for all users of a call.
 
     Attributes:
         where: Conditions on display columns.
-        allow: Ids of the only items that may; None allows all.
-        deny: Ids of items that may not.
+        allow: Ids of the only items that may come back; None allows all.
+        deny: Ids of items to leave out.
     """
 
     where: Conditions
@@ -80,8 +81,10 @@ class _Filters(NamedTuple):
 
 
 class Retriever:
-    """Answers from one bundle. Threads may share it, also while items change: each answer is of one
-    moment.
+    """Recommendations from one bundle, whose items may change meanwhile.
+
+    Threads may share it. Each answer reads one snapshot of the items, however many change while it
+    is computed.
 
     All lists take the same filters: `exclude_seen` leaves out the user's items, as far as the user
     is known; `deny` leaves out items by id; `allow` names the only items that may come back;
@@ -92,9 +95,20 @@ class Retriever:
     """
 
     def __init__(self, bundle: Bundle):
+        """Makes the changes in the bundle's log once more, and is ready to answer.
+
+        Args:
+            bundle: Bundle that was loaded, or that is in memory alone.
+
+        Raises:
+            ChangesError: The log of its changes is damaged.
+        """
+        # Held while items change, for as long as a sync of the disk takes; never while answering.
         self._lock = threading.RLock()
+        # Held for seconds by work on the index, during which answers and changes go on.
         self._maintenance = threading.Lock()
         self._live = LiveBundle(bundle, self._lock)
+        # Users do not change with the items, and outlive a compaction.
         self.user_rows = UserRows(bundle.encoder, bundle.users)
 
     @classmethod
@@ -126,7 +140,7 @@ class Retriever:
         return len(self._live.catalogue.snapshot)
 
     def knows(self, user: Any) -> bool:
-        """Whether the user was there when the bundle was made."""
+        """Whether the user was known when the bundle was made."""
         return str(user) in self.user_rows.row_by_id
 
     def recommend(
@@ -144,10 +158,10 @@ class Retriever:
         """Returns the best `k` items of one user; fewer only where fewer exist.
 
         Args:
-            user: Id of the user. One that is not known is encoded by its out-of-vocabulary rows;
-                `known` in the answer is False.
-            rows: One row of raw user features instead, or beside an id whose stored features it
-                replaces.
+            user: Id of the user. An unknown one is encoded by its out-of-vocabulary rows; `known`
+                in the answer is then False.
+            rows: One row of raw user features, in the place of an id, or beside one whose stored
+                features it replaces.
             k: Length of the list.
             exclude_seen: Whether to leave out the items of the user, as far as the user is known,
                 and those of a history in `rows`.
@@ -157,12 +171,16 @@ class Retriever:
             popularity_weight: Factor of an item's log training rows in its score.
         """
         check_k(k)
+        # Iterables may be read once only, so they become lists.
         filters = _Filters(as_conditions(where), _listed(allow), list(deny))
         if rows is not None:
             row = _one_user(rows, user)
             vectors = self.encode_users(row)
-            ids = row["user_id"].to_pylist() if "user_id" in row.column_names else [None]
+            ids = [None]
+            if "user_id" in row.column_names:
+                ids = row["user_id"].to_pylist()
             user_rows = self._rows_of_users(ids)
+            # The history of a request is newer than the bundle; a repeated item is no news.
             if exclude_seen:
                 filters.deny.extend(self.user_rows.history_items(row))
         elif user is not None:
@@ -212,6 +230,7 @@ class Retriever:
             snapshot, scores, positions = self._search(
                 vectors, user_rows, k, filters, exclude_seen, popularity_weight
             )
+            # Row by row, so that users stay in order, and each user's items by rank.
             query, rank = np.nonzero(positions >= 0)
             columns = {
                 "user_id": pa.array(block, pa.string()).take(pa.array(query)),
@@ -231,7 +250,7 @@ class Retriever:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] = (),
     ) -> Recommendations:
-        """Returns the `k` items of greatest cosine to an item, without itself.
+        """Returns the `k` items of greatest cosine to an item, which is left out.
 
         Args:
             item: Id of the item.
@@ -247,6 +266,7 @@ class Retriever:
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
         vector = snapshot.vector(catalogue.position(snapshot, item))
+        # At length 1 on both sides the dot product is the cosine.
         query = vector / max(float(np.linalg.norm(vector)), 1e-30)
         scores, positions = snapshot.search(
             query[None, :],
@@ -260,14 +280,19 @@ class Retriever:
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """Returns the last `k` items of a user, the latest first; none of an unknown user."""
-        live = self._live  # one of them, whatever takes its place meanwhile
+        # Read once: a compaction may replace it, and the numbers of items with it.
+        live = self._live
         snapshot = live.catalogue.snapshot
         row = self.user_rows.row_by_id.get(str(user))
         if row is None:
             return []
-        positions = [snapshot.position_of(int(number)) for number in live.bundle.seen[row][::-1]]
-        there = [position for position in positions if position >= 0][:k]
-        return _recommendations(snapshot, np.full(len(there), np.nan), np.array(there, np.int64))
+        latest_first = live.bundle.seen[row][::-1]
+        positions = np.array(
+            [snapshot.position_of(int(number)) for number in latest_first], np.int64
+        )
+        # Items that were deleted since are left out.
+        present = positions[positions >= 0][:k]
+        return _recommendations(snapshot, np.full(len(present), np.nan), present)
 
     def item(self, item: Any) -> Recommendation:
         """Returns an item with its display columns, and no score.
@@ -284,9 +309,9 @@ class Retriever:
         """Returns the vectors of raw user features, float32 [B, D].
 
         Args:
-            rows: An Arrow table, or a list of mappings. What a row lacks is missing; a timestamp
-                is the newest of the log; a user_id that was never seen gets its out-of-vocabulary
-                row.
+            rows: An Arrow table, or a list of mappings. A column that a row lacks is a missing
+                value; a missing timestamp is the newest of the log; a user_id that was never seen
+                gets its out-of-vocabulary row.
         """
         table = as_table(rows)
         towers = self.bundle.towers
@@ -295,17 +320,16 @@ class Retriever:
         return towers.embed("user", self.user_rows.encode(table))
 
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
-        """Returns the vectors that recommendations for these users are made with, float32 [B, D],
-        whether they are known or not."""
+        """Returns the vectors that rank items for users, known or not, float32 [B, D]."""
         vectors, _ = self._vectors_and_rows([str(user) for user in user_ids])
         return vectors
 
     def encode_items(self, rows: Rows) -> np.ndarray:
-        """Returns the vectors of raw item features, float32 [N, D]: of new items, from what they
-        are described by.
+        """Returns the vectors of raw item features, float32 [N, D], such as those of new items.
 
         Args:
-            rows: An Arrow table, or a list of mappings. What a row lacks is missing.
+            rows: An Arrow table, or a list of mappings. A column that a row lacks is a missing
+                value.
         """
         table = as_table(rows)
         towers = self.bundle.towers
@@ -314,23 +338,26 @@ class Retriever:
         return towers.embed("item", self.bundle.encoder.encode("item", table))
 
     def item_vectors(self, item_ids: Iterable[Any]) -> np.ndarray:
-        """Returns the vectors of items that are there, float32 [N, D].
+        """Returns the vectors of items in the catalogue, float32 [N, D].
 
         Raises:
-            UnknownItemError: An item is not there.
+            UnknownItemError: An item is not in the catalogue.
         """
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
         vectors = [snapshot.vector(catalogue.position(snapshot, item)) for item in item_ids]
-        return np.stack(vectors) if vectors else np.zeros((0, self.bundle.towers.dim), np.float32)
+        if not vectors:
+            return np.zeros((0, self.bundle.towers.dim), np.float32)
+        return np.stack(vectors)
 
     def upsert(self, rows: Rows, *, vectors: np.ndarray | None = None) -> int:
-        """Adds items, or replaces those with the same ids: durable when this returns, and found by
-        every later search.
+        """Adds items, or replaces those with the same ids.
+
+        When this returns, the change is durable, and every later search sees it.
 
         Args:
-            rows: item_id, the columns of item features and display columns; what is left out is
-                missing.
+            rows: item_id, the columns of item features and display columns; a column that is left
+                out is a missing value.
             vectors: Vectors in the place of those of the item tower, float [N, D].
 
         Returns:
@@ -342,13 +369,18 @@ class Retriever:
             QueryError, ValueError: The rows or vectors are not usable; nothing was changed.
         """
         table = as_table(rows)
-        vectors = self.encode_items(table) if vectors is None else np.asarray(vectors)
+        if vectors is None:
+            vectors = self.encode_items(table)
+        vectors = np.asarray(vectors)
+        # Encoded before the lock is taken: other writers wait for the disk alone.
         with self._lock:
             self._live.upsert(table, vectors)
             return len(self)
 
     def delete(self, item_ids: Iterable[Any]) -> int:
-        """Takes items away, durable when this returns, and returns how many of them there were.
+        """Deletes items, and returns the number of those that existed.
+
+        When this returns, the change is durable.
 
         Raises:
             ChangesError, OSError: As `upsert`.
@@ -358,7 +390,7 @@ class Retriever:
             return self._live.delete(ids)
 
     def rebalance(self) -> None:
-        """Indexes the items as they are now, in memory: changes no longer slow the search down.
+        """Builds the index anew over the present items, in memory, so that searches are fast again.
 
         Answers and changes go on.
 
@@ -369,20 +401,23 @@ class Retriever:
             self._live.rebalance()
 
     def compact(self) -> None:
-        """Writes a new version of the bundle with all changes in it, makes it the current one, and
-        goes on with that.
+        """Writes a new version of the bundle with all changes in it, and answers from that.
+
+        The new version becomes the current one of the folder.
 
         Raises:
             ChangesError, OSError: As `upsert`, or another rebalance or compaction is under way.
         """
         with self._exclusive_maintenance():
             compacted = self._live.compacted()
+            # Only the switch excludes changes, and those made since are copied to the new version.
             with self._lock:
                 self._live = self._live.switched_to(compacted)
 
     @contextlib.contextmanager
     def _exclusive_maintenance(self) -> Iterator[None]:
-        """Long work on the index, of which there is one at a time."""
+        """Excludes other long work on the index."""
+        # Refused, not queued: a second rebalance right after the first would be in vain.
         if not self._maintenance.acquire(blocking=False):
             raise ChangesError("Another rebalance or compaction is under way.")
         try:
@@ -409,7 +444,8 @@ class Retriever:
             exclude_seen: Whether to leave out the items of each user.
             popularity_weight: See `recommend`.
         """
-        live = self._live  # one of them, whatever takes its place meanwhile
+        # Read once: a compaction may replace it, and the numbers of items with it.
+        live = self._live
         catalogue = live.catalogue
         exclude = Ragged.empty(len(vectors))
         if exclude_seen:
@@ -417,7 +453,11 @@ class Retriever:
         denied = catalogue.numbers_of(filters.deny)
         if len(denied):
             exclude = exclude.join(_same_list(denied, len(vectors)))
-        only = None if filters.allow is None else catalogue.numbers_of(filters.allow)
+        only = None
+        if filters.allow is not None:
+            only = catalogue.numbers_of(filters.allow)
+        # Taken after the ids were looked up: numbers never change their item, so this is safe, and
+        # the answer is as new as can be.
         snapshot = catalogue.snapshot
         scores, positions = snapshot.search(
             vectors,
@@ -430,17 +470,19 @@ class Retriever:
         return snapshot, scores, positions
 
     def _vectors_and_rows(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the vectors of users, stored ones where they are known, and their rows in the
-        users table."""
+        """Returns the vectors of users, and their rows in the users table.
+
+        Known users have stored vectors; those of unknown ones are computed.
+        """
         rows = self._rows_of_users(ids)
         stored = self.bundle.user_vectors
         unknown = np.flatnonzero(rows < 0)
+        # Row -1, of an unknown user, reads the last vector, which is replaced below.
         if len(stored):
             vectors = np.asarray(stored[rows])
         else:
             vectors = np.zeros((len(ids), self.bundle.towers.dim), np.float32)
         if unknown.size:
-            vectors = np.array(vectors)
             unknown_ids = [ids[position] for position in unknown.tolist()]
             vectors[unknown] = self.encode_users(self.user_rows.take(unknown_ids))
         return vectors, rows
@@ -453,8 +495,11 @@ class Retriever:
 
 
 def _one_user(rows: Rows, user: Any) -> pa.Table:
-    """Returns the one row of raw user features that `recommend` takes, under the id where one is
-    given."""
+    """Returns the one row of raw user features that `recommend` takes, with the id if there is one.
+
+    Raises:
+        ValueError: There is not one row.
+    """
     if user is not None:
         rows = [{**row, "user_id": str(user)} for row in as_table(rows).to_pylist()]
     table = as_table(rows)
@@ -471,6 +516,7 @@ def _listed(ids: Iterable[Any] | None) -> list[Any] | None:
 
 def _same_list(numbers: np.ndarray, count: int) -> Ragged:
     """Returns the same list for each of `count` queries."""
+    # int32, as rows are in all lists of exclusions.
     offsets = np.arange(count + 1, dtype=np.int64) * len(numbers)
     return Ragged(offsets, np.tile(numbers, count).astype(np.int32))
 
@@ -479,6 +525,7 @@ def _recommendations(
     snapshot: Snapshot, scores: np.ndarray, positions: np.ndarray
 ) -> list[Recommendation]:
     """Returns the items of one list, without the entries that no item fills."""
+    # -1 ends the list of a user for whom fewer items than k remain.
     filled = positions >= 0
     rows = snapshot.rows(positions[filled])
     return [

@@ -15,14 +15,17 @@ def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
     user = np.concatenate([part.user for part in parts])
     item = np.concatenate([part.item for part in parts])
     order = time_order(parts)
+    # -1 stands for an item that is not in the corpus.
     order = order[item[order] >= 0]
     lists = Ragged.from_pairs(user[order], item[order], num_rows=num_users)
     return lists.distinct(keep="last")
 
 
 def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
-    """Returns int64 [num_users], the position of each user's latest row among the joined `parts`;
-    -1 without any."""
+    """Returns the position of each user's latest row among the joined parts, int64 [num_users].
+
+    It is -1 of a user without rows.
+    """
     order = time_order(parts)
     user = np.concatenate([part.user for part in parts])
     latest = np.full(num_users, -1, np.int64)
@@ -31,9 +34,12 @@ def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
 
 
 def time_order(parts: Sequence[Rows]) -> np.ndarray:
-    """Returns int64 [rows of all parts], their positions in order of time; rows of one time, and
-    all rows where a part has no timestamps, keep the order of the log."""
+    """Returns the positions of the joined rows in order of time, int64 [rows of all parts].
+
+    Rows of one time keep the order of the log, and so do all rows where a part has no timestamps.
+    """
     times = [part.timestamp for part in parts if part.timestamp is not None]
     if len(times) < len(parts):
         return np.arange(sum(len(part) for part in parts))
+    # Stable: up to a quarter of MovieLens' last items share their time with the one before.
     return np.argsort(np.concatenate(times), kind="stable")

@@ -1,4 +1,4 @@
-"""The raw rows of users, known or brought along by a request, as the user tower reads them."""
+"""Raw rows of users, known or sent with a request, in the form that the user tower reads."""
 
 from __future__ import annotations
 
@@ -35,12 +35,17 @@ class UserRows:
         self.row_by_id: dict[str, int] = {user: row for row, user in enumerate(ids)}
 
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
-        """Returns the encoded features of raw rows. A column that a row lacks is missing; a time is
-        the newest of the log."""
+        """Returns the encoded features of raw rows.
+
+        A missing column is a missing value in every row; a missing time is the newest of the log.
+        """
         return self._encoder.encode("user", self._fill_times(rows))
 
     def encode_all(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the encoded features of all known users, in blocks."""
+        """Yields the encoded features of all known users, in blocks.
+
+        One block at a time: padded histories of all users could be larger than their vectors.
+        """
         for start in range(0, len(self._users), USER_BLOCK):
             yield self.encode(self.slice(start, start + USER_BLOCK))
 
@@ -50,6 +55,7 @@ class UserRows:
 
     def take(self, ids: Sequence[str]) -> pa.Table:
         """Returns the raw features of users by id; of those not known the id alone."""
+        # A null row, of an unknown user, makes every column null.
         rows = pa.array([self.row_by_id.get(user) for user in ids], pa.int64())
         columns = {name: self._users[name].take(rows) for name in self._users.column_names}
         columns["user_id"] = pa.array(ids, pa.string())
@@ -61,6 +67,7 @@ class UserRows:
         if history is None or history.column not in rows.column_names:
             return []
         items = []
+        # An event is an item id, or a struct of it and its other columns; histories may be null.
         for events in rows[history.column].to_pylist():
             for event in events or ():
                 item = event["item_id"] if isinstance(event, dict) else event
@@ -70,15 +77,20 @@ class UserRows:
 
     def _without_times(self, rows: pa.Table) -> pa.Table:
         """Drops the times at which users were last seen: a recommendation is made now."""
-        return rows if self._newest is None else rows.drop_columns(["timestamp"])
+        if self._newest is None:
+            return rows
+        return rows.drop_columns(["timestamp"])
 
     def _fill_times(self, table: pa.Table) -> pa.Table:
-        """Gives the newest time of the log to rows that lack a time: nothing trained would answer
-        without one."""
+        """Sets the newest time of the log in rows that lack a time.
+
+        No row was trained without one, so the tower has learned nothing for a missing time.
+        """
         if self._newest is None or not len(table):
             return table
         if "timestamp" not in table.column_names:
             return table.append_column("timestamp", pa.repeat(self._newest, len(table)))
+        # In the unit of the log, whatever type of time the rows have.
         seconds, missing = as_seconds(table["timestamp"], "rows, column 'timestamp'")
         times = pa.array(np.where(missing, self._newest, seconds))
         position = table.column_names.index("timestamp")
@@ -86,8 +98,7 @@ class UserRows:
 
     @functools.cached_property
     def _newest(self) -> int | None:
-        """The newest time of the log in seconds, where a context feature or the history reads the
-        time of the query; else None."""
+        """The newest time of the log in seconds; None where no feature reads a query's time."""
         history = self._encoder.spec.history
         columns = [self._encoder.spec.user[name].column for name in self._encoder.context]
         if "timestamp" not in columns and not (history and history.request_gap):
@@ -103,8 +114,11 @@ def as_table(rows: pa.Table | Sequence[Mapping]) -> pa.Table:
 
 
 def _schema(rows: Sequence[Mapping]) -> pa.Schema | None:
-    """Returns all columns that any row has, with their types (Arrow looks at the first row
-    alone)."""
+    """Returns the columns of all rows with their types; None without any.
+
+    Arrow by itself takes the columns of the first row alone.
+    """
+    # A dict keeps the order of the first appearance; a set would not.
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return None

@@ -13,13 +13,14 @@ import numpy as np
 # The fields of `twotower.towers.two_tower.Weights` as a mapping, {"params", "tables",
 # "batch_stats"}: the class itself cannot be imported without Flax, which servers need not have.
 WeightArrays = Mapping[str, Mapping[str, Any]]
-# Dense parameters that embedding reads. Heads and the bias of a loss are read by training alone.
+# Dense parameters that `embedding_weights` keeps. Heads and the bias of a loss are read by training
+# alone.
 EMBEDDING_PARAMS = ("user", "item", "log_temperature")
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """See `twotower.towers.two_tower.Weights`."""
+    """The part of `twotower.towers.two_tower.Weights` that this module reads."""
 
     @property
     def params(self) -> Mapping[str, Any]: ...
@@ -28,8 +29,10 @@ class Weights(Protocol):
 
 
 def embedding_weights(weights: Weights) -> WeightArrays:
-    """Returns the weights without what only training reads: two models that embed alike are one
-    model."""
+    """Returns the weights without those that only training reads.
+
+    Two models that embed alike then have one version, whatever losses they were trained by.
+    """
     params = {name: x for name, x in weights.params.items() if name in EMBEDDING_PARAMS}
     return weights._asdict() | {"params": params}
 
@@ -41,12 +44,13 @@ def save_weights(weights: WeightArrays, folder: Path) -> None:
     tables = folder / "tables"
     tables.mkdir()
     for name, table in weights["tables"].items():
+        # Quoted: the name of a feature may hold a slash.
         path = tables / f"{quote(name, safe='')}.npy"
         np.save(path, np.asarray(table), allow_pickle=False)
 
 
 def load_weights(folder: Path) -> WeightArrays:
-    """Returns what `save_weights` wrote, as NumPy arrays."""
+    """Reads the weights that `save_weights` wrote, as NumPy arrays."""
     with np.load(folder / "params.npz", allow_pickle=False) as file:
         dense = _nested({name: file[name] for name in file.files})
     paths = sorted((folder / "tables").glob("*.npy"))
@@ -61,6 +65,7 @@ def load_weights(folder: Path) -> WeightArrays:
 def model_version(weights: WeightArrays) -> str:
     """Returns a hash of every weight, its name, type and shape."""
     digest = hashlib.sha256()
+    # Sorted: a version must not depend on the order in which a mapping was filled.
     for name, array in sorted(_flat(weights)):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
@@ -68,6 +73,7 @@ def model_version(weights: WeightArrays) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the arrays of nested mappings by their paths, such as "params/user/dense/kernel"."""
     for name, value in tree.items():
         path = prefix + quote(name, safe="")
         if not isinstance(value, Mapping):
@@ -81,12 +87,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.n
 
 
 def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the nested mappings that `_flat` took apart."""
     tree: dict[str, Any] = {}
     for path, array in flat.items():
         *parents, name = (unquote(part) for part in path.split("/"))
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+        # A path without a last name only made the empty mapping: see `_flat`.
         if name:
             node[name] = array
     return tree
