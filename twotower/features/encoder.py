@@ -115,9 +115,18 @@ class Encoder:
             arrays |= known[name].encode_rows(self.fitted[side, name], rows)
         return arrays
 
-    @functools.cached_property
+    @property
     def inputs(self) -> dict[str, dict[str, Input]]:
         """Side -> array of `encode` -> how a tower reads it."""
+        return self._inputs
+
+    @property
+    def tables(self) -> dict[str, TableShape]:
+        """The embedding tables by name."""
+        return self._tables
+
+    @functools.cached_property
+    def _inputs(self) -> dict[str, dict[str, Input]]:
         items: dict[str, Input] = {}
         for feature in self.spec.item.values():
             items |= feature.inputs(self.fitted[feature.key], {})
@@ -128,8 +137,7 @@ class Encoder:
         return {"user": users, "item": items}
 
     @functools.cached_property
-    def tables(self) -> dict[str, TableShape]:
-        """The embedding tables by name."""
+    def _tables(self) -> dict[str, TableShape]:
         tables = {}
         # Features that share a table agree on its shape; `FeatureSpec` has checked it.
         for feature in self.spec:
