@@ -58,16 +58,17 @@ class Weights(NamedTuple):
 
 @runtime_checkable
 class EncodedFeatures(Protocol):
-    """The parts of an encoder that the towers are made for."""
+    """The inputs and tables of an encoder."""
 
-    @property
+    # Cached, as in `Encoder`: the type checker tells such properties from others.
+    @functools.cached_property
     def inputs(self) -> Mapping[str, Mapping[str, Input]]:
-        """Side -> array of the features -> how a tower reads it."""
+        """Side -> feature -> shape and table of its encoded values."""
         ...
 
-    @property
+    @functools.cached_property
     def tables(self) -> Mapping[str, TableShape]:
-        """The embedding tables by name."""
+        """Embedding tables by name."""
         ...
 
 

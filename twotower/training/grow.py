@@ -1,7 +1,7 @@
-"""A trained run taken over to a larger vocabulary: rows, their optimizer's state and all else as
-they were, new rows made.
+"""Growth of a trained run to a larger vocabulary: known rows, their optimizer's state and all else
+stay as they were, and new rows are made.
 
-Before the first further step every score of known users and items is what it was, to the bit.
+Before the first further step every score of known users and items is unchanged, to the bit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.run import claim, encoder_folder, find_step, load_config, local_folder
 from twotower.training.state import Trainer, TrainState
 
-NEIGHBOURS = 10  # known rows whose mean a row made from content is
-_BLOCK = 256  # new rows compared with all known ones at once
-_KEPT_SECTIONS = ("features", "model")  # they decide the shapes and the scores
+# Number of known rows whose mean is a new row made from content.
+NEIGHBOURS = 10
+# Number of new rows that are compared with all known ones at once.
+_BLOCK = 256
+# Sections that must not change: they decide the shapes and the scores.
+_FIXED_SECTIONS = ("features", "model")
 
 
 def grow(
@@ -42,21 +45,20 @@ def grow(
     new_rows: str,
     checkpoint: str = "latest",
 ) -> None:
-    """Makes a folder a run that goes on from a checkpoint of another run; `train` then continues
-    it.
+    """Makes a run that goes on from a checkpoint of another run; `train` then continues it.
 
     Args:
         config: Configuration of the new run: that of `source` but for the data, and more steps.
         source: Folder of the run to go on from.
         workdir: Folder of the new run, new or empty.
-        new_rows: How the rows of new values begin, a key of `NEW_ROWS`.
+        new_rows: Way to make the rows of new values, a key of `NEW_ROWS`.
         checkpoint: "best", "latest" or a step of `source`.
 
     Raises:
         ConfigError: The configurations do not fit together, or `workdir` is not empty.
         CheckpointError: There is no such checkpoint.
     """
-    make = choose(NEW_ROWS, new_rows, "--new_rows")
+    make_rows = choose(NEW_ROWS, new_rows, "--new_rows")
     source = local_folder(source)
     workdir = local_folder(workdir)
     before = load_config(source)
@@ -64,6 +66,7 @@ def grow(
     encoder = Encoder.load(encoder_folder(source))
     state, step = _restore(source, before, encoder, checkpoint)
     _check_step(config, step)
+    # The old encoder is extended, not fitted anew: known values keep their rows.
     prepared = prepare(config, fit=encoder.extend)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
@@ -71,31 +74,31 @@ def grow(
     if step >= steps:
         raise ConfigError(
             f"config.training.steps={steps} counts from the beginning, and the checkpoint is of "
-            f"step {step}: set it to {step} and as many as are to follow, with "
+            f"step {step}: set it to {step} plus the number of further steps, with "
             "config.training.steps_for=0."
         )
+    # On the host: growing needs memory, not an accelerator.
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))
     if trainer.sampling.config.frequency != "exact":
-        logging.info(
-            "The estimates of frequency begin anew: they were of the rows of the old corpus."
-        )
-    state = migrate(OldRun(state, encoder), fresh, prepared, make)
+        logging.info("The estimates of frequency begin anew: the old ones are of the old corpus.")
+    state = migrate(OldRun(state, encoder), fresh, prepared, make_rows)
     workdir.mkdir(parents=True, exist_ok=True)
     prepared.encoder.save(encoder_folder(workdir))
+    # The best validation begins anew too: it was measured on other rows.
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
     with open_checkpoints(workdir, config) as checkpoints:
         checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
-    # Last: until the checkpoint is whole this is no run that could be begun from nothing.
+    # Last: a process killed before leaves no run that would train from fresh weights.
     claim(workdir, config)
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
 class OldRun(NamedTuple):
-    """What the old run knows.
+    """The state and the encoder of the run to grow from.
 
     Attributes:
         state: State of its checkpoint, on the host.
-        encoder: Encoder that it was trained with.
+        encoder: Encoder of its training.
     """
 
     state: TrainState
@@ -103,7 +106,7 @@ class OldRun(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """Rows that a table gets.
+    """New rows of a table.
 
     Attributes:
         table: Name of the table.
@@ -119,15 +122,15 @@ class Addition(NamedTuple):
 
 
 def migrate(
-    old_run: OldRun, fresh: TrainState, prepared: PreparedData, make: MakeRows
+    old_run: OldRun, fresh: TrainState, prepared: PreparedData, make_rows: MakeRows
 ) -> TrainState:
-    """Returns a state of the grown vocabulary with everything that the old run knows.
+    """Returns a state of the larger vocabulary with all that the old run has learned.
 
     Args:
         known: State and encoder of the old run.
-        fresh: Fresh state of the grown vocabulary.
-        prepared: The new data.
-        make: Function that makes the rows of new values, one of `NEW_ROWS`.
+        fresh: Fresh state of the larger vocabulary.
+        prepared: New data.
+        make_rows: Function that makes the rows of new values, one of `NEW_ROWS`.
     """
     old = old_run.state
     _check_alike("params", old.params, fresh.params)
@@ -143,7 +146,8 @@ def migrate(
         if shape.rows > count and shape.initial is None:
             side, feature = uses[name]
             addition = Addition(name, side, feature, range(count, shape.rows))
-            tables[name][count : shape.rows] = make(old_run, prepared, addition)
+            tables[name][count : shape.rows] = make_rows(old_run, prepared, addition)
+        # New rows have fresh slots: their first steps are as large as any row's first steps.
         slots[name] = {
             part: _overlay(old.table_slots[name][part], slot, count)
             for part, slot in fresh.table_slots[name].items()
@@ -161,7 +165,8 @@ def migrate(
 
 
 def _carry_optimizers(old: TrainState, fresh: TrainState) -> dict[str, Any]:
-    """Returns the state of the optimizers, with the rates that a plateau schedule had come to."""
+    """Returns the state of the optimizers, with the rates that the plateau schedule has
+    reached."""
     opt_state = {"dense": old.opt_state["dense"]}
     if "plateau" in fresh.opt_state:
         # Its best value was measured on other rows, and is forgotten.
@@ -176,8 +181,10 @@ def _restart_frequency(old: TrainState, fresh: TrainState) -> dict[str, Any]:
     """Returns fresh estimates of frequency, which begin at the step to go on from."""
     frequency = {}
     for side, estimates in fresh.frequency.items():
-        begun = {"start": old.step} if "start" in estimates else {}
-        frequency[side] = estimates | begun
+        frequency[side] = estimates
+        # Intervals are counted from the first step of the grown run.
+        if "start" in estimates:
+            frequency[side] = estimates | {"start": old.step}
     return frequency
 
 
@@ -194,20 +201,22 @@ def _check_alike(part: str, old: Any, fresh: Any) -> None:
 
 def _overlay(old: Any, fresh: Any, count: int) -> np.ndarray:
     """Returns the first `count` rows of an old array, and those of a fresh one after them."""
+    # A copy: arrays of JAX cannot be written to.
     rows = np.array(fresh)
     rows[:count] = old[:count]
     return rows
 
 
-# (what the old run knows, the new data, the rows to make) -> [new rows, E].
+# (old run, new data, rows to make) -> [new rows, E].
 MakeRows = Callable[[OldRun, PreparedData, Addition], np.ndarray]
 
 
 def rows_from_oov(old_run: OldRun, prepared: PreparedData, addition: Addition) -> np.ndarray:
-    """Returns, for each new value, the out-of-vocabulary row that it had been: what is new scores
+    """Returns, for each new value, the out-of-vocabulary row that it had in the old run: it scores
     as it did when unknown."""
     new = _vocabulary(prepared.encoder, addition.side, addition.feature)
     old = _vocabulary(old_run.encoder, addition.side, addition.feature)
+    # A vocabulary lists its values in the order of their rows, the first known one at `first`.
     values = new.values[addition.rows.start - new.first : addition.rows.stop - new.first]
     return np.asarray(old_run.state.tables[addition.table])[old.rows(values)]
 
@@ -238,8 +247,8 @@ def rows_from_content(old_run: OldRun, prepared: PreparedData, addition: Additio
         )
         return rows_from_oov(old_run, prepared, addition)
     others = {
-        name: i
-        for name, i in old_run.encoder.inputs[side].items()
+        name: spec
+        for name, spec in old_run.encoder.inputs[side].items()
         if name != feature and name in features
     }
     if not others:
@@ -258,8 +267,10 @@ def rows_from_content(old_run: OldRun, prepared: PreparedData, addition: Additio
     table = np.asarray(old_run.state.tables[addition.table])
     count = min(NEIGHBOURS, len(has_known))
     means = []
+    # By blocks: all scores at once would take [new, known].
     for block in np.array_split(entities, -(-len(entities) // _BLOCK)):
         scores = content[block] @ content[has_known].T
+        # Unordered, as a mean needs no order.
         nearest = np.argpartition(-scores, count - 1, axis=1)[:, :NEIGHBOURS]
         means.append(table[ids[has_known[nearest]]].mean(1))
     return np.concatenate(means)
@@ -284,11 +295,11 @@ def content_vectors(
         features: Encoded features, [M, ...] each.
     """
 
-    def column(name: str, i: Input) -> np.ndarray:
+    def column(name: str, spec: Input) -> np.ndarray:
         values = features[name]
-        if not i.table:
+        if not spec.table:
             return values
-        rows = np.asarray(tables[i.table])
+        rows = np.asarray(tables[spec.table])
         # A value that is new here is unknown to the old table.
         ids = np.where(values < len(rows), values, 0)
         if ids.ndim == 1:
@@ -296,11 +307,13 @@ def content_vectors(
         count = (ids > 0).sum(1, keepdims=True)
         return rows[ids].sum(1) / np.maximum(count, 1)
 
-    columns = [_unit(column(name, i)) for name, i in inputs.items()]
+    # Each feature of norm 1, so that no wide or long one decides alone.
+    columns = [_unit(column(name, spec)) for name, spec in inputs.items()]
     return _unit(np.concatenate(columns, axis=1))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
+    # A row of zeros stays zero.
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
@@ -315,11 +328,12 @@ def _vocabulary_uses(encoder: Encoder) -> dict[str, tuple[str, str]]:
     """Returns the first feature (side, name) with a vocabulary that reads each table."""
     uses: dict[str, tuple[str, str]] = {}
     for side in SIDES:
-        for name, i in encoder.inputs[side].items():
-            if i.history_length or not i.table:  # a history reads tables that are the items'
+        for name, spec in encoder.inputs[side].items():
+            # A history reads the tables of the items' own features.
+            if spec.history_length or not spec.table:
                 continue
             if encoder.fitted[side, name].vocabulary is not None:
-                uses.setdefault(i.table, (side, name))
+                uses.setdefault(spec.table, (side, name))
     return uses
 
 
@@ -328,7 +342,7 @@ def _restore(
 ) -> tuple[TrainState, int]:
     """Returns a state, in the memory of this machine, and its step.
 
-    How many users and items it knows is read from the checkpoint itself, without the data.
+    The numbers of users and items are read from the checkpoint itself, without the old data.
     """
     with open_checkpoints(source, config, read_only=True) as checkpoints:
         step = find_step(checkpoints, checkpoint, source)
@@ -345,13 +359,14 @@ def _check_configs(before: Config, config: Config, workdir: Path) -> None:
         raise ConfigError(
             f"--workdir={workdir} must be a new or empty folder: the grown run is made there."
         )
-    for section in _KEPT_SECTIONS:
+    for section in _FIXED_SECTIONS:
         if getattr(before, section) != getattr(config, section):
             raise ConfigError(
                 f"config.{section} differs from that of the run to grow from: only data and "
                 "training may change."
             )
     for part in ("tables", "optimizer"):
+        # Rates may change: the state of an optimizer does not depend on them.
         if getattr(before.training, part).kind != getattr(config.training, part).kind:
             raise ConfigError(
                 f"config.training.{part}.kind differs from that of the run to grow from, whose "
@@ -360,7 +375,7 @@ def _check_configs(before: Config, config: Config, workdir: Path) -> None:
 
 
 def _check_step(config: Config, step: int) -> None:
-    """Refuses dispatches that would not begin at the step to go on from."""
+    """Refuses a number of steps a dispatch that does not divide the step to go on from."""
     dispatch = config.training.steps_per_dispatch
     if step % dispatch:
         raise ConfigError(

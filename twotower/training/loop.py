@@ -1,4 +1,4 @@
-"""The training loop: steps, validations, checkpoints; killed at any moment, it goes on from the
+"""The training loop: steps, validations, checkpoints. A run killed at any moment goes on from its
 last checkpoint to the same end."""
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 Validate = Callable[[Weights], Mapping[str, float]]
 # Weights -> pools of hard negatives; see `twotower.objectives.pools`.
 Miner = Callable[[Weights], Mapping[str, np.ndarray]]
-# (state, its step) -> the state after one dispatch, and the metrics of its steps, [K] each.
+# (state, its step) -> the state after one dispatch, and the metrics of its steps, [K] each. The
+# step is a number, since reading it from the state would wait for the device.
 RunSteps = Callable[[TrainState, int], tuple[TrainState, Metrics]]
 # (data on the devices, indices) -> batch.
 GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
@@ -60,8 +61,8 @@ class EarlyStopping:
         items: Number of items of the corpus, likewise.
         best: Greatest value of the metric.
         best_step: First step that had it.
-        waited: Number of validations since.
-        stopped: Whether training is to end for want of improvement.
+        waited: Number of validations since `best_step`.
+        stopped: Whether training ends for lack of improvement.
     """
 
     users: int
@@ -72,14 +73,15 @@ class EarlyStopping:
     stopped: bool = False
 
     def update(self, step: int, value: float, patience: int) -> None:
-        """Takes account of a validation.
+        """Takes a validation into account.
 
         Args:
             step: Step of the validation.
-            value: Its metric.
+            value: Metric of the validation.
             patience: Number of validations without improvement after which training stops; 0 never
                 stops it.
         """
+        # Of equal values the first one stays the best, as in `checkpoint.best_step`.
         if value > self.best:
             self.best = value
             self.best_step = step
@@ -94,9 +96,10 @@ def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) 
 
     Args:
         workdir: Folder of the run.
-        config: Configuration of the run, as it was given.
+        config: Configuration of the run, before its steps are scaled to the data.
         read_only: Whether to leave the folder as it is.
     """
+    # Checkpoints know the run that they belong to: a copied folder of another run is refused.
     identity = json.dumps(config.identity(), sort_keys=True)
     return Checkpoints(
         Path(workdir) / "checkpoints",
@@ -124,9 +127,9 @@ def fit(
         data: Prepared data.
         workdir: Folder of the run.
         validate: Function from weights to validation metrics, which must hold
-            `config.training.metric`; None where nothing is held out.
-        mine: Function from weights to pools of hard negatives, where
-            `config.objective.negatives.mined` asks for some.
+            `config.training.metric`; None without validation rows.
+        mine: Function from weights to pools of hard negatives, required by
+            `config.objective.negatives.mined`.
         mesh: Devices of the run; all of them by default.
 
     Returns:
@@ -135,8 +138,9 @@ def fit(
     Raises:
         TrainingError: The loss or a gradient is not finite.
         ConfigError: The batch is larger than the data or cannot be divided over the devices, the
-            run does not fit into their memory, or the metric is not one that `validate` gives.
+            run does not fit into their memory, or `validate` does not measure the metric.
     """
+    # The configuration before it is scaled: the run stays the same when its data grows.
     identity = trainer.config
     trainer = trainer.scaled_to(data.num_examples)
     config = trainer.config.training
@@ -151,6 +155,7 @@ def fit(
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
         with open_writer(workdir, start=start, steps=config.steps) as writer:
+            # A validation of the fresh model, so that a misspelt metric costs seconds.
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
             run_steps = compile_steps(trainer, batches, data, mesh)
@@ -176,11 +181,11 @@ def make_batches(data: TrainingData, config: TrainingConfig) -> Batches:
 def check_run(
     trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh, *, has_miner: bool
 ) -> None:
-    """Refuses a run that cannot go on the devices of a mesh, before anything is allocated.
+    """Refuses a run that the devices of a mesh cannot train, before anything is allocated.
 
     Raises:
-        ConfigError: The batch cannot be divided, batch normalisation would count padding, nothing
-            mines the negatives that are asked for, or memory is short.
+        ConfigError: The batch cannot be divided, batch normalisation would count padding, there is
+            no miner for mined negatives, or memory is short.
     """
     config = trainer.config
     sampling = trainer.sampling
@@ -188,6 +193,7 @@ def check_run(
     check_batch_norm(config, sampling.config, mesh.size, max_rows=EMBED_BLOCK)
     check_miner(sampling.config, has_miner)
     data_bytes = _bytes(batches.resident)
+    # The resident data holds the item features already.
     feature_bytes = 0
     if sampling.needs_features and not data_bytes:
         feature_bytes = _bytes(dict(data.features["item"]))
@@ -199,15 +205,15 @@ def _bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def _log_steps(given: TrainingConfig, scaled: TrainingConfig, examples: int) -> None:
-    """Says so where the number of steps is not the configured one."""
-    if scaled.steps != given.steps:
+def _log_steps(config: TrainingConfig, scaled: TrainingConfig, examples: int) -> None:
+    """Logs the number of steps if it is not the configured one."""
+    if scaled.steps != config.steps:
         logging.info(
             "%d steps for %d examples: %d were meant for %d.",
             scaled.steps,
             examples,
-            given.steps,
-            given.steps_for,
+            config.steps,
+            config.steps_for,
         )
 
 
@@ -219,6 +225,7 @@ def _restore_or_init(
     if latest is None:
         progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
         return init_on(mesh, trainer, count_rows(data)), progress
+    # Onto the shardings of this mesh, which may have another number of devices than the run had.
     state, record = checkpoints.restore(latest, abstract_state(trainer, mesh))
     logging.info("Resuming at step %d.", latest)
     return state, EarlyStopping(**record)
@@ -226,7 +233,7 @@ def _restore_or_init(
 
 @dataclasses.dataclass
 class _Run:
-    """A run under way, and what it does between steps."""
+    """The parts of a run in progress, and its work between steps."""
 
     trainer: Trainer
     checkpoints: Checkpoints
@@ -241,11 +248,12 @@ class _Run:
         config = self.trainer.config.training
         dispatch = config.steps_per_dispatch
         metrics = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
-        # A transfer that nobody asked for would make every step wait for the host.
+        # An implicit transfer would make every step wait for the host: here it is an error.
         with jax.transfer_guard("disallow"):
             for step in range(int(state.step), config.steps, dispatch):
                 if self._is_time_to_mine(step):
-                    # A loss that is not finite is told as such, before its vectors are refused.
+                    # Read first, so that a loss that is not finite is reported as such, before its
+                    # vectors are refused.
                     metrics.read()
                     state = self._with_mined_negatives(state)
                     metrics.resume()
@@ -254,7 +262,7 @@ class _Run:
                 metrics.launch(done, launched)
                 if done % config.validate_every and done < config.steps:
                     continue
-                # A checkpoint must not hold what a step made NaN, so this one step is waited for.
+                # A checkpoint must not hold a NaN: the metrics of its own step are read first.
                 metrics.read()
                 with jax.transfer_guard("allow"):
                     state = self._validate_and_save(state)
@@ -265,8 +273,8 @@ class _Run:
         return state
 
     def _is_time_to_mine(self, step: int) -> bool:
-        """Returns whether hard negatives are due: not before the first step, whose model ranks at
-        random."""
+        """Returns whether hard negatives are due: never before the first step, since a fresh model
+        ranks at random."""
         negatives = self.trainer.sampling.config
         return bool(negatives.mined) and step > 0 and step % negatives.mined_refresh == 0
 
@@ -284,6 +292,8 @@ class _Run:
         values = self._validation(state.weights, step)
         value = values.get(config.metric)
         if value is not None:
+            # Before the save: the checkpoint must hold the progress and the schedule after this
+            # validation.
             self.progress.update(step, value, config.patience)
             state = self._with_schedule_after(state, value)
             shown = {config.metric: f"{value:.4f}", "best": f"{self.progress.best:.4f}"}
@@ -294,12 +304,13 @@ class _Run:
         return state
 
     def _validation(self, weights: Weights, step: int) -> dict[str, float]:
-        """Returns the validation metrics; none where nothing is held out."""
+        """Returns the validation metrics; none without validation rows."""
         if self.validate is None:
             return {}
         try:
             return dict(self.validate(weights))
-        except ScoreError as error:  # the parameters are no longer finite
+        except ScoreError as error:
+            # Scores are refused when the parameters are no longer finite.
             raise TrainingError(
                 f"Validation failed at step {step}: {error} {recovery_hint(self.checkpoints)}"
             ) from error
@@ -309,16 +320,16 @@ class _Run:
         after = self.trainer.optimizers.after_validation(state.opt_state, value)
         if "plateau" not in after:
             return state
-        return state.replace(
-            opt_state=after | {"plateau": put(self.mesh, after["plateau"], REPLICATED)}
-        )
+        # Back onto the devices of the run: the compiled step takes its state in one sharding only.
+        plateau = put(self.mesh, after["plateau"], REPLICATED)
+        return state.replace(opt_state=after | {"plateau": plateau})
 
 
 def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh) -> RunSteps:
     """Returns a function that runs the steps of one dispatch.
 
-    Batches are gathered on the device where the data is resident; otherwise each process gathers
-    its own rows of each batch.
+    Resident data is gathered into batches on the device; otherwise each process gathers its own
+    rows of each batch on the host.
 
     Args:
         trainer: Model, loss and optimizers.
@@ -332,6 +343,7 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
     """
     config = trainer.config.training
     own = process_part(mesh, config.batch_size)
+    # [K, B, ...]: steps are not divided, rows are.
     parts = PartitionSpec(None, AXIS)
     resident = None
     if batches.resident is not None:
@@ -341,11 +353,14 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
 
     def load(step: int) -> Any:
         steps = range(step, step + config.steps_per_dispatch)
+        # A function of the step alone: a resumed run sees the batches that it would have seen.
         indices = [batches.indices(s)[own] for s in steps]
         if resident is not None:
+            # Only indices move to the device, a few KiB a step.
             host = np.stack(indices)
         else:
-            host = jax.tree.map(lambda *x: np.stack(x), *map(batches.load, indices))
+            loaded = map(batches.load, indices)
+            host = jax.tree.map(lambda *x: np.stack(x), *loaded)
         return put_parts(mesh, host, parts, config.batch_size, axis=1)
 
     return lambda state, step: run(state, load(step), resident, constants)
@@ -367,22 +382,30 @@ def jit_steps(trainer: Trainer, mesh: Mesh, gather: GatherBatch | None) -> Calla
     count = trainer.config.training.steps_per_dispatch
     group = device_group(mesh)
 
-    def one(state: TrainState, part: Any, data: Any, constants: Any) -> tuple[TrainState, Metrics]:
+    def run_step(
+        state: TrainState, part: Any, data: Any, constants: Any
+    ) -> tuple[TrainState, Metrics]:
         batch = part if gather is None else gather(data, part)
         return train_step(state, batch, constants, trainer=trainer, group=group)
 
-    def several(state: TrainState, parts: Any, data: Any, constants: Any) -> tuple[TrainState, Any]:
+    def run_dispatch(
+        state: TrainState, parts: Any, data: Any, constants: Any
+    ) -> tuple[TrainState, Metrics]:
         if count > 1:
-            return jax.lax.scan(lambda s, part: one(s, part, data, constants), state, parts)
-        state, metrics = one(state, jax.tree.map(lambda x: x[0], parts), data, constants)
+            return jax.lax.scan(lambda s, part: run_step(s, part, data, constants), state, parts)
+        # A single step needs no loop around it.
+        part = jax.tree.map(lambda x: x[0], parts)
+        state, metrics = run_step(state, part, data, constants)
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     specs = state_specs(abstract_state(trainer, mesh))
     inputs = (specs, PartitionSpec(None, AXIS), REPLICATED, REPLICATED)
     outputs = (specs, REPLICATED)
     return jax.jit(
-        shard_map_if_needed(mesh, several, inputs, outputs),
+        shard_map_if_needed(mesh, run_dispatch, inputs, outputs),
+        # Donated, so that a step writes its rows into the tables instead of copying them.
         donate_argnums=0,
+        # Named, since the next call takes the state as it comes out of this one.
         out_shardings=shardings(mesh, outputs),
         compiler_options=compiler_options(mesh),
     )

@@ -1,5 +1,5 @@
-"""A run is a folder: its configuration, encoder, checkpoints and metrics. Every later command needs
-only the folder."""
+"""Runs as folders with a configuration, an encoder, checkpoints and metrics. Every later command
+needs only the folder."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Run:
 
     Attributes:
         workdir: Folder of the run.
-        config: Configuration that it was trained by.
-        prepared: Its data, encoded.
+        config: Configuration of its training.
+        prepared: Encoded data of the run.
         model: Pair of towers.
         weights: Weights of the towers at `step`.
         step: Step of the checkpoint that was loaded.
@@ -60,17 +60,17 @@ def train(
     make_miner: MakeMiner | None = None,
     devices: int = 0,
 ) -> None:
-    """Trains a configuration in a folder, or goes on with the run there.
+    """Trains a configuration in a folder, or goes on with the folder's run.
 
     Several processes need a folder that all of them see.
 
     Args:
         config: Configuration of the run.
         workdir: Folder of the run, new or begun with the same configuration.
-        make_validate: Function from the data and the towers to `Validate`, called where there are
+        make_validate: Function from the data and the towers to `Validate`, called if there are
             validation rows.
-        make_miner: Function from the data and the towers to `Miner`, called where hard negatives
-            are to be mined.
+        make_miner: Function from the data and the towers to `Miner`, called if the configuration
+            has mined negatives.
         devices: Number of devices to use; 0 uses all.
 
     Raises:
@@ -81,11 +81,14 @@ def train(
     workdir = local_folder(workdir)
     mesh = make_mesh(devices)
     check_batch(config.training, mesh)
-    resolve_kinds(config)  # a misspelt loss is refused before the data is read, not after
+    # A misspelt loss is refused before the data is read, not after.
+    resolve_kinds(config)
     encoder = None
     # encoder.json is written last: without it a killed process had not finished the folder.
     if holds_run(workdir, config) and (encoder_folder(workdir) / "encoder.json").exists():
         encoder = Encoder.load(encoder_folder(workdir))
+    # A run that goes on keeps its encoder: fitted anew on data that grew, it would number ids
+    # otherwise.
     prepared = prepare(config, encoder=encoder)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
@@ -102,12 +105,12 @@ def train(
 
 
 def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
-    """Makes the folder of a run, by the first process for all.
+    """Makes the folder of a run, in the first process for all of them.
 
     Args:
         workdir: Folder of the run.
         config: Configuration of the run.
-        encoder: A newly fitted encoder to save; None where the folder has it.
+        encoder: Newly fitted encoder to save; None if the folder has it already.
 
     Raises:
         ConfigError: This process does not see what the first one wrote.
@@ -116,6 +119,7 @@ def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
         claim(workdir, config)
         if encoder is not None:
             encoder.save(encoder_folder(workdir))
+    # The others must not look for the folder before it is there.
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the folder of the run is made")
     if not config_path(workdir).exists():
@@ -127,7 +131,7 @@ def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
-    """Loads what `train` left in a folder.
+    """Loads a run that `train` left in a folder.
 
     Args:
         workdir: Folder of the run.
@@ -142,6 +146,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     prepared = prepare(config, encoder=Encoder.load(encoder_folder(workdir)))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
+    # Read only: the run may still be training, and its saves in progress are not to be cleaned up.
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = find_step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
@@ -149,11 +154,11 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
 
 
 def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
-    """Returns the state to restore onto: on one device, or divided over all devices of this
-    process where one cannot hold it.
+    """Returns the state to restore onto: on one device, or divided over all devices if one cannot
+    hold it.
 
     Raises:
-        ConfigError: All of them together cannot either.
+        ConfigError: All devices together cannot hold it either.
     """
     mesh = make_mesh(1)
     if not fits(mesh, abstract_state(trainer, mesh)):
@@ -164,7 +169,7 @@ def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
 
 
 def local_folder(workdir: Path | str) -> Path:
-    """Returns a folder as a path; refuses an address."""
+    """Returns a folder as a path; refuses the address of a bucket."""
     # `Path` would make "gs://bucket" a local folder named "gs:".
     if "://" in str(workdir) or str(workdir).startswith("gs:/"):
         raise ConfigError(
@@ -211,8 +216,8 @@ def _read_json(path: Path) -> Any:
 def holds_run(workdir: Path, config: Config) -> bool:
     """Returns whether a folder holds a run of this configuration.
 
-    A run that never reached a checkpoint (its batch was larger than the data, say) may be begun
-    again otherwise.
+    A run that never reached a checkpoint (its batch was larger than the data, say) may begin again
+    with another configuration.
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or something else.
@@ -227,14 +232,14 @@ def holds_run(workdir: Path, config: Config) -> bool:
                 "or empty folder."
             )
         return False
+    # The section of the index may change: the weights do not depend on it.
     sections = config.training_sections()
     old = _read_json(path)
+    # By way of JSON, where a tuple is a list: both sides are compared as they are written.
     new = json.loads(config.to_json())
-    changed = _differences(
-        {name: old[name] for name in old if name in sections},
-        {name: new[name] for name in new if name in sections},
-        "config",
-    )
+    old_sections = {name: old[name] for name in old if name in sections}
+    new_sections = {name: new[name] for name in new if name in sections}
+    changed = _differences(old_sections, new_sections, "config")
     steps = (workdir / "checkpoints").glob("*")
     if changed and any(step.name.isdigit() for step in steps):
         raise ConfigError(
@@ -245,22 +250,23 @@ def holds_run(workdir: Path, config: Config) -> bool:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration of a run, which makes a folder one."""
+    """Writes the configuration of a run, which makes a folder a run."""
     with atomic(config_path(workdir)) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
 
 
 def _differences(old: Any, new: Any, field: str) -> list[str]:
-    """Returns what differs between two values of a configuration, field by field.
+    """Returns the differences between two values of a configuration, a sentence for each field.
 
     Args:
         old: Value of the run.
-        new: Value asked for.
+        new: Value of the new configuration.
         field: Name of the field, with its sections.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{field} was {old!r} and is now {new!r}"]
     changed = []
+    # A field that one side lacks was added or removed by another version: it counts as None.
     for name in sorted(old.keys() | new.keys()):
         changed += _differences(old.get(name), new.get(name), f"{field}.{name}")
     return changed

@@ -1,8 +1,8 @@
 """One step of training: a pure function of arrays, run by the loop under `jit`, and under
 `shard_map` on several devices.
 
-Its functions see one device's part of the batch and of the table rows; what crosses devices goes
-through their `DeviceGroup`.
+Its functions see one device's part of the batch and of the table rows; arrays cross devices only
+through a `DeviceGroup`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from twotower.training.step_losses import (
 )
 
 Metrics = dict[str, jax.Array]
-# Side -> feature -> encoded values, or table rows, of each row of that side: the rows of the batch,
-# then of items the shared samples, then the hard negatives.
+# Side -> feature -> encoded values, or table rows, of each row of that side. On the item side the
+# rows of the batch come first, then the shared samples, then the hard negatives.
 Features = Mapping[str, Mapping[str, jax.Array]]
-# Features, random keys of rows and a batch: arrays of the loss that have a row an example.
+# Features, random keys and a batch: the arrays of the loss whose first axis is divided into parts.
 Inputs = tuple[Features, Mapping[str, jax.Array], Batch]
 # (params, table rows, inputs) -> loss, (mean loss of each task, batch statistics, item vectors).
 LossFunction = Callable[[Any, Features, Inputs], tuple[jax.Array, Any]]
 
-# More rows than this are embedded block by block, so that the hidden units of a whole catalogue are
-# never held at once.
+# Greatest number of rows embedded at once: the hidden units of all items of a large corpus would
+# not fit into memory.
 EMBED_BLOCK = 16_384
 
 
@@ -72,10 +72,11 @@ def train_step(
     objective = trainer.config.objective
     optimizers = trainer.optimizers
     batch = flatten_sequences(batch)
+    # A function of seed and step alone: a resumed step draws as it would have drawn.
     key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
     oov_key, dropout_key, sampling_key = (jax.random.fold_in(key, i) for i in range(3))
 
-    # Candidates beside the batch's own, and the features of all that is embedded.
+    # Candidates beside the batch's own, and the features of all embedded rows.
     sources = {**state.negatives, **constants}
     sampled = sample_items(trainer.sampling, batch, sources, sampling_key, group)
     numbers = row_numbers(batch, sampled, group)
@@ -86,21 +87,24 @@ def train_step(
     }
     dropout_keys = side_keys(dropout_key, numbers)
 
-    # Table rows: the gradient is taken of the rows that are looked up, never of a table.
+    # The gradient is taken by the rows that are looked up, never by a table: it would be as large
+    # as the table.
     ids = gather_ids(model, features, group)
     rows = lookup_all(model, state.tables, features, ids, group)
 
-    # The means are over the rows of all devices: what each device adds to them can be summed up.
+    # Means are over the rows of all devices: each device divides its own sum by the weight of all,
+    # so that the sum over devices is the mean, and its gradient that of one device.
     weights = group.sum(weight_sums(objective, batch))
     tasks = task_weights(objective)
 
-    def loss_of(params: Any, rows: Features, inputs: Inputs) -> tuple[jax.Array, Any]:
+    def mean_loss(params: Any, rows: Features, inputs: Inputs) -> tuple[jax.Array, Any]:
         features, keys, batch = inputs
         towers = state.weights._replace(params=params)
         vectors, stats = embed_sides(model, towers, rows, features, keys, group)
         vectors["user"] = select_user_vectors(vectors["user"], batch)
         sums = loss_sums(trainer, params, vectors, batch, sampled, state, constants, group)
         means = {
+            # A batch without any weight has the mean 0, not 0 / 0.
             name: total / jnp.maximum(weights[name], jnp.finfo(total.dtype).tiny)
             for name, total in sums.items()
         }
@@ -108,7 +112,8 @@ def train_step(
         return loss, (means, stats, vectors["item"])
 
     (loss, (means, stats, items)), (grads, row_grads) = loss_and_gradients(
-        loss_of,
+        mean_loss,
+        # Differentiated by each device alone; the sums below complete the gradient, once.
         group.pvary(state.params),
         rows,
         (features, dropout_keys, batch),
@@ -119,38 +124,39 @@ def train_step(
     factor = optimizers.rate_factor(state.step, state.opt_state)
     table_grads = gather_gradients(model, row_grads, group)
     tables, slots, row_norm = update_tables(optimizers, state, ids, table_grads, factor, group)
+    # One call for all, which XLA may make a single collective.
     grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
     params, dense = update_dense(optimizers, state, grads, factor)
     params["log_temperature"] = bounded_temperature(model, state.params, params)
 
     metrics = {
+        # Of the state before the step: loss, gradient and temperature belong together.
         "loss": loss,
         "grad_norm": jnp.sqrt(optax.tree.norm(grads, squared=True) + row_norm),
         "temperature": model.temperature(state.params),
     }
     if len(means) > 1:
         metrics |= {f"{name}/loss": mean for name, mean in means.items()}
+    # After the loss has read both: the correction of a step must not know its own batch.
     frequency, negatives = update_sampling_state(
         objective, trainer.sampling, state, batch, items, group
     )
-    return (
-        state.replace(
-            step=state.step + 1,
-            params=params,
-            tables=tables,
-            batch_stats=state.batch_stats | stats,
-            opt_state=state.opt_state | {"dense": dense},
-            table_slots=slots,
-            frequency=frequency,
-            negatives=negatives,
-        ),
-        metrics,
+    new_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        tables=tables,
+        batch_stats=state.batch_stats | stats,
+        opt_state=state.opt_state | {"dense": dense},
+        table_slots=slots,
+        frequency=frequency,
+        negatives=negatives,
     )
+    return new_state, metrics
 
 
 def flatten_sequences(batch: Batch) -> Batch:
-    """Returns a batch of packed sequences with a row for each position, [B S, ...] of [B, S, ...];
-    another batch as it is.
+    """Returns a batch of packed sequences with a row for each position, [B S, ...] instead of
+    [B, S, ...]; any other batch unchanged.
 
     User features stay as they are, since the user tower reads whole sequences, and so does
     "query_slot", the position that each target is predicted from.
@@ -169,14 +175,14 @@ def flatten_sequences(batch: Batch) -> Batch:
 
 
 def row_numbers(batch: Batch, sampled: SampledItems, group: DeviceGroup) -> dict[str, jax.Array]:
-    """Returns a number for each row that is embedded, of each side: the same for a row whatever
-    device it is on, and different for different rows."""
+    """Returns a number for each embedded row of each side: distinct numbers, which do not depend on
+    the division of the batch over devices."""
     rows = len(batch["user"])
     users = len(next(iter(batch["user_features"].values())))
     hard = sampled.hard.size
     samples = rows * group.size
-    # The shared samples have the last numbers: how many of them fill up the devices must change
-    # nobody else's number.
+    # The shared samples have the last numbers: their padding depends on the number of devices, and
+    # must not change the number of any other row.
     shared = samples + hard * group.size
     items = (
         group.row_numbers(rows),
@@ -212,6 +218,7 @@ def add_samples(
     """
     features = {side: dict(batch[f"{side}_features"]) for side in SIDES}
     if len(sampled.ids):
+        # In the order in which `embed_sides` returns the vectors and `step_losses` splits them.
         extra = take_features(constants["item_features"], inputs, sampled.ids)
         features["item"] = {
             name: jnp.concatenate([own, extra[name]]) for name, own in features["item"].items()
@@ -222,14 +229,14 @@ def add_samples(
 def oov_dropout(
     inputs: Mapping[str, Input], features: Mapping[str, jax.Array], keys: Key[Array, "B"]
 ) -> dict[str, jax.Array]:
-    """Replaces a share `oov_rate` of known ids by an out-of-vocabulary row, so that those rows are
-    trained.
+    """Replaces a share `oov_rate` of known ids by out-of-vocabulary rows, which are trained so.
 
     Args:
         inputs: Inputs of one tower by feature.
         features: Encoded features of that side, [B, ...] each.
         keys: Random keys, one a row.
     """
+    # Each feature has draws of its own: a user's id and city are not dropped together.
     numbers = {name: number for number, name in enumerate(inputs)}
 
     def drop(name: str, ids: jax.Array) -> jax.Array:
@@ -242,8 +249,8 @@ def oov_dropout(
             return jax.random.bernoulli(jax.random.fold_in(key, numbers[name]), rate, ids.shape[1:])
 
         is_dropped = jax.vmap(draw)(keys)
-        # Known rows begin after padding (row 0) and the out-of-vocabulary rows; they are spread
-        # over the latter by the id.
+        # Row 0 is padding, rows 1 to `oov_rows` are out of vocabulary, known rows follow. The id
+        # chooses the row that replaces it, so that all of them are trained.
         return jnp.where(is_dropped & (ids > oov_rows), 1 + ids % oov_rows, ids)
 
     return {
@@ -260,8 +267,8 @@ def embed_sides(
     keys: Mapping[str, jax.Array],
     group: DeviceGroup,
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """Returns the vectors of both sides, and the new batch statistics of the towers that have
-    some.
+    """Returns the vectors of both sides, and the new statistics of towers with batch
+    normalisation.
 
     Args:
         model: Pair of towers.
@@ -269,7 +276,7 @@ def embed_sides(
         rows: Table rows of each side, by feature.
         features: Encoded features of each side.
         keys: Random keys of the rows of each side, for dropout.
-        group: Devices whose batches have statistics in common.
+        group: Devices that share the statistics of batch normalisation.
     """
     vectors = {}
     statistics = {}
@@ -286,21 +293,23 @@ def embed_sides(
             if changed:
                 statistics[side] = changed
         else:
+            # No statistics: `check_batch_norm` refuses batch normalisation of so many rows.
             vectors[side] = _map_blocks(lambda part, embed=embed: embed(part)[0], parts, length)
     return vectors, statistics
 
 
 def _map_blocks(function: Callable[[Any], jax.Array], tree: Any, length: int) -> jax.Array:
-    """Applies a function to arrays with `length` rows, one block of rows at a time; its inner
-    results are computed again for the gradient instead of being kept."""
+    """Applies a function to arrays with `length` rows, one block of rows at a time."""
     blocks = -(-length // EMBED_BLOCK)
 
     def divide(x: jax.Array) -> jax.Array:
-        # Filled up with its own first rows, since keys cannot be padded; what comes of them is cut
-        # off.
+        # Filled up with its own first rows, since random keys cannot be padded; their results are
+        # cut off.
         filled = jnp.concatenate([x, x[: blocks * EMBED_BLOCK - length]])
         return filled.reshape(blocks, EMBED_BLOCK, *x.shape[1:])
 
+    # Inner results are computed again for the gradient: kept, they would be as large as without
+    # blocks.
     out = jax.lax.map(jax.checkpoint(function), jax.tree.map(divide, tree))
     return out.reshape(-1, out.shape[-1])[:length]
 
@@ -310,8 +319,8 @@ def select_user_vectors(vectors: jax.Array, batch: Batch) -> Float[Array, "B D"]
 
     Args:
         vectors: Vectors of users [B, D], or of the positions of packed sequences [B, S, D].
-        batch: The batch, whose "query_slot" [B, S] is the position that each target is predicted
-            from, where that is not always its own.
+        batch: The batch, whose "query_slot" [B, S], if any, is the position that each target is
+            predicted from; without it each target is predicted from its own.
     """
     if vectors.ndim == 2:
         return vectors
@@ -321,26 +330,27 @@ def select_user_vectors(vectors: jax.Array, batch: Batch) -> Float[Array, "B D"]
 
 
 def loss_and_gradients(
-    loss_of: LossFunction, params: Any, rows: Features, inputs: Inputs, *, parts: int
+    loss_function: LossFunction, params: Any, rows: Features, inputs: Inputs, *, parts: int
 ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
     """Returns the value of a loss and its gradients by parameters and table rows, of the whole
     batch or summed over its parts, one after the other.
 
     Args:
-        loss_of: Loss to differentiate. The losses of the parts are summed, so what it divides by
-            must be of the whole batch.
+        loss_function: Loss to differentiate. The losses of the parts are summed, so its divisor
+            must be that of the whole batch.
         params: Dense parameters.
         rows: Table rows.
         inputs: Other arrays with a row an example.
         parts: Number of parts.
     """
-    differentiate = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+    differentiate = jax.value_and_grad(loss_function, (0, 1), has_aux=True)
     if parts == 1:
         return differentiate(params, rows, inputs)
     divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (rows, inputs))
     (loss, (means, stats, items)), (grads, row_grads) = jax.lax.map(
         lambda part: differentiate(params, *part), divided
     )
+    # Parameters are shared by all parts; vectors and table rows belong to one part each.
     loss, means, grads = jax.tree.map(lambda x: x.sum(0), (loss, means, grads))
     items, row_grads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (items, row_grads))
     return (loss, (means, stats, items)), (grads, row_grads)
@@ -368,8 +378,10 @@ def update_tables(
     rate = factor * optimizers.table_rate
     tables = dict(state.tables)
     slots = dict(state.table_slots)
+    # Summed over the table rows of this device; `train_step` adds up the devices.
     norm = jnp.float32(0)
     for name, table in state.tables.items():
+        # A table that no feature reads keeps its bits.
         if name not in ids:
             continue
         tables[name], slots[name], square = apply_gradients(
@@ -389,7 +401,7 @@ def update_tables(
 def update_dense(
     optimizers: Optimizers, state: TrainState, grads: Any, factor: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Returns the dense parameters and their optimizer's state after the step.
+    """Returns the dense parameters and the state of their optimizer after the step.
 
     Args:
         optimizers: Optimizers of the run.
@@ -398,6 +410,7 @@ def update_dense(
         factor: Factor of the schedule on the learning rate.
     """
     updates, dense = optimizers.dense.update(grads, state.opt_state["dense"], state.params)
+    # The optimizer has no schedule of its own: tables follow the same factor.
     updates = jax.tree.map(lambda update: factor * update, updates)
     params: Any = optax.apply_updates(state.params, updates)
     return params, dense
@@ -406,8 +419,8 @@ def update_dense(
 def bounded_temperature(
     model: TwoTower, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> jax.Array:
-    """Returns the log of the temperature after a step: as it was where it is not learned, else
-    within bounds.
+    """Returns the log of the temperature after a step: within bounds, and unchanged if it is not
+    learned.
 
     It is bounded after the update, not inside the loss, whose gradient would be 0 past a bound: the
     temperature would never come back.
@@ -419,8 +432,7 @@ def bounded_temperature(
 
 
 def table_uses(model: TwoTower) -> dict[str, list[tuple[str, str]]]:
-    """Returns the features (side, name) that read each table, of either tower, in a fixed
-    order."""
+    """Returns the features (side, name) of both towers that read each table, in a fixed order."""
     uses: dict[str, list[tuple[str, str]]] = {}
     for side in SIDES:
         for name, i in model.inputs[side].items():
@@ -432,10 +444,11 @@ def table_uses(model: TwoTower) -> dict[str, list[tuple[str, str]]]:
 def gather_ids(
     model: TwoTower, features: Features, group: DeviceGroup
 ) -> dict[str, Int[Array, "M"]]:
-    """Returns the ids that all devices look up in each table, device after device, as `lookup_all`
-    and the update need them."""
+    """Returns the ids that all devices look up in each table, device after device."""
     ids = {}
     for table, uses in table_uses(model).items():
+        # Features of one table together: their gradients of one row must be summed before its
+        # update.
         own = jnp.concatenate([features[side][name].ravel() for side, name in uses])
         ids[table] = group.all_gather(own)
     return ids
@@ -448,8 +461,7 @@ def lookup_all(
     ids: Mapping[str, jax.Array],
     group: DeviceGroup,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Returns the table rows of every feature that reads a table, [..., E], by side and feature;
-    one lookup a table.
+    """Returns the table rows of every feature that reads a table, [..., E], by side and feature.
 
     Args:
         model: Pair of towers.
@@ -460,6 +472,7 @@ def lookup_all(
     """
     rows: dict[str, dict[str, jax.Array]] = {side: {} for side in SIDES}
     for table, uses in table_uses(model).items():
+        # One lookup a table, in the order of `gather_ids`: on several devices it is a collective.
         own = [features[side][name] for side, name in uses]
         flat = jnp.concatenate([x.ravel() for x in own])
         looked_up = lookup_rows(tables[table], flat, ids[table], group)
@@ -481,6 +494,7 @@ def gather_gradients(
     """
     grads = {}
     for table, uses in table_uses(model).items():
+        # In the order of `gather_ids`.
         own = [row_grads[side][name] for side, name in uses]
         own = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in own])
         grads[table] = group.all_gather(own)

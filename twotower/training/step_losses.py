@@ -41,10 +41,12 @@ Vectors = Mapping[str, jax.Array]
 
 
 def task_weights(objective: ObjectiveConfig) -> dict[str, float]:
-    """Returns the weight of each task's mean in the loss: of "retrieval", unless the heads are
-    trained alone, and of the heads by name."""
+    """Returns the weight of each task's mean in the loss: "retrieval", unless the heads are trained
+    alone, and the heads by name."""
     weights = {name: head.weight for name, head in objective.heads.items()}
-    return {"retrieval": objective.weight} | weights if objective.weight else weights
+    if not objective.weight:
+        return weights
+    return {"retrieval": objective.weight} | weights
 
 
 def weight_sums(objective: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array]:
@@ -72,7 +74,7 @@ def loss_sums(
 
     Args:
         trainer: Model, loss and sampling.
-        params: Dense parameters, which the gradient is taken of.
+        params: Dense parameters, by which the loss is differentiated.
         vectors: Vectors of both sides.
         batch: This device's part of the batch.
         sampled: Items sampled for the step.
@@ -84,6 +86,7 @@ def loss_sums(
     rows = len(batch["user"])
     sums = {}
     if objective.weight and objective.loss == POINTWISE_LOSS:
+        # Each user with the item of its own row, and no other.
         scores = jnp.sum(vectors["user"] * vectors["item"][:rows], -1)
         scores = scores / trainer.model.temperature(params) + params["bias"]
         sums["retrieval"] = _pointwise_sum(objective, trainer.loss, scores, batch)
@@ -95,6 +98,7 @@ def loss_sums(
             objective, sampling, vectors, batch, sampled, state, popularity, group
         )
         sums["retrieval"] = compare_widths(inputs, corpus=trainer.corpus.items)
+        # Items look for their users too; the two directions weigh the same.
         if objective.symmetric:
             inputs = _item_loss_inputs(
                 objective, sampling, vectors, batch, state.frequency["user"], group
@@ -102,6 +106,7 @@ def loss_sums(
             other = compare_widths(inputs, corpus=trainer.corpus.users)
             sums["retrieval"] = (sums["retrieval"] + other) / 2
     if objective.heads:
+        # Labels are of the batch's rows: samples have none.
         items = vectors["item"][:rows]
         losses_by_head = head_losses(
             objective.heads, params["heads"], vectors["user"], items, batch["labels"]
@@ -125,10 +130,11 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
 
 
 def _positive_query_ids(objective: ObjectiveConfig, batch: Batch, side: str) -> jax.Array:
-    """Returns the query that each row's answer is a positive of; -1 where the label says that it
-    is a positive of none."""
+    """Returns the query id (user or item) that each row's answer is a positive of; -1 for a row
+    without the label 1."""
     if not objective.label:
         return batch[side]
+    # Its item is still a candidate, and may be a negative of its own user.
     return jnp.where(batch["labels"][objective.label] == 1, batch[side], -1)
 
 
@@ -136,6 +142,7 @@ def _pointwise_sum(
     objective: ObjectiveConfig, loss: Any, scores: jax.Array, batch: Batch
 ) -> jax.Array:
     labels = batch["labels"][objective.label]
+    # Their weight is 0, but 0 x NaN is NaN.
     labels = jnp.where(jnp.isnan(labels), 0, labels)
     losses = loss(scores, labels, pos_weight=objective.pos_weight)
     return jnp.sum(losses * _row_weights(objective, batch))
@@ -151,20 +158,26 @@ def _user_loss_inputs(
     popularity: Any,
     group: DeviceGroup,
 ) -> LossInputs:
-    """Compares the batch's users with the candidates of all sources."""
+    """Returns the loss inputs of the batch's users as queries, with the candidates of all
+    sources."""
     rows = len(batch["user"])
     shared = len(sampled.shared)
+    # The order in which the step embeds the items.
     own, samples, hard_vectors = jnp.split(vectors["item"], [rows, rows + shared])
     parts = [samples]
     part_ids = [sampled.shared]
+    # A sampled item is a positive of nobody as far as the step knows.
     part_query_ids = [jnp.full(shared, -1, jnp.int32)]
+    # With all items as candidates, those of the batch would count twice.
     if sampling.config.in_batch and not sampling.config.catalogue:
         parts = [own, *parts]
         part_ids = [batch["item"], *part_ids]
         part_query_ids = [_positive_query_ids(objective, batch, "user"), *part_query_ids]
+    # The batch's items of all devices: more negatives, and the same loss on any number of devices.
     items, ids, query_ids = gather_candidates(parts, part_ids, part_query_ids, group)
     queued = 0
     if sampling.config.queue:
+        # The queue is the same on every device, so that it is not gathered.
         past, (past_ids, past_query_ids), queued = queue_candidates(
             state.negatives["queue"],
             state.step,
@@ -175,6 +188,8 @@ def _user_loss_inputs(
         ids = jnp.concatenate([ids, past_ids])
         query_ids = jnp.concatenate([query_ids, past_query_ids])
 
+    # One function for positives, candidates and hard negatives: an item's expected count does not
+    # depend on the source that it came from.
     log_count = functools.partial(
         log_expected_count, sampling, state.frequency["item"], popularity, queued
     )
@@ -203,7 +218,7 @@ def _item_loss_inputs(
     frequency: Any,
     group: DeviceGroup,
 ) -> LossInputs:
-    """Compares the batch's items with its users."""
+    """Returns the loss inputs of the batch's items as queries, with its users as candidates."""
     rows = len(batch["user"])
     users, ids, query_ids = gather_candidates(
         [vectors["user"]], [batch["user"]], [_positive_query_ids(objective, batch, "item")], group
@@ -212,6 +227,7 @@ def _item_loss_inputs(
     def log_count(ids: jax.Array) -> jax.Array:
         if not sampling.corrected:
             return jnp.zeros(ids.shape)
+        # Users come from the batch alone: it is their only source.
         estimator = FREQUENCIES[sampling.config.frequency]
         return estimator.log_expected_count(frequency, ids, sampling.batch_size)
 
@@ -227,13 +243,13 @@ def _item_loss_inputs(
 def _mean_over_widths(
     trainer: Trainer, params: Mapping[str, Any], inputs: LossInputs, *, corpus: int
 ) -> jax.Array:
-    """Returns the sum of weight x loss, the mean over all widths that vectors are compared at.
+    """Returns the sum of weight x loss, averaged over the widths of Matryoshka vectors.
 
     Args:
         trainer: Model and loss.
         params: Dense parameters.
         inputs: Queries and candidates, without scale and bias.
-        corpus: Number of things that a candidate may be.
+        corpus: Number of items (or users) that a candidate may be.
     """
     objective = trainer.config.objective
     inputs = inputs._replace(scale=1 / trainer.model.temperature(params), bias=params.get("bias"))
@@ -250,7 +266,7 @@ def _mean_over_widths(
         dtype=DTYPES[trainer.config.model.dtype],
     )
     whole = compare(inputs)
-    # Matryoshka: the first numbers of all vectors are compared as well as the whole.
+    # The first numbers of all vectors are compared as well, each width normalised for itself.
     shorter = []
     for width in objective.matryoshka:
         cut = functools.partial(trainer.model.shorten, width=width)
@@ -267,9 +283,9 @@ def update_sampling_state(
     group: DeviceGroup,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns `frequency` and `negatives` of the next state: the estimators of frequency after the
-    batch, and its items in the queue.
+    batch, and the queue with its items.
 
-    A step reads both before it updates them: it must not see itself.
+    A step reads both before it updates them, since its batch must not change its own loss.
 
     Args:
         objective: Options, of which the label decides whose positive an item is.
@@ -280,10 +296,12 @@ def update_sampling_state(
         group: Devices of the step.
     """
     frequency = state.frequency
-    kept = state.negatives
+    negatives = state.negatives
     estimator = FREQUENCIES[sampling.config.frequency]
+    # Exact counts and no queue: nothing is gathered.
     if not (estimator.learns or sampling.config.queue):
-        return frequency, kept
+        return frequency, negatives
+    # Of all devices, so that the estimates stay the same on each of them.
     ids = {side: group.all_gather(batch[side]) for side in SIDES}
     if estimator.learns:
         frequency = {
@@ -295,6 +313,6 @@ def update_sampling_state(
         query_ids = ids["user"]
         if objective.label:
             query_ids = group.all_gather(_positive_query_ids(objective, batch, "user"))
-        queue = push(kept["queue"], vectors, ids["item"], query_ids, state.step)
-        kept = kept | {"queue": queue}
-    return frequency, kept
+        queue = push(negatives["queue"], vectors, ids["item"], query_ids, state.step)
+        negatives = negatives | {"queue": queue}
+    return frequency, negatives
