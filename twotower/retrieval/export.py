@@ -1,5 +1,8 @@
-"""From a run to a bundle: embed the corpus, build the index, write, prove that it scores as the
-trainer did."""
+"""Export of a run as a bundle.
+
+The corpus is embedded, the index built, and the bundle written; loaded again, it must give the
+scores of the trainer's towers before it becomes the current version.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +38,20 @@ from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.run import Run
 
 TOLERANCE = 1e-5  # of a score, relative to the largest where that is above 1
-PARITY_ROWS = 256
-AGAINST_FULL = (10, 100)  # K of the lists that stored vectors are measured by
+PARITY_ROWS = 256  # users and items whose scores are compared
+AGAINST_FULL = (10, 100)  # K of the lists by which stored vectors are measured
 
 
 def export(run: Run, folder: Path) -> Bundle:
-    """Writes the bundle of a run; one that is there is replaced only when the new one is whole.
+    """Writes the bundle of a run; an existing one is replaced only when the new one is whole.
 
     Args:
         run: A trained run, with the weights of one of its checkpoints.
         folder: Folder of the bundle.
 
     Returns:
-        The bundle, with its manifest. Where vectors are cut or stored as int8, "against_full" there
-        says what that loses: see `measure_against_full`.
+        The bundle, with its manifest. If vectors are cut or stored as int8, the loss is measured
+        there as "against_full": see `measure_against_full`.
 
     Raises:
         BundleError: The bundle, loaded again, does not score as the trainer does.
@@ -61,8 +64,10 @@ def export(run: Run, folder: Path) -> Bundle:
     version = new_version(folder)
     try:
         manifest = write_bundle(bundle, version, step=run.step, **more)
+        # In this order: servers load only what was found to be right.
         check_parity(run, version)
         publish_version(version)
+    # Ctrl-C too: half of a version must not stay.
     except BaseException:
         discard(version)
         with contextlib.suppress(OSError):
@@ -84,6 +89,7 @@ def make_bundle(run: Run) -> Bundle:
     Raises:
         ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
     """
+    # Cut first, so that vectors, programs and index are all of one width.
     run = dataclasses.replace(run, model=served_model(run))
     prepared = run.prepared
     vectors = embed_rows(run.model, run.weights, "item", prepared.features["item"])
@@ -92,6 +98,7 @@ def make_bundle(run: Run) -> Bundle:
     users = known_users(prepared)
     counts = item_counts(prepared)
     user_vectors = _embed_users(run, UserRows(prepared.encoder, users))
+    # Rows of all parts: served users have seen what they were tested on, too.
     positives = [prepared.positives(part) for part in PARTS]
     return Bundle(
         config=run.config,
@@ -124,14 +131,14 @@ def served_model(run: Run) -> TwoTower:
 
 
 def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
-    """Measures what the stored vectors of a bundle lose against the whole float32 vectors.
+    """Measures the loss of the stored vectors of a bundle against the whole float32 vectors.
 
     Both are searched exactly, for known users.
 
     Returns:
-        "dim" of the whole vectors, "users" asked, "recall@K": share of the top K by whole vectors
-        that is in the top K by stored ones, and "ndcg@K" of these lists, where what whole vectors
-        find is what is right.
+        "dim" of the whole vectors; "users", their number; "recall@K", the share of the top K by
+        whole vectors that is in the top K by stored ones; and "ndcg@K" of these lists, in which the
+        items found by whole vectors are the right ones.
     """
     rows = evenly_spaced(np.arange(len(bundle.users)), TUNING_QUERIES)
     users = _embed_users(run, UserRows(bundle.encoder, bundle.users.take(pa.array(rows))))
@@ -150,11 +157,12 @@ def make_tower_programs(run: Run) -> TowerPrograms:
     """Returns the towers of a run as programs."""
     model = run.model
     arrays = jax.tree.map(np.asarray, embedding_weights(run.weights))
+    # Any user will do as an example: through the encoder of raw rows, as requests come.
     one_user = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
     examples = {"user": next(one_user.encode_all()), "item": run.prepared.features["item"]}
     programs = {}
     for side, example in examples.items():
-
+        # A default binds the side of this round; a closure would see that of the last.
         def embed(arrays: Any, features: Any, side: str = side) -> jax.Array:
             return model.embed(side, Weights(**arrays), features)
 
@@ -163,13 +171,16 @@ def make_tower_programs(run: Run) -> TowerPrograms:
 
 
 def known_users(prepared: PreparedData) -> pa.Table:
-    """Returns user_id and the raw columns of the user features; of context features, the value in
-    the user's latest row."""
+    """Returns user_id and the raw columns of the user features, a row a user.
+
+    Context features, which belong to rows of the log, have the value of the user's latest row.
+    """
     encoder = prepared.encoder
     history = encoder.spec.history
     columns = {name: feature.column for name, feature in encoder.spec.user.items()}
     own = [column for name, column in columns.items() if name not in encoder.context]
     users = prepared.users
+    # Histories as a request would bring them: all events of the user, by raw ids.
     if prepared.histories is not None and history is not None:
         others = [name for name in users.column_names if name != history.column]
         events = prepared.histories.to_requests(prepared.raw)
@@ -181,7 +192,9 @@ def known_users(prepared: PreparedData) -> pa.Table:
     if from_latest_row:
         rows = latest_rows(all_rows(prepared), num_users=len(users))
         parts = [prepared.raw.train, prepared.raw.validation, prepared.raw.test]
+        # Promoted: a part may lack a column, or hold nulls alone in it.
         log = pa.concat_tables(parts, promote_options="default")
+        # Users without rows get nulls.
         latest = log.take(pa.array(rows, mask=rows < 0))
         for column in dict.fromkeys(from_latest_row):
             users = users.append_column(column, latest[column])
@@ -191,11 +204,12 @@ def known_users(prepared: PreparedData) -> pa.Table:
 def item_counts(prepared: PreparedData) -> np.ndarray:
     """Returns the training rows of each item that are positives, int64 [N]."""
     trained = prepared.positives("train").item
+    # -1 stands for an item that is not in the corpus.
     return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
 
 
 def all_rows(prepared: PreparedData) -> tuple[Rows, Rows, Rows]:
-    """Returns the rows of all parts, in the order in which their positions count."""
+    """Returns the rows of all parts, in the order of the joined log."""
     return prepared.train, prepared.validation, prepared.test
 
 
@@ -210,11 +224,11 @@ def display_items(prepared: PreparedData) -> pa.Table:
 def check_parity(run: Run, folder: Path) -> None:
     """Compares scores of a bundle, loaded as a server would, with those of the trainer's towers.
 
-    Scores by vectors stored as int8 may differ by what rounding explains, item by item; those by
+    Scores by vectors stored as int8 may differ by their rounding, bounded item by item; those by
     the towers may not.
 
     Args:
-        run: The run that the bundle was made of.
+        run: Run that the bundle was made of.
         folder: Folder of the bundle.
 
     Raises:
@@ -226,6 +240,7 @@ def check_parity(run: Run, folder: Path) -> None:
     model = served_model(run)
     is_int8 = isinstance(bundle.vectors, Int8Vectors)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
+    # Users without a row have no context that the trainer could embed them with.
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
 
@@ -265,8 +280,9 @@ def compare_scores(
     Args:
         served: Scores by the bundle, [B, N].
         trained: Scores by the trainer's towers, [B, N].
-        rounding: What rounding of stored vectors allows beside that, [B, N].
+        rounding: Bound of the difference that rounded vectors make besides, [B, N].
     """
+    # Relative to the largest: float32 has some seven digits, of scores of any size.
     scale = max(1.0, float(np.abs(trained).max(initial=0.0)))
     difference = np.abs(served - trained)
     if (difference <= TOLERANCE * scale + rounding).all():  # False where a score is NaN
@@ -282,7 +298,7 @@ def compare_scores(
 
 
 def joined_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
-    """Returns the times of some rows of all parts joined, int64 [R]; None without times."""
+    """Returns the times of rows of the joined log, int64 [R]; None if a part has no times."""
     times = [part.timestamp for part in all_rows(prepared) if part.timestamp is not None]
     if len(times) < len(PARTS):
         return None
@@ -290,7 +306,7 @@ def joined_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
 
 
 def joined_context(prepared: PreparedData, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the encoded context of some rows of all parts joined."""
+    """Returns the encoded context features of rows of the joined log, [R, ...] each."""
     context = {}
     for name in prepared.encoder.context:
         values = np.concatenate([part.context[name] for part in all_rows(prepared)])
@@ -299,7 +315,7 @@ def joined_context(prepared: PreparedData, rows: np.ndarray) -> dict[str, np.nda
 
 
 def _has_full_vectors(run: Run, bundle: Bundle) -> bool:
-    """Whether the bundle has the vectors of the run as they are."""
+    """Whether the bundle's vectors are those of the run, neither cut nor rounded."""
     return bundle.towers.dim == run.model.dim and not isinstance(bundle.vectors, Int8Vectors)
 
 

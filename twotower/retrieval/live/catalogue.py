@@ -1,5 +1,8 @@
-"""The items of a bundle as they change: every reader sees one moment, every change whole or not at
-all. What makes changes durable is `twotower.retrieval.live.live_bundle`."""
+"""The items of a bundle as they change, in memory.
+
+Every reader sees the items of one moment, and every change whole or not at all. The module
+`twotower.retrieval.live.live_bundle` makes changes durable.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ BuildIndex = Callable[[Vectors, np.ndarray], Index]
 
 
 class LiveCatalogue:
-    """The items that can be recommended, and the one who changes them.
+    """The items that can be recommended, and the methods that change them.
 
-    Readers take `snapshot` once an answer and need no lock. Whoever changes something holds `lock`.
+    Readers take `snapshot` once for each answer and need no lock. Writers hold `lock`.
 
     Attributes:
-        snapshot: The items as they are now.
+        snapshot: Snapshot of the items as they are now.
         numbers: Number of each item by its id; only grows.
-        lock: Held while a change is made.
+        lock: Lock that is held while a change is made.
     """
 
     def __init__(
@@ -48,10 +51,10 @@ class LiveCatalogue:
         """Starts without changes; see `build` for the items of a bundle.
 
         Args:
-            base: The indexed items.
-            numbers: Number of each item by its id, those of items that are gone among them.
-            counts: Training rows of the items by their numbers; those beyond have none.
-            lock: Held while a change is made.
+            base: Segment of the indexed items.
+            numbers: Number of each item by its id, including items that were deleted.
+            counts: Training rows of the items by their numbers; later numbers have none.
+            lock: Lock that is held while a change is made.
             version: Number of the last change that is in the base.
         """
         memtable = MemTable.empty(base.vectors.shape[1])
@@ -59,7 +62,9 @@ class LiveCatalogue:
         self.numbers = numbers
         self.lock = lock
         self._counts = counts
-        self._slots: dict[int, int] = {}  # number -> its slot, of the items that are in one
+        # Slot of each number whose item is in the memtable. For the writer alone: readers find
+        # slots by the arrays of their snapshot.
+        self._slots: dict[int, int] = {}
 
     @classmethod
     def build(
@@ -77,11 +82,14 @@ class LiveCatalogue:
             vectors: Item vectors, float32 [N, D], or int8 that is read as such.
             items: item_id and display columns, N rows.
             counts: Training rows of each item, int64 [N]; 0 by default.
-            lock: Held while a change is made; a new one by default.
+            lock: Lock that is held while a change is made; a new one by default.
         """
         size = len(items)
         ids = items["item_id"].to_pylist()
-        counts = np.zeros(size, np.int64) if counts is None else np.asarray(counts)
+        if counts is None:
+            counts = np.zeros(size, np.int64)
+        counts = np.asarray(counts)
+        # Just indexed: the number of an item is its row.
         base = BaseSegment.build(
             index, vectors, items, counts, np.arange(size, dtype=np.int64), num_numbers=size
         )
@@ -94,27 +102,33 @@ class LiveCatalogue:
         return self.snapshot.base.items.schema
 
     def numbers_of(self, ids: Iterable[Any]) -> np.ndarray:
-        """Returns the numbers of those ids that ever were in the catalogue, int64."""
+        """Returns the numbers of ids, int64; ids that never were in the catalogue are left out."""
         known = [self.numbers.get(item) for item in dict.fromkeys(map(str, ids))]
         return np.array([number for number in known if number is not None], np.int64)
 
     def counts_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns the training rows of items, int64; 0 of what came after training."""
+        """Returns the training rows of items, int64; 0 of items that came after training."""
         known = numbers < len(self._counts)
+        # The 0 behind the counts is read by later numbers, also where there are no counts at all.
         with_none = np.append(self._counts, 0)
-        return np.where(known, with_none[np.where(known, numbers, -1)], 0)
+        return with_none[np.where(known, numbers, -1)]
 
     def position(self, snapshot: Snapshot, item: Any) -> int:
         """Returns the position of an item.
 
         Raises:
-            UnknownItemError: It is not there; the message names the nearest ids.
+            UnknownItemError: It does not exist; the message names the nearest ids.
         """
         number = self.numbers.get(str(item))
-        position = -1 if number is None else snapshot.position_of(number)
+        position = -1
+        # An item that was deleted keeps its number, and has no position.
+        if number is not None:
+            position = snapshot.position_of(number)
         if position < 0:
             similar = nearest(str(item), self.numbers)
-            hint = f" The nearest ids are: {', '.join(similar)}." if similar else ""
+            hint = ""
+            if similar:
+                hint = f" The nearest ids are: {', '.join(similar)}."
             raise UnknownItemError(
                 f"item {str(item)!r} is not among the {len(snapshot)} items of the corpus.{hint}"
             )
@@ -123,7 +137,7 @@ class LiveCatalogue:
     def check(self, items: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         """Returns items in the schema of the catalogue, and their vectors, ready for `upsert`.
 
-        Beside int8 vectors they are rounded as those are, so that scores stay what they are when
+        Beside int8 vectors they are rounded to int8 too, so that their scores do not change when
         items are indexed anew or written.
 
         Raises:
@@ -147,6 +161,7 @@ class LiveCatalogue:
                 f"item vectors are of shape {list(vectors.shape)}; of these items they must be of "
                 f"{list(shape)}."
             )
+        # As of queries: with normalised vectors, zeros say that something before went wrong.
         is_zero = ~vectors.any(axis=1)
         if base.index.normalized and is_zero.any():
             raise QueryError(
@@ -161,11 +176,14 @@ class LiveCatalogue:
         """Adds checked items, or replaces those with the same ids. The caller holds the lock."""
         if not len(items):
             return
+        # Readers of the old snapshot are not disturbed: they read no slot behind `old.num_slots`,
+        # and tombstones bear a version that they do not see.
         old = self.snapshot
         version = old.version + 1
         num_slots = old.num_slots + len(items)
         memtable = old.memtable.with_capacity(num_slots)
         ids = items["item_id"].to_pylist()
+        # A new id gets the next number, an id that was deleted the one that it had.
         numbers = [self.numbers.setdefault(item, len(self.numbers)) for item in ids]
         slots = slice(old.num_slots, num_slots)
         memtable.vectors[slots] = vectors
@@ -174,8 +192,10 @@ class LiveCatalogue:
         memtable.added_by[slots] = version
         memtable.rows.extend(items.to_pylist())
         memtable.tables.append((old.num_slots, items))
+        # Before the new slots are noted, or these would be removed at once.
         num_removed = self._remove(numbers, version, memtable)["row"]
         self._slots.update(zip(numbers, range(old.num_slots, num_slots)))
+        # Publishes the change: everything that it holds was written above.
         self.snapshot = dataclasses.replace(
             old,
             memtable=memtable,
@@ -185,7 +205,7 @@ class LiveCatalogue:
         )
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Takes items away, and returns how many of them there were. The caller holds the lock."""
+        """Deletes items, and returns the number that existed. The caller holds the lock."""
         old = self.snapshot
         version = old.version + 1
         numbers = [self.numbers[item] for item in dict.fromkeys(ids) if item in self.numbers]
@@ -198,7 +218,7 @@ class LiveCatalogue:
     def rebalance(self, build: BuildIndex) -> None:
         """Merges both segments into a new base, indexed anew.
 
-        Answers go on meanwhile, and so do changes, which the new catalogue then has too.
+        Answers and changes go on meanwhile; those changes are then made to the new base too.
 
         Args:
             build: Function that builds the index.
@@ -207,6 +227,7 @@ class LiveCatalogue:
             then = self.snapshot
         numbers, vectors, items = then.all_items()
         counts = self.counts_of(numbers)
+        # The long part, without the lock.
         index = build(vectors, counts)
         with self.lock:
             now = self.snapshot
@@ -223,7 +244,7 @@ class LiveCatalogue:
             self.snapshot = rebuilt.snapshot
 
     def _repeat_changes(self, then: Snapshot, now: Snapshot) -> None:
-        """Makes what changed between two snapshots once more, on what was indexed at the first."""
+        """Makes the changes between two snapshots once more, on the items indexed at the first."""
         memtable = now.memtable
         added_by = memtable.added_by[: now.num_slots]
         removed_by = memtable.removed_by[: now.num_slots]
@@ -232,6 +253,8 @@ class LiveCatalogue:
         changed = np.unique(np.concatenate([memtable.numbers[slots], now.base.numbers[rows]]))
         if not changed.size:
             return
+        # Whatever the changes were, they end in items that exist now and items that do not: delete
+        # all, then add those that exist.
         ids = {number: item for item, number in self.numbers.items()}
         self.delete([ids[number] for number in changed.tolist()])
         positions = np.array([now.position_of(number) for number in changed.tolist()])
@@ -243,9 +266,11 @@ class LiveCatalogue:
     def _remove(
         self, numbers: Iterable[int], version: int, memtable: MemTable
     ) -> dict[Literal["row", "slot"], int]:
-        """Sets tombstones where items are there, and counts the rows and slots that got one."""
+        """Sets the tombstones of items that exist, and counts the rows and slots that got one."""
         base = self.snapshot.base
         removed: dict[Literal["row", "slot"], int] = {"row": 0, "slot": 0}
+        # An item exists in one position at most: where it is in a slot, the tombstone of its row is
+        # set already.
         for number in numbers:
             slot = self._slots.pop(number, None)
             row = base.row_of(number)
@@ -262,10 +287,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Returns the ids that look most like `name`.
 
     Args:
-        name: An id that is not known.
-        known: Ids; of very many only those are compared that begin alike.
-        count: How many to return at most.
+        name: An unknown id.
+        known: Known ids; if they are very many, only those that begin alike are compared.
+        count: Largest number of ids to return.
     """
+    # A copy at once: another thread may add an id meanwhile.
     known = tuple(known)
     if len(known) > MAX_COMPARED_IDS:
         known = tuple(item for item in known if item[:2] == name[:2])[:MAX_COMPARED_IDS]
@@ -273,11 +299,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def _is_between(changes: np.ndarray, then: Snapshot, now: Snapshot) -> np.ndarray:
-    """Whether each change came after one snapshot and is seen by the other."""
+    """Marks the changes that came after the snapshot `then` and are seen by `now`."""
     return (changes > then.version) & (changes <= now.version)
 
 
 def _check_ids(ids: list[str | None]) -> None:
+    """Refuses missing and repeated ids: of two rows of one item either could be meant."""
     if None in ids:
         raise ValueError("item_id None in the rows of upsert is missing.")
     seen = set()

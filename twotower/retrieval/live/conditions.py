@@ -11,15 +11,15 @@ import pyarrow as pa
 from twotower.core.errors import ConfigError
 from twotower.data.operators import matches
 
-# (column, operator, value) each, with the operators of `config.data.where`. Hashable, so that
-# matching items can be kept by their conditions.
+# (column, operator, value) each, with the operators of `config.data.where`. Hashable, so that the
+# items that match can be cached by their conditions.
 Conditions = tuple[tuple[str, str, Any], ...]
 # What a caller may give: {column: value or values}, or (column, operator, value) each.
 ConditionsLike = Mapping[str, Any] | Sequence[Sequence[Any]] | None
 
 
 def as_conditions(where: ConditionsLike) -> Conditions:
-    """Returns conditions in their one form.
+    """Returns conditions as tuples of (column, operator, value).
 
     >>> as_conditions({"brand": "x", "size": ["s", "m"]})
     (('brand', '==', 'x'), ('size', 'in', ('s', 'm')))
@@ -29,6 +29,7 @@ def as_conditions(where: ConditionsLike) -> Conditions:
     """
     if not where:
         return ()
+    # A list of values means any of them, as in the filters of most services.
     if isinstance(where, Mapping):
         triples = [(name, "in" if _is_list(x) else "==", x) for name, x in where.items()]
     else:
@@ -41,6 +42,7 @@ def as_conditions(where: ConditionsLike) -> Conditions:
             )
         column, operator, value = triple
         conditions.append((column, operator, tuple(value) if _is_list(value) else value))
+    # A value that cannot be hashed, such as a nested list, cannot be compared with a column either.
     try:
         hash(tuple(conditions))
     except TypeError as error:
@@ -51,11 +53,11 @@ def as_conditions(where: ConditionsLike) -> Conditions:
 
 
 def matching_items(items: pa.Table, where: Conditions) -> np.ndarray:
-    """Returns whether each item satisfies all conditions, bool [N].
+    """Marks the items that satisfy all conditions, bool [N].
 
     Args:
         items: Display columns of N items.
-        where: Conditions.
+        where: Conditions; none of them marks every item.
 
     Raises:
         ConfigError: A column or an operator is unknown; the nearest is named.

@@ -1,5 +1,7 @@
-"""A loaded bundle whose items change: the catalogue in memory, and the log that makes each change
-durable before it is seen."""
+"""A loaded bundle whose items change.
+
+The catalogue holds the items in memory; a log makes each change durable before it is seen.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ class Compacted(NamedTuple):
 
     Attributes:
         bundle: The new version, loaded.
-        last: Number of the last change that is in it.
+        last: Number of the last change that the new version contains.
     """
 
     bundle: Bundle
@@ -54,14 +56,16 @@ class LiveBundle:
     """A bundle, and its items as they are now.
 
     Attributes:
-        bundle: What was loaded.
+        bundle: Bundle as it was loaded.
         catalogue: Its items now, with the changes in its log.
     """
 
     def __init__(self, bundle: Bundle, lock: threading.RLock):
-        """Args:
-        bundle: A bundle; only one that was loaded from a folder can be changed.
-        lock: Held while anything changes.
+        """Builds the catalogue, and makes the changes in the log once more.
+
+        Args:
+            bundle: Bundle to serve; only one that was loaded from a folder can be changed.
+            lock: Lock that is held while anything changes.
         """
         self.bundle = bundle
         self.catalogue = LiveCatalogue.build(
@@ -75,19 +79,23 @@ class LiveBundle:
         log, _ = self._changeable()
         if not len(rows):
             return
+        # Checked before it is written: a log must hold nothing that cannot be made again.
         items, vectors = self.catalogue.check(rows, vectors)
         with self._lock:
             with self._transaction(log):
                 log.add(Upsert(items, vectors))
+            # After the commit: no answer may show a change that a power cut takes back.
             self.catalogue.upsert(items, vectors)
 
     def delete(self, ids: Sequence[str]) -> int:
         """See `Retriever.delete`."""
         log, _ = self._changeable()
         with self._lock:
+            # No log is begun for nothing.
             if not log.path.exists() and not self._alive(ids):
-                return 0  # no log is begun for nothing
+                return 0
             with self._transaction(log):
+                # Looked up anew: the transaction begins with the changes of other processes.
                 alive = self._alive(ids)
                 if alive:
                     log.add(Delete(tuple(alive)))
@@ -98,13 +106,17 @@ class LiveBundle:
         self.catalogue.rebalance(self._index)
 
     def compacted(self) -> Compacted:
-        """Writes the next version of the bundle, with the changes so far. Answers and changes go
-        on, and the old version stays current."""
+        """Writes the next version of the bundle, with the changes so far.
+
+        Answers and changes go on meanwhile, and the old version stays current.
+        """
         log, folder = self._changeable()
+        # Both of one moment: what comes after `last` is copied when the versions are switched.
         with self._lock:
             then = self.catalogue.snapshot
             last = log.last
         manifest = self.bundle.manifest
+        # Measured at export, against weights that the bundle does not hold.
         kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
         version = new_version(folder)
         try:
@@ -125,14 +137,15 @@ class LiveBundle:
     def switched_to(self, compacted: Compacted) -> LiveBundle:
         """Makes the new version current, with the changes since. The caller holds the lock.
 
-        Wherever this is killed, a version and the log that belongs to it are there: the log of the
-        new one is written before the new one is current, and that of the old one deleted after.
+        Killed at any moment, this leaves a current version with its own log: the log of the new one
+        is written before the new one is current, and that of the old one is deleted after.
         """
         log, folder = self._changeable()
         new = compacted.bundle
         version = new.folder
         if version is None:
             raise ValueError("A compacted bundle is loaded from its folder.")
+        # In a transaction of the old log: no other process may add to it until it is superseded.
         with self._transaction(log):
             later = log.since(compacted.last)
             if later:
@@ -146,6 +159,7 @@ class LiveBundle:
             publish_version(version)
         log.close()
         log.path.unlink(missing_ok=True)
+        # `new` was loaded from its version's folder, but is now found by the folder above.
         return LiveBundle(dataclasses.replace(new, folder=folder), self._lock)
 
     def _changeable(self) -> tuple[ChangeLog, Path]:
@@ -163,6 +177,7 @@ class LiveBundle:
         _, folder = self._changeable()
         with log.transaction() as missed:
             self._make(missed, log)
+            # An export, or a compaction by another process, may have superseded this version.
             now = current_version(folder)
             if now != self.bundle.version:
                 raise ChangesError(
@@ -172,19 +187,21 @@ class LiveBundle:
             yield
 
     def _alive(self, ids: Iterable[str]) -> list[str]:
-        """Returns those of the ids, each once, whose items are there."""
+        """Returns the ids, each once, whose items exist."""
         snapshot = self.catalogue.snapshot
         numbers = self.catalogue.numbers
         known = [item for item in dict.fromkeys(ids) if item in numbers]
         return [item for item in known if snapshot.position_of(numbers[item]) >= 0]
 
     def _replayed(self) -> ChangeLog | None:
-        """Makes the changes in the log once more."""
-        folder, version = self.bundle.folder, self.bundle.version
+        """Returns the log, after making the changes in it once more; None of a bundle in memory."""
+        folder = self.bundle.folder
+        version = self.bundle.version
         if folder is None or version is None:
             return None
         sha256 = self.bundle.manifest["sha256"]
         log = ChangeLog(changes_path(version, sha256), sha256)
+        # Logs lie beside their version; those of a bundle that is no folder of versions, beside it.
         logs = {*folder.glob("v-*.changes"), *folder.parent.glob(f"{folder.name}.*.changes")}
         for other in sorted(logs - {log.path}):
             logging.warning(
@@ -211,24 +228,31 @@ class LiveBundle:
                 ) from error
 
     def _with_items_of(self, then: Snapshot) -> Bundle:
-        """The bundle with the items of a snapshot in the place of its own."""
+        """Returns the bundle with the items of a snapshot in the place of its own."""
         numbers, vectors, items = then.all_items()
         counts = self.catalogue.counts_of(numbers)
         rows = np.full(len(self.catalogue.numbers), -1, np.int64)
         rows[numbers] = np.arange(len(numbers))
+        # Items that users have seen are rows of the bundle, which change; deleted ones are dropped.
         seen = self.bundle.seen
-        seen_rows = rows[seen.values] if len(rows) else np.zeros(0, np.int64)
+        seen_rows = np.zeros(0, np.int64)
+        if len(rows):
+            seen_rows = rows[seen.values]
         is_left = seen_rows >= 0
-        changed = then.num_slots or then.num_removed
+        # Without changes the index is right as it is, and building it would take minutes.
+        index = then.base.index
+        if then.num_slots or then.num_removed:
+            index = self._index(vectors, counts)
         return dataclasses.replace(
             self.bundle,
             vectors=vectors,
             items=items,
             counts=counts,
             seen=Ragged.from_pairs(seen.rows[is_left], seen_rows[is_left], num_rows=len(seen)),
-            index=self._index(vectors, counts) if changed else then.base.index,
+            index=index,
             manifest={},
         )
 
     def _index(self, vectors: Vectors, counts: np.ndarray) -> Index:
+        # Tuned on the users of the export: vectors of others are not kept.
         return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)

@@ -1,5 +1,6 @@
-"""The log of changes beside a bundle: a change is acknowledged when it is on the disk, and made
-again when the bundle is loaded.
+"""The log of changes beside a bundle.
+
+A change is acknowledged when it is on the disk, and made again when the bundle is loaded.
 
 The log is an SQLite database with a rollback journal and `synchronous=EXTRA`: whoever opens it next
 undoes a transaction that a kill or a power cut interrupted. It has one table, whose rows are never
@@ -36,20 +37,20 @@ VERSION = 1
 APPLICATION_ID = 0x32545752  # "2TWR", so that `file` and we tell the log from other databases
 BINARY_MAGIC = b"2TOWERCH"  # first bytes of the logs of twotower 0.x, which were no databases
 BUSY_SECONDS = 10.0  # wait for the transaction of another process
-# SQLite keeps no value above 1e9 bytes; a change is refused before that with a sentence of ours.
+# SQLite keeps no value above 1e9 bytes; a larger change is refused before, with a clear message.
 MAX_CHANGE_BYTES = 900_000_000
-VECTOR = "__vector"
+VECTOR = "__vector"  # column of the vectors, beside display columns of any other name
 
 _REMEDY = "Restore the file, or move it away to serve the bundle without its changes."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Upsert:
-    """Items to add, or to replace where their ids are there.
+    """Items to add, or to replace where their ids exist.
 
     Attributes:
         items: item_id and the display columns, N rows.
-        vectors: float32 [N, D].
+        vectors: Vectors of the items, float32 [N, D].
     """
 
     items: pa.Table
@@ -58,10 +59,10 @@ class Upsert:
 
 @dataclasses.dataclass(frozen=True)
 class Delete:
-    """Items to take away.
+    """Items to delete.
 
     Attributes:
-        ids: Item ids.
+        ids: Ids of the items.
     """
 
     ids: tuple[str, ...]
@@ -72,11 +73,12 @@ Change = Upsert | Delete
 
 def changes_path(folder: Path, sha256: str) -> Path:
     """Returns the path of the log of the bundle in `folder` whose manifest has this hash."""
+    # The hash, so that changes are never made to another bundle that takes the folder's name.
     return folder.parent / f"{folder.name}.{sha256[:16]}.changes"
 
 
 class ChangeLog:
-    """The changes to one bundle, in a file that is made with the first of them.
+    """The changes to one bundle, in a file that is created by the first of them.
 
     The callers hold a lock: a connection serves one thread at a time.
 
@@ -86,15 +88,19 @@ class ChangeLog:
     """
 
     def __init__(self, path: Path, sha256: str):
-        """Args:
-        path: File of the log, which need not exist.
-        sha256: Hash of the bundle's manifest.
+        """Opens nothing yet.
+
+        Args:
+            path: File of the log, which need not exist.
+            sha256: Hash of the bundle's manifest.
         """
         self.path = path
         self.last = 0
         self._sha256 = sha256
         self._connection: sqlite3.Connection | None = None
+        # Whether the file was found to be a log of this bundle: once is enough.
         self._checked = False
+        # A failure after which it is not known what is on the disk.
         self._failure = ""
 
     def read(self) -> list[Change]:
@@ -110,10 +116,12 @@ class ChangeLog:
 
     def since(self, number: int) -> list[Change]:
         """Returns the changes after the one with this number, up to `last`."""
+        # By a connection of its own, which leaves `last` as it is.
         reader = ChangeLog(self.path, self._sha256)
         reader.last = number
         changes = reader.read()
         reader.close()
+        # Another process may have added more, which are not made here yet.
         return changes[: self.last - number]
 
     @contextlib.contextmanager
@@ -135,6 +143,7 @@ class ChangeLog:
         known = self.last
         with self._explained():
             connection = self._opened()
+            # IMMEDIATE takes the lock of writers now: what is read next stays the newest.
             connection.execute("BEGIN IMMEDIATE")
             try:
                 if self._is_empty():
@@ -143,6 +152,7 @@ class ChangeLog:
                 known = self.last
                 yield missed
                 connection.execute("COMMIT")
+            # Whatever ended the block, nothing of it was made, so its numbers are free again.
             except BaseException:
                 self.last = known
                 if connection.in_transaction:
@@ -152,6 +162,7 @@ class ChangeLog:
     def add(self, change: Change) -> None:
         """Writes a change, inside a `transaction`."""
         kind, payload = encode(change)
+        # Before anything is written: the whole change is refused, not its end.
         if len(payload) > MAX_CHANGE_BYTES:
             raise ChangesError(
                 f"One change may hold {MAX_CHANGE_BYTES:,} bytes, not {len(payload):,}: "
@@ -182,7 +193,7 @@ class ChangeLog:
             self.path,
             timeout=BUSY_SECONDS,
             isolation_level=None,  # transactions begin and end where this file says so
-            check_same_thread=False,
+            check_same_thread=False,  # the callers' lock sees to it
         )
         try:
             connection.execute("PRAGMA journal_mode=DELETE")
@@ -214,6 +225,7 @@ class ChangeLog:
             raise ChangesError(
                 f"{self.path} has version {version}; this twotower reads version {VERSION}."
             )
+        # Pages and their order; the contents of rows have sums of their own.
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise ChangesError(f"{self.path} is damaged: {verdict}. {_REMEDY}")
@@ -249,6 +261,7 @@ class ChangeLog:
             f"SELECT n, kind, payload, crc32 FROM changes WHERE {condition} ORDER BY n", values
         ).fetchall()
         first = values[0] + 1 if values else 0
+        # Numbers without a gap: a row that is missing is damage too.
         for expected, (number, kind, payload, checksum) in enumerate(rows, first):
             whole = isinstance(payload, bytes) and checksum == _checksum(number, kind, payload)
             if number != expected or not whole:
@@ -266,6 +279,7 @@ class ChangeLog:
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a damaged schema
+            # The low byte is the kind of error, the rest its details.
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_BUSY:
                 raise ChangesError(
@@ -302,6 +316,7 @@ def encode(change: Change) -> tuple[str, bytes]:
     if isinstance(change, Delete):
         return "delete", json.dumps(change.ids).encode()
     width = change.vectors.shape[1]
+    # float32 as it is in memory: replayed vectors are those that were added, bit for bit.
     values = pa.array(np.ascontiguousarray(change.vectors, np.float32).ravel())
     vectors = pa.FixedSizeListArray.from_arrays(values, width)
     table = change.items.append_column(VECTOR, vectors)
@@ -312,7 +327,7 @@ def encode(change: Change) -> tuple[str, bytes]:
 
 
 def decode(kind: str, payload: bytes) -> Change:
-    """Returns the change that `encode` made this of."""
+    """Returns the change that `encode` wrote."""
     if kind == "delete":
         return Delete(tuple(json.loads(payload)))
     if kind != "upsert":

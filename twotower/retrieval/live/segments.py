@@ -1,14 +1,16 @@
-"""The two segments that hold the items of a live catalogue, in the terms of a log-structured merge
-tree: a large immutable run, and a small memtable of what came since.
+"""The two segments that hold the items of a live catalogue.
+
+They are those of a log-structured merge tree: a large immutable run, and a small memtable of the
+items that came since.
 
 ScaNN's own updates are unsafe while others search, and end the process on bad input. So the index
 and its vectors stay as they are (`BaseSegment`); new and changed items go to the end of a second,
 small set that is searched exactly (`MemTable`). Nothing is overwritten: an item that is replaced or
-deleted leaves a tombstone, the number of the change that removed it, so that whoever reads an
-earlier moment still sees it. Rebalancing merges both segments into a new base.
+deleted leaves a tombstone, the number of the change that removed it, so that readers of an earlier
+moment still see it. Rebalancing merges both segments into a new base.
 
-An item has a number, from its first appearance on, whatever happens to it. Its position, a row of
-the base or behind those a slot of the memtable, changes with each update.
+An item keeps its number from its first appearance on, whatever happens to it. Its position changes
+with each update: a row of the base or, counted on from the last row, a slot of the memtable.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
 from twotower.index.popularity import popularity_coordinate
 
-NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of what is there: later than any change
+NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
-EPSILON = 1e-30  # least length that a vector is divided by
+EPSILON = 1e-30  # least length that a vector is divided by: zeros stay zeros
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class BaseSegment:
             items: item_id and display columns, N rows.
             counts: Training rows of each item, int64 [N].
             numbers: Number of each item, int64 [N].
-            num_numbers: How many numbers have been given to items so far.
+            num_numbers: Number of the items that ever existed, whose numbers lie below it.
         """
         row_by_number = np.full(num_numbers, -1, np.int64)
         row_by_number[numbers] = np.arange(len(numbers))
@@ -85,16 +87,20 @@ class BaseSegment:
 
     def rows_of(self, numbers: np.ndarray) -> np.ndarray:
         """Returns the row of each number, -1 without one; removed rows are rows too."""
+        # The usual case of a server, without a look-up: `Snapshot.search` knows the same array.
         if self._is_in_order and (not len(numbers) or numbers.max() < len(self)):
             return numbers
         if not len(self.row_by_number):
             return np.full(len(numbers), -1)
+        # Items that came after this base have later numbers.
         known = numbers < len(self.row_by_number)
         return np.where(known, self.row_by_number[np.where(known, numbers, 0)], -1)
 
     def row_of(self, number: int) -> int:
         """Returns the row of a number; -1 without one."""
-        return int(self.row_by_number[number]) if number < len(self.row_by_number) else -1
+        if number >= len(self.row_by_number):
+            return -1
+        return int(self.row_by_number[number])
 
     @functools.cached_property
     def column_readers(self) -> list[tuple[str, Callable[[int], Any]]]:
@@ -112,6 +118,8 @@ class BaseSegment:
         """The vectors at length 1, with an index over them; a zero one stays."""
         if self.index.normalized:
             return self.index, self.vectors
+        # Exact, and a copy of the corpus, made when similar items are first requested: the index
+        # ranks by the dot product, which favours long vectors.
         units = np.asarray(self.vectors)
         units = units / np.maximum(np.linalg.norm(units, axis=1, keepdims=True), EPSILON)
         return ExactIndex(units), units
@@ -134,8 +142,8 @@ class MemTable:
         log_counts: Log training rows of each item, float32 [capacity].
         added_by: Change that added each slot, int64 [capacity].
         removed_by: Change that removed each slot, int64 [capacity].
-        rows: item_id and display columns of each slot; grows.
-        tables: (first slot, the same columns of it and the next ones) of each update; grows.
+        rows: item_id and display columns of each slot, to be read one by one; grows.
+        tables: First slot of each update, and the same columns of its slots, to be filtered; grows.
     """
 
     vectors: np.ndarray
@@ -161,6 +169,7 @@ class MemTable:
 
     def with_capacity(self, needed: int) -> MemTable:
         """Returns itself, or a copy with room for `needed` slots; readers keep the old arrays."""
+        # At least twice as many, so that adding N items one by one copies O(N) slots in all.
         size = len(self.numbers)
         if needed <= size:
             return self
@@ -170,11 +179,12 @@ class MemTable:
         larger.log_counts[:size] = self.log_counts
         larger.added_by[:size] = self.added_by
         larger.removed_by[:size] = self.removed_by
+        # Lists are shared: they only grow, and a reader looks at no slot beyond its own.
         return dataclasses.replace(larger, rows=self.rows, tables=self.tables)
 
 
 def value_reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
-    """Returns a function from a row to the value that `column[row].as_py()` gives.
+    """Returns a function from a row to its value, as `column[row].as_py()` would return it.
 
     Values are read from Arrow's buffers: several times as fast as through its scalars.
 
@@ -200,9 +210,13 @@ def value_reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
 
 
 def _text_reader(array: pa.Array) -> Callable[[int], str]:
+    """Returns a function from a row to its text, read from the array's buffers."""
+    # Buffers: which values are null, the offset of each text, and all texts one after another.
     _, offsets, text = array.buffers()
+    # Offsets of a large_string have 64 bits.
     width = "i" if pa.types.is_string(array.type) else "q"
     # The buffers of a slice begin before it.
     bounds = memoryview(offsets).cast("B").cast(width)[array.offset :]
+    # An array of empty texts has no buffer of them.
     data = memoryview(b"" if text is None else text)
     return lambda row: str(data[bounds[row] : bounds[row + 1]], "utf-8")

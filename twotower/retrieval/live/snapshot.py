@@ -26,6 +26,8 @@ from twotower.retrieval.live.conditions import Conditions, matching_items
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
 
 MAX_SINGLE_ROWS = 256  # rows whose display columns are read one by one, not as a table
+# Answers to conditions that are kept, at N bytes each; then all are dropped, as no server has so
+# many usual ones.
 MAX_CACHED_CONDITIONS = 64
 
 
@@ -36,11 +38,11 @@ class Snapshot:
     A position is a row of the base, or, from `len(base)` on, a slot of the memtable.
 
     Attributes:
-        base: The items that were indexed.
-        memtable: The items that came since.
-        num_slots: Slots of the memtable that exist.
-        version: Number of the last change that is seen.
-        num_removed: Rows of the base that are gone.
+        base: Segment of the items that were indexed.
+        memtable: Segment of the items that came since.
+        num_slots: Number of the memtable's slots that this snapshot sees.
+        version: Number of the last change that this snapshot sees.
+        num_removed: Number of the base's rows that are removed.
         cache: Matching rows or slots by their conditions; shared by all snapshots of one base.
     """
 
@@ -65,7 +67,7 @@ class Snapshot:
         popularity_weight: float = 0.0,
         cosine: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best `k` items that are there: the index's, merged with the memtable's.
+        """Returns the best `k` items: those of the index, merged with those of the memtable.
 
         Args:
             queries: Query vectors, float [B, D].
@@ -83,7 +85,11 @@ class Snapshot:
         if exclude is None:
             exclude = Ragged.empty(len(queries))
         base = self.base
-        index, vectors = base.unit_vectors if cosine else (base.index, base.vectors)
+        index = base.index
+        vectors = base.vectors
+        if cosine:
+            index, vectors = base.unit_vectors
+        # Checked here, before a coordinate is appended that would hide a query of zeros.
         queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
         index_queries = queries
         coordinate = None
@@ -104,8 +110,10 @@ class Snapshot:
             allowed=self._allowed_rows(where, only),
             extra_coordinate=coordinate,
         )
+        # As after loading or rebalancing: nothing to merge.
         if not self.num_slots:
             return scores, rows.astype(np.int64)
+        # All slots by one product: they are few beside the base.
         slot_scores = self._score_slots(queries, popularity_weight, cosine=cosine)
         slot_scores[:, ~self._allowed_slots(where, only)] = -np.inf
         slot_numbers = self.memtable.numbers[None, : self.num_slots]
@@ -113,19 +121,23 @@ class Snapshot:
         slot_scores[is_excluded] = -np.inf
         check_scores(slot_scores)
         best = RunningTopK(len(queries), k)
+        # The base first: of equal scores the lower position is kept.
         best.add_lists(scores, rows)
         best.add(slot_scores, len(base))
         scores, positions = best.best()
         return scores, positions.astype(np.int64)
 
     def position_of(self, number: int) -> int:
-        """Returns the position of an item by its number; -1 where it is not there."""
+        """Returns the position of an item by its number; -1 if it does not exist."""
+        # The memtable first: a slot holds the newer version of an item.
         in_slots = self.memtable.numbers[: self.num_slots] == number
         slots = np.flatnonzero(in_slots & self._is_slot_alive)
         if slots.size:
             return len(self.base) + int(slots[-1])
         row = self.base.row_of(number)
-        return row if row >= 0 and self.base.removed_by[row] > self.version else -1
+        if row < 0 or self.base.removed_by[row] <= self.version:
+            return -1
+        return row
 
     def vector(self, position: int) -> np.ndarray:
         """Returns the vector of an item, float32 [D]."""
@@ -137,6 +149,7 @@ class Snapshot:
         """Returns item_id and display columns of the item in each position."""
         base_size = len(self.base)
         in_base = positions < base_size
+        # The usual list, read from buffers: a table of a few rows takes several times as long.
         if 0 < len(positions) <= MAX_SINGLE_ROWS and in_base.all():
             readers = self.base.column_readers
             return [{name: read(row) for name, read in readers} for row in positions.tolist()]
@@ -146,6 +159,7 @@ class Snapshot:
             if position < base_size:
                 rows.append(next(base_rows))
             else:
+                # A copy: callers take entries out of what they get.
                 rows.append(dict(self.memtable.rows[position - base_size]))
         return rows
 
@@ -162,12 +176,16 @@ class Snapshot:
         return pa.array(ids.tolist(), pa.string())
 
     def all_items(self) -> tuple[np.ndarray, Vectors, pa.Table]:
-        """Returns numbers, vectors (stored as the base's) and display columns of all items, those
-        of the base first."""
-        base, memtable = self.base, self.memtable
+        """Returns numbers, vectors and display columns of all items, those of the base first.
+
+        Vectors are stored as those of the base, as float32 or int8.
+        """
+        base = self.base
+        memtable = self.memtable
         rows = np.flatnonzero(base.removed_by > self.version)
         slots = np.flatnonzero(self._is_slot_alive)
         tables = [base.items.take(pa.array(rows))]
+        # Without any there may be no table, which `concat_tables` refuses.
         if slots.size:
             tables.append(pa.concat_tables(self._tables_from(0)).take(pa.array(slots)))
         numbers = np.concatenate([base.numbers[rows], memtable.numbers[slots]])
@@ -177,6 +195,7 @@ class Snapshot:
     @functools.cached_property
     def _is_slot_alive(self) -> np.ndarray:
         """Whether each slot was added and not removed, bool [num_slots]."""
+        # Cached, as a snapshot never changes: tombstones set later bear a later version.
         added = self.memtable.added_by[: self.num_slots] <= self.version
         return added & (self.memtable.removed_by[: self.num_slots] > self.version)
 
@@ -195,17 +214,22 @@ class Snapshot:
         """Returns the rows of the base that may come back; None where all may."""
         removed_by = self.base.removed_by
         version = self.version
+        # Named ids are few: a list of their rows costs less than a mask of N.
         if only is not None:
             rows = np.unique(self.base.rows_of(only))
             rows = rows[rows >= 0]
             rows = rows[removed_by[rows] > version]
-            return AllowedRows.from_rows(rows[self._matching_rows(where)[rows]] if where else rows)
+            if where:
+                rows = rows[self._matching_rows(where)[rows]]
+            return AllowedRows.from_rows(rows)
+        # Not cached: the next deletion changes it.
         if where and self.num_removed:
             return AllowedRows.from_mask((removed_by > version) & self._matching_rows(where))
         if where:
             # The whole answer is kept, its count too: the usual case of a server.
             matching = self._matching_rows
             return self._cached(("rows", where), lambda: AllowedRows.from_mask(matching(where)))
+        # Only the rows that a search finds are looked at, not all N.
         if self.num_removed:
             return AllowedRows(
                 len(self.base) - self.num_removed,
@@ -215,7 +239,7 @@ class Snapshot:
         return None
 
     def _allowed_slots(self, where: Conditions, only: np.ndarray | None) -> np.ndarray:
-        """Returns whether each slot may come back, bool [num_slots]."""
+        """Marks the slots that may come back: bool [num_slots]."""
         allowed = self._is_slot_alive
         if where:
             allowed = allowed & self._matching_slots(where)
@@ -224,13 +248,14 @@ class Snapshot:
         return allowed
 
     def _matching_rows(self, where: Conditions) -> np.ndarray:
-        """Returns whether each row of the base satisfies the conditions, bool [N]."""
+        """Marks the rows of the base that satisfy the conditions: bool [N]."""
+        # Removed rows too, so that the answer holds for as long as the base does.
         return self._cached(("base", where), lambda: matching_items(self.base.items, where))
 
     def _matching_slots(self, where: Conditions) -> np.ndarray:
-        """Returns whether each slot satisfies the conditions, bool [num_slots].
+        """Marks the slots that satisfy the conditions: bool [num_slots].
 
-        Only slots that came since the conditions were last asked for are looked at.
+        Only slots that came since the last query with these conditions are looked at.
         """
         key = ("memtable", where)
         known = self.cache.get(key, np.zeros(0, bool))
@@ -238,14 +263,19 @@ class Snapshot:
             new = matching_items(pa.concat_tables(self._tables_from(len(known))), where)
             known = np.concatenate([known, new])
             self._keep(key, known)
+        # A newer snapshot, which shares the cache, may have looked at more.
         return known[: self.num_slots]
 
     def _tables_from(self, slot: int) -> list[pa.Table]:
-        """Returns the display columns of the slots from `slot` on, which begins an update."""
+        """Returns the display columns of the slots from `slot` on, where an update begins."""
         tables = tuple(self.memtable.tables)  # a writer may add one meanwhile
         return [table for first, table in tables if slot <= first < self.num_slots]
 
     def _cached(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        """Returns the value of a key, computed where it is missing.
+
+        Two threads may compute it at once; either value is right, so no lock is needed.
+        """
         value = self.cache.get(key)
         if value is None:
             value = compute()
@@ -260,6 +290,7 @@ class Snapshot:
 
 def _with_values(lists: Ragged, values: np.ndarray) -> Ragged:
     """Returns the lists with other values, without those that are -1."""
+    # The same array, where numbers are rows: most answers of a server end here.
     if not len(values) or values is lists.values:
         return lists
     if values.min() >= 0:
