@@ -2,8 +2,8 @@
 partition.
 
 A dataset has the tables user_embeddings and item_embeddings, partitioned by run_date and clustered
-by run_id and entity_id. The vector is a REPEATED FLOAT of one width, as VECTOR_SEARCH and CREATE
-VECTOR INDEX ask for.
+by run_id and entity_id. The vector is a REPEATED FLOAT of one width, which VECTOR_SEARCH and CREATE
+VECTOR INDEX need.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,10 @@ from twotower.integrations.embedding_history import (
     VectorFile,
 )
 
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from google.cloud.bigquery import Client, Table
+
+# Type and mode of each column, in the order of the Parquet files.
 COLUMNS = {
     "run_date": ("DATE", "NULLABLE"),
     "run_id": ("STRING", "NULLABLE"),
@@ -36,8 +40,10 @@ COLUMNS = {
     "entity_id": ("STRING", "NULLABLE"),
     "vector": ("FLOAT", "REPEATED"),
 }
-# A label of the table: no index can be made over vectors of several widths.
+# A label of the table: no index can be made over vectors of several widths, and a REPEATED column
+# has no width of its own.
 WIDTH_LABEL = "vector_width"
+# Tables that were made by SQL may say their types so.
 _TYPE_ALIASES = {"FLOAT64": "FLOAT"}
 # A project may begin with a domain and a colon.
 _DATASET = re.compile(r"(([\w.-]+:)?[\w-]+\.)?\w+")
@@ -48,11 +54,11 @@ class BigQueryHistory:
     """The embedding history in the tables of a dataset.
 
     Attributes:
-        client: a `google.cloud.bigquery.Client`; see `twotower.data.sources.bigquery.make_client`.
+        client: client of BigQuery; see `twotower.data.sources.bigquery.make_client`.
         dataset: PROJECT.DATASET, or DATASET of the client's project; it must exist.
     """
 
-    client: Any
+    client: Client
     dataset: str
 
     def __post_init__(self):
@@ -60,14 +66,14 @@ class BigQueryHistory:
             raise HistoryError(f"{self.dataset!r} must be PROJECT.DATASET or DATASET.")
 
     def load(self, history: EmbeddingHistory, run_date: datetime.date) -> dict[str, int]:
-        """Loads all runs of a date in the place of what its partition held.
+        """Replaces the partition of a date by all runs of that date.
 
         A repeat changes nothing. Both tables are made or checked before anything is loaded, and a
         load job loads all of its rows or none.
 
         Args:
             history: the history that holds the vectors.
-            run_date: the date.
+            run_date: date of the runs and of the partition.
 
         Returns:
             The number of rows loaded into each table, by its name.
@@ -76,58 +82,69 @@ class BigQueryHistory:
             HistoryError: nothing of that date is kept, a table has other columns, partitions or
                 widths, or BigQuery refuses.
         """
-        files = {side: history.files(side, run_date) for side in TABLES}
-        files = {side: some for side, some in files.items() if some}
+        files: dict[str, list[VectorFile]] = {}
+        for side in TABLES:
+            files_of_side = history.files(side, run_date)
+            if files_of_side:
+                files[side] = files_of_side
         if not files:
             raise HistoryError(
                 f"{history.folder} holds no vectors of {run_date}; append a run of that date first."
             )
-        widths = {side: _width(side, some) for side, some in files.items()}
+        widths = {side: _width(side, files_of_side) for side, files_of_side in files.items()}
+        # All tables first: a wrong one is found before the other is changed.
         tables = {side: self._table(TABLES[side], width) for side, width in widths.items()}
         return {
             str(table.reference): self._load(table, files[side], run_date)
             for side, table in tables.items()
         }
 
-    def _table(self, name: str, width: int) -> Any:
+    def _table(self, name: str, width: int) -> Table:
         """Returns the table, made where there is none, else checked."""
+        # In the functions, since the extra may be missing.
         from google.api_core.exceptions import NotFound
         from google.cloud import bigquery
 
         project = [] if "." in self.dataset else [self.client.project]
-        full = ".".join([*project, self.dataset, name])
-        with report_errors(f"table {full}", HistoryError):
+        full_name = ".".join([*project, self.dataset, name])
+        with report_errors(f"table {full_name}", HistoryError):
             fields = [bigquery.SchemaField(column, *kind) for column, kind in COLUMNS.items()]
-            new = bigquery.Table(full, fields)
-            new.time_partitioning = bigquery.TimePartitioning(field="run_date")
-            new.clustering_fields = ["run_id", "entity_id"]
-            new.labels = {WIDTH_LABEL: str(width)} if width else {}
+            new_table = bigquery.Table(full_name, fields)
+            new_table.time_partitioning = bigquery.TimePartitioning(field="run_date")
+            # Most queries name a run, and then entities.
+            new_table.clustering_fields = ["run_id", "entity_id"]
+            # A date without rows has no width, and the next one may set it.
+            new_table.labels = {WIDTH_LABEL: str(width)} if width else {}
             try:
-                table = self.client.get_table(full)
+                table = self.client.get_table(full_name)
             except NotFound:
-                table = self.client.create_table(new, exists_ok=True)
-        _check_table(full, table, width)
+                # Another process may have made it in between.
+                table = self.client.create_table(new_table, exists_ok=True)
+        _check_table(full_name, table, width)
         return table
 
-    def _load(self, table: Any, files: Sequence[VectorFile], run_date: datetime.date) -> int:
+    def _load(self, table: Table, files: Sequence[VectorFile], run_date: datetime.date) -> int:
         """Loads files into the partition of a date and returns the number of rows."""
         from google.cloud import bigquery
 
-        lists = bigquery.ParquetOptions()
-        lists.enable_list_inference = True  # else a list would be a record of records
+        parquet_options = bigquery.ParquetOptions()
+        parquet_options.enable_list_inference = True  # else a list would be a record of records
+        # The table was made and checked above; truncation is of the partition that is named alone.
         config = bigquery.LoadJobConfig(
             source_format="PARQUET",
-            parquet_options=lists,
+            parquet_options=parquet_options,
             create_disposition="CREATE_NEVER",
             write_disposition="WRITE_TRUNCATE",
         )
         partition = f"{table.reference}${run_date:%Y%m%d}"
+        # One file and so one job for all runs of the date: the partition changes at once.
         with tempfile.TemporaryFile() as file, report_errors(f"table {partition}", HistoryError):
             _write(file, files, run_date)
             job = self.client.load_table_from_file(
                 file, partition, rewind=True, location=table.location, job_config=config
             )
-            return job.result().output_rows
+            job.result()
+            return job.output_rows or 0
 
 
 def open_dataset(dataset: str) -> BigQueryHistory:
@@ -136,12 +153,13 @@ def open_dataset(dataset: str) -> BigQueryHistory:
     return BigQueryHistory(make_client(project), dataset)
 
 
-def _check_table(name: str, table: Any, width: int) -> None:
+def _check_table(name: str, table: Table, width: int) -> None:
     """Refuses a table that vectors of this width cannot be loaded into."""
-    columns = {
-        field.name: (_TYPE_ALIASES.get(field.field_type, field.field_type), field.mode)
-        for field in table.schema
-    }
+    columns = {}
+    for field in table.schema:
+        field_type = _TYPE_ALIASES.get(field.field_type, field.field_type)
+        columns[field.name] = (field_type, field.mode)
+    # Columns that are missing, and columns that are too many.
     for column in {**COLUMNS, **columns}:
         if columns.get(column) != COLUMNS.get(column):
             raise HistoryError(
@@ -154,6 +172,7 @@ def _check_table(name: str, table: Any, width: int) -> None:
             f"table {name} must be partitioned by the DAY of run_date, not by {partitioning}. "
             "Name another dataset."
         )
+    # Without the label the table was made by hand, or by a date without rows: any width will do.
     table_width = table.labels.get(WIDTH_LABEL, str(width))
     if width and table_width != str(width):
         raise HistoryError(
@@ -163,12 +182,14 @@ def _check_table(name: str, table: Any, width: int) -> None:
 
 
 def _describe(columns: Mapping[str, tuple[Any, Any]], column: str) -> str:
+    """Returns a column's type and mode for a message, "nothing" where it is missing."""
     return " ".join(map(str, columns.get(column, ("nothing",))))
 
 
 def _width(side: str, files: Sequence[VectorFile]) -> int:
     """Returns the one width of the vectors of a date; 0 where there are none."""
-    widths: Mapping[str, int] = {file.version.name: file.width for file in files if file.rows}
+    # A file without rows has the width 0, and no part in this.
+    widths = {file.version.name: file.width for file in files if file.rows}
     if len(set(widths.values())) > 1:
         raise HistoryError(
             f"{side} vectors of one date must have one width to be indexed together; "
@@ -179,15 +200,17 @@ def _width(side: str, files: Sequence[VectorFile]) -> int:
 
 def _write(target: IO[bytes], files: Sequence[VectorFile], run_date: datetime.date) -> None:
     """Writes all rows of a date as one Parquet file."""
+    # The history has the date in the names of its folders, which a load job does not read.
     schema = pa.schema([("run_date", pa.date32()), *SCHEMA])
-    names = schema.names[:4]  # all but ids and vectors, which hardly repeat
-    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=names) as writer:
+    repeated = schema.names[:4]  # all but ids and vectors, which hardly repeat
+    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=repeated) as writer:
         for batch in _batches(files):
             dates = pa.array([run_date] * len(batch), pa.date32())
             writer.write_table(pa.Table.from_arrays([dates, *batch.columns], schema=schema))
 
 
 def _batches(files: Sequence[VectorFile]) -> Iterator[pa.RecordBatch]:
-    for stored in files:
-        with pq.ParquetFile(stored.path) as file:
-            yield from file.iter_batches(BLOCK)
+    """Yields the rows of several files, a block at a time."""
+    for file in files:
+        with pq.ParquetFile(file.path) as reader:
+            yield from reader.iter_batches(BLOCK)

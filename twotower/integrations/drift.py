@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,12 @@ from twotower.core.ragged import Ragged
 from twotower.core.tables import format_table
 from twotower.index.exact import top_k
 
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from matplotlib.axes import Axes
+
 NEIGHBOURS = 10
-MAX_SAMPLE = 2_000  # entities whose neighbours are compared
+# Entities whose neighbours are compared: each is searched for among all, which is the longest part.
+MAX_SAMPLE = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Drift:
     Attributes:
         ids: ids of the N entities of both versions.
         cosines: cosine of each entity's two vectors after alignment, float32 [N].
-        sampled: rows of `ids` whose neighbours were compared, int [S], evenly spaced.
+        sample: rows of `ids` whose neighbours were compared, int [S], evenly spaced.
         overlaps: share of its nearest neighbours that each of these has kept, float32 [S].
         added: number of entities in the new version only.
         removed: number of entities in the old version only.
@@ -44,7 +48,7 @@ class Drift:
 
     ids: pa.Array
     cosines: np.ndarray
-    sampled: np.ndarray
+    sample: np.ndarray
     overlaps: np.ndarray
     added: int
     removed: int
@@ -63,31 +67,37 @@ def compare(
         old: entity ids and vectors, float [*, D].
         new: likewise; the two widths may differ.
         k: number of neighbours compared, among the entities of both.
-        sample: number of entities at most whose neighbours are compared.
+        sample: greatest number of entities whose neighbours are compared.
 
     Raises:
         HistoryError: an id stands twice, or fewer than two are in both.
     """
-    for (ids, _), name in ((old, "old"), (new, "new")):
+    old_ids, old_vectors = old
+    new_ids, new_vectors = new
+    for ids, name in ((old_ids, "old"), (new_ids, "new")):
+        # Rows of both could not be matched by id.
         if len(pc.unique(ids)) != len(ids):
             raise HistoryError(f"an id stands twice among the {len(ids)} of the {name} vectors.")
-    row_in_new = pc.index_in(old[0], value_set=new[0].combine_chunks())
-    both = pc.is_valid(row_in_new).to_numpy(zero_copy_only=False)
-    if both.sum() < 2:
+    row_in_new = pc.index_in(old_ids, value_set=new_ids.combine_chunks())
+    in_both = pc.is_valid(row_in_new).to_numpy(zero_copy_only=False)
+    # One entity can always be rotated onto itself, and has no neighbour.
+    if in_both.sum() < 2:
         raise HistoryError(
-            f"{int(both.sum())} ids are in both versions; at least two are needed to compare them."
+            f"{int(in_both.sum())} ids are in both versions; "
+            "at least two are needed to compare them."
         )
-    ids = old[0].combine_chunks().filter(pa.array(both))
-    before = old[1][both]
-    after = new[1][row_in_new.drop_null().to_numpy()]
-    sampled = evenly_spaced(np.arange(len(ids)), sample)
+    # Both in the order of the old version.
+    common_ids = old_ids.combine_chunks().filter(pa.array(in_both))
+    before = old_vectors[in_both]
+    after = new_vectors[row_in_new.drop_null().to_numpy()]
+    sample_rows = evenly_spaced(np.arange(len(common_ids)), sample)
     return Drift(
-        ids=ids,
+        ids=common_ids,
         cosines=aligned_cosines(before, after),
-        sampled=sampled,
-        overlaps=neighbour_overlap(before, after, sampled, k=k),
-        added=len(new[0]) - len(ids),
-        removed=len(old[0]) - len(ids),
+        sample=sample_rows,
+        overlaps=neighbour_overlap(before, after, sample_rows, k=k),
+        added=len(new_ids) - len(common_ids),
+        removed=len(old_ids) - len(common_ids),
     )
 
 
@@ -100,8 +110,9 @@ def rotation(
     >>> rotation(np.eye(2), turned).round(6).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    # In float64: of float32 vectors the result would be orthogonal to seven digits alone.
-    return scipy.linalg.orthogonal_procrustes(old.astype(np.float64), new.astype(np.float64))[0]
+    # In float64: from float32 vectors the result would be orthogonal to seven digits alone.
+    matrix, _ = scipy.linalg.orthogonal_procrustes(old.astype(np.float64), new.astype(np.float64))
+    return matrix
 
 
 def aligned_cosines(
@@ -112,10 +123,13 @@ def aligned_cosines(
     The rotation is the one that makes the mean cosine greatest. A narrower side gets further
     coordinates of 0. A vector of length 0 has cosine 0.
     """
+    # At length 1, the rotation that brings vectors nearest is the one of the greatest cosines.
     width = max(old.shape[1], new.shape[1])
-    old, new = (np.pad(_normalize(x), ((0, 0), (0, width - x.shape[1]))) for x in (old, new))
-    rotated = old @ rotation(old, new).astype(np.float32)
-    return np.einsum("nd,nd->n", rotated, new).clip(-1.0, 1.0)
+    old_unit = np.pad(_normalize(old), ((0, 0), (0, width - old.shape[1])))
+    new_unit = np.pad(_normalize(new), ((0, 0), (0, width - new.shape[1])))
+    rotated = old_unit @ rotation(old_unit, new_unit).astype(np.float32)
+    # Rounding may leave a cosine a little beyond 1.
+    return np.einsum("nd,nd->n", rotated, new_unit).clip(-1.0, 1.0)
 
 
 def neighbour_overlap(
@@ -130,23 +144,30 @@ def neighbour_overlap(
     Args:
         old: vectors of the old version.
         new: vectors of the new version.
-        rows: the S entities, rows of both.
+        rows: rows of the S entities, the same in both.
         k: number of neighbours of greatest cosine.
     """
-    k = min(k, len(old) - 1)
+    k = min(k, len(old) - 1)  # an entity is no neighbour of its own
     itself = Ragged.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
 
     def neighbours(vectors: np.ndarray) -> np.ndarray:
         unit = _normalize(vectors)
         return top_k(unit[rows], unit, k, exclude=itself)[1]
 
-    before, after = neighbours(old), neighbours(new)
+    before = neighbours(old)
+    after = neighbours(new)
+    # Every pair of ranks is compared: the order within a neighbourhood does not count.
     kept = (before[:, :, None] == after[:, None, :]).any(2)
     return kept.mean(1).astype(np.float32)
 
 
-def format_drift(drift: Drift, *, most: int = 10) -> str:
-    """Returns counts, a table of quantiles, and the `most` entities that have moved furthest."""
+def format_drift(drift: Drift, *, max_names: int = 10) -> str:
+    """Returns counts, a table of quantiles, and the entities that have moved furthest.
+
+    Args:
+        drift: result of `compare`.
+        max_names: greatest number of entities to name.
+    """
     counts = [
         f"{len(drift.ids):,} in both",
         f"{drift.added:,} only in the new",
@@ -158,22 +179,17 @@ def format_drift(drift: Drift, *, most: int = 10) -> str:
         figures = [values.mean(), *np.quantile(values, shares)]
         rows.append([name, *(f"{figure:.3f}" for figure in figures)])
     header = ["", "mean", *(f"{share:.0%}" for share in shares)]
-    moved = np.argsort(drift.cosines, kind="stable")[:most]
-    names = [f"{drift.ids[int(row)].as_py()} ({drift.cosines[row]:.3f})" for row in moved]
-    return "\n".join(
-        [
-            ", ".join(counts),
-            format_table(rows, header, align="lr"),
-            f"Moved most: {', '.join(names)}.",
-        ]
-    )
+    table = format_table(rows, header, align="lr")
+    furthest = np.argsort(drift.cosines, kind="stable")[:max_names]
+    names = [f"{drift.ids[int(row)].as_py()} ({drift.cosines[row]:.3f})" for row in furthest]
+    return "\n".join([", ".join(counts), table, f"Moved most: {', '.join(names)}."])
 
 
 def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
     """Draws histograms of cosines and of neighbours kept.
 
     Args:
-        drift: what `compare` measured.
+        drift: result of `compare`.
         path: image to write, whole or not at all; its suffix names the format.
         title: title of the image.
     """
@@ -182,31 +198,27 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
         from matplotlib.figure import Figure
 
     path = Path(path)
+    # Not by pyplot, which would look for a display and keep the figure for the whole process.
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    _histogram(
-        left,
-        drift.cosines,
-        np.linspace(min(0.0, float(drift.cosines.min())), 1.0, 51),
-        "cosine after alignment",
-    )
-    _histogram(
-        right, drift.overlaps, np.linspace(-0.05, 1.05, 12), "share of nearest neighbours kept"
-    )
+    lowest = min(0.0, float(drift.cosines.min()))
+    _histogram(left, drift.cosines, np.linspace(lowest, 1.0, 51), "cosine after alignment")
+    # With ten neighbours there are eleven shares, each in the middle of a bin.
+    share_bins = np.linspace(-0.05, 1.05, 12)
+    _histogram(right, drift.overlaps, share_bins, "share of nearest neighbours kept")
+    # The temporary file's suffix would not name the format.
+    image_format = path.suffix.removeprefix(".") or "png"
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")
+        figure.savefig(temporary, dpi=120, format=image_format)
 
 
-def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, label: str) -> None:
-    axes.hist(values, bins=bins)
-    axes.axvline(
-        float(np.median(values)),
-        color="black",
-        linewidth=1,
-        label=f"median {np.median(values):.3f}",
-    )
+def _histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, label: str) -> None:
+    """Draws one histogram with its median; `bins` are the edges."""
+    axes.hist(values, bins=bins.tolist())
+    median = float(np.median(values))
+    axes.axvline(median, color="black", linewidth=1, label=f"median {median:.3f}")
     axes.set_xlabel(label)
     axes.set_ylabel("entities")
     axes.legend()
@@ -215,4 +227,5 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, label: str) -> N
 def _normalize(vectors: np.ndarray) -> np.ndarray:
     """Returns the rows at length 1; one of length 0 stays."""
     vectors = vectors.astype(np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, 1e-30)

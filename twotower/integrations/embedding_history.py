@@ -6,8 +6,8 @@ HISTORY/user_embeddings/run_date=2026-11-25/run-shop.parquet
 ```
 
 It is a hive-partitioned Parquet dataset with the columns run_id, experiment_id, model_version,
-entity_id and vector, as pyarrow, DuckDB, Spark and BigQuery read it. Every run of a date has a file
-of its own, which is there whole or not at all; a repeat takes its place.
+entity_id and vector, which pyarrow, DuckDB, Spark and BigQuery read. Every run of a date has a file
+of its own, which is there whole or not at all; a repeat replaces it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +45,7 @@ SCHEMA = pa.schema(
         "vector": pa.list_(pa.float32()),
     }
 )
+# The date is in the name of the folder, not in the files: a hive partition.
 PARTITION = pa.schema({"run_date": pa.date32()})
 BLOCK = 65_536  # rows written, and embedded, at once
 
@@ -54,13 +54,13 @@ Block = tuple[pa.Array, np.ndarray]  # ids [n] and vectors [n, D]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Version:
-    """Run and date that vectors are of.
+    """Run and date that made some vectors.
 
     Attributes:
-        run_date: date of the partition; of scheduled work its logical date, so that a repeat finds
-            it again.
-        run_id: name of the run, one of its date.
-        experiment_id: name of what was run, the same on every date.
+        run_date: date of the partition; for scheduled work its logical date, so that a repeat
+            replaces it.
+        run_id: name of the run, unique within its date.
+        experiment_id: name of the experiment, the same on every date.
         model_version: hash of the weights, as in the bundle's manifest.
     """
 
@@ -70,13 +70,15 @@ class Version:
     model_version: str
 
     def __post_init__(self):
-        if not re.fullmatch(r"[\w.-]{1,50}", self.run_id):  # part of a file's name
+        # It becomes part of a file's name, and of DATE/RUN on the command line.
+        if not re.fullmatch(r"[\w.-]{1,50}", self.run_id):
             raise HistoryError(
                 f"run_id={self.run_id!r} must be of 1 to 50 letters, digits, '.', '_' and '-'."
             )
 
     @property
     def name(self) -> str:
+        """Name that `EmbeddingHistory.find` takes: DATE/RUN."""
         return f"{self.run_date}/{self.run_id}"
 
 
@@ -98,9 +100,10 @@ class VectorFile:
 
 
 class EmbeddingHistory:
-    """The history in `folder`, which need not exist yet."""
+    """The history in a folder, which need not exist yet."""
 
     def __init__(self, folder: str | os.PathLike):
+        # A bucket has no rename that replaces a whole file at once, which `atomic` needs.
         if "://" in str(folder):
             raise HistoryError(
                 f"history={folder} must be a folder of this machine (or one mounted into it)."
@@ -108,9 +111,9 @@ class EmbeddingHistory:
         self.folder = Path(folder)
 
     def append(self, version: Version, sides: Mapping[str, Iterable[Block]]) -> None:
-        """Keeps the vectors of a run.
+        """Writes the vectors of a run.
 
-        Those that it had before on that date are replaced when all are written.
+        Earlier ones of the same run and date are replaced when all are written.
 
         Args:
             version: run and date.
@@ -120,17 +123,19 @@ class EmbeddingHistory:
             HistoryError: a block has no id for a vector, or another width than the first.
             QueryError: a vector is not finite.
         """
-        # Both sides are written before the first is put in its place.
+        # Both sides are written before the first of them replaces a file.
         with contextlib.ExitStack() as stack:
             for side, blocks in sides.items():
                 path = self._partition(side, version.run_date) / f"run-{version.run_id}.parquet"
-                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                    left.unlink(missing_ok=True)
+                # A process that was killed leaves its temporary file, which may be large.
+                for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
                 temporary = stack.enter_context(atomic(path))
                 _write(temporary, version, blocks, what=f"{side} vectors of {version.name}")
 
     def files(self, side: str, run_date: datetime.date | None = None) -> list[VectorFile]:
         """Lists the files of a side, of one date or of all, by date and then by run id."""
+        # By the folder's name: of the other dates no file is opened.
         partition = f"run_date={run_date or '*'}"
         paths = (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
         files = [_read_file_info(path) for path in paths]
@@ -146,19 +151,21 @@ class EmbeddingHistory:
         for file in self.files(side, parse_date(date, "the date of DATE/RUN")):
             if file.version.run_id == run_id:
                 return file
-        latest = ", ".join(file.version.name for file in self.files(side)[-10:]) or "none"
+        latest_names = [file.version.name for file in self.files(side)[-10:]]
+        latest = ", ".join(latest_names) or "none"
         raise HistoryError(
             f"{self.folder} has no {side} vectors of {name!r} (DATE/RUN); the latest are: {latest}."
         )
 
-    def read(self, stored: VectorFile) -> tuple[pa.ChunkedArray, np.ndarray]:
+    def read(self, file: VectorFile) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Reads the entity ids and their vectors, float32 [N, D]."""
-        vectors = np.empty((stored.rows, stored.width), np.float32)
+        # Filled block by block: lists of a million vectors would take their memory twice.
+        vectors = np.empty((file.rows, file.width), np.float32)
         ids = []
         start = 0
-        with pq.ParquetFile(stored.path) as file:
-            for batch in file.iter_batches(BLOCK, columns=["entity_id", "vector"]):
-                vectors[start : start + len(batch)] = _as_matrix(batch["vector"], stored.width)
+        with pq.ParquetFile(file.path) as reader:
+            for batch in reader.iter_batches(BLOCK, columns=["entity_id", "vector"]):
+                vectors[start : start + len(batch)] = _as_matrix(batch["vector"], file.width)
                 ids.append(batch["entity_id"])
                 start += len(batch)
         return pa.chunked_array(ids, pa.string()), vectors
@@ -181,26 +188,27 @@ class EmbeddingHistory:
 def vector_blocks(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
     """Returns the vectors of a bundle's users and items, in the blocks that `append` takes.
 
-    Those of users are the ones that recommendations are made with.
+    The vectors of users are the ones that recommendations are made with.
     """
     bundle = retriever.bundle
 
-    def rows(ids: pa.ChunkedArray, embed: Any, what: str) -> Iterator[Block]:
-        starts = range(0, len(ids), block)
-        for start in progress(starts, total=len(starts), what=what):
-            some = ids.slice(start, block).combine_chunks()
-            yield some, embed(some, slice(start, start + block))
+    # Generators: a side is embedded as it is written, and never held whole.
+    def user_blocks() -> Iterator[Block]:
+        for _, ids in _id_blocks(bundle.users["user_id"], block, "Keeping users"):
+            yield ids, retriever.embed_users(ids.to_pylist())
 
-    return {
-        "user": rows(
-            bundle.users["user_id"],
-            lambda ids, _: retriever.embed_users(ids.to_pylist()),
-            "Keeping users",
-        ),
-        "item": rows(
-            bundle.items["item_id"], lambda _, part: bundle.vectors[part], "Keeping items"
-        ),
-    }
+    def item_blocks() -> Iterator[Block]:
+        for start, ids in _id_blocks(bundle.items["item_id"], block, "Keeping items"):
+            yield ids, bundle.vectors[start : start + block]
+
+    return {"user": user_blocks(), "item": item_blocks()}
+
+
+def _id_blocks(ids: pa.ChunkedArray, block: int, what: str) -> Iterator[tuple[int, pa.Array]]:
+    """Yields the first row and the ids of each block, with a bar of progress named `what`."""
+    starts = range(0, len(ids), block)
+    for start in progress(starts, total=len(starts), what=what):
+        yield start, ids.slice(start, block).combine_chunks()
 
 
 def make_version(
@@ -212,14 +220,17 @@ def make_version(
         retriever: the loaded bundle.
         run_date: date of the run.
         run_id: name of the run.
-        experiment_id: name of what was run; by default a hash of `Config.identity` but for the
+        experiment_id: name of the experiment; by default a hash of `Config.identity` without the
             seed, which runs of one configuration share.
     """
-    bundle, config = retriever.bundle, retriever.bundle.config
-    unseeded = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, seed=Config().training.seed)
-    )
-    experiment_id = experiment_id or content_digest(unseeded.identity())[:12]
+    bundle = retriever.bundle
+    if not experiment_id:
+        # The identity leaves out options at their default, so that an option that a later version
+        # adds does not give one experiment two ids.
+        training = dataclasses.replace(bundle.config.training, seed=Config().training.seed)
+        unseeded = dataclasses.replace(bundle.config, training=training)
+        experiment_id = content_digest(unseeded.identity())[:12]
+    # A bundle in memory, of a checkpoint, has no manifest.
     weights = bundle.manifest.get("model_version") or model_version(bundle.towers.weights)
     return Version(
         run_date=run_date, run_id=run_id, experiment_id=experiment_id, model_version=weights
@@ -234,7 +245,7 @@ def append_bundle(
     run_id: str,
     experiment_id: str = "",
 ) -> dict[str, VectorFile]:
-    """Keeps the vectors of a bundle.
+    """Appends the vectors of a bundle to a history.
 
     Args:
         history: the history to append to.
@@ -252,21 +263,13 @@ def append_bundle(
 
 
 def format_versions(history: EmbeddingHistory) -> str:
-    """Returns a table of what is kept, a row for each file."""
+    """Returns a table of the history's files, a row for each."""
     rows = []
     for side in TABLES:
-        for stored in history.files(side):
-            version = stored.version
-            rows.append(
-                [
-                    side,
-                    version.name,
-                    version.experiment_id,
-                    version.model_version[:12],
-                    f"{stored.rows:,}",
-                    str(stored.width),
-                ]
-            )
+        for file in history.files(side):
+            version = file.version
+            row = [side, version.name, version.experiment_id, version.model_version[:12]]
+            rows.append([*row, f"{file.rows:,}", str(file.width)])
     header = ["", "run", "experiment", "model", "vectors", "width"]
     table = format_table(rows, header, align="llllrr")
     if not rows:
@@ -275,25 +278,37 @@ def format_versions(history: EmbeddingHistory) -> str:
 
 
 def parse_date(text: str, field: str) -> datetime.date:
-    """Reads a date written YYYY-MM-DD."""
+    """Reads a date written YYYY-MM-DD.
+
+    Args:
+        text: date as it was written.
+        field: name of the date in the message.
+
+    Raises:
+        HistoryError: it is no such date.
+    """
     with contextlib.suppress(ValueError):
+        # Python also reads 20261125 and 2026-W48-3, which name no folder of the history.
         if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
             return datetime.date.fromisoformat(text)
     raise HistoryError(f"{field}={text!r} must be a date, written YYYY-MM-DD.")
 
 
 def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) -> None:
-    constant = {
-        name: getattr(version, name) for name in ("run_id", "experiment_id", "model_version")
+    """Writes the vectors of one side; `what` names them in messages."""
+    constants = {
+        "run_id": version.run_id,
+        "experiment_id": version.experiment_id,
+        "model_version": version.model_version,
     }
     # Vectors and ids hardly repeat: a dictionary of them would cost time and save nothing.
     options = {
         "compression": "zstd",
-        "use_dictionary": list(constant),
+        "use_dictionary": list(constants),
         "write_statistics": ["run_id", "entity_id"],
     }
     rows = 0
-    width = 0
+    width = 0  # known from the first block on
     with pq.ParquetWriter(path, SCHEMA, **options) as writer:
         for ids, vectors in blocks:
             vectors = check_vectors(vectors, what=what)
@@ -308,39 +323,39 @@ def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) 
                 )
             rows += len(ids)
             width = vectors.shape[1]
-            same = {name: pa.repeat(value, len(ids)) for name, value in constant.items()}
-            table = pa.table(
-                {**same, "entity_id": ids, "vector": _as_lists(vectors)}, schema=SCHEMA
-            )
+            columns = {name: pa.repeat(value, len(ids)) for name, value in constants.items()}
+            columns |= {"entity_id": ids, "vector": _as_lists(vectors)}
+            table = pa.table(columns, schema=SCHEMA)
             writer.write_table(table, row_group_size=BLOCK)
-        about = constant | {"run_date": str(version.run_date), "rows": rows, "width": width}
-        writer.add_key_value_metadata(
-            {"twotower": json.dumps(about)}
-        )  # so that a listing reads no column
+        # In the footer, so that a listing reads no column.
+        info = constants | {"run_date": str(version.run_date), "rows": rows, "width": width}
+        writer.add_key_value_metadata({"twotower": json.dumps(info)})
 
 
 def _read_file_info(path: Path) -> VectorFile:
-    """Reads what a file says of itself, without a column of it."""
+    """Reads the version and size in the footer of a file, and none of its columns."""
     try:
-        about = json.loads(pq.read_metadata(path).metadata[b"twotower"])
-        rows, width = about.pop("rows"), about.pop("width")
-        version = Version(**about | {"run_date": datetime.date.fromisoformat(about["run_date"])})
+        info = json.loads(pq.read_metadata(path).metadata[b"twotower"])
+        rows = info.pop("rows")
+        width = info.pop("width")
+        info["run_date"] = datetime.date.fromisoformat(info["run_date"])
+        version = Version(**info)
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise HistoryError(
             f"{path} is no file of the history, or is damaged ({error}). Append that run again."
         ) from None
-    if (path.parent.name, path.name) != (
-        f"run_date={version.run_date}",
-        f"run-{version.run_id}.parquet",
-    ):
+    # Readers of the dataset take the date from the folder, this module from the footer.
+    if path.parts[-2:] != (f"run_date={version.run_date}", f"run-{version.run_id}.parquet"):
         raise HistoryError(f"{path} was moved or renamed: it holds the vectors of {version.name}.")
     return VectorFile(version=version, path=path, rows=rows, width=width)
 
 
 def _as_lists(vectors: np.ndarray) -> pa.ListArray:
+    """Returns vectors [n, D] as n lists over one flat array, without a loop over rows."""
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel()))
 
 
 def _as_matrix(lists: pa.ListArray, width: int) -> np.ndarray:
+    """Returns n lists of one width as a matrix [n, width]."""
     return lists.flatten().to_numpy().reshape(len(lists), width)

@@ -8,7 +8,7 @@ NAME:VERSION:item:ID           likewise
 NAME:VERSION:list:K:SEEN:ID    a list of recommendations, JSON
 ```
 
-Every key has a time to live, so that what belonged to an older bundle goes by itself.
+Every key has a time to live, so that keys of an older bundle go by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
@@ -28,8 +28,11 @@ from twotower.index.base import check_vectors
 from twotower.integrations.embedding_history import Block
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
 
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from redis import Redis
+
 DAY = 86_400  # seconds
-KEYS_PER_ROUND_TRIP = 2_000
+KEYS_PER_ROUND_TRIP = 2_000  # the client holds the commands of a round trip in memory
 PUBLISH_TIMEOUT = 10.0  # seconds; a batch job may wait where a server may not
 # A colon would mix the keys of two models.
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -43,6 +46,9 @@ class RedisStore:
         name: name of the model, which the keys begin with, so that several models share a server.
         timeout: longest wait of a read, in seconds.
         retry_after: time for which Redis is left alone after it did not answer, in seconds.
+
+    Raises:
+        ConfigError: the extra redis is missing, or the name or the URL cannot be used.
     """
 
     def __init__(
@@ -57,8 +63,10 @@ class RedisStore:
         self.name = name
         self._errors = redis.RedisError
         self._retry_after = retry_after
+        # Times are those of the monotonic clock: the time of day may be set back meanwhile.
         self._away_until = -np.inf
         self._client = _connect(url, timeout)
+        # A client of its own: publishing may wait longer, and its errors are raised.
         self._publisher = _connect(url, PUBLISH_TIMEOUT)
         self._is_away = False
 
@@ -72,19 +80,20 @@ class RedisStore:
         Args:
             version: version of the bundle, see `bundle_version`.
             sides: blocks of ids [n] and vectors, float [n, D], of "user" and "item".
-            ttl: time that all of it lives, in seconds.
+            ttl: time to live of all keys, in seconds.
 
         Returns:
             The number of vectors of each side.
 
         Raises:
-            StoreError: Redis is away, full, or refuses; what was current still is.
+            StoreError: Redis is away, full, or refuses; the older vectors stay current.
         """
         counts = dict.fromkeys(sides, 0)
         width = 0
         try:
             for side, blocks in sides.items():
                 for ids, vectors in blocks:
+                    # Little-endian, whatever the machines of writer and reader are.
                     vectors = check_vectors(vectors, what=side).astype("<f4")
                     width = vectors.shape[1]
                     keys = [self._key(version, side, entity) for entity in ids.to_pylist()]
@@ -92,6 +101,7 @@ class RedisStore:
                         part = slice(start, start + KEYS_PER_ROUND_TRIP)
                         self._write(zip(keys[part], vectors[part]), ttl)
                     counts[side] += len(keys)
+            # Last, and in one key: readers never find a version that is not whole.
             current = json.dumps({"version": version, "width": width})
             self._publisher.set(f"{self.name}:current", current, ex=ttl)
         except self._errors as error:
@@ -113,28 +123,33 @@ class RedisStore:
         """
         current = self.current()
         values = None
+        # Redis refuses MGET without keys.
         if current is not None and len(ids):
             keys = [self._key(current["version"], side, entity) for entity in ids]
             values = self.try_call(lambda client: client.mget(keys))
         if current is None or values is None:
             return np.zeros((len(ids), 0), np.float32), np.zeros(len(ids), bool)
-        size = 4 * current["width"]
+        size = 4 * current["width"]  # bytes
+        # A value of another length is not ours: it counts as missing, not as an error.
         has_vector = np.array([value is not None and len(value) == size for value in values])
-        joined = b"".join(value if ok else bytes(size) for value, ok in zip(values, has_vector))
+        zeros = bytes(size)
+        joined = b"".join(value if ok else zeros for value, ok in zip(values, has_vector))
         vectors = np.frombuffer(joined, "<f4").reshape(len(ids), -1)
+        # A copy: the array over the bytes could not be written to.
         return vectors.astype(np.float32), has_vector
 
     def current(self) -> dict[str, Any] | None:
         """Reads the version and width of the current vectors; None where there are none, or Redis
         is away."""
         value = self.try_call(lambda client: client.get(f"{self.name}:current"))
+        # Anybody may write to Redis: what is not ours is no version, rather than an error.
         try:
             current = json.loads(value or b"null")
             return {"version": str(current["version"]), "width": int(current["width"])}
         except (KeyError, TypeError, ValueError):
             return None
 
-    def try_call(self, call: Callable[[Any], Any]) -> Any:
+    def try_call(self, call: Callable[[Redis], Any]) -> Any:
         """Returns `call(client)`, or None while Redis is away.
 
         Redis is tried once, and then left alone for `retry_after` seconds, so that a server without
@@ -146,6 +161,7 @@ class RedisStore:
             answer = call(self._client)
         except self._errors as error:
             self._away_until = time.monotonic() + self._retry_after
+            # Said once, not with every request.
             if not self._is_away:
                 logging.warning("Redis is away, going on without it: %s", error)
             self._is_away = True
@@ -156,6 +172,7 @@ class RedisStore:
         return answer
 
     def list_key(self, version: str, user: Any, k: int, *, exclude_seen: bool) -> bytes:
+        """Returns the key of a list of recommendations; arguments are those of `recommend`."""
         return self._key(version, f"list:{k}:{int(exclude_seen)}", user)
 
     def _key(self, version: str, kind: str, name: Any) -> bytes:
@@ -164,6 +181,9 @@ class RedisStore:
         return f"{self.name}:{version}:{kind}:{name}".encode("utf-8", "surrogatepass")
 
     def _write(self, pairs: Iterable[tuple[bytes, np.ndarray]], ttl: int) -> None:
+        """Writes vectors in one round trip."""
+        # No transaction: nobody reads them before `publish` names their version, and one would
+        # stop the server for all of them at once.
         pipeline = self._publisher.pipeline(transaction=False)
         for key, vector in pairs:
             pipeline.set(key, vector.tobytes(), ex=ttl)
@@ -171,12 +191,12 @@ class RedisStore:
 
 
 class CachedRetriever:
-    """Recommends as its retriever does, from Redis where an equal question was answered lately.
+    """A retriever whose lists are kept in Redis for a while, and answered from there.
 
     Args:
-        retriever: what recommends.
-        store: what remembers.
-        ttl: time that a list lives, in seconds. After a change to a live index lists are made anew.
+        retriever: retriever that makes the lists.
+        store: store that keeps them.
+        ttl: time to live of a list, in seconds. After a change to a live index lists are made anew.
     """
 
     def __init__(self, retriever: Retriever, store: RedisStore, *, ttl: int = 60):
@@ -187,6 +207,7 @@ class CachedRetriever:
 
     def recommend(self, user: Any, k: int = 10, *, exclude_seen: bool = True) -> Recommendations:
         """Recommends as `Retriever.recommend` does for an id."""
+        # The number of changes is a part of the key: no list outlives a change of the items.
         version = f"{self._version}.{self.retriever.changes}"
         key = self.store.list_key(version, user, k, exclude_seen=exclude_seen)
         recommended = _from_json(self.store.try_call(lambda client: client.get(key)))
@@ -203,6 +224,7 @@ def bundle_version(retriever: Retriever) -> str:
     Raises:
         StoreError: the bundle was never written.
     """
+    # The manifest has the digest of every file.
     if not retriever.bundle.manifest:
         raise StoreError(
             "a bundle that was not written has no version; export it, and load it from its folder."
@@ -210,7 +232,8 @@ def bundle_version(retriever: Retriever) -> str:
     return content_digest(retriever.bundle.manifest)[:16]
 
 
-def _connect(url: str, timeout: float) -> Any:
+def _connect(url: str, timeout: float) -> Redis:
+    """Returns a client; it connects when it is first used."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -225,6 +248,7 @@ def _connect(url: str, timeout: float) -> Any:
     try:
         return redis.Redis.from_url(url, **options)
     except ValueError as error:
+        # The rest of the URL may hold a password.
         scheme = url.partition("://")[0]
         raise ConfigError(
             f"the Redis URL that begins with {scheme!r} cannot be used: {error}"
@@ -232,6 +256,7 @@ def _connect(url: str, timeout: float) -> Any:
 
 
 def _to_json(recommended: Recommendations) -> str:
+    """Returns a list as JSON, which `_from_json` reads."""
     items = [(item.item_id, item.score, dict(item.display)) for item in recommended]
     return json.dumps({"known": recommended.known, "items": items}, ensure_ascii=False)
 
@@ -239,11 +264,11 @@ def _to_json(recommended: Recommendations) -> str:
 def _from_json(value: bytes | None) -> Recommendations | None:
     """Reads the list that `_to_json` wrote; None where it is anything else."""
     try:
-        stored = json.loads(value or b"null")
+        content = json.loads(value or b"null")
         items = [
             Recommendation(str(item), float(score), dict(display))
-            for item, score, display in stored["items"]
+            for item, score, display in content["items"]
         ]
-        return Recommendations(items, known=bool(stored["known"]))
+        return Recommendations(items, known=bool(content["known"]))
     except (KeyError, TypeError, ValueError):
         return None

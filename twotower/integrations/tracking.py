@@ -11,17 +11,20 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twotower.core.errors import ConfigError, extra
 from twotower.core.files import atomic, current_version
 from twotower.training.run import load_config
 
-# MLflow takes no more of each.
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from mlflow import MlflowClient
+
+# Limits of MLflow: for one request, and for the text of a parameter.
 METRICS_PER_REQUEST = 1_000
 PARAMS_PER_REQUEST = 100
 MAX_PARAM_CHARACTERS = 6_000
-STATE_FILE = "mlflow.json"  # in the folder of the run: which MLflow run it was logged to
+STATE_FILE = "mlflow.json"  # in the folder of the run: the MLflow run that it was logged to
 
 
 def track(
@@ -31,11 +34,11 @@ def track(
 
     Args:
         workdir: folder of the run.
-        uri: the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
+        uri: address of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
         experiment: name of the experiment, which is made where there is none.
-        artifacts: folder or address where a new experiment keeps files; by default the folder
+        artifacts: folder or address for the files of a new experiment; by default the folder
             mlartifacts beside an SQLite file (MLflow's own default is the folder that the command
-            was started in), or where the server says.
+            was started in), or the server's choice.
         bundle: whether the bundle is logged too, beside the configuration and the evaluations.
 
     Returns:
@@ -50,6 +53,7 @@ def track(
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     try:
+        # Both addresses: MLflow would take the other one from the environment.
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         run_id = _run_id(client, workdir, uri, experiment, artifacts)
         _log_params(client, run_id, dataclasses.asdict(config))
@@ -62,11 +66,13 @@ def track(
         if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:
+        # Refusals of this library are one line.
         reason = str(error).splitlines()[0].rstrip(".")
         hint = ""
+        # The run may have been deleted in MLflow since.
         if (workdir / STATE_FILE).exists():
             hint = f" To log to a new run of MLflow, delete {workdir / STATE_FILE}."
-        raise ConfigError(f"MLflow at {_without_password(uri)} refuses: {reason}.{hint}") from error
+        raise ConfigError(f"MLflow at {_hide_password(uri)} refuses: {reason}.{hint}") from error
     return run_id
 
 
@@ -77,6 +83,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     {'a.b': 1, 'recall_at_10': 2}
     """
     for key, value in tree.items():
+        # MLflow takes letters, digits and _-./ and spaces; "recall_10" would read badly.
         readable = str(key).replace("@", "_at_")
         name = prefix + re.sub(r"[^\w.\- /]", "_", readable)
         if isinstance(value, Mapping):
@@ -85,24 +92,27 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def _run_id(client: Any, workdir: Path, uri: str, experiment: str, artifacts: str) -> str:
+def _run_id(client: MlflowClient, workdir: Path, uri: str, experiment: str, artifacts: str) -> str:
     """Returns the MLflow run that the folder was logged to before, or a new one."""
     path = workdir / STATE_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("uri") == _without_password(uri) and known.get("experiment") == experiment:
-        return known["run_id"]
-    known_experiment = client.get_experiment_by_name(experiment)
-    if known_experiment is None:
+    # The file is copied with the folder: it must not hold a password.
+    address = _hide_password(uri)
+    previous: dict[str, str] = {}
+    if path.exists():
+        previous = json.loads(path.read_text(encoding="utf-8"))
+    if previous.get("uri") == address and previous.get("experiment") == experiment:
+        return previous["run_id"]
+    existing = client.get_experiment_by_name(experiment)
+    if existing is None:
         location = artifacts or _artifact_folder(uri)
         experiment_id = client.create_experiment(experiment, artifact_location=location or None)
     else:
-        experiment_id = known_experiment.experiment_id
-    run = client.create_run(
-        experiment_id,
-        run_name=workdir.resolve().name,
-        tags={"twotower.workdir": str(workdir.resolve())},
-    )
-    state = {"uri": _without_password(uri), "experiment": experiment, "run_id": run.info.run_id}
+        experiment_id = existing.experiment_id
+    folder = workdir.resolve()
+    tags = {"twotower.workdir": str(folder)}
+    run = client.create_run(experiment_id, run_name=folder.name, tags=tags)
+    # Before anything is logged: a command that is killed goes on with this run, not with another.
+    state = {"uri": address, "experiment": experiment, "run_id": run.info.run_id}
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(state), encoding="utf-8")
     return run.info.run_id
@@ -116,11 +126,14 @@ def _artifact_folder(uri: str) -> str:
     return (Path(file).resolve().parent / "mlartifacts").as_uri()
 
 
-def _without_password(uri: str) -> str:
+def _hide_password(uri: str) -> str:
+    """Returns an address without its user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def _log_params(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
+def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
+    """Logs the options of the configuration that are not logged yet."""
+    # In the functions, since the extra may be missing.
     from mlflow.entities import Param
 
     # MLflow refuses another value for a parameter that it has.
@@ -135,34 +148,32 @@ def _log_params(client: Any, run_id: str, config: Mapping[str, Any]) -> None:
 
 
 def _log_metrics(
-    client: Any, run_id: str, lines: Iterable[tuple[int, Mapping[str, float]]]
+    client: MlflowClient, run_id: str, lines: Iterable[tuple[int, Mapping[str, float]]]
 ) -> None:
+    """Logs the metrics of each step."""
     from mlflow.entities import Metric
 
     # The time of a step is made of its number and always the same, so that the store recognises
     # what it has already.
-    begun = client.get_run(run_id).info.start_time
-    metrics = [
-        Metric(name, float(x), begun + step, step)
-        for step, values in lines
-        for name, x in flatten(values)
-    ]
+    start_time = client.get_run(run_id).info.start_time
+    metrics = []
+    for step, values in lines:
+        for name, x in flatten(values):
+            metrics.append(Metric(name, float(x), start_time + step, step))
     for start in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields steps with their metrics.
-
-    A line that the trainer is just writing has no end yet, and is left for the next time.
-    """
+    """Yields the steps of the file that the trainer writes, with their metrics."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A line that is just being written has no end yet, and is left for the next time.
         if line.endswith("\n"):
             values = json.loads(line)
             step = values.pop("step")
-            yield step, {name: x for name, x in values.items() if isinstance(x, (int, float))}
+            yield step, _numbers(values)
 
 
 def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
@@ -171,19 +182,27 @@ def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
         measured = json.loads(path.read_text(encoding="utf-8"))
         protocol = measured.pop("protocol")
         figures = flatten({protocol["split"]: measured})
-        yield protocol["step"], {name: x for name, x in figures if isinstance(x, (int, float))}
+        yield protocol["step"], _numbers(dict(figures))
 
 
-def _log_files(client: Any, run_id: str, workdir: Path, *, bundle: bool) -> None:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values that are numbers: MLflow has no other metrics."""
+    return {name: x for name, x in values.items() if isinstance(x, (int, float))}
+
+
+def _log_files(client: MlflowClient, run_id: str, workdir: Path, *, bundle: bool) -> None:
+    """Logs the configuration, the evaluations and, if `bundle`, the bundle."""
     client.log_artifact(run_id, str(workdir / "config.json"))
     # Without the versions before: the one that is logged is a bundle of its own.
-    files = current_version(workdir / "bundle")
-    folders = {"evaluation": workdir / "evaluation"} | ({"bundle": files} if bundle else {})
+    bundle_folder = current_version(workdir / "bundle")
+    folders = {"evaluation": workdir / "evaluation"}
+    if bundle:
+        folders["bundle"] = bundle_folder
     for name, folder in folders.items():
         if folder.exists():
             client.log_artifacts(run_id, str(folder), name)
-    manifest = files / "manifest.json"
-    if manifest.exists():
-        client.set_tag(
-            run_id, "twotower.model_version", json.loads(manifest.read_text())["model_version"]
-        )
+    # The tag is set also where the bundle itself is not logged: it says which one belongs here.
+    manifest_file = bundle_folder / "manifest.json"
+    if manifest_file.exists():
+        manifest = json.loads(manifest_file.read_text())
+        client.set_tag(run_id, "twotower.model_version", manifest["model_version"])
