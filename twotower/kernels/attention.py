@@ -1,7 +1,7 @@
 """Attention within the segments of packed sequences, and rotary positions.
 
 `reference_attention` is the plain form, with the logits of all pairs at once. `attend` takes
-queries in blocks, so that a causal query forms no logits with what is after its block.
+queries in blocks, so that a causal query forms no logits with positions after its block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def attend(
         visible = stop if causal else length
         mask = _visible(segment, start, stop, visible, causal)
         out.append(_attend_block(q[:, :, start:stop], k[:, :, :visible], v[:, :, :visible], mask))
-    return jnp.concatenate(out, 2).transpose(0, 2, 1, 3).astype(v.dtype)
+    joined = jnp.concatenate(out, 2).astype(v.dtype)
+    return joined.transpose(0, 2, 1, 3)
 
 
 def reference_attention(

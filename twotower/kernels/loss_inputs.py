@@ -142,7 +142,7 @@ class LossOptions(NamedTuple):
     """The static options of a retrieval loss.
 
     Attributes:
-        loss: the loss, its constants given to `per_query`.
+        loss: the loss, with its constants bound.
         margin: additive margin, in units of scores; not used where `Loss.takes_margin`.
         positive_temperature: temperature of the positive, where `Loss.bilateral`; 0 takes that of
             the negatives.

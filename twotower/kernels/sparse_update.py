@@ -24,8 +24,7 @@ PADDING = 0
 # XLA for CPUs copies gathered rows of 32 to 64 numbers two to three times as fast when it sees them
 # as groups of 8.
 _FOLD = 8
-# Slots for each id of a batch where distinct ids are found by hashing: few enough for the cache,
-# and most ids are alone.
+# Hash buckets for each id of a batch: few enough for the cache, and most ids are alone in theirs.
 _HASH_SLOTS = 8
 # Sums that one round of `merge_by_sorting` adds up.
 _SUMS_PER_ROUND = 4

@@ -38,7 +38,7 @@ def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
     that lists in the order of their rows leave the lower row first.
 
     Args:
-        k: length of the merged list, which is shorter where fewer scores are given.
+        k: greatest length of the merged list.
         scores: float [B, M], of NumPy or JAX; not NaN.
         columns: arrays [B, M] of what stands beside each score, such as rows.
 
@@ -170,7 +170,9 @@ class RunningTopK:
         # Only then: most blocks leave few candidates, and need no search for equals.
         if len(kept) > MAX_CANDIDATES_PER_RANK * self._k * len(scores):
             needed = self._first_equals(thresholds, query, values)
-            query, values, rows = query[needed], values[needed], rows[needed]
+            query = query[needed]
+            values = values[needed]
+            rows = rows[needed]
         self._append(*self._as_lists(query, values, rows))
 
     def best(self) -> tuple[np.ndarray, np.ndarray]:

@@ -275,8 +275,7 @@ def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Lo
         objective: options, of which `loss.constants` names some.
         num_items: N, number of items (or users) that a candidate may be.
     """
-    constants = {}
-    for name in loss.constants:
-        # The one constant that is no option: it depends on the data.
-        constants[name] = num_items if name == "num_items" else getattr(objective, name)
+    # The one constant that is no option: it depends on the data.
+    values = {**vars(objective), "num_items": num_items}
+    constants = {name: values[name] for name in loss.constants}
     return loss._replace(per_query=functools.partial(loss.per_query, **constants))

@@ -62,8 +62,7 @@ def init_queue(size: int, dim: int) -> dict[str, Array]:
         is the step that an entry was made in, -1 for none. The keys are those of checkpoints.
     """
     queue = {"vectors": jnp.zeros((size, dim))}
-    # Arrays of their own, though equal: a state is donated, and a buffer can be given away only
-    # once.
+    # Arrays of their own, though equal: a state is donated, and a buffer can be donated only once.
     for name in ("ids", "owners", "step"):
         queue[name] = jnp.full(size, -1, jnp.int32)
     return queue

@@ -43,7 +43,8 @@ def init_table(
         count: C; None makes all padded rows.
         norm: expected norm of a row.
     """
-    count = padded_rows(rows) if count is None else count
+    if count is None:
+        count = padded_rows(rows)
     # Filled chunk by chunk: the peak of memory is the result and one chunk, not a table of random
     # bits beside it.
     chunk = min(count, ROW_MULTIPLE)

@@ -112,8 +112,10 @@ class MLP(nn.Module):
                 )
                 x = norm(x)
             x = drop_out(ACTIVATIONS[self.activation](x), self.dropout, keys, layer)
+        if not self.layers:
+            return x
         # The last layer is linear: vectors may point anywhere, not into one orthant.
-        return dense(self.layers[-1], self.dtype)(x) if self.layers else x
+        return dense(self.layers[-1], self.dtype)(x)
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -60,13 +60,12 @@ class Weights(NamedTuple):
 class EncodedFeatures(Protocol):
     """The inputs and tables of an encoder."""
 
-    # Cached, as in `Encoder`: the type checker tells such properties from others.
-    @functools.cached_property
+    @property
     def inputs(self) -> Mapping[str, Mapping[str, Input]]:
         """Side -> feature -> shape and table of its encoded values."""
         ...
 
-    @functools.cached_property
+    @property
     def tables(self) -> Mapping[str, TableShape]:
         """Embedding tables by name."""
         ...
@@ -152,8 +151,9 @@ class TwoTower:
         params, stats = jax.jit(self.init_dense)(key)
         tables = {}
         for name in self.tables:
-            pretrained = self.pretrained_rows(name)
-            rows = self.init_rows(key, name) if pretrained is None else pretrained
+            rows = self.pretrained_rows(name)
+            if rows is None:
+                rows = self.init_rows(key, name)
             tables[name] = jnp.asarray(rows)
         return Weights(params, tables, stats)
 
@@ -243,21 +243,29 @@ class TwoTower:
             axis=axis,
             mutable=["batch_stats"] if training else [],
         )
-        stats = updates["batch_stats"] if "batch_stats" in updates else {}
-        return l2_normalize(x) if self.normalize else x, stats
+        stats = {}
+        if "batch_stats" in updates:
+            stats = updates["batch_stats"]
+        if self.normalize:
+            x = l2_normalize(x)
+        return x, stats
 
     def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B *S D"]:
         """Returns the vectors of encoded features, as served: no dropout, running statistics, cut
         to `dim`."""
         rows = self.lookup(side, weights.tables, features)
         vectors, _ = self.vectors(side, weights, rows, features)
-        return vectors if vectors.shape[-1] == self.dim else self.shorten(vectors, self.dim)
+        if vectors.shape[-1] == self.dim:
+            return vectors
+        return self.shorten(vectors, self.dim)
 
     def shorten(self, vectors: Float[Array, "... D"], width: int) -> Float[Array, "... W"]:
         """Returns the first `width` numbers of vectors, normalised again where vectors are
         (Matryoshka, Kusupati et al., 2022)."""
         short = vectors[..., :width]
-        return l2_normalize(short) if self.normalize else short
+        if not self.normalize:
+            return short
+        return l2_normalize(short)
 
     def cut(self, width: int) -> TwoTower:
         """Returns the same towers, for the same weights, whose `embed` gives shortened vectors."""
@@ -295,10 +303,14 @@ class TwoTower:
         if not events:
             return None
         segment = features.get(HISTORY_SEGMENT)
+        if segment is None:
+            valid = features[events[0]] != PADDING
+        else:
+            # In a packed sequence the start token has no item, and is valid all the same.
+            valid = segment > 0
         return {
             "vectors": self._columns(side, rows, features, of_events=True),
-            # In a packed sequence the start token has no item, and is valid all the same.
-            "valid": features[events[0]] != PADDING if segment is None else segment > 0,
+            "valid": valid,
             "time_since_previous": features.get(HISTORY_TIME_SINCE_PREVIOUS),
             "log_weights": features.get(HISTORY_WEIGHT),
             "segment": segment,

@@ -265,7 +265,8 @@ def log_expected_count(
         draws = sampling.batch_size * config.in_batch + queued
         sources.append(lambda ids: estimator.log_expected_count(frequency, ids, draws))
     if config.uniform:
-        num, items = config.uniform, sampling.items
+        num = config.uniform
+        items = sampling.items
         sources.append(lambda ids: negatives.uniform_log_expected_count(ids, num, items))
     if popularity is not None and config.popularity:
         sources.append(lambda ids: popularity.log_expected_count(ids, config.popularity))
@@ -351,7 +352,7 @@ def step_constants(
     """Returns the arrays of the corpus that steps read and never change, on every device.
 
     Args:
-        sampling: Sources of negatives, which decide what is needed.
+        sampling: Sources of negatives, which decide the arrays.
         data: Prepared data.
         mesh: Devices of the run.
         resident: Training data that is on the devices already; None if batches come from the host.

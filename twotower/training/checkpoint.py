@@ -40,7 +40,7 @@ def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | 
         step: values[metric] for step, values in sorted(metrics.items()) if metric in values
     }
     # Steps are sorted, and `max` returns the first of equals: the earliest.
-    return max(measured, key=measured.__getitem__) if measured else None
+    return max(measured, key=measured.__getitem__, default=None)
 
 
 class Checkpoints:
@@ -115,7 +115,9 @@ class Checkpoints:
         steps = self._manager.all_steps()
         metrics = {step: self._manager.metrics(step) or {} for step in steps}
         best = best_step(metrics, self._metric)
-        return self.latest() if best is None else best
+        if best is None:
+            return self.latest()
+        return best
 
     def wait(self) -> None:
         """Waits for the save in progress."""

@@ -246,7 +246,9 @@ def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
     devices = mesh.size
     if size % devices:
         below = size // devices * devices
-        near = f"{below} or {below + devices}" if below else f"{devices}"
+        near = f"{devices}"
+        if below:
+            near = f"{below} or {below + devices}"
         raise ConfigError(
             f"config.training.batch_size={size} cannot be divided evenly over {devices} devices: "
             f"choose {near}, or --devices={math.gcd(size, devices)}."

@@ -182,7 +182,7 @@ def _restart_frequency(old: TrainState, fresh: TrainState) -> dict[str, Any]:
     frequency = {}
     for side, estimates in fresh.frequency.items():
         frequency[side] = estimates
-        # Intervals are counted from the first step of the grown run.
+        # Intervals are counted from the first step of the new run.
         if "start" in estimates:
             frequency[side] = estimates | {"start": old.step}
     return frequency
@@ -236,7 +236,8 @@ def rows_from_content(old_run: OldRun, prepared: PreparedData, addition: Additio
     Raises:
         ConfigError: They have no other features.
     """
-    side, feature = addition.side, addition.feature
+    side = addition.side
+    feature = addition.feature
     features = prepared.features[side]
     ids = features.get(feature)
     if ids is None or ids.ndim != 1:
@@ -357,7 +358,7 @@ def _check_configs(before: Config, config: Config, workdir: Path) -> None:
     """Refuses a folder in use, and changes of what the old state depends on."""
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(
-            f"--workdir={workdir} must be a new or empty folder: the grown run is made there."
+            f"--workdir={workdir} must be a new or empty folder: the new run is made there."
         )
     for section in _FIXED_SECTIONS:
         if getattr(before, section) != getattr(config, section):

@@ -106,7 +106,9 @@ def _state_around(
     }
     estimator = FREQUENCIES[trainer.sampling.config.frequency]
     # Users are candidates of the symmetric loss alone.
-    sides = SIDES if objective.symmetric else ("item",)
+    sides = SIDES
+    if not objective.symmetric:
+        sides = ("item",)
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -385,7 +385,9 @@ def jit_steps(trainer: Trainer, mesh: Mesh, gather: GatherBatch | None) -> Calla
     def run_step(
         state: TrainState, part: Any, data: Any, constants: Any
     ) -> tuple[TrainState, Metrics]:
-        batch = part if gather is None else gather(data, part)
+        batch = part
+        if gather is not None:
+            batch = gather(data, part)
         return train_step(state, batch, constants, trainer=trainer, group=group)
 
     def run_dispatch(

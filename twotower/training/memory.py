@@ -92,9 +92,11 @@ def _free_bytes(mesh: Mesh) -> int | None:
     # Devices of a CPU share its memory. "Available" includes the system's cache of files, such as
     # the log that was just read.
     meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    for line in lines:
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
+            # In KiB.
             return int(line.split()[1]) * 1024 // len(devices)
     return None
 

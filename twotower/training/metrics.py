@@ -130,7 +130,7 @@ class StepMetrics:
             self._add({name: float(x[i]) for name, x in values.items()})
 
     def _add(self, values: dict[str, float]) -> None:
-        """Adds a step to the window, and writes a line where one is due."""
+        """Adds a step to the window, and writes a line every `log_every` steps."""
         loss = values["loss"]
         # The loss of this step may still be finite when its gradient is not.
         norm = values["grad_norm"]

@@ -21,7 +21,7 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
         cluster: Whether to ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.
 
     Raises:
-        ConfigError: The three do not go together, or no cluster is found.
+        ConfigError: The three do not go together, or there is no cluster.
     """
     # A negative number of the process is the flag's default, and means none.
     if not coordinator:
@@ -43,12 +43,13 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
 def _initialize(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Starts `jax.distributed`, which asks the cluster for what is None."""
+    """Starts `jax.distributed`, which asks the cluster for each argument that is None."""
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator, num_processes=processes, process_id=process
         )
-    except ValueError as error:  # nothing here says which cluster this is
+    except ValueError as error:
+        # Neither the environment nor an argument names a cluster.
         raise ConfigError(
             f"--distributed: no cluster is known here ({str(error).splitlines()[0]}). Say who is "
             "who by --coordinator=HOST:PORT --processes=N --process=I."

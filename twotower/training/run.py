@@ -92,7 +92,7 @@ def train(
     prepared = prepare(config, encoder=encoder)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
-    # Only now that everything fits: a mistake found above leaves the folder free for the corrected
+    # Only now that everything fits: an error above leaves the folder free for the corrected
     # configuration.
     begin(workdir, config, prepared.encoder if encoder is None else None)
     validate = None
@@ -224,7 +224,9 @@ def holds_run(workdir: Path, config: Config) -> bool:
     """
     path = config_path(workdir)
     if not path.exists():
-        others = list(workdir.iterdir()) if workdir.exists() else []
+        others: list[Path] = []
+        if workdir.exists():
+            others = list(workdir.iterdir())
         # A process that was killed while it wrote the configuration leaves a temporary file.
         if not all(other.match(".config.json.*.tmp") for other in others):
             raise ConfigError(
@@ -263,8 +265,10 @@ def _differences(old: Any, new: Any, field: str) -> list[str]:
         new: Value of the new configuration.
         field: Name of the field, with its sections.
     """
+    if old == new:
+        return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{field} was {old!r} and is now {new!r}"]
+        return [f"{field} was {old!r} and is now {new!r}"]
     changed = []
     # A field that one side lacks was added or removed by another version: it counts as None.
     for name in sorted(old.keys() | new.keys()):
@@ -282,7 +286,10 @@ def find_step(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
         return int(which)
     if which not in ("best", "latest"):
         raise CheckpointError(f"--checkpoint={which!r} must be best, latest or a step.")
-    step = checkpoints.best() if which == "best" else checkpoints.latest()
+    if which == "best":
+        step = checkpoints.best()
+    else:
+        step = checkpoints.latest()
     if step is None:
         again = f"python -m experiments.train --config=... --workdir={workdir}"
         raise CheckpointError(

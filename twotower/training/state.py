@@ -106,9 +106,10 @@ class Trainer:
         """
         loss, optimizers = resolve_kinds(config)
         check_matryoshka(config.objective.matryoshka, model.dim)
-        # A packed row of whole sequences has a start token before each user's L events.
-        is_packed = config.training.examples == "sequences"
-        positions = model.history_length + 1 if is_packed else 1
+        positions = 1
+        if config.training.examples == "sequences":
+            # A packed row of whole sequences has a start token before each user's L events.
+            positions = model.history_length + 1
         sampling = NegativeSampling.build(config, loss, corpus, positions=positions)
         return cls(config, model, loss, optimizers, corpus, sampling)
 

@@ -163,15 +163,17 @@ def flatten_sequences(batch: Batch) -> Batch:
     """
     if batch["user"].ndim == 1:
         return batch
-    kept = ("user_features", "query_slot")
+    unchanged = ("user_features", "query_slot")
 
     def flatten(x: jax.Array) -> jax.Array:
         return x.reshape(-1, *x.shape[2:])
 
-    return {
-        name: values if name in kept else jax.tree.map(flatten, values)
-        for name, values in batch.items()
-    }
+    flat = {}
+    for name, values in batch.items():
+        if name not in unchanged:
+            values = jax.tree.map(flatten, values)
+        flat[name] = values
+    return flat
 
 
 def row_numbers(batch: Batch, sampled: SampledItems, group: DeviceGroup) -> dict[str, jax.Array]:
@@ -253,10 +255,13 @@ def oov_dropout(
         # chooses the row that replaces it, so that all of them are trained.
         return jnp.where(is_dropped & (ids > oov_rows), 1 + ids % oov_rows, ids)
 
-    return {
-        name: drop(name, values) if name in inputs and inputs[name].table else values
-        for name, values in features.items()
-    }
+    replaced = {}
+    for name, values in features.items():
+        # Features without a table have no ids; positions of packed rows are no input at all.
+        if name in inputs and inputs[name].table:
+            values = drop(name, values)
+        replaced[name] = values
+    return replaced
 
 
 def embed_sides(

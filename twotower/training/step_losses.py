@@ -125,7 +125,10 @@ def _row_weights(objective: ObjectiveConfig, batch: Batch) -> jax.Array:
     if not objective.label:
         return batch["weight"]
     label = batch["labels"][objective.label]
-    counts = ~jnp.isnan(label) if objective.loss == POINTWISE_LOSS else label == 1
+    if objective.loss == POINTWISE_LOSS:
+        counts = ~jnp.isnan(label)
+    else:
+        counts = label == 1
     return jnp.where(counts, batch["weight"], 0)
 
 
