@@ -16,8 +16,8 @@ from twotower.config import Config
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
-from twotower.retrieval.batch_jobs import divided
 from twotower.retrieval.bundle import Bundle
+from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as write_bundle_of
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
@@ -129,7 +129,7 @@ def evaluate(
     # Loaded before the long part: a damaged bundle is told at once.
     folder = run.workdir / BUNDLE
     retriever = Retriever.load(folder) if folder.exists() else None
-    run = dataclasses.replace(run, weights=divided(run.weights, devices))
+    run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
     measured = report.measure_run(
         run,
         ks=ks,

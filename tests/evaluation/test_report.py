@@ -9,7 +9,7 @@ from tests.retrieval.runs import make_run
 from twotower.evaluation import report, report_text
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
-from twotower.retrieval.batch_jobs import divided
+from twotower.retrieval.embed import shard_weights
 
 KS = (5, 10)
 
@@ -82,7 +82,7 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
 
 
 def test_a_run_on_a_mesh_has_the_figures_of_one_device(run, measured):
-    weights = divided(run.weights, 8)
+    weights = shard_weights(run.weights, 8)
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
     scores = model_scores(run.prepared, run.model, weights, queries)
     assert len(scores(slice(0, 3)).sharding.device_set) == 8

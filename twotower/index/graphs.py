@@ -250,10 +250,10 @@ class GraphIndex:
             return scores, rows
         length = min(k, self.num_items)
         with self._lock:
-            found, found_rows = self._library.search(self._graph, queries, length, candidates)
-        # FAISS marks what it did not find by row -1 and a score of its own.
-        rows[:, :length] = found_rows
-        scores[:, :length] = np.where(found_rows < 0, -np.inf, found)
+            best, best_rows = self._library.search(self._graph, queries, length, candidates)
+        # FAISS fills short lists with row -1 and a score of its own.
+        rows[:, :length] = best_rows
+        scores[:, :length] = np.where(best_rows < 0, -np.inf, best)
         return scores, rows
 
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:

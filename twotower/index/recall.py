@@ -18,8 +18,8 @@ def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
     """
     # One `isin` over keys (query, value) in the place of a loop over queries.
     query = np.arange(len(values))[:, None]
-    found = np.isin(pair_keys(query, values), pair_keys(query, lists))
-    return found & (values >= 0)
+    is_listed = np.isin(pair_keys(query, values), pair_keys(query, lists))
+    return is_listed & (values >= 0)
 
 
 def list_recall(rows: np.ndarray, truth: np.ndarray) -> float:
@@ -68,7 +68,7 @@ def recall_by_decile(
     rank = np.empty(len(popularity), np.int64)
     rank[np.argsort(popularity, kind="stable")] = np.arange(len(popularity))
     decile = rank[truth] * NUM_DECILES // len(popularity)
-    found = isin_lists(truth, rows)
+    is_listed = isin_lists(truth, rows)
     total = np.bincount(decile.ravel(), minlength=NUM_DECILES)
-    hits = np.bincount(decile[found], minlength=NUM_DECILES)
+    hits = np.bincount(decile[is_listed], minlength=NUM_DECILES)
     return tuple(round(float(h / n), 4) if n else None for h, n in zip(hits, total))

@@ -175,15 +175,15 @@ class ScannIndex:
             # Fewer candidates than the list is long would cut it short without a word.
             options["pre_reorder_num_neighbors"] = max(reorder, length)
         # ScaNN's rows are unsigned; those of every index are int32, so that -1 can stand for none.
-        found, products = self._call_searcher(queries, options)
+        neighbors, products = self._call_searcher(queries, options)
         # ScaNN fills short lists with row 0 at score NaN, which makes the sum of squares NaN.
         # That is one pass, and no array, for nearly all answers.
-        if found.shape[1] == k and np.vdot(products, products) < np.inf:
-            return products, found.astype(np.int32)
+        if neighbors.shape[1] == k and np.vdot(products, products) < np.inf:
+            return products, neighbors.astype(np.int32)
         missing = np.isnan(products)
         scores, rows = _empty_lists(len(queries), k)
-        rows[:, : found.shape[1]] = np.where(missing, -1, found.astype(np.int32))
-        scores[:, : found.shape[1]] = np.where(missing, -np.inf, products)
+        rows[:, : neighbors.shape[1]] = np.where(missing, -1, neighbors.astype(np.int32))
+        scores[:, : neighbors.shape[1]] = np.where(missing, -np.inf, products)
         return scores, rows
 
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def build_searcher(vectors: np.ndarray, *, num_leaves: int, reorder: int) -> Any
     else:
         builder = builder.score_brute_force()
     try:
-        with captured_stderr():
+        with capture_stderr():
             return builder.build()
     except (RuntimeError, ValueError) as error:
         raise BadIndexError(
@@ -326,7 +326,7 @@ def build_searcher(vectors: np.ndarray, *, num_leaves: int, reorder: int) -> Any
 def save_searcher(searcher: Any, folder: str | os.PathLike) -> None:
     """Writes a searcher into `folder`."""
     # Relative: absolute paths would break when the folder moves.
-    with captured_stderr():
+    with capture_stderr():
         searcher.serialize(str(folder), relative_path=True)
 
 
@@ -342,14 +342,14 @@ def load_searcher(folder: str | os.PathLike) -> Any:
         )
     library = import_scann()
     try:
-        with captured_stderr():
+        with capture_stderr():
             return library.load_searcher(str(folder))
     except (RuntimeError, ValueError) as error:
         raise BadIndexError(f"{folder} holds no ScaNN index that can be read: {error}") from error
 
 
 @contextlib.contextmanager
-def captured_stderr() -> Iterator[None]:
+def capture_stderr() -> Iterator[None]:
     """Sends ScaNN's own log lines, which no setting silences, to the debug log."""
     sys.stderr.flush()
     # At the level of file descriptors: the lines are written by C++, past sys.stderr.

@@ -194,9 +194,9 @@ def brute_force_search(
                 _exclude(products, block, lists)
             check_scores(products)
             best.add(products, first)
-        found, positions = best.best()
-        length = found.shape[1]
-        scores[start:stop, :length] = found
+        best_scores, positions = best.best()
+        length = best_scores.shape[1]
+        scores[start:stop, :length] = best_scores
         # Positions among the compared rows become rows of the index.
         if among is not None and length:
             positions = np.where(positions < 0, -1, among[positions])

@@ -266,8 +266,9 @@ class GroundTruth:
         # other orders, hence the tolerance.
         kth_best = self.scores[:, -1:]
         threshold = kth_best - TIE_TOLERANCE * np.maximum(1.0, np.abs(kth_best))
-        found = (scores >= threshold).sum(1)
-        return np.minimum(found / self.scores.shape[1], 1.0)
+        matches = (scores >= threshold).sum(1)
+        # Ties may make them more than the list is long.
+        return np.minimum(matches / self.scores.shape[1], 1.0)
 
 
 def _every_second(

@@ -18,7 +18,7 @@ def format_tuning(tuning: Tuning) -> str:
     if not tuning.tried:
         return f"{tuning.kind}: exact, nothing to tune."
     chosen = {(effort.k, effort.leaves, effort.reorder) for effort in tuning.efforts}
-    rows = [_cells(trial, chosen) for trial in _shown_trials(tuning.tried, chosen)]
+    rows = [_cells(trial, chosen) for trial in _select_trials(tuning.tried, chosen)]
     table = format_table(rows, HEADER, align="rrrrrrl")
     lines = [
         f"{tuning.kind}, {tuning.num_leaves:,} leaves, target {tuning.target_recall:.4g}:",
@@ -66,7 +66,7 @@ def _sentence(effort: SearchEffort) -> str:
     )
 
 
-def _shown_trials(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
+def _select_trials(trials: Sequence[Trial], chosen: set[tuple[int, int, int]]) -> list[Trial]:
     """Returns the trials that were chosen, and the best of each list length and candidates.
 
     The best is the one of fewest leaves that reached the target, or that of the highest recall

@@ -23,16 +23,15 @@ from absl import logging
 
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
-from twotower.core.mesh import REPLICATED, SHARDED, make_mesh, put
+from twotower.core.mesh import make_mesh
 from twotower.core.progress import progress
 from twotower.index.exact import ExactIndex
 from twotower.retrieval.bundle import load_bundle
-from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.embed import embed_rows, shard_weights
 from twotower.retrieval.export import known_users
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import embedding_weights, model_version
-from twotower.towers.two_tower import Weights
 from twotower.training.run import Run
 
 PART_ROWS = 65_536  # rows of a file, at most as many are computed again after a kill
@@ -88,7 +87,7 @@ def embed_all(
         return {name: values[rows] for name, values in items.items()}
 
     # Divided over the devices once, for all parts of both sides.
-    run = dataclasses.replace(run, weights=divided(run.weights, devices))
+    run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
     sides: tuple[tuple[Literal["user", "item"], pa.ChunkedArray, EncodeRows], ...] = (
         ("user", users["user_id"], encode_users),
         ("item", prepared.items["item_id"], encode_items),
@@ -190,24 +189,6 @@ def write_parts(
         with atomic(_path(out, number)) as temporary:
             pq.write_table(table, temporary, **options)
     logging.info("%s: %d parts of %d rows.", out, num_parts, part)
-
-
-def divided(weights: Weights, devices: int) -> Weights:
-    """Returns weights on a mesh: tables by rows, all else on every device.
-
-    Args:
-        weights: Weights of the towers.
-        devices: Number of devices; 0 takes all. On one the weights are left as they are.
-    """
-    mesh = make_mesh(devices)
-    if mesh.size == 1:
-        return weights
-    host = jax.tree.map(np.asarray, weights)
-    return host._replace(
-        params=put(mesh, host.params, REPLICATED),
-        tables=put(mesh, host.tables, SHARDED),
-        batch_stats=put(mesh, host.batch_stats, REPLICATED),
-    )
 
 
 def _embed_part(

@@ -175,7 +175,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         )
     _check_index(files, manifest)
     config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
-    counts = _mapped(files, "item_counts")
+    counts = _map_array(files, "item_counts")
     vectors = _stored_vectors(files, config.retrieval.vectors)
     bundle = Bundle(
         config=config,
@@ -184,9 +184,9 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         vectors=vectors,
         items=pq.read_table(files / "items.parquet"),
         counts=counts,
-        user_vectors=_mapped(files, "user_vectors"),
+        user_vectors=_map_array(files, "user_vectors"),
         users=pq.read_table(files / "users.parquet"),
-        seen=Ragged(_mapped(files, "seen_offsets"), _mapped(files, "seen_items")),
+        seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
         index=load_index(files / "index", _indexed_vectors(config, vectors, counts)),
         manifest=manifest,
         folder=home,
@@ -304,7 +304,7 @@ def _check_lengths(bundle: Bundle, folder: Path) -> None:
             raise BundleError(f"{folder}: {complaint} ({listed}). Export again.")
 
 
-def _mapped(folder: Path, name: str) -> np.ndarray:
+def _map_array(folder: Path, name: str) -> np.ndarray:
     """Returns an array that is mapped into memory, for reading."""
     # A plain array over the mapped file: indexing a `np.memmap` is slower by ten microseconds.
     return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
@@ -312,7 +312,7 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
 
 def _stored_vectors(folder: Path, kind: str) -> Vectors:
     """Returns the item vectors in the type that `config.retrieval.vectors` names."""
-    vectors = _mapped(folder, "item_vectors")
+    vectors = _map_array(folder, "item_vectors")
     if vectors.dtype != kind:
         raise BundleError(
             f"{folder}: item_vectors.npy holds {vectors.dtype}, but "
@@ -321,7 +321,7 @@ def _stored_vectors(folder: Path, kind: str) -> Vectors:
     if kind != "int8":
         return vectors
     try:
-        return Int8Vectors(vectors, _mapped(folder, "item_scales"))
+        return Int8Vectors(vectors, _map_array(folder, "item_scales"))
     except ValueError as error:
         raise BundleError(
             f"{folder}: item_vectors.npy and item_scales.npy do not go together: {error} "

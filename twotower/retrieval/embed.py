@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from twotower.core.arrays import next_power_of_two, pad_rows
-from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, put
+from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, make_mesh, put
 from twotower.core.progress import progress
 from twotower.towers.two_tower import TwoTower, Weights
 
@@ -71,6 +71,24 @@ def find_mesh(arrays: Any) -> Mesh | None:
         if isinstance(mesh, Mesh) and mesh.size > 1:
             return mesh
     return None
+
+
+def shard_weights(weights: Weights, devices: int) -> Weights:
+    """Puts weights on a mesh: tables divided by rows, all else on every device.
+
+    Args:
+        weights: Weights of both towers.
+        devices: Number of devices; 0 takes all. On one the weights are left as they are.
+    """
+    mesh = make_mesh(devices)
+    if mesh.size == 1:
+        return weights
+    host = jax.tree.map(np.asarray, weights)
+    return host._replace(
+        params=put(mesh, host.params, REPLICATED),
+        tables=put(mesh, host.tables, SHARDED),
+        batch_stats=put(mesh, host.batch_stats, REPLICATED),
+    )
 
 
 @functools.cache

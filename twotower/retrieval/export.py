@@ -245,9 +245,9 @@ def check_parity(run: Run, folder: Path) -> None:
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
 
     # The trainer's vectors, from the arrays that it was trained on.
-    context = joined_context(prepared, latest[users])
+    context = join_context(prepared, latest[users])
     if prepared.histories is not None:  # users are served with all that they did
-        times = joined_times(prepared, latest[users])
+        times = join_times(prepared, latest[users])
         context[SPANS] = prepared.histories.latest_spans(users, times)
     user_features = prepared.user_features(users, context)
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
@@ -297,7 +297,7 @@ def compare_scores(
     )
 
 
-def joined_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
+def join_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
     """Returns the times of rows of the joined log, int64 [R]; None if a part has no times."""
     times = [part.timestamp for part in all_rows(prepared) if part.timestamp is not None]
     if len(times) < len(PARTS):
@@ -305,7 +305,7 @@ def joined_times(prepared: PreparedData, rows: np.ndarray) -> np.ndarray | None:
     return np.concatenate(times)[rows]
 
 
-def joined_context(prepared: PreparedData, rows: np.ndarray) -> dict[str, np.ndarray]:
+def join_context(prepared: PreparedData, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the encoded context features of rows of the joined log, [R, ...] each."""
     context = {}
     for name in prepared.encoder.context:

@@ -172,7 +172,7 @@ class Retriever:
         """
         check_k(k)
         # Iterables may be read once only, so they become lists.
-        filters = _Filters(as_conditions(where), _listed(allow), list(deny))
+        filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
         if rows is not None:
             row = _one_user(rows, user)
             vectors = self.encode_users(row)
@@ -220,7 +220,7 @@ class Retriever:
             the users.
         """
         check_k(k)
-        filters = _Filters(as_conditions(where), _listed(allow), list(deny))
+        filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
         ids = [str(user) for user in user_ids]
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
         parts = []
@@ -409,10 +409,10 @@ class Retriever:
             ChangesError, OSError: As `upsert`, or another rebalance or compaction is under way.
         """
         with self._exclusive_maintenance():
-            compacted = self._live.compacted()
+            compaction = self._live.compact()
             # Only the switch excludes changes, and those made since are copied to the new version.
             with self._lock:
-                self._live = self._live.switched_to(compacted)
+                self._live = self._live.switch_to(compaction)
 
     @contextlib.contextmanager
     def _exclusive_maintenance(self) -> Iterator[None]:
@@ -510,7 +510,7 @@ def _one_user(rows: Rows, user: Any) -> pa.Table:
     return table
 
 
-def _listed(ids: Iterable[Any] | None) -> list[Any] | None:
+def _as_list(ids: Iterable[Any] | None) -> list[Any] | None:
     return None if ids is None else list(ids)
 
 

@@ -281,15 +281,15 @@ def test_a_compaction_that_is_killed_loses_nothing(folder, monkeypatch, step):
 
     owner = pathlib.Path if step == "unlink" else live_bundle
     function = getattr(owner, step)
-    compacted = retriever._live.compacted
+    compact = retriever._live.compact
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(live_bundle, "discard", lambda path: None)
         if step == "write_bundle":
             patch.setattr(owner, step, killed)
-        staged = compacted()
+        compaction = compact()
         retriever.upsert([{"item_id": "meanwhile", "price": 1.0}])
         patch.setattr(owner, step, killed)
-        retriever._live.switched_to(staged)
+        retriever._live.switch_to(compaction)
     again = Retriever.load(folder)
     if step != "write_bundle":
         assert again.item("meanwhile")

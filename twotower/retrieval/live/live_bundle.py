@@ -40,7 +40,7 @@ from twotower.retrieval.live.log import (
 from twotower.retrieval.live.snapshot import Snapshot
 
 
-class Compacted(NamedTuple):
+class Compaction(NamedTuple):
     """A new version of a bundle that is not current yet.
 
     Attributes:
@@ -72,11 +72,11 @@ class LiveBundle:
             bundle.index, bundle.vectors, bundle.items, bundle.counts, lock
         )
         self._lock = lock
-        self._log = self._replayed()
+        self._log = self._replay_log()
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
         """See `Retriever.upsert`."""
-        log, _ = self._changeable()
+        log, _ = self._require_log()
         if not len(rows):
             return
         # Checked before it is written: a log must hold nothing that cannot be made again.
@@ -89,14 +89,14 @@ class LiveBundle:
 
     def delete(self, ids: Sequence[str]) -> int:
         """See `Retriever.delete`."""
-        log, _ = self._changeable()
+        log, _ = self._require_log()
         with self._lock:
             # No log is begun for nothing.
-            if not log.path.exists() and not self._alive(ids):
+            if not log.path.exists() and not self._existing(ids):
                 return 0
             with self._transaction(log):
                 # Looked up anew: the transaction begins with the changes of other processes.
-                alive = self._alive(ids)
+                alive = self._existing(ids)
                 if alive:
                     log.add(Delete(tuple(alive)))
             return self.catalogue.delete(alive)
@@ -105,12 +105,12 @@ class LiveBundle:
         """See `Retriever.rebalance`."""
         self.catalogue.rebalance(self._index)
 
-    def compacted(self) -> Compacted:
+    def compact(self) -> Compaction:
         """Writes the next version of the bundle, with the changes so far.
 
         Answers and changes go on meanwhile, and the old version stays current.
         """
-        log, folder = self._changeable()
+        log, folder = self._require_log()
         # Both of one moment: what comes after `last` is copied when the versions are switched.
         with self._lock:
             then = self.catalogue.snapshot
@@ -121,7 +121,7 @@ class LiveBundle:
         version = new_version(folder)
         try:
             write_bundle(
-                self._with_items_of(then),
+                self._replace_items(then),
                 version,
                 step=manifest["step"],
                 compactions=manifest.get("compactions", 0) + 1,
@@ -129,25 +129,25 @@ class LiveBundle:
             )
             # The long wait for the disk is here, not where the lock is held.
             sync_files(version)
-            return Compacted(load_bundle(version), last)
+            return Compaction(load_bundle(version), last)
         except BaseException:
             discard(version)
             raise
 
-    def switched_to(self, compacted: Compacted) -> LiveBundle:
+    def switch_to(self, compaction: Compaction) -> LiveBundle:
         """Makes the new version current, with the changes since. The caller holds the lock.
 
         Killed at any moment, this leaves a current version with its own log: the log of the new one
         is written before the new one is current, and that of the old one is deleted after.
         """
-        log, folder = self._changeable()
-        new = compacted.bundle
+        log, folder = self._require_log()
+        new = compaction.bundle
         version = new.folder
         if version is None:
             raise ValueError("A compacted bundle is loaded from its folder.")
         # In a transaction of the old log: no other process may add to it until it is superseded.
         with self._transaction(log):
-            later = log.since(compacted.last)
+            later = log.since(compaction.last)
             if later:
                 new_log = ChangeLog(
                     changes_path(version, new.manifest["sha256"]), new.manifest["sha256"]
@@ -162,7 +162,7 @@ class LiveBundle:
         # `new` was loaded from its version's folder, but is now found by the folder above.
         return LiveBundle(dataclasses.replace(new, folder=folder), self._lock)
 
-    def _changeable(self) -> tuple[ChangeLog, Path]:
+    def _require_log(self) -> tuple[ChangeLog, Path]:
         """Returns the log and the folder of the bundle, where it has them."""
         if self._log is None or self.bundle.folder is None:
             raise ChangesError(
@@ -174,9 +174,9 @@ class LiveBundle:
     @contextlib.contextmanager
     def _transaction(self, log: ChangeLog) -> Iterator[None]:
         """A transaction of the log that begins with the changes of other processes."""
-        _, folder = self._changeable()
+        _, folder = self._require_log()
         with log.transaction() as missed:
-            self._make(missed, log)
+            self._apply(missed, log)
             # An export, or a compaction by another process, may have superseded this version.
             now = current_version(folder)
             if now != self.bundle.version:
@@ -186,14 +186,14 @@ class LiveBundle:
                 )
             yield
 
-    def _alive(self, ids: Iterable[str]) -> list[str]:
+    def _existing(self, ids: Iterable[str]) -> list[str]:
         """Returns the ids, each once, whose items exist."""
         snapshot = self.catalogue.snapshot
         numbers = self.catalogue.numbers
         known = [item for item in dict.fromkeys(ids) if item in numbers]
         return [item for item in known if snapshot.position_of(numbers[item]) >= 0]
 
-    def _replayed(self) -> ChangeLog | None:
+    def _replay_log(self) -> ChangeLog | None:
         """Returns the log, after making the changes in it once more; None of a bundle in memory."""
         folder = self.bundle.folder
         version = self.bundle.version
@@ -209,13 +209,13 @@ class LiveBundle:
                 other,
             )
         changes = log.read()
-        self._make(changes, log)
+        self._apply(changes, log)
         if changes:
             size = len(self.catalogue.snapshot)
             logging.info("%s: %d changes; %d items.", log.path, len(changes), size)
         return log
 
-    def _make(self, changes: Iterable[Change], log: ChangeLog) -> None:
+    def _apply(self, changes: Iterable[Change], log: ChangeLog) -> None:
         for change in changes:
             try:
                 if isinstance(change, Delete):
@@ -227,7 +227,7 @@ class LiveBundle:
                     f"{log.path} holds a change that cannot be made to the bundle: {error}."
                 ) from error
 
-    def _with_items_of(self, then: Snapshot) -> Bundle:
+    def _replace_items(self, then: Snapshot) -> Bundle:
         """Returns the bundle with the items of a snapshot in the place of its own."""
         numbers, vectors, items = then.all_items()
         counts = self.catalogue.counts_of(numbers)

@@ -111,8 +111,8 @@ class ChangeLog:
         """
         if self._is_empty():
             return []
-        with self._explained():
-            return self._read(self._opened())
+        with self._explain_errors():
+            return self._read(self._open())
 
     def since(self, number: int) -> list[Change]:
         """Returns the changes after the one with this number, up to `last`."""
@@ -141,8 +141,8 @@ class ChangeLog:
                 f"{self.path} cannot be written any more ({self._failure}). Load the bundle again."
             )
         known = self.last
-        with self._explained():
-            connection = self._opened()
+        with self._explain_errors():
+            connection = self._open()
             # IMMEDIATE takes the lock of writers now: what is read next stays the newest.
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -183,7 +183,7 @@ class ChangeLog:
         """Whether nothing was ever committed: a process may be killed before its first change."""
         return not self.path.exists() or not self.path.stat().st_size
 
-    def _opened(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             self._connection = self._connect()
         return self._connection
@@ -274,7 +274,7 @@ class ChangeLog:
         return [(kind, payload) for _, kind, payload, _ in rows]
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         """Turns errors of SQLite into errors that name the file and the cure."""
         try:
             yield

@@ -106,7 +106,7 @@ class Snapshot:
             vectors,
             index_queries,
             k,
-            _with_values(exclude, base.rows_of(exclude.values)),
+            _replace_values(exclude, base.rows_of(exclude.values)),
             allowed=self._allowed_rows(where, only),
             extra_coordinate=coordinate,
         )
@@ -228,7 +228,9 @@ class Snapshot:
         if where:
             # The whole answer is kept, its count too: the usual case of a server.
             matching = self._matching_rows
-            return self._cached(("rows", where), lambda: AllowedRows.from_mask(matching(where)))
+            return self._compute_once(
+                ("rows", where), lambda: AllowedRows.from_mask(matching(where))
+            )
         # Only the rows that a search finds are looked at, not all N.
         if self.num_removed:
             return AllowedRows(
@@ -250,7 +252,7 @@ class Snapshot:
     def _matching_rows(self, where: Conditions) -> np.ndarray:
         """Marks the rows of the base that satisfy the conditions: bool [N]."""
         # Removed rows too, so that the answer holds for as long as the base does.
-        return self._cached(("base", where), lambda: matching_items(self.base.items, where))
+        return self._compute_once(("base", where), lambda: matching_items(self.base.items, where))
 
     def _matching_slots(self, where: Conditions) -> np.ndarray:
         """Marks the slots that satisfy the conditions: bool [num_slots].
@@ -262,7 +264,7 @@ class Snapshot:
         if len(known) < self.num_slots:
             new = matching_items(pa.concat_tables(self._tables_from(len(known))), where)
             known = np.concatenate([known, new])
-            self._keep(key, known)
+            self._store(key, known)
         # A newer snapshot, which shares the cache, may have looked at more.
         return known[: self.num_slots]
 
@@ -271,7 +273,7 @@ class Snapshot:
         tables = tuple(self.memtable.tables)  # a writer may add one meanwhile
         return [table for first, table in tables if slot <= first < self.num_slots]
 
-    def _cached(self, key: tuple, compute: Callable[[], Any]) -> Any:
+    def _compute_once(self, key: tuple, compute: Callable[[], Any]) -> Any:
         """Returns the value of a key, computed where it is missing.
 
         Two threads may compute it at once; either value is right, so no lock is needed.
@@ -279,16 +281,16 @@ class Snapshot:
         value = self.cache.get(key)
         if value is None:
             value = compute()
-            self._keep(key, value)
+            self._store(key, value)
         return value
 
-    def _keep(self, key: tuple, value: Any) -> None:
+    def _store(self, key: tuple, value: Any) -> None:
         if len(self.cache) >= MAX_CACHED_CONDITIONS:
             self.cache.clear()
         self.cache[key] = value
 
 
-def _with_values(lists: Ragged, values: np.ndarray) -> Ragged:
+def _replace_values(lists: Ragged, values: np.ndarray) -> Ragged:
     """Returns the lists with other values, without those that are -1."""
     # The same array, where numbers are rows: most answers of a server end here.
     if not len(values) or values is lists.values:
