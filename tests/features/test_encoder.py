@@ -172,7 +172,7 @@ def test_a_missing_column_names_its_nearest():
 def test_what_is_to_be_predicted_is_no_context():
     with pytest.raises(
         ConfigError,
-        match="features.user.item_id reads column 'item_id' of the interactions, which is what",
+        match="features.user.item_id reads column 'item_id' of the interactions, which the model",
     ):
         fitted({"user": {"item_id": {"type": "string"}}})
 

@@ -280,7 +280,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
 
 
 def test_a_file_and_mappings_together_are_refused():
-    with pytest.raises(ConfigError, match="both given"):
+    with pytest.raises(ConfigError, match="both set"):
         load_spec(FeaturesConfig(path="f.json", user={"user_id": {"type": "string"}}))
 
 

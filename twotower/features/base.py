@@ -1,9 +1,9 @@
 """The base class of all kinds of features, and the records that they share with the encoder.
 
 A kind of feature is one file of this folder: a frozen dataclass with the fields of its
-specification, which says how the feature is fitted to training rows, how it encodes a column, how a
-tower reads the encoded arrays, and what table of embeddings it needs. `twotower.features.spec`
-lists the kinds.
+specification. Its methods fit the feature to training rows, encode a column, describe the encoded
+arrays to the tower that reads them, and give the shape of the embedding table.
+`twotower.features.spec` lists the kinds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from twotower.core.errors import ConfigError
 from twotower.core.fields import check_literals
 from twotower.features.vocabulary import Vocabulary
 
-# The two towers. Its order decides keys of random numbers: it never changes.
 # Names of the arrays that stand beside the items of a history.
 HISTORY_TIME_SINCE_PREVIOUS = "history gap"
 HISTORY_TIME_TO_NEXT = "history until"
@@ -31,6 +30,7 @@ HISTORY_SEGMENT = "history segment"
 HISTORY_POSITION = "history position"
 _BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
 
+# The two towers. Their order decides keys of random numbers: it never changes.
 SIDES = ("user", "item")
 # Side and name of a feature.
 Key = tuple[str, str]
@@ -38,7 +38,7 @@ Key = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """How a tower reads one encoded array.
+    """The description of one encoded array for the tower that reads it.
 
     Attributes:
         table: Embedding table that the ids are rows of; empty for numbers.
@@ -51,7 +51,7 @@ class Input:
         history_length: Events L of a history, whose arrays are [N, L, ...]; 0 for all else.
         time_buckets: Buckets of the time between events that are read beside the items of a
             history; only its first array has them.
-        time_to_next: Whether the time to the next event is read too; as `time_buckets`.
+        time_to_next: Whether the time to the next event is read too, in as many buckets.
     """
 
     table: str = ""
@@ -84,15 +84,15 @@ class TableShape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
-    """The state that a feature has after fitting. It is all that is saved of a feature.
+    """The state that a feature has after fitting. Nothing else is saved of a feature.
 
     Attributes:
-        vocabulary: Known strings; of vectors, their ids or texts. One object for the features that
-            share a table.
-        vectors: Vectors float32 [ids, E] of the vocabulary.
+        vocabulary: Known strings, or the ids or texts of the vectors. One object for the features
+            that share a table.
+        vectors: Vectors of the vocabulary, float32 [ids, E].
         statistics: Values that JSON holds, such as a mean or the boundaries of buckets.
-        reads: Item feature -> [V, ...], encoded by the row of the vocabulary; what a history reads
-            of an item beside its id.
+        reads: Item feature -> [V, ...], encoded by the row of the vocabulary: the features of an
+            item that a history reads in addition to its id.
     """
 
     vocabulary: Vocabulary | None = None
@@ -130,8 +130,8 @@ class TrainingColumn(NamedTuple):
         feature: The feature.
         values: One value for each user or item that occurs in training rows; of a context feature,
             one for each training row.
-        weights: Training rows int64 [N] behind each value.
-        all_values: The whole column, with users or items that do not occur in training rows.
+        weights: Number of training rows of each value, int64 [N].
+        all_values: The whole column, including users or items that training rows lack.
         is_context: Whether the column is one of the interactions.
         newest: Latest training timestamp in seconds; None in a log without times.
         vocabulary: Vocabulary of the feature's table, where its kind has one.
@@ -158,12 +158,12 @@ class Feature:
         side: Tower that the feature belongs to, "user" or "item".
         name: Name within the tower.
         column: Column that the feature reads; empty for its name. An item feature reads the items
-            table; a user feature the users table or, where only the interactions have the column,
-            the interaction (the context of a query).
+            table; a user feature the users table or, if only the interactions have the column, the
+            interactions (the context of a query).
         table: Name of the embedding table. Features that name one table share its rows and their
             vocabulary; empty for a table of its own, "side.name".
         embedding_size: Width of the table. For a feature that is numbers (`float`, a normalised
-            `int`, frozen vectors) width of a dense layer before the tower; 0 for none.
+            `int`, frozen vectors), the width of a dense layer before the tower; 0 for none.
     """
 
     side: str
@@ -189,30 +189,32 @@ class Feature:
         )
         # The defaults depend on other fields; a frozen dataclass can set them in no other way.
         object.__setattr__(self, "column", self.column or self.name)
+        # The side is part of the name, since users and items may have features of one name.
         if self.has_table and not self.table:
             object.__setattr__(self, "table", f"{self.side}.{self.name}")
 
     @property
     def key(self) -> Key:
-        """Side and name, under which an encoder keeps what it fitted."""
+        """Side and name, the key of the feature's state in an encoder."""
         return self.side, self.name
 
     @property
     def location(self) -> str:
-        """The feature as error messages call it."""
+        """Name of the feature in error messages."""
         return f"features.{self.side}.{self.name}"
 
     @property
     def has_table(self) -> bool:
-        """Whether the feature is rows of a table; else it is numbers."""
+        """Whether the feature is ids of table rows, as opposed to numbers."""
         return True
 
     @property
     def _min_embedding_size(self) -> int:
+        # A table needs a column; a feature of numbers may do without a dense layer.
         return int(self.has_table)
 
     def fit_vocabulary(self, columns: Sequence[TrainingColumn]) -> Vocabulary | None:
-        """Fits the vocabulary of the feature's table, where its kind has one.
+        """Fits the vocabulary of the feature's table, if its kind has one.
 
         Args:
             columns: The columns of all features that share the table.
@@ -236,21 +238,22 @@ class Feature:
         raise NotImplementedError(f"{type(self).__name__}.encode")
 
     def input(self, fitted: Fitted) -> Input:
-        """Returns how a tower reads the array of `encode`."""
+        """Returns the description of the array of `encode` for the tower."""
         raise NotImplementedError(f"{type(self).__name__}.input")
 
     def table_shape(self, fitted: Fitted) -> TableShape | None:
-        """Returns the shape of the feature's table; None without one."""
+        """Returns the shape of the feature's table, or None without one."""
         return None
 
     def extend(self, old: Fitted, new: Fitted, vocabulary: Vocabulary) -> Fitted:
-        """Returns `old` with the values that are new in a larger log.
+        """Returns `old` with the new values of a larger log added.
 
         Args:
-            old: The state before.
-            new: The state that was fitted to the larger log.
-            vocabulary: The vocabulary of `old`, with values that `new` knows at its end.
+            old: State before.
+            new: State fitted to the larger log.
+            vocabulary: Vocabulary of `old`, followed by the values that only `new` knows.
         """
+        # Kinds with a vocabulary and no vectors keep all else: known values must encode as before.
         if old.vectors is None:
             return dataclasses.replace(old, vocabulary=vocabulary)
         # The values at the end of the vocabulary have vectors in `new` alone, in another order.
@@ -260,16 +263,16 @@ class Feature:
         return dataclasses.replace(old, vocabulary=vocabulary, vectors=vectors)
 
     def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
-        """Returns the arrays of the feature by name, of a table that may lack its column."""
+        """Returns the arrays of the feature by name, from a table that may lack its column."""
         with prefix_errors(self.location):
             return {self.name: self.encode(fitted, column_of(rows, self.column))}
 
     def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
-        """Returns how a tower reads the arrays of `encode_rows`, by the name of each.
+        """Returns the description of each array of `encode_rows` for the tower, by name.
 
         Args:
-            fitted: The state of the feature.
-            items: How the item tower reads its features, of which a history reads some.
+            fitted: State of the feature.
+            items: Descriptions of the item tower's arrays, some of which a history reads.
         """
         return {self.name: self.input(fitted)}
 
@@ -285,7 +288,7 @@ class Feature:
 
 @contextlib.contextmanager
 def prefix_errors(location: str) -> Iterator[None]:
-    """Puts the feature in front of an error that does not name it yet."""
+    """Prefixes errors that do not name the feature yet with its name."""
     try:
         yield
     except ValueError as error:
@@ -296,17 +299,12 @@ def prefix_errors(location: str) -> Iterator[None]:
 
 
 def column_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
-    """Returns a column of a table, or nulls where the table lacks it."""
+    """Returns a column of a table, or nulls if the table lacks it."""
+    # A missing column is no error here: requests may know only some columns of a user.
     if name in rows.column_names:
         return rows[name]
-    # The type of nulls is taken by every kind, whatever the type of its column.
+    # Every kind accepts Arrow's type of nulls, whatever the type of its column.
     return pa.chunked_array([pa.nulls(rows.num_rows)])
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists."""
-    is_variable = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return is_variable or pa.types.is_fixed_size_list(kind)
 
 
 def join_lists(column: pa.ChunkedArray) -> pa.LargeListArray:
@@ -320,20 +318,21 @@ def join_lists(column: pa.ChunkedArray) -> pa.LargeListArray:
 def pad_lists(
     rows: np.ndarray, values: np.ndarray, count: int, length: int
 ) -> Shaped[np.ndarray, "N L"]:
-    """Returns the first `length` values of each row, [count, length], 0 behind them.
+    """Returns the first `length` values of each row, [count, length], padded with 0 at the end.
 
     Args:
-        rows: Row [M] that each value belongs to, ascending.
+        rows: Row of each value, [M], ascending.
         values: Values [M].
         count: Number of rows N.
         length: Values L kept of a row.
     """
     # Rows ascend, so the values of each lie together and their positions are a difference.
+    # Without a loop over rows: columns may have millions of them.
     starts = np.searchsorted(rows, np.arange(count))
     positions = np.arange(len(rows)) - starts[rows]
     padded = np.zeros((count, length), values.dtype)
-    kept = positions < length
-    padded[rows[kept], positions[kept]] = values[kept]
+    is_kept = positions < length
+    padded[rows[is_kept], positions[is_kept]] = values[is_kept]
     return padded
 
 

@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.data.columns import is_list
 from twotower.features.base import (
     Feature,
     Fitted,
     Input,
     TableShape,
     TrainingColumn,
-    is_list,
     join_lists,
     pad_lists,
     prefix_errors,
@@ -31,15 +31,16 @@ class StringFeature(Feature):
     """One value of a vocabulary, such as an id or a brand.
 
     Attributes:
-        min_count: Training rows that a value needs to have a row of its own.
-        oov_rows: Rows that all other values are spread over, by hash.
+        min_count: Number of training rows that a value needs to get a table row of its own.
+        oov_rows: Number of table rows that all other values are spread over, by hash.
         oov_rate: Share of the ids replaced by an out-of-vocabulary row in training, so that those
             rows are trained.
-        initial_norm: Expected norm of the rows that training starts from; what is seen rarely stays
+        initial_norm: Expected norm of the rows that training starts from; rows of rare values stay
             near them.
     """
 
     min_count: int = 1
+    # Several rows, so that unknown values do not all have one vector.
     oov_rows: int = 8
     oov_rate: float = 0.01
     initial_norm: float = 1.0
@@ -59,7 +60,7 @@ class StringFeature(Feature):
         self._check(0 <= self.oov_rate < 1, "oov_rate", "at least 0 and below 1")
 
     def split_values(self, column: pa.ChunkedArray) -> tuple[np.ndarray, pa.LargeStringArray]:
-        """Returns the row int64 [M] that each value of a column comes from, and the values [M]."""
+        """Returns the row of each value of a column, int64 [M], and the values [M]."""
         return np.arange(len(column)), as_strings(column)
 
     def fit_vocabulary(self, columns: Sequence[TrainingColumn]) -> Vocabulary:
@@ -73,6 +74,8 @@ class StringFeature(Feature):
             values.append(column_values)
             # Each value counts as often as the user or item that it comes from.
             weights.append(column.weights[rows])
+        # One vocabulary over all features of the table: a value has one row, whichever feature it
+        # is in.
         return Vocabulary.fit(
             pa.chunked_array(values),
             np.concatenate(weights),
@@ -81,6 +84,7 @@ class StringFeature(Feature):
         )
 
     def fit(self, column: TrainingColumn) -> Fitted:
+        # Fitted before, with the other features of the table.
         return Fitted(vocabulary=column.vocabulary)
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
@@ -104,6 +108,7 @@ class StringsFeature(StringFeature):
     """
 
     separator: str = ""
+    # A fixed length, as compiled programs need; longer lists are cut at their end.
     max_length: int = 16
 
     def __post_init__(self):
@@ -111,15 +116,19 @@ class StringsFeature(StringFeature):
         self._check_at_least(1, "max_length")
 
     def split_values(self, column: pa.ChunkedArray) -> tuple[np.ndarray, pa.LargeStringArray]:
+        # Row numbers beside one flat array of values: Arrow's functions then work on all rows at
+        # once.
         lists = self._as_lists(column)
         rows = pc.list_parent_indices(lists)
         values = pc.utf8_trim_whitespace(as_strings(pc.list_flatten(lists)))
         # Two separators in a row, or one at the end, leave empty values that mean nothing.
-        kept = pc.fill_null(pc.not_equal(values, ""), False)
-        return rows.filter(kept).to_numpy().astype(np.int64), values.filter(kept)
+        is_kept = pc.fill_null(pc.not_equal(values, ""), False)
+        rows = rows.filter(is_kept).to_numpy()
+        return rows.astype(np.int64), values.filter(is_kept)
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         rows, values = self.split_values(column)
+        # Duplicates within a row stay: they weigh more in the mean.
         ids = fitted.require_vocabulary().rows(values)
         return pad_lists(rows, ids, len(column), self.max_length)
 
@@ -127,6 +136,8 @@ class StringsFeature(StringFeature):
         return dataclasses.replace(super().input(fitted), length=self.max_length)
 
     def _as_lists(self, column: pa.ChunkedArray) -> pa.LargeListArray:
+        # Parquet has lists, CSV has text with a separator; both may fill one column of a
+        # specification.
         kind = column.type
         if is_list(kind):
             return join_lists(column)

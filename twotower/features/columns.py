@@ -1,4 +1,4 @@
-"""The training column of every feature: which table it is in, and how often each value counts."""
+"""The training column of every feature: its table, and the weight of each value."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ _ANSWERS = ("item_id", "label")
 def training_columns(
     spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
 ) -> dict[Key, TrainingColumn]:
-    """Finds the column of every feature but the history, which is made of the interactions.
+    """Returns the column of every feature but the history, which is made of the interactions.
 
     Args:
-        spec: The features.
+        spec: Features of both towers.
         train: Training interactions.
         users: Users, with a unique user_id.
         items: Items, with a unique item_id.
 
     Raises:
         ConfigError: No table of a feature's side has its column; the nearest is named.
-        ValueError: Ids come twice in `users` or `items`, or training rows have ids that are not
-            there.
+        ValueError: Ids are repeated in `users` or `items`, or training rows have ids that these
+            lack.
     """
     tables = {"user": users, "item": items}
+    # Once for each side: all features of a tower share the counts.
     counts = {side: _count_training_rows(train, table, side) for side, table in tables.items()}
+    # Of the training rows alone: a later moment would be known from held-out rows.
     newest = newest_timestamp(train)
     columns = {}
     for feature in spec:
@@ -45,6 +47,8 @@ def training_columns(
             # Only users and items of training rows: those of held-out rows say nothing.
             occurs = counts[feature.side] > 0
             all_values = table[feature.column]
+            # `all_values` stays whole, so that errors name rows of the table and new ids have
+            # vectors.
             values = all_values.filter(pa.array(occurs))
             weights = counts[feature.side][occurs]
             is_context = False
@@ -52,6 +56,7 @@ def training_columns(
             _check_is_known_to_query(feature)
             # A column of the users' own comes first: it is known without an interaction.
             all_values = values = train[feature.column]
+            # Each interaction is a row of its own here.
             weights = np.ones(len(train), np.int64)
             is_context = True
         else:
@@ -86,6 +91,7 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             f"The {side}s table has {len(repeated)} ids more than once, the first "
             f"{repeated[0].as_py()!r}; they must be unique."
         )
+    # A training row whose user or item is absent would train nothing, and be counted nowhere.
     rows_of_table = pc.index_in(as_strings(train[id_column]), value_set=ids)
     if rows_of_table.null_count:
         unknown = train[id_column].filter(rows_of_table.is_null())
@@ -93,14 +99,15 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             f"{len(unknown)} training rows have a {id_column} that the {side}s table lacks, the "
             f"first {unknown[0].as_py()!r}."
         )
+    # `minlength`, since the last rows of the table may have no training row.
     return np.bincount(rows_of_table.to_numpy(), minlength=len(table))
 
 
 def _check_is_known_to_query(feature: Feature) -> None:
     if feature.column in _ANSWERS:
         raise ConfigError(
-            f"{feature.location} reads column {feature.column!r} of the interactions, which is "
-            "what is to be predicted; a query does not know it."
+            f"{feature.location} reads column {feature.column!r} of the interactions, which the "
+            "model is to predict; a query does not know it."
         )
 
 

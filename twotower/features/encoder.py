@@ -36,7 +36,7 @@ class Encoder:
     Attributes:
         spec: The features.
         fitted: (side, feature name) -> the state fitted for that feature.
-        context: Names of user features whose column is one of the interactions, not of the users.
+        context: Names of user features whose column is in the interactions, not in the users table.
         fitted_on: `fingerprint` of the training rows.
     """
 
@@ -51,12 +51,12 @@ class Encoder:
     ) -> Encoder:
         """Fits every feature to training rows.
 
-        Values of users and items count once for each training row of that user or item; those
-        without a training row count for nothing. Statistics of numbers are over the users, items or
+        Values of users and items count once for each training row of that user or item, so those
+        without a training row do not count. Statistics of numbers are over the users, items or
         (context) rows of training.
 
         Args:
-            spec: The features.
+            spec: Features of both towers.
             train: Training interactions with user_id, item_id and the columns of context features.
             users: Every user of `train`, with a unique user_id and the columns of user features.
             items: Every item of `train`, with a unique item_id and the columns of item features.
@@ -64,10 +64,12 @@ class Encoder:
         Raises:
             ConfigError: A column is missing (the nearest is named), or pretrained vectors do not
                 fit.
-            ValueError: Ids come twice, or are missing in `users` or `items`; a value cannot be read
-                as its feature's type.
+            ValueError: Ids are repeated or missing in `users` or `items`; a value cannot be read as
+                its feature's type.
         """
+        # Held-out rows are not among the arguments, so that nothing fitted here can know them.
         columns = training_columns(spec, train, users=users, items=items)
+        # Before the features, which share them.
         vocabularies = _fit_vocabularies(columns.values())
         fitted = {}
         for key, column in columns.items():
@@ -79,7 +81,9 @@ class Encoder:
             # Last, because a history reads the vocabulary of the items.
             item_ids = fitted["item", spec.history.reads[0]]
             fitted[spec.history.key] = spec.history.fit_to_items(item_ids, newest_timestamp(train))
+        # Users are encoded once; context is encoded anew with each request.
         context = tuple(column.feature.name for column in columns.values() if column.is_context)
+        # Fitted first and completed then: reading the items needs an encoder.
         encoder = cls(spec, fitted, context, fitted_on=fingerprint(train))
         return encoder._with_items_of_history(items)
 
@@ -166,6 +170,7 @@ class Encoder:
                 "other features."
             )
         # Fitted anew to learn which values are frequent enough; everything else is dropped.
+        # The statistics of the larger log would move every number, hence are thrown away.
         new = Encoder.fit(spec, train, users=users, items=items)
         extended: dict[int, Vocabulary] = {}
         fitted = {}
@@ -181,6 +186,7 @@ class Encoder:
                 side, name = key
                 feature = self.spec.side(side)[name]
                 fitted[key] = feature.extend(before, after, extended[identity])
+        # From `new` come the context and the fingerprint of the larger log.
         return dataclasses.replace(new, fitted=fitted)._with_items_of_history(items)
 
     def save(self, folder: epath.PathLike) -> None:
@@ -189,6 +195,7 @@ class Encoder:
         arrays: dict[str, np.ndarray] = {}
         vocabulary_names: dict[int, str] = {}
         for number, ((side, name), fitted) in enumerate(self.fitted.items()):
+            # Arrays go to .npy files, and the JSON names them.
             entry: dict[str, Any] = {
                 "side": side,
                 "name": name,
@@ -198,6 +205,7 @@ class Encoder:
             if vocabulary is not None:
                 # A vocabulary that features share is written once.
                 new_name = f"vocabulary_{len(vocabulary_names)}"
+                # By identity: equal vocabularies of two tables are two tables all the same.
                 vocabulary_name = vocabulary_names.setdefault(id(vocabulary), new_name)
                 entry["vocabulary"] = vocabulary_name
                 entry["oov_rows"] = vocabulary.oov_rows
@@ -217,6 +225,7 @@ class Encoder:
             "fitted_on": self.fitted_on,
             "features": entries,
         }
+        # One write for all: a killed process leaves the old encoder or the new one.
         write_folder(folder, "encoder", state, arrays)
 
     @classmethod
@@ -233,6 +242,7 @@ class Encoder:
             vocabulary = None
             name = entry.get("vocabulary")
             if name is not None:
+                # Features that shared a vocabulary share it again after loading.
                 if name not in vocabularies:
                     parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
                     vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
@@ -244,12 +254,14 @@ class Encoder:
                 statistics=entry["numbers"],
                 reads={read: arrays[array] for read, array in reads.items()},
             )
+        # All fields are in the file, so that a new default does not change an old encoder.
         spec = from_mappings(state["spec"])
         return cls(spec, fitted, tuple(state["context"]), state["fitted_on"])
 
     def _with_items_of_history(self, items: pa.Table) -> Encoder:
-        """Returns the encoder with the features of `items` that the history reads beside ids."""
+        """Returns the encoder with the features of `items` that the history reads besides ids."""
         history = self.spec.history
+        # The id is the vocabulary itself; further features are looked up by it.
         if history is None or len(history.reads) == 1:
             return self
         encoded = self.encode("item", items, history.reads)
@@ -259,6 +271,7 @@ class Encoder:
 
 def _fit_vocabularies(columns: Iterable[TrainingColumn]) -> dict[str, Vocabulary | None]:
     """Fits one vocabulary for each table, over the values of all features that share it."""
+    # In the order of the specification, so that the first feature of a table decides.
     by_table: dict[str, list[TrainingColumn]] = {}
     for column in columns:
         if column.feature.has_table:
@@ -269,6 +282,7 @@ def _fit_vocabularies(columns: Iterable[TrainingColumn]) -> dict[str, Vocabulary
 
 
 def _extend_vocabulary(old: Vocabulary, new: Vocabulary) -> Vocabulary:
+    # New values go to the end: rows of the table and of its optimizer keep their meaning.
     is_known = pc.is_in(new.values, value_set=old.values)
     added = new.values.filter(pc.invert(is_known))
     return Vocabulary(values=pa.concat_arrays([old.values, added]), oov_rows=old.oov_rows)

@@ -1,14 +1,14 @@
-"""The history of a user, as a request brings it and as the user tower reads it.
+"""The history of a user, as requests hold it and as the user tower reads it.
 
-A history is what a user had done before a moment, the latest event last. It is several arrays of
-its last L events, padded behind the last one:
+A history is the events of a user before a moment, the latest last. It is encoded as several arrays
+of its last L events, padded at the end:
 
     "history/item_id"   int32 [N, L], rows of the item's table, 0 is padding; one such array for
                         each feature of the item that is read. "history" is the feature's name.
     "history gap"       int32 [N, L], bucket of the time since the event before, from 1; 0 for the
                         first event. Only with `gaps`.
     "history until"     int32 [N, L], bucket of the time to the next event, and of the latest event
-                        to the request; `gaps` + 1 where a time is missing. Only with `request_gap`.
+                        to the request; `gaps` + 1 for a missing time. Only with `request_gap`.
     "history weight"    float32 [N, L], log of the weight of each event in a bag. Only with
                         `weights` or `half_life`.
 
@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.data.columns import is_list
 from twotower.features.base import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
@@ -36,7 +37,6 @@ from twotower.features.base import (
     Input,
     column_of,
     id_array,
-    is_list,
     join_lists,
     pad_lists,
     prefix_errors,
@@ -49,27 +49,28 @@ _SECONDS_A_DAY = 86_400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistoryFeature(Feature):
-    """The items of a user's strictly earlier interactions: a feature of the user tower, at most
-    one.
+    """The items of a user's strictly earlier interactions, a feature of the user tower alone.
 
-    Requests bring it in `column`: item ids, or {"item_id": ..., "event": ..., "timestamp": ...},
-    the latest last.
+    A specification has at most one. Requests hold it in `column`: item ids, or mappings
+    {"item_id": ..., "event": ..., "timestamp": ...}, the latest last.
 
     Attributes:
-        max_length: Events L kept, the latest ones.
+        max_length: Number L of events kept, the latest ones.
         reads: Item features that are read at each event, from the tables of the item tower; the
             first is the id.
-        gaps: Buckets of the time since the event before, floor(log2(1 + seconds)); 0: not read.
-        request_gap: Whether to read beside each event the time to the one that follows, in as many
-            buckets, and beside the latest the time to the request. A user's vector then depends on
+        gaps: Number of buckets of the time since the event before, floor(log2(1 + seconds)); 0 if
+            that time is not read.
+        request_gap: Whether to read with each event the time to the next one, in as many buckets,
+            and with the latest event the time to the request. A user's vector then depends on
             the moment of the request: in training and evaluation that of the row to be predicted,
             of which nothing else is known; in serving the "timestamp" of the request, by default
             the newest time of the log. Only comparable with models that know that moment: most
             published figures of sequential recommenders are of models that do not.
         weights: Event name -> its weight in a bag, above 0; an event that is not named weighs 1.
-        half_life: Days in which the weight of an event in a bag falls by half; 0: never.
+        half_life: Days in which the weight of an event in a bag falls by half; 0 for never.
     """
 
+    # The length that SASRec was published with for all but MovieLens-1M.
     max_length: int = 50
     reads: tuple[str, ...] = ("item_id",)
     gaps: int = 0
@@ -80,6 +81,7 @@ class HistoryFeature(Feature):
 
     def __post_init__(self):
         super().__post_init__()
+        # Who had an item before is no property of the item that a request could bring.
         self._check(self.side == "user", "side", "user: items have no history")
         self._check(
             self.embedding_size == 0,
@@ -89,6 +91,7 @@ class HistoryFeature(Feature):
         self._check(bool(self.reads), "reads", "one or more features of the item, its id first")
         are_weights = all(_is_weight(weight) for weight in self.weights.values())
         self._check(are_weights, "weights", "a mapping of events to numbers above 0")
+        # Both times share the number of buckets; 0 of them would leave nothing to read.
         has_buckets = bool(self.gaps) or not self.request_gap
         self._check(has_buckets, "gaps", "how many buckets request_gap has")
         self._check_at_least(1, "max_length")
@@ -115,20 +118,22 @@ class HistoryFeature(Feature):
             item_ids: The state of the item feature that `reads` begins with.
             newest: Latest training timestamp in seconds; None in a log without times.
         """
+        # The very vocabulary of the items, so that a history's ids are rows of their table.
         return Fitted(vocabulary=item_ids.vocabulary, statistics={"newest": newest or 0})
 
     def read_items(self, fitted: Fitted, encoded: Mapping[str, np.ndarray]) -> Fitted:
-        """Returns `fitted` with the features of items that are read beside their ids.
+        """Returns `fitted` with the features of items that are read besides their ids.
 
         Args:
-            fitted: The state of the history.
-            encoded: Item feature -> [items, ...], the features in `reads`. Items without a row of
-                their own are read by their id alone.
+            fitted: State of the history.
+            encoded: Item feature -> [items, ...], the features in `reads`. Of items without a row
+                of their own, only the id is read.
         """
         vocabulary = fitted.require_vocabulary()
         # By row of the id, because batches look items up by the ids of events.
         first, *others = self.reads
         ids = encoded[first]
+        # Items in rows for unknown values share them, so their features would overwrite each other.
         known = ids >= vocabulary.first
         reads = {}
         for name in others:
@@ -147,11 +152,13 @@ class HistoryFeature(Feature):
             return encode_histories(self, fitted, column_of(rows, self.column), request_times)
 
     def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
-        inputs = {
-            f"{self.name}/{name}": dataclasses.replace(items[name], history_length=self.max_length)
-            for name in self.reads
-        }
-        # What stands beside the items is said once, by the array of ids.
+        inputs = {}
+        for name in self.reads:
+            item_input = items[name]
+            inputs[f"{self.name}/{name}"] = dataclasses.replace(
+                item_input, history_length=self.max_length
+            )
+        # Times belong to events, not to a feature of items, so the array of ids alone has them.
         ids = f"{self.name}/{self.reads[0]}"
         inputs[ids] = dataclasses.replace(
             inputs[ids], time_buckets=self.gaps, time_to_next=self.request_gap
@@ -168,47 +175,75 @@ def encode_histories(
     """Returns the arrays [N, L, ...] of the raw histories of requests.
 
     Args:
-        feature: The history feature.
-        fitted: The state that the encoder fitted for it.
+        feature: History feature.
+        fitted: State of the feature.
         column: Lists of item ids or of mappings with "item_id", "event" and "timestamp", the latest
             event last; null is an empty history.
-        request_times: The time of each request; None where it is not known.
+        request_times: Time of each request; None if it is not known.
 
     Raises:
         ConfigError: The column holds something else.
     """
     count = len(column)
-    owners, fields = _parse_events(feature, column)
-    known_times = times = None
+    history_of_event, fields = _parse_events(feature, column)
+    # Without `gaps` and `half_life` no time is looked at, so a log without times serves.
+    known_times = None
+    times = None
     if feature.reads_times:
-        known_times = _event_times(fields.get("timestamp"), len(owners))
+        known_times = _event_times(fields.get("timestamp"), len(history_of_event))
         # An event without a time weighs as if it were of the newest moment of the training rows.
         times = np.where(np.isnan(known_times), fitted.statistics["newest"], known_times)
     items = pa.chunked_array([fields["item_id"]])
     events = encode_events(feature, fitted, items, fields.get("event"), times)
     if feature.gaps and times is not None:
-        seconds = np.diff(times, prepend=times[:1])
-        buckets = time_buckets(feature, seconds)
-        # The differences run across histories; what was before the first event is not known.
-        buckets[np.diff(owners, prepend=-1) > 0] = 0
+        buckets = _buckets_since_previous(feature, times, history_of_event)
         events[HISTORY_TIME_SINCE_PREVIOUS] = buckets
     if feature.request_gap and known_times is not None:
-        seconds = np.diff(known_times, append=known_times[-1:])
-        # After the latest event of a history comes the request, not the next history.
-        latest = np.diff(owners, append=count) > 0
         requested = np.full(count, np.nan)
         if request_times is not None:
             requested = _seconds(feature, request_times)
-        seconds[latest] = requested[owners[latest]] - known_times[latest]
-        events[HISTORY_TIME_TO_NEXT] = time_buckets(feature, seconds)
+        buckets = _buckets_to_next(feature, known_times, history_of_event, requested)
+        events[HISTORY_TIME_TO_NEXT] = buckets
 
-    arrays = {
-        name: pad_lists(owners, values, count, feature.max_length)
-        for name, values in events.items()
-    }
+    arrays = {}
+    for name, values in events.items():
+        arrays[name] = pad_lists(history_of_event, values, count, feature.max_length)
+    # Padding reads row 0, which is zeros in every array of features.
     ids = arrays[id_array(arrays)]
     reads = read_arrays(feature, fitted)
     return arrays | {name: values[ids] for name, values in reads.items()}
+
+
+def _buckets_since_previous(
+    feature: HistoryFeature, times: np.ndarray, history_of_event: np.ndarray
+) -> np.ndarray:
+    """Returns the bucket of the time since the event before, int32 [M]; 0 for first events."""
+    # `prepend` keeps one difference for each event; the first of them is replaced below.
+    buckets = time_buckets(feature, np.diff(times, prepend=times[:1]))
+    # The differences run across histories; the time before the first event is not known.
+    buckets[np.diff(history_of_event, prepend=-1) > 0] = 0
+    return buckets
+
+
+def _buckets_to_next(
+    feature: HistoryFeature, times: np.ndarray, history_of_event: np.ndarray, requested: np.ndarray
+) -> np.ndarray:
+    """Returns the bucket of the time to the next event or, after the latest, to the request.
+
+    Args:
+        feature: History feature.
+        times: Time of each event in seconds, float64 [M], NaN if it is not known.
+        history_of_event: Row of each event's history, [M], ascending.
+        requested: Time of each of the N requests in seconds, float64 [N], NaN if it is not known.
+
+    Returns:
+        int32 [M].
+    """
+    seconds = np.diff(times, append=times[-1:])
+    # After the latest event of a history comes the request, not the next history.
+    is_latest = np.diff(history_of_event, append=len(requested)) > 0
+    seconds[is_latest] = requested[history_of_event[is_latest]] - times[is_latest]
+    return time_buckets(feature, seconds)
 
 
 def encode_events(
@@ -218,20 +253,22 @@ def encode_events(
     event_names: pa.Array | pa.ChunkedArray | None,
     times: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays [M] of single events: the row of the item and, where events differ in
-    weight, its logarithm.
+    """Returns the arrays [M] of single events: the row of the item and the log of the weight.
+
+    Without weights and half-life there is no array of weights.
 
     Args:
-        feature: The history feature.
-        fitted: The state that the encoder fitted for it.
+        feature: History feature.
+        fitted: State of the feature.
         items: Item ids [M].
-        event_names: Names [M] of what happened, such as "view"; None where they are not known.
-        times: Times [M] in seconds; only a `half_life` reads them.
+        event_names: Kind of each event [M], such as "view"; None if it is not known.
+        times: Time of each event [M] in seconds; only a `half_life` reads it.
     """
     ids = fitted.require_vocabulary().rows(items)
     arrays = {f"{feature.name}/{feature.reads[0]}": ids}
     if not feature.is_weighted:
         return arrays
+    # float64 until the end: ages in seconds are large beside the logs of weights.
     logs = np.zeros(len(items))
     if feature.weights and event_names is not None:
         names = pa.array(list(feature.weights), pa.large_string())
@@ -266,25 +303,26 @@ def _is_weight(value: Any) -> bool:
 def _parse_events(
     feature: HistoryFeature, column: pa.ChunkedArray
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads the events that histories keep.
+    """Returns the events that histories keep.
 
     Returns:
-        The row [M] of each event's history, ascending, and the fields of the events: "item_id" and,
-        where the column has them, "event" and "timestamp".
+        The row of each event's history [M], ascending, and the fields of the events: "item_id" and,
+        if the column has them, "event" and "timestamp".
     """
     lists = _as_lists(feature, column)
-    owners = pc.list_parent_indices(lists).to_numpy()
+    history_of_event = pc.list_parent_indices(lists).to_numpy()
     fields = _event_fields(feature, pc.list_flatten(lists))
     # Cut before anything is looked up: requests may bring years of events.
-    kept = _latest_events(fields["item_id"], owners, len(column), feature.max_length)
+    kept = _latest_events(fields["item_id"], history_of_event, len(column), feature.max_length)
     fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
-    return owners[kept], fields
+    return history_of_event[kept], fields
 
 
 def _event_times(timestamps: Any, count: int) -> np.ndarray:
-    """Returns the times float64 [M] of events in seconds, NaN where missing."""
+    """Returns the times of events in seconds, float64 [M], NaN for missing ones."""
     if timestamps is None:
         return np.full(count, np.nan)
+    # float64, the one type here that has a value for a missing time.
     seconds = timestamps.cast(pa.int64()).cast(pa.float64(), safe=False)
     return pc.fill_null(seconds, np.nan).to_numpy()
 
@@ -301,8 +339,7 @@ def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListA
 
 
 def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
-    """Returns the fields of events: "item_id" and, where they are mappings that have them, "event"
-    and "timestamp"."""
+    """Returns the fields of events: "item_id", and of mappings also "event" and "timestamp"."""
     kind = events.type
     if not pa.types.is_struct(kind):
         return {"item_id": events}
@@ -315,19 +352,21 @@ def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
     return fields
 
 
-def _latest_events(items: Any, owners: np.ndarray, count: int, length: int) -> np.ndarray:
-    """Returns a mask bool [M] of the last `length` events of each history that name an item."""
+def _latest_events(items: Any, history_of_event: np.ndarray, count: int, length: int) -> np.ndarray:
+    """Returns a mask of the last `length` events with an item of each history, bool [M]."""
     valid = pc.is_valid(items).to_numpy(zero_copy_only=False)
-    valid_of_owner = np.bincount(owners[valid], minlength=count)
+    valid_in_history = np.bincount(history_of_event[valid], minlength=count)
+    # Counts within a history are differences of running counts, without a loop over histories.
     running = np.cumsum(valid)
-    first = np.searchsorted(owners, owners, side="left")
+    # Position of the first event of each event's history.
+    first = np.searchsorted(history_of_event, history_of_event, side="left")
     running_within = running - np.append(0, running)[first]
     # Counted from the end, because the latest events are kept.
-    following = valid_of_owner[owners] - running_within
+    following = valid_in_history[history_of_event] - running_within
     return valid & (following < length)
 
 
 def _seconds(feature: HistoryFeature, column: pa.ChunkedArray) -> np.ndarray:
-    """Returns seconds since the epoch, NaN where missing."""
+    """Returns seconds since the epoch, NaN for missing times."""
     seconds, missing = as_seconds(column, f"{feature.location}, column 'timestamp'")
     return np.where(missing, np.nan, seconds)

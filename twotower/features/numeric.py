@@ -1,4 +1,4 @@
-"""Numbers: normalised with a flag for what is missing, or a row of a table for each bucket."""
+"""Numbers: normalised with a flag for missing values, or a table row for each bucket."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class IntFeature(Feature):
 
     def __post_init__(self):
         # Before the checks of `Feature`, which ask a table for at least one column.
+        # 0 means two things: a default width for a table, no dense layer for a number.
         if not self.normalize and self.embedding_size == 0:
             object.__setattr__(self, "embedding_size", 8)
         super().__post_init__()
@@ -63,6 +64,7 @@ class IntFeature(Feature):
         as_numbers(column.all_values, self.location)
         if self.boundaries:
             return Fitted(statistics={"boundaries": list(self.boundaries)})
+        # A value counts once, however many training rows its user or item has.
         values = as_numbers(column.values, self.location)
         if self.normalize:
             return Fitted(statistics=_moments(values))
@@ -72,6 +74,7 @@ class IntFeature(Feature):
         values = as_numbers(column, self.location)
         if self.normalize:
             return _normalise(values, fitted.statistics)
+        # float64: JSON kept all digits, and a rounded boundary would move values to another bucket.
         boundaries = np.asarray(fitted.statistics["boundaries"], np.float64)
         buckets = FIRST_BUCKET + np.searchsorted(boundaries, values, side="right")
         return np.where(np.isnan(values), MISSING_ROW, buckets).astype(np.int32)
@@ -84,6 +87,7 @@ class IntFeature(Feature):
     def table_shape(self, fitted: Fitted) -> TableShape | None:
         if self.normalize:
             return None
+        # One bucket more than boundaries: below the first, between them, above the last.
         rows = FIRST_BUCKET + len(fitted.statistics["boundaries"]) + 1
         return TableShape(rows=rows, width=self.embedding_size)
 
@@ -117,6 +121,7 @@ class FloatFeature(Feature):
     def _read(self, column: pa.ChunkedArray) -> np.ndarray:
         values = as_numbers(column, self.location)
         if self.log:
+            # The sign outside: refunds are negative prices.
             return np.sign(values) * np.log1p(np.abs(values))
         return values
 
@@ -126,7 +131,7 @@ def as_numbers(column: pa.ChunkedArray, location: str) -> np.ndarray:
 
     Args:
         column: Numbers, or text of numbers.
-        location: The feature as error messages call it.
+        location: Name of the feature in error messages.
 
     Raises:
         ConfigError: A value is not a number; the message names the feature, the row and the value.
@@ -134,6 +139,7 @@ def as_numbers(column: pa.ChunkedArray, location: str) -> np.ndarray:
     if is_text(column.type):
         column = parse_text(column, pa.float64(), location)
     try:
+        # Not safe: large integers may lose digits, which no feature needs.
         values = column.cast(pa.float64(), safe=False).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ConfigError(f"{location}: a column of type {column.type} holds no numbers.") from None
@@ -141,7 +147,7 @@ def as_numbers(column: pa.ChunkedArray, location: str) -> np.ndarray:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
+    """Returns whether a column of this type holds text."""
     is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     return is_string or pa.types.is_dictionary(kind)
 
@@ -152,7 +158,7 @@ def parse_text(column: pa.ChunkedArray, kind: pa.DataType, location: str) -> pa.
     Args:
         column: Text.
         kind: Type of number, or of timestamp, to read.
-        location: The feature as error messages call it.
+        location: Name of the feature in error messages.
 
     Raises:
         ConfigError: A text is neither; the message names the feature, the row and the text.
@@ -183,8 +189,9 @@ def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
     above_minimum = values[values > values.min(initial=np.inf)]
     if not len(above_minimum):
         return []
+    # Inner quantiles alone: the least and the greatest value bound nothing.
     shares = np.arange(1, buckets) / buckets
-    # A quantile that is itself a value ("higher") makes whole-number boundaries; equal ones merge.
+    # A quantile that is itself a value ("higher") gives whole-number boundaries; equal ones merge.
     quantiles = np.quantile(values, shares, method="higher")
     # Where the least value is so common that it is a quantile (90 % zeros), it is set apart from
     # the others.

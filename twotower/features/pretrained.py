@@ -1,4 +1,4 @@
-"""Vectors that something else computed, read by id from a .npy or a Parquet file."""
+"""Vectors of another model, read by id from a .npy or a Parquet file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn, is_list
+from twotower.data.columns import is_list
+from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Ids that an error message names.
@@ -24,21 +25,21 @@ _NAMED_IDS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedFeature(Feature):
-    """A vector that something else computed for the id in `column`.
+    """The vector that a file holds for the id in `column`.
 
     Attributes:
         path: File of the vectors [V, E]: a .npy file, or a Parquet file that has `vector_column`
             and `id_column`.
-        ids: Text file with the id of each row of a .npy file, one a line.
+        ids: Text file with the ids of the rows of a .npy file, one a line.
         id_column: Column of ids of a Parquet file.
         vector_column: Column of lists of numbers of a Parquet file.
         frozen: Whether to leave the vectors as they are; otherwise they are the initial rows of a
             table that is trained.
         projection: Width of a dense layer between the vector and the tower; 0 for none.
-        missing: Treatment of users or items that have no vector: "error", or "zeros" (and a flag
-            beside a frozen vector).
-        oov_rows: Rows of a trained table for ids without a vector.
-        embedding_size: Width E; 0 takes that of the file.
+        missing: Treatment of users or items without a vector: "error", or "zeros" (with a flag
+            after a frozen vector).
+        oov_rows: Number of rows of a trained table for ids without a vector.
+        embedding_size: Width E; 0 for the width of the file.
     """
 
     path: str
@@ -58,6 +59,7 @@ class PretrainedFeature(Feature):
         is_npy = self.path.endswith(".npy")
         is_parquet = self.path.endswith(".parquet")
         self._check(is_npy or is_parquet, "path", "a .npy or .parquet file")
+        # A .npy file has no column for ids; in a Parquet file they lie beside the vectors.
         if is_npy:
             self._check(bool(self.ids), "ids", "the file with the id of each row")
         else:
@@ -65,10 +67,12 @@ class PretrainedFeature(Feature):
 
     @property
     def has_table(self) -> bool:
+        # Frozen vectors are inputs like numbers; trained ones are rows to start from.
         return not self.frozen
 
     @property
     def _min_embedding_size(self) -> int:
+        # 0 stands for the width of the file, which is not read yet.
         return 0
 
     @property
@@ -82,15 +86,19 @@ class PretrainedFeature(Feature):
         return Fitted(vocabulary=vocabulary, vectors=vectors)
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-        """Encodes ids as rows of the trained table, or as the frozen vectors; with missing="zeros"
-        a last number is 1 where there is no vector."""
+        """Encodes ids as rows of the trained table, or as the frozen vectors.
+
+        With missing="zeros" a frozen vector has one more number: 1 for an id without a vector.
+        """
         vocabulary = fitted.require_vocabulary()
         rows = vocabulary.rows(column)
+        # A table is looked up inside the tower.
         if not self.frozen:
             return rows
         # Rows before the first known id are those of null and of unknown ids.
         known = rows - vocabulary.first
         missing = known[:, None] < 0
+        # The first vector stands in for those that are missing, and is replaced by zeros below.
         vectors = fitted.require_vectors()[np.maximum(known, 0)]
         vectors = np.where(missing, np.float32(0), vectors)
         if not self._has_missing_flag:
@@ -100,6 +108,7 @@ class PretrainedFeature(Feature):
     def input(self, fitted: Fitted) -> Input:
         if not self.frozen:
             return Input(table=self.table, projection=self.projection, oov_rows=self.oov_rows)
+        # A bool counts as one number.
         width = fitted.require_vectors().shape[1] + self._has_missing_flag
         return Input(width=width, projection=self.projection)
 
@@ -113,8 +122,8 @@ class PretrainedFeature(Feature):
         return TableShape(rows=rows, width=width, initial=initial)
 
     def _check_missing(self, vocabulary: Vocabulary, column: pa.ChunkedArray) -> None:
-        """Refuses users or items without a vector, unless `missing` is "zeros"; a null id has
-        none."""
+        """Refuses users or items without a vector, null ids among them, unless `missing` is
+        "zeros"."""
         if self.missing == "zeros":
             return
         values = as_strings(column)
@@ -134,8 +143,8 @@ def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
     """Reads the ids, in the order of the file, and their vectors float32 [V, E].
 
     Raises:
-        ConfigError: The file cannot be read, its width is not `embedding_size`, an id comes twice,
-            ids and vectors are not as many, or a vector is not finite. The message names the
+        ConfigError: The file cannot be read, its width is not `embedding_size`, an id is repeated,
+            the numbers of ids and vectors differ, or a vector is not finite. The message names the
             feature and the file.
     """
     path = _expand(feature.path)
@@ -144,6 +153,7 @@ def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:
     read = _read_npy if feature.ids else _read_parquet
     try:
         ids, vectors = read(feature, path, location)
+    # Already names the feature and the file; it is a ValueError, which is caught next.
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -160,6 +170,7 @@ def _expand(path: str) -> Path:
 def _read_npy(
     feature: PretrainedFeature, path: Path, location: str
 ) -> tuple[pa.LargeStringArray, np.ndarray]:
+    # Read as text: ids of digits keep their leading zeros.
     lines = _expand(feature.ids).read_text("utf-8").splitlines()
     ids = pa.array(lines, pa.large_string())
     # Without pickle: a file of vectors must not be able to run code.
@@ -183,7 +194,9 @@ def _read_parquet(
     # Refused by `_check_vectors`, as an empty .npy file is.
     if not len(lists):
         return ids, np.zeros((0, 0), np.float32)
-    widths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    lengths = pc.list_value_length(lists)
+    # A null has no vector: as one of width 0 it is named by the check below.
+    widths = lengths.fill_null(0).to_numpy()
     different = np.flatnonzero(widths != widths[0])
     if len(different):
         row = int(different[0])
@@ -191,11 +204,13 @@ def _read_parquet(
             f"{location}: the vector in row {row} has width {widths[row]}, that in row 0 has "
             f"{widths[0]}."
         )
+    # All widths are equal, so the flat numbers are a matrix.
     numbers = lists.flatten().to_numpy(zero_copy_only=False)
     return ids, numbers.reshape(len(lists), -1)
 
 
 def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, location: str) -> None:
+    # "fiu": floats and integers; booleans, text and objects are no vectors.
     if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind not in "fiu":
         raise ConfigError(
             f"{location} holds {vectors.dtype} of shape {vectors.shape}, not one row of numbers "
@@ -208,6 +223,7 @@ def _check_vectors(feature: PretrainedFeature, vectors: np.ndarray, location: st
             f"embedding_size={feature.embedding_size}; set it to {width} or 0, and projection for "
             "another width."
         )
+    # One NaN would spread to every score of its item.
     not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(not_finite):
         raise ConfigError(
@@ -226,8 +242,9 @@ def _check_ids(ids: pa.LargeStringArray, rows: int, location: str) -> None:
         raise ConfigError(f"{location} holds {ids.null_count} vectors without an id.")
     counts = pc.value_counts(ids)
     is_repeated = pc.greater(counts.field("counts"), 1)
-    repeated = counts.filter(is_repeated).field("values").to_pylist()
-    if repeated:
+    repeated_ids = counts.filter(is_repeated).field("values")
+    if len(repeated_ids):
+        repeated = repeated_ids.to_pylist()
         raise ConfigError(
             f"{location} holds {len(repeated)} ids more than once, the first {_name_ids(repeated)}."
         )

@@ -40,21 +40,22 @@ _MIN_CACHED_TEXTS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceFeature(Feature):
-    """Text as the vector that a frozen sentence encoder gives it.
+    """Text as the vector of a frozen sentence encoder.
 
     The extra "text" runs the model with ONNX Runtime, without PyTorch.
 
     Attributes:
         model: A sentence-transformers model with an `onnx/` folder: a folder of this machine, or
             its name on the Hugging Face Hub.
-        prompt: Name of one of the model's own prompts, such as "document", or the text that is put
-            before each text, such as "passage: "; empty takes the model's default.
-        cache: Folder where vectors are kept, by model and text, for other runs; environment
-            variables and ~ are expanded.
+        prompt: Name of one of the model's own prompts, such as "document", or the text to put
+            before each text, such as "passage: "; empty for the model's default.
+        cache: Folder that keeps vectors, by model and text, for other runs; environment variables
+            and ~ are expanded.
         embedding_size: Width of the dense layer between the vector and the tower, the only part
             that is trained; 0 for none.
     """
 
+    # Small, and trained on some fifty languages.
     model: str = "paraphrase-multilingual-MiniLM-L12-v2"
     prompt: str = ""
     cache: str = "~/.cache/twotower/sentences"
@@ -70,7 +71,7 @@ class SentenceFeature(Feature):
         return False
 
     def fit(self, column: TrainingColumn) -> Fitted:
-        """Encodes all texts, with those of users or items that do not occur in training.
+        """Encodes all texts, also those of users or items that do not occur in training.
 
         Raises:
             ConfigError: The model is not found, is of a kind that is not supported, or the extra
@@ -81,6 +82,7 @@ class SentenceFeature(Feature):
         folder = find_model(self.model, self.location)
         # By content: a folder, or a name on the Hub, may hold another model tomorrow.
         sha256 = model_digest(folder, self.location, prompt=self.prompt)
+        # From the configuration, so that a full cache needs no model to be loaded.
         width = model_width(folder, self.location)
         vectors = _vectors(self, texts, folder, sha256, width)
         return Fitted(Vocabulary(texts), vectors, statistics={"model": sha256})
@@ -98,6 +100,7 @@ class SentenceFeature(Feature):
         rows = vocabulary.rows(texts) - vocabulary.first
         known = rows >= 0
         encoded = np.zeros((len(texts), width), np.float32)
+        # Texts of fitting need no model: a server without the extra answers for known items.
         encoded[known] = vectors[rows[known]]
         new = ~known & _is_not_blank(texts).to_numpy(zero_copy_only=False)
         if new.any():
@@ -124,7 +127,7 @@ class SentenceFeature(Feature):
 
 
 def warn_of_missing_extra(feature: SentenceFeature) -> None:
-    """Warns that new texts cannot be encoded, where the extra "text" is missing."""
+    """Warns that new texts cannot be encoded if the extra "text" is missing."""
     if not all(importlib.util.find_spec(module) for module in ("tokenizers", "onnxruntime")):
         logging.warning(
             "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), "
@@ -145,15 +148,17 @@ def read_cache(
         width: Width of the vectors.
 
     Returns:
-        A mask bool [N] of the texts that are there, and the vectors float32 [N, width], 0
-        elsewhere.
+        A mask bool [N] of the texts that the cache holds, and their vectors, float32 [N, width]; 0
+        for the others.
 
     Raises:
         ConfigError: A file is damaged.
     """
     known = np.zeros(len(texts), bool)
     vectors = np.zeros((len(texts), width), np.float32)
+    # Sorted: of a text that two processes wrote, the same copy is taken each time.
     paths = sorted(cache.glob("*.parquet"))
+    # Texts first, and vectors only of files that hold a wanted text.
     texts_of_files = [_read_column(path, "text") for path in paths]
     if not paths:
         return known, vectors
@@ -179,6 +184,7 @@ def _is_not_blank(texts: pa.LargeStringArray) -> pa.BooleanArray:
 @functools.lru_cache
 def _find_same_model(feature: SentenceFeature, sha256: str) -> Path:
     """Returns the folder of the model with that hash; it is hashed once in a process."""
+    # The name of the model is in the specification, its content is not: it may have changed.
     folder = find_model(feature.model, feature.location)
     if model_digest(folder, feature.location, prompt=feature.prompt) != sha256:
         raise ConfigError(
@@ -204,13 +210,16 @@ def _vectors(
     if len(texts) < _MIN_CACHED_TEXTS:
         model = _model(folder, sha256, feature.location, feature.prompt)
         return model.encode(texts.to_pylist())
+    # A folder for each model and prompt, whose vectors never mix.
     cache = Path(os.path.expanduser(os.path.expandvars(feature.cache))) / sha256
+    # What an earlier run, or a killed one, encoded.
     known, vectors = read_cache(cache, texts, width)
     new = np.flatnonzero(~known)
     start = time.monotonic()
     for low in range(0, len(new), _BLOCK_TEXTS):
         rows = new[low : low + _BLOCK_TEXTS]
         block = texts.take(pa.array(rows))
+        # Loaded at the first new text alone; later calls get the loaded one.
         model = _model(folder, sha256, feature.location, feature.prompt)
         vectors[rows] = model.encode(block.to_pylist())
         # Block by block, so that a killed process goes on from the last one.
@@ -228,6 +237,7 @@ def _vectors(
 
 def _read_column(path: Path, column: str) -> pa.Array:
     try:
+        # Checksums: a damaged page must not become a vector.
         table = pq.read_table(path, columns=[column], page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(
@@ -237,7 +247,7 @@ def _read_column(path: Path, column: str) -> pa.Array:
 
 
 def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -> None:
-    """Writes one more file; a cache that cannot be written is done without."""
+    """Writes one more file of the cache, or warns if the cache cannot be written."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     joined = "\0".join(texts.to_pylist()).encode("utf-8", "surrogatepass")
     # Named by content: two processes that encode the same texts write one file.

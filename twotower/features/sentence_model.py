@@ -1,10 +1,9 @@
 """Sentence encoders as their publishers ship them, run by ONNX Runtime.
 
-A folder of sentence-transformers says how text becomes a vector: which tokenizer, which pooling,
-which prompt, whether vectors are normalised. All of it is read from the model's own files, so any
-architecture serves that comes with an `onnx/` folder, as E5, BGE, GTE and Qwen embeddings do. Where
-a model has no such folder, the package sentence-transformers is used if it is installed. No pickle
-is read either way.
+A folder of sentence-transformers names the tokenizer, the pooling, the prompt, and whether vectors
+are normalised. All of it is read from the model's own files, so that any architecture with an
+`onnx/` folder serves, as E5, BGE, GTE and Qwen embeddings have. For a model without such a folder
+the package sentence-transformers is used, if it is installed. No pickle is read either way.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CONFIG = "config.json"
 LENGTHS = "sentence_bert_config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
-# Where an exported model lies in the folder of its Transformer, the usual place first.
+# Paths of an exported model in the folder of its Transformer, the usual one first.
 ONNX_FILES = ("onnx/model.onnx", "model.onnx")
 # Names that exporters give to the hidden states of the last layer.
 HIDDEN_STATES = ("last_hidden_state", "token_embeddings")
@@ -49,22 +48,27 @@ Mask = Bool[np.ndarray, "B L"]
 
 def mean_pooling(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
     """Averages the vectors of a text's tokens."""
+    # Padding has vectors too: it is left out by weight, not by position.
     weights = mask.astype(hidden.dtype)[..., None]
+    # As in sentence-transformers, whose least divisor is 1e-9.
     return (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-9)
 
 
 def max_pooling(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
     """Takes the greatest value of each column over a text's tokens."""
+    # Minus infinity rather than 0, which may be greater than all values of a column.
     return np.where(mask[..., None], hidden, -np.inf).max(axis=1)
 
 
 def first_token(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
     """Takes the vector of the first token, the one that BERT calls [CLS]."""
+    # Padding is on the right, so the first token is a real one.
     return hidden[:, 0]
 
 
 def last_token(hidden: Hidden, mask: Mask) -> Float[np.ndarray, "B D"]:
-    """Takes the vector of a text's last token, as encoders made of a decoder do."""
+    """Takes the vector of a text's last token, as encoders made from decoders do."""
+    # `argmax` finds the first True of the reversed mask, hence the last token.
     position = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
     return hidden[np.arange(len(hidden)), position]
 
@@ -97,7 +101,7 @@ class OnnxSentenceModel:
     """An encoder that ONNX Runtime runs.
 
     Attributes:
-        tokenizer: A `tokenizers.Tokenizer` that cuts texts to what the model takes.
+        tokenizer: A `tokenizers.Tokenizer` that cuts texts to the length of the model.
         session: An `onnxruntime.InferenceSession`.
         output: Name of the session's output that holds the hidden states.
         pooling: Function from hidden states and their mask to vectors.
@@ -118,6 +122,7 @@ class OnnxSentenceModel:
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "N E"]:
         texts = [self.prompt + text for text in texts]
+        # After the prompt was added, as sentence-transformers does.
         if self.lower:
             texts = [text.lower() for text in texts]
         tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -131,11 +136,13 @@ class OnnxSentenceModel:
             start += len(rows)
         if not blocks:
             return np.zeros((0, self._width()), np.float32)
+        # Back into the order of the texts.
         vectors = np.concatenate(blocks)
         return vectors[np.argsort(order, kind="stable")]
 
     def _encode(self, tokens: Sequence[Sequence[int]]) -> Float32[np.ndarray, "B E"]:
         ids, mask = padded(tokens)
+        # Models take some of these; the session's own list of inputs decides.
         arrays = {
             "input_ids": ids,
             "attention_mask": mask.astype(np.int64),
@@ -143,22 +150,30 @@ class OnnxSentenceModel:
             "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
         }
         feeds = {each.name: arrays[each.name] for each in self.session.get_inputs()}
+        # One output by name: exporters add others, such as a pooled one.
         (hidden,) = self.session.run([self.output], feeds)
+        # After the run: attention sees the prompt, pooling does not.
         mask[:, : self.skip] = False
         vectors = self.pooling(hidden.astype(np.float32), mask)
         if self.normalize:
             norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+            # PyTorch's least norm, so that zeros stay zeros.
             vectors = vectors / np.maximum(norms, 1e-12)
         return vectors.astype(np.float32)
 
     def _width(self) -> int:
+        # Without texts nothing was encoded that the width could be read from.
         return self._encode([self.tokenizer.encode("").ids or [0]]).shape[1]
 
 
 def padded(
     tokens: Sequence[Sequence[int]],
 ) -> tuple[Int64[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-    """Lays tokens of several lengths side by side, and says where there are some."""
+    """Pads lists of tokens to one length.
+
+    Returns:
+        The ids, 0 in padding, and the mask of the tokens.
+    """
     length = max(len(ids) for ids in tokens)
     ids = np.zeros((len(tokens), length), np.int64)
     mask = np.zeros((len(tokens), length), bool)
@@ -169,14 +184,15 @@ def padded(
 
 
 def _texts_per_call(sorted_lengths: np.ndarray, start: int) -> int:
-    """Returns how many texts from `start` on fit into one call, padded to the longest of them."""
+    """Returns the number of texts from `start` on that fit into one call, with their padding."""
+    # Lengths rise, so the last text of a call decides how far all are padded.
     sizes = sorted_lengths[start:] * np.arange(1, len(sorted_lengths) - start + 1)
     return max(1, int(np.searchsorted(sizes, TOKENS_PER_CALL, side="right")))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackageSentenceModel:
-    """An encoder that the package sentence-transformers runs, where a model has no ONNX file.
+    """An encoder that the package sentence-transformers runs, for a model without an ONNX file.
 
     Attributes:
         model: A `sentence_transformers.SentenceTransformer`.
@@ -193,22 +209,25 @@ class PackageSentenceModel:
 
 
 def find_model(name: str, location: str) -> Path:
-    """Finds a model's folder, or has huggingface_hub take it from its cache or download it.
+    """Returns a model's folder: a local one, or that of the Hub's cache, downloaded if need be.
 
     Args:
-        name: Path of a folder; or OWNER/MODEL of the Hub, where a name without an owner is one of
-            "sentence-transformers".
-        location: The feature, as errors call it.
+        name: Path of a folder; or OWNER/MODEL of the Hugging Face Hub, in which a name without an
+            owner is one of "sentence-transformers".
+        location: Name of the feature in error messages.
 
     Raises:
         ConfigError: There is no such model.
     """
+    # A folder first: no network is used for a model that lies here.
     folder = Path(os.path.expanduser(os.path.expandvars(name)))
     if folder.is_dir():
         return folder
     with extra("text", f"{location}.model={name!r}, which is not a folder,"):
         from huggingface_hub import constants  # comes with tokenizers
-    repository = name if "/" in name else f"sentence-transformers/{name}"
+    repository = name
+    if "/" not in name:
+        repository = f"sentence-transformers/{name}"
     try:
         return _snapshot(repository)
     except (OSError, ValueError) as error:
@@ -222,13 +241,15 @@ def find_model(name: str, location: str) -> Path:
 
 
 def _snapshot(repository: str) -> Path:
-    """Returns the folder of a repository, from the cache where it is there."""
+    """Returns the folder of a repository, from the cache if it is complete there."""
     from huggingface_hub import snapshot_download
 
     with contextlib.suppress(FileNotFoundError):
+        # Without asking the Hub: a server may have no network.
         cached = Path(snapshot_download(repository, local_files_only=True))
         if onnx_file(cached) or any(cached.rglob(WEIGHTS)):
             return cached
+    # Not the whole repository, which often holds the weights in several formats.
     patterns = ["*.json", *(f"{file}*" for file in ONNX_FILES)]
     folder = Path(snapshot_download(repository, allow_patterns=patterns))
     if onnx_file(folder) is None and _has_package():
@@ -241,19 +262,19 @@ def _has_package() -> bool:
 
 
 def onnx_file(folder: Path) -> Path | None:
-    """Returns the exported model in the folder of a Transformer, if there is one."""
+    """Returns the path of the exported model in the folder of a Transformer, or None."""
     paths = [folder / name for name in ONNX_FILES]
     return next((path for path in paths if path.is_file()), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model that its vectors depend on, and what they say.
+    """The files of a model that its vectors depend on, and their settings.
 
     Attributes:
         folder: Folder of the model.
-        weights: ONNX file, or safetensors where there is none.
-        by_name: Every file, by a name that does not depend on where the folder lies.
+        weights: ONNX file, or safetensors without one.
+        by_name: Every file, by a name that does not depend on the path of the folder.
         pooling: Key of POOLINGS.
         include_prompt: Whether pooling counts the tokens of the prompt.
         normalize: Whether vectors are brought to length 1.
@@ -271,13 +292,14 @@ class ModelFiles:
     default_prompt: str | None
 
     def read_json(self, name: str, location: str) -> dict[str, Any]:
-        """Returns what a JSON file holds, nothing where the model has no such file."""
-        path = self.by_name.get(name)
-        return {} if path is None else _json(path, location)
+        """Returns the content of a JSON file, {} if the model has no such file."""
+        if name not in self.by_name:
+            return {}
+        return _json(self.by_name[name], location)
 
 
 def model_files(folder: Path, location: str) -> ModelFiles:
-    """Finds a model's files and reads those that say how it encodes.
+    """Finds a model's files and reads its settings of pooling, prompts and normalisation.
 
     Raises:
         ConfigError: One is missing, or asks for something that cannot be done.
@@ -289,6 +311,7 @@ def model_files(folder: Path, location: str) -> ModelFiles:
     by_name[str(weights.relative_to(transformer))] = weights
     if "Pooling" in modules:
         by_name["pooling"] = folder / modules["Pooling"] / CONFIG
+    # All files are looked for before the first is read.
     missing = [path for path in by_name.values() if not path.is_file()]
     if missing:
         raise ConfigError(
@@ -301,11 +324,16 @@ def model_files(folder: Path, location: str) -> ModelFiles:
         MODULES: folder / MODULES,
         PROMPTS: folder / PROMPTS,
         LENGTHS: transformer / LENGTHS,
+        # Weights beyond 2 GB lie in a second file beside the ONNX file.
         "data": weights.with_name(f"{weights.name}_data"),
     }
     by_name |= {name: path for name, path in optional.items() if path.is_file()}
-    pooling = _json(by_name["pooling"], location) if "pooling" in by_name else {}
-    prompts = _json(by_name[PROMPTS], location) if PROMPTS in by_name else {}
+    pooling: dict[str, Any] = {}
+    if "pooling" in by_name:
+        pooling = _json(by_name["pooling"], location)
+    prompts: dict[str, Any] = {}
+    if PROMPTS in by_name:
+        prompts = _json(by_name[PROMPTS], location)
     return ModelFiles(
         folder=folder,
         weights=weights,
@@ -324,8 +352,8 @@ def choose_prompt(files: ModelFiles, prompt: str, location: str) -> str:
     Args:
         files: Files of the model.
         prompt: Name of one of the model's prompts, or the text itself, which has a space or a
-            colon ("passage: "); empty takes the prompt that the model names as its default.
-        location: The feature, as errors call it.
+            colon ("passage: "); empty for the prompt that the model names as its default.
+        location: Name of the feature in error messages.
 
     Raises:
         ConfigError: The model has no prompt of this name.
@@ -333,6 +361,7 @@ def choose_prompt(files: ModelFiles, prompt: str, location: str) -> str:
     name = prompt or files.default_prompt or ""
     if name in files.prompts:
         return files.prompts[name]
+    # One word is meant as a name, and a misspelt name must not become a prompt.
     if re.fullmatch(r"[\w-]+", name):
         choose(files.prompts, name, f"{location}.prompt")
     return name
@@ -343,8 +372,8 @@ def load_model(folder: Path, location: str, *, prompt: str = "") -> SentenceMode
 
     Args:
         folder: Folder of the model.
-        location: The feature, as errors call it.
-        prompt: See `choose_prompt`.
+        location: Name of the feature in error messages.
+        prompt: Prompt, see `choose_prompt`.
 
     Raises:
         ConfigError: The extra is missing; a file is, or cannot be read; or the model asks for
@@ -361,6 +390,7 @@ def load_model(folder: Path, location: str, *, prompt: str = "") -> SentenceMode
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     try:
+        # The CPU even beside an accelerator: ONNX Runtime for GPUs is another package.
         session = onnxruntime.InferenceSession(
             str(files.weights), options, providers=["CPUExecutionProvider"]
         )
@@ -371,10 +401,13 @@ def load_model(folder: Path, location: str, *, prompt: str = "") -> SentenceMode
         ) from error
     _check_inputs(session, files, location)
     limits = files.read_json(LENGTHS, location)
+    # Padding is added by `padded`, call by call; that of the file would be to a fixed length.
     tokenizer.no_padding()
     tokenizer.enable_truncation(_max_length(files, limits, location))
     # All but the token that ends every text belongs to the prompt.
-    skip = 0 if files.include_prompt or not text else len(tokenizer.encode(text).ids) - 1
+    skip = 0
+    if text and not files.include_prompt:
+        skip = len(tokenizer.encode(text).ids) - 1
     return OnnxSentenceModel(
         tokenizer=tokenizer,
         session=session,
@@ -388,23 +421,25 @@ def load_model(folder: Path, location: str, *, prompt: str = "") -> SentenceMode
 
 
 def model_digest(folder: Path, location: str, *, prompt: str = "") -> str:
-    """Returns the SHA-256 of all that vectors depend on: the model's files and the prompt.
+    """Returns the SHA-256 of everything that vectors depend on: the model's files and the prompt.
 
     Raises:
         ConfigError: One of the files is missing.
     """
     files = model_files(folder, location)
+    # By name and content: a copy of the folder elsewhere has the same digest.
     parts = {name: digest(path) for name, path in sorted(files.by_name.items())}
     parts["prompt"] = choose_prompt(files, prompt, location)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def model_width(folder: Path, location: str) -> int:
-    """Returns E, the width of a model's vectors.
+    """Returns the width E of a model's vectors.
 
     Raises:
-        ConfigError: The model's configuration does not say it.
+        ConfigError: The model's configuration does not hold it.
     """
+    # Read rather than measured: no model needs to be loaded for it.
     config = model_files(folder, location).read_json(CONFIG, location)
     for key in WIDTHS:
         if key in config:
@@ -436,11 +471,15 @@ def _modules(folder: Path, location: str) -> dict[str, str]:
     A model that lists none is a Transformer whose tokens are averaged.
 
     Raises:
-        ConfigError: The model has others than a Transformer, pooling and normalisation.
+        ConfigError: The model has modules other than a Transformer, pooling and normalisation.
     """
     path = folder / MODULES
-    listed = _json(path, location) if path.exists() else [{"type": "Transformer", "path": ""}]
+    listed = [{"type": "Transformer", "path": ""}]
+    if path.exists():
+        listed = _json(path, location)
+    # Types are Python paths, such as sentence_transformers.models.Pooling.
     modules = {str(module["type"]).rpartition(".")[2]: module["path"] for module in listed}
+    # A further dense module would be left out silently otherwise.
     if not {"Transformer"} <= set(modules) <= {"Transformer", "Pooling", "Normalize"}:
         raise ConfigError(
             f"{location}: {path} lists {', '.join(modules)}; a model of a Transformer, Pooling and "
@@ -450,6 +489,7 @@ def _modules(folder: Path, location: str) -> dict[str, str]:
 
 
 def _pooling_mode(config: Mapping[str, Any], path: Path | None, location: str) -> str:
+    # Older files have a flag for each way, newer ones a name.
     flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
     names = config.get("pooling_mode") or [POOLING_FLAGS.get(flag, flag) for flag in flags]
     modes = [names] if isinstance(names, str) else list(names) or ["mean"]
@@ -463,12 +503,12 @@ def _pooling_mode(config: Mapping[str, Any], path: Path | None, location: str) -
 
 def _check_inputs(session: Any, files: ModelFiles, location: str) -> None:
     """Refuses a model that asks for more than tokens, their mask, types and positions."""
-    given = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-    others = [each.name for each in session.get_inputs() if each.name not in given]
+    known_inputs = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    others = [each.name for each in session.get_inputs() if each.name not in known_inputs]
     if others:
         raise ConfigError(
             f"{location}: {files.weights} asks for {', '.join(others)}; a model of "
-            f"{', '.join(given)} can be run. Export it for feature extraction, "
+            f"{', '.join(known_inputs)} can be run. Export it for feature extraction, "
             "without a cache of keys and values."
         )
 
@@ -486,12 +526,13 @@ def _output(session: Any, files: ModelFiles, location: str) -> str:
 
 
 def _max_length(files: ModelFiles, limits: Mapping[str, Any], location: str) -> int:
-    """Returns the tokens that a text is cut to."""
+    """Returns the number of tokens that a text is cut to."""
     config = files.read_json(CONFIG, location)
     positions = config.get("max_position_embeddings") or DEFAULT_LENGTH
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         # These number positions from the padding's id on.
         positions -= config.get("pad_token_id", 1) + 1
+    # The publisher's limit may be lower than that of the architecture, never higher.
     return min(limits.get("max_seq_length") or positions, positions)
 
 

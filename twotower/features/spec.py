@@ -68,6 +68,7 @@ class FeatureSpec:
     item: dict[str, Feature]
 
     def __post_init__(self):
+        # Rules between features; each feature has checked itself.
         first_of_table: dict[str, Feature] = {}
         for feature in self:
             # Each is compared with the first that names the table, so that all agree.
@@ -105,12 +106,13 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     """
     if not config.path:
         return from_mappings({"user": config.user, "item": config.item})
-    # Neither is taken over the other: whichever were ignored, somebody would have meant it.
+    # Both at once are refused: neither of them may be ignored silently.
     if config.user or config.item:
         raise ConfigError(
-            f"config.features.path={config.path!r} and config.features.user/item are both given: "
+            f"config.features.path={config.path!r} and config.features.user/item are both set: "
             "leave the path out, or set config.features.user={} and config.features.item={}."
         )
+    # Relative to the folder in which the command runs, as paths of data are.
     path = Path(os.path.expanduser(os.path.expandvars(config.path)))
     try:
         mappings = json.loads(path.read_text("utf-8"))
@@ -121,6 +123,7 @@ def load_spec(config: FeaturesConfig) -> FeatureSpec:
     try:
         return from_mappings(mappings)
     except ConfigError as error:
+        # The file is named in front, since an error names only the feature.
         raise ConfigError(f"{config.path}: {error}") from None
 
 
@@ -136,6 +139,7 @@ def from_mappings(mappings: Any) -> FeatureSpec:
     """
     if not isinstance(mappings, Mapping):
         raise ConfigError(f"features={mappings!r} must be a mapping with the keys user and item.")
+    # Before the sides are read: a misspelt side would be left out in silence.
     check_fields(mappings, _SIDE_OF_KEY, "features")
     by_side: dict[str, Any] = {}
     for key, features in mappings.items():
@@ -148,6 +152,7 @@ def from_mappings(mappings: Any) -> FeatureSpec:
     # An empty side too: a tower that reads nothing could tell no two users apart.
     for side in SIDES:
         by_side[side] = by_side.get(side) or {f"{side}_id": {"type": "string"}}
+    # In the order user, item, whatever the order of the file.
     return FeatureSpec(
         user=_build_features("user", by_side["user"]), item=_build_features("item", by_side["item"])
     )
@@ -169,6 +174,7 @@ def _build_feature(side: str, name: str, fields: Any) -> Feature:
         )
     # As text, so that a list or a number is refused like any unknown name.
     kind = choose(FEATURES, str(fields["type"]), f"{location}.type")
+    # Inherited fields too, such as the name of the table.
     known = _spec_fields(kind)
     check_fields(fields, ["type", *(field.name for field in known)], location)
     hints = typing.get_type_hints(kind)
@@ -191,6 +197,7 @@ def _spec_fields(kind: type[Feature]) -> list[dataclasses.Field[Any]]:
 
 
 def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
+    # Turned around at each call, since modules of users may add kinds.
     type_of_kind = {kind: name for name, kind in FEATURES.items()}
     dicts = {}
     for name, feature in features.items():

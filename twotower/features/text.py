@@ -1,4 +1,4 @@
-"""Text as hashed words and character n-grams, with the same ids on every machine."""
+"""Text as hashed words and character n-grams, with equal ids on every machine."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ class TextFeature(Feature):
     buckets: int = 65_536
     max_length: int = 96
 
+    # Hashes need no vocabulary, so features may share rows whatever they cut texts into.
     shared_fields: ClassVar[tuple[str, ...]] = ("embedding_size", "buckets")
 
     def __post_init__(self):
@@ -117,8 +118,9 @@ class TextFeature(Feature):
 
 
 def normalise(text: str) -> str:
-    """Returns one spelling of what readers take for the same: case, width, Latin accents, Arabic
-    vowels, hamza and digits are made alike.
+    """Returns a text in one spelling for all variants that readers take for the same.
+
+    Case, width, Latin accents, Arabic vowels and hamza, and Arabic and Persian digits are unified.
 
     >>> normalise("Ａ Café, ＬＯＵＤ"), normalise("أَحْمَد") == normalise("احمد"), normalise("١٢٣")
     ('a cafe, loud', True, '123')
@@ -126,8 +128,10 @@ def normalise(text: str) -> str:
     # Decomposed, a letter and its marks stand apart: alef with hamza becomes alef and a mark, é
     # becomes e and a mark.
     text = unicodedata.normalize("NFKD", text).casefold()
+    # Again, since case folding can make letters that are not decomposed.
     text = unicodedata.normalize("NFKD", text)
     text = _LATIN_ACCENTS.sub("", text).translate(_REPLACEMENTS)
+    # Composed again, so that n-grams count a letter and the marks that stay on it as one.
     return unicodedata.normalize("NFKC", text)
 
 
@@ -142,15 +146,15 @@ def hashed_pieces(
     """Hashes the pieces of each text to ids in [1, buckets), padded with 0.
 
     Pieces are runs of words and, within a word and its two boundaries, runs of characters. The
-    first `max_length` are kept: words before n-grams, shorter runs before longer ones, then as they
-    stand in the text.
+    first `max_length` are kept: words before n-grams, shorter runs before longer ones, then in the
+    order of the text.
 
     Args:
         texts: Texts [N]; null has no pieces.
         words: Lengths of runs of words.
         characters: Lengths of runs of characters.
-        buckets: Rows of the table that the ids are rows of.
-        max_length: Pieces L kept of a text.
+        buckets: Number of rows of the table.
+        max_length: Number L of pieces kept of a text.
     """
     # Each distinct text is cut once: titles and categories repeat.
     encoded = as_strings(texts).dictionary_encode()
@@ -169,10 +173,11 @@ def hashed_pieces(
 def _pieces(
     texts: pa.LargeStringArray, words: Sequence[int], characters: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns row and hash of every piece, ordered by row, then as `hashed_pieces` says."""
+    """Returns row and hash of every piece, ordered by row, then in the order of `hashed_pieces`."""
     # All texts at once, one a line: Unicode is normalised in C, and the rest is whole arrays.
     lines = pc.replace_substring(texts, "\n", " ").to_pylist()
     joined = normalise("\n".join(lines))
+    # Four bytes a character: positions in the array are positions in the text.
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
     letter = _is_letter(points)
     # A word begins at a letter that follows none.
@@ -180,6 +185,7 @@ def _pieces(
     row_of_word = np.cumsum(points == ord("\n"))[start]
     word_of_letter = np.cumsum(start)[letter] - 1
     lengths = np.bincount(word_of_letter, minlength=len(row_of_word))
+    # Boundaries make "^ring" and "ring$" pieces, which tell prefixes from suffixes.
     bounded, ends = _with_boundaries(points[letter], word_of_letter, lengths)
     row_of_character = np.repeat(row_of_word, lengths + 2)
     pieces = [_word_runs(bounded, lengths, row_of_word, size) for size in sorted(words)]
@@ -212,6 +218,7 @@ def _with_boundaries(
         The characters int64 [T], and for each the end int64 [T] of its word.
     """
     ends = np.cumsum(lengths + 2)
+    # Filled with the end mark, over which starts and letters are written.
     bounded = np.full(len(letters) + 2 * len(lengths), _WORD_END, np.int64)
     bounded[ends - lengths - 2] = _WORD_START
     bounded[np.arange(len(letters)) + 2 * word_of_letter + 1] = letters
@@ -227,6 +234,7 @@ def _character_runs(
     for size in range(1, max(sizes, default=0) + 1):
         # The sum over a run is that over the run shorter by one, and its last character.
         count = len(bounded) - size + 1
+        # Code points have 21 bits, so size and character never mix.
         last = ((size << 21) | bounded[size - 1 :]).astype(np.uint64)
         totals = totals[:count] + mix64(last)
         if size not in sizes:
@@ -247,7 +255,9 @@ def _word_runs(
     offsets = np.concatenate([[0], np.cumsum(lengths + 2)])
     positions = np.arange(len(bounded)) - np.repeat(offsets[:-1], lengths + 2)
     characters = mix64(((positions << 21) | bounded).astype(np.uint64))
+    # One hash a word, from which the hashes of runs are made.
     words = mix64(segment_sums(characters, offsets))
+    # A block with fewer words than a run has none.
     count = max(len(words) - size + 1, 0)
     totals = np.zeros(count, np.uint64)
     for position in range(size):

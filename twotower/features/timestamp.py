@@ -14,7 +14,7 @@ from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingC
 from twotower.features.numeric import FIRST_BUCKET, MISSING_ROW, as_numbers, is_text, parse_text
 
 _PARTS = ("hour", "weekday", "age")
-# The day that times are counted from, a Thursday.
+# Weekday of the day that Unix times count from, a Thursday.
 _EPOCH_WEEKDAY = datetime.date(1970, 1, 1).weekday()
 
 
@@ -24,7 +24,7 @@ class TimestampFeature(Feature):
     training row.
 
     Attributes:
-        parts: Parts that are read, of "hour", "weekday" and "age".
+        parts: Parts to read, among "hour", "weekday" and "age".
         unit: Unit of a column of numbers: s, ms, us or ns since the epoch.
         age_buckets: Number of buckets of the age; an age in hours falls in bucket
             floor(log2(1 + age)), at most the last.
@@ -33,6 +33,7 @@ class TimestampFeature(Feature):
     embedding_size: int = 8
     parts: tuple[str, ...] = _PARTS
     unit: TimeUnit = "s"
+    # The twentieth bucket begins at 2^19 - 1 hours, some sixty years.
     age_buckets: int = 20
 
     def __post_init__(self):
@@ -47,6 +48,7 @@ class TimestampFeature(Feature):
         # All values are read first, so that an error names a row of the whole table.
         as_seconds(column.all_values, self.location, unit=self.unit)
         newest = column.newest
+        # A log without times: the newest value of the column itself stands for now.
         if newest is None:
             seconds, missing = as_seconds(column.values, self.location, unit=self.unit)
             newest = int(seconds[~missing].max(initial=0))
@@ -54,7 +56,8 @@ class TimestampFeature(Feature):
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         seconds, missing = as_seconds(column, self.location, unit=self.unit)
-        # What is newer than training, as all requests are, has the age of the newest row.
+        # Times after training, as those of all requests, have the age of the newest row.
+        # Buckets grow with the age: an hour matters today, and not a year ago.
         hours = np.maximum(fitted.statistics["newest"] - seconds, 0) / 3600
         age = np.log2(1 + hours).astype(np.int64)
         values = {
@@ -78,6 +81,7 @@ class TimestampFeature(Feature):
 
     def table_shape(self, fitted: Fitted) -> TableShape:
         rows = FIRST_BUCKET + sum(self._part_rows(part) for part in self.parts)
+        # One small table for all parts, whose rows are averaged like those of a list.
         return TableShape(rows=rows, width=self.embedding_size)
 
     def _part_rows(self, part: str) -> int:
@@ -91,7 +95,7 @@ def as_seconds(
 
     Args:
         column: Dates, timestamps, numbers, or text in ISO 8601.
-        location: The feature as error messages call it.
+        location: Name of the feature in error messages.
         unit: Unit of numbers: s, ms, us or ns.
 
     Returns:
@@ -106,6 +110,7 @@ def as_seconds(
         # Microseconds hold all dates that pandas and Parquet have; nanoseconds end in 2262.
         column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         unit = "us"
+    # float64 holds the microseconds of this century exactly.
     values = as_numbers(column, location) / UNITS_PER_SECOND[unit]
     missing = np.isnan(values)
     return np.where(missing, 0, np.floor(values)).astype(np.int64), missing

@@ -1,4 +1,4 @@
-"""Strings as rows of an embedding table, and the hash that unknown strings share rows by."""
+"""Vocabularies of embedding tables: the rows of known strings, and hashed rows of unknown ones."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ _VALUES_PER_LOOKUP = 16
 
 
 def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
-    """Returns one array of text, whatever `values` holds: 42 becomes "42", nulls stay.
+    """Returns strings, numbers or a dictionary of these as one array of text: 42 becomes "42".
+
+    Nulls stay null.
 
     Raises:
         ValueError: The values have no text form (lists, structs).
     """
     if isinstance(values, pa.ChunkedArray):
+        # Without the copy of `concat_arrays`.
         if values.num_chunks == 1:
             return as_strings(values.chunk(0))
         chunks = [as_strings(chunk) for chunk in values.chunks]
         return pa.concat_arrays(chunks or [pa.array([], pa.large_string())])
     if pa.types.is_dictionary(values.type):
+        # Each distinct value is converted once.
         return as_strings(values.dictionary).take(values.indices)
     try:
+        # Large strings, whose offsets of 64 bits hold a column of any size in one array.
         return values.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(
@@ -42,10 +47,13 @@ def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
 
 
 def utf8(values: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the UTF-8 bytes uint8 [bytes] of all strings, and the offsets int64 [N + 1] at which
-    each starts; a null is empty."""
+    """Returns the UTF-8 bytes of all strings, uint8 [bytes], and their offsets, int64 [N + 1].
+
+    A null is empty.
+    """
     if not len(values):
         return np.zeros(0, np.uint8), np.zeros(1, np.int64)
+    # Read in place: no Python string is made of any value.
     _, offset_buffer, byte_buffer = values.buffers()
     # A slice shares the buffers of its whole: it begins 8 bytes an offset later.
     offsets = np.frombuffer(offset_buffer, np.int64, len(values) + 1, values.offset * 8)
@@ -60,6 +68,7 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
     Sums of uint64 are modulo 2^64, so that the difference of two running sums is exact.
     """
+    # `np.add.reduceat` would give an empty segment the value after it.
     running = np.cumsum(values, dtype=values.dtype)
     running = np.concatenate([np.zeros(1, values.dtype), running])
     return running[offsets[1:]] - running[offsets[:-1]]
@@ -74,6 +83,7 @@ def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
     data, offsets = utf8(values)
     block_starts = np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES)
     edges = np.minimum(np.searchsorted(offsets, block_starts, side="left"), len(values))
+    # A string longer than a block makes two edges fall together.
     edges = np.unique([0, *edges, len(values)])
     blocks = [
         _hash_block(data, offsets[low : high + 1])
@@ -85,6 +95,7 @@ def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
 def _hash_block(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     lengths = np.diff(offsets)
     positions = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    # Position and byte in one number, so that "ab" and "ba" have different words.
     words = mix64((positions << 8 | data[offsets[0] : offsets[-1]]).astype(np.uint64))
     # The length tells strings apart that end in zero bytes.
     return mix64(segment_sums(words, offsets - offsets[0]) + lengths.astype(np.uint64))
@@ -92,12 +103,14 @@ def _hash_block(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The rows of a table by value: row 0 for null (padding), 1 to `oov_rows` for unknown values by
-    hash, then the known values.
+    """The rows of a table by value.
+
+    Row 0 is for null (padding), rows 1 to `oov_rows` are for unknown values by hash, and the rows
+    of the known values follow.
 
     Attributes:
         values: Known values, unique, in the order of their rows.
-        oov_rows: Rows that unknown values are spread over.
+        oov_rows: Number of rows that unknown values are spread over.
 
     Raises:
         ValueError: A value is repeated or null, or there is no row for unknown values.
@@ -114,6 +127,7 @@ class Vocabulary:
         repeated = 0
         # Hashes that all differ prove that the values do, in less time than counting distinct
         # values takes.
+        # Two equal hashes may still be of different values: then they are counted.
         if not self._hash_index.is_unique:
             repeated = len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
         if repeated or self.values.null_count:
@@ -136,16 +150,18 @@ class Vocabulary:
         The order depends on the values and their counts alone, never on the order of the rows.
 
         Args:
-            values: Values [N]; null counts for nothing.
-            weights: Count [N] of each; 1 by default.
-            min_count: Count that a value needs to be known.
-            oov_rows: Rows that unknown values are spread over.
+            values: Values [N]; nulls are left out.
+            weights: Count of each value, [N]; 1 by default.
+            min_count: Least count of a known value.
+            oov_rows: Number of rows that unknown values are spread over.
         """
         encoded = as_strings(values).dictionary_encode()
         present = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
         indices = encoded.indices.fill_null(0).to_numpy()[present]
         if weights is not None:
+            # Nulls are dropped from both, so that they stay aligned.
             weights = weights[present]
+        # Weighted counts are float64, exact up to 2^53.
         counts = np.bincount(indices, weights, minlength=len(encoded.dictionary))
         table = pa.table({"value": encoded.dictionary, "count": counts})
         table = table.filter(pa.array(counts >= min_count))
@@ -164,12 +180,15 @@ class Vocabulary:
         return self.first + len(self.values)
 
     def rows(self, values: pa.Array | pa.ChunkedArray) -> Int32[np.ndarray, " N"]:
-        """Returns the row of each value: 0 for null, an out-of-vocabulary row by hash for an
-        unknown value."""
+        """Returns the row of each value.
+
+        It is 0 for null, and an out-of-vocabulary row by hash for an unknown value.
+        """
         if pa.types.is_dictionary(values.type):
             return self._rows_of_dictionary(values)
         values = as_strings(values)
         indices = self._find(values)
+        # -1 becomes a row of unknown values, which is replaced below.
         rows = (indices + self.first).astype(np.int32)
         unknown = np.flatnonzero(indices < 0)
         if len(unknown):
@@ -179,6 +198,7 @@ class Vocabulary:
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the values as plain arrays: their UTF-8 bytes and offsets."""
         data, offsets = utf8(self.values)
+        # Without Arrow's own format: .npy files are mapped and checked like all other arrays.
         return {"bytes": data, "offsets": offsets}
 
     @classmethod
@@ -206,6 +226,7 @@ class Vocabulary:
         return rows[values.indices.fill_null(len(values.dictionary)).to_numpy()]
 
     def _oov_rows_of(self, values: pa.LargeStringArray) -> np.ndarray:
+        # Without a seed: a server must choose the same row as training did.
         rows = 1 + (hash64(values) % np.uint64(self.oov_rows)).astype(np.int32)
         is_null = values.is_null().to_numpy(zero_copy_only=False)
         return np.where(is_null, 0, rows)
@@ -215,7 +236,9 @@ class Vocabulary:
         index = self._hash_index
         if len(values) * _VALUES_PER_LOOKUP > len(self.values) or not index.is_unique:
             indices = pc.index_in(values, value_set=self.values, skip_nulls=True)
-            return indices.fill_null(-1).to_numpy().astype(np.int64)
+            known_indices = indices.fill_null(-1).to_numpy()
+            return known_indices.astype(np.int64)
+        # A binary search in sorted hashes: microseconds for one value, whatever the vocabulary.
         position = np.searchsorted(index.hashes, hash64(values))
         candidates = index.order[np.minimum(position, len(index.order) - 1)]
         # An unknown value can have the hash of a known one.
@@ -224,6 +247,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _hash_index(self) -> _HashIndex:
+        # Made once, when the vocabulary is checked; 12 bytes a value.
         hashes = hash64(self.values)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
