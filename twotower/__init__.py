@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from twotower.retrieval.retriever import Recommendation, Retriever
     from twotower.training.run import Run
 
-# Where each name lives.
+# The module of each name. Those of the block above are for editors and type checkers alone.
 _HOMES = {
     "Config": "twotower.config",
     "ConfigError": "twotower.core.errors",
@@ -59,11 +59,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its home (PEP 562)."""
+    """Loads a public name from its module (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'twotower' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
+    # Completion in a shell also offers names that are not loaded yet.
     return sorted([*globals(), *__all__])

@@ -1,8 +1,7 @@
-"""The verbs of the library, wired: train, load, evaluate, export, ask.
+"""The functions that a user of the library starts from: train, load, evaluate, export.
 
-What lies below is kept apart on purpose (training knows nothing of evaluation, an index nothing of
-training), so somebody has to introduce the parts to each other. That happens here and nowhere
-else: the commands, notebooks and services start from these functions.
+The layers below are kept apart on purpose: training knows nothing of evaluation, an index nothing
+of training. Here alone they are put together, for commands, notebooks and services.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.embed import shard_weights
-from twotower.retrieval.export import export as write_bundle_of
+from twotower.retrieval.export import export as export_bundle
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
 from twotower.retrieval.retriever import Retriever
 from twotower.training import run as run_folder
 from twotower.training.run import Run
 
-BUNDLE = "bundle"
+BUNDLE = "bundle"  # folder of the bundle in that of its run
 
 
 def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
     """Trains a configuration in a folder, or goes on with what the folder holds of it.
 
     Validation runs where the split has validation rows, and hard negatives are mined where the
-    configuration asks for them.
+    configuration says so.
 
     Args:
-        config: The experiment.
-        workdir: The folder of the run, new or begun with the same configuration.
+        config: Configuration of the experiment.
+        workdir: Folder of the run, new or begun with the same configuration.
         devices: Number of devices to train on; 0 takes all.
 
     Returns:
@@ -48,14 +47,16 @@ def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
         TrainingError: The loss or a score is no longer finite.
     """
     train_in_folder(config, workdir, devices=devices)
+    # Loaded anew: the weights that training ends with are the last ones, not the best.
     return run_folder.load_run(workdir)
 
 
 def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) -> None:
-    """Does what `train` does, and leaves the run in its folder without loading it.
+    """Trains as `train` does, and leaves the run in its folder without loading it.
 
-    This is the form for one of several processes, and for whoever goes on in another process.
+    This is the form for one of several processes, and for work that goes on in another process.
     """
+    # Both are made later, of prepared data: training itself imports neither.
     run_folder.train(
         config, workdir, make_validate=make_validate, make_miner=make_miner, devices=devices
     )
@@ -65,7 +66,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     """Loads a trained run from its folder.
 
     Args:
-        workdir: The folder that `train` left.
+        workdir: Folder that `train` left.
         checkpoint: "best", "latest" or the number of a step.
 
     Raises:
@@ -79,7 +80,7 @@ def export(run: Run, **index_options: Any) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
 
     Args:
-        run: A loaded run.
+        run: Loaded run.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -90,13 +91,15 @@ def export(run: Run, **index_options: Any) -> Bundle:
         BundleError: The bundle, loaded again, does not score as the trainer did.
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
-    return write_bundle_of(with_index_options(run, **index_options), run.workdir / BUNDLE)
+    return export_bundle(with_index_options(run, **index_options), run.workdir / BUNDLE)
 
 
 def with_index_options(run: Run, **index_options: Any) -> Run:
     """Returns the run with some options of `config.retrieval` replaced."""
+    # These options touch no weight, so that a trained run may take others.
     retrieval = dataclasses.replace(run.config.retrieval, **index_options)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, retrieval=retrieval))
+    config = dataclasses.replace(run.config, retrieval=retrieval)
+    return dataclasses.replace(run, config=config)
 
 
 def evaluate(
@@ -114,19 +117,19 @@ def evaluate(
     The figures are also written to `run.workdir / "evaluation"`.
 
     Args:
-        run: A loaded run.
-        ks: Lengths of the lists; those of the configuration where none are given.
-        split: The rows to find: "test" or "validation".
+        run: Loaded run.
+        ks: Lengths of the lists; by default those of the configuration.
+        split: Rows to find: "test" or "validation".
         baselines: Whether popularity, item-kNN, EASE and the like are measured beside the model.
-        max_queries: Number of queries at most, evenly spaced; 0 asks all.
+        max_queries: Greatest number of queries, evenly spaced; 0 takes all.
         popularity_weights: Weights of popularity to measure lists with.
         devices: Number of devices that share the items; 0 takes all.
 
     Returns:
-        The figures by name, as `twotower.evaluation.report.measure_run` gives them.
+        The figures by name, as `twotower.evaluation.report.measure_run` returns them.
     """
     ks = tuple(ks) or run.config.evaluation.ks
-    # Loaded before the long part: a damaged bundle is told at once.
+    # Loaded before the long part: a damaged bundle is refused at once.
     folder = run.workdir / BUNDLE
     retriever = Retriever.load(folder) if folder.exists() else None
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
@@ -139,6 +142,7 @@ def evaluate(
         popularity_weights=popularity_weights,
     )
     if retriever is not None:
+        # One query a user, whatever the protocol: the index is searched with users' vectors.
         queries = make_queries(run.prepared, split, "user")
         measured["index"] = report.measure_index(retriever, queries.user)
     report.write_metrics(measured, metrics_path(run.workdir, split))
@@ -147,6 +151,7 @@ def evaluate(
 
 def metrics_path(workdir: Path, split: str) -> Path:
     """Returns the file that `evaluate` writes the figures of a split to."""
+    # Figures of validation must not replace those of the test.
     name = "metrics.json" if split == "test" else f"metrics_{split}.json"
     return workdir / "evaluation" / name
 
@@ -165,25 +170,26 @@ def repeat(
     ended is only measured. The figures are also written to `repeat_path(workdir, split)`.
 
     Args:
-        config: The experiment; its own seed is not used.
-        workdir: The folder of the runs.
+        config: Configuration of the experiment; its own seed is not used.
+        workdir: Folder of the runs.
         seeds: Number of trainings, with `training.seed` = 0, 1, ...
-        split: The rows to find: "test" or "validation".
+        split: Rows to find: "test" or "validation".
         baselines: Whether popularity and the like are measured, with the first seed alone.
 
     Returns:
-        The figures of each seed, as `twotower.evaluation.report.measure_run` gives them.
+        The figures of each seed, as `twotower.evaluation.report.measure_run` returns them.
     """
     measured = []
     for seed in range(seeds):
         training = dataclasses.replace(config.training, seed=seed)
-        seeded = dataclasses.replace(config, training=training)
-        run = train(seeded, Path(workdir) / f"seed-{seed}")
-        measured.append(
-            report.measure_run(
-                run, ks=config.evaluation.ks, split=split, baselines=baselines and seed == 0
-            )
+        config_of_seed = dataclasses.replace(config, training=training)
+        run = train(config_of_seed, Path(workdir) / f"seed-{seed}")
+        # Baselines depend on the data alone: once is enough.
+        with_baselines = baselines and seed == 0
+        figures = report.measure_run(
+            run, ks=config.evaluation.ks, split=split, baselines=with_baselines
         )
+        measured.append(figures)
     by_seed = {f"seed-{seed}": figures for seed, figures in enumerate(measured)}
     report.write_metrics(by_seed, repeat_path(workdir, split))
     return measured
@@ -196,7 +202,7 @@ def repeat_path(workdir: Path | str, split: str) -> Path:
 
 
 def load_exported(workdir: Path | str) -> Retriever:
-    """Loads the bundle that was exported of a run.
+    """Loads the bundle that was exported from a run.
 
     Raises:
         BundleError: The run has no bundle yet, or one that is not whole.

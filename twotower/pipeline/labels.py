@@ -1,4 +1,4 @@
-"""Labels of the interactions: 1, 0, or nothing where nobody knows."""
+"""Labels of the interactions: 1, 0, or missing."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def label_columns(objective: ObjectiveConfig) -> dict[str, str]:
         ConfigError: A head names no column.
     """
     fields = {}
+    # An empty label of the objective means that all rows are positives; one of a head, a mistake.
     if objective.label:
         fields["config.objective.label"] = objective.label
     for name, head in objective.heads.items():
@@ -34,6 +35,7 @@ def label_columns(objective: ObjectiveConfig) -> dict[str, str]:
             raise ConfigError(
                 f"{field}='' must name the column of the interactions that holds the head's label."
             )
+        # Several heads may share a column: it is read once.
         columns.setdefault(column, field)
     return columns
 
@@ -43,12 +45,12 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: Mapping[str, str]) ->
 
     Args:
         rows: All interactions that the filters keep.
-        train: The interactions of training.
+        train: Interactions of training.
         columns: Result of `label_columns`.
 
     Raises:
-        ConfigError: A column does not exist, holds something other than 0, 1, true, false or
-            nothing, or has one label alone in training.
+        ConfigError: A column does not exist, holds a value that is not 0, 1, true, false or
+            missing, or has one label alone in training.
     """
     for column, field in columns.items():
         table = f"{field}={column!r}: the interactions table"
@@ -74,12 +76,14 @@ def read_labels(table: pa.Table, columns: Mapping[str, str]) -> dict[str, np.nda
     """
     labels = {}
     for column in columns:
+        # Missing labels become NaN, which training masks.
         values = table[column].cast(pa.float32()).to_numpy()
         labels[column] = values.astype(np.float32)
     return labels
 
 
 def _check_values(rows: pa.Table, column: str, field: str) -> None:
+    """Refuses a column that holds anything but labels, and names the first such row."""
     values = rows[column]
     if _is_numeric(values.type):
         numbers = values.cast(pa.float64())
@@ -89,6 +93,7 @@ def _check_values(rows: pa.Table, column: str, field: str) -> None:
         # Text is not guessed at: "0" may be a code.
         is_bad = pc.is_valid(values)
     row = pc.index(pc.fill_null(is_bad, False), True).as_py()
+    # -1 where there is none.
     if row >= 0:
         raise ConfigError(
             f"{field}={column!r}: {values[row].as_py()!r} in row {row + 1:,} of the interactions "
@@ -98,6 +103,7 @@ def _check_values(rows: pa.Table, column: str, field: str) -> None:
 
 
 def _is_numeric(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold labels."""
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     # A column without any value has the type null.
     return is_number or pa.types.is_boolean(kind) or pa.types.is_null(kind)

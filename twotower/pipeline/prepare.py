@@ -32,17 +32,18 @@ class PreparedData:
     """Everything that training and evaluation read.
 
     Attributes:
-        config: The configuration that the data was prepared for.
-        users: All users, U rows, with the columns as they were read.
-        items: The corpus, N rows, likewise.
-        train: The interactions to learn from, as arrays.
-        validation: The interactions to choose a model by.
-        test: The interactions to report on.
-        encoder: The encoder, fitted on the training rows.
-        features: {"user": {name: [U, ...]}, "item": {name: [N, ...]}}, encoded, in the order of
-            `users` and `items`.
+        config: Configuration that the data was prepared for.
+        users: Table of all users, U rows, with the columns as they were read.
+        items: Table of the corpus, N rows, likewise.
+        train: Interactions to learn from, as arrays.
+        validation: Interactions to choose a model by.
+        test: Interactions to report on.
+        encoder: Encoder, fitted on the training rows.
+        features: Encoded features in the order of `users` and `items`: {"user": {name: [U, ...]},
+            "item": {name: [N, ...]}}.
         truth: True preferences in the same order, which a generated shop alone has.
-        raw: The interactions as tables with all their columns.
+        raw: Interactions as tables with all their columns; the rows of a part are those of `train`,
+            `validation` or `test`, in the same order.
         histories: Histories of users, where they are a feature; the context of a row then holds the
             span of its history.
         packing: Packed sequences, where these are the examples of training.
@@ -63,7 +64,8 @@ class PreparedData:
 
     @property
     def num_examples(self) -> int:
-        """The examples of a pass over the training data: rows, or packed rows of sequences."""
+        """Number of examples of a pass over the training data: rows, or packed rows of
+        sequences."""
         return len(self.train if self.packing is None else self.packing)
 
     @property
@@ -98,18 +100,19 @@ class PreparedData:
         """Returns the encoded features of users in a context: {name: [N, ...]}.
 
         Args:
-            users: int32 [N], rows of the users table.
-            context: {name: [N, ...]}, such as `Rows.context` has.
+            users: Rows of the users table, int32 [N].
+            context: Encoded features of each row, {name: [N, ...]}, such as `Rows.context` has.
         """
         features = {name: values[users] for name, values in self.features["user"].items()}
         features |= context
+        # A span says which events are a row's past; the events themselves are looked up here.
         if self.histories is not None:
             spans = features.pop(SPANS)
             features |= self.histories.take(spans)
         return features
 
     def is_positive(self, part: str) -> np.ndarray:
-        """Marks the rows that say that a user wanted an item: bool [N].
+        """Marks the rows in which a user wanted an item: bool [N].
 
         Where `config.objective.label` names a column, those are the rows with label 1; else all.
 
@@ -118,12 +121,18 @@ class PreparedData:
         """
         rows: Rows = getattr(self, part)
         label = self.config.objective.label
-        return rows.labels[label] == 1 if label else np.ones(len(rows), bool)
+        if not label:
+            return np.ones(len(rows), bool)
+        # A missing label is NaN, which equals nothing: such a row is no positive.
+        return rows.labels[label] == 1
 
     def positives(self, part: str) -> Rows:
         """Returns the rows that `is_positive` marks."""
         rows: Rows = getattr(self, part)
-        return rows.take(self.is_positive(part)) if self.config.objective.label else rows
+        # Without a label no copy of the log is made.
+        if not self.config.objective.label:
+            return rows
+        return rows.take(self.is_positive(part))
 
 
 def prepare(
@@ -132,9 +141,8 @@ def prepare(
     """Reads the log that a configuration names, divides it, and encodes it as arrays.
 
     Args:
-        config: The configuration of a run.
-        encoder: The encoder that a run was trained with; by default one is fitted on the training
-            rows.
+        config: Configuration of a run.
+        encoder: Encoder that a run was trained with; by default one is fitted on the training rows.
         fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
 
     Raises:
@@ -142,8 +150,9 @@ def prepare(
         LeakageError: The split leaks (see `twotower.data.audit`), or `encoder` was fitted on other
             rows than these training rows.
     """
-    # Before the log is read, which may take minutes: a mistake in the features is told at once.
+    # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     spec = load_spec(config.features)
+    # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(load_dataset(config.data), config.data)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
@@ -190,6 +199,7 @@ def prepare(
             "weight is 0 in every training row: nothing would be learned. At least one must be "
             "above 0."
         )
+    # From rows as arrays, all parts at once: a test row's past holds training and validation rows.
     histories = _build_histories(encoder, parts, (train, validation, test), len(users))
     if histories is not None:
         train = _with_spans(train, histories.spans["train"])
@@ -224,6 +234,7 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
     trained = pc.unique(train["item_id"])
     is_trained = pc.is_in(dataset.items["item_id"], value_set=trained)
     truth = dataset.truth
+    # The factors keep the order of the items.
     if truth is not None:
         item_factors = truth.item_factors[is_trained.to_numpy()]
         truth = dataclasses.replace(truth, item_factors=item_factors)
@@ -243,6 +254,7 @@ def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> Non
 
 def _columns_of_users(encoder: Encoder) -> list[str]:
     """Returns the user features whose column is one of the users table, not of the log."""
+    # Features of the context are encoded with the rows of the log, and a history from its events.
     names = []
     for name, feature in encoder.spec.user.items():
         if name not in encoder.context and feature is not encoder.spec.history:
@@ -266,6 +278,7 @@ def _encode_rows(
 
 def _row_numbers(ids: pa.ChunkedArray, table_ids: pa.ChunkedArray) -> np.ndarray:
     """Returns the row of each id in a table, int32 [N], and -1 for an id that is not in it."""
+    # A hash lookup of Arrow: a dictionary of Python takes several times as long.
     numbers = pc.index_in(ids, value_set=table_ids.combine_chunks())
     return pc.fill_null(numbers, -1).to_numpy().astype(np.int32)
 
@@ -289,7 +302,7 @@ def _read_weights(rows: pa.Table) -> np.ndarray:
 def _build_histories(
     encoder: Encoder, parts: Split, rows: tuple[Rows, Rows, Rows], num_users: int
 ) -> Histories | None:
-    """Returns what each user had done before each row, where the encoder has such a feature."""
+    """Returns the events of each user before each row, where the encoder has such a feature."""
     feature = encoder.spec.history
     if feature is None:
         return None
