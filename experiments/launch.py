@@ -1,5 +1,8 @@
-"""How every experiment is launched: quiet logs, and a user's mistake shown as a line, not as a
-traceback."""
+"""The launch of every command: quiet logs, and a user's mistake shown as a line, not as a
+traceback.
+
+Commands import the library in their `main`: `--help` and a wrong flag need not wait for JAX.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from absl import logging as absl_logging
 
 import twotower
 
-_PACKAGE = str(Path(twotower.__file__).parent)
+_PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
 INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
 
 
@@ -22,8 +25,8 @@ def run(main: Callable[[], None]) -> None:
     """Runs `main` under absl with the flags of the command line.
 
     Mistakes of the user are `ValueError`s and `TrainingError`s of the library that say what to do,
-    and what the machine refuses is an `OSError` that names the file; they end the program with
-    status 1 and their message. Anything else is a defect and keeps its traceback.
+    and refusals of the machine are `OSError`s that name the file; they end the program with status
+    1 and their message. Anything else is a defect and keeps its traceback.
     """
     absl_logging.get_absl_handler().addFilter(_is_for_the_user)
     app.run(lambda argv: call(main, argv), flags_parser=parse)
@@ -41,7 +44,7 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"Error: {_reason(error)}")
     except (AttributeError, KeyError) as error:
         # config_flags raises these for an option that is not there.
-        message = _missing_option(str(error), argv)
+        message = _explain_missing_option(str(error), argv)
         if message is None:
             # A mistake in the experiment's own Python: its traceback shows the line.
             raise
@@ -52,11 +55,12 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
     """Calls `main`; a mistake ends the program with a line.
 
     Args:
-        main: the command, whose flags have been parsed.
-        argv: what `parse` returned.
+        main: command, whose flags have been parsed.
+        argv: result of `parse`.
     """
-    from twotower.training.loop import TrainingError
+    from twotower.core.errors import TrainingError
 
+    # Such as a value that a space parts from its flag by mistake: absl would ignore it.
     if argv[1:]:
         raise app.UsageError(
             f"Unexpected arguments: {' '.join(argv[1:])}. Options are given as --name=value."
@@ -71,6 +75,7 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
         )
         sys.exit(INTERRUPTED)
     except OSError as error:
+        # A full disk or a missing file is no defect: its traceback is for --verbosity=1 alone.
         absl_logging.debug("where it happened", exc_info=True)
         sys.exit(f"Error: {_reason(error)}")
     except (ValueError, TrainingError) as error:
@@ -84,15 +89,16 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
     # JAX and Orbax log dozens of lines about each checkpoint, and Orbax warns when a run is only
     # read.
     lowest = logging.ERROR if "orbax" in record.pathname else logging.WARNING
-    return record.pathname.startswith(_PACKAGE) or record.levelno >= lowest
+    is_ours = record.pathname.startswith((_PACKAGE, __file__))
+    return is_ours or record.levelno >= lowest
 
 
-def _missing_option(message: str, argv: list[str]) -> str | None:
-    """Returns what to say of the option in `argv` that config_flags does not know.
+def _explain_missing_option(message: str, argv: list[str]) -> str | None:
+    """Returns a message on the option in `argv` that config_flags does not know, if it is one.
 
     Args:
-        message: the text of its exception.
-        argv: the command line.
+        message: text of the exception of config_flags.
+        argv: command line.
     """
     if "has no attribute 'get_config'" in message:
         return "the --config file has no function get_config()."
@@ -103,9 +109,11 @@ def _missing_option(message: str, argv: list[str]) -> str | None:
     options = [arg.split("=")[0] for arg in argv if arg.startswith("--config.")]
     for option in options:
         parents, name, _ = option.removeprefix("--").partition(f".{unknown[1]}")
+        # A whole part of the path, not the beginning of a longer one.
         if not name or name[1:] not in option.split("."):
             continue
         hint = f"; did you mean {nearest[1]!r}?" if nearest else "."
+        # Mappings with keys of the user's own have no options to set one by one.
         if parents.endswith((".columns", ".user", ".item")):
             hint += f" A mapping is set whole: --{parents}={{...}}."
         return f"{option}: {parents} has no option {unknown[1]!r}{hint}"
