@@ -72,11 +72,6 @@ def mistake(trap: int, target: str) -> Callable[[Callable[[Any], Any]], Callable
     return add
 
 
-def _with_default(init: Any, **wrong: Any) -> Any:
-    """Returns the `__init__` of a dataclass with other defaults."""
-    return lambda self, *args, **fields: init(self, *args, **wrong | fields)
-
-
 @mistake(1, "twotower.kernels.streaming_softmax:_log_count")
 def log_q_is_added(right):
     return lambda values, used, dtype: -right(values, used, dtype)
@@ -174,7 +169,7 @@ def the_correction_is_forgotten_in_the_step(right):
 
 @mistake(8, "twotower.config:ModelConfig.__init__")
 def cosines_begin_at_temperature_1(right):
-    return _with_default(right, temperature=1.0)
+    return lambda self, *args, **fields: right(self, *args, **{"temperature": 1.0} | fields)
 
 
 @mistake(8, "twotower.training.step:bounded_temperature")
@@ -297,9 +292,12 @@ def weights_have_no_version(right):
     return lambda weights: "1"
 
 
-@mistake(19, "twotower.config:NegativesConfig.__init__")
+@mistake(19, "twotower.training.candidates:NegativeSampling.build")
 def items_never_clicked_are_no_negatives(right):
-    return _with_default(right, uniform=0)
+    def build(cls, config, loss, corpus, **options):
+        return right.__func__(cls, config, loss, corpus._replace(unseen=0), **options)
+
+    return classmethod(build)
 
 
 @mistake(19, "twotower.evaluation.metrics:never_trained")
