@@ -22,9 +22,9 @@ _BASELINES = flags.DEFINE_bool(
     "baselines", False, "Measure random, popularity and the like beside the model."
 )
 _QUERIES = flags.DEFINE_integer(
-    "queries", 0, "Ask at most this many, evenly spaced, where all take too long.", lower_bound=0
+    "queries", 0, "Greatest number of queries, evenly spaced; 0: all.", lower_bound=0
 )
-_WEIGHTS = flags.DEFINE_list(
+_POPULARITY_WEIGHTS = flags.DEFINE_list(
     "popularity_weights",
     [],
     "Measure lists with popularity weighed too: --popularity_weights=0,.05.",
@@ -41,6 +41,7 @@ def main() -> None:
     from twotower.evaluation.report_text import format_report
 
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    # Before the vectors are made: a width that was not trained is refused at once.
     if _DIM.value:
         run = api.with_index_options(run, dim=_DIM.value)
     ks = parse_ks(_K.value) or run.config.evaluation.ks
@@ -50,7 +51,7 @@ def main() -> None:
         split=_SPLIT.value,
         baselines=_BASELINES.value,
         max_queries=_QUERIES.value,
-        popularity_weights=parse_weights(_WEIGHTS.value),
+        popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
         devices=_DEVICES.value,
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)
@@ -58,7 +59,8 @@ def main() -> None:
 
 
 def parse_ks(texts: list[str]) -> tuple[int, ...]:
-    """Returns list lengths in rising order."""
+    """Returns list lengths in rising order, each once."""
+    # The tables show the shortest lists first, and most metrics for these alone.
     from twotower.core.errors import ConfigError
 
     for text in texts:
@@ -79,6 +81,7 @@ def parse_weights(texts: list[str]) -> tuple[float, ...]:
         weights = tuple(float(text) for text in texts)
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}. Give numbers, such as 0,.02,.05.") from None
+    # Python reads "nan" and "inf" as numbers.
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"{flag} must be finite.")
     return weights

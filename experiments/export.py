@@ -3,8 +3,8 @@ r"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKD
     python -m experiments.export --workdir=runs/quickstart [--checkpoint=best] \
         [--target_recall=.95 --k=100] [--plot=index.png] [--dim=32] [--vectors=int8]
 
-Prints what was tried for the index, and what it was measured to find; of vectors that are cut or
-rounded, what that loses.
+Prints the trials by which the index was tuned, and its recall; for vectors that are cut or rounded,
+also the loss against whole ones.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def main() -> None:
     from twotower.index.tuning_report import plot_tuning
 
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    # Flags that are left out leave the options of the run as they are.
     options = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
     bundle = api.export(run, **options)
+    # Exact search has nothing to tune, and so nothing to draw.
     tuning = getattr(bundle.index, "tuning", None)
     if _PLOT.value and tuning is not None and tuning.tried:
         plot_tuning(tuning.tried, tuning.target_recall, Path(_PLOT.value))

@@ -6,10 +6,10 @@ r"""Takes a trained run over to data with new users, items and values; training 
     python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine_2 \
         --config.training.steps=4000
 
-Known users and items keep their rows and what the optimizer knows of them; before the first further
-step their scores are the same to the bit. New rows begin as the out-of-vocabulary row that they
-were until now (oov), as the mean of the known (mean), or as the mean of the nearest known by all
-other features (content).
+Known users and items keep their rows and their optimizer state; before the first further step their
+scores are the same to the bit. New rows begin as the out-of-vocabulary row that stood for them
+until now (oov), as the mean of the known rows (mean), or as the mean of those that are nearest by
+all other features (content).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 flags.mark_flag_as_required("config")
 _SOURCE = flags.DEFINE_string("source", None, "The run to go on from.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the new run.", required=True)
-_NEW_ROWS = flags.DEFINE_string("new_rows", "oov", "What new rows begin as: oov, mean or content.")
+_NEW_ROWS = flags.DEFINE_string("new_rows", "oov", "First value of new rows: oov, mean or content.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
 
 

@@ -1,4 +1,4 @@
-"""Asks the bundle of a run for a user, for an item, or for many users.
+"""Recommends items to a user or to many users, or lists the items that are like one, by a bundle.
 
     python -m experiments.query --workdir=runs/quickstart --user=42 --k=10
 
@@ -6,8 +6,8 @@
 
     python -m experiments.query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
 
-Prints what to recommend to the user, or the items most like the item. The lists of many users are
-written as Parquet: user_id, rank, item_id, score.
+Prints the recommendations for the user, or the items most like the item. The lists of many users
+are written as Parquet: user_id, rank, item_id, score.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
 _USER = flags.DEFINE_string(
-    "user", None, "A user id: prints its latest items and what to recommend."
+    "user", None, "A user id: prints its latest items and its recommendations."
 )
 _ITEM = flags.DEFINE_string("item", None, "An item id: prints similar items.")
 _USERS = flags.DEFINE_string(
@@ -41,14 +41,16 @@ def main() -> None:
     if sum(flag.value is not None for flag in (_USER, _ITEM, _USERS)) != 1:
         raise ConfigError("Give one of --user=ID, --item=ID and --users=FILE.")
     retriever = api.load_exported(_WORKDIR.value)
-    seen = {"exclude_seen": _EXCLUDE_SEEN.value}
+    k = _K.value
+    exclude_seen = _EXCLUDE_SEEN.value
     if _USER.value is not None:
-        print(listing.format_user(retriever, _USER.value, _K.value, **seen))
+        print(listing.format_user(retriever, _USER.value, k, exclude_seen=exclude_seen))
     elif _ITEM.value is not None:
-        print(listing.format_similar(retriever, _ITEM.value, _K.value))
+        print(listing.format_similar(retriever, _ITEM.value, k))
     elif _USERS.value is not None:
+        users = Path(_USERS.value)
         out = Path(_OUT.value or Path(_WORKDIR.value) / "recommendations.parquet")
-        print(listing.write_lists(retriever, Path(_USERS.value), out, _K.value, **seen))
+        print(listing.write_lists(retriever, users, out, k, exclude_seen=exclude_seen))
 
 
 if __name__ == "__main__":

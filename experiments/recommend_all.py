@@ -4,9 +4,9 @@ r"""Writes the best K items of every known user as Parquet: user_id, rank, item_
         [--devices=N] [--task=T --tasks=N]
 
 The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
-over the devices, unless --approximate asks the bundle's index, or TPUs are told what share of the
-best will do: --recall_target=.95. Killed at any moment, the same command goes on. Several processes
-share the work: give each its --task.
+over the devices, unless --approximate takes the bundle's index, or, on TPUs, a share of the best
+items is enough: --recall_target=.95. Killed at any moment, the same command goes on. Several
+processes share the work: give each its --task.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder to write to; by default WORKDIR/
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
 _APPROXIMATE = flags.DEFINE_bool(
-    "approximate", False, "Ask the bundle's index instead of comparing all items."
+    "approximate", False, "Search the bundle's index instead of comparing all items."
 )
 _RECALL_TARGET = flags.DEFINE_float(
     "recall_target",

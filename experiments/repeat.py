@@ -1,11 +1,11 @@
-r"""Trains and measures an experiment with one seed after another: what a figure is worth.
+r"""Trains and measures an experiment with one seed after another, for the spread of its figures.
 
     python -m experiments.repeat --config=experiments/configs/yelp2018.py --workdir=runs/yelp2018 \
         [--seeds=3] [--baselines]
 
 Prints the mean and the standard deviation of each metric over training.seed = 0, 1, ... and writes
-what each seed gave to WORKDIR/repeat.json (repeat_validation.json for --split=validation). The run
-of a seed is WORKDIR/seed-N: a training that was stopped goes on, and one that had ended is only
+the figures of each seed to WORKDIR/repeat.json (repeat_validation.json for --split=validation). The
+run of a seed is WORKDIR/seed-N: a training that was stopped goes on, and one that had ended is only
 measured.
 """
 

@@ -3,9 +3,8 @@ r"""Logs a run to MLflow: configuration, metrics, evaluations, files.
     python -m experiments.track --workdir=runs/quickstart --uri=sqlite:///mlflow.db \
         --experiment=shop [--bundle]
 
-It may be given at any time, also while the run trains, and again: what is there is not logged
-twice. The runs are looked at with MLflow's own server: pip install mlflow, mlflow ui
---backend-store-uri=sqlite:///mlflow.db
+It may be given at any time, also while the run trains, and again: nothing is logged twice. MLflow's
+own server shows the runs: pip install mlflow, mlflow ui --backend-store-uri=sqlite:///mlflow.db
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ r"""Trains an experiment, or goes on with it, on all devices of this machine or 
         --workdir=runs/quickstart [--config.training.steps=500]
 
 Several processes: the same command on every machine with a folder that all of them see, and
---distributed where the cluster says who is who (Cloud TPU, Slurm, Kubernetes); elsewhere
+--distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
 """
 
@@ -41,6 +41,7 @@ def main() -> None:
     from twotower.training.processes import join
 
     config = from_dict(_CONFIG.value)
+    # Before JAX sees its devices: it could not join other processes afterwards.
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, cluster=_DISTRIBUTED.value)
     api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value)
 
