@@ -1,4 +1,4 @@
-r"""Amazon Beauty, protocol P-SEQ: what will each customer review next, from the last 50 items.
+r"""Amazon Beauty, protocol P-SEQ: the next item that each customer reviews, from the last 50.
 
     export TWOTOWER_DATA=folder   # holds amazon-beauty/Beauty.txt
     python -m experiments.repeat --config=experiments/configs/amazon_beauty_sequential.py \

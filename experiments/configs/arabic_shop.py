@@ -1,5 +1,5 @@
-"""The generated shop with Arabic titles: a buyer is the weighted events of the past, and new items
-are found by their text.
+"""The generated shop with Arabic titles: buyers by their weighted past events, new items by their
+text.
 
     python -m experiments.train --config=experiments/configs/arabic_shop.py --workdir=runs/arabic
     python -m experiments.export --workdir=runs/arabic
@@ -21,10 +21,10 @@ baselines of the same training rows:
 
 Item-kNN reaches .2359 and .1788 on these rows, EASE .2442 and .1906; neither can find a new item.
 
-The last is of 97 users. With category, brand and price beside the title, category and brand read by
-the history too, and oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818 ± .0195;
-but then new items lean on those columns: with the title alone told of them, .028. A training takes
-half a minute of one core.
+The last row is of 97 users. With category, brand and price beside the title, category and brand
+read by the history too, and oov_rate=0.3, the model reaches .2200 ± .0030, .1729 ± .0021 and .2818
+± .0195; but then new items lean on those columns: where their titles alone are known, it reaches
+.028. A training takes half a minute of one core.
 """
 
 from twotower.config import defaults

@@ -1,5 +1,5 @@
-r"""MovieLens-100K as a video service has it, protocol P-LOO: what was liked (4 stars or more), the
-last liked film of each user.
+r"""MovieLens-100K as the log of a video service, protocol P-LOO: likes (4 stars or more) alone, of
+which the last of each user is the test.
 
     export TWOTOWER_DATA=folder   # holds movielens-100k/u.data and u.item
     python -m experiments.train --config=experiments/configs/movielens_100k_video.py \
@@ -9,7 +9,7 @@ last liked film of each user.
 
 The user tower reads the user's id and a bag of the last 50 films whose weights by recency are
 learned; the item tower the film's id and its genres. Both directions of the loss, a learned
-temperature that starts at .07. Films of one second do not know of each other.
+temperature that starts at .07. Films rated in one second are not in each other's history.
 
 Tuned on validation alone. On test, seen films masked, mean ± deviation of training.seed 0, 1, 2,
 and the bars, baselines of the same training rows (python -m experiments.repeat
@@ -68,9 +68,8 @@ def get_config():
     config.data.where = (("rating", ">=", 4),)
 
     config.split.kind = "leave_last_out"
-    config.split.accept_leakage = (
-        "future_rows",
-    )  # the protocol holds out each user's last film, whenever that was
+    # The protocol holds out each user's last film, whenever that was.
+    config.split.accept_leakage = ("future_rows",)
 
     # A flag a genre; 0 and 1 fall into two buckets.
     genres = {name: {"type": "int", "boundaries": (1.0,), "embedding_size": 4} for name in GENRES}

@@ -1,6 +1,6 @@
-r"""MovieLens-1M, protocol P-SEQ: what will each user watch next, from the last 200 films?
+r"""MovieLens-1M, protocol P-SEQ: the next film of each user, from the last 200.
 
-The 5-core file of the SASRec paper.
+The data is the 5-core file of the SASRec paper.
 
     export TWOTOWER_DATA=folder   # holds movielens-1m/ml-1m.txt
     python -m experiments.repeat --config=experiments/configs/movielens_1m_sequential.py \

@@ -1,4 +1,4 @@
-r"""MovieLens latest-small through TFDS, cut in time: which films will each user rate next?
+r"""MovieLens latest-small through TFDS, cut in time: the films that each user rates next.
 
     # Optional: where a folder in it holds ml-latest-small.zip, nothing is downloaded.
     export TWOTOWER_DATA=folder
@@ -21,8 +21,8 @@ the same training rows:
 
 The gain over popularity, masked, is .041; its standard error is .016 over users and .012 over
 seeds. Recall@10 of the index against exact: 1.0 (auto: ScaNN, brute force), .982
-(--config.retrieval.index=scann_tree). A user asked about by id gets the last period;
-Retriever.recommend(rows=[{...}]) must bring its timestamp.
+(--config.retrieval.index=scann_tree). A known user who is named by id gets the last period; rows in
+Retriever.recommend(rows=[{...}]) need a timestamp.
 """
 
 from twotower.config import defaults
@@ -37,9 +37,9 @@ def get_config():
     config.split.validation = 0.15
     config.split.test = 0.15
 
-    # Nine of ten held-out users are new. What helps them is the out-of-vocabulary rows, well
-    # trained by a high oov_rate, and the time of the query: one of four periods of equally many
-    # rows, the last of which speaks for the future.
+    # Nine of ten held-out users are new. They are served by the out-of-vocabulary rows, which a
+    # high oov_rate trains well, and by the time of the query: one of four periods of equally many
+    # rows, the last of which stands for the future.
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.6},
         "period": {"type": "int", "column": "timestamp", "buckets": 4, "embedding_size": 64},

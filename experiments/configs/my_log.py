@@ -1,5 +1,4 @@
-"""Your own log: one CSV (or Parquet, with --config.data.source=parquet) of who did what with which
-item, and when.
+"""Your own log: one CSV (or Parquet, with --config.data.source=parquet) of users, items and times.
 
     python -m experiments.train --config=experiments/configs/my_log.py --workdir=runs/mine
     python -m experiments.export --workdir=runs/mine
@@ -7,9 +6,9 @@ item, and when.
     python -m experiments.query --workdir=runs/mine --user=42
 
 It reads events.csv; for another file, --config.data.interactions.path=FILE, and for columns of
-other names, --config.data.interactions.columns.user_id=CustomerID. What is known of the items, for
-the printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to
-change more.
+other names, --config.data.interactions.columns.user_id=CustomerID. A table of items, for the
+printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to change
+more.
 """
 
 from twotower.config import defaults
@@ -30,9 +29,9 @@ def get_config():
     config.split.validation = 0.05
     config.split.test = 0.1
 
-    # Ids, and the time of the query: the last of eight periods speaks for what is asked tomorrow. A
-    # high oov_rate trains the rows that new users get. What you know of items and users goes here,
-    # by column: "title": {"type": "text", "embedding_size": 32}.
+    # Ids, and the time of the query: the last of eight periods stands for tomorrow. A high oov_rate
+    # trains the rows that new users get. Further columns of items and users go here, each as a
+    # feature: "title": {"type": "text", "embedding_size": 32}.
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
         "period": {"type": "int", "column": "timestamp", "buckets": 8, "embedding_size": 64},

@@ -1,4 +1,4 @@
-r"""A year of a gift shop's invoices, from its CSV as it is; what will each customer buy next?
+r"""A year of a gift shop's invoices, from its CSV as it is: the next purchases of each customer.
 
     export TWOTOWER_DATA=folder   # holds online-retail/online_retail.csv.gz
     python -m experiments.train --config=experiments/configs/online_retail.py \
@@ -11,7 +11,7 @@ Protocol: cancelled invoices, quantities that are not positive and rows without 
 dropped: 397,924 rows of 4,339 customers are left. One cut in time: validation from 2 November 2011,
 test from 21 November to 9 December. All 4,070 codes are ranked for each customer of the test rows.
 Repeated purchases stay (config.data.duplicates="all"): "first" would hide that customers come back
-to an item, and "last" would remove from training what is bought again later, which tells of the
+to an item, and "last" would remove purchases from training that are repeated later, which leaks the
 future. They count where nothing is masked; with seen items masked only items new to the customer
 are right answers.
 
@@ -23,8 +23,8 @@ the same training rows:
     nothing masked            .2433 (.2315 to .2503)     .2115    .1483      .0740        .1263
 
 Recall@10 of the index against exact: 1.0 (auto: ScaNN, brute force), .978
-(--config.retrieval.index=scann_tree). A customer asked about by id gets the last period;
-Retriever.recommend(rows=[{...}]) must bring its timestamp.
+(--config.retrieval.index=scann_tree). A known customer who is named by id gets the last period;
+rows in Retriever.recommend(rows=[{...}]) need a timestamp.
 """
 
 from twotower.config import defaults
@@ -54,9 +54,9 @@ def get_config():
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.05},
         "country": {"type": "string", "column": "Country", "embedding_size": 8},
-        # When the query is asked, as one of 32 periods with equally many rows. What sells changes
-        # with the season; a later query falls in the last period, so the newest rows of training
-        # speak for the time after it.
+        # The time of the query, as one of 32 periods with equally many rows. Sales change with the
+        # season; a later query falls in the last period, so that the newest rows of training stand
+        # for the time after it.
         "period": {"type": "int", "column": "timestamp", "buckets": 32, "embedding_size": 64},
     }
     config.features.item = {

@@ -10,9 +10,9 @@ Recall@20 / NDCG@20 with training items masked, mean of --config.training.seed=0
 .0617, both with BSL. Training takes 8 minutes on one core.
 
 The lists of the files are in the order of time, and the test rows are the last fifth of each
-user's. So the user is what they did last: a bag of the latest 30 places, where what an event counts
-for, by how many followed it, is learned. Options were chosen on the latest tenth of each user's
-training rows (--config.split.validation=0.1).
+user's. So a user is a bag of the latest 30 places; the weight of an event, by the number of events
+that followed it, is learned. Options were chosen on the latest tenth of each user's training rows
+(--config.split.validation=0.1).
 """
 
 from twotower.config import defaults

@@ -1,9 +1,11 @@
-r"""How a user's past becomes a vector: bags and Transformers.
+r"""A user's past as a vector: bags and Transformers.
 
-python -m experiments.train --config=experiments/configs/recipes/histories.py:rotary \
+    python -m experiments.train --config=experiments/configs/recipes/histories.py:rotary \
         --workdir=runs/past
-python -m experiments.export --workdir=runs/past
-python -m experiments.evaluate --workdir=runs/past --k=10 --baselines
+    python -m experiments.export --workdir=runs/past
+    python -m experiments.evaluate --workdir=runs/past --k=10 --baselines
+
+The name after the colon is one of RECIPES.
 """
 
 from experiments.configs.recipes.shop import with_changes

@@ -1,4 +1,4 @@
-r"""What a positive is compared with: samplers, their mixture, and hard negatives.
+r"""Negatives of a positive: samplers, their mixture, and hard negatives.
 
     python -m experiments.train --config=experiments/configs/recipes/negatives.py:mined \
         --workdir=runs/mined
@@ -31,7 +31,7 @@ RECIPES = {
         "objective.negatives.mined_ranks": (20, 100),
         "objective.negatives.mined_margin": 0.05,
     },
-    # What a user saw and did not like, where the log says so.
+    # Items that a user saw and did not like, where the log has labels.
     "explicit": {
         "objective.label": "liked",
         "objective.negatives.explicit": 2,
@@ -40,7 +40,7 @@ RECIPES = {
         "objective.negatives.catalogue": True,
         "objective.negatives.in_batch": False,
     },
-    # Frequencies estimated from the stream, for logs whose counts are not known beforehand.
+    # Frequencies that are estimated from the stream, for logs without counts beforehand.
     "frequency_by_gaps": {"objective.negatives.frequency": "gap"},
     "frequency_by_sketch": {"objective.negatives.frequency": "sketch"},
 }

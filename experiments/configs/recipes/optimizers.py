@@ -1,9 +1,11 @@
-r"""Optimizers of the dense parameters and of the tables, schedules, and what bounds memory.
+r"""Optimizers of the dense parameters and of the tables, schedules, and bounds of memory.
 
-python -m experiments.train --config=experiments/configs/recipes/optimizers.py:adamw \
+    python -m experiments.train --config=experiments/configs/recipes/optimizers.py:adamw \
         --workdir=runs/adamw
-python -m experiments.export --workdir=runs/adamw
-python -m experiments.evaluate --workdir=runs/adamw --k=10
+    python -m experiments.export --workdir=runs/adamw
+    python -m experiments.evaluate --workdir=runs/adamw --k=10
+
+The name after the colon is one of RECIPES.
 """
 
 from experiments.configs.recipes.shop import with_changes

@@ -35,7 +35,7 @@ def get_config(recipe="dates"):
         "history": {"type": "history", "max_length": 20},
     }
     config.features.item.created = {"type": "timestamp", "embedding_size": 4}
-    # Users and items with fewer than three rows are left out, and repeated pairs but for the last.
+    # Users and items with fewer than three rows are left out; of repeated pairs the last stays.
     data.k_core = 3
     data.duplicates = "last"
     config.training.batch_size = 128
@@ -45,7 +45,7 @@ def get_config(recipe="dates"):
     if recipe == "random_split":
         config.split.kind = "random"
         config.split.seed = 7
-        # Rows of one moment lie on both sides: figures of such a split flatter, and it is said.
+        # Rows of one moment lie on both sides, so that figures of such a split flatter.
         config.split.accept_leakage = ("random_split",)
         return config
     config.split.kind = "fixed"

@@ -1,8 +1,11 @@
-"""Layers of the towers: activation, normalisation, dropout, mixed precision.
+r"""Layers of the towers: activation, normalisation, dropout, mixed precision.
 
-python -m experiments.train --config=experiments/configs/recipes/towers.py:deep --workdir=runs/deep
-python -m experiments.export --workdir=runs/deep
-python -m experiments.evaluate --workdir=runs/deep --k=10
+    python -m experiments.train --config=experiments/configs/recipes/towers.py:deep \
+        --workdir=runs/deep
+    python -m experiments.export --workdir=runs/deep
+    python -m experiments.evaluate --workdir=runs/deep --k=10
+
+The name after the colon is one of RECIPES.
 """
 
 from experiments.configs.recipes.shop import with_changes

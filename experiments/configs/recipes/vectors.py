@@ -1,11 +1,11 @@
-r"""Smaller vectors and another index: what is stored, and how hard a query searches.
+r"""Smaller vectors and another index: their storage, and the effort of a search.
 
     python -m experiments.train --config=experiments/configs/recipes/vectors.py:cut_int8 \
         --workdir=runs/small
     python -m experiments.export --workdir=runs/small
     python -m experiments.evaluate --workdir=runs/small --k=10
 
-`export` measures what cutting and rounding lose against the whole float32 vectors, and prints it.
+`export` measures the loss by cutting and rounding against whole float32 vectors, and prints it.
 """
 
 from experiments.configs.recipes.shop import with_changes
