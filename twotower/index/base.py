@@ -89,6 +89,7 @@ def check_vectors(vectors: ArrayLike, *, what: str) -> np.ndarray:
         raise QueryError(
             f"{what} vectors must be of shape [rows, width], not {list(vectors.shape)}."
         )
+    # ScaNN ends the process on such vectors.
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise QueryError(

@@ -142,7 +142,9 @@ class ExactIndex:
         step = self._query_block()
         for start in range(0, len(queries), step):
             stop = min(start + step, len(queries))
-            lists = None if exclude is None else exclude.take(np.arange(start, stop))
+            lists = None
+            if exclude is not None:
+                lists = exclude.take(np.arange(start, stop))
             # Padded to a power of two, so that few shapes are compiled.
             size = min(step, next_power_of_two(stop - start))
             best, best_rows = search(queries[start:stop], size, k, lists)
@@ -206,7 +208,10 @@ class ExactIndex:
             others = (*pairs, np.int32(first), np.int32(self.num_items))
             block = search_block(items, padded, *self._put(others, REPLICATED))
             # Merged at once, so that one list a query is held however many blocks there are.
-            lists = block if lists is None else _merge_lists(*lists, *block, k)
+            if lists is None:
+                lists = block
+            else:
+                lists = _merge_lists(*lists, *block, k)
         assert lists is not None, "an index without items is answered without a search"
         # The only copy to the host: lists of K, not scores of all items.
         scores, rows = (np.asarray(x)[: len(queries)] for x in lists)

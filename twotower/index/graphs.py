@@ -181,6 +181,7 @@ class GraphIndex:
         """
         self._graph = graph
         self._library = GRAPHS[tuning.kind]
+        # Taken in every search, and free where the library's searches do not meet.
         self._lock = contextlib.nullcontext()
         if self._library.one_search_at_a_time:
             self._lock = threading.Lock()
@@ -229,6 +230,7 @@ class GraphIndex:
         """See `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
+        # Of the two settings that the tuner knows a graph has one: nothing is scored anew.
         candidates, _ = self.tuning.effort(k)
         return self.search_with(queries, k, candidates)
 

@@ -69,6 +69,7 @@ def recall_by_decile(
     rank[np.argsort(popularity, kind="stable")] = np.arange(len(popularity))
     decile = rank[truth] * NUM_DECILES // len(popularity)
     is_listed = isin_lists(truth, rows)
+    # `minlength`, because the last deciles may hold no true item.
     total = np.bincount(decile.ravel(), minlength=NUM_DECILES)
     hits = np.bincount(decile[is_listed], minlength=NUM_DECILES)
     return tuple(round(float(h / n), 4) if n else None for h, n in zip(hits, total))

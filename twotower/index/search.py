@@ -94,20 +94,18 @@ def search_filtered(
     # Exact search takes exclusions itself: nothing is fetched in vain.
     if isinstance(index, ExactIndex) and allowed is None:
         return index.search(queries, k, exclude=exclude)
-    num_allowed = index.num_items if allowed is None else allowed.count
+    num_allowed = index.num_items
+    if allowed is not None:
+        num_allowed = allowed.count
     # One length for all queries, which an index searches together.
     max_excluded = int(exclude.lengths.max(initial=0))
-    fetched = k + min(max_excluded, MAX_OVERFETCH)
-    if num_allowed < index.num_items:
-        fetched = int(OVERFETCH_FACTOR * fetched * index.num_items / max(num_allowed, 1)) + 1
-    # An exact index with a condition, too many candidates to fetch, or few enough items allowed.
-    if (
-        isinstance(index, ExactIndex)
-        or fetched > k + 2 * MAX_OVERFETCH
-        or num_allowed <= BRUTE_FORCE_FACTOR * fetched < index.num_items
-    ):
+    fetched = _num_fetched(index.num_items, num_allowed, k, max_excluded)
+    # Too many candidates to fetch, or few enough allowed items to compare them all.
+    is_wide = fetched > k + 2 * MAX_OVERFETCH
+    is_narrow = num_allowed <= BRUTE_FORCE_FACTOR * fetched < index.num_items
+    if isinstance(index, ExactIndex) or is_wide or is_narrow:
         queries = check_queries(queries, index.dim, normalized=index.normalized)
-        among = None if allowed is None else allowed.list_rows()
+        among = _allowed_list(allowed)
         return brute_force_search(
             vectors, among, queries, k, exclude, extra_coordinate=extra_coordinate
         )
@@ -128,7 +126,7 @@ def search_filtered(
         available = num_allowed - _count_excluded(exclude.take(short), allowed)
         short = short[lengths[short] < np.minimum(k, available)]
     if short.size:
-        among = None if allowed is None else allowed.list_rows()
+        among = _allowed_list(allowed)
         scores[short], rows[short] = brute_force_search(
             vectors,
             among,
@@ -138,6 +136,22 @@ def search_filtered(
             extra_coordinate=extra_coordinate,
         )
     return scores, rows
+
+
+def _num_fetched(num_items: int, num_allowed: int, k: int, max_excluded: int) -> int:
+    """Returns the number of candidates to fetch, so that `k` are probably left of them."""
+    fetched = k + min(max_excluded, MAX_OVERFETCH)
+    if num_allowed == num_items:
+        return fetched
+    # As if allowed items were spread evenly over the lists, and some more, for they are not.
+    share = OVERFETCH_FACTOR * fetched * num_items / max(num_allowed, 1)
+    return int(share) + 1
+
+
+def _allowed_list(allowed: AllowedRows | None) -> np.ndarray | None:
+    if allowed is None:
+        return None
+    return allowed.list_rows()
 
 
 def brute_force_search(
@@ -171,11 +185,15 @@ def brute_force_search(
     # Lists of more items than there are end in these.
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int32)
-    total = len(vectors) if among is None else len(among)
+    total = len(vectors)
+    if among is not None:
+        total = len(among)
     step = max(1, MAX_BLOCK_SCORES // ROW_BLOCK)
     for start in range(0, len(queries), step):
         stop = min(start + step, len(queries))
-        lists = None if exclude is None else exclude.take(np.arange(start, stop))
+        lists = None
+        if exclude is not None:
+            lists = exclude.take(np.arange(start, stop))
         best = RunningTopK(stop - start, k)
         for first in range(0, total, ROW_BLOCK):
             last = min(first + ROW_BLOCK, total)

@@ -151,7 +151,9 @@ def _interpolate(low: int, high: int, share: float) -> float:
 
     From 0 it is 0: nothing is scored anew at any length.
     """
-    return low * (high / low) ** share if low else 0.0
+    if not low:
+        return 0.0
+    return low * (high / low) ** share
 
 
 @dataclasses.dataclass(frozen=True)

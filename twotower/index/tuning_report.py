@@ -102,6 +102,7 @@ def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> No
         raise ImportError(
             f"A plot needs matplotlib ({error}): pip install 'twotower[plots]'."
         ) from error
+    # One plot for each list length, and in it one line for each number of candidates.
     lengths = sorted({trial.k for trial in trials})
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(lengths), squeeze=False)[0]
@@ -109,6 +110,7 @@ def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> No
         same_length = [trial for trial in trials if trial.k == k]
         for reorder in sorted({trial.reorder for trial in same_length}):
             series = [trial for trial in same_length if trial.reorder == reorder]
+            # A line from the fewest leaves to the most: recall rises as speed falls.
             points = sorted((trial.recall, trial.queries_per_second) for trial in series)
             label = f"{reorder} candidates" if reorder else "whole vectors"
             axes.plot(*zip(*points), marker="o", label=label)

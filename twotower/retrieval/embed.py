@@ -101,7 +101,9 @@ def _compiled_embed(mesh: Mesh | None) -> Callable[..., jax.Array]:
         return model.embed(side, weights, features)
 
     # Every process reads all vectors, so each must hold them.
-    replicated = NamedSharding(mesh, REPLICATED) if mesh else None
+    replicated = None
+    if mesh:
+        replicated = NamedSharding(mesh, REPLICATED)
     return jax.jit(
         embed,
         static_argnames=("model", "side"),

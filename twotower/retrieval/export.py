@@ -190,15 +190,19 @@ def known_users(prepared: PreparedData) -> pa.Table:
     if history is not None and history.request_gap:
         from_latest_row.append("timestamp")
     if from_latest_row:
-        rows = latest_rows(all_rows(prepared), num_users=len(users))
-        parts = [prepared.raw.train, prepared.raw.validation, prepared.raw.test]
-        # Promoted: a part may lack a column, or hold nulls alone in it.
-        log = pa.concat_tables(parts, promote_options="default")
-        # Users without rows get nulls.
-        latest = log.take(pa.array(rows, mask=rows < 0))
+        latest = _latest_raw_rows(prepared)
         for column in dict.fromkeys(from_latest_row):
             users = users.append_column(column, latest[column])
     return users
+
+
+def _latest_raw_rows(prepared: PreparedData) -> pa.Table:
+    """Returns the latest row of each user in the joined log; nulls of users without rows."""
+    rows = latest_rows(all_rows(prepared), num_users=len(prepared.users))
+    parts = [prepared.raw.train, prepared.raw.validation, prepared.raw.test]
+    # Promoted: a part may lack a column, or hold nulls alone in it.
+    log = pa.concat_tables(parts, promote_options="default")
+    return log.take(pa.array(rows, mask=rows < 0))
 
 
 def item_counts(prepared: PreparedData) -> np.ndarray:
@@ -238,18 +242,13 @@ def check_parity(run: Run, folder: Path) -> None:
     bundle = retriever.bundle
     prepared = run.prepared
     model = served_model(run)
-    is_int8 = isinstance(bundle.vectors, Int8Vectors)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
     # Users without a row have no context that the trainer could embed them with.
     users = evenly_spaced(np.flatnonzero(latest >= 0), PARITY_ROWS)
     items = evenly_spaced(np.arange(len(prepared.items)), PARITY_ROWS)
 
     # The trainer's vectors, from the arrays that it was trained on.
-    context = join_context(prepared, latest[users])
-    if prepared.histories is not None:  # users are served with all that they did
-        times = join_times(prepared, latest[users])
-        context[SPANS] = prepared.histories.latest_spans(users, times)
-    user_features = prepared.user_features(users, context)
+    user_features = _trained_user_features(prepared, users, latest[users])
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
     user_vectors = embed_rows(model, run.weights, "user", user_features)
     item_vectors = embed_rows(model, run.weights, "item", item_features)
@@ -260,16 +259,41 @@ def check_parity(run: Run, folder: Path) -> None:
     served_users = retriever.encode_users(known)
     served_items = bundle.towers.embed("item", item_features)
     stored_items = bundle.vectors[items]
-    rounding = error_bound(user_vectors, item_vectors) if is_int8 else 0.0
+    rounding = _rounding(bundle, user_vectors, item_vectors)
     compare_scores(served_users @ stored_items.T, trained, rounding)
     compare_scores(served_users @ served_items.T, trained)
 
-    # Stored user vectors are of users asked about now, which a context of time tells from their
-    # latest row.
+    # Stored user vectors are for requests made now: where a feature reads the time, they differ
+    # from those of the users' latest rows.
     now = retriever.encode_users(retriever.user_rows.take(known["user_id"].to_pylist()))
-    rounding = error_bound(now, item_vectors) if is_int8 else 0.0
+    rounding = _rounding(bundle, now, item_vectors)
     stored_users = bundle.user_vectors[users]
     compare_scores(stored_users @ stored_items.T, now @ item_vectors.T, rounding)
+
+
+def _trained_user_features(
+    prepared: PreparedData, users: np.ndarray, latest: np.ndarray
+) -> dict[str, Any]:
+    """Returns the encoded features of users, as the trainer would read them at their latest rows.
+
+    Args:
+        prepared: Data of the run.
+        users: Rows of the users table, int [U].
+        latest: Position of each user's latest row in the joined log, int [U].
+    """
+    context = join_context(prepared, latest)
+    # A served user has the history of all events, not of those before its latest row.
+    if prepared.histories is not None:
+        times = join_times(prepared, latest)
+        context[SPANS] = prepared.histories.latest_spans(users, times)
+    return dict(prepared.user_features(users, context))
+
+
+def _rounding(bundle: Bundle, users: np.ndarray, items: np.ndarray) -> np.ndarray | float:
+    """Returns the bound of the difference that stored item vectors make to scores, [B, N] or 0."""
+    if not isinstance(bundle.vectors, Int8Vectors):
+        return 0.0
+    return error_bound(users, items)
 
 
 def compare_scores(

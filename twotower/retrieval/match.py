@@ -106,6 +106,7 @@ class MatchModel:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes ids and vectors, whole or not at all."""
+        # Ids as bytes and offsets: an array of Python texts could only be pickled.
         arrays = {}
         for side in SIDES:
             arrays[f"{side}_bytes"], arrays[f"{side}_offsets"] = _flat(list(self._rows[side]))
@@ -173,6 +174,7 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
     if "files" not in manifest or manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written. Export again.")
     digests = manifest["files"]
+    # Only these are hashed and read: a bundle holds much more.
     names = {f"{side}_vectors.npy" for side in SIDES} | {f"{side}s.parquet" for side in SIDES}
     # Only beside vectors that are stored as int8: multiples of their row's scale.
     names |= {"item_scales.npy"} & set(digests)

@@ -55,7 +55,7 @@ class Recommendation:
 
 
 class Recommendations(list[Recommendation]):
-    """A list, best first.
+    """Items, best first; a list like any other, so that callers may slice and serialise it.
 
     Attributes:
         known: Whether the user was known when the bundle was made.
@@ -190,6 +190,7 @@ class Retriever:
         snapshot, scores, positions = self._search(
             vectors, user_rows, k, filters, exclude_seen, popularity_weight
         )
+        # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
         return Recommendations(items, known=bool(user_rows[0] >= 0))
 
@@ -222,6 +223,7 @@ class Retriever:
         check_k(k)
         filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
         ids = [str(user) for user in user_ids]
+        # One block at least: without users the table is empty, but has its columns.
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
         parts = []
         for start in progress(starts, total=len(starts), what="Recommending"):
@@ -268,12 +270,15 @@ class Retriever:
         vector = snapshot.vector(catalogue.position(snapshot, item))
         # At length 1 on both sides the dot product is the cosine.
         query = vector / max(float(np.linalg.norm(vector)), 1e-30)
+        only = None
+        if allow is not None:
+            only = catalogue.numbers_of(allow)
         scores, positions = snapshot.search(
             query[None, :],
             k,
             exclude=_same_list(catalogue.numbers_of([item, *deny]), 1),
             where=as_conditions(where),
-            only=None if allow is None else catalogue.numbers_of(allow),
+            only=only,
             cosine=True,
         )
         return Recommendations(_recommendations(snapshot, scores[0], positions[0]))
@@ -385,6 +390,7 @@ class Retriever:
         Raises:
             ChangesError, OSError: As `upsert`.
         """
+        # Read before the lock is taken: an iterable of the caller may be slow.
         ids = [str(item) for item in item_ids]
         with self._lock:
             return self._live.delete(ids)
@@ -511,7 +517,9 @@ def _one_user(rows: Rows, user: Any) -> pa.Table:
 
 
 def _as_list(ids: Iterable[Any] | None) -> list[Any] | None:
-    return None if ids is None else list(ids)
+    if ids is None:
+        return None
+    return list(ids)
 
 
 def _same_list(numbers: np.ndarray, count: int) -> Ragged:

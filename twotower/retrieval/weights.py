@@ -68,7 +68,9 @@ def model_version(weights: WeightArrays) -> str:
     # Sorted: a version must not depend on the order in which a mapping was filled.
     for name, array in sorted(_flat(weights)):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        # A memoryview without elements cannot be cast.
+        if array.size:
+            digest.update(np.ascontiguousarray(array).data.cast("B"))
     return digest.hexdigest()
 
 

@@ -41,7 +41,10 @@ def as_conditions(where: ConditionsLike) -> Conditions:
                 f"where {triple!r} must be (column, operator, value), such as ('price', '<=', 20)."
             )
         column, operator, value = triple
-        conditions.append((column, operator, tuple(value) if _is_list(value) else value))
+        # A tuple can be hashed, and is what the operators take.
+        if _is_list(value):
+            value = tuple(value)
+        conditions.append((column, operator, value))
     # A value that cannot be hashed, such as a nested list, cannot be compared with a column either.
     try:
         hash(tuple(conditions))

@@ -92,11 +92,11 @@ class LiveBundle:
         log, _ = self._require_log()
         with self._lock:
             # No log is begun for nothing.
-            if not log.path.exists() and not self._existing(ids):
+            if not log.path.exists() and not self._existing_ids(ids):
                 return 0
             with self._transaction(log):
                 # Looked up anew: the transaction begins with the changes of other processes.
-                alive = self._existing(ids)
+                alive = self._existing_ids(ids)
                 if alive:
                     log.add(Delete(tuple(alive)))
             return self.catalogue.delete(alive)
@@ -186,7 +186,7 @@ class LiveBundle:
                 )
             yield
 
-    def _existing(self, ids: Iterable[str]) -> list[str]:
+    def _existing_ids(self, ids: Iterable[str]) -> list[str]:
         """Returns the ids, each once, whose items exist."""
         snapshot = self.catalogue.snapshot
         numbers = self.catalogue.numbers
