@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM or pod slice: creates or reuses it, installs this tree, runs experiments.train on every worker.
+# Trains on a TPU VM or pod slice: creates or reuses it, installs this tree, and runs
+# experiments.train on every worker.
 set -euo pipefail
 
 usage() {
@@ -35,6 +36,7 @@ fail() {
   exit 1
 }
 
+# Empty values, so that `set -u` accepts a flag that is not given; `parse` sets them by name.
 name='' zone='' type='' version='' project='' spot='' config='' workdir='' ref='' dry_run=''
 train_flags=()
 
@@ -64,7 +66,7 @@ check() {
   for flag in name zone config workdir; do
     [ -n "${!flag}" ] || fail "--$flag is missing; see --help"
   done
-  case $workdir in # a new launch replaces everything else in the worker's folder
+  case $workdir in # a launch deletes all but runs/ and .venv in the worker's copy of the tree
     /* | runs/* | *://*) ;;
     *) fail "--workdir=$workdir must be under runs/, or an absolute path" ;;
   esac
@@ -83,7 +85,7 @@ quoted() { # the arguments as a shell reads them
   done
 }
 
-run() { # prints the command, and runs it unless this is a dry run
+run() { # prints the command (on 3: its output may be captured) and, but for a dry run, runs it
   { quoted "$@" && echo; } >&3
   [ -n "$dry_run" ] || "$@"
 }
@@ -107,12 +109,13 @@ ensure() { # a TPU of this name that is ready
   fi
   if [ -n "$dry_run" ]; then
     echo "# only if there is none of this name (which needs --type and --version):" >&3
-    if [ -n "$type$version" ]; then create; fi
+    if [ -n "$type$version" ]; then create; fi # without them `create` would end the dry run
     return
   fi
   case $state in
     READY) echo "# there is a TPU '$name': reusing it" >&3 ;;
     STOPPED) tpu start "$name" ;;
+    # A spot TPU that was taken away cannot be started again.
     PREEMPTED | TERMINATED) tpu delete "$name" --quiet && create ;;
     *) fail "the TPU '$name' is in state $state; try again when it is READY" ;;
   esac
@@ -126,12 +129,14 @@ pack() { # the tree into $archive: a commit, or what git tracks or does not igno
   echo "# packing the files of $PWD that git does not ignore" >&3
   [ -z "$dry_run" ] || return 0
   git ls-files -z --cached --others --exclude-standard |
+    # A tracked file may be deleted here, which tar would refuse.
     while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
     tar -czf "$archive" --null -T -
 }
 
-# On each worker: the tree anew, but for the environment and the runs; a Python of at least 3.11, which the runtime images
-# may lack; and the installation, which is quick when setup.py is the same.
+# On each worker: the tree is replaced, except the environment and the runs; a Python of at least
+# 3.11 is installed where the runtime image lacks it; and the installation follows, which is quick
+# while setup.py is the same. apt-get waits for the lock, which a new VM's own updates may hold.
 remote_install='mkdir -p twotower && cd twotower'
 remote_install+=' && find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +'
 remote_install+=' && tar -xzf ../twotower.tar.gz'
@@ -142,7 +147,7 @@ remote_install+=' && EXTRAS=tpu bash launch_local.sh install'
 
 train_command() {
   printf 'cd twotower && '
-  # The TPU says how many workers there are, and which one this is; a single one is right, too.
+  # Always --distributed: the TPU knows the number of workers and of this one, also of a single one.
   quoted .venv/bin/python -m experiments.train "--config=$config" "--workdir=$workdir" --distributed \
     ${train_flags[@]+"${train_flags[@]}"}
 }
