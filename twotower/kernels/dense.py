@@ -9,15 +9,16 @@ need nothing of this file. `jnp.matmul` of rounded operands is the plain referen
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.lax import DotDimensionNumbers, PrecisionLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def activation_dtype(dtype: Any) -> Any:
+def activation_dtype(dtype: DTypeLike | None) -> DTypeLike | None:
     """Returns the type of sums and normalisations where products are in `dtype`; None keeps the
     type of the parameters."""
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -25,38 +26,44 @@ def activation_dtype(dtype: Any) -> Any:
     return dtype
 
 
-def rounds_operands(dtype: Any) -> bool:
+def rounds_operands(dtype: DTypeLike | None) -> bool:
     """Returns whether products in `dtype` take float32 and round it, as `bfloat16_product` does."""
     return dtype is not None and activation_dtype(dtype) != dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def bfloat16_product(
-    x: Float[Array, "*B F"], kernel: Float[Array, "F G"], dims: Any, precision: Any
+    x: Float[Array, "*B F"],
+    kernel: Float[Array, "F G"],
+    dims: DotDimensionNumbers,
+    precision: PrecisionLike,
 ) -> Float[Array, "*B G"]:
     """Multiplies x and kernel with operands in bfloat16 and sums in float32.
 
     Args:
         x: float32 inputs.
         kernel: float32 weights of a dense layer.
-        dims, precision: arguments that `nn.Dense` gives its `dot_general`; always those of a matrix
-            product.
+        dims, precision: arguments that `nn.Dense` passes to its `dot_general`; always those of a
+            matrix product.
     """
     del dims, precision
     return _rounded_product(x, kernel)
 
 
 def _forward(
-    x: Array, kernel: Array, dims: Any, precision: Any
+    x: Array, kernel: Array, dims: DotDimensionNumbers, precision: PrecisionLike
 ) -> tuple[Array, tuple[Array, Array]]:
     # Kept unrounded: the kernel's gradient is formed of them in float32.
     return bfloat16_product(x, kernel, dims, precision), (x, kernel)
 
 
 def _backward(
-    dims: Any, precision: Any, kept: tuple[Array, Array], cotangent: Array
+    dims: DotDimensionNumbers,
+    precision: PrecisionLike,
+    residuals: tuple[Array, Array],
+    cotangent: Array,
 ) -> tuple[Array, Array]:
-    x, kernel = kept
+    x, kernel = residuals
     # XLA multiplies bfloat16 fast only where rows lie one after another: the small kernel is
     # transposed in memory for it. The kernel's own gradient, whose long operand would have to be
     # transposed, is formed in float32.

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int
 
 
 class Positives(NamedTuple):
-    """The answer of each query.
+    """The positive of each query.
 
     Attributes:
-        vectors: vectors of the answers.
-        ids: ids of the answers; a candidate of the same id is no negative.
+        vectors: vectors of the positives.
+        ids: ids of the positives; a candidate of the same id is no negative.
         log_expected_count: log of the expected number of times the sources of negatives of this
-            step yield the answer's id.
+            step yield the positive's id.
     """
 
     vectors: Float[Array, "*B D"]
@@ -70,7 +70,7 @@ class LossInputs(NamedTuple):
             weights and hard negatives have the same leading axes.
         query_ids: identity (user) of each query, or of each row of queries; negative: nobody.
         weights: weight of each query in the sum of losses.
-        positives: answer of each query.
+        positives: positive of each query.
         candidates: candidates for negatives of all queries.
         scale: factor of the scores, 1 / temperature.
         bias: number added to every logit, for losses with `Loss.biased`; None is 0.
@@ -104,21 +104,21 @@ class LossInputs(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A retrieval loss: a function of the logits of each query, and how logits are made of scores.
+    """A retrieval loss: a function of the logits of each query, and the recipe of these logits.
 
     Attributes:
-        per_query: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]. A query
-            without any allowed negative costs nothing and moves nothing.
+        per_query: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]; 0, with a
+            zero gradient, for a query without any allowed negative.
         by_logit_margin: the loss [B] as a function of its logit margin [B], which is the log of the
             negatives' summed exponentials, less the positive's logit; None for losses that are no
-            function of it. Lets the streaming form keep exponentials as they are.
+            function of it.
         corrects: whether log expected counts are taken off the negatives' logits.
         corrects_positive: whether they are taken off the positive's too.
         scaled: whether scores are divided by the temperature.
         biased: whether a learnable bias is added to every logit.
         bilateral: whether the positive may have a temperature of its own.
-        constants: names of the keyword arguments that `per_query` has besides: options of the
-            objective, or "num_items".
+        constants: names of the other keyword arguments of `per_query`: options of the objective,
+            or "num_items".
     """
 
     # Its constants are Python numbers of the configuration: static under `jit`.
@@ -134,7 +134,8 @@ class Loss(NamedTuple):
 
     @property
     def takes_margin(self) -> bool:
-        """Whether the margin is a constant of the loss, and not taken off the positive's score."""
+        """Whether the margin is a constant of the loss, instead of subtracted from the positive's
+        score."""
         return "margin" in self.constants
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 # Greatest distance of a query's greatest logit from its bound, in nats: the least normal number of
@@ -54,16 +55,15 @@ class KernelOptions(NamedTuple):
     by_logit_margin: Callable[[jax.Array], jax.Array] | None
     biased: bool
     block_rows: int
-    dtype: Any
+    dtype: DTypeLike | None
 
 
 class Operands(NamedTuple):
-    """Vectors in the layouts of the three products: XLA for CPUs multiplies transposed bfloat16 far
-    slower."""
+    """Vectors in the layouts of the three products."""
 
     queries: Float[Array, "B D"]
-    # Scores multiply by `columns`, gradients of queries by `items`: both operands are then read
-    # along their rows.
+    # Scores multiply by `columns`, gradients of queries by `items`: XLA for CPUs multiplies
+    # transposed bfloat16 far slower.
     items: Float[Array, "C D"]
     columns: Float[Array, "D C"]
 
@@ -102,6 +102,7 @@ class LogitGradients(NamedTuple):
 
 
 def make_operands(options: KernelOptions, arrays: GradientInputs) -> Operands:
+    """Returns the vectors in the type and the layouts of the products."""
     # Rounded once for all blocks, not in each.
     dtype = options.dtype or jnp.result_type(arrays.queries, arrays.items)
     items = arrays.items.astype(dtype)
@@ -116,7 +117,8 @@ def _transpose(x: jax.Array) -> jax.Array:
 def cut_into_blocks(
     options: KernelOptions, operands: Operands, arrays: GradientInputs, ids: LossIds
 ) -> Block:
-    """Returns all blocks, with a leading axis; the last is filled up with queries of weight 0."""
+    """Returns all blocks, stacked along a leading axis; the last is filled up with queries of
+    weight 0."""
     count = len(ids.positives)
     # Blocks of equal size, so that the last is not mostly padding.
     number = max(1, -(-count // options.block_rows))
@@ -141,6 +143,7 @@ def cut_into_blocks(
 
 
 def block_scores(operands: Operands, arrays: GradientInputs, block: Block) -> Float[Array, "n C"]:
+    """Returns the dot products of a block's queries with all candidates, in the type of sums."""
     exact = arrays.positive.dtype
     return jnp.matmul(block.queries, operands.columns, preferred_element_type=exact)
 
@@ -244,7 +247,7 @@ def _losses_by_logit_margin(
     return jnp.where(none, 0.0, losses), gradients
 
 
-def _narrow(exponentials: Float[Array, "n C"], dtype: Any) -> Float[Array, "n C"]:
+def _narrow(exponentials: Float[Array, "n C"], dtype: DTypeLike) -> Float[Array, "n C"]:
     """Rounds exponentials to `dtype`; ties to bfloat16 go up on a CPU."""
     # XLA for CPUs rounds to bfloat16 in many instructions; adding half a unit and cutting the lower
     # 16 bits off are two. Exponentials are finite and positive, so that nothing overflows.

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower.core.hashing import multiply_shift
@@ -30,7 +31,9 @@ _HASH_SLOTS = 8
 _SUMS_PER_ROUND = 4
 
 # Arrays that an optimizer keeps beside a table, each with one entry for every row.
-Slots = dict[str, Any]
+Slots = dict[str, jax.Array]
+# A number, of Python or traced.
+Scalar = float | jax.Array
 
 
 class TableOptimizer(NamedTuple):
@@ -44,7 +47,9 @@ class TableOptimizer(NamedTuple):
     """
 
     init: Callable[[jax.Array, float], Slots]
-    update: Callable[[jax.Array, Slots, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Slots]]
+    update: Callable[
+        [jax.Array, Slots, jax.Array, jax.Array, Scalar, Scalar], tuple[jax.Array, Slots]
+    ]
 
 
 def apply_gradients(
@@ -53,8 +58,8 @@ def apply_gradients(
     slots: Slots,
     ids: Int[Array, "N"],
     grads: Float[Array, "N D"],
-    rate: Any,
-    step: Any,
+    rate: Scalar,
+    step: Scalar,
     *,
     first: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, "V D"], Slots, Float[Array, ""]]:
@@ -85,8 +90,8 @@ def apply_gradients_densely(
     slots: Slots,
     ids: Int[Array, "N"],
     grads: Float[Array, "N D"],
-    rate: Any,
-    step: Any,
+    rate: Scalar,
+    step: Scalar,
 ) -> tuple[Float[Array, "V D"], Slots, Float[Array, ""]]:
     """Returns the result of `apply_gradients`, by a gradient as large as the table: the plain
     reference."""
@@ -176,7 +181,7 @@ def merge_by_hashing(
 def slots_by_hashing(
     local: Int[Array, "N"], *, num_rows: int
 ) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-    """Gives equal rows one slot among N. On a CPU this takes a sixth of the time of sorting.
+    """Assigns one slot among N to equal rows, in a sixth of the time of sorting on a CPU.
 
     Of the rows that a hash function sends to one bucket, the last in the batch takes it, and with
     it all that equal it; the others are hashed once more, by another function, until none is left.
@@ -259,7 +264,7 @@ def _earlier_sums(
     return jnp.pad(moved, ((len(ordered) - count, 0), (0, 0)))
 
 
-def _rows_by_entry(used: Bool[Array, "V"], dtype: Any) -> Int[Array, "V"]:
+def _rows_by_entry(used: Bool[Array, "V"], dtype: DTypeLike) -> Int[Array, "V"]:
     """Returns each used row in its own entry, and a row past the end in the others."""
     rows = jnp.arange(len(used), dtype=dtype)
     return jnp.where(used, rows, len(used) + rows)
@@ -301,7 +306,9 @@ def _sgd_init(table: jax.Array, initial: float) -> Slots:
     return {}
 
 
-def _sgd_update(table, slots, rows, grads, rate, step):
+def _sgd_update(
+    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
+) -> tuple[jax.Array, Slots]:
     return _add(table, rows, -rate * grads), slots
 
 
@@ -315,7 +322,9 @@ def _adagrad_init(table: jax.Array, initial: float) -> Slots:
     return {"accumulator": jnp.full_like(table, initial)}
 
 
-def _adagrad_update(table, slots, rows, grads, rate, step):
+def _adagrad_update(
+    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
+) -> tuple[jax.Array, Slots]:
     accumulator = _gather(slots["accumulator"], rows) + jnp.square(grads)
     update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS) * grads
     kept = _set(slots["accumulator"], rows, accumulator)
@@ -326,7 +335,9 @@ def _rowwise_adagrad_init(table: jax.Array, initial: float) -> Slots:
     return {"accumulator": jnp.full(table.shape[0], initial, table.dtype)}
 
 
-def _rowwise_adagrad_update(table, slots, rows, grads, rate, step):
+def _rowwise_adagrad_update(
+    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
+) -> tuple[jax.Array, Slots]:
     accumulator = _gather(slots["accumulator"], rows) + jnp.mean(jnp.square(grads), -1)
     update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS)[:, None] * grads
     kept = _set(slots["accumulator"], rows, accumulator)
@@ -337,7 +348,17 @@ def _lazy_adam_init(table: jax.Array, initial: float) -> Slots:
     return {"m": jnp.zeros_like(table), "v": jnp.zeros_like(table)}
 
 
-def _lazy_adam_update(table, slots, rows, grads, rate, step, b1=0.9, b2=0.999, eps=1e-8):
+def _lazy_adam_update(
+    table: jax.Array,
+    slots: Slots,
+    rows: jax.Array,
+    grads: jax.Array,
+    rate: Scalar,
+    step: Scalar,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[jax.Array, Slots]:
     # Epsilon is added after the bias is corrected, as in optax; added before, as in PyTorch, it
     # made a step of small gradients differ by 7e-3.
     m = b1 * _gather(slots["m"], rows) + (1 - b1) * grads

@@ -17,10 +17,10 @@ loss of the whole batch.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from twotower.kernels.loss_inputs import HardNegatives, LossInputs, LossOptions
@@ -41,7 +41,7 @@ _NOBODY = -2
 
 
 def streaming_softmax(
-    inputs: LossInputs, options: LossOptions, *, block: int = 0, dtype: Any = None
+    inputs: LossInputs, options: LossOptions, *, block: int = 0, dtype: DTypeLike | None = None
 ) -> Float[Array, ""]:
     r"""Sums weight x loss over all queries.
 
@@ -119,7 +119,8 @@ def streaming_softmax(
     return _sum_of_blocks(kernel_options, arrays, ids)
 
 
-def _no_hard_negatives(inputs: LossInputs, dtype: Any) -> HardNegatives:
+def _no_hard_negatives(inputs: LossInputs, dtype: DTypeLike) -> HardNegatives:
+    """Returns hard negatives with H = 0, so that one program serves both cases."""
     return HardNegatives(
         inputs.queries[..., None, :][..., :0, :],
         inputs.positives.ids[..., None][..., :0],
@@ -150,13 +151,14 @@ def _block_rows(candidates: int) -> int:
 
 
 def _dots(
-    queries: Float[Array, "*a D"], vectors: Float[Array, "*b D"], dtype: Any
+    queries: Float[Array, "*a D"], vectors: Float[Array, "*b D"], dtype: DTypeLike
 ) -> Float[Array, "*b"]:
+    # Products and sum in the exact type: these are single pairs, not worth rounding.
     return jnp.sum(queries.astype(dtype) * vectors.astype(dtype), axis=-1)
 
 
-def _log_count(values: Float[Array, "*b"], used: bool, dtype: Any) -> Float[Array, "*b"]:
-    """Returns log expected counts to subtract, zeros where the loss does not correct."""
+def _log_count(values: Float[Array, "*b"], used: bool, dtype: DTypeLike) -> Float[Array, "*b"]:
+    """Returns log expected counts to subtract; zeros for a loss that does not correct."""
     if not used:
         return jnp.zeros(values.shape, dtype)
     # Estimates of the sampler, not of the model: nothing is learned through them.

@@ -89,8 +89,8 @@ def select_top_k(
 
 
 def group_size(count: int, k: int) -> int:
-    """Returns how many of `count` scores a group has: a divisor of `count` that leaves at least
-    twice as many groups as the list is long, or 1."""
+    """Returns the number of scores in a group: a divisor of `count` that leaves at least twice as
+    many groups as the list is long, or 1."""
     fitting = (size for size in GROUP_SIZES if count % size == 0 and count >= 2 * k * size)
     return next(fitting, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,9 @@ class AliasTable(NamedTuple):
             -inf for an id that is never drawn.
     """
 
-    threshold: Any
-    alias: Any
-    log_probability: Any
+    threshold: np.ndarray | jax.Array
+    alias: np.ndarray | jax.Array
+    log_probability: np.ndarray | jax.Array
 
     def draw(self, key: jax.Array, num: int) -> Int[Array, "S"]:
         """Draws `num` ids, with replacement."""

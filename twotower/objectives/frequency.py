@@ -55,8 +55,8 @@ def _log(draws: Any) -> Float[Array, ""]:
 
 
 def init_exact(counts: Any, rows: Any) -> Arrays:
-    """Keeps counts as they are, and the number of rows beside them: to sum them up would cost N at
-    every step."""
+    """Makes an estimator from counts, which stay as they are."""
+    # The number of rows is kept as well: summing the counts would cost N at every step.
     return {"counts": jnp.asarray(counts, jnp.float32), "rows": jnp.asarray(rows, jnp.float32)}
 
 
@@ -128,8 +128,7 @@ def interval_log_expected_count(
 
 
 def update_intervals(arrays: Arrays, ids: Int[Array, "B"], step: Int[Array, ""]) -> Arrays:
-    """Returns the arrays after the batch of `step`. An id that stands in it twice has appeared
-    once, two times."""
+    """Returns the arrays after the batch of `step`; duplicates are one appearance of an id."""
     # A run grown from another begins its estimates anew, at a step above 0.
     step = step - arrays["start"]
     rows = _interval_rows(arrays, ids)

@@ -91,8 +91,8 @@ def head_losses(
     items: Float[Array, "B D"],
     labels: Mapping[str, Float[Array, "B"]],
 ) -> HeadLosses:
-    """Returns the loss of each row for each head, 0 where the label is missing, and whether it is
-    there.
+    """Returns the loss of each row for each head, 0 for a missing label, and whether the row has a
+    label.
 
     Args:
         heads: name -> options of the head.

@@ -229,6 +229,7 @@ def _of_logit_margin(
     negatives: Float[Array, "B C"],
     where: Bool[Array, "B C"],
 ) -> Float[Array, "B"]:
+    """Returns a loss of the logit margin; 0 for a query without negatives."""
     has_negatives = where.any(axis=1)
     # A query without negatives sums zeros, and is masked afterwards: its gradient must not be NaN,
     # nor that of a masked entry, whatever its value.

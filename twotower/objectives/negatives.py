@@ -18,7 +18,7 @@ from twotower.objectives.alias import AliasTable
 
 # A function of ids [...]: log of the expected number of times that a source yields each in a step,
 # float32 [...].
-LogExpectedCount = Callable[[Any], Any]
+LogExpectedCount = Callable[[jax.Array], jax.Array]
 
 
 def mixed_log_expected_count(

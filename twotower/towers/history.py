@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from twotower.config import HistoryConfig
@@ -81,7 +82,7 @@ class HistoryEncoder(nn.Module):
     config: HistoryConfig
     length: int
     time_buckets: int = 0
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     reads_time_to_next: bool = False
 
     def event_vectors(self, history: History) -> Float[Array, "B L F"]:
@@ -137,8 +138,8 @@ class Bag(HistoryEncoder):
 
 
 class AttentionBag(HistoryEncoder):
-    """The mean of the events by learned weights, softmax(u . tanh(W x + b)), times their own (Yang
-    et al., NAACL 2016)."""
+    """The mean of the events by learned weights, softmax(u . tanh(W x + b)), times those of a bag
+    (Yang et al., NAACL 2016)."""
 
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
@@ -168,7 +169,7 @@ class Causal(HistoryEncoder):
 
 
 class Bidirectional(HistoryEncoder):
-    """A Transformer whose every position sees all events, and the pool of their vectors.
+    """A Transformer whose every position sees all events, with a pool of their vectors.
 
     An empty history has the vector of the start token.
     """
@@ -209,7 +210,8 @@ def _with_start_token(
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0))), segment, position
 
 
-def _attention_logits(x: Float[Array, "B L F"], dtype: Any) -> Float[Array, "B L"]:
+def _attention_logits(x: Float[Array, "B L F"], dtype: DTypeLike | None) -> Float[Array, "B L"]:
+    """Returns the logits u . tanh(W x + b), by layers of the module that calls."""
     hidden = jnp.tanh(dense(x.shape[-1], dtype, name="attention_hidden")(x))
     logits = dense(1, dtype, use_bias=False, name="attention")(hidden)
     # Softmax weights are formed in float32, whatever the arithmetic of the layers is.
@@ -278,7 +280,7 @@ class SelfAttention(nn.Module):
 
     config: HistoryConfig
     causal: bool
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(
@@ -311,7 +313,7 @@ class TransformerBlock(nn.Module):
     config: HistoryConfig
     index: int
     causal: bool
-    dtype: Any
+    dtype: DTypeLike | None
 
     def normalize(self, x: Float[Array, "B S F"]) -> Float[Array, "B S F"]:
         return apply_tokenwise(nn.LayerNorm(dtype=activation_dtype(self.dtype)), x)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twotower.core.hashing import mix32
@@ -58,7 +59,7 @@ def drop_out(
     return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
 
 
-def dense(width: int, dtype: Any = None, **options: Any) -> nn.Dense:
+def dense(width: int, dtype: DTypeLike | None = None, **options: Any) -> nn.Dense:
     """Makes a dense layer.
 
     Args:
@@ -89,7 +90,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
     layer_norm: bool = False
     batch_norm: bool = False
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(

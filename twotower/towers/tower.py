@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twotower.config import HistoryConfig, TowerConfig
@@ -34,7 +35,7 @@ class MLPTower(nn.Module):
     config: TowerConfig
     projections: Mapping[str, int]
     history: HistoryEncoder | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -80,6 +81,7 @@ class MLPTower(nn.Module):
         return mlp(x, keys=keys, axis=axis).astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def _project(self, columns: dict[str, Any]) -> list[Array]:
+        """Returns the columns, those with a projection behind its dense layer."""
         vectors = []
         for name, x in columns.items():
             if name in self.projections:

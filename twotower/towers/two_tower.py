@@ -94,7 +94,7 @@ class TwoTower:
 
     @classmethod
     def build(cls, config: ModelConfig, encoder: EncodedFeatures) -> TwoTower:
-        """Makes the towers for the features of an encoder; raises as `build_from`."""
+        """Makes the towers for the features of an encoder; see `build_from`."""
         return cls.build_from(config, encoder.inputs, encoder.tables)
 
     @classmethod

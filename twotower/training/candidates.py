@@ -234,9 +234,9 @@ def take_features(
 
 def log_expected_count(
     sampling: NegativeSampling,
-    frequency: Any,
+    frequency: dict[str, Any],
     popularity: AliasTable | None,
-    queued: Any,
+    queued: int | Float[Array, ""],
     ids: Int[Array, "..."],
     own: jax.Array | None = None,
 ) -> Float[Array, "..."]:
@@ -333,7 +333,8 @@ class TrainingData(Protocol):
         ...
 
     def target_rates(self) -> np.ndarray | None:
-        """Returns how often a pass has each training row as a target [rows]; None means once."""
+        """Returns the expected number of times that a pass has each training row as a target
+        [rows]; None means once."""
         ...
 
     @property

@@ -287,8 +287,8 @@ NEW_ROWS: Mapping[str, MakeRows] = {
 def content_vectors(
     inputs: Mapping[str, Input], tables: Mapping[str, Any], features: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Returns float32 [M, F] of norm 1: the trained rows (the mean of several) and the numbers of
-    features, each of norm 1.
+    """Returns vectors float32 [M, F] of norm 1: for each feature its trained row (the mean of
+    several) or its numbers, scaled to norm 1.
 
     Args:
         inputs: Inputs of the features to compare by.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from twotower.core.mesh import (
     REPLICATED,
@@ -87,7 +87,7 @@ def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     state = jax.eval_shape(functools.partial(init_state, trainer), counts)
 
-    def with_sharding(x: Any, sharding: Any) -> Any:
+    def with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(with_sharding, state, shardings(mesh, state_specs(state)))

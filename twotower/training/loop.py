@@ -366,7 +366,9 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
     return lambda state, step: run(state, load(step), resident, constants)
 
 
-def jit_steps(trainer: Trainer, mesh: Mesh, gather: GatherBatch | None) -> Callable[..., Any]:
+def jit_steps(
+    trainer: Trainer, mesh: Mesh, gather: GatherBatch | None
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted program of one dispatch.
 
     Args:

@@ -196,10 +196,10 @@ def load_config(workdir: Path | str) -> Config:
     """
     path = config_path(Path(workdir))
     if not path.exists():
-        train = "python -m experiments.train --config=experiments/configs/quickstart.py"
+        command = "python -m experiments.train --config=experiments/configs/quickstart.py"
         raise ConfigError(
             f"--workdir={workdir} is no run: it has no config.json. Train one first: "
-            f"{train} --workdir={workdir}"
+            f"{command} --workdir={workdir}"
         )
     return from_dict(_read_json(path))
 
@@ -291,8 +291,9 @@ def find_step(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
     else:
         step = checkpoints.latest()
     if step is None:
-        again = f"python -m experiments.train --config=... --workdir={workdir}"
+        command = f"python -m experiments.train --config=... --workdir={workdir}"
         raise CheckpointError(
-            f"{checkpoints.folder} has no checkpoint yet; train until the first validation: {again}"
+            f"{checkpoints.folder} has no checkpoint yet; train until the first validation: "
+            f"{command}"
         )
     return step

@@ -21,6 +21,7 @@ from twotower.kernels.loss_inputs import (
     Positives,
 )
 from twotower.kernels.streaming_softmax import streaming_softmax
+from twotower.objectives.alias import AliasTable
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import head_losses
 from twotower.objectives.losses import POINTWISE_LOSS, bind_constants
@@ -158,7 +159,7 @@ def _user_loss_inputs(
     batch: Batch,
     sampled: SampledItems,
     state: TrainState,
-    popularity: Any,
+    popularity: AliasTable | None,
     group: DeviceGroup,
 ) -> LossInputs:
     """Returns the loss inputs of the batch's users as queries, with the candidates of all
@@ -218,7 +219,7 @@ def _item_loss_inputs(
     sampling: NegativeSampling,
     vectors: Vectors,
     batch: Batch,
-    frequency: Any,
+    frequency: dict[str, Any],
     group: DeviceGroup,
 ) -> LossInputs:
     """Returns the loss inputs of the batch's items as queries, with its users as candidates."""
