@@ -24,7 +24,8 @@ from twotower.objectives.negatives import (
 from twotower.training import candidates as sources_module
 from twotower.training.candidates import CorpusSize, NegativeSampling
 
-D, T = 5, 0.4
+D = 5
+T = 0.4
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "temperature"))
@@ -54,7 +55,8 @@ def _full_softmax_gradients(query, items):
 def _popular_draws():
     """A query, items, ids in which item i stands n_i times (0, the answer, once), and n."""
     rng = np.random.default_rng(0)
-    items, times = rng.normal(size=(7, D)), np.array([1, 40, 1, 12, 3, 25, 2])
+    items = rng.normal(size=(7, D))
+    times = np.array([1, 40, 1, 12, 3, 25, 2])
     return items[0] / 2 + items[1] / 3, items, np.repeat(np.arange(7), times), times
 
 
@@ -83,7 +85,8 @@ def test_draws_by_popularity_give_the_gradient_of_all_items():
 def test_a_step_subtracts_what_its_batch_is_expected_to_hold():
     """The sign in the whole step, and that the correction is not forgotten: against a loop over
     pairs, on by default."""
-    trainer, counts = tiny.plain(), tiny.counts()
+    trainer = tiny.plain()
+    counts = tiny.counts()
     state = tiny.start(trainer)
     _, metrics, heard = tiny.step(trainer)(state, tiny.batch())
     expected = tiny.loss_by_hand(
@@ -140,7 +143,8 @@ def test_no_expected_count_is_floored():
 def test_an_item_never_counted_has_a_pseudo_count(name):
     """log 0 gives infinite logits: an id without rows counts as one with a single row, not more,
     and is finite."""
-    estimator, rows = FREQUENCIES[name], 20.0
+    estimator = FREQUENCIES[name]
+    rows = 20.0
     arrays = estimator.init(jnp.array([15.0, 4.0, 1.0, 0.0]), jnp.float32(rows))
     if estimator.learns:
         for step in range(10):
@@ -186,8 +190,10 @@ def test_sources_add_up_to_the_counts_that_are_seen():
     """Each source with its own Q is wrong where they mix: what is stated of an id equals how often
     a step holds it."""
     negatives = {"uniform": 8, "popularity": 8, "alpha": 0.5}
-    trainer, steps = tiny.build(objective={"negatives": negatives}), 3000
-    counts, table = tiny.counts()["item"], popularity_table(tiny.counts()["item"], 0.5)
+    trainer = tiny.build(objective={"negatives": negatives})
+    steps = 3000
+    counts = tiny.counts()["item"]
+    table = popularity_table(tiny.counts()["item"], 0.5)
     rows = {"user": jnp.zeros(tiny.B, jnp.int32)}
     given = {"popularity": table}
     draws = jax.vmap(
@@ -212,8 +218,10 @@ def test_sources_add_up_to_the_counts_that_are_seen():
 def test_a_step_states_one_count_of_an_item_wherever_it_comes_from():
     """The sum in the whole step: as answer, candidate of any source or hard negative; against a
     loop over pairs."""
-    trainer, counts = tiny.mixed(), tiny.counts()
-    state, given = tiny.start(trainer), tiny.catalogue(trainer)
+    trainer = tiny.mixed()
+    counts = tiny.counts()
+    state = tiny.start(trainer)
+    given = tiny.catalogue(trainer)
     _, metrics, heard = tiny.step(trainer)(state, tiny.batch())
     p = counts["item"] ** 0.75 / (counts["item"] ** 0.75).sum()
     shared = np.log(tiny.B * np.maximum(counts["item"], 1) / counts["rows"] + 8 / tiny.N + 8 * p)
@@ -267,7 +275,9 @@ def test_a_sampler_draws_as_often_as_it_states(order):
         "falling": counts[::-1],
         "mixed": np.random.default_rng(0).permutation(counts),
     }[order]
-    table, steps, num = popularity_table(counts, 1.0), 4000, 6
+    table = popularity_table(counts, 1.0)
+    steps = 4000
+    num = 6
     drawn = np.asarray(
         jax.vmap(lambda key: table.draw(key, num))(jax.random.split(jax.random.key(1), steps))
     )
@@ -305,7 +315,8 @@ def test_an_alias_table_is_what_it_was_given():
 def test_items_never_clicked_are_negatives_by_default():
     """Only clicked items as negatives leave the others in their random direction: a share of
     uniform draws is the default."""
-    default, loss = from_dict({"training": {"batch_size": 50}}), LOSSES["softmax"]
+    default = from_dict({"training": {"batch_size": 50}})
+    loss = LOSSES["softmax"]
     assert NegativeSampling.build(default, loss, CorpusSize(9, 1000, 3)).config.uniform == 13
     assert NegativeSampling.build(default, loss, CorpusSize(9, 1000, 0)).config.uniform == 0
 

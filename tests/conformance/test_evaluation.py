@@ -35,10 +35,8 @@ def _prepare(tmp_path, rows, **sections):
 def test_every_item_of_the_corpus_competes():
     """Measured among sampled candidates a model looks better than it is; here one right answer has
     a known rank in all N."""
-    scores, rng = (
-        np.random.default_rng(0).normal(size=(30, N)).astype(np.float32),
-        np.random.default_rng(1),
-    )
+    scores = np.random.default_rng(0).normal(size=(30, N)).astype(np.float32)
+    rng = np.random.default_rng(1)
     right = rng.integers(0, N, 30)
     ranks = (scores > np.take_along_axis(scores, right[:, None], 1)).sum(1)
     found = evaluate(
@@ -152,10 +150,8 @@ def test_seen_items_of_a_query_are_of_earlier_parts_alone(tmp_path):
     ]
     rows += [("u", "d", 4), ("u", "e", 5), ("v", "a", 6)]
     prepared = _prepare(tmp_path, rows, split={"kind": "time", "validation": 1 / 8, "test": 2 / 8})
-    items, user = (
-        prepared.items["item_id"].to_pylist(),
-        prepared.users["user_id"].to_pylist().index("u"),
-    )
+    items = prepared.items["item_id"].to_pylist()
+    user = prepared.users["user_id"].to_pylist().index("u")
     seen = {
         part: {items[i] for i in make_queries(prepared, part, "user").seen[user]}
         for part in ("validation", "test")

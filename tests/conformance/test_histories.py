@@ -34,10 +34,8 @@ def _known(times, parts):
     vocabulary = Vocabulary(pa.array(EVENTS, pa.large_string()))
     feature = HistoryFeature(side="user", name="h", max_length=9)
     fitted = Fitted(vocabulary=vocabulary)
-    users, moments = (
-        [np.zeros(len(t), np.int64) for t in tables],
-        [t["timestamp"].to_numpy() for t in tables],
-    )
+    users = [np.zeros(len(t), np.int64) for t in tables]
+    moments = [t["timestamp"].to_numpy() for t in tables]
     histories = build_histories(
         feature, fitted, Split(*tables, file_positions=places), users, moments, 1
     )

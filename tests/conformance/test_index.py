@@ -150,7 +150,8 @@ def test_item_vectors_of_an_older_step_are_refused(fresh, bundled, tmp_path):
     """Recall decays quietly when items are older than the user tower: the index knows the weights
     it was made with."""
     trained_on = dataclasses.replace(fresh, weights=fresh.model.init(jax.random.key(1)))
-    mixed, newer = tmp_path / "mixed", tmp_path / "newer"
+    mixed = tmp_path / "mixed"
+    newer = tmp_path / "newer"
     newer.mkdir()
     write_bundle(make_bundle(trained_on), newer, step=2)
     shutil.copytree(bundled, mixed)
@@ -192,7 +193,8 @@ def test_a_tree_is_tuned_until_it_reaches_its_recall(scann):
     """Default settings of a tree lose recall: the leaves searched are those that reach the target,
     and are said."""
     rng = np.random.default_rng(0)
-    items, queries = _unit(rng.normal(size=(1500, 12))), _unit(rng.normal(size=(100, 12)))
+    items = _unit(rng.normal(size=(1500, 12)))
+    queries = _unit(rng.normal(size=(100, 12)))
     index = ScannIndex.build(
         items, kind="scann_tree", queries=queries, target_recall=0.95, normalized=True
     )
@@ -231,7 +233,8 @@ def test_scann_is_not_asked_what_says_nothing(scann, value):
 def _top_k_widths(function, *shapes):
     """The widths of the arrays that `function` gives to `top_k`, from its trace: nothing is
     computed."""
-    widths, left = [], [jax.make_jaxpr(function)(*shapes).jaxpr]
+    widths = []
+    left = [jax.make_jaxpr(function)(*shapes).jaxpr]
     while left:
         for equation in left.pop().eqns:
             if equation.primitive.name in ("top_k", "approx_top_k", "sort"):
@@ -258,7 +261,8 @@ def test_no_top_k_takes_a_whole_row():
 @pytest.mark.trap(34)
 def test_a_search_takes_no_whole_row_either(monkeypatch):
     """The same for the index on an accelerator, which compares a block of the items at once."""
-    widths, top_k = [], jax.lax.top_k
+    widths = []
+    top_k = jax.lax.top_k
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.lax, "top_k", lambda x, k: (widths.append(x.shape[-1]), top_k(x, k))[1])
     items = np.zeros((exact.ITEM_BLOCK + 13, 1), np.float32)

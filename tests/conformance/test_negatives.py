@@ -19,7 +19,10 @@ from twotower.kernels.loss_inputs import (
 from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.losses import LOSSES, bind_constants
 
-B, C, H, D = 3, 6, 2, 4
+B = 3
+C = 6
+H = 2
+D = 4
 
 
 def _arrays(scale=1.0):
@@ -74,7 +77,8 @@ def test_an_accidental_hit_has_probability_zero(loss):
     Hits are known by id, wherever they stand: candidate 4 and a hard negative are the answer of
     query 1.
     """
-    ids, hard = [10, 11, 12, 13, 1, 15], [[-1, -1], [1, 20], [-1, -1]]
+    ids = [10, 11, 12, 13, 1, 15]
+    hard = [[-1, -1], [1, 20], [-1, -1]]
     arrays = _arrays()
     moved = arrays | {"items": arrays["items"].at[4].add(7.0)}
     (_, before), (_, after) = (
@@ -93,7 +97,8 @@ def test_an_accidental_hit_has_probability_zero(loss):
 def test_other_answers_of_the_user_are_no_negatives():
     """Another positive of the same user as a negative: moved far, candidate 2 of user 1 leaves
     query 1 as it was."""
-    arrays, query_ids = _arrays(), [-1, -1, 1, -1, -1, 2]
+    arrays = _arrays()
+    query_ids = [-1, -1, 1, -1, -1, 2]
     moved = arrays | {"items": arrays["items"].at[2].add(7.0)}
     (_, before), (_, after) = (_gradients(a, query_ids=query_ids) for a in (arrays, moved))
     assert [bool((b != a).any()) for b, a in zip(before["queries"], after["queries"])] == [

@@ -47,7 +47,8 @@ def test_of_equal_times_the_order_of_the_file_decides():
     """Tied timestamps sorted as it happens move up to a quarter of the targets: the last row in the
     file is the last."""
     rng = np.random.default_rng(0)
-    users, items = np.repeat([f"u{n}" for n in range(40)], 5), [f"i{n}" for n in range(200)]
+    users = np.repeat([f"u{n}" for n in range(40)], 5)
+    items = [f"i{n}" for n in range(200)]
     order = rng.permutation(200)
     rows = pa.table(
         {

@@ -62,7 +62,8 @@ def test_a_state_goes_from_eight_devices_to_four_to_one_and_back(tmp_path):
 def test_a_step_asks_the_frequencies_before_it_updates_them():
     """Updated before use, an estimate knows the draw that it is to correct, and jumps at resume."""
     trainer = tiny.everything()
-    state, table = tiny.start(trainer), tiny.catalogue(trainer)["popularity"]
+    state = tiny.start(trainer)
+    table = tiny.catalogue(trainer)["popularity"]
     for seed in range(2):
         after, _, heard = tiny.step(trainer)(state, tiny.batch(seed))
         items = jnp.asarray(tiny.batch(seed)["item"])

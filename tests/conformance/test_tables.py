@@ -17,7 +17,8 @@ from twotower.towers.embeddings import init_table, lookup, lookup_rows, pool
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import oov_dropout
 
-V, E = 1024, 4
+V = 1024
+E = 4
 KNOWN = Vocabulary.fit(pa.array([f"v{n}" for n in range(50)]), oov_rows=8)
 
 
@@ -69,7 +70,8 @@ SIZES = pytest.mark.parametrize("rows, count", [(V, 8), (V, 200), (256, 300)])
 def test_no_update_reaches_row_0(table, rows, count):
     """Padding has a gradient when it is looked up with the others: its row stays zero all the
     same."""
-    ids, table = jnp.zeros(count, jnp.int32).at[:3].set(jnp.array([3, 0, 7])), table[:rows]
+    ids = jnp.zeros(count, jnp.int32).at[:3].set(jnp.array([3, 0, 7]))
+    table = table[:rows]
     for kind, optimizer in TABLE_OPTIMIZERS.items():
         update = jax.jit(
             lambda table, ids, optimizer=optimizer: apply_gradients(
@@ -98,7 +100,8 @@ def test_an_id_out_of_range_is_nan_on_any_number_of_devices(table):
     """Clamped or wrapped it would be another row, silently: it is NaN, which stops training; its
     neighbours are themselves."""
     ids = jnp.array([3, V, -1, V - 1, 10 * V, 0, 5, -V])
-    mesh, group = make_mesh(4), DeviceGroup("devices", 4)
+    mesh = make_mesh(4)
+    group = DeviceGroup("devices", 4)
     over_devices = jax.shard_map(
         lambda t, i: lookup_rows(t, i, group.all_gather(i), group),
         mesh=mesh,
@@ -174,7 +177,8 @@ def test_a_step_trains_rows_of_unknown_ids_and_each_side_drops_its_own():
 def test_rows_that_no_batch_touched_keep_their_bits(table, kind, rows, count):
     """Dense Adam or decay moves rows that nobody touched: each step changes those it used, and
     leaves those of the one before."""
-    optimizer, table = TABLE_OPTIMIZERS[kind], table[:rows]
+    optimizer = TABLE_OPTIMIZERS[kind]
+    table = table[:rows]
     update = jax.jit(lambda *x: apply_gradients(optimizer, *x, jnp.ones((count, E)), 0.1, 0)[:2])
     slots = optimizer.init(table, 0.1)
     for first in (20, 120):

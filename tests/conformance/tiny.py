@@ -26,7 +26,11 @@ from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
-U, N, B, D, OOV = 24, 40, 16, 4, 2
+U = 24
+N = 40
+B = 16
+D = 4
+OOV = 2
 PLAIN = {
     "optimizer": {"kind": "sgd", "learning_rate": 0.02},
     "tables": {"kind": "sgd", "learning_rate": 0.1},
@@ -88,7 +92,8 @@ def batch(seed=0, users=None, items=None):
 def catalogue(trainer):
     """What `train_step` needs of the corpus: features, popularity, and five explicit negatives of
     each user."""
-    config, found = trainer.sampling.config, {}
+    config = trainer.sampling.config
+    found = {}
     if trainer.sampling.needs_features:
         found["item_features"] = {"id": np.arange(N, dtype=np.int32) + OOV + 1}
     if config.popularity:
@@ -139,10 +144,8 @@ def step(trainer, devices=1):
     its positive, its user, its weight and its hard negatives; and "shared": the candidates.
     """
     mesh = make_mesh(devices)
-    specs, given = (
-        state_specs(abstract_state(trainer, mesh)),
-        put(mesh, catalogue(trainer), REPLICATED),
-    )
+    specs = state_specs(abstract_state(trainer, mesh))
+    given = put(mesh, catalogue(trainer), REPLICATED)
 
     def one(state, rows, given):
         heard = []
@@ -197,8 +200,10 @@ def loss_by_hand(state, heard, log_count=None):
         side: _unit(np.asarray(state.tables[side], np.float64)[OOV + 1 :])
         for side in ("user", "item")
     }
-    own, shared = heard["own"], heard["shared"]
-    temperature, losses = np.exp(float(state.params["log_temperature"])), []
+    own = heard["own"]
+    shared = heard["shared"]
+    temperature = np.exp(float(state.params["log_temperature"]))
+    losses = []
     for b, (item, user) in enumerate(zip(own["ids"], own["query_ids"])):
 
         def logit(i, heard, user=user):

@@ -95,7 +95,8 @@ def test_last_week_is_seven_days_and_not_six_or_eight():
 def test_top_quantile_is_a_random_order_of_the_most_popular():
     order = np.random.default_rng(0).permutation(50)
     scores = baselines.top_quantile_scores(order, share=0.1)
-    first, second = ranking(scores, 0), ranking(scores, 1)
+    first = ranking(scores, 0)
+    second = ranking(scores, 1)
     assert set(first[:5]) == set(second[:5]) == set(order[:5].tolist())
     assert first != second
 
@@ -116,10 +117,8 @@ def test_random_recall_is_k_over_n():
 
 def test_true_preferences_rank_by_the_generator(problem_size=6):
     rng = np.random.default_rng(0)
-    users, items = (
-        rng.normal(size=(6, 3)).astype(np.float32),
-        rng.normal(size=(9, 3)).astype(np.float32),
-    )
+    users = rng.normal(size=(6, 3)).astype(np.float32)
+    items = rng.normal(size=(9, 3)).astype(np.float32)
     truth = SimpleNamespace(user_factors=users, item_factors=items)
     scores = make(fake(rows([0]), 9, truth), some_queries(6, 9))["true_preferences"]
     assert ranking(scores, 4) == np.argsort(-(items @ users[4])).tolist()

@@ -35,7 +35,8 @@ def problem(num_items, largest=9):
     "devices, num_items, masked", [(2, 43, 1), (4, 43, 0), (8, 43, 1), (8, 40, 0), (8, 5, 1)]
 )
 def test_every_figure_is_that_of_one_device(devices, num_items, masked):
-    mask_seen, (scores, queries) = bool(masked), problem(num_items, min(9, num_items))
+    mask_seen = bool(masked)
+    scores, queries = problem(num_items, min(9, num_items))
     items = np.eye(num_items, dtype=np.float32)
     alone = evaluate(dot_scores(scores, items), queries, KS, mask_seen=mask_seen)
     divided = dot_scores(scores, items, mesh=make_mesh(devices))
@@ -67,9 +68,9 @@ def test_a_score_that_is_nan_on_any_device_is_refused(where):
 
 
 def test_devices_score_their_own_items_and_send_lists_alone():
-    mesh, scores = (
-        make_mesh(8),
-        dot_scores(np.ones((6, 4), np.float32), np.ones((800, 4), np.float32), mesh=make_mesh(8)),
+    mesh = make_mesh(8)
+    scores = dot_scores(
+        np.ones((6, 4), np.float32), np.ones((800, 4), np.float32), mesh=make_mesh(8)
     )
     found = scores(slice(0, 6))
     assert found.sharding.spec == P(None, AXIS) and {

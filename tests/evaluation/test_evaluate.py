@@ -33,8 +33,11 @@ def make(user, right, seen, num_items, *, missing=None, counts=None):
 
 def oracle(scores, queries, k, mask_seen):
     """One query after the other, with Python lists. A right answer sorts behind its equals."""
-    totals, used, shown = {}, 0, set()
-    total, size = int(queries.counts.sum()), queries.num_items
+    totals = {}
+    used = 0
+    shown = set()
+    total = int(queries.counts.sum())
+    size = queries.num_items
     for q, user in enumerate(queries.user):
         seen = set(queries.seen[user].tolist()) if mask_seen else set()
         right = set(queries.relevant[q].tolist()) - seen
@@ -118,7 +121,8 @@ def test_a_right_answer_above_the_others_is_first(scale):
     # (Within one step of float32, 1e-7 of the value, the two cannot be told apart, and it is not
     # given the benefit.)
     two_steps = np.nextafter(np.nextafter(np.float32(-scale), np.float32(0)), np.float32(0))
-    scores[0, 7], scores[1, 3] = scale, two_steps
+    scores[0, 7] = scale
+    scores[1, 3] = two_steps
     queries = make([0, 0], [[7], [3]], [[]], 20)
     assert evaluate(lambda s: scores[s], queries, (2,), mask_seen=False)["recall@2"] == 1.0
 
@@ -143,10 +147,8 @@ def test_nan_scores_are_refused():
 
 def test_dot_scores_are_dot_products():
     rng = np.random.default_rng(0)
-    users, items = (
-        rng.normal(size=(6, 4)).astype(np.float32),
-        rng.normal(size=(9, 4)).astype(np.float32),
-    )
+    users = rng.normal(size=(6, 4)).astype(np.float32)
+    items = rng.normal(size=(9, 4)).astype(np.float32)
     np.testing.assert_allclose(
         dot_scores(users, items)(slice(2, 5)), users[2:5] @ items.T, rtol=1e-5, atol=1e-6
     )

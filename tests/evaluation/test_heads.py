@@ -46,7 +46,8 @@ def repeated(logits, labels, weights):
 
 def test_auc_is_the_share_of_pairs_in_the_right_order_with_equals_half(sample):
     logits, labels, weights = sample
-    ones, zeros = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    ones = np.flatnonzero(labels == 1)
+    zeros = np.flatnonzero(labels == 0)
     won = total = 0.0
     for i in ones:
         for j in zeros:
@@ -137,7 +138,8 @@ def logits_by_row(run, rows):
 
 
 def measured_by_row(run, part, *, among=None):
-    rows, found = getattr(run.prepared, part), {}
+    rows = getattr(run.prepared, part)
+    found = {}
     logits = logits_by_row(run, rows)
     for name, head in HEADS.items():
         labels = rows.labels[head["label"]]
@@ -178,8 +180,10 @@ def test_rows_without_label_item_or_weight_are_left_out(run):
         "liked": np.where(np.arange(len(rows)) % 2, rows.labels["liked"], np.nan),
         "shared": rows.labels["shared"],
     }
-    weight, item = rows.weight.copy(), rows.item.copy()
-    weight[10:20], item[30:40] = 0, -1
+    weight = rows.weight.copy()
+    item = rows.item.copy()
+    weight[10:20] = 0
+    item[30:40] = -1
     odd = dataclasses.replace(
         run.prepared, test=dataclasses.replace(rows, labels=labels, weight=weight, item=item)
     )

@@ -16,16 +16,15 @@ from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.user_items import items_of_users
 
-USERS, ITEMS = 60, 40
+USERS = 60
+ITEMS = 40
 
 
 def random_log(seed=0):
     """Rows with duplicates; users 0 to 4 and items 0 to 3 have none."""
     rng = np.random.default_rng(seed)
-    user, item = (
-        rng.integers(5, USERS, 900).astype(np.int32),
-        (4 + 36 * rng.random(900) ** 2).astype(np.int32),
-    )
+    user = rng.integers(5, USERS, 900).astype(np.int32)
+    item = (4 + 36 * rng.random(900) ** 2).astype(np.int32)
     assert len(np.unique(user * ITEMS + item)) < 800
     return Rows(user, item, np.ones(900, np.float32), None, {})
 
@@ -55,7 +54,8 @@ def asked(seen, right=None, num_items=ITEMS):
 
 
 def naive_cosines(x):
-    both, count = x.T @ x, x.sum(0)
+    both = x.T @ x
+    count = x.sum(0)
     cosine = np.divide(
         both, np.sqrt(np.outer(count, count)), where=both > 0, out=np.zeros_like(both)
     )
@@ -106,10 +106,12 @@ def test_item_knn_adds_up_the_cosines_of_the_items_that_were_seen():
 
 @pytest.mark.parametrize("ridge", [0.5, 20.0])
 def test_ease_is_its_closed_form(ridge):
-    train, seen = lists_of(random_log()), lists_of(random_log(seed=1))
+    train = lists_of(random_log())
+    seen = lists_of(random_log(seed=1))
     gram = item_to_item.gram_matrix(train, ITEMS)
     np.testing.assert_array_equal(gram, matrix(train).T @ matrix(train))
-    weights, expected = np.asarray(item_to_item.ease(gram, ridge)), naive_ease(matrix(train), ridge)
+    weights = np.asarray(item_to_item.ease(gram, ridge))
+    expected = naive_ease(matrix(train), ridge)
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     assert not np.diag(weights).any() and np.abs(weights - weights.T).max() > 0.01
     scores = item_to_item.linear_model(weights)(asked(seen))
@@ -153,10 +155,8 @@ def test_both_find_what_popularity_cannot():
 
 def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
     """Of the neighbours the best of all; of the ridges the last before one that is no better."""
-    train, tuning = (
-        lists_of(random_log()),
-        asked(lists_of(random_log()), right=np.random.default_rng(5).integers(4, 40, USERS)),
-    )
+    train = lists_of(random_log())
+    tuning = asked(lists_of(random_log()), right=np.random.default_rng(5).integers(4, 40, USERS))
     monkeypatch.setattr(item_to_item, "NEIGHBOURS", (8, 1, 16))
     monkeypatch.setattr(item_to_item, "RIDGES", (1000.0, 100.0, 10.0, 30.0))
 

@@ -75,7 +75,8 @@ def test_equals_trec_eval(lists, name):
 def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
     """From scores to averages, with seen items and with relevant items outside of the corpus."""
     rng = np.random.default_rng(1)
-    num_items, num_queries = 70, 90
+    num_items = 70
+    num_queries = 90
     # No two scores of a query are equal: of equals trec_eval would take the greater name first.
     scores = np.stack([rng.permutation(num_items) for _ in range(num_queries)]).astype(np.float32)
     seen = [rng.permutation(num_items)[: rng.integers(0, 40)] for _ in range(num_queries)]
@@ -84,7 +85,8 @@ def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
     queries = make(np.arange(num_queries), relevant, seen, num_items, missing=outside)
     found = evaluate(lambda chosen: scores[chosen], queries, (K,), mask_seen=mask_seen)
 
-    ranked, judged = [], []
+    ranked = []
+    judged = []
     for query in range(num_queries):
         masked = set(seen[query].tolist()) if mask_seen else set()
         order = np.argsort(-scores[query])
@@ -121,7 +123,8 @@ def test_a_perfect_list_is_one_and_an_empty_one_zero(name):
 
 
 def test_ndcg_and_map_are_normalised_by_what_fits_in_the_list():
-    hits, num_relevant = jnp.ones((1, 3), bool), jnp.array([10])
+    hits = jnp.ones((1, 3), bool)
+    num_relevant = jnp.array([10])
     np.testing.assert_allclose(jitted("ndcg")(hits, num_relevant), 1.0, rtol=1e-6)
     np.testing.assert_allclose(jitted("map")(hits, num_relevant), 1.0, rtol=1e-6)
     np.testing.assert_allclose(jitted("recall")(hits, num_relevant), 0.3, rtol=1e-6)

@@ -58,7 +58,8 @@ def prepared(tmp_path_factory):
 
 def names(prepared, queries):
     """[(user, right answers, missing)] by name."""
-    users, items = prepared.users["user_id"].to_pylist(), prepared.items["item_id"].to_pylist()
+    users = prepared.users["user_id"].to_pylist()
+    items = prepared.items["item_id"].to_pylist()
     return [
         (users[u], [items[i] for i in right], int(missing))
         for u, right, missing in zip(queries.user, queries.relevant, queries.missing)

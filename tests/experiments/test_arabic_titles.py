@@ -18,7 +18,8 @@ TITLES = [
     for noun in category.nouns.values()
     for material in category.materials.values()
 ]
-RING, CHAIN = "خاتم ذهب", "سلسال ذهب"
+RING = "خاتم ذهب"
+CHAIN = "سلسال ذهب"
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,12 @@ def embed(tmp_path_factory):
 
 
 def test_titles_of_like_products_are_closer_than_unlike_ones(embed):
-    titles, shelves = [title for title, _ in TITLES], np.array([shelf for _, shelf in TITLES])
+    titles = [title for title, _ in TITLES]
+    shelves = np.array([shelf for _, shelf in TITLES])
     vectors = embed(titles)
     cosines = vectors @ vectors.T
-    ring, chain = titles.index(RING), titles.index(CHAIN)
+    ring = titles.index(RING)
+    chain = titles.index(CHAIN)
     unlike = np.array(["ذهب" not in title for title in titles]) & ~np.isin(
         shelves, shelves[[ring, chain]]
     )

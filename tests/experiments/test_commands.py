@@ -91,7 +91,8 @@ def test_evaluate_writes_what_it_prints(exported):
         "novelty@5",
         "never_trained@10",
     } <= set(measured["model"])
-    best, model = measured["baselines"]["true_preferences"], measured["model"]
+    best = measured["baselines"]["true_preferences"]
+    model = measured["model"]
     assert best["recall@10"] > measured["baselines"]["random"]["recall@10"]
     assert (
         f"{model['recall@5']:.4f}" in printed
@@ -273,7 +274,8 @@ def test_a_run_that_cannot_be_written_is_named(tmp_path):
 
 def test_lists_that_cannot_be_written_are_named(exported, tmp_path):
     (tmp_path / "file").write_text("1\n")
-    users, out = f"--users={tmp_path / 'file'}", f"--out={tmp_path / 'file' / 'under'}"
+    users = f"--users={tmp_path / 'file'}"
+    out = f"--out={tmp_path / 'file' / 'under'}"
     assert f"Error: {tmp_path / 'file'}" in error_of("query", f"--workdir={exported}", users, out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

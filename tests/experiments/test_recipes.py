@@ -75,7 +75,9 @@ def shrunk(config):
     data = config.data
     data.num_interactions = min(data.num_interactions, 3000)
     training = config.training
-    training.steps, training.validate_every, training.log_every = 4, 2, 2
+    training.steps = 4
+    training.validate_every = 2
+    training.log_every = 2
     negatives = config.objective.negatives
     training.batch_size = 64
     for name in ("uniform", "popularity"):

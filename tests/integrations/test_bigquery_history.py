@@ -19,7 +19,8 @@ from twotower.integrations.embedding_history import EmbeddingHistory
 
 extra("google.cloud.bigquery", "bigquery")
 NEXT = DAY + datetime.timedelta(1)
-ITEMS, USERS = "shop.item_embeddings", "shop.user_embeddings"
+ITEMS = "shop.item_embeddings"
+USERS = "shop.user_embeddings"
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ def test_the_tables_are_fit_for_vector_search(server, sink, history):
 
 def test_it_is_one_load_job_a_date_and_a_repeat_changes_nothing(server, sink, history):
     sink.load(history, DAY)
-    before, jobs = server.tables[ITEMS].rows, len(server.jobs)
+    before = server.tables[ITEMS].rows
+    jobs = len(server.jobs)
     assert jobs == 2  # users, items
     sink.load(history, DAY)
     assert server.tables[ITEMS].rows.equals(before) and len(server.jobs) == jobs + 2
@@ -185,7 +187,8 @@ def test_the_server_refuses_what_bigquery_would(sink, history, monkeypatch):
     from twotower.integrations import bigquery_history
 
     sink.load(history, DAY)
-    stored, write = history.files("item"), bigquery_history._write
+    stored = history.files("item")
+    write = bigquery_history._write
     table = sink.client.get_table("p.shop.item_embeddings")
     with (
         monkeypatch.context() as patch,

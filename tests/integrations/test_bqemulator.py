@@ -66,11 +66,9 @@ def test_the_table_is_made_then_found_fit_and_holds_the_payload(dataset, tmp_pat
 
 
 def test_a_table_and_a_query_are_read(dataset):
-    client, rows, file = (
-        make_client("p"),
-        log().select(["user_id", "item_id", "rating"]),
-        io.BytesIO(),
-    )
+    client = make_client("p")
+    rows = log().select(["user_id", "item_id", "rating"])
+    file = io.BytesIO()
     pq.write_table(rows, file)
     schema = [
         bigquery.SchemaField(*field)

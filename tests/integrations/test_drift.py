@@ -62,14 +62,17 @@ def test_a_wider_model_that_says_the_same_has_not_drifted():
 
 
 def test_a_zero_vector_has_cosine_0():
-    old, new = draw(), draw()
+    old = draw()
+    new = draw()
     new[3] = 0
     cosines = aligned_cosines(old, new)
     assert cosines[3] == 0 and np.isfinite(cosines).all()
 
 
 def test_neighbours_are_those_of_a_sort_without_the_entity_itself():
-    old, new, rows = draw(60), draw(60, width=4, seed=9), np.array([0, 7, 59])
+    old = draw(60)
+    new = draw(60, width=4, seed=9)
+    rows = np.array([0, 7, 59])
 
     def nearest(x, row):
         x = x / np.linalg.norm(x, axis=1, keepdims=True)

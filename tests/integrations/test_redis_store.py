@@ -32,7 +32,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.folder, self.url = folder, f"redis://127.0.0.1:{self.port}/0"
+        self.folder = folder
+        self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
     def start(self) -> None:
@@ -114,7 +115,8 @@ def test_many_vectors_take_few_round_trips(server, store):
 
 
 def test_readers_find_the_older_version_until_the_new_one_is_whole(store):
-    (ids, old), (_, new) = block(30), block(30, seed=1)
+    ids, old = block(30)
+    _, new = block(30, seed=1)
     store.publish("v1", {"item": [(ids, old)]})
 
     def blocks():
@@ -191,7 +193,8 @@ def test_lists_come_from_redis_and_are_the_retrievers(server, store, retriever):
 def test_no_list_outlives_a_change_of_the_items(store, workdir, tmp_path):
     shutil.copytree(workdir / "bundle", tmp_path / "bundle")
     live = Retriever.load(tmp_path / "bundle")
-    cached, user = CachedRetriever(live, store), live.bundle.users["user_id"][0].as_py()
+    cached = CachedRetriever(live, store)
+    user = live.bundle.users["user_id"][0].as_py()
     best = cached.recommend(user, k=3)[0].item_id
     live.delete([best])
     assert best not in [item.item_id for item in cached.recommend(user, k=3)]
@@ -231,7 +234,8 @@ class Deaf:
     """Takes connections and never answers; counts them."""
 
     def __enter__(self):
-        self.socket, self.connections = socket.create_server(("127.0.0.1", 0)), []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.connections = []
         self.thread = threading.Thread(target=self.accept)
         self.thread.start()
         return self

@@ -55,7 +55,8 @@ def test_what_is_written_is_what_is_read(run, exported):
 
 
 def test_scores_equal_the_trainers(run, exported):
-    retriever, prepared = Retriever.load(exported), run.prepared
+    retriever = Retriever.load(exported)
+    prepared = run.prepared
     # The context of a known user is that of its latest row.
     joined = np.concatenate([part.context["event"] for part in all_rows(prepared)])
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
@@ -304,7 +305,8 @@ def test_embedding_in_batches_equals_embedding_at_once(run):
 
 
 def test_embedding_shows_progress_by_batches(run, monkeypatch):
-    shown, show = [], embed_module.progress
+    shown = []
+    show = embed_module.progress
 
     def record(blocks, **options):
         shown.append((options["what"], options["total"]))

@@ -41,7 +41,8 @@ def items_of(run):
 
 
 def test_both_towers_and_all_vectors_are_cut_and_normalised_again(whole, folder):
-    retriever, full = Retriever.load(folder), Retriever(make_bundle(whole))
+    retriever = Retriever.load(folder)
+    full = Retriever(make_bundle(whole))
     bundle = retriever.bundle
     assert (
         bundle.manifest["dim"] == bundle.towers.dim == bundle.index.dim == 8
@@ -61,8 +62,10 @@ def test_both_towers_and_all_vectors_are_cut_and_normalised_again(whole, folder)
 
 
 def test_answers_agree_with_ranking_by_cut_vectors(whole, folder):
-    retriever, full = Retriever.load(folder), make_bundle(whole)
-    ids, user = full.items["item_id"].to_pylist(), full.users["user_id"][5].as_py()
+    retriever = Retriever.load(folder)
+    full = make_bundle(whole)
+    ids = full.items["item_id"].to_pylist()
+    user = full.users["user_id"][5].as_py()
     scores = cut(full.user_vectors[5:6], 8)[0] @ cut(full.vectors, 8).T
     found = retriever.recommend(user, k=len(ids), exclude_seen=False)
     np.testing.assert_allclose([item.score for item in found], np.sort(scores)[::-1], atol=1e-6)
@@ -73,8 +76,10 @@ def test_answers_agree_with_ranking_by_cut_vectors(whole, folder):
 
 
 def test_what_cutting_loses_is_measured(whole, folder):
-    full, told = make_bundle(whole), load_bundle(folder).manifest["against_full"]
-    users, items = full.user_vectors, full.vectors
+    full = make_bundle(whole)
+    told = load_bundle(folder).manifest["against_full"]
+    users = full.user_vectors
+    items = full.vectors
     right, found = (
         np.argsort(-u @ v.T, axis=1, kind="stable")[:, :10]
         for u, v in ((users, items), (cut(users, 8), cut(items, 8)))

@@ -144,7 +144,8 @@ def test_files_of_another_version_though_their_hashes_fit(bundles, tmp_path):
     ]
     assert versioned
     for path in versioned:
-        original, content = path.read_bytes(), json.loads(path.read_text())
+        original = path.read_bytes()
+        content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"version": 99}))
         rewrite_manifest(folder)
         with pytest.raises(FolderError, match=rf"{path.name} has version 99"):

@@ -84,7 +84,8 @@ def test_a_vector_depends_on_when_one_asks(run, retriever):
         for name in ("train", "validation", "test")
         for time in getattr(run.prepared.raw, name)["timestamp"].to_pylist()
     ]
-    last, newest = row["history"][-1]["timestamp"], max(log)
+    last = row["history"][-1]["timestamp"]
+    newest = max(log)
     stored = retriever.embed_users([user])
     for time in (newest, None):  # now, which is the newest time of the log
         np.testing.assert_allclose(
@@ -128,7 +129,8 @@ def test_a_bundle_whose_histories_are_not_the_trainers_is_refused(run, tmp_path,
 
     def cut(prepared):
         users = stored(prepared)
-        place, column = users.column_names.index("history"), users["history"]
+        place = users.column_names.index("history")
+        column = users["history"]
         return users.set_column(
             place, "history", pa.array([row[:-1] for row in column.to_pylist()], column.type)
         )

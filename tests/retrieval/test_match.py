@@ -22,7 +22,8 @@ def saved(vectors, tmp_path):
 
 
 def test_scores_are_dot_products_of_the_named_vectors(vectors, saved):
-    users, items = np.repeat(IDS["user"], 4), np.tile(IDS["item"], 3)
+    users = np.repeat(IDS["user"], 4)
+    items = np.tile(IDS["item"], 3)
     expected = (vectors["user"] @ vectors["item"].T).ravel()
     for model in (MatchModel(IDS, vectors), MatchModel.load(saved)):
         np.testing.assert_allclose(model.match(users, items), expected, rtol=1e-5)

@@ -10,7 +10,9 @@ from twotower.pipeline.prepare import prepare
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.mining import make_miner, mine_hard_negatives
 
-USERS, ITEMS, DIM = 6, 30, 4
+USERS = 6
+ITEMS = 30
+DIM = 4
 
 
 @pytest.fixture
@@ -83,9 +85,11 @@ def test_vectors_that_nothing_can_be_ranked_by_are_refused(vectors, known):
 def test_pools_of_a_model(run):
     """Of users as they stood at their latest training row, ranked by the weights given; users
     without rows have none."""
-    prepared, model = run.prepared, run.model
+    prepared = run.prepared
+    model = run.model
     pools = make_miner(prepared, model)(run.weights)
-    train, num_users = prepared.train, len(prepared.users)
+    train = prepared.train
+    num_users = len(prepared.users)
     assert pools["items"].shape == (num_users, 90)  # ranks 10 to 100
     items = embed_rows(model, run.weights, "item", prepared.features["item"])
     asked = np.unique(train.user)

@@ -58,7 +58,8 @@ def test_lists_are_sorted_by_score_and_weighed_count(folder, weight):
 
 def test_items_that_came_later_have_no_count_and_changed_ones_keep_theirs(folder):
     retriever = Retriever.load(folder)
-    bundle, top = retriever.bundle, int(np.argmax(retriever.bundle.counts))
+    bundle = retriever.bundle
+    top = int(np.argmax(retriever.bundle.counts))
     name = bundle.items["item_id"][top].as_py()
     retriever.upsert([{"item_id": name}, {"item_id": "new"}], vectors=bundle.vectors[[top, top]])
     for change in (lambda: None, retriever.rebalance, retriever.compact):

@@ -23,7 +23,8 @@ def by_hand(scores, vectors, k, diversity):
 @pytest.mark.parametrize("diversity", [0.0, 0.3, 0.9, 1.0])
 def test_marginal_relevance_is_the_formula(diversity):
     rng = np.random.default_rng(0)
-    scores, vectors = rng.normal(size=30), rng.normal(size=(30, 4))
+    scores = rng.normal(size=30)
+    vectors = rng.normal(size=(30, 4))
     found = maximal_marginal_relevance(scores, vectors, 12, diversity=diversity)
     assert found.tolist() == by_hand(scores, vectors, 12, diversity)
     if diversity == 0:
@@ -46,7 +47,8 @@ def test_ends_of_marginal_relevance():
 def test_caps_hold_in_order(most):
     labels = np.random.default_rng(1).choice(["a", "b", "c", None], 40).tolist()
     found = cap_per_label(labels, 12, max_items=most)
-    kept, counts = [], {}
+    kept = []
+    counts = {}
     for place, label in enumerate(labels):
         bound = (
             10**9 if label is None else most if isinstance(most, int) else most.get(label, 10**9)

@@ -135,8 +135,11 @@ def test_many_users_are_answered_in_parts_with_progress(retriever, monkeypatch):
     """Memory is bounded by the part, not by the number of users."""
     users = [*retriever.bundle.users["user_id"].to_pylist()[:20], "nobody"]
     expected = retriever.recommend_many(users, k=4)
-    asked, shown, index = [], [], retriever.bundle.index
-    search, show = index.search, retriever_module.progress
+    asked = []
+    shown = []
+    index = retriever.bundle.index
+    search = index.search
+    show = retriever_module.progress
     monkeypatch.setattr(retriever_module, "USERS_AT_ONCE", 8)
     monkeypatch.setattr(
         index,
@@ -156,7 +159,8 @@ def test_ids_that_are_numbers_are_taken_as_text(retriever):
 
 
 def test_similar_items_are_by_cosine_without_the_item(retriever):
-    vectors, ids = retriever.bundle.vectors, retriever.bundle.items["item_id"].to_pylist()
+    vectors = retriever.bundle.vectors
+    ids = retriever.bundle.items["item_id"].to_pylist()
     found = retriever.similar_items(ids[5], k=6)
     expected = [ids[n] for n in np.argsort(-(vectors @ vectors[5]), kind="stable") if n != 5][:6]
     assert [item.item_id for item in found] == expected
@@ -169,7 +173,8 @@ def test_similar_items_of_vectors_that_are_not_normalised(retriever):
         bundle, vectors=bundle.vectors * lengths, index=ExactIndex(bundle.vectors * lengths)
     )
     ids = bundle.items["item_id"].to_pylist()
-    expected, found = retriever.similar_items(ids[5], 6), Retriever(longer).similar_items(ids[5], 6)
+    expected = retriever.similar_items(ids[5], 6)
+    found = Retriever(longer).similar_items(ids[5], 6)
     assert [i.item_id for i in found] == [i.item_id for i in expected]
 
 
@@ -204,13 +209,12 @@ class Forgetful(UnconditionalIndex):
 
     def search(self, queries, k):
         scores, rows = self.exact.search(queries, self.num_items)
-        out_scores, out_rows = (
-            np.full((len(queries), k), -np.inf, np.float32),
-            np.full((len(queries), k), -1, np.int32),
-        )
+        out_scores = np.full((len(queries), k), -np.inf, np.float32)
+        out_rows = np.full((len(queries), k), -1, np.int32)
         for q, row in enumerate(rows):
             kept = np.flatnonzero(row % 2 == 0)[: min(k, self.limit)]
-            out_scores[q, : len(kept)], out_rows[q, : len(kept)] = scores[q, kept], row[kept]
+            out_scores[q, : len(kept)] = scores[q, kept]
+            out_rows[q, : len(kept)] = row[kept]
         return out_scores, out_rows
 
 
@@ -218,10 +222,8 @@ class Forgetful(UnconditionalIndex):
 @pytest.mark.parametrize("k", [1, 10, 60, 120])
 def test_lists_are_full_whenever_k_items_exist(limit, k):
     rng = np.random.default_rng(0)
-    vectors, queries = (
-        rng.normal(size=(100, 4)).astype(np.float32),
-        rng.normal(size=(8, 4)).astype(np.float32),
-    )
+    vectors = rng.normal(size=(100, 4)).astype(np.float32)
+    queries = rng.normal(size=(8, 4)).astype(np.float32)
     lists = [rng.permutation(100)[: 14 * q] for q in range(8)]
     exclude = Ragged.from_pairs(
         np.repeat(np.arange(8), [len(x) for x in lists]), np.concatenate(lists), num_rows=8

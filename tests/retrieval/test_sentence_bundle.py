@@ -26,7 +26,8 @@ extra("onnx", "dev")
 def folder(tmp_path_factory):
     """Of a run with a bundle, and of the model beside it."""
     folder = tmp_path_factory.mktemp("sentences")
-    model, cache = str(write_model(folder / "model")), str(folder / "cache")
+    model = str(write_model(folder / "model"))
+    cache = str(folder / "cache")
     title = {
         "type": "sentence",
         "column": "title",
@@ -50,8 +51,10 @@ def test_the_manifest_says_which_model_new_texts_need(folder):
 
 
 def test_a_new_item_is_embedded_by_the_same_model(folder):
-    retriever, titles = Retriever.load(folder / "bundle"), ["a ring of gold", "lamp of oak"]
-    bundle, rows = retriever.bundle, pa.table({"item_id": ["new", "new"], "price": [9.0, 9.0]})
+    retriever = Retriever.load(folder / "bundle")
+    titles = ["a ring of gold", "lamp of oak"]
+    bundle = retriever.bundle
+    rows = pa.table({"item_id": ["new", "new"], "price": [9.0, 9.0]})
     served = retriever.encode_items(rows.append_column("title", [titles]))
     encoded = bundle.encoder.encode("item", rows) | {
         "words": load_model(folder / "model", "x").encode(titles)

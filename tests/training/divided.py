@@ -24,7 +24,9 @@ from twotower.training.init import abstract_state, init_on
 from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
-USERS, ITEMS, BATCH = 40, 30, 32
+USERS = 40
+ITEMS = 30
+BATCH = 32
 # Compiling is what these tests cost; code that is not optimised comes to the same numbers but for
 # rounding.
 FAST = {"xla_backend_optimization_level": 0}
@@ -63,7 +65,9 @@ class Case:
     """
 
     def __init__(self, values: dict[str, Any], dtype: Any):
-        self.trainer, self.dtype, rng = make_trainer(values), dtype, np.random.default_rng(3)
+        self.trainer = make_trainer(values)
+        self.dtype = dtype
+        rng = np.random.default_rng(3)
         self.features = {
             side: _features(rng, side, {"user": USERS, "item": ITEMS}[side]) for side in SIDES
         }
@@ -87,7 +91,8 @@ class Case:
         return self.cast(batch | {f"{side}_features": own[side] for side in SIDES})
 
     def _catalogue(self, rng: np.random.Generator) -> dict[str, Any]:
-        config, found = self.trainer.sampling.config, {}
+        config = self.trainer.sampling.config
+        found = {}
         if self.trainer.sampling.needs_features:
             found["item_features"] = self.features["item"]
         if config.popularity:
@@ -122,7 +127,8 @@ class Case:
     def steps(self, devices: int, count: int = 3) -> tuple[Any, list[Any]]:
         """The state after some steps on so many devices, and the metrics of each, as NumPy
         arrays."""
-        mesh, metrics = make_mesh(devices), []
+        mesh = make_mesh(devices)
+        metrics = []
         state = self.state(mesh)
         run = jax.jit(on_mesh(self.trainer, mesh), donate_argnums=0, compiler_options=FAST)
         catalogue = put(mesh, self.catalogue, REPLICATED)
@@ -163,7 +169,8 @@ def differences(got: Any, expected: Any) -> dict[str, float]:
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
-        a, b = np.asarray(a), np.asarray(b)
+        a = np.asarray(a)
+        b = np.asarray(b)
         assert a.shape == b.shape and a.dtype == b.dtype, jax.tree_util.keystr(path)
         unequal = ~((a == b) | (np.isnan(a) & np.isnan(b)))
         if unequal.any():

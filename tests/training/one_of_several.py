@@ -33,13 +33,15 @@ def main(workdir, devices, validations, coordinator, processes, process, overrid
     from twotower.training.processes import join
     from twotower.training.run import train
 
-    loaded, load = [], Batches.load
+    loaded = []
+    load = Batches.load
     Batches.load = lambda self, indices: (
         loaded.append(np.asarray(indices).tolist()) or load(self, indices)
     )
 
     def stopping(prepared, model):
-        validate, calls = make_validate(prepared, model), iter(range(10**9))
+        validate = make_validate(prepared, model)
+        calls = iter(range(10**9))
 
         def count(weights):
             if next(calls) == int(validations):

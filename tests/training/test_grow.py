@@ -84,8 +84,10 @@ def grown(request, log, old, tmp_path_factory):
 
 
 def test_scores_of_known_pairs_are_the_same_bits(old, grown):
-    (before, _), (after, _) = _state(old, 12), _state(grown[1], 12)
-    tables, scores = {"user": before.prepared.users, "item": before.prepared.items}, []
+    before, _ = _state(old, 12)
+    after, _ = _state(grown[1], 12)
+    tables = {"user": before.prepared.users, "item": before.prepared.items}
+    scores = []
     for side, table in tables.items():
         vocabulary = before.prepared.encoder.fitted[side, f"{side}_id"].vocabulary
         tables[side] = table.filter(vocabulary.rows(table[f"{side}_id"]) >= vocabulary.first)
@@ -108,7 +110,8 @@ def test_scores_of_known_pairs_are_the_same_bits(old, grown):
 
 
 def test_known_rows_and_slots_are_taken_over_and_new_slots_are_fresh(old, grown):
-    (before, state), (after, new) = _state(old, 12), _state(grown[1], 12)
+    before, state = _state(old, 12)
+    after, new = _state(grown[1], 12)
     assert int(new.step) == 12
     for name, shape in before.prepared.encoder.tables.items():
         rows = slice(0, shape.rows)
@@ -125,7 +128,8 @@ def test_known_rows_and_slots_are_taken_over_and_new_slots_are_fresh(old, grown)
 
 def test_new_rows_begin_where_they_were_told_to(old, grown):
     how, workdir = grown
-    (before, state), (after, new) = _state(old, 12), _state(workdir, 12)
+    before, state = _state(old, 12)
+    after, new = _state(workdir, 12)
     vocabularies = [
         x.prepared.encoder.fitted["user", "user_id"].vocabulary for x in (before, after)
     ]
@@ -152,7 +156,8 @@ def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
     from twotower.training import grow as module
 
     loaded, state = _state(old, 12)
-    encoder, config = loaded.prepared.encoder, _config(log, "new", steps=20)
+    encoder = loaded.prepared.encoder
+    config = _config(log, "new", steps=20)
     prepared = module.prepare(config, fit=encoder.extend)
     name = "item.item_id"
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)

@@ -437,7 +437,8 @@ def test_a_folder_elsewhere_is_refused_not_made_here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resident_megabytes", [0, 100])
 def test_tables_are_updated_in_place(prepared, resident_megabytes):
     config = small_config(training={"resident_megabytes": resident_megabytes})
-    trainer, batches = build_trainer(prepared, config), make_batches(prepared, config)
+    trainer = build_trainer(prepared, config)
+    batches = make_batches(prepared, config)
     state = init_on(ONE, trainer, loop.count_rows(prepared))
     step = loop.compile_steps(trainer, batches, prepared, ONE)
     step(state, 0)
@@ -445,18 +446,14 @@ def test_tables_are_updated_in_place(prepared, resident_megabytes):
 
 
 def test_an_option_of_a_later_version_leaves_the_identity_of_a_run_as_it_is():
-    old, defaults = (
-        {"seed": 3, "schedule": {"kind": "cosine"}},
-        {"seed": 0, "schedule": {"kind": "constant"}},
-    )
-    new, later = (
-        old | {"schedule": {"kind": "cosine", "floor": 0.0}, "ema": {}},
-        {
-            "seed": 0,
-            "schedule": {"kind": "constant", "floor": 0.0},
-            "ema": {},
-        },
-    )
+    old = {"seed": 3, "schedule": {"kind": "cosine"}}
+    defaults = {"seed": 0, "schedule": {"kind": "constant"}}
+    new = old | {"schedule": {"kind": "cosine", "floor": 0.0}, "ema": {}}
+    later = {
+        "seed": 0,
+        "schedule": {"kind": "constant", "floor": 0.0},
+        "ema": {},
+    }
     assert (
         non_defaults(new, later)
         == non_defaults(old, defaults)

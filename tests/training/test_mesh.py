@@ -142,7 +142,9 @@ def test_the_gradient_on_a_mesh_is_that_of_the_plain_loss_on_one_device():
 
 def _plain_gradient(case):
     """The naive loss of the first batch, and its gradient by the parameters and by whole tables."""
-    trainer, state, batch = case.trainer, case.start, jax.tree.map(jnp.asarray, case.batches[0])
+    trainer = case.trainer
+    state = case.start
+    batch = jax.tree.map(jnp.asarray, case.batches[0])
     count = functools.partial(
         FREQUENCIES["exact"].log_expected_count, state.frequency["item"], draws=len(batch["item"])
     )
@@ -177,11 +179,10 @@ def test_a_fresh_state_is_the_same_on_any_mesh_and_no_device_holds_a_whole_table
     assert divided.params["log_temperature"].sharding.is_fully_replicated
 
 
-ROWS, BATCH, DEVICES = (
-    2**22,
-    4096,
-    8,
-)  # a device's part of the table is larger than all blocks of logits together
+# A device's part of the table is larger than all blocks of logits together.
+ROWS = 2**22
+BATCH = 4096
+DEVICES = 8
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,8 @@ def compiled():
 
 
 def test_no_collective_and_no_temporary_is_of_table_size(compiled):
-    program, (step, state) = hlo.read(compiled[0].as_text()), compiled
+    program = hlo.read(compiled[0].as_text())
+    step, state = compiled
     shard = ROWS // DEVICES * 16
     assert all(shape.size < shard / 4 for found in program.collectives() for shape in found.shapes)
     memory = step.memory_analysis()

@@ -25,7 +25,9 @@ from twotower.training.processes import join
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
 
-STEPS, BATCH, SECONDS = 6, 64, 240
+STEPS = 6
+BATCH = 64
+SECONDS = 240
 
 
 def config_of(**training):
@@ -77,7 +79,8 @@ class Group:
     """Processes started together; none outlives it."""
 
     def __init__(self, commands, environment):
-        self._commands, self._environment = commands, environment
+        self._commands = commands
+        self._environment = environment
 
     def __enter__(self):
         self.processes = []

@@ -129,7 +129,8 @@ def test_all_positions_in_one_pass_are_every_prefix_by_itself(
         )
         prepared, trainer = prepared_and_trainer(config)
         found[examples] = one_step(prepared, trainer, rows)
-    (state, metrics), (expected, others) = found["sequences"], found["interactions"]
+    state, metrics = found["sequences"]
+    expected, others = found["interactions"]
     np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], others["grad_norm"], rtol=1e-4)
     for part in ("params", "tables"):
@@ -154,7 +155,8 @@ def test_eight_devices_do_what_one_does(tmp_path_factory):
         feature={"max_length": 6, "gaps": 6, "request_gap": True},
     )
     prepared, trainer = prepared_and_trainer(config)
-    catalogue, found = catalogue_of(prepared, trainer), {}
+    catalogue = catalogue_of(prepared, trainer)
+    found = {}
     examples = prepared.training_examples()
     batches = Batches(examples, batch_size=8, seed=0, resident_megabytes=0)
     for devices in (1, 8):
@@ -197,7 +199,8 @@ def test_an_empty_place_and_what_has_no_weight_move_nothing(tmp_path_factory):
 
 
 def test_streamed_rows_are_trained_as_resident_ones(tmp_path_factory, tmp_path):
-    path, found = log(tmp_path_factory.getbasetemp(), 30), []
+    path = log(tmp_path_factory.getbasetemp(), 30)
+    found = []
     for options in ({}, {"resident_megabytes": 0, "steps_per_dispatch": 2}):
         training = {"crop": "random", "steps": 4} | options
         config = config_of(

@@ -51,8 +51,10 @@ def _dense_gradients(trainer, state, batch):
         user, item = (
             trainer.model.embed(side, weights, batch[f"{side}_features"]) for side in SIDES
         )
-        counts, temperature = state.frequency, trainer.model.temperature(params)
-        counts, rows = {side: x["counts"] for side, x in counts.items()}, counts["item"]["rows"]
+        counts = state.frequency
+        temperature = trainer.model.temperature(params)
+        rows = counts["item"]["rows"]
+        counts = {side: x["counts"] for side, x in counts.items()}
         losses = _softmax(
             user, item, batch["item"], batch["user"], counts["item"], rows, temperature
         )
@@ -110,10 +112,8 @@ def test_a_table_shared_by_both_towers_is_updated_once_with_the_sum(make):
         "user": {"user_id": jnp.array([3, 5, 0])},
         "item": {"item_id": jnp.array([5, 7, 5])},
     }
-    shared["user"], shared["item"] = (
-        {"user_id": shared["user"]["user_id"]},
-        {"item_id": shared["item"]["item_id"]},
-    )
+    shared["user"] = {"user_id": shared["user"]["user_id"]}
+    shared["item"] = {"item_id": shared["item"]["item_id"]}
     ids = gather_ids(model, features, SINGLE_DEVICE)
     rows = lookup_all(
         model, {"shared": jnp.arange(16.0).reshape(8, 2)}, features, ids, SINGLE_DEVICE
@@ -146,7 +146,8 @@ def test_rows_that_the_batch_does_not_use_keep_their_bits(make):
     for side in SIDES:
         for name, i in trainer.model.inputs[side].items():
             if i.table:
-                before, after = np.asarray(state.tables[i.table]), np.asarray(new.tables[i.table])
+                before = np.asarray(state.tables[i.table])
+                after = np.asarray(new.tables[i.table])
                 changed = np.flatnonzero((before != after).any(-1))
                 used = np.unique(batch[f"{side}_features"][name])
                 assert changed.size and 0 not in changed
@@ -236,7 +237,8 @@ def test_dropout_and_dropped_ids_differ_from_step_to_step(make):
     still = {"tables": {"learning_rate": 0.0}, "optimizer": {"learning_rate": 0.0}}
     config = small_config(model={"user": {"layers": (16,), "dropout": 0.5}}, training=still)
     trainer, state, batch = make(config)
-    first, again = _step(state, batch, trainer=trainer), _step(state, batch, trainer=trainer)
+    first = _step(state, batch, trainer=trainer)
+    again = _step(state, batch, trainer=trainer)
     assert first[1]["loss"] == again[1]["loss"]
     # At rate 0 only the randomness of the next step is another.
     assert _step(first[0], batch, trainer=trainer)[1]["loss"] != first[1]["loss"]

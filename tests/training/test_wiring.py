@@ -14,7 +14,8 @@ from twotower.training.candidates import CorpusSize, SampledItems
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step_losses import loss_sums
 
-USER, ITEM = [0, 0, 1, 2, 3, 1], [4, 5, 4, 6, 7, 7]
+USER = [0, 0, 1, 2, 3, 1]
+ITEM = [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
 
 
@@ -24,7 +25,9 @@ def _loss_sums(trainer):
 
 
 def _by_hand(query, answer, vectors, counts, *, logq, mask_same_user):
-    ids, owners, losses = np.array(answer), np.array(query), []
+    ids = np.array(answer)
+    owners = np.array(query)
+    losses = []
     for b in range(len(ids)):
         kept = [
             c

@@ -235,7 +235,8 @@ def test_a_bundle_without_versions_is_changed_and_gets_them(exported_files, tmp_
 
 def test_two_processes_take_turns_at_changing_a_bundle(folder):
     """Neither loses what the other was acknowledged, and both see it when they change something."""
-    mine, theirs = Retriever.load(folder), Retriever.load(folder)
+    mine = Retriever.load(folder)
+    theirs = Retriever.load(folder)
     mine.upsert([{"item_id": "mine", "price": 1.0}])
     with pytest.raises(UnknownItemError):
         theirs.item("mine")

@@ -11,14 +11,13 @@ from twotower.index.tuning import TIE_TOLERANCE
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever
 
-K, TARGET = 10, 0.95
+K = 10
+TARGET = 0.95
 # Values of a column; where there are more, a condition asks for every value in one of so many
 # groups.
 FEW = 20
-TEXTS, NUMBERS = (
-    ("item_id", "title", "title_ar", "category", "brand", "material"),
-    ("price", "created"),
-)
+TEXTS = ("item_id", "title", "title_ar", "category", "brand", "material")
+NUMBERS = ("price", "created")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,8 @@ def test_every_filter_for_every_user(shop, exclude_seen):
         open_[seen.rows, seen.values] = False
     recalls = {name: [] for name in (*TEXTS, *NUMBERS)}
     for name, condition, allowed in asked(retriever.bundle.items):
-        rows, left = found(retriever, users, condition, exclude_seen), open_ & allowed
+        rows = found(retriever, users, condition, exclude_seen)
+        left = open_ & allowed
         taken = np.take_along_axis(left, np.maximum(rows, 0), axis=1)
         assert (taken | (rows < 0)).all(), condition
         exist = np.minimum(left.sum(1), K)

@@ -250,7 +250,8 @@ def test_a_commit_waits_for_the_disk(path):
 
 
 def test_two_writers_take_turns_and_see_what_the_other_wrote(path):
-    mine, theirs = ChangeLog(path, SHA), ChangeLog(path, SHA)
+    mine = ChangeLog(path, SHA)
+    theirs = ChangeLog(path, SHA)
     for log in (mine, theirs):
         log.read()
     assert write(mine, Delete(("mine",))) == []
@@ -262,7 +263,8 @@ def test_two_writers_take_turns_and_see_what_the_other_wrote(path):
 
 def test_while_one_writes_another_waits_and_a_reader_does_not(path, monkeypatch):
     monkeypatch.setattr(log_module, "BUSY_SECONDS", 0.1)
-    mine, theirs = ChangeLog(path, SHA), ChangeLog(path, SHA)
+    mine = ChangeLog(path, SHA)
+    theirs = ChangeLog(path, SHA)
     for log in (mine, theirs):
         log.read()
     with mine.transaction():

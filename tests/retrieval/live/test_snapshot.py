@@ -27,7 +27,8 @@ def fresh(count=30, seed=0, index=ExactIndex):
     """A catalogue, and the same as a dictionary id -> (vector, brand)."""
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(count, DIM)).astype(np.float32)
-    ids, brands = [f"i{n}" for n in range(count)], [("x", "y", "z")[n % 3] for n in range(count)]
+    ids = [f"i{n}" for n in range(count)]
+    brands = [("x", "y", "z")[n % 3] for n in range(count)]
     return LiveCatalogue.build(index(vectors), vectors, table(ids, brands)), dict(
         zip(ids, zip(vectors, brands))
     )
@@ -41,7 +42,8 @@ def upsert(catalogue, model, ids, rng, brand="x"):
 
 def check(snapshot, model, queries, *, exclude=(), k=7, where=(), only=None, numbers=None):
     """Ids and scores of every query are those of a sort of the dictionary."""
-    banned, count = [numbers[i] for i in exclude], len(queries)
+    banned = [numbers[i] for i in exclude]
+    count = len(queries)
     lists = Ragged.from_pairs(
         np.repeat(np.arange(count), len(banned)), np.tile(banned, count), num_rows=count
     )
@@ -76,7 +78,8 @@ def check(snapshot, model, queries, *, exclude=(), k=7, where=(), only=None, num
 def test_any_sequence_of_changes_equals_a_dictionary(index):
     rng = np.random.default_rng(1)
     catalogue, model = fresh(index=index)
-    queries, past = rng.normal(size=(3, DIM)).astype(np.float32), []
+    queries = rng.normal(size=(3, DIM)).astype(np.float32)
+    past = []
     for step in range(70):
         kind = rng.integers(0, 10)
         ids = [f"i{n}" for n in rng.choice(60, rng.integers(1, 4), replace=False)]
@@ -108,7 +111,8 @@ def test_any_sequence_of_changes_equals_a_dictionary(index):
 def test_more_items_than_there_is_room_for(monkeypatch):
     rng = np.random.default_rng(2)
     catalogue, model = fresh(4)
-    then, was = catalogue.snapshot, dict(model)
+    then = catalogue.snapshot
+    was = dict(model)
     for n in range(40):
         upsert(catalogue, model, [f"n{n}_{m}" for m in range(60)], rng)
     assert len(catalogue.snapshot.memtable.numbers) >= 2_400 and len(model) == 2_404
