@@ -436,8 +436,8 @@ def estimates_begin_anew(right):
 
 @mistake(30, "twotower.objectives.frequency:_multipliers")
 def the_hash_is_salted(right):
-    salt = np.uint32(hash("twotower") & 0xFFFF)
-    return lambda depth: right(depth) + 2 * salt + 2
+    salt = np.uint32(hash("twotower") & 0xFFFFFFFE)  # multipliers stay odd
+    return lambda depth: right(depth) ^ salt
 
 
 @mistake(31, "twotower.objectives.alias:popularity_table")
