@@ -302,7 +302,7 @@ def _is_weight(value: Any) -> bool:
 
 def _parse_events(
     feature: HistoryFeature, column: pa.ChunkedArray
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """Returns the events that histories keep.
 
     Returns:
@@ -318,7 +318,7 @@ def _parse_events(
     return history_of_event[kept], fields
 
 
-def _event_times(timestamps: Any, count: int) -> np.ndarray:
+def _event_times(timestamps: pa.Array | None, count: int) -> np.ndarray:
     """Returns the times of events in seconds, float64 [M], NaN for missing ones."""
     if timestamps is None:
         return np.full(count, np.nan)
@@ -338,7 +338,7 @@ def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListA
     return join_lists(column)
 
 
-def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
+def _event_fields(feature: HistoryFeature, events: pa.Array) -> dict[str, pa.Array]:
     """Returns the fields of events: "item_id", and of mappings also "event" and "timestamp"."""
     kind = events.type
     if not pa.types.is_struct(kind):
@@ -352,7 +352,9 @@ def _event_fields(feature: HistoryFeature, events: Any) -> dict[str, Any]:
     return fields
 
 
-def _latest_events(items: Any, history_of_event: np.ndarray, count: int, length: int) -> np.ndarray:
+def _latest_events(
+    items: pa.Array, history_of_event: np.ndarray, count: int, length: int
+) -> np.ndarray:
     """Returns a mask of the last `length` events with an item of each history, bool [M]."""
     valid = pc.is_valid(items).to_numpy(zero_copy_only=False)
     valid_in_history = np.bincount(history_of_event[valid], minlength=count)

@@ -18,13 +18,17 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
 from twotower.core.errors import ConfigError, choose, extra
 from twotower.core.files import digest
+
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from onnxruntime import InferenceSession
+    from tokenizers import Tokenizer
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -111,8 +115,8 @@ class OnnxSentenceModel:
         skip: Number of leading tokens, those of the prompt, that pooling leaves out.
     """
 
-    tokenizer: Any
-    session: Any
+    tokenizer: Tokenizer
+    session: InferenceSession
     output: str
     pooling: Callable[[Hidden, Mask], np.ndarray]
     normalize: bool
@@ -154,7 +158,8 @@ class OnnxSentenceModel:
         (hidden,) = self.session.run([self.output], feeds)
         # After the run: attention sees the prompt, pooling does not.
         mask[:, : self.skip] = False
-        vectors = self.pooling(hidden.astype(np.float32), mask)
+        # Half-precision exports too are pooled in float32.
+        vectors = self.pooling(np.asarray(hidden, np.float32), mask)
         if self.normalize:
             norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
             # PyTorch's least norm, so that zeros stay zeros.
@@ -501,7 +506,7 @@ def _pooling_mode(config: Mapping[str, Any], path: Path | None, location: str) -
     return modes[0]
 
 
-def _check_inputs(session: Any, files: ModelFiles, location: str) -> None:
+def _check_inputs(session: InferenceSession, files: ModelFiles, location: str) -> None:
     """Refuses a model that asks for more than tokens, their mask, types and positions."""
     known_inputs = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     others = [each.name for each in session.get_inputs() if each.name not in known_inputs]
@@ -513,7 +518,7 @@ def _check_inputs(session: Any, files: ModelFiles, location: str) -> None:
         )
 
 
-def _output(session: Any, files: ModelFiles, location: str) -> str:
+def _output(session: InferenceSession, files: ModelFiles, location: str) -> str:
     """Returns the name of the output that holds the hidden states."""
     names = [each.name for each in session.get_outputs()]
     for name in HIDDEN_STATES:
