@@ -73,7 +73,7 @@ def parse_ks(texts: list[str]) -> tuple[int, ...]:
 
 
 def parse_weights(texts: list[str]) -> tuple[float, ...]:
-    """Returns weights of popularity, in the order given."""
+    """Returns weights of popularity, in the order of the flag."""
     from twotower.core.errors import ConfigError
 
     flag = f"--popularity_weights={','.join(texts)}"

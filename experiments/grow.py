@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from experiments import launch
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment, on the grown data and with more steps."
+    "config", None, "The experiment, on more data and with more steps."
 )
 flags.mark_flag_as_required("config")
 _SOURCE = flags.DEFINE_string("source", None, "The run to go on from.", required=True)

@@ -112,7 +112,9 @@ def _explain_missing_option(message: str, argv: list[str]) -> str | None:
         # A whole part of the path, not the beginning of a longer one.
         if not name or name[1:] not in option.split("."):
             continue
-        hint = f"; did you mean {nearest[1]!r}?" if nearest else "."
+        hint = "."
+        if nearest:
+            hint = f"; did you mean {nearest[1]!r}?"
         # Mappings with keys of the user's own have no options to set one by one.
         if parents.endswith((".columns", ".user", ".item")):
             hint += f" A mapping is set whole: --{parents}={{...}}."

@@ -131,7 +131,9 @@ def evaluate(
     ks = tuple(ks) or run.config.evaluation.ks
     # Loaded before the long part: a damaged bundle is refused at once.
     folder = run.workdir / BUNDLE
-    retriever = Retriever.load(folder) if folder.exists() else None
+    retriever = None
+    if folder.exists():
+        retriever = Retriever.load(folder)
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
     measured = report.measure_run(
         run,
@@ -151,8 +153,10 @@ def evaluate(
 
 def metrics_path(workdir: Path, split: str) -> Path:
     """Returns the file that `evaluate` writes the figures of a split to."""
+    name = "metrics.json"
     # Figures of validation must not replace those of the test.
-    name = "metrics.json" if split == "test" else f"metrics_{split}.json"
+    if split != "test":
+        name = f"metrics_{split}.json"
     return workdir / "evaluation" / name
 
 
@@ -197,7 +201,9 @@ def repeat(
 
 def repeat_path(workdir: Path | str, split: str) -> Path:
     """Returns the file that `repeat` writes the figures of a split to."""
-    name = "repeat.json" if split == "test" else f"repeat_{split}.json"
+    name = "repeat.json"
+    if split != "test":
+        name = f"repeat_{split}.json"
     return Path(workdir) / name
 
 

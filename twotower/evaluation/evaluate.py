@@ -203,9 +203,11 @@ def _blocks(
     seen_size = _max_pairs(queries.seen.lengths[queries.user], blocks)
     relevant_size = _max_pairs(queries.relevant.lengths, blocks)
     num_items = queries.num_items
-    nothing_seen = Ragged.empty(size)
+
     for block in progress(blocks, total=len(blocks), what="Evaluation"):
-        seen = queries.seen_lists(block) if mask_seen else nothing_seen
+        seen = Ragged.empty(size)
+        if mask_seen:
+            seen = queries.seen_lists(block)
         relevant = queries.relevant.take(np.arange(block.start, block.stop))
         # Pairs of padding name the column past the last item. Scatters drop it; where a mesh has
         # such a column, it is no item and is masked.
@@ -296,7 +298,8 @@ def _measure_part(
     """Measures the lists as `_measure` does, on one device of a group, which has N of the items."""
     max_k = max(ks)
     # Before masking, which could hide a NaN.
-    has_nan = group.sum(jnp.isnan(scores).any().astype(jnp.int32)) > 0
+    is_nan = jnp.isnan(scores)
+    has_nan = group.sum(is_nan.any().astype(jnp.int32)) > 0
     if group is not SINGLE_DEVICE:
         width = scores.shape[1]
         # Items of other devices get the column past the end, which scatters drop.

@@ -41,7 +41,7 @@ def auc(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
     >>> auc(np.array([3.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.0]), np.ones(3))
     0.75
     """
-    # Equal logits share a rank, so that pairs of equals can be told from ordered ones.
+    # Equal logits share a rank: pairs of equals count half.
     _, rank = np.unique(logits, return_inverse=True)
     positives = np.bincount(rank, weights * (labels == 1))
     negatives = np.bincount(rank, weights * (labels == 0))
@@ -180,7 +180,9 @@ def _labelled(rows: Rows, label: str, max_rows: int) -> np.ndarray:
     is_labelled = ~np.isnan(rows.labels[label])
     # An item outside of the corpus has no vector.
     positions = np.flatnonzero(is_labelled & (rows.weight > 0) & (rows.item >= 0))
-    return evenly_spaced(positions, max_rows) if max_rows else positions
+    if max_rows:
+        positions = evenly_spaced(positions, max_rows)
+    return positions
 
 
 def _logits(
@@ -212,4 +214,7 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _ratio(a: float, b: float) -> float:
-    return float(a / b) if b > 0 else float("nan")
+    """Returns a / b, or NaN, which marks a metric as not defined."""
+    if b > 0:
+        return float(a / b)
+    return float("nan")

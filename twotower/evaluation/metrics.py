@@ -173,7 +173,9 @@ RANKING_METRICS = {
 
 
 def _mask(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:
-    return jnp.ones_like(hits) if where is None else where
+    if where is None:
+        return jnp.ones_like(hits)
+    return where
 
 
 def _counted_hits(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:

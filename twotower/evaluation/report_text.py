@@ -5,6 +5,7 @@ The titles of queries and rankings are words for people; the JSON file has the n
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,8 +76,8 @@ def format_metrics(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]
     """
     rows = []
     for name in TABLE_METRICS:
-        shown_ks = ks if name in EVERY_K_METRICS else ks[:1]
-        for k in shown_ks:
+        shortest = ks[:1]
+        for k in ks if name in EVERY_K_METRICS else shortest:
             metric = f"{name}@{k}"
             rows.append([metric, *(f"{values[metric]:.4f}" for values in columns.values())])
     header = ["", *map(_short_name, columns)]
@@ -93,7 +94,10 @@ def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
         row = [name]
         for measured in heads.values():
             # Not 0: a head whose rows all have one label has no AUC, for instance.
-            row.append(f"{measured[name]:.4f}" if name in measured else "-")
+            figure = "-"
+            if name in measured:
+                figure = f"{measured[name]:.4f}"
+            row.append(figure)
         rows.append(row)
     rows.append(["rows", *(f"{measured['rows']:,}" for measured in heads.values())])
     return format_table(rows, ["", *heads], align="lr")
@@ -105,7 +109,7 @@ def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split
     Args:
         measured: figures of `measure_run` for each seed; baselines are those of the first.
         ks: lengths of the lists.
-        split: name of the rows that were to be found, for the titles.
+        split: name of the held-out rows, for the titles.
     """
     lines = []
     for suffix, title in MASKING_TITLES.items():
@@ -127,13 +131,15 @@ def format_spread(
     then the value of each baseline.
     """
     rows = []
-    metrics = [f"{name}@{k}" for name in SEED_METRICS for k in ks]
-    for metric in metrics:
+    for name, k in itertools.product(SEED_METRICS, ks):
+        metric = f"{name}@{k}"
         values = [model[metric] for model in models]
         figures = [statistics.mean(values), min(values), max(values)]
         mean, lowest, highest = (f"{figure:.4f}" for figure in figures)
-        # The deviation of a sample (n - 1): other seeds would give other values.
-        deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+        deviation = "-"
+        if len(values) > 1:
+            # The deviation of a sample (n - 1): other seeds would give other values.
+            deviation = f"{statistics.stdev(values):.4f}"
         others = [f"{baseline[metric]:.4f}" for baseline in baselines.values()]
         rows.append([metric, mean, deviation, lowest, highest, *others])
     header = ["", "mean", "deviation", "lowest", "highest", *map(_short_name, baselines)]
@@ -194,9 +200,8 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     lines = [f"{step}: one query per {query}, {corpus}."]
     # Metrics of a sample may not pass for those of all queries.
     if protocol["asked"] < protocol["available"]:
-        lines.append(
-            f"A sample: {protocol['asked']:,} of {protocol['available']:,} queries were asked."
-        )
+        sample = f"{protocol['asked']:,} of {protocol['available']:,}"
+        lines.append(f"A sample: {sample} queries were measured.")
     return lines
 
 

@@ -92,7 +92,7 @@ class BigQueryHistory:
                 f"{history.folder} holds no vectors of {run_date}; append a run of that date first."
             )
         widths = {side: _width(side, files_of_side) for side, files_of_side in files.items()}
-        # All tables first: a wrong one is found before the other is changed.
+        # All tables first: a wrong one is refused before the other is changed.
         tables = {side: self._table(TABLES[side], width) for side, width in widths.items()}
         return {
             str(table.reference): self._load(table, files[side], run_date)
@@ -105,16 +105,18 @@ class BigQueryHistory:
         from google.api_core.exceptions import NotFound
         from google.cloud import bigquery
 
-        project = [] if "." in self.dataset else [self.client.project]
-        full_name = ".".join([*project, self.dataset, name])
+        full_name = f"{self.dataset}.{name}"
+        if "." not in self.dataset:
+            full_name = f"{self.client.project}.{full_name}"
         with report_errors(f"table {full_name}", HistoryError):
             fields = [bigquery.SchemaField(column, *kind) for column, kind in COLUMNS.items()]
             new_table = bigquery.Table(full_name, fields)
             new_table.time_partitioning = bigquery.TimePartitioning(field="run_date")
             # Most queries name a run, and then entities.
             new_table.clustering_fields = ["run_id", "entity_id"]
-            # A date without rows has no width, and the next one may set it.
-            new_table.labels = {WIDTH_LABEL: str(width)} if width else {}
+            # A date without rows has no width: its table will take any.
+            if width:
+                new_table.labels = {WIDTH_LABEL: str(width)}
             try:
                 table = self.client.get_table(full_name)
             except NotFound:

@@ -358,4 +358,5 @@ def _as_lists(vectors: np.ndarray) -> pa.ListArray:
 
 def _as_matrix(lists: pa.ListArray, width: int) -> np.ndarray:
     """Returns n lists of one width as a matrix [n, width]."""
-    return lists.flatten().to_numpy().reshape(len(lists), width)
+    values = lists.flatten().to_numpy()
+    return values.reshape(len(lists), width)

@@ -1,7 +1,7 @@
 """Tracking of a run in MLflow: its configuration, metrics, evaluations and files.
 
 Only the folder of the run is read, so that a run can be logged at any time, also while it trains,
-and again: what is there already is not logged twice.
+and again: nothing is logged twice.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def track(
         lines = list(_lines(workdir / "metrics.jsonl"))
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
-        # Steps in proportion to the data are counted by the training alone: only the bundle tells.
+        # Steps in proportion to the data are counted by the training alone, so that only a bundle
+        # shows that it has ended.
         training = config.training
         ended = lines and not training.steps_for and lines[-1][0] >= training.steps
         if ended or (workdir / "bundle").exists():

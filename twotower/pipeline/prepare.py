@@ -170,8 +170,8 @@ def prepare(
     dataset = _restrict_to_corpus(dataset, parts.train)
     users = dataset.users
     items = dataset.items
-    # Vocabularies and statistics know training rows alone, see `Encoder.fit`; an encoder that comes
-    # from a run is held to that by its fingerprint.
+    # Vocabularies and statistics are of training rows alone, see `Encoder.fit`; an encoder that
+    # comes from a run is held to that by its fingerprint.
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
     check_fitted(encoder.fitted_on, parts)
@@ -242,7 +242,7 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
 
 
 def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> None:
-    """Refuses a user feature that reads a label: its query would know the answer."""
+    """Refuses a user feature that reads a label: the query would hold the answer."""
     for name in encoder.context:
         column = encoder.spec.user[name].column
         if column in labels:
@@ -280,14 +280,16 @@ def _row_numbers(ids: pa.ChunkedArray, table_ids: pa.ChunkedArray) -> np.ndarray
     """Returns the row of each id in a table, int32 [N], and -1 for an id that is not in it."""
     # A hash lookup of Arrow: a dictionary of Python takes several times as long.
     numbers = pc.index_in(ids, value_set=table_ids.combine_chunks())
-    return pc.fill_null(numbers, -1).to_numpy().astype(np.int32)
+    filled = pc.fill_null(numbers, -1)
+    return filled.to_numpy().astype(np.int32)
 
 
 def _read_weights(rows: pa.Table) -> np.ndarray:
     """Returns the weight of each row, float32 [N], 1 where it is missing."""
     if "weight" not in rows.column_names:
         return np.ones(len(rows), np.float32)
-    weights = pc.fill_null(rows["weight"], 1.0).to_numpy().astype(np.float32)
+    filled = pc.fill_null(rows["weight"], 1.0)
+    weights = filled.to_numpy().astype(np.float32)
     is_good = np.isfinite(weights) & (weights >= 0)
     bad_rows = np.flatnonzero(~is_good)
     if bad_rows.size:
