@@ -130,6 +130,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     indexed = [name for name in INDEXED if (folder / f"item_{name}.npy").exists()]
     built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
     save_index(bundle.index, folder / "index", model_version=version, **built_from)
+    # Every file, also those of the index, whose names depend on its kind.
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = {
         "format": FORMAT,
@@ -146,6 +147,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         **more,
         "files": {str(path.relative_to(folder)): digest(path) for path in paths},
     }
+    # Over all other entries, the hashes of the files among them: it names the bundle.
     manifest["sha256"] = content_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
@@ -273,6 +275,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses an index over other vectors, or over items of another model."""
     info = json.loads((folder / "index" / "index.json").read_text())
+    # No scales on either side where vectors are float32.
     for name in INDEXED:
         if info.get(name) != manifest["files"].get(f"item_{name}.npy"):
             raise BundleError(
@@ -339,6 +342,7 @@ def _indexed_vectors(config: Config, vectors: Vectors, counts: np.ndarray) -> Ve
 
 
 def _load_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
+    # Read here, so that a damaged program is an error of loading, not of the first request.
     programs = {side: (folder / f"{side}_tower.stablehlo").read_bytes() for side in SIDES}
     try:
         return TowerPrograms(programs, weights)

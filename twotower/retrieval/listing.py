@@ -66,9 +66,10 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
         return "  (nothing)"
     columns = list(items[0].display)
     header = ["item", *columns]
-    rows = [[item.item_id, *(_text(item.display[name]) for name in columns)] for item in items]
+    rows = [_cells(item, columns) for item in items]
     align = "l" * len(header)
     if ranked:
+        # Numbers to the right, on either side of the item.
         header = ["rank", *header, "score"]
         rows = [
             [str(rank), *row, f"{item.score:.4f}"]
@@ -76,6 +77,10 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
         ]
         align = f"r{align}r"
     return textwrap.indent(format_table(rows, header, align=align), "  ")
+
+
+def _cells(item: Recommendation, columns: Sequence[str]) -> list[str]:
+    return [item.item_id, *(_text(item.display[name]) for name in columns)]
 
 
 def format_user(retriever: Retriever, user: str, k: int, *, exclude_seen: bool = True) -> str:
@@ -119,6 +124,7 @@ def write_lists(
     # Both paths are checked before the long part.
     ids = read_ids(users)
     lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
+    # An earlier file stays whole until the new one is.
     with atomic(out) as temporary:
         pq.write_table(lists, temporary)
     unknown = sum(not retriever.knows(user) for user in ids)

@@ -63,7 +63,7 @@ class MatchModel:
             vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
         """
         self._vectors = {side: np.asarray(vectors[side], np.float32) for side in SIDES}
-        self._rows = {side: {name: row for row, name in enumerate(ids[side])} for side in SIDES}
+        self._rows = {side: _row_by_id(ids[side]) for side in SIDES}
         # A repeated id would silently take the vector of its last row.
         for side in SIDES:
             distinct = len(self._rows[side])
@@ -175,7 +175,7 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
         raise BundleError(f"{path} was changed after it was written. Export again.")
     digests = manifest["files"]
     # Only these are hashed and read: a bundle holds much more.
-    names = {f"{side}_vectors.npy" for side in SIDES} | {f"{side}s.parquet" for side in SIDES}
+    names = {"user_vectors.npy", "users.parquet", "item_vectors.npy", "items.parquet"}
     # Only beside vectors that are stored as int8: multiples of their row's scale.
     names |= {"item_scales.npy"} & set(digests)
     check_files(folder, {name: digests[name] for name in names})
@@ -189,6 +189,10 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
         scales = np.load(folder / "item_scales.npy", allow_pickle=False)
         vectors["item"] = vectors["item"] * scales[:, None]
     return ids, vectors
+
+
+def _row_by_id(ids: Sequence[str]) -> dict[str, int]:
+    return {name: row for row, name in enumerate(ids)}
 
 
 def _flat(ids: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -265,6 +265,7 @@ class Retriever:
             UnknownItemError: The item is not there.
         """
         check_k(k)
+        # One snapshot for the vector and the search: the item may change in between.
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
         vector = snapshot.vector(catalogue.position(snapshot, item))

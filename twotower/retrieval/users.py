@@ -64,6 +64,7 @@ class UserRows:
     def history_items(self, rows: pa.Table) -> list[str]:
         """Returns the ids of the items in the histories of raw rows."""
         history = self._encoder.spec.history
+        # A request need not bring one.
         if history is None or history.column not in rows.column_names:
             return []
         items = []
@@ -122,5 +123,9 @@ def _schema(rows: Sequence[Mapping]) -> pa.Schema | None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return None
-    fields = [(name, pa.array([row.get(name) for row in rows]).type) for name in names]
+    fields = []
+    for name in names:
+        # Of all values: the first may be missing, or whole where others are not.
+        values = pa.array([row.get(name) for row in rows])
+        fields.append((name, values.type))
     return pa.schema(fields)

@@ -188,6 +188,7 @@ class LiveBundle:
 
     def _existing_ids(self, ids: Iterable[str]) -> list[str]:
         """Returns the ids, each once, whose items exist."""
+        # `numbers` alone does not say so: items that were deleted keep theirs.
         snapshot = self.catalogue.snapshot
         numbers = self.catalogue.numbers
         known = [item for item in dict.fromkeys(ids) if item in numbers]
@@ -208,6 +209,7 @@ class LiveBundle:
                 "%s holds changes to another version of the bundle: they are not made to this one.",
                 other,
             )
+        # As they were made: whether an item exists depends on all changes before.
         changes = log.read()
         self._apply(changes, log)
         if changes:

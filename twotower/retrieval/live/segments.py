@@ -102,6 +102,10 @@ class BaseSegment:
             return -1
         return int(self.row_by_number[number])
 
+    def read_row(self, row: int) -> dict[str, Any]:
+        """Returns item_id and display columns of a row."""
+        return {name: read(row) for name, read in self.column_readers}
+
     @functools.cached_property
     def column_readers(self) -> list[tuple[str, Callable[[int], Any]]]:
         """The name of each display column, with the function from a row to its value."""

@@ -151,8 +151,7 @@ class Snapshot:
         in_base = positions < base_size
         # The usual list, read from buffers: a table of a few rows takes several times as long.
         if 0 < len(positions) <= MAX_SINGLE_ROWS and in_base.all():
-            readers = self.base.column_readers
-            return [{name: read(row) for name, read in readers} for row in positions.tolist()]
+            return [self.base.read_row(row) for row in positions.tolist()]
         base_rows = iter(self.base.items.take(pa.array(positions[in_base])).to_pylist())
         rows = []
         for position in positions.tolist():
