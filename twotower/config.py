@@ -75,7 +75,7 @@ class DataConfig:
     Attributes:
         source: Kind of source, a key of `twotower.data.sources.load.SOURCES`.
         path: Path of the interactions, in place of `interactions.path`; empty for that one.
-        interactions: Table of who did what with which item.
+        interactions: Table of the events: user, item, and further columns.
         user_table: Table of users' attributes; an empty path for none but their ids.
         item_table: Table of items' attributes, which is also the corpus; an empty path for the
             items of the log.
@@ -86,7 +86,7 @@ class DataConfig:
             credentials.
         location: BigQuery region that runs the queries; empty lets BigQuery find it.
         num_interactions: Number of rows of the generated shop.
-        num_items: Number of items of the generated shop; 0 for as many as suit its rows.
+        num_items: Number of items of the generated shop; 0 for a number that suits its rows.
         shop_seed: Random seed of the generated shop.
         where: Conditions on the rows to keep, as (column, operator, value); operators are ==, !=,
             <, <=, >, >=, in, not in, starts with, not starts with. ("rating", ">=", 4) and
@@ -225,8 +225,8 @@ class HistoryConfig:
             input) or ligr (both gated, the layers SwiGLU).
         expansion: Width of the hidden units of a block, in multiples of its width.
         positions: Kind of position information.
-        dropout: Share of units dropped in training, of the events' vectors and of what each block
-            adds, from 0 to 0.99.
+        dropout: Share of units dropped in training, from 0 to 0.99, of the events' vectors and of
+            the output of each block before it is added.
         pooling: Pooling of the bidirectional kind: mean, cls (the vector of a learned token) or
             attention.
         recency: Whether bags learn the weight of an event from the number of events after it, in
@@ -459,7 +459,7 @@ class ObjectiveConfig:
         if "retrieval" in self.heads:
             check.refuse(
                 "heads.retrieval",
-                ": 'retrieval' is what the loss of the two towers is called. Choose another name.",
+                ": 'retrieval' is the name of the loss of the two towers. Choose another name.",
             )
 
 
@@ -545,7 +545,7 @@ class TrainingConfig:
         examples: Kind of example. "interactions": each row, with the user's earlier rows as its
             history. "sequences": each user's sequence, whose positions are all trained in one pass
             (with a causal history). A row of the batch then has L + 1 positions that whole
-            sequences are packed into, so that short ones do not cost what a long one does.
+            sequences are packed into, so that short ones cost less than a long one.
         crop: Part to train of a sequence longer than L: the last, or a random one, another in each
             pass.
         steps: Number of gradient steps.
@@ -664,7 +664,7 @@ class RetrievalConfig:
         "hnswlib",
         "faiss",
     ] = "auto"
-    # Of the exact list: what the index may lose on top of what the model does.
+    # Of the exact list of the model: the loss of the index comes on top of that of the model.
     target_recall: float = 0.98
     k: int = 10
     # One more number a vector; queries without a weight for it rank as before.
@@ -780,8 +780,8 @@ def non_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 def defaults() -> Any:
     """Returns every option at its default, the `ConfigDict` that an experiment file starts from.
 
-    Being whole, it lets the command line override any option. It is not locked: `from_dict` says
-    better what is wrong.
+    As it has all options, the command line can override any of them. It is not locked: the errors
+    of `from_dict` for an unknown option are better.
     """
     # Here alone: everything else reads a configuration without it.
     import ml_collections

@@ -1,7 +1,7 @@
 """Rules across the sections of a configuration; run once, when a `Config` is made.
 
-What one section can check by itself it checks in `twotower.config`; what needs registries, devices
-or data is in `twotower.training.checks`.
+Rules within one section are in `twotower.config`; rules that need registries, devices or data are
+in `twotower.training.checks`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_rules(config: Config) -> None:
         config: The whole configuration, each section of which has checked itself.
 
     Raises:
-        ConfigError: The first such option, with its value and what would be right.
+        ConfigError: The first such option, with its value and the right ones.
     """
     # The order of the checks is the order of the messages: the kind of example first.
     if config.training.examples == "sequences":

@@ -205,7 +205,7 @@ def test_a_weighted_dot_product_learns_what_a_sum_of_two_terms_cannot(key):
 
 
 def test_a_head_may_not_be_called_what_the_towers_loss_is_called():
-    with pytest.raises(ConfigError, match=r"heads\.retrieval: 'retrieval' is what"):
+    with pytest.raises(ConfigError, match=r"heads\.retrieval: 'retrieval' is the name"):
         from_dict({"objective": {"heads": {"retrieval": HEADS["like"]}}})
 
 

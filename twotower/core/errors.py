@@ -28,7 +28,7 @@ class LeakageError(ConfigError):
 
 
 class FolderError(TwotowerError, ValueError):
-    """A folder that holds something else, or whose content is not what was written."""
+    """A folder of another kind, or with content that has changed since it was written."""
 
 
 class TrainingError(TwotowerError, RuntimeError):
@@ -80,8 +80,8 @@ def extra(name: str, what: str) -> Iterator[None]:
     """Turns a failed import into a `ConfigError` that names the extra to install.
 
     Args:
-        name: The extra, a key of `extras_require` in setup.py.
-        what: The feature that needs it, the subject of the message.
+        name: Name of the extra, a key of `extras_require` in setup.py.
+        what: Name of the feature that needs it, the subject of the message.
     """
     try:
         yield

@@ -157,7 +157,7 @@ def build(cls: type[T], values: Any, location: str) -> T:
     try:
         return cls(**fields)
     except FieldError as error:
-        # A dataclass that checks itself need not know where it lies.
+        # A dataclass that checks itself need not know which field of which section holds it.
         raise FieldError(location, error.field, error.problem) from None
 
 

@@ -126,9 +126,9 @@ def publish_version(version: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a file or a whole folder; what cannot be deleted stays."""
+    """Deletes a file or a whole folder, and ignores errors."""
     if path.is_dir():
-        # Deleting is housekeeping: what is left is tried again by the next version.
+        # Deleting is housekeeping: the next version tries again to delete the rest.
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -214,7 +214,7 @@ def write_folder(
             with path.open("wb") as file:
                 # Without pickle: an array of objects is refused here, not by the reader later.
                 np.save(file, array, allow_pickle=False)
-            # From the file rather than from the array: what was written is what is checked.
+            # From the file rather than from the array, since readers check the file.
             written[path.name] = digest(path)
         content = {"version": _FORMAT_VERSION, "state": state, "files": written}
         content["sha256"] = content_digest(content)
@@ -245,8 +245,8 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     """Returns the state and the arrays that `write_folder` put there.
 
     Raises:
-        FolderError: The folder holds something else, lacks a file, or a file is not what was
-            written.
+        FolderError: The folder is of another kind or lacks a file, or a file has changed since it
+            was written.
     """
     folder = epath.Path(folder)
     content = _read_state(folder, kind)
@@ -260,10 +260,10 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
 
 
 def check_files(folder: epath.PathLike, digests: Mapping[str, str]) -> None:
-    """Refuses a file that is missing, or is not what was written.
+    """Refuses a file that is missing, or has changed since it was written.
 
     Args:
-        folder: folder of the files.
+        folder: Folder of the files.
         digests: SHA-256 of each file, by its path inside the folder.
 
     Raises:

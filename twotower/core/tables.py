@@ -18,9 +18,9 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
     """Returns the rows as lines of text under a header, in columns two spaces apart.
 
     Args:
-        rows: cells of each row, as many as the header has. Tabs and line breaks in a cell are
+        rows: Cells of each row, one for each cell of the header. Tabs and line breaks in a cell are
             shown as a space, other control characters as "�".
-        header: title of each column.
+        header: Title of each column.
         align: "l" (left) or "r" (right) for each column; its last letter serves all further ones.
 
     >>> print(format_table([["ring", "0.5"], ["bracelet", "12.25"]], ["item", "score"], align="lr"))
@@ -29,8 +29,10 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
     bracelet  12.25
     """
     letters = align.ljust(len(header), align[-1])[: len(header)]
-    cells = [[_printable(cell) for cell in row] for row in (header, *rows)]
+    cells = []
     # The header goes in as a row, since tabulate sets real headers apart by two more columns.
+    for row in (header, *rows):
+        cells.append([_printable(cell) for cell in row])
     table = tabulate(
         cells,
         tablefmt="plain",
@@ -41,7 +43,7 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
 
 
 def _printable(cell: str) -> str:
-    """Returns the cell as one line that leaves the cells beside it where they are."""
+    """Returns the cell as one line that does not move the cells beside it."""
     text = _DIRECTIONS.sub("", _SPACES.sub(" ", cell))
     # After white space was folded: tabs and line breaks are control characters too.
     text = "".join("�" if unicodedata.category(letter) == "Cc" else letter for letter in text)

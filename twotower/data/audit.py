@@ -214,7 +214,7 @@ def _message(findings: list[Finding], config: SplitConfig) -> str:
     ]
     for finding in findings:
         lines.append(f"  {finding.name}: {finding.message}. {FINDINGS[finding.name].reason}")
-    # The line to copy: it keeps what was accepted before.
+    # The line to copy: it keeps the findings that were accepted before.
     accept = config.accept_leakage + tuple(finding.name for finding in findings)
     lines.append(
         f"If the protocol at hand knowingly has it: config.split.accept_leakage={accept!r}."

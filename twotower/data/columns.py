@@ -262,7 +262,8 @@ def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _parse_form(column: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
-    # With `error_is_null` the failed rows are found at once, and are told from missing ones below.
+    # With `error_is_null` all failed rows are null at once; below they are told apart from missing
+    # values.
     times = pc.strptime(column, format=form, unit="s", error_is_null=True)
     failed = pc.and_(pc.is_null(times), pc.is_valid(column)).to_numpy()
     rows = np.flatnonzero(failed)

@@ -22,7 +22,7 @@ from twotower.data import columns
 from twotower.data.columns import BadValue
 from twotower.data.nested import expand_objects
 
-# Columns whose names say what they are: a value that is something else is an error.
+# Columns whose names determine their types: a value of another type is an error.
 NUMBERS = ("rating", "weight", "label")
 CODES = ("event", "split", "user_id", "item_id")
 # Milliseconds taken for seconds lie beyond it.

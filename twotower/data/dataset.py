@@ -98,7 +98,7 @@ def collapse(table: pa.Table, key: str) -> pa.Table:
     if count == len(table):
         return table
     columns = {}
-    # Column by column, since the first row of a key may lack what a later one has.
+    # Column by column, since the first row of a key may lack values that a later one has.
     for name in table.column_names:
         rows = _first_valid(table[name], codes, count)
         columns[name] = table[name].take(rows)

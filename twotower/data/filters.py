@@ -28,7 +28,7 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
 
     Raises:
         ConfigError: An unknown column or operator, a value that cannot be compared with its column,
-            or no row left (the message counts what each filter removed).
+            or no row left (the message counts the rows that each filter removed).
     """
     rows = dataset.interactions
     reports = []

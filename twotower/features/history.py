@@ -144,7 +144,7 @@ class HistoryFeature(Feature):
         return dataclasses.replace(fitted, reads=reads)
 
     def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
-        # Read only where it counts: a request may bring a column of that name for other uses.
+        # Only with `request_gap`: a request may have a column of that name for other uses.
         request_times = None
         if self.request_gap and "timestamp" in rows.column_names:
             request_times = rows["timestamp"]

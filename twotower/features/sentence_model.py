@@ -109,7 +109,7 @@ class OnnxSentenceModel:
         session: An `onnxruntime.InferenceSession`.
         output: Name of the session's output that holds the hidden states.
         pooling: Function from hidden states and their mask to vectors.
-        normalize: Whether vectors are brought to length 1.
+        normalize: Whether vectors are scaled to length 1.
         lower: Whether texts are put in lower case first.
         prompt: Text put before each text.
         skip: Number of leading tokens, those of the prompt, that pooling leaves out.
@@ -282,7 +282,7 @@ class ModelFiles:
         by_name: Every file, by a name that does not depend on the path of the folder.
         pooling: Key of POOLINGS.
         include_prompt: Whether pooling counts the tokens of the prompt.
-        normalize: Whether vectors are brought to length 1.
+        normalize: Whether vectors are scaled to length 1.
         prompts: Prompts of the model by name.
         default_prompt: Name of the prompt that the model puts before texts by itself, if any.
     """
@@ -497,7 +497,10 @@ def _pooling_mode(config: Mapping[str, Any], path: Path | None, location: str) -
     # Older files have a flag for each way, newer ones a name.
     flags = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
     names = config.get("pooling_mode") or [POOLING_FLAGS.get(flag, flag) for flag in flags]
-    modes = [names] if isinstance(names, str) else list(names) or ["mean"]
+    if isinstance(names, str):
+        names = [names]
+    # Sentence-transformers averages tokens if nothing else is configured.
+    modes = list(names) or ["mean"]
     if len(modes) > 1:
         raise ConfigError(
             f"{location}: {path} joins {' and '.join(modes)}; one way of pooling can be read."

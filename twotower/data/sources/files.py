@@ -20,7 +20,7 @@ from twotower.data.contract import Origin, apply_contract, similar_name_hint
 Kind = Literal["csv", "parquet"]
 
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    # Compressed files too: Arrow decompresses what ends in .gz, .bz2 or .zst.
+    # Compressed files too: Arrow decompresses them by the suffixes .gz, .bz2 and .zst.
     "csv": (".csv", ".tsv", ".txt", ".dat", ".data", ".gz", ".bz2", ".zst"),
     "parquet": (".parquet", ".pq"),
 }
@@ -177,7 +177,7 @@ def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Tab
         if _is_parquet(path, kind):
             return parquet.read_table(path)
         return _read_csv(path, config, name)
-    # Two common mistakes are told from the rest by Arrow's words, so that the message names a cure.
+    # Two common mistakes are recognised by Arrow's words, so that the message names a cure.
     except (pa.ArrowInvalid, OSError, UnicodeError) as error:
         reason = str(error).rstrip(".")
         cure = ""

@@ -94,7 +94,7 @@ def read_1m(folder: Path) -> Tables:
     """Reads ratings.dat, users.dat and movies.dat."""
     ratings = _read(folder / "ratings.dat", "::", RATING_COLUMNS)
     users = _read(folder / "users.dat", "::", ("user_id", "gender", "age", "occupation", "zip"))
-    # 1M writes numbers, 100K words; words are what TFDS has.
+    # 1M writes numbers, 100K and TFDS write words.
     occupations = [OCCUPATIONS_1M[number] for number in users["occupation"].to_pylist()]
     index = users.column_names.index("occupation")
     users = users.set_column(index, "occupation", pa.array(occupations))
