@@ -227,7 +227,7 @@ class GraphIndex:
         return index
 
     def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`."""
+        """Returns the nearly best items of each query, best first; see `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
         # Of the two settings that the tuner knows a graph has one: nothing is scored anew.

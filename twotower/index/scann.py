@@ -137,7 +137,7 @@ class ScannIndex:
         )
 
     def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`."""
+        """Returns the nearly best items of each query, best first; see `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         check_k(k)
         leaves = 0

@@ -75,7 +75,7 @@ class LiveBundle:
         self._log = self._replay_log()
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
-        """See `Retriever.upsert`."""
+        """Adds or replaces items, durably; see `Retriever.upsert`."""
         log, _ = self._require_log()
         if not len(rows):
             return
@@ -88,7 +88,7 @@ class LiveBundle:
             self.catalogue.upsert(items, vectors)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """See `Retriever.delete`."""
+        """Deletes items, durably, and counts them; see `Retriever.delete`."""
         log, _ = self._require_log()
         with self._lock:
             # No log is begun for nothing.
@@ -102,7 +102,7 @@ class LiveBundle:
             return self.catalogue.delete(alive)
 
     def rebalance(self) -> None:
-        """See `Retriever.rebalance`."""
+        """Indexes the present items anew, in memory; see `Retriever.rebalance`."""
         self.catalogue.rebalance(self._index)
 
     def compact(self) -> Compaction:
