@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import is_list, pc
 from twotower.core.times import UNITS_PER_SECOND
 
 _ISO = re.compile(r"\s*\d{4}-\d{2}-\d{2}([T ]\d|\s*$)")
@@ -174,13 +174,6 @@ def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if _is_text_like(kind):
         return column.cast(pa.string())
     return column
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Returns whether a type is one of Arrow's three types of lists."""
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
 
 
 def first_value(column: pa.ChunkedArray) -> str | None:

@@ -10,9 +10,8 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
-from twotower.data.columns import is_list
 from twotower.features.base import (
     Feature,
     Fitted,

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
-from twotower.data.columns import is_list
 from twotower.features.base import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,

@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.data.columns import is_list
 from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
 from twotower.features.vocabulary import Vocabulary, as_strings
 
