@@ -207,9 +207,9 @@ def test_bfloat16_operands(name):
 
 
 def test_bfloat16_exponentials_are_rounded_to_nearest_and_hide_nothing():
-    drawn = jnp.asarray(np.random.default_rng(0).uniform(-90, 90, 10_000), jnp.float32)
+    samples = jnp.asarray(np.random.default_rng(0).uniform(-90, 90, 10_000), jnp.float32)
     special = jnp.float32([0, 1, 3e-39, np.inf, np.nan, -np.nan])
-    values = jnp.concatenate([jnp.exp(drawn), special])[None]
+    values = jnp.concatenate([jnp.exp(samples), special])[None]
     narrow = jax.jit(functools.partial(softmax_blocks._narrow, dtype=jnp.bfloat16))(values)
     expected = values.astype(jnp.bfloat16)
     ties = (values.view(np.uint32) & 0xFFFF) == 0x8000

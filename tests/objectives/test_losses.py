@@ -157,7 +157,7 @@ def _mean_gradients(positive_is_sampled: bool):
     share = np.r_[0.3, rng.dirichlet(np.ones(19)) * 0.7]
     scores = jnp.asarray(rng.normal(size=20), jnp.float32)
     log_count = jnp.asarray(np.log(draws * share), jnp.float32)
-    drawn = jnp.asarray(rng.choice(20, size=(trials, draws), p=share), jnp.int32)
+    samples = jnp.asarray(rng.choice(20, size=(trials, draws), p=share), jnp.int32)
 
     def sampled(scores, ids):
         negatives = (scores[ids] - log_count[ids])[None]
@@ -167,7 +167,7 @@ def _mean_gradients(positive_is_sampled: bool):
         )[0]
 
     full = jax.grad(lambda s: jax.nn.logsumexp(s) - s[0])(scores)
-    return jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(scores, drawn).mean(0), full
+    return jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(scores, samples).mean(0), full
 
 
 def test_the_corrected_softmax_approaches_the_full_one_where_the_classic_does_not():

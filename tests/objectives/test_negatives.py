@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.objectives.drawn import IDS, TRIALS, N, agree, count, disagree
+from tests.objectives.draws import IDS, TRIALS, N, agree, count, disagree
 from twotower.config import NegativesConfig
 from twotower.core.errors import ConfigError
 from twotower.objectives import negatives
@@ -163,8 +163,10 @@ def test_an_id_that_no_source_yields_is_there_once():
 
 def test_duplicates_stay(counts):
     """Expected counts are those of draws with replacement, so nothing may be removed."""
-    drawn = np.asarray(negatives.popularity(jax.random.key(0), 500, popularity_table(counts, 1.0)))
-    assert drawn.shape == (500,) and len(np.unique(drawn)) <= N
+    samples = np.asarray(
+        negatives.popularity(jax.random.key(0), 500, popularity_table(counts, 1.0))
+    )
+    assert samples.shape == (500,) and len(np.unique(samples)) <= N
 
 
 def push(queue, step, ids=None):
@@ -175,9 +177,9 @@ def push(queue, step, ids=None):
 
 
 def used(queue, step, **options):
-    vectors, (ids, owners), count = negatives.queue_candidates(queue, jnp.int32(step), **options)
-    ids, owners = np.asarray(ids), np.asarray(owners)
-    assert (owners[ids >= 0] == ids[ids >= 0] + 1000).all() and (owners[ids < 0] == -1).all()
+    vectors, (ids, query_ids), count = negatives.queue_candidates(queue, jnp.int32(step), **options)
+    ids, query_ids = np.asarray(ids), np.asarray(query_ids)
+    assert (query_ids[ids >= 0] == ids[ids >= 0] + 1000).all() and (query_ids[ids < 0] == -1).all()
     np.testing.assert_array_equal(np.asarray(vectors)[ids >= 0, 0], ids[ids >= 0] // 4)
     assert count == (ids >= 0).sum()
     return sorted(set((ids[ids >= 0] // 4).tolist()))
@@ -245,8 +247,10 @@ def test_corrected_popular_negatives_give_the_gradient_of_the_full_softmax(count
     stated = np.asarray(table.log_expected_count(IDS, draws), np.float64)
     full = np.exp(scores) / np.exp(scores).sum()
     keys = jax.random.split(jax.random.key(6), 300)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda key: negatives.popularity(key, draws, table)))(keys))
-    times = np.stack([np.bincount(row, minlength=N) for row in drawn])
+    samples = np.asarray(
+        jax.jit(jax.vmap(lambda key: negatives.popularity(key, draws, table)))(keys)
+    )
+    times = np.stack([np.bincount(row, minlength=N) for row in samples])
 
     def error(correction):
         weights = times * np.exp(scores - correction)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from tests.objectives.drawn import IDS, TRIALS, N, agree
+from tests.objectives.draws import IDS, TRIALS, N, agree
 from twotower.objectives import negatives
 from twotower.objectives.pools import build_pools, explicit_pools
 from twotower.pipeline.batches import Rows

@@ -44,13 +44,13 @@ def of(lengths, seed=0, gaps=0):
     return History(jnp.asarray(rng.normal(size=(len(lengths), L, E)), jnp.float32), valid, found)
 
 
-def packed(history, rows, places):
-    """The histories of `rows` (lists of numbers) in rows of so many places, a start token before
+def packed(history, rows, slots):
+    """The histories of `rows` (lists of numbers) in rows of `slots` positions, a start token before
     each."""
     lengths = np.asarray(history.valid.sum(1))
     vectors, segment = (
-        np.zeros((len(rows), places, E), np.float32),
-        np.zeros((len(rows), places), np.int32),
+        np.zeros((len(rows), slots, E), np.float32),
+        np.zeros((len(rows), slots), np.int32),
     )
     position = np.zeros_like(segment)
     for r, chosen in enumerate(rows):

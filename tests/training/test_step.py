@@ -31,14 +31,14 @@ def _step(state, batch, *, trainer):
     return shop.jit_step(trainer)(state, batch, {})
 
 
-def _softmax(queries, answers, ids, owners, counts, rows, temperature):
+def _softmax(queries, answers, ids, query_ids, counts, rows, temperature):
     """Each query's answer among all answers: items that are no other positive of its owner and not
     its own again."""
     logits = (
         queries @ answers.T / temperature
         - jnp.log(len(ids) * jnp.maximum(counts[ids], 1) / rows)[None]
     )
-    same = (ids[None] == ids[:, None]) | (owners[None] == owners[:, None])
+    same = (ids[None] == ids[:, None]) | (query_ids[None] == query_ids[:, None])
     kept = jnp.where(same & ~jnp.eye(len(ids), dtype=bool), -jnp.inf, logits)
     return jax.nn.logsumexp(kept, axis=1) - jnp.diagonal(logits)
 

@@ -100,6 +100,6 @@ def test_the_checksum_sees_one_element_of_one_device(prepared):
         jnp.arange(1024 * 4.0).reshape(1024, 4), jax.NamedSharding(mesh, jax.P("devices"))
     )
     before = int(checksum({"t": table}))
-    places = [(0, 0), (500, 1), (1023, 3)]
-    assert before not in {int(checksum({"t": table.at[place].add(1.0)})) for place in places}
+    entries = [(0, 0), (500, 1), (1023, 3)]
+    assert before not in {int(checksum({"t": table.at[entry].add(1.0)})) for entry in entries}
     assert before == int(checksum({"t": np.asarray(table)}))

@@ -137,8 +137,8 @@ def merge_duplicates(
     Returns:
         rows [M]: each distinct id once, less `first`. Entries left over hold distinct rows from V
             on, which a scatter in mode "drop" ignores, so that `unique_indices` is true. M is N;
-            but where the table has no more rows than that, M is V and entry i holds row i or none:
-            the update then passes over the whole table.
+            for a table of at most N rows, M is V and entry i holds row i or none: the update then
+            passes over the whole table.
         grads [M, D]: the summed gradient of `rows`; 0 in the entries left over.
     """
     # Every device merges the ids of all devices and keeps those of its own rows: no update of a row

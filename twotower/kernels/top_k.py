@@ -177,7 +177,7 @@ class RunningTopK:
 
     def best(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the lists so far, best first: scores float32 [Q, <= k] and rows int [Q, <= k];
-        score -inf and row -1 where a query has fewer."""
+        score -inf and row -1 after the last of a query."""
         scores, rows = merge_top_k(self._k, self._scores, self._rows)
         return scores, rows
 

@@ -264,6 +264,8 @@ LOSSES: dict[str, Loss] = {
         cosine_contrastive, scaled=False, constants=("margin", "negative_weight")
     ),
 }
+# (scores [B], labels [B], *, pos_weight) -> [B].
+PointwiseLoss = Callable[..., jax.Array]
 # Name of the loss of a score and its label, `binary_cross_entropy`.
 POINTWISE_LOSS = "binary_cross_entropy"
 

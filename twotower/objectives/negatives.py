@@ -148,8 +148,8 @@ def draw_pool(
         num: H, negatives of each query.
 
     Returns:
-        Ids, and the log of the expected number of times that the pool yields each; -1 and 0 where a
-        pool is empty.
+        Ids, and the log of the expected number of times that the pool yields each; -1 and 0 for an
+        empty pool.
     """
     size = jnp.where(users >= 0, pools["sizes"][users], 0)[:, None]
 

@@ -60,7 +60,7 @@ def explicit_pools(
         rows: training rows.
         label: label of each row, float32 [N]: 1, 0, or NaN where missing.
         num_users: U.
-        size: items kept for a user, at most; P is less where no user has as many.
+        size: greatest number of items of a user; P is less if no user has as many.
     """
     if rows.timestamp is None:
         order = np.arange(len(rows))

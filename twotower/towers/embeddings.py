@@ -101,7 +101,7 @@ def lookup_rows(
 
 
 def pool(rows: Float[Array, "... L D"], ids: Int[Array, "... L"]) -> Float[Array, "... D"]:
-    """Averages the rows whose id is not padding; zero where all are."""
+    """Averages the rows whose id is not padding; zero if all are padding."""
     # Row 0 is zero, but must not count in the mean; nor may its gradient be anything but 0.
     valid = (ids != PADDING)[..., None]
     count = jnp.maximum(valid.sum(-2), 1)

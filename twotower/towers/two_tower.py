@@ -159,7 +159,7 @@ class TwoTower:
 
     def pretrained_rows(self, name: str) -> np.ndarray | None:
         """Returns the pretrained vectors that a table starts from, padded, float32 [V, E]; None
-        where its rows are drawn."""
+        for a table whose rows are random."""
         shape = self.tables[name]
         if shape.initial is None:
             return None

@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int, Key
 from twotower.config import Config, NegativesConfig
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
 from twotower.features.base import Input
+from twotower.kernels.loss_inputs import Loss
 from twotower.kernels.sparse_update import PADDING
 from twotower.objectives import negatives
 from twotower.objectives.alias import AliasTable, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
+from twotower.objectives.losses import PointwiseLoss
 from twotower.objectives.negatives import LogExpectedCount
 from twotower.objectives.pools import explicit_pools
 from twotower.pipeline.batches import Batch, Examples, Features, Rows
@@ -59,7 +61,12 @@ class NegativeSampling:
 
     @classmethod
     def build(
-        cls, config: Config, loss: Any, corpus: CorpusSize, *, positions: int = 1
+        cls,
+        config: Config,
+        loss: Loss | PointwiseLoss,
+        corpus: CorpusSize,
+        *,
+        positions: int = 1,
     ) -> NegativeSampling:
         """Returns the sampling of a configuration.
 
@@ -77,7 +84,7 @@ class NegativeSampling:
         objective = config.objective
         # A position of a packed row is a positive, hence a row of the loss.
         batch_size = config.training.batch_size * positions
-        if not uses_negatives(objective):
+        if not uses_negatives(objective) or not isinstance(loss, Loss):
             no_source = NegativesConfig(in_batch=False, uniform=0)
             return cls(no_source, batch_size, corpus.items, corrected=False)
         uniform = objective.negatives.uniform

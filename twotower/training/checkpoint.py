@@ -35,7 +35,7 @@ class _LatestAndBest:
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
-    """Returns the earliest step with the greatest `metric`; None where no step has it."""
+    """Returns the earliest step with the greatest `metric`; None if no step has it."""
     measured = {
         step: values[metric] for step, values in sorted(metrics.items()) if metric in values
     }
@@ -106,12 +106,11 @@ class Checkpoints:
         self._manager.save(step, args=items, metrics=dict(metrics))
 
     def latest(self) -> int | None:
-        """Returns the step of the latest checkpoint; None where there is none."""
+        """Returns the step of the latest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Returns the step with the best validation metric; the latest where nothing was
-        measured."""
+        """Returns the step with the best validation metric; the latest if none was measured."""
         steps = self._manager.all_steps()
         metrics = {step: self._manager.metrics(step) or {} for step in steps}
         best = best_step(metrics, self._metric)

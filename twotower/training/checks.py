@@ -71,7 +71,7 @@ def _check_optimizer(training: TrainingConfig) -> None:
 
 
 def _check_labels(objective: ObjectiveConfig) -> None:
-    """Refuses a loss or a source of negatives that learns from labels where there are none."""
+    """Refuses a loss or a source of negatives that needs labels, without a column of labels."""
     if objective.label:
         return
     if objective.loss == POINTWISE_LOSS:
@@ -120,7 +120,7 @@ def _check_sources(objective: ObjectiveConfig) -> None:
 
 
 def _check_parts(config: Config) -> None:
-    """Refuses a batch computed in parts where the whole is needed at once."""
+    """Refuses a batch in parts for a model or a loss that needs the whole batch at once."""
     training = config.training
     model = config.model
     if training.accumulate > 1 and uses_negatives(config.objective):

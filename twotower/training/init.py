@@ -21,9 +21,9 @@ from twotower.core.mesh import (
     shardings,
 )
 from twotower.features.base import SIDES
+from twotower.kernels.loss_inputs import Loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
-from twotower.objectives.losses import POINTWISE_LOSS
 from twotower.objectives.negatives import init_queue
 from twotower.training.state import Trainer, TrainState, state_specs
 
@@ -130,7 +130,7 @@ def _init_dense(trainer: Trainer, key: jax.Array) -> tuple[dict[str, Any], dict[
         # The towers have the keys below this one.
         heads_key = jax.random.fold_in(key, len(SIDES))
         params["heads"] = init_heads(objective.heads, trainer.model.dim, heads_key)
-    if objective.loss == POINTWISE_LOSS:
+    if not isinstance(trainer.loss, Loss):
         # The odds of label 1 are not known before training; one to one.
         params["bias"] = jnp.float32(0)
     elif trainer.loss.biased:

@@ -243,22 +243,22 @@ class SilentWriter:
 
 
 def open_writer(workdir: Path, *, start: int, steps: int) -> Writer:
-    """Returns the writer of a run; one that writes nothing on all processes but the first, which
-    know the same metrics.
+    """Returns the writer of a run; on all processes but the first, one that writes nothing.
 
     Args:
         workdir: Folder of the run.
         start: Step that the run goes on from.
         steps: Number of steps of the whole run.
     """
+    # All processes have the same metrics, and would write the same lines.
     if jax.process_index() > 0:
         return SilentWriter()
     return MetricWriter(workdir, start=start, steps=steps)
 
 
 def _truncate(path: Path, start: int) -> None:
-    """Keeps the whole lines of steps up to `start`: a killed process may have left later ones, and
-    half a line."""
+    """Keeps the whole lines of steps up to `start`, and removes all others."""
+    # A killed process may have left lines of later steps, and half a line.
     if not path.exists():
         return
     kept = []

@@ -40,7 +40,7 @@ class Optimizers(NamedTuple):
     Attributes:
         dense: Optax optimizer of the dense parameters, without the schedule.
         tables: Sparse optimizer of the table rows.
-        table_rate: Learning rate of the tables where the schedule is at 1.
+        table_rate: Learning rate of the tables, before the factor of the schedule.
         schedule: Step -> factor in [0, 1] on both learning rates, that of the plateau apart.
         plateau: Transformation that keeps the factor of the plateau schedule; None for another
             schedule.

@@ -14,8 +14,7 @@ def join(coordinator: str, processes: int, process: int, *, cluster: bool = Fals
     It must come before any other use of JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; empty where there is one process, or where the cluster
-            knows it.
+        coordinator: HOST:PORT of process 0; empty for a single process, or if the cluster knows it.
         processes: Number of processes.
         process: Number of this process, from 0.
         cluster: Whether to ask the cluster (Cloud TPU, Slurm, Kubernetes, Open MPI) for all three.

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 
 from twotower.config import Config
 from twotower.core.mesh import REPLICATED, SHARDED
-from twotower.objectives.losses import LOSSES, binary_cross_entropy
+from twotower.kernels.loss_inputs import Loss
+from twotower.objectives.losses import LOSSES, PointwiseLoss, binary_cross_entropy
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import CorpusSize, NegativeSampling
 from twotower.training.checks import check_kinds, check_matryoshka
@@ -35,7 +36,7 @@ class TrainState(flax.struct.PyTreeNode):
         tables: Embedding tables by name, [V, E] each.
         batch_stats: Running statistics of batch normalisation; see `Weights`.
         opt_state: State of the dense optimizer ("dense"), and of the plateau schedule ("plateau")
-            where it is the schedule.
+            if the configuration has it.
         table_slots: State of the sparse optimizer by table, arrays with V rows.
         frequency: State of the frequency estimator of items ("item"), and of users ("user") for a
             symmetric loss.
@@ -55,7 +56,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def weights(self) -> Weights:
-        """The part that the towers are made of."""
+        """Weights of the towers."""
         return Weights(self.params, self.tables, self.batch_stats)
 
 
@@ -91,7 +92,7 @@ class Trainer:
 
     config: Config
     model: TwoTower
-    loss: Any
+    loss: Loss | PointwiseLoss
     optimizers: Optimizers
     corpus: CorpusSize
     sampling: NegativeSampling
@@ -124,7 +125,7 @@ class Trainer:
         return dataclasses.replace(self, config=config, optimizers=Optimizers.build(training))
 
 
-def resolve_kinds(config: Config) -> tuple[Any, Optimizers]:
+def resolve_kinds(config: Config) -> tuple[Loss | PointwiseLoss, Optimizers]:
     """Returns the loss and the optimizers that a configuration names, without its data.
 
     Raises:

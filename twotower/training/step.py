@@ -65,7 +65,7 @@ def train_step(
         group: Devices that run the step together.
 
     Returns:
-        The next state, and scalars: the loss, the mean loss of each task where there are several,
+        The next state, and scalars: the loss, the mean loss of each task if there are several,
         the norm of the gradient (of dense parameters and table rows) and the temperature.
     """
     model = trainer.model

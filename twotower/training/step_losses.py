@@ -16,6 +16,7 @@ from twotower.features.base import SIDES
 from twotower.kernels.loss_inputs import (
     Candidates,
     HardNegatives,
+    Loss,
     LossInputs,
     LossOptions,
     Positives,
@@ -24,7 +25,7 @@ from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.alias import AliasTable
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import head_losses
-from twotower.objectives.losses import POINTWISE_LOSS, bind_constants
+from twotower.objectives.losses import POINTWISE_LOSS, PointwiseLoss, bind_constants
 from twotower.objectives.negatives import push, queue_candidates
 from twotower.pipeline.batches import Batch
 from twotower.towers.tower import DTYPES
@@ -86,7 +87,7 @@ def loss_sums(
     objective = trainer.config.objective
     rows = len(batch["user"])
     sums = {}
-    if objective.weight and objective.loss == POINTWISE_LOSS:
+    if objective.weight and not isinstance(trainer.loss, Loss):
         # Each user with the item of its own row, and no other.
         scores = jnp.sum(vectors["user"] * vectors["item"][:rows], -1)
         scores = scores / trainer.model.temperature(params) + params["bias"]
@@ -143,7 +144,7 @@ def _positive_query_ids(objective: ObjectiveConfig, batch: Batch, side: str) -> 
 
 
 def _pointwise_sum(
-    objective: ObjectiveConfig, loss: Any, scores: jax.Array, batch: Batch
+    objective: ObjectiveConfig, loss: PointwiseLoss, scores: jax.Array, batch: Batch
 ) -> jax.Array:
     labels = batch["labels"][objective.label]
     # Their weight is 0, but 0 x NaN is NaN.
@@ -257,6 +258,7 @@ def _mean_over_widths(
     """
     objective = trainer.config.objective
     inputs = inputs._replace(scale=1 / trainer.model.temperature(params), bias=params.get("bias"))
+    assert isinstance(trainer.loss, Loss), "a pointwise loss compares no candidates"
     options = LossOptions(
         bind_constants(trainer.loss, objective, corpus),
         margin=objective.margin,

@@ -1,4 +1,4 @@
-"""What is drawn many times, counted and compared with what was stated of it."""
+"""Draws over many keys, counted and compared with their log expected counts."""
 
 import jax
 import jax.numpy as jnp
