@@ -180,12 +180,8 @@ def device_group(mesh: Mesh) -> DeviceGroup:
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Returns a tree of `PartitionSpec` as shardings of `mesh`."""
-
-    # A PartitionSpec is a tuple, which `tree.map` would take apart.
-    def is_spec(x: Any) -> bool:
-        return isinstance(x, PartitionSpec)
-
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    # A PartitionSpec is a leaf of a tree, although it has parts.
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
