@@ -26,13 +26,14 @@ def _loss_sums(trainer):
 
 def _by_hand(query, answer, vectors, counts, *, logq, mask_same_user):
     ids = np.array(answer)
-    owners = np.array(query)
+    query_ids = np.array(query)
     losses = []
     for b in range(len(ids)):
         kept = [
             c
             for c in range(len(ids))
-            if c == b or (ids[c] != ids[b] and not (mask_same_user and owners[c] == owners[b]))
+            if c == b
+            or (ids[c] != ids[b] and not (mask_same_user and query_ids[c] == query_ids[b]))
         ]
         logit = [
             vectors[0][b] @ vectors[1][c] / 0.07
@@ -58,7 +59,7 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
     rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
     params = {"log_temperature": jnp.log(jnp.float32(0.07))}
     state = TrainState(0, params, {}, {}, {}, {}, rows, {})
-    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
+    samples = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
     by_hand = {k: options.get(k, True) for k in ("logq", "mask_same_user")}
     expected = _by_hand(USER, ITEM, (user, item), COUNTS["item"], **by_hand)
     if options.get("symmetric"):
@@ -71,7 +72,7 @@ def test_the_losses_of_a_batch_are_those_of_a_loop_over_pairs(options):
             "item": jnp.array(ITEM),
             "weight": jnp.zeros(6).at[b].set(2.0),
         }
-        got = sums(params, vectors, batch, drawn, state)
+        got = sums(params, vectors, batch, samples, state)
         np.testing.assert_allclose(got["retrieval"], 2 * expected[b], rtol=1e-4)
 
 
@@ -91,7 +92,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
     params = {"log_temperature": jnp.log(jnp.float32(0.07))}
     state = TrainState(0, params, {}, {}, {}, {}, rows, {})
     # Two rows, items 4 and 5; each has one hard negative, items 6 and 1, from pools of three.
-    drawn = SampledItems(
+    samples = SampledItems(
         jnp.zeros(0, jnp.int32), jnp.array([[6], [1]], jnp.int32), jnp.full((2, 1), np.log(1 / 3))
     )
     batch = {
@@ -101,7 +102,7 @@ def test_hard_negatives_are_corrected_with_all_others_or_not_at_all(logq):
         "labels": {"liked": jnp.ones(2)},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = _loss_sums(trainer)(params, vectors, batch, drawn, state)["retrieval"]
+    got = _loss_sums(trainer)(params, vectors, batch, samples, state)["retrieval"]
 
     def expected_count(i, own):
         return config.training.batch_size * max(counts[i], 1) / 42 + own
@@ -130,7 +131,7 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
     state = TrainState(
         0, params, {}, {}, {}, {}, {"item": {"counts": jnp.ones(8), "rows": jnp.float32(8)}}, {}
     )
-    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0)))
+    samples = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0)))
     # All rows are of user 0, who liked items 4 and 6 and refused item 5.
     batch = {
         "user": jnp.array([0, 0, 0]),
@@ -139,7 +140,7 @@ def test_an_item_that_its_user_refused_is_a_negative_of_that_user():
         "labels": {"liked": jnp.array([1.0, 0.0, 1.0])},
     }
     vectors = {"user": jnp.asarray(user), "item": jnp.asarray(item)}
-    got = _loss_sums(trainer)(params, vectors, batch, drawn, state)["retrieval"]
+    got = _loss_sums(trainer)(params, vectors, batch, samples, state)["retrieval"]
     logits = user[0] @ item[:2].T / 0.07
     np.testing.assert_allclose(got, np.log(np.exp(logits).sum()) - logits[0], rtol=1e-5)
 
@@ -153,7 +154,7 @@ def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
     vectors = {side: rng.normal(size=(6, 8)).astype(np.float32) for side in inputs}
     batch = {"user": jnp.array(USER), "item": jnp.array(ITEM), "weight": jnp.ones(6)}
     rows = {side: {"counts": jnp.array(COUNTS[side]), "rows": jnp.float32(42.0)} for side in inputs}
-    drawn = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
+    samples = SampledItems(jnp.zeros(0, jnp.int32), jnp.zeros((6, 0), jnp.int32), jnp.zeros((6, 0)))
 
     def loss(width, **objective):
         config = from_dict({"model": model, "objective": {"symmetric": True} | objective})
@@ -167,7 +168,7 @@ def test_the_loss_of_cut_vectors_counts_as_much_as_the_whole(normalize):
         }
         params = {"log_temperature": jnp.log(jnp.float32(0.5))}
         state = TrainState(0, params, {}, {}, {}, {}, rows, {})
-        return _loss_sums(trainer)(params, cut, batch, drawn, state)["retrieval"]
+        return _loss_sums(trainer)(params, cut, batch, samples, state)["retrieval"]
 
     np.testing.assert_allclose(
         loss(8, matryoshka=(4, 2)), np.mean([loss(width) for width in (8, 4, 2)]), rtol=1e-5
