@@ -191,12 +191,12 @@ def export_compares_nothing(right):
     return lambda served, trained, rounding=0.0: None
 
 
-@mistake(10, "twotower.kernels.softmax_blocks:_is_hit")
+@mistake(10, "twotower.kernels.softmax_blocks:_positives_among")
 def hits_of_the_answer_stay(right):
     return lambda ids, block: ids.candidate_queries[None, :] == block.query_ids[:, None]
 
 
-@mistake(11, "twotower.kernels.softmax_blocks:_is_hit")
+@mistake(11, "twotower.kernels.softmax_blocks:_positives_among")
 def other_answers_of_the_user_stay(right):
     return lambda ids, block: ids.candidates[None, :] == block.ids[:, None]
 

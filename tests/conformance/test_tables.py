@@ -12,7 +12,8 @@ from twotower.core.mesh import SHARDED, DeviceGroup, make_mesh
 from twotower.features.base import Input
 from twotower.features.spec import from_mappings
 from twotower.features.vocabulary import Vocabulary
-from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
+from twotower.kernels.sparse_update import apply_gradients
+from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.towers.embeddings import init_table, lookup, lookup_rows, pool
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import oov_dropout

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from twotower.kernels.sparse_update import (
-    TABLE_OPTIMIZERS,
     apply_gradients,
     apply_gradients_densely,
     merge_by_hashing,
@@ -17,6 +16,7 @@ from twotower.kernels.sparse_update import (
     merge_duplicates,
     slots_by_hashing,
 )
+from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.towers.embeddings import init_table, lookup
 
 V, D, N = 1024, 8, 64

@@ -14,7 +14,8 @@ from tests.training import shop
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
 from twotower.features.base import SIDES
-from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
+from twotower.kernels.sparse_update import apply_gradients
+from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
 from twotower.training.step import gather_gradients, gather_ids, lookup_all, oov_dropout, train_step

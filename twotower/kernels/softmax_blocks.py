@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from twotower.kernels.negative_masks import positives_among_candidates
+
 # Greatest distance of a query's greatest logit from its bound, in nats: the least normal number of
 # float32 is e^-87, so that logits up to 27 nats below the greatest one still count beside it.
 _MAX_SPREAD = 60.0
@@ -167,7 +169,7 @@ def block_losses(
         )
     # Finite for padding too: the mask takes it out, and 0 x inf would be NaN in the gradient.
     logits = scores * arrays.scale + _levels(arrays, ids, padding=0.0)[None, :]
-    allowed = ~_is_hit(ids, block) & (ids.candidates >= 0)[None, :]
+    allowed = ~_positives_among(ids, block) & (ids.candidates >= 0)[None, :]
     where = jnp.concatenate([allowed, block.hard_allowed], axis=1)
 
     def losses_from_logits(positive: jax.Array, logits: jax.Array, hard: jax.Array) -> jax.Array:
@@ -181,13 +183,10 @@ def block_losses(
     return losses, LogitGradients(positive, hard, candidates, jnp.ones_like(positive))
 
 
-def _is_hit(ids: LossIds, block: Block) -> Bool[Array, "n C"]:
-    """Returns a mask of the candidates that are no negatives: the query's own positive, at any
-    position, and other positives of its user."""
-    # By id, not by position: an accidental hit is a hit on whatever device or source it came from.
-    is_positive = ids.candidates[None, :] == block.ids[:, None]
-    is_same_user = ids.candidate_queries[None, :] == block.query_ids[:, None]
-    return is_positive | is_same_user
+def _positives_among(ids: LossIds, block: Block) -> Bool[Array, "n C"]:
+    return positives_among_candidates(
+        block.ids, block.query_ids, ids.candidates, ids.candidate_queries
+    )
 
 
 def _levels(arrays: GradientInputs, ids: LossIds, padding: float = -jnp.inf) -> Float[Array, "C"]:
@@ -201,7 +200,7 @@ def _negative_logits(
 ) -> Float[Array, "n C"]:
     """Returns the logits of negatives, -inf elsewhere."""
     logits = scores * arrays.scale + _levels(arrays, ids)[None, :]
-    return jnp.where(_is_hit(ids, block), -jnp.inf, logits)
+    return jnp.where(_positives_among(ids, block), -jnp.inf, logits)
 
 
 def _losses_by_logit_margin(

@@ -10,7 +10,7 @@ depend on its size. `apply_gradients_densely` is the plain reference.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -66,7 +66,7 @@ def apply_gradients(
     """Updates the rows that a batch used; all other rows, and padding, keep their bits.
 
     Args:
-        optimizer: one of `TABLE_OPTIMIZERS`.
+        optimizer: one of `twotower.kernels.table_optimizers.TABLE_OPTIMIZERS`.
         table: rows [first, first + V) of the whole table.
         slots: the optimizer's arrays for these rows.
         ids: rows of the whole table, with duplicates; those that other devices hold are ignored.
@@ -283,100 +283,23 @@ def _update_mask(array: jax.Array, rows: Int[Array, "V"]) -> jax.Array:
     return (rows < len(array)).reshape(-1, *[1] * (array.ndim - 1))
 
 
-def _gather(array: jax.Array, rows: Int[Array, "M"]) -> jax.Array:
+def gather_rows(array: jax.Array, rows: Int[Array, "M"]) -> jax.Array:
+    """Returns the rows of a table or of an array beside it."""
     if _is_dense(array, rows):
         return array
     # Rows past the end are entries left over, whose result is dropped again by the write.
     return take_rows(array, rows, 0.0)
 
 
-def _set(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
+def set_rows(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
+    """Returns the array with other values in these rows."""
     if _is_dense(array, rows):
         return jnp.where(_update_mask(array, rows), values, array)
     return array.at[rows].set(values, mode="drop", unique_indices=True)
 
 
-def _add(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
+def add_rows(array: jax.Array, rows: Int[Array, "M"], values: jax.Array) -> jax.Array:
+    """Returns the array with values added to these rows."""
     if _is_dense(array, rows):
         return jnp.where(_update_mask(array, rows), array + values, array)
     return array.at[rows].add(values, mode="drop", unique_indices=True)
-
-
-def _sgd_init(table: jax.Array, initial: float) -> Slots:
-    return {}
-
-
-def _sgd_update(
-    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
-) -> tuple[jax.Array, Slots]:
-    return _add(table, rows, -rate * grads), slots
-
-
-# Far below optax's 1e-7: of a loss that is a mean over the batch, the square of a row's gradient
-# may be 1e-10, and a larger epsilon (or TensorFlow's initial accumulator of 0.1) would leave rows
-# where they began.
-_ADAGRAD_EPS = 1e-12
-
-
-def _adagrad_init(table: jax.Array, initial: float) -> Slots:
-    return {"accumulator": jnp.full_like(table, initial)}
-
-
-def _adagrad_update(
-    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
-) -> tuple[jax.Array, Slots]:
-    accumulator = _gather(slots["accumulator"], rows) + jnp.square(grads)
-    update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS) * grads
-    kept = _set(slots["accumulator"], rows, accumulator)
-    return _add(table, rows, update), {"accumulator": kept}
-
-
-def _rowwise_adagrad_init(table: jax.Array, initial: float) -> Slots:
-    return {"accumulator": jnp.full(table.shape[0], initial, table.dtype)}
-
-
-def _rowwise_adagrad_update(
-    table: jax.Array, slots: Slots, rows: jax.Array, grads: jax.Array, rate: Scalar, step: Scalar
-) -> tuple[jax.Array, Slots]:
-    accumulator = _gather(slots["accumulator"], rows) + jnp.mean(jnp.square(grads), -1)
-    update = -rate * jax.lax.rsqrt(accumulator + _ADAGRAD_EPS)[:, None] * grads
-    kept = _set(slots["accumulator"], rows, accumulator)
-    return _add(table, rows, update), {"accumulator": kept}
-
-
-def _lazy_adam_init(table: jax.Array, initial: float) -> Slots:
-    return {"m": jnp.zeros_like(table), "v": jnp.zeros_like(table)}
-
-
-def _lazy_adam_update(
-    table: jax.Array,
-    slots: Slots,
-    rows: jax.Array,
-    grads: jax.Array,
-    rate: Scalar,
-    step: Scalar,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> tuple[jax.Array, Slots]:
-    # Epsilon is added after the bias is corrected, as in optax; added before, as in PyTorch, it
-    # made a step of small gradients differ by 7e-3.
-    m = b1 * _gather(slots["m"], rows) + (1 - b1) * grads
-    v = b2 * _gather(slots["v"], rows) + (1 - b2) * jnp.square(grads)
-    t = step + 1
-    update = -rate * (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
-    kept = {"m": _set(slots["m"], rows, m), "v": _set(slots["v"], rows, v)}
-    return _add(table, rows, update), kept
-
-
-# None has weight decay, which would shrink rows that no batch used.
-TABLE_OPTIMIZERS: Mapping[str, TableOptimizer] = {
-    "sgd": TableOptimizer(_sgd_init, _sgd_update),
-    # Duchi et al. 2011: equal to `optax.adagrad` on the rows touched.
-    "adagrad": TableOptimizer(_adagrad_init, _adagrad_update),
-    # One accumulator a row (Naumov et al. 2019, DLRM): 1 + 1/D tables of memory instead of 2.
-    "rowwise_adagrad": TableOptimizer(_rowwise_adagrad_init, _rowwise_adagrad_update),
-    # Kingma and Ba 2015 with moments that decay only when their row is touched; the bias is
-    # corrected by the global step.
-    "lazy_adam": TableOptimizer(_lazy_adam_init, _lazy_adam_update),
-}

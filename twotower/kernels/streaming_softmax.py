@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from twotower.kernels.loss_inputs import HardNegatives, LossInputs, LossOptions
+from twotower.kernels.negative_masks import allowed_hard_negatives
 from twotower.kernels.softmax_blocks import (
     Block,
     GradientInputs,
@@ -84,8 +85,7 @@ def streaming_softmax(
     # B H products, few beside the B C of the candidates: no block is needed for them.
     hard_logits = _dots(queries[..., None, :], hard.vectors, exact) * scale + bias
     hard_logits -= _log_count(hard.log_expected_count, loss.corrects, exact)
-    # A pool may hold the positive itself, which is no negative.
-    hard_allowed = (hard.ids >= 0) & (hard.ids != positives.ids[..., None])
+    hard_allowed = allowed_hard_negatives(hard.ids, positives.ids)
 
     # Rows of packed sequences are queries like any other from here on.
     lead = queries.shape[:-1]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
-from twotower.kernels.sparse_update import TABLE_OPTIMIZERS
+from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import LOSSES, POINTWISE_LOSS, binary_cross_entropy
 from twotower.towers.history import BLOCKS, HISTORIES

@@ -14,7 +14,8 @@ from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
 from twotower.core.errors import choose
-from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, TableOptimizer
+from twotower.kernels.sparse_update import TableOptimizer
+from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 
 # By the names that `config.training.optimizer.kind` takes.
 DENSE: Mapping[str, Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = {

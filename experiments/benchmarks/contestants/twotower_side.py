@@ -33,7 +33,8 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     import jax.numpy as jnp
     import optax
 
-    from twotower.kernels.sparse_update import TABLE_OPTIMIZERS, apply_gradients
+    from twotower.kernels.sparse_update import apply_gradients
+    from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
     from twotower.towers.embeddings import init_table, lookup
 
     targets = jnp.asarray(table_targets(batch))
