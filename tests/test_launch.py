@@ -55,7 +55,7 @@ esac
 if [ "$2 $3" = "pip --version" ]; then exit 0; fi
 { printf '%s\0' "$name" "$@"; printf '\1'; } >>"$CALLS"
 printf '%s %s\n' "${MALLOC_MMAP_THRESHOLD_:-}" "${TWOTOWER_DATA:-}" >>"$CALLS.env"
-if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi
+if [ "$2" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"; fi
 if [ -n "${FAILS:-}" ] && [ "$2" = "$FAILS" ]; then exit 7; fi
 """
 
@@ -397,7 +397,12 @@ def test_the_tests_run_with_further_arguments_tuned_malloc_and_their_own_status(
         == 0
     )
     assert (local.tree / ".venv").exists() and not (tmp_path / ".venv").exists()
-    assert local.calls()[-1] == ["python", "-m", "pytest", "-n", "2", "-k", "a b"]
+    suite = ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    assert local.calls()[-1] == [*suite, "-k", "a b"]
+    quick = local.run("launch_local.sh", "test", "--quick", "-x", VERSIONS="python3.13")
+    assert quick.returncode == 0
+    assert local.calls()[-1] == [*suite, "-m", "not slow", "-x"]
+    local.run("launch_local.sh", "test", VERSIONS="python3.13")
     assert Path(f"{local.calls_file}.env").read_text().splitlines()[-1].split()[0] == "4294967296"
     assert (
         local.run("launch_local.sh", "test", VERSIONS="python3.13", FAILS="pytest").returncode == 7
@@ -487,7 +492,14 @@ def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_mi
         "install -y -qq redis-server",
         "update -qq",
     ]
-    assert local.calls()[1] == install(".[bigquery,mlflow,plots,redis,text,dev]")
+    calls = local.calls()
+    everything = install(".[bigquery,mlflow,plots,redis,text,dev]")
+    assert everything in calls
+    # Style and types before the tests; those of the newest Python before the long ones.
+    modules = [(call[2], *call[3:5]) for call in calls[calls.index(everything) + 1 :]]
+    assert modules[:3] == [("ruff", "format", "--check"), ("ruff", "check", "."), ("pyright",)]
+    suites = [call for call in calls if call[2] == "pytest"]
+    assert ["not slow" in suite for suite in suites[:2]] == [True, False]
     apt.unlink()
     local.stand_in("redis-server", "#!/bin/bash\n")
     assert local.run(".ci/run", VERSIONS="python3.13").returncode == 0 and not apt.exists()
