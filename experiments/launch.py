@@ -55,8 +55,8 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
     """Calls `main`; a mistake ends the program with a line.
 
     Args:
-        main: command, whose flags have been parsed.
-        argv: result of `parse`.
+        main: Command, whose flags have been parsed.
+        argv: Result of `parse`.
     """
     from twotower.core.errors import TrainingError
 
@@ -97,8 +97,8 @@ def _explain_missing_option(message: str, argv: list[str]) -> str | None:
     """Returns a message on the option in `argv` that config_flags does not know, if it is one.
 
     Args:
-        message: text of the exception of config_flags.
-        argv: command line.
+        message: Text of the exception of config_flags.
+        argv: Command line.
     """
     if "has no attribute 'get_config'" in message:
         return "the --config file has no function get_config()."

@@ -44,7 +44,7 @@ class TableConfig:
         names: Column names of a file without a header line.
         delimiter: Separator of the fields of a CSV file.
         encoding: Text encoding of a CSV file.
-        timestamp_format: strptime format of textual timestamps; empty for ISO 8601.
+        timestamp_format: Strptime format of textual timestamps; empty for ISO 8601.
         timestamp_unit: Unit of numeric timestamps since the epoch.
     """
 

@@ -39,7 +39,7 @@ def alternate(
     machine slows all alike.
 
     Args:
-        clock: seconds; `time.process_time` does not count what other processes take of the cores.
+        clock: Seconds; `time.process_time` does not count what other processes take of the cores.
     """
     for run in runs.values():
         run()

@@ -62,8 +62,8 @@ class Instruction(NamedTuple):
     """One line of the program.
 
     Attributes:
-        shapes: of its result, several where it is a tuple.
-        rest: what follows the name of the operation.
+        shapes: Of its result, several where it is a tuple.
+        rest: What follows the name of the operation.
     """
 
     name: str
@@ -80,9 +80,9 @@ class Collective(NamedTuple):
     """What devices exchange at one place of the program.
 
     Attributes:
-        shapes: of the whole: what a device has after it was gathered, or before it is scattered.
-        times: how often a step does it.
-        in_loop: whether it is in the body of a loop.
+        shapes: Of the whole: what a device has after it was gathered, or before it is scattered.
+        times: How often a step does it.
+        in_loop: Whether it is in the body of a loop.
     """
 
     kind: str
@@ -112,9 +112,9 @@ class Program:
     """A compiled program.
 
     Attributes:
-        computations: name -> its lines.
-        times: name -> how often it runs; of a loop that nobody knows the length of, once.
-        looped: the names of those that are in the body of a loop.
+        computations: Name -> its lines.
+        times: Name -> how often it runs; of a loop that nobody knows the length of, once.
+        looped: The names of those that are in the body of a loop.
     """
 
     computations: dict[str, list[Instruction]]

@@ -18,8 +18,8 @@ class Built(NamedTuple):
     """An index that can be asked.
 
     Attributes:
-        most: the greatest effort; 0 where there is none to choose.
-        graph: the effort is at least k.
+        most: The greatest effort; 0 where there is none to choose.
+        graph: The effort is at least k.
         write: (path) writes it; its size counts.
     """
 

@@ -81,7 +81,7 @@ class Worker:
     what it is told to.
 
     Attributes:
-        note: what the contestant has to say of itself, a version or the options that it found best.
+        note: What the contestant has to say of itself, a version or the options that it found best.
     """
 
     def __init__(self, peer: str, python: str, options: Mapping[str, Any]) -> None:

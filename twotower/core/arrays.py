@@ -43,8 +43,8 @@ def pad_pairs(
     Args:
         rows: int [E].
         columns: int [E], below `num_columns`.
-        size: number of pairs to return, at least E.
-        num_columns: width of the array that is written to. Padding points at this column, which
+        size: Number of pairs to return, at least E.
+        num_columns: Width of the array that is written to. Padding points at this column, which
             lies outside of it: a scatter with mode="drop" passes over it.
 
     Returns:

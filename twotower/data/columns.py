@@ -88,7 +88,7 @@ def to_seconds(column: pa.ChunkedArray, *, form: str = "", unit: str = "s") -> p
 
     Args:
         column: Times, dates, numbers, or text.
-        form: strptime form of text; empty means ISO 8601, or numbers.
+        form: Strptime form of text; empty means ISO 8601, or numbers.
         unit: Unit of numbers, a key of `UNITS_PER_SECOND`.
 
     Raises:
@@ -125,7 +125,7 @@ def infer_type(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
 
     Args:
         column: Text.
-        form: strptime form of times in addition to ISO 8601.
+        form: Strptime form of times in addition to ISO 8601.
     """
     first = first_value(column)
     if first is None:

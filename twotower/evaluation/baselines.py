@@ -76,10 +76,10 @@ def popularity_order(
     this ranking.
 
     Args:
-        train: training rows.
-        num_items: number of items in the corpus, N.
-        among: rows to count, bool [rows]; None counts all.
-        seed: seed of the order of equals.
+        train: Training rows.
+        num_items: Number of items in the corpus, N.
+        among: Rows to count, bool [rows]; None counts all.
+        seed: Seed of the order of equals.
     """
     counted_items = train.item
     if among is not None:

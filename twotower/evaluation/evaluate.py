@@ -60,10 +60,10 @@ def evaluate(
     items one score finds nothing. Queries without a relevant item are counted, not averaged.
 
     Args:
-        score_block: function from a slice of the queries to their scores, float32 [b, N].
-        queries: queries with their relevant and their seen items.
-        ks: lengths of the lists.
-        mask_seen: whether items that the user had seen are taken out of the lists, and out of the
+        score_block: Function from a slice of the queries to their scores, float32 [b, N].
+        queries: Queries with their relevant and their seen items.
+        ks: Lengths of the lists.
+        mask_seen: Whether items that the user had seen are taken out of the lists, and out of the
             relevant items.
         block_bytes: bytes of scores that are held at once.
 
@@ -72,7 +72,7 @@ def evaluate(
         "queries_without_answer" (the number that is not).
 
     Raises:
-        ScoreError: a score is NaN.
+        ScoreError: A score is NaN.
     """
     # Both halves belong together: an item that no list may hold would count as missed.
     if mask_seen:
@@ -115,9 +115,9 @@ def dot_scores(
     """Makes scores of user vectors [Q, D] with item vectors [N, D].
 
     Args:
-        users: vectors of the queries' users.
-        items: vectors of the corpus.
-        mesh: devices that the items are divided over, if any.
+        users: Vectors of the queries' users.
+        items: Vectors of the corpus.
+        mesh: Devices that the items are divided over, if any.
     """
     if mesh is None:
         items = jnp.asarray(items)
@@ -265,12 +265,12 @@ def _measure(
     """Ranks the items of each query and measures the lists.
 
     Args:
-        scores: scores of every item; with a mesh their columns are divided over it.
-        pairs: seen and relevant items.
-        counts: number of training rows of each item, divided over the mesh as well.
-        ks: lengths of the lists.
-        padding: number of the last columns that are no items.
-        mesh: devices that share the items, if any.
+        scores: Scores of every item; with a mesh their columns are divided over it.
+        pairs: Seen and relevant items.
+        counts: Number of training rows of each item, divided over the mesh as well.
+        ks: Lengths of the lists.
+        padding: Number of the last columns that are no items.
+        mesh: Devices that share the items, if any.
 
     Returns:
         The metrics of each query [B] by name with "has_nan", whether any score is NaN; and the

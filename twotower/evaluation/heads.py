@@ -115,10 +115,10 @@ def make_head_metrics(
     the corpus. "rows", their number, stands beside its metrics.
 
     Args:
-        prepared: prepared data of a run.
-        model: the model; the heads' own weights are `weights.params["heads"]`.
+        prepared: Prepared data of a run.
+        model: The model; the heads' own weights are `weights.params["heads"]`.
         part: "train", "validation" or "test".
-        max_rows: greatest number of rows of each head, evenly spaced and always the same; 0 takes
+        max_rows: Greatest number of rows of each head, evenly spaced and always the same; 0 takes
             all.
 
     Raises (when called):

@@ -37,9 +37,9 @@ def make_item_to_item(
     """Makes the scores of "item_knn" and "ease", each where the log is not too large for it.
 
     Args:
-        train: distinct items of each user in training.
-        queries: queries to score. One without seen items gets 0 for all.
-        tuning: validation queries, whose NDCG@10 with seen items masked chooses the number of
+        train: Distinct items of each user in training.
+        queries: Queries to score. One without seen items gets 0 for all.
+        tuning: Validation queries, whose NDCG@10 with seen items masked chooses the number of
             neighbours and the ridge; None takes the middle ones.
 
     Returns:
@@ -142,8 +142,8 @@ def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
     """Makes the model that scores an item by its cosines with the seen items that it is near to.
 
     Args:
-        near: rows of the neighbours of each item, int [N, K].
-        similarity: their cosines, float [N, K].
+        near: Rows of the neighbours of each item, int [N, K].
+        similarity: Their cosines, float [N, K].
     """
 
     def score_user(items: np.ndarray) -> np.ndarray:
@@ -186,11 +186,11 @@ def _best_model(
     """Makes the model of the value that is best on `tuning`.
 
     Args:
-        title: name of the choice, for the log.
-        values: values to try, in order.
-        make: function from a value to its model.
-        tuning: queries to measure with; None takes the middle value.
-        stop_early: whether to stop at the first value that is no better than the one before it.
+        title: Name of the choice, for the log.
+        values: Values to try, in order.
+        make: Function from a value to its model.
+        tuning: Queries to measure with; None takes the middle value.
+        stop_early: Whether to stop at the first value that is no better than the one before it.
     """
     if tuning is None:
         return make(values[len(values) // 2])

@@ -130,10 +130,10 @@ def novelty(
     Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010.
 
     Args:
-        counts: number of training rows of the item at each rank.
-        total: number of training rows of all items.
-        num_items: number of items in the corpus, N.
-        where: ranks that count, which are those that hold an item.
+        counts: Number of training rows of the item at each rank.
+        total: Number of training rows of all items.
+        num_items: Number of items in the corpus, N.
+        where: Ranks that count, which are those that hold an item.
     """
     information = -jnp.log2((counts + 1.0) / (total + num_items))
     return _mean(information, where)
@@ -147,8 +147,8 @@ def never_trained(
     Such items still have the vector they were initialised with, or one made of features alone.
 
     Args:
-        counts: number of training rows of the item at each rank.
-        where: ranks that count.
+        counts: Number of training rows of the item at each rank.
+        where: Ranks that count.
     """
     return _mean((counts == 0).astype(jnp.float32), where)
 

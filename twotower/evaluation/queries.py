@@ -21,13 +21,13 @@ class Queries:
     """Q queries to a corpus of N items.
 
     Attributes:
-        user: row of the users table for each query, int32 [Q].
-        relevant: relevant items of each query, Q lists of corpus rows.
-        missing: number of relevant items of each query that are not in the corpus, int32 [Q]. No
+        user: Row of the users table for each query, int32 [Q].
+        relevant: Relevant items of each query, Q lists of corpus rows.
+        missing: Number of relevant items of each query that are not in the corpus, int32 [Q]. No
             ranking can list them, and they count as missed.
-        seen: items of the earlier rows of each user, a list for each user (not query).
-        counts: number of positive training rows of each item, int64 [N].
-        context: encoded features of the query itself, arrays [Q, ...].
+        seen: Items of the earlier rows of each user, a list for each user (not query).
+        counts: Number of positive training rows of each item, int64 [N].
+        context: Encoded features of the query itself, arrays [Q, ...].
     """
 
     user: np.ndarray
@@ -109,7 +109,7 @@ def make_queries(prepared: PreparedData, split: str, kind: str) -> Queries:
     Only positive rows (`PreparedData.is_positive`) are relevant, seen or counted.
 
     Args:
-        prepared: prepared data of a run.
+        prepared: Prepared data of a run.
         split: "validation" or "test". Items of training rows count as seen, and for "test" those of
             validation rows too.
         kind: "user" or "interaction". With "user" each user is one query, all of its distinct
@@ -117,7 +117,7 @@ def make_queries(prepared: PreparedData, split: str, kind: str) -> Queries:
             "interaction" each held-out row is a query with one relevant item.
 
     Raises:
-        ConfigError: the split has no rows or no positive row, or `kind` or `split` is unknown.
+        ConfigError: The split has no rows or no positive row, or `kind` or `split` is unknown.
     """
     earlier = choose(EARLIER_PARTS, split, "split")
     make = choose(QUERY_KINDS, kind, "config.evaluation.query")

@@ -52,13 +52,13 @@ def measure_run(
     lists that may hold seen items.
 
     Args:
-        run: a loaded run.
-        ks: lengths of the lists.
+        run: A loaded run.
+        ks: Lengths of the lists.
         split: "test" or "validation".
-        baselines: whether to measure them.
-        max_queries: greatest number of queries, evenly spaced, and of labelled rows of each head; 0
+        baselines: Whether to measure them.
+        max_queries: Greatest number of queries, evenly spaced, and of labelled rows of each head; 0
             takes all.
-        popularity_weights: factors by which the log count of an item is added to its score. Each is
+        popularity_weights: Factors by which the log count of an item is added to its score. Each is
             measured with seen items masked.
 
     Returns:
@@ -140,10 +140,10 @@ def measure_popularity_weights(
     """Measures lists with popularity weighed: recall against coverage and novelty.
 
     Args:
-        score_block: scores of the model, see `evaluate`.
-        queries: queries with their relevant and their seen items.
-        ks: lengths of the lists.
-        weights: factors by which the log count of an item is added to its score.
+        score_block: Scores of the model, see `evaluate`.
+        queries: Queries with their relevant and their seen items.
+        ks: Lengths of the lists.
+        weights: Factors by which the log count of an item is added to its score.
 
     Returns:
         The metrics by weight, seen items masked.
@@ -166,8 +166,8 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """Measures the index of a bundle against exact search.
 
     Args:
-        retriever: a loaded bundle.
-        users: rows of its users table, whose vectors are searched with.
+        retriever: A loaded bundle.
+        users: Rows of its users table, whose vectors are searched with.
 
     Returns:
         recall@10, queries per second in one batch, and the median time of a single query in

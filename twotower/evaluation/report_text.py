@@ -36,8 +36,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """Returns the figures of `measure_run` and `measure_index` as tables, with comparisons.
 
     Args:
-        measured: figures by name; "index" is optional.
-        ks: lengths of the lists, rising.
+        measured: Figures by name; "index" is optional.
+        ks: Lengths of the lists, rising.
     """
     lines = _protocol_lines(measured["protocol"])
     for suffix, title in MASKING_TITLES.items():
@@ -107,9 +107,9 @@ def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split
     """Returns tables of the spread of the model's metrics over seeds, beside baselines.
 
     Args:
-        measured: figures of `measure_run` for each seed; baselines are those of the first.
-        ks: lengths of the lists.
-        split: name of the held-out rows, for the titles.
+        measured: Figures of `measure_run` for each seed; baselines are those of the first.
+        ks: Lengths of the lists.
+        split: Name of the held-out rows, for the titles.
     """
     lines = []
     for suffix, title in MASKING_TITLES.items():
@@ -152,8 +152,8 @@ def format_bundle(bundle: Bundle, folder: Path) -> str:
     These are the tuning of the index, the loss by cut or rounded vectors, and the sizes.
 
     Args:
-        bundle: a bundle that was just written.
-        folder: the folder that it was written to.
+        bundle: A bundle that was just written.
+        folder: The folder that it was written to.
     """
     lines = []
     # Exact search has nothing to tune.

@@ -54,7 +54,7 @@ class BigQueryHistory:
     """The embedding history in the tables of a dataset.
 
     Attributes:
-        client: client of BigQuery; see `twotower.data.sources.bigquery.make_client`.
+        client: Client of BigQuery; see `twotower.data.sources.bigquery.make_client`.
         dataset: PROJECT.DATASET, or DATASET of the client's project; it must exist.
     """
 
@@ -72,14 +72,14 @@ class BigQueryHistory:
         load job loads all of its rows or none.
 
         Args:
-            history: the history that holds the vectors.
-            run_date: date of the runs and of the partition.
+            history: The history that holds the vectors.
+            run_date: Date of the runs and of the partition.
 
         Returns:
             The number of rows loaded into each table, by its name.
 
         Raises:
-            HistoryError: nothing of that date is kept, a table has other columns, partitions or
+            HistoryError: Nothing of that date is kept, a table has other columns, partitions or
                 widths, or BigQuery refuses.
         """
         files: dict[str, list[VectorFile]] = {}

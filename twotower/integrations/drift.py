@@ -38,12 +38,12 @@ class Drift:
     """Movement between two versions of the vectors of one side.
 
     Attributes:
-        ids: ids of the N entities of both versions.
-        cosines: cosine of each entity's two vectors after alignment, float32 [N].
-        sample: rows of `ids` whose neighbours were compared, int [S], evenly spaced.
-        overlaps: share of its nearest neighbours that each of these has kept, float32 [S].
-        added: number of entities in the new version only.
-        removed: number of entities in the old version only.
+        ids: Ids of the N entities of both versions.
+        cosines: Cosine of each entity's two vectors after alignment, float32 [N].
+        sample: Rows of `ids` whose neighbours were compared, int [S], evenly spaced.
+        overlaps: Share of its nearest neighbours that each of these has kept, float32 [S].
+        added: Number of entities in the new version only.
+        removed: Number of entities in the old version only.
     """
 
     ids: pa.Array
@@ -64,13 +64,13 @@ def compare(
     """Measures the drift from one version to another.
 
     Args:
-        old: entity ids and vectors, float [*, D].
-        new: likewise; the two widths may differ.
-        k: number of neighbours compared, among the entities of both.
-        sample: greatest number of entities whose neighbours are compared.
+        old: Entity ids and vectors, float [*, D].
+        new: Likewise; the two widths may differ.
+        k: Number of neighbours compared, among the entities of both.
+        sample: Greatest number of entities whose neighbours are compared.
 
     Raises:
-        HistoryError: an id stands twice, or fewer than two are in both.
+        HistoryError: An id stands twice, or fewer than two are in both.
     """
     old_ids, old_vectors = old
     new_ids, new_vectors = new
@@ -142,10 +142,10 @@ def neighbour_overlap(
     """Returns the share of nearest neighbours that entities have kept.
 
     Args:
-        old: vectors of the old version.
-        new: vectors of the new version.
-        rows: rows of the S entities, the same in both.
-        k: number of neighbours of greatest cosine.
+        old: Vectors of the old version.
+        new: Vectors of the new version.
+        rows: Rows of the S entities, the same in both.
+        k: Number of neighbours of greatest cosine.
     """
     k = min(k, len(old) - 1)  # an entity is no neighbour of its own
     itself = Ragged.from_pairs(np.arange(len(rows)), rows, num_rows=len(rows))
@@ -165,8 +165,8 @@ def format_drift(drift: Drift, *, max_names: int = 10) -> str:
     """Returns counts, a table of quantiles, and the entities that have moved furthest.
 
     Args:
-        drift: result of `compare`.
-        max_names: greatest number of entities to name.
+        drift: Result of `compare`.
+        max_names: Greatest number of entities to name.
     """
     counts = [
         f"{len(drift.ids):,} in both",
@@ -189,9 +189,9 @@ def plot(drift: Drift, path: str | os.PathLike, *, title: str) -> None:
     """Draws histograms of cosines and of neighbours kept.
 
     Args:
-        drift: result of `compare`.
-        path: image to write, whole or not at all; its suffix names the format.
-        title: title of the image.
+        drift: Result of `compare`.
+        path: Image to write, whole or not at all; its suffix names the format.
+        title: Title of the image.
     """
     with extra("plots", "a plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -57,11 +57,11 @@ class Version:
     """Run and date that made some vectors.
 
     Attributes:
-        run_date: date of the partition; for scheduled work its logical date, so that a repeat
+        run_date: Date of the partition; for scheduled work its logical date, so that a repeat
             replaces it.
-        run_id: name of the run, unique within its date.
-        experiment_id: name of the experiment, the same on every date.
-        model_version: hash of the weights, as in the bundle's manifest.
+        run_id: Name of the run, unique within its date.
+        experiment_id: Name of the experiment, the same on every date.
+        model_version: Hash of the weights, as in the bundle's manifest.
     """
 
     run_date: datetime.date
@@ -87,10 +87,10 @@ class VectorFile:
     """One file of the history: the vectors of one side and version.
 
     Attributes:
-        version: run and date.
-        path: the Parquet file.
-        rows: number of vectors, N.
-        width: width of the vectors, D; 0 without rows.
+        version: Run and date.
+        path: The Parquet file.
+        rows: Number of vectors, N.
+        width: Width of the vectors, D; 0 without rows.
     """
 
     version: Version
@@ -116,12 +116,12 @@ class EmbeddingHistory:
         Earlier ones of the same run and date are replaced when all are written.
 
         Args:
-            version: run and date.
-            sides: blocks of ids [n] and vectors, float [n, D], of "user" and "item".
+            version: Run and date.
+            sides: Blocks of ids [n] and vectors, float [n, D], of "user" and "item".
 
         Raises:
-            HistoryError: a block has no id for a vector, or another width than the first.
-            QueryError: a vector is not finite.
+            HistoryError: A block has no id for a vector, or another width than the first.
+            QueryError: A vector is not finite.
         """
         # Both sides are written before the first of them replaces a file.
         with contextlib.ExitStack() as stack:
@@ -145,7 +145,7 @@ class EmbeddingHistory:
         """Finds the vectors that DATE/RUN names.
 
         Raises:
-            HistoryError: there are none; the message names the latest.
+            HistoryError: There are none; the message names the latest.
         """
         date, _, run_id = name.partition("/")
         for file in self.files(side, parse_date(date, "the date of DATE/RUN")):
@@ -217,10 +217,10 @@ def make_version(
     """Returns the version of a bundle's vectors.
 
     Args:
-        retriever: the loaded bundle.
-        run_date: date of the run.
-        run_id: name of the run.
-        experiment_id: name of the experiment; by default a hash of `Config.identity` without the
+        retriever: The loaded bundle.
+        run_date: Date of the run.
+        run_id: Name of the run.
+        experiment_id: Name of the experiment; by default a hash of `Config.identity` without the
             seed, which runs of one configuration share.
     """
     bundle = retriever.bundle
@@ -248,11 +248,11 @@ def append_bundle(
     """Appends the vectors of a bundle to a history.
 
     Args:
-        history: the history to append to.
-        retriever: the loaded bundle.
-        run_date: date of the run.
-        run_id: name of the run.
-        experiment_id: name of the experiment; see `make_version`.
+        history: The history to append to.
+        retriever: The loaded bundle.
+        run_date: Date of the run.
+        run_id: Name of the run.
+        experiment_id: Name of the experiment; see `make_version`.
 
     Returns:
         The files of "user" and "item".
@@ -281,11 +281,11 @@ def parse_date(text: str, field: str) -> datetime.date:
     """Reads a date written YYYY-MM-DD.
 
     Args:
-        text: date as it was written.
-        field: name of the date in the message.
+        text: Date as it was written.
+        field: Name of the date in the message.
 
     Raises:
-        HistoryError: it is no such date.
+        HistoryError: It is no such date.
     """
     with contextlib.suppress(ValueError):
         # Python also reads 20261125 and 2026-W48-3, which name no folder of the history.

@@ -43,12 +43,12 @@ class RedisStore:
 
     Args:
         url: redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// with TLS, or unix://PATH.
-        name: name of the model, which the keys begin with, so that several models share a server.
-        timeout: longest wait of a read, in seconds.
-        retry_after: time for which Redis is left alone after it did not answer, in seconds.
+        name: Name of the model, which the keys begin with, so that several models share a server.
+        timeout: Longest wait of a read, in seconds.
+        retry_after: Time for which Redis is left alone after it did not answer, in seconds.
 
     Raises:
-        ConfigError: the extra redis is missing, or the name or the URL cannot be used.
+        ConfigError: The extra redis is missing, or the name or the URL cannot be used.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class RedisStore:
         Until then readers find the older ones.
 
         Args:
-            version: version of the bundle, see `bundle_version`.
-            sides: blocks of ids [n] and vectors, float [n, D], of "user" and "item".
-            ttl: time to live of all keys, in seconds.
+            version: Version of the bundle, see `bundle_version`.
+            sides: Blocks of ids [n] and vectors, float [n, D], of "user" and "item".
+            ttl: Time to live of all keys, in seconds.
 
         Returns:
             The number of vectors of each side.
@@ -115,7 +115,7 @@ class RedisStore:
 
         Args:
             side: "user" or "item".
-            ids: ids of the entities, n of them.
+            ids: Ids of the entities, n of them.
 
         Returns:
             Vectors float32 [n, D] and whether each id has one, bool [n]. An id without one has a
@@ -194,9 +194,9 @@ class CachedRetriever:
     """A retriever whose lists are kept in Redis for a while, and answered from there.
 
     Args:
-        retriever: retriever that makes the lists.
-        store: store that keeps them.
-        ttl: time to live of a list, in seconds. After a change to a live index lists are made anew.
+        retriever: Retriever that makes the lists.
+        store: Store that keeps them.
+        ttl: Time to live of a list, in seconds. After a change to a live index lists are made anew.
     """
 
     def __init__(self, retriever: Retriever, store: RedisStore, *, ttl: int = 60):
@@ -222,7 +222,7 @@ def bundle_version(retriever: Retriever) -> str:
     """Returns a hash of all that is in a bundle: weights, items, users and index.
 
     Raises:
-        StoreError: the bundle was never written.
+        StoreError: The bundle was never written.
     """
     # The manifest has the digest of every file.
     if not retriever.bundle.manifest:

@@ -33,13 +33,13 @@ def track(
     """Logs the run in `workdir` to an MLflow store.
 
     Args:
-        workdir: folder of the run.
-        uri: address of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
-        experiment: name of the experiment, which is made where there is none.
-        artifacts: folder or address for the files of a new experiment; by default the folder
+        workdir: Folder of the run.
+        uri: Address of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
+        experiment: Name of the experiment, which is made where there is none.
+        artifacts: Folder or address for the files of a new experiment; by default the folder
             mlartifacts beside an SQLite file (MLflow's own default is the folder that the command
             was started in), or the server's choice.
-        bundle: whether the bundle is logged too, beside the configuration and the evaluations.
+        bundle: Whether the bundle is logged too, beside the configuration and the evaluations.
 
     Returns:
         The id of the MLflow run, which a later call for this folder and store goes on with.

@@ -26,12 +26,12 @@ def attend(
     """Averages the values of each segment's positions, by the softmax of q . k.
 
     Args:
-        q: queries, scaled already.
-        k: keys.
-        v: values.
-        segment: number of the sequence that each position belongs to; positions of different
+        q: Queries, scaled already.
+        k: Keys.
+        v: Values.
+        segment: Number of the sequence that each position belongs to; positions of different
             segments do not see each other.
-        causal: whether a position sees itself and earlier ones alone.
+        causal: Whether a position sees itself and earlier ones alone.
     """
     # Heads before positions: each product below is then one batched matrix product.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

@@ -43,7 +43,7 @@ def bfloat16_product(
     Args:
         x: float32 inputs.
         kernel: float32 weights of a dense layer.
-        dims, precision: arguments that `nn.Dense` passes to its `dot_general`; always those of a
+        dims, precision: Arguments that `nn.Dense` passes to its `dot_general`; always those of a
             matrix product.
     """
     del dims, precision

@@ -16,9 +16,9 @@ class Positives(NamedTuple):
     """The positive of each query.
 
     Attributes:
-        vectors: vectors of the positives.
-        ids: ids of the positives; a candidate of the same id is no negative.
-        log_expected_count: log of the expected number of times the sources of negatives of this
+        vectors: Vectors of the positives.
+        ids: Ids of the positives; a candidate of the same id is no negative.
+        log_expected_count: Log of the expected number of times the sources of negatives of this
             step yield the positive's id.
     """
 
@@ -31,12 +31,12 @@ class Candidates(NamedTuple):
     """The C items that every query is compared with (users, where items are the queries).
 
     Attributes:
-        vectors: vectors of the candidates.
-        ids: ids of the candidates, equal for equal items; negative for padding, which is never
+        vectors: Vectors of the candidates.
+        ids: Ids of the candidates, equal for equal items; negative for padding, which is never
             compared.
-        query_ids: identity (user) of the query that each candidate is a positive of; negative for
+        query_ids: Identity (user) of the query that each candidate is a positive of; negative for
             a positive of nobody.
-        log_expected_count: log of the expected number of times the sources of negatives of this
+        log_expected_count: Log of the expected number of times the sources of negatives of this
             step yield the candidate's id.
     """
 
@@ -51,9 +51,9 @@ class HardNegatives(NamedTuple):
     """Further negatives of each query alone.
 
     Attributes:
-        vectors: vectors of the negatives.
-        ids: ids of the negatives; negative for padding.
-        log_expected_count: as in `Candidates`.
+        vectors: Vectors of the negatives.
+        ids: Ids of the negatives; negative for padding.
+        log_expected_count: As in `Candidates`.
     """
 
     vectors: Float[Array, "*B H D"]
@@ -66,15 +66,15 @@ class LossInputs(NamedTuple):
     """The arrays of a retrieval loss.
 
     Attributes:
-        queries: vectors of B queries, [B, D], or of B rows of L queries, [B, L, D]; positives,
+        queries: Vectors of B queries, [B, D], or of B rows of L queries, [B, L, D]; positives,
             weights and hard negatives have the same leading axes.
-        query_ids: identity (user) of each query, or of each row of queries; negative: nobody.
-        weights: weight of each query in the sum of losses.
-        positives: positive of each query.
-        candidates: candidates for negatives of all queries.
-        scale: factor of the scores, 1 / temperature.
-        bias: number added to every logit, for losses with `Loss.biased`; None is 0.
-        hard: further negatives of each query.
+        query_ids: Identity (user) of each query, or of each row of queries; negative: nobody.
+        weights: Weight of each query in the sum of losses.
+        positives: Positive of each query.
+        candidates: Candidates for negatives of all queries.
+        scale: Factor of the scores, 1 / temperature.
+        bias: Number added to every logit, for losses with `Loss.biased`; None is 0.
+        hard: Further negatives of each query.
     """
 
     queries: Float[Array, "*B D"]
@@ -109,15 +109,15 @@ class Loss(NamedTuple):
     Attributes:
         per_query: (positive [B], negatives [B, C], *, where [B, C], **constants) -> [B]; 0, with a
             zero gradient, for a query without any allowed negative.
-        by_logit_margin: the loss [B] as a function of its logit margin [B], which is the log of the
+        by_logit_margin: The loss [B] as a function of its logit margin [B], which is the log of the
             negatives' summed exponentials, less the positive's logit; None for losses that are no
             function of it.
-        corrects: whether log expected counts are taken off the negatives' logits.
-        corrects_positive: whether they are taken off the positive's too.
-        scaled: whether scores are divided by the temperature.
-        biased: whether a learnable bias is added to every logit.
-        bilateral: whether the positive may have a temperature of its own.
-        constants: names of the other keyword arguments of `per_query`: options of the objective,
+        corrects: Whether log expected counts are taken off the negatives' logits.
+        corrects_positive: Whether they are taken off the positive's too.
+        scaled: Whether scores are divided by the temperature.
+        biased: Whether a learnable bias is added to every logit.
+        bilateral: Whether the positive may have a temperature of its own.
+        constants: Names of the other keyword arguments of `per_query`: options of the objective,
             or "num_items".
     """
 
@@ -143,11 +143,11 @@ class LossOptions(NamedTuple):
     """The static options of a retrieval loss.
 
     Attributes:
-        loss: the loss, with its constants bound.
-        margin: additive margin, in units of scores; not used where `Loss.takes_margin`.
-        positive_temperature: temperature of the positive, where `Loss.bilateral`; 0 takes that of
+        loss: The loss, with its constants bound.
+        margin: Additive margin, in units of scores; not used where `Loss.takes_margin`.
+        positive_temperature: Temperature of the positive, where `Loss.bilateral`; 0 takes that of
             the negatives.
-        mask_same_user: whether other positives of a query's user are not its negatives.
+        mask_same_user: Whether other positives of a query's user are not its negatives.
     """
 
     loss: Loss

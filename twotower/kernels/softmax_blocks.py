@@ -49,8 +49,8 @@ class KernelOptions(NamedTuple):
 
     Attributes:
         per_query, by_logit_margin, biased: see `twotower.kernels.loss_inputs.Loss`.
-        block_rows: queries in a block, at most.
-        dtype: type of the operands of the matrix products; None keeps that of the vectors.
+        block_rows: Queries in a block, at most.
+        dtype: Type of the operands of the matrix products; None keeps that of the vectors.
     """
 
     per_query: Callable[..., jax.Array]

@@ -66,14 +66,14 @@ def apply_gradients(
     """Updates the rows that a batch used; all other rows, and padding, keep their bits.
 
     Args:
-        optimizer: one of `twotower.kernels.table_optimizers.TABLE_OPTIMIZERS`.
-        table: rows [first, first + V) of the whole table.
-        slots: the optimizer's arrays for these rows.
-        ids: rows of the whole table, with duplicates; those that other devices hold are ignored.
-        grads: gradient of each use of an id.
-        rate: learning rate.
-        step: number of steps done before this one.
-        first: first row of the whole table that `table` holds.
+        optimizer: One of `twotower.kernels.table_optimizers.TABLE_OPTIMIZERS`.
+        table: Rows [first, first + V) of the whole table.
+        slots: The optimizer's arrays for these rows.
+        ids: Rows of the whole table, with duplicates; those that other devices hold are ignored.
+        grads: Gradient of each use of an id.
+        rate: Learning rate.
+        step: Number of steps done before this one.
+        first: First row of the whole table that `table` holds.
 
     Returns:
         The table, the slots, and the squared norm of the gradient of these rows.
@@ -128,11 +128,11 @@ def merge_duplicates(
     """Sums the gradients of equal ids.
 
     Args:
-        ids: rows of the whole table. Padding, and rows outside [first, first + num_rows), which
+        ids: Rows of the whole table. Padding, and rows outside [first, first + num_rows), which
             other devices hold, have no part in the result.
-        grads: gradient of each use of an id.
+        grads: Gradient of each use of an id.
         num_rows: V, rows that this device holds.
-        first: the first of them.
+        first: The first of them.
 
     Returns:
         rows [M]: each distinct id once, less `first`. Entries left over hold distinct rows from V
@@ -158,8 +158,8 @@ def merge_by_hashing(
     """Merges by adding each gradient to the sum of its row, as a CPU does fastest.
 
     Args:
-        local: rows in [0, num_rows]; `num_rows` itself is no row.
-        grads: gradient of each.
+        local: Rows in [0, num_rows]; `num_rows` itself is no row.
+        grads: Gradient of each.
         num_rows: V.
 
     Returns:

@@ -54,10 +54,10 @@ def streaming_softmax(
     the value, and cost little more. There are no second derivatives.
 
     Args:
-        inputs: the arrays.
-        options: the loss and its static options.
-        block: number of queries in a block; 0 chooses by the number of candidates.
-        dtype: type of the operands of matrix products, for example bfloat16; sums are in float32 at
+        inputs: The arrays.
+        options: The loss and its static options.
+        block: Number of queries in a block; 0 chooses by the number of candidates.
+        dtype: Type of the operands of matrix products, for example bfloat16; sums are in float32 at
             least.
     """
     loss = options.loss

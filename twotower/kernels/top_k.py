@@ -38,9 +38,9 @@ def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
     that lists in the order of their rows leave the lower row first.
 
     Args:
-        k: greatest length of the merged list.
+        k: Greatest length of the merged list.
         scores: float [B, M], of NumPy or JAX; not NaN.
-        columns: arrays [B, M] of what stands beside each score, such as rows.
+        columns: Arrays [B, M] of what stands beside each score, such as rows.
 
     Returns:
         The scores [B, <= k], best first, and the columns in the same order.
@@ -138,7 +138,7 @@ class RunningTopK:
 
         Args:
             scores: float32 [Q, C] of the rows from `first` on, which lie above all rows so far.
-            first: row of the first column.
+            first: Row of the first column.
             maxima: float32 [Q, C / size], the maxima of groups of `size` neighbours, if they are
                 known.
         """

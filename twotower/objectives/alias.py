@@ -23,9 +23,9 @@ class AliasTable(NamedTuple):
     as `log_probability` says; the inverse of a cumulative distribution in float32 is too coarse.
 
     Attributes:
-        threshold: number of the 2^32 coins for which cell i yields i itself, uint32 [N].
-        alias: id that cell i yields otherwise, int32 [N].
-        log_probability: log of the probability of each id, summed over the cells, float32 [N];
+        threshold: Number of the 2^32 coins for which cell i yields i itself, uint32 [N].
+        alias: Id that cell i yields otherwise, int32 [N].
+        log_probability: Log of the probability of each id, summed over the cells, float32 [N];
             -inf for an id that is never drawn.
     """
 
@@ -54,12 +54,12 @@ def popularity_table(counts: np.ndarray, alpha: float) -> AliasTable:
     """Makes a table that draws ids in proportion to their training rows to the power `alpha`.
 
     Args:
-        counts: training rows of each id, in any order.
+        counts: Training rows of each id, in any order.
         alpha: 1 draws as rows do, 0 draws all ids that have rows alike; an id without rows is never
             drawn.
 
     Raises:
-        ConfigError: a count is negative or not finite, all are zero, or `alpha` is negative.
+        ConfigError: A count is negative or not finite, all are zero, or `alpha` is negative.
     """
     if not (np.isfinite(alpha) and alpha >= 0):
         raise ConfigError(
@@ -78,7 +78,7 @@ def alias_table(weights: np.ndarray) -> AliasTable:
     """Makes a table that draws ids in proportion to `weights`, float [N].
 
     Raises:
-        ConfigError: a weight is negative or not finite, or all are zero.
+        ConfigError: A weight is negative or not finite, or all are zero.
     """
     weights = np.asarray(weights, np.float64)
     _check(weights, "weight of id")

@@ -40,7 +40,7 @@ class Frequency(NamedTuple):
             `draws` may be traced; 0 gives -inf.
         update: (arrays, ids [B] of all devices, step) -> arrays after that batch; negative ids are
             rows without an id.
-        learns: whether `update` does anything.
+        learns: Whether `update` does anything.
     """
 
     init: Callable[..., Arrays]
@@ -73,9 +73,9 @@ def init_intervals(counts: Any, rows: Any, *, rate: float = INTERVAL_RATE) -> Ar
     """Makes an estimator that has seen nothing; "start" is the step that counts as the first one.
 
     Args:
-        counts: counts of N ids, of which only N matters.
-        rows: not used.
-        rate: alpha, the rate of the moving averages.
+        counts: Counts of N ids, of which only N matters.
+        rows: Not used.
+        rate: Alpha, the rate of the moving averages.
     """
     shape = (len(counts),)
     # Names of the arrays are those in checkpoints; "gaps" are intervals, in steps.
@@ -162,12 +162,12 @@ def init_sketch(
     """Makes a sketch that has counted nothing.
 
     Args:
-        counts: counts of N ids, of which only N matters.
-        rows: not used.
-        width: counters a hash function, a power of two; 0 takes as many as there are ids, within
+        counts: Counts of N ids, of which only N matters.
+        rows: Not used.
+        width: Counters a hash function, a power of two; 0 takes as many as there are ids, within
             `SKETCH_WIDTHS`.
-        depth: hash functions.
-        halve_at: rows after which all counters are halved, so that old rows count less and nothing
+        depth: Hash functions.
+        halve_at: Rows after which all counters are halved, so that old rows count less and nothing
             overflows.
     """
     low, high = SKETCH_WIDTHS

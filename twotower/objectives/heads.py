@@ -73,10 +73,10 @@ def head_logits(
     `pos_weight` is 1.
 
     Args:
-        heads: name -> options of the head.
-        params: name -> parameters of the head, see `init_heads`.
-        users: vectors of the rows' users.
-        items: vectors of the rows' items.
+        heads: Name -> options of the head.
+        params: Name -> parameters of the head, see `init_heads`.
+        users: Vectors of the rows' users.
+        items: Vectors of the rows' items.
     """
     logits: dict[str, Any] = {}
     for name, head in heads.items():
@@ -95,11 +95,11 @@ def head_losses(
     label.
 
     Args:
-        heads: name -> options of the head.
-        params: name -> parameters of the head.
-        users: vectors of the rows' users.
-        items: vectors of the rows' items.
-        labels: column -> 1, 0, or NaN where missing.
+        heads: Name -> options of the head.
+        params: Name -> parameters of the head.
+        users: Vectors of the rows' users.
+        items: Vectors of the rows' items.
+        labels: Column -> 1, 0, or NaN where missing.
     """
     losses: HeadLosses = {}
     for name, logits in head_logits(heads, params, users, items).items():

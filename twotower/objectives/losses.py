@@ -195,7 +195,7 @@ def cosine_contrastive(
 
     Args:
         margin: m, the similarity below which a negative is left alone.
-        negative_weight: w.
+        negative_weight: W.
     """
     # The term of the positive alone would move a query without negatives.
     losses = 1.0 - positive + negative_weight * _mean(jax.nn.relu(negatives - margin), where)
@@ -213,8 +213,8 @@ def binary_cross_entropy(
     .. math:: \ell = -w_+ \, y \log \sigma(s) - (1 - y) \log(1 - \sigma(s))
 
     Args:
-        scores: logits s.
-        labels: y.
+        scores: Logits s.
+        labels: Y.
         pos_weight: w_+, how many times a row with label 1 counts.
 
     >>> binary_cross_entropy(jnp.zeros(2), jnp.array([1.0, 0.0]), pos_weight=2.0)
@@ -274,8 +274,8 @@ def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Lo
     """Returns the loss with its constants bound as arguments of `per_query`.
 
     Args:
-        loss: one of `LOSSES`.
-        objective: options, of which `loss.constants` names some.
+        loss: One of `LOSSES`.
+        objective: Options, of which `loss.constants` names some.
         num_items: N, number of items (or users) that a candidate may be.
     """
     # The one constant that is no option: it depends on the data.

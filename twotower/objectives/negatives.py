@@ -78,11 +78,11 @@ def push(
     """Returns the queue with the batch of a step instead of its oldest entries.
 
     Args:
-        queue: the queue, see `init_queue`.
-        vectors: item vectors of the batch.
-        ids: their ids; negative for a row that is no candidate.
-        query_ids: identity (user) of the query that each item is a positive of.
-        step: number of the step, which alone decides which entries are replaced.
+        queue: The queue, see `init_queue`.
+        vectors: Item vectors of the batch.
+        ids: Their ids; negative for a row that is no candidate.
+        query_ids: Identity (user) of the query that each item is a positive of.
+        step: Number of the step, which alone decides which entries are replaced.
     """
     size = len(queue["ids"])
     batch = len(ids)
@@ -109,10 +109,10 @@ def queue_candidates(
     """Returns the entries of the queue as candidates of a step.
 
     Args:
-        queue: the queue, see `init_queue`.
-        step: number of the step.
-        warmup: steps before any entry is used: at first vectors change too fast.
-        age: steps after which an entry is no longer used; 0 never.
+        queue: The queue, see `init_queue`.
+        step: Number of the step.
+        warmup: Steps before any entry is used: at first vectors change too fast.
+        age: Steps after which an entry is no longer used; 0 never.
 
     Returns:
         Vectors; ids and query ids, -1 where an entry is not used: empty, too old, or not of the
@@ -141,10 +141,10 @@ def draw_pool(
     """Draws hard negatives of each query from the pool of its user, with replacement.
 
     Args:
-        keys: random key of each row, folded from its number in the whole batch.
+        keys: Random key of each row, folded from its number in the whole batch.
         pools: {"items": int32 [U, P], the first "sizes" (int32 [U]) of each row in use}; see
             `twotower.objectives.pools`.
-        users: user of each query.
+        users: User of each query.
         num: H, negatives of each query.
 
     Returns:

@@ -28,8 +28,8 @@ def build_pools(users: np.ndarray, items: np.ndarray, *, num_users: int, size: i
     """Makes pools of the first `size` distinct items of each user.
 
     Args:
-        users: users of the pairs, int [M], in any order.
-        items: items of the pairs, int [M], the first choice of a user before the next.
+        users: Users of the pairs, int [M], in any order.
+        items: Items of the pairs, int [M], the first choice of a user before the next.
         num_users: U.
         size: P.
     """
@@ -57,10 +57,10 @@ def explicit_pools(
     An item that the user took in another training row (label 1) is left out.
 
     Args:
-        rows: training rows.
-        label: label of each row, float32 [N]: 1, 0, or NaN where missing.
+        rows: Training rows.
+        label: Label of each row, float32 [N]: 1, 0, or NaN where missing.
         num_users: U.
-        size: greatest number of items of a user; P is less if no user has as many.
+        size: Greatest number of items of a user; P is less if no user has as many.
     """
     if rows.timestamp is None:
         order = np.arange(len(rows))

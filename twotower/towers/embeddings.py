@@ -36,12 +36,12 @@ def init_table(
     smaller one.
 
     Args:
-        key: random key of the table.
-        rows: used rows of the whole table, which has `padded_rows(rows)`.
+        key: Random key of the table.
+        rows: Used rows of the whole table, which has `padded_rows(rows)`.
         width: D.
-        start: first row to make; may be traced, such as `axis_index * count` inside a `shard_map`.
+        start: First row to make; may be traced, such as `axis_index * count` inside a `shard_map`.
         count: C; None makes all padded rows.
-        norm: expected norm of a row.
+        norm: Expected norm of a row.
     """
     if count is None:
         count = padded_rows(rows)
@@ -86,10 +86,10 @@ def lookup_rows(
     the devices that look them up. The rows move, never the table.
 
     Args:
-        table: the Vd rows that this device holds.
-        ids: rows of the whole table that this device looks up.
+        table: The Vd rows that this device holds.
+        ids: Rows of the whole table that this device looks up.
         all_ids: `group.all_gather(ids)`.
-        group: the devices.
+        group: The devices.
     """
     if not group.axis:
         return lookup(table, ids)

@@ -31,17 +31,17 @@ class History(NamedTuple):
     """The events of each row.
 
     Attributes:
-        vectors: vectors of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of
+        vectors: Vectors of the items, [B, L, E]; of packed sequences [B, S, E], 0 at the start of
             each.
-        valid: whether a position holds an event.
-        time_since_previous: bucket of the time since the event before, 0 for none; None if times
+        valid: Whether a position holds an event.
+        time_since_previous: Bucket of the time since the event before, 0 for none; None if times
             are not read.
-        log_weights: log weights of the events of a bag; None for equal weights.
-        segment: number of the packed sequence, within its row, that each position belongs to, from
+        log_weights: Log weights of the events of a bag; None for equal weights.
+        segment: Number of the packed sequence, within its row, that each position belongs to, from
             1; 0 for padding.
-        position: number of events before it in its packed sequence; the start token has 0, the
+        position: Number of events before it in its packed sequence; the start token has 0, the
             first event 1.
-        time_to_next: bucket of the time until the next event, or the request, from 1; None if it
+        time_to_next: Bucket of the time until the next event, or the request, from 1; None if it
             is not read.
     """
 
@@ -72,11 +72,11 @@ class HistoryEncoder(nn.Module):
     """Base of the encoders.
 
     Attributes:
-        config: options of the history.
+        config: Options of the history.
         length: L, events of a history at most.
-        time_buckets: number of buckets of the time between events; 0: not read.
-        dtype: type of the arithmetic; parameters and vectors are float32 all the same.
-        reads_time_to_next: whether the time until the next event, or the request, is read too.
+        time_buckets: Number of buckets of the time between events; 0: not read.
+        dtype: Type of the arithmetic; parameters and vectors are float32 all the same.
+        reads_time_to_next: Whether the time until the next event, or the request, is read too.
     """
 
     config: HistoryConfig
@@ -230,12 +230,12 @@ def _transform(
     """Applies the blocks of a Transformer, as modules of `encoder`.
 
     Args:
-        encoder: the history encoder that has their options and parameters.
-        x: vectors of the events [B, S, F], with a position for each start token.
-        segment: as in `History`.
-        position: as in `History`.
-        keys: random keys of the rows [B], for dropout in training.
-        causal: whether a position sees itself and earlier ones alone.
+        encoder: The history encoder that has their options and parameters.
+        x: Vectors of the events [B, S, F], with a position for each start token.
+        segment: As in `History`.
+        position: As in `History`.
+        keys: Random keys of the rows [B], for dropout in training.
+        causal: Whether a position sees itself and earlier ones alone.
     """
     config = encoder.config
     width = x.shape[-1]
@@ -304,10 +304,10 @@ class TransformerBlock(nn.Module):
     """Base of the blocks of a Transformer.
 
     Attributes:
-        config: options of the history.
-        index: number of the block, from 0.
-        causal: whether a position sees itself and earlier ones alone.
-        dtype: type of the arithmetic; parameters stay float32.
+        config: Options of the history.
+        index: Number of the block, from 0.
+        causal: Whether a position sees itself and earlier ones alone.
+        dtype: Type of the arithmetic; parameters stay float32.
     """
 
     config: HistoryConfig

@@ -33,10 +33,10 @@ def drop_out(
     position: drawing all of them costs a CPU more than a dense layer.
 
     Args:
-        x: activations of each row.
-        rate: share of the units to drop.
-        keys: random keys [B]; None drops nothing.
-        layer: number that tells the layers of one tower apart.
+        x: Activations of each row.
+        rate: Share of the units to drop.
+        keys: Random keys [B]; None drops nothing.
+        layer: Number that tells the layers of one tower apart.
     """
     # Inference, or nothing to drop: no random bits are computed.
     if keys is None or not rate:
@@ -63,9 +63,9 @@ def dense(width: int, dtype: DTypeLike | None = None, **options: Any) -> nn.Dens
     """Makes a dense layer.
 
     Args:
-        width: number of its outputs.
-        dtype: type of the arithmetic, for example bfloat16; None keeps that of the parameters.
-        options: further arguments of `nn.Dense`.
+        width: Number of its outputs.
+        dtype: Type of the arithmetic, for example bfloat16; None keeps that of the parameters.
+        options: Further arguments of `nn.Dense`.
     """
     # Only the operands are rounded: parameters, sums and outputs stay float32.
     if rounds_operands(dtype):
@@ -77,12 +77,12 @@ class MLP(nn.Module):
     """Dense layers; every one but the last is normalised, activated and dropped out.
 
     Attributes:
-        layers: widths; an MLP without layers is the identity.
-        activation: a key of `ACTIVATIONS`.
-        dropout: share of hidden units dropped in training.
-        layer_norm: whether hidden units are normalised per example.
-        batch_norm: whether hidden units are normalised per batch.
-        dtype: type of the arithmetic; parameters stay float32.
+        layers: Widths; an MLP without layers is the identity.
+        activation: A key of `ACTIVATIONS`.
+        dropout: Share of hidden units dropped in training.
+        layer_norm: Whether hidden units are normalised per example.
+        batch_norm: Whether hidden units are normalised per batch.
+        dtype: Type of the arithmetic; parameters stay float32.
     """
 
     layers: tuple[int, ...]

@@ -26,10 +26,10 @@ class MLPTower(nn.Module):
     layers.
 
     Attributes:
-        config: options of the layers. Without layers the concatenation itself is the vector.
-        projections: feature -> width of a dense layer of its own before the concatenation.
-        history: encoder of the history, if the side has one.
-        dtype: type of the arithmetic; parameters and vectors are float32 all the same.
+        config: Options of the layers. Without layers the concatenation itself is the vector.
+        projections: Feature -> width of a dense layer of its own before the concatenation.
+        history: Encoder of the history, if the side has one.
+        dtype: Type of the arithmetic; parameters and vectors are float32 all the same.
     """
 
     config: TowerConfig
@@ -49,12 +49,12 @@ class MLPTower(nn.Module):
         """Returns the vector of each row.
 
         Args:
-            features: feature -> [B, ...]; [B, S, ...] for sequences packed into rows.
-            history: fields of `History`, whose "vectors" is a mapping like `features`, for each
+            features: Feature -> [B, ...]; [B, S, ...] for sequences packed into rows.
+            history: Fields of `History`, whose "vectors" is a mapping like `features`, for each
                 event.
-            keys: random keys of the rows [B], for dropout in training; None at inference, when
+            keys: Random keys of the rows [B], for dropout in training; None at inference, when
                 running statistics are used too.
-            axis: mesh axis over which batch statistics are taken.
+            axis: Mesh axis over which batch statistics are taken.
         """
         config = self.config
         columns = self._project(features)
@@ -103,14 +103,14 @@ def build_tower(
     """Makes the tower of one side.
 
     Args:
-        config: options of the tower.
-        inputs: feature -> shape and table of its encoded values.
-        history: options of the encoder of the history.
-        dtype: a key of `DTYPES`.
-        field: path of `config` in the configuration, for messages.
+        config: Options of the tower.
+        inputs: Feature -> shape and table of its encoded values.
+        history: Options of the encoder of the history.
+        dtype: A key of `DTYPES`.
+        field: Path of `config` in the configuration, for messages.
 
     Raises:
-        ConfigError: a kind, activation or dtype is unknown.
+        ConfigError: A kind, activation or dtype is unknown.
     """
     if config.kind != "mlp":
         raise ConfigError(f"{field}.kind={config.kind!r} is not known. Known: mlp.")

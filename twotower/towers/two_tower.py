@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
     Attributes:
         params: {"user": ..., "item": ..., "log_temperature": scalar}, trained by optax.
-        tables: table name -> [V, E], trained by `twotower.kernels.sparse_update`.
+        tables: Table name -> [V, E], trained by `twotower.kernels.sparse_update`.
         batch_stats: {"user": ..., "item": ...}, running statistics of batch normalisation; empty
             without it.
     """
@@ -79,10 +79,10 @@ class TwoTower:
     Compared by identity, so that it can be a static argument of `jit`.
 
     Attributes:
-        config: options of the model.
-        inputs: side -> feature -> shape and table of its encoded values.
-        tables: table name -> its shape, and its pretrained rows if it has some.
-        towers: side -> tower.
+        config: Options of the model.
+        inputs: Side -> feature -> shape and table of its encoded values.
+        tables: Table name -> its shape, and its pretrained rows if it has some.
+        towers: Side -> tower.
         dim: D, the width of the vectors of `embed`; see `cut`.
     """
 
@@ -107,7 +107,7 @@ class TwoTower:
         """Makes the towers for encoded inputs of each side, and the tables that these name.
 
         Raises:
-            ConfigError: a tower kind or activation is unknown, or the two towers give vectors of
+            ConfigError: A tower kind or activation is unknown, or the two towers give vectors of
                 different widths.
         """
 
@@ -219,12 +219,12 @@ class TwoTower:
 
         Args:
             side: "user" or "item".
-            weights: weights of both towers, whose tables are not read.
-            rows: result of `lookup` for `features`.
-            features: encoded features, feature -> [B, ...].
-            keys: a random key for each row in training; None at inference, when nothing is dropped
+            weights: Weights of both towers, whose tables are not read.
+            rows: Result of `lookup` for `features`.
+            features: Encoded features, feature -> [B, ...].
+            keys: A random key for each row in training; None at inference, when nothing is dropped
                 and running statistics are used.
-            axis: the mesh axis over which the batch is divided, for the statistics of batch
+            axis: The mesh axis over which the batch is divided, for the statistics of batch
                 normalisation.
 
         Returns:

@@ -25,7 +25,7 @@ def serve(tasks: Mapping[str, Callable[..., tuple[Callable[[int], None], str]]])
     """Serves the task that the command line asks for.
 
     Args:
-        tasks: name -> function of the options, which gives a function that repeats the work so many
+        tasks: Name -> function of the options, which gives a function that repeats the work so many
             times, and a note.
     """
     options = json.loads(sys.argv[1])
