@@ -1,4 +1,4 @@
-"""How fast a bundle loads, and how fast it answers one user: a million items to load, 200,000 to
+"""The time that a bundle takes to load and to answer one user: a million items to load, 200,000 to
 ask, in this process.
 
     taskset -c 0 python -m experiments.benchmarks.bundle [--load_items=1000000 --ask_items=200000]
@@ -112,7 +112,7 @@ def loading(folder: Path) -> dict[str, list[float]]:
 
 
 def questions(retriever: Any) -> dict[str, Callable[[int], Any]]:
-    """What is asked: name -> call of a number from 0 on."""
+    """Returns the requests by name: call of a number from 0 on."""
     bundle = retriever.bundle
     rng = np.random.default_rng(1)
     rows = rng.permutation(len(bundle.users))

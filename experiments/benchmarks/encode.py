@@ -1,4 +1,4 @@
-"""How fast are interactions encoded? Ten million rows with two id columns must take under a minute.
+"""The time to encode interactions. Ten million rows with two id columns must take under a minute.
 
     python -m experiments.benchmarks.encode [--quick] [--json=FILE]
 

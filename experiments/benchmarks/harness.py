@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns in one process, and a table of ratios."""
+"""The common ground of the benchmarks: taking turns in one process, and a table of ratios."""
 
 from __future__ import annotations
 

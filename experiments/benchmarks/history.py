@@ -1,4 +1,4 @@
-"""How fast are vectors kept, read and compared, and is a list from Redis sooner than a new one?
+"""The time to keep, read and compare vectors, and lists from Redis against new ones.
 
     python -m experiments.benchmarks.history [--quick] [--json=FILE]
     [--redis=redis://localhost:6379/9 --workdir=RUN]

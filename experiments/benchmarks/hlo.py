@@ -77,7 +77,7 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """What devices exchange at one place of the program.
+    """An exchange between devices, at one line of the program.
 
     Attributes:
         shapes: Of the whole: what a device has after it was gathered, or before it is scattered.
@@ -92,7 +92,7 @@ class Collective(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole."""
+        """Returns the size of the whole array."""
         return sum(shape.nbytes for shape in self.shapes)
 
     def sent(self, devices: int) -> float:
@@ -149,7 +149,8 @@ class Program:
         return found
 
     def flops(self) -> int:
-        """Of the matrix products: 2 for each multiplication of two numbers and its addition."""
+        """Returns the operations of the matrix products: 2 for each multiplication of two numbers
+        and its addition."""
         total = 0
         for name, lines in self.computations.items():
             known = {line.name: line.shapes for line in lines}

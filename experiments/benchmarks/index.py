@@ -132,8 +132,8 @@ class Speed(NamedTuple):
 def measure(
     contestants: list[tuple[Built, int]], held_out: np.ndarray, truth: np.ndarray
 ) -> list[Speed]:
-    """Of each (index, effort), which take turns: the best round in batches, the median of single
-    queries in the best round."""
+    """Measures each (index, effort), which take turns: the best round in batches, the median of
+    single queries in the best round."""
     from twotower.index.recall import list_recall
 
     k = truth.shape[1]
@@ -159,8 +159,8 @@ def measure(
 def grid_best(
     index: Any, users: np.ndarray, vectors: np.ndarray, held_out: np.ndarray, truth: np.ndarray
 ) -> str:
-    """What tuning takes, and beside its choice the fastest of a full grid of leaves and candidates,
-    by the tuner's own rule of what reaches the target."""
+    """Measures the time of tuning, and beside its choice the fastest of a full grid of leaves and
+    candidates, by the tuner's own rule of what reaches the target."""
     from twotower.core.arrays import evenly_spaced
     from twotower.index import tuning as tuner
     from twotower.index.exact import ExactIndex

@@ -173,7 +173,7 @@ def serve(folder: Path, operations: int) -> None:
 
 
 def check(folder: Path, lines: list[list]) -> list[str]:
-    """What of the acknowledged changes is not in the bundle as it is loaded anew."""
+    """Returns the acknowledged changes that the bundle, loaded anew, does not hold."""
     from twotower.retrieval.retriever import Retriever
 
     retriever, last = Retriever.load(folder), {}

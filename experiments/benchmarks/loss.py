@@ -1,4 +1,4 @@
-"""What does it cost to compare every query with every candidate? The streaming loss against the
+"""The cost of comparing every query with every candidate. The streaming loss against the
 naive one.
 
     python -m experiments.benchmarks.loss [--quick] [--json=FILE]

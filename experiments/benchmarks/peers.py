@@ -68,7 +68,7 @@ def python_of(peer: str) -> str | None:
 
 
 def _run(*command: str) -> str:
-    """What went wrong; empty if nothing did."""
+    """Returns the error of a contestant; empty if there was none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -161,5 +161,5 @@ def turns(
 
 
 def repeats_for(contestants: Mapping[str, Worker], milliseconds: float) -> dict[str, int]:
-    """How often each is to run for its turn to take about so long."""
+    """Returns how often each is to run for its turn to take about so long."""
     return {name: max(1, round(milliseconds / worker(1))) for name, worker in contestants.items()}

@@ -1,4 +1,4 @@
-"""Which negatives and which correction rank best? The same model, steps and temperature, with one
+"""The ranking quality of negatives and corrections. The same model, steps and temperature, with one
 objective after another.
 
     python -m experiments.benchmarks.quality [--data=movielens_100k,yelp2018] [--seeds=3]

@@ -1,4 +1,4 @@
-"""What do devices say to each other in a step, and what do they compute? Read from the compiled
+"""Communication and arithmetic of the devices in a step, read from the compiled
 program, beside a formula.
 
     python -m experiments.benchmarks.scaling [--quick] [--json=FILE] [--torch_python=PYTHON]
@@ -74,7 +74,7 @@ class Setting(NamedTuple):
         return whole * (self.devices - 1) / self.devices
 
     def flops(self) -> float:
-        """Of the matrix products of one device."""
+        """Returns the operations of the matrix products of one device."""
         return 6 * self.batch / self.devices * (self.batch * self.width + self.dense[0])
 
     def moved(self) -> float:

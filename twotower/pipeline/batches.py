@@ -61,7 +61,7 @@ SPANS = "history span"
 
 @runtime_checkable
 class Examples(Protocol):
-    """What a pass over the training data consists of."""
+    """The examples that a pass over the training data consists of."""
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from twotower.pipeline.histories import Histories
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequencePacking:
-    """Which sequence of which user stands in which packed row.
+    """The place of each sequence in the packed rows.
 
     A user with at most S events is one sequence; of a longer one each pass crops S events.
 

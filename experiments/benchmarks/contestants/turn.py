@@ -1,4 +1,4 @@
-"""What a contestant's process does: builds what it was asked for, then runs it as often as each
+"""The process of a contestant: builds its program, then runs it as often as each
 line of its input says."""
 
 from __future__ import annotations

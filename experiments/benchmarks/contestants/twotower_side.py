@@ -85,7 +85,7 @@ def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
 def _faster(
     make: Callable[[str], tuple[Callable[[int], None], str]], quick: bool
 ) -> tuple[Callable[[int], None], str]:
-    """What `make` makes of "float32", or of "bfloat16" where that takes less time."""
+    """Returns the result of `make` for "float32", or for "bfloat16" where that takes less time."""
     runs = {dtype: make(dtype) for dtype in (("float32",) if quick else ("float32", "bfloat16"))}
     times = {}
     for dtype, (run, _) in runs.items():
