@@ -24,6 +24,8 @@ from twotower.objectives.negatives import (
 from twotower.training import candidates as sources_module
 from twotower.training.candidates import CorpusSize, NegativeSampling
 
+pytestmark = pytest.mark.slow
+
 D = 5
 T = 0.4
 

@@ -9,6 +9,8 @@ from twotower.core.errors import ConfigError
 from twotower.objectives.losses import LOSSES
 from twotower.pipeline.batches import Batches, InteractionExamples, Rows
 
+pytestmark = pytest.mark.slow
+
 
 def _steps(devices, count=3):
     """What `count` steps come to on some devices: losses, and the state."""

@@ -16,6 +16,8 @@ from twotower.features.spec import from_mappings
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.user_items import items_of_users
 
+pytestmark = pytest.mark.slow
+
 N = 700
 
 

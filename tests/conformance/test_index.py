@@ -29,6 +29,8 @@ from twotower.retrieval.bundle import load_bundle, write_bundle
 from twotower.retrieval.export import check_parity, make_bundle
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):

@@ -19,6 +19,8 @@ from twotower.kernels.loss_inputs import (
 from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.losses import LOSSES, bind_constants
 
+pytestmark = pytest.mark.slow
+
 B = 3
 C = 6
 H = 2

@@ -18,6 +18,8 @@ from twotower.towers.embeddings import init_table, lookup, lookup_rows, pool
 from twotower.training.optimizers import dense_optimizer
 from twotower.training.step import oov_dropout
 
+pytestmark = pytest.mark.slow
+
 V = 1024
 E = 4
 KNOWN = Vocabulary.fit(pa.array([f"v{n}" for n in range(50)]), oov_rows=8)

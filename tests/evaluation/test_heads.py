@@ -20,6 +20,8 @@ from twotower.evaluation.evaluate import make_validate
 from twotower.objectives.heads import head_logits, init_heads
 from twotower.training.run import load_run, train
 
+pytestmark = pytest.mark.slow
+
 HEADS = {
     "like": {"label": "liked", "combine": "multiply"},
     "share": {"label": "shared", "layers": (4,)},

@@ -11,6 +11,8 @@ from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.retrieval.embed import shard_weights
 
+pytestmark = pytest.mark.slow
+
 KS = (5, 10)
 
 

@@ -11,6 +11,8 @@ from twotower.data.shop.words import CATEGORIES
 from twotower.retrieval.embed import embed_rows
 from twotower.training.run import load_run, train
 
+pytestmark = pytest.mark.slow
+
 # Every noun of the shop with every material of its shelf: (title, shelf).
 TITLES = [
     (f"{noun} {material}", shelf)

@@ -22,6 +22,8 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.training.run import load_run, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_best_checkpoint_is_not_the_latest(tmp_path):
     """Of a run that gets worse: export takes the best unless it is told otherwise, and evaluate

@@ -75,6 +75,7 @@ def trained(request, shared_data, tmp_path_factory):
     return load_run(workdir)
 
 
+@pytest.mark.slow
 def test_from_the_log_to_the_metrics(trained):
     folder = trained.workdir / "bundle"
     bundle = export(trained, folder)  # which proves that the bundle scores as the trainer does

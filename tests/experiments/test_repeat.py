@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from tests.experiments.trained import CONFIG
 from twotower import api
@@ -11,6 +12,8 @@ from twotower.config import from_dict
 from twotower.evaluation import report
 from twotower.evaluation.baselines import random_scores
 from twotower.evaluation.report_text import format_seeds, format_spread
+
+pytestmark = pytest.mark.slow
 
 
 def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, monkeypatch):

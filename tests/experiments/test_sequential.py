@@ -15,6 +15,8 @@ from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import load_run, train
 
+pytestmark = pytest.mark.slow
+
 ITEMS = 40
 
 

@@ -22,6 +22,8 @@ from twotower.kernels.softmax_reference import naive_softmax
 from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.losses import LOSSES
 
+pytestmark = pytest.mark.slow
+
 # 13 queries in blocks of 4, so that the last is filled up.
 in_blocks = functools.partial(streaming_softmax, block=4)
 one_by_one = functools.partial(streaming_softmax, block=1)

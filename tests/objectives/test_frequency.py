@@ -10,6 +10,8 @@ import pytest
 
 from twotower.objectives.frequency import FREQUENCIES, _slots, init_intervals, init_sketch
 
+pytestmark = pytest.mark.slow
+
 N, B = 300, 128
 EXACT, GAP, SKETCH = FREQUENCIES["exact"], FREQUENCIES["gap"], FREQUENCIES["sketch"]
 

@@ -14,6 +14,8 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.objectives import heads as multitask
 
+pytestmark = pytest.mark.slow
+
 B, D = 16, 5
 HEADS = {
     "click": {"label": "clicked", "combine": "multiply", "weight": 0.5, "pos_weight": 3.0},

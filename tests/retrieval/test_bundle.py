@@ -23,6 +23,8 @@ from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.weights import load_weights, model_version, save_weights
 from twotower.towers.two_tower import Weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(exported_files, tmp_path):

@@ -13,6 +13,8 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 FEATURES = {
     "user": {
         "user_id": {"type": "string", "embedding_size": 8},

@@ -12,6 +12,8 @@ from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError
 from twotower.towers.history import HISTORIES, History, weighted_mean
 
+pytestmark = pytest.mark.slow
+
 L, E = 6, 8
 KINDS = [("sasrec", "learned"), ("ligr", "rotary")]
 

@@ -22,6 +22,8 @@ from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):

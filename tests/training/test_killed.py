@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from twotower.core.mesh import make_mesh
 from twotower.training.candidates import corpus_size
@@ -18,6 +19,8 @@ from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
+
+pytestmark = pytest.mark.slow
 
 STEPS = 200
 COMMAND = [

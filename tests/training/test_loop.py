@@ -21,6 +21,8 @@ from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.optimizers import Optimizers
 from twotower.training.state import resolve_kinds
 
+pytestmark = pytest.mark.slow
+
 # On one device, which compiles soonest; test_mesh.py has several.
 ONE = make_mesh(1)
 fit = functools.partial(loop.fit, mesh=ONE)

@@ -26,6 +26,8 @@ from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
 from twotower.training.state import state_specs
 
+pytestmark = pytest.mark.slow
+
 TOWER = {"layers": (8, 8), "dropout": 0.2}
 # The dense optimizer is one that does not blow up the rounding of a gradient which is 0, that of a
 # bias before batch norm.

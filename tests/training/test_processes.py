@@ -25,6 +25,8 @@ from twotower.training.processes import join
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 BATCH = 64
 SECONDS = 240

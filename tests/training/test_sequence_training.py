@@ -23,6 +23,8 @@ from twotower.training.loop import fit
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
 
+pytestmark = pytest.mark.slow
+
 L = 16
 CATALOGUE = {"catalogue": True, "in_batch": False, "uniform": 0}
 MIXED = {"uniform": 7, "popularity": 5}

@@ -20,6 +20,8 @@ from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
 from twotower.training.step import gather_gradients, gather_ids, lookup_all, oov_dropout, train_step
 
+pytestmark = pytest.mark.slow
+
 # The batch's own negatives alone, so that an oracle needs no draws.
 IN_BATCH = {"negatives": {"uniform": 0}}
 

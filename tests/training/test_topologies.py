@@ -18,6 +18,8 @@ from twotower.training.checkpoint import checksum
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
 
+pytestmark = pytest.mark.slow
+
 CONFIG = small_config(
     features=TINY_FEATURES,
     model={"user": {"layers": (8,), "dropout": 0.1}, "item": {"layers": (8,)}},

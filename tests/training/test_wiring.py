@@ -14,6 +14,8 @@ from twotower.training.candidates import CorpusSize, SampledItems
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step_losses import loss_sums
 
+pytestmark = pytest.mark.slow
+
 USER = [0, 0, 1, 2, 3, 1]
 ITEM = [4, 5, 4, 6, 7, 7]
 COUNTS = {"user": [9.0, 2.0, 5.0, 26.0], "item": [1.0, 1.0, 1.0, 1.0, 30.0, 2.0, 7.0, 0.0]}
