@@ -491,7 +491,7 @@ class TableOptimizerConfig:
     """The sparse optimizer of the embedding tables, which changes only the rows a batch touches.
 
     Attributes:
-        kind: Kind of optimizer, a key of `twotower.kernels.sparse_update.TABLE_OPTIMIZERS`.
+        kind: Kind of optimizer, a key of `twotower.kernels.table_optimizers.TABLE_OPTIMIZERS`.
         learning_rate: Learning rate before the schedule.
         initial_accumulator: Initial sum of squared gradients of the Adagrad kinds. With 0 the first
             update of a row has length learning_rate x sqrt(D), whatever the batch size; the loss

@@ -164,7 +164,7 @@ def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
     name = "item.item_id"
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
     addition = module.Addition(name, "item", "item_id", added)
-    rows = module.NEW_ROWS["content"](module.Known(state, encoder), prepared, addition)
+    rows = module.NEW_ROWS["content"](module.OldRun(state, encoder), prepared, addition)
     content = module.content_vectors(
         {n: i for n, i in encoder.inputs["item"].items() if n != "item_id"},
         state.tables,
