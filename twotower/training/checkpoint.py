@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,22 @@ from etils import epath
 
 from twotower.core.errors import CheckpointError
 
-State = TypeVar("State")  # a tree of arrays
+State = TypeVar("State", bound=Any)  # a tree of arrays
 
 _CURE = "Delete that folder to go on from an earlier checkpoint."
 # An odd constant near 2^32 / the golden ratio, whose multiples are spread evenly (Knuth).
 _GOLDEN = 0x9E3779B1
+
+
+class OldPlateau(NamedTuple):
+    """State of the plateau schedule as runs of every schedule once kept it.
+
+    The order of the fields is that of the checksum.
+    """
+
+    scale: Any
+    best: Any
+    waited: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +156,10 @@ class Checkpoints:
             CheckpointError: There is no checkpoint of that step, its files are corrupt, or it holds
                 the arrays of another model or run.
         """
-        # Explicit shardings let a run go on with another number of devices.
         self._check_exists(step)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-        )
         folder = self.folder / str(step)
         try:
-            restored: Any = self._manager.restore(step, args=items)
+            restored = self._read(step, abstract)
         except Exception as error:
             # Orbax and TensorStore raise errors of many kinds for a damaged file.
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -170,7 +178,30 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} cannot be restored: its arrays are not those saved. {_CURE}"
             )
+        if "plateau" not in abstract.opt_state:
+            state = _without_old_scalars(state)
         return state, record["loop"]
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        """Reads the items of a step, also those of the time when every run kept a plateau's
+        state."""
+
+        def read(target: Any) -> Any:
+            # Explicit shardings let a run go on with another number of devices.
+            state = ocp.args.StandardRestore(target)
+            items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=items)
+
+        try:
+            return read(abstract)
+        except Exception as error:
+            if "plateau" in abstract.opt_state:
+                raise
+            try:
+                return read(_with_old_scalars(abstract))
+            except Exception:
+                # Damaged, or of another model: the first error says it of the tree as it is now.
+                raise error from None
 
     def _check_exists(self, step: int) -> None:
         steps = self._manager.all_steps()
@@ -179,6 +210,19 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} has no checkpoint of step {step}; it has: {known}."
             )
+
+
+def _with_old_scalars(abstract: State) -> State:
+    """Adds the scalars that every checkpoint once held to what is restored."""
+    # A scalar lies on the devices as the step does, whole on each.
+    scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=abstract.step.sharding)
+    plateau = OldPlateau(scalar(jnp.float32), scalar(jnp.float32), scalar(jnp.int32))
+    return abstract.replace(opt_state=abstract.opt_state | {"plateau": plateau})
+
+
+def _without_old_scalars(state: State) -> State:
+    opt_state = {name: part for name, part in state.opt_state.items() if name != "plateau"}
+    return state.replace(opt_state=opt_state)
 
 
 @jax.jit
