@@ -9,6 +9,8 @@ import pytest
 from experiments.benchmarks.mistakes import MISTAKES
 from experiments.benchmarks.mutations import ROOT, find_tests
 
+pytestmark = pytest.mark.slow
+
 TRAPS = range(1, 36)
 
 

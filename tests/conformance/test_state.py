@@ -13,6 +13,8 @@ from twotower.training.candidates import log_expected_count
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.init import abstract_state
 
+pytestmark = pytest.mark.slow
+
 
 def _open(folder):
     return Checkpoints(folder, metric="recall@10", keep=9, run="kit")

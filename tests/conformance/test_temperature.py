@@ -11,6 +11,8 @@ from tests.conformance import tiny
 from twotower.config import DenseOptimizerConfig, ModelConfig
 from twotower.training.optimizers import dense_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.trap(8)
 def test_cosines_start_at_a_temperature_that_can_tell_items_apart():

@@ -1,7 +1,11 @@
-"""Logs that tests of filters and splits divide."""
+"""Logs that tests read, filter and divide."""
+
+import datetime
 
 import numpy as np
 import pyarrow as pa
+
+NOON = datetime.datetime(2026, 11, 25, 12, tzinfo=datetime.UTC)
 
 
 def log_of(users, items, **columns) -> pa.Table:
@@ -19,3 +23,20 @@ def random_log(
     return pa.concat_tables(
         [table.slice(0, n // 3), table.slice(n // 3)]
     )  # columns of several chunks, as files give them
+
+
+def typed_log(rows=50) -> pa.Table:
+    """A log whose columns have the types that BigQuery has, lists and missing values too."""
+    return pa.table(
+        {
+            "user_id": pa.array([n % 7 for n in range(rows)], pa.int64()),
+            "item_id": [f"i{n % 5}" for n in range(rows)],
+            "timestamp": pa.array(
+                [NOON + datetime.timedelta(minutes=n // 2) for n in range(rows)],
+                pa.timestamp("us", "UTC"),
+            ),
+            "rating": [None if n % 9 == 0 else n / 2 for n in range(rows)],
+            "event": ["view" if n % 3 else "buy" for n in range(rows)],
+            "tags": pa.array([["a", "b"][: n % 3] for n in range(rows)], pa.list_(pa.string())),
+        }
+    )

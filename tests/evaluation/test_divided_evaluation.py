@@ -13,6 +13,8 @@ from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.report import measure_popularity_weights
 
+pytestmark = pytest.mark.slow
+
 
 def problem(num_items, largest=9):
     """40 queries of 25 users; their vectors are their scores, small integers, so that many are

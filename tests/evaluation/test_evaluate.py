@@ -11,6 +11,8 @@ from twotower.core.ragged import Ragged
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries
 
+pytestmark = pytest.mark.slow
+
 KS = (1, 5, 20)
 
 

@@ -16,6 +16,8 @@ from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.user_items import items_of_users
 
+pytestmark = pytest.mark.slow
+
 USERS = 60
 ITEMS = 40
 

@@ -11,6 +11,8 @@ from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex
 
+pytestmark = pytest.mark.slow
+
 QUERIES = integer_vectors(37, seed=1)
 ITEMS = integer_vectors(301, seed=3)  # ties are plenty, also between devices
 

@@ -17,6 +17,8 @@ from twotower.data.sources.bigquery import make_client
 from twotower.integrations.bigquery_history import BigQueryHistory
 from twotower.integrations.embedding_history import EmbeddingHistory
 
+pytestmark = pytest.mark.slow
+
 extra("google.cloud.bigquery", "bigquery")
 NEXT = DAY + datetime.timedelta(1)
 ITEMS = "shop.item_embeddings"

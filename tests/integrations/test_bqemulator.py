@@ -13,7 +13,7 @@ import uuid
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.sources.test_bigquery import log
+from tests.data.logs import typed_log as log
 from tests.extras import extra
 from tests.integrations.test_embedding_history import DAY, block, version
 from twotower.config import DataConfig, TableConfig

@@ -17,6 +17,8 @@ from twotower.integrations import drift
 from twotower.integrations.drift import aligned_cosines, compare, neighbour_overlap, rotation
 from twotower.integrations.embedding_history import EmbeddingHistory
 
+pytestmark = pytest.mark.slow
+
 
 def draw(rows=200, width=8, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)

@@ -26,6 +26,8 @@ from twotower.integrations.embedding_history import (
 )
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DAY = datetime.date(2026, 11, 25)
 

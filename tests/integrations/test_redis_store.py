@@ -22,6 +22,8 @@ from twotower.integrations.embedding_history import vector_blocks
 from twotower.integrations.redis_store import CachedRetriever, RedisStore, bundle_version
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 redis = extra("redis", "redis")
 
 

@@ -12,6 +12,8 @@ from twotower.core.errors import ConfigError
 from twotower.core.files import new_version, publish_version
 from twotower.integrations.tracking import track
 
+pytestmark = pytest.mark.slow
+
 mlflow = extra("mlflow", "mlflow")
 extra("sqlalchemy", "mlflow")
 extra("alembic", "mlflow")

@@ -7,6 +7,8 @@ import pytest
 
 from twotower.kernels.attention import attend, reference_attention, rotate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [7, 120])

@@ -16,6 +16,8 @@ from twotower.objectives.frequency import FREQUENCIES
 from twotower.pipeline.batches import Batches, InteractionExamples, Rows
 from twotower.training.checks import check_negatives
 
+pytestmark = pytest.mark.slow
+
 B = 32
 EXACT = FREQUENCIES["exact"]
 

@@ -12,6 +12,8 @@ from twotower.objectives import negatives
 from twotower.objectives.pools import build_pools, explicit_pools
 from twotower.pipeline.batches import Rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pools():

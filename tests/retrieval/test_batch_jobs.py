@@ -15,6 +15,8 @@ from twotower.core.errors import ConfigError
 from twotower.retrieval.batch_jobs import Tasks, embed_all, recommend_all, write_parts
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 
 def parts(folder):
     return sorted(path.name for path in folder.glob("part-*"))

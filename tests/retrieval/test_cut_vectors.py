@@ -15,6 +15,8 @@ from twotower.retrieval.export import export, make_bundle
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 
 def trained_for(folder, *widths, **model):
     return make_run(folder, objective={"matryoshka": widths}, **({"model": model} if model else {}))

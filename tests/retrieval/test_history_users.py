@@ -13,6 +13,8 @@ from twotower.retrieval import export as export_module
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 HISTORY = {
     "type": "history",
     "max_length": 4,

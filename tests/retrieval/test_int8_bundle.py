@@ -18,6 +18,8 @@ from twotower.retrieval.export import export
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exported8(run, tmp_path_factory):

@@ -18,6 +18,8 @@ from twotower.retrieval.export import make_tower_programs
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tower_programs import PLATFORMS
 
+pytestmark = pytest.mark.slow
+
 EVERY_KIND = {
     "user": {
         "user_id": {"type": "string", "embedding_size": 8},

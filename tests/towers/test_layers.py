@@ -7,6 +7,8 @@ import pytest
 
 from twotower.towers.layers import dense, l2_normalize
 
+pytestmark = pytest.mark.slow
+
 
 def test_vectors_of_norm_one_and_a_zero_vector_without_a_gradient():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]])

@@ -16,6 +16,8 @@ from twotower.training import step as step_module
 from twotower.training.checks import check_batch_norm
 from twotower.training.state import resolve_kinds
 
+pytestmark = pytest.mark.slow
+
 # What these tests cost is compiling; code that is not optimised comes to the same numbers but for
 # rounding.
 FAST = {"compiler_options": {"xla_backend_optimization_level": 0}}

@@ -1,12 +1,12 @@
 """Training rows from BigQuery, by the real client against the server of `tests.bigquery_server`."""
 
-import datetime
 import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.logs import typed_log as log
 from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
 from twotower.core.errors import ConfigError
@@ -15,23 +15,6 @@ from twotower.data.sources.load import load_dataset
 from twotower.pipeline.prepare import prepare
 
 extra("google.cloud.bigquery", "bigquery")
-NOON = datetime.datetime(2026, 11, 25, 12, tzinfo=datetime.UTC)
-
-
-def log(rows=50):
-    return pa.table(
-        {
-            "user_id": pa.array([n % 7 for n in range(rows)], pa.int64()),
-            "item_id": [f"i{n % 5}" for n in range(rows)],
-            "timestamp": pa.array(
-                [NOON + datetime.timedelta(minutes=n // 2) for n in range(rows)],
-                pa.timestamp("us", "UTC"),
-            ),
-            "rating": [None if n % 9 == 0 else n / 2 for n in range(rows)],
-            "event": ["view" if n % 3 else "buy" for n in range(rows)],
-            "tags": pa.array([["a", "b"][: n % 3] for n in range(rows)], pa.list_(pa.string())),
-        }
-    )
 
 
 def shuffled(table, step=17):

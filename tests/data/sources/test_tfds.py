@@ -54,6 +54,7 @@ def rows_where(table, **values):
 
 
 @needs_tfds
+@pytest.mark.slow
 def test_latest_small_from_the_original_zip(shared_data, tmp_path):
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)

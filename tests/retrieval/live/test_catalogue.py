@@ -16,6 +16,8 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.live import live_bundle
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(exported, tmp_path):

@@ -11,6 +11,8 @@ from twotower.index.tuning import TIE_TOLERANCE
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.retriever import Retriever
 
+pytestmark = pytest.mark.slow
+
 K = 10
 TARGET = 0.95
 # Values of a column; where there are more, a condition asks for every value in one of so many
