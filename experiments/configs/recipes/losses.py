@@ -26,7 +26,16 @@ RECIPES = {
         "objective.positive_temperature": 0.1,
         "model.learn_temperature": False,
     },
-    "gbce": {"objective.loss": "gbce", "objective.calibration": 0.9},
+    # Calibrated for uniform negatives, as in its paper: in-batch ones would leave rare items on top.
+    "gbce": {
+        "objective.loss": "gbce",
+        "objective.calibration": 0.9,
+        "objective.negatives.in_batch": False,
+        "objective.negatives.uniform": 256,
+        "model.normalize": False,
+        "model.temperature": 1.0,
+        "model.learn_temperature": False,
+    },
     "sigmoid": {"objective.loss": "sigmoid"},
     "bpr": {"objective.loss": "bpr", "model.temperature": 0.2},
     "hinge": {"objective.loss": "hinge", "objective.margin": 0.2},
