@@ -26,7 +26,7 @@ RECIPES = {
         "objective.positive_temperature": 0.1,
         "model.learn_temperature": False,
     },
-    # Calibrated for uniform negatives, as in its paper: in-batch ones would leave rare items on top.
+    # For uniform negatives, as in its paper: in-batch ones would leave rare items on top.
     "gbce": {
         "objective.loss": "gbce",
         "objective.calibration": 0.9,
