@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -92,8 +93,20 @@ def extra(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def choose(kinds: Mapping[str, T], name: str, field: str) -> T:
+# Text that means no more than its letters and digits say.
+_SEPARATORS = re.compile(r"[\s_-]+")
+
+
+def choose(
+    kinds: Mapping[str, T], name: str, field: str, *, synonyms: Mapping[str, str] | None = None
+) -> T:
     """Returns `kinds[name]`.
+
+    Args:
+        kinds: Kinds by name.
+        name: Name to look up.
+        field: Name of the field that holds it, for the message.
+        synonyms: Other words for kinds -> the name that they have here.
 
     Raises:
         ConfigError: There is none; the message names the field, the value and the nearest kind.
@@ -101,20 +114,39 @@ def choose(kinds: Mapping[str, T], name: str, field: str) -> T:
     if name not in kinds:
         # Listed by name: the dict may be in the order in which modules registered their kinds.
         known = ", ".join(sorted(kinds))
-        raise ConfigError(
-            f"{field}={name!r} is not known{did_you_mean(name, kinds)} Known: {known}."
-        )
+        hint = did_you_mean(name, kinds, synonyms=synonyms)
+        raise ConfigError(f"{field}={name!r} is not known{hint} Known: {known}.")
     return kinds[name]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(
+    name: str, known: Iterable[str], *, synonyms: Mapping[str, str] | None = None
+) -> str:
     """Returns the end of a sentence about an unknown name: "; did you mean 'x'?", or a full stop.
+
+    Args:
+        name: The unknown name.
+        known: Right names.
+        synonyms: Other words -> right names; a word may be written in any case, and with any
+            separators.
 
     >>> did_you_mean("sofmax", ["bpr", "softmax"])
     "; did you mean 'softmax'?"
+    >>> did_you_mean("InfoNCE", ["bpr", "softmax"], synonyms={"info_nce": "softmax"})
+    "; did you mean 'softmax'?"
     """
+    known = list(known)
+    by_word = {_bare(word): right for word, right in (synonyms or {}).items()}
+    # The same thing by another word is nearer than another thing by a similar word.
+    right = by_word.get(_bare(str(name)))
+    if right in known:
+        return f"; did you mean {right!r}?"
     # At half of the letters alike a name is still a help; below, it misleads.
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if not close:
         return "."
     return f"; did you mean {close[0]!r}?"
+
+
+def _bare(word: str) -> str:
+    return _SEPARATORS.sub("", word).lower()

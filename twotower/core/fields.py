@@ -8,7 +8,7 @@ import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from twotower.core.errors import ConfigError, did_you_mean
 
@@ -141,7 +141,7 @@ def build(cls: type[T], values: Any, location: str) -> T:
         location: Name of the mapping in messages, such as "config.training".
 
     Raises:
-        ConfigError: A field is unknown, or its value is of the wrong type.
+        ConfigError: A field is unknown or missing, or its value is of the wrong type.
     """
     # Refused by its own sentence: `cls(**values)` would fail with a message about Python.
     if not _is_mapping(values):
@@ -151,6 +151,10 @@ def build(cls: type[T], values: Any, location: str) -> T:
     values = _as_mapping(values)
     hints = typing.get_type_hints(cls)
     check_fields(values, hints, location)
+    for field in dataclasses.fields(cast(Any, cls)):
+        is_required = field.default is field.default_factory  # both are MISSING
+        if is_required and field.name not in values:
+            raise ConfigError(f"{location} has no {field.name}, which {cls.__name__} needs.")
     fields = {}
     for name, value in values.items():
         fields[name] = convert(hints[name], value, f"{location}.{name}")

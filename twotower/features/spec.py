@@ -25,6 +25,7 @@ from typing import Any
 from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import check_fields, convert
+from twotower.core.kinds import Kinds
 from twotower.features.base import SIDES, Feature
 from twotower.features.categorical import StringFeature, StringsFeature
 from twotower.features.history import HistoryFeature
@@ -35,17 +36,46 @@ from twotower.features.text import TextFeature
 from twotower.features.timestamp import TimestampFeature
 
 # The kinds by the "type" of a specification. A user's module may add its own.
-FEATURES: dict[str, type[Feature]] = {
-    "string": StringFeature,
-    "strings": StringsFeature,
-    "int": IntFeature,
-    "float": FloatFeature,
-    "text": TextFeature,
-    "pretrained": PretrainedFeature,
-    "sentence": SentenceFeature,
-    "timestamp": TimestampFeature,
-    "history": HistoryFeature,
-}
+FEATURES: Kinds[type[Feature]] = Kinds(
+    "feature type",
+    {
+        "string": StringFeature,
+        "strings": StringsFeature,
+        "int": IntFeature,
+        "float": FloatFeature,
+        "text": TextFeature,
+        "pretrained": PretrainedFeature,
+        "sentence": SentenceFeature,
+        "timestamp": TimestampFeature,
+        "history": HistoryFeature,
+    },
+    synonyms={
+        "str": "string",
+        "id": "string",
+        "category": "string",
+        "categorical": "string",
+        "bool": "string",
+        "list": "strings",
+        "multi": "strings",
+        "tags": "strings",
+        "multi_categorical": "strings",
+        "integer": "int",
+        "bucket": "int",
+        "number": "float",
+        "numeric": "float",
+        "double": "float",
+        "title": "text",
+        "words": "text",
+        "embedding": "pretrained",
+        "vector": "pretrained",
+        "bert": "sentence",
+        "date": "timestamp",
+        "datetime": "timestamp",
+        "time": "timestamp",
+        "sequence": "history",
+        "events": "history",
+    },
+)
 # Keys of a specification; the longer ones are those of older files.
 _SIDE_OF_KEY = {
     "user": "user",
@@ -173,7 +203,7 @@ def _build_feature(side: str, name: str, fields: Any) -> Feature:
             f"{location}={fields!r} must be a mapping with a type: one of {', '.join(FEATURES)}."
         )
     # As text, so that a list or a number is refused like any unknown name.
-    kind = choose(FEATURES, str(fields["type"]), f"{location}.type")
+    kind = FEATURES.choose(str(fields["type"]), f"{location}.type")
     # Inherited fields too, such as the name of the table.
     known = _spec_fields(kind)
     check_fields(fields, ["type", *(field.name for field in known)], location)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twotower.config import ObjectiveConfig
+from twotower.core.kinds import Kinds
 from twotower.kernels.loss_inputs import Loss
 
 
@@ -251,19 +252,50 @@ def _mean(values: Float[Array, "B C"], where: Bool[Array, "B C"]) -> Float[Array
 
 # Losses of a positive and its negatives. Those of the softmax kind estimate a sum over all items,
 # for which log expected counts are subtracted.
-LOSSES: dict[str, Loss] = {
-    "softmax": Loss(softmax, softmax_by_logit_margin, corrects=True, corrects_positive=True),
-    "corrected_softmax": Loss(corrected_softmax, corrected_softmax_by_logit_margin, corrects=True),
-    "bsl": Loss(bsl, bsl_by_logit_margin, corrects=True, bilateral=True),
-    "gbce": Loss(gbce, constants=("calibration", "num_items")),
-    "sigmoid": Loss(sigmoid, biased=True),
-    "bpr": Loss(bpr),
-    "hinge": Loss(hinge, scaled=False, constants=("margin",)),
-    "triplet": Loss(triplet, scaled=False, constants=("margin",)),
-    "cosine_contrastive": Loss(
-        cosine_contrastive, scaled=False, constants=("margin", "negative_weight")
-    ),
-}
+LOSSES: Kinds[Loss] = Kinds(
+    "loss",
+    {
+        "softmax": Loss(softmax, softmax_by_logit_margin, corrects=True, corrects_positive=True),
+        "corrected_softmax": Loss(
+            corrected_softmax, corrected_softmax_by_logit_margin, corrects=True
+        ),
+        "bsl": Loss(bsl, bsl_by_logit_margin, corrects=True, bilateral=True),
+        "gbce": Loss(gbce, constants=("calibration", "num_items")),
+        "sigmoid": Loss(sigmoid, biased=True),
+        "bpr": Loss(bpr),
+        "hinge": Loss(hinge, scaled=False, constants=("margin",)),
+        "triplet": Loss(triplet, scaled=False, constants=("margin",)),
+        "cosine_contrastive": Loss(
+            cosine_contrastive, scaled=False, constants=("margin", "negative_weight")
+        ),
+    },
+    synonyms={
+        # The names of papers and of other libraries.
+        "infonce": "softmax",
+        "nt_xent": "softmax",
+        "sampled_softmax": "softmax",
+        "in_batch": "softmax",
+        "in_batch_softmax": "softmax",
+        "cross_entropy": "softmax",
+        "categorical_cross_entropy": "softmax",
+        "multiple_negatives_ranking": "softmax",
+        "logq": "softmax",
+        "bilateral": "bsl",
+        "bce": "binary_cross_entropy",
+        "log_loss": "binary_cross_entropy",
+        "logistic": "binary_cross_entropy",
+        "siglip": "sigmoid",
+        "gsasrec": "gbce",
+        "warp": "hinge",
+        "margin": "hinge",
+        "max_margin": "hinge",
+        "pairwise": "bpr",
+        "ranking": "bpr",
+        "ccl": "cosine_contrastive",
+        "contrastive": "cosine_contrastive",
+        "simplex": "cosine_contrastive",
+    },
+)
 # (scores [B], labels [B], *, pos_weight) -> [B].
 PointwiseLoss = Callable[..., jax.Array]
 # Name of the loss of a score and its label, `binary_cross_entropy`.

@@ -37,7 +37,7 @@ def check_kinds(config: Config) -> None:
     model = config.model
     # Each dictionary is the one that the kind is looked up in later: a new entry is known at once.
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
-    choose(known_losses, objective.loss, "config.objective.loss")
+    choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import ConfigError
+from twotower.core.kinds import Kinds
 from twotower.data.contract import similar_name_hint
 from twotower.data.dataset import Dataset, assemble, collapse
 from twotower.data.shop import generate as shop
@@ -55,7 +56,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         ConfigError: An unknown source, or a file, row or column that cannot be used; the message
             says which.
     """
-    read = choose(SOURCES, config.source, "config.data.source")
+    read = SOURCES.choose(config.source, "config.data.source")
     dataset = read(config)
     if not config.item_group:
         return dataset
@@ -97,15 +98,31 @@ def _tfds(config: DataConfig) -> Dataset:
 
 
 # Open to modules of users, which is why `DataConfig.source` is text and no Literal.
-SOURCES: dict[str, Source] = {
-    "csv": _csv,
-    "parquet": _parquet,
-    "bigquery": _bigquery,
-    "tfds": _tfds,
-    "pairs": _pairs,
-    "user_lists": _user_lists,
-    "shop": _shop,
-}
+SOURCES: Kinds[Source] = Kinds(
+    "source",
+    {
+        "csv": _csv,
+        "parquet": _parquet,
+        "bigquery": _bigquery,
+        "tfds": _tfds,
+        "pairs": _pairs,
+        "user_lists": _user_lists,
+        "shop": _shop,
+    },
+    synonyms={
+        "tsv": "csv",
+        "text": "csv",
+        "file": "csv",
+        "arrow": "parquet",
+        "pq": "parquet",
+        "bq": "bigquery",
+        "sql": "bigquery",
+        "movielens": "tfds",
+        "lists": "user_lists",
+        "generated": "shop",
+        "synthetic": "shop",
+    },
+)
 
 
 def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReader) -> Dataset:

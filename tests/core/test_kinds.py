@@ -1,0 +1,88 @@
+"""Kinds of one's own stand beside the library's, and their options are checked like its own."""
+
+import dataclasses
+
+import pytest
+
+from twotower.core.errors import ConfigError
+from twotower.core.kinds import Kinds, importing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    gamma: float
+    power: int = 2
+
+
+def first(x):
+    return x
+
+
+def second(x):
+    return x
+
+
+@pytest.fixture
+def kinds():
+    return Kinds("loss", {"softmax": max, "bpr": min}, synonyms={"info_nce": "softmax"})
+
+
+def test_a_registered_kind_is_chosen_like_the_others(kinds):
+    kinds.register("first", first, options=Options)
+    assert kinds.choose("first", "loss") is first
+    assert kinds.build_options("first", {"gamma": 1}, "x") == Options(gamma=1.0)
+    assert kinds.build_options("softmax", {}, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gama": 1.0}, "x.options has no field 'gama'; did you mean 'gamma'"),
+        ({"gamma": "a"}, "x.options.gamma='a' must be of type float, not str"),
+        ({"power": 1}, "x.options has no gamma, which Options needs"),
+        (3, "x.options=3 must be a mapping"),
+    ],
+)
+def test_wrong_options_are_refused(kinds, values, message):
+    kinds.register("first", first, options=Options)
+    with pytest.raises(ConfigError, match=message):
+        kinds.build_options("first", values, "x.options")
+
+
+def test_options_of_a_kind_without_any_are_refused(kinds):
+    with pytest.raises(ConfigError, match="x.options={'a': 1}: the loss 'bpr' has no options"):
+        kinds.build_options("bpr", {"a": 1}, "x.options")
+
+
+@pytest.mark.parametrize("word", ["InfoNCE", "info-nce", "infonce"])
+def test_another_word_for_a_kind_names_it(kinds, word):
+    with pytest.raises(ConfigError, match=f"loss='{word}' is not known; did you mean 'softmax'"):
+        kinds.choose(word, "loss")
+
+
+def test_names_are_not_taken_twice(kinds):
+    with pytest.raises(ConfigError, match="'bpr' is one of the library's own"):
+        kinds.register("bpr", first)
+    with importing("mine.losses"):
+        kinds.register("first", first)
+    # A notebook's cell may run again; another module may not take the name.
+    with importing("mine.losses"):
+        kinds.register("first", second)
+    assert kinds["first"] is second
+    with pytest.raises(ConfigError, match="'first' of .* is registered by mine.losses already"):
+        kinds.register("first", first)
+
+
+def test_the_module_of_a_kind_is_known(kinds):
+    kinds["first"] = first
+    with importing("mine"):
+        kinds.register("second", second)
+    assert kinds.origins == {"first": first.__module__, "second": "mine"}
+    del kinds["second"]
+    assert "second" not in kinds.origins
+
+
+def test_options_must_be_a_frozen_dataclass(kinds):
+    thawed = dataclasses.make_dataclass("Thawed", ["x"])
+    with pytest.raises(ConfigError, match="must be a frozen dataclass"):
+        kinds.register("first", first, options=thawed)

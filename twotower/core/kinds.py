@@ -1,0 +1,164 @@
+"""Registries: visible dicts from the names in a configuration to what they stand for.
+
+A user's module may add to them. A kind of one's own can have options: a frozen dataclass, which is
+made from a mapping in the configuration and checked like every other section.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from twotower.core.errors import ConfigError, choose
+from twotower.core.fields import build
+
+T = TypeVar("T")
+
+# All registries of this process, so that it can be said what a module has registered.
+REGISTRIES: list[Kinds[Any]] = []
+# Names of the plugins that are being imported, the innermost last.
+_importing: list[str] = []
+
+
+class Kinds(dict[str, T]):
+    """The kinds of one part of the library by name.
+
+    Args:
+        noun: What the kinds are, in messages: "loss", say.
+        kinds: Kinds of the library.
+        synonyms: Other words for kinds -> the name here, for the message on an unknown name.
+
+    Attributes:
+        origins: Names of the kinds that were added -> the module that added each.
+
+    >>> losses = Kinds("loss", {"softmax": max}, synonyms={"infonce": "softmax"})
+    >>> losses.register("least", min)
+    >>> losses.choose("least", "config.objective.loss") is min
+    True
+    >>> losses.choose("infonce", "config.objective.loss")
+    Traceback (most recent call last):
+    twotower.core.errors.ConfigError: config.objective.loss='infonce' is not known; did you mean \
+'softmax'? Known: least, softmax.
+    """
+
+    def __init__(
+        self, noun: str, kinds: Mapping[str, T], *, synonyms: Mapping[str, str] | None = None
+    ):
+        super().__init__(kinds)
+        self.noun = noun
+        self.synonyms = dict(synonyms or {})
+        self.origins: dict[str, str] = {}
+        self._shipped = frozenset(kinds)
+        self._options: dict[str, type] = {}
+        REGISTRIES.append(self)
+
+    def register(self, name: str, kind: T, *, options: type | None = None) -> None:
+        """Adds a kind.
+
+        Args:
+            name: Name of the kind in the configuration.
+            kind: The kind itself.
+            options: Frozen dataclass of its options.
+
+        Raises:
+            ConfigError: The name is taken by the library or by another module, or the options are
+                no frozen dataclass.
+        """
+        origin = _origin_of(kind)
+        if name in self._shipped:
+            raise ConfigError(
+                f"The {self.noun} {name!r} is one of the library's own: register yours under "
+                "another name."
+            )
+        # The same module may register a name again: a cell of a notebook is run many times.
+        if self.origins.get(name, origin) != origin:
+            raise ConfigError(
+                f"The {self.noun} {name!r} of {origin} is registered by {self.origins[name]} "
+                "already: choose another name."
+            )
+        if options is not None and not _is_frozen_dataclass(options):
+            raise ConfigError(
+                f"The options of the {self.noun} {name!r} must be a frozen dataclass, not "
+                f"{options!r}: decorate the class with @dataclasses.dataclass(frozen=True)."
+            )
+        self[name] = kind
+        self._options.pop(name, None)
+        if options is not None:
+            self._options[name] = options
+
+    def __setitem__(self, name: str, kind: T) -> None:
+        # Plain assignment works too, for a kind without options.
+        super().__setitem__(name, kind)
+        self.origins[name] = _origin_of(kind)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.origins.pop(name, None)
+        self._options.pop(name, None)
+
+    def choose(self, name: str, field: str) -> T:
+        """Returns the kind of a name.
+
+        Raises:
+            ConfigError: There is none; the message names the field, the value and the nearest kind.
+        """
+        return choose(self, name, field, synonyms=self.synonyms)
+
+    def has_options(self, name: str) -> bool:
+        """Returns whether a kind has options of its own."""
+        return name in self._options
+
+    def build_options(self, name: str, values: Any, location: str) -> Any:
+        """Returns the options of a kind, an instance of the dataclass that it was registered with.
+
+        Args:
+            name: Name of the kind.
+            values: Mapping of the options in the configuration.
+            location: Name of that mapping in messages, such as "config.objective.options".
+
+        Returns:
+            None for a kind without options.
+
+        Raises:
+            ConfigError: An option is unknown, missing, of a wrong type or out of range.
+        """
+        cls = self._options.get(name)
+        if cls is not None:
+            return build(cls, values, location)
+        if values:
+            raise ConfigError(
+                f"{location}={dict(values)!r}: the {self.noun} {name!r} has no options of its "
+                f"own. Leave {location} empty."
+            )
+        return None
+
+
+@contextlib.contextmanager
+def importing(plugin: str) -> Iterator[None]:
+    """Attributes the kinds that are registered inside the block to a plugin."""
+    _importing.append(plugin)
+    try:
+        yield
+    finally:
+        _importing.pop()
+
+
+def _origin_of(kind: Any) -> str:
+    """Returns the plugin that is being imported, or the module that defines a kind."""
+    if _importing:
+        return _importing[-1]
+    # A tuple such as `Loss` has its function first; its own class is the library's.
+    if isinstance(kind, tuple):
+        kind = kind[0]
+    return getattr(kind, "__module__", None) or "a module without a name"
+
+
+def _is_frozen_dataclass(cls: Any) -> bool:
+    # Compared and hashed by value, so that equal options compile one program.
+    return isinstance(cls, type) and dataclasses.is_dataclass(cls) and bool(_params(cls).frozen)
+
+
+def _params(cls: Any) -> Any:
+    return cls.__dataclass_params__
