@@ -35,7 +35,8 @@ class TableConfig:
 
     Attributes:
         path: File, folder or glob of CSV (also .gz) or Parquet files; environment variables and ~
-            are expanded. With the source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE
+            are expanded. dataset:NAME/FILE is a file of a known data set, such as
+            dataset:movielens-100k/u.data, read from $TWOTOWER_DATA or else downloaded. With the source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE
             of the client's project.
         query: BigQuery SQL, in place of a path.
         columns: Mapping of our names to the file's names, for example {"user_id": "CustomerID"}.

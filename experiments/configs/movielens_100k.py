@@ -1,7 +1,8 @@
 """MovieLens-100K, protocol P-TFRS: 80,000 ratings to train, 20,000 to test, titles as ids, each
 test rating one query.
 
-    export TWOTOWER_DATA=folder   # holds movielens-100k/u.data, u.item and u.user
+    # Optional: with a folder that holds the files of movielens-100k/, nothing is downloaded.
+    export TWOTOWER_DATA=folder
     python -m experiments.train --config=experiments/configs/movielens_100k.py --workdir=runs/ml100k
     python -m experiments.export --workdir=runs/ml100k
     python -m experiments.evaluate --workdir=runs/ml100k --k=10,100 --baselines
@@ -18,13 +19,13 @@ from twotower.config import defaults
 def get_config():
     config = defaults()
     config.data.source = "csv"
-    config.data.interactions.path = "$TWOTOWER_DATA/movielens-100k/u.data"
+    config.data.interactions.path = "dataset:movielens-100k/u.data"
     config.data.interactions.delimiter = "\t"
     config.data.interactions.names = ("user_id", "item_id", "rating", "timestamp")
-    config.data.user_table.path = "$TWOTOWER_DATA/movielens-100k/u.user"
+    config.data.user_table.path = "dataset:movielens-100k/u.user"
     config.data.user_table.delimiter = "|"
     config.data.user_table.names = ("user_id", "age", "gender", "occupation", "zip")
-    config.data.item_table.path = "$TWOTOWER_DATA/movielens-100k/u.item"
+    config.data.item_table.path = "dataset:movielens-100k/u.item"
     config.data.item_table.delimiter = "|"
     config.data.item_table.encoding = "latin-1"
     config.data.item_table.names = (

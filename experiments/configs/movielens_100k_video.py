@@ -1,7 +1,8 @@
 r"""MovieLens-100K as the log of a video service, protocol P-LOO: likes (4 stars or more) alone, of
 which the last of each user is the test.
 
-    export TWOTOWER_DATA=folder   # holds movielens-100k/u.data and u.item
+    # Optional: with a folder that holds movielens-100k/u.data and u.item, nothing is downloaded.
+    export TWOTOWER_DATA=folder
     python -m experiments.train --config=experiments/configs/movielens_100k_video.py \
         --workdir=runs/video
     python -m experiments.export --workdir=runs/video
@@ -50,10 +51,10 @@ GENRES = (
 def get_config():
     config = defaults()
     config.data.source = "csv"
-    config.data.interactions.path = "$TWOTOWER_DATA/movielens-100k/u.data"
+    config.data.interactions.path = "dataset:movielens-100k/u.data"
     config.data.interactions.delimiter = "\t"
     config.data.interactions.names = ("user_id", "item_id", "rating", "timestamp")
-    config.data.item_table.path = "$TWOTOWER_DATA/movielens-100k/u.item"
+    config.data.item_table.path = "dataset:movielens-100k/u.item"
     config.data.item_table.delimiter = "|"
     config.data.item_table.encoding = "latin-1"
     config.data.item_table.names = (

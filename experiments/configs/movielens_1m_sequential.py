@@ -2,7 +2,8 @@ r"""MovieLens-1M, protocol P-SEQ: the next film of each user, from the last 200.
 
 The data is the 5-core file of the SASRec paper.
 
-    export TWOTOWER_DATA=folder   # holds movielens-1m/ml-1m.txt
+    # Optional: with a folder that holds movielens-1m/ml-1m.txt, nothing is downloaded.
+    export TWOTOWER_DATA=folder
     python -m experiments.repeat --config=experiments/configs/movielens_1m_sequential.py \
         --workdir=runs/ml1m_seeds --baselines
     python -m experiments.train --config=experiments/configs/movielens_1m_sequential.py \
@@ -33,7 +34,7 @@ from twotower.config import defaults
 def get_config():
     config = defaults()
     config.data.source = "pairs"
-    config.data.path = "$TWOTOWER_DATA/movielens-1m/ml-1m.txt"
+    config.data.path = "dataset:movielens-1m/ml-1m.txt"
 
     config.split.kind = "leave_last_out"
 

@@ -13,7 +13,9 @@ from absl import logging
 T = TypeVar("T")
 
 
-def progress(blocks: Iterable[T], *, total: int, what: str, seconds: float = 30.0) -> Iterator[T]:
+def progress(
+    blocks: Iterable[T], *, total: int, what: str, unit: str = "blocks", seconds: float = 30.0
+) -> Iterator[T]:
     """Yields the blocks of some work, and shows how far it has come.
 
     Args:
@@ -21,6 +23,7 @@ def progress(blocks: Iterable[T], *, total: int, what: str, seconds: float = 30.
         total: Number of blocks. A single one is over before a bar could be read, so nothing is
             shown.
         what: Name of the work, in a word or two.
+        unit: Name of the blocks.
         seconds: Seconds between lines of the log without a terminal; shorter work logs nothing.
     """
     # Short work in a server or a test stays silent.
@@ -29,16 +32,20 @@ def progress(blocks: Iterable[T], *, total: int, what: str, seconds: float = 30.
     elif sys.stderr.isatty():
         # On standard error, so that output that is piped elsewhere stays clean; `leave` would keep
         # the bar.
-        yield from tqdm.tqdm(blocks, total=total, desc=what, leave=False, dynamic_ncols=True)
+        yield from tqdm.tqdm(
+            blocks, total=total, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True
+        )
     else:
-        yield from _log_progress(blocks, total, what, seconds)
+        yield from _log_progress(blocks, total, what, unit, seconds)
 
 
-def _log_progress(blocks: Iterable[T], total: int, what: str, seconds: float) -> Iterator[T]:
+def _log_progress(
+    blocks: Iterable[T], total: int, what: str, unit: str, seconds: float
+) -> Iterator[T]:
     # The monotonic clock: the time of day may be set back meanwhile.
     logged = time.monotonic()
     for done, block in enumerate(blocks):
         if time.monotonic() - logged > seconds:
             logged = time.monotonic()
-            logging.info("%s: %d of %d blocks.", what, done, total)
+            logging.info("%s: %d of %d %s.", what, done, total, unit)
         yield block

@@ -13,7 +13,7 @@ import pytest
 from twotower.config import DataConfig
 from twotower.core.errors import ConfigError
 from twotower.data.sources import tfds
-from twotower.data.sources.download import Archive
+from twotower.data.sources.download import RemoteFile
 from twotower.data.sources.load import load_dataset
 
 needs_tfds = pytest.mark.skipif(
@@ -138,12 +138,12 @@ def test_the_hash_of_an_archive_is_the_one_that_tfds_has(shared_data, monkeypatc
 def archive_with(content, *, file_name="ml-1m.zip", url="file:///nowhere/ml-1m.zip"):
     """An archive of this content."""
     sha256 = hashlib.sha256(content).hexdigest()
-    return Archive(file_name=file_name, url=url, sha256=sha256)
+    return RemoteFile(file_name=file_name, url=url, sha256=sha256, size=len(content))
 
 
 def test_a_zip_that_is_nowhere_is_asked_for_by_name_and_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TWOTOWER_DATA", raising=False)
-    message = r"ml-1m\.zip is in none of .*cannot be downloaded .*Put the zip into .*manual"
+    message = r"ml-1m\.zip is in none of .*cannot be downloaded .*put it into .*manual; or .*TWOTOWER_DATA"
     with pytest.raises(ConfigError, match=message):
         tfds.find_archive(archive_with(b""), tmp_path)
 

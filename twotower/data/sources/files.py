@@ -16,6 +16,7 @@ from pyarrow import csv, parquet
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Origin, apply_contract, similar_name_hint
+from twotower.data.sources import named
 
 Kind = Literal["csv", "parquet"]
 
@@ -68,7 +69,8 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
 def find_files(path: str, name: str, kind: Kind) -> list[Path]:
     """Returns the files of a path, folder or glob, by name.
 
-    Environment variables and ~ are expanded.
+    Environment variables and ~ are expanded. dataset:NAME/FILE is a file of a known data set,
+    which is downloaded if need be.
 
     Raises:
         ConfigError: There is no file.
@@ -79,6 +81,8 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
             f"{field}={path!r} is empty: it must name a {kind} file, a folder or a glob of such "
             "files."
         )
+    if path.startswith(named.PREFIX):
+        return [named.find_file(path, field)]
     # Here rather than by a shell: paths come from configuration files.
     expanded = os.path.expanduser(os.path.expandvars(path))
     # A variable that is not set stays in the path as it was written.

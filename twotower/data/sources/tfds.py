@@ -22,7 +22,12 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.core.errors import ConfigError, choose
-from twotower.data.sources.download import Archive, find_or_download, unpack
+from twotower.data.sources.download import (
+    RemoteFile,
+    data_folders,
+    find_or_download,
+    unpack,
+)
 from twotower.data.sources.movielens import READERS, Tables
 
 SIZES = ("100k", "latest-small", "1m", "20m", "25m")
@@ -80,17 +85,19 @@ def read(dataset: str, *, data_dir: str = "") -> Tables:
     return _prepare(dataset, root)
 
 
-def archive_of(dataset: str) -> Archive:
+def archive_of(dataset: str) -> RemoteFile:
     """Returns the archive of a data set, as TFDS has it on record."""
     _, movielens = _import_tfds(dataset)
     name = dataset.removeprefix("movielens/")
     configs = {config.name: config for config in movielens.Movielens.BUILDER_CONFIGS}
     url = configs[name].download_url
     record = movielens.Movielens.url_infos[url]
-    return Archive(file_name=record.filename, url=url, sha256=record.checksum)
+    return RemoteFile(
+        file_name=record.filename, url=url, sha256=record.checksum, size=int(record.size)
+    )
 
 
-def find_archive(archive: Archive, root: Path) -> Path:
+def find_archive(archive: RemoteFile, root: Path) -> Path:
     """Returns the path of an archive, downloaded if it is not on this machine.
 
     Args:
@@ -98,11 +105,7 @@ def find_archive(archive: Archive, root: Path) -> Path:
         root: Folder in which TFDS keeps prepared data.
     """
     downloads = root / "downloads"
-    folders = [downloads / "manual", downloads, root]
-    if os.environ.get("TWOTOWER_DATA"):
-        data = Path(os.environ["TWOTOWER_DATA"]).resolve()
-        # Sorted, so that of two copies the same one is taken everywhere.
-        folders += [data, *sorted(path for path in data.glob("*") if path.is_dir())]
+    folders = [downloads / "manual", downloads, root, *data_folders()]
     return find_or_download(archive, folders, downloads / "manual")
 
 
