@@ -2,13 +2,14 @@
 
     import twotower as tt
 
-    run = tt.train(tt.from_dict(config), "runs/mine")
-    tt.evaluate(run, baselines=True)
-    tt.export(run)
-    tt.load_retriever("runs/mine").recommend("17850", k=10)
+    run = tt.train(tt.config.from_dict(options), "runs/mine")
+    run.evaluate(baselines=True)
+    run.recommend("17850", k=10)
+    run.export()
+    tt.Retriever.load("runs/mine/bundle").recommend("17850", k=10)
 
-Names are loaded when they are first used: `import twotower` itself loads the standard library
-alone.
+The names in `__all__` are stable; every other module and name is internal and may change. Names are
+loaded when they are first used: `import twotower` itself loads the standard library alone.
 """
 
 import importlib
@@ -17,52 +18,59 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from twotower.api import evaluate, export, load_retriever, load_run, train
-    from twotower.config import Config, defaults, from_dict
-    from twotower.core.errors import ConfigError
+    from twotower import config, features
+    from twotower.api import Run, load_retriever, load_run, train
+    from twotower.core.errors import TwotowerError
+    from twotower.evaluation import metrics
+    from twotower.objectives import losses
+    from twotower.retrieval import rerank
     from twotower.retrieval.match import MatchModel
     from twotower.retrieval.retriever import Recommendation, Retriever
-    from twotower.training.run import Run
 
-# The module of each name. Those of the block above are for editors and type checkers alone.
+# The module that has each name. The imports above are for editors and type checkers alone.
 _HOMES = {
-    "Config": "twotower.config",
-    "ConfigError": "twotower.core.errors",
     "MatchModel": "twotower.retrieval.match",
     "Recommendation": "twotower.retrieval.retriever",
     "Retriever": "twotower.retrieval.retriever",
-    "Run": "twotower.training.run",
-    "defaults": "twotower.config",
-    "evaluate": "twotower.api",
-    "export": "twotower.api",
-    "from_dict": "twotower.config",
+    "Run": "twotower.api",
+    "TwotowerError": "twotower.core.errors",
     "load_retriever": "twotower.api",
     "load_run": "twotower.api",
     "train": "twotower.api",
 }
+# Names that are modules themselves.
+_MODULES = {
+    "config": "twotower.config",
+    "features": "twotower.features",
+    "losses": "twotower.objectives.losses",
+    "metrics": "twotower.evaluation.metrics",
+    "rerank": "twotower.retrieval.rerank",
+}
 
 __all__ = [
-    "Config",
-    "ConfigError",
     "MatchModel",
     "Recommendation",
     "Retriever",
     "Run",
-    "defaults",
-    "evaluate",
-    "export",
-    "from_dict",
+    "TwotowerError",
+    "config",
+    "features",
     "load_retriever",
     "load_run",
+    "losses",
+    "metrics",
+    "rerank",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Loads a public name from its module (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'twotower' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'twotower' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

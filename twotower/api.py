@@ -7,24 +7,175 @@ of training. Here alone they are put together, for commands, notebooks and servi
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower.config import Config
+import pyarrow as pa
+
+from twotower.config import Config, RetrievalConfig
+from twotower.core.fields import build
 from twotower.evaluation import report
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.report_text import format_report
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as export_bundle
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
-from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.retriever import Recommendations, Retriever
+from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
-from twotower.training.run import Run
 
 BUNDLE = "bundle"  # folder of the bundle in that of its run
+
+
+class Run(run_folder.Run):
+    """A trained run, loaded at one of its checkpoints.
+
+    `train` and `load_run` return one. It needs its folder alone.
+
+    >>> run = tt.load_run("runs/mine")
+    >>> run
+    Run('runs/mine', step 4: 30 users, 50 items)
+    >>> len(run.recommend("user-1", k=3))
+    3
+
+    Attributes:
+        workdir: Folder of the run.
+        config: Configuration of its training.
+        prepared: Encoded data of the run.
+        model: Pair of towers.
+        weights: Weights of the towers at `step`.
+        step: Step of the checkpoint that was loaded.
+    """
+
+    def __repr__(self) -> str:
+        users = len(self.prepared.users)
+        items = len(self.prepared.items)
+        return f"Run({str(self.workdir)!r}, step {self.step}: {users:,} users, {items:,} items)"
+
+    def evaluate(
+        self,
+        *,
+        ks: Sequence[int] = (),
+        split: str = "test",
+        baselines: bool = False,
+        max_queries: int = 0,
+    ) -> report.Measured:
+        """Measures the run over the whole corpus: prints, keeps and returns the figures.
+
+        They are kept in the folder `evaluation` of the run.
+
+        >>> run = tt.load_run("runs/mine")
+        >>> figures = run.evaluate(ks=(10,), baselines=True)  # doctest: +ELLIPSIS
+        Step ...
+        >>> 0 <= figures["model"]["recall@10"] <= 1
+        True
+
+        Args:
+            ks: Lengths of the lists; by default those of the configuration.
+            split: Rows to find: "test" or "validation".
+            baselines: Whether popularity, item-kNN, EASE and the like are measured beside the
+                model.
+            max_queries: Greatest number of queries, evenly spaced; 0 takes all.
+
+        Returns:
+            The figures by name, as `twotower.evaluation.report.measure_run` returns them.
+        """
+        # Rising, as the tables show the shortest lists first.
+        ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
+        measured = evaluate(self, ks=ks, split=split, baselines=baselines, max_queries=max_queries)
+        print(format_report(measured, ks))
+        return measured
+
+    def export(self, **index_options: Any) -> Bundle:
+        """Embeds the corpus, builds the index and writes the bundle, the folder to serve from.
+
+        >>> run = tt.load_run("runs/mine")
+        >>> bundle = run.export(k=5)
+        >>> len(bundle.items)
+        50
+
+        Args:
+            **index_options: Options of `config.retrieval` that replace those of the run, such as
+                `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
+
+        Returns:
+            The bundle that was written to `workdir / "bundle"`.
+
+        Raises:
+            BundleError: The bundle, loaded again, does not score as the trainer did.
+            ConfigError: An option is unknown or out of range.
+        """
+        bundle = export(self, **index_options)
+        # From now on the run answers from its new bundle.
+        self.__dict__.pop("retriever", None)
+        return bundle
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        """The retriever of the run, loaded when it is first used.
+
+        It is that of the bundle where one was exported from this checkpoint, with the changes made
+        to it since; else a bundle is made in memory.
+        """
+        folder = self.workdir / BUNDLE
+        if folder.exists():
+            retriever = Retriever.load(folder)
+            # A bundle of another checkpoint would answer with other weights than those of the run.
+            if retriever.bundle.manifest.get("step") == self.step:
+                return retriever
+        return Retriever(make_bundle(self))
+
+    def recommend(self, user: Any = None, k: int = 10, **options: Any) -> Recommendations:
+        """Returns the best `k` items of a user, best first, without those that the user has seen.
+
+        >>> run = tt.load_run("runs/mine")
+        >>> len(run.recommend("user-1", k=5, deny=["item-3"]))
+        5
+
+        Args:
+            user: Id of the user, as text or number. An unknown one is answered too, by what holds
+                for users that are new.
+            k: Length of the list.
+            **options: Further arguments of `Retriever.recommend`: `rows`, `exclude_seen`, `where`,
+                `allow`, `deny` and `popularity_weight`.
+        """
+        return self.retriever.recommend(user, k=k, **options)
+
+    def similar_items(self, item: Any, k: int = 10, **options: Any) -> Recommendations:
+        """Returns the `k` items of greatest cosine to an item, which is left out.
+
+        >>> run = tt.load_run("runs/mine")
+        >>> len(run.similar_items("item-3", k=5))
+        5
+
+        Args:
+            item: Id of the item, as text or number.
+            k: Length of the list.
+            **options: Further arguments of `Retriever.similar_items`: `where`, `allow` and `deny`.
+
+        Raises:
+            UnknownItemError: The item is not in the corpus; the message names the nearest ids.
+        """
+        return self.retriever.similar_items(item, k=k, **options)
+
+    @property
+    def history(self) -> pa.Table:
+        """The metrics of training: an Arrow table with a row for each step that was logged.
+
+        Columns are the step, the loss, and further metrics by name; those of a validation begin
+        with "validation/" and are null elsewhere. `history.to_pandas()` and
+        `polars.from_arrow(history)` make frames of it.
+
+        >>> tt.load_run("runs/mine").history["step"].to_pylist()
+        [2, 4]
+        """
+        return read_history(self.workdir)
 
 
 def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
@@ -32,6 +183,14 @@ def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
 
     Validation runs where the split has validation rows, and hard negatives are mined where the
     configuration says so.
+
+    >>> options = tt.config.defaults()
+    >>> options.data.source = "csv"
+    >>> options.data.path = "events.csv"
+    >>> options.training.batch_size = 64
+    >>> options.training.steps = 4
+    >>> tt.train(tt.config.from_dict(options), "runs/new")
+    Run('runs/new', step 4: 30 users, 50 items)
 
     Args:
         config: Configuration of the experiment.
@@ -48,7 +207,7 @@ def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
     """
     train_in_folder(config, workdir, devices=devices)
     # Loaded anew: the weights that training ends with are the last ones, not the best.
-    return run_folder.load_run(workdir)
+    return load_run(workdir)
 
 
 def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) -> None:
@@ -65,6 +224,9 @@ def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) ->
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     """Loads a trained run from its folder.
 
+    >>> tt.load_run("runs/mine", checkpoint="latest")
+    Run('runs/mine', step 4: 30 users, 50 items)
+
     Args:
         workdir: Folder that `train` left.
         checkpoint: "best", "latest" or the number of a step.
@@ -73,7 +235,23 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
         ConfigError: The folder is no run.
         CheckpointError: The run has no such checkpoint, or a damaged one.
     """
-    return run_folder.load_run(workdir, checkpoint=checkpoint)
+    run = run_folder.load_run(workdir, checkpoint=checkpoint)
+    # The same fields, with the methods of this layer.
+    return Run(**vars(run))
+
+
+def read_history(workdir: Path) -> pa.Table:
+    """Returns the metrics that training logged, as `Run.history` describes them."""
+    by_step: dict[int, dict[str, float]] = {}
+    path = workdir / "metrics.jsonl"
+    # A run that was copied without its log has none.
+    if not path.exists():
+        return pa.table({"step": pa.array([], pa.int64())})
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        # Losses and validations of one step are lines of their own.
+        by_step.setdefault(values["step"], {}).update(values)
+    return as_table([by_step[step] for step in sorted(by_step)])
 
 
 def export(run: Run, **index_options: Any) -> Bundle:
@@ -95,9 +273,14 @@ def export(run: Run, **index_options: Any) -> Bundle:
 
 
 def with_index_options(run: Run, **index_options: Any) -> Run:
-    """Returns the run with some options of `config.retrieval` replaced."""
+    """Returns the run with some options of `config.retrieval` replaced.
+
+    Raises:
+        ConfigError: An option is unknown, or its value is of a wrong type or out of range.
+    """
     # These options touch no weight, so that a trained run may take others.
-    retrieval = dataclasses.replace(run.config.retrieval, **index_options)
+    options = dataclasses.asdict(run.config.retrieval) | index_options
+    retrieval = build(RetrievalConfig, options, "config.retrieval")
     config = dataclasses.replace(run.config, retrieval=retrieval)
     return dataclasses.replace(run, config=config)
 
@@ -223,6 +406,9 @@ def load_retriever(folder: Path | str) -> Retriever:
 
     A run is answered from its bundle, with the changes made to it. Where it has none, and for a
     checkpoint, a bundle is made in memory; that of a run comes from the best checkpoint.
+
+    >>> len(tt.load_retriever("runs/mine/checkpoints/4"))
+    50
 
     Args:
         folder: Such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000.

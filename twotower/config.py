@@ -2,7 +2,14 @@
 
 An experiment file returns an `ml_collections.ConfigDict`; `from_dict` turns it into a `Config`
 once, at the door. Each section checks its own options when it is made; rules across sections are in
-`twotower.config_rules`. A closed set of values is a `Literal`; options that name a kind of a
+`twotower.config_rules`.
+
+    >>> options = defaults()
+    >>> options.training.steps = 500
+    >>> from_dict(options).training.steps
+    500
+
+A closed set of values is a `Literal`; options that name a kind of a
 registry, to which modules of users may add, are text and checked where the registry lies.
 """
 

@@ -15,7 +15,16 @@ T = TypeVar("T")
 
 
 class TwotowerError(Exception):
-    """Base of all exceptions that the package raises on purpose."""
+    """Base of all exceptions that the package raises on purpose.
+
+    Its message names what is wrong, shows the value and says what to do.
+
+    >>> try:
+    ...     tt.load_run("runs/nowhere")
+    ... except tt.TwotowerError as error:
+    ...     print(str(error)[:53])
+    --workdir=runs/nowhere is no run: it has no config.js
+    """
 
 
 # Each class is also the builtin error that callers without this module would catch.

@@ -99,6 +99,14 @@ class Bundle:
     folder: Path | None = None
     version: Path | None = None
 
+    def __repr__(self) -> str:
+        # Without the arrays, which a notebook would print.
+        folder = "in memory"
+        if self.folder is not None:
+            folder = repr(str(self.folder))
+        items = f"{len(self.items):,} items"
+        return f"Bundle({folder}: {items}, {len(self.users):,} users, {self.index.kind} index)"
+
     @property
     def normalized(self) -> bool:
         """Whether vectors have length 1."""

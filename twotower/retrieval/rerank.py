@@ -1,6 +1,11 @@
 """Diverse lists, chosen from the candidates of a retrieval.
 
 Fetch more items than are shown, then let one of these functions choose among them.
+
+    >>> candidates = tt.load_retriever("runs/mine").recommend("user-1", k=10)
+    >>> labels = [item.item_id[-1] for item in candidates]
+    >>> len([candidates[i] for i in cap_per_label(labels, 3, max_items=1)])
+    3
 """
 
 from __future__ import annotations

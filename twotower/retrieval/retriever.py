@@ -42,6 +42,10 @@ Rows = pa.Table | Sequence[Mapping]
 class Recommendation:
     """One item of a list.
 
+    >>> best = tt.load_retriever("runs/mine").recommend("user-1", k=1)[0]
+    >>> best.item_id.startswith("item-"), isinstance(best.score, float), dict(best.display)
+    (True, True, {})
+
     Attributes:
         item_id: Id of the item.
         score: Dot product of the vectors, or cosine of similar items; NaN of an item that was
@@ -82,6 +86,10 @@ class _Filters(NamedTuple):
 
 class Retriever:
     """Recommendations from one bundle, whose items may change meanwhile.
+
+    >>> retriever = tt.Retriever.load("runs/mine/bundle")
+    >>> len(retriever.recommend("user-1", k=3, deny=["item-3"]))
+    3
 
     Threads may share it. Each answer reads one snapshot of the items, however many change while it
     is computed.
@@ -124,6 +132,10 @@ class Retriever:
             ChangesError: The log of its changes is damaged.
         """
         return cls(load_bundle(folder))
+
+    def __repr__(self) -> str:
+        users = len(self.user_rows.row_by_id)
+        return f"Retriever({len(self):,} items, {users:,} known users)"
 
     @property
     def bundle(self) -> Bundle:

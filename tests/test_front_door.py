@@ -1,0 +1,100 @@
+"""The front door: its names, their examples, and the way from a frame to recommendations."""
+
+import contextlib
+import dataclasses
+import doctest
+import inspect
+
+import numpy as np
+import pytest
+
+import twotower as tt
+from twotower import api
+
+
+def write_events(path, *, rows=400):
+    """A log of 30 users and 50 items, a row a minute; every user and item occurs."""
+    rng = np.random.default_rng(0)
+    users = np.concatenate([np.arange(50) % 30, rng.integers(0, 30, rows - 50)])
+    items = np.concatenate([np.arange(50), rng.integers(0, 50, rows - 50)])
+    lines = ["user_id,item_id,timestamp"]
+    for row, (user, item) in enumerate(zip(users, items, strict=True)):
+        lines.append(f"user-{user},item-{item},{1_700_000_000 + 60 * row}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a log, a run of it and its bundle."""
+    folder = tmp_path_factory.mktemp("front_door")
+    write_events(folder / "events.csv")
+    config = {
+        "data": {"source": "csv", "path": str(folder / "events.csv")},
+        "training": {"batch_size": 64, "steps": 4, "validate_every": 4, "log_every": 2},
+    }
+    run = api.train(tt.config.from_dict(config), folder / "runs" / "mine")
+    api.export(run)
+    return folder
+
+
+def examples_of(name):
+    """The doctests of a public name, of the methods of a class and of the functions of a module."""
+    value = getattr(tt, name)
+    module = value if inspect.ismodule(value) else inspect.getmodule(value)
+    names = vars(module) | {"tt": tt, "np": np}
+    found = doctest.DocTestFinder().find(value, name, module, globs=names)
+    return [test for test in found if test.examples]
+
+
+def test_the_front_door_offers_what_it_lists():
+    assert set(tt.__all__) <= set(dir(tt))
+    for name in tt.__all__:
+        assert getattr(tt, name).__doc__, name
+
+
+def test_editors_see_the_names_that_the_front_door_offers():
+    """The imports for type checkers are those of the lazy names."""
+    source = inspect.getsource(tt)
+    block = source.partition("if TYPE_CHECKING:")[2].partition("# The module")[0]
+    for name in tt.__all__:
+        assert name in block, name
+
+
+@pytest.mark.parametrize("name", tt.__all__)
+def test_every_public_name_has_an_example_that_runs(name, folder):
+    tests = examples_of(name)
+    assert tests, f"{name} has no example"
+    with contextlib.chdir(folder):
+        for test in tests:
+            runner = doctest.DocTestRunner(verbose=False)
+            output = []
+            runner.run(test, out=output.append)
+            assert not runner.failures, "".join(output)
+
+
+def test_a_name_that_is_not_there_is_refused():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tt.nothing  # noqa: B018  the look-up itself is what fails
+
+
+def test_a_run_answers_without_its_bundle_as_with_it(folder):
+    run = tt.load_run(folder / "runs" / "mine")
+    exported = run.recommend("user-7", k=5)
+    # Of a checkpoint the bundle is made in memory.
+    in_memory = tt.load_retriever(folder / "runs" / "mine" / "checkpoints" / "4")
+    assert [item.item_id for item in in_memory.recommend("user-7", k=5)] == [
+        item.item_id for item in exported
+    ]
+
+
+def test_a_run_of_another_checkpoint_does_not_answer_from_the_bundle(folder):
+    run = tt.load_run(folder / "runs" / "mine")
+    assert run.retriever.bundle.folder is not None
+    other = dataclasses.replace(run, step=2)
+    assert other.retriever.bundle.folder is None
+
+
+def test_an_unknown_option_of_the_index_is_refused_with_its_nearest(folder):
+    run = tt.load_run(folder / "runs" / "mine")
+    with pytest.raises(tt.TwotowerError, match="target_recal.*did you mean 'target_recall'"):
+        run.export(target_recal=0.9)
