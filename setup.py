@@ -38,6 +38,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["twotower", "twotower.*", "experiments", "experiments.*"]),
     package_data={"experiments": ["features/*.json"]},
+    entry_points={"console_scripts": ["twotower = twotower.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

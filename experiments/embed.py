@@ -1,37 +1,6 @@
-r"""Writes the vectors of all users and items of a run as Parquet: an id and a vector a row.
+"""Launches the command `twotower embed`, which `twotower.commands.embed` describes."""
 
-    python -m experiments.embed --workdir=runs/quickstart [--checkpoint=best] [--out=FOLDER] \
-        [--devices=N] [--task=T --tasks=N]
-
-The files lie in WORKDIR/embeddings/users and /items. Killed at any moment, the same command goes
-on. Several processes, on one machine or many, share the work: give each its --task.
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from absl import flags
-
-from experiments import launch
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Weights: best, latest or a step.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; by default WORKDIR/embeddings.")
-_DEVICES = flags.DEFINE_integer("devices", 0, "Devices to embed on; 0: all.", lower_bound=0)
-_TASK = flags.DEFINE_integer("task", 0, "Number of this process, from 0 on.", lower_bound=0)
-_TASKS = flags.DEFINE_integer("tasks", 1, "Processes that share the work.", lower_bound=1)
-
-
-def main() -> None:
-    from twotower import api
-    from twotower.retrieval.batch_jobs import Tasks, embed_all
-
-    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    out = Path(_OUT.value or run.workdir / "embeddings")
-    embed_all(run, out, devices=_DEVICES.value, tasks=Tasks(_TASK.value, _TASKS.value))
-    print(f"{out}: users and items.")
-
+from twotower.commands import embed, launch
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(embed)

@@ -1,60 +1,6 @@
-r"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
+"""Launches the command `twotower export`, which `twotower.commands.export` describes."""
 
-    python -m experiments.export --workdir=runs/quickstart [--checkpoint=best] \
-        [--target_recall=.95 --k=100] [--plot=index.png] [--dim=32] [--vectors=int8]
-
-Prints the trials by which the index was tuned, and its recall; for vectors that are cut or rounded,
-also the loss against whole ones.
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from absl import flags
-
-from experiments import launch
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Weights: best, latest or a step.")
-_PLOT = flags.DEFINE_string(
-    "plot", None, "Draw recall against queries per second into this file (extra: plots)."
-)
-# These replace options of config.retrieval of the same name.
-_OPTIONS = (
-    flags.DEFINE_float(
-        "target_recall",
-        None,
-        "Share of the exact lists that the index must find.",
-        lower_bound=0.0,
-        upper_bound=1.0,
-    ),
-    flags.DEFINE_integer("k", None, "Length of those lists.", lower_bound=1),
-    flags.DEFINE_integer(
-        "dim",
-        None,
-        "Width to cut vectors to; one of config.objective.matryoshka.",
-        lower_bound=1,
-    ),
-    flags.DEFINE_enum("vectors", None, ["float32", "int8"], "How item vectors are stored."),
-)
-
-
-def main() -> None:
-    from twotower import api
-    from twotower.evaluation.report_text import format_bundle
-    from twotower.index.tuning_report import plot_tuning
-
-    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    # Flags that are left out leave the options of the run as they are.
-    options = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
-    bundle = api.export(run, **options)
-    # Exact search has nothing to tune, and so nothing to draw.
-    tuning = getattr(bundle.index, "tuning", None)
-    if _PLOT.value and tuning is not None and tuning.tried:
-        plot_tuning(tuning.tried, tuning.target_recall, Path(_PLOT.value))
-    print(format_bundle(bundle, run.workdir / api.BUNDLE))
-
+from twotower.commands import export, launch
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(export)

@@ -1,36 +1,6 @@
-r"""Publishes the vectors of a run's bundle in Redis, where several processes read them.
+"""Launches the command `twotower publish`, which `twotower.commands.publish` describes."""
 
-    python -m experiments.publish --workdir=runs/quickstart --redis=redis://localhost:6379/0 \
-        [--name=shop] [--ttl=86400]
-
-Readers find the vectors that were current before until all of the new ones are there. See
-`twotower.integrations.redis_store`.
-"""
-
-from __future__ import annotations
-
-from absl import flags
-
-from experiments import launch
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-_REDIS = flags.DEFINE_string("redis", None, "redis://HOST:PORT/DATABASE.", required=True)
-_NAME = flags.DEFINE_string("name", "twotower", "Name that the keys begin with.")
-_TTL = flags.DEFINE_integer("ttl", 86_400, "Seconds that the vectors live.", lower_bound=1)
-
-
-def main() -> None:
-    from twotower import api
-    from twotower.integrations.embedding_history import vector_blocks
-    from twotower.integrations.redis_store import RedisStore, bundle_version
-
-    store = RedisStore(_REDIS.value, name=_NAME.value)
-    retriever = api.load_exported(_WORKDIR.value)
-    version = bundle_version(retriever)
-    counts = store.publish(version, vector_blocks(retriever), ttl=_TTL.value)
-    vectors = f"{counts['user']:,} user and {counts['item']:,} item vectors"
-    print(f"{_NAME.value}:{version}: {vectors}, for {_TTL.value:,} seconds.")
-
+from twotower.commands import launch, publish
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(publish)

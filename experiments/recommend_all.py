@@ -1,60 +1,6 @@
-r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score.
+"""Launches the command `twotower recommend_all`; see `twotower.commands.recommend_all`."""
 
-    python -m experiments.recommend_all --workdir=runs/quickstart --k=100 [--approximate] \
-        [--devices=N] [--task=T --tasks=N]
-
-The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
-over the devices, unless --approximate takes the bundle's index, or, on TPUs, a share of the best
-items is enough: --recall_target=.95. Killed at any moment, the same command goes on. Several
-processes share the work: give each its --task.
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from absl import flags
-
-from experiments import launch
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; by default WORKDIR/recommendations.")
-_K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1)
-_EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out the items that a user has seen.")
-_APPROXIMATE = flags.DEFINE_bool(
-    "approximate", False, "Search the bundle's index instead of comparing all items."
-)
-_RECALL_TARGET = flags.DEFINE_float(
-    "recall_target",
-    1.0,
-    "TPUs alone: the share of the best items that lists must hold.",
-    lower_bound=0.01,
-    upper_bound=1.0,
-)
-_DEVICES = flags.DEFINE_integer("devices", 0, "Devices to search on; 0: all.", lower_bound=0)
-_TASK = flags.DEFINE_integer("task", 0, "Number of this process, from 0 on.", lower_bound=0)
-_TASKS = flags.DEFINE_integer("tasks", 1, "Processes that share the work.", lower_bound=1)
-
-
-def main() -> None:
-    from twotower.retrieval.batch_jobs import Tasks, recommend_all
-    from twotower.training.run import load_config
-
-    workdir = Path(_WORKDIR.value)
-    load_config(workdir)  # says what to do where the folder is no run
-    out = Path(_OUT.value or workdir / "recommendations")
-    recommend_all(
-        workdir / "bundle",
-        out,
-        _K.value,
-        exclude_seen=_EXCLUDE_SEEN.value,
-        approximate=_APPROXIMATE.value,
-        devices=_DEVICES.value,
-        recall_target=_RECALL_TARGET.value,
-        tasks=Tasks(_TASK.value, _TASKS.value),
-    )
-    print(f"{out}: lists of {_K.value}.")
-
+from twotower.commands import launch, recommend_all
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(recommend_all)

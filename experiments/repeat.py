@@ -1,50 +1,6 @@
-r"""Trains and measures an experiment with one seed after another, for the spread of its figures.
+"""Launches the command `twotower repeat`, which `twotower.commands.repeat` describes."""
 
-    python -m experiments.repeat --config=experiments/configs/yelp2018.py --workdir=runs/yelp2018 \
-        [--seeds=3] [--baselines]
-
-Prints the mean and the standard deviation of each metric over training.seed = 0, 1, ... and writes
-the figures of each seed to WORKDIR/repeat.json (repeat_validation.json for --split=validation). The
-run of a seed is WORKDIR/seed-N: a training that was stopped goes on, and one that had ended is only
-measured.
-"""
-
-from __future__ import annotations
-
-from absl import flags
-from ml_collections import config_flags
-
-from experiments import launch
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: a Python file with get_config()."
-)
-flags.mark_flag_as_required("config")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the runs.", required=True)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of trainings.", lower_bound=1)
-_BASELINES = flags.DEFINE_bool(
-    "baselines", False, "Measure popularity and the like beside the model, once."
-)
-_SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The rows to find.")
-
-
-def main() -> None:
-    from twotower import api
-    from twotower.config import from_dict
-    from twotower.evaluation.report_text import format_seeds
-
-    config = from_dict(_CONFIG.value)
-    measured = api.repeat(
-        config,
-        _WORKDIR.value,
-        seeds=_SEEDS.value,
-        split=_SPLIT.value,
-        baselines=_BASELINES.value,
-    )
-    path = api.repeat_path(_WORKDIR.value, _SPLIT.value)
-    print(format_seeds(measured, config.evaluation.ks, _SPLIT.value))
-    print(f"\nWritten to {path}.")
-
+from twotower.commands import launch, repeat
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(repeat)

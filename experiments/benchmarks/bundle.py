@@ -40,9 +40,9 @@ def make(folder: Path, items: int) -> None:
     """Writes the bundle of `items` drawn items."""
     import jax
 
-    from experiments.configs import quickstart
     from twotower.config import from_dict
     from twotower.core.ragged import Ragged
+    from twotower.experiment import read
     from twotower.index.popularity import index_items
     from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
@@ -50,7 +50,7 @@ def make(folder: Path, items: int) -> None:
     from twotower.towers.two_tower import TwoTower
     from twotower.training.run import Run
 
-    values = quickstart.get_config()
+    values = read("quickstart")
     values.data.num_interactions = 5_000
     config = from_dict(values.to_dict())
     prepared = prepare(config)

@@ -23,7 +23,7 @@ def get_config():
     config.split.validation = 0.05
     config.split.test = 0.1
 
-    config.features.path = "experiments/features/shop.json"
+    config.features.path = "../features/shop.json"  # beside this file
     config.model.user.layers = (64,)
     config.model.user.dropout = 0.4
     config.model.item.layers = (64,)

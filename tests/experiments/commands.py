@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from absl import flags
-
-from experiments import launch
+from twotower.commands import launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,18 +52,11 @@ def error_of(command: str, *arguments: str) -> str:
 
 
 def _run(command: str, arguments: tuple[str, ...]) -> None:
-    argv = [f"experiments/{command}.py", *arguments]
-    name = f"experiments.{command}"
-    known = set(flags.FLAGS)
-    # Commands have flags of one name, and absl knows one registry: each gets it to itself.
+    argv = [f"twotower {command}", *arguments]
+    name = f"twotower.commands.{command}"
+    # Anew: the flags of a command keep their values, and the options of one experiment.
     sys.modules.pop(name, None)
-    try:
-        # config_flags reads sys.argv, and paths of experiments count from the project's folder.
-        with mock.patch.object(sys, "argv", argv), contextlib.chdir(ROOT):
-            main = importlib.import_module(name).main
-            launch.call(main, launch.parse(argv))
-    finally:
-        for flag in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, flag)
-        flags.FLAGS.unparse_flags()
-        sys.modules.pop(name, None)
+    # config_flags reads sys.argv, and paths of experiments count from the project's folder.
+    with mock.patch.object(sys, "argv", argv), contextlib.chdir(ROOT):
+        module = importlib.import_module(name)
+        launch.call(module.main, launch.parse(module, argv))

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import launch
 from tests.experiments.commands import error_of, launched, output_of
 from tests.experiments.trained import CONFIG
 from twotower.api import load_retriever
+from twotower.commands import launch
 from twotower.config import from_dict
 from twotower.core.files import current_version
 from twotower.retrieval.bundle import load_bundle
@@ -228,7 +228,7 @@ LOG = "user_id,item_id,timestamp\n" + "".join(
         (
             LOG,
             ["--config=experiments/configs/nowhere.py"],
-            "No such file or directory: 'experiments/configs/nowhere.py'",
+            "'experiments/configs/nowhere.py' is no file with get_config()",
         ),
     ],
 )

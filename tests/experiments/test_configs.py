@@ -13,6 +13,7 @@ from twotower.evaluation.baselines import random_scores
 from twotower.evaluation.evaluate import evaluate, make_validate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report_text import describe_index
+from twotower.experiment import load_config
 from twotower.features.spec import load_spec
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
@@ -41,9 +42,9 @@ def leaves(values, where=""):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_a_configuration_whose_features_load(name, monkeypatch):
-    monkeypatch.chdir(ROOT)  # paths of feature files count from the project's folder
-    config = from_dict(module(name).get_config())
+def test_it_is_a_configuration_whose_features_load(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # by name it is found from any folder
+    config = load_config(name)
     spec = load_spec(config.features)
     assert spec.user and spec.item
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
+from twotower.core.install import install_line
+
 T = TypeVar("T")
 
 
@@ -98,7 +100,7 @@ def extra(name: str, what: str) -> Iterator[None]:
     # The original message is kept: a part of an extra may be installed and broken.
     except ImportError as error:
         raise ConfigError(
-            f"{what} needs the extra {name!r} ({error}): pip install 'twotower[{name}]'."
+            f"{what} needs the extra {name!r} ({error}): {install_line(name)}."
         ) from error
 
 

@@ -22,6 +22,7 @@ from absl import logging
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
+from twotower.core.install import install_line
 from twotower.features.base import Feature, Fitted, Input, TrainingColumn
 from twotower.features.sentence_model import (
     SentenceModel,
@@ -130,10 +131,11 @@ def warn_of_missing_extra(feature: SentenceFeature) -> None:
     """Warns that new texts cannot be encoded if the extra "text" is missing."""
     if not all(importlib.util.find_spec(module) for module in ("tokenizers", "onnxruntime")):
         logging.warning(
-            "%s: new texts need model %r and the extra 'text' (pip install 'twotower[text]'), "
+            "%s: new texts need model %r and the extra 'text' (%s), "
             "which is not installed; known ones have their vectors.",
             feature.location,
             feature.model,
+            install_line("text"),
         )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
+from twotower.core.install import install_line
 from twotower.index import tuning as tuner
 from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.exact import ExactIndex
@@ -67,8 +68,7 @@ def import_library(kind: str) -> Any:
         return importlib.import_module(library.module)
     except ImportError as error:
         raise ImportError(
-            f"index={kind} needs {library.module} ({error}): "
-            f"pip install 'twotower[{library.extra}]'."
+            f"index={kind} needs {library.module} ({error}): {install_line(library.extra)}."
         ) from error
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from twotower.core.install import install_line
 from twotower.core.tables import format_table
 from twotower.index.tuning import SearchEffort, Trial, Tuning
 
@@ -99,9 +100,7 @@ def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> No
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            f"A plot needs matplotlib ({error}): pip install 'twotower[plots]'."
-        ) from error
+        raise ImportError(f"A plot needs matplotlib ({error}): {install_line('plots')}.") from error
     # One plot for each list length, and in it one line for each number of candidates.
     lengths = sorted({trial.k for trial in trials})
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")

@@ -47,6 +47,7 @@ from twotower.core.files import (
     digest,
     read_json,
 )
+from twotower.core.install import command
 from twotower.core.ragged import Ragged
 from twotower.features.base import SIDES
 from twotower.features.encoder import Encoder
@@ -265,7 +266,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             )
         raise BundleError(
             f"{folder} is no bundle: it has no manifest.json. "
-            f"Make one: python -m experiments.export --workdir={folder.parent}"
+            f"Make one: {command('export', f'--workdir={folder.parent}')}"
         )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

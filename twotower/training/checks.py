@@ -231,7 +231,7 @@ def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
     if negatives.mined and not has_miner:
         raise ConfigError(
             f"config.objective.negatives.mined={negatives.mined} needs a function that ranks "
-            "items: pass make_miner (twotower.retrieval.mining.make_miner), as experiments.train "
+            "items: pass make_miner (twotower.retrieval.mining.make_miner), as twotower.api.train "
             "does."
         )
 

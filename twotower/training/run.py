@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from twotower.config import Config, from_dict
 from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.files import atomic
+from twotower.core.install import command
 from twotower.core.mesh import make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
@@ -196,10 +197,9 @@ def load_config(workdir: Path | str) -> Config:
     """
     path = config_path(Path(workdir))
     if not path.exists():
-        command = "python -m experiments.train --config=experiments/configs/quickstart.py"
+        line = command("train", "--config=quickstart", f"--workdir={workdir}")
         raise ConfigError(
-            f"--workdir={workdir} is no run: it has no config.json. Train one first: "
-            f"{command} --workdir={workdir}"
+            f"--workdir={workdir} is no run: it has no config.json. Train one first: {line}"
         )
     return from_dict(_read_json(path))
 
@@ -291,9 +291,8 @@ def find_step(checkpoints: Checkpoints, which: str, workdir: Path) -> int:
     else:
         step = checkpoints.latest()
     if step is None:
-        command = f"python -m experiments.train --config=... --workdir={workdir}"
+        line = command("train", "--config=...", f"--workdir={workdir}")
         raise CheckpointError(
-            f"{checkpoints.folder} has no checkpoint yet; train until the first validation: "
-            f"{command}"
+            f"{checkpoints.folder} has no checkpoint yet; train until the first validation: {line}"
         )
     return step

@@ -7,7 +7,7 @@
 `evaluate` prints AUC, log loss and calibration of each head below the ranking figures.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     "retrieval_and_two_heads": {
@@ -21,4 +21,4 @@ RECIPES = {
 
 
 def get_config(recipe="retrieval_and_two_heads"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

@@ -8,7 +8,7 @@ r"""A user's past as a vector: bags and Transformers.
 The name after the colon is one of RECIPES.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     # A mean whose weights are learned, by item and by how many events follow.
@@ -32,4 +32,4 @@ RECIPES = {
 
 
 def get_config(recipe="rotary"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

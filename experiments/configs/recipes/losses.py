@@ -9,7 +9,7 @@ The name after the colon is one of RECIPES. The formulas and the papers are in
 `twotower/objectives/losses.py`.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     # The softmax without its correction favours what is seldom sampled: rare items.
@@ -56,4 +56,4 @@ RECIPES = {
 
 
 def get_config(recipe="bsl"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

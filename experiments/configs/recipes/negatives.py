@@ -9,7 +9,7 @@ The name after the colon is one of RECIPES. Each source states how often it yiel
 correction knows the sum over all of them, so sources mix freely.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     # Items that training never saw are negatives too, so that none of them surfaces by chance.
@@ -47,4 +47,4 @@ RECIPES = {
 
 
 def get_config(recipe="mined"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

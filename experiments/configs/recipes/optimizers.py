@@ -8,7 +8,7 @@ r"""Optimizers of the dense parameters and of the tables, schedules, and bounds 
 The name after the colon is one of RECIPES.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     "adamw": {
@@ -34,4 +34,4 @@ RECIPES = {
 
 
 def get_config(recipe="adamw"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

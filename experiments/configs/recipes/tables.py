@@ -5,18 +5,20 @@ r"""Files as they come: other encodings, delimiters, names of columns, and forms
     python -m experiments.export --workdir=runs/tables
     python -m experiments.evaluate --workdir=runs/tables --k=10
 
-The small files that it reads lie in `experiments/examples/tables/`; start the commands in the
-project's folder. Each file has every time twice, as text and as a number.
+The small files that it reads lie in `examples/tables/`. Each has every time twice, as text and as a
+number.
 """
 
-from experiments.configs.recipes.shop import small_shop
+from pathlib import Path
 
-FOLDER = "experiments/examples/tables"
+from twotower.experiment import read
+
+FOLDER = Path(__file__).parents[2] / "examples" / "tables"
 RECIPES = ("dates", "numbers", "random_split")
 
 
 def get_config(recipe="dates"):
-    config = small_shop()
+    config = read("recipes/shop")
     config.data.source = "csv"
     data = config.data
     data.interactions.path = f"{FOLDER}/events.csv"

@@ -8,7 +8,7 @@ r"""Layers of the towers: activation, normalisation, dropout, mixed precision.
 The name after the colon is one of RECIPES.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     "deep": {
@@ -30,4 +30,4 @@ RECIPES = {
 
 
 def get_config(recipe="deep"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

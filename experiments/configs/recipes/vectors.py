@@ -8,7 +8,7 @@ r"""Smaller vectors and another index: their storage, and the effort of a search
 `export` measures the loss by cutting and rounding against whole float32 vectors, and prints it.
 """
 
-from experiments.configs.recipes.shop import with_changes
+from twotower.experiment import read
 
 RECIPES = {
     # Trained at 16 and 32 numbers at once (Matryoshka), so that the first 16 serve alone.
@@ -28,4 +28,4 @@ RECIPES = {
 
 
 def get_config(recipe="cut_int8"):
-    return with_changes(RECIPES[recipe])
+    return read("recipes/shop", RECIPES[recipe])

@@ -1,0 +1,108 @@
+r"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
+
+    twotower evaluate --workdir=runs/quickstart --k=10,50,100 --baselines \
+        [--split=validation] [--dim=32] [--devices=N]
+
+Each device scores and ranks its own part of the items. Prints a table and writes
+WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
+"""
+
+from __future__ import annotations
+
+import math
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
+)
+_K = flags.DEFINE_list(
+    "k", [], "Lengths of the lists; by default those of the configuration.", flag_values=FLAGS
+)
+_BASELINES = flags.DEFINE_bool(
+    "baselines",
+    False,
+    "Measure random, popularity and the like beside the model.",
+    flag_values=FLAGS,
+)
+_QUERIES = flags.DEFINE_integer(
+    "queries",
+    0,
+    "Greatest number of queries, evenly spaced; 0: all.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
+_POPULARITY_WEIGHTS = flags.DEFINE_list(
+    "popularity_weights",
+    [],
+    "Measure lists with popularity weighed too: --popularity_weights=0,.05.",
+    flag_values=FLAGS,
+)
+_DIM = flags.DEFINE_integer(
+    "dim",
+    None,
+    "Width to cut vectors to, in the place of config.retrieval.dim.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Devices to measure on; 0: all.", lower_bound=0, flag_values=FLAGS
+)
+_SPLIT = flags.DEFINE_enum(
+    "split", "test", ["test", "validation"], "The rows to find.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    from twotower import api
+    from twotower.evaluation.report_text import format_report
+
+    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    # Before the vectors are made: a width that was not trained is refused at once.
+    if _DIM.value:
+        run = api.with_index_options(run, dim=_DIM.value)
+    ks = parse_ks(_K.value) or run.config.evaluation.ks
+    measured = api.evaluate(
+        run,
+        ks=ks,
+        split=_SPLIT.value,
+        baselines=_BASELINES.value,
+        max_queries=_QUERIES.value,
+        popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
+        devices=_DEVICES.value,
+    )
+    path = api.metrics_path(run.workdir, _SPLIT.value)
+    print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
+
+
+def parse_ks(texts: list[str]) -> tuple[int, ...]:
+    """Returns list lengths in rising order, each once."""
+    # The tables show the shortest lists first, and most metrics for these alone.
+    from twotower.core.errors import ConfigError
+
+    for text in texts:
+        if not text.strip().isdigit() or int(text) < 1:
+            raise ConfigError(
+                f"--k={','.join(texts)}: {text!r} is not a list length. "
+                "Give numbers, such as --k=10,50."
+            )
+    return tuple(sorted({int(text) for text in texts}))
+
+
+def parse_weights(texts: list[str]) -> tuple[float, ...]:
+    """Returns weights of popularity, in the order of the flag."""
+    from twotower.core.errors import ConfigError
+
+    flag = f"--popularity_weights={','.join(texts)}"
+    try:
+        weights = tuple(float(text) for text in texts)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}. Give numbers, such as 0,.02,.05.") from None
+    # Python reads "nan" and "inf" as numbers.
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"{flag} must be finite.")
+    return weights

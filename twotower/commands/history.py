@@ -1,0 +1,140 @@
+r"""Keeps the vectors of each run by date, and compares the vectors of two runs.
+
+    twotower history --history=runs/history --append=runs/quickstart \
+        [--run_date=2026-11-25]
+
+    twotower history --history=runs/history --list
+
+    twotower history --history=runs/history --bigquery=PROJECT.DATASET \
+        --run_date=2026-11-25    # or beside --append
+
+    twotower history --history=runs/history \
+        --drift=2026-11-24/quickstart,2026-11-25/quickstart [--plot=drift.png]
+
+The history is a Parquet dataset (see `twotower.integrations.embedding_history`). A repeat of
+--append replaces the vectors of that run and date, a repeat of --bigquery the partition of the
+date. Under a scheduler, which may repeat a command on another day, give its logical date.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from twotower.integrations.embedding_history import EmbeddingHistory
+
+FLAGS = flags.FlagValues()
+_HISTORY = flags.DEFINE_string(
+    "history", None, "The folder of the history.", required=True, flag_values=FLAGS
+)
+_APPEND = flags.DEFINE_string(
+    "append", None, "A run with a bundle: append its vectors.", flag_values=FLAGS
+)
+_RUN_DATE = flags.DEFINE_string(
+    "run_date", None, "YYYY-MM-DD of the run; by default today, UTC.", flag_values=FLAGS
+)
+_RUN_ID = flags.DEFINE_string(
+    "run_id", None, "Name of the run; by default that of its folder.", flag_values=FLAGS
+)
+_EXPERIMENT_ID = flags.DEFINE_string(
+    "experiment_id",
+    "",
+    "Name of the experiment; by default a hash of the configuration.",
+    flag_values=FLAGS,
+)
+_BIGQUERY = flags.DEFINE_string(
+    "bigquery",
+    None,
+    "PROJECT.DATASET or DATASET: load all runs of the date into its tables.",
+    flag_values=FLAGS,
+)
+_DRIFT = flags.DEFINE_list(
+    "drift", None, "OLD,NEW: two versions of --list, each DATE/RUN, to compare.", flag_values=FLAGS
+)
+_SIDE = flags.DEFINE_enum(
+    "side", "item", ["item", "user"], "Whose vectors --drift compares.", flag_values=FLAGS
+)
+_K = flags.DEFINE_integer(
+    "k", 10, "Nearest neighbours that --drift compares.", lower_bound=1, flag_values=FLAGS
+)
+_PLOT = flags.DEFINE_string(
+    "plot", None, "File for a plot of --drift, such as drift.png.", flag_values=FLAGS
+)
+_LIST = flags.DEFINE_bool("list", False, "Print the runs in the history.", flag_values=FLAGS)
+
+
+def main() -> None:
+    from twotower.core.errors import ConfigError
+    from twotower.integrations.embedding_history import EmbeddingHistory, format_versions
+
+    # Appending and loading into BigQuery go together; each of the others stands alone.
+    writes = _APPEND.value is not None or _BIGQUERY.value is not None
+    if sum([writes, _LIST.value, _DRIFT.value is not None]) != 1:
+        raise ConfigError(
+            "Give one of --append=RUN (and --bigquery), --bigquery=PROJECT.DATASET, --list and "
+            "--drift=OLD,NEW."
+        )
+    history = EmbeddingHistory(_HISTORY.value)
+    if writes:
+        write(history)
+    elif _LIST.value:
+        print(format_versions(history))
+    else:
+        compare(history, _DRIFT.value or [])
+
+
+def write(history: EmbeddingHistory) -> None:
+    """Appends the vectors of a run, loads a date into BigQuery, or both."""
+    from twotower import api
+    from twotower.integrations.bigquery_history import open_dataset
+    from twotower.integrations.embedding_history import append_bundle, parse_date
+
+    # UTC, so that machines in several places agree on the date.
+    run_date = datetime.datetime.now(datetime.UTC).date()
+    if _RUN_DATE.value:
+        run_date = parse_date(_RUN_DATE.value, "--run_date")
+    if _APPEND.value is not None:
+        workdir = Path(_APPEND.value)
+        run_id = _RUN_ID.value or workdir.resolve().name
+        retriever = api.load_exported(workdir)
+        files = append_bundle(
+            history,
+            retriever,
+            run_date=run_date,
+            run_id=run_id,
+            experiment_id=_EXPERIMENT_ID.value,
+        )
+        for side, file in files.items():
+            print(f"{file.path}: {file.rows:,} {side} vectors, {file.width} wide.")
+    # After --append, so that the date is loaded with the run that was just written.
+    if _BIGQUERY.value is not None:
+        dataset = open_dataset(_BIGQUERY.value)
+        rows_of_table = dataset.load(history, run_date)
+        for table, rows in rows_of_table.items():
+            print(f"{table}: {rows:,} rows of {run_date}.")
+
+
+def compare(history: EmbeddingHistory, names: list[str]) -> None:
+    """Prints how far the vectors have moved, and draws it into the file of --plot."""
+    from twotower.core.errors import ConfigError
+    from twotower.integrations import drift
+
+    if len(names) != 2:
+        raise ConfigError(
+            f"--drift={','.join(names)} must name two versions, OLD,NEW, each DATE/RUN as --list "
+            "prints them."
+        )
+    side = _SIDE.value
+    old_name, new_name = names
+    old = history.read(history.find(side, old_name))
+    new = history.read(history.find(side, new_name))
+    measured = drift.compare(old, new, k=_K.value)
+    print(f"{side} vectors, {old_name} -> {new_name}\n{drift.format_drift(measured)}")
+    if _PLOT.value:
+        title = f"{side} vectors: {old_name} to {new_name}"
+        drift.plot(measured, _PLOT.value, title=title)
+        print(f"Plotted to {_PLOT.value}.")

@@ -1,0 +1,245 @@
+"""The launch of every command: its flags, quiet logs, and a user's mistake shown as a line, not as
+a traceback.
+
+A command is a module with `FLAGS`, `main` and a docstring. Its flags are in a registry of its own,
+so that several commands can be imported into one process. It imports the library in its `main`:
+`--help` and a wrong flag need not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+import twotower
+from twotower.core.install import command as command_line
+
+_PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
+INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
+_HELP = ("--help", "-help", "-h", "--helpshort")
+
+
+class Command(Protocol):
+    """A module of `twotower.commands`.
+
+    Attributes:
+        FLAGS: Flags of the command.
+        main: The command itself, called when the flags have been parsed.
+        __doc__: Usage, the first line of which is a summary.
+    """
+
+    FLAGS: flags.FlagValues
+    main: Callable[[], None]
+    __doc__: str | None
+
+
+def run(command: Command) -> None:
+    """Runs a command under absl with the flags of the command line.
+
+    Mistakes of the user are `ValueError`s and `TrainingError`s of the library that say what to do,
+    and refusals of the machine are `OSError`s that name the file; they end the program with status
+    1 and their message. Anything else is a defect and keeps its traceback.
+    """
+    absl_logging.get_absl_handler().addFilter(_is_for_the_user)
+    app.run(lambda argv: call(command.main, argv), flags_parser=lambda argv: parse(command, argv))
+
+
+def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
+    """Defines --config, the experiment, with --config.OPTION for each option of it.
+
+    Returns:
+        The flag, whose value is the `ConfigDict` with the options of the command line in it.
+    """
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Experiment: the name of a shipped one, or a Python file with get_config(). "
+        "--config.OPTION=VALUE replaces an option of it; `twotower options` lists them.",
+        flag_values=flag_values,
+    )
+    flag_values["config"].parser = _ExperimentParser()
+    flags.mark_flag_as_required("config", flag_values=flag_values)
+    return holder
+
+
+class _ExperimentParser(flags.ArgumentParser):
+    """Reads the experiment that --config names."""
+
+    def parse(self, argument: str) -> Any:
+        from twotower.core.errors import ConfigError
+        from twotower.experiment import read
+
+        try:
+            return read(argument).lock()
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            # absl would show it as a wrong flag, without the line of the experiment that is wrong.
+            raise RuntimeError(f"--config={argument}: get_config() failed.") from error
+
+
+def parse(command: Command, argv: list[str]) -> list[str]:
+    """Parses the flags; a mistake in them, or --help, ends the program.
+
+    Returns:
+        The name of the program, and arguments that are no flags.
+    """
+    if any(arg in _HELP for arg in argv[1:]):
+        print(format_help(command))
+        sys.exit(0)
+    own = command.FLAGS
+    _join_flags_of_absl(own)
+    try:
+        _check_options(argv)
+        rest = own(argv)
+    except flags.Error as error:
+        sys.exit(f"Error: {str(error).strip()} (--help lists the flags.)")
+    except (AttributeError, KeyError) as error:
+        # config_flags raises these for a key that a mapping of the experiment does not have.
+        message = _explain_missing_key(str(error), argv)
+        if message is None:
+            raise
+        sys.exit(f"Error: {message}")
+    except ValueError as error:
+        _refuse(error)
+    # absl itself reads the flags of its logging from the registry that all share.
+    flags.FLAGS.mark_as_parsed()
+    return rest
+
+
+def call(main: Callable[[], None], argv: list[str]) -> None:
+    """Calls `main`; a mistake ends the program with a line.
+
+    Args:
+        main: Command, whose flags have been parsed.
+        argv: Result of `parse`.
+    """
+    from twotower.core.errors import TrainingError
+
+    # Such as a value that a space parts from its flag by mistake: absl would ignore it.
+    if argv[1:]:
+        sys.exit(
+            f"Error: unexpected arguments: {' '.join(argv[1:])}. Options are given as --name=value."
+        )
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(
+            "Interrupted. A training goes on from its last checkpoint when the same command is "
+            "given again.",
+            file=sys.stderr,
+        )
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        # A full disk or a missing file is no defect: its traceback is for --verbosity=1 alone.
+        absl_logging.debug("where it happened", exc_info=True)
+        sys.exit(f"Error: {_reason(error)}")
+    except (ValueError, TrainingError) as error:
+        _refuse(error)
+
+
+def format_help(command: Command) -> str:
+    """Returns the usage of a command and its flags, with commands as they are given here."""
+    usage = re.sub(
+        r"^( +)twotower (\w+)",
+        lambda found: found[1] + command_line(found[2]),
+        command.__doc__ or "",
+        flags=re.MULTILINE,
+    )
+    lines = [usage.strip(), "", "Flags:"]
+    for name in sorted(command.FLAGS):
+        flag = command.FLAGS[name]
+        title = f"  --{name}"
+        # Flags without a default are required, or do nothing when they are left out.
+        if flag.default not in (None, "", False, []):
+            title += f" (default: {flag.default_as_str.strip(chr(39))})"
+        lines.append(title)
+        lines.append(flags.text_wrap(flag.help or "", indent="      "))
+    return "\n".join(lines)
+
+
+def _join_flags_of_absl(own: flags.FlagValues) -> None:
+    """Lets a command take the flags of absl's logging too."""
+    for name, flag in flags.FLAGS._flags().items():
+        if name == flag.name and name not in own:
+            own[name] = flag
+
+
+def _refuse(error: Exception) -> typing.NoReturn:
+    """Ends the program with the message of an error of the library; raises any other again."""
+    # A ValueError of another library is a defect of ours: nothing in it says what to do.
+    if not type(error).__module__.startswith("twotower."):
+        raise error
+    sys.exit(f"Error: {error}")
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    # JAX and Orbax log dozens of lines about each checkpoint, and Orbax warns when a run is only
+    # read.
+    lowest = logging.ERROR if "orbax" in record.pathname else logging.WARNING
+    return record.pathname.startswith(_PACKAGE) or record.levelno >= lowest
+
+
+def _check_options(argv: list[str]) -> None:
+    """Refuses --config.OPTION of an option that there is not, with the nearest that there is."""
+    import dataclasses
+
+    from twotower.config import Config
+    from twotower.core.errors import ConfigError
+    from twotower.experiment import check_option
+
+    for arg in argv[1:]:
+        # A boolean may also be given as --noconfig.OPTION.
+        option = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
+        if option is None:
+            continue
+        flag = arg.split("=")[0]
+        cls: Any = Config
+        location = "config"
+        for name in option[1].split("."):
+            # What lies within a mapping of the user's own is checked with the experiment at hand.
+            if not dataclasses.is_dataclass(cls):
+                break
+            try:
+                check_option(name, typing.cast(type, cls), location)
+            except ConfigError as error:
+                raise ConfigError(f"{flag}: {error}") from None
+            location = f"{location}.{name}"
+            cls = typing.get_type_hints(cls)[name]
+
+
+def _explain_missing_key(message: str, argv: list[str]) -> str | None:
+    """Returns a message on the key in `argv` that a mapping does not have, if it is one.
+
+    Args:
+        message: Text of the exception of config_flags.
+        argv: Command line.
+    """
+    unknown = re.search(r"'(\w+)", message)
+    if unknown is None:
+        return None
+    for arg in argv:
+        option = arg.split("=")[0]
+        parents, found, _ = option.partition(f".{unknown[1]}")
+        if option.startswith("--config.") and found:
+            location = parents.removeprefix("--")
+            return (
+                f"{option}: {location} has no {unknown[1]!r}. A mapping is set whole: "
+                f"{parents}={{...}}."
+            )
+    return None
+
+
+def _reason(error: OSError) -> str:
+    if error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return str(error).strip()

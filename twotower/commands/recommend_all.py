@@ -1,0 +1,71 @@
+r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score.
+
+    twotower recommend_all --workdir=runs/quickstart --k=100 [--approximate] \
+        [--devices=N] [--task=T --tasks=N]
+
+The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
+over the devices, unless --approximate takes the bundle's index, or, on TPUs, a share of the best
+items is enough: --recall_target=.95. Killed at any moment, the same command goes on. Several
+processes share the work: give each its --task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder to write to; by default WORKDIR/recommendations.", flag_values=FLAGS
+)
+_K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1, flag_values=FLAGS)
+_EXCLUDE_SEEN = flags.DEFINE_bool(
+    "exclude_seen", True, "Leave out the items that a user has seen.", flag_values=FLAGS
+)
+_APPROXIMATE = flags.DEFINE_bool(
+    "approximate",
+    False,
+    "Search the bundle's index instead of comparing all items.",
+    flag_values=FLAGS,
+)
+_RECALL_TARGET = flags.DEFINE_float(
+    "recall_target",
+    1.0,
+    "TPUs alone: the share of the best items that lists must hold.",
+    lower_bound=0.01,
+    upper_bound=1.0,
+    flag_values=FLAGS,
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Devices to search on; 0: all.", lower_bound=0, flag_values=FLAGS
+)
+_TASK = flags.DEFINE_integer(
+    "task", 0, "Number of this process, from 0 on.", lower_bound=0, flag_values=FLAGS
+)
+_TASKS = flags.DEFINE_integer(
+    "tasks", 1, "Processes that share the work.", lower_bound=1, flag_values=FLAGS
+)
+
+
+def main() -> None:
+    from twotower.retrieval.batch_jobs import Tasks, recommend_all
+    from twotower.training.run import load_config
+
+    workdir = Path(_WORKDIR.value)
+    load_config(workdir)  # says what to do where the folder is no run
+    out = Path(_OUT.value or workdir / "recommendations")
+    recommend_all(
+        workdir / "bundle",
+        out,
+        _K.value,
+        exclude_seen=_EXCLUDE_SEEN.value,
+        approximate=_APPROXIMATE.value,
+        devices=_DEVICES.value,
+        recall_target=_RECALL_TARGET.value,
+        tasks=Tasks(_TASK.value, _TASKS.value),
+    )
+    print(f"{out}: lists of {_K.value}.")

@@ -1,0 +1,49 @@
+r"""Trains an experiment, or goes on with it, on all devices of this machine or of several.
+
+    twotower train --config=quickstart --workdir=runs/quickstart [--config.training.steps=500]
+
+Several processes: the same command on every machine with a folder that all of them see, and
+--distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
+--coordinator=HOST:PORT --processes=N --process=0 … N-1.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from twotower.commands import launch
+
+FLAGS = flags.FlagValues()
+_CONFIG = launch.define_config(FLAGS)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Devices to train on; 0: all.", lower_bound=0, flag_values=FLAGS
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Train in several processes, which the cluster numbers.",
+    flag_values=FLAGS,
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where no cluster numbers them.", flag_values=FLAGS
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", 0, "Number of processes, with --coordinator.", lower_bound=0, flag_values=FLAGS
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", -1, "Number of this process, from 0 on, with --coordinator.", flag_values=FLAGS
+)
+
+
+def main() -> None:
+    from twotower import api
+    from twotower.config import from_dict
+    from twotower.training.processes import join
+
+    config = from_dict(_CONFIG.value)
+    # Before JAX sees its devices: it could not join other processes afterwards.
+    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, cluster=_DISTRIBUTED.value)
+    api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value)

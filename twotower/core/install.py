@@ -1,0 +1,64 @@
+"""Where the package runs from, a checkout or an installed wheel, and how commands are given there.
+
+Messages name a command as it can be copied into the shell that the user has in front of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def checkout() -> Path | None:
+    """Returns the folder of the project that the package runs from; None for an installed wheel."""
+    root = _PACKAGE.parent
+    # A wheel has no experiments beside the package: its configurations lie within.
+    if (root / "experiments").is_dir() and (root / "setup.py").is_file():
+        return root
+    return None
+
+
+def command(name: str, *flags: str) -> str:
+    """Returns a command line.
+
+    In the folder of a checkout it needs no installation; anywhere else it is the console command.
+
+    Args:
+        name: Name of the command, such as "train".
+        *flags: Flags that follow it.
+
+    >>> command("export", "--workdir=runs/mine").split(".")[-1].split("twotower ")[-1]
+    'export --workdir=runs/mine'
+    """
+    start = f"twotower {name}"
+    if _is_in_checkout():
+        start = f"python -m experiments.{name}"
+    return " ".join([start, *flags])
+
+
+def install_line(extra: str) -> str:
+    """Returns the command that installs an extra of setup.py beside the package.
+
+    Args:
+        extra: Name of the extra, such as "mlflow".
+    """
+    root = checkout()
+    if root is None:
+        return f"pip install 'twotower[{extra}]'"
+    # From another folder, "." would be another project.
+    place = "." if _is_in_checkout() else root
+    return f"pip install -e '{place}[{extra}]'"
+
+
+def shipped_folder() -> Path:
+    """Returns the folder that holds the shipped `configs`, `features` and `examples`."""
+    root = checkout()
+    if root is None:
+        # Copied here from `experiments` when the wheel is built.
+        return _PACKAGE / "shipped"
+    return root / "experiments"
+
+
+def _is_in_checkout() -> bool:
+    return checkout() == Path.cwd()

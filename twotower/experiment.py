@@ -1,0 +1,186 @@
+"""Experiments by name or path: Python files with a function `get_config()`.
+
+A file of one's own is named by its path, a shipped one by its name, from any folder:
+
+    load_config("quickstart")
+    load_config("recipes/losses:bpr", training={"steps": 500})
+    load_config("experiments/mine.py", **{"training.batch_size": 4096})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from twotower.config import Config, from_dict
+from twotower.core.errors import ConfigError, did_you_mean
+from twotower.core.install import shipped_folder
+
+
+def load_config(experiment: str | Path, **overrides: Any) -> Config:
+    """Returns the configuration of an experiment.
+
+    Args:
+        experiment: Name of a shipped experiment, or path of a file with `get_config()`. What
+            follows a colon is handed to that function: "recipes/losses:bpr".
+        **overrides: Options to replace, as mappings of a section's options
+            (`training={"steps": 500}`) or by dotted names (`**{"training.steps": 500}`).
+
+    Raises:
+        ConfigError: There is no such experiment or option (the nearest is named), or a value cannot
+            be used.
+
+    >>> load_config("quickstart", training={"steps": 500}).training.steps
+    500
+    """
+    return from_dict(read(experiment, overrides))
+
+
+def read(experiment: str | Path, changes: Mapping[str, Any] | None = None) -> Any:
+    """Returns an experiment as the `ConfigDict` of its `get_config()`, with some options replaced.
+
+    An experiment file may itself start from another one by this function.
+
+    Args:
+        experiment: Name or path, as in `load_config`.
+        changes: Options to replace, as in `load_config`.
+
+    Raises:
+        ConfigError: There is no such experiment or option.
+    """
+    name, colon, argument = str(experiment).partition(":")
+    path = find(name)
+    module = _execute(path)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config(), which an experiment returns by.")
+    arguments = [argument] if colon else []
+    config = module.get_config(*arguments)
+    _find_features(config, path.parent)
+    change(config, changes or {})
+    return config
+
+
+def find(name: str) -> Path:
+    """Returns the file of an experiment.
+
+    Args:
+        name: Name of a shipped experiment, such as "quickstart" or "recipes/losses", or a path.
+
+    Raises:
+        ConfigError: There is none; the message names the nearest, and all that are shipped.
+    """
+    path = Path(os.path.expanduser(os.path.expandvars(name)))
+    if path.suffix == ".py" and path.is_file():
+        return path
+    names = shipped_names()
+    if name in names:
+        return _configs() / f"{name}.py"
+    # By its last part too: who writes "losses" or "configs/quikstart.py" means a shipped one.
+    by_last_part = {known.rpartition("/")[2]: known for known in names}
+    close = difflib.get_close_matches(path.stem, by_last_part, n=1, cutoff=0.5)
+    hint = "."
+    if close:
+        hint = f"; did you mean {by_last_part[close[0]]!r}?"
+    raise ConfigError(
+        f"{name!r} is no file with get_config(), and no shipped experiment{hint} Shipped: "
+        f"{', '.join(names)}."
+    )
+
+
+def shipped_names() -> list[str]:
+    """Returns the names of the shipped experiments, those of recipes last."""
+    folder = _configs()
+    names = []
+    for path in folder.rglob("*.py"):
+        if path.stem != "__init__":
+            names.append(path.relative_to(folder).with_suffix("").as_posix())
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def change(config: Any, changes: Mapping[str, Any]) -> None:
+    """Replaces options of a `ConfigDict`.
+
+    Args:
+        config: Whole configuration, changed in place.
+        changes: Options, as in `load_config`.
+
+    Raises:
+        ConfigError: An option is not known; the message names the nearest.
+    """
+    # Values are checked when the `Config` is made, with better messages than those of ConfigDict.
+    with config.unlocked(), config.ignore_type():
+        for name, value in changes.items():
+            _change(config, Config, name, value, "config")
+
+
+def _change(section: Any, cls: type, name: str, value: Any, location: str) -> None:
+    name, _, rest = name.partition(".")
+    hints = typing.get_type_hints(cls)
+    check_option(name, cls, location)
+    hint = hints[name]
+    location = f"{location}.{name}"
+    if rest:
+        value = {rest: value}
+    # Options of a section are replaced one by one; a mapping of the user's own, whole.
+    if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
+        section[name] = value
+        return
+    for inner, inner_value in value.items():
+        _change(section[name], typing.cast(type, hint), inner, inner_value, location)
+
+
+def check_option(name: str, cls: type, location: str) -> None:
+    """Refuses the name of an option that a section does not have.
+
+    Args:
+        name: Name of the option.
+        cls: Dataclass of the section.
+        location: Name of the section in the message.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"{location} has no option {name!r}{hint}")
+
+
+def _configs() -> Path:
+    return shipped_folder() / "configs"
+
+
+def _execute(path: Path) -> ModuleType:
+    """Returns the module of a Python file, executed anew at each call."""
+    name = f"experiment_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses in the file look themselves up by the name of their module.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find_features(config: Any, folder: Path) -> None:
+    """Looks for the feature file beside the experiment, where the working folder has none.
+
+    Args:
+        config: `ConfigDict`, whose path is replaced in place.
+        folder: Folder of the experiment file.
+    """
+    path = config.features.path
+    if not path or Path(path).is_absolute() or Path(path).exists():
+        return
+    beside = (folder / path).resolve()
+    if beside.exists():
+        # Relative where that is possible: the path is saved with the run, on every machine alike.
+        cwd = Path.cwd()
+        if beside.is_relative_to(cwd):
+            beside = beside.relative_to(cwd)
+        config.features.path = str(beside)
