@@ -234,6 +234,26 @@ def test_a_crop_needs_sequences():
     assert "crop='random' must be 'last' with" in message_of({"training": {"crop": "random"}})
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"steps": 500}, "config.training.steps=500 must be left out (or 1000, the default) with"),
+        ({"steps_for": 9}, "config.training.steps_for=9 must be 0 with config.training.passes=3"),
+        ({"passes": -1}, "config.training.passes=-1.0 must be between"),
+    ],
+)
+def test_passes_are_refused_beside_a_number_of_steps(training, message):
+    assert message in message_of({"training": {"passes": 3} | training})
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_table_of_held_out_rows_needs_a_split_that_keeps_them_apart(name):
+    tables = {"data": {name: {"path": "held.csv"}}}
+    message = f"config.data.{name}='held.csv' must be empty with config.split.kind='time'"
+    assert message_of(tables).startswith(message)
+    assert from_dict(tables | {"split": {"kind": "fixed"}}).split.kind == "fixed"
+
+
 def test_a_mapping_of_sections_is_built():
     config = from_dict({"objective": {"heads": {"click": {"label": "clicked", "weight": 2}}}})
     assert config.objective.heads["click"].weight == 2.0

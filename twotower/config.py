@@ -87,6 +87,7 @@ class DataConfig:
         user_table: Table of users' attributes; an empty path for none but their ids.
         item_table: Table of items' attributes, which is also the corpus; an empty path for the
             items of the log.
+        validation: Table of the validation rows of a fixed split.
         test: Table of the test rows of a fixed split.
         dataset: Name of a TFDS dataset, such as movielens/100k-ratings.
         data_dir: Folder in which TFDS keeps prepared data; empty for its own default.
@@ -111,6 +112,7 @@ class DataConfig:
     interactions: TableConfig = TableConfig()
     user_table: TableConfig = TableConfig()
     item_table: TableConfig = TableConfig()
+    validation: TableConfig = TableConfig()
     test: TableConfig = TableConfig()
     dataset: str = ""
     data_dir: str = ""
@@ -131,7 +133,7 @@ class DataConfig:
         check.at_least(1000, "num_interactions")
         check.at_least(0, "k_core", "num_items")
         # SQL that no source reads would be passed over in silence.
-        for name in ("interactions", "user_table", "item_table", "test"):
+        for name in ("interactions", "user_table", "item_table", "validation", "test"):
             table: TableConfig = getattr(self, name)
             if table.query:
                 by_bigquery = self.source == "bigquery"
@@ -560,11 +562,15 @@ class TrainingConfig:
         steps_for: Number of examples (rows, or packed rows of whole sequences) that `steps` are
             meant for: with more or fewer of them there are as many passes, and `steps`,
             `validate_every` and the warm-up are in proportion; 0 leaves them as they are.
+        passes: Number of passes over the training examples (epochs) in place of `steps`, which is
+            then left out: the steps are passes x examples / batch size, rounded up. 0 counts by
+            steps.
         optimizer: The optimizer of the dense parameters.
         tables: The optimizer of the embedding tables.
         schedule: The schedule of both.
         log_every: Steps between lines of metrics.
-        validate_every: Steps between validations, each followed by a checkpoint.
+        validate_every: Steps between validations, each followed by a checkpoint. With `passes`, its
+            default stands for one pass.
         metric: Validation metric that names the best checkpoint, the one with its greatest value.
         patience: Validations without improvement before training stops; 0 never stops early.
         keep_checkpoints: Number of latest checkpoints kept, beside the best.
@@ -583,6 +589,8 @@ class TrainingConfig:
     # Steps rather than passes, so that --config.training.steps=200 alone means what it says.
     steps: int = 1000
     steps_for: int = 0
+    # Fractions too: a pass over a large log may be more than is needed.
+    passes: float = 0.0
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     tables: TableOptimizerConfig = TableOptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -603,6 +611,9 @@ class TrainingConfig:
         # 0 steps in a dispatch, or parts of a batch, would divide by zero below.
         check.at_least(1, "steps_per_dispatch", "accumulate")
         check.at_least(0, "seed", "steps_for", "patience", "resident_megabytes")
+        check.between(0.0, 1e6, "passes")
+        if self.passes:
+            self._check_passes(check)
         check.require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -615,15 +626,33 @@ class TrainingConfig:
             "latest events",
         )
 
-    def scaled_to(self, num_examples: int) -> TrainingConfig:
-        """Returns the options with `steps` in proportion to the examples there are.
+    def _check_passes(self, check: FieldChecks) -> None:
+        """Refuses a number of steps beside a number of passes."""
+        steps = type(self).steps
+        check.require(
+            self.steps == steps,
+            "steps",
+            f"left out (or {steps}, the default) with config.training.passes={self.passes:g}, "
+            "which decides the number of steps",
+        )
+        check.require(
+            not self.steps_for,
+            "steps_for",
+            f"0 with config.training.passes={self.passes:g}, which counts passes already",
+        )
 
-        Without `steps_for` they stay as they are. Each validation ends with a whole dispatch, and
-        few examples get no fewer steps than were to be made before the first validation.
+    def scaled_to(self, num_examples: int) -> TrainingConfig:
+        """Returns the options with as many `steps` as the examples ask for.
+
+        Without `steps_for` and `passes` they stay as they are. Each validation ends with a whole
+        dispatch. Few examples get no fewer steps than `steps_for` means before the first
+        validation.
 
         Args:
             num_examples: The number of rows, or of packed rows of whole sequences.
         """
+        if self.passes:
+            return self._with_steps_of_passes(num_examples)
         if not self.steps_for:
             return self
         # The number of validations stays; the steps between them change.
@@ -642,6 +671,19 @@ class TrainingConfig:
             validate_every=every,
             schedule=dataclasses.replace(self.schedule, warmup_steps=warmup),
         )
+
+    def _with_steps_of_passes(self, num_examples: int) -> TrainingConfig:
+        """Returns the options with the number of steps in the place of that of passes."""
+        dispatch = self.steps_per_dispatch
+        steps = math.ceil(self.passes * num_examples / self.batch_size)
+        # The loop moves by whole dispatches.
+        steps = math.ceil(steps / dispatch) * dispatch
+        every = self.validate_every
+        if every == type(self).validate_every:
+            every = math.ceil(num_examples / self.batch_size)
+        every = math.ceil(every / dispatch) * dispatch
+        # Without `passes`, so that what is scaled once stays as it is.
+        return dataclasses.replace(self, passes=0.0, steps=steps, validate_every=min(every, steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

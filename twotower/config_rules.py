@@ -27,6 +27,7 @@ def check_rules(config: Config) -> None:
     # The order of the checks is the order of the messages: the kind of example first.
     if config.training.examples == "sequences":
         _check_sequences(config)
+    _check_fixed_split(config)
     _check_dispatches(config)
     _check_queue(config)
     _check_mined(config)
@@ -67,17 +68,35 @@ def _check_sequences(config: Config) -> None:
         _check(value == needed, field, value, right)
 
 
+def _check_fixed_split(config: Config) -> None:
+    """Refuses tables of held-out rows that the split would mix with the training rows."""
+    data = config.data
+    for name, table in (("validation", data.validation), ("test", data.test)):
+        source = table.path or table.query
+        _check(
+            not source or config.split.kind == "fixed",
+            f"data.{name}",
+            source,
+            f"empty with config.split.kind={config.split.kind!r}, which divides all rows anew: set "
+            "config.split.kind='fixed' to keep its rows apart",
+        )
+
+
 def _check_dispatches(config: Config) -> None:
     """Refuses dispatches that end between two events of the loop."""
     training = config.training
     negatives = config.objective.negatives
     # Validations, rankings and the last step happen on the host, so a dispatch must end there.
     periods = [training.validate_every, training.steps]
+    # Those of passes are made of whole dispatches; see `TrainingConfig.scaled_to`.
+    if training.passes:
+        periods = []
     if negatives.mined:
         periods.append(negatives.mined_refresh)
     # A dispatch that divides all periods ends at each of these steps.
     divisor = math.gcd(*periods)
     _check(
+        # 0, where there is no period, is a multiple of every dispatch.
         divisor % training.steps_per_dispatch == 0,
         "training.steps_per_dispatch",
         training.steps_per_dispatch,
@@ -87,7 +106,10 @@ def _check_dispatches(config: Config) -> None:
 
 
 def _check_queue(config: Config) -> None:
-    """Refuses a queue that does not hold whole batches, or that is never used."""
+    """Refuses a queue that does not hold whole batches, or that is never used.
+
+    The steps of passes are known, and checked, once the examples are counted.
+    """
     training = config.training
     negatives = config.objective.negatives
     _check(
@@ -99,7 +121,7 @@ def _check_queue(config: Config) -> None:
     )
     _check(
         # A queue that starts after the last step would be an option without an effect.
-        not negatives.queue or negatives.queue_warmup < training.steps,
+        not negatives.queue or training.passes > 0 or negatives.queue_warmup < training.steps,
         "objective.negatives.queue_warmup",
         negatives.queue_warmup,
         f"below config.training.steps={training.steps}",
@@ -107,12 +129,12 @@ def _check_queue(config: Config) -> None:
 
 
 def _check_mined(config: Config) -> None:
-    """Refuses hard negatives that are never ranked."""
+    """Refuses hard negatives that are never ranked; with passes, once the examples are counted."""
     training = config.training
     negatives = config.objective.negatives
     _check(
         # The first ranking is made after `mined_refresh` steps, not before the first one.
-        not negatives.mined or negatives.mined_refresh < training.steps,
+        not negatives.mined or training.passes > 0 or negatives.mined_refresh < training.steps,
         "objective.negatives.mined_refresh",
         negatives.mined_refresh,
         f"below config.training.steps={training.steps}: before the first ranking there is nothing "

@@ -43,6 +43,7 @@ def measure(file: str, recipe: str, workdir: Path, *, baselines: bool) -> dict[s
     module = importlib.import_module(f"{recipes.__name__}.{file}")
     config = module.get_config(recipe)
     if harness.QUICK.value:
+        config.training.passes = 0.0
         config.training.steps = config.training.validate_every
     start = time.perf_counter()
     run = api.train(from_dict(config), workdir)

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "data.interactions.query": "BigQuery: SQL in the place of a path",
     "data.user_table.query": "BigQuery: SQL in the place of a path",
     "data.item_table.query": "BigQuery: SQL in the place of a path",
+    "data.validation.query": "BigQuery: SQL in the place of a path",
     "data.test.query": "BigQuery: SQL in the place of a path",
     "model.user.kind": "one kind of tower is shipped; a module of one's own may add others",
     "model.item.kind": "one kind of tower is shipped; a module of one's own may add others",
@@ -78,6 +79,7 @@ def shrunk(config):
     data = config.data
     data.num_interactions = min(data.num_interactions, 3000)
     training = config.training
+    training.passes = 0.0
     training.steps = 4
     training.validate_every = 2
     training.log_every = 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.core.errors import BundleError, FolderError, UnknownIdError
+from twotower.core.errors import BundleError, ConfigError, FolderError, UnknownIdError
 from twotower.retrieval.match import MatchModel
 
 IDS = {"user": ["u", "ü 1", ""], "item": ["a", "b", "日本", "d"]}
@@ -28,6 +28,41 @@ def test_scores_are_dot_products_of_the_named_vectors(vectors, saved):
     for model in (MatchModel(IDS, vectors), MatchModel.load(saved)):
         np.testing.assert_allclose(model.match(users, items), expected, rtol=1e-5)
         assert model.match([], []).shape == (0,) and model.dim == 5
+
+
+def test_set_embeddings_replaces_known_ids_and_adds_others(vectors, saved):
+    model = MatchModel.load(saved)
+    new = np.arange(10, dtype=np.float32).reshape(2, 5)
+    model.set_embeddings("item", ["new", "b"], new)
+    now = dict(zip(IDS["item"], vectors["item"])) | {"new": new[0], "b": new[1]}
+    model.save(saved.parent / "changed")
+    for changed in (model, MatchModel.load(saved.parent / "changed")):
+        scores = changed(["u"] * 5, list(now))
+        expected = [vectors["user"][0] @ vector for vector in now.values()]
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    # Arrays that were handed over stay as they were, as the files of a bundle do.
+    given = vectors["user"].copy()
+    other = MatchModel(IDS, {side: array.view() for side, array in vectors.items()})
+    other.set_embeddings("user", [""], np.ones((1, 5)))
+    np.testing.assert_array_equal(vectors["user"], given)
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "new", "message"),
+    [
+        ("items", ["a"], np.ones((1, 5)), "side='items' is not known; did you mean 'item'"),
+        ("item", ["a", "a"], np.ones((2, 5)), "1 item ids are given more than once, the first 'a'"),
+        ("item", ["a"], np.ones((1, 4)), r"shape \(1, 4\) do not go with 1 item ids.*5 wide"),
+        ("item", ["a"], np.ones(5), r"shape \(5,\)"),
+        ("user", ["u", "x"], [[1] * 5, [np.nan] * 5], "vector of user 'x' is not finite .1 of 2"),
+    ],
+)
+def test_embeddings_that_do_not_fit_change_nothing(vectors, side, ids, new, message):
+    model = MatchModel(IDS, vectors)
+    before = model(["u"], ["a"])
+    with pytest.raises(ConfigError, match=message):
+        model.set_embeddings(side, ids, new)
+    assert model(["u"], ["a"]) == before
 
 
 def test_unknown_ids_are_an_error_or_nan(saved):

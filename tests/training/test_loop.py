@@ -81,6 +81,33 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
         assert checkpoints.latest() == 24  # by the configuration as it was given
 
 
+def test_passes_in_the_place_of_steps(prepared, tmp_path):
+    rows = prepared.num_examples
+    batch = small_config().training.batch_size
+
+    def scaled(**training):
+        counted = {"steps": 1000, "validate_every": 200, "passes": 2.5} | training
+        return build_trainer(prepared, small_config(training=counted)).scaled_to(rows)
+
+    every = -(-rows // batch)
+    steps = -(-5 * rows // (2 * batch))
+    training = scaled().config.training
+    assert (training.steps, training.validate_every) == (steps, every)
+    assert training.scaled_to(rows) is training
+    training = scaled(validate_every=7, steps_per_dispatch=4).config.training
+    assert (training.steps, training.validate_every) == (-(-steps // 4) * 4, 8)
+    assert scaled(passes=0.1).config.training.validate_every == -(-rows // (10 * batch))
+    trainer = scaled(passes=1.0, schedule={"kind": "cosine"})
+    assert abs(float(trainer.optimizers.schedule(every))) < 1e-6
+    assert int(fit(trainer, prepared, tmp_path, validate=None).step) == every
+    # Whether a queue is ever used is known once the examples are counted.
+    queue = {"queue": batch, "queue_warmup": 5 * every}
+    late = small_config(training={"steps": 1000, "passes": 1}, objective={"negatives": queue})
+    trainer = build_trainer(prepared, late)
+    with pytest.raises(ConfigError, match=f"below config.training.steps={every}"):
+        trainer.scaled_to(rows)
+
+
 def test_streamed_training_equals_resident_training(prepared, tmp_path):
     resident = fit(build_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
     streamed_config = small_config(training={"resident_megabytes": 0})

@@ -127,8 +127,8 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """
     if "split" not in rows.column_names:
         raise ConfigError(
-            "config.split.kind='fixed' needs a column 'split' of train, validation and test, or a "
-            "file config.data.test.path."
+            "config.split.kind='fixed' needs a column 'split' of train, validation and test, or "
+            "the files config.data.validation.path and config.data.test.path."
         )
     # The index in PARTS is the number of the part.
     index = pc.index_in(rows["split"].cast(pa.string()), value_set=pa.array(PARTS))

@@ -63,7 +63,8 @@ def track(
         # Steps in proportion to the data are counted by the training alone, so that only a bundle
         # shows that it has ended.
         training = config.training
-        ended = lines and not training.steps_for and lines[-1][0] >= training.steps
+        is_counted = not training.steps_for and not training.passes
+        ended = lines and is_counted and lines[-1][0] >= training.steps
         if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
     except MlflowException as error:

@@ -6,6 +6,7 @@ Nothing here loads JAX, an index or the features: three modules of the package a
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from twotower.core.errors import BundleError, UnknownIdError
+from twotower.core.errors import BundleError, ConfigError, UnknownIdError, choose
 from twotower.core.files import (
     check_files,
     content_digest,
@@ -51,8 +52,11 @@ class MatchModel:
 
     >>> ids = {"user": ["u"], "item": ["a", "b"]}
     >>> model = MatchModel(ids, {"user": np.ones((1, 2)), "item": np.eye(2)})
-    >>> model.match(["u", "u"], ["a", "b"]).tolist()
+    >>> model(["u", "u"], ["a", "b"]).tolist()
     [1.0, 1.0]
+    >>> model.set_embeddings("item", ["b", "c"], [[2, 0], [0, 3]])
+    >>> model(["u", "u", "u"], ["a", "b", "c"]).tolist()
+    [1.0, 2.0, 3.0]
     """
 
     def __init__(self, ids: Mapping[str, Sequence[str]], vectors: Mapping[str, ArrayLike]):
@@ -61,6 +65,9 @@ class MatchModel:
         Args:
             ids: {"user": U ids, "item": N ids}, distinct.
             vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
+
+        Raises:
+            ConfigError: They do not.
         """
         self._vectors = {side: np.asarray(vectors[side], np.float32) for side in SIDES}
         self._rows = {side: _row_by_id(ids[side]) for side in SIDES}
@@ -68,13 +75,13 @@ class MatchModel:
         for side in SIDES:
             distinct = len(self._rows[side])
             if not len(ids[side]) == distinct == len(self._vectors[side]):
-                raise ValueError(
+                raise ConfigError(
                     f"{len(ids[side])} {side} ids, {distinct} of them distinct, do not go with "
                     f"{len(self._vectors[side])} vectors."
                 )
         widths = [array.shape[1:] for array in self._vectors.values()]
         if widths[0] != widths[1]:
-            raise ValueError(f"user and item vectors differ in width: {widths}.")
+            raise ConfigError(f"user and item vectors differ in width: {widths}.")
 
     @classmethod
     def from_bundle(cls, bundle: StoredVectors) -> MatchModel:
@@ -118,6 +125,70 @@ class MatchModel:
         """Width of the vectors, D."""
         return self._vectors["item"].shape[1]
 
+    def __call__(
+        self,
+        user_ids: Sequence[Any] | np.ndarray,
+        item_ids: Sequence[Any] | np.ndarray,
+        *,
+        unknown: Literal["error", "nan"] = "error",
+    ) -> np.ndarray:
+        """Returns the score of each pair; see `match`."""
+        return self.match(user_ids, item_ids, unknown=unknown)
+
+    def set_embeddings(self, side: str, ids: Sequence[Any], vectors: ArrayLike) -> None:
+        """Sets the vectors of users or items: known ids get new ones, other ids are added.
+
+        The change is in memory; `save` keeps it. Each call copies the vectors of the side, so that
+        many are set together. A call in another thread scores before the change or after it.
+
+        Args:
+            side: "user" or "item".
+            ids: M ids, distinct.
+            vectors: float [M, D], finite, in the order of `ids`. Where the model normalises its
+                vectors, these must have length 1 as well.
+
+        Raises:
+            ConfigError: The side is unknown, an id is repeated, or the vectors are of another
+                number or width or not finite; the model stays as it was.
+        """
+        old = choose(self._vectors, side, "side")
+        names = [str(name) for name in ids]
+        new = np.asarray(vectors, np.float32)
+        self._check_embeddings(side, names, new)
+        known = self._rows[side]
+        # New ids go to the end: rows that another thread has looked up stay right.
+        added = [name for name in names if name not in known]
+        rows = known | {name: len(known) + number for number, name in enumerate(added)}
+        padding = np.zeros((len(added), self.dim), np.float32)
+        # A copy, since the vectors of a bundle are mapped for reading.
+        changed = np.concatenate([old, padding])
+        changed[[rows[name] for name in names]] = new
+        # Vectors first: no id may be found before it has one.
+        self._vectors = self._vectors | {side: changed}
+        self._rows = self._rows | {side: rows}
+
+    def _check_embeddings(self, side: str, names: list[str], vectors: np.ndarray) -> None:
+        expected = (len(names), self.dim)
+        if vectors.shape != expected:
+            raise ConfigError(
+                f"vectors of shape {vectors.shape} do not go with {len(names)} {side} ids of "
+                f"vectors {self.dim} wide: they must be of shape {expected}."
+            )
+        counts = Counter(names)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            raise ConfigError(
+                f"{len(repeated)} {side} ids are given more than once, the first {repeated[0]!r}; "
+                "each may have one vector."
+            )
+        is_bad = ~np.isfinite(vectors).all(axis=1)
+        if is_bad.any():
+            first = names[int(is_bad.argmax())]
+            raise ConfigError(
+                f"the vector of {side} {first!r} is not finite ({int(is_bad.sum())} of "
+                f"{len(names)} are not)."
+            )
+
     def match(
         self,
         user_ids: Sequence[Any] | np.ndarray,
@@ -134,12 +205,12 @@ class MatchModel:
 
         Raises:
             UnknownIdError: An id has no vector, and `unknown` is "error".
-            ValueError: The lists differ in length.
+            ConfigError: The lists differ in length.
         """
         if unknown not in ("error", "nan"):
-            raise ValueError(f"unknown={unknown!r} must be 'error' or 'nan'.")
+            raise ConfigError(f"unknown={unknown!r} must be 'error' or 'nan'.")
         if len(user_ids) != len(item_ids):
-            raise ValueError(
+            raise ConfigError(
                 f"match takes pairs: {len(user_ids)} user ids do not go with "
                 f"{len(item_ids)} item ids."
             )

@@ -75,7 +75,7 @@ def grow(
         raise ConfigError(
             f"config.training.steps={steps} counts from the beginning, and the checkpoint is of "
             f"step {step}: set it to {step} plus the number of further steps, with "
-            "config.training.steps_for=0."
+            "config.training.steps_for=0 and config.training.passes=0."
         )
     # On the host: growing needs memory, not an accelerator.
     fresh = init_on(host_mesh(), trainer, count_rows(prepared))

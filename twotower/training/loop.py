@@ -207,7 +207,15 @@ def _bytes(tree: Any) -> int:
 
 def _log_steps(config: TrainingConfig, scaled: TrainingConfig, examples: int) -> None:
     """Logs the number of steps if it is not the configured one."""
-    if scaled.steps != config.steps:
+    if config.passes:
+        logging.info(
+            "%d steps for %g passes over %d examples, a validation every %d.",
+            scaled.steps,
+            config.passes,
+            examples,
+            scaled.validate_every,
+        )
+    elif scaled.steps != config.steps:
         logging.info(
             "%d steps for %d examples: %d were meant for %d.",
             scaled.steps,

@@ -3,9 +3,10 @@ files."""
 
 import pytest
 
-from twotower.config import DataConfig, TableConfig
+from twotower.config import DataConfig, SplitConfig, TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.sources.load import load_dataset
+from twotower.data.split import split
 
 
 def write(path, text):
@@ -37,6 +38,22 @@ def test_rows_of_a_fixed_split_follow_and_are_marked(tmp_path):
     data = load("user_lists", train, test={"path": test})
     assert data.interactions["split"].to_pylist() == ["train", "train", "test"]
     assert data.items["item_id"].to_pylist() == ["1", "2", "3"]
+
+
+def test_validation_rows_may_have_a_table_of_their_own(tmp_path):
+    train = write(tmp_path / "train.txt", "0 1 2\n")
+    held_out = {"path": write(tmp_path / "held.txt", "0 3\n")}
+    test = {"path": write(tmp_path / "test.txt", "0 4\n1 4\n")}
+    alone = load("user_lists", train, validation=held_out)
+    assert alone.interactions["split"].to_pylist() == ["train", "train", "validation"]
+    both = load("user_lists", train, validation=held_out, test=test).interactions
+    parts = split(both, SplitConfig(kind="fixed"))
+    items = [part["item_id"].to_pylist() for part in (parts.train, parts.validation, parts.test)]
+    assert items == [["1", "2"], ["3"], ["4", "4"]]
+    log = write(tmp_path / "log.csv", "user_id,item_id,split\n0,1,train\n")
+    held_out["path"] = write(tmp_path / "held.csv", "user_id,item_id\n0,3\n")
+    with pytest.raises(ConfigError, match="the train rows have a column 'split' of their own"):
+        load("csv", log, validation=held_out)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

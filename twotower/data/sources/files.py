@@ -37,7 +37,7 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
     Args:
         config: Path of the files, and the form of their content.
         name: Name of the table in the configuration, for messages: interactions, user_table,
-            item_table or test.
+            item_table, validation or test.
         keys: Columns that it must have; they become strings.
         kind: Kind of the files whose suffix is of no known kind.
 

@@ -126,13 +126,16 @@ SOURCES: Kinds[Source] = Kinds(
 
 
 def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReader) -> Dataset:
-    """Reads the log, followed by the rows of `config.test`, and the tables of users and items."""
+    """Reads the log, followed by its held-out rows, and the tables of users and items."""
     path = config.path or config.interactions.path
     # `config.data.path` is a short form of `config.data.interactions.path`.
     interactions = read_log(dataclasses.replace(config.interactions, path=path), "interactions")
-    if _is_configured(config.test):
-        test = read_log(config.test, "test")
-        parts = [_with_split(interactions, "train"), _with_split(test, "test")]
+    parts = []
+    for name, table in (("validation", config.validation), ("test", config.test)):
+        if _is_configured(table):
+            parts.append(_with_split(read_log(table, name), name))
+    if parts:
+        parts.insert(0, _with_split(interactions, "train"))
         # A column that one part lacks is null in its rows.
         interactions = pa.concat_tables(parts, promote_options="permissive")
     # Without a table, `assemble` makes one of the ids in the log.
@@ -146,7 +149,16 @@ def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReade
 
 
 def _with_split(rows: pa.Table, name: str) -> pa.Table:
-    """Adds the column that a fixed split follows."""
+    """Adds the column that a fixed split follows.
+
+    Raises:
+        ConfigError: The rows have such a column already, which says otherwise.
+    """
+    if "split" in rows.column_names:
+        raise ConfigError(
+            f"interactions: the {name} rows have a column 'split' of their own: leave out that "
+            "column, or config.data.validation and config.data.test."
+        )
     return rows.append_column("split", pa.repeat(name, len(rows)))
 
 

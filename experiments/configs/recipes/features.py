@@ -1,0 +1,42 @@
+r"""Features and rows of one's own tables.
+
+    python -m experiments.train --config=experiments/configs/recipes/features.py:own_tables \
+        --workdir=runs/features
+    python -m experiments.export --workdir=runs/features
+    python -m experiments.evaluate --workdir=runs/features --k=10
+
+The small files that it reads lie in `experiments/examples/tables/`; start the commands in the
+project's folder.
+"""
+
+from twotower.config import defaults
+
+FOLDER = "experiments/examples/tables"
+RECIPES = ("own_tables",)
+
+
+def get_config(recipe="own_tables"):
+    config = defaults()
+    config.data.source = "csv"
+    config.data.interactions.path = f"{FOLDER}/events.csv"
+    config.data.interactions.encoding = "latin-1"
+    config.data.interactions.columns = {"timestamp": "time"}
+    config.data.item_table.path = f"{FOLDER}/items.csv"
+
+    config.features.user = {
+        "user_id": {"type": "string", "embedding_size": 16},
+    }
+    config.features.item = {
+        "item_id": {"type": "string", "embedding_size": 16},
+        # An amount: normalised, read by a dense layer 4 wide. Codes have buckets instead.
+        "price": {"type": "float", "log": True, "embedding_size": 4},
+    }
+    config.model.user.layers = (16,)
+    config.model.item.layers = (16,)
+
+    # Twenty times over all rows, with a validation after each.
+    config.training.passes = 20.0
+    config.training.batch_size = 128
+    config.training.log_every = 20
+    config.evaluation.ks = (10,)
+    return config
