@@ -1,0 +1,170 @@
+"""Recommended options for a log: features of its columns, towers, negatives and training.
+
+`tt.fit` starts from them. They were chosen on the validation rows of a shop, of films, of a news
+site and of a sparse log; `experiments/benchmarks/defaults.py` measures them beside popularity,
+item-kNN and EASE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twotower.data.facts import ColumnFacts, LogFacts
+
+WIDTH = 64  # D, and the width of the tables of ids
+# Words that a text has at the mean, from which on it is read word by word and not as one value.
+WORDS_OF_A_TEXT = 1.5
+# Share of the items from which on a column of single words tells each item apart, as an id does.
+SHARE_OF_A_CODE = 0.5
+# Share of held-out rows with new items from which on items must be found by their columns.
+SHARE_OF_NEWS = 0.2
+
+Options = dict[str, Any]
+
+
+def recommended_config(facts: LogFacts) -> dict[str, Options]:
+    """Returns the options for a log that differ from the defaults, section by section.
+
+    A user is an id, the columns of the users table, the time of the query and a bag of the items
+    that they had, whose weights by recency are learned. An item is an id and the columns of the
+    items table. Columns of the log are left out: of a request nobody knows the price or the
+    rating beforehand.
+
+    Args:
+        facts: Facts about the log and its columns.
+
+    Returns:
+        Section of the configuration -> its options, for `twotower.config.from_dict`.
+    """
+    return {
+        "features": {"user": _user_features(facts), "item": _item_features(facts)},
+        "model": _model(),
+        "objective": _objective(facts),
+        "training": _training(facts),
+    }
+
+
+def _user_features(facts: LogFacts) -> Options:
+    # The rows for unknown ids are trained by many examples: most logs end with new users.
+    features: Options = {"user_id": _id_feature(oov_rate=0.3)}
+    if facts.has_times:
+        # The last of the periods, which have equally many rows, stands for tomorrow.
+        features["period"] = {
+            "type": "int",
+            "column": "timestamp",
+            "buckets": 32,
+            "embedding_size": WIDTH,
+        }
+    features |= _column_features(facts.users, facts.num_users, width=8, reads_text=False)
+    items = _item_features(facts)
+    # Words of texts would make each event as long as a text; values and lists are read at once.
+    values = [name for name in items if items[name]["type"] in ("string", "strings")]
+    features["history"] = {"type": "history", "max_length": 50, "reads": tuple(values)}
+    return features
+
+
+def _item_features(facts: LogFacts) -> Options:
+    columns = _column_features(facts.items, facts.num_items, width=16, reads_text=True)
+    oov_rate = 0.01
+    if columns:
+        # An item that training never saw has no row of its own, and is known by its columns.
+        oov_rate = 0.1
+    if columns and facts.share_new_items > SHARE_OF_NEWS:
+        oov_rate = 0.5
+    return {"item_id": _id_feature(oov_rate=oov_rate)} | columns
+
+
+def _id_feature(*, oov_rate: float) -> Options:
+    return {"type": "string", "embedding_size": WIDTH, "oov_rate": oov_rate}
+
+
+def _column_features(
+    columns: Sequence[ColumnFacts], num_rows: int, *, width: int, reads_text: bool
+) -> Options:
+    """Returns a feature for each column that is worth one, by the name of the column.
+
+    Args:
+        columns: Facts about the columns of a table.
+        num_rows: Number of users, or of items.
+        width: Width of the table of a column's values.
+        reads_text: Whether texts are read word by word; else they are left out.
+    """
+    features: Options = {}
+    for column in columns:
+        feature = _column_feature(column, num_rows, width=width, reads_text=reads_text)
+        if feature:
+            features[column.name] = feature
+    return features
+
+
+def _column_feature(
+    column: ColumnFacts, num_rows: int, *, width: int, reads_text: bool
+) -> Options | None:
+    # A column of one value, or of none, says nothing.
+    if column.num_values < 2 and column.kind != "vector":
+        return None
+    if column.kind == "text":
+        return _text_feature(column, num_rows, width=width, reads_text=reads_text)
+    if column.kind == "list":
+        return {"type": "strings", "separator": column.separator, "embedding_size": width}
+    if column.kind == "flag":
+        return {"type": "string", "embedding_size": 4}
+    if column.kind == "number":
+        # Buckets of equally many rows need no scale, and may rise and fall again.
+        return {"type": "int", "buckets": 16, "embedding_size": width}
+    if column.kind == "time":
+        return {"type": "timestamp", "parts": ("age",), "embedding_size": width}
+    return None
+
+
+def _text_feature(
+    column: ColumnFacts, num_rows: int, *, width: int, reads_text: bool
+) -> Options | None:
+    is_distinct = column.num_values > SHARE_OF_A_CODE * num_rows
+    if column.mean_length < WORDS_OF_A_TEXT and is_distinct:
+        # A code, a link or the name of a file: as good as the id, which is there already.
+        return None
+    few_values = column.num_values < num_rows / 10
+    if few_values or column.mean_length < WORDS_OF_A_TEXT:
+        return {"type": "string", "embedding_size": width}
+    if not reads_text:
+        # Names and addresses of people.
+        return None
+    # Words alone: runs of characters take several times as long, and pay for short texts only.
+    length = min(64, max(8, round(2 * column.mean_length)))
+    return {"type": "text", "characters": (), "max_length": length, "embedding_size": 32}
+
+
+def _model() -> Options:
+    return {
+        # Of wide rows of ids nearly half are dropped: they overfit within a few passes.
+        "user": {"layers": (WIDTH,), "dropout": 0.4},
+        "item": {"layers": (WIDTH,), "dropout": 0.2},
+        "history": {"kind": "bag", "recency": True, "dropout": 0.2},
+        # Without normalisation a vector's length can say how popular an item is.
+        "normalize": False,
+        "temperature": 1.0,
+        "learn_temperature": False,
+    }
+
+
+def _objective(facts: LogFacts) -> Options:
+    if facts.share_new_items <= SHARE_OF_NEWS:
+        return {}
+    # Items of tomorrow as negatives would teach that what is new is never chosen.
+    return {"negatives": {"uniform": 0}}
+
+
+def _training(facts: LogFacts) -> Options:
+    batch_size = 1024
+    # Small logs: some steps a pass remain, and batches are never larger than the log.
+    while batch_size > 32 and batch_size * 50 > facts.num_training_rows:
+        batch_size //= 2
+    return {
+        "batch_size": batch_size,
+        "passes": 10,
+        "schedule": {"kind": "cosine"},
+        "metric": "ndcg@10",
+        "patience": 3,
+    }
