@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "evaluation": (*BELOW_RETRIEVAL, "retrieval"),
     "integrations": (*BELOW_RETRIEVAL, "retrieval", "evaluation"),
     "experiment": ("core", "config"),
-    "api": (*BELOW_RETRIEVAL, "retrieval", "evaluation", "integrations"),
+    "recommended": ("core", "config", "data"),
+    "api": (*BELOW_RETRIEVAL, "retrieval", "evaluation", "integrations", "recommended"),
 }
 MAY_IMPORT["commands"] = (*MAY_IMPORT["api"], "api", "experiment")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
