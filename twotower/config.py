@@ -36,6 +36,11 @@ def _is_encoding(name: str) -> bool:
     return True
 
 
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableConfig:
     """Source of one table, and the names of its columns.
@@ -100,6 +105,11 @@ class DataConfig:
         where: Conditions on the rows to keep, as (column, operator, value); operators are ==, !=,
             <, <=, >, >=, in, not in, starts with, not starts with. ("rating", ">=", 4) and
             ("event", "in", ("purchase",)) are the usual ones.
+        event_weights: Mapping of the kinds of events, the values of the column `event`, to the
+            weights of their rows, above 0, for example {"view": 1, "add_to_cart": 5, "purchase":
+            10}. A kind that is not named weighs 1. The weights multiply those of a column `weight`,
+            and are the default ones of the events of a history that is a bag. A log calls the
+            column otherwise: `interactions.columns` = {"event": "action"}.
         k_core: Least number of rows of each user and item; others are dropped, repeatedly until all
             have as many. 0 keeps all.
         duplicates: Rows to keep of several with one user and item.
@@ -124,6 +134,7 @@ class DataConfig:
     shop_seed: int = 0
     # Inner tuples have members of several types, so only their number is checked, in data/filters.
     where: tuple[tuple, ...] = ()
+    event_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     k_core: int = 0
     duplicates: Literal["all", "first", "last"] = "all"
     item_group: str = ""
@@ -132,6 +143,8 @@ class DataConfig:
         check = FieldChecks(self, "config.data")
         check.at_least(1000, "num_interactions")
         check.at_least(0, "k_core", "num_items")
+        are_weights = all(_is_weight(weight) for weight in self.event_weights.values())
+        check.require(are_weights, "event_weights", "a mapping of events to numbers above 0")
         # SQL that no source reads would be passed over in silence.
         for name in ("interactions", "user_table", "item_table", "validation", "test"):
             table: TableConfig = getattr(self, name)

@@ -27,6 +27,8 @@ ELSEWHERE = {
     "model.user.kind": "one kind of tower is shipped; a module of one's own may add others",
     "model.item.kind": "one kind of tower is shipped; a module of one's own may add others",
 }
+# Mappings that are values themselves.
+OPEN_ENDED = ("features.user", "features.item", "objective.heads", "data.event_weights")
 
 
 def modules(folder):
@@ -44,7 +46,7 @@ def leaves(values, prefix=""):
     for name, value in values.items():
         path = f"{prefix}{name}"
         section = hasattr(value, "items") and not path.endswith("columns")
-        if section and path not in ("features.user", "features.item", "objective.heads"):
+        if section and path not in OPEN_ENDED:
             yield from leaves(value, f"{path}.")
         else:
             yield path, value

@@ -104,6 +104,21 @@ def test_a_missing_file_is_refused_by_name(copy):
         load_bundle(copy)
 
 
+def test_without_its_index_a_bundle_answers_by_exact_search_and_says_so(exported, copy, caplog):
+    whole = Retriever.load(exported)
+    shutil.rmtree(copy / "index")
+    with caplog.at_level("WARNING", logger="absl"):
+        without = Retriever.load(copy)
+    assert len(caplog.records) == 1 and "the search is exact" in caplog.text
+    user = whole.bundle.users["user_id"][0].as_py()
+    assert without.recommend(user, k=5) == whole.recommend(user, k=5)
+    # An index that is there must be the one that was written.
+    (copy / "index").mkdir()
+    (copy / "index" / "index.json").write_text("{}")
+    with pytest.raises(BundleError, match="index.json is corrupt"):
+        load_bundle(copy)
+
+
 def test_no_bundle_and_a_foreign_folder(tmp_path):
     with pytest.raises(BundleError, match="python -m experiments.export --workdir="):
         load_bundle(tmp_path / "bundle")

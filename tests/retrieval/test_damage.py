@@ -1,5 +1,6 @@
 """Every file of a bundle of everything, of the log of its changes and of a match model: cut off,
-emptied, changed, missing, of another run or of another version. None is read, each is named."""
+emptied, changed, missing, of another run or of another version. None is read, each is named; only
+an index that is missing is done without."""
 
 import json
 import shutil
@@ -86,7 +87,14 @@ def test_every_file_of_a_bundle(bundles, damage):
         "manifest.json"
     }
     damaged = set()
+    whole = load_bundle(folder).index
     for path in each_damaged(folder, other, damage):
+        damaged.add(str(path.relative_to(folder)))
+        if damage == "missing" and path.parent.name == "index":
+            index = load_bundle(folder).index
+            # With the coordinate of popularity, as the index had it.
+            assert (index.kind, index.dim) == ("exact", whole.dim)
+            continue
         with pytest.raises(BundleError) as refused:
             load_bundle(folder)
         # Another manifest is whole: the first file that is not its own is named.
@@ -94,8 +102,7 @@ def test_every_file_of_a_bundle(bundles, damage):
         assert path.name in named or (
             path.name == "manifest.json" and damage == "of another run" and "is corrupt" in named
         )
-        damaged.add(str(path.relative_to(folder)))
-    load_bundle(folder)
+    assert load_bundle(folder).index.kind == KIND
     for part in (
         "manifest.json",
         "params.npz",

@@ -66,6 +66,7 @@ class HistoryFeature(Feature):
             the newest time of the log. Only comparable with models that know that moment: most
             published figures of sequential recommenders are of models that do not.
         weights: Event name -> its weight in a bag, above 0; an event that is not named weighs 1.
+            Empty for those of `config.data.event_weights`.
         half_life: Days in which the weight of an event in a bag falls by half; 0 for never.
     """
 

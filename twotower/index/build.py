@@ -161,5 +161,5 @@ def load_index(folder: str | os.PathLike, vectors: Vectors) -> Index:
         return load(folder, Tuning.from_dict(info))
     # A bundle that was made where ScaNN runs is served elsewhere too, only slower.
     except ImportError as error:
-        logging.warning("Exact search instead of %s: %s", kind, error)
+        logging.warning("The search is exact, and slower, in place of %s: %s", kind, error)
         return ExactIndex(vectors, normalized=info["normalized"])

@@ -22,6 +22,11 @@ from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
+from twotower.pipeline.event_weights import (
+    check_event_weights,
+    read_weights,
+    with_event_weights,
+)
 from twotower.pipeline.histories import Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
@@ -151,7 +156,7 @@ def prepare(
             rows than these training rows.
     """
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
-    spec = load_spec(config.features)
+    spec = with_event_weights(load_spec(config.features), config)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(load_dataset(config.data), config.data)
     parts = split(dataset.interactions, config.split)
@@ -160,6 +165,8 @@ def prepare(
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
+    event_weights = config.data.event_weights
+    check_event_weights(dataset.interactions, event_weights)
     # Export alone reads these columns, but by then a misspelt one would have cost a training.
     check_fields(
         dict.fromkeys(config.retrieval.display),
@@ -191,7 +198,7 @@ def prepare(
     }
 
     train, validation, test = (
-        _encode_rows(rows, users, items, encoder, labels)
+        _encode_rows(rows, users, items, encoder, labels, event_weights)
         for rows in (parts.train, parts.validation, parts.test)
     )
     if not train.weight.any():
@@ -263,13 +270,18 @@ def _columns_of_users(encoder: Encoder) -> list[str]:
 
 
 def _encode_rows(
-    rows: pa.Table, users: pa.Table, items: pa.Table, encoder: Encoder, labels: Mapping[str, str]
+    rows: pa.Table,
+    users: pa.Table,
+    items: pa.Table,
+    encoder: Encoder,
+    labels: Mapping[str, str],
+    event_weights: Mapping[str, float],
 ) -> Rows:
     """Returns the rows of one part of the split as arrays."""
     return Rows(
         user=_row_numbers(rows["user_id"], users["user_id"]),
         item=_row_numbers(rows["item_id"], items["item_id"]),
-        weight=_read_weights(rows),
+        weight=read_weights(rows, event_weights),
         timestamp=timestamps(rows),
         context=encoder.encode("user", rows, encoder.context),
         labels=read_labels(rows, labels),
@@ -282,23 +294,6 @@ def _row_numbers(ids: pa.ChunkedArray, table_ids: pa.ChunkedArray) -> np.ndarray
     numbers = pc.index_in(ids, value_set=table_ids.combine_chunks())
     filled = pc.fill_null(numbers, -1)
     return filled.to_numpy().astype(np.int32)
-
-
-def _read_weights(rows: pa.Table) -> np.ndarray:
-    """Returns the weight of each row, float32 [N], 1 where it is missing."""
-    if "weight" not in rows.column_names:
-        return np.ones(len(rows), np.float32)
-    filled = pc.fill_null(rows["weight"], 1.0)
-    weights = filled.to_numpy().astype(np.float32)
-    is_good = np.isfinite(weights) & (weights >= 0)
-    bad_rows = np.flatnonzero(~is_good)
-    if bad_rows.size:
-        row = bad_rows[0]
-        raise ConfigError(
-            f"weight={weights[row]} in row {row + 1} of the interactions must be finite and at "
-            "least 0."
-        )
-    return weights
 
 
 def _build_histories(

@@ -19,6 +19,9 @@ An exported bundle keeps these in a version, `v-1/` and so on, and names the cur
 `current`: see `twotower.core.files`. A folder that holds them itself is a bundle too. Vectors are
 mapped into memory, not read. Changes made to a loaded bundle are kept beside its version: see
 `twotower.retrieval.live.log`.
+
+Of the index alone a bundle can do without: where a file of it is missing, or its library, answers
+come from exact search over the vectors. A file that was changed is refused, whichever it is.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 
 import twotower
 from twotower.config import Config, from_dict
@@ -54,6 +58,7 @@ from twotower.features.encoder import Encoder
 from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
 from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
+from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
 from twotower.retrieval.tower_programs import TowerPrograms
@@ -62,6 +67,7 @@ from twotower.retrieval.weights import WeightArrays, load_weights, model_version
 FORMAT = "twotower-bundle"
 VERSION = 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
+INDEX = "index"  # folder of the index
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 
@@ -138,7 +144,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     # another user tower.
     indexed = [name for name in INDEXED if (folder / f"item_{name}.npy").exists()]
     built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
-    save_index(bundle.index, folder / "index", model_version=version, **built_from)
+    save_index(bundle.index, folder / INDEX, model_version=version, **built_from)
     # Every file, also those of the index, whose names depend on its kind.
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = {
@@ -165,26 +171,29 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
 def load_bundle(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle, after checking that every file is the one that was written.
 
+    Where files of the index are missing, the search is exact, and a warning says so.
+
     Args:
         folder: Folder that `export` or `write_bundle` wrote.
 
     Raises:
-        BundleError: The folder is no bundle, a file is missing or changed, or parts do not belong
-            together.
+        BundleError: The folder is no bundle, a file is changed, one that is not of the index is
+            missing, or parts do not belong together.
     """
     # Absolute: changes are written beside it later, from wherever the process is then.
     home = Path(folder).absolute()
     with _bundle_errors():
         files = current_version(home)
         manifest = _read_manifest(files)
-        check_files(files, manifest["files"])
+        lost = _lost_index_files(files, manifest)
+        digests = manifest["files"].items()
+        check_files(files, {name: digest for name, digest in digests if name not in lost})
     weights = load_weights(files)
     # Whole files are not enough: vectors of one model beside towers of another rank at random.
     if model_version(weights) != manifest["model_version"]:
         raise BundleError(
             f"{files} has weights of another model than its manifest says. Export again."
         )
-    _check_index(files, manifest)
     config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
     counts = _map_array(files, "item_counts")
     vectors = _stored_vectors(files, config.retrieval.vectors)
@@ -198,7 +207,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         user_vectors=_map_array(files, "user_vectors"),
         users=pq.read_table(files / "users.parquet"),
         seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
-        index=load_index(files / "index", _indexed_vectors(config, vectors, counts)),
+        index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
         manifest=manifest,
         folder=home,
         version=files,
@@ -281,19 +290,51 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _lost_index_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Returns the files of the index that are missing from a bundle."""
+    names = [name for name in manifest["files"] if name.startswith(f"{INDEX}/")]
+    return [name for name in names if not (folder / name).exists()]
+
+
+def _load_index(
+    folder: Path, manifest: Mapping[str, Any], lost: Sequence[str], vectors: Vectors
+) -> Index:
+    """Returns the index of a bundle, or exact search where a file of it is lost.
+
+    Args:
+        folder: Folder of the files.
+        manifest: Content of manifest.json.
+        lost: Files of the index that are missing.
+        vectors: Vectors that the index was built from.
+    """
+    if not lost:
+        _check_index(folder, manifest)
+        return load_index(folder / INDEX, vectors)
+    # Slower, and the same items or better ones: no reason to refuse answers.
+    logging.warning(
+        "%s/%s has lost %d of its files (%s): the search is exact, and slower. Export again for "
+        "an index.",
+        folder,
+        INDEX,
+        len(lost),
+        Path(lost[0]).name,
+    )
+    return ExactIndex(vectors, normalized=manifest["normalized"])
+
+
 def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses an index over other vectors, or over items of another model."""
-    info = json.loads((folder / "index" / "index.json").read_text())
+    info = json.loads((folder / INDEX / "index.json").read_text())
     # No scales on either side where vectors are float32.
     for name in INDEXED:
         if info.get(name) != manifest["files"].get(f"item_{name}.npy"):
             raise BundleError(
-                f"{folder}/index was built from other {name} than item_{name}.npy. Export again."
+                f"{folder}/{INDEX} was built from other {name} than item_{name}.npy. Export again."
             )
     if info["model_version"] != manifest["model_version"]:
         raise BundleError(
-            f"{folder}/index holds items of model {info['model_version'][:12]}, but the user tower "
-            f"is of model {manifest['model_version'][:12]}. Export again."
+            f"{folder}/{INDEX} holds items of model {info['model_version'][:12]}, but the user "
+            f"tower is of model {manifest['model_version'][:12]}. Export again."
         )
 
 

@@ -23,14 +23,19 @@ def get_config(recipe="own_tables"):
     config.data.interactions.columns = {"timestamp": "time"}
     config.data.item_table.path = f"{FOLDER}/items.csv"
 
+    # A purchase trains ten times as much as a view, and counts as much in the mean of the past.
+    config.data.event_weights = {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0}
+
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 16},
+        "history": {"type": "history", "max_length": 20},
     }
     config.features.item = {
         "item_id": {"type": "string", "embedding_size": 16},
         # An amount: normalised, read by a dense layer 4 wide. Codes have buckets instead.
         "price": {"type": "float", "log": True, "embedding_size": 4},
     }
+    config.model.history.kind = "bag"
     config.model.user.layers = (16,)
     config.model.item.layers = (16,)
 

@@ -1,0 +1,115 @@
+"""Weights of rows: those of a column, times those of the kinds of their events."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from twotower.config import Config
+from twotower.core.arrow import pc
+from twotower.core.errors import ConfigError, did_you_mean
+from twotower.features.spec import FeatureSpec
+
+# Readers of a history that weigh no event beside others.
+_UNWEIGHTED_HISTORIES = ("causal", "bidirectional")
+# Kinds that a message lists.
+_LISTED_KINDS = 5
+
+
+def with_event_weights(spec: FeatureSpec, config: Config) -> FeatureSpec:
+    """Returns the features with `config.data.event_weights` as the weights of the user's history.
+
+    A history that has weights of its own keeps them, and Transformers read none.
+    """
+    history = spec.history
+    weights = config.data.event_weights
+    if history is None or history.weights or not weights:
+        return spec
+    if config.model.history.kind in _UNWEIGHTED_HISTORIES:
+        return spec
+    weighted = dataclasses.replace(history, weights=dict(weights))
+    return dataclasses.replace(spec, user={**spec.user, history.name: weighted})
+
+
+def check_event_weights(rows: pa.Table, weights: Mapping[str, float]) -> None:
+    """Says which kinds of events have no weight of their own, and which weights no event.
+
+    Args:
+        rows: All interactions that the filters keep.
+        weights: `config.data.event_weights`.
+
+    Raises:
+        ConfigError: The rows have no kinds, or most of them are of a kind that is not named.
+    """
+    if not weights:
+        return
+    field = "config.data.event_weights"
+    if "event" not in rows.column_names:
+        known = ", ".join(rows.column_names)
+        raise ConfigError(
+            f"{field}={dict(weights)} needs a column 'event' of the interactions: name it by "
+            f"config.data.interactions.columns={{'event': ...}}. There are: {known}."
+        )
+    counts = pc.value_counts(rows["event"])
+    count_by_kind = dict(
+        zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist())
+    )
+    for name in weights:
+        if name not in count_by_kind:
+            hint = did_you_mean(name, filter(None, count_by_kind))
+            logging.warning("%s: no row has the event %r%s", field, name, hint)
+    others = {kind: count for kind, count in count_by_kind.items() if kind not in weights}
+    if not others:
+        return
+    share = sum(others.values()) / len(rows)
+    listed = _list_kinds(others, len(rows))
+    if share > 0.5:
+        raise ConfigError(
+            f"{field}={dict(weights)} leaves {share:.1%} of the rows without a weight: {listed}. "
+            "Name these kinds too; a kind whose weight is 1 counts as without it."
+        )
+    logging.warning("%s: events without a weight count as 1: %s.", field, listed)
+
+
+def read_weights(rows: pa.Table, event_weights: Mapping[str, float]) -> np.ndarray:
+    """Returns the weight of each row, float32 [N], 1 where nothing says otherwise.
+
+    Args:
+        rows: Interactions.
+        event_weights: Weight by kind of event; {} for rows that weigh alike.
+
+    Raises:
+        ConfigError: A value of the column `weight` is negative or not finite.
+    """
+    weights = np.ones(len(rows), np.float32)
+    if "weight" in rows.column_names:
+        filled = pc.fill_null(rows["weight"], 1.0)
+        weights = filled.to_numpy().astype(np.float32)
+        is_good = np.isfinite(weights) & (weights >= 0)
+        bad_rows = np.flatnonzero(~is_good)
+        if bad_rows.size:
+            row = bad_rows[0]
+            raise ConfigError(
+                f"weight={weights[row]} in row {row + 1} of the interactions must be finite and "
+                "at least 0."
+            )
+    if not event_weights:
+        return weights
+    kinds = pa.array(list(event_weights), pa.string())
+    # One more weight behind the named ones, for events that are not named.
+    weight_of_kind = np.append(list(event_weights.values()), 1.0).astype(np.float32)
+    indices = pc.index_in(rows["event"], value_set=kinds)
+    return weights * weight_of_kind[pc.fill_null(indices, len(kinds)).to_numpy()]
+
+
+def _list_kinds(counts: Mapping[str | None, int], total: int) -> str:
+    """Returns the most frequent kinds with their shares, for a message."""
+    frequent = sorted(counts, key=counts.__getitem__, reverse=True)
+    parts = [f"{kind!r} ({counts[kind] / total:.1%})" for kind in frequent[:_LISTED_KINDS]]
+    if len(frequent) > _LISTED_KINDS:
+        parts.append(f"{len(frequent) - _LISTED_KINDS} more")
+    return ", ".join(parts)
