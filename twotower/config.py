@@ -87,6 +87,7 @@ class DataConfig:
 
     Attributes:
         source: Kind of source, a key of `twotower.data.sources.load.SOURCES`.
+        options: Options of a source of your own, see `twotower.register`.
         path: Path of the interactions, in place of `interactions.path`; empty for that one.
         interactions: Table of the events: user, item, and further columns.
         user_table: Table of users' attributes; an empty path for none but their ids.
@@ -118,6 +119,7 @@ class DataConfig:
     """
 
     source: str = "shop"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: str = ""
     interactions: TableConfig = TableConfig()
     user_table: TableConfig = TableConfig()
@@ -205,7 +207,9 @@ class TowerConfig:
     """One tower over the concatenated feature vectors.
 
     Attributes:
-        kind: Kind of tower: dense layers.
+        kind: Kind of tower, a key of `twotower.towers.tower.TOWERS`: mlp (dense layers), or one of
+            your own.
+        options: Options of a kind of your own, see `twotower.register`.
         layers: Widths of the dense layers; the last is D and has no activation. Empty for the
             concatenated features themselves (matrix factorisation when the id is the only feature).
         activation: Activation between the layers: relu, gelu, silu or tanh.
@@ -215,7 +219,8 @@ class TowerConfig:
         batch_norm: Whether hidden units are normalised per batch.
     """
 
-    kind: Literal["mlp"] = "mlp"
+    kind: str = "mlp"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: tuple[int, ...] = ()
     activation: str = "relu"
     # Of the features too, since wide embeddings of ids overfit:
@@ -428,6 +433,7 @@ class ObjectiveConfig:
     Attributes:
         loss: Retrieval loss, a key of `twotower.objectives.losses.LOSSES`, or
             "binary_cross_entropy".
+        options: Options of a loss of your own, see `twotower.register`.
         logq: Whether the log expected count of each candidate is subtracted (sampling-bias
             correction), by the losses that know it.
         mask_same_user: Whether other positives of a query's user are left out of its negatives.
@@ -453,6 +459,7 @@ class ObjectiveConfig:
 
     # Text, not a Literal: modules of users add losses to the registry.
     loss: str = "softmax"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     logq: bool = True
     mask_same_user: bool = True
     symmetric: bool = False
@@ -772,6 +779,9 @@ class Config:
     """An experiment.
 
     Attributes:
+        plugins: Python modules that register kinds of your own, such as "mine.losses", or paths of
+            .py files, relative to the experiment file or to the working folder. Every command
+            imports them, never from inside the folder of a run; see `twotower.plugins`.
         data: The log.
         split: Its division into train, validation and test.
         features: The features of users and items.
@@ -782,6 +792,7 @@ class Config:
         evaluation: The measurements.
     """
 
+    plugins: tuple[str, ...] = ()
     # Frozen, so that one instance can be the default of all configurations.
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()

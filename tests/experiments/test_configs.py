@@ -32,7 +32,7 @@ def module(name):
 def leaves(values, where=""):
     """The names of all options, dotted; a mapping that is itself a value (columns, features) ends a
     name."""
-    open_ended = ("columns", "features.user", "features.item", "event_weights")
+    open_ended = ("columns", "options", "features.user", "features.item", "event_weights")
     for name, value in values.items():
         path = f"{where}{name}"
         if hasattr(value, "items") and not path.endswith(open_ended):

@@ -14,6 +14,7 @@ from twotower.training.run import train
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
+OWN_PARTS = "parts of one's own: experiments/examples/own_parts sets it"
 # Options of services and machines, which no file of this project can show at work, and why.
 ELSEWHERE = {
     "data.data_dir": "the folder of TFDS on this machine",
@@ -24,8 +25,13 @@ ELSEWHERE = {
     "data.item_table.query": "BigQuery: SQL in the place of a path",
     "data.validation.query": "BigQuery: SQL in the place of a path",
     "data.test.query": "BigQuery: SQL in the place of a path",
-    "model.user.kind": "one kind of tower is shipped; a module of one's own may add others",
-    "model.item.kind": "one kind of tower is shipped; a module of one's own may add others",
+    "model.user.kind": OWN_PARTS,
+    "model.item.kind": OWN_PARTS,
+    "data.options": OWN_PARTS,
+    "objective.options": OWN_PARTS,
+    "model.user.options": OWN_PARTS,
+    "model.item.options": OWN_PARTS,
+    "plugins": OWN_PARTS,
 }
 # Mappings that are values themselves.
 OPEN_ENDED = ("features.user", "features.item", "objective.heads", "data.event_weights")
@@ -45,7 +51,7 @@ def leaves(values, prefix=""):
     """Yields the dotted name and the value of each option."""
     for name, value in values.items():
         path = f"{prefix}{name}"
-        section = hasattr(value, "items") and not path.endswith("columns")
+        section = hasattr(value, "items") and not path.endswith(("columns", "options"))
         if section and path not in OPEN_ENDED:
             yield from leaves(value, f"{path}.")
         else:

@@ -118,7 +118,7 @@ class Loss(NamedTuple):
         biased: Whether a learnable bias is added to every logit.
         bilateral: Whether the positive may have a temperature of its own.
         constants: Names of the other keyword arguments of `per_query`: options of the objective,
-            or "num_items".
+            "num_items", or "options" for those of a loss of one's own.
     """
 
     # Its constants are Python numbers of the configuration: static under `jit`.

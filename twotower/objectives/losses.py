@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,15 @@ PointwiseLoss = Callable[..., jax.Array]
 POINTWISE_LOSS = "binary_cross_entropy"
 
 
+def loss_options(objective: ObjectiveConfig) -> Any:
+    """Returns the options of a loss of one's own, as it was registered; None of other losses.
+
+    Raises:
+        ConfigError: An option is unknown, missing, of a wrong type or out of range.
+    """
+    return LOSSES.build_options(objective.loss, objective.options, "config.objective.options")
+
+
 def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Loss:
     """Returns the loss with its constants bound as arguments of `per_query`.
 
@@ -312,5 +322,7 @@ def bind_constants(loss: Loss, objective: ObjectiveConfig, num_items: int) -> Lo
     """
     # The one constant that is no option: it depends on the data.
     values = {**vars(objective), "num_items": num_items}
+    # The dataclass that a loss of one's own was registered with, in the place of the mapping.
+    values["options"] = loss_options(objective)
     constants = {name: values[name] for name in loss.constants}
     return loss._replace(per_query=functools.partial(loss.per_query, **constants))

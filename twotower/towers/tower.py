@@ -1,4 +1,7 @@
-"""One tower: the function from the vectors of one side's features to one vector."""
+"""One tower: the function from the vectors of one side's features to one vector.
+
+`TOWERS` has the kinds by name; a user's module may add its own, a subclass of `Tower`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twotower.config import HistoryConfig, TowerConfig
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import choose
+from twotower.core.kinds import Kinds
 from twotower.features.base import Input
 from twotower.towers.history import HISTORIES, History, HistoryEncoder
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
@@ -21,21 +25,63 @@ from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
-class MLPTower(nn.Module):
-    """Features, some of them projected, concatenated in the order of the specification; then dense
-    layers.
+class Tower(nn.Module):
+    """Base of all kinds of towers, which makes one vector of the features of one side.
+
+    A kind of one's own is a subclass with a `__call__` like that of `MLPTower`, a
+    `flax.linen.compact` method that begins with `concatenate`, and is applied by `init` and `apply`
+    alone.
 
     Attributes:
-        config: Options of the layers. Without layers the concatenation itself is the vector.
+        config: Options of the layers.
         projections: Feature -> width of a dense layer of its own before the concatenation.
         history: Encoder of the history, if the side has one.
         dtype: Type of the arithmetic; parameters and vectors are float32 all the same.
+        options: Options that the kind was registered with; None without any.
     """
 
     config: TowerConfig
     projections: Mapping[str, int]
     history: HistoryEncoder | None = None
     dtype: DTypeLike | None = None
+    options: Any = None
+
+    def concatenate(
+        self,
+        features: dict[str, Any],
+        history: dict[str, Any] | None,
+        keys: Array | None,
+    ) -> Float[Array, "... F"]:
+        """Returns the vectors of all features as one, with dropout; see `MLPTower.__call__`."""
+        columns = self._project(features)
+        if history is not None:
+            assert self.history is not None, "this side has no history"
+            # The vectors of an event's features are projected and concatenated as those of a row
+            # are.
+            vectors = jnp.concatenate(self._project(history["vectors"]), -1)
+            events = History(**history | {"vectors": vectors})
+            columns.append(self.history(events, keys=keys))
+        # Layer 0 of the tower; the history numbers its own from far above.
+        return drop_out(jnp.concatenate(columns, -1), self.config.dropout, keys, 0)
+
+    def _project(self, columns: dict[str, Any]) -> list[Array]:
+        """Returns the columns, those with a projection behind its dense layer."""
+        vectors = []
+        for name, x in columns.items():
+            if name in self.projections:
+                # A slash would separate modules in Flax, and parameters in checkpoints.
+                layer_name = f"project_{name}".replace("/", "_")
+                x = dense(self.projections[name], self.dtype, name=layer_name)(x)
+            vectors.append(x)
+        return vectors
+
+
+class MLPTower(Tower):
+    """Features, some of them projected, concatenated in the order of the specification; then dense
+    layers.
+
+    Without layers the concatenation itself is the vector.
+    """
 
     @nn.compact
     def __call__(
@@ -57,16 +103,7 @@ class MLPTower(nn.Module):
             axis: Mesh axis over which batch statistics are taken.
         """
         config = self.config
-        columns = self._project(features)
-        if history is not None:
-            assert self.history is not None, "this side has no history"
-            # The vectors of an event's features are projected and concatenated as those of a row
-            # are.
-            vectors = jnp.concatenate(self._project(history["vectors"]), -1)
-            events = History(**history | {"vectors": vectors})
-            columns.append(self.history(events, keys=keys))
-        # Layer 0 of the tower; the history numbers its own from far above.
-        x = drop_out(jnp.concatenate(columns, -1), config.dropout, keys, 0)
+        x = self.concatenate(features, history, keys)
         mlp = MLP(
             config.layers,
             config.activation,
@@ -80,16 +117,28 @@ class MLPTower(nn.Module):
         # would not rank.
         return mlp(x, keys=keys, axis=axis).astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def _project(self, columns: dict[str, Any]) -> list[Array]:
-        """Returns the columns, those with a projection behind its dense layer."""
-        vectors = []
-        for name, x in columns.items():
-            if name in self.projections:
-                # A slash would separate modules in Flax, and parameters in checkpoints.
-                layer_name = f"project_{name}".replace("/", "_")
-                x = dense(self.projections[name], self.dtype, name=layer_name)(x)
-            vectors.append(x)
-        return vectors
+
+# A user's module may add its own.
+TOWERS: Kinds[type[Tower]] = Kinds(
+    "tower",
+    {"mlp": MLPTower},
+    synonyms={"dense": "mlp", "dnn": "mlp", "feed_forward": "mlp", "linear": "mlp"},
+)
+
+
+def tower_options(config: TowerConfig, field: str) -> Any:
+    """Returns the options of a tower of one's own, as it was registered; None of other towers.
+
+    Args:
+        config: Options of the tower.
+        field: Path of `config` in the configuration, for messages.
+
+    Raises:
+        ConfigError: The kind is unknown, or an option is unknown, missing, of a wrong type or out
+            of range.
+    """
+    TOWERS.choose(config.kind, f"{field}.kind")
+    return TOWERS.build_options(config.kind, config.options, f"{field}.options")
 
 
 def build_tower(
@@ -99,7 +148,7 @@ def build_tower(
     history: HistoryConfig,
     dtype: str,
     field: str,
-) -> MLPTower:
+) -> Tower:
     """Makes the tower of one side.
 
     Args:
@@ -110,10 +159,9 @@ def build_tower(
         field: Path of `config` in the configuration, for messages.
 
     Raises:
-        ConfigError: A kind, activation or dtype is unknown.
+        ConfigError: A kind, activation, dtype or option is unknown.
     """
-    if config.kind != "mlp":
-        raise ConfigError(f"{field}.kind={config.kind!r} is not known. Known: mlp.")
+    options = tower_options(config, field)
     choose(ACTIVATIONS, config.activation, f"{field}.activation")
     arithmetic = choose(DTYPES, dtype, "config.model.dtype")
     projections = {name: spec.projection for name, spec in inputs.items() if spec.projection}
@@ -125,4 +173,4 @@ def build_tower(
         encoder = kind(
             history, event.history_length, event.time_buckets, arithmetic, event.time_to_next
         )
-    return MLPTower(config, projections, encoder, arithmetic)
+    return TOWERS[config.kind](config, projections, encoder, arithmetic, options)

@@ -32,7 +32,7 @@ from twotower.features.base import (
 )
 from twotower.towers.embeddings import PADDING, init_table, lookup, padded_rows, pool
 from twotower.towers.layers import l2_normalize
-from twotower.towers.tower import MLPTower, build_tower
+from twotower.towers.tower import Tower, build_tower
 
 # Bounds of the learned temperature: below the first the float32 softmax saturates, above the second
 # cosines cannot separate items.
@@ -89,7 +89,7 @@ class TwoTower:
     config: ModelConfig
     inputs: Mapping[str, Mapping[str, Input]]
     tables: Mapping[str, TableShape]
-    towers: Mapping[str, MLPTower]
+    towers: Mapping[str, Tower]
     dim: int
 
     @classmethod
@@ -111,7 +111,7 @@ class TwoTower:
                 different widths.
         """
 
-        def build(side: str) -> MLPTower:
+        def build(side: str) -> Tower:
             return build_tower(
                 getattr(config, side),
                 inputs[side],

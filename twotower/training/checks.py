@@ -15,9 +15,15 @@ from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingCo
 from twotower.core.errors import ConfigError, choose
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.objectives.losses import LOSSES, POINTWISE_LOSS, binary_cross_entropy
+from twotower.objectives.losses import (
+    LOSSES,
+    POINTWISE_LOSS,
+    binary_cross_entropy,
+    loss_options,
+)
 from twotower.towers.history import BLOCKS, HISTORIES
 from twotower.towers.layers import ACTIVATIONS
+from twotower.towers.tower import tower_options
 from twotower.training.optimizers import DENSE, SCHEDULES
 
 # Endings and beginnings of the metrics that cannot choose the best checkpoint, which has the
@@ -38,6 +44,7 @@ def check_kinds(config: Config) -> None:
     # Each dictionary is the one that the kind is looked up in later: a new entry is known at once.
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
+    loss_options(objective)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
@@ -46,6 +53,7 @@ def check_kinds(config: Config) -> None:
     choose(BLOCKS, model.history.block, "config.model.history.block")
     for side, tower in (("user", model.user), ("item", model.item)):
         choose(ACTIVATIONS, tower.activation, f"config.model.{side}.activation")
+        tower_options(tower, f"config.model.{side}")
     _check_optimizer(training)
     _check_labels(objective)
     _check_sources(objective)
@@ -145,11 +153,14 @@ def _check_loss(objective: ObjectiveConfig, *, learn_temperature: bool) -> None:
     """Refuses options that the loss does not read, and those without which it learns nothing."""
     name = objective.loss
     loss = LOSSES.get(name)  # None for a pointwise loss
+    constants = ()
+    if loss is not None:
+        constants = loss.constants
     read = {
         "positive_temperature": loss is not None and loss.bilateral,
-        "calibration": name == "gbce",
+        "calibration": "calibration" in constants,
         "pos_weight": loss is None,
-        "negative_weight": name == "cosine_contrastive",
+        "negative_weight": "negative_weight" in constants,
         "margin": loss is not None,
         "symmetric": loss is not None,
     }

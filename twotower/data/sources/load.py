@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -29,7 +30,8 @@ LOG_KEYS = ("user_id", "item_id")
 class Source(Protocol):
     """A reader of the log that a configuration names.
 
-    A module of `config.plugins` may add one to `SOURCES`.
+    A module of `config.plugins` may add one to `SOURCES`; where it was registered with options, it
+    is called with them as `options`.
     """
 
     def __call__(self, config: DataConfig) -> Dataset: ...
@@ -56,8 +58,13 @@ def load_dataset(config: DataConfig) -> Dataset:
         ConfigError: An unknown source, or a file, row or column that cannot be used; the message
             says which.
     """
-    read = SOURCES.choose(config.source, "config.data.source")
-    dataset = read(config)
+    # One of a user's own takes its options too, where it was registered with some.
+    read: Callable[..., Dataset] = SOURCES.choose(config.source, "config.data.source")
+    options = SOURCES.build_options(config.source, config.options, "config.data.options")
+    if options is None:
+        dataset = read(config)
+    else:
+        dataset = read(config, options=options)
     if not config.item_group:
         return dataset
     return _group_items(dataset, config.item_group)
