@@ -26,7 +26,7 @@ BELOW_TRAINING = (
     "towers",
     "objectives",
 )
-BELOW_RETRIEVAL = (*BELOW_TRAINING, "training", "index")
+BELOW_RETRIEVAL = (*BELOW_TRAINING, "plugins", "training", "index")
 MAY_IMPORT = {
     "core": (),
     "config_rules": ("core", "config"),
@@ -37,10 +37,12 @@ MAY_IMPORT = {
     "kernels": ("core",),
     "towers": ("core", "config", "data", "features", "pipeline", "kernels"),
     "objectives": ("core", "config", "data", "features", "pipeline", "kernels", "towers"),
-    "training": BELOW_TRAINING,
+    "plugins": ("core",),
+    "training": (*BELOW_TRAINING, "plugins"),
     "index": ("core", "config", "kernels"),
     "retrieval": BELOW_RETRIEVAL,
     "evaluation": (*BELOW_RETRIEVAL, "retrieval"),
+    "register": (*BELOW_RETRIEVAL, "retrieval"),
     "integrations": (*BELOW_RETRIEVAL, "retrieval", "evaluation"),
     "experiment": ("core", "config"),
     "recommended": ("core", "config", "data"),

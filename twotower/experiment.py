@@ -64,6 +64,7 @@ def read(experiment: str | Path, changes: Mapping[str, Any] | None = None) -> An
     arguments = [argument] if colon else []
     config = module.get_config(*arguments)
     _find_features(config, path.parent)
+    config.plugins = tuple(_find_beside(name, path.parent) for name in config.plugins)
     change(config, changes or {})
     return config
 
@@ -174,13 +175,22 @@ def _find_features(config: Any, folder: Path) -> None:
         config: `ConfigDict`, whose path is replaced in place.
         folder: Folder of the experiment file.
     """
-    path = config.features.path
-    if not path or Path(path).is_absolute() or Path(path).exists():
-        return
+    if config.features.path:
+        config.features.path = _find_beside(config.features.path, folder)
+
+
+def _find_beside(path: str, folder: Path) -> str:
+    """Returns the path of a file beside the experiment, where the working folder has none.
+
+    Args:
+        path: Path in the configuration; that of a file that is nowhere stays as it is.
+        folder: Folder of the experiment file.
+    """
     beside = (folder / path).resolve()
-    if beside.exists():
-        # Relative where that is possible: the path is saved with the run, on every machine alike.
-        cwd = Path.cwd()
-        if beside.is_relative_to(cwd):
-            beside = beside.relative_to(cwd)
-        config.features.path = str(beside)
+    if Path(path).is_absolute() or Path(path).exists() or not beside.is_file():
+        return path
+    # Relative where that is possible: the path is saved with the run, on every machine alike.
+    cwd = Path.cwd()
+    if beside.is_relative_to(cwd):
+        beside = beside.relative_to(cwd)
+    return str(beside)

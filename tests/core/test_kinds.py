@@ -70,7 +70,7 @@ def test_names_are_not_taken_twice(kinds):
         kinds.register("first", second)
     assert kinds["first"] is second
     with pytest.raises(ConfigError, match="'first' of .* is registered by mine.losses already"):
-        kinds.register("first", first)
+        kinds.register("first", dataclasses.replace)
 
 
 def test_the_module_of_a_kind_is_known(kinds):

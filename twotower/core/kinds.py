@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ class Kinds(dict[str, T]):
 
     Attributes:
         origins: Names of the kinds that were added -> the module that added each.
+        lost: Names of kinds that a run was trained with and that are not here -> the module that
+            added each then.
 
     >>> losses = Kinds("loss", {"softmax": max}, synonyms={"infonce": "softmax"})
     >>> losses.register("least", min)
@@ -50,6 +53,7 @@ class Kinds(dict[str, T]):
         self.noun = noun
         self.synonyms = dict(synonyms or {})
         self.origins: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
         self._shipped = frozenset(kinds)
         self._options: dict[str, type] = {}
         REGISTRIES.append(self)
@@ -67,16 +71,18 @@ class Kinds(dict[str, T]):
                 no frozen dataclass.
         """
         origin = _origin_of(kind)
+        known = self.origins.get(name, origin)
         if name in self._shipped:
             raise ConfigError(
                 f"The {self.noun} {name!r} is one of the library's own: register yours under "
                 "another name."
             )
-        # The same module may register a name again: a cell of a notebook is run many times.
-        if self.origins.get(name, origin) != origin:
+        # The same module may register a name again: a cell of a notebook is run many times, and an
+        # experiment file that is its own plugin is executed as both.
+        if known != origin and _file_of(self[name]) != _file_of(kind):
             raise ConfigError(
-                f"The {self.noun} {name!r} of {origin} is registered by {self.origins[name]} "
-                "already: choose another name."
+                f"The {self.noun} {name!r} of {origin} is registered by {known} already: choose "
+                "another name."
             )
         if options is not None and not _is_frozen_dataclass(options):
             raise ConfigError(
@@ -92,6 +98,7 @@ class Kinds(dict[str, T]):
         # Plain assignment works too, for a kind without options.
         super().__setitem__(name, kind)
         self.origins[name] = _origin_of(kind)
+        self.lost.pop(name, None)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
@@ -104,7 +111,17 @@ class Kinds(dict[str, T]):
         Raises:
             ConfigError: There is none; the message names the field, the value and the nearest kind.
         """
+        self.check_lost(name, field)
         return choose(self, name, field, synonyms=self.synonyms)
+
+    def check_lost(self, name: str, field: str) -> None:
+        """Refuses a kind that a run was trained with, and whose module is not imported now."""
+        if name in self.lost and name not in self:
+            raise ConfigError(
+                f"{field}={name!r} is not known here: the {self.noun} {name!r} was registered by "
+                f"{self.lost[name]!r} when this was trained. Import that module first, and name it "
+                "in config.plugins of the next training, so that every command imports it."
+            )
 
     def has_options(self, name: str) -> bool:
         """Returns whether a kind has options of its own."""
@@ -149,6 +166,15 @@ def _origin_of(kind: Any) -> str:
     """Returns the plugin that is being imported, or the module that defines a kind."""
     if _importing:
         return _importing[-1]
+    return _module_of(kind)
+
+
+def _file_of(kind: Any) -> str | None:
+    """Returns the file of the module that defines a kind; None of a notebook."""
+    return getattr(sys.modules.get(_module_of(kind)), "__file__", None)
+
+
+def _module_of(kind: Any) -> str:
     # A tuple such as `Loss` has its function first; its own class is the library's.
     if isinstance(kind, tuple):
         kind = kind[0]

@@ -3,6 +3,7 @@
 ```
 manifest.json    format, versions, metric, checkpoint step, hash of the weights, sentence encoders,
                  sha256 of every other file
+plugins.json     plugins and kinds of one's own, by name and hash; no code
 config.json  encoder/  params.npz  tables/
                  configuration, features, and the weights of the towers
 user_tower.stablehlo  item_tower.stablehlo
@@ -61,6 +62,7 @@ from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
+from twotower.plugins import make_record, note_origins, read_record, write_record
 from twotower.retrieval.tower_programs import TowerPrograms
 from twotower.retrieval.weights import WeightArrays, load_weights, model_version, save_weights
 
@@ -131,6 +133,12 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     """
     # The manifest comes last: a folder without one is no bundle, whatever else lies there.
     (folder / "config.json").write_text(bundle.config.to_json(), encoding="utf-8")
+    if bundle.version is None:
+        record = make_record(bundle.config.plugins, files=False)
+    else:
+        # Another version of a bundle, by a process that need not have the plugins.
+        record = read_record(bundle.version)
+    write_record(folder, record)
     bundle.encoder.save(folder / "encoder")
     save_weights(bundle.towers.weights, folder)
     for side in SIDES:
@@ -195,6 +203,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
             f"{files} has weights of another model than its manifest says. Export again."
         )
     config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
+    # Nothing is imported; a feature of a kind that is not here is told with the module that had it.
+    note_origins(read_record(files))
     counts = _map_array(files, "item_counts")
     vectors = _stored_vectors(files, config.retrieval.vectors)
     bundle = Bundle(

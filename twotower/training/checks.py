@@ -42,6 +42,7 @@ def check_kinds(config: Config) -> None:
     objective = config.objective
     model = config.model
     # Each dictionary is the one that the kind is looked up in later: a new entry is known at once.
+    LOSSES.check_lost(objective.loss, "config.objective.loss")
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
     loss_options(objective)

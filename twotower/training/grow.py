@@ -22,6 +22,7 @@ from twotower.features.base import SIDES, Input
 from twotower.features.encoder import Encoder
 from twotower.features.vocabulary import Vocabulary
 from twotower.pipeline.prepare import PreparedData, prepare
+from twotower.plugins import import_plugins
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
@@ -62,6 +63,7 @@ def grow(
     source = local_folder(source)
     workdir = local_folder(workdir)
     before = load_config(source)
+    import_plugins(config.plugins, workdir)
     _check_configs(before, config, workdir)
     encoder = Encoder.load(encoder_folder(source))
     state, step = _restore(source, before, encoder, checkpoint)

@@ -19,6 +19,12 @@ from twotower.core.install import command
 from twotower.core.mesh import make_mesh
 from twotower.features.encoder import Encoder
 from twotower.pipeline.prepare import PreparedData, prepare
+from twotower.plugins import (
+    import_plugins,
+    make_record,
+    warn_of_kinds_outside_plugins,
+    write_record,
+)
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import Checkpoints
@@ -82,6 +88,7 @@ def train(
     workdir = local_folder(workdir)
     mesh = make_mesh(devices)
     check_batch(config.training, mesh)
+    import_plugins(config.plugins, workdir)
     # A misspelt loss is refused before the data is read, not after.
     resolve_kinds(config)
     encoder = None
@@ -190,10 +197,10 @@ def encoder_folder(workdir: Path) -> Path:
 
 
 def load_config(workdir: Path | str) -> Config:
-    """Returns the configuration of a run.
+    """Returns the configuration of a run, after its plugins were imported.
 
     Raises:
-        ConfigError: The folder is no run, or its configuration is damaged.
+        ConfigError: The folder is no run, its configuration is damaged, or a plugin is missing.
     """
     path = config_path(Path(workdir))
     if not path.exists():
@@ -201,7 +208,10 @@ def load_config(workdir: Path | str) -> Config:
         raise ConfigError(
             f"--workdir={workdir} is no run: it has no config.json. Train one first: {line}"
         )
-    return from_dict(_read_json(path))
+    config = from_dict(_read_json(path))
+    # Before anything looks for a kind that they register.
+    import_plugins(config.plugins, path.parent)
+    return config
 
 
 def _read_json(path: Path) -> Any:
@@ -252,9 +262,12 @@ def holds_run(workdir: Path, config: Config) -> bool:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Writes the configuration of a run, which makes a folder a run."""
+    """Writes the configuration of a run, which makes a folder a run, and the record of its
+    plugins."""
     with atomic(config_path(workdir)) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
+    write_record(workdir, make_record(config.plugins))
+    warn_of_kinds_outside_plugins(dataclasses.asdict(config), config.plugins)
 
 
 def _differences(old: Any, new: Any, field: str) -> list[str]:
