@@ -1,10 +1,17 @@
 """How twotower is installed. Lower bounds alone: a pin here would pin every user."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+# The version is written once, where `twotower.__version__` is; the package itself is not imported.
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "twotower/__init__.py").read_text())[1]
+# What a wheel ships of `experiments`: names for --config, and the files that these read.
+SHIPPED = ("configs/**/*.py", "features/*.json", "examples/tables/*")
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
@@ -25,19 +32,59 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "pytrec-eval-terrier>=0.5.6",
         "ruff>=0.14",
+        "setuptools>=77",  # builds the wheel that a test looks into
     ],
 }
 
+
+class BuildWithShipped(build_py):
+    """Copies the shipped experiments to `twotower/shipped`, which lies in a wheel alone."""
+
+    def run(self):
+        super().run()
+        # In a checkout the package finds the experiments themselves.
+        if self.editable_mode:
+            return
+        for source in self._shipped():
+            target = Path(self.build_lib, "twotower", "shipped", *source.parts[1:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(source, target)
+
+    def get_source_files(self):
+        # The source distribution takes its list from here.
+        return [*super().get_source_files(), *map(str, self._shipped())]
+
+    def _shipped(self):
+        folder = Path("experiments")
+        files = [path for pattern in SHIPPED for path in folder.glob(pattern)]
+        return sorted(path for path in files if path.name != "__init__.py")
+
+
 setup(
     name="twotower",
-    version="0.1.0",
+    version=VERSION,
     description="Two-tower retrieval in JAX: from a log of interactions to served recommendations.",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The twotower authors",
-    license="MIT",
-    packages=find_packages(include=["twotower", "twotower.*", "experiments", "experiments.*"]),
-    package_data={"experiments": ["features/*.json"]},
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords=["recommender systems", "retrieval", "two-tower", "jax"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["twotower", "twotower.*"]),
+    package_data={"twotower": ["py.typed"]},
+    cmdclass={"build_py": BuildWithShipped},
     entry_points={"console_scripts": ["twotower = twotower.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
