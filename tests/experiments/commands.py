@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,13 +42,15 @@ def error_of(command: str, *arguments: str) -> str:
     Any other exception than the one that ends a program would show its traceback, and fails the
     test that asks.
     """
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             _run(command, arguments)
         except SystemExit as ended:
-            message = str(ended.code)
-            assert message.startswith("Error: ") and "Traceback" not in message
-            return message
+            assert ended.code in (1, os.EX_CONFIG) and "Traceback" not in said.getvalue()
+            # Lines of the log may come before it.
+            message = re.search(r"^Error: .*", said.getvalue(), re.MULTILINE | re.DOTALL)
+            assert message
+            return message[0].strip()
     raise AssertionError(f"{command} {' '.join(arguments)} did not fail")
 
 

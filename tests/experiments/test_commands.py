@@ -17,6 +17,7 @@ from tests.experiments.trained import CONFIG
 from twotower.api import load_retriever
 from twotower.commands import launch
 from twotower.config import from_dict
+from twotower.core.errors import ConfigError, TrainingError
 from twotower.core.files import current_version
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
@@ -247,7 +248,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys):
     assert ended.value.code == 130 and "the same command" in capsys.readouterr().err
 
 
-def test_a_defect_keeps_its_traceback_and_a_refusal_of_the_machine_does_not():
+def test_a_defect_keeps_its_traceback_and_a_refusal_of_the_machine_does_not(capsys):
     def defect():
         raise ValueError("of somebody else's")
 
@@ -256,8 +257,29 @@ def test_a_defect_keeps_its_traceback_and_a_refusal_of_the_machine_does_not():
 
     with pytest.raises(ValueError):
         launch.call(defect, ["train"])
-    with pytest.raises(SystemExit, match="Error: runs/a: No space left on device"):
+    with pytest.raises(SystemExit) as ended:
         launch.call(full, ["train"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "Error: runs/a: No space left on device.\n"
+
+
+def test_a_scheduler_learns_from_the_status_whether_to_try_again(capsys):
+    def mistake():
+        raise ConfigError("config.x=1 must be 2.")
+
+    def divergence():
+        raise TrainingError("the loss is no number")
+
+    statuses = {}
+    for main in (mistake, divergence):
+        with pytest.raises(SystemExit) as ended:
+            launch.call(main, ["train"])
+        statuses[main] = ended.value.code
+    assert statuses == {mistake: 78, divergence: 1}
+    with pytest.raises(SystemExit) as ended:
+        launch.call(mistake, ["train", "stray"])
+    assert ended.value.code == 78
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_written_is_named(tmp_path):

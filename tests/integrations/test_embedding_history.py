@@ -320,7 +320,7 @@ def test_the_command_lists_and_does_one_thing_at_a_time(history):
     ]
     wrong = launch("--drift=2026-11-25/shop,2026-11-25/shop", "--list")
     assert (
-        wrong.returncode == 1
+        wrong.returncode == os.EX_CONFIG
         and "Give one of --append=RUN" in wrong.stderr
         and "Traceback" not in wrong.stderr
     )

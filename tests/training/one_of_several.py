@@ -8,7 +8,6 @@ It has DEVICES devices of its own, joins the others, trains in FOLDER until so m
 asked for (-1: to the end) and writes FOLDER.PROCESS.json.
 """
 
-import functools
 import json
 import sys
 
@@ -22,10 +21,6 @@ class Stopped(Exception):
 
 def main(workdir, devices, validations, coordinator, processes, process, overrides="{}"):
     jax.config.update("jax_num_cpu_devices", int(devices))
-    # A peer that died is noticed in seconds.
-    jax.distributed.initialize = functools.partial(
-        jax.distributed.initialize, heartbeat_timeout_seconds=10
-    )
     from tests.training.test_processes import config_of
     from twotower.evaluation.evaluate import make_validate
     from twotower.pipeline.batches import Batches

@@ -215,31 +215,34 @@ def test_one_process_two_and_one_again_end_where_one_does(alone, tmp_path):
     _assert_close(_state(workdir), _state(alone))
 
 
+def _real_commands(workdir, port, *flags, processes=2):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "--config=tests/training/tiny_config.py",
+        f"--workdir={workdir}",
+        f"--coordinator=127.0.0.1:{port}",
+        f"--processes={processes}",
+        *flags,
+    ]
+    return [[*command, f"--process={i}"] for i in range(processes)]
+
+
+def _wait_for(path, group):
+    end = time.monotonic() + SECONDS
+    while not path.exists():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in group.processes)
+        time.sleep(0.01)
+
+
 def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_real_command(tmp_path):
     def run(workdir, kill_at=None):
-        address = f"--coordinator=127.0.0.1:{_free_port()}"
-        options = {
-            "training.steps": 4,
-            "training.validate_every": 2,
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.train",
-            "--config=tests/training/tiny_config.py",
-            f"--workdir={workdir}",
-            address,
-            "--processes=2",
-            *(f"--config.{name}={value}" for name, value in options.items()),
-        ]
-        with Group([[*command, f"--process={i}"] for i in range(2)], _environment(1)) as group:
-            end = time.monotonic() + SECONDS
-            while kill_at and not (workdir / "checkpoints" / str(kill_at)).exists():
-                assert time.monotonic() < end and all(
-                    process.poll() is None for process in group.processes
-                )
-                time.sleep(0.01)
+        flags = ("--config.training.steps=4", "--config.training.validate_every=2")
+        with Group(_real_commands(workdir, _free_port(), *flags), _environment(1)) as group:
             if kill_at:
+                _wait_for(workdir / "checkpoints" / str(kill_at), group)
                 return
             statuses, said = group.wait()
         assert statuses == [0, 0], "\n".join(text[-3000:] for text in said)
@@ -250,21 +253,38 @@ def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_rea
     assert not differences(_state(tmp_path / "killed", 4), _state(tmp_path / "whole", 4))
 
 
-def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
-    commands = _commands(
-        tmp_path / "run", processes=2, devices=1, steps=100_000, validate_every=50_000
+def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_again(tmp_path):
+    flags = (
+        "--config.training.steps=100000",
+        "--config.training.validate_every=50000",
+        "--config.training.log_every=1",
+        "--heartbeat_timeout=10",
     )
-    with Group(commands, _environment()) as group:
-        end = time.monotonic() + SECONDS
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or not _lines(tmp_path / "run"):
-            assert time.monotonic() < end and all(
-                process.poll() is None for process in group.processes
-            )
-            time.sleep(0.05)
+    commands = _real_commands(tmp_path / "run", _free_port(), *flags)
+    with Group(commands, _environment(1)) as group:
+        _wait_for(tmp_path / "run" / "metrics.jsonl", group)
         group.processes[1].send_signal(signal.SIGKILL)
         statuses, said = group.wait()
-    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None), said[0][-3000:]
-    assert "Stopped" not in said[0]
+    assert statuses == [os.EX_TEMPFAIL, -signal.SIGKILL], said[0][-3000:]
+    assert "another process of the run has ended" in said[0]
+
+
+def test_processes_that_do_not_come_are_named_in_seconds():
+    port = _free_port()
+    alone, _ = _real_commands("nowhere", port, "--init_timeout=2")
+    _, lost = _real_commands("nowhere", _free_port(), "--init_timeout=2")
+    with Group([alone, lost], _environment(1)) as group:
+        statuses, said = group.wait()
+    assert statuses == [os.EX_TEMPFAIL] * 2
+    assert f"--coordinator=127.0.0.1:{port} answers, but some of --processes=2" in said[0]
+    assert "does not answer" in said[1] and "Connection refused" in said[1]
+
+
+def test_a_port_that_is_in_use_is_refused():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of this machine cannot be used"):
+            join(f"127.0.0.1:{port}", 2, 0)
 
 
 @pytest.mark.parametrize(

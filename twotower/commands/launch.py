@@ -9,8 +9,11 @@ so that several commands can be imported into one process. It imports the librar
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+import time
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +27,9 @@ import twotower
 from twotower.core.install import command as command_line
 
 _PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
-INTERRUPTED = 130  # exit status, as a shell gives it for Ctrl-C
+# Exit statuses, which tell a scheduler what to do; the others are of sysexits.h, in `os`.
+FAILED = 1
+INTERRUPTED = 130  # as a shell gives it for Ctrl-C
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
@@ -46,8 +51,10 @@ def run(command: Command) -> None:
     """Runs a command under absl with the flags of the command line.
 
     Mistakes of the user are `ValueError`s and `TrainingError`s of the library that say what to do,
-    and refusals of the machine are `OSError`s that name the file; they end the program with status
-    1 and their message. Anything else is a defect and keeps its traceback.
+    and refusals of the machine are `OSError`s that name the file; they end the program with their
+    message. Anything else is a defect and keeps its traceback. The exit status of a mistake in
+    flags or configuration is `os.EX_CONFIG`, that of the loss of another process
+    `os.EX_TEMPFAIL`, and that of any other error 1.
     """
     absl_logging.get_absl_handler().addFilter(_is_for_the_user)
     app.run(lambda argv: call(command.main, argv), flags_parser=lambda argv: parse(command, argv))
@@ -102,13 +109,13 @@ def parse(command: Command, argv: list[str]) -> list[str]:
         _check_options(argv)
         rest = own(argv)
     except flags.Error as error:
-        sys.exit(f"Error: {str(error).strip()} (--help lists the flags.)")
+        _end(f"{str(error).strip()} (--help lists the flags.)", os.EX_CONFIG)
     except (AttributeError, KeyError) as error:
         # config_flags raises these for a key that a mapping of the experiment does not have.
         message = _explain_missing_key(str(error), argv)
         if message is None:
             raise
-        sys.exit(f"Error: {message}")
+        _end(message, os.EX_CONFIG)
     except ValueError as error:
         _refuse(error)
     # absl itself reads the flags of its logging from the registry that all share.
@@ -123,12 +130,11 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
         main: Command, whose flags have been parsed.
         argv: Result of `parse`.
     """
-    from twotower.core.errors import TrainingError
-
     # Such as a value that a space parts from its flag by mistake: absl would ignore it.
     if argv[1:]:
-        sys.exit(
-            f"Error: unexpected arguments: {' '.join(argv[1:])}. Options are given as --name=value."
+        _end(
+            f"unexpected arguments: {' '.join(argv[1:])}. Options are given as --name=value.",
+            os.EX_CONFIG,
         )
     try:
         main()
@@ -138,12 +144,12 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
             "given again.",
             file=sys.stderr,
         )
-        sys.exit(INTERRUPTED)
+        _leave(INTERRUPTED)
     except OSError as error:
         # A full disk or a missing file is no defect: its traceback is for --verbosity=1 alone.
         absl_logging.debug("where it happened", exc_info=True)
-        sys.exit(f"Error: {_reason(error)}")
-    except (ValueError, TrainingError) as error:
+        _end(_reason(error), FAILED)
+    except Exception as error:
         _refuse(error)
 
 
@@ -176,10 +182,61 @@ def _join_flags_of_absl(own: flags.FlagValues) -> None:
 
 def _refuse(error: Exception) -> typing.NoReturn:
     """Ends the program with the message of an error of the library; raises any other again."""
-    # A ValueError of another library is a defect of ours: nothing in it says what to do.
-    if not type(error).__module__.startswith("twotower."):
-        raise error
-    sys.exit(f"Error: {error}")
+    from twotower.core.errors import ConfigError, TwotowerError
+
+    if isinstance(error, ConfigError):
+        _end(str(error), os.EX_CONFIG)
+    if isinstance(error, TwotowerError):
+        _end(str(error), FAILED)
+    if _is_one_of_several():
+        from twotower.training.processes import is_lost_process
+
+        traceback.print_exception(error)
+        if is_lost_process(error):
+            _end(
+                "another process of the run has ended; its log says why. The run goes on from its "
+                "last checkpoint when all are started again.",
+                os.EX_TEMPFAIL,
+            )
+        _leave(FAILED)
+    # An error of another library is a defect of ours: nothing in it says what to do.
+    raise error
+
+
+def _end(message: str, status: int) -> typing.NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    _leave(status)
+
+
+def _leave(status: int) -> typing.NoReturn:
+    """Ends the program, at once if it is one process of several.
+
+    At a usual end JAX waits for the others, and they may wait for this one.
+    """
+    if _is_one_of_several():
+        _leave_others(status)
+    sys.exit(status)
+
+
+def _leave_others(status: int) -> typing.NoReturn:
+    from twotower.training.processes import is_first
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        # JAX aborts the others as soon as the first one has gone, and they may be about to end with
+        # the same message.
+        time.sleep(1.0)
+    os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    # Without JAX there are no others, and it takes seconds to import.
+    if "jax" not in sys.modules:
+        return False
+    from twotower.training.processes import is_one_of_several
+
+    return is_one_of_several()
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

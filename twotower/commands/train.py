@@ -5,6 +5,11 @@ r"""Trains an experiment, or goes on with it, on all devices of this machine or 
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
+
+The exit status tells a scheduler what to do. 75: start all processes again, as another one of them
+has ended or has not come; the run goes on from its last checkpoint. 134 (SIGABRT) is how JAX itself
+ends a process whose others are lost: the same as 75. 78: a mistake in the configuration, which
+would fail again. 130: interrupted. Anything else is an error of this process.
 """
 
 from __future__ import annotations
@@ -36,6 +41,20 @@ _PROCESSES = flags.DEFINE_integer(
 _PROCESS = flags.DEFINE_integer(
     "process", -1, "Number of this process, from 0 on, with --coordinator.", flag_values=FLAGS
 )
+_INIT_TIMEOUT = flags.DEFINE_integer(
+    "init_timeout",
+    60,
+    "Seconds to wait for the other processes at the start.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    20,
+    "Seconds of silence after which another process counts as lost.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
@@ -45,5 +64,12 @@ def main() -> None:
 
     config = from_dict(_CONFIG.value)
     # Before JAX sees its devices: it could not join other processes afterwards.
-    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, cluster=_DISTRIBUTED.value)
+    join(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        cluster=_DISTRIBUTED.value,
+        init_timeout=_INIT_TIMEOUT.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+    )
     api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value)
