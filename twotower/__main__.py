@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 from twotower import __version__
 from twotower.core.errors import did_you_mean
@@ -21,6 +22,7 @@ COMMANDS = (
     "history",
     "publish",
     "track",
+    "options",
 )
 
 
@@ -44,7 +46,8 @@ def main() -> None:
         )
     # As if it were a program of its own: absl and config_flags read the command line themselves.
     sys.argv = [f"twotower {command}", *flags]
-    launch.run(importlib.import_module(f"twotower.commands.{command}"))
+    module: Any = importlib.import_module(f"twotower.commands.{command}")
+    launch.run(module)
 
 
 def format_commands() -> str:

@@ -30,6 +30,7 @@ _PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
 # Exit statuses, which tell a scheduler what to do; the others are of sysexits.h, in `os`.
 FAILED = 1
 INTERRUPTED = 130  # as a shell gives it for Ctrl-C
+BROKEN_PIPE = 141  # as a shell gives it for SIGPIPE
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
@@ -104,12 +105,13 @@ def parse(command: Command, argv: list[str]) -> list[str]:
         print(format_help(command))
         sys.exit(0)
     own = command.FLAGS
+    argv = _name_arguments(command, argv)
     _join_flags_of_absl(own)
     try:
         _check_options(argv)
         rest = own(argv)
     except flags.Error as error:
-        _end(f"{str(error).strip()} (--help lists the flags.)", os.EX_CONFIG)
+        _end(f"{_explain_flag(str(error))} (--help lists the flags.)", os.EX_CONFIG)
     except (AttributeError, KeyError) as error:
         # config_flags raises these for a key that a mapping of the experiment does not have.
         message = _explain_missing_key(str(error), argv)
@@ -145,6 +147,11 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
             file=sys.stderr,
         )
         _leave(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has had enough. Python's own flush at the end of the
+        # program must not fail on it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(BROKEN_PIPE)
     except OSError as error:
         # A full disk or a missing file is no defect: its traceback is for --verbosity=1 alone.
         absl_logging.debug("where it happened", exc_info=True)
@@ -167,10 +174,20 @@ def format_help(command: Command) -> str:
         title = f"  --{name}"
         # Flags without a default are required, or do nothing when they are left out.
         if flag.default not in (None, "", False, []):
-            title += f" (default: {flag.default_as_str.strip(chr(39))})"
+            default = str(flag.default_as_str).strip("'")
+            title += f" (default: {default})"
         lines.append(title)
         lines.append(flags.text_wrap(flag.help or "", indent="      "))
     return "\n".join(lines)
+
+
+def _name_arguments(command: Command, argv: list[str]) -> list[str]:
+    """Returns the command line with the name of the flag before an argument that has none."""
+    name = getattr(command, "POSITIONAL", None)
+    if name is None:
+        return argv
+    flag_of = [arg if arg.startswith("-") else f"--{name}={arg}" for arg in argv[1:]]
+    return [argv[0], *flag_of]
 
 
 def _join_flags_of_absl(own: flags.FlagValues) -> None:
@@ -294,6 +311,14 @@ def _explain_missing_key(message: str, argv: list[str]) -> str | None:
                 f"{parents}={{...}}."
             )
     return None
+
+
+def _explain_flag(message: str) -> str:
+    """Returns a message of absl on a flag, a required one that is missing in plain words."""
+    missing = re.search(r"flag --(\w+)=None", message)
+    if missing:
+        return f"--{missing[1]}=... is required."
+    return f"{message.strip().rstrip('.')}."
 
 
 def _reason(error: OSError) -> str:
