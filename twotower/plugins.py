@@ -73,10 +73,10 @@ def import_plugins(names: Sequence[str], folder: Path) -> None:
 
 def note_origins(record: Mapping[str, Any]) -> None:
     """Remembers which module had each kind of a record, for messages on those that are missing."""
-    for registry in REGISTRIES:
-        for name, origin in record["kinds"].get(registry.noun, {}).items():
-            if name not in registry:
-                registry.lost[name] = origin
+    for group in REGISTRIES:
+        for name, origin in record["kinds"].get(group.noun, {}).items():
+            if name not in group:
+                group.lost[name] = origin
 
 
 def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:
         if files:
             plugins[name]["file"] = str(plugin.file)
     kinds = {}
-    for registry in REGISTRIES:
-        if registry.origins:
-            kinds[registry.noun] = dict(registry.origins)
+    for group in REGISTRIES:
+        if group.origins:
+            kinds[group.noun] = dict(group.origins)
     return {"plugins": plugins, "kinds": kinds}
 
 
@@ -129,14 +129,14 @@ def warn_of_kinds_outside_plugins(values: Any, names: Sequence[str]) -> None:
         names: Option `config.plugins`.
     """
     used = set(_texts(values))
-    for registry in REGISTRIES:
-        for name, origin in registry.origins.items():
+    for group in REGISTRIES:
+        for name, origin in group.origins.items():
             if name in used and not any(_is_of(origin, plugin) for plugin in names):
                 logging.warning(
                     "The %s %r is registered by %s, which config.plugins does not name: another "
                     "process, such as an export, will not know it. Name its module or its file in "
                     "config.plugins.",
-                    registry.noun,
+                    group.noun,
                     name,
                     origin,
                 )
