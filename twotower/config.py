@@ -707,6 +707,26 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RerankConfig:
+    """The choice of the items that are shown, among more candidates.
+
+    Attributes:
+        kind: Kind of re-ranker, a key of `twotower.retrieval.rerank.RERANKERS`: mmr (items unlike
+            those above them) or caps (at most so many of a category); empty for none.
+        multiple: Number of candidates, in multiples of the length of the list.
+        options: Options of the kind: {"diversity": 0.3} of mmr, {"column": "category", "max_items":
+            2} of caps, or those of a re-ranker of your own.
+    """
+
+    kind: str = ""
+    multiple: int = 5
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        FieldChecks(self, "config.retrieval.rerank").at_least(1, "multiple")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """The index, and the columns that are shown of an item.
 
@@ -723,6 +743,7 @@ class RetrievalConfig:
             quarter of the size (see `twotower.index.int8`). The loss of either is measured at
             export and stands in the manifest.
         display: Columns of the items table kept beside the vectors; empty keeps all.
+        rerank: Re-ranking of the lists that a bundle recommends.
     """
 
     index: Literal[
@@ -742,6 +763,7 @@ class RetrievalConfig:
     dim: int = 0
     vectors: Literal["float32", "int8"] = "float32"
     display: tuple[str, ...] = ()
+    rerank: RerankConfig = RerankConfig()
 
     def __post_init__(self):
         check = FieldChecks(self, "config.retrieval")

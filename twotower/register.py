@@ -12,7 +12,7 @@ The classes that parts build upon are here too: `Tower`, `Feature` with `Fitted`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from twotower.core.kinds import Kinds
 from twotower.data.sources.load import SOURCES, Source, Tables
@@ -38,8 +38,6 @@ __all__ = [
     "source",
     "tower",
 ]
-
-Part = TypeVar("Part")
 
 
 def loss(
@@ -223,15 +221,15 @@ def reranker(name: str, function: Reranker | None = None, *, options: type | Non
     return _register(RERANKERS, name, function, options)
 
 
-def _register(kinds: Kinds[Any], name: str, part: Part | None, options: type | None) -> Any:
-    def add(part: Part) -> Part:
+def _register(kinds: Kinds[Any], name: str, part: Any, options: type | None) -> Any:
+    def add(part: Any) -> Any:
         kinds.register(name, part, options=options)
         return part
 
     return _apply(add, part)
 
 
-def _apply(add: Callable[[Part], Part], part: Part | None) -> Any:
+def _apply(add: Callable[[Any], Any], part: Any) -> Any:
     """Registers a part, or returns the decorator that does."""
     if part is None:
         return add

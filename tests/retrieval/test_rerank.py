@@ -1,9 +1,15 @@
 """Diversified lists against loops that follow the formula."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 
-from twotower.retrieval.rerank import cap_per_label, maximal_marginal_relevance
+from twotower.config import RerankConfig
+from twotower.core.errors import ConfigError
+from twotower.retrieval.rerank import RERANKERS, cap_per_label, maximal_marginal_relevance
+from twotower.retrieval.retriever import Retriever
 
 
 def by_hand(scores, vectors, k, diversity):
@@ -71,3 +77,102 @@ def test_a_list_from_a_retriever(retriever):
     assert order[0] == 0 and order.tolist() != list(range(20))
     shown = cap_per_label([found[place].display["category"] for place in order], 5, max_items=1)
     assert len({found[order[place]].display["category"] for place in shown}) == len(shown)
+
+
+def known_users(retriever, count=3):
+    return retriever.bundle.users["user_id"][:count].to_pylist()
+
+
+def items_and_scores(recommendations):
+    return [(item.item_id, item.score) for item in recommendations]
+
+
+def test_lists_are_chosen_from_a_multiple_of_their_length(retriever):
+    """By hand: the candidates of a plain list, and the function on their vectors."""
+    user = known_users(retriever)[0]
+    plain = retriever.recommend(user, k=20)
+    vectors = retriever.item_vectors([item.item_id for item in plain])
+    scores = np.array([item.score for item in plain])
+    chosen = maximal_marginal_relevance(scores, vectors, 5, diversity=0.5)
+    assert chosen.tolist() != [0, 1, 2, 3, 4]
+    mmr = {"kind": "mmr", "multiple": 4, "options": {"diversity": 0.5}}
+    found = retriever.recommend(user, k=5, rerank=mmr)
+    assert items_and_scores(found) == items_and_scores([plain[i] for i in chosen])
+
+
+def test_caps_hold_and_filters_too(retriever):
+    caps = {"kind": "caps", "options": {"column": "category", "max_items": 1}, "multiple": 20}
+    for user in known_users(retriever):
+        seen = {item.item_id for item in retriever.latest_items(user, k=100)}
+        found = retriever.recommend(user, k=4, rerank=caps)
+        categories = [item.display["category"] for item in found]
+        assert len(set(categories)) == len(categories) == 4
+        assert not seen & {item.item_id for item in found}
+
+
+def test_many_users_get_the_lists_of_each(retriever):
+    users = known_users(retriever)
+    lists = retriever.recommend_many(users, 4, rerank="mmr").to_pylist()
+    for user in users:
+        alone = retriever.recommend(user, k=4, rerank="mmr")
+        rows = [row for row in lists if row["user_id"] == user]
+        assert [row["item_id"] for row in rows] == [item.item_id for item in alone]
+        assert [row["rank"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_the_configuration_of_the_bundle_is_the_default(retriever):
+    user = known_users(retriever)[0]
+    options = {"column": "category", "max_items": 1}
+    config = RerankConfig(kind="caps", options=options)
+    configured = reconfigured(retriever, config)
+    assert configured.recommend(user, k=3) == retriever.recommend(user, k=3, rerank=config)
+    assert configured.recommend(user, k=3, rerank="") == retriever.recommend(user, k=3)
+
+
+def reconfigured(retriever, rerank):
+    """The retriever of the same bundle with another section of re-ranking."""
+    bundle = retriever.bundle
+    retrieval = dataclasses.replace(bundle.config.retrieval, rerank=rerank)
+    config = dataclasses.replace(bundle.config, retrieval=retrieval)
+    return Retriever(dataclasses.replace(bundle, config=config, folder=None))
+
+
+def test_new_items_are_candidates_too(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "bundle")
+    live = Retriever.load(tmp_path / "bundle")
+    user = known_users(live)[0]
+    best = live.recommend(user, k=2)
+    # Beside the best item and better: without it in reach, likeness would not count.
+    twin = live.item_vectors([best[0].item_id]) * np.float32(1.0)
+    live.upsert([{"item_id": "twin", "category": "new"}], vectors=twin)
+    mmr = {"kind": "mmr", "options": {"diversity": 1.0}}
+    found = [item.item_id for item in live.recommend(user, k=5, rerank=mmr)]
+    assert found[0] == best[0].item_id
+    assert "twin" in [item.item_id for item in live.recommend(user, k=2)]
+    assert "twin" not in found
+    caps = {"kind": "caps", "options": {"column": "category", "max_items": 1}, "multiple": 20}
+    assert "twin" in [item.item_id for item in live.recommend(user, k=5, rerank=caps)]
+
+
+@pytest.mark.parametrize(
+    ("rerank", "message"),
+    [
+        ("diversity", "rerank.kind='diversity' is not known; did you mean 'mmr'"),
+        ({"kind": "mmr", "options": {"diversty": 1}}, "no field 'diversty'; did you mean 'diver"),
+        ({"kind": "mmr", "options": {"diversity": 2.0}}, "options.diversity=2.0 must be between"),
+        ({"kind": "caps"}, "options has no column, which CapsOptions needs"),
+        ({"kind": "caps", "options": {"column": "categry"}}, "did you mean 'category'"),
+        ({"kid": "caps"}, "rerank has no field 'kid'; did you mean 'kind'"),
+        ({"multiple": 0}, "rerank.multiple=0 must be at least 1"),
+    ],
+)
+def test_wrong_choices_are_refused(retriever, rerank, message):
+    with pytest.raises(ConfigError, match=message):
+        retriever.recommend(known_users(retriever)[0], k=3, rerank=rerank)
+
+
+@pytest.mark.parametrize("chosen", [[0, 0], [0, 99], [-1], [0, 1, 2, 3]])
+def test_a_reranker_that_chooses_what_is_not_there_is_refused(retriever, chosen, monkeypatch):
+    monkeypatch.setitem(RERANKERS, "mine", lambda candidates, k: np.array(chosen))
+    with pytest.raises(ConfigError, match="rerank.kind='mine' chose"):
+        retriever.recommend(known_users(retriever)[0], k=3, rerank="mine")

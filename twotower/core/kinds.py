@@ -29,6 +29,7 @@ class Kinds(dict[str, T]):
     Args:
         noun: What the kinds are, in messages: "loss", say.
         kinds: Kinds of the library.
+        options: Frozen dataclasses of the options of those that have some, by name.
         synonyms: Other words for kinds -> the name here, for the message on an unknown name.
 
     Attributes:
@@ -47,7 +48,12 @@ class Kinds(dict[str, T]):
     """
 
     def __init__(
-        self, noun: str, kinds: Mapping[str, T], *, synonyms: Mapping[str, str] | None = None
+        self,
+        noun: str,
+        kinds: Mapping[str, T],
+        *,
+        options: Mapping[str, type] | None = None,
+        synonyms: Mapping[str, str] | None = None,
     ):
         super().__init__(kinds)
         self.noun = noun
@@ -55,7 +61,7 @@ class Kinds(dict[str, T]):
         self.origins: dict[str, str] = {}
         self.lost: dict[str, str] = {}
         self._shipped = frozenset(kinds)
-        self._options: dict[str, type] = {}
+        self._options = dict(options or {})
         REGISTRIES.append(self)
 
     def register(self, name: str, kind: T, *, options: type | None = None) -> None:

@@ -1,6 +1,8 @@
-"""Diverse lists, chosen from the candidates of a retrieval.
+"""Re-ranked lists, chosen from more candidates of a retrieval than are shown.
 
-Fetch more items than are shown, then let one of these functions choose among them.
+`config.retrieval.rerank` names one of `RERANKERS` for all lists of a bundle, and the argument
+`rerank` of `Retriever.recommend` one for a single list; a user's module may add its own. The two
+functions at the end also work on lists of any origin:
 
     >>> candidates = tt.load_retriever("runs/mine").recommend("user-1", k=10)
     >>> labels = [item.item_id[-1] for item in candidates]
@@ -10,10 +12,182 @@ Fetch more items than are shown, then let one of these functions choose among th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from twotower.config import RerankConfig
+from twotower.core.errors import ConfigError
+from twotower.core.fields import FieldChecks, build
+from twotower.core.kinds import Kinds
+
+FIELD = "config.retrieval.rerank"
+# The choice of a caller: the name of a kind, the fields of `RerankConfig`, or that itself. None is
+# what the configuration of the bundle says, and "" none at all.
+RerankLike = RerankConfig | Mapping[str, Any] | str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """The candidates of one user, best first.
+
+    Attributes:
+        scores: Scores float32 [M]: dot products of the vectors, with what popularity adds.
+        vectors: Vectors of the items, float32 [M, D].
+        read_rows: Function that reads `rows`.
+    """
+
+    scores: np.ndarray
+    vectors: np.ndarray
+    read_rows: Callable[[], list[dict[str, Any]]]
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The item_id and the display columns of each candidate."""
+        # Read when they are first used: some kinds look at the vectors alone.
+        return self.read_rows()
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a display column of the candidates.
+
+        Raises:
+            ConfigError: There is no such column; the message names the nearest.
+        """
+        known = list(self.rows[0]) if self.rows else [name]
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise ConfigError(
+                f"{FIELD}.options.column={name!r} is no display column of the items{hint} They "
+                f"have: {', '.join(known)}."
+            )
+        return [row[name] for row in self.rows]
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """A choice of K candidates of one user: positions among them, best first.
+
+    Where it was registered with options, it is called with them as `options`.
+    """
+
+    def __call__(self, candidates: Candidates, k: int) -> Int[np.ndarray, " K"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reranking:
+    """A re-ranker with its options.
+
+    Attributes:
+        config: The options.
+        choose: Function from the candidates of a user to the positions of K of them.
+    """
+
+    config: RerankConfig
+    choose: Callable[[Candidates, int], np.ndarray]
+
+    def __call__(self, candidates: Candidates, k: int) -> np.ndarray:
+        """Returns the positions of up to `k` candidates, int64.
+
+        Raises:
+            ConfigError: The re-ranker returned something else.
+        """
+        chosen = np.asarray(self.choose(candidates, k), np.int64)
+        count = len(candidates.scores)
+        in_range = len(chosen) <= k and bool(np.all((chosen >= 0) & (chosen < count)))
+        if not in_range or len(np.unique(chosen)) < len(chosen):
+            raise ConfigError(
+                f"{FIELD}.kind={self.config.kind!r} chose {chosen.tolist()}: a re-ranker returns "
+                f"at most {k} different positions below {count}, the number of candidates."
+            )
+        return chosen
+
+
+def resolve_rerank(rerank: RerankLike, default: RerankConfig) -> Reranking | None:
+    """Returns the re-ranker of a choice; None where lists stay as they are.
+
+    Args:
+        rerank: Choice of a caller.
+        default: Choice of the configuration.
+
+    Raises:
+        ConfigError: The kind or an option is not known, or an option is out of range.
+    """
+    if rerank is None:
+        config = default
+    elif isinstance(rerank, str):
+        config = RerankConfig(kind=rerank)
+    elif isinstance(rerank, RerankConfig):
+        config = rerank
+    else:
+        config = build(RerankConfig, rerank, FIELD)
+    if not config.kind:
+        return None
+    choose: Callable[..., np.ndarray] = RERANKERS.choose(config.kind, f"{FIELD}.kind")
+    options = RERANKERS.build_options(config.kind, config.options, f"{FIELD}.options")
+    if options is not None:
+        choose = functools.partial(choose, options=options)
+    return Reranking(config, choose)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiversityOptions:
+    """The options of the kind mmr.
+
+    Attributes:
+        diversity: Weight of an item's likeness to those above it, from 0 (the order of the scores)
+            to 1.
+    """
+
+    diversity: float = 0.3
+
+    def __post_init__(self):
+        FieldChecks(self, f"{FIELD}.options").between(0.0, 1.0, "diversity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CapsOptions:
+    """The options of the kind caps.
+
+    Attributes:
+        column: Display column of the items, such as a category or a brand.
+        max_items: Greatest number of items of a list with one value in that column.
+    """
+
+    column: str
+    max_items: int = 2
+
+    def __post_init__(self):
+        FieldChecks(self, f"{FIELD}.options").at_least(1, "max_items")
+
+
+def _rerank_by_diversity(
+    candidates: Candidates, k: int, *, options: DiversityOptions
+) -> Int[np.ndarray, " K"]:
+    # Dot products of vectors of any length are brought to the scale of cosines.
+    largest = float(np.abs(candidates.scores).max(initial=1.0))
+    return maximal_marginal_relevance(
+        candidates.scores / largest, candidates.vectors, k, diversity=options.diversity
+    )
+
+
+def _rerank_by_caps(
+    candidates: Candidates, k: int, *, options: CapsOptions
+) -> Int[np.ndarray, " K"]:
+    labels = [_hashable(value) for value in candidates.column(options.column)]
+    return cap_per_label(labels, k, max_items=options.max_items)
+
+
+def _hashable(value: Any) -> Any:
+    # A list of tags is one label: that of the whole list.
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def maximal_marginal_relevance(
@@ -92,3 +266,21 @@ def cap_per_label(
         counts[label] = count + 1
         chosen.append(position)
     return np.array(chosen, np.int64)
+
+
+# A user's module may add its own.
+RERANKERS: Kinds[Callable[..., np.ndarray]] = Kinds(
+    "re-ranker",
+    {"mmr": _rerank_by_diversity, "caps": _rerank_by_caps},
+    options={"mmr": DiversityOptions, "caps": CapsOptions},
+    synonyms={
+        "diversity": "mmr",
+        "diverse": "mmr",
+        "maximal_marginal_relevance": "mmr",
+        "dpp": "mmr",
+        "cap": "caps",
+        "category": "caps",
+        "quota": "caps",
+        "max_per_category": "caps",
+    },
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from twotower.config import RerankConfig
 from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
@@ -21,6 +23,7 @@ from twotower.retrieval.live.catalogue import nearest
 from twotower.retrieval.live.conditions import Conditions, ConditionsLike, as_conditions
 from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
+from twotower.retrieval.rerank import Candidates, Reranking, RerankLike, resolve_rerank
 from twotower.retrieval.tower_programs import BATCH
 from twotower.retrieval.users import UserRows, as_table
 
@@ -100,6 +103,11 @@ class Retriever:
     ["a", "b"]}, or [("price", "<=", 20), ...] with the operators of `config.data.where`. A list has
     K items whenever K exist. `popularity_weight` times the log of an item's training rows is added
     to its score, where the bundle was exported with `config.retrieval.popularity`.
+
+    Recommendations may be re-ranked, by `config.retrieval.rerank` or by the argument `rerank`: the
+    name of a kind ("mmr"), or a mapping such as {"kind": "caps", "options": {"column": "category",
+    "max_items": 2}}; "" leaves the lists as they are. A kind that caps items may return fewer than
+    K.
     """
 
     def __init__(self, bundle: Bundle):
@@ -166,6 +174,7 @@ class Retriever:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] = (),
         popularity_weight: float = 0.0,
+        rerank: RerankLike = None,
     ) -> Recommendations:
         """Returns the best `k` items of one user; fewer only where fewer exist.
 
@@ -181,6 +190,7 @@ class Retriever:
             allow: Ids of the only items that may come back.
             deny: Ids of items to leave out.
             popularity_weight: Factor of an item's log training rows in its score.
+            rerank: Re-ranker in the place of that of `config.retrieval.rerank`; see the class.
         """
         check_k(k)
         # Iterables may be read once only, so they become lists.
@@ -199,8 +209,8 @@ class Retriever:
             vectors, user_rows = self._vectors_and_rows([str(user)])
         else:
             raise ValueError("recommend needs user=ID or rows=[{...}].")
-        snapshot, scores, positions = self._search(
-            vectors, user_rows, k, filters, exclude_seen, popularity_weight
+        snapshot, scores, positions = self._recommend(
+            vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
         )
         # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
@@ -216,6 +226,7 @@ class Retriever:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] = (),
         popularity_weight: float = 0.0,
+        rerank: RerankLike = None,
     ) -> pa.Table:
         """Returns the lists of many users in one table.
 
@@ -227,6 +238,7 @@ class Retriever:
             allow: Ids of the only items that may come back.
             deny: Ids of items to leave out.
             popularity_weight: Factor of an item's log training rows in its score.
+            rerank: As in `recommend`.
 
         Returns:
             Columns user_id, rank (from 1), item_id and score; up to k rows a user, in the order of
@@ -241,8 +253,8 @@ class Retriever:
         for start in progress(starts, total=len(starts), what="Recommending"):
             block = ids[start : start + USERS_AT_ONCE]
             vectors, user_rows = self._vectors_and_rows(block)
-            snapshot, scores, positions = self._search(
-                vectors, user_rows, k, filters, exclude_seen, popularity_weight
+            snapshot, scores, positions = self._recommend(
+                vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
             )
             # Row by row, so that users stay in order, and each user's items by rank.
             query, rank = np.nonzero(positions >= 0)
@@ -444,6 +456,37 @@ class Retriever:
         finally:
             self._maintenance.release()
 
+    @functools.cached_property
+    def _configured_rerank(self) -> Reranking | None:
+        # Made once: a request should not wait for the options to be read.
+        return resolve_rerank(None, self.bundle.config.retrieval.rerank)
+
+    def _recommend(
+        self,
+        vectors: np.ndarray,
+        user_rows: np.ndarray,
+        k: int,
+        filters: _Filters,
+        exclude_seen: bool,
+        popularity_weight: float,
+        rerank: RerankLike,
+    ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
+        """Returns what `_search` returns, re-ranked."""
+        if rerank is None:
+            reranking = self._configured_rerank
+        else:
+            reranking = resolve_rerank(rerank, RerankConfig())
+        fetched = k
+        if reranking is not None:
+            fetched = k * reranking.config.multiple
+        snapshot, scores, positions = self._search(
+            vectors, user_rows, fetched, filters, exclude_seen, popularity_weight
+        )
+        if reranking is None:
+            return snapshot, scores, positions
+        scores, positions = _rerank_lists(reranking, snapshot, scores, positions, k)
+        return snapshot, scores, positions
+
     def _search(
         self,
         vectors: np.ndarray,
@@ -511,6 +554,25 @@ class Retriever:
         row_by_id = self.user_rows.row_by_id
         rows = [-1 if user is None else row_by_id.get(str(user), -1) for user in ids]
         return np.array(rows, np.int64)
+
+
+def _rerank_lists(
+    reranking: Reranking, snapshot: Snapshot, scores: np.ndarray, positions: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scores [B, k] and positions [B, k] that a re-ranker chooses from [B, M]."""
+    chosen_scores = np.full((len(scores), k), -np.inf, scores.dtype)
+    chosen_positions = np.full((len(scores), k), -1, positions.dtype)
+    for user in range(len(scores)):
+        found = positions[user][positions[user] >= 0]
+        candidates = Candidates(
+            scores[user, : len(found)],
+            snapshot.vectors(found),
+            functools.partial(snapshot.rows, found),
+        )
+        chosen = reranking(candidates, k)
+        chosen_scores[user, : len(chosen)] = candidates.scores[chosen]
+        chosen_positions[user, : len(chosen)] = found[chosen]
+    return chosen_scores, chosen_positions
 
 
 def _one_user(rows: Rows, user: Any) -> pa.Table:

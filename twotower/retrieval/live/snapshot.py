@@ -145,6 +145,17 @@ class Snapshot:
             return np.asarray(self.base.vectors[position])
         return self.memtable.vectors[position - len(self.base)]
 
+    def vectors(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the vector of the item in each position, float32 [M, D]."""
+        in_base = positions < len(self.base)
+        base_vectors = np.asarray(self.base.vectors[positions[in_base]])
+        if in_base.all():
+            return base_vectors
+        vectors = np.empty((len(positions), base_vectors.shape[1]), np.float32)
+        vectors[in_base] = base_vectors
+        vectors[~in_base] = self.memtable.vectors[positions[~in_base] - len(self.base)]
+        return vectors
+
     def rows(self, positions: np.ndarray) -> list[dict[str, Any]]:
         """Returns item_id and display columns of the item in each position."""
         base_size = len(self.base)
