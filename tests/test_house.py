@@ -51,7 +51,7 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = (*MAY_IMPORT["api"], "api", "experiment")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
 MAY_IMPORT["experiments"] = MAY_IMPORT["__main__"]
-MAY_IMPORT[""] = MAY_IMPORT["experiments"]  # the front door hands names on, lazily
+MAY_IMPORT[""] = (*MAY_IMPORT["experiments"], "register")  # the front door hands names on, lazily
 MAX_FILES = 15
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from twotower import config, features
+    from twotower import config, features, register
     from twotower.api import Run, load_retriever, load_run, train
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
@@ -44,6 +44,7 @@ _MODULES = {
     "features": "twotower.features",
     "losses": "twotower.objectives.losses",
     "metrics": "twotower.evaluation.metrics",
+    "register": "twotower.register",
     "rerank": "twotower.retrieval.rerank",
 }
 
@@ -59,6 +60,7 @@ __all__ = [
     "load_run",
     "losses",
     "metrics",
+    "register",
     "rerank",
     "train",
 ]

@@ -142,14 +142,14 @@ def test_new_items_are_candidates_too(exported, tmp_path):
     live = Retriever.load(tmp_path / "bundle")
     user = known_users(live)[0]
     best = live.recommend(user, k=2)
-    # Beside the best item and better: without it in reach, likeness would not count.
-    twin = live.item_vectors([best[0].item_id]) * np.float32(1.0)
+    twin = live.item_vectors([best[0].item_id])
     live.upsert([{"item_id": "twin", "category": "new"}], vectors=twin)
     mmr = {"kind": "mmr", "options": {"diversity": 1.0}}
     found = [item.item_id for item in live.recommend(user, k=5, rerank=mmr)]
-    assert found[0] == best[0].item_id
-    assert "twin" in [item.item_id for item in live.recommend(user, k=2)]
-    assert "twin" not in found
+    twins = {"twin", best[0].item_id}
+    assert {item.item_id for item in live.recommend(user, k=2)} == twins
+    # Of two equal vectors one is enough.
+    assert len(twins & set(found)) == 1
     caps = {"kind": "caps", "options": {"column": "category", "max_items": 1}, "multiple": 20}
     assert "twin" in [item.item_id for item in live.recommend(user, k=5, rerank=caps)]
 

@@ -1,4 +1,4 @@
-r"""Smaller vectors and another index: their storage, and the effort of a search.
+r"""Smaller vectors, another index, and re-ranked lists: all that a bundle may do otherwise.
 
     python -m experiments.train --config=experiments/configs/recipes/vectors.py:cut_int8 \
         --workdir=runs/small
@@ -24,6 +24,16 @@ RECIPES = {
     },
     # One coordinate more, the log count of an item: a query may ask for more popular lists.
     "popularity_knob": {"retrieval.popularity": True},
+    # Of 4 K candidates the K that are least alike, or at most two of a category.
+    "diverse_lists": {
+        "retrieval.rerank.kind": "mmr",
+        "retrieval.rerank.multiple": 4,
+        "retrieval.rerank.options": {"diversity": 0.4},
+    },
+    "two_of_a_category": {
+        "retrieval.rerank.kind": "caps",
+        "retrieval.rerank.options": {"column": "category", "max_items": 2},
+    },
 }
 
 
