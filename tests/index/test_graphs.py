@@ -1,6 +1,8 @@
 """Graph indexes behind the same meaning as exact search, tuned, saved, and never padding with an
 item."""
 
+import dataclasses
+import json
 import sys
 import threading
 
@@ -51,6 +53,23 @@ def test_what_is_written_is_read(built, vectors, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_how_the_graph_was_built_is_written_down(built, vectors, tmp_path):
+    thin = dataclasses.replace(config(built.kind, 0.5), hnsw_m=5, hnsw_ef_construction=17)
+    made = build_index(vectors[1], thin, normalized=True, queries=vectors[0][::2])
+    for name, index, expected in (("usual", built, (32, 200)), ("thin", made, (5, 17))):
+        save_index(index, tmp_path / name)
+        info = json.loads((tmp_path / name / "index.json").read_text())
+        assert (info["hnsw_m"], info["hnsw_ef_construction"]) == expected
+        # A graph that was read knows it too.
+        read = load_index(tmp_path / name, vectors[1]).save(tmp_path)
+        assert (read["hnsw_m"], read["hnsw_ef_construction"]) == expected
+    sizes = {
+        name: sum(path.stat().st_size for path in (tmp_path / name).glob("index.[hf]*"))
+        for name in ("usual", "thin")
+    }
+    assert sizes["thin"] < sizes["usual"] - 2_000 * 4 * 2 * 20
+
+
 def test_the_same_vectors_give_the_same_index(built, vectors):
     again = build_index(vectors[1], config(built.kind), normalized=True, queries=vectors[0][::2])
     np.testing.assert_array_equal(again.search(vectors[0], 10)[1], built.search(vectors[0], 10)[1])
@@ -99,6 +118,6 @@ def test_a_library_that_is_not_there_names_its_extra(monkeypatch):
 def test_a_target_beyond_the_graph_is_searched_exactly(vectors, monkeypatch):
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
     monkeypatch.setattr(graphs, "MAX_EF_SEARCH", 1)
-    monkeypatch.setattr(graphs, "LINKS_PER_ITEM", 2)
-    index = build_index(vectors[1], config("faiss", 0.999), normalized=True, queries=vectors[0])
+    few_links = dataclasses.replace(config("faiss", 0.999), hnsw_m=2)
+    index = build_index(vectors[1], few_links, normalized=True, queries=vectors[0])
     assert index.kind == "exact"

@@ -43,6 +43,7 @@ def test_what_is_written_is_what_is_read(run, exported):
     bundle = load_bundle(exported)
     assert bundle.config == run.config and bundle.manifest["step"] == 7
     assert bundle.manifest["metric"] == "dot" and bundle.manifest["normalized"] is True
+    assert bundle.manifest["index"] == {"kind": bundle.index.kind}
     assert bundle.items["item_id"].to_pylist() == run.prepared.items["item_id"].to_pylist()
     for ours, theirs in zip(
         jax.tree.leaves(bundle.towers.weights), jax.tree.leaves(run.weights._asdict()), strict=True

@@ -6,6 +6,7 @@ hnswlib and FAISS are used where the configuration names them.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from twotower.config import RetrievalConfig
 from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.index.base import Index, check_vectors
 from twotower.index.exact import ExactIndex
-from twotower.index.graphs import GRAPHS, GraphIndex
+from twotower.index.graphs import GRAPHS, Construction, GraphIndex
 from twotower.index.int8 import Vectors
 from twotower.index.scann import MIN_TREE_VECTORS, ScannIndex, has_scann
 from twotower.index.tuning import Tuning
@@ -84,7 +85,10 @@ def build_index(
     # Items are worse to tune on than users, but a run may have none of these.
     if queries is None or not len(queries):
         queries = vectors
-    build = GraphIndex.build if kind in GRAPHS else ScannIndex.build
+    build = ScannIndex.build
+    if kind in GRAPHS:
+        construction = Construction(config.hnsw_m, config.hnsw_ef_construction)
+        build = functools.partial(GraphIndex.build, construction=construction)
     return build(
         vectors,
         kind=kind,
@@ -121,18 +125,22 @@ def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalize
     return "scann_tree"
 
 
-def save_index(index: Index, folder: str | os.PathLike, **more: Any) -> None:
+def save_index(index: Index, folder: str | os.PathLike, **more: Any) -> dict[str, Any]:
     """Writes `index`, and index.json with its settings and the trials of its tuning.
 
     Args:
         index: Index to write.
         folder: Folder to write into; made where there is none.
         more: Further entries of index.json.
+
+    Returns:
+        The content of index.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     info = index.save(folder) | more
     (folder / "index.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+    return info
 
 
 def load_index(folder: str | os.PathLike, vectors: Vectors) -> Index:

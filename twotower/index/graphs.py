@@ -1,8 +1,9 @@
 """Graph indexes (HNSW) by hnswlib or FAISS, for machines where ScaNN cannot be installed.
 
 They are tuned as a ScaNN index is: the setting is the number of candidates that a search of the
-graph keeps (efSearch). Built by one thread, the same vectors give the same graph. index.faiss is a
-standard FAISS file.
+graph keeps (efSearch). How a graph is built is not tuned, since each try would be a build: M and
+ef_construction are options. Built by one thread, the same vectors give the same graph. index.faiss
+is a standard FAISS file.
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ from twotower.index.base import check_k, check_queries, check_vectors
 from twotower.index.exact import ExactIndex
 from twotower.index.tuning import TunableIndex, Tuning
 
-LINKS_PER_ITEM = 32  # M of the paper (Malkov and Yashunin 2016); each library's graph has as many
-EF_CONSTRUCTION = 200  # candidates kept while building; hnswlib's default
 MAX_EF_SEARCH = 4_096  # candidates kept by a search, at most
+
+
+class Construction(NamedTuple):
+    """The parameters that a graph is built with (Malkov and Yashunin 2016).
+
+    Attributes:
+        m: Links of an item in each layer, M.
+        ef_construction: Candidates among which the links of an item are chosen.
+    """
+
+    m: int
+    ef_construction: int
 
 
 class Library(NamedTuple):
@@ -38,7 +49,8 @@ class Library(NamedTuple):
         module: Name of the module to import.
         extra: Extra of the package that installs it.
         file: Name of the file that holds the graph.
-        build: Vectors [N, D] -> graph.
+        build: (vectors [N, D], construction) -> graph.
+        construction: Graph -> the parameters that it was built with.
         search: (graph, queries [Q, D], k, ef) -> (scores, rows) [Q, k]; row -1 where fewer than k
             were found.
         write: (graph, path), writes the graph.
@@ -50,7 +62,8 @@ class Library(NamedTuple):
     module: str
     extra: str
     file: str
-    build: Callable[[np.ndarray], Any]
+    build: Callable[[np.ndarray, Construction], Any]
+    construction: Callable[[Any], Construction]
     search: Callable[[Any, np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
     write: Callable[[Any, Path], None]
     read: Callable[[Path, int, int], Any]
@@ -72,17 +85,21 @@ def import_library(kind: str) -> Any:
         ) from error
 
 
-def _build_hnswlib(vectors: np.ndarray) -> Any:
+def _build_hnswlib(vectors: np.ndarray, construction: Construction) -> Any:
     graph = import_library("hnswlib").Index(space="ip", dim=vectors.shape[1])
     graph.init_index(
         max_elements=len(vectors),
-        M=LINKS_PER_ITEM,
-        ef_construction=EF_CONSTRUCTION,
+        M=construction.m,
+        ef_construction=construction.ef_construction,
         random_seed=0,
     )
     # By one thread: several would link the items in another order each time.
     graph.add_items(vectors, np.arange(len(vectors)), num_threads=1)
     return graph
+
+
+def _construction_hnswlib(graph: Any) -> Construction:
+    return Construction(graph.M, graph.ef_construction)
 
 
 def _search_hnswlib(
@@ -111,18 +128,24 @@ def _read_hnswlib(path: Path, num_items: int, dim: int) -> Any:
     return graph
 
 
-def _build_faiss(vectors: np.ndarray) -> Any:
+def _build_faiss(vectors: np.ndarray, construction: Construction) -> Any:
     faiss = import_library("faiss")
     # As of hnswlib, one thread; the number is the process's, so it is set back.
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        graph = faiss.IndexHNSWFlat(vectors.shape[1], LINKS_PER_ITEM, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = EF_CONSTRUCTION
+        graph = faiss.IndexHNSWFlat(vectors.shape[1], construction.m, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = construction.ef_construction
         graph.add(vectors)
     finally:
         faiss.omp_set_num_threads(threads)
     return graph
+
+
+def _construction_faiss(graph: Any) -> Construction:
+    hnsw = graph.hnsw
+    # Of layer 1: the lowest layer, 0, has twice as many links.
+    return Construction(hnsw.nb_neighbors(1), hnsw.efConstruction)
 
 
 def _search_faiss(
@@ -148,6 +171,7 @@ GRAPHS = {
         extra="hnswlib",
         file="index.hnsw",
         build=_build_hnswlib,
+        construction=_construction_hnswlib,
         search=_search_hnswlib,
         write=_write_hnswlib,
         read=_read_hnswlib,
@@ -158,6 +182,7 @@ GRAPHS = {
         extra="faiss",
         file="index.faiss",
         build=_build_faiss,
+        construction=_construction_faiss,
         search=_search_faiss,
         write=_write_faiss,
         read=_read_faiss,
@@ -202,13 +227,17 @@ class GraphIndex:
         k: int = 10,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
+        construction: Construction,
     ) -> GraphIndex | ExactIndex:
         """Builds the graph and finds how hard it must search; exact search where it cannot reach
-        the target. See `ScannIndex.build`."""
+        the target.
+
+        See `ScannIndex.build`; `construction` are the parameters of the graph.
+        """
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         tuning = Tuning(kind, num_items, dim, normalized, MAX_EF_SEARCH, target_recall)
-        index = cls(GRAPHS[kind].build(vectors), tuning)
+        index = cls(GRAPHS[kind].build(vectors, construction), tuning)
         queries = check_queries(queries, dim)
         # A query of length 0 has no best items that could be found.
         queries = queries[queries.any(axis=1)]
@@ -261,7 +290,12 @@ class GraphIndex:
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the graph; see `Index.save`."""
         self._library.write(self._graph, Path(folder) / self._library.file)
-        return dataclasses.asdict(self.tuning)
+        # Asked of the graph itself, which also a loaded one can tell.
+        construction = self._library.construction(self._graph)
+        return dataclasses.asdict(self.tuning) | {
+            "hnsw_m": construction.m,
+            "hnsw_ef_construction": construction.ef_construction,
+        }
 
     @classmethod
     def load(cls, folder: str | os.PathLike, tuning: Tuning) -> GraphIndex:

@@ -1,8 +1,8 @@
 """The bundle: everything that recommending needs, in one folder whose files can be verified.
 
 ```
-manifest.json    format, versions, metric, checkpoint step, hash of the weights, sentence encoders,
-                 sha256 of every other file
+manifest.json    format, versions, metric, checkpoint step, hash of the weights, kind of index,
+                 sentence encoders, sha256 of every other file
 plugins.json     plugins and kinds of one's own, by name and hash; no code
 config.json  encoder/  params.npz  tables/
                  configuration, features, and the weights of the towers
@@ -70,6 +70,8 @@ FORMAT = "twotower-bundle"
 VERSION = 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
 INDEX = "index"  # folder of the index
+# Settings of the index that the manifest records; those of a graph where it is one.
+INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 
@@ -152,7 +154,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     # another user tower.
     indexed = [name for name in INDEXED if (folder / f"item_{name}.npy").exists()]
     built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
-    save_index(bundle.index, folder / INDEX, model_version=version, **built_from)
+    index = save_index(bundle.index, folder / INDEX, model_version=version, **built_from)
     # Every file, also those of the index, whose names depend on its kind.
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = {
@@ -166,6 +168,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         "num_items": len(bundle.items),
         "step": step,
         "model_version": version,
+        "index": {name: index[name] for name in INDEX_SETTINGS if name in index},
         "sentence_models": _sentence_models(bundle.encoder),
         **more,
         "files": {str(path.relative_to(folder)): digest(path) for path in paths},
