@@ -168,6 +168,8 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
         ("evaluation.ks", (10, 0)),
         ("retrieval.index", "scan"),
         ("retrieval.k", 0),
+        ("retrieval.hnsw_m", 1),
+        ("retrieval.hnsw_ef_construction", 0),
         ("data.interactions.delimiter", ""),
         ("data.item_table.encoding", "utf-9"),
         ("model.temperature", float("nan")),
@@ -213,7 +215,10 @@ def test_rules_across_sections_hold_for_a_configuration_that_is_made_in_code_too
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"model": {"history": {"kind": "bag"}}}, "model.history.kind='bag' must be 'causal' with"),
+        (
+            {"model": {"history": {"kind": "bag"}}},
+            "model.history.kind='bag' must be 'causal' or 'gru' with",
+        ),
         ({"objective": {"negatives": {"queue": 1024}}}, "negatives.queue=1024 must be 0 with"),
         (
             {

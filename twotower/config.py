@@ -204,64 +204,103 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """One tower over the concatenated feature vectors.
+    """One tower over the vectors of its features.
 
     Attributes:
         kind: Kind of tower, a key of `twotower.towers.tower.TOWERS`: mlp (dense layers), or one of
             your own.
         options: Options of a kind of your own, see `twotower.register`.
         layers: Widths of the dense layers; the last is D and has no activation. Empty for the
-            concatenated features themselves (matrix factorisation when the id is the only feature).
+            combined features themselves (matrix factorisation when the id is the only feature).
+        combine: Combination of the vectors of the features, the history's among them, into the
+            input of the first layer: concatenated, or summed, for which all must be of one width.
+            The features of an event of the history are combined alike.
         activation: Activation between the layers: relu, gelu, silu or tanh.
-        dropout: Share of the concatenated features, and of hidden units, dropped in training, from
-            0 to 0.99.
+        dropout: Share of the combined features, and of hidden units, dropped in training, from 0 to
+            0.99.
+        layer_dropout: Shares in the place of one `dropout`: that of the combined features, then one
+            for each hidden layer. (0.5, 0.1) goes with layers=(128, 64).
         layer_norm: Whether hidden units are normalised per example.
         batch_norm: Whether hidden units are normalised per batch.
+        order: Order of the normalisation and the activation of hidden units.
+        output_norm: Whether the vector of the tower is normalised per example, with a learned scale
+            and offset of each number (layer norm), before `config.model.normalize` makes its length
+            1.
     """
 
     kind: str = "mlp"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    combine: Literal["concatenate", "sum"] = "concatenate"
     activation: str = "relu"
     # Of the features too, since wide embeddings of ids overfit:
     # `experiments/configs/movielens_100k.py` drops 60 %.
     dropout: float = 0.0
+    # Not a second type of `dropout`: a flag of the command line has one type.
+    layer_dropout: tuple[float, ...] = ()
     layer_norm: bool = False
     batch_norm: bool = False
+    order: Literal["norm_activation", "activation_norm"] = "norm_activation"
+    output_norm: bool = False
 
     def __post_init__(self):
         check = FieldChecks(self, "TowerConfig")
         check.between(0.0, 0.99, "dropout")
         check.widths("layers")
+        self._check_layer_dropout(check)
+        has_norm = self.layer_norm or self.batch_norm
+        check.require(
+            self.order == "norm_activation" or has_norm,
+            "order",
+            "'norm_activation' without layer_norm or batch_norm: there is nothing to order",
+        )
+
+    def _check_layer_dropout(self, check: FieldChecks) -> None:
+        """Refuses shares out of range, of another number, or beside one for all layers."""
+        if not self.layer_dropout:
+            return
+        in_range = 0.0 <= min(self.layer_dropout) and max(self.layer_dropout) <= 0.99
+        check.require(in_range, "layer_dropout", "shares between 0.0 and 0.99")
+        # The features and all layers but the last, whose output is the vector.
+        count = max(1, len(self.layers))
+        check.require(
+            len(self.layer_dropout) == count,
+            "layer_dropout",
+            f"of length {count} with layers={self.layers}: one share for the combined features and "
+            "one for each layer but the last",
+        )
+        right = f"0.0 beside layer_dropout={self.layer_dropout}"
+        check.require(self.dropout == 0.0, "dropout", right)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistoryConfig:
     """The user tower's reader of a feature of type "history".
 
-    Its output is concatenated with the user's other features.
+    Its output is combined with the user's other features.
 
     Attributes:
         kind: Kind of reader, a key of `twotower.towers.history.HISTORIES`: bag (weighted mean),
             attention (mean by learned weights), causal (a Transformer in which each position sees
-            only earlier ones) or bidirectional (a Transformer, pooled).
+            only earlier ones), gru (a recurrent network, GRU4Rec's) or bidirectional (a
+            Transformer, pooled).
         width: Width of a dense layer on the vector of each event; 0 for the width of the item's
             tables.
-        blocks: Number of Transformer blocks.
+        blocks: Number of Transformer blocks, or of layers of a GRU.
         heads: Number of attention heads; must divide the width.
         block: Kind of Transformer block: sasrec (attention and two dense layers, each added to its
             input) or ligr (both gated, the layers SwiGLU).
         expansion: Width of the hidden units of a block, in multiples of its width.
         positions: Kind of position information.
         dropout: Share of units dropped in training, from 0 to 0.99, of the events' vectors and of
-            the output of each block before it is added.
+            the output of each block before it is added, or of each layer of a GRU.
         pooling: Pooling of the bidirectional kind: mean, cls (the vector of a learned token) or
             attention.
         recency: Whether bags learn the weight of an event from the number of events after it, in
             addition to its other weights.
     """
 
-    # The kind that sequences of whole users can be trained with; see `twotower.config_rules`.
+    # A kind that sequences of whole users can be trained with; see `twotower.config_rules`.
     kind: str = "causal"
     width: int = 0
     # Two blocks and dropout .2 are the setting that SASRec was published with for MovieLens-1M.
@@ -574,8 +613,8 @@ class TrainingConfig:
             in-batch candidates.
         examples: Kind of example. "interactions": each row, with the user's earlier rows as its
             history. "sequences": each user's sequence, whose positions are all trained in one pass
-            (with a causal history). A row of the batch then has L + 1 positions that whole
-            sequences are packed into, so that short ones cost less than a long one.
+            (with a history of kind causal or gru). A row of the batch then has L + 1 positions that
+            whole sequences are packed into, so that short ones cost less than a long one.
         crop: Part to train of a sequence longer than L: the last, or a random one, another in each
             pass.
         steps: Number of gradient steps.
@@ -742,6 +781,10 @@ class RetrievalConfig:
         vectors: Type of the stored item vectors: float32, or int8 with a scale for each item, a
             quarter of the size (see `twotower.index.int8`). The loss of either is measured at
             export and stands in the manifest.
+        hnsw_m: Links of an item in each layer of a graph (M of HNSW; the lowest layer has twice as
+            many). More of them find more at the same effort, and take memory and building time.
+        hnsw_ef_construction: Candidates among which the links of an item are chosen when a graph is
+            built; more of them give a better graph, in more time.
         display: Columns of the items table kept beside the vectors; empty keeps all.
         rerank: Re-ranking of the lists that a bundle recommends.
     """
@@ -762,13 +805,19 @@ class RetrievalConfig:
     popularity: bool = False
     dim: int = 0
     vectors: Literal["float32", "int8"] = "float32"
+    # From the upper half of the range that Malkov and Yashunin (2016) recommend, 5 to 48, which is
+    # for wide vectors and high recalls; the second is hnswlib's default.
+    hnsw_m: int = 32
+    hnsw_ef_construction: int = 200
     display: tuple[str, ...] = ()
     rerank: RerankConfig = RerankConfig()
 
     def __post_init__(self):
         check = FieldChecks(self, "config.retrieval")
         check.between(0.0, 1.0, "target_recall")
-        check.at_least(1, "k")
+        # An item with one link at most is the end of every path.
+        check.at_least(2, "hnsw_m")
+        check.at_least(1, "k", "hnsw_ef_construction")
         check.at_least(0, "dim")
 
 

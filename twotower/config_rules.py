@@ -13,6 +13,8 @@ from twotower.core.errors import ConfigError
 
 # A `twotower.config.Config`. That module imports this one, so its name cannot be had here.
 Config = Any
+# Kinds of histories whose positions know earlier ones alone.
+_CAUSAL_HISTORIES = ("causal", "gru")
 
 
 def check_rules(config: Config) -> None:
@@ -43,12 +45,6 @@ def _check_sequences(config: Config) -> None:
     # (field, its value, the value it must have, the reason that follows in the message)
     rules = (
         (
-            "model.history.kind",
-            model.history.kind,
-            "causal",
-            ": in other kinds a position knows what is after it",
-        ),
-        (
             "objective.negatives.queue",
             negatives.queue,
             0,
@@ -66,6 +62,14 @@ def _check_sequences(config: Config) -> None:
     for field, value, needed, reason in rules:
         right = f"{needed!r} with config.training.examples='sequences'{reason}"
         _check(value == needed, field, value, right)
+    known = " or ".join(map(repr, _CAUSAL_HISTORIES))
+    _check(
+        model.history.kind in _CAUSAL_HISTORIES,
+        "model.history.kind",
+        model.history.kind,
+        f"{known} with config.training.examples='sequences': in other kinds a position knows what "
+        "is after it",
+    )
 
 
 def _check_fixed_split(config: Config) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.extras import extra
 from twotower import api
 from twotower.config import defaults, from_dict
 from twotower.retrieval.mining import make_miner
@@ -128,9 +129,12 @@ def test_a_recipe_trains(name, recipe, tmp_path, monkeypatch):
 def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = from_dict(shrunk(RECIPES[name].get_config(recipe)))
+    if recipe == "graph":
+        extra("faiss", "faiss")
     run = api.train(config, tmp_path / "run", devices=1)
     if name == "vectors":
-        api.export(run)
+        manifest = api.export(run).manifest
+        assert recipe != "graph" or manifest["index"]["hnsw_m"] == 16
     measured = api.evaluate(run, ks=(10,))
     assert 0 < measured["model"]["recall@10"] <= 1
     assert ("heads" in measured) == bool(config.objective.heads)

@@ -3,6 +3,7 @@ against NumPy."""
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,12 @@ from twotower.towers.history import HISTORIES, History, weighted_mean
 pytestmark = pytest.mark.slow
 
 L, E = 6, 8
-KINDS = [("sasrec", "learned"), ("ligr", "rotary")]
+# What a batch of packed sequences may be read by.
+SEQUENCES = [
+    ("causal", {"block": "sasrec", "positions": "learned"}),
+    ("causal", {"block": "ligr", "positions": "rotary"}),
+    ("gru", {}),
+]
 
 
 @functools.cache
@@ -70,9 +76,9 @@ def packed(history, rows, slots):
     )
 
 
-@pytest.mark.parametrize("block,positions", KINDS)
-def test_no_position_depends_on_a_later_item_or_on_another_sequence(block, positions):
-    apply = make("causal", block=block, positions=positions)
+@pytest.mark.parametrize("kind,options", SEQUENCES, ids=str)
+def test_no_position_depends_on_a_later_item_or_on_another_sequence(kind, options):
+    apply = make(kind, **options)
     rows = packed(of([3, 4, 2]), [[0, 1], [2]], 10)
 
     def vectors(x):
@@ -120,9 +126,9 @@ def test_no_position_knows_when_a_later_one_was_asked():
         assert np.flatnonzero(jacobian[b, s] > 1e-7).tolist() == known, (b, s)
 
 
-@pytest.mark.parametrize("block,positions", KINDS)
-def test_packed_sequences_have_the_vectors_of_each_alone(block, positions):
-    apply = make("causal", block=block, positions=positions)
+@pytest.mark.parametrize("kind,options", SEQUENCES, ids=str)
+def test_packed_sequences_have_the_vectors_of_each_alone(kind, options):
+    apply = make(kind, **options)
     history = of([3, 6, 2, 0])
     rows = apply(packed(history, [[0, 2], [3, 1]], L + 3))
     alone = apply(history)
@@ -139,6 +145,7 @@ def test_packed_sequences_have_the_vectors_of_each_alone(block, positions):
         ("bag", {}),
         ("attention", {}),
         ("causal", {"block": "ligr"}),
+        ("gru", {}),
         *(
             ("bidirectional", {"pooling": pooling, "blocks": 1})
             for pooling in ("mean", "cls", "attention")
@@ -161,20 +168,78 @@ def test_what_stands_in_padding_changes_nothing_and_an_empty_history_has_a_vecto
     assert not np.allclose(got[0], apply(later)[0])
     empty = apply(of([0, 0], seed=2, gaps=5))
     np.testing.assert_array_equal(empty[0], empty[1])
-    assert bool(jnp.any(empty)) == (kind in ("causal", "bidirectional"))  # a bag of nothing is zero
+    assert bool(jnp.any(empty)) == (kind not in ("bag", "attention"))  # a bag of nothing is zero
 
 
-def test_order_counts_in_transformers_and_not_in_bags():
+def test_order_counts_in_sequences_and_not_in_bags():
     history = of([6])
     turned = history._replace(vectors=history.vectors[:, ::-1])
     for kind, counts in {
         "bag": False,
         "attention": False,
         "causal": True,
+        "gru": True,
         "bidirectional": True,
     }.items():
         apply = make(kind, positions="learned")
         assert np.allclose(apply(history), apply(turned), atol=1e-6) != counts, kind
+
+
+def test_a_gru_is_the_cells_of_flax_from_the_start_token_on():
+    history = of([4, 0, 6])
+    module = HISTORIES["gru"](HistoryConfig(kind="gru", blocks=1, dropout=0.0), L)
+    made = jax.jit(module.init)(jax.random.key(1), history)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), made)
+    layer = params["layer_0"]
+    cell = {}
+    for gate, block in zip("rzn", range(3)):
+        part = slice(block * E, (block + 1) * E)
+        dense = layer["input"]
+        cell[f"i{gate}"] = {"kernel": dense["kernel"][:, part], "bias": dense["bias"][part]}
+        cell[f"h{gate}"] = {"kernel": layer["recurrent"][:, part]}
+    cell["hn"]["bias"] = layer["bias"]
+    starts = np.broadcast_to(params["start"], (3, 1, E))
+    events = np.concatenate([starts, history.vectors * np.sqrt(E)], 1)
+    states = jax.jit(nn.RNN(nn.GRUCell(E)).apply)({"params": {"cell": cell}}, events)
+    # After the start token and the last event.
+    expected = states[jnp.arange(3), history.valid.sum(1)]
+    got = jax.jit(module.apply)({"params": params}, history)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    # As it begins: orthogonal.
+    for part in np.split(np.asarray(made["layer_0"]["recurrent"]), 3, 1):
+        np.testing.assert_allclose(part @ part.T, np.eye(E), atol=1e-5)
+
+
+def test_a_gru_on_eight_devices_is_the_one_of_one():
+    history = of([3, 0, 6, 1, 2, 5, 4, 6])
+    module = HISTORIES["gru"](HistoryConfig(kind="gru", blocks=1, dropout=0.0), L)
+    params = jax.jit(module.init)(jax.random.key(1), history)
+    arrays = (history.vectors, history.valid)
+
+    def gradients(vectors, valid):
+        def total(vectors):
+            return jnp.square(module.apply(params, History(vectors, valid))).sum()
+
+        return jax.grad(total)(vectors)
+
+    mesh = jax.sharding.Mesh(jax.devices()[:8], "devices")
+    spec = jax.sharding.PartitionSpec("devices")
+    divided = jax.shard_map(gradients, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    np.testing.assert_allclose(jax.jit(divided)(*arrays), jax.jit(gradients)(*arrays), atol=1e-6)
+
+
+def test_a_gru_in_bfloat16_is_near_the_one_in_float32():
+    rows = packed(of([4, 0, 6]), [[0, 2], [1]], L + 6)
+    modules = {
+        dtype: HISTORIES["gru"](HistoryConfig(kind="gru", dropout=0.0), L, 0, dtype)
+        for dtype in (None, jnp.bfloat16)
+    }
+    params = jax.jit(modules[None].init)(jax.random.key(1), rows)
+    exact = jax.jit(modules[None].apply)(params, rows)
+    rounded = jax.jit(modules[jnp.bfloat16].apply)(params, rows)
+    assert rounded.dtype == jnp.float32
+    assert 1e-4 < np.abs(rounded - exact).max() < 0.05
 
 
 def test_a_weighted_bag_is_the_weighted_mean():
@@ -222,11 +287,12 @@ def test_pooling_nothing_is_zero_and_so_is_its_gradient():
     assert all(not x.any() for x in grad)
 
 
-def test_dropped_units_depend_on_the_row_alone():
+@pytest.mark.parametrize("kind", ["causal", "gru"])
+def test_dropped_units_depend_on_the_row_alone(kind):
     history, keys, apply = (
         of([3, 6, 2]),
         jax.random.split(jax.random.key(2), 3),
-        make("causal", dropout=0.5, blocks=1),
+        make(kind, dropout=0.5, blocks=1),
     )
     all_rows = apply(history, keys=keys)
     np.testing.assert_allclose(

@@ -111,8 +111,9 @@ def one_step(prepared, trainer, rows):
     [
         (None, {"negatives": CATALOGUE}, {"block": "ligr", "positions": "rotary"}),
         (30, {"negatives": MIXED, "symmetric": True}, {}),
+        (None, {"negatives": CATALOGUE}, {"kind": "gru"}),
     ],
-    ids=["full softmax", "ties, mixed, symmetric"],
+    ids=["full softmax", "ties, mixed, symmetric", "gru"],
 )
 def test_all_positions_in_one_pass_are_every_prefix_by_itself(
     tmp_path_factory, times, objective, history
@@ -221,7 +222,7 @@ def test_streamed_rows_are_trained_as_resident_ones(tmp_path_factory, tmp_path):
     [
         (
             {"model": {"history": {"kind": "bidirectional"}}},
-            "config.model.history.kind='bidirectional' must be 'causal'",
+            "config.model.history.kind='bidirectional' must be 'causal' or 'gru'",
         ),
         (
             {"objective": {"negatives": {"queue": 1024}}},

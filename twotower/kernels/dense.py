@@ -31,6 +31,19 @@ def rounds_operands(dtype: DTypeLike | None) -> bool:
     return dtype is not None and activation_dtype(dtype) != dtype
 
 
+def matmul(
+    x: Float[Array, "*B F"], kernel: Float[Array, "F G"], dtype: DTypeLike | None
+) -> Float[Array, "*B G"]:
+    """Multiplies x and kernel in `dtype` as a dense layer does; None keeps the types they have."""
+    if rounds_operands(dtype):
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        return bfloat16_product(x, kernel, dims, None)
+    if dtype is not None:
+        x = x.astype(dtype)
+        kernel = kernel.astype(dtype)
+    return jnp.matmul(x, kernel)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def bfloat16_product(
     x: Float[Array, "*B F"],

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from twotower.config import HeadConfig
+from twotower.config import HeadConfig, TowerConfig
 from twotower.objectives.losses import binary_cross_entropy
 from twotower.towers.layers import MLP, l2_normalize
 
@@ -47,8 +47,8 @@ class Head(nn.Module):
         users = math.sqrt(users.shape[-1]) * l2_normalize(users)
         items = math.sqrt(items.shape[-1]) * l2_normalize(items)
         combined = COMBINE[self.config.combine](users, items)
-        mlp = MLP((*self.config.layers, 1), name="mlp")
-        return mlp(combined)[:, 0]
+        layers = TowerConfig(layers=(*self.config.layers, 1))
+        return MLP(layers, name="mlp")(combined)[:, 0]
 
 
 def init_heads(heads: Heads, dim: int, key: jax.Array) -> dict[str, Any]:

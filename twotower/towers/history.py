@@ -1,9 +1,10 @@
-"""Encoders of a user's history: bags of events, and Transformers over them.
+"""Encoders of a user's history: bags of events, and Transformers and recurrent networks over them.
 
 An encoder takes [B, L] events with padding after the last and gives one vector for each history,
-[B, F]. The causal Transformer also takes sequences packed into rows of S positions and gives a
-vector for each position, [B, S, F]. A Transformer sees a learned start token before the first
-event, so that an empty history has a vector too, and a trained one.
+[B, F]. The causal Transformer and the recurrent network also take sequences packed into rows of S
+positions and give a vector for each position, [B, S, F]. Both, and the bidirectional Transformer,
+see a learned start token before the first event, so that an empty history has a vector too, and a
+trained one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.kernels.attention import attend, rotate
-from twotower.kernels.dense import activation_dtype
+from twotower.kernels.dense import activation_dtype, matmul
 from twotower.towers.layers import dense, drop_out
 
 # Dropout tells the layers of one tower apart by number: those of a history are numbered from here
@@ -149,8 +151,8 @@ class AttentionBag(HistoryEncoder):
         return drop_out(mean, self.config.dropout, keys, _FIRST_LAYER)
 
 
-class Causal(HistoryEncoder):
-    """A Transformer whose every position sees itself and earlier ones.
+class SequenceEncoder(HistoryEncoder):
+    """Base of the encoders whose every position sees itself and earlier ones.
 
     A history that is not packed has the vector of its last event.
     """
@@ -159,13 +161,53 @@ class Causal(HistoryEncoder):
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B *S F"]:
         x = self.event_vectors(history)
         if history.segment is not None and history.position is not None:
-            return _transform(self, x, history.segment, history.position, keys, causal=True)
+            return self.encode(x, history.segment, history.position, keys)
         # Padding after the last event is in segment 0, which no event sees.
         x, segment, position = _with_start_token(x, history.valid)
-        x = _transform(self, x, segment, position, keys, causal=True)
+        x = self.encode(x, segment, position, keys)
         # The start token is position 0, so that the last of n events is position n.
         last = history.valid.sum(1)[:, None, None]
         return jnp.take_along_axis(x, last, axis=1)[:, 0]
+
+    def encode(
+        self, x: Array, segment: Array, position: Array, keys: Array | None
+    ) -> Float[Array, "B S F"]:
+        """Returns a vector for each position of packed sequences.
+
+        Args:
+            x: Vectors of the events [B, S, F], with a position for each start token.
+            segment: As in `History`.
+            position: As in `History`.
+            keys: Random keys of the rows [B], for dropout in training.
+        """
+        raise NotImplementedError
+
+
+class Causal(SequenceEncoder):
+    """A Transformer whose every position sees itself and earlier ones."""
+
+    def encode(
+        self, x: Array, segment: Array, position: Array, keys: Array | None
+    ) -> Float[Array, "B S F"]:
+        return _transform(self, x, segment, position, keys, causal=True)
+
+
+class Gru(SequenceEncoder):
+    """Layers of gated recurrent units (Cho et al., EMNLP 2014) over the events, as GRU4Rec reads
+    a session (Hidasi et al., ICLR 2016)."""
+
+    def encode(
+        self, x: Array, segment: Array, position: Array, keys: Array | None
+    ) -> Float[Array, "B S F"]:
+        config = self.config
+        x = _with_start_vectors(self, x, position)
+        x = drop_out(x, config.dropout, keys, _FIRST_LAYER)
+        # Every sequence begins with its start token, so that the state of the one before it in the
+        # row ends there; padding comes last, and no event sees it.
+        for i in range(config.blocks):
+            x = GruLayer(self.dtype, name=f"layer_{i}")(x, position == 0)
+            x = drop_out(x, config.dropout, keys, _FIRST_LAYER + 1 + i)
+        return x
 
 
 class Bidirectional(HistoryEncoder):
@@ -194,6 +236,7 @@ HISTORIES: Mapping[str, type[HistoryEncoder]] = {
     "bag": Bag,
     "attention": AttentionBag,
     "causal": Causal,
+    "gru": Gru,
     "bidirectional": Bidirectional,
 }
 POOLINGS: Mapping[str, None] = dict.fromkeys(("mean", "cls", "attention"))
@@ -208,6 +251,16 @@ def _with_start_token(
     segment = jnp.pad(valid.astype(jnp.int32), ((0, 0), (1, 0)), constant_values=1)
     position = jnp.broadcast_to(jnp.arange(x.shape[1] + 1)[None], segment.shape)
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0))), segment, position
+
+
+def _with_start_vectors(
+    encoder: HistoryEncoder, x: Float[Array, "B S F"], position: Int[Array, "B S"]
+) -> Float[Array, "B S F"]:
+    """Returns events with the learned vector of the start token, a parameter of `encoder`, at the
+    start of each sequence."""
+    start = encoder.param("start", nn.initializers.normal(0.1), (x.shape[-1],))
+    # Every packed sequence begins with a start token, wherever it begins within its row.
+    return jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
 
 
 def _attention_logits(x: Float[Array, "B L F"], dtype: DTypeLike | None) -> Float[Array, "B L"]:
@@ -240,9 +293,7 @@ def _transform(
     config = encoder.config
     width = x.shape[-1]
     _check_heads(config, width)
-    start = encoder.param("start", nn.initializers.normal(0.1), (width,))
-    # Every packed sequence begins with a start token, wherever it begins within its row.
-    x = jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
+    x = _with_start_vectors(encoder, x, position)
     if choose(POSITIONS, config.positions, "config.model.history.positions"):
         # L events and the start token.
         shape = (encoder.length + 1, width)
@@ -272,6 +323,65 @@ def apply_tokenwise(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array,
     # On a CPU gradients of products of [B S, F] are formed faster than those of [B, S, F].
     tokens = module(x.reshape(-1, x.shape[-1]))
     return tokens.reshape(*x.shape[:-1], -1)
+
+
+class GruLayer(nn.Module):
+    """One layer of gated recurrent units, whose state begins anew at the start of each sequence.
+
+    With the state h before an event x, gates r and z, and a candidate n:
+
+        r = sigmoid(W_r x + U_r h)
+        z = sigmoid(W_z x + U_z h)
+        n = tanh(W_n x + r * (U_n h + b))
+        h' = (1 - z) * n + z * h
+
+    The form of `flax.linen.GRUCell` and cuDNN. A cell of Flax would need one of its lifted loops;
+    this one loops by `jax.lax.scan` over arrays alone.
+
+    Attributes:
+        dtype: Type of the products; parameters and states are float32 all the same.
+    """
+
+    dtype: DTypeLike | None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S F"], is_start: Bool[Array, "B S"]
+    ) -> Float[Array, "B S F"]:
+        width = x.shape[-1]
+        # What events alone decide is one product over all positions; the loop keeps the rest.
+        inputs = apply_tokenwise(dense(3 * width, self.dtype, name="input"), x)
+        # Each matrix is orthogonal by itself: powers of it neither grow nor vanish.
+        kernel = self.param("recurrent", _init_recurrent, (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+
+        def step(state: Array, event: tuple[Array, Array]) -> tuple[Array, Array]:
+            gates, starts = event
+            state = jnp.where(starts[:, None], 0.0, state)
+            reset_x, update_x, new_x = jnp.split(gates, 3, -1)
+            hidden = matmul(state, kernel, self.dtype)
+            reset_h, update_h, new_h = jnp.split(hidden, 3, -1)
+            reset = nn.sigmoid(reset_x + reset_h)
+            update = nn.sigmoid(update_x + update_h)
+            new = jnp.tanh(new_x + reset * (new_h + bias[None]))
+            state = (1.0 - update) * new + update * state
+            return state, state
+
+        # Positions before rows, which `scan` walks along.
+        inputs = inputs.astype(jnp.promote_types(x.dtype, jnp.float32)).transpose(1, 0, 2)
+        # Zero by way of the inputs: inside a `shard_map` the loop's first state must vary over the
+        # mesh as the later ones do.
+        first = jnp.zeros_like(inputs[0, :, :width])
+        _, states = jax.lax.scan(step, first, (inputs, is_start.T))
+        return states.transpose(1, 0, 2)
+
+
+def _init_recurrent(key: Array, shape: tuple[int, int]) -> Float[Array, "F G"]:
+    """Draws the recurrent matrices of both gates and of the candidate, side by side."""
+    width = shape[0]
+    keys = jax.random.split(key, 3)
+    orthogonal = nn.initializers.orthogonal()
+    return jnp.concatenate([orthogonal(key, (width, width)) for key in keys], 1)
 
 
 class SelfAttention(nn.Module):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from twotower.config import TowerConfig
 from twotower.core.hashing import mix32
 from twotower.kernels.dense import activation_dtype, bfloat16_product, rounds_operands
 
@@ -59,6 +60,17 @@ def drop_out(
     return jnp.where(kept, x * (1 / (1 - rate)), 0.0)
 
 
+def dropout_rates(config: TowerConfig) -> tuple[float, ...]:
+    """Returns the shares that a tower drops: of its combined features, and of each hidden layer.
+
+    >>> dropout_rates(TowerConfig(layers=(128, 64, 32), dropout=0.2))
+    (0.2, 0.2, 0.2)
+    """
+    if config.layer_dropout:
+        return config.layer_dropout
+    return (config.dropout,) * max(1, len(config.layers))
+
+
 def dense(width: int, dtype: DTypeLike | None = None, **options: Any) -> nn.Dense:
     """Makes a dense layer.
 
@@ -77,46 +89,51 @@ class MLP(nn.Module):
     """Dense layers; every one but the last is normalised, activated and dropped out.
 
     Attributes:
-        layers: Widths; an MLP without layers is the identity.
-        activation: A key of `ACTIVATIONS`.
-        dropout: Share of hidden units dropped in training.
-        layer_norm: Whether hidden units are normalised per example.
-        batch_norm: Whether hidden units are normalised per batch.
+        config: Options of the layers; an MLP without layers is the identity.
         dtype: Type of the arithmetic; parameters stay float32.
     """
 
-    layers: tuple[int, ...]
-    activation: str = "relu"
-    dropout: float = 0.0
-    layer_norm: bool = False
-    batch_norm: bool = False
+    config: TowerConfig
     dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "... F"], *, keys: Array | None = None, axis: str | None = None
     ) -> Float[Array, "... D"]:
-        normal_dtype = activation_dtype(self.dtype)
+        config = self.config
+        activate = ACTIVATIONS[config.activation]
+        rates = dropout_rates(config)
         # Dropout layer 0 is that of the tower's input.
-        for layer, width in enumerate(self.layers[:-1], 1):
+        for layer, width in enumerate(config.layers[:-1], 1):
             x = dense(width, self.dtype)(x)
-            if self.layer_norm:
-                x = nn.LayerNorm(dtype=normal_dtype)(x)
-            if self.batch_norm:
-                # Without keys it is inference: the running statistics are used.
-                norm = nn.BatchNorm(
-                    use_running_average=keys is None,
-                    momentum=0.9,
-                    # Statistics are of the whole batch, over all devices.
-                    axis_name=axis,
-                    dtype=normal_dtype,
-                )
-                x = norm(x)
-            x = drop_out(ACTIVATIONS[self.activation](x), self.dropout, keys, layer)
-        if not self.layers:
+            if config.order == "activation_norm":
+                x = self._normalize(activate(x), keys, axis)
+            else:
+                x = activate(self._normalize(x, keys, axis))
+            x = drop_out(x, rates[layer], keys, layer)
+        if not config.layers:
             return x
         # The last layer is linear: vectors may point anywhere, not into one orthant.
-        return dense(self.layers[-1], self.dtype)(x)
+        return dense(config.layers[-1], self.dtype)(x)
+
+    def _normalize(
+        self, x: Float[Array, "... F"], keys: Array | None, axis: str | None
+    ) -> Float[Array, "... F"]:
+        """Normalises hidden units, per example and per batch as the options say."""
+        normal_dtype = activation_dtype(self.dtype)
+        if self.config.layer_norm:
+            x = nn.LayerNorm(dtype=normal_dtype)(x)
+        if self.config.batch_norm:
+            # Without keys it is inference: the running statistics are used.
+            norm = nn.BatchNorm(
+                use_running_average=keys is None,
+                momentum=0.9,
+                # Statistics are of the whole batch, over all devices.
+                axis_name=axis,
+                dtype=normal_dtype,
+            )
+            x = norm(x)
+        return x
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

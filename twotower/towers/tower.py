@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twotower.config import HistoryConfig, TowerConfig
-from twotower.core.errors import choose
+from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.features.base import Input
 from twotower.towers.history import HISTORIES, History, HistoryEncoder
-from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out
+from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out, dropout_rates
 
 # Type of the arithmetic of towers, and of the operands of the loss's products; None keeps the type
 # of the parameters.
@@ -29,58 +29,76 @@ class Tower(nn.Module):
     """Base of all kinds of towers, which makes one vector of the features of one side.
 
     A kind of one's own is a subclass with a `__call__` like that of `MLPTower`, a
-    `flax.linen.compact` method that begins with `concatenate`, and is applied by `init` and `apply`
-    alone.
+    `flax.linen.compact` method that begins with `combine`, and is applied by `init` and `apply` alone.
 
     Attributes:
         config: Options of the layers.
-        projections: Feature -> width of a dense layer of its own before the concatenation.
+        field: Path of `config` in the configuration, for messages.
+        projections: Feature -> width of a dense layer of its own before features are combined.
         history: Encoder of the history, if the side has one.
         dtype: Type of the arithmetic; parameters and vectors are float32 all the same.
         options: Options that the kind was registered with; None without any.
     """
 
     config: TowerConfig
+    field: str
     projections: Mapping[str, int]
     history: HistoryEncoder | None = None
     dtype: DTypeLike | None = None
     options: Any = None
 
-    def concatenate(
+    def combine(
         self,
         features: dict[str, Any],
         history: dict[str, Any] | None,
         keys: Array | None,
     ) -> Float[Array, "... F"]:
-        """Returns the vectors of all features as one, with dropout; see `MLPTower.__call__`."""
+        """Returns the vectors of all features as one, with dropout; see `MLPTower.__call__`.
+
+        Raises:
+            ConfigError: Features of different widths are to be summed.
+        """
         columns = self._project(features)
         if history is not None:
             assert self.history is not None, "this side has no history"
-            # The vectors of an event's features are projected and concatenated as those of a row
-            # are.
-            vectors = jnp.concatenate(self._project(history["vectors"]), -1)
+            # The vectors of an event's features are projected and combined as those of a row are.
+            vectors = self._join(self._project(history["vectors"]))
             events = History(**history | {"vectors": vectors})
-            columns.append(self.history(events, keys=keys))
+            columns.append(("history", self.history(events, keys=keys)))
         # Layer 0 of the tower; the history numbers its own from far above.
-        return drop_out(jnp.concatenate(columns, -1), self.config.dropout, keys, 0)
+        return drop_out(self._join(columns), dropout_rates(self.config)[0], keys, 0)
 
-    def _project(self, columns: dict[str, Any]) -> list[Array]:
-        """Returns the columns, those with a projection behind its dense layer."""
+    def _project(self, columns: dict[str, Any]) -> list[tuple[str, Array]]:
+        """Returns names and columns, those with a projection behind its dense layer."""
         vectors = []
         for name, x in columns.items():
             if name in self.projections:
                 # A slash would separate modules in Flax, and parameters in checkpoints.
                 layer_name = f"project_{name}".replace("/", "_")
                 x = dense(self.projections[name], self.dtype, name=layer_name)(x)
-            vectors.append(x)
+            vectors.append((name, x))
         return vectors
+
+    def _join(self, columns: list[tuple[str, Array]]) -> Float[Array, "... F"]:
+        """Returns the named vectors of several features, concatenated or summed."""
+        vectors = [x for _, x in columns]
+        if self.config.combine == "concatenate":
+            return jnp.concatenate(vectors, -1)
+        if len({x.shape[-1] for x in vectors}) > 1:
+            listed = ", ".join(f"{name} {x.shape[-1]}" for name, x in columns)
+            raise ConfigError(
+                f"{self.field}.combine='sum' needs features of one width, not: {listed}. Give them "
+                "one embedding_size (a history has that of its items, or "
+                "config.model.history.width), or set combine='concatenate'."
+            )
+        return sum(vectors[1:], start=vectors[0])
 
 
 class MLPTower(Tower):
-    """Features, some of them projected, concatenated in the order of the specification; then dense
+    """Features, some of them projected, combined in the order of the specification; then dense
     layers.
 
-    Without layers the concatenation itself is the vector.
+    Without layers the combined features themselves are the vector.
     """
 
     @nn.compact
@@ -103,19 +121,14 @@ class MLPTower(Tower):
             axis: Mesh axis over which batch statistics are taken.
         """
         config = self.config
-        x = self.concatenate(features, history, keys)
-        mlp = MLP(
-            config.layers,
-            config.activation,
-            config.dropout,
-            config.layer_norm,
-            config.batch_norm,
-            self.dtype,
-            name="mlp",
-        )
+        x = self.combine(features, history, keys)
+        vectors = MLP(config, self.dtype, name="mlp")(x, keys=keys, axis=axis)
         # Whatever the arithmetic was in, vectors are at least float32: scores of half precision
         # would not rank.
-        return mlp(x, keys=keys, axis=axis).astype(jnp.promote_types(x.dtype, jnp.float32))
+        vectors = vectors.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if not config.output_norm:
+            return vectors
+        return nn.LayerNorm(name="output_norm")(vectors)
 
 
 # A user's module may add its own.
@@ -173,4 +186,4 @@ def build_tower(
         encoder = kind(
             history, event.history_length, event.time_buckets, arithmetic, event.time_to_next
         )
-    return TOWERS[config.kind](config, projections, encoder, arithmetic, options)
+    return TOWERS[config.kind](config, field, projections, encoder, arithmetic, options)

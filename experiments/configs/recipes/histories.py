@@ -1,4 +1,4 @@
-r"""A user's past as a vector: bags and Transformers.
+r"""A user's past as a vector: bags, a recurrent network and Transformers.
 
     python -m experiments.train --config=experiments/configs/recipes/histories.py:rotary \
         --workdir=runs/past
@@ -20,6 +20,12 @@ RECIPES = {
         "model.history.blocks": 1,
         "model.history.heads": 1,
         "model.history.positions": "rotary",
+    },
+    # GRU4Rec's recurrent network, one layer.
+    "gru": {
+        "model.history.kind": "gru",
+        "model.history.width": 32,
+        "model.history.blocks": 1,
     },
     # A Transformer that sees the whole past at once and reads it off a learned token.
     "bidirectional": {

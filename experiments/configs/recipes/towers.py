@@ -1,4 +1,4 @@
-r"""Layers of the towers: activation, normalisation, dropout, mixed precision.
+r"""Layers of the towers: activation, normalisation, dropout, sums of features, mixed precision.
 
     python -m experiments.train --config=experiments/configs/recipes/towers.py:deep \
         --workdir=runs/deep
@@ -24,6 +24,30 @@ RECIPES = {
         "model.user.batch_norm": True,
         "model.item.layers": (64, 32),
         "model.item.batch_norm": True,
+    },
+    # Half of the wide features is dropped and a tenth of the hidden units; these are normalised
+    # behind the activation, and so are the vectors.
+    "dropout_by_layer": {
+        "model.user.layers": (64, 32),
+        "model.user.layer_dropout": (0.5, 0.1),
+        "model.user.layer_norm": True,
+        "model.user.order": "activation_norm",
+        "model.user.output_norm": True,
+        "model.item.layers": (64, 32),
+        "model.item.layer_dropout": (0.2, 0.1),
+        "model.item.layer_norm": True,
+        "model.item.order": "activation_norm",
+        "model.item.output_norm": True,
+    },
+    # Every feature is 32 wide, as the items of the history are, so that they can be summed; the sum
+    # itself is the vector.
+    "summed": {
+        "features.user.city.embedding_size": 32,
+        "features.item.title.embedding_size": 32,
+        "model.user.combine": "sum",
+        "model.user.layers": (),
+        "model.item.combine": "sum",
+        "model.item.layers": (),
     },
     "bfloat16": {"model.dtype": "bfloat16"},
 }
