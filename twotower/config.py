@@ -259,7 +259,8 @@ class TowerConfig:
         """Refuses shares out of range, of another number, or beside one for all layers."""
         if not self.layer_dropout:
             return
-        in_range = 0.0 <= min(self.layer_dropout) and max(self.layer_dropout) <= 0.99
+        # Written so that NaN, which compares as False, is refused.
+        in_range = all(0.0 <= rate <= 0.99 for rate in self.layer_dropout)
         check.require(in_range, "layer_dropout", "shares between 0.0 and 0.99")
         # The features and all layers but the last, whose output is the vector.
         count = max(1, len(self.layers))

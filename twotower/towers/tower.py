@@ -29,7 +29,8 @@ class Tower(nn.Module):
     """Base of all kinds of towers, which makes one vector of the features of one side.
 
     A kind of one's own is a subclass with a `__call__` like that of `MLPTower`, a
-    `flax.linen.compact` method that begins with `combine`, and is applied by `init` and `apply` alone.
+    `flax.linen.compact` method that begins with `combine`, and is applied by `init` and `apply`
+    alone.
 
     Attributes:
         config: Options of the layers.
