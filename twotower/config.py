@@ -48,8 +48,9 @@ class TableConfig:
     Attributes:
         path: File, folder or glob of CSV (also .gz) or Parquet files; environment variables and ~
             are expanded. dataset:NAME/FILE is a file of a known data set, such as
-            dataset:movielens-100k/u.data, read from $TWOTOWER_DATA or else downloaded. With the source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE
-            of the client's project.
+            dataset:movielens-100k/u.data, read from $TWOTOWER_DATA or else downloaded. With the
+            source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE of the client's
+            project.
         query: BigQuery SQL, in place of a path.
         columns: Mapping of our names to the file's names, for example {"user_id": "CustomerID"}.
             "metadata.brand" names a field of a column of JSON objects. Columns not named keep their
@@ -109,8 +110,8 @@ class DataConfig:
         event_weights: Mapping of the kinds of events, the values of the column `event`, to the
             weights of their rows, above 0, for example {"view": 1, "add_to_cart": 5, "purchase":
             10}. A kind that is not named weighs 1. The weights multiply those of a column `weight`,
-            and are the default ones of the events of a history that is a bag. A log calls the
-            column otherwise: `interactions.columns` = {"event": "action"}.
+            and are the default ones of the events of a history that is a bag. A column of another
+            name is mapped: `interactions.columns` = {"event": "action"}.
         k_core: Least number of rows of each user and item; others are dropped, repeatedly until all
             have as many. 0 keeps all.
         duplicates: Rows to keep of several with one user and item.

@@ -1,14 +1,22 @@
-"""Vectors from files: the right one for each id, and every way in which a file can be wrong."""
+"""Vectors from files and columns: the right one for each id, and every way in which they can be
+wrong."""
+
+import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from tests.features.encoder_shop import assert_same, fitted, shop
+from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
+from twotower.data.sources.load import load_dataset
 from twotower.features.base import Input
 from twotower.features.encoder import Encoder
+from twotower.features.spec import from_mappings
 
 
 def write_vectors(folder, kind, ids, vectors):
@@ -125,3 +133,98 @@ def test_broken_vector_files_are_refused(tmp_path, kind, ids, vectors, extra, me
     with pytest.raises(ConfigError, match=message) as error:
         fitted({"item": {"clip": fields}})
     assert str(error.value).startswith("features.item.clip")
+
+
+def in_column(vectors, form="lists"):
+    """The shop, with the vectors in a column of its items; None is a missing one."""
+    train, users, items = shop()
+    if form == "json":
+        vectors = [json.dumps(vector) if vector else "" for vector in vectors]
+    return train, users, items.append_column("clip", pa.array(vectors))
+
+
+@pytest.mark.parametrize("form", ["lists", "json"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_vectors_of_a_column_are_those_of_a_file(tmp_path, form, frozen):
+    ids, vectors = vectors_of()
+    fields = {"projection": 6, "frozen": frozen}
+    tables = in_column([[float(x) for x in vector] for vector in vectors], form)
+    encoder = fitted({"item": {"clip": fields | {"type": "pretrained"}}}, tables)
+    from_file = write_vectors(tmp_path, "parquet", ids, vectors) | fields
+    other = fitted({"item": {"clip": from_file}}, tables)
+    items = tables[2]
+    assert encoder.inputs == other.inputs
+    assert_same(encoder.encode("item", items), other.encode("item", items))
+    if not frozen:
+        one, two = (e.tables["item.clip"] for e in (encoder, other))
+        np.testing.assert_array_equal(one.initial, two.initial)
+    encoder.save(tmp_path / "encoder")
+    again = Encoder.load(tmp_path / "encoder")
+    assert again.spec == encoder.spec
+    assert_same(again.encode("item", items), encoder.encode("item", items))
+
+
+def test_new_rows_bring_their_vectors_or_have_none():
+    spec = {"item": {"clip": {"type": "pretrained", "missing": "zeros"}}}
+    encoder = fitted(spec, in_column([[1.0, 2.0]] * 29 + [None]))
+    rows = pa.Table.from_pylist([{"clip": [3, 4]}, {"clip": None}, {"clip": []}])
+    assert encoder.encode("item", rows)["clip"].tolist() == [[3, 4, 0], [0, 0, 1], [0, 0, 1]]
+    assert encoder.encode("item", pa.table({"item_id": ["i1"]}))["clip"].tolist() == [[0, 0, 1]]
+    with pytest.raises(ConfigError, match="features.item.clip: the vector in row 1 has width 3"):
+        encoder.encode("item", pa.table({"clip": [[1.0, 2.0, 3.0]]}))
+
+
+def test_rows_without_a_vector_are_said_with_their_share(caplog):
+    tables = in_column([[1.0, 2.0]] * 9 + [None] * 6 + [[3.0, 4.0]] * 15)
+    said = r"column 'clip' has no vector in 6 of 30 rows \(20.0%\), the first in row 10"
+    with pytest.raises(ConfigError, match=said + "; add them, or set missing to 'zeros'"):
+        fitted({"item": {"clip": {"type": "pretrained"}}}, tables)
+    trained = {"type": "pretrained", "missing": "zeros", "frozen": False, "oov_rows": 2}
+    with caplog.at_level("WARNING", logger="absl"):
+        encoder = fitted({"item": {"clip": trained}}, tables)
+    assert re.search(said, caplog.text)
+    rows = encoder.encode("item", tables[2])["clip"]
+    initial = encoder.tables["item.clip"].initial
+    assert not initial[rows[9:15]].any() and initial[rows[15]].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "extra", "message"),
+    [
+        ([[1.0, 2.0]] * 29 + [[1.0]], {}, "the vector in row 30 has width 1, not 2 as"),
+        ([[1.0, 2.0]] * 30, {"embedding_size": 4}, "the vector in row 1 has width 2, not 4 as"),
+        ([[1.0, 2.0]] * 29 + [[1.0, np.nan]], {}, "NaN or infinity .* 1 of 30 rows.* in row 30"),
+        ([[1.0, 2.0]] * 29 + [[1.0, None]], {}, "NaN or infinity .* in row 30"),
+        (["[1, 2]"] * 29 + ["i3"], {}, "'i3' in row 30 is not a list of numbers such as"),
+        (["[1, 2]"] * 29 + ["[1 2]"], {}, "in row 30 is not a list of numbers"),
+        (["17"] * 30, {}, "'17' in row 1 is not a list.*ids, name the file of their vectors"),
+        ([1.5] * 30, {}, "a column of type double holds no vectors"),
+        ([None] * 30, {"missing": "zeros"}, "no vector in 30 of 30 rows .*; name the column"),
+        (["[1, 2]"] * 30, {"ids": "ids.txt"}, "ids='ids.txt' must be left out without a path"),
+        (["[1, 2]"] * 30, {"vector_column": "clip"}, "vector_column='clip' must be left out"),
+    ],
+)
+def test_columns_without_proper_vectors_are_refused(vectors, extra, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        fitted({"item": {"clip": {"type": "pretrained"} | extra}}, in_column(vectors))
+    assert str(error.value).startswith("features.item.clip")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_vectors_come_through_a_file_of_the_table(tmp_path, form):
+    vectors = [[0.1, -2.0], [3e-4, 5.5], [1.0, 0.0]]
+    (tmp_path / "log.csv").write_text("user_id,item_id\nu,a\nu,b\nv,c\n")
+    items = {"item_id": ["a", "b", "c"], "vector": vectors}
+    path = tmp_path / f"items.{form}"
+    if form == "csv":
+        items["vector"] = [json.dumps(vector) for vector in vectors]
+        csv.write_csv(pa.table(items), path)
+    else:
+        pq.write_table(pa.table(items), path)
+    log = TableConfig(path=str(tmp_path / "log.csv"))
+    config = DataConfig(source="csv", interactions=log, item_table=TableConfig(path=str(path)))
+    data = load_dataset(config)
+    spec = from_mappings({"item": {"vector": {"type": "pretrained"}}})
+    encoder = Encoder.fit(spec, data.interactions, users=data.users, items=data.items)
+    encoded = encoder.encode("item", data.items)["vector"]
+    np.testing.assert_array_equal(encoded, np.float32(vectors))

@@ -179,7 +179,6 @@ def test_numbers_without_a_table_have_no_dense_layer_unless_asked():
             {"type": "text", "words": [0]},
             r"features.item.x.words=\(0,\) must be distinct lengths from 1 to 8",
         ),
-        ({"type": "pretrained"}, r"features.item.x has no path, which a pretrained feature needs"),
         (
             VECTORS | {"path": "v.csv"},
             r"features.item.x.path='v.csv' must be a .npy or .parquet file",

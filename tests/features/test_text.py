@@ -4,8 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.features.encoder_shop import assert_same, fitted, shop
+from twotower.core.errors import ConfigError
 from twotower.features import text
 from twotower.features.base import pad_lists
+from twotower.features.encoder import Encoder
+from twotower.features.spec import from_mappings
 from twotower.features.text import hashed_pieces, normalise
 
 MASK = 2**64 - 1
@@ -150,3 +154,84 @@ def test_pad_lists():
         [8, 0],
         [0, 0],
     ]
+
+
+JOINED = {
+    "title": ["Oak lamp", None, "  ", "Red\nshoe"],
+    "about": ["for the desk", "for kids", "", None],
+    "code": [1, 2, None, None],
+}
+COLUMNS = ["title", "about", "code"]
+
+
+@pytest.mark.parametrize(("kind", "separator"), [("text", " "), ("sentence", "\n")])
+def test_several_columns_are_one_text_without_what_is_missing(kind, separator):
+    feature = from_mappings({"item": {"x": {"type": kind, "columns": COLUMNS}}}).item["x"]
+    rows = pa.table(JOINED)
+    expected = []
+    for row in rows.to_pylist():
+        texts = [str(row[name]) for name in COLUMNS if row[name] is not None]
+        expected.append(separator.join(text for text in texts if text.strip()) or None)
+    assert feature.read(rows).to_pylist() == expected
+    # A request may know some of the columns.
+    assert feature.read(rows.select(["about"])).to_pylist() == [
+        "for the desk",
+        "for kids",
+        None,
+        None,
+    ]
+
+
+def test_columns_joined_encode_as_their_text_in_one_column(tmp_path):
+    train, users, items = shop()
+    fields = {"type": "text", "buckets": 500, "max_length": 12}
+    spec = {"item": {"x": fields | {"columns": ["title", "brand"]}}}
+    encoder = fitted(spec, (train, users, items))
+    pairs = zip(items["title"].to_pylist(), items["brand"].to_pylist())
+    whole = pa.array([" ".join(filter(None, pair)) for pair in pairs])
+    single = fitted({"item": {"x": fields}}, (train, users, items.append_column("x", whole)))
+    encoded = single.encode("item", pa.table({"x": whole}))
+    assert_same(encoder.encode("item", items), encoded)
+    encoder.save(tmp_path / "encoder")
+    again = Encoder.load(tmp_path / "encoder")
+    assert again.spec == encoder.spec
+    assert_same(again.encode("item", items), encoded)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"columns": ["title", "brnd"]},
+            "reads column 'brnd'; the items table has no field 'brnd'",
+        ),
+        ({"columns": ["title", "title"]}, r"columns=\('title', 'title'\) must be distinct names"),
+        (
+            {"columns": ["title"], "column": "brand"},
+            "column='brand' must be left out beside columns",
+        ),
+        ({"columns": ["title", "tags"]}, "features.item.x: values of type list"),
+    ],
+)
+def test_columns_that_cannot_be_joined_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        fitted({"item": {"x": {"type": "text"} | fields}})
+
+
+def test_columns_of_users_come_from_one_table():
+    train, users, items = shop()
+    users = users.append_column("bio", pa.array(["plays chess"] * len(users)))
+    train = train.append_column("query", pa.array(["lamp"] * len(train)))
+    spec = {"user": {"x": {"type": "text", "columns": ["query", "page"]}}}
+    assert fitted(spec, (train, users, items)).context == ("x",)
+    spec = {"user": {"x": {"type": "text", "columns": ["bio", "user_id"]}}}
+    assert fitted(spec, (train, users, items)).context == ()
+    with pytest.raises(ConfigError, match="columns bio, query, some of which are of the users tab"):
+        fitted(
+            {"user": {"x": {"type": "text", "columns": ["bio", "query"]}}}, (train, users, items)
+        )
+    with pytest.raises(ConfigError, match="reads column 'item_id' of the interactions, which the"):
+        fitted(
+            {"user": {"x": {"type": "text", "columns": ["query", "item_id"]}}},
+            (train, users, items),
+        )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.retrieval.runs import make_run, rewrite_manifest, with_other_weights, write
+from twotower.config import from_dict
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import current_version
 from twotower.pipeline.prepare import prepare
@@ -17,7 +18,15 @@ from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.export import all_rows, check_parity, compare_scores, export, make_bundle
+from twotower.retrieval.export import (
+    all_rows,
+    check_parity,
+    compare_scores,
+    display_items,
+    export,
+    known_users,
+    make_bundle,
+)
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.weights import load_weights, model_version, save_weights
@@ -243,6 +252,37 @@ def test_display_columns_are_chosen_and_checked(run, tmp_path):
     ]
     with pytest.raises(ConfigError, match="did you mean 'title'"):  # already before training
         prepare(showing(run, "titel").config)
+
+
+def test_raw_columns_of_users_are_kept_and_vectors_of_items_are_not(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text('item_id,vector,name\n1,"[1, 2]",lamp\n2,"[3, 4]",desk\n')
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,first,last\n" + "u,1,Ann,Lee\nv,2,Bo,\nu,2,Ann,Lee\n" * 3
+    )
+    config = from_dict(
+        {
+            "data": {
+                "source": "csv",
+                "interactions": {"path": str(tmp_path / "log.csv")},
+                "user_table": {"path": str(tmp_path / "log.csv")},
+                "item_table": {"path": str(path)},
+            },
+            "split": {"kind": "leave_last_out", "accept_leakage": ("repeated_pairs",)},
+            "features": {
+                "user": {"name": {"type": "text", "columns": ["first", "last"]}},
+                "item": {"vector": {"type": "pretrained", "frozen": False}},
+            },
+        }
+    )
+    prepared = prepare(config)
+    users = known_users(prepared)
+    assert users.column_names == ["user_id", "first", "last"]
+    encoder = prepared.encoder
+    ours = encoder.encode("user", users)["name"]
+    np.testing.assert_array_equal(ours, prepared.features["user"]["name"])
+    assert display_items(prepared).column_names == ["item_id", "name"]
+    assert encoder.tables["item.vector"].width == 2
 
 
 def test_heads_and_the_bias_of_a_loss_are_saved_with_weights_but_stay_out_of_the_bundle(

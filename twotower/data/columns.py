@@ -155,7 +155,8 @@ def infer_type(column: pa.ChunkedArray, *, form: str = "") -> pa.ChunkedArray:
 def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns a typed column as one of few types.
 
-    They are strings, numbers, booleans, int64 seconds of times, and lists of strings.
+    They are strings, numbers, booleans, int64 seconds of times, and lists of strings or of floating
+    point numbers.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -170,6 +171,9 @@ def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
         # No feature reads lists of lists or structs from a table.
         if pa.types.is_nested(kind.value_type):
             return to_json_text(column)
+        # Vectors: as text they would be ten times as large.
+        if kind.value_type in (pa.float32(), pa.float64()):
+            return column.cast(pa.list_(kind.value_type))
         return column.cast(pa.list_(pa.string()))
     if _is_text_like(kind):
         return column.cast(pa.string())

@@ -204,6 +204,11 @@ class Feature:
         return f"features.{self.side}.{self.name}"
 
     @property
+    def columns_read(self) -> tuple[str, ...]:
+        """Names of the columns of a table that `read` joins into one."""
+        return (self.column,)
+
+    @property
     def has_table(self) -> bool:
         """Whether the feature is ids of table rows, as opposed to numbers."""
         return True
@@ -212,6 +217,14 @@ class Feature:
     def _min_embedding_size(self) -> int:
         # A table needs a column; a feature of numbers may do without a dense layer.
         return int(self.has_table)
+
+    def read(self, rows: pa.Table) -> pa.ChunkedArray:
+        """Returns the values that `fit` and `encode` take, from a table that may lack columns.
+
+        Raises:
+            ValueError: Values of several columns cannot be joined.
+        """
+        return column_of(rows, self.column)
 
     def fit_vocabulary(self, columns: Sequence[TrainingColumn]) -> Vocabulary | None:
         """Fits the vocabulary of the feature's table, if its kind has one.
@@ -265,7 +278,7 @@ class Feature:
     def encode_rows(self, fitted: Fitted, rows: pa.Table) -> dict[str, np.ndarray]:
         """Returns the arrays of the feature by name, from a table that may lack its column."""
         with prefix_errors(self.location):
-            return {self.name: self.encode(fitted, column_of(rows, self.column))}
+            return {self.name: self.encode(fitted, self.read(rows))}
 
     def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
         """Returns the description of each array of `encode_rows` for the tower, by name.

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, did_you_mean
-from twotower.features.base import Feature, Key, TrainingColumn
+from twotower.features.base import Feature, Key, TrainingColumn, prefix_errors
 from twotower.features.history import HistoryFeature
 from twotower.features.spec import FeatureSpec
 from twotower.features.vocabulary import as_strings
@@ -43,19 +43,19 @@ def training_columns(
         if isinstance(feature, HistoryFeature):
             continue
         table = tables[feature.side]
-        if feature.column in table.column_names:
+        if _has_columns(table, feature):
             # Only users and items of training rows: those of held-out rows say nothing.
             occurs = counts[feature.side] > 0
-            all_values = table[feature.column]
             # `all_values` stays whole, so that errors name rows of the table and new ids have
             # vectors.
+            all_values = _read(feature, table)
             values = all_values.filter(pa.array(occurs))
             weights = counts[feature.side][occurs]
             is_context = False
-        elif feature.side == "user" and feature.column in train.column_names:
+        elif feature.side == "user" and _has_columns(train, feature):
             _check_is_known_to_query(feature)
             # A column of the users' own comes first: it is known without an interaction.
-            all_values = values = train[feature.column]
+            all_values = values = _read(feature, train)
             # Each interaction is a row of its own here.
             weights = np.ones(len(train), np.int64)
             is_context = True
@@ -65,6 +65,15 @@ def training_columns(
             feature, values, weights, all_values, is_context, newest
         )
     return columns
+
+
+def _has_columns(table: pa.Table, feature: Feature) -> bool:
+    return set(feature.columns_read) <= set(table.column_names)
+
+
+def _read(feature: Feature, table: pa.Table) -> pa.ChunkedArray:
+    with prefix_errors(feature.location):
+        return feature.read(table)
 
 
 def newest_timestamp(train: pa.Table) -> int | None:
@@ -104,11 +113,12 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
 
 
 def _check_is_known_to_query(feature: Feature) -> None:
-    if feature.column in _ANSWERS:
-        raise ConfigError(
-            f"{feature.location} reads column {feature.column!r} of the interactions, which the "
-            "model is to predict; a query does not know it."
-        )
+    for column in feature.columns_read:
+        if column in _ANSWERS:
+            raise ConfigError(
+                f"{feature.location} reads column {column!r} of the interactions, which the model "
+                "is to predict; a query does not know it."
+            )
 
 
 def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> ConfigError:
@@ -116,7 +126,15 @@ def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> Confi
     # An item's column is not looked for in the interactions: items do not depend on a query.
     if feature.side == "user":
         known += [name for name in train.column_names if name not in known]
+    unknown = [name for name in feature.columns_read if name not in known]
+    if not unknown:
+        listed = ", ".join(feature.columns_read)
+        return ConfigError(
+            f"{feature.location} reads the columns {listed}, some of which are of the users table "
+            "and some of the interactions; they must be of one table."
+        )
+    column = unknown[0]
     return ConfigError(
-        f"{feature.location} reads column {feature.column!r}; the {feature.side}s table has no "
-        f"field {feature.column!r}{did_you_mean(feature.column, known)} Known: {', '.join(known)}."
+        f"{feature.location} reads column {column!r}; the {feature.side}s table has no "
+        f"field {column!r}{did_you_mean(column, known)} Known: {', '.join(known)}."
     )

@@ -23,7 +23,20 @@ FIRST_BUCKET = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntFeature(Feature):
-    """A whole number: a row for each bucket, or normalised.
+    """A whole number: an amount, which is normalised, or a code, which has a row for each bucket.
+
+    An amount (stock, pages, days) means more the greater it is. It is best read as one number, and
+    `embedding_size` is then the width of a dense layer that the tower sees in its place:
+
+        {"type": "int", "normalize": true, "embedding_size": 8}
+
+    A code (a shelf, an age, a postal district) means something of its own in each region. Buckets
+    give each region a row that is trained:
+
+        {"type": "int", "buckets": 16, "embedding_size": 8}
+
+    An amount that spans orders of magnitude is a `float` feature with `log`; a code without any
+    order is a `string`.
 
     Attributes:
         buckets: Number of buckets, with about as many training users or items (rows, for a context
@@ -32,8 +45,8 @@ class IntFeature(Feature):
             after the last boundary <= v.
         normalize: Whether the feature is (v - mean) / standard deviation and a flag for missing,
             instead of buckets.
-        embedding_size: Width of the table; 0 is 8 for buckets, and no dense layer for a normalised
-            number.
+        embedding_size: Width of the table of buckets, 0 for 8; or of the dense layer that reads a
+            normalised number and its flag, 0 for none.
     """
 
     embedding_size: int = 0
@@ -98,6 +111,7 @@ class FloatFeature(Feature):
 
     Attributes:
         log: Whether to take sign(v) log(1 + |v|) first, for prices and counts.
+        embedding_size: Width of the dense layer that reads the number and its flag; 0 for none.
     """
 
     embedding_size: int = 0

@@ -1,4 +1,4 @@
-"""Vectors of another model, read by id from a .npy or a Parquet file."""
+"""Vectors of another model, read from a column of the table or, by id, from a file."""
 
 from __future__ import annotations
 
@@ -11,24 +11,38 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 
 from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
+from twotower.features.base import (
+    Feature,
+    Fitted,
+    Input,
+    TableShape,
+    TrainingColumn,
+    column_of,
+    join_lists,
+)
+from twotower.features.numeric import is_text
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Ids that an error message names.
 _NAMED_IDS = 5
+_NUMBER_LISTS = pa.large_list(pa.float32())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedFeature(Feature):
-    """The vector that a file holds for the id in `column`.
+    """The vector in `column`, or the one that a file holds for the id in `column`.
+
+    A column of vectors holds lists of numbers or, as in CSV files, text such as "[0.1, -2, 3e-4]".
+    Items that come later bring their vectors with them.
 
     Attributes:
         path: File of the vectors [V, E]: a .npy file, or a Parquet file that has `vector_column`
-            and `id_column`.
+            and `id_column`. Empty for vectors in `column` itself.
         ids: Text file with the ids of the rows of a .npy file, one a line.
         id_column: Column of ids of a Parquet file.
         vector_column: Column of lists of numbers of a Parquet file.
@@ -38,10 +52,10 @@ class PretrainedFeature(Feature):
         missing: Treatment of users or items without a vector: "error", or "zeros" (with a flag
             after a frozen vector).
         oov_rows: Number of rows of a trained table for ids without a vector.
-        embedding_size: Width E; 0 for the width of the file.
+        embedding_size: Width E; 0 for the width of the vectors there are.
     """
 
-    path: str
+    path: str = ""
     ids: str = ""
     id_column: str = "id"
     vector_column: str = "vector"
@@ -55,6 +69,12 @@ class PretrainedFeature(Feature):
         super().__post_init__()
         self._check_at_least(0, "projection")
         self._check_at_least(1, "oov_rows")
+        if self.path:
+            self._check_file()
+        else:
+            self._check_no_file()
+
+    def _check_file(self) -> None:
         is_npy = self.path.endswith(".npy")
         is_parquet = self.path.endswith(".parquet")
         self._check(is_npy or is_parquet, "path", "a .npy or .parquet file")
@@ -63,6 +83,26 @@ class PretrainedFeature(Feature):
             self._check(bool(self.ids), "ids", "the file with the id of each row")
         else:
             self._check(not self.ids, "ids", "empty for a .parquet file")
+
+    def _check_no_file(self) -> None:
+        for field in ("ids", "id_column", "vector_column"):
+            default = getattr(type(self), field)
+            is_left_out = getattr(self, field) == default
+            self._check(is_left_out, field, "left out without a path: the column has the vectors")
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        # A trained table needs to know whose vector a row is.
+        if self._has_rows_of_column:
+            return (f"{self.side}_id", self.column)
+        return (self.column,)
+
+    def read(self, rows: pa.Table) -> pa.ChunkedArray:
+        if not self._has_rows_of_column:
+            return super().read(rows)
+        names = self.columns_read
+        arrays = [column_of(rows, name).combine_chunks() for name in names]
+        return pa.chunked_array([pa.StructArray.from_arrays(arrays, names)])
 
     @property
     def has_table(self) -> bool:
@@ -75,20 +115,50 @@ class PretrainedFeature(Feature):
         return 0
 
     @property
+    def _has_rows_of_column(self) -> bool:
+        """Whether a trained table begins with the vectors of a column."""
+        return not self.path and not self.frozen
+
+    @property
     def _has_missing_flag(self) -> bool:
         return self.missing == "zeros"
 
     def fit(self, column: TrainingColumn) -> Fitted:
+        if not self.path:
+            return self._fit_to_column(column.all_values)
         # All ids of the file are kept: an item that comes later may have a vector already.
         vocabulary, vectors = read_vectors(self)
         self._check_missing(vocabulary, column.all_values)
         return Fitted(vocabulary=vocabulary, vectors=vectors)
 
+    def _fit_to_column(self, column: pa.ChunkedArray) -> Fitted:
+        values = column
+        ids = None
+        if self._has_rows_of_column:
+            ids, values = _fields(column)
+        vectors, missing = parse_vectors(values, self.location, width=self.embedding_size)
+        self._check_missing_rows(missing)
+        if ids is None:
+            # The vectors stay in the table: encoding reads them there.
+            return Fitted(statistics={"width": vectors.shape[1]})
+        known = as_strings(ids).filter(pa.array(~missing))
+        _check_ids(known, len(known), f"{self.location}: column {self.column!r}")
+        return Fitted(Vocabulary(known, oov_rows=self.oov_rows), vectors[~missing])
+
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         """Encodes ids as rows of the trained table, or as the frozen vectors.
 
         With missing="zeros" a frozen vector has one more number: 1 for an id without a vector.
+
+        Raises:
+            ConfigError: A vector of the column is of another width or not finite.
         """
+        if not self.path and self.frozen:
+            width = fitted.statistics["width"]
+            vectors, missing = parse_vectors(column, self.location, width=width)
+            return self._with_missing_flag(vectors, missing)
+        if self._has_rows_of_column:
+            column, _ = _fields(column)
         vocabulary = fitted.require_vocabulary()
         rows = vocabulary.rows(column)
         # A table is looked up inside the tower.
@@ -96,20 +166,26 @@ class PretrainedFeature(Feature):
             return rows
         # Rows before the first known id are those of null and of unknown ids.
         known = rows - vocabulary.first
-        missing = known[:, None] < 0
+        missing = known < 0
         # The first vector stands in for those that are missing, and is replaced by zeros below.
         vectors = fitted.require_vectors()[np.maximum(known, 0)]
-        vectors = np.where(missing, np.float32(0), vectors)
+        vectors = np.where(missing[:, None], np.float32(0), vectors)
+        return self._with_missing_flag(vectors, missing)
+
+    def _with_missing_flag(self, vectors: np.ndarray, missing: np.ndarray) -> np.ndarray:
         if not self._has_missing_flag:
             return vectors
-        return np.append(vectors, missing.astype(np.float32), axis=1)
+        return np.column_stack([vectors, missing.astype(np.float32)])
 
     def input(self, fitted: Fitted) -> Input:
         if not self.frozen:
             return Input(table=self.table, projection=self.projection, oov_rows=self.oov_rows)
+        if self.path:
+            width = fitted.require_vectors().shape[1]
+        else:
+            width = fitted.statistics["width"]
         # A bool counts as one number.
-        width = fitted.require_vectors().shape[1] + self._has_missing_flag
-        return Input(width=width, projection=self.projection)
+        return Input(width=width + self._has_missing_flag, projection=self.projection)
 
     def table_shape(self, fitted: Fitted) -> TableShape | None:
         if self.frozen:
@@ -119,6 +195,22 @@ class PretrainedFeature(Feature):
         initial = np.pad(fitted.require_vectors(), ((rows_without_vector, 0), (0, 0)))
         rows, width = initial.shape
         return TableShape(rows=rows, width=width, initial=initial)
+
+    def _check_missing_rows(self, missing: np.ndarray) -> None:
+        """Says how many rows of the column have no vector; refuses them unless `missing` is
+        "zeros"."""
+        count = int(missing.sum())
+        if not count:
+            return
+        share = (
+            f"{self.location}: column {self.column!r} has no vector in {count} of {len(missing)} "
+            f"rows ({count / len(missing):.1%}), the first in row {missing.argmax() + 1}"
+        )
+        if count == len(missing):
+            raise ConfigError(f"{share}; name the column that has them.")
+        if self.missing == "error":
+            raise ConfigError(f"{share}; add them, or set missing to 'zeros'.")
+        logging.warning("%s; they have zeros.", share)
 
     def _check_missing(self, vocabulary: Vocabulary, column: pa.ChunkedArray) -> None:
         """Refuses users or items without a vector, null ids among them, unless `missing` is
@@ -136,6 +228,102 @@ class PretrainedFeature(Feature):
             f"column {self.column!r}, the first {_name_ids(distinct.to_pylist())}; add them, or "
             "set missing to 'zeros'."
         )
+
+
+def parse_vectors(
+    column: pa.ChunkedArray, location: str, *, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a column of vectors.
+
+    Args:
+        column: Lists of numbers, or text such as "[0.1, 0.2]"; null or empty where there is none.
+        location: Name of the feature in error messages.
+        width: Width E of the vectors; 0 for that of the first.
+
+    Returns:
+        The vectors float32 [N, E], zeros where one is missing, and a mask bool [N] of these.
+
+    Raises:
+        ConfigError: The column holds something else, or a vector is of another width or not finite;
+            the message names the row.
+    """
+    lists = _as_number_lists(column, location)
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    missing = lengths == 0
+    rows = np.flatnonzero(~missing)
+    if len(rows) and not width:
+        width = int(lengths[rows[0]])
+    different = rows[lengths[rows] != width]
+    if len(different):
+        row = different[0]
+        raise ConfigError(
+            f"{location}: the vector in row {row + 1} has width {lengths[row]}, not {width} as the "
+            "others or embedding_size say."
+        )
+    # A null among the numbers becomes NaN, and is refused as such.
+    numbers = pc.list_flatten(lists).to_numpy(zero_copy_only=False)
+    vectors = np.zeros((len(lists), width), np.float32)
+    vectors[rows] = numbers.reshape(len(rows), width)
+    not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(not_finite):
+        raise ConfigError(
+            f"{location}: NaN or infinity is in the vectors of {len(not_finite)} of {len(lists)} "
+            f"rows, the first in row {not_finite[0] + 1}."
+        )
+    return vectors, missing
+
+
+def _as_number_lists(column: pa.ChunkedArray, location: str) -> pa.LargeListArray:
+    """Returns a column of vectors as lists of float32."""
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), _NUMBER_LISTS)
+    if is_list(kind):
+        lists = join_lists(column)
+    elif is_text(kind):
+        lists = _split_texts(as_strings(column))
+    else:
+        raise ConfigError(
+            f"{location}: a column of type {kind} holds no vectors; name a column of lists of "
+            "numbers, or by path a file that has the vectors of the ids in this one."
+        )
+    try:
+        return lists.cast(_NUMBER_LISTS, safe=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    # Searched on failure alone: Arrow's message names a number and not its row.
+    row = next(row for row in range(len(lists)) if not _is_numbers(lists.take(pa.array([row]))))
+    raise ConfigError(
+        f"{location}: {column[row].as_py()!r} in row {row + 1} is not a list of numbers such as "
+        "[0.1, 0.2]. If the column holds ids, name the file of their vectors by path."
+    )
+
+
+def _split_texts(texts: pa.LargeStringArray) -> pa.LargeListArray:
+    """Returns the parts of lists written as JSON, as text; null for a blank text or an empty
+    list."""
+    is_blank = pc.match_substring_regex(texts, r"^\s*(\[\s*\]\s*)?$")
+    texts = pc.if_else(is_blank, pa.scalar(None, texts.type), texts)
+    # Without brackets an id of digits would pass for a vector one number wide.
+    in_brackets = pc.match_substring_regex(texts, r"(?s)^\s*\[.*\]\s*$")
+    texts = pc.if_else(in_brackets, texts, pa.scalar("no list", texts.type))
+    inner = pc.replace_substring_regex(texts, r"^\s*\[\s*|\s*\]\s*$", "")
+    parts = pc.split_pattern_regex(inner, r"\s*,\s*")
+    return parts.cast(pa.large_list(pa.large_string()))
+
+
+def _is_numbers(lists: pa.LargeListArray) -> bool:
+    try:
+        lists.cast(_NUMBER_LISTS, safe=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+    return True
+
+
+def _fields(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Returns the ids and the vectors of rows that `PretrainedFeature.read` joined."""
+    ids, vectors = column.flatten()
+    return ids, vectors
 
 
 def read_vectors(feature: PretrainedFeature) -> tuple[Vocabulary, np.ndarray]:

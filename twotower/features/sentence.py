@@ -13,6 +13,7 @@ import importlib.util
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
 from twotower.core.install import install_line
-from twotower.features.base import Feature, Fitted, Input, TrainingColumn
+from twotower.features.base import Fitted, Input, TrainingColumn
 from twotower.features.sentence_model import (
     SentenceModel,
     find_model,
@@ -31,6 +32,7 @@ from twotower.features.sentence_model import (
     model_digest,
     model_width,
 )
+from twotower.features.text import TextColumns
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Texts of one file of the cache: the most that a killed process loses.
@@ -40,8 +42,8 @@ _MIN_CACHED_TEXTS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SentenceFeature(Feature):
-    """Text as the vector of a frozen sentence encoder.
+class SentenceFeature(TextColumns):
+    """Text as the vector of a frozen sentence encoder; `columns` are joined line by line.
 
     The extra "text" runs the model with ONNX Runtime, without PyTorch.
 
@@ -61,6 +63,8 @@ class SentenceFeature(Feature):
     prompt: str = ""
     cache: str = "~/.cache/twotower/sentences"
     embedding_size: int = 64
+
+    separator: ClassVar[str] = "\n"
 
     def __post_init__(self):
         super().__post_init__()

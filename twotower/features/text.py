@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from twotower.core.arrow import pc
 from twotower.core.hashing import mix64
-from twotower.features.base import Feature, Fitted, Input, TableShape, pad_lists
+from twotower.features.base import Feature, Fitted, Input, TableShape, column_of, pad_lists
 from twotower.features.vocabulary import as_strings, segment_sums
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.
@@ -70,7 +70,56 @@ _LATIN_ACCENTS = re.compile(r"(?<=[a-z])[\u0300-\u036f]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFeature(Feature):
+class TextColumns(Feature):
+    """Text of one column, or of several as one: a title and a description.
+
+    Attributes:
+        columns: Columns that are joined, in this order; missing and blank ones are left out. Empty
+            for `column` alone, which is left out where there are several.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    # Text between two columns.
+    separator: ClassVar[str] = " "
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.columns:
+            return
+        distinct = len(set(self.columns)) == len(self.columns)
+        self._check(distinct and all(self.columns), "columns", "distinct names of columns")
+        first = self.columns[0]
+        # The name is the default; a saved specification has the column that is set below.
+        is_left_out = self.column in (self.name, first)
+        self._check(is_left_out, "column", "left out beside columns")
+        object.__setattr__(self, "column", first)
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        return self.columns or (self.column,)
+
+    def read(self, rows: pa.Table) -> pa.ChunkedArray:
+        if not self.columns:
+            return super().read(rows)
+        texts = [_blank_as_null(as_strings(column_of(rows, name))) for name in self.columns]
+        separator = pa.scalar(self.separator, pa.large_string())
+        joined, *others = texts
+        # Two at a time: of a row whose texts are all null, Arrow's join of several that skips nulls
+        # makes no row at all.
+        for other in others:
+            both = pc.binary_join_element_wise(joined, other, separator)
+            joined = pc.coalesce(both, joined, other)
+        return pa.chunked_array([joined])
+
+
+def _blank_as_null(texts: pa.LargeStringArray) -> pa.LargeStringArray:
+    is_blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
+    return pc.if_else(is_blank, pa.scalar(None, pa.large_string()), texts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFeature(TextColumns):
     """Text as the mean over its words and character n-grams, each hashed to a row of the table.
 
     Attributes:

@@ -251,12 +251,12 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
 def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> None:
     """Refuses a user feature that reads a label: the query would hold the answer."""
     for name in encoder.context:
-        column = encoder.spec.user[name].column
-        if column in labels:
-            raise ConfigError(
-                f"config.features: user feature {name!r} reads column {column!r}, which is "
-                f"{labels[column]}."
-            )
+        for column in encoder.spec.user[name].columns_read:
+            if column in labels:
+                raise ConfigError(
+                    f"config.features: user feature {name!r} reads column {column!r}, which is "
+                    f"{labels[column]}."
+                )
 
 
 def _columns_of_users(encoder: Encoder) -> list[str]:

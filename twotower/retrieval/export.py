@@ -20,6 +20,7 @@ from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import discard, new_version, publish_version
 from twotower.data.interactions import PARTS
+from twotower.features.pretrained import PretrainedFeature
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.popularity import index_items
@@ -177,8 +178,11 @@ def known_users(prepared: PreparedData) -> pa.Table:
     """
     encoder = prepared.encoder
     history = encoder.spec.history
-    columns = {name: feature.column for name, feature in encoder.spec.user.items()}
-    own = [column for name, column in columns.items() if name not in encoder.context]
+    own = []
+    from_latest_row = []
+    for name, feature in encoder.spec.user.items():
+        columns = from_latest_row if name in encoder.context else own
+        columns += feature.columns_read
     users = prepared.users
     # Histories as a request would bring them: all events of the user, by raw ids.
     if prepared.histories is not None and history is not None:
@@ -186,7 +190,6 @@ def known_users(prepared: PreparedData) -> pa.Table:
         events = prepared.histories.to_requests(prepared.raw)
         users = users.select(others).append_column(history.column, events)
     users = users.select(list(dict.fromkeys(["user_id", *own])))
-    from_latest_row = [columns[name] for name in encoder.context]
     if history is not None and history.request_gap:
         from_latest_row.append("timestamp")
     if from_latest_row:
@@ -218,10 +221,15 @@ def all_rows(prepared: PreparedData) -> tuple[Rows, Rows, Rows]:
 
 
 def display_items(prepared: PreparedData) -> pa.Table:
-    """Returns item_id and the columns that `config.retrieval.display` names, or all."""
+    """Returns item_id and the columns that `config.retrieval.display` names, or all but vectors."""
     display = prepared.config.retrieval.display
     if not display:
-        return prepared.items
+        # Vectors of other models are no text for readers, and would double the size.
+        vectors = set()
+        for feature in prepared.encoder.spec.item.values():
+            if isinstance(feature, PretrainedFeature) and not feature.path:
+                vectors.add(feature.column)
+        return prepared.items.drop_columns(sorted(vectors))
     return prepared.items.select(list(dict.fromkeys(["item_id", *display])))
 
 

@@ -101,7 +101,9 @@ class UserRows:
     def _newest(self) -> int | None:
         """The newest time of the log in seconds; None where no feature reads a query's time."""
         history = self._encoder.spec.history
-        columns = [self._encoder.spec.user[name].column for name in self._encoder.context]
+        columns = []
+        for name in self._encoder.context:
+            columns += self._encoder.spec.user[name].columns_read
         if "timestamp" not in columns and not (history and history.request_gap):
             return None
         return pc.max(self._users["timestamp"]).as_py()

@@ -32,8 +32,22 @@ def get_config(recipe="own_tables"):
     }
     config.features.item = {
         "item_id": {"type": "string", "embedding_size": 16},
-        # An amount: normalised, read by a dense layer 4 wide. Codes have buckets instead.
+        # Two columns as one text; items without a description have their title alone.
+        "words": {
+            "type": "text",
+            "columns": ("title", "description"),
+            "buckets": 2048,
+            "max_length": 24,
+            "embedding_size": 8,
+        },
+        # An amount is one number, normalised, which a dense layer spreads over 4.
+        "stock": {"type": "int", "normalize": True, "embedding_size": 4},
+        # A code, of which neighbours have something in common, has a row for each bucket.
+        "shelf": {"type": "int", "buckets": 8, "embedding_size": 4},
+        # Prices span orders of magnitude: their logarithm is normalised.
         "price": {"type": "float", "log": True, "embedding_size": 4},
+        # Vectors of another model, "[0.1, -2, ...]" in the CSV; one item has none.
+        "vector": {"type": "pretrained", "projection": 8, "missing": "zeros"},
     }
     config.model.history.kind = "bag"
     config.model.user.layers = (16,)
