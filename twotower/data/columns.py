@@ -161,7 +161,7 @@ def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         # Dictionaries of several files have different codes for one value.
-        return simplify_type(column.cast(kind.value_type))
+        return simplify_type(decode_dictionary(column))
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         # Seconds as everywhere, whatever unit the file has.
         return _time_to_seconds(column)
@@ -178,6 +178,18 @@ def simplify_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if _is_text_like(kind):
         return column.cast(pa.string())
     return column
+
+
+def decode_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns the values of a column of categories."""
+    kind = column.type
+    if not pa.types.is_string_view(kind.value_type):
+        return column.cast(kind.value_type)
+    # Arrow has no cast for these, which frames of polars have.
+    chunks = []
+    for chunk in column.chunks:
+        chunks.append(chunk.dictionary.cast(pa.string()).take(chunk.indices))
+    return pa.chunked_array(chunks, pa.string())
 
 
 def first_value(column: pa.ChunkedArray) -> str | None:

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrays import evenly_spaced
+from twotower.core.arrow import is_list, pc
+from twotower.data import columns
+from twotower.data.dataset import Dataset
+from twotower.data.interactions import Split
+from twotower.data.time_forms import find_time_forms
+
+SAMPLE = 100_000  # rows by which a column is described
+DAY = 24 * 3600  # seconds
+# Separators that lists written as text may have. A comma is not one: sentences have commas.
+SEPARATORS = ("|", ";")
+SEPARATED = 0.2  # share of the texts that have a separator, from which on they are lists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,3 +76,155 @@ class LogFacts:
     users: tuple[ColumnFacts, ...] = ()
     items: tuple[ColumnFacts, ...] = ()
     context: tuple[ColumnFacts, ...] = ()
+
+
+def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFacts:
+    """Returns the facts about a column, as a source has it or as text.
+
+    Args:
+        name: Name of the column.
+        column: Values, of which a sample is looked at.
+        now: Seconds since the epoch, for telling times from other numbers.
+    """
+    rows = evenly_spaced(np.arange(len(column)), SAMPLE)
+    values = column.take(pa.array(rows))
+    if pa.types.is_dictionary(values.type):
+        values = columns.decode_dictionary(values)
+    missing = values.null_count / max(len(values), 1)
+    values = values.drop_null()
+    if is_list(values.type):
+        return _list_facts(name, values, missing)
+    if pa.types.is_floating(values.type):
+        # Frames write a missing number so.
+        is_number = pc.is_finite(values)
+        missing += (1 - missing) * (1 - (pc.mean(is_number.cast(pa.float64())).as_py() or 0.0))
+        values = values.filter(is_number)
+    is_time = bool(find_time_forms(values, now=now))
+    values = columns.simplify_type(values)
+    if pa.types.is_string(values.type):
+        if not is_time:
+            text = _text_facts(name, values, missing)
+            if text is not None:
+                return text
+        values = columns.infer_type(values)
+    num_values = pc.count_distinct(values).as_py()
+    if is_time:
+        return ColumnFacts(name=name, kind="time", num_values=num_values, share_missing=missing)
+    if pa.types.is_boolean(values.type):
+        return ColumnFacts(name=name, kind="flag", num_values=num_values, share_missing=missing)
+    if not _is_number(values.type):
+        texts = values.cast(pa.string())
+        words = _mean_words(texts)
+        return ColumnFacts(
+            name=name,
+            kind="text",
+            num_values=num_values,
+            share_missing=missing,
+            mean_length=words,
+        )
+    numbers = values.cast(pa.float64())
+    is_whole = bool(pc.all(pc.equal(pc.floor(numbers), numbers)).as_py())
+    return ColumnFacts(
+        name=name,
+        kind="number",
+        num_values=num_values,
+        share_missing=missing,
+        is_whole=is_whole,
+    )
+
+
+def log_facts(
+    dataset: Dataset, parts: Split, *, users: pa.Table, items: pa.Table, log: pa.Table, now: float
+) -> LogFacts:
+    """Returns the facts about a log.
+
+    Args:
+        dataset: The log under our names and types.
+        parts: Its division.
+        users: Columns of the users to describe, as their source has them.
+        items: Columns of the items, likewise.
+        log: Further columns of the log, likewise.
+        now: Seconds since the epoch, for telling times from other numbers.
+    """
+    rows = dataset.interactions
+    span = 0.0
+    has_times = "timestamp" in rows.column_names
+    if has_times:
+        first_and_last = pc.min_max(rows["timestamp"]).as_py()
+        span = (first_and_last["max"] - first_and_last["min"]) / DAY
+    num_items = pc.count_distinct(rows["item_id"]).as_py()
+    if dataset.has_catalogue:
+        num_items = len(dataset.items)
+    return LogFacts(
+        num_rows=len(rows),
+        num_users=pc.count_distinct(rows["user_id"]).as_py(),
+        num_items=num_items,
+        num_training_rows=len(parts.train),
+        has_times=has_times and span > 0,
+        span_days=span,
+        share_new_items=_share_new(parts, "item_id"),
+        share_new_users=_share_new(parts, "user_id"),
+        users=_facts_of(users, now),
+        items=_facts_of(items, now),
+        context=_facts_of(log, now),
+    )
+
+
+def _facts_of(table: pa.Table, now: float) -> tuple[ColumnFacts, ...]:
+    facts = []
+    for name in table.column_names:
+        facts.append(column_facts(name, table[name], now=now))
+    return tuple(facts)
+
+
+def _share_new(parts: Split, key: str) -> float:
+    """Returns the share of the test rows whose id no training row has, from 0 to 1."""
+    is_known = pc.is_in(parts.test[key], value_set=pc.unique(parts.train[key]))
+    return 1 - (pc.mean(is_known.cast(pa.float64())).as_py() or 0.0) if len(parts.test) else 0.0
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _list_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFacts:
+    members = pc.list_flatten(values)
+    lengths = pc.list_value_length(values)
+    kind = "vector" if _is_number(members.type) else "list"
+    return ColumnFacts(
+        name=name,
+        kind=kind,
+        num_values=pc.count_distinct(members).as_py(),
+        share_missing=missing,
+        mean_length=pc.mean(lengths).as_py() or 0.0,
+    )
+
+
+def _text_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFacts | None:
+    """Returns the facts about lists and vectors that are written as text; None of other text."""
+    first = columns.first_value(texts) or ""
+    if first.startswith("["):
+        return _json_facts(name, texts, missing)
+    for separator in SEPARATORS:
+        has_it = pc.match_substring(texts, separator)
+        if (pc.mean(has_it.cast(pa.float64())).as_py() or 0.0) < SEPARATED:
+            continue
+        members = pc.split_pattern(texts, separator)
+        facts = _list_facts(name, members, missing)
+        # The members of lists come again and again; the halves of titles do not.
+        if facts.num_values <= len(pc.list_flatten(members)) / 2:
+            return dataclasses.replace(facts, separator=separator)
+    return None
+
+
+def _json_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFacts | None:
+    try:
+        lists = [json.loads(text) for text in texts.to_pylist()]
+        return _list_facts(name, pa.chunked_array([pa.array(lists)]), missing)
+    except (ValueError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return None
+
+
+def _mean_words(texts: pa.ChunkedArray) -> float:
+    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
+    return pc.mean(pc.list_value_length(words)).as_py() or 0.0

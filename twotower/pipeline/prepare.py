@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from twotower.data.audit import audit, check_fitted
 from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
+from twotower.data.sources.kept import locate
 from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
@@ -141,12 +143,17 @@ class PreparedData:
 
 
 def prepare(
-    config: Config, *, encoder: Encoder | None = None, fit: Callable[..., Encoder] = Encoder.fit
+    config: Config,
+    *,
+    folder: Path | None = None,
+    encoder: Encoder | None = None,
+    fit: Callable[..., Encoder] = Encoder.fit,
 ) -> PreparedData:
     """Reads the log that a configuration names, divides it, and encodes it as arrays.
 
     Args:
         config: Configuration of a run.
+        folder: Folder of the run, in which rows that it keeps are found.
         encoder: Encoder that a run was trained with; by default one is fitted on the training rows.
         fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
 
@@ -158,7 +165,9 @@ def prepare(
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     spec = with_event_weights(load_spec(config.features), config)
     # Filters come before the split: its shares are those of the rows that are kept.
-    dataset = filter_rows(load_dataset(config.data), config.data)
+    # Only here do rows get the folder of their run: its configuration stays that of any folder.
+    dataset = load_dataset(locate(config.data, folder))
+    dataset = filter_rows(dataset, config.data)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
     audit(parts, config.split)

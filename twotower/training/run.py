@@ -97,7 +97,7 @@ def train(
         encoder = Encoder.load(encoder_folder(workdir))
     # A run that goes on keeps its encoder: fitted anew on data that grew, it would number ids
     # otherwise.
-    prepared = prepare(config, encoder=encoder)
+    prepared = prepare(config, folder=workdir, encoder=encoder)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
     # Only now that everything fits: an error above leaves the folder free for the corrected
@@ -151,7 +151,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     """
     workdir = local_folder(workdir)
     config = load_config(workdir)
-    prepared = prepare(config, encoder=Encoder.load(encoder_folder(workdir)))
+    prepared = prepare(config, folder=workdir, encoder=Encoder.load(encoder_folder(workdir)))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
     # Read only: the run may still be training, and its saves in progress are not to be cleaned up.

@@ -47,6 +47,24 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
     Raises:
         ConfigError: No such file, an empty one, a missing column, or a value of the wrong type.
     """
+    table, origin = read_raw(config, name, kind)
+    return apply_contract(table, config, name, keys=keys, origin=origin)
+
+
+def read_raw(config: TableConfig, name: str, kind: Kind) -> tuple[pa.Table, Origin]:
+    """Reads a table of files with the columns and types that they have.
+
+    Args:
+        config: Path of the files, and the form of their content.
+        name: Name of the table in the configuration, for messages.
+        kind: Kind of the files whose suffix is of no known kind.
+
+    Returns:
+        The table, in which columns of CSV files are text, and its origin.
+
+    Raises:
+        ConfigError: No such file, an empty one, or one that cannot be read.
+    """
     paths = find_files(config.path, name, kind)
     # All at once: types are decided over the whole table, not file by file.
     parts = [_read_file(path, config, name, kind) for path in paths]
@@ -63,7 +81,7 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
         describe_row=lambda row: files.describe_row(row, has_header=has_header),
         is_typed=is_typed,
     )
-    return apply_contract(_concat(parts, name, files), config, name, keys=keys, origin=origin)
+    return _concat(parts, name, files), origin
 
 
 def find_files(path: str, name: str, kind: Kind) -> list[Path]:
