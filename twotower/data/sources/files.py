@@ -74,7 +74,7 @@ def read_raw(config: TableConfig, name: str, kind: Kind) -> tuple[pa.Table, Orig
             f"{name}: {files.name} has no rows; config.data.{name}.path must name a file with data."
         )
     # The first file decides; files of both kinds would not have one contract.
-    is_typed = _is_parquet(paths[0], kind)
+    is_typed = is_parquet(paths[0], kind)
     has_header = not is_typed and not config.names
     origin = Origin(
         name=files.name,
@@ -181,7 +181,7 @@ def _is_data(path: Path, kind: Kind) -> bool:
     return not is_hidden and path.name.lower().endswith(_SUFFIXES[kind])
 
 
-def _is_parquet(path: Path, kind: Kind) -> bool:
+def is_parquet(path: Path, kind: Kind) -> bool:
     suffix = path.suffix.lower()
     if suffix in _SUFFIXES["parquet"]:
         return True
@@ -196,7 +196,7 @@ def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Tab
             "data."
         )
     try:
-        if _is_parquet(path, kind):
+        if is_parquet(path, kind):
             return parquet.read_table(path)
         return _read_csv(path, config, name)
     # Two common mistakes are recognised by Arrow's words, so that the message names a cure.
