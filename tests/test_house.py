@@ -46,7 +46,16 @@ MAY_IMPORT = {
     "integrations": (*BELOW_RETRIEVAL, "retrieval", "evaluation"),
     "experiment": ("core", "config"),
     "recommended": ("core", "config", "data"),
-    "api": (*BELOW_RETRIEVAL, "retrieval", "evaluation", "integrations", "recommended"),
+    "fitting": (*BELOW_TRAINING, "training", "recommended", "experiment"),
+    "api": (
+        *BELOW_RETRIEVAL,
+        "retrieval",
+        "evaluation",
+        "integrations",
+        "experiment",
+        "recommended",
+        "fitting",
+    ),
 }
 MAY_IMPORT["commands"] = (*MAY_IMPORT["api"], "api", "experiment")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")

@@ -19,9 +19,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower import config, features, register
-    from twotower.api import Run, load_retriever, load_run, train
+    from twotower.api import Run, fit, load_retriever, load_run, train
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
+    from twotower.experiment import load_config
     from twotower.objectives import losses
     from twotower.retrieval import rerank
     from twotower.retrieval.match import MatchModel
@@ -34,6 +35,8 @@ _HOMES = {
     "Retriever": "twotower.retrieval.retriever",
     "Run": "twotower.api",
     "TwotowerError": "twotower.core.errors",
+    "fit": "twotower.api",
+    "load_config": "twotower.experiment",
     "load_retriever": "twotower.api",
     "load_run": "twotower.api",
     "train": "twotower.api",
@@ -56,6 +59,8 @@ __all__ = [
     "TwotowerError",
     "config",
     "features",
+    "fit",
+    "load_config",
     "load_retriever",
     "load_run",
     "losses",

@@ -15,9 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from twotower import fitting
 from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
+from twotower.data.facts import LogFacts
+from twotower.data.sources.frames import TableLike
 from twotower.evaluation import report
+from twotower.evaluation.baselines import order_scores, popularity_order
+from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report_text import format_report
@@ -31,6 +36,8 @@ from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
 
 BUNDLE = "bundle"  # folder of the bundle in that of its run
+MANY_NEW = 0.2  # share of held-out rows of new items from which on ids alone are not enough
+FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
 
 
 class Run(run_folder.Run):
@@ -176,6 +183,102 @@ class Run(run_folder.Run):
         [2, 4]
         """
         return read_history(self.workdir)
+
+
+def fit(
+    interactions: TableLike,
+    *,
+    items: TableLike | None = None,
+    users: TableLike | None = None,
+    config: fitting.Options = None,
+    workdir: Path | str | None = None,
+    user: str = "",
+    item: str = "",
+    time: str | None = None,
+    devices: int = 0,
+) -> Run:
+    """Trains on tables as they are: finds their columns, a split and options that suit them.
+
+    It prints what it took, validates as it trains, stops when that no longer improves and keeps the
+    best checkpoint. The rows are kept in the folder of the run, which is all that later commands
+    need. Columns of `items` and `users` become features; columns of the log do not.
+
+    >>> run = tt.fit("events.csv", workdir="runs/fitted", config={"training.steps": 4})
+    ... # doctest: +ELLIPSIS
+    interactions: 400 rows; user = 'user_id', item = 'item_id', time = 'timestamp' ...
+    >>> len(run.recommend("user-1", k=3))
+    3
+
+    Args:
+        interactions: The log, a row for each event: a frame of pandas or polars, an Arrow table, a
+            relation of DuckDB, or the path of a CSV or Parquet file (or a folder or glob of such).
+        items: Table of items, which is then the corpus; None takes the items of the log.
+        users: Table of users.
+        config: Options in the place of those recommended for the log, such as
+            {"training.steps": 500, "model.normalize": True}; or a whole configuration, or the name
+            or path of an experiment, of which all but the source of the data is taken.
+        workdir: Folder of the run. None makes runs/DATE-1, or the next number that is free.
+        user: Column of the user's id; empty to find it by name and content.
+        item: Column of the item's id, likewise.
+        time: Column of the time; None to find it, "" for a log without times.
+        devices: Number of devices to train on; 0 takes all.
+
+    Returns:
+        The run at its best checkpoint.
+
+    Raises:
+        ConfigError: A column cannot be told (the message lists all, with the keyword to give), the
+            log is too small, or an option cannot be used.
+    """
+    columns = fitting.Columns(user, item, time)
+    log = fitting.read_log(interactions, items=items, users=users, columns=columns, config=config)
+    print("\n".join(log.said))
+    whole = fitting.make_config(log, config)
+    folder = fitting.begin(workdir, log, whole)
+    print(f"run: {folder}", flush=True)
+    run = train(whole, folder, devices=devices)
+    print(_comparison(run, log.facts))
+    return run
+
+
+def _comparison(run: Run, facts: LogFacts) -> str:
+    """Returns a line on the model beside popularity, on the validation rows."""
+    evaluation = run.config.evaluation
+    validate = make_validate(run.prepared, run.model)
+    metric = run.config.training.metric
+    value = validate(run.weights)[metric]
+    line = f"validation: {metric} {value:.4f} at step {run.step}"
+    every_query = make_queries(run.prepared, "validation", evaluation.query)
+    queries = every_query.sample(evaluation.validation_queries)
+    order = popularity_order(run.prepared.positives("train"), queries.num_items)
+    scores = order_scores(order)
+    figures = evaluate_ranking(scores, queries, evaluation.ks, mask_seen=True)
+    # The metric of a head is none of a ranking.
+    if metric not in figures:
+        return f"{line}."
+    popularity = figures[metric]
+    line += f", popularity {popularity:.4f}."
+    if value >= popularity:
+        return line
+    return f"{line} The model is behind popularity: {_cure(facts)}"
+
+
+def _cure(facts: LogFacts) -> str:
+    """Returns what to do about a model that is behind popularity."""
+    if facts.share_new_items > MANY_NEW and not facts.items:
+        return (
+            f"{facts.share_new_items:.0%} of the held-out rows are of items that training never "
+            "saw. Give their columns (title, category, time of publication) as items=."
+        )
+    if facts.num_training_rows < FEW_ROWS:
+        return (
+            f"{facts.num_training_rows:,} rows to train with are few. Give more rows, or columns "
+            "of the items as items=."
+        )
+    return (
+        "try config={'training.passes': 30}, give columns of the items as items=, and compare with "
+        "run.evaluate(baselines=True)."
+    )
 
 
 def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:

@@ -51,7 +51,7 @@ class LogColumns:
         user: Column of the user's id.
         item: Column of the item's id.
         time: Column of the time; empty for a log without times.
-        form: Form of the times.
+        form: Form of the times, where it was found out.
         event: Column of the kind of event; empty for none.
         rating: Column of the rating; empty for none.
     """
@@ -59,7 +59,7 @@ class LogColumns:
     user: str
     item: str
     time: str = ""
-    form: TimeForm = TimeForm("")
+    form: TimeForm | None = None
     event: str = ""
     rating: str = ""
 
@@ -81,6 +81,7 @@ def guess_columns(
     user: str = "",
     item: str = "",
     time: str | None = None,
+    has_form: bool = False,
     now: float,
 ) -> LogColumns:
     """Guesses the columns of a log that are not given.
@@ -94,6 +95,7 @@ def guess_columns(
         user: Name of the user's column; empty to guess it.
         item: Name of the item's column, likewise.
         time: Name of the time's column; None to guess it, empty for a log without times.
+        has_form: Whether the caller says in which form the times are.
         now: Seconds since the epoch: times are sought between 1990 and tomorrow.
 
     Raises:
@@ -110,8 +112,8 @@ def guess_columns(
         raise ConfigError(f"user={user!r} and item={item!r} must be two columns.\n{log}")
     if time is None:
         time = log.time_column(taken={user, item})
-    form = TimeForm("")
-    if time:
+    form = None
+    if time and not has_form:
         form = log.time_form(time)
     taken = {user, item, time}
     return LogColumns(

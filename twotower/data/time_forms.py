@@ -52,11 +52,13 @@ class TimeForm:
         words: Description, such as "seconds" or "text, %d/%m/%Y".
         unit: Unit of numbers since the epoch.
         format: Strptime format of text; empty for ISO 8601, numbers and typed times.
+        is_typed: Whether the type of the column says that these are times.
     """
 
     words: str
     unit: TimeUnit = "s"
     format: str = ""
+    is_typed: bool = False
 
 
 def find_time_forms(column: pa.ChunkedArray, *, now: float) -> list[TimeForm]:
@@ -73,7 +75,7 @@ def find_time_forms(column: pa.ChunkedArray, *, now: float) -> list[TimeForm]:
         return find_time_forms(columns.decode_dictionary(column), now=now)
     # A type says what it is; no range is asked of it.
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return [TimeForm("typed times")]
+        return [TimeForm("of type time", is_typed=True)]
     values = _sample(column)
     if not len(values):
         return []

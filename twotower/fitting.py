@@ -1,0 +1,466 @@
+"""From tables of any kind to a run that can be trained: columns, split, options, kept rows.
+
+`twotower.api.fit` trains it. Each step says in a line what it took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time as clock
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from twotower.config import Config, DataConfig, SplitConfig, TableConfig, defaults, from_dict
+from twotower.core.arrow import pc
+from twotower.core.errors import ConfigError
+from twotower.data import guess
+from twotower.data.audit import audit
+from twotower.data.contract import Origin, apply_contract
+from twotower.data.dataset import Dataset, assemble
+from twotower.data.facts import LogFacts, log_facts
+from twotower.data.filters import filter_rows
+from twotower.data.interactions import Split, count_later_rows, pair_codes
+from twotower.data.sources import kept
+from twotower.data.sources.frames import TableLike, read_table
+from twotower.data.split import MIN_ROWS_TO_HOLD_OUT, split
+from twotower.data.time_forms import in_range
+from twotower.experiment import change, read
+from twotower.recommended import recommended_config
+from twotower.training.run import claim, holds_run, local_folder
+
+LOG_KEYS = ("user_id", "item_id")
+MIN_ROWS = 20  # rows below which there is nothing to hold out and nothing to learn
+# Rows to validate with and to report on. A larger share makes the figures hardly more certain.
+VALIDATION_ROWS = 5_000
+TEST_ROWS = 10_000
+MOST_HELD_OUT = 0.1  # share of the rows for each part
+LEAST_HELD_OUT = 0.02
+
+Options = Mapping[str, Any] | Config | str | Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """A log that was read, and the options that suit it.
+
+    Attributes:
+        tables: Tables by their names in `config.data`, with our names and types of columns.
+        split: Options of `config.split`.
+        data: Further options of `config.data`.
+        facts: Facts by which the other options are recommended.
+        said: Lines that tell what was taken.
+    """
+
+    tables: dict[str, pa.Table]
+    split: dict[str, Any]
+    data: dict[str, Any]
+    facts: LogFacts
+    said: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns that the caller names; empty ones, and a time of None, are guessed.
+
+    Attributes:
+        user: Column of the user's id.
+        item: Column of the item's id.
+        time: Column of the time; empty for none.
+    """
+
+    user: str = ""
+    item: str = ""
+    time: str | None = None
+
+
+def read_log(
+    interactions: TableLike,
+    *,
+    items: TableLike | None,
+    users: TableLike | None,
+    columns: Columns,
+    config: Options,
+) -> Log:
+    """Reads the tables, finds their columns, and chooses a split that they allow.
+
+    Args:
+        interactions: The log.
+        items: Table of the items, which is then the corpus; None for the items of the log.
+        users: Table of the users' attributes.
+        columns: Columns that the caller names.
+        config: Options of the caller, of which those of the data are used here.
+
+    Raises:
+        ConfigError: A table or column cannot be used, or the log is too small.
+    """
+    now = clock.time()
+    data = _whole_config(config, {}).data
+    said: list[str] = []
+    raw, origin = read_table(interactions, data.interactions, "interactions")
+    found = _find_columns(raw, columns, data.interactions, now)
+    said.append(f"interactions: {len(raw):,} rows; {_describe_columns(found)}.")
+    log = apply_contract(
+        raw, _table_config(found, data.interactions), "interactions", keys=LOG_KEYS, origin=origin
+    )
+    log = _drop_unusable(log, found, now, said)
+    if "weight" in log.column_names:
+        said.append("  The column 'weight' says how much a row counts.")
+    tables = {"interactions": log}
+    raw_sides = {}
+    for side, source, column in (("item", items, found.item), ("user", users, found.user)):
+        raw_sides[side] = pa.table({})
+        if source is None:
+            continue
+        name = f"{side}_table"
+        raw_side, side_origin = read_table(source, getattr(data, name), f"{side}s")
+        ids = log[f"{side}_id"]
+        key = guess.guess_key(raw_side, column, ids, side, now=now)
+        tables[name] = _read_side(raw_side, key, side, getattr(data, name), side_origin)
+        raw_sides[side] = raw_side.drop_columns([key])
+        said.append(_describe_side(side, raw_side, key, tables[name], ids))
+    dataset = assemble(log, tables.get("user_table"), tables.get("item_table"))
+    if _gives_split(config):
+        chosen = _given_split(dataset, _whole_config(config, {}), said)
+    else:
+        chosen = _choose_split(dataset, data, said)
+    tables["interactions"] = chosen.rows
+    others = [name for name in raw.column_names if name not in found.mapping().values()]
+    facts = log_facts(
+        dataclasses.replace(dataset, interactions=chosen.rows),
+        chosen.parts,
+        users=raw_sides["user"],
+        items=raw_sides["item"],
+        log=raw.select(others),
+        now=now,
+    )
+    return Log(tables, chosen.split, chosen.data, facts, said)
+
+
+def make_config(log: Log, config: Options) -> Config:
+    """Returns the configuration of a log: recommended options, and those of the caller.
+
+    Args:
+        log: The log.
+        config: A whole configuration or the name of an experiment, which replaces what is
+            recommended, or options that are set on top of it, as a mapping.
+
+    Raises:
+        ConfigError: An option is unknown, or out of range.
+    """
+    recommended = dict(recommended_config(log.facts))
+    recommended["split"] = log.split
+    recommended["data"] = log.data
+    whole = _whole_config(config, recommended)
+    # All tables are the kept ones, whatever a whole configuration says.
+    tables = {name: TableConfig() for name in kept.TABLES}
+    for name in log.tables:
+        tables[name] = TableConfig(path=f"{kept.PREFIX}{name}.parquet")
+    data = dataclasses.replace(whole.data, source="parquet", path="", **tables)
+    return dataclasses.replace(whole, data=data)
+
+
+def begin(workdir: Path | str | None, log: Log, config: Config) -> Path:
+    """Makes the folder of a run, with the rows of the log.
+
+    Args:
+        workdir: Folder of the run; None makes one that is named by the date.
+        log: The log.
+        config: Configuration of the run.
+
+    Raises:
+        ConfigError: The folder holds a run of other rows or options, or something else.
+    """
+    if workdir is None:
+        folder = _new_folder()
+    else:
+        folder = local_folder(workdir)
+    has_steps = any(folder.glob("checkpoints/*"))
+    # Another configuration is refused here; the same one, of the same rows, goes on.
+    if holds_run(folder, config) and has_steps and not kept.has_kept(log.tables, folder):
+        raise ConfigError(
+            f"workdir={str(folder)!r} holds a run that was trained with other rows. Name a new "
+            "folder, or delete this one."
+        )
+    if not has_steps:
+        # Claimed before the rows are written: a folder with other files is not taken for a run's.
+        claim(folder, config)
+        kept.keep(log.tables, folder)
+    return folder
+
+
+def _new_folder() -> Path:
+    """Makes a folder runs/DATE-N that was not there."""
+    today = datetime.date.today().isoformat()
+    number = 1
+    while True:
+        folder = Path("runs") / f"{today}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _whole_config(config: Options, recommended: Mapping[str, Any]) -> Config:
+    """Returns the caller's configuration, or their options on top of those recommended."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, (str, Path)):
+        return from_dict(read(config))
+    options = defaults()
+    change(options, recommended)
+    changes = _changes(config)
+    if _sets_steps(changes):
+        # What the caller counts in steps is not counted in passes as well.
+        change(options, {"training.passes": 0.0})
+    change(options, changes)
+    return from_dict(options)
+
+
+def _changes(config: Any) -> dict[str, Any]:
+    """Returns the options of the caller, a mapping or a `ConfigDict`, as a dict."""
+    if config is None:
+        return {}
+    # A `ConfigDict` is no mapping in Python's sense.
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return dict(config)
+
+
+def _gives_split(config: Options) -> bool:
+    """Returns whether the caller says how the log is divided."""
+    if isinstance(config, (Config, str, Path)):
+        return True
+    return any(name.partition(".")[0] == "split" for name in _changes(config))
+
+
+def _sets_steps(changes: Mapping[str, Any]) -> bool:
+    training = changes.get("training", {})
+    names = {name.removeprefix("training.") for name in changes} | set(training)
+    return bool(names & {"steps", "steps_for"}) and "passes" not in names
+
+
+def _find_columns(
+    raw: pa.Table, columns: Columns, config: TableConfig, now: float
+) -> guess.LogColumns:
+    """Returns the columns of the log: those named by keyword or mapping, and guesses."""
+    named = dict(config.columns)
+    has_form = config.timestamp_format or config.timestamp_unit != TableConfig().timestamp_unit
+    time = columns.time
+    if time is None:
+        time = named.get("timestamp")
+    found = guess.guess_columns(
+        raw,
+        user=columns.user or named.get("user_id", ""),
+        item=columns.item or named.get("item_id", ""),
+        time=time,
+        # Where the caller says what the times are, nothing is to be found out.
+        has_form=bool(has_form),
+        now=now,
+    )
+    return found
+
+
+def _table_config(found: guess.LogColumns, config: TableConfig) -> TableConfig:
+    """Returns the options by which the contract reads the log."""
+    changes: dict[str, Any] = {"columns": {**config.columns, **found.mapping()}}
+    if found.form is not None:
+        changes["timestamp_unit"] = found.form.unit
+        changes["timestamp_format"] = found.form.format
+    return dataclasses.replace(config, **changes)
+
+
+def _describe_columns(found: guess.LogColumns) -> str:
+    words = [f"user = {found.user!r}", f"item = {found.item!r}"]
+    if found.time:
+        form = f" ({found.form.words})" if found.form is not None else ""
+        words.append(f"time = {found.time!r}{form}")
+    else:
+        words.append("no column of times")
+    if found.event:
+        words.append(f"event = {found.event!r} (all kinds count)")
+    if found.rating:
+        words.append(f"rating = {found.rating!r} (every row counts as liked)")
+    return ", ".join(words)
+
+
+def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: list[str]) -> pa.Table:
+    """Leaves out rows without an id or a time, and says how many they are."""
+    num_rows = len(log)
+    for ours, theirs in (("user_id", found.user), ("item_id", found.item)):
+        log = _keep_rows(log, pc.is_valid(log[ours]), f"have no {theirs!r}", said)
+    if found.time:
+        log = _keep_rows(log, pc.is_valid(log["timestamp"]), f"have no {found.time!r}", said)
+        # Where the unit was found by the range, a value outside of it is no time.
+        if found.form is not None and not found.form.is_typed:
+            is_near = in_range(log["timestamp"], now=now)
+            words = f"have a {found.time!r} before 1990 or after tomorrow"
+            log = _keep_rows(log, is_near, words, said)
+    if len(log) < MIN_ROWS:
+        raise ConfigError(
+            f"interactions: {len(log)} of {num_rows} rows have a user, an item and a time. At "
+            f"least {MIN_ROWS} are needed. {' '.join(said)}"
+        )
+    keys = [name for name in (*LOG_KEYS, "timestamp") if name in log.column_names]
+    distinct = len(log.select(keys).group_by(keys).aggregate([]))
+    repeats = len(log) - distinct
+    if repeats:
+        words = "user and item"
+        if found.time:
+            words = "user, item and time"
+        said.append(f"  {repeats:,} rows ({_share(repeats, len(log))}) repeat the {words} of one.")
+    return log
+
+
+def _keep_rows(log: pa.Table, mask: pa.ChunkedArray, words: str, said: list[str]) -> pa.Table:
+    rows = log.filter(mask)
+    dropped = len(log) - len(rows)
+    if dropped:
+        said.append(f"  {dropped:,} rows ({_share(dropped, len(log))}) {words}: left out.")
+    return rows
+
+
+def _share(count: int, total: int) -> str:
+    share = count / total
+    # "0.0 %" of some rows would be untrue.
+    return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+
+
+def _read_side(raw: pa.Table, key: str, side: str, config: TableConfig, origin: Origin) -> pa.Table:
+    ours = f"{side}_id"
+    config = dataclasses.replace(config, columns={**config.columns, ours: key})
+    return apply_contract(raw, config, f"{side}_table", keys=(ours,), origin=origin)
+
+
+def _describe_side(
+    side: str, raw: pa.Table, key: str, table: pa.Table, ids: pa.ChunkedArray
+) -> str:
+    columns = [name for name in raw.column_names if name != key]
+    known = pc.is_in(pc.unique(ids), value_set=pc.unique(table[f"{side}_id"]))
+    share = pc.mean(known.cast(pa.float64())).as_py()
+    line = f"{side}s: {len(raw):,} rows; {side} = {key!r}, further columns: "
+    line += ", ".join(columns) or "none"
+    if share < 1:
+        line += f". {1 - share:.1%} of the log's {side}s are not among them"
+    return f"{line}."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """A split that the log allows.
+
+    Attributes:
+        rows: Rows of the log, without times where these give no order.
+        parts: Division of the rows.
+        split: Options of `config.split`.
+        data: Options of `config.data` that the split needs.
+    """
+
+    rows: pa.Table
+    parts: Split
+    split: dict[str, Any]
+    data: dict[str, Any]
+
+
+def _given_split(dataset: Dataset, config: Config, said: list[str]) -> _Chosen:
+    """Returns the split of the caller.
+
+    Raises:
+        ConfigError: It leaves a part empty, or leaks.
+    """
+    filtered = filter_rows(dataset, config.data)
+    parts = split(filtered.interactions, config.split)
+    audit(parts, config.split)
+    said.append(f"split {config.split.kind}: {_describe_parts(parts)}.")
+    return _Chosen(dataset.interactions, parts, {}, {})
+
+
+def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chosen:
+    """Returns the first kind of split that the log allows: by time, last rows, or chance."""
+    rows = dataset.interactions
+    if "timestamp" in rows.column_names:
+        by_time = _try_split(dataset, data, "time", {})
+        if by_time is not None:
+            _say_moments(by_time.parts, said)
+            return by_time
+        said.append("  The times are too few different ones to divide the log by: they are unused.")
+        rows = rows.drop_columns(["timestamp"])
+        dataset = dataclasses.replace(dataset, interactions=rows)
+    # Without an order a repeated pair could be learned by heart.
+    options = {}
+    if _has_repeats(rows):
+        options["duplicates"] = "first"
+        said.append("  Of rows with one user and item the first is kept.")
+    kinds = ["random"]
+    _, rows_of_user = count_later_rows(rows)
+    # Where most rows are of users who keep some to be known by after two are held out.
+    if (rows_of_user >= 2 * MIN_ROWS_TO_HOLD_OUT).mean() > 0.5:
+        kinds.insert(0, "leave_last_out")
+    for kind in kinds:
+        chosen = _try_split(dataset, data, kind, options)
+        if chosen is not None:
+            words = "at random"
+            if kind == "leave_last_out":
+                words = "by the last rows of each user (the order of the rows is taken for time)"
+            said.append(f"split {words}: {_describe_parts(chosen.parts)}.")
+            return chosen
+    raise ConfigError(
+        f"interactions: {len(rows):,} rows cannot be divided into rows to train, to validate and "
+        "to test with. Give more rows, or a whole configuration as config=."
+    )
+
+
+def _try_split(
+    dataset: Dataset, data: DataConfig, kind: str, options: dict[str, Any]
+) -> _Chosen | None:
+    """Returns the split of a kind; None where it leaves a part empty, or leaks."""
+    num_rows = len(dataset.interactions)
+    shares = {
+        "kind": kind,
+        "validation": _held_out_share(VALIDATION_ROWS, num_rows),
+        "test": _held_out_share(TEST_ROWS, num_rows),
+    }
+    config = SplitConfig(**shares)
+    try:
+        filtered = filter_rows(dataset, dataclasses.replace(data, **options))
+        parts = split(filtered.interactions, config)
+        audit(parts, config)
+    except ConfigError:
+        return None
+    # Where most rows have one time, they stay together in a part that is then too large.
+    if len(parts.train) < len(filtered.interactions) / 2:
+        return None
+    return _Chosen(dataset.interactions, parts, shares, options)
+
+
+def _held_out_share(wanted: int, num_rows: int) -> float:
+    """Returns the share that makes about `wanted` rows, within bounds, in thousandths."""
+    share = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, wanted / num_rows))
+    return round(share, 3)
+
+
+def _has_repeats(rows: pa.Table) -> bool:
+    pairs = pair_codes(rows)
+    return pc.count_distinct(pa.array(pairs)).as_py() < len(pairs)
+
+
+def _say_moments(parts: Split, said: list[str]) -> None:
+    moments = []
+    for rows in (parts.validation, parts.test):
+        first = pc.min(rows["timestamp"]).as_py()
+        moments.append(datetime.datetime.fromtimestamp(first, datetime.UTC))
+    validation, test = (f"{moment:%Y-%m-%d %H:%M}" for moment in moments)
+    said.append(
+        f"split by time: {_describe_parts(parts)}; validation begins at {validation}, test at "
+        f"{test}."
+    )
+
+
+def _describe_parts(parts: Split) -> str:
+    names = {"train": "to train", "validation": "to validate", "test": "to test"}
+    return ", ".join(f"{len(getattr(parts, part)):,} rows {words}" for part, words in names.items())
