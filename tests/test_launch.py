@@ -29,6 +29,8 @@ TOOLS = (
     "tar",
 )
 
+LAUNCHERS = [str(path.relative_to(ROOT)) for path in (ROOT / "experiments" / "launch").glob("*.*")]
+
 GCLOUD = r"""#!/bin/bash
 { printf '%s\0' "$@"; printf '\1'; } >>"$CALLS"
 command=$4
@@ -74,6 +76,7 @@ class Launcher:
             "launch_tpu.sh",
             "setup.py",
             "experiments/configs/quickstart.py",
+            *LAUNCHERS,
         ):
             target = self.tree / name
             target.parent.mkdir(parents=True, exist_ok=True)
