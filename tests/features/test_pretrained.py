@@ -191,8 +191,12 @@ def test_rows_without_a_vector_are_said_with_their_share(caplog):
 @pytest.mark.parametrize(
     ("vectors", "extra", "message"),
     [
-        ([[1.0, 2.0]] * 29 + [[1.0]], {}, "the vector in row 30 has width 1, not 2 as"),
-        ([[1.0, 2.0]] * 30, {"embedding_size": 4}, "the vector in row 1 has width 2, not 4 as"),
+        ([[1.0, 2.0]] * 29 + [[1.0]], {}, "the vector in row 30 has width 1; all must be 2 wide"),
+        (
+            [[1.0, 2.0]] * 30,
+            {"embedding_size": 4},
+            "the vector in row 1 has width 2; all must be 4 wide",
+        ),
         ([[1.0, 2.0]] * 29 + [[1.0, np.nan]], {}, "NaN or infinity .* 1 of 30 rows.* in row 30"),
         ([[1.0, 2.0]] * 29 + [[1.0, None]], {}, "NaN or infinity .* in row 30"),
         (["[1, 2]"] * 29 + ["i3"], {}, "'i3' in row 30 is not a list of numbers such as"),

@@ -102,7 +102,10 @@ class TextColumns(Feature):
     def read(self, rows: pa.Table) -> pa.ChunkedArray:
         if not self.columns:
             return super().read(rows)
-        texts = [_blank_as_null(as_strings(column_of(rows, name))) for name in self.columns]
+        texts = []
+        for name in self.columns:
+            values = as_strings(column_of(rows, name))
+            texts.append(_blank_as_null(values))
         separator = pa.scalar(self.separator, pa.large_string())
         joined, *others = texts
         # Two at a time: of a row whose texts are all null, Arrow's join of several that skips nulls

@@ -55,9 +55,8 @@ def check_event_weights(rows: pa.Table, weights: Mapping[str, float]) -> None:
             f"config.data.interactions.columns={{'event': ...}}. There are: {known}."
         )
     counts = pc.value_counts(rows["event"])
-    count_by_kind = dict(
-        zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist())
-    )
+    kinds = counts.field("values").to_pylist()
+    count_by_kind = dict(zip(kinds, counts.field("counts").to_pylist()))
     for name in weights:
         if name not in count_by_kind:
             hint = did_you_mean(name, filter(None, count_by_kind))
