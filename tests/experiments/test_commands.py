@@ -116,6 +116,21 @@ def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
     assert ranks == ["1", "2", "3", "4"]
 
 
+def test_query_takes_conditions_a_bundle_alone_and_a_row_of_features(exported, tmp_path):
+    bundle = shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    prices = {row["item_id"]: row["price"] for row in load_bundle(bundle).items.to_pylist()}
+    limit = sorted(prices.values())[len(prices) // 2]
+    flags = [f"--bundle={bundle}", "--k=5", f"--where=price <= {limit}"]
+    for whom in ("--user=1", '--rows={"user_id": "somebody new"}'):
+        printed = output_of("query", *flags, whom)
+        shown = [line.split()[1] for line in printed.splitlines()[-5:]]
+        assert len(set(shown)) == 5 and all(prices[item] <= limit for item in shown)
+    error = error_of("query", *flags, "--user=1", "--where=title=nothing")
+    assert "no item has 'nothing' in column 'title'. The nearest that there are: " in error
+    error = error_of("query", *flags, '--rows={"user": 1}')
+    assert "has no field 'user'; did you mean 'user_id'?" in error
+
+
 def test_query_writes_lists_of_many_users(exported, tmp_path):
     (tmp_path / "users.txt").write_text("1\nnobody\n\n2\n")
     printed = output_of(
@@ -308,7 +323,7 @@ def test_lists_that_cannot_be_written_are_named(exported, tmp_path):
     "flags, message",
     [
         (["--item=nothing"], "'nothing' is not among"),
-        ([], "Give one of --user=ID, --item=ID and --users=FILE"),
+        ([], "Give one of --user, --item, --rows and --users; none is given"),
         (["--users=nowhere.csv"], "nowhere.csv is not a file"),
         (["--users=README.md", "--out=tests"], "--out=tests is a folder"),
     ],

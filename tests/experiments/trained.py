@@ -14,7 +14,7 @@ CONFIG = {
         "item": {"item_id": {"type": "string", "embedding_size": 8}},
     },
     "training": {"batch_size": 64, "steps": 4, "validate_every": 4, "log_every": 2},
-    "retrieval": {"display": ("title",)},
+    "retrieval": {"display": ("title", "price")},
 }
 
 

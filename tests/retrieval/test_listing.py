@@ -6,6 +6,7 @@ import pytest
 from wcwidth import wcswidth
 
 from twotower.core.errors import ConfigError
+from twotower.core.tables import shorten
 from twotower.retrieval.listing import format_items, read_ids
 from twotower.retrieval.retriever import Recommendation
 
@@ -51,3 +52,29 @@ def test_a_table_lines_up_in_any_script():
         and lines[0].split() == ["rank", "item", "title", "tags", "score"]
     )
     assert format_items([]) == "  (nothing)"
+
+
+def test_a_table_lines_up_whatever_is_in_a_cell():
+    """Line breaks, tabs, control characters, wide letters, marks without a width, long texts."""
+    texts = [
+        "a\nb",
+        "a\tb",
+        "a\x00\x1b[31mb",
+        "日本" * 60,
+        "e\u0301" * 500,
+        "x" * 10_000,
+        "👩‍👩‍👧",
+        "",
+    ]
+    items = [Recommendation(str(n), 0.5, {"title": text}) for n, text in enumerate(texts)]
+    lines = format_items(items).splitlines()
+    assert len(lines) == len(texts) + 1
+    assert len({wcswidth(line) for line in lines}) == 1
+    assert all(wcswidth(line) < 80 for line in lines)
+
+
+@pytest.mark.parametrize("text", ["a" * 99, "日本" * 99, "e\u0301" * 99, "a\n" * 99])
+def test_a_text_is_cut_to_its_width_on_the_terminal(text):
+    short = shorten(text, 10)
+    assert short.endswith("…") and 9 <= wcswidth(short) <= 10
+    assert shorten("日本", 4) == "日本"

@@ -160,6 +160,24 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
         _refuse(error)
 
 
+def require_one(*alternatives: flags.FlagHolder[Any]) -> None:
+    """Refuses a command line that does not give exactly one of some flags.
+
+    Raises:
+        ConfigError: None of them is given, or several are.
+    """
+    from twotower.core.errors import ConfigError
+
+    given = [f"--{flag.name}" for flag in alternatives if flag.value is not None]
+    if len(given) == 1:
+        return
+    names = [f"--{flag.name}" for flag in alternatives]
+    problem = "none is given"
+    if given:
+        problem = f"given: {', '.join(given)}"
+    raise ConfigError(f"Give one of {', '.join(names[:-1])} and {names[-1]}; {problem}.")
+
+
 def format_help(command: Command) -> str:
     """Returns the usage of a command and its flags, with commands as they are given here."""
     usage = re.sub(

@@ -1,29 +1,46 @@
-"""Recommends items to a user or to many users, or lists the items that are like one, by a bundle.
+r"""Recommends items to a user or to many users, or lists the items that are like one, by a bundle.
 
-    twotower query --workdir=runs/quickstart --user=42 --k=10
+    twotower query --workdir=runs/quickstart --user=42 --k=10 --where='price <= 20'
 
-    twotower query --workdir=runs/quickstart --item=17
+    twotower query --workdir=runs/quickstart --item=17 --where=category=lamp,clock
+
+    twotower query --bundle=shop_bundle --rows='{"city": "Cairo", "history": ["17", "3"]}'
 
     twotower query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
 
 Prints the recommendations for the user, or the items most like the item. The lists of many users
-are written as Parquet: user_id, rank, item_id, score.
+are written as Parquet: user_id, rank, item_id, score. A bundle needs nothing of its run: --bundle
+names its folder alone.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
+from twotower.commands import launch
+
+if TYPE_CHECKING:
+    from twotower.retrieval.listing import ListOptions
+    from twotower.retrieval.retriever import Retriever
+
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
+_BUNDLE = flags.DEFINE_string(
+    "bundle", None, "The folder of a bundle, in the place of --workdir.", flag_values=FLAGS
 )
 _USER = flags.DEFINE_string(
     "user", None, "A user id: prints its latest items and its recommendations.", flag_values=FLAGS
 )
 _ITEM = flags.DEFINE_string("item", None, "An item id: prints similar items.", flag_values=FLAGS)
+_ROWS = flags.DEFINE_string(
+    "rows",
+    None,
+    "The features of somebody new, history and all, as JSON or a .json file: one object or a list.",
+    flag_values=FLAGS,
+)
 _USERS = flags.DEFINE_string(
     "users",
     None,
@@ -33,30 +50,56 @@ _USERS = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "File that --users writes; by default WORKDIR/recommendations.parquet.",
+    "File that --users writes; by default recommendations.parquet beside the bundle.",
     flag_values=FLAGS,
 )
 _K = flags.DEFINE_integer("k", 10, "Length of the lists.", lower_bound=1, flag_values=FLAGS)
 _EXCLUDE_SEEN = flags.DEFINE_bool(
     "exclude_seen", True, "Leave out the items that a user has seen.", flag_values=FLAGS
 )
+_WHERE = flags.DEFINE_multi_string(
+    "where",
+    [],
+    "Condition on the columns of items, such as 'price <= 20' or category=lamp,clock; several "
+    "flags must all hold.",
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
+    from twotower.retrieval import listing
+    from twotower.retrieval.live.conditions import parse_condition
+
+    launch.require_one(_USER, _ITEM, _ROWS, _USERS)
+    launch.require_one(_WORKDIR, _BUNDLE)
+    retriever = load()
+    items = retriever.items()
+    where = tuple(parse_condition(text, items) for text in _WHERE.value)
+    options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where)
+    answer(retriever, options)
+
+
+def load() -> Retriever:
+    """Returns the retriever of the bundle that the flags name."""
     from twotower import api
-    from twotower.core.errors import ConfigError
+
+    if _WORKDIR.value is not None:
+        return api.load_exported(_WORKDIR.value)
+    return api.load_retriever(_BUNDLE.value or "")
+
+
+def answer(retriever: Retriever, options: ListOptions) -> None:
+    """Prints, or writes, what the flags ask for."""
     from twotower.retrieval import listing
 
-    if sum(flag.value is not None for flag in (_USER, _ITEM, _USERS)) != 1:
-        raise ConfigError("Give one of --user=ID, --item=ID and --users=FILE.")
-    retriever = api.load_exported(_WORKDIR.value)
-    k = _K.value
-    exclude_seen = _EXCLUDE_SEEN.value
     if _USER.value is not None:
-        print(listing.format_user(retriever, _USER.value, k, exclude_seen=exclude_seen))
+        print(listing.format_user(retriever, _USER.value, options))
     elif _ITEM.value is not None:
-        print(listing.format_similar(retriever, _ITEM.value, k))
+        print(listing.format_similar(retriever, _ITEM.value, options))
+    elif _ROWS.value is not None:
+        for row in listing.read_rows(_ROWS.value, retriever):
+            print(listing.format_new_user(retriever, row, options))
     elif _USERS.value is not None:
-        users = Path(_USERS.value)
-        out = Path(_OUT.value or Path(_WORKDIR.value) / "recommendations.parquet")
-        print(listing.write_lists(retriever, users, out, k, exclude_seen=exclude_seen))
+        folder = Path(_WORKDIR.value or f"{_BUNDLE.value}/..")
+        out = Path(_OUT.value or folder / "recommendations.parquet")
+        print(listing.write_lists(retriever, Path(_USERS.value), out, options))

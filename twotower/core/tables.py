@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+import wcwidth
 from tabulate import tabulate
 
 _SPACES = re.compile(r"\s+")
@@ -40,6 +41,33 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
         colalign=[_ALIGNMENTS[letter] for letter in letters],
     )
     return "\n".join(line.rstrip() for line in table.split("\n"))
+
+
+def shorten(text: str, width: int) -> str:
+    """Returns a text on one line, cut to a width on the terminal, on which some letters take two.
+
+    Args:
+        text: Text of any length.
+        width: Greatest number of columns.
+
+    >>> shorten("a bracelet\\nof silver", 12)
+    'a bracelet …'
+    """
+    text = _SPACES.sub(" ", text)
+    used = 0
+    for position, letter in enumerate(text):
+        # Control characters, of width -1, are shown by another letter.
+        used += abs(wcwidth.wcwidth(letter))
+        # Marks of no width of their own may go on for ever.
+        if used > width or position > 4 * width:
+            return _cut(text[:position], width - 1) + "…"
+    return text
+
+
+def _cut(text: str, width: int) -> str:
+    while sum(abs(wcwidth.wcwidth(letter)) for letter in text) > width:
+        text = text[:-1]
+    return text
 
 
 def _printable(cell: str) -> str:

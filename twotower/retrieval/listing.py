@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,29 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.core.files import atomic
-from twotower.core.tables import format_table
+from twotower.core.tables import format_table, shorten
+from twotower.retrieval.live.conditions import Conditions
 from twotower.retrieval.retriever import Recommendation, Retriever
 
-MAX_CELL_CHARACTERS = 48  # longer texts are cut
+MAX_CELL_WIDTH = 48  # longer texts are cut
 LATEST_ITEMS = 5  # latest items of a user, shown above the recommendations
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOptions:
+    """Options of the lists that are shown or written.
+
+    Attributes:
+        k: Length of the lists.
+        exclude_seen: Whether items that a user has seen are left out.
+        where: Conditions on the items that may come back.
+    """
+
+    k: int = 10
+    exclude_seen: bool = True
+    where: Conditions = ()
 
 
 def read_ids(path: Path) -> list[str]:
@@ -83,9 +102,9 @@ def _cells(item: Recommendation, columns: Sequence[str]) -> list[str]:
     return [item.item_id, *(_text(item.display[name]) for name in columns)]
 
 
-def format_user(retriever: Retriever, user: str, k: int, *, exclude_seen: bool = True) -> str:
+def format_user(retriever: Retriever, user: str, options: ListOptions) -> str:
     """Returns the latest items of a user above a table of recommendations."""
-    recommended = retriever.recommend(user, k=k, exclude_seen=exclude_seen)
+    recommended = retriever.recommend(user, **dataclasses.asdict(options))
     lines = []
     if not recommended.known:
         lines.append(f"User {user} is not known: these are the recommendations for somebody new.\n")
@@ -97,24 +116,59 @@ def format_user(retriever: Retriever, user: str, k: int, *, exclude_seen: bool =
     return "\n".join(lines)
 
 
-def format_similar(retriever: Retriever, item: str, k: int) -> str:
+def read_rows(text: str, retriever: Retriever) -> list[dict[str, Any]]:
+    """Reads raw user features from JSON: one object, or a list of them.
+
+    Args:
+        text: JSON, or the path of a .json file of it.
+        retriever: Retriever whose user features they are.
+
+    Raises:
+        ConfigError: It is not JSON of this form, or names a column that no feature of users reads.
+    """
+    field = f"--rows={shorten(text, MAX_CELL_WIDTH)}"
+    known = retriever.user_rows.columns
+    (_, example, *_) = known
+    try:
+        if text.endswith(".json"):
+            text = Path(text).read_text(encoding="utf-8")
+        rows = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{field} is not JSON: {error}. Give an object with columns of users, such as "
+            f"--rows='{{\"{example}\": ...}}'."
+        ) from None
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{field} must be a JSON object, or a list of them.")
+    for row in rows:
+        check_fields(row, known, field)
+    return rows
+
+
+def format_new_user(retriever: Retriever, row: Mapping[str, Any], options: ListOptions) -> str:
+    """Returns a table of recommendations for a user of whom only a row of raw features is known."""
+    recommended = retriever.recommend(rows=[row], **dataclasses.asdict(options))
+    user = shorten(json.dumps(row, ensure_ascii=False), 2 * MAX_CELL_WIDTH)
+    return f"Recommended to {user}:\n{format_items(recommended)}"
+
+
+def format_similar(retriever: Retriever, item: str, options: ListOptions) -> str:
     """Returns an item above a table of the items that are most similar to it."""
-    similar = retriever.similar_items(item, k)
+    similar = retriever.similar_items(item, options.k, where=options.where)
     header = format_items([retriever.item(item)], ranked=False)
     return f"Items like {item}:\n{header}\n\n{format_items(similar)}"
 
 
-def write_lists(
-    retriever: Retriever, users: Path, out: Path, k: int, *, exclude_seen: bool = True
-) -> str:
+def write_lists(retriever: Retriever, users: Path, out: Path, options: ListOptions) -> str:
     """Writes the recommendations of many users as Parquet: user_id, rank, item_id, score.
 
     Args:
         retriever: Retriever that recommends.
         users: File of user ids, see `read_ids`.
         out: File to write, whole or not at all.
-        k: Length of the lists.
-        exclude_seen: Whether items that a user has seen are left out.
+        options: Options of the lists.
 
     Returns:
         A line that says what was written, and for how many unknown users.
@@ -123,13 +177,13 @@ def write_lists(
         raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
     # Both paths are checked before the long part.
     ids = read_ids(users)
-    lists = retriever.recommend_many(ids, k, exclude_seen=exclude_seen)
+    lists = retriever.recommend_many(ids, **dataclasses.asdict(options))
     # An earlier file stays whole until the new one is.
     with atomic(out) as temporary:
         pq.write_table(lists, temporary)
     unknown = sum(not retriever.knows(user) for user in ids)
     return (
-        f"{out}: {len(lists):,} rows, lists of {k} for {len(ids):,} users "
+        f"{out}: {len(lists):,} rows, lists of {options.k} for {len(ids):,} users "
         f"({unknown:,} of them not known)."
     )
 
@@ -143,6 +197,4 @@ def _text(value: Any) -> str:
         text = ", ".join(map(str, value))
     else:
         text = str(value)
-    if len(text) <= MAX_CELL_CHARACTERS:
-        return text
-    return text[: MAX_CELL_CHARACTERS - 1] + "…"
+    return shorten(text, MAX_CELL_WIDTH)

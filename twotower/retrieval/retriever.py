@@ -335,6 +335,11 @@ class Retriever:
         position = np.array([catalogue.position(snapshot, item)])
         return _recommendations(snapshot, np.array([np.nan]), position)[0]
 
+    def items(self) -> pa.Table:
+        """Returns item_id and the display columns of all items that are there now."""
+        _, _, items = self._live.catalogue.snapshot.all_items()
+        return items
+
     def encode_users(self, rows: Rows) -> np.ndarray:
         """Returns the vectors of raw user features, float32 [B, D].
 

@@ -34,6 +34,12 @@ class UserRows:
         ids = users["user_id"].to_pylist()
         self.row_by_id: dict[str, int] = {user: row for row, user in enumerate(ids)}
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the raw columns that rows may have: those of the user features, and the id."""
+        own = [feature.column for feature in self._encoder.spec.user.values()]
+        return list(dict.fromkeys(["user_id", *own, "timestamp"]))
+
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
         """Returns the encoded features of raw rows.
 
