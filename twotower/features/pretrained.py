@@ -257,8 +257,8 @@ def parse_vectors(
     if len(different):
         row = different[0]
         raise ConfigError(
-            f"{location}: the vector in row {row + 1} has width {lengths[row]}; all must be {width} "
-            "wide."
+            f"{location}: the vector in row {row + 1} has width {lengths[row]}; all must be "
+            f"{width} wide."
         )
     # A null among the numbers becomes NaN, and is refused as such.
     numbers = pc.list_flatten(lists).to_numpy(zero_copy_only=False)

@@ -108,7 +108,10 @@ def read_weights(rows: pa.Table, event_weights: Mapping[str, float]) -> np.ndarr
 def _list_kinds(counts: Mapping[str | None, int], total: int) -> str:
     """Returns the most frequent kinds with their shares, for a message."""
     frequent = sorted(counts, key=counts.__getitem__, reverse=True)
-    parts = [f"{kind!r} ({counts[kind] / total:.1%})" for kind in frequent[:_LISTED_KINDS]]
+    parts = []
+    for kind in frequent[:_LISTED_KINDS]:
+        name = "none at all" if kind is None else repr(kind)
+        parts.append(f"{name} ({counts[kind] / total:.1%})")
     if len(frequent) > _LISTED_KINDS:
         parts.append(f"{len(frequent) - _LISTED_KINDS} more")
     return ", ".join(parts)

@@ -5,14 +5,16 @@ r"""Features and rows of one's own tables.
     python -m experiments.export --workdir=runs/features
     python -m experiments.evaluate --workdir=runs/features --k=10
 
-The small files that it reads lie in `experiments/examples/tables/`; start the commands in the
-project's folder.
+The small files that it reads lie in `examples/tables/`. Validation and test rows have files of
+their own, whose times are text, or numbers in `times_in_ms`.
 """
+
+from pathlib import Path
 
 from twotower.config import defaults
 
-FOLDER = "experiments/examples/tables"
-RECIPES = ("own_tables",)
+FOLDER = Path(__file__).parents[2] / "examples" / "tables"
+RECIPES = ("own_tables", "times_in_ms")
 
 
 def get_config(recipe="own_tables"):
@@ -22,6 +24,18 @@ def get_config(recipe="own_tables"):
     config.data.interactions.encoding = "latin-1"
     config.data.interactions.columns = {"timestamp": "time"}
     config.data.item_table.path = f"{FOLDER}/items.csv"
+    config.split.kind = "fixed"
+    for table, name in ((config.data.validation, "validation"), (config.data.test, "latest")):
+        table.path = f"{FOLDER}/{name}.txt"
+        table.delimiter = ";"
+        table.encoding = "utf-8-sig"
+        table.names = ("who", "what", "when", "when_ms")
+        table.columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
+        table.timestamp_format = "%d/%m/%Y %H:%M:%S"
+        if recipe == "times_in_ms":
+            table.columns.timestamp = "when_ms"
+            table.timestamp_format = ""
+            table.timestamp_unit = "ms"
 
     # A purchase trains ten times as much as a view, and counts as much in the mean of the past.
     config.data.event_weights = {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0}

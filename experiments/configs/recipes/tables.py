@@ -50,13 +50,14 @@ def get_config(recipe="dates"):
         # Rows of one moment lie on both sides, so that figures of such a split flatter.
         config.split.accept_leakage = ("random_split",)
         return config
-    # Validation and test rows have files of their own.
     config.split.kind = "fixed"
-    for table, name in ((data.validation, "validation"), (data.test, "test")):
-        table.path = f"{FOLDER}/{name}.txt"
-        table.delimiter = ";"
-        table.encoding = "utf-8-sig"
-        table.names = ("who", "what", "when", "when_ms")
+    config.split.held = "latest"
+    # Validation is the end of each user's rows, and the rows of users end at different times.
+    config.split.accept_leakage = ("time_order",)
+    data.test.path = f"{FOLDER}/test.txt"
+    data.test.delimiter = ";"
+    data.test.encoding = "utf-8-sig"
+    data.test.names = ("who", "what", "when", "when_ms")
     return config
 
 
@@ -66,9 +67,8 @@ def textual_times(data):
     data.interactions.timestamp_format = "%Y-%m-%d %H:%M:%S"
     data.user_table.timestamp_format = "%d.%m.%Y"
     data.item_table.timestamp_format = "%d/%m/%Y"
-    for table in (data.validation, data.test):
-        table.columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
-        table.timestamp_format = "%d/%m/%Y %H:%M:%S"
+    data.test.columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
+    data.test.timestamp_format = "%d/%m/%Y %H:%M:%S"
 
 
 def numeric_times(data):
@@ -79,6 +79,5 @@ def numeric_times(data):
     data.user_table.timestamp_unit = "ms"
     data.item_table.columns = {"created": "created_ms"}
     data.item_table.timestamp_unit = "ms"
-    for table in (data.validation, data.test):
-        table.columns = {"user_id": "who", "item_id": "what", "timestamp": "when_ms"}
-        table.timestamp_unit = "ms"
+    data.test.columns = {"user_id": "who", "item_id": "what", "timestamp": "when_ms"}
+    data.test.timestamp_unit = "ms"
