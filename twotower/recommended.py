@@ -56,12 +56,12 @@ def _user_features(facts: LogFacts) -> Options:
             "buckets": 32,
             "embedding_size": WIDTH,
         }
-    features |= _column_features(facts.users, facts.num_users, width=8, reads_text=False)
     items = _item_features(facts)
     # Words of texts would make each event as long as a text; values and lists are read at once.
     values = [name for name in items if items[name]["type"] in ("string", "strings")]
     features["history"] = {"type": "history", "max_length": 50, "reads": tuple(values)}
-    return features
+    columns = _column_features(facts.users, facts.num_users, width=8, reads_text=False)
+    return _with_columns(features, columns)
 
 
 def _item_features(facts: LogFacts) -> Options:
@@ -72,7 +72,18 @@ def _item_features(facts: LogFacts) -> Options:
         oov_rate = 0.1
     if columns and facts.share_new_items > SHARE_OF_NEWS:
         oov_rate = 0.5
-    return {"item_id": _id_feature(oov_rate=oov_rate)} | columns
+    return _with_columns({"item_id": _id_feature(oov_rate=oov_rate)}, columns)
+
+
+def _with_columns(features: Options, columns: Options) -> Options:
+    """Returns features and those of columns; one whose name is taken gets another."""
+    together = dict(features)
+    for name, feature in columns.items():
+        if name in features:
+            together[f"{name}_column"] = feature | {"column": name}
+        else:
+            together[name] = feature
+    return together
 
 
 def _id_feature(*, oov_rate: float) -> Options:

@@ -29,20 +29,27 @@ def get_config():
     config.split.validation = 0.05
     config.split.test = 0.1
 
-    # Ids, and the time of the query: the last of eight periods stands for tomorrow. A high oov_rate
-    # trains the rows that new users get. Further columns of items and users go here, each as a
-    # feature: "title": {"type": "text", "embedding_size": 32}.
+    # A user is an id, the time of the query (the last of 32 periods stands for tomorrow) and the
+    # items that they had. A high oov_rate trains the rows that new users and new items get.
+    # Columns of the users and of the items go here, each as a feature; what an item keeps for
+    # life, such as its category, also into "reads", by which the history knows more than ids.
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
-        "period": {"type": "int", "column": "timestamp", "buckets": 8, "embedding_size": 64},
+        "period": {"type": "int", "column": "timestamp", "buckets": 32, "embedding_size": 64},
+        "history": {"type": "history", "max_length": 50, "reads": ("item_id",)},
     }
     config.features.item = {
-        "item_id": {"type": "string", "embedding_size": 64},
+        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1},
+        # "title": {"type": "text", "characters": (), "max_length": 12, "embedding_size": 32},
+        # "category": {"type": "string", "embedding_size": 16},
+        # "published": {"type": "timestamp", "parts": ("age",), "embedding_size": 16},
     }
     config.model.user.layers = (64,)
     config.model.user.dropout = 0.4
     config.model.item.layers = (64,)
     config.model.item.dropout = 0.2
+    config.model.history.kind = "bag"
+    config.model.history.recency = True
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
