@@ -42,8 +42,14 @@ RECIPES = {
     # Every feature is 32 wide, as the items of the history are, so that they can be summed; the sum
     # itself is the vector.
     "summed": {
-        "features.user.city.embedding_size": 32,
-        "features.item.title.embedding_size": 32,
+        "features.user": {
+            "city": {"type": "string", "embedding_size": 32},
+            "history": {"type": "history", "max_length": 20},
+        },
+        "features.item": {
+            "item_id": {"type": "string", "embedding_size": 32, "oov_rate": 0.1},
+            "title": {"type": "text", "embedding_size": 32, "buckets": 4096, "max_length": 24},
+        },
         "model.user.combine": "sum",
         "model.user.layers": (),
         "model.item.combine": "sum",
