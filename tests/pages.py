@@ -1,0 +1,242 @@
+"""Pages of documentation as programs: each block of a page runs, in the order of the page.
+
+What a block is, its language says: `python` runs in the page's one namespace, `bash` line by line,
+`sql` in DuckDB, `json` is read, and `text` is what the block before it printed. A comment before a
+block says what else is meant:
+
+    <!-- not run: REASON -->     its syntax and the flags of its commands are checked
+    <!-- file: PATH -->          it is the text of a file
+
+The first line of a page may name what its reader has already:
+
+    <!-- given: runs/quickstart, events.csv -->
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from twotower.__main__ import COMMANDS
+from twotower.commands import launch
+
+ROOT = Path(__file__).parents[1]
+LANGUAGES = ("python", "bash", "text", "sql", "json")
+_FENCE = re.compile(
+    r"(?:^<!-- (?P<note>[^\n]*?) -->\n+)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+_NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*|[-+]?\.\d+")
+# A reader names the same thing by either.
+_LAUNCHES = re.compile(r"^(?:python -m experiments\.|python -m twotower |twotower )(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block of a page.
+
+    Attributes:
+        page: File of the page.
+        line: Line of the page on which the text begins, from 1 on.
+        language: What follows the fence.
+        note: Comment before the block, without its signs.
+        text: The block itself.
+    """
+
+    page: Path
+    line: int
+    language: str
+    note: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+    def remark(self, kind: str) -> str:
+        """Returns what the note says of a kind, such as the reason of "not run"."""
+        found, _, said = self.note.partition(": ")
+        return said if found == kind else ""
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """Returns the blocks of a page, in its order."""
+    text = page.read_text(encoding="utf-8")
+    blocks = []
+    for found in _FENCE.finditer(text):
+        line = text.count("\n", 0, found.start("text")) + 1
+        note = found["note"] or ""
+        blocks.append(Block(page, line, found["language"].strip(), note, found["text"]))
+    return blocks
+
+
+def given(page: Path) -> list[str]:
+    """Returns the names of what a page begins with."""
+    first = page.read_text(encoding="utf-8").partition("\n")[0]
+    found = re.fullmatch(r"<!-- given: (.*) -->", first)
+    return found[1].split(", ") if found else []
+
+
+def shell_lines(text: str) -> list[str]:
+    """Returns the commands of a block, those over several lines as one, without comments."""
+    joined = text.replace("\\\n", " ")
+    stripped = (line.strip() for line in joined.splitlines())
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+class Runner:
+    """The blocks of a page, run in a folder.
+
+    Args:
+        folder: Working folder of every block.
+        replace: Texts of the page that stand for others here, such as the address of a server.
+    """
+
+    def __init__(self, folder: Path, replace: dict[str, str]):
+        self.folder = folder
+        self.replace = replace
+        self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.printed = ""
+        self.handled: list[Block] = []
+
+    def run(self, block: Block) -> None:
+        """Runs a block, or checks what can be checked of one that is not run."""
+        text = block.text
+        for old, new in self.replace.items():
+            text = text.replace(old, new)
+        if block.language not in LANGUAGES and not block.note:
+            raise AssertionError(
+                f"{block}: a block of the language {block.language!r} must say '<!-- not run: "
+                f"REASON -->' or '<!-- file: PATH -->'; those that run are {LANGUAGES}"
+            )
+        with contextlib.chdir(self.folder):
+            if block.remark("file"):
+                self._write(block.remark("file"), text)
+            elif block.remark("not run"):
+                check(block)
+            else:
+                assert not block.note, f"{block}: {block.note!r} is no known note"
+                getattr(self, f"_{block.language}")(block, text)
+        self.handled.append(block)
+
+    def _write(self, name: str, text: str) -> None:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def _python(self, block: Block, text: str) -> None:
+        # Empty lines before it: a traceback shows the line of the page.
+        code = compile("\n" * (block.line - 1) + text, str(block.page), "exec")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(code, self.names)
+        self.printed = output.getvalue()
+        check_config(self.names.get("config"))
+
+    def _bash(self, block: Block, text: str) -> None:
+        printed = []
+        for line in shell_lines(text):
+            if _LAUNCHES.match(line) and not re.search(r"[|;&<>`]", line):
+                printed.append(run_command(shlex.split(line, comments=True)))
+            else:
+                printed.append(run_shell(line))
+        self.printed = "\n".join(printed)
+
+    def _text(self, block: Block, text: str) -> None:
+        """Compares the lines but for their numbers; a list's rows hold titles, and are left out."""
+        printed = {shape(line) for line in self.printed.splitlines()}
+        for line in text.splitlines():
+            expected = shape(line)
+            if expected and expected != "..." and not expected.startswith("#"):
+                assert expected in printed, f"{block}: not printed: {line!r}\n{self.printed}"
+
+    def _sql(self, block: Block, text: str) -> None:
+        duckdb = importlib.import_module("duckdb")
+        assert len(duckdb.sql(text).fetchall()), f"{block}: the query finds nothing"
+
+    def _json(self, block: Block, text: str) -> None:
+        json.loads(text)
+
+
+def shape(line: str) -> str:
+    """Returns a line with its numbers as # and its spaces and rules shortened."""
+    line = _NUMBER.sub("#", line)
+    return re.sub(r"\s+", " ", re.sub(r"-{3,}", "---", line)).strip()
+
+
+def check_config(config: Any) -> None:
+    """Makes the configuration of a page, so that what it shows is accepted."""
+    # A page may also show a `Config`, or configure something else by this name.
+    if type(config).__name__ == "ConfigDict":
+        importlib.import_module("twotower.config").from_dict(config)
+
+
+@contextlib.contextmanager
+def command_of(argv: list[str]) -> Iterator[Any]:
+    """The module of a command, imported anew, with its command line as that of the program."""
+    words = argv[1:] if argv[0] == "twotower" else argv[2:]
+    if words[0] == "twotower":
+        words = words[1:]
+    name = words[0].removeprefix("experiments.")
+    assert name in COMMANDS, f"{name!r} is no command"
+    program = [f"twotower {name}", *words[1:]]
+    # Anew: the flags of a command keep their values, and the options of one experiment.
+    sys.modules.pop(f"twotower.commands.{name}", None)
+    with mock.patch.object(sys, "argv", program):
+        yield importlib.import_module(f"twotower.commands.{name}")
+
+
+def run_command(argv: list[str]) -> str:
+    """Returns what one of the commands prints that runs in this process."""
+    output = io.StringIO()
+    with command_of(argv) as module, contextlib.redirect_stdout(output):
+        launch.call(module.main, launch.parse(module, sys.argv))
+    return output.getvalue()
+
+
+def run_shell(line: str) -> str:
+    """Returns what a line of the shell prints."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def check(block: Block) -> None:
+    """Checks the syntax of a block that cannot run here, and the flags of its commands."""
+    if block.language == "python":
+        compile(block.text, str(block.page), "exec")
+    if block.language != "bash":
+        return
+    done = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
+    assert not done.returncode, f"{block}: {done.stderr}"
+    for line in shell_lines(block.text):
+        words = shlex.split(line, comments=True)
+        while re.fullmatch(r"\w+=\S*", words[0]):
+            words = words[1:]
+        if _LAUNCHES.match(shlex.join(words)):
+            with command_of(words) as module:
+                launch.parse(module, sys.argv)
+        for word in words:
+            if word.endswith(".sh"):
+                assert (ROOT / word).is_file(), f"{block}: there is no {word}"
+        # What a launcher would do is printed by itself, which also reads its flags.
+        if words[0] == "bash" and words[1] != "launch_local.sh":
+            script = str(ROOT / words[1])
+            run_shell(shlex.join(["bash", script, "--dry-run", *words[2:]]))

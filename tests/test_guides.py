@@ -1,0 +1,207 @@
+"""Every command and every block of code of the README and the guides runs, and every link leads
+somewhere.
+
+Trainings are those of the pages but for what `small` replaces: few rows and steps. What is shown
+true of a page is its code, not its figures.
+"""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
+from twotower.config import Config
+from twotower.data.shop.generate import generate
+from twotower.training import grow, run
+
+GUIDES = sorted((ROOT / "experiments" / "guides").glob("*.md"))
+PAGES = [ROOT / "README.md", *GUIDES]
+CHECKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "experiments" / "benchmarks" / "RESULTS.md"]
+
+
+def small(config: Config) -> Config:
+    """Returns the configuration of a page with a training of seconds."""
+    training = dataclasses.replace(
+        config.training,
+        batch_size=64,
+        passes=0.0,
+        steps=4,
+        steps_for=0,
+        validate_every=4,
+        log_every=2,
+        steps_per_dispatch=1,
+    )
+    data = dataclasses.replace(config.data, num_interactions=1000)
+    return dataclasses.replace(config, data=data, training=training)
+
+
+@pytest.fixture(scope="session")
+def trainings_are_small():
+    """Every way to train leads through these two functions."""
+    train = run.train
+    make_grown = grow.grow
+
+    def train_small(config, workdir, **options):
+        train(small(config), workdir, **(options | {"devices": 1}))
+
+    def grow_small(config, source, workdir, **options):
+        make_grown(small(config), source, workdir, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "train", train_small)
+        patch.setattr(grow, "grow", grow_small)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory, trainings_are_small):
+    """A folder with all that a page may begin with, made by commands of the README."""
+    folder = tmp_path_factory.mktemp("shelf")
+    link_project(folder)
+    shop = generate(1000)
+    for name, table in (
+        ("events", shop.interactions),
+        ("items", shop.items),
+        ("users", shop.users),
+    ):
+        pyarrow.csv.write_csv(table, folder / f"{name}.csv")
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
+    commands = [
+        "train --config=quickstart --workdir=runs/quickstart",
+        "export --workdir=runs/quickstart",
+        "train --config=my_log --workdir=runs/mine --config.data.item_table.path=items.csv",
+        "export --workdir=runs/mine",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands:
+            run_command(["twotower", *command.split()])
+    return folder
+
+
+def link_project(folder: Path) -> None:
+    """Makes a folder look like that of the project, from which pages give their commands."""
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    # Here, as the module skips where Redis is not installed.
+    from tests.integrations.test_redis_store import Server
+
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def runner(shelf, tmp_path, request):
+    """The runner of a page, in a folder with what the page begins with."""
+    page = request.param
+    link_project(tmp_path)
+    replace = {}
+    for name in given(page):
+        if name == "redis":
+            replace["redis://localhost:6379/0"] = request.getfixturevalue("redis_server").url
+        elif name.startswith("runs/"):
+            shutil.copytree(shelf / name, tmp_path / name)
+        else:
+            shutil.copy(shelf / name, tmp_path / name)
+    return Runner(tmp_path, replace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runner", "page"),
+    [pytest.param(page, page, id=page.stem) for page in PAGES],
+    indirect=["runner"],
+)
+def test_every_block_of_a_page_runs(runner, page):
+    blocks = read_blocks(page)
+    for block in blocks:
+        try:
+            runner.run(block)
+        except SystemExit as ended:
+            pytest.fail(f"{block}: {ended.code}")
+        except Exception as error:
+            error.add_note(f"in {block}")
+            raise
+    assert runner.handled == blocks
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_fence_of_a_page_is_that_of_a_block(page):
+    """A block that the reader of blocks overlooks would never run."""
+    fences = re.findall(r"^\s*(?:```|~~~)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) == 2 * len(read_blocks(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the names by which links reach the headings of a page."""
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_the_readme_takes_five_minutes_and_names_every_guide():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert [page.name for page in GUIDES if f"experiments/guides/{page.name}" not in text] == []
+
+
+# What the runner itself refuses.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```\nls\n```\n", "must say"),
+        ("```python\n1 / 0\n```\n", "division by zero"),
+        ("```bash\nfalse\n```\n", "false"),
+        ("```bash\ntwotower train --workdr=runs/mine\n```\n", "workdr"),
+        ("```python\nprint(1, 'a')\n```\n```text\n2 b\n3 a\n```\n", ""),
+        ("```python\nprint(1, 'a')\n```\n```text\nb 2\n```\n", "not printed: 'b 2'"),
+        ("<!-- not run: slow -->\n```bash\ntwotower export --workdr=x\n```\n", "workdr"),
+        ("<!-- not run: slow -->\n```python\nif\n```\n", "invalid syntax"),
+        ("```json\n{\n```\n", "property name"),
+    ],
+)
+def test_a_block_that_is_wrong_fails(text, message, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    runner = Runner(tmp_path, {})
+
+    def run_all():
+        for block in read_blocks(page):
+            runner.run(block)
+
+    if not message:
+        return run_all()
+    with pytest.raises((Exception, SystemExit), match=re.escape(message)):
+        run_all()
+
+
+def test_a_block_becomes_a_file(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- file: mine/loss.py -->\n```python\nx = 1\n```\n")
+    Runner(tmp_path, {}).run(read_blocks(page)[0])
+    assert (tmp_path / "mine" / "loss.py").read_text() == "x = 1\n"
+    check(read_blocks(page)[0])
