@@ -39,6 +39,8 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*|[-+]?\.\d+")
+# Programs that lines of the shell may start here: none that installs or stays.
+_PROGRAMS = ("cat", "cp", "head", "ls", "make", "python", "twotower")
 # A reader names the same thing by either.
 _LAUNCHES = re.compile(r"^(?:python -m experiments\.|python -m twotower |twotower )(\w+)")
 
@@ -197,16 +199,28 @@ def command_of(argv: list[str]) -> Iterator[Any]:
         yield importlib.import_module(f"twotower.commands.{name}")
 
 
+@contextlib.contextmanager
+def mistakes_raised() -> Iterator[None]:
+    """Raises what a command says of a mistake, in the place of ending the program."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as ended:
+        raise AssertionError(f"{ended.code}: {said.getvalue()}") from ended
+
+
 def run_command(argv: list[str]) -> str:
     """Returns what one of the commands prints that runs in this process."""
     output = io.StringIO()
-    with command_of(argv) as module, contextlib.redirect_stdout(output):
+    with command_of(argv) as module, contextlib.redirect_stdout(output), mistakes_raised():
         launch.call(module.main, launch.parse(module, sys.argv))
     return output.getvalue()
 
 
 def run_shell(line: str) -> str:
     """Returns what a line of the shell prints."""
+    assert line.split()[0] in _PROGRAMS, f"{line!r} must say '<!-- not run: REASON -->'"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-c", line],
@@ -231,12 +245,14 @@ def check(block: Block) -> None:
         while re.fullmatch(r"\w+=\S*", words[0]):
             words = words[1:]
         if _LAUNCHES.match(shlex.join(words)):
-            with command_of(words) as module:
+            with command_of(words) as module, mistakes_raised():
                 launch.parse(module, sys.argv)
         for word in words:
             if word.endswith(".sh"):
                 assert (ROOT / word).is_file(), f"{block}: there is no {word}"
-        # What a launcher would do is printed by itself, which also reads its flags.
-        if words[0] == "bash" and words[1] != "launch_local.sh":
-            script = str(ROOT / words[1])
-            run_shell(shlex.join(["bash", script, "--dry-run", *words[2:]]))
+        # A launcher that knows --dry-run prints what it would do, and reads its flags for it.
+        script = ROOT / words[min(1, len(words) - 1)]
+        if words[0] == "bash" and "--dry-run" in script.read_text(encoding="utf-8"):
+            dry = ["bash", str(script), "--dry-run", *words[2:]]
+            done = subprocess.run(dry, capture_output=True, text=True, cwd=ROOT)
+            assert not done.returncode, f"{block}: {done.stderr}"
