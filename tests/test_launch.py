@@ -1,9 +1,7 @@
 """The launchers against stand-ins: a gcloud and Pythons that record how they were called and run
 nothing."""
 
-import os
 import shlex
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -11,25 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.extras import extra, program
-
-ROOT = Path(__file__).parent.parent
-TOOLS = (
-    "bash",
-    "cat",
-    "cksum",
-    "cp",
-    "dirname",
-    "env",
-    "git",
-    "grep",
-    "gzip",
-    "mkdir",
-    "mktemp",
-    "rm",
-    "tar",
-)
-
-LAUNCHERS = [str(path.relative_to(ROOT)) for path in (ROOT / "experiments" / "launch").glob("*.*")]
+from tests.launchers import AWKWARD, Launcher
 
 GCLOUD = r"""#!/bin/bash
 { printf '%s\0' "$@"; printf '\1'; } >>"$CALLS"
@@ -62,46 +42,6 @@ if [ -n "${FAILS:-}" ] && [ "$2" = "$FAILS" ]; then exit 7; fi
 """
 
 
-class Launcher:
-    """A copy of the launchers in a folder with a space in its name, and a PATH of stand-ins."""
-
-    def __init__(self, folder: Path):
-        self.tree, self.bin, self.calls_file = folder / "my tree", folder / "bin", folder / "calls"
-        self.bin.mkdir()
-        for tool in (*TOOLS, "basename"):
-            os.symlink(shutil.which(tool), self.bin / tool)
-        for name in (
-            ".ci/run",
-            "launch_local.sh",
-            "launch_tpu.sh",
-            "setup.py",
-            "experiments/configs/quickstart.py",
-            *LAUNCHERS,
-        ):
-            target = self.tree / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target)
-
-    def stand_in(self, name: str, text: str) -> None:
-        (self.bin / name).write_text(text)
-        (self.bin / name).chmod(0o755)
-
-    def run(
-        self, script: str, *args: str, cwd: Path | None = None, **env: str
-    ) -> subprocess.CompletedProcess:
-        env = {"PATH": str(self.bin), "HOME": str(self.tree), "CALLS": str(self.calls_file), **env}
-        command = ["bash", str(self.tree / script), *args]
-        return subprocess.run(
-            command, cwd=cwd or self.tree, env=env, capture_output=True, text=True, timeout=60
-        )
-
-    def calls(self) -> list[list[str]]:
-        """The recorded calls since the last time this was asked."""
-        text = self.calls_file.read_text() if self.calls_file.exists() else ""
-        self.calls_file.unlink(missing_ok=True)
-        return [call.split("\0")[:-1] for call in text.split("\1") if call]
-
-
 # launch_tpu.sh
 
 
@@ -123,7 +63,6 @@ NEEDED = (
     "--workdir=gs://b/a folder",
 )
 CREATE = ("--type=v4-16", "--version=base")
-AWKWARD = ("--config.data.where=(('a b', '>=', 4),)", '--config.x=$HOME;`date` "q" \\ *')
 
 
 def verbs(calls: list[list[str]]) -> list[str]:

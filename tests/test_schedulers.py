@@ -1,43 +1,21 @@
-"""The launchers for Slurm and Kubernetes against stand-ins of sbatch, srun, scontrol and kubectl,
-and two real processes started as the Slurm script starts them."""
+"""The launchers for Slurm and Kubernetes against stand-ins of sbatch, srun, scontrol and kubectl.
 
-import json
+`tests/training/test_processes.py` starts real processes by the Slurm script.
+"""
+
 import os
 import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 
+from tests.launchers import AWKWARD, RECORD, ROOT, SRUN, Launcher, submit_to_slurm
 from tests.schemas import mistakes
-from tests.test_launch import AWKWARD, ROOT, Launcher
 
-RECORD = r"""#!/bin/bash
-{ printf '%s\0' "$(basename "$0")" "$@"; printf '\1'; } >>"$CALLS"
-"""
-# Starts one process a node, each of which learns from the environment who it is.
-SRUN = (
-    RECORD
-    + r"""
-while [ "${1#--}" != "$1" ]; do shift; done
-for node in $(seq 0 $((SLURM_NNODES - 1))); do
-  SLURM_NTASKS=$SLURM_NNODES SLURM_PROCID=$node SLURM_LOCALID=0 SLURM_STEP_NODELIST=localhost "$@" &
-done
-highest=0
-for task in $(jobs -p); do
-  wait "$task"
-  status=$?
-  [ $status -le $highest ] || highest=$status
-done
-exit $highest
-"""
-)
 # Each process ends with its own of ENDS; the first of them is in no hurry.
 ENDING = (
     RECORD
@@ -58,8 +36,6 @@ TPUS = (*GPUS[:4], "--tpus=4", "--tpu-type=tpu-v6e-slice", "--tpu-topology=2x4",
 @pytest.fixture
 def launcher(tmp_path):
     found = Launcher(tmp_path)
-    for tool in ("seq", "sleep"):
-        os.symlink(shutil.which(tool), found.bin / tool)
     for name in ("sbatch", "scontrol"):
         found.stand_in(name, RECORD)
     found.stand_in("srun", SRUN)
@@ -67,21 +43,12 @@ def launcher(tmp_path):
     return found
 
 
-def submit(launcher, *args):
-    """Submits to Slurm, and returns the flags of sbatch and the command of the job."""
-    result = launcher.run("experiments/launch/slurm.sh", *args)
-    assert result.returncode == 0, result.stderr
-    ((_, *words),) = launcher.calls()
-    script = words.index("experiments/launch/slurm_job.sh")
-    return words[:script], words[script:]
-
-
 def test_slurm_gets_a_job_of_one_process_a_node_with_all_of_its_gpus(launcher):
-    flags, job = submit(launcher, *SLURM, "--partition=a b", "--", *AWKWARD)
+    flags, job = submit_to_slurm(launcher, *SLURM, "--partition=a b", "--", *AWKWARD)
     assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--requeue"} <= set(flags)
     assert f"--chdir={launcher.tree}" in flags and "--partition=a b" in flags
     assert job[1:] == ["4", ".venv/bin/python", *RUN, *AWKWARD]
-    flags, job = submit(launcher, *SLURM[:1], "--gpus=0", "--python=python3", *RUN)
+    flags, job = submit_to_slurm(launcher, *SLURM[:1], "--gpus=0", "--python=python3", *RUN)
     assert not any("gpus" in flag for flag in flags)
     assert job[1:] == ["0", "python3", *RUN]
 
@@ -89,7 +56,7 @@ def test_slurm_gets_a_job_of_one_process_a_node_with_all_of_its_gpus(launcher):
 def test_a_dry_run_submits_nothing_and_prints_what_it_would(launcher):
     printed = launcher.run("experiments/launch/slurm.sh", *SLURM, "--dry-run", "--", *AWKWARD)
     assert launcher.calls() == []
-    flags, job = submit(launcher, *SLURM, "--", *AWKWARD)
+    flags, job = submit_to_slurm(launcher, *SLURM, "--", *AWKWARD)
     assert shlex.split(printed.stdout) == ["sbatch", *flags, *job]
     dry = launcher.run("experiments/launch/jobset.sh", *GPUS, "--dry-run", "--", *AWKWARD)
     assert launcher.calls() == []
@@ -110,7 +77,7 @@ def test_a_dry_run_submits_nothing_and_prints_what_it_would(launcher):
 )
 def test_the_first_process_to_end_decides_what_slurm_does(launcher, ends, status, again):
     launcher.stand_in("python", ENDING)
-    _, job = submit(launcher, "--nodes=2", "--gpus=4", "--python=python", *RUN)
+    _, job = submit_to_slurm(launcher, "--nodes=2", "--gpus=4", "--python=python", *RUN)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "ENDS": ends}
     result = launcher.run(*job, **slurm)
     assert result.returncode == status
@@ -125,7 +92,7 @@ def test_the_first_process_to_end_decides_what_slurm_does(launcher, ends, status
 
 def test_a_job_whose_time_is_over_goes_back_into_the_queue(launcher):
     launcher.stand_in("python", RECORD + ': >"$CALLS.started"\nsleep 60\n')
-    _, job = submit(launcher, "--nodes=1", "--gpus=0", "--python=python", *RUN)
+    _, job = submit_to_slurm(launcher, "--nodes=1", "--gpus=0", "--python=python", *RUN)
     env = {
         "PATH": str(launcher.bin),
         "CALLS": str(launcher.calls_file),
@@ -143,37 +110,6 @@ def test_a_job_whose_time_is_over_goes_back_into_the_queue(launcher):
         # As Slurm does with what is left of the job.
         os.killpg(process.pid, signal.SIGKILL)
     assert launcher.calls()[-1] == ["scontrol", "requeue", "77"]
-
-
-@pytest.mark.slow
-def test_two_real_processes_train_one_run_as_the_slurm_script_starts_them(launcher, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ("--config=tests/training/tiny_config.py", f"--workdir={tmp_path / 'run'}")
-    train = ("--config.training.steps=2", "--config.training.log_every=1")
-    nodes = ("--nodes=2", "--gpus=0", f"--python={sys.executable}")
-    _, (script, *words) = submit(launcher, *nodes, *flags, "--", *train)
-    cluster = {
-        "CALLS": str(launcher.calls_file),
-        "PATH": f"{launcher.bin}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "77",
-        "SLURM_NNODES": "2",
-        "JAX_COORDINATOR_PORT": str(port),
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    result = subprocess.run(
-        ["bash", str(launcher.tree / script), *words],
-        cwd=ROOT,
-        env=os.environ | cluster,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert re.findall(r"Process (\d) of 2, with 2 devices", result.stderr)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2]
 
 
 def submitted(launcher, *args):

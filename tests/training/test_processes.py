@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.launchers import RECORD, SRUN, Launcher, submit_to_slurm
 from tests.training import shop
 from tests.training.divided import differences
 from twotower.core.errors import ConfigError
@@ -237,19 +238,46 @@ def _wait_for(path, group):
         time.sleep(0.01)
 
 
-def test_two_processes_stopped_and_started_again_end_in_the_same_bits_by_the_real_command(tmp_path):
-    def run(workdir, kill_at=None):
-        flags = ("--config.training.steps=4", "--config.training.validate_every=2")
-        with Group(_real_commands(workdir, _free_port(), *flags), _environment(1)) as group:
+def _train_by_slurm(folder, workdir, flags):
+    """Trains in two processes that the Slurm script starts; only sbatch and srun are stand-ins."""
+    launcher = Launcher(folder)
+    launcher.stand_in("sbatch", RECORD)
+    launcher.stand_in("srun", SRUN)
+    job = ("--nodes=2", "--gpus=0", f"--python={sys.executable}")
+    run = ("--config=tests/training/tiny_config.py", f"--workdir={workdir}")
+    _, (script, *words) = submit_to_slurm(launcher, *job, *run, "--", *flags)
+    cluster = {
+        "CALLS": str(launcher.calls_file),
+        "PATH": f"{launcher.bin}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_NNODES": "2",
+        # By itself JAX takes a port that the number of the job decides.
+        "JAX_COORDINATOR_PORT": str(_free_port()),
+    }
+    command = ["bash", str(launcher.tree / script), *words]
+    with Group([command], _environment(1) | cluster) as group:
+        (status,), (said,) = group.wait()
+    assert status == 0, said[-3000:]
+
+
+def test_two_processes_stopped_and_started_again_end_in_the_bits_of_two_that_slurm_started(
+    tmp_path,
+):
+    flags = ("--config.training.steps=4", "--config.training.validate_every=2")
+
+    def run(kill_at=None):
+        commands = _real_commands(tmp_path / "killed", _free_port(), *flags)
+        with Group(commands, _environment(1)) as group:
             if kill_at:
-                _wait_for(workdir / "checkpoints" / str(kill_at), group)
+                _wait_for(tmp_path / "killed" / "checkpoints" / str(kill_at), group)
                 return
             statuses, said = group.wait()
         assert statuses == [0, 0], "\n".join(text[-3000:] for text in said)
 
-    run(tmp_path / "whole")
-    run(tmp_path / "killed", kill_at=2)
-    run(tmp_path / "killed")
+    (tmp_path / "slurm").mkdir()
+    _train_by_slurm(tmp_path / "slurm", tmp_path / "whole", flags)
+    run(kill_at=2)
+    run()
     assert not differences(_state(tmp_path / "killed", 4), _state(tmp_path / "whole", 4))
 
 
@@ -270,10 +298,12 @@ def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_ag
 
 
 def test_processes_that_do_not_come_are_named_in_seconds():
+    def command(port, process):
+        call = f"join('127.0.0.1:{port}', 2, {process}, init_timeout=2)"
+        return [sys.executable, "-c", f"from twotower.training.processes import join; {call}"]
+
     port = _free_port()
-    alone, _ = _real_commands("nowhere", port, "--init_timeout=2")
-    _, lost = _real_commands("nowhere", _free_port(), "--init_timeout=2")
-    with Group([alone, lost], _environment(1)) as group:
+    with Group([command(port, 0), command(_free_port(), 1)], _environment(1)) as group:
         statuses, said = group.wait()
     assert statuses == [os.EX_TEMPFAIL] * 2
     assert f"--coordinator=127.0.0.1:{port} answers, but some of --processes=2" in said[0]
