@@ -39,7 +39,7 @@ def get_config():
         "history": {"type": "history", "max_length": 50, "reads": ("item_id",)},
     }
     config.features.item = {
-        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.1},
+        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
         # "title": {"type": "text", "characters": (), "max_length": 12, "embedding_size": 32},
         # "category": {"type": "string", "embedding_size": 16},
         # "published": {"type": "timestamp", "parts": ("age",), "embedding_size": 16},
@@ -53,6 +53,8 @@ def get_config():
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False
+    # Negatives from the whole corpus would teach that what is published tomorrow is never chosen.
+    config.objective.negatives.uniform = 0
 
     config.training.batch_size = 1024
     config.training.steps = 3000
