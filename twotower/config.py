@@ -296,6 +296,8 @@ class HistoryConfig:
         positions: Kind of position information.
         dropout: Share of units dropped in training, from 0 to 0.99, of the events' vectors and of
             the output of each block before it is added, or of each layer of a GRU.
+        empty_rate: Share of the histories that are emptied in training, from 0 to 0.99, so that
+            users without one, who are rare among training rows, are served well.
         pooling: Pooling of the bidirectional kind: mean, cls (the vector of a learned token) or
             attention.
         recency: Whether bags learn the weight of an event from the number of events after it, in
@@ -312,12 +314,13 @@ class HistoryConfig:
     expansion: int = 4
     positions: Literal["learned", "rotary"] = "learned"
     dropout: float = 0.2
+    empty_rate: float = 0.0
     pooling: Literal["mean", "cls", "attention"] = "mean"
     recency: bool = False
 
     def __post_init__(self):
         check = FieldChecks(self, "config.model.history")
-        check.between(0.0, 0.99, "dropout")
+        check.between(0.0, 0.99, "dropout", "empty_rate")
         check.at_least(0, "width")
         # Whether the heads divide the width is checked with the towers: 0 takes the width of a
         # table.

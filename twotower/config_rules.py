@@ -56,6 +56,12 @@ def _check_sequences(config: Config) -> None:
             1,
             ", whose batches are computed at once",
         ),
+        (
+            "model.history.empty_rate",
+            model.history.empty_rate,
+            0.0,
+            ", whose first positions have no history as it is",
+        ),
         ("model.user.batch_norm", model.user.batch_norm, False, has_padding),
         ("model.item.batch_norm", model.item.batch_norm, False, has_padding),
     )

@@ -152,7 +152,8 @@ def _model() -> Options:
         # Of wide rows of ids nearly half are dropped: they overfit within a few passes.
         "user": {"layers": (WIDTH,), "dropout": 0.4},
         "item": {"layers": (WIDTH,), "dropout": 0.2},
-        "history": {"kind": "bag", "recency": True, "dropout": 0.2},
+        # New users have no history, and nearly all training rows one: some are emptied.
+        "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.3},
         # Without normalisation a vector's length can say how popular an item is.
         "normalize": False,
         "temperature": 1.0,

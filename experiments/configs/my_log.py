@@ -50,6 +50,8 @@ def get_config():
     config.model.item.dropout = 0.2
     config.model.history.kind = "bag"
     config.model.history.recency = True
+    # New users have no history, and nearly all training rows one.
+    config.model.history.empty_rate = 0.3
     config.model.normalize = False
     config.model.temperature = 1.0
     config.model.learn_temperature = False

@@ -11,7 +11,7 @@ import pytest
 
 from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError
-from twotower.towers.history import HISTORIES, History, weighted_mean
+from twotower.towers.history import HISTORIES, History, empty_some, weighted_mean
 
 pytestmark = pytest.mark.slow
 
@@ -313,3 +313,14 @@ def test_dropped_units_depend_on_the_row_alone(kind):
 def test_transformers_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         make("causal", **options)
+
+
+def test_emptied_histories_are_whole_ones_or_none():
+    """About a share of the rows loses all of its events, the others none; at inference no row
+    does."""
+    history = of([4] * 400)
+    keys = jax.random.split(jax.random.key(0), 400)
+    kept = np.asarray(empty_some(history, 0.25, keys).valid.sum(1))
+    assert set(kept.tolist()) == {0, 4}
+    assert abs((kept == 0).mean() - 0.25) < 0.08
+    assert empty_some(history, 0.25, None) is history

@@ -27,6 +27,8 @@ from twotower.towers.layers import dense, drop_out
 # Dropout tells the layers of one tower apart by number: those of a history are numbered from here
 # on, those of the tower around it from 0.
 _FIRST_LAYER = 1_000
+# Below the layers of a history and above those of any tower.
+_EMPTY_LAYER = _FIRST_LAYER - 1
 
 
 class History(NamedTuple):
@@ -68,6 +70,20 @@ def weighted_mean(
     total = weights.sum(1, keepdims=True)
     shares = weights / jnp.where(total > 0, total, 1.0)
     return jnp.einsum("bl,ble->be", shares, vectors)
+
+
+def empty_some(history: History, rate: float, keys: Array | None) -> History:
+    """Empties whole histories, each by chance.
+
+    Args:
+        history: Events of each row, not packed.
+        rate: Share of the histories to empty.
+        keys: Random keys of the rows [B]; None empties nothing.
+    """
+    if keys is None or not rate:
+        return history
+    keep = drop_out(jnp.ones((len(keys), 1)), rate, keys, _EMPTY_LAYER) > 0
+    return history._replace(valid=history.valid & keep)
 
 
 class HistoryEncoder(nn.Module):

@@ -17,7 +17,7 @@ from twotower.config import HistoryConfig, TowerConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.features.base import Input
-from twotower.towers.history import HISTORIES, History, HistoryEncoder
+from twotower.towers.history import HISTORIES, History, HistoryEncoder, empty_some
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out, dropout_rates
 
 # Type of the arithmetic of towers, and of the operands of the loss's products; None keeps the type
@@ -65,6 +65,7 @@ class Tower(nn.Module):
             # The vectors of an event's features are projected and combined as those of a row are.
             vectors = self._join(self._project(history["vectors"]))
             events = History(**history | {"vectors": vectors})
+            events = empty_some(events, self.history.config.empty_rate, keys)
             columns.append(("history", self.history(events, keys=keys)))
         # Layer 0 of the tower; the history numbers its own from far above.
         return drop_out(self._join(columns), dropout_rates(self.config)[0], keys, 0)
