@@ -149,7 +149,13 @@ class Kinds(dict[str, T]):
         """
         cls = self._options.get(name)
         if cls is not None:
-            return build(cls, values, location)
+            try:
+                return build(cls, values, location)
+            except ConfigError:
+                raise
+            except ValueError as error:
+                # The user's own check, which need not know the field.
+                raise ConfigError(f"{location}: {error}") from error
         if values:
             raise ConfigError(
                 f"{location}={dict(values)!r}: the {self.noun} {name!r} has no options of its "
