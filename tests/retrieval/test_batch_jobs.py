@@ -43,12 +43,19 @@ def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"devices": 1}, {"approximate": True}, {"exclude_seen": False}]
+    "options",
+    [
+        {},
+        {"devices": 1},
+        {"approximate": True},
+        {"exclude_seen": False},
+        {"rerank": "caps:column=category,max_items=1"},
+    ],
 )
 def test_lists_of_all_users(exported, retriever, tmp_path, options):
     recommend_all(exported, tmp_path / "lists", 5, part=100, **options)
-    seen = {"exclude_seen": options.get("exclude_seen", True)}
-    expected = retriever.recommend_many(retriever.bundle.users["user_id"].to_pylist(), k=5, **seen)
+    lists = {name: options[name] for name in ("exclude_seen", "rerank") if name in options}
+    expected = retriever.recommend_many(retriever.bundle.users["user_id"].to_pylist(), k=5, **lists)
     found = read(tmp_path / "lists")
     assert found["user_id"].to_pylist() == expected["user_id"].to_pylist() and found["rank"].equals(
         expected["rank"]

@@ -8,7 +8,12 @@ import pytest
 
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
-from twotower.retrieval.rerank import RERANKERS, cap_per_label, maximal_marginal_relevance
+from twotower.retrieval.rerank import (
+    RERANKERS,
+    cap_per_label,
+    maximal_marginal_relevance,
+    parse_rerank,
+)
 from twotower.retrieval.retriever import Retriever
 
 
@@ -110,6 +115,21 @@ def test_caps_hold_and_filters_too(retriever):
         assert not seen & {item.item_id for item in found}
 
 
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("", RerankConfig()),
+        ("mmr", RerankConfig(kind="mmr")),
+        (
+            "caps:column=category, max_items=2,multiple=9",
+            RerankConfig(kind="caps", multiple=9, options={"column": "category", "max_items": 2}),
+        ),
+    ],
+)
+def test_a_text_names_a_kind_with_options(text, config):
+    assert parse_rerank(text) == config
+
+
 def test_many_users_get_the_lists_of_each(retriever):
     users = known_users(retriever)
     lists = retriever.recommend_many(users, 4, rerank="mmr").to_pylist()
@@ -162,6 +182,8 @@ def test_new_items_are_candidates_too(exported, tmp_path):
         ({"kind": "mmr", "options": {"diversity": 2.0}}, "options.diversity=2.0 must be between"),
         ({"kind": "caps"}, "options has no column, which CapsOptions needs"),
         ({"kind": "caps", "options": {"column": "categry"}}, "did you mean 'category'"),
+        ("mmr:diversity", "'diversity' must be an option with its value"),
+        ("mmr:diversty=0.1", "did you mean 'diversity'"),
         ({"kid": "caps"}, "rerank has no field 'kid'; did you mean 'kind'"),
         ({"multiple": 0}, "rerank.multiple=0 must be at least 1"),
     ],

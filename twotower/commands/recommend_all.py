@@ -1,7 +1,7 @@
 r"""Writes the best K items of every known user as Parquet: user_id, rank, item_id, score.
 
     twotower recommend_all --workdir=runs/quickstart --k=100 [--approximate] \
-        [--devices=N] [--task=T --tasks=N]
+        [--rerank=mmr:diversity=0.5] [--devices=N] [--task=T --tasks=N]
 
 The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
 over the devices, unless --approximate takes the bundle's index, or, on TPUs, a share of the best
@@ -40,6 +40,13 @@ _RECALL_TARGET = flags.DEFINE_float(
     upper_bound=1.0,
     flag_values=FLAGS,
 )
+_RERANK = flags.DEFINE_string(
+    "rerank",
+    None,
+    "Re-rank the lists: mmr:diversity=0.5, caps:column=category,max_items=2, or empty for not at "
+    "all; by default as config.retrieval.rerank says.",
+    flag_values=FLAGS,
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", 0, "Devices to search on; 0: all.", lower_bound=0, flag_values=FLAGS
 )
@@ -66,6 +73,7 @@ def main() -> None:
         approximate=_APPROXIMATE.value,
         devices=_DEVICES.value,
         recall_target=_RECALL_TARGET.value,
+        rerank=_RERANK.value,
         tasks=Tasks(_TASK.value, _TASKS.value),
     )
     print(f"{out}: lists of {_K.value}.")

@@ -29,6 +29,7 @@ from twotower.index.exact import ExactIndex
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows, shard_weights
 from twotower.retrieval.export import known_users
+from twotower.retrieval.rerank import RerankLike, as_config
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import embedding_weights, model_version
@@ -108,6 +109,7 @@ def recommend_all(
     approximate: bool = False,
     devices: int = 0,
     recall_target: float = 1.0,
+    rerank: RerankLike = None,
     tasks: Tasks = Tasks(),
     part: int = PART_ROWS,
 ) -> None:
@@ -121,6 +123,7 @@ def recommend_all(
         approximate: Whether to search the bundle's index; otherwise the search is exact.
         devices: Number of devices that the items are divided over in exact search; 0 takes all.
         recall_target: Recall of that search on TPUs; see `ExactIndex`.
+        rerank: Re-ranker in the place of that of the bundle's configuration.
         tasks: Share of this process.
         part: Users of a file.
     """
@@ -145,11 +148,14 @@ def recommend_all(
         "recall_target": recall_target,
         "changes": retriever.changes,
     }
+    # The choice of the configuration is part of the bundle already.
+    if rerank is not None:
+        job["rerank"] = dataclasses.asdict(as_config(rerank))
     ids = bundle.users["user_id"]
 
     def make(rows: slice) -> pa.Table:
         users = ids.slice(rows.start, rows.stop - rows.start).to_pylist()
-        return retriever.recommend_many(users, k, exclude_seen=exclude_seen)
+        return retriever.recommend_many(users, k, exclude_seen=exclude_seen, rerank=rerank)
 
     write_parts(out, job, len(ids), make, tasks=tasks, part=part)
 

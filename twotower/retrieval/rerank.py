@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,8 +28,8 @@ from twotower.core.fields import FieldChecks, build
 from twotower.core.kinds import Kinds
 
 FIELD = "config.retrieval.rerank"
-# The choice of a caller: the name of a kind, the fields of `RerankConfig`, or that itself. None is
-# what the configuration of the bundle says, and "" none at all.
+# The choice of a caller: text as `parse_rerank` reads it, the fields of `RerankConfig`, or that
+# itself. None is what the configuration of the bundle says, and "" none at all.
 RerankLike = RerankConfig | Mapping[str, Any] | str | None
 
 
@@ -118,14 +119,9 @@ def resolve_rerank(rerank: RerankLike, default: RerankConfig) -> Reranking | Non
     Raises:
         ConfigError: The kind or an option is not known, or an option is out of range.
     """
-    if rerank is None:
-        config = default
-    elif isinstance(rerank, str):
-        config = RerankConfig(kind=rerank)
-    elif isinstance(rerank, RerankConfig):
-        config = rerank
-    else:
-        config = build(RerankConfig, rerank, FIELD)
+    config = default
+    if rerank is not None:
+        config = as_config(rerank)
     if not config.kind:
         return None
     choose: Callable[..., np.ndarray] = RERANKERS.choose(config.kind, f"{FIELD}.kind")
@@ -133,6 +129,56 @@ def resolve_rerank(rerank: RerankLike, default: RerankConfig) -> Reranking | Non
     if options is not None:
         choose = functools.partial(choose, options=options)
     return Reranking(config, choose)
+
+
+def as_config(rerank: RerankConfig | Mapping[str, Any] | str) -> RerankConfig:
+    """Returns a choice of a caller as the section of the configuration.
+
+    Raises:
+        ConfigError: A field is unknown, or its value cannot be read.
+    """
+    if isinstance(rerank, RerankConfig):
+        return rerank
+    if isinstance(rerank, str):
+        return parse_rerank(rerank)
+    return build(RerankConfig, rerank, FIELD)
+
+
+def parse_rerank(text: str) -> RerankConfig:
+    """Returns the re-ranking that a text names: a kind, and its options after a colon.
+
+    >>> parse_rerank("caps:column=category,max_items=2,multiple=10").options
+    {'column': 'category', 'max_items': 2}
+
+    Args:
+        text: Such as "mmr" or "mmr:diversity=0.5"; empty for none. `multiple` is the option of
+            `config.retrieval.rerank` itself.
+
+    Raises:
+        ConfigError: An option has no value.
+    """
+    kind, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"{FIELD}={text!r}: {part!r} must be an option with its value, as in "
+                "'mmr:diversity=0.5'."
+            )
+        options[name.strip()] = _parse_value(value.strip())
+    fields = {"kind": kind.strip(), "options": options}
+    if "multiple" in options:
+        fields["multiple"] = options.pop("multiple")
+    return build(RerankConfig, fields, FIELD)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        # Numbers, true and false; whatever else is text without quotes.
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

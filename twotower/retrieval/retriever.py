@@ -104,9 +104,9 @@ class Retriever:
     K items whenever K exist. `popularity_weight` times the log of an item's training rows is added
     to its score, where the bundle was exported with `config.retrieval.popularity`.
 
-    Recommendations may be re-ranked, by `config.retrieval.rerank` or by the argument `rerank`: the
-    name of a kind ("mmr"), or a mapping such as {"kind": "caps", "options": {"column": "category",
-    "max_items": 2}}; "" leaves the lists as they are. A kind that caps items may return fewer than
+    Recommendations may be re-ranked, by `config.retrieval.rerank` or by the argument `rerank`:
+    "mmr:diversity=0.5", "caps:column=category,max_items=2", the same as a mapping of the fields of
+    that section, or "" to leave the lists as they are. A kind that caps items may return fewer than
     K.
     """
 
