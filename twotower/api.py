@@ -22,15 +22,17 @@ from twotower.data.facts import LogFacts
 from twotower.data.sources.frames import TableLike
 from twotower.evaluation import report
 from twotower.evaluation.baselines import order_scores, popularity_order
+from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
-from twotower.evaluation.evaluate import make_validate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report_text import format_report
+from twotower.plugins import import_plugins
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as export_bundle
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
+from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
 from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
@@ -150,7 +152,7 @@ class Run(run_folder.Run):
                 for users that are new.
             k: Length of the list.
             **options: Further arguments of `Retriever.recommend`: `rows`, `exclude_seen`, `where`,
-                `allow`, `deny` and `popularity_weight`.
+                `allow`, `deny`, `popularity_weight` and `rerank`.
         """
         return self.retriever.recommend(user, k=k, **options)
 
@@ -318,6 +320,10 @@ def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) ->
 
     This is the form for one of several processes, and for work that goes on in another process.
     """
+    # What training itself cannot know is refused before the data is read.
+    import_plugins(config.plugins, Path(workdir))
+    check_metric_name(config)
+    resolve_rerank(None, config.retrieval.rerank)
     # Both are made later, of prepared data: training itself imports neither.
     run_folder.train(
         config, workdir, make_validate=make_validate, make_miner=make_miner, devices=devices

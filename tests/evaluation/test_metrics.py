@@ -11,8 +11,10 @@ import pytest
 import pytrec_eval
 
 from tests.evaluation.test_evaluate import make
+from twotower.config import from_dict
+from twotower.core.errors import ConfigError
 from twotower.evaluation import metrics
-from twotower.evaluation.evaluate import evaluate
+from twotower.evaluation.evaluate import check_metric_name, evaluate
 
 K = 12
 # Our names -> those of trec_eval; the reciprocal rank is of a whole list, so lists are cut to K.
@@ -146,3 +148,28 @@ def test_never_trained_counts_only_real_items():
 
 def test_coverage():
     assert metrics.coverage(jnp.array([True, False, False, True])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("metric", "nearest"),
+    [
+        ("recal@10", "recall@10"),
+        ("HR@10", "hit_rate@10"),
+        ("hit-ratio@10", "hit_rate@10"),
+        ("mean_average_precision@20", "map@20"),
+        ("mrr", "mrr@10"),
+        ("click/aucs", "click/auc"),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_refused_with_the_nearest(metric, nearest):
+    values = {
+        "evaluation": {"ks": (10, 20)},
+        "objective": {"heads": {"click": {"label": "clicked"}}},
+        "training": {"metric": metric},
+    }
+    with pytest.raises(ConfigError, match=f"metric='{metric}' is not known.*mean '{nearest}'"):
+        check_metric_name(from_dict(values))
+    # Each name that is offered is taken.
+    check_metric_name(from_dict(values | {"training": {"metric": nearest}}))
+    # Without validation rows it is not read.
+    check_metric_name(from_dict(values | {"split": {"validation": 0.0}}))

@@ -131,6 +131,21 @@ def test_query_takes_conditions_a_bundle_alone_and_a_row_of_features(exported, t
     assert "has no field 'user'; did you mean 'user_id'?" in error
 
 
+def test_query_re_ranks(exported):
+    flags = (f"--workdir={exported}", "--user=1", "--k=4")
+
+    def ranked(*more):
+        lines = output_of("query", *flags, *more).splitlines()[-4:]
+        return [line.split()[1] for line in lines]
+
+    diverse = ranked("--rerank=mmr:diversity=1,multiple=20")
+    assert diverse[0] == ranked()[0] and diverse != ranked()
+    error = error_of("query", *flags, "--rerank=diversity")
+    assert "rerank.kind='diversity' is not known; did you mean 'mmr'?" in error
+    error = error_of("query", *flags, "--rerank=caps:column=prize")
+    assert "column='prize' is no display column of the items; did you mean 'price'?" in error
+
+
 def test_query_writes_lists_of_many_users(exported, tmp_path):
     (tmp_path / "users.txt").write_text("1\nnobody\n\n2\n")
     printed = output_of(

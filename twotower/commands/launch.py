@@ -79,6 +79,17 @@ def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
     return holder
 
 
+def define_rerank(flag_values: flags.FlagValues) -> flags.FlagHolder[str | None]:
+    """Defines --rerank, which `twotower.retrieval.rerank.parse_rerank` reads."""
+    return flags.DEFINE_string(
+        "rerank",
+        None,
+        "Re-rank the lists: mmr:diversity=0.5 or caps:column=category,max_items=2; empty for not "
+        "at all. By default as config.retrieval.rerank says.",
+        flag_values=flag_values,
+    )
+
+
 class _ExperimentParser(flags.ArgumentParser):
     """Reads the experiment that --config names."""
 

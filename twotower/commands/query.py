@@ -4,6 +4,8 @@ r"""Recommends items to a user or to many users, or lists the items that are lik
 
     twotower query --workdir=runs/quickstart --item=17 --where=category=lamp,clock
 
+    twotower query --workdir=runs/quickstart --user=42 --rerank=caps:column=category,max_items=2
+
     twotower query --bundle=shop_bundle --rows='{"city": "Cairo", "history": ["17", "3"]}'
 
     twotower query --workdir=runs/quickstart --users=users.csv --out=lists.parquet
@@ -65,6 +67,8 @@ _WHERE = flags.DEFINE_multi_string(
     flag_values=FLAGS,
 )
 
+_RERANK = launch.define_rerank(FLAGS)
+
 
 def main() -> None:
     from twotower.retrieval import listing
@@ -75,7 +79,7 @@ def main() -> None:
     retriever = load()
     items = retriever.items()
     where = tuple(parse_condition(text, items) for text in _WHERE.value)
-    options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where)
+    options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where, _RERANK.value)
     answer(retriever, options)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
+from twotower.commands import launch
+
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
@@ -40,13 +42,7 @@ _RECALL_TARGET = flags.DEFINE_float(
     upper_bound=1.0,
     flag_values=FLAGS,
 )
-_RERANK = flags.DEFINE_string(
-    "rerank",
-    None,
-    "Re-rank the lists: mmr:diversity=0.5, caps:column=category,max_items=2, or empty for not at "
-    "all; by default as config.retrieval.rerank says.",
-    flag_values=FLAGS,
-)
+_RERANK = launch.define_rerank(FLAGS)
 _DEVICES = flags.DEFINE_integer(
     "devices", 0, "Devices to search on; 0: all.", lower_bound=0, flag_values=FLAGS
 )

@@ -96,13 +96,13 @@ class Kinds(dict[str, T]):
                 f"{options!r}: decorate the class with @dataclasses.dataclass(frozen=True)."
             )
         self[name] = kind
-        self._options.pop(name, None)
         if options is not None:
             self._options[name] = options
 
     def __setitem__(self, name: str, kind: T) -> None:
         # Plain assignment works too, for a kind without options.
         super().__setitem__(name, kind)
+        self._options.pop(name, None)
         self.origins[name] = _origin_of(kind)
         self.lost.pop(name, None)
 

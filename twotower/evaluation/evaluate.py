@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from twotower.config import Config
 from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
-from twotower.core.errors import ScoreError
+from twotower.core.errors import ScoreError, choose
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
@@ -170,6 +171,33 @@ def make_validate(
         return ranking | heads.flatten_metrics(measure_heads(weights))
 
     return validate
+
+
+def check_metric_name(config: Config) -> None:
+    """Refuses, before any data is read, a metric that no validation measures.
+
+    Raises:
+        ConfigError: `config.training.metric` is not known; the message names the nearest.
+    """
+    # Without validation rows nothing is measured, and the name is not read.
+    if not config.split.validation:
+        return
+    names = (*metrics.RANKING_METRICS, "novelty", "never_trained", "coverage")
+    # Numbers of queries are measured too; that they choose no checkpoint is said by training.
+    known = ["queries", "queries_without_answer"]
+    synonyms = {}
+    for k in config.evaluation.ks:
+        known += [f"{name}@{k}" for name in names]
+        # A metric without a length of lists is a slip too.
+        words = metrics.SYNONYMS | dict(zip(names, names))
+        for word, name in words.items():
+            synonyms[f"{word}@{k}"] = f"{name}@{k}"
+            synonyms.setdefault(word, f"{name}@{k}")
+    for head in config.objective.heads:
+        known += [f"{head}/{name}" for name in heads.HEAD_METRICS]
+    choose(
+        dict.fromkeys(known), config.training.metric, "config.training.metric", synonyms=synonyms
+    )
 
 
 class _Pairs(NamedTuple):

@@ -170,6 +170,26 @@ RANKING_METRICS = {
     "mrr": mrr,
     "map": average_precision,
 }
+# Other words for metrics of lists, for the message on one that is not known.
+SYNONYMS = {
+    "hr": "hit_rate",
+    "hits": "hit_rate",
+    "hit_ratio": "hit_rate",
+    "success_rate": "hit_rate",
+    "r": "recall",
+    "sensitivity": "recall",
+    "p": "precision",
+    "dcg": "ndcg",
+    "normalized_dcg": "ndcg",
+    "rr": "mrr",
+    "mean_reciprocal_rank": "mrr",
+    "reciprocal_rank": "mrr",
+    "ap": "map",
+    "average_precision": "map",
+    "mean_average_precision": "map",
+    "catalogue_coverage": "coverage",
+    "item_coverage": "coverage",
+}
 
 
 def _mask(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:

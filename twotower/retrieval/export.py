@@ -248,6 +248,9 @@ def check_parity(run: Run, folder: Path) -> None:
     """
     retriever = Retriever(load_bundle(folder))
     bundle = retriever.bundle
+    # Here and not at the first request: a re-ranker may name a column that items do not have.
+    if bundle.config.retrieval.rerank.kind:
+        retriever.recommend_many(bundle.users["user_id"][:1].to_pylist(), bundle.config.retrieval.k)
     prepared = run.prepared
     model = served_model(run)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))

@@ -32,11 +32,14 @@ class ListOptions:
         k: Length of the lists.
         exclude_seen: Whether items that a user has seen are left out.
         where: Conditions on the items that may come back.
+        rerank: Re-ranker of recommendations, as `parse_rerank` reads it; None for that of the
+            bundle's configuration.
     """
 
     k: int = 10
     exclude_seen: bool = True
     where: Conditions = ()
+    rerank: str | None = None
 
 
 def read_ids(path: Path) -> list[str]:

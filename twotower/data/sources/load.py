@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -17,10 +17,11 @@ from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.kinds import Kinds
-from twotower.data.contract import Origin, apply_contract, similar_name_hint
+from twotower.data.contract import apply_contract, similar_name_hint
 from twotower.data.dataset import Dataset, assemble, collapse
 from twotower.data.shop import generate as shop
 from twotower.data.sources import bigquery, files, lists, tfds
+from twotower.data.sources.frames import TableLike, read_table
 
 # Columns that a log must have.
 LOG_KEYS = ("user_id", "item_id")
@@ -29,9 +30,9 @@ LOG_KEYS = ("user_id", "item_id")
 class Tables(NamedTuple):
     """The tables of a source of one's own, as they were read.
 
-    Each is an Arrow table, or a frame of another library that Arrow reads, such as pandas or
-    polars. Ids, times and numbers get their types here, as those of files do, and
-    `config.data.interactions` may rename columns.
+    Each is a frame of pandas or polars, an Arrow table, or the path of a file. Ids, times and
+    numbers get their types here, as those of files do, and `config.data.interactions` may rename
+    columns.
 
     Attributes:
         interactions: Log with user_id, item_id and further columns, such as timestamp.
@@ -40,9 +41,9 @@ class Tables(NamedTuple):
             items of the log.
     """
 
-    interactions: Any
-    users: Any = None
-    items: Any = None
+    interactions: TableLike
+    users: TableLike | None = None
+    items: TableLike | None = None
 
 
 @runtime_checkable
@@ -53,7 +54,7 @@ class Source(Protocol):
     is called with them as `options`.
     """
 
-    def __call__(self, config: DataConfig) -> Dataset | Tables: ...
+    def __call__(self, config: DataConfig) -> Dataset | Tables | TableLike: ...
 
 
 @runtime_checkable
@@ -85,7 +86,9 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 def _read(config: DataConfig) -> Dataset:
     # One of a user's own takes its options too, where it was registered with some.
-    read: Callable[..., Dataset | Tables] = SOURCES.choose(config.source, "config.data.source")
+    read: Callable[..., Dataset | Tables | TableLike] = SOURCES.choose(
+        config.source, "config.data.source"
+    )
     options = SOURCES.build_options(config.source, config.options, "config.data.options")
     if options is None:
         tables = read(config)
@@ -101,38 +104,20 @@ def _read(config: DataConfig) -> Dataset:
 
 def _from_raw(tables: Tables, config: DataConfig) -> Dataset:
     """Returns the tables of a source of one's own, held to the contract of all tables."""
-    origin = Origin(f"the source {config.source!r}", lambda row: f"row {row + 1}", is_typed=True)
 
-    def typed(rows: Any, table: TableConfig, name: str, keys: tuple[str, ...]) -> pa.Table | None:
-        if rows is None:
-            return None
-        return apply_contract(as_arrow(rows, name), table, name, keys=keys, origin=origin)
+    def typed(rows: TableLike, table: TableConfig, name: str, keys: tuple[str, ...]) -> pa.Table:
+        raw, origin = read_table(rows, table, name)
+        return apply_contract(raw, table, name, keys=keys, origin=origin)
 
-    log = typed(tables.interactions, config.interactions, "interactions", LOG_KEYS)
-    if log is None:
-        raise ConfigError(f"{origin.name} returned no table of interactions.")
+    users = None
+    if tables.users is not None:
+        users = typed(tables.users, config.user_table, "user_table", ("user_id",))
+    items = None
+    if tables.items is not None:
+        items = typed(tables.items, config.item_table, "item_table", ("item_id",))
     return assemble(
-        log,
-        typed(tables.users, config.user_table, "user_table", ("user_id",)),
-        typed(tables.items, config.item_table, "item_table", ("item_id",)),
+        typed(tables.interactions, config.interactions, "interactions", LOG_KEYS), users, items
     )
-
-
-def as_arrow(rows: Any, name: str) -> pa.Table:
-    """Returns a table or a frame of another library as an Arrow table.
-
-    Args:
-        rows: Object with the Arrow PyCapsule interface, as frames of pandas and polars have it.
-        name: Name of the table in messages.
-    """
-    if isinstance(rows, pa.Table):
-        return rows
-    if not hasattr(rows, "__arrow_c_stream__"):
-        raise ConfigError(
-            f"{name} is a {type(rows).__name__}, not a table: give an Arrow table, or a frame of "
-            "pandas or polars."
-        )
-    return pa.table(rows)
 
 
 def _csv(config: DataConfig) -> Dataset:
