@@ -118,7 +118,7 @@ def tower(name: str, cls: type[Tower] | None = None, *, options: type | None = N
     ... class LinearTower(tt.register.Tower):
     ...     @nn.compact
     ...     def __call__(self, features, *, history=None, keys=None, axis=None):
-    ...         x = self.concatenate(features, history, keys)
+    ...         x = self.combine(features, history, keys)
     ...         return nn.Dense(self.config.layers[-1])(x)
 
     Args:
