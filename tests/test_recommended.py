@@ -27,6 +27,7 @@ FACTS = LogFacts(
     span_days=20,
     share_new_items=0.5,
     share_new_users=0.1,
+    newest_users=75,
     items=(TITLE, CATEGORY, PUBLISHED),
 )
 
@@ -77,6 +78,12 @@ def test_a_log_without_times_has_no_period():
     assert "period" not in spec.user
 
 
+@pytest.mark.parametrize(("newest_users", "periods"), [(3, 4), (30, 8), (60, 16), (500, 32)])
+def test_a_period_is_of_many_users(newest_users, periods):
+    spec = features_of(dataclasses.replace(FACTS, newest_users=newest_users))
+    assert spec.user["period"].buckets == periods
+
+
 @pytest.mark.parametrize("num_training_rows", [40, 300, 5_000, 10**6, 10**9])
 def test_batches_are_never_larger_than_the_log(num_training_rows):
     facts = dataclasses.replace(FACTS, num_training_rows=num_training_rows)
@@ -97,6 +104,8 @@ def test_news_of_tomorrow_are_found_better_than_by_popularity(tmp_path):
     run = api.train(from_dict(options), tmp_path / "run")
     queries = make_queries(run.prepared, "test", "user")
     order = popularity_order(run.prepared.positives("train"), queries.num_items)
-    model = evaluate(model_scores(run.prepared, run.model, run.weights, queries), queries, (10,))
-    popularity = evaluate(order_scores(order), queries, (10,))
+    model = evaluate(
+        model_scores(run.prepared, run.model, run.weights, queries), queries, (10,), mask_seen=True
+    )
+    popularity = evaluate(order_scores(order), queries, (10,), mask_seen=True)
     assert model["ndcg@10"] > 1.5 * popularity["ndcg@10"]

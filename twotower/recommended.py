@@ -19,6 +19,7 @@ WORDS_OF_A_TEXT = 1.5
 SHARE_OF_A_CODE = 0.5
 # Share of held-out rows with new items from which on items must be found by their columns.
 SHARE_OF_NEWS = 0.2
+USERS_OF_A_PERIOD = 100  # users at least of the last period, by whom tomorrow is told
 
 Options = dict[str, Any]
 
@@ -53,7 +54,7 @@ def _user_features(facts: LogFacts) -> Options:
         features["period"] = {
             "type": "int",
             "column": "timestamp",
-            "buckets": 32,
+            "buckets": _num_periods(facts),
             "embedding_size": WIDTH,
         }
     items = _item_features(facts)
@@ -62,6 +63,17 @@ def _user_features(facts: LogFacts) -> Options:
     features["history"] = {"type": "history", "max_length": 50, "reads": tuple(values)}
     columns = _column_features(facts.users, facts.num_users, width=8, reads_text=False)
     return _with_columns(features, columns)
+
+
+def _num_periods(facts: LogFacts) -> int:
+    """Returns the number of periods of equally many rows that the time is divided into."""
+    periods = 32
+    users = facts.newest_users
+    # Where a period is the visits of a few users, its vector would be their taste.
+    while periods > 4 and users < USERS_OF_A_PERIOD:
+        periods //= 2
+        users *= 2
+    return periods
 
 
 def _item_features(facts: LogFacts) -> Options:
