@@ -20,3 +20,18 @@ def test_a_single_block_is_no_progress(total, lines, monkeypatch):
     monkeypatch.setattr(logging, "info", lambda *words: logged.append(words))
     list(progress(range(total), total=total, what="Work", seconds=-1.0))
     assert len(logged) == lines
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_notebook_is_a_screen_and_a_shell_without_a_terminal_is_none(kernel, monkeypatch):
+    """As ipykernel says it of itself; its standard error is no terminal."""
+
+    class Shell:
+        config = {"IPKernelApp": {}} if kernel else {}
+
+    class IPython:
+        get_ipython = staticmethod(Shell)
+
+    monkeypatch.setitem(module.sys.modules, "IPython", IPython)
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: False, raising=False)
+    assert module.has_screen() is kernel

@@ -67,6 +67,18 @@ def to_ids(column: pa.ChunkedArray, *, is_typed: bool) -> pa.ChunkedArray:
     return column
 
 
+def id_text(value: object) -> str:
+    """Returns one id as text, as `to_ids` does for a column.
+
+    >>> id_text(42), id_text(42.0), id_text("042")
+    ('42', '42', '042')
+    """
+    # A frame's column of whole ids with gaps is one of floats.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def to_numbers(column: pa.ChunkedArray, *, smallest: float = -math.inf) -> pa.ChunkedArray:
     """Returns float32 numbers.
 

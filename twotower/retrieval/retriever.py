@@ -17,6 +17,7 @@ from twotower.config import RerankConfig
 from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
+from twotower.data.columns import id_text
 from twotower.index.base import check_k
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import nearest
@@ -161,7 +162,7 @@ class Retriever:
 
     def knows(self, user: Any) -> bool:
         """Whether the user was known when the bundle was made."""
-        return str(user) in self.user_rows.row_by_id
+        return id_text(user) in self.user_rows.row_by_id
 
     def recommend(
         self,
@@ -206,7 +207,7 @@ class Retriever:
             if exclude_seen:
                 filters.deny.extend(self.user_rows.history_items(row))
         elif user is not None:
-            vectors, user_rows = self._vectors_and_rows([str(user)])
+            vectors, user_rows = self._vectors_and_rows([id_text(user)])
         else:
             raise ValueError("recommend needs user=ID or rows=[{...}].")
         snapshot, scores, positions = self._recommend(
@@ -246,7 +247,7 @@ class Retriever:
         """
         check_k(k)
         filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
-        ids = [str(user) for user in user_ids]
+        ids = [id_text(user) for user in user_ids]
         # One block at least: without users the table is empty, but has its columns.
         starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
         parts = []
@@ -313,7 +314,7 @@ class Retriever:
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
         snapshot = live.catalogue.snapshot
-        row = self.user_rows.row_by_id.get(str(user))
+        row = self.user_rows.row_by_id.get(id_text(user))
         if row is None:
             return []
         latest_first = live.bundle.seen[row][::-1]
@@ -356,7 +357,7 @@ class Retriever:
 
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
         """Returns the vectors that rank items for users, known or not, float32 [B, D]."""
-        vectors, _ = self._vectors_and_rows([str(user) for user in user_ids])
+        vectors, _ = self._vectors_and_rows([id_text(user) for user in user_ids])
         return vectors
 
     def encode_items(self, rows: Rows) -> np.ndarray:
@@ -421,7 +422,7 @@ class Retriever:
             ChangesError, OSError: As `upsert`.
         """
         # Read before the lock is taken: an iterable of the caller may be slow.
-        ids = [str(item) for item in item_ids]
+        ids = [id_text(item) for item in item_ids]
         with self._lock:
             return self._live.delete(ids)
 
@@ -557,7 +558,7 @@ class Retriever:
     def _rows_of_users(self, ids: Sequence[Any]) -> np.ndarray:
         """Returns the row of each user in the users table, int64 [B]; -1 of unknown ones."""
         row_by_id = self.user_rows.row_by_id
-        rows = [-1 if user is None else row_by_id.get(str(user), -1) for user in ids]
+        rows = [-1 if user is None else row_by_id.get(id_text(user), -1) for user in ids]
         return np.array(rows, np.int64)
 
 
@@ -587,7 +588,7 @@ def _one_user(rows: Rows, user: Any) -> pa.Table:
         ValueError: There is not one row.
     """
     if user is not None:
-        rows = [{**row, "user_id": str(user)} for row in as_table(rows).to_pylist()]
+        rows = [{**row, "user_id": id_text(user)} for row in as_table(rows).to_pylist()]
     table = as_table(rows)
     if len(table) != 1:
         raise ValueError(

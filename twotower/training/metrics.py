@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 
+from twotower.core import progress
 from twotower.core.errors import TrainingError
 from twotower.core.files import atomic
 from twotower.training.checkpoint import Checkpoints
@@ -190,13 +189,12 @@ class MetricWriter:
         # TensorBoard hides the events of later steps, which a killed process left.
         purge_step = start + 1 if start else None
         self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge_step)
-        self._bar = tqdm.tqdm(
+        self._bar = progress.bar(
             total=steps,
             initial=start,
             unit="step",
             # In a log file every update of a bar would be a line.
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
+            disable=not progress.has_screen(),
         )
         self._shown: dict[str, str] = {}
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import QueryError, UnknownItemError
+from twotower.data.columns import id_text
 from twotower.index.base import Index, check_vectors
 from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import log_counts
@@ -119,18 +120,19 @@ class LiveCatalogue:
         Raises:
             UnknownItemError: It does not exist; the message names the nearest ids.
         """
-        number = self.numbers.get(str(item))
+        number = self.numbers.get(id_text(item))
         position = -1
         # An item that was deleted keeps its number, and has no position.
         if number is not None:
             position = snapshot.position_of(number)
         if position < 0:
-            similar = nearest(str(item), self.numbers)
+            similar = nearest(id_text(item), self.numbers)
             hint = ""
             if similar:
                 hint = f" The nearest ids are: {', '.join(similar)}."
             raise UnknownItemError(
-                f"item {str(item)!r} is not among the {len(snapshot)} items of the corpus.{hint}"
+                f"item {id_text(item)!r} is not among the {len(snapshot)} items of the "
+                f"corpus.{hint}"
             )
         return position
 
