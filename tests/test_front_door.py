@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 import doctest
 import inspect
+import re
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 
 import twotower as tt
 from twotower import api
 from twotower.core.kinds import REGISTRIES
+from twotower.data.facts import LogFacts
 
 
 def write_events(path, *, rows=400):
@@ -109,3 +113,69 @@ def test_an_unknown_option_of_the_index_is_refused_with_its_nearest(folder):
     run = tt.load_run(folder / "runs" / "mine")
     with pytest.raises(tt.TwotowerError, match="target_recal.*did you mean 'target_recall'"):
         run.export(target_recal=0.9)
+
+
+CHEAP = {
+    # Ids alone compile in a second; what is recommended for a log is tested with the logs.
+    "features.user": {"user_id": {"type": "string", "embedding_size": 8}},
+    "features.item": {"item_id": {"type": "string", "embedding_size": 8}},
+    "training.batch_size": 64,
+    "training.steps": 4,
+}
+
+
+def events_frame():
+    rng = np.random.default_rng(0)
+    users = rng.integers(1, 31, 400)
+    items = rng.integers(1, 51, 400)
+    times = 1_700_000_000 + 3600 * np.arange(400)
+    return pd.DataFrame({"CustomerID": users, "StockCode": items, "InvoiceDate": times})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_from_a_frame_to_recommendations(library, tmp_path, monkeypatch, capsys):
+    """Rows are kept: the run answers, is measured and exported where it was moved to."""
+    monkeypatch.chdir(tmp_path)
+    events = events_frame()
+    if library == "polars":
+        events = pl.from_pandas(events)
+    run = tt.fit(events, config=CHEAP)
+    said = capsys.readouterr().out
+    assert "user = 'CustomerID', item = 'StockCode', time = 'InvoiceDate' (seconds" in said
+    assert f"run: {run.workdir}" in said
+    assert "popularity" in said.splitlines()[-1]
+    answers = [run.recommend(user, k=5) for user in (7, "7", 7.0, np.int64(7))]
+    assert all(answer.known for answer in answers)
+    lists = [[item.item_id for item in answer] for answer in answers]
+    assert lists == [lists[0]] * 4
+    moved = tmp_path / "elsewhere"
+    run.workdir.rename(moved)
+    again = tt.load_run(moved)
+    assert [item.item_id for item in again.recommend(7, k=5)] == lists[0]
+    figures = again.evaluate(ks=(10,))
+    assert figures["model"]["queries"] > 0
+    again.export(k=5)
+    assert [item.item_id for item in tt.load_retriever(moved).recommend(7, k=5)] == lists[0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "cure"),
+    [
+        ({"share_new_items": 0.7}, "70% of the held-out rows .* items="),
+        ({"num_training_rows": 300}, "300 rows to train with are few"),
+        ({}, "'training.passes'"),
+    ],
+)
+def test_a_model_behind_popularity_is_told_what_to_do(facts, cure):
+    values = {
+        "num_rows": 10**5,
+        "num_users": 100,
+        "num_items": 100,
+        "num_training_rows": 10**5,
+        "has_times": True,
+        "span_days": 9.0,
+        "share_new_items": 0.0,
+        "share_new_users": 0.0,
+    }
+    assert re.search(cure, api.popularity_cure(LogFacts(**(values | facts))))

@@ -262,11 +262,11 @@ def _comparison(run: Run, facts: LogFacts) -> str:
     line += f", popularity {popularity:.4f}."
     if value >= popularity:
         return line
-    return f"{line} The model is behind popularity: {_cure(facts)}"
+    return f"{line} The model is behind popularity: {popularity_cure(facts)}"
 
 
-def _cure(facts: LogFacts) -> str:
-    """Returns what to do about a model that is behind popularity."""
+def popularity_cure(facts: LogFacts) -> str:
+    """Returns what to do about a model that is behind popularity, as the end of a sentence."""
     if facts.share_new_items > MANY_NEW and not facts.items:
         return (
             f"{facts.share_new_items:.0%} of the held-out rows are of items that training never "
