@@ -19,6 +19,8 @@ WORDS_OF_A_TEXT = 1.5
 SHARE_OF_A_CODE = 0.5
 # Share of held-out rows with new items from which on items must be found by their columns.
 SHARE_OF_NEWS = 0.2
+# Share of held-out rows with new users from which on most of what is asked is asked by them.
+SHARE_OF_NEW_USERS = 0.5
 USERS_OF_A_PERIOD = 100  # users at least of the last period, by whom tomorrow is told
 
 Options = dict[str, Any]
@@ -48,7 +50,10 @@ def recommended_config(facts: LogFacts) -> dict[str, Options]:
 
 def _user_features(facts: LogFacts) -> Options:
     # The rows for unknown ids are trained by many examples: most logs end with new users.
-    features: Options = {"user_id": _id_feature(oov_rate=0.3)}
+    oov_rate = 0.3
+    if facts.share_new_users > SHARE_OF_NEW_USERS:
+        oov_rate = 0.6
+    features: Options = {"user_id": _id_feature(oov_rate=oov_rate)}
     if facts.has_times:
         # The last of the periods, which have equally many rows, stands for tomorrow.
         features["period"] = {
@@ -166,10 +171,6 @@ def _model() -> Options:
         "item": {"layers": (WIDTH,), "dropout": 0.2},
         # New users have no history, and nearly all training rows one: some are emptied.
         "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.3},
-        # Without normalisation a vector's length can say how popular an item is.
-        "normalize": False,
-        "temperature": 1.0,
-        "learn_temperature": False,
     }
 
 
@@ -187,7 +188,9 @@ def _training(facts: LogFacts) -> Options:
         batch_size //= 2
     return {
         "batch_size": batch_size,
-        "passes": 10,
+        "passes": 8,
+        "optimizer": {"learning_rate": 2e-3},
+        "tables": {"learning_rate": 0.05},
         "schedule": {"kind": "cosine"},
         "metric": "ndcg@10",
         "patience": 3,

@@ -29,13 +29,13 @@ def get_config():
     config.split.validation = 0.05
     config.split.test = 0.1
 
-    # A user is an id, the time of the query (the last of 32 periods stands for tomorrow) and the
+    # A user is an id, the time of the query (the last of 8 periods stands for tomorrow) and the
     # items that they had. A high oov_rate trains the rows that new users and new items get.
     # Columns of the users and of the items go here, each as a feature; what an item keeps for
     # life, such as its category, also into "reads", by which the history knows more than ids.
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
-        "period": {"type": "int", "column": "timestamp", "buckets": 32, "embedding_size": 64},
+        "period": {"type": "int", "column": "timestamp", "buckets": 8, "embedding_size": 64},
         "history": {"type": "history", "max_length": 50, "reads": ("item_id",)},
     }
     config.features.item = {
@@ -52,15 +52,17 @@ def get_config():
     config.model.history.recency = True
     # New users have no history, and nearly all training rows one.
     config.model.history.empty_rate = 0.3
-    config.model.normalize = False
-    config.model.temperature = 1.0
-    config.model.learn_temperature = False
     # Negatives from the whole corpus would teach that what is published tomorrow is never chosen.
     config.objective.negatives.uniform = 0
 
     config.training.batch_size = 1024
-    config.training.steps = 3000
-    config.training.validate_every = 200
-    config.training.patience = 4
+    # For 100,000 rows; with more or fewer of them there are more or fewer steps.
+    config.training.steps = 800
+    config.training.steps_for = 100_000
+    config.training.validate_every = 100
+    config.training.optimizer.learning_rate = 2e-3
+    config.training.tables.learning_rate = 0.05
+    config.training.schedule.kind = "cosine"
+    config.training.patience = 3
     config.training.metric = "ndcg@10"
     return config
