@@ -82,6 +82,12 @@ def test_a_run_in_the_working_folder_is_no_way_around(folder, toys, monkeypatch)
     run = folder / "run"
     write(run / "evil_of_a_test.py")
     monkeypatch.chdir(run)
+    path = list(sys.path)
+    with pytest.raises(ConfigError, match="no module 'evil_of_a_test'"):
+        plugins.import_plugins(("evil_of_a_test",), run)
+    assert sys.path == path
+    # As `python -m` has it.
+    sys.path.insert(0, "")
     with pytest.raises(ConfigError, match="lies inside the run"):
         plugins.import_plugins(("evil_of_a_test",), run)
     assert not toys.origins

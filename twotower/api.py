@@ -533,6 +533,8 @@ def load_retriever(folder: Path | str) -> Retriever:
     is_run = (workdir / "config.json").exists() and (workdir / "checkpoints").exists()
     if not is_run:
         return Retriever.load(folder)
+    # Its plugins are imported first: the encoder of the bundle may need them.
+    run_folder.load_config(workdir)
     if is_checkpoint:
         return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
     if (workdir / BUNDLE).exists():

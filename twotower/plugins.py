@@ -88,7 +88,7 @@ def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:
     """
     plugins: dict[str, dict[str, str]] = {}
     for name in names:
-        plugin = _imported[name]
+        plugin = _imported[name]  # whoever trains or opens a run has imported its plugins
         plugins[name] = {"sha256": plugin.sha256}
         if files:
             plugins[name]["file"] = str(plugin.file)
@@ -183,10 +183,12 @@ def _import_module(module: str, folder: Path, name: str, kinds: str) -> None:
         name: Name of the plugin.
         kinds: As for `_import_plugin`.
     """
-    # A console command, unlike `python -m`, does not look in the working folder.
-    working_folder = str(Path.cwd())
-    if working_folder not in sys.path and "" not in sys.path:
-        sys.path.append(working_folder)
+    # A console command, unlike `python -m`, does not look in the working folder. Where that is the
+    # run itself, no import of anything may find code in it.
+    working_folder = Path.cwd()
+    is_known = "" in sys.path or str(working_folder) in sys.path
+    if not is_known and not working_folder.resolve().is_relative_to(folder.resolve()):
+        sys.path.append(str(working_folder))
     importlib.invalidate_caches()
     spec = importlib.util.find_spec(module)
     if spec is None:

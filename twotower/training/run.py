@@ -246,8 +246,8 @@ def holds_run(workdir: Path, config: Config) -> bool:
         return False
     # The section of the index may change: the weights do not depend on it.
     sections = config.training_sections()
-    old = _read_json(path)
     # By way of JSON, where a tuple is a list: both sides are compared as they are written.
+    old = _with_defaults(_read_json(path))
     new = json.loads(config.to_json())
     old_sections = {name: old[name] for name in old if name in sections}
     new_sections = {name: new[name] for name in new if name in sections}
@@ -259,6 +259,16 @@ def holds_run(workdir: Path, config: Config) -> bool:
             "Name a new folder, or delete this one."
         )
     return not changed
+
+
+def _with_defaults(old: Any) -> Any:
+    """Returns a saved configuration with the options that its version did not have."""
+    try:
+        # Defaults compute what was computed before there was the option.
+        return json.loads(from_dict(old).to_json())
+    except ConfigError:
+        # Of a version with other options: the differences are told as they are.
+        return old
 
 
 def claim(workdir: Path, config: Config) -> None:
