@@ -1,14 +1,18 @@
 """Plugins come from the user's own path, never from a run, and a run knows which it needs."""
 
+import dataclasses
+import json
 import logging
 import sys
 
 import pytest
 
 from twotower import plugins
+from twotower.config import Config
 from twotower.core import kinds
 from twotower.core.errors import ConfigError
 from twotower.core.kinds import Kinds
+from twotower.training.run import holds_run
 
 SOURCE = """
 from twotower.core import kinds
@@ -155,3 +159,19 @@ def test_a_kind_that_no_plugin_has_is_said(toys, caplog):
 def test_a_run_without_own_parts_has_no_record(folder):
     save(folder / "run", ())
     assert list((folder / "run").iterdir()) == []
+
+
+def test_a_run_goes_on_where_its_version_lacked_an_option_and_not_with_other_plugins(tmp_path):
+    config = Config()
+    old = json.loads(config.to_json())
+    del old["plugins"], old["objective"]["options"], old["model"]["user"]["options"]
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert holds_run(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"config.plugins was \[\] and is now \['parts.py'\]"):
+        holds_run(tmp_path, dataclasses.replace(config, plugins=("parts.py",)))
+
+
+def test_plugins_are_part_of_the_identity_only_where_there_are_some():
+    assert Config().identity() == {}
+    assert Config(plugins=("parts.py",)).identity() == {"plugins": ("parts.py",)}

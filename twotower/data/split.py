@@ -10,6 +10,7 @@ import pyarrow as pa
 from twotower.config import SplitConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
+from twotower.core.kinds import Kinds
 from twotower.data.interactions import PARTS, Split, count_later_rows, describe, timestamps
 
 # Number of each part in the arrays of this file: its position in `PARTS`.
@@ -46,7 +47,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
         ConfigError: The kind is unknown, needs a column that is missing, or leaves a part empty
             whose share is above 0.
     """
-    divide = choose(SPLITS, config.kind, "config.split.kind")
+    divide = SPLITS.choose(config.kind, "config.split.kind")
     # A part for each row instead of three tables, so that rows keep their file order.
     part_of_row = divide(interactions, config)
     tables = [interactions.filter(pa.array(part_of_row == part)) for part in range(len(PARTS))]
@@ -57,7 +58,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
             raise ConfigError(
                 f"config.split.kind={config.kind!r} with validation={config.validation} and "
                 f"test={config.test} leaves no {name} rows of {interactions.num_rows:,}. "
-                f"{_HINTS[config.kind]}"
+                f"{_HINTS.get(config.kind, '')}"
             )
     # Kept because file order breaks ties of time when the parts are joined again.
     positions = [np.flatnonzero(part_of_row == part) for part in range(len(PARTS))]
@@ -148,12 +149,29 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     return parts
 
 
-SPLITS: dict[str, PartOfRows] = {
-    "time": split_by_time,
-    "leave_last_out": leave_last_out,
-    "random": split_at_random,
-    "fixed": split_by_column,
-}
+SPLITS: Kinds[PartOfRows] = Kinds(
+    "split",
+    {
+        "time": split_by_time,
+        "leave_last_out": leave_last_out,
+        "random": split_at_random,
+        "fixed": split_by_column,
+    },
+    synonyms={
+        "temporal": "time",
+        "chronological": "time",
+        "global_time": "time",
+        "leave_one_out": "leave_last_out",
+        "loo": "leave_last_out",
+        "last": "leave_last_out",
+        "ratio": "random",
+        "holdout": "random",
+        "uniform": "random",
+        "predefined": "fixed",
+        "column": "fixed",
+        "given": "fixed",
+    },
+)
 
 _HINTS = {
     "time": "Change the shares, or give finer timestamps: rows of one second are never divided.",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twotower.config import HistoryConfig
 from twotower.core.errors import ConfigError, choose
+from twotower.core.kinds import Kinds
 from twotower.kernels.attention import attend, rotate
 from twotower.kernels.dense import activation_dtype, matmul
 from twotower.towers.layers import dense, drop_out
@@ -248,13 +249,29 @@ class Bidirectional(HistoryEncoder):
         return weighted_mean(x, logits, (segment > 0) & ((position > 0) | is_empty))
 
 
-HISTORIES: Mapping[str, type[HistoryEncoder]] = {
-    "bag": Bag,
-    "attention": AttentionBag,
-    "causal": Causal,
-    "gru": Gru,
-    "bidirectional": Bidirectional,
-}
+HISTORIES: Kinds[type[HistoryEncoder]] = Kinds(
+    "history encoder",
+    {
+        "bag": Bag,
+        "attention": AttentionBag,
+        "causal": Causal,
+        "gru": Gru,
+        "bidirectional": Bidirectional,
+    },
+    synonyms={
+        "mean": "bag",
+        "average": "bag",
+        "pooling": "bag",
+        "transformer": "causal",
+        "sasrec": "causal",
+        "gpt": "causal",
+        "rnn": "gru",
+        "lstm": "gru",
+        "gru4rec": "gru",
+        "bert": "bidirectional",
+        "bert4rec": "bidirectional",
+    },
+)
 POOLINGS: Mapping[str, None] = dict.fromkeys(("mean", "cls", "attention"))
 
 

@@ -184,7 +184,7 @@ def build_tower(
     event = next((spec for spec in inputs.values() if spec.history_length), None)
     encoder = None
     if event is not None:
-        kind = choose(HISTORIES, history.kind, "config.model.history.kind")
+        kind = HISTORIES.choose(history.kind, "config.model.history.kind")
         encoder = kind(
             history, event.history_length, event.time_buckets, arithmetic, event.time_to_next
         )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
+from twotower.data.split import SPLITS
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import (
@@ -46,11 +47,12 @@ def check_kinds(config: Config) -> None:
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
     loss_options(objective)
+    SPLITS.choose(config.split.kind, "config.split.kind")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
-    choose(DENSE, training.optimizer.kind, "config.training.optimizer.kind")
+    DENSE.choose(training.optimizer.kind, "config.training.optimizer.kind")
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")
     choose(SCHEDULES, training.schedule.kind, "config.training.schedule.kind")
-    choose(HISTORIES, model.history.kind, "config.model.history.kind")
+    HISTORIES.choose(model.history.kind, "config.model.history.kind")
     choose(BLOCKS, model.history.block, "config.model.history.block")
     for side, tower in (("user", model.user), ("item", model.item)):
         choose(ACTIVATIONS, tower.activation, f"config.model.{side}.activation")

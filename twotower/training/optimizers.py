@@ -14,17 +14,22 @@ from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
 from twotower.core.errors import choose
+from twotower.core.kinds import Kinds
 from twotower.kernels.sparse_update import TableOptimizer
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 
 # By the names that `config.training.optimizer.kind` takes.
-DENSE: Mapping[str, Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = {
-    "adam": lambda c: optax.adam(c.learning_rate),
-    # The schedule multiplies the whole update, its weight decay included.
-    "adamw": lambda c: optax.adamw(c.learning_rate, weight_decay=c.weight_decay, mask=_kernels),
-    "adagrad": lambda c: optax.adagrad(c.learning_rate),
-    "sgd": lambda c: optax.sgd(c.learning_rate),
-}
+DENSE: Kinds[Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = Kinds(
+    "optimizer",
+    {
+        "adam": lambda c: optax.adam(c.learning_rate),
+        # The schedule multiplies the whole update, its weight decay included.
+        "adamw": lambda c: optax.adamw(c.learning_rate, weight_decay=c.weight_decay, mask=_kernels),
+        "adagrad": lambda c: optax.adagrad(c.learning_rate),
+        "sgd": lambda c: optax.sgd(c.learning_rate),
+    },
+    synonyms={"momentum": "sgd", "lazy_adam": "adam", "rowwise_adagrad": "adagrad"},
+)
 
 # Number of steps -> the schedule after the warm-up.
 SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
@@ -101,7 +106,7 @@ class Optimizers(NamedTuple):
 
 def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
     """Returns the optimizer of a configuration, behind clipping and without the schedule."""
-    optimizer = choose(DENSE, config.kind, "config.training.optimizer.kind")(config)
+    optimizer = DENSE.choose(config.kind, "config.training.optimizer.kind")(config)
     if not config.clip_norm:
         return optimizer
     # Clipped before the moments are taken. Gradients of tables have no part in the norm.
