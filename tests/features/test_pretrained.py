@@ -167,8 +167,8 @@ def test_vectors_of_a_column_are_those_of_a_file(tmp_path, form, frozen):
 def test_new_rows_bring_their_vectors_or_have_none():
     spec = {"item": {"clip": {"type": "pretrained", "missing": "zeros"}}}
     encoder = fitted(spec, in_column([[1.0, 2.0]] * 29 + [None]))
-    rows = pa.Table.from_pylist([{"clip": [3, 4]}, {"clip": None}, {"clip": []}])
-    assert encoder.encode("item", rows)["clip"].tolist() == [[3, 4, 0], [0, 0, 1], [0, 0, 1]]
+    rows = pa.Table.from_pylist([{"clip": None}, {"clip": [3, 4]}, {"clip": []}])
+    assert encoder.encode("item", rows)["clip"].tolist() == [[0, 0, 1], [3, 4, 0], [0, 0, 1]]
     assert encoder.encode("item", pa.table({"item_id": ["i1"]}))["clip"].tolist() == [[0, 0, 1]]
     with pytest.raises(ConfigError, match="features.item.clip: the vector in row 1 has width 3"):
         encoder.encode("item", pa.table({"clip": [[1.0, 2.0, 3.0]]}))
