@@ -58,7 +58,9 @@ class Launcher:
         self.tree, self.bin, self.calls_file = folder / "my tree", folder / "bin", folder / "calls"
         self.bin.mkdir()
         for tool in (*TOOLS, "basename"):
-            os.symlink(shutil.which(tool), self.bin / tool)
+            path = shutil.which(tool)
+            assert path, f"{tool} is not on the PATH"
+            os.symlink(path, self.bin / tool)
         for name in (
             ".ci/run",
             "launch_local.sh",
