@@ -13,9 +13,12 @@ from pyarrow import csv
 from tests.features.encoder_shop import assert_same, fitted, shop
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
+from twotower.data.contract import apply_contract
+from twotower.data.sources.frames import read_table
 from twotower.data.sources.load import load_dataset
 from twotower.features.base import Input
 from twotower.features.encoder import Encoder
+from twotower.features.pretrained import parse_vectors
 from twotower.features.spec import from_mappings
 
 
@@ -232,3 +235,16 @@ def test_vectors_come_through_a_file_of_the_table(tmp_path, form):
     encoder = Encoder.fit(spec, data.interactions, users=data.users, items=data.items)
     encoded = encoder.encode("item", data.items)["vector"]
     np.testing.assert_array_equal(encoded, np.float32(vectors))
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_vectors_come_through_a_frame(library):
+    frames = pytest.importorskip(library)
+    vectors = np.float32([[0.1, -2.0], [3e-4, 5.5]])
+    for column in (list(vectors), vectors.tolist()):
+        frame = frames.DataFrame({"item_id": ["a", "b"], "vector": column})
+        table, origin = read_table(frame, TableConfig(), "items")
+        items = apply_contract(table, TableConfig(), "items", keys=("item_id",), origin=origin)
+        parsed, missing = parse_vectors(items["vector"], "vector", width=2)
+        np.testing.assert_array_equal(parsed, vectors)
+        assert not missing.any()
