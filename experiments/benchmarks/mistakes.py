@@ -132,11 +132,15 @@ def hard_negatives_have_the_count_of_their_pool_alone(right):
     return log_expected_count
 
 
-@mistake(6, "twotower.objectives.losses:LOSSES")
+@mistake(6, "twotower.objectives.losses:bind_constants")
 def the_positive_that_is_always_there_is_corrected(right):
-    return right | {
-        "corrected_softmax": right["corrected_softmax"]._replace(corrects_positive=True)
-    }
+    def bind_constants(loss, objective, num_items):
+        bound = right(loss, objective, num_items)
+        if loss.corrects and not loss.bilateral:
+            return bound._replace(corrects_positive=True)
+        return bound
+
+    return bind_constants
 
 
 @mistake(7, "twotower.retrieval.retriever:Retriever._search")

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from tests.retrieval.runs import make_run, rewrite_manifest, with_other_weights, write
-from twotower.config import from_dict
+from twotower import plugins
+from twotower.config import RerankConfig, from_dict
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import current_version
+from twotower.core.kinds import importing
+from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
@@ -27,6 +30,7 @@ from twotower.retrieval.export import (
     known_users,
     make_bundle,
 )
+from twotower.retrieval.rerank import RERANKERS
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.user_items import items_of_users, latest_rows
 from twotower.retrieval.weights import load_weights, model_version, save_weights
@@ -396,3 +400,34 @@ def test_seen_items_are_all_rows_with_the_latest_last(run):
             expected[user].remove(item)
         expected[user].append(item)
     assert [row.tolist() for row in seen] == expected
+
+
+def test_a_bundle_of_own_parts_answers_without_their_module(run, tmp_path, monkeypatch):
+    name = "parts_of_a_test.py"
+    plugin = plugins.Plugin(tmp_path / name, "0" * 64)
+    monkeypatch.setitem(plugins._imported, name, plugin)
+    with importing(name):
+        LOSSES["of_a_test"] = LOSSES["bpr"]
+        RERANKERS["of_a_test"] = lambda candidates, k: np.arange(k)[::-1]
+    config = dataclasses.replace(
+        run.config,
+        plugins=(name,),
+        objective=dataclasses.replace(run.config.objective, loss="of_a_test"),
+        retrieval=dataclasses.replace(run.config.retrieval, rerank=RerankConfig(kind="of_a_test")),
+    )
+    folder = write(dataclasses.replace(run, config=config, workdir=tmp_path))
+    del LOSSES["of_a_test"], RERANKERS["of_a_test"], plugins._imported[name]
+    assert str(tmp_path) not in (current_version(folder) / "plugins.json").read_text()
+    retriever = Retriever.load(folder)
+    user = retriever.bundle.users["user_id"][0].as_py()
+    best = [item.item_id for item in retriever.recommend(user, k=3, rerank="")]
+    assert len(retriever.similar_items(best[0], k=3)) == 3
+    with pytest.raises(ConfigError, match=f"'of_a_test' was registered by '{name}'"):
+        retriever.recommend(user, k=3)
+    # Another version of the bundle, by a process that has never seen the module.
+    retriever.delete([best[0]])
+    retriever.compact()
+    with pytest.raises(ConfigError, match=f"'of_a_test' was registered by '{name}'"):
+        Retriever.load(folder).recommend(user, k=3)
+    kinds = plugins.read_record(current_version(folder))["kinds"]
+    assert kinds["loss"] == {"of_a_test": name}
