@@ -246,3 +246,14 @@ def test_the_image_holds_what_a_training_needs_and_runs_as_no_root():
     instructions = [line[0] for line in words]
     assert instructions.index("USER") < instructions.index("CMD")
     assert ["USER", "twotower"] in words and ["ARG", 'EXTRAS=""'] in words
+
+
+@pytest.mark.parametrize("extras, project", [("", "."), ("cuda", ".[cuda]")])
+def test_the_image_installs_the_extras_that_are_asked_for(launcher, extras, project):
+    text = (ROOT / "experiments" / "launch" / "Dockerfile").read_text()
+    install = re.search(r"^RUN (pip .*)$", text, re.MULTILINE)[1]
+    launcher.stand_in("pip", RECORD)
+    env = {"PATH": str(launcher.bin), "CALLS": str(launcher.calls_file), "EXTRAS": extras}
+    # As Docker runs it: by the shell, with the build arguments in the environment.
+    subprocess.run(["/bin/sh", "-c", install], env=env, check=True)
+    assert launcher.calls()[0][-2:] == ["--editable", project]
