@@ -3,16 +3,18 @@ than popularity where most answers are new."""
 
 import dataclasses
 
+import pyarrow as pa
 import pytest
 
 from experiments.benchmarks.logs import news_log
 from twotower import api
 from twotower.config import from_dict
-from twotower.data.facts import ColumnFacts, LogFacts
+from twotower.data.facts import ColumnFacts, LogFacts, column_facts
 from twotower.evaluation.baselines import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.features.spec import load_spec
+from twotower.features.timestamp import as_seconds
 from twotower.recommended import recommended_config
 
 TITLE = ColumnFacts(name="title", kind="text", num_values=90, mean_length=5)
@@ -110,3 +112,28 @@ def test_news_of_tomorrow_are_found_better_than_by_popularity(tmp_path):
     )
     popularity = evaluate(order_scores(order), queries, (10,), mask_seen=True)
     assert model["ndcg@10"] > 1.5 * popularity["ndcg@10"]
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [
+        ([1_700_000_000_000, 1_700_000_001_000], "ms"),
+        (["2024-01-02", "2024-05-06"], "s"),
+        # Forms that a feature of times does not read.
+        (["13/02/2024", "14/02/2024"], None),
+        (["2024-01-02T10:00:00+02:00", "2024-01-03T10:00:00+02:00"], None),
+        (["2024-01-02"] * 30 + ["soon"], None),
+    ],
+)
+def test_times_become_a_feature_where_all_of_them_are_read(values, unit):
+    column = pa.chunked_array([pa.array(values)])
+    facts = column_facts("published", column, now=1_750_000_000)
+    assert facts.kind == "time"
+    feature = features_of(dataclasses.replace(FACTS, items=(facts,))).item.get("published")
+    if unit is None:
+        assert feature is None
+        return
+    seconds, missing = as_seconds(column, "published", unit=feature.unit)
+    assert not missing.any()
+    assert seconds.min() > 1_600_000_000
+    assert feature.unit == unit

@@ -141,8 +141,13 @@ def _column_feature(
     if column.kind == "number":
         # Buckets of equally many rows need no scale, and may rise and fall again.
         return {"type": "int", "buckets": 16, "embedding_size": width}
-    if column.kind == "time":
-        return {"type": "timestamp", "parts": ("age",), "embedding_size": width}
+    if column.kind == "time" and column.is_readable:
+        return {
+            "type": "timestamp",
+            "parts": ("age",),
+            "unit": column.unit,
+            "embedding_size": width,
+        }
     return None
 
 

@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import is_list, pc
+from twotower.core.times import TimeUnit
 from twotower.data import columns
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Split
-from twotower.data.time_forms import find_time_forms
+from twotower.data.time_forms import TimeForm, find_time_forms
 
 SAMPLE = 100_000  # rows by which a column is described
 DAY = 24 * 3600  # seconds
@@ -36,6 +37,9 @@ class ColumnFacts:
         mean_length: Mean number of words of a text, or of members of a list or vector; else 1.
         is_whole: Whether all numbers are whole.
         separator: Separator of the members of a list that is stored as text, such as "|".
+        unit: Unit of times that are numbers since the epoch.
+        is_readable: Whether a feature of times reads all of them: not texts of other forms than ISO
+            8601, or with a few that are no times.
     """
 
     name: str
@@ -45,6 +49,8 @@ class ColumnFacts:
     mean_length: float = 1.0
     is_whole: bool = False
     separator: str = ""
+    unit: TimeUnit = "s"
+    is_readable: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,17 +107,28 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
         is_number = pc.is_finite(values)
         missing += (1 - missing) * (1 - (pc.mean(is_number.cast(pa.float64())).as_py() or 0.0))
         values = values.filter(is_number)
-    is_time = bool(find_time_forms(values, now=now))
+    forms = find_time_forms(values, now=now)
     values = columns.simplify_type(values)
+    if forms:
+        return ColumnFacts(
+            name=name,
+            kind="time",
+            num_values=pc.count_distinct(values).as_py(),
+            share_missing=missing,
+            unit=forms[0].unit,
+            is_readable=_is_readable(forms[0], values),
+        )
     if pa.types.is_string(values.type):
-        if not is_time:
-            text = _text_facts(name, values, missing)
-            if text is not None:
-                return text
+        text = _text_facts(name, values, missing)
+        if text is not None:
+            return text
         values = columns.infer_type(values)
+    return _value_facts(name, values, missing)
+
+
+def _value_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFacts:
+    """Returns the facts about flags, numbers and texts."""
     num_values = pc.count_distinct(values).as_py()
-    if is_time:
-        return ColumnFacts(name=name, kind="time", num_values=num_values, share_missing=missing)
     if pa.types.is_boolean(values.type):
         return ColumnFacts(name=name, kind="flag", num_values=num_values, share_missing=missing)
     if not _is_number(values.type):
@@ -178,6 +195,19 @@ def _facts_of(table: pa.Table, now: float) -> tuple[ColumnFacts, ...]:
     for name in table.column_names:
         facts.append(column_facts(name, table[name], now=now))
     return tuple(facts)
+
+
+def _is_readable(form: TimeForm, values: pa.ChunkedArray) -> bool:
+    """Returns whether a feature of times can read all values of a column."""
+    if form.format:
+        return False
+    if not pa.types.is_string(values.type):
+        return True
+    try:
+        values.cast(pa.timestamp("s"))
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _share_new(parts: Split, key: str) -> float:
