@@ -320,14 +320,26 @@ def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) ->
 
     This is the form for one of several processes, and for work that goes on in another process.
     """
-    # What training itself cannot know is refused before the data is read.
-    import_plugins(config.plugins, Path(workdir))
-    check_metric_name(config)
-    resolve_rerank(None, config.retrieval.rerank)
+    check_names(config, workdir)
     # Both are made later, of prepared data: training itself imports neither.
     run_folder.train(
         config, workdir, make_validate=make_validate, make_miner=make_miner, devices=devices
     )
+
+
+def check_names(config: Config, workdir: Path | str) -> None:
+    """Refuses a name that training itself does not know, before the data is read.
+
+    Args:
+        config: Configuration of the experiment.
+        workdir: Folder of the run, in which no plugin may lie.
+
+    Raises:
+        ConfigError: A plugin, the validation metric or the re-ranker is not known.
+    """
+    import_plugins(config.plugins, Path(workdir))
+    check_metric_name(config)
+    resolve_rerank(None, config.retrieval.rerank)
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:

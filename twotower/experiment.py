@@ -38,7 +38,8 @@ def load_config(experiment: str | Path, **overrides: Any) -> Config:
         ConfigError: There is no such experiment or option (the nearest is named), or a value cannot
             be used.
 
-    >>> load_config("quickstart", training={"steps": 500}).training.steps
+    >>> config = tt.load_config("quickstart", training={"steps": 500})
+    >>> config.training.steps
     500
     """
     return from_dict(read(experiment, overrides))

@@ -247,8 +247,13 @@ LOG = "user_id,item_id,timestamp\n" + "".join(
             "config.objective.loss='sofmax' is not known; did you mean 'softmax'? Known:",
         ),
         (
+            "no log is read before this is refused",
+            ["--config.training.metric=hr@10"],
+            "config.training.metric='hr@10' is not known; did you mean 'hit_rate@10'?",
+        ),
+        (
             LOG,
-            ["--config.features.item={'price': {'type': 'float'}}"],
+            ["--config.features.item={'item_id': {'type': 'string'}, 'price': {'type': 'float'}}"],
             "features.item.price reads column 'price'; the items table has no",
         ),
         (
@@ -267,6 +272,33 @@ def test_a_training_that_cannot_start_says_why_in_a_line(tmp_path, log, flags, m
     (tmp_path / "log.csv").write_text(log)
     path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
     assert message in error_of("train", MY_LOG, f"--workdir={tmp_path / 'run'}", path, *flags)
+
+
+def test_a_dry_run_checks_and_says_what_would_be_trained(tmp_path):
+    (tmp_path / "log.csv").write_text(LOG)
+    workdir = tmp_path / "run"
+    flags = [MY_LOG, f"--workdir={workdir}", "--dry-run", "--config.training.batch_size=8"]
+    path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
+    printed = output_of("train", *flags, path)
+    assert f"Would train in {workdir}: a new run" in printed and "Data: csv, 100 rows" in printed
+    assert "85 train, 5 validation, 10 test rows" in printed
+    assert "\n  --config.training.batch_size=8\n" in printed
+    assert "config.retrieval.k=" not in printed  # as it is by default
+    assert not workdir.exists()
+    assert "log.csv" in error_of("train", *flags, f"{path}.gone")
+    assert "of which this is the first" in output_of("repeat", *flags, path)
+    assert not workdir.exists()
+
+
+def test_a_dry_run_of_a_run_that_has_begun_says_where_it_goes_on(trained, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"from twotower.config import defaults\n\n\ndef get_config():\n    config = defaults()\n"
+        f"    config.update({CONFIG!r})\n    return config\n"
+    )
+    flags = [f"--config={tmp_path / 'mine.py'}", f"--workdir={trained}", "--dry_run"]
+    assert "goes on from step 4" in output_of("train", *flags)
+    error = error_of("train", *flags, "--config.training.steps=9")
+    assert "holds a run with another configuration" in error
 
 
 def test_an_interrupted_command_says_how_to_go_on(capsys):

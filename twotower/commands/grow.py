@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import dry_run, launch
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS)
@@ -31,14 +31,22 @@ _NEW_ROWS = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best or a step.", flag_values=FLAGS
 )
+_DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
     from twotower.config import from_dict
     from twotower.training.grow import grow
+    from twotower.training.run import load_config
 
+    config = from_dict(_CONFIG.value)
+    if _DRY_RUN.value:
+        load_config(_SOURCE.value)  # says what to do where the folder is no run
+        print(f"Would take over {_SOURCE.value}; the training after that:")
+        print(dry_run.describe_training(config, _WORKDIR.value))
+        return
     grow(
-        from_dict(_CONFIG.value),
+        config,
         _SOURCE.value,
         _WORKDIR.value,
         new_rows=_NEW_ROWS.value,

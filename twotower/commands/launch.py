@@ -117,6 +117,7 @@ def parse(command: Command, argv: list[str]) -> list[str]:
         sys.exit(0)
     own = command.FLAGS
     argv = _name_arguments(command, argv)
+    argv = [_with_underscores(arg, own) for arg in argv]
     _join_flags_of_absl(own)
     try:
         _check_options(argv)
@@ -217,6 +218,15 @@ def _name_arguments(command: Command, argv: list[str]) -> list[str]:
         return argv
     flag_of = [arg if arg.startswith("-") else f"--{name}={arg}" for arg in argv[1:]]
     return [argv[0], *flag_of]
+
+
+def _with_underscores(arg: str, own: flags.FlagValues) -> str:
+    """Returns a flag that is written --dry-run as --dry_run, if that is how it is defined."""
+    name, equals, value = arg.partition("=")
+    underscored = name.lstrip("-").replace("-", "_")
+    if not name.startswith("--") or underscored not in own:
+        return arg
+    return f"--{underscored}{equals}{value}"
 
 
 def _join_flags_of_absl(own: flags.FlagValues) -> None:

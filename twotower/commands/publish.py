@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from absl import flags
 
+from twotower.commands import dry_run
+
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
@@ -22,6 +24,7 @@ _NAME = flags.DEFINE_string("name", "twotower", "Name that the keys begin with."
 _TTL = flags.DEFINE_integer(
     "ttl", 86_400, "Seconds that the vectors live.", lower_bound=1, flag_values=FLAGS
 )
+_DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
@@ -32,6 +35,9 @@ def main() -> None:
     store = RedisStore(_REDIS.value, name=_NAME.value)
     retriever = api.load_exported(_WORKDIR.value)
     version = bundle_version(retriever)
+    if _DRY_RUN.value:
+        print(f"Would publish {retriever} as {_NAME.value}:{version}.")
+        return
     counts = store.publish(version, vector_blocks(retriever), ttl=_TTL.value)
     vectors = f"{counts['user']:,} user and {counts['item']:,} item vectors"
     print(f"{_NAME.value}:{version}: {vectors}, for {_TTL.value:,} seconds.")

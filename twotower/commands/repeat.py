@@ -1,7 +1,6 @@
 r"""Trains and measures an experiment with one seed after another, for the spread of its figures.
 
-    twotower repeat --config=yelp2018 --workdir=runs/yelp2018 \
-        [--seeds=3] [--baselines]
+    twotower repeat --config=yelp2018 --workdir=runs/yelp2018 [--seeds=3] [--baselines]
 
 Prints the mean and the standard deviation of each metric over training.seed = 0, 1, ... and writes
 the figures of each seed to WORKDIR/repeat.json (repeat_validation.json for --split=validation). The
@@ -11,9 +10,11 @@ measured.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import dry_run, launch
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS)
@@ -27,6 +28,7 @@ _BASELINES = flags.DEFINE_bool(
 _SPLIT = flags.DEFINE_enum(
     "split", "test", ["test", "validation"], "The rows to find.", flag_values=FLAGS
 )
+_DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
@@ -35,6 +37,11 @@ def main() -> None:
     from twotower.evaluation.report_text import format_seeds
 
     config = from_dict(_CONFIG.value)
+    if _DRY_RUN.value:
+        first = Path(_WORKDIR.value) / "seed-0"
+        print(f"{_SEEDS.value} trainings, of which this is the first.")
+        print(dry_run.describe_training(config, first))
+        return
     measured = api.repeat(
         config,
         _WORKDIR.value,

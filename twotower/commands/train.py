@@ -2,6 +2,8 @@ r"""Trains an experiment, or goes on with it, on all devices of this machine or 
 
     twotower train --config=quickstart --workdir=runs/quickstart [--config.training.steps=500]
 
+    twotower train --config=my_log --workdir=runs/mine --dry_run
+
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import dry_run, launch
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS)
@@ -55,6 +57,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
@@ -63,6 +66,9 @@ def main() -> None:
     from twotower.training.processes import join
 
     config = from_dict(_CONFIG.value)
+    if _DRY_RUN.value:
+        print(dry_run.describe_training(config, _WORKDIR.value, devices=_DEVICES.value))
+        return
     # Before JAX sees its devices: it could not join other processes afterwards.
     join(
         _COORDINATOR.value,

@@ -142,6 +142,27 @@ class PreparedData:
         return rows.take(self.is_positive(part))
 
 
+def read_parts(config: Config, *, folder: Path | None = None) -> tuple[Dataset, Split]:
+    """Reads the log that a configuration names, filters it and divides it.
+
+    Args:
+        config: Configuration of an experiment.
+        folder: Folder of the run, in which rows that it keeps are found.
+
+    Raises:
+        ConfigError: The data cannot be read, or nothing is left of it.
+        LeakageError: The split leaks (see `twotower.data.audit`).
+    """
+    # Only here do rows get the folder of their run: its configuration stays that of any folder.
+    dataset = load_dataset(locate(config.data, folder))
+    # Filters come before the split: its shares are those of the rows that are kept.
+    dataset = filter_rows(dataset, config.data)
+    parts = split(dataset.interactions, config.split)
+    # Before anything is fitted: a split that leaks gets as far as no figure.
+    audit(parts, config.split)
+    return dataset, parts
+
+
 def prepare(
     config: Config,
     *,
@@ -164,13 +185,7 @@ def prepare(
     """
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     spec = with_event_weights(load_spec(config.features), config)
-    # Filters come before the split: its shares are those of the rows that are kept.
-    # Only here do rows get the folder of their run: its configuration stays that of any folder.
-    dataset = load_dataset(locate(config.data, folder))
-    dataset = filter_rows(dataset, config.data)
-    parts = split(dataset.interactions, config.split)
-    # Before anything is fitted: a split that leaks gets as far as no figure.
-    audit(parts, config.split)
+    dataset, parts = read_parts(config, folder=folder)
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)

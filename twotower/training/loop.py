@@ -155,6 +155,8 @@ def fit(
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
         with open_writer(workdir, start=start, steps=config.steps) as writer:
+            # Nothing is said for so long at no other time.
+            logging.info("Compiling: seconds for a small model, minutes for a large one ...")
             # A validation of the fresh model, so that a misspelt metric costs seconds.
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)

@@ -1,0 +1,110 @@
+"""What a training would do, checked and told without doing it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+# Sources whose rows cost nothing but the time to read them.
+CHEAP_SOURCES = ("csv", "pairs", "parquet", "shop", "user_lists")
+
+
+def define(flag_values: flags.FlagValues) -> flags.FlagHolder[bool | None]:
+    """Defines --dry_run."""
+    return flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Check everything and say what would be done, only.",
+        flag_values=flag_values,
+    )
+
+
+def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> str:
+    """Returns what `api.train` would do, after the checks that it makes before the first step.
+
+    Args:
+        config: Configuration of the experiment.
+        workdir: Folder of the run.
+        devices: Number of devices to train on; 0 takes all.
+
+    Raises:
+        ConfigError: As `api.train` would, for a field, the folder or the data.
+    """
+    from twotower import api
+    from twotower.core.mesh import make_mesh
+    from twotower.features.spec import load_spec
+    from twotower.training.checks import check_batch
+    from twotower.training.run import holds_run, local_folder
+    from twotower.training.state import resolve_kinds
+
+    folder = local_folder(workdir)
+    mesh = make_mesh(devices)
+    check_batch(config.training, mesh)
+    api.check_names(config, folder)
+    resolve_kinds(config)
+    spec = load_spec(config.features)
+    state = "a new run"
+    if holds_run(folder, config):
+        state = f"goes on from step {latest_step(folder):,}"
+    names = {side: ", ".join(spec.side(side)) for side in ("user", "item")}
+    lines = [
+        f"Would train in {workdir}: {state}, on {mesh.size} device(s).",
+        *describe_data(config, folder),
+        f"Features: user {names['user']}; item {names['item']}.",
+        f"Loss {config.objective.loss}, batches of {config.training.batch_size:,}.",
+        "Options that differ from their defaults:",
+        *(f"  --config.{name}={value!r}" for name, value in changed_options(config)),
+        "Nothing was written.",
+    ]
+    return "\n".join(lines)
+
+
+def latest_step(folder: Path) -> int:
+    """Returns the step of the latest checkpoint of a run; 0 without any."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def describe_data(config: Any, folder: Path) -> Iterator[str]:
+    """Yields lines on the data, with the sizes of its parts where that costs nothing."""
+    from twotower.pipeline.prepare import read_parts
+
+    if config.data.source not in CHEAP_SOURCES:
+        yield f"Data: {config.data.source}, split by {config.split.kind}; not read now."
+        return
+    dataset, parts = read_parts(config, folder=folder)
+    sizes = f"{len(dataset.users):,} users, {len(dataset.items):,} items"
+    yield f"Data: {config.data.source}, {len(dataset.interactions):,} rows, {sizes}."
+    training = config.training.scaled_to(len(parts.train))
+    yield (
+        f"Split by {config.split.kind}: {len(parts.train):,} train, {len(parts.validation):,} "
+        f"validation, {len(parts.test):,} test rows."
+    )
+    # Whole sequences are packed, so that their number is known only after the data is encoded.
+    if config.training.examples == "interactions":
+        yield f"Steps: up to {training.steps:,}, a validation every {training.validate_every:,}."
+
+
+def changed_options(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted names and the values of the options that differ from their defaults."""
+    from twotower.config import Config, non_defaults
+
+    changed = non_defaults(dataclasses.asdict(config), dataclasses.asdict(Config()))
+    yield from _leaves(changed, Config, "")
+
+
+def _leaves(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
+        # Sections are walked into; a mapping of the user's own is one value.
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(value, typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
