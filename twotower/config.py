@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from twotower.config_rules import check_rules
 from twotower.core.fields import FieldChecks, build
-from twotower.core.times import TimeUnit
+
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 def _is_encoding(name: str) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 
 from twotower.core.kinds import Kinds
 from twotower.data.sources.load import SOURCES, Source, Tables
-from twotower.features.base import Feature, Fitted, Input, TableShape
+from twotower.features.base import Feature, Fitted
+from twotower.features.inputs import Input, TableShape
 from twotower.features.spec import FEATURES
 from twotower.kernels.loss_inputs import Loss
 from twotower.objectives.losses import LOSSES

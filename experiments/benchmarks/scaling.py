@@ -144,7 +144,7 @@ def measured(setting: Setting) -> dict[str, Any]:
 
 def trainer_of(setting: Setting, dtype: str = "float32") -> Any:
     from twotower.config import from_dict
-    from twotower.features.base import Input, TableShape
+    from twotower.features.inputs import Input, TableShape
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import CorpusSize
     from twotower.training.state import Trainer

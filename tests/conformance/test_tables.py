@@ -9,7 +9,7 @@ import pytest
 from tests.conformance import tiny
 from twotower.config import DenseOptimizerConfig
 from twotower.core.mesh import SHARDED, DeviceGroup, make_mesh
-from twotower.features.base import Input
+from twotower.features.inputs import Input
 from twotower.features.spec import from_mappings
 from twotower.features.vocabulary import Vocabulary
 from twotower.kernels.sparse_update import apply_gradients

@@ -17,7 +17,7 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
-from twotower.features.base import Input, TableShape
+from twotower.features.inputs import Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import TwoTower
 from twotower.training import step_losses

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from twotower.config import SplitConfig
+from twotower.core.arrow import fingerprint
 from twotower.core.errors import ConfigError, LeakageError
 from twotower.data.audit import FINDINGS, audit, check_fitted
-from twotower.data.interactions import Split, fingerprint
+from twotower.data.interactions import Split
 from twotower.data.split import split
 
 EVERYTHING = tuple(FINDINGS)

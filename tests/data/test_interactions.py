@@ -3,7 +3,8 @@
 import pyarrow as pa
 
 from tests.data.logs import log_of, random_log
-from twotower.data.interactions import codes, fingerprint
+from twotower.core.arrow import fingerprint
+from twotower.data.interactions import codes
 
 
 def test_codes_number_values_in_order_of_appearance_over_chunks():

@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.features.encoder_shop import assert_same, encode_all, fitted, shop
+from twotower.core.arrow import fingerprint
 from twotower.core.errors import ConfigError
-from twotower.data.interactions import fingerprint
-from twotower.features.base import Input
+from twotower.features.inputs import Input
 
 
 def test_inputs_and_tables_say_what_encode_yields():

@@ -7,8 +7,12 @@ import pytest
 from tests.features.encoder_shop import DAY, assert_same
 from tests.features.history_encoder import ITEM_FEATURES, LENGTH, history_encoder
 from twotower.core.errors import ConfigError
-from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import (
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
+    HISTORY_WEIGHT,
+)
 from twotower.features.spec import from_mappings
 
 IDS = "history/item_id"

@@ -11,8 +11,9 @@ import pytest
 from tests.features.encoder_shop import assert_same, fitted, shop
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
-from twotower.features.base import Feature, Fitted, Input, TableShape
+from twotower.features.base import Feature, Fitted
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import Input, TableShape
 from twotower.features.spec import FEATURES, from_mappings
 from twotower.features.vocabulary import as_strings
 from twotower.towers.two_tower import TwoTower

@@ -16,8 +16,8 @@ from twotower.core.errors import ConfigError
 from twotower.data.contract import apply_contract
 from twotower.data.sources.frames import read_table
 from twotower.data.sources.load import load_dataset
-from twotower.features.base import Input
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import Input
 from twotower.features.pretrained import parse_vectors
 from twotower.features.spec import from_mappings
 

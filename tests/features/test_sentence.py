@@ -18,8 +18,8 @@ from tests.features.onnx_bert import write_bert
 from tests.features.tiny_sentence_model import WIDTH, write_json, write_model
 from twotower.core.errors import ConfigError
 from twotower.features import sentence as sentences
-from twotower.features.base import Input
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import Input
 from twotower.features.sentence_model import OnnxSentenceModel, find_model, load_model, model_digest
 from twotower.features.spec import from_mappings
 

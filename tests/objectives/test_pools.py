@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tests.objectives.draws import IDS, TRIALS, N, agree
 from twotower.objectives import negatives
-from twotower.objectives.pools import build_pools, explicit_pools
+from twotower.objectives.negatives import build_pools, explicit_pools
 from twotower.pipeline.batches import Rows
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 from twotower.config import Config, DataConfig, from_dict
 from twotower.core.errors import ConfigError
-from twotower.features.base import HISTORY_WEIGHT
+from twotower.features.inputs import HISTORY_WEIGHT
 from twotower.pipeline.event_weights import check_event_weights
 from twotower.pipeline.prepare import prepare
 

@@ -8,7 +8,11 @@ import pytest
 from tests.pipeline.history_log import LENGTH, prepare_log, read_log, write_log
 from twotower.core.errors import ConfigError
 from twotower.data.split import PARTS
-from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT
+from twotower.features.inputs import (
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
+    HISTORY_WEIGHT,
+)
 from twotower.pipeline.batches import SPANS, windows
 from twotower.pipeline.histories import KNOWN_PARTS
 

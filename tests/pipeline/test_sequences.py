@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline.history_log import LENGTH, prepare_log, write_log
-from twotower.features.base import HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_TIME_SINCE_PREVIOUS
+from twotower.features.inputs import HISTORY_POSITION, HISTORY_SEGMENT, HISTORY_TIME_SINCE_PREVIOUS
 from twotower.pipeline.batches import SPANS, Batches
 from twotower.pipeline.sequences import (
     SequenceExamples,

@@ -7,7 +7,7 @@ import pytest
 
 from twotower.config import TowerConfig, from_dict
 from twotower.core.errors import ConfigError
-from twotower.features.base import Input, TableShape
+from twotower.features.inputs import Input, TableShape
 from twotower.towers.layers import MLP
 from twotower.towers.two_tower import TwoTower, Weights
 

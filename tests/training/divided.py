@@ -16,7 +16,7 @@ from twotower.core.mesh import (
     put,
     shard_map_if_needed,
 )
-from twotower.features.base import SIDES, Input, TableShape
+from twotower.features.inputs import SIDES, Input, TableShape
 from twotower.objectives.alias import popularity_table
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize

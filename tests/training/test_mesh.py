@@ -14,7 +14,7 @@ from tests.training.divided import INPUTS, Case, differences, make_trainer, on_m
 from twotower.config import NegativesConfig, TrainingConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SHARDED, make_mesh, shardings
-from twotower.features.base import SIDES, TableShape
+from twotower.features.inputs import SIDES, TableShape
 from twotower.kernels.loss_inputs import Candidates, LossInputs, LossOptions, Positives
 from twotower.kernels.softmax_reference import naive_softmax
 from twotower.objectives.frequency import FREQUENCIES

@@ -13,7 +13,7 @@ import pytest
 from tests.training import shop
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
-from twotower.features.base import SIDES
+from twotower.features.inputs import SIDES
 from twotower.kernels.sparse_update import apply_gradients
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.towers.two_tower import Weights
@@ -212,7 +212,7 @@ def test_rows_without_weight_count_for_nothing(make):
 
 
 def test_dropped_ids_become_out_of_vocabulary_rows_all_of_them(key):
-    from twotower.features.base import Input
+    from twotower.features.inputs import Input
 
     inputs = {"id": Input(table="t", oov_rate=0.25, oov_rows=4), "kept": Input(table="t")}
     ids = jnp.concatenate([jnp.arange(5, 4005, dtype=jnp.int32), jnp.zeros(50, jnp.int32)])

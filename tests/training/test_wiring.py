@@ -8,7 +8,7 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import SINGLE_DEVICE
-from twotower.features.base import Input, TableShape
+from twotower.features.inputs import Input, TableShape
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, SampledItems
 from twotower.training.state import Trainer, TrainState

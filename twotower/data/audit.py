@@ -12,16 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import SplitConfig
-from twotower.core.arrow import pc
+from twotower.core.arrow import fingerprint, pc
 from twotower.core.errors import LeakageError, choose
-from twotower.data.interactions import (
-    Split,
-    codes,
-    describe,
-    fingerprint,
-    has_timestamps,
-    pair_codes,
-)
+from twotower.data.interactions import Split, codes, describe, has_timestamps, pair_codes
 
 
 @dataclasses.dataclass(frozen=True)

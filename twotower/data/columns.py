@@ -13,8 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import is_list, pc
-from twotower.core.times import UNITS_PER_SECOND
+from twotower.core.arrow import UNITS_PER_SECOND, is_list, pc
 
 _ISO = re.compile(r"\s*\d{4}-\d{2}-\d{2}([T ]\d|\s*$)")
 # Only tells which conversions to try; Arrow's own parser decides.

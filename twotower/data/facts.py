@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from twotower.config import TimeUnit
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import is_list, pc
-from twotower.core.times import TimeUnit
 from twotower.data import columns
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Split

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 
 import numpy as np
 import pyarrow as pa
@@ -114,42 +113,3 @@ def describe(rows: pa.Table, row: int) -> str:
     """Returns one row as text for a message: its ids and, if it has one, its timestamp."""
     names = [name for name in ("user_id", "item_id", "timestamp") if name in rows.column_names]
     return ", ".join(f"{name}={rows[name][row].as_py()!r}" for name in names)
-
-
-def fingerprint(rows: pa.Table) -> str:
-    """Returns a hex digest of the ids and timestamps of the rows, in order.
-
-    It does not depend on how the columns are cut into chunks.
-    """
-    digest = hashlib.sha256()
-    for name in ("user_id", "item_id", "timestamp"):
-        if name in rows.column_names:
-            # Name and length apart the columns, whose bytes follow each other without a separator.
-            digest.update(f"{name} {rows.num_rows} ".encode())
-            for part in _column_bytes(rows[name]):
-                digest.update(part.data)
-    # 64 bits are enough to notice a change; it is not a signature.
-    return digest.hexdigest()[:16]
-
-
-def _column_bytes(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Returns the values of a column of text or integers as arrays of bytes.
-
-    Reading Arrow's buffers avoids one Python object a value.
-    """
-    if not pa.types.is_string(column.type):
-        # Null as a value that no timestamp has.
-        smallest = np.iinfo(np.int64).min
-        return [np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))]
-    # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
-    lengths = np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
-    return [lengths, *(_text_bytes(chunk.drop_null()) for chunk in column.chunks)]
-
-
-def _text_bytes(values: pa.StringArray) -> np.ndarray:
-    _, offsets, text = values.buffers()
-    if not len(values) or offsets is None or text is None:
-        return np.zeros(0, np.uint8)
-    # A chunk may be a slice: its offsets start in the middle of shared buffers.
-    ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
-    return np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]

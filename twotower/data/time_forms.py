@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from twotower.config import TimeUnit
 from twotower.core.arrays import evenly_spaced
-from twotower.core.arrow import pc
-from twotower.core.times import UNITS_PER_SECOND, TimeUnit
+from twotower.core.arrow import UNITS_PER_SECOND, pc
 from twotower.data import columns
 
 EARLIEST = datetime.datetime(1990, 1, 1, tzinfo=datetime.UTC)

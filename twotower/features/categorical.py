@@ -15,13 +15,12 @@ from twotower.core.errors import ConfigError
 from twotower.features.base import (
     Feature,
     Fitted,
-    Input,
-    TableShape,
     TrainingColumn,
     join_lists,
     pad_lists,
     prefix_errors,
 )
+from twotower.features.inputs import Input, TableShape
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 

@@ -11,20 +11,13 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import fingerprint, pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.core.files import read_folder, write_folder
-from twotower.data.interactions import fingerprint
-from twotower.features.base import (
-    Fitted,
-    Input,
-    Key,
-    TableShape,
-    TrainingColumn,
-    prefix_errors,
-)
+from twotower.features.base import Fitted, Key, TrainingColumn, prefix_errors
 from twotower.features.columns import newest_timestamp, training_columns
+from twotower.features.inputs import Input, TableShape
 from twotower.features.spec import FeatureSpec, from_mappings
 from twotower.features.vocabulary import Vocabulary
 

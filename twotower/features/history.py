@@ -27,18 +27,13 @@ import pyarrow as pa
 
 from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
-from twotower.features.base import (
+from twotower.features.base import Feature, Fitted, column_of, join_lists, pad_lists, prefix_errors
+from twotower.features.inputs import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
-    Feature,
-    Fitted,
     Input,
-    column_of,
     id_array,
-    join_lists,
-    pad_lists,
-    prefix_errors,
 )
 from twotower.features.timestamp import as_seconds
 from twotower.features.vocabulary import as_strings

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
+from twotower.features.base import Feature, Fitted, TrainingColumn
+from twotower.features.inputs import Input, TableShape
 from twotower.features.vocabulary import as_strings
 
 # Rows of a table of buckets: 0 is padding, 1 is a missing value, then the buckets.

@@ -16,15 +16,8 @@ from absl import logging
 from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.features.base import (
-    Feature,
-    Fitted,
-    Input,
-    TableShape,
-    TrainingColumn,
-    column_of,
-    join_lists,
-)
+from twotower.features.base import Feature, Fitted, TrainingColumn, column_of, join_lists
+from twotower.features.inputs import Input, TableShape
 from twotower.features.numeric import is_text
 from twotower.features.vocabulary import Vocabulary, as_strings
 

@@ -24,7 +24,8 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
 from twotower.core.install import install_line
-from twotower.features.base import Fitted, Input, TrainingColumn
+from twotower.features.base import Fitted, TrainingColumn
+from twotower.features.inputs import Input
 from twotower.features.sentence_model import (
     SentenceModel,
     find_model,

@@ -26,9 +26,10 @@ from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import check_fields, convert
 from twotower.core.kinds import Kinds
-from twotower.features.base import SIDES, Feature
+from twotower.features.base import Feature
 from twotower.features.categorical import StringFeature, StringsFeature
 from twotower.features.history import HistoryFeature
+from twotower.features.inputs import SIDES
 from twotower.features.numeric import FloatFeature, IntFeature
 from twotower.features.pretrained import PretrainedFeature
 from twotower.features.sentence import SentenceFeature

@@ -14,7 +14,8 @@ from jaxtyping import Int32
 
 from twotower.core.arrow import pc
 from twotower.core.hashing import mix64
-from twotower.features.base import Feature, Fitted, Input, TableShape, column_of, pad_lists
+from twotower.features.base import Feature, Fitted, column_of, pad_lists
+from twotower.features.inputs import Input, TableShape
 from twotower.features.vocabulary import as_strings, segment_sums
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.

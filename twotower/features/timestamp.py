@@ -8,9 +8,11 @@ import datetime
 import numpy as np
 import pyarrow as pa
 
+from twotower.config import TimeUnit
+from twotower.core.arrow import UNITS_PER_SECOND
 from twotower.core.errors import choose
-from twotower.core.times import UNITS_PER_SECOND, TimeUnit
-from twotower.features.base import Feature, Fitted, Input, TableShape, TrainingColumn
+from twotower.features.base import Feature, Fitted, TrainingColumn
+from twotower.features.inputs import Input, TableShape
 from twotower.features.numeric import FIRST_BUCKET, MISSING_ROW, as_numbers, is_text, parse_text
 
 _PARTS = ("hour", "weekday", "age")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from twotower.kernels.negative_masks import positives_among_candidates
+from twotower.kernels.loss_inputs import positives_among_candidates
 
 # Greatest distance of a query's greatest logit from its bound, in nats: the least normal number of
 # float32 is e^-87, so that logits up to 27 nats below the greatest one still count beside it.

@@ -23,8 +23,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from twotower.kernels.loss_inputs import HardNegatives, LossInputs, LossOptions
-from twotower.kernels.negative_masks import allowed_hard_negatives
+from twotower.kernels.loss_inputs import (
+    HardNegatives,
+    LossInputs,
+    LossOptions,
+    allowed_hard_negatives,
+)
 from twotower.kernels.softmax_blocks import (
     Block,
     GradientInputs,

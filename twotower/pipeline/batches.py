@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from twotower.core.errors import ConfigError
-from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, id_array
+from twotower.features.inputs import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, id_array
 
 # "user", "item", "weight": [B]; "user_features", "item_features": {name: [B, ...]}; "labels":
 # {column: [B]}, NaN where missing.

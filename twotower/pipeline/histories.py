@@ -19,13 +19,14 @@ import pyarrow as pa
 
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
-from twotower.features.base import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, Fitted
+from twotower.features.base import Fitted
 from twotower.features.history import (
     HistoryFeature,
     encode_events,
     read_arrays,
     time_buckets,
 )
+from twotower.features.inputs import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT
 from twotower.pipeline.batches import windows
 
 # Part of a split -> the numbers of the parts whose events its rows may know of; "now" stands for a

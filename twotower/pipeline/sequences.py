@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.features.base import HISTORY_POSITION, HISTORY_SEGMENT
+from twotower.features.inputs import HISTORY_POSITION, HISTORY_SEGMENT
 from twotower.pipeline.batches import SPANS, Batch, Features, Rows, read_events
 from twotower.pipeline.histories import Histories
 

@@ -54,8 +54,8 @@ from twotower.core.files import (
 )
 from twotower.core.install import command
 from twotower.core.ragged import Ragged
-from twotower.features.base import SIDES
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import SIDES
 from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
 from twotower.index.base import Index
 from twotower.index.build import load_index, save_index

@@ -8,7 +8,7 @@ import numpy as np
 
 from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
-from twotower.objectives.pools import Pools, empty_pools
+from twotower.objectives.negatives import Pools, empty_pools
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.user_items import items_of_users, latest_rows

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from twotower.config import HistoryConfig, TowerConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
-from twotower.features.base import Input
+from twotower.features.inputs import Input
 from twotower.towers.history import HISTORIES, History, HistoryEncoder, empty_some
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out, dropout_rates
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
-from twotower.features.base import (
+from twotower.features.inputs import (
     HISTORY_POSITION,
     HISTORY_SEGMENT,
     HISTORY_TIME_SINCE_PREVIOUS,

@@ -15,15 +15,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from twotower.config import Config, NegativesConfig
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
-from twotower.features.base import Input
+from twotower.features.inputs import Input
 from twotower.kernels.loss_inputs import Loss
 from twotower.kernels.sparse_update import PADDING
 from twotower.objectives import negatives
 from twotower.objectives.alias import AliasTable, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import PointwiseLoss
-from twotower.objectives.negatives import LogExpectedCount
-from twotower.objectives.pools import explicit_pools
+from twotower.objectives.negatives import LogExpectedCount, explicit_pools
 from twotower.pipeline.batches import Batch, Examples, Features, Rows
 from twotower.training.checks import check_negatives, uses_negatives
 

@@ -18,8 +18,8 @@ from absl import logging
 from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
 from twotower.core.mesh import host_mesh
-from twotower.features.base import SIDES, Input
 from twotower.features.encoder import Encoder
+from twotower.features.inputs import SIDES, Input
 from twotower.features.vocabulary import Vocabulary
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.plugins import import_plugins

@@ -20,7 +20,7 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
-from twotower.features.base import SIDES
+from twotower.features.inputs import SIDES
 from twotower.kernels.loss_inputs import Loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads

@@ -43,7 +43,7 @@ from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 
 # Weights -> validation metrics by name.
 Validate = Callable[[Weights], Mapping[str, float]]
-# Weights -> pools of hard negatives; see `twotower.objectives.pools`.
+# Weights -> pools of hard negatives; see `twotower.objectives.negatives`.
 Miner = Callable[[Weights], Mapping[str, np.ndarray]]
 # (state, its step) -> the state after one dispatch, and the metrics of its steps, [K] each. The
 # step is a number, since reading it from the state would wait for the device.

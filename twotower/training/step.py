@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
-from twotower.features.base import SIDES, Input
+from twotower.features.inputs import SIDES, Input
 from twotower.kernels.sparse_update import apply_gradients
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import lookup_rows

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from twotower.config import ObjectiveConfig
 from twotower.core.mesh import DeviceGroup
-from twotower.features.base import SIDES
+from twotower.features.inputs import SIDES
 from twotower.kernels.loss_inputs import (
     Candidates,
     HardNegatives,

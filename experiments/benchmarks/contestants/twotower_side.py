@@ -144,7 +144,7 @@ def _fit(
 
     from twotower.config import from_dict
     from twotower.core.mesh import make_mesh
-    from twotower.features.base import Input, TableShape
+    from twotower.features.inputs import Input, TableShape
     from twotower.pipeline.batches import Batches, InteractionExamples, Rows
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import CorpusSize

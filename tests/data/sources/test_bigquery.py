@@ -9,8 +9,8 @@ import pytest
 from tests.data.logs import typed_log as log
 from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
+from twotower.core.arrow import fingerprint
 from twotower.core.errors import ConfigError
-from twotower.data.interactions import fingerprint
 from twotower.data.sources.load import load_dataset
 from twotower.pipeline.prepare import prepare
 
