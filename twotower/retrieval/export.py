@@ -81,7 +81,7 @@ def export(run: Run, folder: Path) -> Bundle:
         bundle.index.kind,
         run.step,
     )
-    return dataclasses.replace(bundle, manifest=manifest)
+    return dataclasses.replace(bundle, manifest=manifest, folder=folder, version=version)
 
 
 def make_bundle(run: Run) -> Bundle:

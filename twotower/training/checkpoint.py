@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -55,6 +57,21 @@ def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | 
     return max(measured, key=measured.__getitem__, default=None)
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps the warnings of Orbax to itself, which tells every reader that it only reads."""
+    logger = logging.getLogger("absl")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)
+
+
 class Checkpoints:
     """The checkpoints of one run; a context that waits for the last save when it ends.
 
@@ -82,10 +99,12 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        # Resolved, since Orbax refuses relative paths.
-        self._manager = ocp.CheckpointManager(
-            self.folder.resolve(), options=options, item_names=("state", "record")
-        )
+        quiet = _without_warnings() if read_only else contextlib.nullcontext()
+        with quiet:
+            # Resolved, since Orbax refuses relative paths.
+            self._manager = ocp.CheckpointManager(
+                self.folder.resolve(), options=options, item_names=("state", "record")
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
