@@ -19,8 +19,10 @@ WORDS_OF_A_TEXT = 1.5
 SHARE_OF_A_CODE = 0.5
 # Share of held-out rows with new items from which on items must be found by their columns.
 SHARE_OF_NEWS = 0.2
-# Share of held-out rows with new users from which on most of what is asked is asked by them.
-SHARE_OF_NEW_USERS = 0.5
+# Share of held-out rows with new users from which on the towers must serve them too, and from
+# which on they must serve hardly anybody else.
+SHARE_OF_NEW_USERS = 0.2
+SHARE_OF_STRANGERS = 0.5
 USERS_OF_A_PERIOD = 100  # users at least of the last period, by whom tomorrow is told
 
 Options = dict[str, Any]
@@ -42,7 +44,7 @@ def recommended_config(facts: LogFacts) -> dict[str, Options]:
     """
     return {
         "features": {"user": _user_features(facts), "item": _item_features(facts)},
-        "model": _model(),
+        "model": _model(facts),
         "objective": _objective(facts),
         "training": _training(facts),
     }
@@ -51,7 +53,7 @@ def recommended_config(facts: LogFacts) -> dict[str, Options]:
 def _user_features(facts: LogFacts) -> Options:
     # The rows for unknown ids are trained by many examples: most logs end with new users.
     oov_rate = 0.3
-    if facts.share_new_users > SHARE_OF_NEW_USERS:
+    if facts.share_new_users > SHARE_OF_STRANGERS:
         oov_rate = 0.6
     features: Options = {"user_id": _id_feature(oov_rate=oov_rate)}
     if facts.has_times:
@@ -83,11 +85,16 @@ def _num_periods(facts: LogFacts) -> int:
 
 def _item_features(facts: LogFacts) -> Options:
     columns = _column_features(facts.items, facts.num_items, width=16, reads_text=True)
+    is_news = facts.share_new_items > SHARE_OF_NEWS
+    for feature in columns.values():
+        if is_news and feature["type"] == "timestamp":
+            # By age, what is published tomorrow would be younger than all that was learned.
+            feature["parts"] = ("period",)
     oov_rate = 0.01
     if columns:
         # An item that training never saw has no row of its own, and is known by its columns.
         oov_rate = 0.1
-    if columns and facts.share_new_items > SHARE_OF_NEWS:
+    if columns and is_news:
         oov_rate = 0.5
     return _with_columns({"item_id": _id_feature(oov_rate=oov_rate)}, columns)
 
@@ -169,14 +176,24 @@ def _text_feature(
     return {"type": "text", "characters": (), "max_length": length, "embedding_size": 32}
 
 
-def _model() -> Options:
-    return {
+def _model(facts: LogFacts) -> Options:
+    options: Options = {
         # Of wide rows of ids nearly half are dropped: they overfit within a few passes.
         "user": {"layers": (WIDTH,), "dropout": 0.4},
-        "item": {"layers": (WIDTH,), "dropout": 0.2},
+        "item": {"layers": (WIDTH,), "dropout": 0.4},
         # New users have no history, and nearly all training rows one: some are emptied.
-        "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.3},
+        "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.1},
     }
+    if _has_new_users(facts):
+        # Cosines served new users best, lengths those that are known.
+        options["item"]["dropout"] = 0.2
+        options["history"]["empty_rate"] = 0.3
+        return options
+    return options | {"normalize": False, "temperature": 1.0, "learn_temperature": False}
+
+
+def _has_new_users(facts: LogFacts) -> bool:
+    return facts.share_new_users > SHARE_OF_NEW_USERS
 
 
 def _objective(facts: LogFacts) -> Options:
@@ -191,11 +208,13 @@ def _training(facts: LogFacts) -> Options:
     # Small logs: some steps a pass remain, and batches are never larger than the log.
     while batch_size > 32 and batch_size * 50 > facts.num_training_rows:
         batch_size //= 2
+    # Scores that are cosines over a temperature have larger gradients of rows.
+    rates = (2e-3, 0.05) if _has_new_users(facts) else (1e-3, 0.1)
     return {
         "batch_size": batch_size,
         "passes": 8,
-        "optimizer": {"learning_rate": 2e-3},
-        "tables": {"learning_rate": 0.05},
+        "optimizer": {"learning_rate": rates[0]},
+        "tables": {"learning_rate": rates[1]},
         "schedule": {"kind": "cosine"},
         "metric": "ndcg@10",
         "patience": 3,

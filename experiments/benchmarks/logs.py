@@ -156,7 +156,7 @@ def news_log(folder: Path, rows: int) -> Log:
     features = {
         "title": {"type": "text", "embedding_size": 32},
         "category": {"type": "string", "embedding_size": 16},
-        "published": {"type": "timestamp", "parts": ("age",), "embedding_size": 16},
+        "published": {"type": "timestamp", "parts": ("period",), "embedding_size": 16},
     }
     return Log(
         interactions=_write(folder, "interactions", interactions),

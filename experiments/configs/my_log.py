@@ -42,7 +42,7 @@ def get_config():
         "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
         # "title": {"type": "text", "characters": (), "max_length": 12, "embedding_size": 32},
         # "category": {"type": "string", "embedding_size": 16},
-        # "published": {"type": "timestamp", "parts": ("age",), "embedding_size": 16},
+        # "published": {"type": "timestamp", "parts": ("period",), "embedding_size": 16},
     }
     config.model.user.layers = (64,)
     config.model.user.dropout = 0.4

@@ -27,6 +27,20 @@ def test_times_become_hour_weekday_and_age():
     assert encoder.tables["user.clock"].rows == age + 5
 
 
+def test_periods_hold_equally_many_items_and_the_last_one_the_future():
+    _, _, items = shop()
+    listed = {"type": "timestamp", "parts": ["period"], "periods": 2}
+    encoder = fitted({"item": {"listed": listed}})
+    ids = encoder.encode("item", items)["listed"][:, 0]
+    # The missing row, and the two periods.
+    assert set(ids.tolist()) == {1, 2, 3}
+    assert 10 < (ids == 2).sum() < 17
+    last = pc.max(items["listed"]).as_py()
+    future = encoder.encode("item", pa.table({"listed": [last + 1000 * DAY, None]}))["listed"]
+    assert future[:, 0].tolist() == [3, 1]
+    assert encoder.tables["item.listed"].rows == 4
+
+
 def test_a_time_is_one_however_it_is_stored():
     encoder = fitted({"item": {"listed": {"type": "timestamp"}}})
 

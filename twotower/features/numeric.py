@@ -82,7 +82,7 @@ class IntFeature(Feature):
         values = as_numbers(column.values, self.location)
         if self.normalize:
             return Fitted(statistics=_moments(values))
-        return Fitted(statistics={"boundaries": _quantiles(values, self.buckets)})
+        return Fitted(statistics={"boundaries": quantiles(values, self.buckets)})
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         values = as_numbers(column, self.location)
@@ -198,7 +198,7 @@ def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:
     return True
 
 
-def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
+def quantiles(values: np.ndarray, buckets: int) -> list[float]:
     """Returns boundaries that divide values into at most `buckets` buckets, none of them empty."""
     values = values[~np.isnan(values)]
     above_minimum = values[values > values.min(initial=np.inf)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,18 @@ from twotower.core.arrow import UNITS_PER_SECOND
 from twotower.core.errors import choose
 from twotower.features.base import Feature, Fitted, TrainingColumn
 from twotower.features.inputs import Input, TableShape
-from twotower.features.numeric import FIRST_BUCKET, MISSING_ROW, as_numbers, is_text, parse_text
+from twotower.features.numeric import (
+    FIRST_BUCKET,
+    MISSING_ROW,
+    as_numbers,
+    is_text,
+    parse_text,
+    quantiles,
+)
 
 _PARTS = ("hour", "weekday", "age")
+# Left out by default: most times are followed closely enough by the age.
+_PERIOD = "period"
 # Weekday of the day that Unix times count from, a Thursday.
 _EPOCH_WEEKDAY = datetime.date(1970, 1, 1).weekday()
 
@@ -23,13 +33,16 @@ _EPOCH_WEEKDAY = datetime.date(1970, 1, 1).weekday()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimestampFeature(Feature):
     """A time (UTC) as rows of a small table: its hour, its weekday, its age before the newest
-    training row.
+    training row, its period.
 
     Attributes:
-        parts: Parts to read, among "hour", "weekday" and "age".
+        parts: Parts to read, among "hour", "weekday", "age" and "period".
         unit: Unit of a column of numbers: s, ms, us or ns since the epoch.
         age_buckets: Number of buckets of the age; an age in hours falls in bucket
             floor(log2(1 + age)), at most the last.
+        periods: Number of periods, with about as many training users or items (rows, for a context
+            column) in each. A time after training falls in the last one, so that items which
+            are published tomorrow are taken for the newest ones of training.
     """
 
     embedding_size: int = 8
@@ -37,24 +50,30 @@ class TimestampFeature(Feature):
     unit: TimeUnit = "s"
     # The twentieth bucket begins at 2^19 - 1 hours, some sixty years.
     age_buckets: int = 20
+    periods: int = 16
 
     def __post_init__(self):
         super().__post_init__()
         self._check_at_least(1, "age_buckets")
+        self._check_at_least(2, "periods")
         distinct = len(set(self.parts)) == len(self.parts)
         self._check(bool(self.parts) and distinct, "parts", "one or more different parts")
         for part in self.parts:
-            choose(dict.fromkeys(_PARTS), part, f"{self.location}.parts")
+            choose(dict.fromkeys((*_PARTS, _PERIOD)), part, f"{self.location}.parts")
 
     def fit(self, column: TrainingColumn) -> Fitted:
         # All values are read first, so that an error names a row of the whole table.
         as_seconds(column.all_values, self.location, unit=self.unit)
+        seconds, missing = as_seconds(column.values, self.location, unit=self.unit)
+        known = seconds[~missing]
         newest = column.newest
         # A log without times: the newest value of the column itself stands for now.
         if newest is None:
-            seconds, missing = as_seconds(column.values, self.location, unit=self.unit)
-            newest = int(seconds[~missing].max(initial=0))
-        return Fitted(statistics={"newest": newest})
+            newest = int(known.max(initial=0))
+        statistics: dict[str, Any] = {"newest": newest}
+        if _PERIOD in self.parts:
+            statistics["periods"] = quantiles(known.astype(np.float64), self.periods)
+        return Fitted(statistics=statistics)
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         seconds, missing = as_seconds(column, self.location, unit=self.unit)
@@ -67,6 +86,9 @@ class TimestampFeature(Feature):
             "weekday": (seconds // 86400 + _EPOCH_WEEKDAY) % 7,
             "age": np.minimum(age, self.age_buckets - 1),
         }
+        if _PERIOD in self.parts:
+            boundaries = np.asarray(fitted.statistics["periods"], np.float64)
+            values[_PERIOD] = np.searchsorted(boundaries, seconds, side="right")
         ids = np.zeros((len(seconds), len(self.parts)), np.int32)
         # Each part has rows of its own, one part after the other.
         first = FIRST_BUCKET
@@ -87,7 +109,7 @@ class TimestampFeature(Feature):
         return TableShape(rows=rows, width=self.embedding_size)
 
     def _part_rows(self, part: str) -> int:
-        return {"hour": 24, "weekday": 7, "age": self.age_buckets}[part]
+        return {"hour": 24, "weekday": 7, "age": self.age_buckets, _PERIOD: self.periods}[part]
 
 
 def as_seconds(
