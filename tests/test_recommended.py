@@ -75,6 +75,12 @@ def test_a_column_may_have_the_name_of_a_feature_of_ours():
     assert spec.history is not None
 
 
+@pytest.mark.parametrize(("share_new_items", "parts"), [(0.05, ("age",)), (0.6, ("period",))])
+def test_news_are_known_by_the_period_that_they_are_of(share_new_items, parts):
+    spec = features_of(dataclasses.replace(FACTS, share_new_items=share_new_items))
+    assert spec.item["published"].parts == parts
+
+
 def test_a_log_without_times_has_no_period():
     spec = features_of(dataclasses.replace(FACTS, has_times=False))
     assert "period" not in spec.user

@@ -208,14 +208,15 @@ def _training(facts: LogFacts) -> Options:
     # Small logs: some steps a pass remain, and batches are never larger than the log.
     while batch_size > 32 and batch_size * 50 > facts.num_training_rows:
         batch_size //= 2
-    # Scores that are cosines over a temperature have larger gradients of rows.
-    rates = (2e-3, 0.05) if _has_new_users(facts) else (1e-3, 0.1)
-    return {
+    options: Options = {
         "batch_size": batch_size,
         "passes": 8,
-        "optimizer": {"learning_rate": rates[0]},
-        "tables": {"learning_rate": rates[1]},
         "schedule": {"kind": "cosine"},
         "metric": "ndcg@10",
         "patience": 3,
     }
+    if _has_new_users(facts):
+        # The rates that suit cosines.
+        options["optimizer"] = {"learning_rate": 2e-3}
+        options["tables"] = {"learning_rate": 0.05}
+    return options
