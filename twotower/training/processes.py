@@ -167,8 +167,13 @@ def _initialize(
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
-        # Neither the environment nor an argument names a cluster, or the cluster does not answer.
         reason = str(error).splitlines()[0]
+        if coordinator:
+            raise ConfigError(
+                f"--coordinator={coordinator} --processes={processes} --process={process}: the "
+                f"processes cannot join ({reason})."
+            ) from error
+        # Nothing in the environment names a cluster, or the cluster does not answer.
         raise ConfigError(
             f"--distributed: no cluster is known here ({reason}). Say who is who by "
             "--coordinator=HOST:PORT --processes=N --process=I."
