@@ -184,16 +184,18 @@ def _model(facts: LogFacts) -> Options:
         # New users have no history, and nearly all training rows one: some are emptied.
         "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.1},
     }
-    if _has_new_users(facts):
-        # Cosines served new users best, lengths those that are known.
-        options["item"]["dropout"] = 0.2
+    if facts.share_new_users > SHARE_OF_NEW_USERS:
         options["history"]["empty_rate"] = 0.3
+    if _has_new_ones(facts):
+        # Cosines served new users and items best, plain dot products those that are known.
+        options["item"]["dropout"] = 0.2
         return options
     return options | {"normalize": False, "temperature": 1.0, "learn_temperature": False}
 
 
-def _has_new_users(facts: LogFacts) -> bool:
-    return facts.share_new_users > SHARE_OF_NEW_USERS
+def _has_new_ones(facts: LogFacts) -> bool:
+    """Returns whether many users or items of tomorrow are new."""
+    return facts.share_new_users > SHARE_OF_NEW_USERS or facts.share_new_items > SHARE_OF_NEWS
 
 
 def _objective(facts: LogFacts) -> Options:
@@ -215,7 +217,7 @@ def _training(facts: LogFacts) -> Options:
         "metric": "ndcg@10",
         "patience": 3,
     }
-    if _has_new_users(facts):
+    if _has_new_ones(facts):
         # The rates that suit cosines.
         options["optimizer"] = {"learning_rate": 2e-3}
         options["tables"] = {"learning_rate": 0.05}
