@@ -114,6 +114,24 @@ def test_a_file_is_downloaded_once_and_nothing_else_is_unpacked(site, tmp_path):
     assert site.asked == ["/ml-100k.zip"]
 
 
+def test_a_file_that_is_published_by_itself_is_kept_as_it_is(site, tmp_path, monkeypatch):
+    text = b"1 10\n1 20\n2 10\n"
+    (site.folder / "ml-1m.txt").write_bytes(text)
+    remote = named.RemoteFile(
+        file_name="ml-1m.txt",
+        url=f"{site.address}/ml-1m.txt",
+        sha256=hashlib.sha256(text).hexdigest(),
+        size=len(text),
+    )
+    zipped, _ = named.DATASETS["movielens-1m"]
+    own = named.Publication(remote, files=("ml-1m.txt",))
+    monkeypatch.setitem(named.DATASETS, "movielens-1m", (zipped, own))
+    experiment = importlib.import_module("experiments.configs.movielens_1m_sequential")
+    data = load_dataset(from_dict(experiment.get_config()).data)
+    assert data.interactions["item_id"].to_pylist() == ["10", "20", "10"]
+    assert (tmp_path / "cache" / "movielens-1m" / "ml-1m.txt").read_bytes() == text
+
+
 def test_a_download_that_ended_too_early_leaves_nothing_and_begins_anew(site, tmp_path):
     publication = site.publish("movielens-100k", {"u.data": RATINGS})
     site.refusals = 1
