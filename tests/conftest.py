@@ -1,5 +1,6 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
         sizes = [entry.stat().st_size for entry in os.scandir(folder)]
         if sum(sizes) > MAX_BYTES:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is there before the first test out of the garbage collector's walks: modules and
+    cases, which live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

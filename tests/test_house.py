@@ -3,6 +3,7 @@ something."""
 
 import ast
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -246,6 +247,7 @@ def test_a_module_that_loads_too_much_is_named():
     assert load(["json", "decimal"], ("decimal",)) == "import decimal loads decimal"
 
 
+@functools.cache
 def attributes_read() -> set[str]:
     """The names of all attributes that the project reads, its configuration and its experiment
     files apart; with those that a loss names as its constants."""
