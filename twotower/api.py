@@ -80,7 +80,7 @@ class Run(run_folder.Run):
         They are kept in the folder `evaluation` of the run.
 
         >>> run = tt.load_run("runs/mine")
-        >>> figures = run.evaluate(ks=(10,), baselines=True)  # doctest: +ELLIPSIS
+        >>> figures = run.evaluate(ks=(10,))  # doctest: +ELLIPSIS
         Step ...
         >>> 0 <= figures["model"]["recall@10"] <= 1
         True
@@ -205,8 +205,8 @@ def fit(
     best checkpoint. The rows are kept in the folder of the run, which is all that later commands
     need. Columns of `items` and `users` become features; columns of the log do not.
 
-    >>> run = tt.fit("events.csv", workdir="runs/fitted", config={"training.steps": 4})
-    ... # doctest: +ELLIPSIS
+    >>> options = {"features.user": {}, "features.item": {}, "training.steps": 4}  # ids alone
+    >>> run = tt.fit("events.csv", workdir="runs/fitted", config=options)  # doctest: +ELLIPSIS
     interactions: 400 rows; user = 'user_id', item = 'item_id', time = 'timestamp' ...
     >>> len(run.recommend("user-1", k=3))
     3

@@ -89,18 +89,18 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         self._metric = metric
         self._run = run
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LatestAndBest(metric, keep),
-            # Orbax stores the metrics only where it has a `best_fn`.
-            best_fn=lambda values: values.get(metric, 0.0),
-            # Only the trainer may clean up: to a reader a half-written folder is the trainer's save
-            # in progress.
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
         quiet = _without_warnings() if read_only else contextlib.nullcontext()
         with quiet:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_LatestAndBest(metric, keep),
+                # Orbax stores the metrics only where it has a `best_fn`.
+                best_fn=lambda values: values.get(metric, 0.0),
+                # Only the trainer may clean up: to a reader a half-written folder is the trainer's
+                # save in progress.
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            )
             # Resolved, since Orbax refuses relative paths.
             self._manager = ocp.CheckpointManager(
                 self.folder.resolve(), options=options, item_names=("state", "record")
