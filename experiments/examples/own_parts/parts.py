@@ -67,7 +67,7 @@ class CrossTower(tt.register.Tower):
     @nn.compact
     def __call__(self, features, *, history=None, keys=None, axis=None):
         """Returns the vector of each row; see `Tower`."""
-        first = self.concatenate(features, history, keys)
+        first = self.combine(features, history, keys)
         x = first
         for layer in range(self.options.depth):
             x = first * nn.Dense(first.shape[-1], name=f"cross_{layer}")(x) + x
