@@ -7,8 +7,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.guess import guess_columns, guess_key
+from twotower.data.sources.frames import read_table
 from twotower.data.time_forms import find_time_forms
 
 NOW = datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC).timestamp()
@@ -135,7 +137,8 @@ def test_types_of_frames_are_read_as_what_they_are():
         ),
     ]
     for frame in frames:
-        found = guess_columns(pa.table(frame), now=NOW)
+        table, _ = read_table(frame, TableConfig(), "interactions")
+        found = guess_columns(table, now=NOW)
         assert (found.user, found.item, found.time) == ("user", "item", "at")
 
 
@@ -154,3 +157,10 @@ def test_events_and_ratings_are_told_by_name_and_content():
     # Numbers of events, and words for a rating, are something else.
     found = guessed({"user": IDS, "item": NAMES, "event": [9, 8, 7, 6], "rating": NAMES})
     assert (found.event, found.rating) == ("", "")
+
+
+def test_a_form_of_the_caller_must_be_of_some_column():
+    columns = {"user": IDS, "item": NAMES, "when": ["1st of May", "2nd of May"] * 2}
+    with pytest.raises(ConfigError, match="times cannot be told: give time=NAME"):
+        guess_columns(pa.table(columns), has_form=True, now=NOW)
+    assert guess_columns(pa.table(columns), time="when", has_form=True, now=NOW).form is None

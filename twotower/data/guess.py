@@ -24,7 +24,7 @@ _USERS = (
 _ITEMS = (
     "item product article sku stock asin isbn movie film show track song artist album book game "
     "video recipe business venue poi listing property hotel restaurant offer ad document doc post "
-    "news course job content iid pid",
+    "news course job content app anime podcast episode iid pid",
     "title url",
 )
 _EVENTS = ("event action behavior behaviour interaction activity", "type")
@@ -112,6 +112,9 @@ def guess_columns(
         raise ConfigError(f"user={user!r} and item={item!r} must be two columns.\n{log}")
     if time is None:
         time = log.time_column(taken={user, item})
+        # The form that the caller gives must be of some column.
+        if has_form and not time:
+            raise ConfigError(f"The column of the times cannot be told: give time=NAME.\n{log}")
     form = None
     if time and not has_form:
         form = log.time_form(time)
