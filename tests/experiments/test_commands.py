@@ -4,6 +4,7 @@ Two are really launched (evaluate and query; `tests/training/test_killed.py` lau
 others run in this process.
 """
 
+import datetime
 import errno
 import json
 import shutil
@@ -19,6 +20,7 @@ from twotower.commands import launch
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError, TrainingError
 from twotower.core.files import current_version
+from twotower.data.sources.load import load_dataset
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.training.run import load_run, train
@@ -114,6 +116,33 @@ def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
     lines = printed.splitlines()
     ranks = [line.split()[0] for line in lines[-4:]]
     assert ranks == ["1", "2", "3", "4"]
+
+
+def test_query_shows_when_and_how_a_user_had_the_latest_items(exported, tmp_path):
+    """As the log has them, also after a change of the items that moves their rows."""
+    retriever = load_retriever(exported / "bundle")
+    log = load_dataset(from_dict(CONFIG).data).interactions.to_pylist()
+    user = retriever.bundle.users["user_id"][3].as_py()
+    latest = {}
+    for row in sorted(log, key=lambda row: row["timestamp"]):
+        if row["user_id"] == user:
+            latest[row["item_id"]] = (row["timestamp"], row["event"])
+    items = [item.item_id for item in retriever.latest_items(user, 3)]
+    events = retriever.latest_events(user, 3)
+    assert [(event["timestamp"], event["event"]) for event in events] == [
+        latest[item] for item in items
+    ]
+    printed = output_of("query", f"--workdir={exported}", f"--user={user}")
+    time = datetime.datetime.fromtimestamp(latest[items[0]][0], datetime.UTC)
+    minute = f"{time:%Y-%m-%d %H:%M}"
+    (line,) = [line for line in printed.splitlines() if line.strip().startswith(f"{items[0]} ")][:1]
+    assert minute in line and latest[items[0]][1] in line
+    changed = load_retriever(shutil.copytree(exported / "bundle", tmp_path / "bundle"))
+    changed.delete(items[:1])
+    changed.compact()
+    again = load_retriever(tmp_path / "bundle")
+    assert [item.item_id for item in again.latest_items(user, 2)] == items[1:]
+    assert again.latest_events(user, 2) == events[1:]
 
 
 def test_query_takes_conditions_a_bundle_alone_and_a_row_of_features(exported, tmp_path):

@@ -3,7 +3,12 @@
 import numpy as np
 
 from twotower.pipeline.batches import Rows
-from twotower.retrieval.user_items import items_of_users, latest_rows, time_order
+from twotower.retrieval.user_items import (
+    items_of_users,
+    latest_rows,
+    rows_of_items,
+    time_order,
+)
 
 
 def rows(user, item, timestamp):
@@ -29,3 +34,20 @@ def test_of_equal_times_the_order_of_the_log_is_kept():
     assert time_order(parts).tolist() == expected
     assert items_of_users(parts, num_users=1)[0].tolist() == expected
     assert latest_rows(parts, num_users=2).tolist() == [999, -1]
+
+
+def test_each_item_of_a_user_has_its_latest_row():
+    rng = np.random.default_rng(0)
+    parts = [
+        rows(rng.integers(0, 5, 40), rng.integers(-1, 9, 40), rng.integers(0, 20, 40))
+        for _ in range(2)
+    ]
+    items = items_of_users(parts, num_users=6)
+    user = np.concatenate([part.user for part in parts])
+    item = np.concatenate([part.item for part in parts])
+    expected = {}
+    for row in time_order(parts):
+        expected[user[row], item[row]] = row  # a later one replaces it
+    found = rows_of_items(parts, items)
+    pairs = zip(items.rows.tolist(), items.values.tolist())
+    assert [expected[pair] for pair in pairs] == found.tolist()

@@ -11,7 +11,7 @@ user_tower.stablehlo  item_tower.stablehlo
 item_vectors.npy  items.parquet  item_counts.npy
                  the corpus in one order: vectors; ids and display columns; training rows
 item_scales.npy  beside vectors stored as int8: see `twotower.index.int8`
-user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy
+user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy  seen_events.arrow
                  known users: vectors; raw features; items, the latest last
 index/           the index over the item vectors
 ```
@@ -70,6 +70,7 @@ FORMAT = "twotower-bundle"
 VERSION = 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
 INDEX = "index"  # folder of the index
+EVENTS = "seen_events.arrow"
 # Settings of the index that the manifest records; those of a graph where it is one.
 INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
@@ -89,6 +90,9 @@ class Bundle:
         user_vectors: Vectors of the known users, float32 [U, D].
         users: user_id and the raw columns of the user features, U rows.
         seen: Items of each user, distinct, the latest last.
+        seen_events: Columns timestamp (seconds since the epoch) and event of the latest row of
+            each user with each item of `seen`, as far as the log has them; None where it has
+            neither, and of a bundle of an earlier version.
         index: Index over `vectors`, with one more coordinate if `config.retrieval.popularity` is
             set.
         manifest: Content of manifest.json; {} before it is written.
@@ -106,6 +110,7 @@ class Bundle:
     users: pa.Table
     seen: Ragged
     index: Index
+    seen_events: pa.Table | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     version: Path | None = None
@@ -147,6 +152,10 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         (folder / f"{side}_tower.stablehlo").write_bytes(bundle.towers.programs[side])
     for name, array in _arrays(bundle).items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    if bundle.seen_events is not None:
+        with pa.OSFile(str(folder / EVENTS), "wb") as file:
+            with pa.ipc.new_file(file, bundle.seen_events.schema) as writer:
+                writer.write_table(bundle.seen_events)
     pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
     version = model_version(bundle.towers.weights)
@@ -221,6 +230,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         users=pq.read_table(files / "users.parquet"),
         seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
         index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
+        seen_events=_map_events(files),
         manifest=manifest,
         folder=home,
         version=files,
@@ -359,15 +369,27 @@ def _check_lengths(bundle: Bundle, folder: Path) -> None:
     users = {len(bundle.users), len(bundle.user_vectors), len(bundle.seen)}
     item_width = bundle.vectors.shape[1]
     user_width = bundle.user_vectors.shape[1]
+    pairs = {len(bundle.seen.values)}
+    if bundle.seen_events is not None:
+        pairs.add(len(bundle.seen_events))
     widths = {item_width, user_width, bundle.towers.dim, manifest["dim"]}
     for sizes, complaint in (
         (items, "items.parquet, item_vectors.npy and item_counts.npy differ in length"),
         (users, "users.parquet, user_vectors.npy and seen_*.npy differ in length"),
+        (pairs, f"seen_items.npy and {EVENTS} differ in length"),
         (widths, "the vectors and the towers differ in width"),
     ):
         if len(sizes) > 1:
             listed = ", ".join(map(str, sorted(sizes)))
             raise BundleError(f"{folder}: {complaint} ({listed}). Export again.")
+
+
+def _map_events(folder: Path) -> pa.Table | None:
+    """Returns the events of the users' items, mapped into memory; None without any."""
+    path = folder / EVENTS
+    if not path.exists():
+        return None
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _map_array(folder: Path, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tower_programs import TowerPrograms, export_tower
-from twotower.retrieval.user_items import items_of_users, latest_rows
+from twotower.retrieval.user_items import items_of_users, latest_rows, rows_of_items
 from twotower.retrieval.users import UserRows
 from twotower.retrieval.weights import embedding_weights
 from twotower.towers.two_tower import TwoTower, Weights
@@ -101,6 +102,7 @@ def make_bundle(run: Run) -> Bundle:
     user_vectors = _embed_users(run, UserRows(prepared.encoder, users))
     # Rows of all parts: served users have seen what they were tested on, too.
     positives = [prepared.positives(part) for part in PARTS]
+    seen = items_of_users(positives, num_users=len(users))
     return Bundle(
         config=run.config,
         encoder=prepared.encoder,
@@ -111,8 +113,45 @@ def make_bundle(run: Run) -> Bundle:
         user_vectors=user_vectors,
         users=users,
         index=index_items(run.config, vectors, counts, user_vectors),
-        seen=items_of_users(positives, num_users=len(users)),
+        seen=seen,
+        seen_events=events_of_items(prepared, positives, rows_of_items(positives, seen)),
     )
+
+
+def events_of_items(
+    prepared: PreparedData, positives: Sequence[Rows], rows: np.ndarray
+) -> pa.Table | None:
+    """Returns the time and the kind of event of some rows, as far as the log has them.
+
+    Args:
+        prepared: Prepared data of a run.
+        positives: Positives of each part.
+        rows: Positions among the joined positives, int64 [M].
+
+    Returns:
+        Columns timestamp (seconds since the epoch) and event, M rows; None where the log has
+        neither.
+    """
+    logs = []
+    for part, kept in zip(PARTS, positives):
+        log: pa.Table = getattr(prepared.raw, part)
+        columns = {}
+        if kept.timestamp is not None:
+            columns["timestamp"] = pa.array(kept.timestamp, pa.int64())
+        if "event" in log.column_names:
+            kinds = log["event"].filter(pa.array(prepared.is_positive(part)))
+            columns["event"] = kinds.cast(pa.string())
+        logs.append(pa.table(columns))
+    # A part may lack a column that another has.
+    joined = pa.concat_tables(logs, promote_options="default")
+    if not joined.num_columns:
+        return None
+    events = joined.take(pa.array(rows)).combine_chunks()
+    if "event" not in events.column_names:
+        return events
+    # A handful of kinds, each in millions of rows.
+    position = events.column_names.index("event")
+    return events.set_column(position, "event", events["event"].dictionary_encode())
 
 
 def served_model(run: Run) -> TwoTower:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -114,9 +115,23 @@ def format_user(retriever: Retriever, user: str, options: ListOptions) -> str:
     latest = retriever.latest_items(user, LATEST_ITEMS)
     if latest:
         lines.append(f"Latest items of user {user}, the latest first:")
-        lines.append(format_items(latest, ranked=False) + "\n")
+        events = retriever.latest_events(user, LATEST_ITEMS)
+        dated = [_with_event(item, event) for item, event in zip(latest, events)]
+        lines.append(format_items(dated, ranked=False) + "\n")
     lines += [f"Recommended to user {user}:", format_items(recommended)]
     return "\n".join(lines)
+
+
+def _with_event(item: Recommendation, event: Mapping[str, Any]) -> Recommendation:
+    """Returns an item with the time and the event by which a user had it among its columns."""
+    columns: dict[str, Any] = {}
+    if event.get("timestamp") is not None:
+        # Python's own dates end with the year 9999, which a log in another unit passes.
+        time = np.datetime64(event["timestamp"], "s").astype("datetime64[m]")
+        columns["time (UTC)"] = str(time).replace("T", " ")
+    if "event" in event:
+        columns["event"] = event["event"]
+    return dataclasses.replace(item, display=columns | dict(item.display))
 
 
 def read_rows(text: str, retriever: Retriever) -> list[dict[str, Any]]:

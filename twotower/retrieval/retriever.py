@@ -311,19 +311,44 @@ class Retriever:
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """Returns the last `k` items of a user, the latest first; none of an unknown user."""
+        snapshot, positions, _ = self._latest(user, k)
+        return _recommendations(snapshot, np.full(len(positions), np.nan), positions)
+
+    def latest_events(self, user: Any, k: int = 10) -> list[dict[str, Any]]:
+        """Returns when and by what event a user had each of `latest_items`.
+
+        Args:
+            user: Id of the user.
+            k: Greatest number of items.
+
+        Returns:
+            The timestamp (seconds since the epoch) and the event of each item, as far as the log
+            had them.
+        """
+        _, positions, events = self._latest(user, k)
+        if events is None:
+            return [{} for _ in positions]
+        return events.to_pylist()
+
+    def _latest(self, user: Any, k: int) -> tuple[Snapshot, np.ndarray, pa.Table | None]:
+        """Returns a snapshot, the positions in it of a user's last items, and their events."""
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
         snapshot = live.catalogue.snapshot
         row = self.user_rows.row_by_id.get(id_text(user))
         if row is None:
-            return []
-        latest_first = live.bundle.seen[row][::-1]
+            return snapshot, np.zeros(0, np.int64), None
+        seen = live.bundle.seen
+        pairs = np.arange(seen.offsets[row], seen.offsets[row + 1])[::-1]
         positions = np.array(
-            [snapshot.position_of(int(number)) for number in latest_first], np.int64
+            [snapshot.position_of(int(number)) for number in seen.values[pairs]], np.int64
         )
         # Items that were deleted since are left out.
-        present = positions[positions >= 0][:k]
-        return _recommendations(snapshot, np.full(len(present), np.nan), present)
+        present = np.flatnonzero(positions >= 0)[:k]
+        events = live.bundle.seen_events
+        if events is not None:
+            events = events.take(pa.array(pairs[present]))
+        return snapshot, positions[present], events
 
     def item(self, item: Any) -> Recommendation:
         """Returns an item with its display columns, and no score.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower.core.ragged import Ragged
+from twotower.core.ragged import Ragged, pair_keys
 from twotower.pipeline.batches import Rows
 
 
@@ -19,6 +19,22 @@ def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
     order = order[item[order] >= 0]
     lists = Ragged.from_pairs(user[order], item[order], num_rows=num_users)
     return lists.distinct(keep="last")
+
+
+def rows_of_items(parts: Sequence[Rows], items: Ragged) -> np.ndarray:
+    """Returns the latest row of each user with each item, among the joined parts, int64 [pairs].
+
+    Args:
+        parts: Rows that the lists were made of.
+        items: Distinct items of each user, as `items_of_users` returns them.
+    """
+    user = np.concatenate([part.user for part in parts])
+    item = np.concatenate([part.item for part in parts])
+    latest_first = time_order(parts)[::-1]
+    # `unique` gives the first position of each pair, which is its latest row.
+    keys, first = np.unique(pair_keys(user, item)[latest_first], return_index=True)
+    position = np.searchsorted(keys, pair_keys(items.rows, items.values))
+    return latest_first[first[position]]
 
 
 def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:

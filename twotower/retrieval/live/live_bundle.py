@@ -241,6 +241,9 @@ class LiveBundle:
         if len(rows):
             seen_rows = rows[seen.values]
         is_left = seen_rows >= 0
+        events = self.bundle.seen_events
+        if events is not None:
+            events = events.filter(pa.array(is_left))
         # Without changes the index is right as it is, and building it would take minutes.
         index = then.base.index
         if then.num_slots or then.num_removed:
@@ -251,6 +254,7 @@ class LiveBundle:
             items=items,
             counts=counts,
             seen=Ragged.from_pairs(seen.rows[is_left], seen_rows[is_left], num_rows=len(seen)),
+            seen_events=events,
             index=index,
             manifest={},
         )
