@@ -20,6 +20,7 @@ from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
 from twotower.data.facts import LogFacts
 from twotower.data.sources.frames import TableLike
+from twotower.data.split import SPLITS
 from twotower.evaluation import report
 from twotower.evaluation.baselines import order_scores, popularity_order
 from twotower.evaluation.evaluate import check_metric_name, make_validate
@@ -335,9 +336,11 @@ def check_names(config: Config, workdir: Path | str) -> None:
         workdir: Folder of the run, in which no plugin may lie.
 
     Raises:
-        ConfigError: A plugin, the validation metric or the re-ranker is not known.
+        ConfigError: A plugin, the kind of split, the validation metric or the re-ranker is not
+            known.
     """
     import_plugins(config.plugins, Path(workdir))
+    SPLITS.choose(config.split.kind, "config.split.kind")
     check_metric_name(config)
     resolve_rerank(None, config.retrieval.rerank)
 

@@ -5,13 +5,10 @@ Every refusal names the field, echoes the value and offers the nearest right one
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
-
-from twotower.core.install import install_line
 
 T = TypeVar("T")
 
@@ -85,23 +82,6 @@ class HistoryError(TwotowerError, ValueError):
 
 class StoreError(TwotowerError, ValueError):
     """Redis did not take the vectors that were to be published."""
-
-
-@contextlib.contextmanager
-def extra(name: str, what: str) -> Iterator[None]:
-    """Turns a failed import into a `ConfigError` that names the extra to install.
-
-    Args:
-        name: Name of the extra, a key of `extras_require` in setup.py.
-        what: Name of the feature that needs it, the subject of the message.
-    """
-    try:
-        yield
-    # The original message is kept: a part of an extra may be installed and broken.
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} needs the extra {name!r} ({error}): {install_line(name)}."
-        ) from error
 
 
 # Text that means no more than its letters and digits say.

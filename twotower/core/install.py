@@ -5,7 +5,11 @@ Messages name a command as it can be copied into the shell that the user has in 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+
+from twotower.core.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -49,6 +53,23 @@ def install_line(extra: str) -> str:
     # From another folder, "." would be another project.
     place = "." if _is_in_checkout() else root
     return f"pip install -e '{place}[{extra}]'"
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Turns a failed import into a `ConfigError` that names the extra to install.
+
+    Args:
+        name: Name of the extra, a key of `extras_require` in setup.py.
+        what: Name of the feature that needs it, the subject of the message.
+    """
+    try:
+        yield
+    # The original message is kept: a part of an extra may be installed and broken.
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} needs the extra {name!r} ({error}): {install_line(name)}."
+        ) from error
 
 
 def shipped_folder() -> Path:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
-from twotower.core.errors import ConfigError, choose, extra
+from twotower.core.errors import ConfigError, choose
 from twotower.core.files import digest
+from twotower.core.install import extra
 
 if TYPE_CHECKING:  # an extra, which is not always installed
     from onnxruntime import InferenceSession

@@ -19,8 +19,9 @@ from jaxtyping import Float
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import pc
-from twotower.core.errors import HistoryError, extra
+from twotower.core.errors import HistoryError
 from twotower.core.files import atomic
+from twotower.core.install import extra
 from twotower.core.ragged import Ragged
 from twotower.core.tables import format_table
 from twotower.index.exact import top_k

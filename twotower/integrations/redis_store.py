@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
-from twotower.core.errors import ConfigError, StoreError, extra
+from twotower.core.errors import ConfigError, StoreError
 from twotower.core.files import content_digest
+from twotower.core.install import extra
 from twotower.index.base import check_vectors
 from twotower.integrations.embedding_history import Block
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower.core.errors import ConfigError, extra
+from twotower.core.errors import ConfigError
 from twotower.core.files import atomic, current_version
+from twotower.core.install import extra
 from twotower.training.run import load_config
 
 if TYPE_CHECKING:  # an extra, which is not always installed

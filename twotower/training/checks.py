@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
-from twotower.data.split import SPLITS
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import (
@@ -47,7 +46,6 @@ def check_kinds(config: Config) -> None:
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
     loss_options(objective)
-    SPLITS.choose(config.split.kind, "config.split.kind")
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     DENSE.choose(training.optimizer.kind, "config.training.optimizer.kind")
     choose(TABLE_OPTIMIZERS, training.tables.kind, "config.training.tables.kind")

@@ -16,7 +16,8 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.config import TableConfig
-from twotower.core.errors import ConfigError, extra
+from twotower.core.errors import ConfigError
+from twotower.core.install import extra
 from twotower.data.contract import Origin, apply_contract
 
 if TYPE_CHECKING:  # an extra, which is not always installed
