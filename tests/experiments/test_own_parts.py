@@ -2,6 +2,7 @@
 trained by one process, and exported, measured, grown and asked by another."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -9,11 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tests.features.encoder_shop import fitted
+from twotower.config import ModelConfig, TowerConfig
 from twotower.core.errors import ConfigError
 from twotower.core.kinds import REGISTRIES
+from twotower.retrieval.rerank import Candidates
 from twotower.retrieval.retriever import Retriever
+from twotower.towers.two_tower import TwoTower
 from twotower.training.run import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +66,49 @@ def python(folder, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def parts():
+    """The names of the example's module; its kinds are taken out again."""
+    yield runpy.run_path(str(EXAMPLE / "parts.py"))
+    for kinds in REGISTRIES:
+        for name in list(kinds.origins):
+            del kinds[name]
+
+
+def test_the_tower_is_its_formula(parts):
+    encoder = fitted({"item": {"item_id": {"type": "string", "embedding_size": 4}}})
+    tower = TowerConfig(kind="cross", options={"depth": 2}, layers=(3,))
+    user = TowerConfig(layers=(3,))
+    model = TwoTower.build(ModelConfig(item=tower, user=user, normalize=False), encoder)
+    weights = model.init(jax.random.key(0))
+    ids = np.array([3, 5], np.int32)
+    features = {"item_id": jnp.asarray(ids)}
+    found = model.embed("item", weights, features)
+    params = jax.tree.map(np.asarray, weights.params["item"])
+    first = np.asarray(weights.tables["item.item_id"])[ids]
+    x = first
+    for layer in (params["cross_0"], params["cross_1"]):
+        x = first * (x @ layer["kernel"] + layer["bias"]) + x
+    expected = x @ params["project"]["kernel"] + params["project"]["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_its_formula_and_nothing_without_negatives(parts):
+    options = parts["PolyOptions"](epsilon=0.5)
+    where = jnp.array([[True, True, False], [False, False, False]])
+    negatives = jnp.array([[0.0, 1.0, 9.0], [1.0, 1.0, 1.0]])
+    found = parts["poly"](jnp.array([0.5, 0.5]), negatives, where=where, options=options)
+    share = math.exp(0.5) / (math.exp(0.5) + math.exp(0.0) + math.exp(1.0))
+    np.testing.assert_allclose(found, [-math.log(share) + 0.5 * (1 - share), 0.0], rtol=1e-6)
+
+
+def test_the_reranker_lifts_what_it_is_told_to(parts):
+    rows = [{"category": name} for name in ("a", "b", "a", "b")]
+    candidates = Candidates(np.array([0.9, 0.8, 0.7, 0.6]), np.eye(4), lambda: rows)
+    options = parts["BoostOptions"](column="category", value="b", weight=0.25)
+    assert parts["boost"](candidates, 3, options=options).tolist() == [1, 0, 3]
 
 
 @pytest.fixture(scope="module")
