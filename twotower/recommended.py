@@ -32,9 +32,8 @@ def recommended_config(facts: LogFacts) -> dict[str, Options]:
     """Returns the options for a log that differ from the defaults, section by section.
 
     A user is an id, the columns of the users table, the time of the query and a bag of the items
-    that they had, whose weights by recency are learned. An item is an id and the columns of the
-    items table. Columns of the log are left out: of a request nobody knows the price or the
-    rating beforehand.
+    that they had. An item is an id and the columns of the items table. Columns of the log are left
+    out: of a request nobody knows the price or the rating beforehand.
 
     Args:
         facts: Facts about the log and its columns.
@@ -67,7 +66,10 @@ def _user_features(facts: LogFacts) -> Options:
     items = _item_features(facts)
     # Words of texts would make each event as long as a text; values and lists are read at once.
     values = [name for name in items if items[name]["type"] in ("string", "strings")]
-    features["history"] = {"type": "history", "max_length": 50, "reads": tuple(values)}
+    length = 100
+    if _has_new_ones(facts):
+        length = 50
+    features["history"] = {"type": "history", "max_length": length, "reads": tuple(values)}
     columns = _column_features(facts.users, facts.num_users, width=8, reads_text=False)
     return _with_columns(features, columns)
 
@@ -182,13 +184,15 @@ def _model(facts: LogFacts) -> Options:
         "user": {"layers": (WIDTH,), "dropout": 0.4},
         "item": {"layers": (WIDTH,), "dropout": 0.4},
         # New users have no history, and nearly all training rows one: some are emptied.
-        "history": {"kind": "bag", "recency": True, "dropout": 0.2, "empty_rate": 0.1},
+        "history": {"kind": "bag", "dropout": 0.2, "empty_rate": 0.1},
     }
     if facts.share_new_users > SHARE_OF_NEW_USERS:
         options["history"]["empty_rate"] = 0.3
     if _has_new_ones(facts):
-        # Cosines served new users and items best, plain dot products those that are known.
+        # Cosines and the latest events served new users and items best; plain dot products and
+        # all events alike those that are known.
         options["item"]["dropout"] = 0.2
+        options["history"]["recency"] = True
         return options
     return options | {"normalize": False, "temperature": 1.0, "learn_temperature": False}
 

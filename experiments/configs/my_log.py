@@ -36,7 +36,7 @@ def get_config():
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
         "period": {"type": "int", "column": "timestamp", "buckets": 8, "embedding_size": 64},
-        "history": {"type": "history", "max_length": 50, "reads": ("item_id",)},
+        "history": {"type": "history", "max_length": 100, "reads": ("item_id",)},
     }
     config.features.item = {
         "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
@@ -47,9 +47,11 @@ def get_config():
     config.model.user.layers = (64,)
     config.model.user.dropout = 0.4
     config.model.item.layers = (64,)
-    config.model.item.dropout = 0.2
+    config.model.item.dropout = 0.4
     config.model.history.kind = "bag"
-    config.model.history.recency = True
+    config.model.normalize = False
+    config.model.temperature = 1.0
+    config.model.learn_temperature = False
     # New users have no history, and nearly all training rows one.
     config.model.history.empty_rate = 0.3
     # Negatives from the whole corpus would teach that what is published tomorrow is never chosen.
@@ -60,8 +62,6 @@ def get_config():
     config.training.steps = 800
     config.training.steps_for = 100_000
     config.training.validate_every = 100
-    config.training.optimizer.learning_rate = 2e-3
-    config.training.tables.learning_rate = 0.05
     config.training.schedule.kind = "cosine"
     config.training.patience = 3
     config.training.metric = "ndcg@10"
