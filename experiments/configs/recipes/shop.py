@@ -13,8 +13,7 @@ from twotower.config import defaults
 RECIPES = {"plain": {}}
 
 
-def small_shop():
-    """Returns the configuration without changes."""
+def get_config(recipe="plain"):
     config = defaults()
     config.data.source = "shop"
     config.data.num_interactions = 30_000
@@ -43,15 +42,5 @@ def small_shop():
     config.training.log_every = 100
     config.training.tables.learning_rate = 0.05
     config.evaluation.ks = (10, 50)
+    config.update_from_flattened_dict(RECIPES[recipe])
     return config
-
-
-def with_changes(changes):
-    """Returns the small shop with some options replaced: dotted name -> value."""
-    config = small_shop()
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def get_config(recipe="plain"):
-    return with_changes(RECIPES[recipe])
