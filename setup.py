@@ -26,6 +26,7 @@ EXTRAS = {
         "beartype>=0.20",
         "duckdb>=1.0",
         "faiss-cpu>=1.8",
+        "nbformat>=5.10",
         "onnx>=1.16",
         "pandas>=2.2",
         "polars>=1.0",

@@ -73,8 +73,12 @@ class Block:
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """Returns the blocks of a page, in its order."""
+    """Returns the blocks of a page, or the cells of code of a notebook, in their order."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        return [Block(page, number, "python", "", text) for number, text in enumerate(sources, 1)]
     blocks = []
     for found in _FENCE.finditer(text):
         line = text.count("\n", 0, found.start("text")) + 1
@@ -85,8 +89,10 @@ def read_blocks(page: Path) -> list[Block]:
 
 def given(page: Path) -> list[str]:
     """Returns the names of what a page begins with."""
-    first = page.read_text(encoding="utf-8").partition("\n")[0]
-    found = re.fullmatch(r"<!-- given: (.*) -->", first)
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"])
+    found = re.match(r"<!-- given: (.*) -->\n", text)
     return found[1].split(", ") if found else []
 
 

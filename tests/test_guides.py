@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+import nbformat
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
@@ -17,12 +19,15 @@ import pytest
 from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
 from twotower.config import Config
 from twotower.core import mesh
+from twotower.core.arrow import pc
+from twotower.data.dataset import Dataset
 from twotower.data.shop.generate import generate
 from twotower.retrieval import batch_jobs, embed
 from twotower.training import grow, run
 
 GUIDES = sorted((ROOT / "experiments" / "guides").glob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDES]
+NOTEBOOKS = sorted((ROOT / "experiments" / "examples").glob("*.ipynb"))
 STEPS = 4
 FURTHER_STEPS = 8  # in the place of the 4,000 to which a page goes on with a run
 CHECKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "experiments" / "benchmarks" / "RESULTS.md"]
@@ -82,6 +87,7 @@ def shelf(tmp_path_factory, trainings_are_small):
     ):
         pyarrow.csv.write_csv(table, folder / f"{name}.csv")
         pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
+    write_films(shop, folder)
     commands = [
         "train --config=quickstart --workdir=runs/quickstart",
         "export --workdir=runs/quickstart",
@@ -93,6 +99,18 @@ def shelf(tmp_path_factory, trainings_are_small):
         for command in commands:
             run_command(["twotower", *command.split()])
     return folder
+
+
+def write_films(shop: Dataset, folder: Path) -> None:
+    """Writes the shop in the form of MovieLens, for the pages that read that."""
+    users = pc.cast(shop.interactions["user_id"], pa.int64())
+    films = pc.cast(pc.utf8_slice_codeunits(shop.interactions["item_id"], 1), pa.int64())
+    times = shop.interactions["timestamp"]
+    ratings = {"userId": users, "movieId": films, "rating": [4.0] * len(users), "timestamp": times}
+    pyarrow.csv.write_csv(pa.table(ratings), folder / "ratings.csv")
+    films = pc.cast(pc.utf8_slice_codeunits(shop.items["item_id"], 1), pa.int64())
+    movies = {"movieId": films, "title": shop.items["title"], "genres": shop.items["category"]}
+    pyarrow.csv.write_csv(pa.table(movies), folder / "movies.csv")
 
 
 def link_project(folder: Path) -> None:
@@ -131,7 +149,7 @@ def runner(trainings_are_small, tmp_path, request):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("runner", "page"),
-    [pytest.param(page, page, id=page.stem) for page in PAGES],
+    [pytest.param(page, page, id=page.stem) for page in [*PAGES, *NOTEBOOKS]],
     indirect=["runner"],
 )
 def test_every_block_of_a_page_runs(runner, page):
@@ -150,6 +168,16 @@ def test_every_fence_of_a_page_is_that_of_a_block(page):
     """A block that the reader of blocks overlooks would never run."""
     fences = re.findall(r"^\s*(?:```|~~~)", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(fences) == 2 * len(read_blocks(page))
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_notebook_is_whole_and_shows_what_it_prints(page):
+    notebook = nbformat.read(page, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs and not [output for output in outputs if output.output_type == "error"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
 
 
 def anchors(page: Path) -> set[str]:
