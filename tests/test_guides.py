@@ -16,7 +16,10 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+import twotower as tt
 from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
+from twotower import fitting
+from twotower.commands import dry_run
 from twotower.config import Config
 from twotower.core import mesh
 from twotower.core.arrow import pc
@@ -56,17 +59,24 @@ def small(config: Config) -> Config:
 
 @pytest.fixture(scope="session")
 def trainings_are_small():
-    """Every way to train leads through these two functions; all runs on one device."""
+    """Every way to train leads through these functions; all runs on one device."""
     train = run.train
     make_grown = grow.grow
+    make_config = fitting.make_config
+    describe = dry_run.describe_training
 
     def train_small(config, workdir, **options):
         train(small(config), workdir, **options)
+
+    def describe_small(config, workdir, **options):
+        return describe(small(config), workdir, **options)
 
     def grow_small(config, source, workdir, **options):
         make_grown(small(config), source, workdir, **options)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "make_config", lambda *args: small(make_config(*args)))
+        patch.setattr(dry_run, "describe_training", describe_small)
         patch.setattr(run, "train", train_small)
         patch.setattr(grow, "grow", grow_small)
         for module in (run, embed, batch_jobs):
@@ -91,13 +101,14 @@ def shelf(tmp_path_factory, trainings_are_small):
     commands = [
         "train --config=quickstart --workdir=runs/quickstart",
         "export --workdir=runs/quickstart",
-        "train --config=my_log --workdir=runs/mine --config.data.item_table.path=items.csv",
-        "export --workdir=runs/mine",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands:
             run_command(["twotower", *command.split()])
+        tt.fit("ratings.csv", items="movies.csv", workdir="runs/films")
+    # A run by the name that pages give to one of their reader's.
+    shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "mine")
     return folder
 
 
