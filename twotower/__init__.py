@@ -2,7 +2,7 @@
 
     import twotower as tt
 
-    run = tt.train(tt.config.from_dict(options), "runs/mine")
+    run = tt.fit(events, items=products, workdir="runs/mine")   # frames, or paths of files
     run.evaluate(baselines=True)
     run.recommend("17850", k=10)
     run.export()

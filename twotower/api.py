@@ -1,4 +1,4 @@
-"""The functions that a user of the library starts from: train, load, evaluate, export.
+"""The functions that a user of the library starts from: fit, train, load, evaluate, export.
 
 The layers below are kept apart on purpose: training knows nothing of evaluation, an index nothing
 of training. Here alone they are put together, for commands, notebooks and services.
