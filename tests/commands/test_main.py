@@ -1,0 +1,74 @@
+"""The console command: its list of commands, their help, and names that are nearly right."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import twotower
+from tests.experiments.commands import error_of
+from twotower import __main__, commands
+
+ROOT = Path(__file__).parents[2]
+
+
+def ended(monkeypatch, *arguments):
+    """Returns what the console command ends with."""
+    monkeypatch.setattr("sys.argv", ["twotower", *arguments])
+    try:
+        __main__.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_every_command_is_listed_and_has_a_launch():
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    modules = {name: importlib.import_module(f"twotower.commands.{name}") for name in names}
+    with_flags = {name for name, module in modules.items() if hasattr(module, "FLAGS")}
+    assert with_flags == set(__main__.COMMANDS)
+    usage = __main__.format_commands()
+    for name in with_flags:
+        assert f"\n  {name} " in usage
+        launch = (ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8")
+        assert f"launch.run({name})" in launch
+
+
+@pytest.mark.parametrize(
+    "arguments, printed",
+    [
+        ((), "twotower COMMAND --help"),
+        (("--version",), twotower.__version__),
+        (("recommend-all", "--help"), "--recall_target (default: 1.0)"),
+        (("train", "--help"), "`twotower options` lists"),
+    ],
+)
+def test_help_is_printed(monkeypatch, capsys, arguments, printed):
+    assert ended(monkeypatch, *arguments) == 0
+    assert printed in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_commands_as_they_are_given_here(monkeypatch, capsys, tmp_path):
+    for folder, command in ((ROOT, "python -m experiments.train"), (tmp_path, "twotower train")):
+        monkeypatch.chdir(folder)
+        ended(monkeypatch, "train", "--help")
+        assert f"\n    {command} --config=quickstart" in capsys.readouterr().out
+
+
+def test_a_command_that_is_not_there_gets_the_nearest(monkeypatch):
+    assert "'trian' is no command; did you mean 'train'?" in ended(monkeypatch, "trian")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config=quickstart"], "--workdir=... is required."),
+        (["--config=quickstart", "--workdri=x"], "Did you mean: workdir"),
+        (["--config=quickstart", "--workdir=x", "y"], "unexpected arguments: y."),
+        (["--config=quickstart", "--workdir=x", "--config.training.steps=abc"], "'abc'"),
+        (["--config=quikstart", "--workdir=x"], "did you mean 'quickstart'?"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_a_line(flags, message):
+    assert message in error_of("train", *flags)
