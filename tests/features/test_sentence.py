@@ -3,6 +3,7 @@ which a model can be wrong."""
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import types
@@ -17,6 +18,7 @@ from tests.features.encoder_shop import assert_same, fitted, shop
 from tests.features.onnx_bert import write_bert
 from tests.features.tiny_sentence_model import WIDTH, write_json, write_model
 from twotower.core.errors import ConfigError
+from twotower.core.install import install_line
 from twotower.features import sentence as sentences
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import Input
@@ -496,7 +498,7 @@ def test_without_the_extra_it_is_named(tmp_path, model, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         ConfigError,
-        match=r"features.item.title .* needs the extra 'text' .*pip install 'twotower\[text\]'",
+        match=r"features.item.title .* needs the extra 'text' .*" + re.escape(install_line("text")),
     ):
         fitted(spec_of(tmp_path), items_of())
 

@@ -2,6 +2,7 @@
 ScaNN."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from tests.index.oracles import unit
 from twotower.config import RetrievalConfig
+from twotower.core.install import install_line
 from twotower.index import tuning as tuner
 from twotower.index.build import build_index, save_index
 from twotower.index.exact import ExactIndex
@@ -243,5 +245,5 @@ def test_a_plot_is_drawn(tmp_path):
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"twotower\[plots\]"):
+    with pytest.raises(ImportError, match=re.escape(install_line("plots"))):
         plot_tuning(TRIALS, 0.9, tmp_path / "index.png")

@@ -1,6 +1,7 @@
 """Drift: a rotation is none, what moved is found, neighbours are those of a NumPy sort."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import scipy.linalg
 from tests.extras import extra
 from tests.integrations.test_embedding_history import block, version
 from twotower.core.errors import ConfigError, HistoryError
+from twotower.core.install import install_line
 from twotower.integrations import drift
 from twotower.integrations.drift import aligned_cosines, compare, neighbour_overlap, rotation
 from twotower.integrations.embedding_history import EmbeddingHistory
@@ -116,7 +118,7 @@ def test_a_plot_is_a_picture_and_needs_its_extra(tmp_path, monkeypatch):
     ) == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
-        ConfigError, match=r"a plot needs the extra 'plots' .*pip install 'twotower\[plots\]'"
+        ConfigError, match=r"a plot needs the extra 'plots' .*" + re.escape(install_line("plots"))
     ):
         drift.plot(found, tmp_path / "no.png", title="items")
 

@@ -3,6 +3,7 @@ server, on loopback."""
 
 import dataclasses
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from tests.extras import extra, program
 from tests.integrations.test_embedding_history import block
 from twotower.core.errors import ConfigError, QueryError, StoreError
+from twotower.core.install import install_line
 from twotower.integrations.embedding_history import vector_blocks
 from twotower.integrations.redis_store import CachedRetriever, RedisStore, bundle_version
 from twotower.retrieval.retriever import Retriever
@@ -279,7 +281,7 @@ def test_urls_and_the_extra_are_checked_and_no_password_is_shown(monkeypatch):
     assert "secret" not in str(error.value)
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(
-        ConfigError, match=r"Redis needs the extra 'redis' .*pip install 'twotower\[redis\]'"
+        ConfigError, match=r"Redis needs the extra 'redis' .*" + re.escape(install_line("redis"))
     ):
         RedisStore("redis://localhost")
 

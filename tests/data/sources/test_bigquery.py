@@ -1,5 +1,6 @@
 """Training rows from BigQuery, by the real client against the server of `tests.bigquery_server`."""
 
+import re
 import sys
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
 from twotower.core.arrow import fingerprint
 from twotower.core.errors import ConfigError
+from twotower.core.install import install_line
 from twotower.data.sources.load import load_dataset
 from twotower.pipeline.prepare import prepare
 
@@ -170,6 +172,6 @@ def test_without_the_extra_or_credentials_it_says_what_to_do(monkeypatch, tmp_pa
     monkeypatch.delattr("google.cloud.bigquery")
     with pytest.raises(
         ConfigError,
-        match=r"BigQuery needs the extra 'bigquery' .*pip install 'twotower\[bigquery\]'",
+        match=r"BigQuery needs the extra 'bigquery' .*" + re.escape(install_line("bigquery")),
     ):
         load(interactions={"path": "a.b"})
