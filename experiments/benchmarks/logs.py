@@ -52,6 +52,7 @@ class Log:
         users: Parquet file of the users; None where nothing but their ids is known.
         user_features: Feature lines of users, besides those of `my_log.py`.
         item_features: Feature lines of items, besides the id.
+        options: Other lines that `my_log.py` names for such a log: dotted name -> value.
     """
 
     interactions: Path
@@ -59,8 +60,22 @@ class Log:
     users: Path | None = None
     user_features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     item_features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# Where most users of tomorrow are new.
+_FOR_NEW_USERS = {
+    "features.user.user_id.oov_rate": 0.6,
+    "features.item.item_id.oov_rate": 0.1,
+    "model.item.dropout": 0.2,
+    "model.history.recency": True,
+    "model.normalize": True,
+    "model.temperature": 0.07,
+    "model.learn_temperature": True,
+    "objective.negatives.uniform": -1,
+    "training.optimizer.learning_rate": 2e-3,
+    "training.tables.learning_rate": 0.05,
+}
 _SHOP_USERS = {
     "city": {"type": "string", "embedding_size": 8},
     "gender": {"type": "string", "embedding_size": 8},
@@ -105,6 +120,7 @@ def film_log(folder: Path, rows: int) -> Log:
         interactions=_write(folder, "interactions", interactions),
         items=_write(folder, "items", items),
         item_features=features,
+        options=_FOR_NEW_USERS,
     )
 
 

@@ -9,6 +9,12 @@ It reads events.csv; for another file, --config.data.interactions.path=FILE, and
 other names, --config.data.interactions.columns.user_id=CustomerID. A table of items, for the
 printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to change
 more.
+
+Where most users of tomorrow are new, as where people come once and rate many films, set
+features.user.user_id.oov_rate to 0.6, features.item.item_id.oov_rate to 0.1, model.item.dropout to
+0.2, model.history.recency to True, leave model.normalize, the temperature and negatives.uniform at
+their defaults, and set the learning rates to 2e-3 and (of tables) 0.05. `tt.fit` looks at the log
+and chooses by itself.
 """
 
 from twotower.config import defaults
