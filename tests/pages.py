@@ -162,7 +162,7 @@ class Runner:
         self.printed = "\n".join(printed)
 
     def _text(self, block: Block, text: str) -> None:
-        """Compares the lines but for their numbers; "..." stands for the rest of a line, or for lines.
+        """Compares the lines but for their numbers; "..." stands for the rest of a line or for lines.
 
         The rows of a list begin with a number and hold titles, and are left out.
         """

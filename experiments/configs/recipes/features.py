@@ -35,7 +35,7 @@ def get_config(recipe="own_tables"):
         table.columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
         table.timestamp_format = "%d/%m/%Y %H:%M:%S"
         if recipe == "times_in_ms":
-            table.columns.timestamp = "when_ms"
+            table.columns = table.columns | {"timestamp": "when_ms"}
             table.timestamp_format = ""
             table.timestamp_unit = "ms"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    description = "Ends with status 1 unless a run is better than popularity by a factor."
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("workdir", type=Path, help="folder of the run")
     parser.add_argument("--metric", default="ndcg@10", help="metric to compare by")
     parser.add_argument("--least", type=float, default=1.2, help="least factor over popularity")
