@@ -9,7 +9,9 @@ block says what else is meant:
 
 The first line of a page may name what its reader has already:
 
-    <!-- given: runs/quickstart, events.csv -->
+    <!-- given: runs/quickstart, events.csv, plots -->
+
+Of these, `redis` is a server at its usual address, and `plots` the extra of this name.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 import twotower as tt
+from tests.extras import extra
 from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
 from twotower import fitting
 from twotower.commands import dry_run
@@ -153,6 +154,9 @@ def runner(trainings_are_small, tmp_path, request):
     for name in given(page):
         if name == "redis":
             replace["redis://localhost:6379/0"] = request.getfixturevalue("redis_server").url
+            continue
+        if name == "plots":
+            extra("matplotlib", "plots")
             continue
         source = request.getfixturevalue("shelf") / name
         if source.is_dir():
