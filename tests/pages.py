@@ -29,8 +29,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+from tests.experiments.commands import loaded
 from twotower.__main__ import COMMANDS
 from twotower.commands import launch
 
@@ -157,14 +157,16 @@ class Runner:
     def _bash(self, block: Block, text: str) -> None:
         printed = []
         for line in shell_lines(text):
-            if _LAUNCHES.match(line) and not re.search(r"[|;&<>`]", line):
+            # What is quoted is no operator of the shell.
+            bare = re.sub(r"'[^']*'", "", line)
+            if _LAUNCHES.match(line) and not re.search(r"[|;&<>`$]", bare):
                 printed.append(run_command(shlex.split(line, comments=True)))
             else:
                 printed.append(run_shell(line))
         self.printed = "\n".join(printed)
 
     def _text(self, block: Block, text: str) -> None:
-        """Compares the lines but for their numbers; "..." stands for the rest of a line or for lines.
+        """Compares the lines but for their numbers; "..." stands for the rest of a line, or lines.
 
         The rows of a list begin with a number and hold titles, and are left out.
         """
@@ -196,19 +198,13 @@ def check_config(config: Any) -> None:
         importlib.import_module("twotower.config").from_dict(config)
 
 
-@contextlib.contextmanager
-def command_of(argv: list[str]) -> Iterator[Any]:
-    """The module of a command, imported anew, with its command line as that of the program."""
-    words = argv[1:] if argv[0] == "twotower" else argv[2:]
-    if words[0] == "twotower":
-        words = words[1:]
-    name = words[0].removeprefix("experiments.")
-    assert name in COMMANDS, f"{name!r} is no command"
-    program = [f"twotower {name}", *words[1:]]
-    # Anew: the flags of a command keep their values, and the options of one experiment.
-    sys.modules.pop(f"twotower.commands.{name}", None)
-    with mock.patch.object(sys, "argv", program):
-        yield importlib.import_module(f"twotower.commands.{name}")
+def command_of(argv: list[str]) -> contextlib.AbstractContextManager[launch.Command]:
+    """Returns `loaded` of a command line: twotower NAME or python -m experiments.NAME."""
+    found = _LAUNCHES.match(shlex.join(argv))
+    assert found and found[1] in COMMANDS, f"{shlex.join(argv)!r} is no command"
+    # The command itself is the last word of what was found.
+    first = len(found[0].split())
+    return loaded(found[1], argv[first:])
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 from twotower.commands import launch
@@ -54,12 +56,18 @@ def error_of(command: str, *arguments: str) -> str:
     raise AssertionError(f"{command} {' '.join(arguments)} did not fail")
 
 
-def _run(command: str, arguments: tuple[str, ...]) -> None:
-    argv = [f"twotower {command}", *arguments]
+@contextlib.contextmanager
+def loaded(command: str, arguments: Sequence[str]) -> Iterator[launch.Command]:
+    """The module of a command, imported anew, while its arguments are those of the program."""
     name = f"twotower.commands.{command}"
     # Anew: the flags of a command keep their values, and the options of one experiment.
     sys.modules.pop(name, None)
-    # config_flags reads sys.argv, and paths of experiments count from the project's folder.
-    with mock.patch.object(sys, "argv", argv), contextlib.chdir(ROOT):
-        module = importlib.import_module(name)
-        launch.call(module.main, launch.parse(module, argv))
+    # config_flags reads sys.argv.
+    with mock.patch.object(sys, "argv", [f"twotower {command}", *arguments]):
+        yield cast(launch.Command, importlib.import_module(name))
+
+
+def _run(command: str, arguments: tuple[str, ...]) -> None:
+    # Paths of experiments count from the project's folder.
+    with loaded(command, arguments) as module, contextlib.chdir(ROOT):
+        launch.call(module.main, launch.parse(module, sys.argv))

@@ -15,6 +15,7 @@ from twotower.commands import launch
 PIPELINE = ROOT / "experiments" / "examples" / "pipeline"
 NAMES = ["train", "evaluate", "gate", "export", "history"]
 SMALL = (
+    "--devices=1",
     "--config.data.num_interactions=1000",
     "--config.training.batch_size=64",
     "--config.training.steps=4",
