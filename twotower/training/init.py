@@ -81,6 +81,9 @@ def _init_table(
     return jax.jit(draw_all, out_shardings=table.sharding)()
 
 
+# A run asks for it four times, and each time all of `init_state` would be traced. One is kept:
+# trainers hold vocabularies.
+@functools.lru_cache(maxsize=1)
 def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     """Returns the shapes, types and shardings of a state, without allocating it."""
     shapes = {"user": (trainer.corpus.users,), "item": (trainer.corpus.items,), "rows": ()}
