@@ -52,7 +52,8 @@ class Log:
         users: Parquet file of the users; None where nothing but their ids is known.
         user_features: Feature lines of users, besides those of `my_log.py`.
         item_features: Feature lines of items, besides the id.
-        options: Other lines that `my_log.py` names for such a log: dotted name -> value.
+        options: Other lines that `my_log.py` names for such a log: what the history reads, and those
+            for new users; dotted name -> value.
     """
 
     interactions: Path
@@ -63,6 +64,7 @@ class Log:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_READS = "features.user.history.reads"
 # Where most users of tomorrow are new.
 _FOR_NEW_USERS = {
     "features.user.user_id.oov_rate": 0.6,
@@ -76,12 +78,14 @@ _FOR_NEW_USERS = {
     "training.optimizer.learning_rate": 2e-3,
     "training.tables.learning_rate": 0.05,
 }
+# The line of `my_log.py` for texts.
+_WORDS = {"type": "text", "characters": (), "max_length": 12, "embedding_size": 32}
 _SHOP_USERS = {
     "city": {"type": "string", "embedding_size": 8},
     "gender": {"type": "string", "embedding_size": 8},
 }
 _SHOP_ITEMS = {
-    "title": {"type": "text", "embedding_size": 32},
+    "title": _WORDS,
     "category": {"type": "string", "embedding_size": 16},
     "brand": {"type": "string", "embedding_size": 16},
     "price": {"type": "float"},
@@ -113,14 +117,14 @@ def film_log(folder: Path, rows: int) -> Log:
     interactions = interactions.sort_by("timestamp").slice(0, rows)
     items = films.rename_columns(["item_id", "title", "genres"])
     features = {
-        "title": {"type": "text", "embedding_size": 32},
+        "title": _WORDS,
         "genres": {"type": "strings", "separator": "|", "embedding_size": 16},
     }
     return Log(
         interactions=_write(folder, "interactions", interactions),
         items=_write(folder, "items", items),
         item_features=features,
-        options=_FOR_NEW_USERS,
+        options=_FOR_NEW_USERS | {_READS: ("item_id", "genres")},
     )
 
 
@@ -170,7 +174,7 @@ def news_log(folder: Path, rows: int) -> Log:
         }
     )
     features = {
-        "title": {"type": "text", "embedding_size": 32},
+        "title": _WORDS,
         "category": {"type": "string", "embedding_size": 16},
         "published": {"type": "timestamp", "parts": ("period",), "embedding_size": 16},
     }
@@ -178,6 +182,7 @@ def news_log(folder: Path, rows: int) -> Log:
         interactions=_write(folder, "interactions", interactions),
         items=_write(folder, "items", items),
         item_features=features,
+        options={_READS: ("item_id", "category")},
     )
 
 
@@ -208,6 +213,7 @@ def _write_shop(folder: Path, dataset: Dataset, interactions: pa.Table) -> Log:
         users=_write(folder, "users", dataset.users),
         user_features=_SHOP_USERS,
         item_features=_SHOP_ITEMS,
+        options={_READS: ("item_id", "category", "brand")},
     )
 
 
