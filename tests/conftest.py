@@ -80,3 +80,14 @@ def bigquery_server(monkeypatch):
     with serving() as (state, address):
         monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", address)
         yield state
+
+
+@pytest.fixture
+def own_kinds():
+    """Takes the kinds that a test registers out again: other tests list those of the library."""
+    from twotower.core.kinds import REGISTRIES
+
+    yield
+    for kinds in REGISTRIES:
+        for name in list(kinds.origins):
+            del kinds[name]

@@ -14,7 +14,6 @@ import pytest
 
 import twotower as tt
 from twotower import api
-from twotower.core.kinds import REGISTRIES
 from twotower.data.facts import LogFacts
 
 
@@ -73,15 +72,6 @@ def test_editors_see_the_names_that_the_front_door_offers():
     block = source.partition("if TYPE_CHECKING:")[2].partition("# The module")[0]
     for name in tt.__all__:
         assert name in block, name
-
-
-@pytest.fixture
-def own_kinds():
-    """Takes the kinds that a test registers out again: other tests list those of the library."""
-    yield
-    for kinds in REGISTRIES:
-        for name in list(kinds.origins):
-            del kinds[name]
 
 
 def run_examples(name):

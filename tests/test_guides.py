@@ -63,7 +63,7 @@ def no_validation(*_):
     return lambda weights: {"recall@10": 0.5, "ndcg@10": 0.5}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trainings_are_small():
     """Every way to train leads through these functions; all runs on one device."""
     train = run.train
@@ -90,7 +90,7 @@ def trainings_are_small():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shelf(tmp_path_factory, trainings_are_small):
     """A folder with all that a page may begin with, made by commands of the README."""
     folder = tmp_path_factory.mktemp("shelf")
@@ -146,7 +146,7 @@ def redis_server(tmp_path):
 
 
 @pytest.fixture
-def runner(trainings_are_small, tmp_path, request):
+def runner(trainings_are_small, own_kinds, tmp_path, request):
     """The runner of a page, in a folder with what the page begins with."""
     page = request.param
     link_project(tmp_path)

@@ -69,12 +69,9 @@ def python(folder, *arguments):
 
 
 @pytest.fixture
-def parts():
-    """The names of the example's module; its kinds are taken out again."""
-    yield runpy.run_path(str(EXAMPLE / "parts.py"))
-    for kinds in REGISTRIES:
-        for name in list(kinds.origins):
-            del kinds[name]
+def parts(own_kinds):
+    """The names of the example's module."""
+    return runpy.run_path(str(EXAMPLE / "parts.py"))
 
 
 def test_the_tower_is_its_formula(parts):
