@@ -52,8 +52,8 @@ class Log:
         users: Parquet file of the users; None where nothing but their ids is known.
         user_features: Feature lines of users, besides those of `my_log.py`.
         item_features: Feature lines of items, besides the id.
-        options: Other lines that `my_log.py` names for such a log: what the history reads, and those
-            for new users; dotted name -> value.
+        options: Other lines that `my_log.py` names for such a log (what the history reads, and those
+            for new users): dotted name -> value.
     """
 
     interactions: Path
@@ -69,12 +69,15 @@ _READS = "features.user.history.reads"
 _FOR_NEW_USERS = {
     "features.user.user_id.oov_rate": 0.6,
     "features.item.item_id.oov_rate": 0.1,
+    "model.user.layers": (64,),
+    "model.item.layers": (64,),
     "model.item.dropout": 0.2,
     "model.history.recency": True,
     "model.normalize": True,
     "model.temperature": 0.07,
     "model.learn_temperature": True,
     "objective.negatives.uniform": -1,
+    "training.steps": 800,
     "training.optimizer.learning_rate": 2e-3,
     "training.tables.learning_rate": 0.05,
 }

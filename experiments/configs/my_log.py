@@ -11,10 +11,10 @@ printed lists and for features: --config.data.item_table.path=items.csv. Copy th
 more.
 
 Where most users of tomorrow are new, as where people come once and rate many films, set
-features.user.user_id.oov_rate to 0.6, features.item.item_id.oov_rate to 0.1, model.item.dropout to
-0.2, model.history.recency to True, leave model.normalize, the temperature and negatives.uniform at
-their defaults, and set the learning rates to 2e-3 and (of tables) 0.05. `tt.fit` looks at the log
-and chooses by itself.
+features.user.user_id.oov_rate to 0.6, features.item.item_id.oov_rate to 0.1, the layers to (64,),
+model.item.dropout to 0.2, model.history.recency to True, leave model.normalize, the temperature and
+negatives.uniform at their defaults, and set the learning rates to 2e-3 and (of tables) 0.05 and
+training.steps to 800. `tt.fit` looks at the log and chooses by itself.
 """
 
 from twotower.config import defaults
@@ -50,9 +50,9 @@ def get_config():
         # "category": {"type": "string", "embedding_size": 16},
         # "published": {"type": "timestamp", "parts": ("period",), "embedding_size": 16},
     }
-    config.model.user.layers = (64,)
+    config.model.user.layers = (128,)
     config.model.user.dropout = 0.4
-    config.model.item.layers = (64,)
+    config.model.item.layers = (128,)
     config.model.item.dropout = 0.4
     config.model.history.kind = "bag"
     config.model.normalize = False
@@ -65,7 +65,7 @@ def get_config():
 
     config.training.batch_size = 1024
     # For 100,000 rows; with more or fewer of them there are more or fewer steps.
-    config.training.steps = 800
+    config.training.steps = 500
     config.training.steps_for = 100_000
     config.training.validate_every = 100
     config.training.schedule.kind = "cosine"
