@@ -6,8 +6,9 @@
 Each log is divided by time: the last tenth of its rows is the test, the 5 % before it validation.
 The whole corpus is ranked for every user of the test rows, with seen items masked. "fit" is
 `tt.fit` without any option; "my_log" is `experiments/configs/my_log.py` with one feature line for
-each column of the log, and for the films its lines for new users. --quick: logs of 3,000 rows, one
-after the other, to see it run. The films are read from the folder in TWOTOWER_DATA.
+each column of the log, categories read by the history, and for the films its lines for new users.
+--quick: logs of 3,000 rows, one after the other, to see it run. The films are read from the folder
+in TWOTOWER_DATA.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class Log:
         users: Parquet file of the users; None where nothing but their ids is known.
         user_features: Feature lines of users, besides those of `my_log.py`.
         item_features: Feature lines of items, besides the id.
-        options: Other lines that `my_log.py` names for such a log (what the history reads, and those
-            for new users): dotted name -> value.
+        options: Other lines that `my_log.py` names for such a log, namely what the history reads
+            and those for new users; dotted name -> value.
     """
 
     interactions: Path
