@@ -216,7 +216,7 @@ def _training(facts: LogFacts) -> Options:
         batch_size //= 2
     options: Options = {
         "batch_size": batch_size,
-        # Known users and items are learned by heart after three or four passes.
+        # On a shop eight passes were no better on validation rows.
         "passes": 5,
         "schedule": {"kind": "cosine"},
         "metric": "ndcg@10",
