@@ -74,6 +74,20 @@ def test_a_mapping_of_the_user_is_replaced_whole():
     assert config.features.user == load_config("recipes/shop").features.user
 
 
+def test_an_entry_that_is_named_leaves_the_others():
+    """One feature changed must not drop the rest of them."""
+    whole = load_config("movielens_100k")
+    changes = {"features.user.age": {"type": "int", "buckets": 4}}
+    changes["features.user.gender.embedding_size"] = 3
+    features = load_config("movielens_100k", **changes).features.user
+    expected = dict(whole.features.user)
+    expected["age"] = {"type": "int", "buckets": 4}
+    expected["gender"] = {"type": "string", "embedding_size": 3}
+    assert {name: dict(feature) for name, feature in features.items()} == expected
+    with pytest.raises(ConfigError, match=r"config.features.user.age.type='int' has no entries"):
+        load_config("movielens_100k", **{"features.user.age.type.kind": 1})
+
+
 @pytest.mark.parametrize(
     "name, overrides, message",
     [

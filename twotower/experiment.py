@@ -129,14 +129,37 @@ def _change(section: Any, cls: type, name: str, value: Any, location: str) -> No
     check_option(name, cls, location)
     hint = hints[name]
     location = f"{location}.{name}"
+    if dataclasses.is_dataclass(hint):
+        if rest:
+            value = {rest: value}
+        # Options of a section are replaced one by one; a mapping of the user's own, whole.
+        if isinstance(value, Mapping):
+            for inner, inner_value in value.items():
+                _change(section[name], typing.cast(type, hint), inner, inner_value, location)
+            return
+    elif rest:
+        # But an entry that is named leaves the others: "features.user.city" is one feature.
+        value = _with_entry(section[name], rest, value, location)
+    section[name] = value
+
+
+def _with_entry(values: Any, name: str, value: Any, location: str) -> dict[str, Any]:
+    """Returns a copy of a mapping with one entry replaced or added.
+
+    Args:
+        values: Mapping of the user's own, such as the features of a side.
+        name: Name of the entry, dotted where it lies in an inner mapping.
+        value: New value.
+        location: Name of the mapping in messages.
+    """
+    if not hasattr(values, "items"):
+        raise ConfigError(f"{location}={values!r} has no entries, so none named {name!r}.")
+    name, _, rest = name.partition(".")
+    entries = dict(values.items())
     if rest:
-        value = {rest: value}
-    # Options of a section are replaced one by one; a mapping of the user's own, whole.
-    if not dataclasses.is_dataclass(hint) or not isinstance(value, Mapping):
-        section[name] = value
-        return
-    for inner, inner_value in value.items():
-        _change(section[name], typing.cast(type, hint), inner, inner_value, location)
+        value = _with_entry(entries.get(name, {}), rest, value, f"{location}.{name}")
+    entries[name] = value
+    return entries
 
 
 def check_option(name: str, cls: type, location: str) -> None:
