@@ -32,12 +32,13 @@ def get_config(recipe="own_tables"):
         table.delimiter = ";"
         table.encoding = "utf-8-sig"
         table.names = ("who", "what", "when", "when_ms")
-        table.columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
+        columns = {"user_id": "who", "item_id": "what", "timestamp": "when"}
         table.timestamp_format = "%d/%m/%Y %H:%M:%S"
         if recipe == "times_in_ms":
-            table.columns = table.columns | {"timestamp": "when_ms"}
+            columns["timestamp"] = "when_ms"
             table.timestamp_format = ""
             table.timestamp_unit = "ms"
+        table.columns = columns
 
     # A purchase trains ten times as much as a view, and counts as much in the mean of the past.
     config.data.event_weights = {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0}
