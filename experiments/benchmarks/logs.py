@@ -53,7 +53,7 @@ class Log:
         user_features: Feature lines of users, besides those of `my_log.py`.
         item_features: Feature lines of items, besides the id.
         options: Other lines that `my_log.py` names for such a log, namely what the history reads
-            and those for new users; dotted name -> value.
+            and those for new users and items; dotted name -> value.
     """
 
     interactions: Path
@@ -65,8 +65,13 @@ class Log:
 
 
 _READS = "features.user.history.reads"
+# Where much of what is asked or found tomorrow is new.
+_FOR_NEW_ONES = {
+    "features.item.item_id.oov_rate": 0.3,
+    "model.history.empty_rate": 0.3,
+}
 # Where most users of tomorrow are new.
-_FOR_NEW_USERS = {
+_FOR_NEW_USERS = _FOR_NEW_ONES | {
     "features.user.user_id.oov_rate": 0.6,
     "features.item.item_id.oov_rate": 0.1,
     "model.user.layers": (64,),
@@ -106,7 +111,8 @@ def sparse_log(folder: Path, rows: int) -> Log:
     dataset = generate(16 * rows, num_items=8 * rows // 100)
     rng = np.random.default_rng(0)
     kept = np.sort(rng.choice(16 * rows, rows, replace=False))
-    return _write_shop(folder, dataset, dataset.interactions.take(pa.array(kept)))
+    log = _write_shop(folder, dataset, dataset.interactions.take(pa.array(kept)))
+    return dataclasses.replace(log, options=_FOR_NEW_ONES | log.options)
 
 
 def film_log(folder: Path, rows: int) -> Log:
@@ -185,7 +191,7 @@ def news_log(folder: Path, rows: int) -> Log:
         interactions=_write(folder, "interactions", interactions),
         items=_write(folder, "items", items),
         item_features=features,
-        options={_READS: ("item_id", "category")},
+        options=_FOR_NEW_ONES | {_READS: ("item_id", "category")},
     )
 
 

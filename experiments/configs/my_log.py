@@ -10,7 +10,9 @@ other names, --config.data.interactions.columns.user_id=CustomerID. A table of i
 printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to change
 more.
 
-Where most users of tomorrow are new, as where people come once and rate many films, set
+Where many items or users of tomorrow are new, as news are and people who come once or twice, set
+features.item.item_id.oov_rate and model.history.empty_rate to 0.3. Where most users are new, as
+where people come once and rate many films, set model.history.empty_rate to 0.3,
 features.user.user_id.oov_rate to 0.6, features.item.item_id.oov_rate to 0.1, the layers to (64,),
 model.item.dropout to 0.2, model.history.recency to True, leave model.normalize, the temperature and
 negatives.uniform at their defaults, and set the learning rates to 2e-3 and (of tables) 0.05 and
@@ -36,7 +38,7 @@ def get_config():
     config.split.test = 0.1
 
     # A user is an id, the time of the query (the last of 8 periods stands for tomorrow) and the
-    # items that they had. A high oov_rate trains the rows that new users and new items get.
+    # items that they had. A high oov_rate trains the rows that new users get.
     # Columns of the users and of the items go here, each as a feature; what an item keeps for
     # life, such as its category, also into "reads", by which the history knows more than ids.
     config.features.user = {
@@ -45,7 +47,7 @@ def get_config():
         "history": {"type": "history", "max_length": 100, "reads": ("item_id",)},
     }
     config.features.item = {
-        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.3},
+        "item_id": {"type": "string", "embedding_size": 64, "oov_rate": 0.01},
         # "title": {"type": "text", "characters": (), "max_length": 12, "embedding_size": 32},
         # "category": {"type": "string", "embedding_size": 16},
         # "published": {"type": "timestamp", "parts": ("period",), "embedding_size": 16},
@@ -59,7 +61,7 @@ def get_config():
     config.model.temperature = 1.0
     config.model.learn_temperature = False
     # New users have no history, and nearly all training rows one.
-    config.model.history.empty_rate = 0.3
+    config.model.history.empty_rate = 0.1
     # Negatives from the whole corpus would teach that what is published tomorrow is never chosen.
     config.objective.negatives.uniform = 0
 
