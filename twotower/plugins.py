@@ -214,7 +214,8 @@ def _find_file(name: str, saved_file: str, kinds: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    looked_for = ", ".join(str(path.absolute()) for path in candidates)
+    # The same one twice, where the command runs in the folder of the training.
+    looked_for = ", ".join(dict.fromkeys(str(path.absolute()) for path in candidates))
     raise ConfigError(
         f"config.plugins: there is no file {name!r}{_needed_for(name, kinds)} Looked for: "
         f"{looked_for}. Put it back, or run the command in the folder from which {name!r} leads to "
