@@ -112,7 +112,7 @@ def sparse_log(folder: Path, rows: int) -> Log:
     rng = np.random.default_rng(0)
     kept = np.sort(rng.choice(16 * rows, rows, replace=False))
     log = _write_shop(folder, dataset, dataset.interactions.take(pa.array(kept)))
-    return dataclasses.replace(log, options=_FOR_NEW_ONES | log.options)
+    return dataclasses.replace(log, options={**_FOR_NEW_ONES, **log.options})
 
 
 def film_log(folder: Path, rows: int) -> Log:
