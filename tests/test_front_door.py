@@ -186,3 +186,10 @@ def test_a_model_behind_popularity_is_told_what_to_do(facts, cure):
         "share_new_users": 0.0,
     }
     assert re.search(cure, api.popularity_cure(LogFacts(**(values | facts))))
+
+
+def test_the_history_of_a_run_that_was_killed_in_a_line_is_read_without_that_line(tmp_path):
+    whole = '{"step": 2, "loss": 1.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
+    history = api.read_history(tmp_path)
+    assert history.to_pylist() == [{"step": 2, "loss": 1.5}]

@@ -28,6 +28,7 @@ from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report_text import format_report
 from twotower.plugins import import_plugins
+from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import Bundle
 from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as export_bundle
@@ -39,14 +40,14 @@ from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
 
 BUNDLE = "bundle"  # folder of the bundle in that of its run
-MANY_NEW = 0.2  # share of held-out rows of new items from which on ids alone are not enough
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
 
 
 class Run(run_folder.Run):
     """A trained run, loaded at one of its checkpoints.
 
-    `train` and `load_run` return one. It needs its folder alone.
+    `fit`, `train` and `load_run` return one. To load it is to read its log again, which `fit` has
+    kept in the folder of the run.
 
     >>> run = tt.load_run("runs/mine")
     >>> run
@@ -268,7 +269,7 @@ def _comparison(run: Run, facts: LogFacts) -> str:
 
 def popularity_cure(facts: LogFacts) -> str:
     """Returns what to do about a model that is behind popularity, as the end of a sentence."""
-    if facts.share_new_items > MANY_NEW and not facts.items:
+    if facts.share_new_items > SHARE_OF_NEWS and not facts.items:
         return (
             f"{facts.share_new_items:.0%} of the held-out rows are of items that training never "
             "saw. Give their columns (title, category, time of publication) as items=."
@@ -371,7 +372,10 @@ def read_history(workdir: Path) -> pa.Table:
     # A run that was copied without its log has none.
     if not path.exists():
         return pa.table({"step": pa.array([], pa.int64())})
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A process that was killed while it wrote leaves half a line, which the next one replaces.
+        if not line.endswith("\n"):
+            continue
         values = json.loads(line)
         # Losses and validations of one step are lines of their own.
         by_step.setdefault(values["step"], {}).update(values)
