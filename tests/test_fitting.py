@@ -128,7 +128,7 @@ def test_facts_are_those_of_the_log():
     [
         (lambda log: log, "time", "split by time: 320 rows to train, 40"),
         (lambda log: log.drop(columns="time"), "leave_last_out", "by the last rows of each user"),
-        (lambda log: log.assign(time=START), "leave_last_out", "too few different ones"),
+        (lambda log: log.assign(time=START), "leave_last_out", "do not divide the log"),
         (
             lambda log: log.drop(columns="time").assign(CustomerID=range(400)),
             "random",

@@ -384,11 +384,11 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
     """Returns the first kind of split that the log allows: by time, last rows, or chance."""
     rows = dataset.interactions
     if "timestamp" in rows.column_names:
-        by_time = _try_split(dataset, data, "time", {})
+        by_time = _try_split(dataset, data, "time", {}, said)
         if by_time is not None:
             _say_moments(by_time.parts, said)
             return by_time
-        said.append("  The times are too few different ones to divide the log by: they are unused.")
+        said.append("  The times do not divide the log: they are unused.")
         rows = rows.drop_columns(["timestamp"])
         dataset = dataclasses.replace(dataset, interactions=rows)
     # Without an order a repeated pair could be learned by heart.
@@ -402,7 +402,7 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
     if (rows_of_user >= 2 * MIN_ROWS_TO_HOLD_OUT).mean() > 0.5:
         kinds.insert(0, "leave_last_out")
     for kind in kinds:
-        chosen = _try_split(dataset, data, kind, options)
+        chosen = _try_split(dataset, data, kind, options, said)
         if chosen is not None:
             words = "at random"
             if kind == "leave_last_out":
@@ -416,9 +416,9 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
 
 
 def _try_split(
-    dataset: Dataset, data: DataConfig, kind: str, options: dict[str, Any]
+    dataset: Dataset, data: DataConfig, kind: str, options: dict[str, Any], said: list[str]
 ) -> _Chosen | None:
-    """Returns the split of a kind; None where it leaves a part empty, or leaks."""
+    """Returns the split of a kind; None where it leaves a part empty, or leaks, which is said."""
     num_rows = len(dataset.interactions)
     shares = {
         "kind": kind,
@@ -430,10 +430,12 @@ def _try_split(
         filtered = filter_rows(dataset, dataclasses.replace(data, **options))
         parts = split(filtered.interactions, config)
         audit(parts, config)
-    except ConfigError:
+    except ConfigError as error:
+        said.append(f"  Not split by {kind}: {error}")
         return None
     # Where most rows have one time, they stay together in a part that is then too large.
     if len(parts.train) < len(filtered.interactions) / 2:
+        said.append(f"  Not split by {kind}: less than half of the rows would be left to train.")
         return None
     return _Chosen(dataset.interactions, parts, shares, options)
 
