@@ -19,8 +19,7 @@ import pytest
 import twotower as tt
 from tests.extras import extra
 from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
-from twotower import fitting
-from twotower.commands import dry_run
+from twotower import dry_run, fitting
 from twotower.config import Config
 from twotower.core import mesh
 from twotower.core.arrow import pc

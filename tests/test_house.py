@@ -58,7 +58,8 @@ MAY_IMPORT = {
         "fitting",
     ),
 }
-MAY_IMPORT["commands"] = (*MAY_IMPORT["api"], "api", "experiment")
+MAY_IMPORT["dry_run"] = (*MAY_IMPORT["api"], "api")
+MAY_IMPORT["commands"] = (*MAY_IMPORT["dry_run"], "dry_run")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
 MAY_IMPORT["experiments"] = MAY_IMPORT["__main__"]
 MAY_IMPORT[""] = (*MAY_IMPORT["experiments"], "register")  # the front door hands names on, lazily

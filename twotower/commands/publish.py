@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from twotower.commands import dry_run
+from twotower import dry_run
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
-from twotower.commands import dry_run, launch
+from twotower import dry_run
+from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS)
