@@ -23,8 +23,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from twotower.config_rules import check_rules
+from twotower.core.errors import choose
 from twotower.core.fields import FieldChecks, build
 
+# Findings about the data that `DataConfig.accept` may name; whoever refuses one names it.
+DATA_FINDINGS = ("unmatched_users", "unmatched_items", "one_user", "one_item", "nothing_to_find")
 TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
@@ -118,6 +121,8 @@ class DataConfig:
         duplicates: Rows to keep of several with one user and item.
         item_group: Column of the items table to recommend in place of the item id, such as a title
             or a parent product; empty for the item id.
+        accept: Names of findings about the data that are refused unless they are right for the data
+            at hand, such as "unmatched_items"; the message of a refusal says its name.
     """
 
     source: str = "shop"
@@ -142,9 +147,12 @@ class DataConfig:
     k_core: int = 0
     duplicates: Literal["all", "first", "last"] = "all"
     item_group: str = ""
+    accept: tuple[str, ...] = ()
 
     def __post_init__(self):
         check = FieldChecks(self, "config.data")
+        for finding in self.accept:
+            choose(dict.fromkeys(DATA_FINDINGS), finding, "config.data.accept")
         check.at_least(1000, "num_interactions")
         check.at_least(0, "k_core", "num_items")
         are_weights = all(_is_weight(weight) for weight in self.event_weights.values())

@@ -24,6 +24,7 @@ from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, count_later_rows, pair_codes
+from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.split import MIN_ROWS_TO_HOLD_OUT, split
@@ -123,6 +124,7 @@ def read_log(
         raw_sides[side] = raw_side.drop_columns([key])
         said.append(_describe_side(side, raw_side, key, tables[name], ids))
     dataset = assemble(log, tables.get("user_table"), tables.get("item_table"))
+    check_matches(dataset.matches, data.accept)
     if _gives_split(config):
         chosen = _given_split(dataset, _whole_config(config, {}), said)
     else:

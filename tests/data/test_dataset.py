@@ -6,17 +6,19 @@ import pytest
 
 from tests.data.reading import load, read_rows, write
 from twotower.core.errors import ConfigError
-from twotower.data.dataset import collapse
+from twotower.data.dataset import Dropped, collapse
 
 
-def test_rows_without_ids_are_dropped_and_counted(tmp_path, caplog):
+def test_rows_without_ids_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "log.csv", 'user_id,item_id\nu,i\n,i\nu,\n"",j\n')
-    with caplog.at_level("WARNING"):
-        assert read_rows(path).to_pylist() == [{"user_id": "u", "item_id": "i"}]
+    data = load(interactions={"path": path})
+    assert data.interactions.to_pylist() == [{"user_id": "u", "item_id": "i"}]
+    assert data.dropped == (
+        Dropped("interactions without user_id", 2, 4),
+        Dropped("interactions without item_id", 1, 2),
+    )
     with pytest.raises(ConfigError, match="none of 1 rows has both a user_id and an item_id"):
         read_rows(write(tmp_path / "none.csv", "user_id,item_id\n,i\n"))
-    assert "dropped 2 of 4 rows without user_id" in caplog.text
-    assert "dropped 1 of 2 rows without item_id" in caplog.text
 
 
 def test_entities_are_unique_take_their_first_values_and_hold_every_id_of_the_log(tmp_path):

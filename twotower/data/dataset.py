@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from absl import logging
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.data.matching import Match, match_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,21 @@ class TruePreferences:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Rows of a table that were left out.
+
+    Attributes:
+        reason: Reason, which completes the sentence "3 of 10 rows were left out: ...".
+        rows: Number of rows that were left out.
+        total: Number of rows before.
+    """
+
+    reason: str
+    rows: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A log, and the attributes of its users and items.
 
@@ -40,6 +57,8 @@ class Dataset:
         has_catalogue: Whether items came from a table of their own, so that all of them can be
             recommended.
         truth: The preferences behind the log, which a generated shop alone has.
+        dropped: Rows that were left out so far, in the order in which they were.
+        matches: Ids of the tables of users and items beside those of the log.
     """
 
     interactions: pa.Table
@@ -47,6 +66,8 @@ class Dataset:
     items: pa.Table
     has_catalogue: bool
     truth: TruePreferences | None = None
+    dropped: tuple[Dropped, ...] = ()
+    matches: tuple[Match, ...] = ()
 
 
 def assemble(
@@ -61,31 +82,40 @@ def assemble(
     """
     # Before ids are dropped, for the message.
     num_rows = len(interactions)
-    interactions = drop_missing(interactions, ("user_id", "item_id"), "interactions")
+    dropped: list[Dropped] = []
+    for column in ("user_id", "item_id"):
+        interactions = drop_missing(interactions, column, "interactions", dropped)
     if not len(interactions):
         raise ConfigError(
             f"interactions: none of {num_rows} rows has both a user_id and an item_id; check "
             "config.data.interactions.columns, which maps them to columns of the file."
         )
+    matches: list[Match] = []
     return Dataset(
         interactions=interactions,
-        users=_entities(users, interactions["user_id"], "user_id", "users"),
-        items=_entities(items, interactions["item_id"], "item_id", "items"),
+        users=_entities(users, interactions["user_id"], "user", dropped, matches),
+        items=_entities(items, interactions["item_id"], "item", dropped, matches),
         has_catalogue=items is not None,
+        dropped=tuple(dropped),
+        matches=tuple(matches),
     )
 
 
-def drop_missing(table: pa.Table, columns: tuple[str, ...], name: str) -> pa.Table:
-    """Returns a table without the rows that lack one of `columns`, and logs their number."""
-    for column in columns:
-        # Dropped and counted rather than refused: published logs do have rows without a user.
-        missing = table[column].null_count
-        if missing:
-            logging.warning(
-                "%s: dropped %d of %d rows without %s", name, missing, len(table), column
-            )
-            table = table.filter(pc.is_valid(table[column]))
-    return table
+def drop_missing(table: pa.Table, column: str, name: str, dropped: list[Dropped]) -> pa.Table:
+    """Returns a table without the rows that lack a column, which are noted.
+
+    Args:
+        table: Rows of a table.
+        column: Name of the column.
+        name: Name of the table.
+        dropped: Notes of rows that were left out, to which one is added.
+    """
+    # Dropped and counted rather than refused: published logs do have rows without a user.
+    missing = table[column].null_count
+    if not missing:
+        return table
+    dropped.append(Dropped(f"{name} without {column}", missing, len(table)))
+    return table.filter(pc.is_valid(table[column]))
 
 
 def collapse(table: pa.Table, key: str) -> pa.Table:
@@ -127,27 +157,35 @@ def _first_valid(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.A
     return pa.array(first, mask=first < 0)
 
 
-def _entities(table: pa.Table | None, ids: pa.ChunkedArray, key: str, name: str) -> pa.Table:
+def _entities(
+    table: pa.Table | None,
+    ids: pa.ChunkedArray,
+    side: Literal["user", "item"],
+    dropped: list[Dropped],
+    matches: list[Match],
+) -> pa.Table:
     """Returns the table of users or items, one row an id, with every id of the log.
 
     Args:
         table: Raw table; None makes one of the ids alone.
         ids: Ids of the log.
-        key: Column of the id.
-        name: Name of the table in messages.
+        side: Side that the table describes.
+        dropped: Notes of rows that were left out, to which one may be added.
+        matches: Notes of the ids that log and table share, to which one is added.
     """
+    key = f"{side}_id"
     ids_of_log = pc.unique(ids)
     if table is None:
         return pa.table({key: ids_of_log})
-    rows = drop_missing(table, (key,), name)
+    rows = drop_missing(table, key, f"{side}_table", dropped)
     unique = collapse(rows, key)
     if len(unique) < len(rows):
-        logging.info("%s: %d rows of %d distinct ids", name, len(rows), len(unique))
+        logging.info("%ss: %d rows of %d distinct ids", side, len(rows), len(unique))
+    matches.append(match_ids(ids_of_log, unique[key].combine_chunks(), side))
     # Nothing is known of these but the id; they are users and items all the same.
     is_known = pc.is_in(ids_of_log, value_set=unique[key])
     absent = ids_of_log.filter(pc.invert(is_known))
     if not len(absent):
         return unique
-    logging.info("%s: %d ids of the log are not in the table", name, len(absent))
     # At the end, so that the rows of the table keep their numbers; other columns become null.
     return pa.concat_tables([unique, pa.table({key: absent})], promote_options="default")

@@ -18,6 +18,7 @@ from twotower.data.audit import audit, check_fitted
 from twotower.data.dataset import Dataset, TruePreferences
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
+from twotower.data.matching import check_matches
 from twotower.data.sources.kept import locate
 from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
@@ -155,6 +156,7 @@ def read_parts(config: Config, *, folder: Path | None = None) -> tuple[Dataset, 
     """
     # Only here do rows get the folder of their run: its configuration stays that of any folder.
     dataset = load_dataset(locate(config.data, folder))
+    check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(dataset, config.data)
     parts = split(dataset.interactions, config.split)

@@ -241,7 +241,7 @@ def _group_items(dataset: Dataset, column: str) -> Dataset:
     interactions = _set_column(dataset.interactions, "item_id", group.take(row_of_item))
     items = collapse(_set_column(items, "item_id", group), "item_id")
     # Without the truth, whose rows are single items.
-    return Dataset(interactions, dataset.users, items, dataset.has_catalogue)
+    return dataclasses.replace(dataset, interactions=interactions, items=items, truth=None)
 
 
 def _set_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:

@@ -1,0 +1,76 @@
+"""Ids that a log and a table write in two ways are refused, with what keeps them apart."""
+
+import pytest
+
+from tests.data.reading import write
+from twotower.config import from_dict
+from twotower.core.errors import ConfigError
+from twotower.pipeline.prepare import prepare, read_parts
+
+
+def make_config(tmp_path, log, *, items="", users="", **data):
+    """The configuration of a log, and of tables, that are given as text."""
+    tables = {"interactions": {"path": write(tmp_path / "log.csv", log)}}
+    if items:
+        tables["item_table"] = {"path": write(tmp_path / "items.csv", items)}
+    if users:
+        tables["user_table"] = {"path": write(tmp_path / "users.csv", users)}
+    split = {"validation": 0.2, "test": 0.2}
+    return from_dict({"data": {"source": "csv", **tables, **data}, "split": split})
+
+
+def events(*, user="u{}", item="i{}", rows=60, columns=""):
+    """A log of 6 users and 10 items, a row a minute from 14 November 2023 on."""
+    lines = [f"user_id,item_id,timestamp{columns}"]
+    for row in range(rows):
+        time = 1_700_000_000 + 60 * row
+        lines.append(f"{user.format(row % 6)},{item.format(row % 10)},{time}")
+    return "\n".join(lines) + "\n"
+
+
+def titles(item="i{}", count=10):
+    return "item_id,title\n" + "".join(f"{item.format(n)},Title {n}\n" for n in range(count))
+
+
+# name: (form of the ids in the log, form in the table, words for what keeps them apart)
+FORMS = {
+    "leading zeros": ("0001{}", "1{}", "leading zeros"),
+    "case": ("I{}", "i{}", "the case of letters"),
+    "quotes": ("'i{}'", "i{}", "quotes around them"),
+    "a prefix": ("{}", "item-{}", "the letters before a number"),
+    "an ending": ("{}x", "{}x.0", "an ending .0"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_table_whose_ids_are_written_otherwise_is_refused(tmp_path, name):
+    in_log, in_table, cause = FORMS[name]
+    config = make_config(tmp_path, events(item=in_log), items=titles(in_table))
+    with pytest.raises(ConfigError) as refused:
+        read_parts(config)
+    message = str(refused.value)
+    assert message.startswith("log and item_table do not match. items: 0.0% of the log's 10 ids")
+    assert repr(in_log.format(0)) in message and repr(in_table.format(0)) in message
+    assert f"most would match without {cause}" in message
+    assert "config.data.accept=('unmatched_items',)" in message
+
+
+def test_a_table_of_other_users_is_refused_unless_it_is_accepted(tmp_path):
+    users = "user_id,city\nu0,Riyadh\nx1,Jeddah\nx2,Jeddah\n"
+    config = make_config(tmp_path, events(), users=users)
+    with pytest.raises(ConfigError, match=r"16\.7% of the log's 6 ids are in the user_table"):
+        prepare(config)
+    accepted = make_config(tmp_path, events(), users=users, accept=("unmatched_users",))
+    assert len(prepare(accepted).users) == 8
+
+
+def test_a_table_with_half_of_the_ids_is_taken(tmp_path):
+    dataset, _ = read_parts(make_config(tmp_path, events(), items=titles(count=5)))
+    (match,) = dataset.matches
+    assert (match.of_log, match.of_table, match.shared) == (10, 5, 5)
+    assert (match.only_log, match.only_table) == ("i5", "")
+
+
+def test_a_finding_that_is_not_known_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="config.data.accept='unmatched_item'.*unmatched_items"):
+        from_dict({"data": {"accept": ("unmatched_item",)}})
