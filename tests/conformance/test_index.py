@@ -253,11 +253,10 @@ def test_no_top_k_takes_a_whole_row():
     widths = _top_k_widths(lambda s: select_top_k(s, 100), scores)
     assert len(widths) > 2 and max(widths) <= 32 * 100
     pair = jax.ShapeDtypeStruct((4,), "int32")
-    pairs = evaluate._Pairs(pair, pair, pair, pair, jax.ShapeDtypeStruct((2,), "int32"))
-    counts = jax.ShapeDtypeStruct((scores.shape[1],), "int32")
-    measure = functools.partial(evaluate._measure.__wrapped__, ks=(10,))
-    measured = _top_k_widths(measure, scores, pairs, counts)
-    assert len(measured) > 2 and max(measured) <= 32 * 10
+    pairs = evaluate._Pairs(pair, pair, pair, pair)
+    rank = functools.partial(evaluate._rank.__wrapped__, k=10)
+    ranked = _top_k_widths(rank, scores, pairs)
+    assert len(ranked) > 2 and max(ranked) <= 32 * 10
 
 
 @pytest.mark.trap(34)

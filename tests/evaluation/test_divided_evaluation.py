@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.evaluation.test_evaluate import KS, make, oracle
 from twotower.core.errors import ScoreError
-from twotower.core.mesh import AXIS, REPLICATED, SHARDED, make_mesh, put
+from twotower.core.mesh import AXIS, REPLICATED, make_mesh, put
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.report import measure_popularity_weights
@@ -78,10 +78,8 @@ def test_devices_score_their_own_items_and_send_lists_alone():
     assert found.sharding.spec == P(None, AXIS) and {
         x.data.shape for x in found.addressable_shards
     } == {(6, 100)}
-    pairs = module._Pairs(*[np.zeros(3, np.int32)] * 4, np.ones(6, np.int32))
-    pairs = put(mesh, pairs, REPLICATED)
-    counts = put(mesh, np.ones(800, np.int32), SHARDED)
-    text = module._measure.lower(found, pairs, counts, ks=(5,), mesh=mesh).compile().as_text()
+    pairs = put(mesh, module._Pairs(*[np.zeros(3, np.int32)] * 4), REPLICATED)
+    text = module._rank.lower(found, pairs, k=5, mesh=mesh).compile().as_text()
     moved = [
         line
         for line in text.splitlines()

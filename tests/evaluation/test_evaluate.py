@@ -2,12 +2,12 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from twotower.core.errors import ScoreError
 from twotower.core.ragged import Ragged
+from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries
 
@@ -87,37 +87,64 @@ def problem():
     return rng.integers(-3, 4, (len(queries), 40)).astype(np.float32), queries
 
 
+@pytest.fixture(params=["host", "device"])
+def ranker(request, monkeypatch):
+    """Both ways to rank: by NumPy, as on a CPU, and by a program, as on one accelerator."""
+    if request.param == "device":
+
+        def make_ranker(scores, queries, blocks, k):
+            return module._DeviceRanker(queries, blocks, k)
+
+        monkeypatch.setattr(module, "_make_ranker", make_ranker)
+    return request.param
+
+
 @pytest.mark.parametrize("mask_seen", [True, False])
 @pytest.mark.parametrize("block_bytes", [1, 4 * 40 * 7, 2**20])
-def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes):
+def test_equals_a_loop_over_lists(problem, mask_seen, block_bytes, ranker):
     scores, queries = problem
+    before = scores.copy()
     found = evaluate(lambda s: scores[s], queries, KS, mask_seen=mask_seen, block_bytes=block_bytes)
     for k in KS:
         expected, used = oracle(scores, queries, k, mask_seen)
         assert found["queries"] == used and found["queries_without_answer"] == len(queries) - used
         for name, value in expected.items():
             assert found[f"{name}@{k}"] == pytest.approx(value, rel=1e-5), f"{name}@{k}"
+    np.testing.assert_array_equal(scores, before)
 
 
-def test_a_long_corpus_in_groups_equals_a_short_one(problem, monkeypatch):
+def test_both_protocols_at_once_equal_each_alone(problem, ranker):
     scores, queries = problem
-    expected = evaluate(lambda s: scores[s], queries, KS, mask_seen=True)
-    monkeypatch.setattr("twotower.kernels.top_k.GROUP_SIZES", (4, 2))
-    monkeypatch.setattr("twotower.evaluation.evaluate._measure", _fresh("_measure"))
-    assert evaluate(lambda s: scores[s], queries, KS, mask_seen=True) == pytest.approx(expected)
+    calls = []
+
+    def score_block(block):
+        calls.append(block)
+        return scores[block]
+
+    both = module.evaluate_both(score_block, queries, KS)
+    assert len(calls) == 1
+    for found, mask_seen in zip(both, (True, False)):
+        assert found == evaluate(lambda s: scores[s], queries, KS, mask_seen=mask_seen)
+    assert both[0]["recall@5"] != both[1]["recall@5"]
 
 
-def _fresh(name):
-    """The function without its cache of compiled programs, so that a changed constant is seen."""
-    import jax
-
-    from twotower.evaluation import evaluate as module
-
-    return jax.jit(getattr(module, name).__wrapped__, static_argnames=("ks", "padding", "mesh"))
+def test_a_long_corpus_in_groups_equals_the_loop(ranker):
+    """Long enough for groups of scores, of which most are never looked at, and many equals."""
+    rng = np.random.default_rng(5)
+    num_items = 3_333
+    seen = [rng.permutation(num_items)[: rng.integers(0, 3_000)] for _ in range(20)]
+    right = [rng.permutation(num_items)[:40] for _ in range(20)]
+    queries = make(np.arange(20), right, seen, num_items)
+    scores = rng.integers(-40, 40, (20, num_items)).astype(np.float32)
+    both = module.evaluate_both(lambda s: scores[s], queries, KS)
+    for found, mask_seen in zip(both, (True, False)):
+        for k in KS:
+            for name, value in oracle(scores, queries, k, mask_seen)[0].items():
+                assert found[f"{name}@{k}"] == pytest.approx(value, rel=1e-5), f"{name}@{k}"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_a_right_answer_above_the_others_is_first(scale):
+def test_a_right_answer_above_the_others_is_first(scale, ranker):
     # The other bound: being put behind equals must not put it behind what is really lower.
     scores = -np.ones((2, 20), np.float32) * scale
     # (Within one step of float32, 1e-7 of the value, the two cannot be told apart, and it is not
@@ -139,7 +166,7 @@ def test_an_answer_that_was_seen_cannot_be_asked_for_but_one_outside_the_corpus_
     assert found["queries"] == 3 and found["recall@10"] == pytest.approx((1 + 1 + 0) / 3)
 
 
-def test_nan_scores_are_refused():
+def test_nan_scores_are_refused(ranker):
     queries = make([0, 0], [[1], [2]], [[]], 5)
     scores = np.zeros((2, 5), np.float32)
     scores[1, 3] = np.nan
@@ -154,4 +181,3 @@ def test_dot_scores_are_dot_products():
     np.testing.assert_allclose(
         dot_scores(users, items)(slice(2, 5)), users[2:5] @ items.T, rtol=1e-5, atol=1e-6
     )
-    assert isinstance(dot_scores(users, items)(slice(0, 1)), jnp.ndarray)

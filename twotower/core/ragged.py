@@ -125,9 +125,18 @@ class Ragged:
             bool, of the broadcast shape.
         """
         rows, values = np.broadcast_arrays(rows, values)
-        # One comparison of all pairs at once, instead of a search in each list.
-        held = np.isin(pair_keys(rows, values), pair_keys(self.rows, self.values))
-        return held & (values >= 0)
+        # The lists that are asked alone: a block of queries asks few of a million users' lists.
+        is_asked = np.zeros(len(self), bool)
+        is_asked[rows] = True
+        asked = np.flatnonzero(is_asked)
+        lists = self.take(asked)
+        held = np.sort(pair_keys(asked[lists.rows], lists.values))
+        if not len(held):
+            return np.zeros(rows.shape, bool)
+        # One search of all pairs at once, instead of one in each list.
+        keys = pair_keys(rows, values)
+        position = np.minimum(np.searchsorted(held, keys), len(held) - 1)
+        return (held[position] == keys) & (values >= 0)
 
 
 def pair_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:

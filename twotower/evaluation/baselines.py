@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from twotower.evaluation.evaluate import Scores, dot_scores
@@ -104,24 +102,21 @@ def order_scores(order: np.ndarray) -> Scores:
     # Whole numbers are distinct in float32 up to 2**24 either side of 0.
     ranks[order] = len(order) // 2 - np.arange(len(order))
 
-    def scores(block: slice) -> jax.Array:
-        shape = (block.stop - block.start, len(order))
-        return jnp.broadcast_to(jnp.asarray(ranks), shape)
+    def scores(block: slice) -> np.ndarray:
+        return np.broadcast_to(ranks, (block.stop - block.start, len(order)))
 
     return scores
 
 
 def random_scores(num_items: int, *, seed: int = 0) -> Scores:
     """Makes scores in [0, 1), drawn for each query by its number alone."""
-    key = jax.random.key(seed)
 
-    @jax.jit
-    def draw(queries: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda query: jax.random.fold_in(key, query))(queries)
-        return jax.vmap(lambda key: jax.random.uniform(key, (num_items,)))(keys)
+    def draw(query: int) -> np.ndarray:
+        # A generator for each query, so that the size of a block does not change what is drawn.
+        generator = np.random.Generator(np.random.Philox(key=(seed, query)))
+        return generator.random(num_items, dtype=np.float32)
 
-    # A key for each query, so that the size of a block does not change what is drawn.
-    return lambda block: draw(jnp.arange(block.start, block.stop))
+    return lambda block: np.stack([draw(query) for query in range(block.start, block.stop)])
 
 
 def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: int = 0) -> Scores:
@@ -132,4 +127,4 @@ def top_quantile_scores(order: np.ndarray, *, share: float = TOP_SHARE, seed: in
     bonus = np.zeros((1, len(order)), np.float32)
     bonus[0, order[:num_top]] = 1.0
     draw = random_scores(len(order), seed=seed)
-    return lambda block: draw(block) + jnp.asarray(bonus)
+    return lambda block: draw(block) + bonus

@@ -6,8 +6,8 @@ On a mesh each device scores and ranks its own items, and only lists of the best
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.kernels.top_k import merge_top_k, select_top_k
+from twotower.kernels.top_k import GROUP, RunningTopK, merge_top_k, select_top_k, with_maxima
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, find_mesh
 from twotower.towers.two_tower import TwoTower, Weights
@@ -41,7 +41,10 @@ from twotower.towers.two_tower import TwoTower, Weights
 # there may be more of them than items; the last ones are then padding.
 Scores = Callable[[slice], jax.Array | np.ndarray]
 
-BLOCK_BYTES = 2**27  # bytes of scores that are held at once
+BLOCK_BYTES = 2**27  # bytes of scores that an accelerator holds at once
+# A CPU: what its caches help with, and below what the system hands out page by page, see
+# `twotower.index.exact`.
+HOST_BLOCK_BYTES = 2**25 - 2**20
 MAX_BLOCK_QUERIES = 1_024
 # Each device has the scores of all queries for its own part of the items.
 COLUMNS = P(None, AXIS)
@@ -53,7 +56,7 @@ def evaluate(
     ks: Sequence[int],
     *,
     mask_seen: bool,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = 0,
 ) -> dict[str, float]:
     """Ranks the whole corpus for every query and averages the metrics over the queries.
 
@@ -66,7 +69,7 @@ def evaluate(
         ks: Lengths of the lists.
         mask_seen: Whether items that the user had seen are taken out of the lists, and out of the
             relevant items.
-        block_bytes: bytes of scores that are held at once.
+        block_bytes: Bytes of scores that are held at once; 0 for what suits the device.
 
     Returns:
         "name@K" for every metric and K, "queries" (the number that is averaged) and
@@ -75,39 +78,214 @@ def evaluate(
     Raises:
         ScoreError: A score is NaN.
     """
-    # Both halves belong together: an item that no list may hold would count as missed.
-    if mask_seen:
-        queries = queries.without_seen()
-    answerable = queries.num_relevant > 0
-    per_query: dict[str, list[np.ndarray]] = {}
-    recommended = {k: np.zeros(queries.num_items, bool) for k in ks}
-    for block, pairs in _blocks(queries, block_bytes, mask_seen=mask_seen):
-        count = block.stop - block.start
-        # The last block is as long as the others, so that one program serves all.
-        scores = _pad_queries(score_block(block), len(pairs.num_relevant))
-        values, lists = _measure_block(scores, pairs, queries.counts, tuple(ks))
+    modes = (mask_seen,)
+    (result,) = _evaluate_modes(score_block, queries, ks, modes, block_bytes)
+    return result
+
+
+def evaluate_both(
+    score_block: Scores, queries: Queries, ks: Sequence[int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Evaluates with seen items masked and without, and scores each query once for both.
+
+    Returns:
+        The figures of `evaluate` with `mask_seen`, and those without.
+    """
+    masked, unmasked = _evaluate_modes(score_block, queries, ks, (True, False))
+    return masked, unmasked
+
+
+def _evaluate_modes(
+    score_block: Scores,
+    queries: Queries,
+    ks: Sequence[int],
+    modes: Sequence[bool],
+    block_bytes: int = 0,
+) -> list[dict[str, float]]:
+    """Returns the figures of `evaluate` for each value of `mask_seen`."""
+    lists = [_Lists(queries, ks, mask_seen=mask_seen) for mask_seen in modes]
+    size = _block_queries(queries, block_bytes)
+    starts = range(0, len(queries), size)
+    blocks = [slice(start, min(start + size, len(queries))) for start in starts]
+    ranker: _Ranker | None = None
+    for block in progress(blocks, total=len(blocks), what="Evaluation"):
+        scores = score_block(block)
+        if ranker is None:
+            ranker = _make_ranker(scores, queries, blocks, max(ks))
+        relevant = queries.relevant.take(np.arange(block.start, block.stop))
         # Refused, not ranked: NaN has no order, so any figure of it would be arbitrary.
-        if values.pop("has_nan"):
+        ranker.read(scores, relevant)
+        if ranker.has_nan:
             raise ScoreError(
                 f"Scores of queries {block.start} to {block.stop - 1} hold NaN; "
                 "they cannot be ranked."
             )
-        for name, value in values.items():
-            per_query.setdefault(name, []).append(np.asarray(value)[:count])
-        # Coverage is over the same queries as the means.
-        lists = np.asarray(lists)[:count][answerable[block]]
-        for k in ks:
-            listed = lists[:, :k]
-            # -1 ends a list that could not be filled.
-            recommended[k][listed[listed >= 0]] = True
-    result: dict[str, float] = {}
-    for name, values in per_query.items():
-        result[name] = _average(np.concatenate(values), answerable)
-    for k, items in recommended.items():
-        result[f"coverage@{k}"] = float(metrics.coverage(jnp.asarray(items)))
-    result["queries"] = int(answerable.sum())
-    result["queries_without_answer"] = int((~answerable).sum())
-    return result
+        # Lists without masks first: a ranker may write masks into its scores.
+        for part in sorted(lists, key=lambda part: part.mask_seen):
+            seen = Ragged.empty(block.stop - block.start)
+            if part.mask_seen:
+                seen = queries.seen_lists(block)
+            part.add(block, ranker.rank(seen))
+    return [part.figures() for part in lists]
+
+
+class _Lists:
+    """The figures of the lists of one protocol, while blocks of lists come in.
+
+    Attributes:
+        mask_seen: Whether seen items are no part of the lists, nor of the relevant items.
+    """
+
+    def __init__(self, queries: Queries, ks: Sequence[int], *, mask_seen: bool):
+        self.mask_seen = mask_seen
+        # Both halves belong together: an item that no list may hold would count as missed.
+        self._queries = queries.without_seen() if mask_seen else queries
+        self._ks = ks
+        self._is_answerable = self._queries.num_relevant > 0
+        self._values: dict[str, list[np.ndarray]] = {}
+        self._is_listed = {k: np.zeros(queries.num_items, bool) for k in ks}
+
+    def add(self, block: slice, rows: np.ndarray) -> None:
+        """Measures the lists of a slice of the queries.
+
+        Args:
+            block: Slice of the queries.
+            rows: Items of the lists, int [b, K], best first and -1 where no item is left.
+        """
+        queries = self._queries
+        relevant = queries.relevant.take(np.arange(block.start, block.stop))
+        hits = relevant.contains(np.arange(len(rows))[:, None], rows)
+        counts = queries.counts[rows]
+        num_relevant = queries.num_relevant[block]
+        total = int(queries.counts.sum())
+        is_answerable = self._is_answerable[block]
+        for k in self._ks:
+            is_filled = rows[:, :k] >= 0
+            # Without a mask: a list that could not be filled is still K long to these.
+            for name, metric in metrics.RANKING_METRICS.items():
+                self._append(f"{name}@{k}", metric(hits[:, :k], num_relevant))
+            novelty = metrics.novelty(counts[:, :k], total, queries.num_items, where=is_filled)
+            self._append(f"novelty@{k}", novelty)
+            never_trained = metrics.never_trained(counts[:, :k], where=is_filled)
+            self._append(f"never_trained@{k}", never_trained)
+            # Coverage is over the same queries as the means.
+            answered = is_filled & is_answerable[:, None]
+            self._is_listed[k][rows[:, :k][answered]] = True
+
+    def figures(self) -> dict[str, float]:
+        """Returns the means over the queries that have an answer, and the numbers of queries."""
+        result: dict[str, float] = {}
+        for name, values in self._values.items():
+            result[name] = _average(np.concatenate(values), self._is_answerable)
+        for k, items in self._is_listed.items():
+            result[f"coverage@{k}"] = float(metrics.coverage(items))
+        result["queries"] = int(self._is_answerable.sum())
+        result["queries_without_answer"] = int((~self._is_answerable).sum())
+        return result
+
+    def _append(self, name: str, values: metrics.Array) -> None:
+        self._values.setdefault(name, []).append(np.asarray(values))
+
+
+@runtime_checkable
+class _Ranker(Protocol):
+    """Ranks the items of a block of queries; the scores stay where they are until the next block.
+
+    Attributes:
+        has_nan: Whether any score of the block is NaN.
+    """
+
+    has_nan: bool
+
+    def read(self, scores: Any, relevant: Ragged) -> None:
+        """Takes the scores [b, N] of a block, and its relevant items, which go behind equals."""
+        ...
+
+    def rank(self, seen: Ragged) -> np.ndarray:
+        """Returns the best items of each query that are not in its list of `seen`.
+
+        Rows int [b, K], best first, and -1 where no item is left. The items of a list stay out of
+        all later lists of the block.
+        """
+        ...
+
+
+class _HostRanker:
+    """Ranks by NumPy, which on a CPU is several times as fast as XLA and compiles nothing."""
+
+    def __init__(self, size: int, num_items: int, k: int):
+        self.has_nan = False
+        self._num_items = num_items
+        self._k = k
+        # One buffer for all blocks, padded to whole groups of scores once.
+        shape = (size, round_up(num_items, GROUP))
+        self._buffer = np.full(shape, -np.inf, np.float32)
+
+    def read(self, scores: Any, relevant: Ragged) -> None:
+        self._scores = self._buffer[: len(scores)]
+        # A copy also of an array that could be written to: it may be the caller's own.
+        self._scores[:, : self._num_items] = scores
+        position = (relevant.rows, relevant.values)
+        # The next lower number: behind all equals, and before all that is really lower.
+        self._scores[position] = np.nextafter(self._scores[position], np.float32(-np.inf))
+        _, self._maxima = with_maxima(self._scores, self._k)
+        # A maximum is NaN where any score of its group is.
+        self.has_nan = bool(np.isnan(self._maxima).any())
+
+    def rank(self, seen: Ragged) -> np.ndarray:
+        # -inf, not a low score: where fewer than K items remain, seen ones must not come back.
+        self._scores[seen.rows, seen.values] = -np.inf
+        group = self._scores.shape[1] // self._maxima.shape[1]
+        # Only these groups have another maximum than before.
+        changed = (seen.rows, seen.values // group)
+        by_group = self._scores.reshape(*self._maxima.shape, group)
+        self._maxima[changed] = by_group[changed].max(-1)
+        lists = RunningTopK(len(self._scores), self._k)
+        lists.add(self._scores, 0, self._maxima)
+        best, rows = lists.best()
+        missing = self._k - rows.shape[1]
+        # Masked and padded items are no part of a list.
+        listed = np.where(np.isneginf(best), -1, rows)
+        return np.pad(listed, [(0, 0), (0, missing)], constant_values=-1)
+
+
+class _DeviceRanker:
+    """Ranks by a compiled program, on one accelerator or on those that divide the columns."""
+
+    def __init__(self, queries: Queries, blocks: Sequence[slice], k: int):
+        self.has_nan = False
+        self._k = k
+        self._num_items = queries.num_items
+        self._size = blocks[0].stop if blocks else 1
+        # Padded to one size for all blocks, so that one program serves all.
+        self._num_seen = _max_pairs(queries.seen.lengths[queries.user], blocks)
+        self._num_relevant = _max_pairs(queries.relevant.lengths, blocks)
+
+    def read(self, scores: Any, relevant: Ragged) -> None:
+        self._count = len(scores)
+        self._scores = _pad_queries(scores, self._size)
+        self._relevant = self._pairs(relevant, self._num_relevant)
+        self.has_nan = bool(jnp.isnan(self._scores).any())
+
+    def rank(self, seen: Ragged) -> np.ndarray:
+        pairs = _Pairs(*self._pairs(seen, self._num_seen), *self._relevant)
+        rows = _rank_block(self._scores, pairs, self._num_items, self._k)
+        return np.asarray(rows)[: self._count]
+
+    def _pairs(self, lists: Ragged, size: int) -> tuple[np.ndarray, np.ndarray]:
+        # Pairs of padding name the column past the last item. Scatters drop it; where a mesh has
+        # such a column, it is no item and is masked.
+        return pad_pairs(lists.rows, lists.values, size, num_columns=self._num_items)
+
+
+def _make_ranker(
+    scores: jax.Array | np.ndarray, queries: Queries, blocks: Sequence[slice], k: int
+) -> _Ranker:
+    """Makes the ranker for the device that the scores are on."""
+    is_divided = isinstance(scores, jax.Array) and find_mesh(scores) is not None
+    if is_divided or jax.default_backend() != "cpu":
+        return _DeviceRanker(queries, blocks, k)
+    return _HostRanker(blocks[0].stop, queries.num_items, k)
 
 
 def dot_scores(
@@ -120,6 +298,11 @@ def dot_scores(
         items: Vectors of the corpus.
         mesh: Devices that the items are divided over, if any.
     """
+    if mesh is None and jax.default_backend() == "cpu":
+        # NumPy multiplies as fast as XLA there, and needs no program for each shape.
+        users = np.asarray(users)
+        columns = np.asarray(items).T
+        return lambda block: users[block] @ columns
     if mesh is None:
         items = jnp.asarray(items)
         return lambda block: _dot(jnp.asarray(users[block]), items)
@@ -201,16 +384,12 @@ def check_metric_name(config: Config) -> None:
 
 
 class _Pairs(NamedTuple):
-    """Seen and relevant items of a block of queries, as pairs (query of the block, item).
-
-    All blocks are padded to the same numbers of pairs and queries, so that one program serves all.
-    """
+    """Seen and relevant items of a block of queries, as pairs (query of the block, item)."""
 
     seen_query: jax.Array | np.ndarray  # int32 [S]
     seen_item: jax.Array | np.ndarray  # int32 [S]
     relevant_query: jax.Array | np.ndarray  # int32 [R]
     relevant_item: jax.Array | np.ndarray  # int32 [R]
-    num_relevant: jax.Array | np.ndarray  # int32 [B]
 
 
 @jax.jit
@@ -219,32 +398,13 @@ def _dot(users: Float[Array, "B D"], items: Float[Array, "N D"]) -> Float[Array,
     return jnp.einsum("bd,nd->bn", users, items, precision=jax.lax.Precision.HIGHEST)
 
 
-def _blocks(
-    queries: Queries, block_bytes: int, *, mask_seen: bool
-) -> Iterator[tuple[slice, _Pairs]]:
-    """Yields slices of the queries with their pairs; no seen pairs without `mask_seen`."""
+def _block_queries(queries: Queries, block_bytes: int) -> int:
+    """Returns the number of queries that are scored at once."""
+    if not block_bytes:
+        on_host = jax.default_backend() == "cpu"
+        block_bytes = HOST_BLOCK_BYTES if on_host else BLOCK_BYTES
     queries_that_fit = block_bytes // (4 * queries.num_items)  # four bytes a score
-    size = max(1, min(queries_that_fit, MAX_BLOCK_QUERIES, len(queries)))
-    starts = range(0, len(queries), size)
-    blocks = [slice(start, min(start + size, len(queries))) for start in starts]
-    # Room for seen pairs also where none are masked, so that the same program serves both.
-    seen_size = _max_pairs(queries.seen.lengths[queries.user], blocks)
-    relevant_size = _max_pairs(queries.relevant.lengths, blocks)
-    num_items = queries.num_items
-
-    for block in progress(blocks, total=len(blocks), what="Evaluation"):
-        seen = Ragged.empty(size)
-        if mask_seen:
-            seen = queries.seen_lists(block)
-        relevant = queries.relevant.take(np.arange(block.start, block.stop))
-        # Pairs of padding name the column past the last item. Scatters drop it; where a mesh has
-        # such a column, it is no item and is masked.
-        seen_pairs = pad_pairs(seen.rows, seen.values, seen_size, num_columns=num_items)
-        relevant_pairs = pad_pairs(
-            relevant.rows, relevant.values, relevant_size, num_columns=num_items
-        )
-        num_relevant = pad_rows(queries.num_relevant[block], size)
-        yield block, _Pairs(*seen_pairs, *relevant_pairs, num_relevant)
+    return max(1, min(queries_that_fit, MAX_BLOCK_QUERIES, len(queries)))
 
 
 def _max_pairs(lengths: np.ndarray, blocks: Sequence[slice]) -> int:
@@ -261,102 +421,71 @@ def _pad_queries(scores: jax.Array | np.ndarray, size: int) -> Float[Array, "B N
     return jnp.pad(scores, ((0, size - len(scores)), (0, 0)))
 
 
-def _measure_block(
-    scores: Float[Array, "B N"], pairs: _Pairs, counts: np.ndarray, ks: tuple[int, ...]
-) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Measures a block on the devices that the columns of its scores are divided over."""
+def _rank_block(
+    scores: Float[Array, "B N"], pairs: _Pairs, num_items: int, k: int
+) -> Int[Array, "B K"]:
+    """Ranks a block on the devices that the columns of its scores are divided over."""
     mesh = find_mesh(scores)
     if mesh is None:
-        return _measure(scores, pairs, counts, ks=ks)
-    width = scores.shape[1]
+        return _rank(scores, pairs, k=k)
     # Pairs are few: every device gets all of them and keeps those of its own columns.
-    return _measure(
-        scores,
-        put(mesh, pairs, REPLICATED),
-        put(mesh, pad_rows(counts.astype(np.int32), width), SHARDED),
-        ks=ks,
-        padding=width - len(counts),
-        mesh=mesh,
-    )
+    pairs = put(mesh, pairs, REPLICATED)
+    return _rank(scores, pairs, k=k, padding=scores.shape[1] - num_items, mesh=mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("ks", "padding", "mesh"))
-def _measure(
+@functools.partial(jax.jit, static_argnames=("k", "padding", "mesh"))
+def _rank(
     scores: Float[Array, "B N"],
     pairs: _Pairs,
-    counts: Int[Array, " N"],
     *,
-    ks: tuple[int, ...],
+    k: int,
     padding: int = 0,
     mesh: Mesh | None = None,
-) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Ranks the items of each query and measures the lists.
+) -> Int[Array, "B K"]:
+    """Ranks the items of each query.
 
     Args:
         scores: Scores of every item; with a mesh their columns are divided over it.
         pairs: Seen and relevant items.
-        counts: Number of training rows of each item, divided over the mesh as well.
-        ks: Lengths of the lists.
+        k: Length of the lists.
         padding: Number of the last columns that are no items.
         mesh: Devices that share the items, if any.
 
     Returns:
-        The metrics of each query [B] by name with "has_nan", whether any score is NaN; and the
-        longest lists, rows of items best first and -1 where no item is left. Both are the same on
-        every device.
+        Rows of items, best first and -1 where no item is left, the same on every device.
     """
     if mesh is None:
-        return _measure_part(scores, pairs, counts, ks=ks, padding=padding, group=SINGLE_DEVICE)
-    part = functools.partial(_measure_part, ks=ks, padding=padding, group=device_group(mesh))
-    specs = (COLUMNS, REPLICATED, SHARDED)
+        return _rank_part(scores, pairs, k=k, padding=padding, group=SINGLE_DEVICE)
+    part = functools.partial(_rank_part, k=k, padding=padding, group=device_group(mesh))
+    specs = (COLUMNS, REPLICATED)
     # Unchecked, since JAX cannot see that all_gather and top_k leave the same on every device.
     divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
-    return divided(scores, pairs, counts)
+    return divided(scores, pairs)
 
 
-def _measure_part(
-    scores: Float[Array, "B N"],
-    pairs: _Pairs,
-    counts: Int[Array, " N"],
-    *,
-    ks: tuple[int, ...],
-    padding: int,
-    group: DeviceGroup,
-) -> tuple[dict[str, Array], Int[Array, "B K"]]:
-    """Measures the lists as `_measure` does, on one device of a group, which has N of the items."""
-    max_k = max(ks)
-    # Before masking, which could hide a NaN.
-    is_nan = jnp.isnan(scores)
-    has_nan = group.sum(is_nan.any().astype(jnp.int32)) > 0
+def _rank_part(
+    scores: Float[Array, "B N"], pairs: _Pairs, *, k: int, padding: int, group: DeviceGroup
+) -> Int[Array, "B K"]:
+    """Ranks as `_rank` does, on one device of a group, which has N of the items."""
+    width = scores.shape[1]
     if group is not SINGLE_DEVICE:
-        width = scores.shape[1]
         # Items of other devices get the column past the end, which scatters drop.
         pairs = pairs._replace(
             seen_item=group.local_rows(jnp.asarray(pairs.seen_item), width),
             relevant_item=group.local_rows(jnp.asarray(pairs.relevant_item), width),
         )
     scores = _mask_scores(scores, pairs, padding, group)
-    best, rows, hits, trained = _top_lists(scores, pairs, counts, max_k, group)
-    # A list longer than what masking leaves ends in masked items, which are no part of it.
-    listed = ~jnp.isneginf(best)
-    # A corpus smaller than K gives lists that end in nothing.
-    missing = [(0, 0), (0, max_k - rows.shape[1])]
-    hits = jnp.pad(hits & listed, missing)
-    rows = jnp.pad(jnp.where(listed, rows, -1), missing, constant_values=-1)
-    trained = jnp.pad(jnp.where(listed, trained, 0), missing)
-    num_relevant = jnp.asarray(pairs.num_relevant)
-    # Columns of padding have a count of 0.
-    total = group.sum(counts.sum())
-    num_items = scores.shape[1] * group.size - padding
-    values: dict[str, Array] = {"has_nan": has_nan}
-    for k in ks:
-        listed = rows[:, :k] >= 0
-        # Without a mask: a list that could not be filled is still K long to these.
-        for name, metric in metrics.RANKING_METRICS.items():
-            values[f"{name}@{k}"] = metric(hits[:, :k], num_relevant)
-        values[f"novelty@{k}"] = metrics.novelty(trained[:, :k], total, num_items, where=listed)
-        values[f"never_trained@{k}"] = metrics.never_trained(trained[:, :k], where=listed)
-    return values, rows
+    best, columns = select_top_k(_relevant_behind_equals(scores, pairs), min(k, width))
+    rows = group.row_numbers(width)[columns]
+    if group is not SINGLE_DEVICE:
+        # In the order of devices, which is that of rows: of equals the lower row stays first.
+        lists = [jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (best, rows)]
+        best, rows = merge_top_k(k, jnp.asarray(lists[0]), jnp.asarray(lists[1]))
+    # A list longer than what masking leaves ends in masked items, which are no part of it, and a
+    # corpus smaller than K gives lists that end in nothing.
+    listed = jnp.where(jnp.isneginf(best), -1, rows)
+    missing = [(0, 0), (0, k - rows.shape[1])]
+    return jnp.pad(listed, missing, constant_values=-1)
 
 
 def _mask_scores(
@@ -371,32 +500,6 @@ def _mask_scores(
     width = scores.shape[1]
     is_item = group.row_numbers(width) < width * group.size - padding
     return jnp.where(is_item[None, :], scores, -jnp.inf)
-
-
-def _top_lists(
-    scores: Float[Array, "B N"],
-    pairs: _Pairs,
-    counts: Int[Array, " N"],
-    k: int,
-    group: DeviceGroup,
-) -> tuple[Array, ...]:
-    """Returns the best `k` items of all devices, best first.
-
-    Returns:
-        Arrays [B, <= k]: scores, rows of items, whether each is relevant, and its training rows.
-    """
-    width = scores.shape[1]
-    relevant = jnp.zeros(scores.shape, bool)
-    relevant = relevant.at[pairs.relevant_query, pairs.relevant_item].set(True, mode="drop")
-    ranked = _relevant_behind_equals(scores, pairs)
-    best, columns = select_top_k(ranked, min(k, width))
-    hits = jnp.take_along_axis(relevant, columns, axis=1)
-    lists = (best, group.row_numbers(width)[columns], hits, counts[columns])
-    if group is SINGLE_DEVICE:
-        return lists
-    # In the order of devices, which is that of rows: of equal scores the lower row stays first.
-    gathered = [jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in lists]
-    return tuple(jnp.asarray(x) for x in merge_top_k(k, *gathered))
 
 
 def _relevant_behind_equals(scores: Float[Array, "B N"], pairs: _Pairs) -> Float[Array, "B N"]:

@@ -6,12 +6,20 @@ outside of it. A query without a relevant item scores 0.
 
 `where` bool [B, K] says which ranks count. A rank that is left out might as well not be in the
 list: masking equals slicing.
+
+Arrays are of NumPy or of JAX, and so are the values: an evaluation measures its lists on the host,
+where nothing is compiled; a program of your own may call these under `jax.jit`.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = np.ndarray | jax.Array
 
 
 def recall(
@@ -22,7 +30,7 @@ def recall(
 ) -> Float[Array, " B"]:
     """Returns the share of the relevant items that are in the list: |hits| / |relevant|.
 
-    >>> recall(jnp.array([[True, False, True]]), jnp.array([4])).tolist()
+    >>> recall(np.array([[True, False, True]]), np.array([4])).tolist()
     [0.5]
     """
     return _divide(_counted_hits(hits, where).sum(1), num_relevant)
@@ -55,7 +63,8 @@ def hit_rate(
     Where every query has one relevant item it equals the recall.
     """
     del num_relevant
-    return _counted_hits(hits, where).any(1).astype(jnp.float32)
+    counted = _counted_hits(hits, where)
+    return counted.any(1).astype(_float_type(counted))
 
 
 def ndcg(
@@ -74,7 +83,8 @@ def ndcg(
     """
     ranks = _ranks(hits, where)
     # A rank that is left out before any that counts is 0, and log2(1) would divide by 0.
-    discounts = 1.0 / jnp.log2(jnp.maximum(ranks, 1) + 1.0)
+    xp = _namespace(hits)
+    discounts = 1.0 / xp.log2(xp.maximum(ranks, 1) + 1.0)
     # The ideal list has its relevant items first, as many as there are and fit.
     ideal = _mask(hits, where) & (ranks <= num_relevant[:, None])
     gains = (_counted_hits(hits, where) * discounts).sum(1)
@@ -93,7 +103,8 @@ def mrr(
     """
     del num_relevant
     # The first hit has the greatest reciprocal.
-    reciprocals = _counted_hits(hits, where) / jnp.maximum(_ranks(hits, where), 1)
+    ranks = _namespace(hits).maximum(_ranks(hits, where), 1)
+    reciprocals = _counted_hits(hits, where) / ranks
     return reciprocals.max(1)
 
 
@@ -110,8 +121,9 @@ def average_precision(
     """
     ranks = _ranks(hits, where)
     counted = _counted_hits(hits, where)
-    precisions = jnp.cumsum(counted, axis=1) / jnp.maximum(ranks, 1)
-    most_hits = jnp.minimum(num_relevant, ranks[:, -1])
+    xp = _namespace(hits)
+    precisions = xp.cumsum(counted, axis=1) / xp.maximum(ranks, 1)
+    most_hits = xp.minimum(num_relevant, ranks[:, -1])
     return _divide((counted * precisions).sum(1), most_hits)
 
 
@@ -135,7 +147,7 @@ def novelty(
         num_items: Number of items in the corpus, N.
         where: Ranks that count, which are those that hold an item.
     """
-    information = -jnp.log2((counts + 1.0) / (total + num_items))
+    information = -_namespace(counts).log2((counts + 1.0) / (total + num_items))
     return _mean(information, where)
 
 
@@ -150,15 +162,15 @@ def never_trained(
         counts: Number of training rows of the item at each rank.
         where: Ranks that count.
     """
-    return _mean((counts == 0).astype(jnp.float32), where)
+    return _mean((counts == 0).astype(_float_type(counts)), where)
 
 
-def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""]:
+def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""] | float:
     """Returns the share of the corpus that is recommended to anybody.
 
     It belongs to all lists together: the one metric that is not per query.
     """
-    return recommended.mean(dtype=jnp.float32)
+    return recommended.mean()
 
 
 # Metrics of accuracy by the name that reports print; all take (hits, num_relevant, where=).
@@ -192,9 +204,20 @@ SYNONYMS = {
 }
 
 
-def _mask(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:
+def _namespace(array: Array) -> Any:
+    """Returns the module whose functions take the array: `jax.numpy`, or else `numpy`."""
+    return array.__array_namespace__()
+
+
+def _float_type(array: Array) -> Any:
+    """Returns the type of the values: float64 on the host, JAX's default on a device."""
+    return _namespace(array).result_type(float)
+
+
+def _mask(values: Array, where: Bool[Array, "B K"] | None) -> Bool[Array, "B K"]:
+    """Returns which ranks count, of lists [B, K]: all of them by default."""
     if where is None:
-        return jnp.ones_like(hits)
+        return _namespace(values).ones_like(values, dtype=bool)
     return where
 
 
@@ -204,16 +227,17 @@ def _counted_hits(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) ->
 
 def _ranks(hits: Bool[Array, "B K"], where: Bool[Array, "B K"] | None) -> Int[Array, "B K"]:
     """Returns ranks from 1, not counting the ranks that are left out."""
-    return jnp.cumsum(_mask(hits, where), axis=1)
+    return _namespace(hits).cumsum(_mask(hits, where), axis=1)
 
 
 def _divide(numerator: Array, denominator: Array) -> Float[Array, " B"]:
     # The quotient is formed everywhere and only then chosen: 0 / 0 would be NaN.
-    return jnp.where(denominator > 0, numerator / jnp.maximum(denominator, 1e-9), 0.0)
+    xp = _namespace(denominator)
+    return xp.where(denominator > 0, numerator / xp.maximum(denominator, 1e-9), 0.0)
 
 
 def _mean(values: Float[Array, "B K"], where: Bool[Array, "B K"] | None) -> Float[Array, " B"]:
-    if where is None:
-        where = jnp.ones_like(values, bool)
+    xp = _namespace(values)
+    counted = _mask(values, where)
     # Chosen, not multiplied: 0 times an infinite value that is left out would be NaN.
-    return _divide(jnp.where(where, values, 0.0).sum(1), where.sum(1))
+    return _divide(xp.where(counted, values, 0.0).sum(1), counted.sum(1))

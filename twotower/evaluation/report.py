@@ -19,7 +19,7 @@ import pyarrow as pa
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.evaluation.baselines import make_baselines, random_scores
-from twotower.evaluation.evaluate import Scores, evaluate, model_scores
+from twotower.evaluation.evaluate import Scores, evaluate, evaluate_both, model_scores
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.index.exact import ExactIndex
@@ -83,8 +83,9 @@ def measure_run(
     if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
     # Papers report either, and the two are not comparable: both are always measured.
-    for suffix, mask_seen in (("", True), ("_unmasked", False)):
-        values = _measure_rankings(rankings, queries, ks, mask_seen=mask_seen)
+    figures = {name: evaluate_both(scores, queries, ks) for name, scores in rankings.items()}
+    for position, suffix in enumerate(("", "_unmasked")):
+        values = {name: both[position] for name, both in figures.items()}
         measured[f"model{suffix}"] = values.pop("model")
         if baselines:
             measured[f"baselines{suffix}"] = values
@@ -120,18 +121,11 @@ def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
             "model": model_scores(run.prepared, run.model, run.weights, part),
             "random": random_scores(part.num_items),
         }
-        measured[name] = _measure_rankings(rankings, part, ks, mask_seen=True)
+        measured[name] = {
+            ranking: evaluate(scores, part, ks, mask_seen=True)
+            for ranking, scores in rankings.items()
+        }
     return measured
-
-
-def _measure_rankings(
-    rankings: Mapping[str, Scores], queries: Queries, ks: Sequence[int], *, mask_seen: bool
-) -> dict[str, dict[str, float]]:
-    """Returns the metrics of each ranking by its name."""
-    return {
-        name: evaluate(scores, queries, ks, mask_seen=mask_seen)
-        for name, scores in rankings.items()
-    }
 
 
 def measure_popularity_weights(

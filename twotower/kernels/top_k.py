@@ -95,9 +95,11 @@ def group_size(count: int, k: int) -> int:
     return next(fitting, 1)
 
 
-def _with_maxima(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores [Q, C], padded with -inf to whole groups, and the maxima of the groups; the
-    scores twice where groups would save nothing."""
+def with_maxima(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores [Q, C], padded with -inf to whole groups, and the maxima of the groups.
+
+    Where groups would save nothing, both are the scores.
+    """
     if scores.size < MIN_SCORES_TO_GROUP or scores.shape[1] < 2 * k * GROUP:
         return scores, scores
     padding = -scores.shape[1] % GROUP
@@ -150,7 +152,7 @@ class RunningTopK:
             self._append(scores, np.where(np.isneginf(scores), -1, rows))
             return
         if maxima is None:
-            scores, maxima = _with_maxima(scores, self._k)
+            scores, maxima = with_maxima(scores, self._k)
         count = scores.shape[1]
         num_groups = maxima.shape[1]
         size = count // num_groups
