@@ -132,6 +132,25 @@ def check_fields(values: Mapping[str, Any], known: Iterable[str], location: str)
             raise ConfigError(f"{location} has no field {name!r}{hint} Known: {', '.join(known)}.")
 
 
+def differences(old: Any, new: Any, field: str) -> list[str]:
+    """Returns the differences between two values of a configuration, a sentence for each field.
+
+    Args:
+        old: Value of the run.
+        new: Value of the new configuration.
+        field: Name of the field, with its sections.
+    """
+    if old == new:
+        return []
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [f"{field} was {old!r} and is now {new!r}"]
+    changed = []
+    # A field that one side lacks was added or removed by another version: it counts as None.
+    for name in sorted(old.keys() | new.keys()):
+        changed += differences(old.get(name), new.get(name), f"{field}.{name}")
+    return changed
+
+
 def build(cls: type[T], values: Any, location: str) -> T:
     """Returns a dataclass made from a mapping of its fields; nested dataclasses likewise.
 

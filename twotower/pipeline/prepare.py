@@ -55,6 +55,7 @@ class PreparedData:
         histories: Histories of users, where they are a feature; the context of a row then holds the
             span of its history.
         packing: Packed sequences, where these are the examples of training.
+        has_catalogue: Whether items have a table of their own, as `Dataset` says.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class PreparedData:
     raw: Split
     histories: Histories | None = None
     packing: SequencePacking | None = None
+    has_catalogue: bool = True
 
     @property
     def num_examples(self) -> int:
@@ -251,7 +253,8 @@ def prepare(
         truth=dataset.truth,
         raw=parts,
         histories=histories,
-        packing=_pack_sequences(config, histories),
+        packing=pack_sequences(config, histories),
+        has_catalogue=dataset.has_catalogue,
     )
 
 
@@ -340,7 +343,7 @@ def _with_spans(rows: Rows, spans: np.ndarray) -> Rows:
     return dataclasses.replace(rows, context={**rows.context, SPANS: spans})
 
 
-def _pack_sequences(config: Config, histories: Histories | None) -> SequencePacking | None:
+def pack_sequences(config: Config, histories: Histories | None) -> SequencePacking | None:
     """Packs users' sequences into rows, where these are the examples of training."""
     if config.training.examples != "sequences":
         return None

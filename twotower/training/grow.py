@@ -21,13 +21,21 @@ from twotower.core.mesh import host_mesh
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES, Input
 from twotower.features.vocabulary import Vocabulary
+from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.plugins import import_plugins
 from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.run import claim, encoder_folder, find_step, load_config, local_folder
+from twotower.training.run import (
+    claim,
+    data_path,
+    encoder_folder,
+    find_step,
+    load_config,
+    local_folder,
+)
 from twotower.training.state import Trainer, TrainState
 
 # Number of known rows whose mean is a new row made from content.
@@ -86,6 +94,7 @@ def grow(
     state = migrate(OldRun(state, encoder), fresh, prepared, make_rows)
     workdir.mkdir(parents=True, exist_ok=True)
     prepared.encoder.save(encoder_folder(workdir))
+    data_folder.save(prepared, data_path(workdir))
     # The best validation begins anew too: it was measured on other rows.
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
     with open_checkpoints(workdir, config) as checkpoints:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
 from twotower.core.errors import CheckpointError, ConfigError
+from twotower.core.fields import differences
 from twotower.core.files import atomic
 from twotower.core.install import command
 from twotower.core.mesh import make_mesh
 from twotower.features.encoder import Encoder
+from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.plugins import (
     import_plugins,
@@ -66,10 +69,12 @@ def train(
     make_validate: MakeValidate | None = None,
     make_miner: MakeMiner | None = None,
     devices: int = 0,
+    data: Path | str | None = None,
 ) -> None:
     """Trains a configuration in a folder, or goes on with the folder's run.
 
-    Several processes need a folder that all of them see.
+    The log is read and prepared once, into the folder `data` of the run; everything later reads
+    that. Several processes need a folder that all of them see.
 
     Args:
         config: Configuration of the run.
@@ -79,30 +84,34 @@ def train(
         make_miner: Function from the data and the towers to `Miner`, called if the configuration
             has mined negatives.
         devices: Number of devices to use; 0 uses all.
+        data: Folder of prepared data that runs share, prepared here if it holds none; None for one
+            of the run itself.
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or the data or a field cannot
             be used.
+        FolderError: Prepared data is missing, damaged, or that of another run.
         TrainingError: The loss or a gradient is not finite.
     """
     workdir = local_folder(workdir)
+    shared = None if data is None else local_folder(data, "--data")
     mesh = make_mesh(devices)
     check_batch(config.training, mesh)
     import_plugins(config.plugins, workdir)
     # A misspelt loss is refused before the data is read, not after.
     resolve_kinds(config)
-    encoder = None
-    # encoder.json is written last: without it a killed process had not finished the folder.
-    if holds_run(workdir, config) and (encoder_folder(workdir) / "encoder.json").exists():
-        encoder = Encoder.load(encoder_folder(workdir))
-    # A run that goes on keeps its encoder: fitted anew on data that grew, it would number ids
-    # otherwise.
-    prepared = prepare(config, folder=workdir, encoder=encoder)
+    prepared = _kept_data(config, workdir, shared)
+    is_new = prepared is None
+    if prepared is None:
+        prepared = prepare(config, folder=workdir)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
     # Only now that everything fits: an error above leaves the folder free for the corrected
     # configuration.
-    begin(workdir, config, prepared.encoder if encoder is None else None)
+    begin(workdir, config, prepared, shared)
+    # From the folder in any case: a run that goes on sees the same arrays as one that begins.
+    if is_new:
+        prepared = data_folder.load(data_path(workdir), config, prepared.encoder)
     validate = None
     if make_validate and len(prepared.validation):
         validate = make_validate(prepared, model)
@@ -112,21 +121,60 @@ def train(
     fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
 
 
-def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
+def _kept_data(config: Config, workdir: Path, shared: Path | None) -> PreparedData | None:
+    """Returns the data that a run was trained on before, or that it shares; None where the source
+    is to be read.
+
+    Until a run has a checkpoint its data may change: it is read anew.
+    """
+    encoder = None
+    if holds_run(workdir, config) and has_checkpoint(workdir):
+        encoder = Encoder.load(encoder_folder(workdir))
+    if shared is not None and data_folder.is_whole(shared):
+        data_folder.check_fits(shared, config)
+        return data_folder.load(shared, config, encoder or data_folder.load_encoder(shared))
+    if encoder is None:
+        return None
+    return load_data(workdir, config, encoder)
+
+
+def load_data(workdir: Path, config: Config, encoder: Encoder) -> PreparedData:
+    """Returns the prepared data of a run, which needs nothing of its source.
+
+    That of a run of an earlier version, which kept none, is prepared again, and kept if it can be.
+    """
+    folder = data_path(workdir)
+    if data_folder.is_whole(folder):
+        return data_folder.load(folder, config, encoder)
+    prepared = prepare(config, folder=workdir, encoder=encoder)
+    # Before that a training may be writing it.
+    if not has_checkpoint(workdir):
+        return prepared
+    try:
+        data_folder.save(prepared, folder)
+    except OSError as error:
+        logging.warning("The prepared data of %s was not kept: %s", workdir, error)
+    return prepared
+
+
+def begin(workdir: Path, config: Config, prepared: PreparedData, shared: Path | None) -> None:
     """Makes the folder of a run, in the first process for all of them.
 
     Args:
         workdir: Folder of the run.
         config: Configuration of the run.
-        encoder: Newly fitted encoder to save; None if the folder has it already.
+        prepared: Its data, with its encoder, which are written unless the folder has them already.
+        shared: Folder of data that runs share; None for one of the run itself.
 
     Raises:
         ConfigError: This process does not see what the first one wrote.
     """
     if jax.process_index() == 0:
         claim(workdir, config)
-        if encoder is not None:
-            encoder.save(encoder_folder(workdir))
+        if not has_checkpoint(workdir):
+            prepared.encoder.save(encoder_folder(workdir))
+            data_folder.forget(data_path(workdir))
+        _keep_data(workdir, prepared, shared)
     # The others must not look for the folder before it is there.
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the folder of the run is made")
@@ -136,6 +184,19 @@ def begin(workdir: Path, config: Config, encoder: Encoder | None) -> None:
             "need one folder that all of them see, such as a network file system or a mounted "
             "bucket."
         )
+
+
+def _keep_data(workdir: Path, prepared: PreparedData, shared: Path | None) -> None:
+    """Writes the prepared data of a run, or the name of the folder that it shares."""
+    folder = data_path(workdir)
+    if shared is None:
+        if not data_folder.is_whole(folder):
+            data_folder.save(prepared, folder)
+        return
+    if not data_folder.is_whole(shared):
+        prepared.encoder.save(shared / "encoder")
+        data_folder.save(prepared, shared)
+    data_folder.share(folder, shared)
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
@@ -151,7 +212,7 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     """
     workdir = local_folder(workdir)
     config = load_config(workdir)
-    prepared = prepare(config, folder=workdir, encoder=Encoder.load(encoder_folder(workdir)))
+    prepared = load_data(workdir, config, Encoder.load(encoder_folder(workdir)))
     model = TwoTower.build(config.model, prepared.encoder)
     abstract = _abstract_where_it_fits(Trainer.build(config, model, corpus_size(prepared)))
     # Read only: the run may still be training, and its saves in progress are not to be cleaned up.
@@ -176,14 +237,14 @@ def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
     return abstract
 
 
-def local_folder(workdir: Path | str) -> Path:
+def local_folder(folder: Path | str, flag: str = "--workdir") -> Path:
     """Returns a folder as a path; refuses the address of a bucket."""
     # `Path` would make "gs://bucket" a local folder named "gs:".
-    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
+    if "://" in str(folder) or str(folder).startswith("gs:/"):
         raise ConfigError(
-            f"--workdir={workdir} must be a folder of this machine (or one mounted into it)."
+            f"{flag}={folder} must be a folder of this machine (or one mounted into it)."
         )
-    return Path(workdir)
+    return Path(folder)
 
 
 def config_path(workdir: Path) -> Path:
@@ -194,6 +255,17 @@ def config_path(workdir: Path) -> Path:
 def encoder_folder(workdir: Path) -> Path:
     """Returns the folder that holds the encoder of a run."""
     return workdir / "encoder"
+
+
+def data_path(workdir: Path) -> Path:
+    """Returns the folder that holds the prepared data of a run."""
+    return workdir / "data"
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Returns whether a run has finished a checkpoint."""
+    steps = (workdir / "checkpoints").glob("*")
+    return any(step.name.isdigit() for step in steps)
 
 
 def load_config(workdir: Path | str) -> Config:
@@ -251,9 +323,8 @@ def holds_run(workdir: Path, config: Config) -> bool:
     new = json.loads(config.to_json())
     old_sections = {name: old[name] for name in old if name in sections}
     new_sections = {name: new[name] for name in new if name in sections}
-    changed = _differences(old_sections, new_sections, "config")
-    steps = (workdir / "checkpoints").glob("*")
-    if changed and any(step.name.isdigit() for step in steps):
+    changed = differences(old_sections, new_sections, "config")
+    if changed and has_checkpoint(workdir):
         raise ConfigError(
             f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. "
             "Name a new folder, or delete this one."
@@ -278,25 +349,6 @@ def claim(workdir: Path, config: Config) -> None:
         temporary.write_text(config.to_json(), encoding="utf-8")
     write_record(workdir, make_record(config.plugins))
     warn_of_kinds_outside_plugins(dataclasses.asdict(config), config.plugins)
-
-
-def _differences(old: Any, new: Any, field: str) -> list[str]:
-    """Returns the differences between two values of a configuration, a sentence for each field.
-
-    Args:
-        old: Value of the run.
-        new: Value of the new configuration.
-        field: Name of the field, with its sections.
-    """
-    if old == new:
-        return []
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [f"{field} was {old!r} and is now {new!r}"]
-    changed = []
-    # A field that one side lacks was added or removed by another version: it counts as None.
-    for name in sorted(old.keys() | new.keys()):
-        changed += _differences(old.get(name), new.get(name), f"{field}.{name}")
-    return changed
 
 
 def find_step(checkpoints: Checkpoints, which: str, workdir: Path) -> int:

@@ -1,0 +1,360 @@
+"""Prepared data in a folder, from which all commands but the first training read it.
+
+```
+manifest.json    version, what the data was made from, and of every other file its size
+users.arrow  items.arrow  train.arrow  validation.arrow  test.arrow
+                 the tables with all columns as they were read, mapped into memory
+NNN.npy          the encoded arrays, mapped likewise; the manifest names them
+encoder/         of a folder that runs share, the encoder; a run has its own beside `data/`
+```
+
+Histories are flat arrays of events with the offsets of users, and spans of them: nothing is padded.
+The manifest is written last and all at once, so that a folder without one was never finished and is
+written again. A run that shares the data of another folder has a manifest that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import Config, DataConfig, SplitConfig
+from twotower.core.errors import ConfigError, FolderError
+from twotower.core.fields import build, differences
+from twotower.core.files import atomic, content_digest, read_json
+from twotower.data.dataset import TruePreferences
+from twotower.data.interactions import PARTS, Split
+from twotower.features.encoder import Encoder
+from twotower.features.history import read_arrays
+from twotower.features.spec import from_mappings, load_spec
+from twotower.pipeline.batches import SPANS, Rows
+from twotower.pipeline.event_weights import with_event_weights
+from twotower.pipeline.histories import Histories
+from twotower.pipeline.labels import label_columns
+from twotower.pipeline.prepare import PreparedData, pack_sequences
+
+MANIFEST = "manifest.json"
+FORMAT = "twotower-prepared-data"
+VERSION = 1
+TABLES = ("users", "items", *PARTS)
+# Nested mappings with arrays as leaves.
+Tree = Mapping[str, Any]
+
+
+def save(prepared: PreparedData, folder: Path) -> None:
+    """Writes prepared data into a folder.
+
+    Files that another process has mapped are replaced, not changed.
+
+    Args:
+        prepared: Data to write.
+        folder: Folder to write to; it is made if there is none.
+    """
+    sizes = {}
+    for name, table in _tables(prepared).items():
+        file = f"{name}.arrow"
+        with atomic(folder / file) as temporary:
+            _write_table(table, temporary)
+        sizes[file] = (folder / file).stat().st_size
+    arrays = []
+    for number, (path, array) in enumerate(_leaves(_arrays(prepared))):
+        # Numbers, since features and columns may have names that no file can have.
+        file = f"{number:03}.npy"
+        with atomic(folder / file) as temporary:
+            with temporary.open("wb") as opened:
+                np.save(opened, array, allow_pickle=False)
+        sizes[file] = (folder / file).stat().st_size
+        described = {"path": path, "file": file, "dtype": str(array.dtype), "shape": array.shape}
+        arrays.append(described)
+    rows = {part: len(getattr(prepared, part)) for part in PARTS}
+    content = {
+        "made_from": _made_from(prepared.config, prepared.encoder),
+        "fitted_on": prepared.encoder.fitted_on,
+        "has_catalogue": prepared.has_catalogue,
+        "rows": rows,
+        "arrays": arrays,
+        "files": sizes,
+    }
+    _write_manifest(folder, content)
+
+
+def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
+    """Returns the prepared data of a folder, with its arrays and tables mapped into memory.
+
+    Args:
+        folder: Folder that `save` or `share` wrote to.
+        config: Configuration of the run.
+        encoder: Encoder of the run.
+
+    Raises:
+        FolderError: The folder is not whole, of another version, or of another encoder.
+    """
+    folder = resolve(folder)
+    manifest = _read_manifest(folder)
+    _check_files(folder, manifest["files"])
+    if manifest["fitted_on"] != encoder.fitted_on:
+        raise FolderError(
+            f"{folder} holds other training rows than the encoder of the run was fitted on: it is "
+            "the data of another run. Restore it, or train again in a new folder."
+        )
+    tables = {name: _map_table(folder / f"{name}.arrow") for name in TABLES}
+    tree: dict[str, Any] = {}
+    for entry in manifest["arrays"]:
+        _put(tree, entry["path"], _map_array(folder / entry["file"], entry))
+    histories = _load_histories(tree.get("histories"), encoder)
+    positions = tree.get("file_positions")
+    if positions is not None:
+        positions = tuple(positions[part] for part in PARTS)
+    truth = None
+    if "truth" in tree:
+        truth = TruePreferences(**tree["truth"])
+    rows = {part: _load_rows(tree[part], histories, part) for part in PARTS}
+    return PreparedData(
+        config=config,
+        users=tables["users"],
+        items=tables["items"],
+        train=rows["train"],
+        validation=rows["validation"],
+        test=rows["test"],
+        encoder=encoder,
+        features={side: tree["features"].get(side, {}) for side in ("user", "item")},
+        truth=truth,
+        raw=Split(*(tables[part] for part in PARTS), file_positions=positions),
+        histories=histories,
+        packing=pack_sequences(config, histories),
+        has_catalogue=manifest["has_catalogue"],
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether a folder holds prepared data, or names another one that should."""
+    return (folder / MANIFEST).is_file()
+
+
+def forget(folder: Path) -> None:
+    """Makes prepared data count as unfinished, so that it is written again."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def share(folder: Path, shared: Path) -> None:
+    """Makes `folder` stand for the prepared data of another folder.
+
+    Args:
+        folder: Folder of the data of a run.
+        shared: Folder that `save` wrote to.
+    """
+    try:
+        path = os.path.relpath(shared.resolve(), folder.resolve())
+    except ValueError:  # on another drive
+        path = str(shared.resolve())
+    _write_manifest(folder, {"shared": path, "shared_sha256": _read_manifest(shared)["sha256"]})
+
+
+def resolve(folder: Path) -> Path:
+    """Returns the folder that holds the arrays of prepared data: itself, or the one it names.
+
+    Raises:
+        FolderError: The folder that it names is missing, or holds other data than it did.
+    """
+    manifest = _read_manifest(folder)
+    if "shared" not in manifest:
+        return folder
+    shared = Path(os.path.normpath(folder.resolve() / manifest["shared"]))
+    cure = f"Put it back, or name its new place: train ... --data=FOLDER (see {folder / MANIFEST})."
+    if not is_whole(shared):
+        raise FolderError(f"{shared}, the prepared data that the run shares, is missing. {cure}")
+    if _read_manifest(shared)["sha256"] != manifest["shared_sha256"]:
+        raise FolderError(
+            f"{shared}, the prepared data that the run shares, was written again since. {cure}"
+        )
+    return shared
+
+
+def check_fits(folder: Path, config: Config) -> None:
+    """Refuses prepared data that was made by another configuration.
+
+    Args:
+        folder: Folder of prepared data.
+        config: Configuration of a run that is to share it.
+
+    Raises:
+        ConfigError: Fields of data, split, features or labels differ; the message names them.
+    """
+    manifest = _read_manifest(resolve(folder))
+    before = manifest["made_from"]
+    # With the options that the version which wrote it did not have yet.
+    before["data"] = dataclasses.asdict(build(DataConfig, before["data"], "config.data"))
+    before["split"] = dataclasses.asdict(build(SplitConfig, before["split"], "config.split"))
+    before["features"] = from_mappings(before["features"]).to_dict()
+    now = _made_from(config, None)
+    changed = differences(_as_json(before), _as_json(now), "config")
+    if changed:
+        raise ConfigError(
+            f"--data={folder} was prepared by another configuration: {'; '.join(changed)}. Name "
+            "another folder, which is then prepared anew."
+        )
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Returns the encoder of prepared data: in its folder, or beside it in that of its run."""
+    folder = resolve(folder)
+    own = folder / "encoder"
+    if not own.is_dir():
+        own = folder.parent / "encoder"
+    return Encoder.load(own)
+
+
+def _made_from(config: Config, encoder: Encoder | None) -> dict[str, Any]:
+    """Returns all of a configuration that decides the arrays, as JSON."""
+    if encoder is None:
+        spec = with_event_weights(load_spec(config.features), config)
+    else:
+        spec = encoder.spec
+    return {
+        "data": dataclasses.asdict(config.data),
+        "split": dataclasses.asdict(config.split),
+        "features": spec.to_dict(),
+        "labels": sorted(label_columns(config.objective)),
+    }
+
+
+def _as_json(content: Any) -> Any:
+    # A tuple is a list there: both sides are compared as they are written.
+    return json.loads(json.dumps(content))
+
+
+def _tables(prepared: PreparedData) -> dict[str, pa.Table]:
+    tables = {"users": prepared.users, "items": prepared.items}
+    return tables | {part: getattr(prepared.raw, part) for part in PARTS}
+
+
+def _arrays(prepared: PreparedData) -> Tree:
+    """Returns the arrays of prepared data by the names of its fields."""
+    tree: dict[str, Any] = {"features": prepared.features}
+    for part in PARTS:
+        rows: Rows = getattr(prepared, part)
+        # The spans are stored once, with the histories.
+        context = {name: x for name, x in rows.context.items() if name != SPANS}
+        tree[part] = vars(rows) | {"context": context}
+    if prepared.raw.file_positions is not None:
+        tree["file_positions"] = dict(zip(PARTS, prepared.raw.file_positions))
+    if prepared.truth is not None:
+        tree["truth"] = vars(prepared.truth)
+    if prepared.histories is not None:
+        names = ("events", "offsets", "orders", "spans", "times")
+        tree["histories"] = {name: getattr(prepared.histories, name) for name in names}
+    return tree
+
+
+def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yields the arrays of nested mappings with their paths; None is no array."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        elif value is not None:
+            yield (*path, name), value
+
+
+def _put(tree: dict[str, Any], path: list[str], array: np.ndarray) -> None:
+    """Puts an array into nested mappings, at a path of `_leaves`."""
+    *above, name = path
+    for key in above:
+        tree = tree.setdefault(key, {})
+    tree[name] = array
+
+
+def _load_rows(arrays: Tree, histories: Histories | None, part: str) -> Rows:
+    context = dict(arrays.get("context", {}))
+    if histories is not None:
+        context[SPANS] = histories.spans[part]
+    return Rows(
+        user=arrays["user"],
+        item=arrays["item"],
+        weight=arrays["weight"],
+        timestamp=arrays.get("timestamp"),
+        context=context,
+        labels=arrays.get("labels", {}),
+    )
+
+
+def _load_histories(arrays: Tree | None, encoder: Encoder) -> Histories | None:
+    feature = encoder.spec.history
+    if arrays is None or feature is None:
+        return None
+    # What is read of an item is of the encoder, not of the rows.
+    reads = read_arrays(feature, encoder.fitted[feature.key])
+    return Histories(feature=feature, reads=reads, **arrays)
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    # Arrow files have one dictionary a column, whatever the chunks have.
+    options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
+    with pa.OSFile(str(path), "wb") as file:
+        with pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table)
+
+
+def _map_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _map_array(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
+    """Returns an array mapped into memory, for reading.
+
+    Raises:
+        FolderError: It is not the one that the manifest describes.
+    """
+    # An empty file cannot be mapped.
+    mode = "r" if np.prod(entry["shape"]) else None
+    # Without the class `memmap`, which costs time at each indexing.
+    array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+    if str(array.dtype) != entry["dtype"] or list(array.shape) != entry["shape"]:
+        raise FolderError(f"{path} is corrupt: it holds {array.dtype} {array.shape}. {_CURE}")
+    return array
+
+
+_CURE = "Delete the folder: the data is then prepared again from its source."
+
+
+def _check_files(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Refuses a folder of which a file is missing or was cut."""
+    # Sizes alone: hashes of all arrays would take longer than everything else at the start.
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise FolderError(f"{path} is missing. {_CURE}")
+        if path.stat().st_size != size:
+            raise FolderError(
+                f"{path} is corrupt: it has {path.stat().st_size:,} bytes, not {size:,}. {_CURE}"
+            )
+
+
+def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, **content}
+    manifest["sha256"] = content_digest(manifest)
+    with atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FolderError(f"{folder} holds no prepared data: it has no {MANIFEST}.")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise FolderError(f"{path} is not the manifest of prepared data.")
+    if manifest.get("version") != VERSION:
+        raise FolderError(
+            f"{path} has version {manifest.get('version')!r}; this twotower reads {VERSION}. "
+            f"{_CURE}"
+        )
+    if manifest.get("sha256") != content_digest(manifest):
+        raise FolderError(f"{path} was changed after it was written. {_CURE}")
+    return manifest
