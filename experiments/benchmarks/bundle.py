@@ -68,6 +68,7 @@ def make(folder: Path, items: int) -> None:
         user_vectors=users,
         users=_repeated(rng, small.users, "user_id", USERS),
         seen=seen,
+        seen_events=None,
         index=index_items(config, vectors, counts, users),
     )
     folder.mkdir(parents=True)

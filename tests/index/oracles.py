@@ -40,15 +40,13 @@ def rising_exclusions(num_queries, num_items, most):
 
 
 def stable_sort(queries, items, k, exclude=None, allowed=None):
-    """(scores, rows) of a stable sort of all scores, less what is excluded or not allowed; -inf and
-    -1 after the last."""
+    """(scores, rows) of a stable sort of all scores, less what is excluded or not allowed, at most
+    as long as there are items; -inf and -1 after the last."""
     scores = (queries @ items.T).astype(np.float32)
     if exclude is not None:
         scores[exclude.rows, exclude.values] = -np.inf
     if allowed is not None:
         scores[:, ~allowed] = -np.inf
-    missing = max(0, k - len(items))
-    scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
     rows = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
     best = np.take_along_axis(scores, rows, axis=1)
     return best, np.where(np.isneginf(best), -1, rows)

@@ -79,12 +79,8 @@ def test_the_same_vectors_give_the_same_index(built, vectors):
 
 
 def test_more_than_there_is_and_nothing(built, vectors):
-    scores, rows = built.search(vectors[0][:3], 2_100)
-    assert (
-        rows.shape == (3, 2_100)
-        and (rows[:, 2_000:] == -1).all()
-        and np.isneginf(scores[rows < 0]).all()
-    )
+    scores, rows = built.search(vectors[0][:3], 10**8)
+    assert rows.shape == (3, 2_000) and np.isneginf(scores[rows < 0]).all()
     assert built.search(vectors[0][:0], 4)[1].shape == (0, 4)
     with pytest.raises(QueryError, match="query vector 0 is zero"):
         built.search(np.zeros((1, 16)), 4)

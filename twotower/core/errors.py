@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -84,6 +85,7 @@ class StoreError(TwotowerError, ValueError):
     """Redis did not take the vectors that were to be published."""
 
 
+MAX_ECHOED = 60  # characters of a value that a message shows
 # Text that means no more than its letters and digits say.
 _SEPARATORS = re.compile(r"[\s_-]+")
 
@@ -108,6 +110,28 @@ def choose(
         hint = did_you_mean(name, kinds, synonyms=synonyms)
         raise ConfigError(f"{field}={name!r} is not known{hint} Known: {known}.")
     return kinds[name]
+
+
+def echo(value: object) -> str:
+    """Returns a value as messages show it: as Python writes it, but short, whatever it is.
+
+    >>> echo("x" * 1_000)[-6:]
+    'xxxxx…'
+    >>> echo(10**5_000)
+    'a long int'
+    """
+    # Only the beginning of a text is written: a request may bring megabytes.
+    if isinstance(value, str):
+        text = repr(value[: MAX_ECHOED + 1])
+    else:
+        try:
+            text = reprlib.repr(value)
+        # Python refuses to write integers of very many digits, and an object may refuse by itself.
+        except Exception:
+            return f"a long {type(value).__name__}"
+    if len(text) > MAX_ECHOED:
+        return f"{text[:MAX_ECHOED]}…"
+    return text
 
 
 def did_you_mean(

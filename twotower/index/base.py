@@ -6,13 +6,14 @@ queries before it searches.
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from twotower.core.errors import QueryError
+from twotower.core.errors import ConfigError, QueryError, echo
 
 
 @runtime_checkable
@@ -39,13 +40,13 @@ class Index(Protocol):
             k: Length of the lists.
 
         Returns:
-            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k
-            items were found.
+            (scores float32 [Q, L], rows int32 [Q, L]), where L is `k`, or the number of items if
+            that is less; score -inf and row -1 where fewer than L items were found.
 
         Raises:
             QueryError: A query is of the wrong width, not finite, or zero where vectors are
                 normalised.
-            ValueError: `k` < 1.
+            ConfigError: `k` is no whole number, or below 1.
         """
         ...
 
@@ -59,10 +60,32 @@ class Index(Protocol):
         ...
 
 
-def check_k(k: int) -> None:
-    """Refuses a list length below 1."""
+def check_k(k: int) -> int:
+    """Returns a list length as an integer of Python.
+
+    Raises:
+        ConfigError: It is no whole number, or below 1.
+    """
+    # NumPy's integers too; a boolean is an integer for Python alone.
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
+        raise ConfigError(
+            f"k={echo(k)} must be a whole number of at least 1, not of type {type(k).__name__!r}."
+        )
+    k = int(k)
     if k < 1:
-        raise ValueError(f"k={k} must be at least 1.")
+        raise ConfigError(f"k={echo(k)} must be at least 1.")
+    return k
+
+
+def list_length(k: int, num_items: int) -> int:
+    """Returns the length that lists of `k` among `num_items` items can have.
+
+    Room is made for lists of that length: `k` alone may be anything that somebody types.
+
+    Raises:
+        ConfigError: `k` is no whole number, or below 1.
+    """
+    return min(check_k(k), num_items)
 
 
 def check_scores(scores: np.ndarray) -> None:

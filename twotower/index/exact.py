@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, device_group, put
 from twotower.core.ragged import Ragged
-from twotower.index.base import check_k, check_queries, check_scores, check_vectors
+from twotower.index.base import check_queries, check_scores, check_vectors, list_length
 from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
 
 ITEM_BLOCK = 65_536  # items compared at once on each device
@@ -118,22 +118,23 @@ class ExactIndex:
             exclude: Rows that must not come back, one list a query.
 
         Returns:
-            (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k
-            items remain.
+            (scores float32 [Q, L], rows int32 [Q, L]), where L is `k`, or the number of items if
+            that is less; score -inf and row -1 where fewer than L items remain.
 
         Raises:
             QueryError: A query is of the wrong width, not finite, or zero where vectors are
                 normalised; or a score overflows.
-            ValueError: `k` < 1, or `exclude` is not one list a query.
+            ConfigError: `k` is no whole number, or below 1.
+            ValueError: `exclude` is not one list a query.
         """
         queries = check_queries(queries, self.dim, normalized=self.normalized)
-        check_k(k)
+        k = list_length(k, self.num_items)
         if exclude is not None and len(exclude) != len(queries):
             raise ValueError(
                 f"exclude holds {len(exclude)} lists for {len(queries)} queries; "
                 "give one list a query."
             )
-        # Lists of more items than there are end in these.
+        # Lists with exclusions end in these.
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int32)
         if not self.num_items:

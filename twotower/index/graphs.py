@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from twotower.core.install import install_line
 from twotower.index import tuning as tuner
-from twotower.index.base import check_k, check_queries, check_vectors
+from twotower.index.base import check_queries, check_vectors, list_length
 from twotower.index.exact import ExactIndex
 from twotower.index.tuning import TunableIndex, Tuning
 
@@ -258,7 +258,7 @@ class GraphIndex:
     def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the nearly best items of each query, best first; see `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
-        check_k(k)
+        k = list_length(k, self.num_items)
         # Of the two settings that the tuner knows a graph has one: nothing is scored anew.
         candidates, _ = self.tuning.effort(k)
         return self.search_with(queries, k, candidates)
@@ -274,18 +274,15 @@ class GraphIndex:
             candidates: Candidates that the search keeps (efSearch).
             reorder: Not used: whole vectors are compared. The tuner passes it to every index.
         """
-        # Filled in where the corpus holds fewer than k items, or the search found fewer.
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int32)
-        if not len(queries):
-            return scores, rows
-        length = min(k, self.num_items)
+        k = min(k, self.num_items)
+        if not len(queries) or not k:
+            shape = (len(queries), k)
+            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
         with self._lock:
-            best, best_rows = self._library.search(self._graph, queries, length, candidates)
+            scores, rows = self._library.search(self._graph, queries, k, candidates)
         # FAISS fills short lists with row -1 and a score of its own.
-        rows[:, :length] = best_rows
-        scores[:, :length] = np.where(best_rows < 0, -np.inf, best)
-        return scores, rows
+        scores = np.where(rows < 0, -np.inf, scores)
+        return scores.astype(np.float32, copy=False), rows.astype(np.int32, copy=False)
 
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the graph; see `Index.save`."""

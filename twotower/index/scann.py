@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from twotower.core.errors import BadIndexError
 from twotower.index import tuning as tuner
-from twotower.index.base import check_k, check_queries, check_vectors
+from twotower.index.base import check_queries, check_vectors, list_length
 from twotower.index.tuning import TunableIndex, Tuning
 
 # Below so many vectors ScaNN cannot always train a tree, and has nothing to gain.
@@ -139,7 +139,7 @@ class ScannIndex:
     def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the nearly best items of each query, best first; see `Index.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
-        check_k(k)
+        k = list_length(k, self.num_items)
         leaves = 0
         reorder = 0
         if self.tuning.num_leaves:
@@ -165,15 +165,15 @@ class ScannIndex:
             leaves: Leaves searched for each query.
             reorder: Candidates scored anew with whole vectors.
         """
-        if not len(queries) or not self.num_items:
+        k = min(k, self.num_items)
+        if not len(queries) or not k:
             return _empty_lists(len(queries), k)
-        length = min(k, self.num_items)
-        options = {"final_num_neighbors": length}
+        options = {"final_num_neighbors": k}
         if self.tuning.num_leaves:
             options["leaves_to_search"] = leaves
         if self.tuning.hashed:
             # Fewer candidates than the list is long would cut it short without a word.
-            options["pre_reorder_num_neighbors"] = max(reorder, length)
+            options["pre_reorder_num_neighbors"] = max(reorder, k)
         # ScaNN's rows are unsigned; those of every index are int32, so that -1 can stand for none.
         neighbors, products = self._call_searcher(queries, options)
         # ScaNN fills short lists with row 0 at score NaN, which makes the sum of squares NaN.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.core.ragged import Ragged
-from twotower.index.base import Index, check_queries, check_scores
+from twotower.index.base import Index, check_queries, check_scores, list_length
 from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Vectors
 from twotower.kernels.top_k import RunningTopK
@@ -83,17 +83,18 @@ def search_filtered(
             `vectors`.
 
     Returns:
-        (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k items
-        remain.
+        (scores float32 [Q, L], rows int32 [Q, L]), where L is `k`, or the number of items if that
+        is less; score -inf and row -1 where fewer than L items remain.
 
     Raises:
-        QueryError: As `ExactIndex.search`.
+        QueryError, ConfigError: As `ExactIndex.search`.
     """
+    k = list_length(k, index.num_items)
     if exclude is None:
         exclude = Ragged.empty(len(queries))
     # Exact search takes exclusions itself: nothing is fetched in vain.
     if isinstance(index, ExactIndex) and allowed is None:
-        return index.search(queries, k, exclude=exclude)
+        return index.search(queries, max(1, k), exclude=exclude)
     num_allowed = index.num_items
     if allowed is not None:
         num_allowed = allowed.count
@@ -176,13 +177,15 @@ def brute_force_search(
         extra_coordinate: float [N], a coordinate behind those of `vectors`.
 
     Returns:
-        (scores float32 [Q, k], rows int32 [Q, k]); score -inf and row -1 where fewer than k remain.
+        (scores float32 [Q, L], rows int32 [Q, L]), where L is `k`, or the number of items if that
+        is less; score -inf and row -1 where fewer than L remain.
 
     Raises:
         QueryError: A score overflows.
     """
     queries = np.asarray(queries, np.float32)
-    # Lists of more items than there are end in these.
+    k = min(k, len(vectors))
+    # Lists of more items than are compared end in these.
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int32)
     total = len(vectors)

@@ -93,9 +93,10 @@ def mine_hard_negatives(
         if margin >= 0:
             limits = _mean_positive_scores(users[block], items, positives) - margin
             keep &= scores <= limits[:, None]
-        # Those kept move to the front, in their order.
+        # Those kept move to the front, in their order. Of a small corpus there are few ranks.
         order = np.argsort(~keep, axis=1, kind="stable")
-        pools["items"][block] = np.take_along_axis(np.where(keep, rows, -1), order, axis=1)
+        kept = np.take_along_axis(np.where(keep, rows, -1), order, axis=1)
+        pools["items"][block, : kept.shape[1]] = kept
         pools["sizes"][block] = keep.sum(axis=1)
     return pools
 

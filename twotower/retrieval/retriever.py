@@ -590,7 +590,8 @@ class Retriever:
 def _rerank_lists(
     reranking: Reranking, snapshot: Snapshot, scores: np.ndarray, positions: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores [B, k] and positions [B, k] that a re-ranker chooses from [B, M]."""
+    """Returns the scores [B, L] and positions [B, L] that a re-ranker chooses from [B, M]."""
+    k = min(k, scores.shape[1])
     chosen_scores = np.full((len(scores), k), -np.inf, scores.dtype)
     chosen_positions = np.full((len(scores), k), -1, positions.dtype)
     for user in range(len(scores)):

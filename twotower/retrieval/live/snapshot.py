@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.ragged import Ragged
-from twotower.index.base import check_queries, check_scores
+from twotower.index.base import check_queries, check_scores, list_length
 from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import append_coordinate
 from twotower.index.search import AllowedRows, search_filtered
@@ -79,9 +79,10 @@ class Snapshot:
             cosine: Whether cosines rank in the place of dot products.
 
         Returns:
-            (scores float32 [B, k], positions int64 [B, k]); score -inf and position -1 where fewer
-            than k items remain.
+            (scores float32 [B, L], positions int64 [B, L]), where L is at most `k` and the number
+            of items; score -inf and position -1 where fewer than L items remain.
         """
+        k = list_length(k, len(self.base) + self.num_slots)
         if exclude is None:
             exclude = Ragged.empty(len(queries))
         base = self.base
@@ -105,7 +106,7 @@ class Snapshot:
             index,
             vectors,
             index_queries,
-            k,
+            max(1, k),
             _replace_values(exclude, base.rows_of(exclude.values)),
             allowed=self._allowed_rows(where, only),
             extra_coordinate=coordinate,
