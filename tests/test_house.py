@@ -64,6 +64,7 @@ MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
 MAY_IMPORT["experiments"] = MAY_IMPORT["__main__"]
 MAY_IMPORT[""] = (*MAY_IMPORT["experiments"], "register")  # the front door hands names on, lazily
 MAX_FILES = 15
+ADDRESS = re.compile(r"twotower(\.\w+)+:\w+")
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
     "faiss",
@@ -115,6 +116,15 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             )
             module = ".".join([*above, *filter(None, [node.module])])
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+    yield from addresses(path)
+
+
+def addresses(path: Path) -> Iterator[tuple[str, int]]:
+    """Every kind that a file names by its address, to be imported when it is asked for, and the
+    line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and ADDRESS.fullmatch(str(node.value)):
+            yield str(node.value).replace(":", "."), node.lineno
 
 
 def arrows_up(path: Path) -> list[str]:
@@ -191,6 +201,7 @@ def test_imports_go_down_only():
         "def f():\n    from experiments import train",
         "from twotower.nowhere import x",
         "import twotower.experiments",
+        "KINDS = {'fast': 'twotower.training.loop:train'}",
     ],
 )
 def test_an_arrow_up_is_seen_however_it_is_written(line, tmp_path, monkeypatch):
@@ -242,6 +253,16 @@ def test_the_package_and_its_configuration_load_the_standard_library_alone():
         )
         == ""
     )
+
+
+def test_what_serves_loads_no_kind_of_feature_or_index_before_a_bundle_has_it():
+    registries = [ROOT / "twotower" / file for file in ("features/spec.py", "index/build.py")]
+    kinds = {name for path in registries for name, _ in addresses(path)}
+    modules = {kind.rpartition(".")[0] for kind in kinds}
+    assert len(modules) >= 9
+    # The times of a request are read as those of a feature are.
+    modules -= {"twotower.features.timestamp", "twotower.features.numeric"}
+    assert load(["twotower.retrieval.retriever"], tuple(sorted(modules))) == ""
 
 
 def test_a_module_that_loads_too_much_is_named():

@@ -43,7 +43,7 @@ def make(folder: Path, items: int) -> None:
     from twotower.config import from_dict
     from twotower.core.ragged import Ragged
     from twotower.experiment import read
-    from twotower.index.popularity import index_items
+    from twotower.index.build import index_items
     from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle
     from twotower.retrieval.export import make_bundle

@@ -163,6 +163,7 @@ def grid_best(
     candidates, by the tuner's own rule of what reaches the target."""
     from twotower.core.arrays import evenly_spaced
     from twotower.index import tuning as tuner
+    from twotower.index.base import TUNING_QUERIES
     from twotower.index.exact import ExactIndex
     from twotower.index.recall import isin_lists
 
@@ -173,7 +174,7 @@ def grid_best(
     spent = seconds(lambda: tuner.tune(problem, vectors, users, k))
     settings, asked = (
         [tuning.effort(k)],
-        np.ascontiguousarray(evenly_spaced(users, tuner.TUNING_QUERIES)[::2]),
+        np.ascontiguousarray(evenly_spaced(users, TUNING_QUERIES)[::2]),
     )
     exact = ExactIndex(vectors).search(asked, k)[1]
     for reorder in [k * times for times in tuner.REORDER_FACTORS] if tuning.hashed else [0]:

@@ -197,9 +197,8 @@ def test_a_tree_is_tuned_until_it_reaches_its_recall(scann):
     rng = np.random.default_rng(0)
     items = _unit(rng.normal(size=(1500, 12)))
     queries = _unit(rng.normal(size=(100, 12)))
-    index = ScannIndex.build(
-        items, kind="scann_tree", queries=queries, target_recall=0.95, normalized=True
-    )
+    config = RetrievalConfig(target_recall=0.95)
+    index = ScannIndex.build(items, config, kind="scann_tree", queries=queries, normalized=True)
     recall = list_recall(
         index.search(queries, 10)[1], np.argsort(-queries @ items.T, axis=1)[:, :10]
     )

@@ -1,6 +1,7 @@
 """Kinds of one's own stand beside the library's, and their options are checked like its own."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -52,6 +53,19 @@ def test_wrong_options_are_refused(kinds, values, message):
 def test_options_of_a_kind_without_any_are_refused(kinds):
     with pytest.raises(ConfigError, match="x.options={'a': 1}: the loss 'bpr' has no options"):
         kinds.build_options("bpr", {"a": 1}, "x.options")
+
+
+def test_a_kind_given_by_its_address_is_imported_when_it_is_asked_for(kinds, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kind_of_late.py").write_text("def late(x):\n    return x\n")
+    kinds = Kinds("loss", {"late": "kind_of_late:late", "softmax": max})
+    with pytest.raises(ConfigError, match="Known: late, softmax"):
+        kinds.choose("lat", "loss")
+    assert "late" in kinds and "kind_of_late" not in sys.modules
+    late = kinds.choose("late", "loss")
+    assert late is sys.modules["kind_of_late"].late
+    assert kinds.get("late") is kinds["late"] is late and late in kinds.values()
+    assert kinds.origins == {}
 
 
 @pytest.mark.parametrize("word", ["InfoNCE", "info-nce", "infonce"])

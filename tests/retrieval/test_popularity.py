@@ -6,12 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from twotower.index.popularity import (
-    append_coordinate,
-    index_items,
-    log_counts,
-    popularity_coordinate,
-)
+from twotower.index.build import index_items
+from twotower.index.popularity import append_coordinate, log_counts, popularity_coordinate
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 

@@ -1,4 +1,4 @@
-"""Registries: visible dicts from the names in a configuration to what they stand for.
+"""Registries: visible mappings from the names in a configuration to what they stand for.
 
 A user's module may add to them. A kind of one's own can have options: a frozen dataclass, which is
 made from a mapping in the configuration and checked like every other section.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -23,12 +25,14 @@ REGISTRIES: list[Kinds[Any]] = []
 _importing: list[str] = []
 
 
-class Kinds(dict[str, T]):
+class Kinds(UserDict[str, T]):
     """The kinds of one part of the library by name.
 
     Args:
         noun: What the kinds are, in messages: "loss", say.
-        kinds: Kinds of the library.
+        kinds: Kinds of the library. One may be given by its address, "package.module:Name": the
+            module is imported when the kind is first asked for, so that a bundle loads only what
+            it uses.
         options: Frozen dataclasses of the options of those that have some, by name.
         synonyms: Other words for kinds -> the name here, for the message on an unknown name.
 
@@ -50,12 +54,14 @@ class Kinds(dict[str, T]):
     def __init__(
         self,
         noun: str,
-        kinds: Mapping[str, T],
+        kinds: Mapping[str, T | str],
         *,
         options: Mapping[str, type] | None = None,
         synonyms: Mapping[str, str] | None = None,
     ):
-        super().__init__(kinds)
+        super().__init__()
+        # Past `__setitem__`, which is for the kinds of others.
+        self.data: dict[str, Any] = dict(kinds)
         self.noun = noun
         self.synonyms = dict(synonyms or {})
         self.origins: dict[str, str] = {}
@@ -98,6 +104,14 @@ class Kinds(dict[str, T]):
         self[name] = kind
         if options is not None:
             self._options[name] = options
+
+    def __getitem__(self, name: str) -> T:
+        kind = self.data[name]
+        if isinstance(kind, str):
+            module, _, attribute = kind.partition(":")
+            kind = getattr(importlib.import_module(module), attribute)
+            self.data[name] = kind
+        return kind
 
     def __setitem__(self, name: str, kind: T) -> None:
         # Plain assignment works too, for a kind without options.

@@ -116,6 +116,8 @@ class Feature:
     table: str = ""
     embedding_size: int = 32
 
+    # Whether the feature is the user's history, `twotower.features.history.HistoryFeature`.
+    is_history: ClassVar[bool] = False
     # Fields on which two features must agree to share a table. Features whose kinds list other
     # fields cannot share one, nor can those of a kind that lists none.
     shared_fields: ClassVar[tuple[str, ...]] = ()
@@ -232,6 +234,13 @@ class Feature:
             items: Descriptions of the item tower's arrays, some of which a history reads.
         """
         return {self.name: self.input(fitted)}
+
+    def serving_model(self, fitted: Fitted) -> dict[str, str] | None:
+        """Returns "model" and "sha256" of the model that encodes new values; None without one."""
+        return None
+
+    def warn_of_missing_extra(self) -> None:
+        """Warns where new values cannot be encoded on this machine."""
 
     def _check(self, ok: bool, field: str, requirement: str) -> None:
         if not ok:

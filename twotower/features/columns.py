@@ -8,7 +8,6 @@ import pyarrow as pa
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.features.base import Feature, Key, TrainingColumn, prefix_errors
-from twotower.features.history import HistoryFeature
 from twotower.features.spec import FeatureSpec
 from twotower.features.vocabulary import as_strings
 
@@ -40,7 +39,7 @@ def training_columns(
     columns = {}
     for feature in spec:
         # It has no column in training; see `HistoryFeature.fit_to_items`.
-        if isinstance(feature, HistoryFeature):
+        if feature.is_history:
             continue
         table = tables[feature.side]
         if _has_columns(table, feature):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,8 @@ class HistoryFeature(Feature):
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     half_life: float = 0.0
     embedding_size: int = 0
+
+    is_history: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -131,17 +131,19 @@ class SentenceFeature(TextColumns):
             )
         return super().extend(old, new, vocabulary)
 
+    def serving_model(self, fitted: Fitted) -> dict[str, str]:
+        return {"model": self.model, "sha256": fitted.statistics["model"]}
 
-def warn_of_missing_extra(feature: SentenceFeature) -> None:
-    """Warns that new texts cannot be encoded if the extra "text" is missing."""
-    if not all(importlib.util.find_spec(module) for module in ("tokenizers", "onnxruntime")):
-        logging.warning(
-            "%s: new texts need model %r and the extra 'text' (%s), "
-            "which is not installed; known ones have their vectors.",
-            feature.location,
-            feature.model,
-            install_line("text"),
-        )
+    def warn_of_missing_extra(self) -> None:
+        """Warns that new texts cannot be encoded if the extra "text" is missing."""
+        if not all(importlib.util.find_spec(module) for module in ("tokenizers", "onnxruntime")):
+            logging.warning(
+                "%s: new texts need model %r and the extra 'text' (%s), "
+                "which is not installed; known ones have their vectors.",
+                self.location,
+                self.model,
+                install_line("text"),
+            )
 
 
 def read_cache(

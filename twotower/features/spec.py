@@ -20,35 +20,31 @@ import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import check_fields, convert
 from twotower.core.kinds import Kinds
 from twotower.features.base import Feature
-from twotower.features.categorical import StringFeature, StringsFeature
-from twotower.features.history import HistoryFeature
 from twotower.features.inputs import SIDES
-from twotower.features.numeric import FloatFeature, IntFeature
-from twotower.features.pretrained import PretrainedFeature
-from twotower.features.sentence import SentenceFeature
-from twotower.features.text import TextFeature
-from twotower.features.timestamp import TimestampFeature
+
+if TYPE_CHECKING:  # loaded where a specification has one
+    from twotower.features.history import HistoryFeature
 
 # The kinds by the "type" of a specification. A user's module may add its own.
 FEATURES: Kinds[type[Feature]] = Kinds(
     "feature type",
     {
-        "string": StringFeature,
-        "strings": StringsFeature,
-        "int": IntFeature,
-        "float": FloatFeature,
-        "text": TextFeature,
-        "pretrained": PretrainedFeature,
-        "sentence": SentenceFeature,
-        "timestamp": TimestampFeature,
-        "history": HistoryFeature,
+        "string": "twotower.features.categorical:StringFeature",
+        "strings": "twotower.features.categorical:StringsFeature",
+        "int": "twotower.features.numeric:IntFeature",
+        "float": "twotower.features.numeric:FloatFeature",
+        "text": "twotower.features.text:TextFeature",
+        "pretrained": "twotower.features.pretrained:PretrainedFeature",
+        "sentence": "twotower.features.sentence:SentenceFeature",
+        "timestamp": "twotower.features.timestamp:TimestampFeature",
+        "history": "twotower.features.history:HistoryFeature",
     },
     synonyms={
         "str": "string",
@@ -115,8 +111,8 @@ class FeatureSpec:
     def history(self) -> HistoryFeature | None:
         """The feature that is the user's history."""
         for feature in self.user.values():
-            if isinstance(feature, HistoryFeature):
-                return feature
+            if feature.is_history:
+                return cast("HistoryFeature", feature)
         return None
 
     def side(self, side: str) -> dict[str, Feature]:
@@ -241,19 +237,20 @@ def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
 
 def _check_history(spec: FeatureSpec) -> None:
     """Refuses a second history, and one that reads features that items do not have."""
-    histories = [feature for feature in spec if isinstance(feature, HistoryFeature)]
+    histories = [feature for feature in spec if feature.is_history]
     # The towers have one sequence of events to read.
-    for history in histories[1:]:
+    for second in histories[1:]:
         raise ConfigError(
-            f"{history.location} is a second history beside {histories[0].location}: a user has "
+            f"{second.location} is a second history beside {histories[0].location}: a user has "
             "one. Leave one out."
         )
-    for history in histories:
+    history = spec.history
+    if history is not None:
         for name in history.reads:
             choose(spec.item, name, f"{history.location}.reads")
         first = spec.item[history.reads[0]]
         # Not isinstance: `strings` are a kind of `string`, and their ids are lists.
-        if type(first) is not StringFeature or first.column != "item_id":
+        if type(first) is not FEATURES["string"] or first.column != "item_id":
             raise ConfigError(
                 f"{history.location}.reads={history.reads!r} must begin with a string feature of "
                 f"the column 'item_id': {first.location} is another."

@@ -13,7 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from twotower.config import RetrievalConfig
 from twotower.core.errors import ConfigError, QueryError, echo
+
+TUNING_QUERIES = 2_000  # user vectors that an index is tuned and measured on, both together
 
 
 @runtime_checkable
@@ -56,6 +59,58 @@ class Index(Protocol):
         Returns:
             Settings to keep in index.json: "kind", "num_items", "dim", "normalized" and all else
             that loading needs.
+        """
+        ...
+
+
+class LibraryIndex(Index, Protocol):
+    """An index that another library builds and searches."""
+
+    @classmethod
+    def build(
+        cls,
+        vectors: ArrayLike,
+        config: RetrievalConfig,
+        *,
+        kind: str,
+        queries: ArrayLike,
+        normalized: bool = False,
+        popularity: np.ndarray | None = None,
+    ) -> Index:
+        """Builds the index, the same each time, and finds how hard it must search.
+
+        Args:
+            vectors: float [N, D], finite.
+            config: Recall that the index must reach, usual length of the lists, and how a graph is
+                built.
+            kind: Key of `twotower.index.build.LIBRARIES`.
+            queries: float [Q, D], user vectors to tune on.
+            normalized: Whether the vectors have length 1.
+            popularity: Popularity of each item, [N], for the recall of each decile; see
+                `twotower.index.tuning.tune`.
+        """
+        ...
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, info: dict[str, Any]) -> Index:
+        """Returns the index that `save` wrote.
+
+        Args:
+            folder: Folder of the index.
+            info: Content of its index.json.
+
+        Raises:
+            BadIndexError: It cannot be read.
+            ImportError: The library is missing.
+        """
+        ...
+
+    @staticmethod
+    def import_library(kind: str) -> Any:
+        """Returns the library's module.
+
+        Raises:
+            ImportError: It is missing; the message names what to do.
         """
         ...
 

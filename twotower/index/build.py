@@ -6,7 +6,6 @@ hnswlib and FAISS are used where the configuration names them.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -16,15 +15,17 @@ import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
-from twotower.config import RetrievalConfig
+from twotower.config import Config, RetrievalConfig
+from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BadIndexError, ConfigError, choose
-from twotower.index.base import Index, check_vectors
+from twotower.core.kinds import Kinds
+from twotower.index.base import TUNING_QUERIES, Index, LibraryIndex, check_vectors
 from twotower.index.exact import ExactIndex
-from twotower.index.graphs import GRAPHS, Construction, GraphIndex
 from twotower.index.int8 import Vectors
-from twotower.index.scann import MIN_TREE_VECTORS, ScannIndex, has_scann
-from twotower.index.tuning import Tuning
+from twotower.index.popularity import append_coordinate, popularity_coordinate
 
+# Vectors below which exact search is quick enough, and ScaNN need not be imported.
+MIN_SCANN_VECTORS = 1_000
 # Numbers in all vectors below which ScaNN compares them all: exact, and within a fraction of a
 # millisecond.
 MIN_TREE_NUMBERS = 50_000 * 64
@@ -51,6 +52,17 @@ KINDS = {
     "hnswlib": "a graph, by hnswlib",
     "faiss": "a graph, by FAISS",
 }
+# Those that a library builds and searches, each loaded where a bundle has it or one is to be built.
+LIBRARIES: Kinds[type[LibraryIndex]] = Kinds(
+    "index",
+    {
+        "scann_brute_force": "twotower.index.scann:ScannIndex",
+        "scann_tree": "twotower.index.scann:ScannIndex",
+        "scann_tree_ah": "twotower.index.scann:ScannIndex",
+        "hnswlib": "twotower.index.graphs:GraphIndex",
+        "faiss": "twotower.index.graphs:GraphIndex",
+    },
+)
 
 
 def build_index(
@@ -85,18 +97,37 @@ def build_index(
     # Items are worse to tune on than users, but a run may have none of these.
     if queries is None or not len(queries):
         queries = vectors
-    build = ScannIndex.build
-    if kind in GRAPHS:
-        construction = Construction(config.hnsw_m, config.hnsw_ef_construction)
-        build = functools.partial(GraphIndex.build, construction=construction)
-    return build(
+    return LIBRARIES[kind].build(
         vectors,
+        config,
         kind=kind,
         queries=queries,
-        target_recall=config.target_recall,
-        k=config.k,
         normalized=normalized,
         popularity=popularity,
+    )
+
+
+def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Index:
+    """Builds the index of a bundle.
+
+    Args:
+        config: Configuration of the run.
+        vectors: float [N, D], item vectors.
+        counts: int [N], training rows of each item.
+        users: float [U, D], user vectors to tune on.
+    """
+    queries = evenly_spaced(users, TUNING_QUERIES)
+    if config.retrieval.popularity:
+        coordinate, _ = popularity_coordinate(counts, vectors.shape[1])
+        vectors = append_coordinate(vectors, coordinate)
+        # Tuned for weight 0, the plain dot product.
+        queries = append_coordinate(queries, 0.0)
+    return build_index(
+        vectors,
+        config.retrieval,
+        normalized=config.model.normalize,
+        queries=queries,
+        popularity=counts,
     )
 
 
@@ -114,7 +145,7 @@ def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalize
     if config.index != "auto":
         return config.index
     # In this order: ScaNN is imported, which takes a while, only where it is of use.
-    if num_items < MIN_TREE_VECTORS or not has_scann():
+    if num_items < MIN_SCANN_VECTORS or not has_library("scann_tree"):
         return "exact"
     if num_items * dim < MIN_TREE_NUMBERS or num_items < MIN_ITEMS_PER_ENTRY * config.k:
         return "scann_brute_force"
@@ -123,6 +154,16 @@ def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalize
     if num_items >= MIN_HASHED_VECTORS and normalized:
         return "scann_tree_ah"
     return "scann_tree"
+
+
+def has_library(kind: str) -> bool:
+    """Whether the library of a kind can be imported; where not, the log says why."""
+    try:
+        LIBRARIES[kind].import_library(kind)
+    except ImportError as error:
+        logging.info("Exact search: %s", error)
+        return False
+    return True
 
 
 def save_index(index: Index, folder: str | os.PathLike, **more: Any) -> dict[str, Any]:
@@ -164,9 +205,8 @@ def load_index(folder: str | os.PathLike, vectors: Vectors) -> Index:
     # An exact index is no more than the vectors, so it is built anew.
     if kind == "exact":
         return ExactIndex(vectors, normalized=info["normalized"])
-    load = GraphIndex.load if kind in GRAPHS else ScannIndex.load
     try:
-        return load(folder, Tuning.from_dict(info))
+        return LIBRARIES[kind].load(folder, info)
     # A bundle that was made where ScaNN runs is served elsewhere too, only slower.
     except ImportError as error:
         logging.warning("The search is exact, and slower, in place of %s: %s", kind, error)

@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
+from twotower.config import RetrievalConfig
 from twotower.core.install import install_line
 from twotower.index import tuning as tuner
 from twotower.index.base import check_queries, check_vectors, list_length
@@ -220,20 +221,16 @@ class GraphIndex:
     def build(
         cls,
         vectors: ArrayLike,
+        config: RetrievalConfig,
         *,
         kind: str,
         queries: ArrayLike,
-        target_recall: float,
-        k: int = 10,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
-        construction: Construction,
     ) -> GraphIndex | ExactIndex:
-        """Builds the graph and finds how hard it must search; exact search where it cannot reach
-        the target.
-
-        See `ScannIndex.build`; `construction` are the parameters of the graph.
-        """
+        """Builds a graph, or exact search where it cannot reach the target; see `LibraryIndex`."""
+        target_recall = config.target_recall
+        construction = Construction(config.hnsw_m, config.hnsw_ef_construction)
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         tuning = Tuning(kind, num_items, dim, normalized, MAX_EF_SEARCH, target_recall)
@@ -244,7 +241,7 @@ class GraphIndex:
         tunable = TunableIndex(
             index.search_with, num_items, MAX_EF_SEARCH, False, target_recall, is_graph=True
         )
-        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, k, popularity)
+        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, config.k, popularity)
         if not efforts:
             logging.warning(
                 "%s does not reach recall %.4g: the search is exact.", kind, target_recall
@@ -295,8 +292,14 @@ class GraphIndex:
         }
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> GraphIndex:
-        """Returns the index that `save` wrote."""
+    def load(cls, folder: str | os.PathLike, info: dict[str, Any]) -> GraphIndex:
+        """Returns the index that `save` wrote; see `LibraryIndex`."""
+        tuning = Tuning.from_dict(info)
         library = GRAPHS[tuning.kind]
         graph = library.read(Path(folder) / library.file, tuning.num_items, tuning.dim)
         return cls(graph, tuning)
+
+    @staticmethod
+    def import_library(kind: str) -> Any:
+        """Returns hnswlib's or FAISS's module; see `LibraryIndex`."""
+        return import_library(kind)

@@ -10,12 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from twotower.config import Config
-from twotower.core.arrays import evenly_spaced
-from twotower.index.base import Index
-from twotower.index.build import build_index
 from twotower.index.int8 import Vectors
-from twotower.index.tuning import TUNING_QUERIES
 
 
 def log_counts(counts: np.ndarray) -> np.ndarray:
@@ -51,27 +46,3 @@ def append_coordinate(vectors: Vectors, values: ArrayLike) -> np.ndarray:
     # Whole in memory and in float32, also of int8 vectors.
     column = np.broadcast_to(np.asarray(values, np.float32), len(vectors))
     return np.column_stack([vectors, column]).astype(np.float32)
-
-
-def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Index:
-    """Builds the index of a bundle.
-
-    Args:
-        config: Configuration of the run.
-        vectors: float [N, D], item vectors.
-        counts: int [N], training rows of each item.
-        users: float [U, D], user vectors to tune on.
-    """
-    queries = evenly_spaced(users, TUNING_QUERIES)
-    if config.retrieval.popularity:
-        coordinate, _ = popularity_coordinate(counts, vectors.shape[1])
-        vectors = append_coordinate(vectors, coordinate)
-        # Tuned for weight 0, the plain dot product.
-        queries = append_coordinate(queries, 0.0)
-    return build_index(
-        vectors,
-        config.retrieval,
-        normalized=config.model.normalize,
-        queries=queries,
-        popularity=counts,
-    )

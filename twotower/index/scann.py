@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
+from twotower.config import RetrievalConfig
 from twotower.core.errors import BadIndexError
 from twotower.index import tuning as tuner
 from twotower.index.base import check_queries, check_vectors, list_length
@@ -71,28 +72,19 @@ class ScannIndex:
     def build(
         cls,
         vectors: ArrayLike,
+        config: RetrievalConfig,
         *,
         kind: str,
         queries: ArrayLike,
-        target_recall: float,
-        k: int = 10,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
     ) -> ScannIndex:
-        """Builds the searcher, the same each time, and finds how hard it must search.
+        """Builds a searcher; see `LibraryIndex`.
 
-        Args:
-            vectors: float [N, D], finite.
-            kind: scann_brute_force, scann_tree or scann_tree_ah (a tree of codes). Few vectors get
-                brute force, and a tree that does not reach the target gives way to the next kind of
-                `FALLBACK`.
-            queries: float [Q, D], user vectors to tune on.
-            target_recall: Share of the exact lists to find.
-            k: Usual length of the lists.
-            normalized: Whether the vectors have length 1.
-            popularity: Popularity of each item, [N], for the recall of each decile; see
-                `tuning.tune`.
+        Few vectors get brute force, and a tree that does not reach the target gives way to the next
+        kind of `FALLBACK`.
         """
+        target_recall = config.target_recall
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
         if kind != "scann_brute_force" and num_items < MIN_TREE_VECTORS:
@@ -111,7 +103,7 @@ class ScannIndex:
         # The searcher holds the most candidates that tuning tries; a search may then take fewer.
         max_reorder = 0
         if tuning.hashed:
-            max_reorder = min(num_items, k * max(tuner.REORDER_FACTORS))
+            max_reorder = min(num_items, config.k * max(tuner.REORDER_FACTORS))
         searcher = build_searcher(vectors, num_leaves=num_leaves, reorder=max_reorder)
         index = cls(searcher, tuning)
         queries = check_queries(queries, dim)
@@ -119,7 +111,7 @@ class ScannIndex:
         queries = queries[queries.any(axis=1)]
         if not len(queries):
             queries = vectors
-        if index._tune(vectors, queries, k, popularity):
+        if index._tune(vectors, queries, config.k, popularity):
             return index
         logging.warning(
             "%s does not reach recall %.4g at any effort; whole vectors are compared.",
@@ -128,10 +120,9 @@ class ScannIndex:
         )
         return cls.build(
             vectors,
+            config,
             kind=FALLBACK[kind],
             queries=queries,
-            target_recall=target_recall,
-            k=k,
             normalized=normalized,
             popularity=popularity,
         )
@@ -192,9 +183,14 @@ class ScannIndex:
         return dataclasses.asdict(self.tuning) | {"scann_version": scann_version()}
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, tuning: Tuning) -> ScannIndex:
-        """Returns the index that `save` wrote."""
-        return cls(load_searcher(folder), tuning)
+    def load(cls, folder: str | os.PathLike, info: dict[str, Any]) -> ScannIndex:
+        """Returns the index that `save` wrote; see `LibraryIndex`."""
+        return cls(load_searcher(folder), Tuning.from_dict(info))
+
+    @staticmethod
+    def import_library(kind: str) -> Any:
+        """Returns ScaNN's searcher module; see `LibraryIndex`."""
+        return import_scann()
 
     def _call_searcher(
         self, queries: np.ndarray, options: dict[str, int]
@@ -266,16 +262,6 @@ def import_scann() -> Any:
         if loaded is not None:
             modules["tensorflow"] = loaded
     return scann_ops_pybind
-
-
-def has_scann() -> bool:
-    """Whether ScaNN can be imported; where not, the log says why."""
-    try:
-        import_scann()
-    except ImportError as error:
-        logging.info("Exact search: %s", error)
-        return False
-    return True
 
 
 def scann_version() -> str:

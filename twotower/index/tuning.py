@@ -17,10 +17,10 @@ import numpy as np
 from absl import logging
 
 from twotower.core.arrays import evenly_spaced
+from twotower.index.base import TUNING_QUERIES
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import recall_by_decile
 
-TUNING_QUERIES = 2_000  # user vectors, in both halves together
 LONG_LIST_QUERIES = 500  # user vectors for lists longer than K
 # Lists of so many times K are tuned too: a search for more items than K must look deeper.
 LONG_LIST_FACTORS = (10, 100)

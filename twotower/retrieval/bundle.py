@@ -56,7 +56,6 @@ from twotower.core.install import command
 from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES
-from twotower.features.sentence import SentenceFeature, warn_of_missing_extra
 from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
@@ -238,8 +237,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     _check_lengths(bundle, files)
     # Known texts are served from their stored vectors, so this is no error yet.
     for feature in bundle.encoder.spec:
-        if isinstance(feature, SentenceFeature):
-            warn_of_missing_extra(feature)
+        feature.warn_of_missing_extra()
     return bundle
 
 
@@ -263,9 +261,9 @@ def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
     """Returns name and hash of each sentence model, by feature: new texts are embedded by it."""
     models = {}
     for feature in encoder.spec:
-        if isinstance(feature, SentenceFeature):
-            sha256 = encoder.fitted[feature.key].statistics["model"]
-            models[feature.location] = {"model": feature.model, "sha256": sha256}
+        model = feature.serving_model(encoder.fitted[feature.key])
+        if model is not None:
+            models[feature.location] = model
     return models
 
 

@@ -22,11 +22,11 @@ from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import discard, new_version, publish_version
 from twotower.data.interactions import PARTS
 from twotower.features.pretrained import PretrainedFeature
+from twotower.index.base import TUNING_QUERIES
+from twotower.index.build import index_items
 from twotower.index.exact import top_k
 from twotower.index.int8 import Int8Vectors, error_bound, quantize
-from twotower.index.popularity import index_items
 from twotower.index.recall import list_ndcg, list_recall
-from twotower.index.tuning import TUNING_QUERIES
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle

@@ -26,8 +26,8 @@ from twotower.core.files import (
 )
 from twotower.core.ragged import Ragged
 from twotower.index.base import Index
+from twotower.index.build import index_items
 from twotower.index.int8 import Vectors
-from twotower.index.popularity import index_items
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (
