@@ -18,6 +18,7 @@ import pyarrow as pa
 from twotower import fitting
 from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
+from twotower.data.dataset import Dataset
 from twotower.data.facts import LogFacts
 from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
@@ -46,8 +47,8 @@ FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what
 class Run(run_folder.Run):
     """A trained run, loaded at one of its checkpoints.
 
-    `fit`, `train` and `load_run` return one. To load it is to read its log again, which `fit` has
-    kept in the folder of the run.
+    `fit`, `train` and `load_run` return one. Its folder holds all that it needs: the log that it
+    was trained on may have grown, moved or gone.
 
     >>> run = tt.load_run("runs/mine")
     >>> run
@@ -62,6 +63,7 @@ class Run(run_folder.Run):
         model: Pair of towers.
         weights: Weights of the towers at `step`.
         step: Step of the checkpoint that was loaded.
+        validated: Validation metrics at `step`; {} without validation rows.
     """
 
     def __repr__(self) -> str:
@@ -285,7 +287,9 @@ def popularity_cure(facts: LogFacts) -> str:
     )
 
 
-def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
+def train(
+    config: Config, workdir: Path | str, *, devices: int = 0, data: Path | str | None = None
+) -> Run:
     """Trains a configuration in a folder, or goes on with what the folder holds of it.
 
     Validation runs where the split has validation rows, and hard negatives are mined where the
@@ -303,6 +307,8 @@ def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
         config: Configuration of the experiment.
         workdir: Folder of the run, new or begun with the same configuration.
         devices: Number of devices to train on; 0 takes all.
+        data: Folder of prepared data to share with other runs of the same data, split, features
+            and labels, which the first of them writes; None keeps it in the folder of the run.
 
     Returns:
         The run at its best checkpoint.
@@ -312,20 +318,40 @@ def train(config: Config, workdir: Path | str, *, devices: int = 0) -> Run:
             be used.
         TrainingError: The loss or a score is no longer finite.
     """
-    train_in_folder(config, workdir, devices=devices)
+    train_in_folder(config, workdir, devices=devices, data=data)
     # Loaded anew: the weights that training ends with are the last ones, not the best.
     return load_run(workdir)
 
 
-def train_in_folder(config: Config, workdir: Path | str, *, devices: int = 0) -> None:
+def train_in_folder(
+    config: Config,
+    workdir: Path | str,
+    *,
+    devices: int = 0,
+    data: Path | str | None = None,
+    dataset: Dataset | None = None,
+) -> None:
     """Trains as `train` does, and leaves the run in its folder without loading it.
 
     This is the form for one of several processes, and for work that goes on in another process.
+
+    Args:
+        config: Configuration of the experiment.
+        workdir: Folder of the run.
+        devices: Number of devices to train on; 0 takes all.
+        data: Folder of prepared data to share with other runs.
+        dataset: The log itself, in the place of the one that the configuration names.
     """
     check_names(config, workdir)
     # Both are made later, of prepared data: training itself imports neither.
     run_folder.train(
-        config, workdir, make_validate=make_validate, make_miner=make_miner, devices=devices
+        config,
+        workdir,
+        make_validate=make_validate,
+        make_miner=make_miner,
+        devices=devices,
+        data=data,
+        dataset=dataset,
     )
 
 
@@ -498,7 +524,8 @@ def repeat(
     for seed in range(seeds):
         training = dataclasses.replace(config.training, seed=seed)
         config_of_seed = dataclasses.replace(config, training=training)
-        run = train(config_of_seed, Path(workdir) / f"seed-{seed}")
+        # A seed of the training changes nothing of its data.
+        run = train(config_of_seed, Path(workdir) / f"seed-{seed}", data=Path(workdir) / "data")
         # Baselines depend on the data alone: once is enough.
         with_baselines = baselines and seed == 0
         figures = report.measure_run(

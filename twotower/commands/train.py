@@ -58,6 +58,13 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Folder of prepared data to share with other runs, written by the first; by default the run "
+    "keeps its own.",
+    flag_values=FLAGS,
+)
 _DRY_RUN = dry_run.define(FLAGS)
 
 
@@ -79,4 +86,4 @@ def main() -> None:
         init_timeout=_INIT_TIMEOUT.value,
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
     )
-    api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value)
+    api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value, data=_DATA.value)

@@ -149,6 +149,12 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     return parts
 
 
+def hold_nothing_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    """Puts every row into train, as for a model that was chosen before."""
+    del config
+    return np.full(rows.num_rows, TRAIN, np.int8)
+
+
 SPLITS: Kinds[PartOfRows] = Kinds(
     "split",
     {
@@ -156,6 +162,7 @@ SPLITS: Kinds[PartOfRows] = Kinds(
         "leave_last_out": leave_last_out,
         "random": split_at_random,
         "fixed": split_by_column,
+        "none": hold_nothing_out,
     },
     synonyms={
         "temporal": "time",
@@ -178,6 +185,7 @@ _HINTS = {
     "leave_last_out": "Only users with at least three rows have one held out.",
     "random": "Change the shares, or use a log with more rows.",
     "fixed": "The column 'split' decides it; set the share to 0 for a part that is not needed.",
+    "none": "It holds nothing out: set both shares to 0.",
 }
 
 

@@ -149,12 +149,23 @@ def share(folder: Path, shared: Path) -> None:
     Args:
         folder: Folder of the data of a run.
         shared: Folder that `save` wrote to.
+
+    Raises:
+        FolderError: `folder` stands for other data already.
     """
+    sha256 = _read_manifest(shared)["sha256"]
+    if is_whole(folder):
+        before = _read_manifest(folder)
+        if before.get("shared_sha256", before["sha256"]) != sha256:
+            raise FolderError(
+                f"{shared} is not the prepared data that the run in {folder.parent} was begun "
+                "with: leave out --data, or train in a new folder."
+            )
     try:
         path = os.path.relpath(shared.resolve(), folder.resolve())
     except ValueError:  # on another drive
         path = str(shared.resolve())
-    _write_manifest(folder, {"shared": path, "shared_sha256": _read_manifest(shared)["sha256"]})
+    _write_manifest(folder, {"shared": path, "shared_sha256": sha256})
 
 
 def resolve(folder: Path) -> Path:

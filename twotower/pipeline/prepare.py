@@ -15,7 +15,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted
-from twotower.data.dataset import Dataset, TruePreferences
+from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
 from twotower.data.matching import check_matches
@@ -23,7 +23,7 @@ from twotower.data.sources.kept import locate
 from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
-from twotower.features.spec import load_spec
+from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
 from twotower.pipeline.event_weights import (
     check_event_weights,
@@ -145,19 +145,23 @@ class PreparedData:
         return rows.take(self.is_positive(part))
 
 
-def read_parts(config: Config, *, folder: Path | None = None) -> tuple[Dataset, Split]:
+def read_parts(
+    config: Config, *, folder: Path | None = None, dataset: Dataset | None = None
+) -> tuple[Dataset, Split]:
     """Reads the log that a configuration names, filters it and divides it.
 
     Args:
         config: Configuration of an experiment.
         folder: Folder of the run, in which rows that it keeps are found.
+        dataset: The log itself, in the place of the one that the configuration names.
 
     Raises:
         ConfigError: The data cannot be read, or nothing is left of it.
         LeakageError: The split leaks (see `twotower.data.audit`).
     """
-    # Only here do rows get the folder of their run: its configuration stays that of any folder.
-    dataset = load_dataset(locate(config.data, folder))
+    if dataset is None:
+        # Only here do rows get the folder of their run: its configuration stays that of any folder.
+        dataset = load_dataset(locate(config.data, folder))
     check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(dataset, config.data)
@@ -171,6 +175,8 @@ def prepare(
     config: Config,
     *,
     folder: Path | None = None,
+    dataset: Dataset | None = None,
+    spec: FeatureSpec | None = None,
     encoder: Encoder | None = None,
     fit: Callable[..., Encoder] = Encoder.fit,
 ) -> PreparedData:
@@ -179,6 +185,8 @@ def prepare(
     Args:
         config: Configuration of a run.
         folder: Folder of the run, in which rows that it keeps are found.
+        dataset: The log itself, in the place of the one that the configuration names.
+        spec: Features, in the place of those that the configuration names.
         encoder: Encoder that a run was trained with; by default one is fitted on the training rows.
         fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
 
@@ -188,8 +196,9 @@ def prepare(
             rows than these training rows.
     """
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
-    spec = with_event_weights(load_spec(config.features), config)
-    dataset, parts = read_parts(config, folder=folder)
+    if spec is None:
+        spec = with_event_weights(load_spec(config.features), config)
+    dataset, parts = read_parts(config, folder=folder, dataset=dataset)
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
@@ -256,6 +265,20 @@ def prepare(
         packing=pack_sequences(config, histories),
         has_catalogue=dataset.has_catalogue,
     )
+
+
+def join_parts(prepared: PreparedData) -> Dataset:
+    """Returns the log that data was prepared from, in file order, as its filters had left it."""
+    raw = prepared.raw
+    log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
+    order = np.argsort(raw.joined_file_positions(), kind="stable")
+    # With the ids that the corpus was restricted from.
+    dataset = assemble(log.take(pa.array(order)), prepared.users, prepared.items)
+    truth = prepared.truth
+    # Its rows are those of the tables.
+    if len(dataset.items) > len(prepared.items):
+        truth = None
+    return dataclasses.replace(dataset, has_catalogue=prepared.has_catalogue, truth=truth)
 
 
 def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:

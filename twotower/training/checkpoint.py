@@ -143,11 +143,15 @@ class Checkpoints:
     def best(self) -> int | None:
         """Returns the step with the best validation metric; the latest if none was measured."""
         steps = self._manager.all_steps()
-        metrics = {step: self._manager.metrics(step) or {} for step in steps}
+        metrics = {step: self.metrics(step) for step in steps}
         best = best_step(metrics, self._metric)
         if best is None:
             return self.latest()
         return best
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation metrics of a step; {} if none were measured."""
+        return dict(self._manager.metrics(step) or {})
 
     def wait(self) -> None:
         """Waits for the save in progress."""

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from twotower.config import Config
+from twotower.config import Config, TrainingConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.mesh import host_mesh
+from twotower.data.dataset import Dataset
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES, Input
 from twotower.features.vocabulary import Vocabulary
@@ -53,6 +54,8 @@ def grow(
     *,
     new_rows: str,
     checkpoint: str = "latest",
+    dataset: Dataset | None = None,
+    passes: float = 0.0,
 ) -> None:
     """Makes a run that goes on from a checkpoint of another run; `train` then continues it.
 
@@ -62,6 +65,9 @@ def grow(
         workdir: Folder of the new run, new or empty.
         new_rows: Way to make the rows of new values, a key of `NEW_ROWS`.
         checkpoint: "best", "latest" or a step of `source`.
+        dataset: The new log, in the place of the one that the configuration names.
+        passes: Further passes over the new training rows, which decide `config.training.steps`; 0
+            leaves them as they are.
 
     Raises:
         ConfigError: The configurations do not fit together, or `workdir` is not empty.
@@ -77,7 +83,14 @@ def grow(
     state, step = _restore(source, before, encoder, checkpoint)
     _check_step(config, step)
     # The old encoder is extended, not fitted anew: known values keep their rows.
-    prepared = prepare(config, fit=encoder.extend)
+    if dataset is None:
+        prepared = prepare(config, fit=encoder.extend)
+    else:
+        # Of the run itself: its file of features need not be there any more.
+        prepared = prepare(config, dataset=dataset, spec=encoder.spec, fit=encoder.extend)
+    if passes:
+        config = _with_further_passes(config, step, passes, prepared.num_examples)
+        prepared = dataclasses.replace(prepared, config=config)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
     steps = trainer.scaled_to(prepared.num_examples).config.training.steps
@@ -384,6 +397,15 @@ def _check_configs(before: Config, config: Config, workdir: Path) -> None:
                 f"config.training.{part}.kind differs from that of the run to grow from, whose "
                 "state is kept."
             )
+
+
+def _with_further_passes(config: Config, step: int, passes: float, examples: int) -> Config:
+    """Returns a configuration whose steps are so many passes beyond a step."""
+    further = dataclasses.replace(
+        config.training, steps=TrainingConfig().steps, steps_for=0, passes=passes
+    ).scaled_to(examples)
+    training = dataclasses.replace(further, steps=step + further.steps)
+    return dataclasses.replace(config, training=training)
 
 
 def _check_step(config: Config, step: int) -> None:

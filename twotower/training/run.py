@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from twotower.core.fields import differences
 from twotower.core.files import atomic
 from twotower.core.install import command
 from twotower.core.mesh import make_mesh
+from twotower.data.dataset import Dataset
 from twotower.features.encoder import Encoder
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
@@ -52,6 +53,7 @@ class Run:
         model: Pair of towers.
         weights: Weights of the towers at `step`.
         step: Step of the checkpoint that was loaded.
+        validated: Validation metrics at `step`; {} without validation rows.
     """
 
     workdir: Path
@@ -60,6 +62,7 @@ class Run:
     model: TwoTower
     weights: Weights
     step: int
+    validated: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -70,6 +73,7 @@ def train(
     make_miner: MakeMiner | None = None,
     devices: int = 0,
     data: Path | str | None = None,
+    dataset: Dataset | None = None,
 ) -> None:
     """Trains a configuration in a folder, or goes on with the folder's run.
 
@@ -86,6 +90,7 @@ def train(
         devices: Number of devices to use; 0 uses all.
         data: Folder of prepared data that runs share, prepared here if it holds none; None for one
             of the run itself.
+        dataset: The log itself, in the place of the one that the configuration names.
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or the data or a field cannot
@@ -103,7 +108,7 @@ def train(
     prepared = _kept_data(config, workdir, shared)
     is_new = prepared is None
     if prepared is None:
-        prepared = prepare(config, folder=workdir)
+        prepared = prepare(config, folder=workdir, dataset=dataset)
     model = TwoTower.build(config.model, prepared.encoder)
     trainer = Trainer.build(config, model, corpus_size(prepared))
     # Only now that everything fits: an error above leaves the folder free for the corrected
@@ -189,14 +194,15 @@ def begin(workdir: Path, config: Config, prepared: PreparedData, shared: Path | 
 def _keep_data(workdir: Path, prepared: PreparedData, shared: Path | None) -> None:
     """Writes the prepared data of a run, or the name of the folder that it shares."""
     folder = data_path(workdir)
-    if shared is None:
+    if shared is None or shared.resolve() == folder.resolve():
         if not data_folder.is_whole(folder):
             data_folder.save(prepared, folder)
         return
     if not data_folder.is_whole(shared):
         prepared.encoder.save(shared / "encoder")
         data_folder.save(prepared, shared)
-    data_folder.share(folder, shared)
+    # Its arrays may be those of another run, which keeps them for itself as well.
+    data_folder.share(folder, data_folder.resolve(shared))
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
@@ -219,7 +225,8 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         step = find_step(checkpoints, checkpoint, workdir)
         state, _ = checkpoints.restore(step, abstract)
-    return Run(workdir, config, prepared, model, state.weights, step)
+        validated = checkpoints.metrics(step)
+    return Run(workdir, config, prepared, model, state.weights, step, validated)
 
 
 def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
