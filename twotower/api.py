@@ -445,6 +445,7 @@ def evaluate(
     ks: Sequence[int] = (),
     split: str = "test",
     baselines: bool = False,
+    without_baselines: Sequence[str] = (),
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     devices: int = 0,
@@ -458,6 +459,7 @@ def evaluate(
         ks: Lengths of the lists; by default those of the configuration.
         split: Rows to find: "test" or "validation".
         baselines: Whether popularity, item-kNN, EASE and the like are measured beside the model.
+        without_baselines: Names of baselines to leave out, such as "ease" of a large corpus.
         max_queries: Greatest number of queries, evenly spaced; 0 takes all.
         popularity_weights: Weights of popularity to measure lists with.
         devices: Number of devices that share the items; 0 takes all.
@@ -477,6 +479,7 @@ def evaluate(
         ks=ks,
         split=split,
         baselines=baselines,
+        without_baselines=without_baselines,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
     )

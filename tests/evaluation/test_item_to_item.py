@@ -181,6 +181,24 @@ def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
     assert measure(made["ease"]) == pytest.approx(ridges[1], abs=1e-6)
 
 
+def test_a_model_that_is_left_out_is_not_fitted(monkeypatch):
+    train = lists_of(random_log())
+    monkeypatch.setattr(item_to_item, "ease", None)
+    made = item_to_item.make_item_to_item(train, asked(train), None, without=["ease"])
+    assert set(made) == {"item_knn"}
+
+
+def test_blocks_of_items_do_not_change_the_models(monkeypatch):
+    train = lists_of(random_log())
+    whole = item_to_item.nearest_items(train, ITEMS, 7)
+    gram = item_to_item.gram_matrix(train, ITEMS)
+    # Seven items at a time.
+    monkeypatch.setattr(item_to_item, "BLOCK_BYTES", 8 * ITEMS * 7)
+    for found, expected in zip(item_to_item.nearest_items(train, ITEMS, 7), whole):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(item_to_item.gram_matrix(train, ITEMS), gram)
+
+
 def test_a_log_that_is_too_large_is_left_out_and_said(monkeypatch, caplog):
     train = lists_of(random_log())
     with caplog.at_level(logging.WARNING, logger="absl"):

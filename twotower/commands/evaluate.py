@@ -29,6 +29,12 @@ _BASELINES = flags.DEFINE_bool(
     "Measure random, popularity and the like beside the model.",
     flag_values=FLAGS,
 )
+_WITHOUT_BASELINES = flags.DEFINE_list(
+    "without_baselines",
+    [],
+    "Baselines to leave out, such as ease, which takes long over many items.",
+    flag_values=FLAGS,
+)
 _QUERIES = flags.DEFINE_integer(
     "queries",
     0,
@@ -71,6 +77,7 @@ def main() -> None:
         ks=ks,
         split=_SPLIT.value,
         baselines=_BASELINES.value,
+        without_baselines=_WITHOUT_BASELINES.value,
         max_queries=_QUERIES.value,
         popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
         devices=_DEVICES.value,

@@ -5,10 +5,11 @@ For the generated shop there is also one that it cannot beat: that by the true p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from twotower.core.errors import choose
 from twotower.evaluation.evaluate import Scores, dot_scores
 from twotower.evaluation.item_to_item import make_item_to_item
 from twotower.evaluation.queries import Queries, make_queries
@@ -16,19 +17,40 @@ from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users
 
+# All baselines, in the order of a report.
+NAMES = (
+    "random",
+    "popularity",
+    "popularity_top_quantile",
+    "popularity_last_week",
+    "item_knn",
+    "ease",
+    "true_preferences",
+)
 WEEK = 7 * 24 * 3600  # seconds
 TOP_SHARE = 0.1  # share of the items that count as popular, the "top quantile"
 
 
 def make_baselines(
-    prepared: PreparedData, queries: Queries, *, seed: int = 0
+    prepared: PreparedData, queries: Queries, *, without: Collection[str] = (), seed: int = 0
 ) -> Mapping[str, Scores]:
     """Makes the scores of the queries by every baseline that the data allows, by name.
 
     "random", "popularity" and "popularity_top_quantile" always; "popularity_last_week" where rows
     have timestamps; "item_knn" and "ease" where the log is not too large for them; and
     "true_preferences" where the data was generated.
+
+    Args:
+        prepared: Prepared data of a run.
+        queries: Queries to score.
+        without: Names of baselines to leave out.
+        seed: Seed of random orders.
+
+    Raises:
+        ConfigError: A name is that of no baseline.
     """
+    for name in without:
+        choose(dict.fromkeys(NAMES), name, "without_baselines")
     # Fitted on training rows alone, as the model is.
     train = prepared.positives("train")
     num_items = len(prepared.items)
@@ -47,13 +69,13 @@ def make_baselines(
     tuning = None
     if len(prepared.positives("validation")):
         tuning = _tuning_queries(prepared)
-    baselines |= make_item_to_item(train_items, queries, tuning)
+    baselines |= make_item_to_item(train_items, queries, tuning, without=without)
     if prepared.truth is not None:
         truth = prepared.truth
         # Factors stand in the order of the users table, a row for each user, not for each query.
         users = truth.user_factors[queries.user]
         baselines["true_preferences"] = dot_scores(users, truth.item_factors)
-    return baselines
+    return {name: scores for name, scores in baselines.items() if name not in without}
 
 
 def _tuning_queries(prepared: PreparedData) -> Queries:

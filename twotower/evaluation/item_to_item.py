@@ -6,14 +6,14 @@ towers' histories hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
+import scipy.sparse
 from absl import logging
-from jaxtyping import Array, Float
 
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
@@ -21,18 +21,24 @@ from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 
 T = TypeVar("T")
+# Type checkers know these of scipy in part only.
+csr_array: Any = scipy.sparse.csr_array
+lapack: Any = scipy.linalg.lapack
 # A fitted model: queries -> their scores.
 ItemModel = Callable[[Queries], Scores]
 
 NEIGHBOURS = (5, 20, 100)  # numbers of neighbours to try
 # Ridges (lambda) of EASE to try, from the strongest: the search stops when one brings no gain.
 RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0)
-MAX_EASE_ITEMS = 20_000  # a matrix of them takes 1.6 GB, and five are held at once
+# A matrix of them takes 1.6 GB, and three are held: the counts, and the weights of two ridges.
+MAX_EASE_ITEMS = 20_000
+EASE_MATRICES = 3
 MAX_ITEM_PAIRS = 10**10  # pairs of two items of one user, which take minutes to count
+BLOCK_BYTES = 2**27  # bytes of counts of items by items that are held at once
 
 
 def make_item_to_item(
-    train: Ragged, queries: Queries, tuning: Queries | None
+    train: Ragged, queries: Queries, tuning: Queries | None, *, without: Collection[str] = ()
 ) -> Mapping[str, Scores]:
     """Makes the scores of "item_knn" and "ease", each where the log is not too large for it.
 
@@ -41,6 +47,7 @@ def make_item_to_item(
         queries: Queries to score. One without seen items gets 0 for all.
         tuning: Validation queries, whose NDCG@10 with seen items masked chooses the number of
             neighbours and the ridge; None takes the middle ones.
+        without: Names of models to leave out.
 
     Returns:
         Name -> scores, without the models that are left out; a warning says why.
@@ -54,15 +61,9 @@ def make_item_to_item(
             MAX_ITEM_PAIRS,
         )
         return {}
-    # Nearest first: the model of fewer neighbours is the first columns of this.
-    near, similarity = nearest_items(train, queries.num_items, max(NEIGHBOURS))
-
-    def make_knn(count: int) -> ItemModel:
-        return neighbour_model(near[:, :count], similarity[:, :count])
-
-    # NDCG may rise again after it fell, so that all numbers of neighbours are tried.
-    knn = _best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
-    scores = {"item_knn": knn(queries)}
+    scores = {}
+    if "item_knn" not in without:
+        scores["item_knn"] = _tuned_knn(train, queries.num_items, tuning)(queries)
     if queries.num_items > MAX_EASE_ITEMS:
         logging.warning(
             "ease is left out: it inverts a matrix of items by items, "
@@ -70,16 +71,48 @@ def make_item_to_item(
             queries.num_items,
             MAX_EASE_ITEMS,
         )
-        return scores
-    # On the device once, for all ridges.
-    gram = jnp.asarray(gram_matrix(train, queries.num_items))
+    elif "ease" not in without:
+        scores["ease"] = _tuned_ease(train, queries.num_items, tuning)(queries)
+    return scores
+
+
+def _tuned_knn(train: Ragged, num_items: int, tuning: Queries | None) -> ItemModel:
+    # Nearest first: the model of fewer neighbours is the first columns of this.
+    near, similarity = nearest_items(train, num_items, max(NEIGHBOURS))
+
+    def make_knn(count: int) -> ItemModel:
+        return neighbour_model(near[:, :count], similarity[:, :count])
+
+    # NDCG may rise again after it fell, so that all numbers of neighbours are tried.
+    return _best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
+
+
+def _tuned_ease(train: Ragged, num_items: int, tuning: Queries | None) -> ItemModel:
+    seconds = _inversion_seconds(num_items)
+    if seconds > 1:
+        logging.info(
+            "ease: %d items take %.1f GB and about %.0f s for each of at most %d ridges.",
+            num_items,
+            EASE_MATRICES * 4 * num_items**2 / 2**30,
+            seconds,
+            len(RIDGES),
+        )
+    gram = gram_matrix(train, num_items)
 
     def make_ease(ridge: float) -> ItemModel:
-        return linear_model(np.asarray(ease(gram, ridge)))
+        return linear_model(ease(gram, ridge))
 
-    best_ease = _best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
-    scores["ease"] = best_ease(queries)
-    return scores
+    return _best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
+
+
+def _inversion_seconds(num_items: int, *, sample: int = 500) -> float:
+    """Returns about how long this machine takes for `ease`, in seconds of wall clock."""
+    # The cost grows with the third power of the number of items.
+    size = min(num_items, sample)
+    gram = np.eye(size, dtype=np.float32)
+    start = time.perf_counter()
+    ease(gram, 1.0)
+    return (time.perf_counter() - start) * (num_items / size) ** 3
 
 
 def nearest_items(train: Ragged, num_items: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +130,18 @@ def nearest_items(train: Ragged, num_items: int, count: int) -> tuple[np.ndarray
     near = np.zeros((num_items, count), np.int32)
     similarity = np.zeros((num_items, count), np.float32)
     popularity = np.bincount(train.values, minlength=num_items)
-    for item, (others, shared) in enumerate(_shared_users(train, num_items)):
-        is_other = others != item
-        others = others[is_other]
-        cosine = shared[is_other] / np.sqrt(popularity[item] * popularity[others])
-        # The last key is the first to sort by.
-        best = np.lexsort((-popularity[others], -cosine))[:count]
-        near[item, : len(best)] = others[best]
-        similarity[item, : len(best)] = cosine[best]
+    for first, shared in _shared_users(train, num_items):
+        for row in range(shared.shape[0]):
+            item = first + row
+            entries = slice(shared.indptr[row], shared.indptr[row + 1])
+            is_other = shared.indices[entries] != item
+            others = shared.indices[entries][is_other]
+            users = shared.data[entries][is_other]
+            cosine = users / np.sqrt(popularity[item] * popularity[others])
+            # The last key is the first to sort by.
+            best = np.lexsort((-popularity[others], -cosine))[:count]
+            near[item, : len(best)] = others[best]
+            similarity[item, : len(best)] = cosine[best]
     return near, similarity
 
 
@@ -115,27 +152,50 @@ def gram_matrix(train: Ragged, num_items: int) -> np.ndarray:
     """
     # Counts are exact in float32 up to 2**24 users.
     gram = np.zeros((num_items, num_items), np.float32)
-    for item, (others, shared) in enumerate(_shared_users(train, num_items)):
-        gram[item, others] = shared
+    for first, shared in _shared_users(train, num_items):
+        gram[first : first + shared.shape[0]] = shared.toarray()
     return gram
 
 
-@jax.jit
-def ease(gram: Float[Array, "N N"], ridge: Float[Array, ""]) -> Float[Array, "N N"]:
+def ease(gram: np.ndarray, ridge: float) -> np.ndarray:
     """Returns the weights that predict a row of X from itself, with a diagonal of 0.
 
     They are the least squares solution B = I - P / diag(P), with P = (X'X + ridge I)^-1.
 
     Steck, Embarrassingly shallow autoencoders for sparse data, WWW 2019, eq. 8.
+
+    Args:
+        gram: Number of users that two items share, float32 [N, N].
+        ridge: Strength of the regularisation, above 0.
+
+    Returns:
+        Weights from each item (row) to each other (column), float32 [N, N].
     """
-    unit = jnp.eye(len(gram), dtype=gram.dtype)
-    # A TPU would otherwise round the factors of an inverse to eight bits.
-    with jax.default_matmul_precision("highest"):
-        # The sum is positive definite, so that a Cholesky factor suffices.
-        factor = jax.scipy.linalg.cho_factor(gram + ridge * unit)
-        inverse = jax.scipy.linalg.cho_solve(factor, unit)
+    diagonal = np.diag_indices(len(gram))
+    # One copy, which LAPACK turns into the inverse in place; it reads and writes the lower
+    # triangle of columns, which is the upper one of the rows here.
+    inverse = gram.copy()
+    inverse[diagonal] += ridge
+    # The sum is positive definite, so that a Cholesky factor suffices.
+    factor, failed_at = lapack.spotrf(inverse.T, lower=True, overwrite_a=True)
+    assert not failed_at, "counts with a ridge are positive definite"
+    inverse, _ = lapack.spotri(factor, lower=True, overwrite_c=True)
+    weights = _mirror(inverse.T)
     # Without a zero diagonal an item would predict itself.
-    return jnp.where(unit == 1, 0.0, -inverse / jnp.diag(inverse)[None, :])
+    weights /= -np.diag(weights)
+    weights[diagonal] = 0.0
+    return weights
+
+
+def _mirror(upper: np.ndarray, *, block: int = 1024) -> np.ndarray:
+    """Writes the upper triangle of a matrix [N, N] into the lower one, and returns it."""
+    # By blocks: the transpose of all of it would be one more matrix.
+    for start in range(0, len(upper), block):
+        stop = start + block
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+        square = upper[start:stop, start:stop]
+        square[:] = np.triu(square) + np.triu(square, 1).T
+    return upper
 
 
 def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
@@ -143,36 +203,39 @@ def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
 
     Args:
         near: Rows of the neighbours of each item, int [N, K].
-        similarity: Their cosines, float [N, K].
+        similarity: Their cosines, float [N, K]; 0 where an item has too few neighbours.
     """
+    num_items, count = near.shape
+    ends = np.arange(0, near.size + 1, count)
+    # float64: sums of equal cosines must be equal whatever their order.
+    cosines = similarity.ravel().astype(np.float64)
+    weights = csr_array((cosines, near.ravel(), ends), shape=(num_items, num_items))
 
-    def score_user(items: np.ndarray) -> np.ndarray:
-        # Where an item has too few neighbours, row 0 stands with a cosine of 0 and adds nothing.
-        neighbours = near[items].ravel()
-        cosines = similarity[items].ravel()
-        return np.bincount(neighbours, weights=cosines, minlength=len(near))
+    def scores(seen: Any) -> np.ndarray:
+        return (seen.astype(np.float64) @ weights).toarray().astype(np.float32)
 
-    return _make_item_model(score_user)
+    return _make_item_model(scores, num_items)
 
 
 def linear_model(weights: np.ndarray) -> ItemModel:
     """Makes the model that scores an item by the sum of the `weights` [N, N] from seen items to
     it."""
-    return _make_item_model(lambda items: weights[items].sum(axis=0))
+    return _make_item_model(lambda seen: seen @ weights, len(weights))
 
 
-def _make_item_model(score_user: Callable[[np.ndarray], np.ndarray]) -> ItemModel:
-    """Makes a model from the function that turns the seen items of one user into scores [N]."""
+def _make_item_model(score: Callable[[Any], np.ndarray], num_items: int) -> ItemModel:
+    """Makes a model of the function from a sparse matrix of seen items to scores [b, N]."""
 
     def model(queries: Queries) -> Scores:
-        def scores(block: slice) -> np.ndarray:
-            # Histories are short beside N, so rows are added up rather than multiplied out.
-            seen = queries.seen_lists(block)
-            return np.stack([score_user(items) for items in seen]).astype(np.float32)
-
-        return scores
+        return lambda block: score(_binary_matrix(queries.seen_lists(block), num_items))
 
     return model
+
+
+def _binary_matrix(lists: Ragged, num_items: int) -> Any:
+    """Returns the sparse matrix of lists by items, 1 where a list has one: float32 [R, N]."""
+    ones = np.ones(len(lists.values), np.float32)
+    return csr_array((ones, lists.values, lists.offsets), shape=(len(lists), num_items))
 
 
 def _best_model(
@@ -209,11 +272,21 @@ def _best_model(
     return best
 
 
-def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields for each item the items that its users have, itself among them, and the number of
-    these users that have each."""
-    # The transpose: lists of users by item. One row of X'X at a time needs no matrix of users and
-    # items.
-    item_users = Ragged.from_pairs(train.values, train.rows, num_rows=num_items)
-    for users in progress(item_users, total=num_items, what="Item pairs"):
-        yield np.unique(train.take(users).values, return_counts=True)
+def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[int, Any]]:
+    """Yields the number of users that two items share, a block of items by all items at a time.
+
+    An item shares its users with itself too.
+
+    Yields:
+        The first item of the block, and a sparse matrix, float32 [b, N].
+    """
+    users = _binary_matrix(train, num_items)
+    item_users = users.T.tocsr()
+    # A count takes eight bytes with its column, were no two items without a common user.
+    size = max(1, BLOCK_BYTES // (8 * num_items))
+    starts = range(0, num_items, size)
+    for start in progress(starts, total=len(starts), what="Item pairs"):
+        shared = item_users[start : start + size] @ users
+        # In the order of the items, which decides between equals.
+        shared.sort_indices()
+        yield start, shared

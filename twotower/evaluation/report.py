@@ -43,6 +43,7 @@ def measure_run(
     ks: Sequence[int],
     split: str = "test",
     baselines: bool = True,
+    without_baselines: Sequence[str] = (),
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
 ) -> Measured:
@@ -56,6 +57,7 @@ def measure_run(
         ks: Lengths of the lists.
         split: "test" or "validation".
         baselines: Whether to measure them.
+        without_baselines: Names of baselines to leave out.
         max_queries: Greatest number of queries, evenly spaced, and of labelled rows of each head; 0
             takes all.
         popularity_weights: Factors by which the log count of an item is added to its score. Each is
@@ -78,7 +80,7 @@ def measure_run(
         "model": model_scores(run.prepared, run.model, run.weights, queries)
     }
     if baselines:
-        rankings |= make_baselines(run.prepared, queries)
+        rankings |= make_baselines(run.prepared, queries, without=without_baselines)
     measured: Measured = {"protocol": _protocol(run, split, queries, len(every_query))}
     if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
