@@ -98,9 +98,69 @@ def read_log(
     Raises:
         ConfigError: A table or column cannot be used, or the log is too small.
     """
-    now = clock.time()
     data = _whole_config(config, {}).data
     said: list[str] = []
+    read = read_tables(
+        interactions, items=items, users=users, columns=columns, data=data, said=said
+    )
+    tables = read.typed
+    _check_rows(tables["interactions"], len(read.raw["log"]), said)
+    dataset = assemble(tables["interactions"], tables.get("user_table"), tables.get("item_table"))
+    check_matches(dataset.matches, data.accept)
+    if _gives_split(config):
+        chosen = _given_split(dataset, _whole_config(config, {}), said)
+    else:
+        chosen = _choose_split(dataset, data, said)
+    tables["interactions"] = chosen.rows
+    facts = log_facts(
+        dataclasses.replace(dataset, interactions=chosen.rows),
+        chosen.parts,
+        users=read.raw["user"],
+        items=read.raw["item"],
+        log=read.raw["log"].select(read.others),
+        now=clock.time(),
+    )
+    return Log(tables, chosen.split, chosen.data, facts, said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Tables as they were given, and as they are used.
+
+    Attributes:
+        typed: Tables by their names in `config.data`, with our names and types of columns.
+        raw: The same under the caller's names: "log", and "user" and "item" without their key.
+        others: Columns of the raw log that are neither an id nor the time.
+    """
+
+    typed: dict[str, pa.Table]
+    raw: dict[str, pa.Table]
+    others: list[str]
+
+
+def read_tables(
+    interactions: TableLike,
+    *,
+    items: TableLike | None,
+    users: TableLike | None,
+    columns: Columns,
+    data: DataConfig,
+    said: list[str],
+) -> Tables:
+    """Reads tables of any kind and finds their columns.
+
+    Args:
+        interactions: The log, or further rows of one.
+        items: Table of the items; None for none.
+        users: Table of the users' attributes; None for none.
+        columns: Columns that the caller names.
+        data: Options of the data.
+        said: Lines that tell what was taken, to which those of these tables are added.
+
+    Raises:
+        ConfigError: A table or column cannot be used.
+    """
+    now = clock.time()
     raw, origin = read_table(interactions, data.interactions, "interactions")
     found = _find_columns(raw, columns, data.interactions, now)
     said.append(f"interactions: {len(raw):,} rows; {_describe_columns(found)}.")
@@ -110,36 +170,21 @@ def read_log(
     log = _drop_unusable(log, found, now, said)
     if "weight" in log.column_names:
         said.append("  The column 'weight' says how much a row counts.")
-    tables = {"interactions": log}
-    raw_sides = {}
+    typed = {"interactions": log}
+    raw_tables = {"log": raw}
     for side, source, column in (("item", items, found.item), ("user", users, found.user)):
-        raw_sides[side] = pa.table({})
+        raw_tables[side] = pa.table({})
         if source is None:
             continue
         name = f"{side}_table"
         raw_side, side_origin = read_table(source, getattr(data, name), f"{side}s")
         ids = log[f"{side}_id"]
         key = guess.guess_key(raw_side, column, ids, side, now=now)
-        tables[name] = _read_side(raw_side, key, side, getattr(data, name), side_origin)
-        raw_sides[side] = raw_side.drop_columns([key])
-        said.append(_describe_side(side, raw_side, key, tables[name], ids))
-    dataset = assemble(log, tables.get("user_table"), tables.get("item_table"))
-    check_matches(dataset.matches, data.accept)
-    if _gives_split(config):
-        chosen = _given_split(dataset, _whole_config(config, {}), said)
-    else:
-        chosen = _choose_split(dataset, data, said)
-    tables["interactions"] = chosen.rows
+        typed[name] = _read_side(raw_side, key, side, getattr(data, name), side_origin)
+        raw_tables[side] = raw_side.drop_columns([key])
+        said.append(_describe_side(side, raw_side, key, typed[name], ids))
     others = [name for name in raw.column_names if name not in found.mapping().values()]
-    facts = log_facts(
-        dataclasses.replace(dataset, interactions=chosen.rows),
-        chosen.parts,
-        users=raw_sides["user"],
-        items=raw_sides["item"],
-        log=raw.select(others),
-        now=now,
-    )
-    return Log(tables, chosen.split, chosen.data, facts, said)
+    return Tables(typed, raw_tables, others)
 
 
 def make_config(log: Log, config: Options) -> Config:
@@ -293,7 +338,6 @@ def _describe_columns(found: guess.LogColumns) -> str:
 
 def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: list[str]) -> pa.Table:
     """Leaves out rows without an id or a time, and says how many they are."""
-    num_rows = len(log)
     for ours, theirs in (("user_id", found.user), ("item_id", found.item)):
         log = _keep_rows(log, pc.is_valid(log[ours]), f"have no {theirs!r}", said)
     if found.time:
@@ -303,11 +347,6 @@ def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: lis
             is_near = in_range(log["timestamp"], now=now)
             words = f"have a {found.time!r} before 1990 or after tomorrow"
             log = _keep_rows(log, is_near, words, said)
-    if len(log) < MIN_ROWS:
-        raise ConfigError(
-            f"interactions: {len(log)} of {num_rows} rows have a user, an item and a time. At "
-            f"least {MIN_ROWS} are needed. {' '.join(said)}"
-        )
     keys = [name for name in (*LOG_KEYS, "timestamp") if name in log.column_names]
     distinct = len(log.select(keys).group_by(keys).aggregate([]))
     repeats = len(log) - distinct
@@ -317,6 +356,15 @@ def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: lis
             words = "user, item and time"
         said.append(f"  {repeats:,} rows ({_share(repeats, len(log))}) repeat the {words} of one.")
     return log
+
+
+def _check_rows(log: pa.Table, num_rows: int, said: list[str]) -> None:
+    """Refuses a log with too few rows to learn from, of `num_rows` that were read."""
+    if len(log) < MIN_ROWS:
+        raise ConfigError(
+            f"interactions: {len(log)} of {num_rows} rows have a user, an item and a time. At "
+            f"least {MIN_ROWS} are needed. {' '.join(said)}"
+        )
 
 
 def _keep_rows(log: pa.Table, mask: pa.ChunkedArray, words: str, said: list[str]) -> pa.Table:
