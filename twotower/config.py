@@ -24,11 +24,10 @@ from typing import Any, Literal
 
 from twotower.config_rules import check_rules
 from twotower.core.errors import choose
-from twotower.core.fields import FieldChecks, build
+from twotower.core.fields import FieldChecks, TimeUnit, build
 
 # Findings about the data that `DataConfig.accept` may name; whoever refuses one names it.
 DATA_FINDINGS = ("unmatched_users", "unmatched_items", "one_user", "one_item", "nothing_to_find")
-TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 def _is_encoding(name: str) -> bool:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from twotower.config import Config, DataConfig, SplitConfig, TableConfig, defaults, from_dict
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.times import in_range
 from twotower.data import guess
 from twotower.data.audit import audit
 from twotower.data.contract import Origin, apply_contract
@@ -28,7 +29,6 @@ from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.split import MIN_ROWS_TO_HOLD_OUT, split
-from twotower.data.time_forms import in_range
 from twotower.experiment import change, read
 from twotower.recommended import recommended_config
 from twotower.training.run import claim, holds_run, local_folder

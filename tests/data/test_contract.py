@@ -107,7 +107,7 @@ def test_a_wrong_value_is_named_with_file_row_and_column(tmp_path, column, value
 def test_a_wrong_time_is_named_and_its_form_explained(tmp_path):
     path = write(tmp_path / "log.csv", "user_id,item_id,when\nu,i,2020-01-01\nu,j,31/12/2020\n")
     columns = {"timestamp": "when"}
-    message = r"row 2 .*column 'when': '31/12/2020' is not an ISO 8601 time .*timestamp_format"
+    message = r"row 2 .*column 'when': '31/12/2020' is not a time.*timestamp_format='%d/%m/%Y'"
     with pytest.raises(ConfigError, match=message):
         read_rows(path, columns=columns)
     with pytest.raises(

@@ -9,9 +9,9 @@ import pytest
 
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
+from twotower.core.times import find_time_forms
 from twotower.data.guess import guess_columns, guess_key
 from twotower.data.sources.frames import read_table
-from twotower.data.time_forms import find_time_forms
 
 NOW = datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC).timestamp()
 SECONDS = [1_577_869_200, 1_577_955_600, 1_580_547_600, 1_591_000_000]
@@ -93,7 +93,8 @@ def test_the_unit_of_numbers_is_that_which_puts_them_into_our_time(unit):
         "%Y%m%d",
         "%m %d, %Y",
         "%d %b %Y",
-        "%Y-%m-%d %H:%M:%S UTC",
+        "%m/%d/%Y %I:%M %p",
+        "%d.%m.%y %H:%M",
     ],
 )
 def test_the_format_of_texts_is_found(form):

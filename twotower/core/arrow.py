@@ -1,19 +1,41 @@
-"""Arrow's compute functions under a name that type checkers accept, its types of lists, its units
-of times, and a digest of rows."""
+"""Arrow's compute functions under a name that type checkers accept, its types of lists, its text
+as bytes, conversions that name the row that they refuse, and a digest of rows."""
 
+from __future__ import annotations
+
+import decimal
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from twotower.core.errors import TwotowerError
+
 # PyArrow makes these functions when it is imported. No type checker sees them in its source, so
 # they come through this one name.
 pc: Any = pyarrow.compute
 
-# Integers, so that nanoseconds are divided without rounding.
-UNITS_PER_SECOND: dict[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+Convert = Callable[[pa.ChunkedArray], pa.ChunkedArray]
+
+
+class BadValue(TwotowerError, ValueError):
+    """A value, or a whole column, that is not what its use says.
+
+    Attributes:
+        value: Value as it was read; None where the problem is that of the whole column.
+        problem: What is wrong with it, and the way out, as in "is not a number".
+        row: Row of the column, from 0; None for a single value or a whole column.
+    """
+
+    def __init__(self, value: object, problem: str, row: int | None = None):
+        shown = "it" if value is None else repr(value)
+        super().__init__(f"{shown} {problem}.")
+        self.value = value
+        self.problem = problem
+        self.row = row
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -21,6 +43,72 @@ def is_list(kind: pa.DataType) -> bool:
     return (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
+
+
+def is_missing(value: object) -> bool:
+    """Returns whether a single value is None, NaN, or what pandas writes for one that is missing.
+
+    >>> is_missing(None), is_missing(float("nan")), is_missing(0)
+    (True, True, False)
+    """
+    # By name, since pandas need not be installed; its NA compares with nothing.
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    # NaN of any type, decimals too, and NumPy's NaT differ from themselves.
+    if not np.isscalar(value) and not isinstance(value, decimal.Decimal):
+        return False
+    return bool(value != value)
+
+
+def plain_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns text of any of Arrow's types, categories too, as plain text; others as they are."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        # Chunk by chunk: dictionaries of several files have different codes for one value.
+        chunks = [_dictionary_values(chunk) for chunk in column.chunks]
+        return pa.chunked_array(chunks) if chunks else column.cast(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    return column
+
+
+def _dictionary_values(chunk: pa.DictionaryArray) -> pa.Array:
+    values = chunk.dictionary
+    # Arrow cannot take from views, which frames of polars have.
+    if pa.types.is_string_view(values.type) or pa.types.is_large_string(values.type):
+        values = values.cast(pa.string())
+    return values.take(chunk.indices)
+
+
+def convert_rows(column: pa.ChunkedArray, convert: Convert, problem: str) -> pa.ChunkedArray:
+    """Converts a column, or names the first row at which that fails.
+
+    The row is found by halving: Arrow's messages do not say which it was.
+
+    Args:
+        column: Values.
+        convert: Conversion of each value by itself, which raises pa.ArrowInvalid.
+        problem: Words for a value that cannot be converted, such as "is not a number".
+
+    Raises:
+        BadValue: A value cannot be converted.
+    """
+    try:
+        return convert(column)
+    except pa.ArrowInvalid:
+        pass
+    # About twenty conversions for a million rows; row by row it would be a million.
+    low = 0
+    high = len(column)
+    # Rows before `low` convert, and those before `high` do not.
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            convert(column.slice(low, middle - low))
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    raise BadValue(column[low].as_py(), problem, low)
 
 
 def fingerprint(rows: pa.Table) -> str:
@@ -50,13 +138,25 @@ def _column_bytes(column: pa.ChunkedArray) -> list[np.ndarray]:
         return [np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))]
     # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
     lengths = np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
-    return [lengths, *(_text_bytes(chunk.drop_null()) for chunk in column.chunks)]
+    texts = [text_bytes(chunk.drop_null())[0] for chunk in column.chunks]
+    return [lengths, *texts]
 
 
-def _text_bytes(values: pa.StringArray) -> np.ndarray:
+def text_bytes(values: pa.StringArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the text of an array as bytes, without a Python object a value.
+
+    Returns:
+        The UTF-8 bytes of all values, uint8 [bytes], the first byte of each, int32 [N], and the
+        number of bytes of each, int32 [N]. Nulls have none.
+    """
+    if values.null_count:
+        values = values.fill_null("")
     _, offsets, text = values.buffers()
     if not len(values) or offsets is None or text is None:
-        return np.zeros(0, np.uint8)
+        nothing = np.zeros(len(values), np.int32)
+        return np.zeros(0, np.uint8), nothing, nothing
     # A chunk may be a slice: its offsets start in the middle of shared buffers.
     ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
-    return np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]
+    data = np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]
+    starts = ends[:-1] - ends[0]
+    return data, starts, np.diff(ends)

@@ -8,11 +8,13 @@ import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from twotower.core.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+# Here, where no array library is needed, for options and parsers alike.
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 class FieldError(ConfigError):

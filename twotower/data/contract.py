@@ -16,10 +16,11 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.config import TableConfig
-from twotower.core.arrow import pc
+from twotower.core.arrow import BadValue, pc
 from twotower.core.errors import ConfigError
+from twotower.core.ids import IdForm
+from twotower.core.times import TimeForm
 from twotower.data import columns
-from twotower.data.columns import BadValue
 from twotower.data.nested import expand_objects
 
 # Columns whose names determine their types: a value of another type is an error.
@@ -114,8 +115,10 @@ def _fold(name: str) -> str:
 
 
 def _refusal(error: BadValue, name: str, column: str, origin: Origin) -> ConfigError:
+    if error.row is None:
+        return ConfigError(f"{name}: {origin.name}, column {column!r} {error.problem}.")
     row = origin.describe_row(error.row)
-    return ConfigError(f"{name}: {row}, column {column!r}: {error.value!r} is not {error.right}.")
+    return ConfigError(f"{name}: {row}, column {column!r}: {error.value!r} {error.problem}.")
 
 
 def _rename(
@@ -184,9 +187,9 @@ def _convert(
     # Apart from other columns, because numbers of a time need its unit.
     if name == "timestamp":
         return _convert_timestamp(values, config)
-    values = columns.simplify_type(values)
     if name in keys:
-        return columns.to_ids(values, is_typed=is_typed)
+        return IdForm.find(values).column(values)
+    values = columns.simplify_type(values)
     if name in NUMBERS:
         # A negative weight would turn the loss around.
         smallest = -math.inf
@@ -196,8 +199,7 @@ def _convert(
             values = _read_flags(values)
         return columns.to_numbers(values, smallest=smallest)
     if name in CODES:
-        # As if typed: a "1.0" of a column that is no key is kept unchanged.
-        return columns.to_ids(values, is_typed=True)
+        return IdForm.TEXT.column(values)
     # A typed column of text is text on purpose, such as postcodes in a Parquet file.
     if pa.types.is_string(values.type) and not is_typed:
         return columns.infer_type(values, form=config.timestamp_format)
@@ -206,7 +208,7 @@ def _convert(
 
 def _convert_timestamp(values: pa.ChunkedArray, config: TableConfig) -> pa.ChunkedArray:
     unit = config.timestamp_unit
-    times = columns.to_seconds(values, form=config.timestamp_format, unit=unit)
+    times = TimeForm(unit, config.timestamp_format).column(values)
     # A warning, not a refusal: times far in the future may be meant.
     latest = pc.max(times).as_py()
     if latest is not None and latest > YEAR_5000:

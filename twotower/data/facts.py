@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import TimeUnit
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import is_list, pc
+from twotower.core.fields import TimeUnit
+from twotower.core.times import TimeForm, find_time_forms
 from twotower.data import columns
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Split
-from twotower.data.time_forms import TimeForm, find_time_forms
 
 SAMPLE = 100_000  # rows by which a column is described
 DAY = 24 * 3600  # seconds

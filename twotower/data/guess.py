@@ -9,11 +9,11 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import BadValue, pc
 from twotower.core.errors import ConfigError
-from twotower.data import columns
+from twotower.core.ids import IdForm
+from twotower.core.times import TimeForm, find_time_forms
 from twotower.data.facts import ColumnFacts, column_facts
-from twotower.data.time_forms import TimeForm, find_time_forms
 
 # Words of names, in the order of preference: a user goes before a session.
 _USERS = (
@@ -153,7 +153,10 @@ def guess_key(table: pa.Table, column: str, ids: pa.ChunkedArray, side: str, *, 
     # Where several names would do, the ids that the log has too tell which it is.
     shares = {}
     for name in candidates:
-        values = columns.to_ids(columns.simplify_type(table[name]), is_typed=False)
+        try:
+            values = IdForm.find(table[name]).column(table[name])
+        except BadValue:
+            continue
         is_known = pc.is_in(known, value_set=pc.unique(values).drop_null())
         shares[name] = pc.mean(is_known.cast(pa.float64())).as_py() or 0.0
     best = max(shares, key=lambda name: shares[name], default="")

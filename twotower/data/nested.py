@@ -8,8 +8,8 @@ import json
 import pyarrow as pa
 import pyarrow.json
 
-from twotower.core.arrow import pc
-from twotower.data.columns import BadValue, first_value, value_to_text
+from twotower.core.arrow import BadValue, pc
+from twotower.data.columns import first_value, value_to_text
 
 
 def expand_objects(table: pa.Table, *, required: set[str]) -> pa.Table:
@@ -96,7 +96,7 @@ def _parse_one_by_one(lines: list[str]) -> pa.ChunkedArray:
         except json.JSONDecodeError:
             value = None
         if not isinstance(value, dict):
-            raise BadValue(row, line, "a JSON object")
+            raise BadValue(line, "is not a JSON object", row)
         objects.append(value)
     # A dict rather than a set: names keep the order in which they first appear.
     names = list(dict.fromkeys(name for value in objects for name in value))

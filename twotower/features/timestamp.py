@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import TimeUnit
-from twotower.core.arrow import UNITS_PER_SECOND
 from twotower.core.errors import choose
+from twotower.core.fields import TimeUnit
+from twotower.core.times import UNITS_PER_SECOND
 from twotower.features.base import Feature, Fitted, TrainingColumn
 from twotower.features.inputs import Input, TableShape
 from twotower.features.numeric import (
@@ -113,7 +113,7 @@ class TimestampFeature(Feature):
 
 
 def as_seconds(
-    column: pa.ChunkedArray, location: str, *, unit: str = "s"
+    column: pa.ChunkedArray, location: str, *, unit: TimeUnit = "s"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads a column as seconds since the epoch (UTC).
 
