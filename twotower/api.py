@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
 from twotower.data.dataset import Dataset
 from twotower.data.facts import LogFacts
+from twotower.data.report import DataReport, log_report, print_report
 from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import report
@@ -242,7 +243,8 @@ def fit(
     whole = fitting.make_config(log, config)
     folder = fitting.begin(workdir, log, whole)
     print(f"run: {folder}", flush=True)
-    run = train(whole, folder, devices=devices)
+    train_in_folder(whole, folder, devices=devices, tell=print_report)
+    run = load_run(folder)
     print(_comparison(run, log.facts))
     return run
 
@@ -330,6 +332,7 @@ def train_in_folder(
     devices: int = 0,
     data: Path | str | None = None,
     dataset: Dataset | None = None,
+    tell: Callable[[DataReport], None] = log_report,
 ) -> None:
     """Trains as `train` does, and leaves the run in its folder without loading it.
 
@@ -341,6 +344,7 @@ def train_in_folder(
         devices: Number of devices to train on; 0 takes all.
         data: Folder of prepared data to share with other runs.
         dataset: The log itself, in the place of the one that the configuration names.
+        tell: Function that shows the report of the data before the first step.
     """
     check_names(config, workdir)
     # Both are made later, of prepared data: training itself imports neither.
@@ -352,6 +356,7 @@ def train_in_folder(
         devices=devices,
         data=data,
         dataset=dataset,
+        tell=tell,
     )
 
 

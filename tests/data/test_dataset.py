@@ -14,8 +14,8 @@ def test_rows_without_ids_are_dropped_and_counted(tmp_path):
     data = load(interactions={"path": path})
     assert data.interactions.to_pylist() == [{"user_id": "u", "item_id": "i"}]
     assert data.dropped == (
-        Dropped("interactions without user_id", 2, 4),
-        Dropped("interactions without item_id", 1, 2),
+        Dropped("without user_id", 2, 4),
+        Dropped("without item_id", 1, 2),
     )
     with pytest.raises(ConfigError, match="none of 1 rows has both a user_id and an item_id"):
         read_rows(write(tmp_path / "none.csv", "user_id,item_id\n,i\n"))

@@ -34,7 +34,7 @@ class Dropped:
     """Rows of a table that were left out.
 
     Attributes:
-        reason: Reason, which completes the sentence "3 of 10 rows were left out: ...".
+        reason: End of a sentence that begins with "3 of 10 rows", such as "without user_id".
         rows: Number of rows that were left out.
         total: Number of rows before.
     """
@@ -59,6 +59,7 @@ class Dataset:
         truth: The preferences behind the log, which a generated shop alone has.
         dropped: Rows that were left out so far, in the order in which they were.
         matches: Ids of the tables of users and items beside those of the log.
+        warnings: Sentences on what was found odd so far, with what to do.
     """
 
     interactions: pa.Table
@@ -68,6 +69,7 @@ class Dataset:
     truth: TruePreferences | None = None
     dropped: tuple[Dropped, ...] = ()
     matches: tuple[Match, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def assemble(
@@ -84,7 +86,7 @@ def assemble(
     num_rows = len(interactions)
     dropped: list[Dropped] = []
     for column in ("user_id", "item_id"):
-        interactions = drop_missing(interactions, column, "interactions", dropped)
+        interactions = drop_missing(interactions, column, "", dropped)
     if not len(interactions):
         raise ConfigError(
             f"interactions: none of {num_rows} rows has both a user_id and an item_id; check "
@@ -107,14 +109,17 @@ def drop_missing(table: pa.Table, column: str, name: str, dropped: list[Dropped]
     Args:
         table: Rows of a table.
         column: Name of the column.
-        name: Name of the table.
+        name: Name of the table; empty for the log.
         dropped: Notes of rows that were left out, to which one is added.
     """
     # Dropped and counted rather than refused: published logs do have rows without a user.
     missing = table[column].null_count
     if not missing:
         return table
-    dropped.append(Dropped(f"{name} without {column}", missing, len(table)))
+    reason = f"without {column}"
+    if name:
+        reason = f"of {name} {reason}"
+    dropped.append(Dropped(reason, missing, len(table)))
     return table.filter(pc.is_valid(table[column]))
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 
 from twotower.config import DataConfig
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError
-from twotower.data.dataset import Dataset
+from twotower.core.errors import ConfigError, did_you_mean
+from twotower.data.dataset import Dataset, Dropped
 from twotower.data.interactions import codes, pair_codes, timestamps
 from twotower.data.operators import matches
 
+# Operators that compare with whole values.
+EQUALITIES = ("==", "!=", "in", "not in")
+# Values of a column among which the nearest to an absent one is looked for.
+MAX_HINTS = 1_000
 # A function from the rows of a log to the mask of those to keep: bool [N].
 RowMask = Callable[[pa.Table], np.ndarray | pa.ChunkedArray]
 
@@ -31,19 +34,27 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
             or no row left (the message counts the rows that each filter removed).
     """
     rows = dataset.interactions
+    dropped = []
     reports = []
     # One after the other: a k-core is one of the rows that the conditions leave.
     for name, keep in _filters(config):
         kept = rows.filter(pa.array(keep(rows)))
         removed = rows.num_rows - kept.num_rows
+        dropped.append(Dropped(f"by {name}", removed, rows.num_rows))
         reports.append(f"{name} removed {removed:,} of {rows.num_rows:,} rows")
         rows = kept
-    for report in reports:
-        logging.info("%s", report)
+    # After the filters, which refuse conditions that cannot be read.
+    warnings = _describe_absent_values(dataset.interactions, config.where)
     if not rows.num_rows:
         reason = "; ".join(reports) or "the log is empty"
-        raise ConfigError(f"no training rows are left after the filters of config.data: {reason}.")
-    dataset = dataclasses.replace(dataset, interactions=rows)
+        sentences = [f"no training rows are left after the filters of config.data: {reason}."]
+        raise ConfigError(" ".join(sentences + warnings))
+    dataset = dataclasses.replace(
+        dataset,
+        interactions=rows,
+        dropped=(*dataset.dropped, *dropped),
+        warnings=(*dataset.warnings, *warnings),
+    )
     if config.k_core == 0:
         return dataset
     return _drop_absent_entities(dataset)
@@ -63,6 +74,22 @@ def _filters(config: DataConfig) -> list[tuple[str, RowMask]]:
     if config.k_core > 0:
         filters.append((f"k_core={config.k_core}", _k_core(config.k_core)))
     return filters
+
+
+def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list[str]:
+    """Returns a sentence on each text of a condition that no row has."""
+    sentences = []
+    for name, symbol, value in conditions:
+        column = rows[name]
+        if symbol not in EQUALITIES or not pa.types.is_string(column.type):
+            continue
+        members = value if isinstance(value, (tuple, list)) else (value,)
+        known = pc.unique(column)
+        for text in members:
+            if text is not None and not pc.any(pc.equal(known, text)).as_py():
+                hint = did_you_mean(text, known[:MAX_HINTS].drop_null().to_pylist())
+                sentences.append(f"config.data.where: no row has {name}={text!r}{hint}")
+    return sentences
 
 
 def _where(condition: tuple, field: str) -> RowMask:

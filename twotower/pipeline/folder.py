@@ -5,6 +5,7 @@ manifest.json    version, what the data was made from, and of every other file i
 users.arrow  items.arrow  train.arrow  validation.arrow  test.arrow
                  the tables with all columns as they were read, mapped into memory
 NNN.npy          the encoded arrays, mapped likewise; the manifest names them
+report.json      facts about the data for people; see `twotower.data.report`
 encoder/         of a folder that runs share, the encoder; a run has its own beside `data/`
 ```
 
@@ -31,6 +32,7 @@ from twotower.core.fields import build, differences
 from twotower.core.files import atomic, content_digest, read_json
 from twotower.data.dataset import TruePreferences
 from twotower.data.interactions import PARTS, Split
+from twotower.data.report import DataReport
 from twotower.features.encoder import Encoder
 from twotower.features.history import read_arrays
 from twotower.features.spec import from_mappings, load_spec
@@ -73,6 +75,8 @@ def save(prepared: PreparedData, folder: Path) -> None:
         sizes[file] = (folder / file).stat().st_size
         described = {"path": path, "file": file, "dtype": str(array.dtype), "shape": array.shape}
         arrays.append(described)
+    if prepared.report is not None:
+        prepared.report.save(folder)
     rows = {part: len(getattr(prepared, part)) for part in PARTS}
     content = {
         "made_from": _made_from(prepared.config, prepared.encoder),
@@ -130,6 +134,7 @@ def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
         histories=histories,
         packing=pack_sequences(config, histories),
         has_catalogue=manifest["has_catalogue"],
+        report=DataReport.load(folder),
     )
 
 

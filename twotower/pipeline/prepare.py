@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 
 from twotower.config import Config
 from twotower.core.arrow import pc
@@ -19,12 +18,14 @@ from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
 from twotower.data.matching import check_matches
+from twotower.data.report import DataReport
 from twotower.data.sources.kept import locate
 from twotower.data.sources.load import load_dataset
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
+from twotower.pipeline.describe import check_log, describe_data
 from twotower.pipeline.event_weights import (
     check_event_weights,
     read_weights,
@@ -56,6 +57,7 @@ class PreparedData:
             span of its history.
         packing: Packed sequences, where these are the examples of training.
         has_catalogue: Whether items have a table of their own, as `Dataset` says.
+        report: Facts about the data that a person should know; None where it was not described.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class PreparedData:
     histories: Histories | None = None
     packing: SequencePacking | None = None
     has_catalogue: bool = True
+    report: DataReport | None = None
 
     @property
     def num_examples(self) -> int:
@@ -199,6 +202,7 @@ def prepare(
     if spec is None:
         spec = with_event_weights(load_spec(config.features), config)
     dataset, parts = read_parts(config, folder=folder, dataset=dataset)
+    check_log(dataset.interactions, config.data.accept)
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
@@ -220,14 +224,11 @@ def prepare(
         encoder = fit(spec, parts.train, users=users, items=items)
     check_fitted(encoder.fitted_on, parts)
     _check_labels_are_hidden(encoder, labels)
-    logging.info(
-        "%d users, %d items in the corpus; rows: %d train, %d validation, %d test.",
-        len(users),
-        len(items),
-        len(parts.train),
-        len(parts.validation),
-        len(parts.test),
-    )
+    # Before the features are encoded, which may take minutes where they are texts.
+    part_tables = (parts.train, parts.validation, parts.test)
+    user_rows = [_row_numbers(rows["user_id"], users["user_id"]) for rows in part_tables]
+    item_rows = [_row_numbers(rows["item_id"], items["item_id"]) for rows in part_tables]
+    report = describe_data(config, encoder.spec, dataset, parts, user_rows, item_rows)
     # Users and items are encoded once: a batch looks them up by row.
     features = {
         "user": encoder.encode("user", users, _columns_of_users(encoder)),
@@ -235,8 +236,8 @@ def prepare(
     }
 
     train, validation, test = (
-        _encode_rows(rows, users, items, encoder, labels, event_weights)
-        for rows in (parts.train, parts.validation, parts.test)
+        _encode_rows(rows, user, item, encoder, labels, event_weights)
+        for rows, user, item in zip(part_tables, user_rows, item_rows)
     )
     if not train.weight.any():
         raise ConfigError(
@@ -264,6 +265,7 @@ def prepare(
         histories=histories,
         packing=pack_sequences(config, histories),
         has_catalogue=dataset.has_catalogue,
+        report=report,
     )
 
 
@@ -323,16 +325,25 @@ def _columns_of_users(encoder: Encoder) -> list[str]:
 
 def _encode_rows(
     rows: pa.Table,
-    users: pa.Table,
-    items: pa.Table,
+    user: np.ndarray,
+    item: np.ndarray,
     encoder: Encoder,
     labels: Mapping[str, str],
     event_weights: Mapping[str, float],
 ) -> Rows:
-    """Returns the rows of one part of the split as arrays."""
+    """Returns the rows of one part of the split as arrays.
+
+    Args:
+        rows: Interactions.
+        user: Row of the users table of each, int32 [N].
+        item: Row of the corpus of each, int32 [N], -1 where the item is not in it.
+        encoder: Fitted encoder.
+        labels: Columns that are labels.
+        event_weights: Weight by kind of event.
+    """
     return Rows(
-        user=_row_numbers(rows["user_id"], users["user_id"]),
-        item=_row_numbers(rows["item_id"], items["item_id"]),
+        user=user,
+        item=item,
         weight=read_weights(rows, event_weights),
         timestamp=timestamps(rows),
         context=encoder.encode("user", rows, encoder.context),

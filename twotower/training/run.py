@@ -20,6 +20,7 @@ from twotower.core.files import atomic
 from twotower.core.install import command
 from twotower.core.mesh import make_mesh
 from twotower.data.dataset import Dataset
+from twotower.data.report import DataReport, log_report
 from twotower.features.encoder import Encoder
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
@@ -74,6 +75,7 @@ def train(
     devices: int = 0,
     data: Path | str | None = None,
     dataset: Dataset | None = None,
+    tell: Callable[[DataReport], None] = log_report,
 ) -> None:
     """Trains a configuration in a folder, or goes on with the folder's run.
 
@@ -91,6 +93,7 @@ def train(
         data: Folder of prepared data that runs share, prepared here if it holds none; None for one
             of the run itself.
         dataset: The log itself, in the place of the one that the configuration names.
+        tell: Function that shows the report of the data before the first step.
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or the data or a field cannot
@@ -117,6 +120,8 @@ def train(
     # From the folder in any case: a run that goes on sees the same arrays as one that begins.
     if is_new:
         prepared = data_folder.load(data_path(workdir), config, prepared.encoder)
+    if prepared.report is not None and jax.process_index() == 0:
+        tell(prepared.report)
     validate = None
     if make_validate and len(prepared.validation):
         validate = make_validate(prepared, model)

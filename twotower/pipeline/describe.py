@@ -1,0 +1,371 @@
+"""The report of the data of a run, made of what was read for it, and the refusal of data that can
+only be a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import Config
+from twotower.core.arrow import is_list, pc
+from twotower.core.errors import ConfigError
+from twotower.data.dataset import Dataset
+from twotower.data.interactions import PARTS, Split, timestamps
+from twotower.data.report import DataReport, HeldOut, describe_unreachable, format_share
+from twotower.features.base import Feature
+from twotower.features.categorical import StringsFeature
+from twotower.features.spec import FeatureSpec
+from twotower.pipeline.labels import read_labels
+
+# Share of the held-out answers outside of the corpus, or of items of which nothing is known, from
+# which on it is said first.
+MANY = 0.1
+# Share of the rows from which on nearly every row has a user, or an item, of its own.
+NEARLY_ALL = 0.9
+# Share of the weight that the heaviest hundredth of the rows may hold unsaid.
+HEAVY = 0.1
+# Separators that lists written as text may have.
+SEPARATORS = ("|", ";", ",", "/")
+
+
+def check_log(rows: pa.Table, accept: Sequence[str]) -> None:
+    """Refuses a log of one user or of one item.
+
+    Args:
+        rows: All interactions that the filters keep.
+        accept: Option `config.data.accept`.
+
+    Raises:
+        ConfigError: All rows are of one user, or of one item.
+    """
+    for side in ("user", "item"):
+        ids = rows[f"{side}_id"]
+        if not _is_constant(ids):
+            continue
+        _refuse(
+            f"one_{side}",
+            f"all {len(rows):,} rows have {side}_id={ids[0].as_py()!r}: with one {side} there is "
+            f"nothing to tell apart. Name the column of the {side}s by "
+            f"config.data.interactions.columns={{'{side}_id': ...}}, or let config.data.where keep "
+            "more rows",
+            accept,
+        )
+
+
+def describe_data(
+    config: Config,
+    spec: FeatureSpec,
+    dataset: Dataset,
+    parts: Split,
+    users: Sequence[np.ndarray],
+    items: Sequence[np.ndarray],
+) -> DataReport:
+    """Returns the report of the data.
+
+    Args:
+        config: Configuration of the run.
+        spec: Features of the run.
+        dataset: The log, with its items restricted to the corpus.
+        parts: Parts of the log.
+        users: Row of `dataset.users` for each row of train, validation and test, int32 [N] each.
+        items: Row of `dataset.items` likewise, -1 where the item is not in the corpus.
+
+    Raises:
+        ConfigError: No held-out answer can be found, which is not accepted.
+    """
+    rows = dataset.interactions
+    numbers = _Numbers(dataset, parts, users, items)
+    held_out = {}
+    for part in (1, 2):
+        positive = _positives(config, numbers.tables[part])
+        if positive.any():
+            held_out[PARTS[part]] = numbers.held_out(part, positive, config.evaluation.query)
+    warnings = [
+        *_describe_answers(config, held_out, spec, dataset.has_catalogue),
+        *_describe_ids(rows, numbers),
+        *_describe_features(spec, dataset, parts.train),
+        *dataset.warnings,
+    ]
+    first, last = _time_range(rows)
+    return DataReport(
+        warnings=tuple(warnings),
+        rows=len(rows),
+        users=numbers.num_users,
+        items=numbers.num_items,
+        corpus=len(dataset.items),
+        first_time=first,
+        last_time=last,
+        dropped=dataset.dropped,
+        matches=dataset.matches,
+        repeats=numbers.count_repeats(),
+        split=config.split.kind,
+        parts={name: len(table) for name, table in zip(PARTS, numbers.tables)},
+        held_out=held_out,
+        notes=tuple(_describe_values(config, spec, rows)),
+    )
+
+
+class _Numbers:
+    """Users and items of the parts as numbers, by which all is counted without hashing texts.
+
+    Attributes:
+        tables: Rows of train, validation and test.
+        num_users: Number of users that have rows.
+        num_items: Number of items that have rows.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        parts: Split,
+        users: Sequence[np.ndarray],
+        items: Sequence[np.ndarray],
+    ):
+        self.tables = [parts.train, parts.validation, parts.test]
+        self._users = users
+        corpus = len(dataset.items)
+        # Items outside of the corpus get numbers behind it; no training row has one.
+        outside: list[pa.ChunkedArray] = []
+        for table, item in zip(self.tables, items):
+            outside.append(table["item_id"].filter(pa.array(item < 0)))
+        ids = pa.chunked_array(
+            [chunk for column in outside for chunk in column.chunks], pa.string()
+        )
+        distinct = pc.unique(ids)
+        self._items = []
+        for item, column in zip(items, outside):
+            numbers = item.astype(np.int64)
+            absent = pc.index_in(column, value_set=distinct).to_numpy()
+            numbers[item < 0] = corpus + absent
+            self._items.append(numbers)
+        self._corpus = corpus
+        self._range = corpus + len(distinct)
+        self._rows_of_user = np.bincount(users[0], minlength=len(dataset.users))
+        self._rows_of_item = np.bincount(self._items[0], minlength=self._range)
+        all_users = np.bincount(np.concatenate(users), minlength=len(dataset.users))
+        all_items = np.bincount(np.concatenate(self._items), minlength=self._range)
+        self.num_users = int((all_users > 0).sum())
+        self.num_items = int((all_items > 0).sum())
+
+    def held_out(self, part: int, positive: np.ndarray, query: str) -> HeldOut:
+        """Returns what can be predicted of the rows of a part.
+
+        Args:
+            part: Number of the part.
+            positive: Rows in which a user wanted an item, bool [N].
+            query: Option `config.evaluation.query`.
+        """
+        users = self._users[part][positive]
+        items = self._items[part][positive]
+        is_outside = items >= self._corpus
+        if query == "user":
+            # Of several rows with one user and item, one answer is right; see `make_queries`.
+            pairs = np.unique(users * np.int64(self._range) + items)
+            query_of_answer = pairs // self._range
+            is_found = pairs % self._range < self._corpus
+        else:
+            query_of_answer = np.arange(len(users))
+            is_found = ~is_outside
+        answers = np.bincount(query_of_answer)
+        found = np.bincount(query_of_answer, weights=is_found)
+        has_answers = answers > 0
+        recall = found[has_answers] / answers[has_answers]
+        return HeldOut(
+            rows=len(users),
+            outside_corpus=int(is_outside.sum()),
+            new_items=int((self._rows_of_item[items] == 0).sum()),
+            new_users=int((self._rows_of_user[users] == 0).sum()),
+            greatest_recall=float(recall.mean()),
+        )
+
+    def count_repeats(self) -> int:
+        """Returns the number of rows whose user and item another row before them has."""
+        users = np.concatenate(self._users).astype(np.int64)
+        # Sorted in place of hashed, which takes a tenth of the time.
+        pairs = np.sort(users * self._range + np.concatenate(self._items))
+        return int((pairs[1:] == pairs[:-1]).sum())
+
+
+def _positives(config: Config, rows: pa.Table) -> np.ndarray:
+    label = config.objective.label
+    if not label:
+        return np.ones(len(rows), bool)
+    return read_labels(rows, {label: "config.objective.label"})[label] == 1
+
+
+def _describe_answers(
+    config: Config, held_out: Mapping[str, HeldOut], spec: FeatureSpec, has_item_table: bool
+) -> Iterator[str]:
+    """Yields sentences on held-out answers that cannot be found, or hardly.
+
+    Raises:
+        ConfigError: No answer of a part can be found.
+    """
+    # Test first: its figures are those that are reported.
+    for part, rows in reversed(list(held_out.items())):
+        outside = rows.outside_corpus
+        if rows.share(outside) >= MANY:
+            words = describe_unreachable(
+                outside, rows.rows, rows.greatest_recall, part=part, has_item_table=has_item_table
+            )
+            if outside == rows.rows:
+                _refuse("nothing_to_find", words.removesuffix("."), config.data.accept)
+            yield words
+        elif rows.share(rows.new_items) >= MANY and not _describes_items(spec):
+            share = format_share(rows.new_items, rows.rows)
+            yield (
+                f"{share} of the {part} answers are items that no training row has, and the "
+                "features of items hold their id alone: they are found by chance. Give columns of "
+                "the item table as config.features.item."
+            )
+    rows = held_out.get("test") or held_out.get("validation")
+    if rows and rows.share(rows.new_users) >= 0.99:
+        yield (
+            f"{format_share(rows.new_users, rows.rows)} of the {rows.rows:,} held-out rows are of "
+            "users without a training row: nothing that was learned of a user serves there, and "
+            "item-kNN and EASE find nothing. If user_id is a basket, an order or a session, name "
+            "the customer's column by config.data.interactions.columns={'user_id': ...}, or split "
+            "by config.split.kind='leave_last_out'."
+        )
+
+
+def _describes_items(spec: FeatureSpec) -> bool:
+    """Returns whether a feature tells of an item more than its id."""
+    return any(feature.columns_read != ("item_id",) for feature in spec.item.values())
+
+
+def _describe_ids(rows: pa.Table, numbers: _Numbers) -> Iterator[str]:
+    counts = {"user": numbers.num_users, "item": numbers.num_items}
+    meanings = {
+        "user": "of most users nothing is known but one row",
+        "item": "no two users share an item, so that nothing is learned of one by the other",
+    }
+    for side, count in counts.items():
+        if count >= NEARLY_ALL * len(rows):
+            yield (
+                f"{len(rows):,} rows have {count:,} different {side}s: {meanings[side]}. If "
+                f"{side}_id numbers the rows, orders or visits, name another column by "
+                f"config.data.interactions.columns={{'{side}_id': ...}}."
+            )
+
+
+def _describe_features(spec: FeatureSpec, dataset: Dataset, train: pa.Table) -> Iterator[str]:
+    """Yields sentences on features that tell nothing apart."""
+    for feature in spec:
+        if feature is spec.history:
+            continue
+        for name in feature.columns_read:
+            column = _find_column(feature, name, dataset, train)
+            if column is None or not len(column):
+                continue
+            field = f"config.features.{feature.side}.{feature.name}"
+            if column.null_count == len(column):
+                yield f"{field}: the column {name!r} has no value in any row. Leave it out."
+            elif not is_list(column.type) and _is_constant(column):
+                yield (
+                    f"{field}: the column {name!r} is {column[0].as_py()!r} in all "
+                    f"{len(column):,} rows and tells nothing apart. Leave the feature out."
+                )
+            elif isinstance(feature, StringsFeature) and feature.separator:
+                yield from _describe_separator(field, name, column, feature.separator)
+
+
+def _find_column(
+    feature: Feature, name: str, dataset: Dataset, train: pa.Table
+) -> pa.ChunkedArray | None:
+    """Returns the column that a feature reads, as the encoder finds it."""
+    table = dataset.items
+    if feature.side == "user":
+        table = dataset.users
+        # A column of the log, where the users table has none of the name.
+        if name not in table.column_names:
+            table = train
+    return table[name] if name in table.column_names else None
+
+
+def _is_constant(column: pa.ChunkedArray) -> bool:
+    """Returns whether all values are equal, of which none is missing."""
+    if column.null_count or not len(column):
+        return False
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    # Most columns end at a second value that differs.
+    if len(column) > 1 and column[0] != column[1]:
+        return False
+    return bool(pc.all(pc.equal(column, column[0])).as_py())
+
+
+def _describe_separator(
+    field: str, name: str, column: pa.ChunkedArray, separator: str
+) -> Iterator[str]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return
+    if pc.any(pc.match_substring(column, separator)).as_py():
+        return
+    example = column.drop_null()[0].as_py()
+    cure = f"The first is {example!r}: if it is a list, name its separator"
+    for other in SEPARATORS:
+        if pc.any(pc.match_substring(column, other)).as_py():
+            cure = f"Texts hold {other!r}: set {field}.separator={other!r}, if it divides the lists"
+            break
+    yield (
+        f"{field}.separator={separator!r} occurs in no text of the column {name!r}, so that each "
+        f"text is one value. {cure}."
+    )
+
+
+def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Iterator[str]:
+    """Yields sentences on what columns of the log with a name of ours do, or do not do."""
+    objective = config.objective
+    used = {condition[0] for condition in config.data.where}
+    used |= {objective.label, *(head.label for head in objective.heads.values())}
+    used |= {name for feature in spec.user.values() for name in feature.columns_read}
+    if "weight" in rows.column_names:
+        yield _describe_weights(rows["weight"])
+    for name in ("rating", "label"):
+        if name in rows.column_names and name not in used:
+            yield (
+                f"The column {name!r} is not read: each row counts as liked. "
+                f"config.data.where=(({name!r}, '>=', ...),) keeps some of them."
+            )
+    if "event" in rows.column_names and not config.data.event_weights and "event" not in used:
+        kinds = pc.value_counts(rows["event"])
+        if len(kinds) > 1:
+            listed = ", ".join(f"{kind!r}" for kind in kinds.field("values").to_pylist()[:5])
+            yield (
+                f"Events of all {len(kinds)} kinds ({listed}) count alike; "
+                "config.data.event_weights weighs them."
+            )
+
+
+def _describe_weights(column: pa.ChunkedArray) -> str:
+    weights = np.sort(pc.fill_null(column, 1.0).to_numpy())
+    heaviest = weights[len(weights) - max(len(weights) // 100, 1) :]
+    share = float(heaviest.sum() / max(weights.sum(), 1e-30))
+    line = "The column 'weight' multiplies the loss of each row"
+    if share > HEAVY:
+        line += f": the heaviest 1% of the rows hold {share:.0%} of it"
+    return f"{line}."
+
+
+def _time_range(rows: pa.Table) -> tuple[int | None, int | None]:
+    if timestamps(rows) is None:
+        return None, None
+    ends = pc.min_max(rows["timestamp"]).as_py()
+    return ends["min"], ends["max"]
+
+
+def _refuse(finding: str, words: str, accept: Sequence[str]) -> None:
+    """Refuses the data for a finding that is not accepted.
+
+    Args:
+        finding: Name of the finding.
+        words: Sentence without its full stop: what was found and what to do.
+        accept: Option `config.data.accept`.
+    """
+    if finding in accept:
+        return
+    accepted = (*accept, finding)
+    raise ConfigError(f"{words}. If the data is right so: config.data.accept={accepted!r}.")
