@@ -8,14 +8,14 @@ from twotower.core.errors import ConfigError
 from twotower.pipeline.prepare import prepare, read_parts
 
 
-def make_config(tmp_path, log, *, items="", users="", **data):
+def make_config(tmp_path, log, *, items="", users="", split=None, **data):
     """The configuration of a log, and of tables, that are given as text."""
     tables = {"interactions": {"path": write(tmp_path / "log.csv", log)}}
     if items:
         tables["item_table"] = {"path": write(tmp_path / "items.csv", items)}
     if users:
         tables["user_table"] = {"path": write(tmp_path / "users.csv", users)}
-    split = {"validation": 0.2, "test": 0.2}
+    split = split or {"validation": 0.2, "test": 0.2}
     return from_dict({"data": {"source": "csv", **tables, **data}, "split": split})
 
 

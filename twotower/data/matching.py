@@ -119,7 +119,7 @@ def check_matches(matches: Iterable[Match], accept: Collection[str]) -> None:
         accepted = (*accept, finding)
         raise ConfigError(
             f"log and {match.side}_table do not match. {match.describe()} An id without a row "
-            f"in the table has no features, and {match.side}s would stand twice. Write the ids "
+            f"in the table has no features; one in two forms stands twice. Write the ids "
             f"alike in both, or name the column that holds the log's ids by "
             f"config.data.{match.side}_table.columns={{'{match.side}_id': ...}}. If so few are "
             f"right: config.data.accept={accepted!r}."
