@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
 from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
+from twotower.training.metrics import read_lines
 
 BUNDLE = "bundle"  # folder of the bundle in that of its run
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
@@ -399,17 +399,12 @@ def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
 def read_history(workdir: Path) -> pa.Table:
     """Returns the metrics that training logged, as `Run.history` describes them."""
     by_step: dict[int, dict[str, float]] = {}
-    path = workdir / "metrics.jsonl"
-    # A run that was copied without its log has none.
-    if not path.exists():
-        return pa.table({"step": pa.array([], pa.int64())})
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A process that was killed while it wrote leaves half a line, which the next one replaces.
-        if not line.endswith("\n"):
-            continue
-        values = json.loads(line)
+    for values in read_lines(workdir):
         # Losses and validations of one step are lines of their own.
         by_step.setdefault(values["step"], {}).update(values)
+    # A run that was copied without its log has none.
+    if not by_step:
+        return pa.table({"step": pa.array([], pa.int64())})
     return as_table([by_step[step] for step in sorted(by_step)])
 
 

@@ -438,9 +438,9 @@ def test_a_damaged_configuration_is_named(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json is damaged"):
+    with pytest.raises(ConfigError, match="config.json is corrupt"):
         run.load_run(copy)
-    with pytest.raises(ConfigError, match="config.json is damaged"):
+    with pytest.raises(ConfigError, match="config.json is corrupt"):
         train(small_config(), copy)
 
 

@@ -238,10 +238,12 @@ def _join_flags_of_absl(own: flags.FlagValues) -> None:
 
 def _refuse(error: Exception) -> typing.NoReturn:
     """Ends the program with the message of an error of the library; raises any other again."""
-    from twotower.core.errors import ConfigError, TwotowerError
+    from twotower.core.errors import BusyError, ConfigError, PreemptedError, TwotowerError
 
     if isinstance(error, ConfigError):
         _end(str(error), os.EX_CONFIG)
+    if isinstance(error, (BusyError, PreemptedError)):
+        _end(str(error), os.EX_TEMPFAIL)
     if isinstance(error, TwotowerError):
         _end(str(error), FAILED)
     if _is_one_of_several():

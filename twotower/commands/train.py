@@ -8,13 +8,17 @@ Several processes: the same command on every machine with a folder that all of t
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
 
-The exit status tells a scheduler what to do. 75: start all processes again, as another one of them
-has ended or has not come; the run goes on from its last checkpoint. 134 (SIGABRT) is how JAX itself
-ends a process whose others are lost: the same as 75. 78: a mistake in the configuration, which
-would fail again. 130: interrupted. Anything else is an error of this process.
+The exit status tells a scheduler what to do. 75: start all processes again; the run goes on from
+its last checkpoint. Another process has ended or has not come, another training holds the folder,
+or SIGTERM asked for the end: then the run was saved at the step where it was. 134 (SIGABRT) is how
+JAX itself ends a process whose others are lost: the same as 75. 78: a mistake in the configuration,
+which would fail again. 130: interrupted. Anything else is an error of this process.
 """
 
 from __future__ import annotations
+
+import os
+import signal
 
 from absl import flags
 
@@ -77,6 +81,8 @@ def main() -> None:
     if _DRY_RUN.value:
         print(dry_run.describe_training(config, _WORKDIR.value, devices=_DEVICES.value))
         return
+    # Until the training itself listens there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
     # Before JAX sees its devices: it could not join other processes afterwards.
     join(
         _COORDINATOR.value,

@@ -6,6 +6,7 @@ Every refusal names the field, echoes the value and offers the nearest right one
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,21 @@ class LeakageError(ConfigError):
 
 class FolderError(TwotowerError, ValueError):
     """A folder of another kind, or with content that has changed since it was written."""
+
+
+class BusyError(TwotowerError, RuntimeError):
+    """A folder that another process writes to; the message names the process."""
+
+
+class PreemptedError(TwotowerError, SystemExit):
+    """A training that was asked to end by SIGTERM, and has saved where it was.
+
+    Uncaught, it ends a program with the status 75, by which a scheduler knows to start it again.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = os.EX_TEMPFAIL
 
 
 class TrainingError(TwotowerError, RuntimeError):

@@ -2,18 +2,23 @@
 
 Three forms: a single file (`atomic`); a folder of arrays and one JSON file that names them
 (`write_folder`); a folder of versions that never change and a pointer to the current one
-(`new_version`, `publish_version`, `current_version`).
+(`new_version`, `publish_version`, `current_version`). A folder that one process at a time may write
+to has a lock (`exclusive`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from twotower.core.errors import FolderError
+from twotower.core.errors import BusyError, FolderError
 
 # Version of the format of `KIND.json`; a reader of another version refuses it.
 _FORMAT_VERSION = 1
@@ -30,6 +35,138 @@ _ARRAY_FILE = re.compile(r"(\.[0-9a-f]{8})?\.npy$")
 # The file in a folder of versions that names the current one.
 POINTER = "current"
 _VERSION_NAME = re.compile(r"v-(\d{1,18})")
+# The file in a folder that whoever writes to the folder holds locked; see `exclusive`.
+LOCK = ".lock"
+# Descriptors of the locks that this process holds.
+_held: set[int] = set()
+# Words of a full disk in errors that carry no number: those of Arrow, TensorStore, NumPy, SQLite.
+_DISK_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|requested and \d+ written|disk is full"
+)
+
+
+@contextlib.contextmanager
+def exclusive(folder: epath.PathLike, what: str) -> Iterator[None]:
+    """Keeps all others from a folder while the block runs.
+
+    The lock is the kernel's, on the file `.lock`, and ends with the process that holds it, however
+    that ends. The file stays: what counts is whether it is locked, not whether it is there.
+
+    Args:
+        folder: Folder to write to; it is made if there is none, and goes again if the block leaves
+            nothing in it.
+        what: Name of the work, for the refusal of others, such as "train".
+
+    Raises:
+        BusyError: Another process works in the folder; the message says which.
+    """
+    folder = Path(folder)
+    descriptor = _lock(folder)
+    try:
+        _write_holder(descriptor, what)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        _close_lock(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Returns the descriptor of the lock of a folder, locked."""
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # whoever just ended took the empty folder away
+            continue
+        _held.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of a file that was taken away meanwhile a lock keeps nobody out.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            _close_lock(descriptor)
+            raise BusyError(
+                f"{folder} is in use{holder}: one process at a time may write to it. Wait until "
+                "that has ended, or end it."
+            ) from None
+        _close_lock(descriptor)
+
+
+def _close_lock(descriptor: int) -> None:
+    # A child that was forked while the lock was held has closed its copy already.
+    if descriptor in _held:
+        _held.remove(descriptor)
+        os.close(descriptor)
+
+
+def _write_holder(descriptor: int, what: str) -> None:
+    """Says in the file of a lock who holds it."""
+    now = datetime.datetime.now().astimezone()
+    since = now.isoformat(sep=" ", timespec="seconds")
+    holder = {"what": what, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    # For the message of a refusal alone: a full disk is no reason to stop here.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _read_holder(descriptor: int) -> str:
+    """Returns the end of "... is in use": who holds a lock, as far as its file says so."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return " by `{what}` (process {pid} on {host}, since {since})".format(**holder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return " by another process"
+
+
+def _close_locks_of_parent() -> None:
+    # A lock belongs to all copies of its descriptor: that of a forked child would outlive its
+    # parent. To close the copy leaves the parent's as it is.
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_of_parent)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: epath.PathLike, cure: str) -> Iterator[None]:
+    """Turns the error of a full disk, whichever library met it, into one that says what to do.
+
+    Args:
+        folder: Folder that is written to.
+        cure: Sentence on what to do once there is room.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, f"the disk is full. Make room. {cure}", str(folder)) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if _DISK_FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
@@ -288,6 +425,8 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         content = json.loads(epath.Path(path).read_text())
     except ValueError as error:
         raise FolderError(f"{path} is corrupt: it is not JSON ({error}).") from None
+    except RecursionError:
+        raise FolderError(f"{path} is corrupt: its values are nested too deeply.") from None
     if not isinstance(content, dict):
         raise FolderError(f"{path} is corrupt: it holds no JSON object.")
     return content

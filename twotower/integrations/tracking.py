@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic, current_version
 from twotower.core.install import extra
+from twotower.training.metrics import read_lines
 from twotower.training.run import load_config
 
 if TYPE_CHECKING:  # an extra, which is not always installed
@@ -58,7 +59,7 @@ def track(
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         run_id = _run_id(client, workdir, uri, experiment, artifacts)
         _log_params(client, run_id, dataclasses.asdict(config))
-        lines = list(_lines(workdir / "metrics.jsonl"))
+        lines = [(line.pop("step"), _numbers(line)) for line in read_lines(workdir)]
         _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
         _log_files(client, run_id, workdir, bundle=bundle)
         # Steps in proportion to the data are counted by the training alone, so that only a bundle
@@ -165,18 +166,6 @@ def _log_metrics(
             metrics.append(Metric(name, float(x), start_time + step, step))
     for start in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields the steps of the file that the trainer writes, with their metrics."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A line that is just being written has no end yet, and is left for the next time.
-        if line.endswith("\n"):
-            values = json.loads(line)
-            step = values.pop("step")
-            yield step, _numbers(values)
 
 
 def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:

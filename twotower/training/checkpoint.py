@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
-from twotower.core.errors import CheckpointError
+from twotower.core.errors import CheckpointError, FolderError
+from twotower.core.files import read_json
 
 State = TypeVar("State", bound=Any)  # a tree of arrays
 
@@ -38,11 +40,13 @@ class OldPlateau(NamedTuple):
 class _LatestAndBest:
     """Orbax preservation policy: the latest `keep`, and the earliest with the greatest `metric`."""
 
+    folder: epath.Path
     metric: str
     keep: int
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = best_step({c.step: c.metrics or {} for c in checkpoints}, self.metric)
+        metrics = {c.step: c.metrics or read_metrics(self.folder, c.step) for c in checkpoints}
+        best = best_step(metrics, self.metric)
         # Orbax passes the checkpoints in the order of their steps.
         first_kept = len(checkpoints) - self.keep
         return [i >= first_kept or c.step == best for i, c in enumerate(checkpoints)]
@@ -55,6 +59,29 @@ def best_step(metrics: Mapping[int, Mapping[str, float]], metric: str) -> int | 
     }
     # Steps are sorted, and `max` returns the first of equals: the earliest.
     return max(measured, key=measured.__getitem__, default=None)
+
+
+def read_metrics(folder: epath.Path, step: int) -> dict[str, float]:
+    """Returns the validation metrics of a checkpoint; none of one that has none, or damaged ones.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Step of the checkpoint.
+    """
+    path = folder / str(step) / "metrics" / "metrics"
+    if not path.exists():
+        return {}
+    # The state has files of its own: it can be restored, and so can all other checkpoints.
+    try:
+        content = read_json(path)
+        return {name: float(value) for name, value in content.items()}
+    except (FolderError, OverflowError, TypeError, ValueError):
+        absl_logging.warning(
+            "%s is damaged: the checkpoint of step %d is not looked at for the best one.",
+            path,
+            step,
+        )
+        return {}
 
 
 @contextlib.contextmanager
@@ -92,7 +119,7 @@ class Checkpoints:
         quiet = _without_warnings() if read_only else contextlib.nullcontext()
         with quiet:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(metric, keep),
+                preservation_policy=_LatestAndBest(self.folder, metric, keep),
                 # Orbax stores the metrics only where it has a `best_fn`.
                 best_fn=lambda values: values.get(metric, 0.0),
                 # Only the trainer may clean up: to a reader a half-written folder is the trainer's
@@ -100,6 +127,9 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
+                # Else Orbax reads the metrics of all checkpoints, and one damaged file of theirs
+                # would keep the whole run from being opened.
+                lightweight_initialize=True,
             )
             # Resolved, since Orbax refuses relative paths.
             self._manager = ocp.CheckpointManager(
@@ -134,7 +164,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked)
         )
-        self._manager.save(step, args=items, metrics=dict(metrics))
+        # By force: asked whether a save is due, Orbax would ask JAX whether the run is preempted,
+        # with another count than the loop's.
+        self._manager.save(step, args=items, metrics=dict(metrics), force=True)
 
     def latest(self) -> int | None:
         """Returns the step of the latest checkpoint; None if there is none."""
@@ -151,7 +183,7 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the validation metrics of a step; {} if none were measured."""
-        return dict(self._manager.metrics(step) or {})
+        return read_metrics(self.folder, step)
 
     def wait(self) -> None:
         """Waits for the save in progress."""

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
 from twotower.config import Config, TrainingConfig
-from twotower.core.errors import ScoreError, TrainingError
+from twotower.core.errors import PreemptedError, ScoreError, TrainingError
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
@@ -38,6 +38,7 @@ from twotower.training.checks import check_batch, check_batch_norm, check_metric
 from twotower.training.init import abstract_state, init_on
 from twotower.training.memory import check_memory
 from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
+from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 
@@ -136,6 +137,7 @@ def fit(
         The state at the end.
 
     Raises:
+        PreemptedError: The process was asked to end by SIGTERM, and has saved where it was.
         TrainingError: The loss or a gradient is not finite.
         ConfigError: The batch is larger than the data or cannot be divided over the devices, the
             run does not fit into their memory, or `validate` does not measure the metric.
@@ -154,14 +156,15 @@ def fit(
         if progress.stopped or start >= config.steps:
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
-        with open_writer(workdir, start=start, steps=config.steps) as writer:
+        writing = open_writer(workdir, start=start, steps=config.steps)
+        with writing as writer, Preemption() as preemption:
             # Nothing is said for so long at no other time.
             logging.info("Compiling: seconds for a small model, minutes for a large one ...")
             # A validation of the fresh model, so that a misspelt metric costs seconds.
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
             run_steps = compile_steps(trainer, batches, data, mesh)
-            run = _Run(trainer, checkpoints, writer, progress, validate, mine, mesh)
+            run = _Run(trainer, checkpoints, writer, progress, preemption, validate, mine, mesh)
             state = run.run_to_end(state, run_steps)
     best = ""
     if validate:
@@ -249,12 +252,17 @@ class _Run:
     checkpoints: Checkpoints
     writer: Writer
     progress: EarlyStopping
+    preemption: Preemption
     validate: Validate | None
     mine: Miner | None
     mesh: Mesh
 
     def run_to_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
-        """Runs all further steps; each validation is followed by a checkpoint."""
+        """Runs all further steps; each validation is followed by a checkpoint.
+
+        Raises:
+            PreemptedError: The process was asked to end.
+        """
         config = self.trainer.config.training
         dispatch = config.steps_per_dispatch
         metrics = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
@@ -270,15 +278,23 @@ class _Run:
                 state, launched = run_steps(state, step)
                 done = step + dispatch
                 metrics.launch(done, launched)
-                if done % config.validate_every and done < config.steps:
+                is_preempted = self.preemption.is_due(done // dispatch)
+                is_validated = not done % config.validate_every or done >= config.steps
+                if not (is_validated or is_preempted):
                     continue
                 # A checkpoint must not hold a NaN: the metrics of its own step are read first.
                 metrics.read()
                 with jax.transfer_guard("allow"):
-                    state = self._validate_and_save(state)
+                    if is_validated:
+                        state = self._validate_and_save(state)
+                    else:
+                        self._save(done, state, {})
                 metrics.resume()
-                if self.progress.stopped:
+                if self.progress.stopped or done >= config.steps:
                     break
+                if is_preempted:
+                    metrics.flush()
+                    self._end_early(done)
         metrics.flush()
         return state
 
@@ -309,9 +325,20 @@ class _Run:
             shown = {config.metric: f"{value:.4f}", "best": f"{self.progress.best:.4f}"}
             named = {f"validation/{name}": x for name, x in values.items()}
             self.writer.write(step, named, show=shown)
-        record = dataclasses.asdict(self.progress)
-        self.checkpoints.save(step, state, record=record, metrics=values)
+        self._save(step, state, values)
         return state
+
+    def _save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        record = dataclasses.asdict(self.progress)
+        self.checkpoints.save(step, state, record=record, metrics=metrics)
+
+    def _end_early(self, step: int) -> NoReturn:
+        """Ends a run that was asked to end, once its checkpoint is whole."""
+        self.checkpoints.wait()
+        raise PreemptedError(
+            f"SIGTERM: the run was saved at step {step}, in {self.checkpoints.folder / str(step)}. "
+            "The same command goes on from there."
+        )
 
     def _validation(self, weights: Weights, step: int) -> dict[str, float]:
         """Returns the validation metrics; none without validation rows."""

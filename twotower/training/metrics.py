@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from twotower.core import progress
 from twotower.core.errors import TrainingError
 from twotower.core.files import atomic
 from twotower.training.checkpoint import Checkpoints
+
+METRICS = "metrics.jsonl"  # file of the metrics in the folder of a run
 
 
 @runtime_checkable
@@ -180,15 +183,10 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int) -> None:
-        # Imported by training alone: loading a run to serve it needs no TensorBoard.
-        from tensorboardX import SummaryWriter
-
-        path = Path(workdir) / "metrics.jsonl"
+        path = Path(workdir) / METRICS
         _truncate(path, start)
         self._lines = path.open("a", encoding="utf-8")
-        # TensorBoard hides the events of later steps, which a killed process left.
-        purge_step = start + 1 if start else None
-        self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge_step)
+        self._events = _Events(path.parent / "tensorboard", start)
         self._bar = progress.bar(
             total=steps,
             initial=start,
@@ -215,13 +213,53 @@ class MetricWriter:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         # A killed process leaves whole lines, up to the last one.
         self._lines.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
         self._shown |= show
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
             shown = ", ".join(f"{name} {value}" for name, value in show.items())
             logging.info("step %d: %s", step, shown)
+
+
+class _Events:
+    """File of TensorBoard, written by the caller's own thread.
+
+    `SummaryWriter` has a thread, which ends at the first error of the disk without a word; training
+    would then wait for it for ever.
+
+    Args:
+        folder: Folder of the files, one for each start of the run.
+        start: Step that the run goes on from.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        # Imported by training alone: loading a run to serve it needs no TensorBoard.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        # Generated while it is imported: type checkers do not see its classes.
+        messages: Any = event_pb2
+        self._new_event = messages.Event
+        self._scalar = summary.scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        # The number of the process, as a run may go on twice in a second.
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        # TensorBoard hides the events of later steps, which a killed process left.
+        if start:
+            log = messages.SessionLog(status=messages.SessionLog.START)
+            self._writer.write_event(self._new_event(step=start + 1, session_log=log))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of a step."""
+        for name, value in values.items():
+            scalar = self._scalar(name, value)
+            event = self._new_event(wall_time=time.time(), step=step, summary=scalar)
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class SilentWriter:
@@ -254,16 +292,52 @@ def open_writer(workdir: Path, *, start: int, steps: int) -> Writer:
     return MetricWriter(workdir, start=start, steps=steps)
 
 
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics that the training of a run has written, each with its "step".
+
+    The last line may be half written, and is then left out; others that cannot be read are left out
+    with a warning.
+
+    Args:
+        workdir: Folder of the run.
+    """
+    path = Path(workdir) / METRICS
+    if not path.exists():
+        return []
+    # A disk that was not unmounted may leave any bytes.
+    text = path.read_bytes().decode("utf-8", "replace")
+    lines = []
+    damaged = 0
+    # Behind the last line's end comes nothing, or a line that was being written.
+    for line in text.split("\n")[:-1]:
+        values = _parse(line)
+        if values is None:
+            damaged += 1
+        else:
+            lines.append(values)
+    if damaged:
+        logging.warning("%s: %d lines cannot be read, and are left out.", path, damaged)
+    return lines
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Returns the metrics of a line; None where it is not one of ours."""
+    try:
+        values = json.loads(line)
+    except (RecursionError, ValueError):
+        return None
+    if isinstance(values, dict) and type(values.get("step")) is int:
+        return values
+    return None
+
+
 def _truncate(path: Path, start: int) -> None:
     """Keeps the whole lines of steps up to `start`, and removes all others."""
     # A killed process may have left lines of later steps, and half a line.
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > start:
-            break
-        kept.append(line)
+    kept = [line for line in read_lines(path.parent) if line["step"] <= start]
     # A process killed here leaves the old file or the new one, never half of either.
     with atomic(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary.write_text(text, encoding="utf-8")

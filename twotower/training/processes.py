@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 
 from twotower.core.errors import ConfigError
 
@@ -87,6 +91,43 @@ def is_lost_process(error: Exception) -> bool:
     # Gloo's errors come as a plain ValueError, those of NCCL and gRPC as a JaxRuntimeError.
     is_of_jax = isinstance(error, (ValueError, jax.errors.JaxRuntimeError))
     return is_of_jax and _LOST_PROCESS.search(str(error)) is not None
+
+
+class Preemption:
+    """Listens for SIGTERM, by which a scheduler asks a run to end; a context.
+
+    One process listens itself. In several JAX does, which lets all of them stop after the same
+    dispatch, whichever was asked.
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Preemption:
+        # Only the main thread may. A handler of JAX's, in C++, must stay.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and not is_one_of_several():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._is_asked = True
+
+    def is_due(self, dispatch: int) -> bool:
+        """Returns whether the run is to end now.
+
+        Args:
+            dispatch: Number of the dispatch that was launched last. All processes call this after
+                each, with numbers that rise by one, since JAX names the one to stop after.
+        """
+        if is_one_of_several():
+            return multihost_utils.reached_preemption_sync_point(dispatch)
+        return self._is_asked
 
 
 class _MissingProcesses:

@@ -3,9 +3,10 @@ needs only the folder."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
-from twotower.core.errors import CheckpointError, ConfigError
+from twotower.core.errors import CheckpointError, ConfigError, FolderError
 from twotower.core.fields import differences
-from twotower.core.files import atomic
+from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk, read_json
 from twotower.core.install import command
 from twotower.core.mesh import make_mesh
 from twotower.data.dataset import Dataset
@@ -96,39 +97,59 @@ def train(
         tell: Function that shows the report of the data before the first step.
 
     Raises:
+        BusyError: Another training goes on in the folder.
         ConfigError: The folder holds a run of another configuration, or the data or a field cannot
             be used.
         FolderError: Prepared data is missing, damaged, or that of another run.
+        PreemptedError: The process was asked to end by SIGTERM, and has saved where it was.
         TrainingError: The loss or a gradient is not finite.
     """
     workdir = local_folder(workdir)
     shared = None if data is None else local_folder(data, "--data")
     mesh = make_mesh(devices)
-    check_batch(config.training, mesh)
-    import_plugins(config.plugins, workdir)
-    # A misspelt loss is refused before the data is read, not after.
-    resolve_kinds(config)
-    prepared = _kept_data(config, workdir, shared)
-    is_new = prepared is None
-    if prepared is None:
-        prepared = prepare(config, folder=workdir, dataset=dataset)
-    model = TwoTower.build(config.model, prepared.encoder)
-    trainer = Trainer.build(config, model, corpus_size(prepared))
-    # Only now that everything fits: an error above leaves the folder free for the corrected
-    # configuration.
-    begin(workdir, config, prepared, shared)
-    # From the folder in any case: a run that goes on sees the same arrays as one that begins.
-    if is_new:
-        prepared = data_folder.load(data_path(workdir), config, prepared.encoder)
-    if prepared.report is not None and jax.process_index() == 0:
-        tell(prepared.report)
-    validate = None
-    if make_validate and len(prepared.validation):
-        validate = make_validate(prepared, model)
-    mine = None
-    if make_miner and trainer.sampling.config.mined:
-        mine = make_miner(prepared, model)
-    fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
+    with write_alone(workdir, "train"):
+        check_batch(config.training, mesh)
+        import_plugins(config.plugins, workdir)
+        # A misspelt loss is refused before the data is read, not after.
+        resolve_kinds(config)
+        prepared = _kept_data(config, workdir, shared)
+        is_new = prepared is None
+        if prepared is None:
+            prepared = prepare(config, folder=workdir, dataset=dataset)
+        model = TwoTower.build(config.model, prepared.encoder)
+        trainer = Trainer.build(config, model, corpus_size(prepared))
+        # Only now that everything fits: an error above leaves the folder free for the corrected
+        # configuration.
+        begin(workdir, config, prepared, shared)
+        # From the folder in any case: a run that goes on sees the same arrays as one that begins.
+        if is_new:
+            prepared = data_folder.load(data_path(workdir), config, prepared.encoder)
+        if prepared.report is not None and jax.process_index() == 0:
+            tell(prepared.report)
+        validate = None
+        if make_validate and len(prepared.validation):
+            validate = make_validate(prepared, model)
+        mine = None
+        if make_miner and trainer.sampling.config.mined:
+            mine = make_miner(prepared, model)
+        fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
+
+
+@contextlib.contextmanager
+def write_alone(workdir: Path, what: str) -> Iterator[None]:
+    """Keeps other trainings from the folder of a run, and says what to do where its disk is full.
+
+    Args:
+        workdir: Folder of the run.
+        what: Name of the work.
+    """
+    lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    # The first of several processes holds it for all of them.
+    if jax.process_index() == 0:
+        lock = exclusive(workdir, what)
+    again = "Then give the same command again: the run goes on from its last checkpoint."
+    with explain_full_disk(workdir, again), lock:
+        yield
 
 
 def _kept_data(config: Config, workdir: Path, shared: Path | None) -> PreparedData | None:
@@ -298,13 +319,12 @@ def load_config(workdir: Path | str) -> Config:
     return config
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a configuration's file, which is a mapping of sections."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}). Restore it, or delete the folder and train again."
-        ) from None
+        return read_json(path)
+    except FolderError as error:
+        raise ConfigError(f"{error} Restore it, or delete the folder and train again.") from None
 
 
 def holds_run(workdir: Path, config: Config) -> bool:
@@ -322,7 +342,7 @@ def holds_run(workdir: Path, config: Config) -> bool:
         if workdir.exists():
             others = list(workdir.iterdir())
         # A process that was killed while it wrote the configuration leaves a temporary file.
-        if not all(other.match(".config.json.*.tmp") for other in others):
+        if not all(other.name == LOCK or other.match(".config.json.*.tmp") for other in others):
             raise ConfigError(
                 f"--workdir={workdir} is a folder with other files and no config.json. Name a new "
                 "or empty folder."
