@@ -1,12 +1,16 @@
 """Queries of both kinds from a log small enough to work out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.ragged import Ragged
+from twotower.evaluation import report_text
 from twotower.evaluation.queries import Queries, make_queries
+from twotower.evaluation.report import measure_answers
 from twotower.pipeline.prepare import prepare
 
 # user, item, split; in order of time. Item z is never in training, so it is not in the corpus;
@@ -152,3 +156,48 @@ def test_a_sample_asks_some_queries_of_the_whole_corpus():
     some = queries.sample(4)
     assert some.user.tolist() == [0, 3, 6, 9] == some.relevant.values.tolist()
     assert some.num_items == 10
+
+
+# By hand: of ann's d, c, z and y two are in the corpus, ben's a and dan's b are, cat's z is not.
+ANSWERS = {
+    "user": {"all": 7, "outside_corpus": 3, "greatest_recall": (0.5 + 1 + 1 + 0) / 4},
+    "interaction": {"all": 9, "outside_corpus": 4, "greatest_recall": 5 / 9},
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_outside_of_the_corpus_bound_the_recall_and_are_said_first(prepared, kind):
+    queries = make_queries(prepared, "test", kind)
+    measured = measure_answers(queries, "test", has_item_table=False)
+    warning = measured.pop("warning")
+    assert measured == pytest.approx(ANSWERS[kind])
+    model = dict.fromkeys(
+        [f"{name}@10" for name in report_text.TABLE_METRICS] + ["queries_without_answer"], 0.0
+    )
+    figures = {
+        "protocol": {
+            "split": "test",
+            "query": kind,
+            "step": 1,
+            "items": 4,
+            "asked": 1,
+            "available": 1,
+        },
+        "answers": measured | {"warning": warning},
+        "model": model | {"queries": 1},
+        "model_unmasked": model | {"queries": 1},
+    }
+    first = report_text.format_report(figures, (10,)).splitlines()[0]
+    share = {"user": "42.9% of the 7", "interaction": "44.4% of the 9"}[kind]
+    assert first.startswith(f"WARNING: {share} test answers")
+    assert f"greatest recall possible is {measured['greatest_recall']:.4f}" in first
+
+
+def test_the_report_before_training_has_the_greatest_recall_of_the_evaluation(prepared):
+    for kind, answers in ANSWERS.items():
+        config = dataclasses.replace(
+            prepared.config, evaluation=dataclasses.replace(prepared.config.evaluation, query=kind)
+        )
+        held_out = prepare(config).report.held_out["test"]
+        assert held_out.greatest_recall == pytest.approx(answers["greatest_recall"])
+        assert (held_out.rows, held_out.outside_corpus) == (9, 4)

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
+from twotower.data.report import describe_unreachable
 from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import Scores, evaluate, evaluate_both, model_scores
 from twotower.evaluation.heads import make_head_metrics
@@ -64,8 +65,9 @@ def measure_run(
             measured with seen items masked.
 
     Returns:
-        {"protocol": {...}, "model": {"recall@10": ...}, "model_unmasked": ..., "baselines": {name:
-        ...}, "baselines_unmasked": ...}; for items and users that training never saw "new_items"
+        {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
+        {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...}, "baselines_unmasked":
+        ...}; for items and users that training never saw "new_items"
         and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
         {"auc": ...}}; and with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
         ...}}.
@@ -84,6 +86,9 @@ def measure_run(
     measured: Measured = {"protocol": _protocol(run, split, queries, len(every_query))}
     if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
+    measured["answers"] = measure_answers(
+        every_query, split, has_item_table=run.prepared.has_catalogue
+    )
     # Papers report either, and the two are not comparable: both are always measured.
     figures = {name: evaluate_both(scores, queries, ks) for name, scores in rankings.items()}
     for position, suffix in enumerate(("", "_unmasked")):
@@ -99,6 +104,33 @@ def measure_run(
     if run.config.objective.heads:
         measure_heads = make_head_metrics(run.prepared, whole_model, split, max_rows=max_queries)
         measured["heads"] = measure_heads(run.weights)
+    return measured
+
+
+def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Measured:
+    """Measures how many right answers any ranking of the corpus could find.
+
+    Args:
+        queries: All queries of a split.
+        split: Name of the split.
+        has_item_table: Whether items come from a table of their own.
+
+    Returns:
+        "all" and "outside_corpus", numbers of right answers; "greatest_recall", the recall of a
+        perfect ranking without an end, from 0 to 1; and where answers are outside "warning", a
+        sentence with the cure.
+    """
+    answers = queries.num_relevant
+    total = int(answers.sum())
+    outside = int(queries.missing.sum())
+    is_asked = answers > 0
+    found = queries.relevant.lengths[is_asked] / answers[is_asked]
+    recall = float(found.mean()) if len(found) else 0.0
+    measured: Measured = {"all": total, "outside_corpus": outside, "greatest_recall": recall}
+    if outside:
+        measured["warning"] = describe_unreachable(
+            outside, total, recall, part=split, has_item_table=has_item_table
+        )
     return measured
 
 

@@ -39,7 +39,11 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         measured: Figures by name; "index" is optional.
         ks: Lengths of the lists, rising.
     """
-    lines = _protocol_lines(measured["protocol"])
+    lines = []
+    # First: with few answers in reach, every figure below is small whatever the model is.
+    if "warning" in measured.get("answers", {}):
+        lines.append(f"WARNING: {measured['answers']['warning']}")
+    lines += _protocol_lines(measured["protocol"])
     for suffix, title in MASKING_TITLES.items():
         model = measured[f"model{suffix}"]
         baselines = measured.get(f"baselines{suffix}", {})
