@@ -49,18 +49,27 @@ class TableConfig:
     """Source of one table, and the names of its columns.
 
     Attributes:
-        path: File, folder or glob of CSV (also .gz) or Parquet files; environment variables and ~
-            are expanded. dataset:NAME/FILE is a file of a known data set, such as
-            dataset:movielens-100k/u.data, read from $TWOTOWER_DATA or else downloaded. With the
-            source bigquery, a table: PROJECT.DATASET.TABLE, or DATASET.TABLE of the client's
-            project.
+        path: File, folder or glob of CSV (also .gz), JSON (.jsonl, .ndjson, .json) or Parquet files,
+            or a zip with one of them; environment variables and ~ are expanded. dataset:NAME/FILE
+            is a file of a known data set, such as dataset:movielens-100k/u.data, read from
+            $TWOTOWER_DATA or else downloaded. With the source bigquery, a table:
+            PROJECT.DATASET.TABLE, or DATASET.TABLE of the client's project.
         query: BigQuery SQL, in place of a path.
         columns: Mapping of our names to the file's names, for example {"user_id": "CustomerID"}.
             "metadata.brand" names a field of a column of JSON objects. Columns not named keep their
             own names.
-        names: Column names of a file without a header line.
-        delimiter: Separator of the fields of a CSV file.
-        encoding: Text encoding of a CSV file.
+        names: Column names of a file without a header line. An empty name leaves a column out, and
+            so does the lack of names for the last ones.
+        delimiter: Separator of the fields of a text file. The words tab, space and whitespace (of
+            any length) are known too. Where the header has a tab, a semicolon or a pipe in its
+            place, that one is taken.
+        quoting: Character that quotes fields with delimiters or line breaks, or "off". Fields
+            between delimiters of several characters have no quotes.
+        comment: Beginning of the lines that are left out, such as "#".
+        skip_lines: Number of lines before the header, or before the first row.
+        bad_rows: Treatment of rows with more or fewer fields than the header: refused, skipped, or
+            padded with missing values (where fields too many are empty).
+        encoding: Encoding of a text file. One that begins with the mark of UTF-16 is read as that.
         timestamp_format: Strptime format of textual timestamps; empty for ISO 8601.
         timestamp_unit: Unit of numeric timestamps since the epoch.
     """
@@ -71,6 +80,10 @@ class TableConfig:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
     delimiter: str = ","
+    quoting: str = '"'
+    comment: str = ""
+    skip_lines: int = 0
+    bad_rows: Literal["refuse", "skip", "pad"] = "refuse"
     encoding: str = "utf-8"
     timestamp_format: str = ""
     # Seconds, as in MovieLens.
@@ -81,6 +94,9 @@ class TableConfig:
         check = FieldChecks(self, "TableConfig")
         has_delimiter = bool(self.delimiter)
         check.require(has_delimiter, "delimiter", "one or more characters, such as ',' or '\\t'")
+        is_quoting = self.quoting == "off" or len(self.quoting) == 1
+        check.require(is_quoting, "quoting", "one character, such as '\"', or 'off'")
+        check.at_least(0, "skip_lines")
         known = _is_encoding(self.encoding)
         check.require(known, "encoding", "an encoding that Python knows, such as 'utf-8'")
 
