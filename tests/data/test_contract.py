@@ -99,7 +99,7 @@ def test_a_wrong_value_is_named_with_file_row_and_column(tmp_path, column, value
     good = "".join(f"u,{n},1\n" for n in range(16))
     write(tmp_path / "a.csv", f"user_id,item_id,{column}\nu,i,2\n")
     write(tmp_path / "b.csv", f'user_id,item_id,{column}\n{good}u,i,"{value}"\n{good}')
-    message = rf"b\.csv, row 17 \(row 18 with the header\), column '{column}': '{value}' is not a"
+    message = rf"b\.csv, line 18, column '{column}': '{value}' is not a"
     with pytest.raises(ConfigError, match=message):
         read_rows(str(tmp_path))
 
@@ -107,11 +107,11 @@ def test_a_wrong_value_is_named_with_file_row_and_column(tmp_path, column, value
 def test_a_wrong_time_is_named_and_its_form_explained(tmp_path):
     path = write(tmp_path / "log.csv", "user_id,item_id,when\nu,i,2020-01-01\nu,j,31/12/2020\n")
     columns = {"timestamp": "when"}
-    message = r"row 2 .*column 'when': '31/12/2020' is not a time.*timestamp_format='%d/%m/%Y'"
+    message = r"line 3, column 'when': '31/12/2020' is not a time.*timestamp_format='%d/%m/%Y'"
     with pytest.raises(ConfigError, match=message):
         read_rows(path, columns=columns)
     with pytest.raises(
-        ConfigError, match=r"row 1 .*'2020-01-01' is not a time of the form '%d/%m/%Y'"
+        ConfigError, match=r"line 2, .*'2020-01-01' is not a time of the form '%d/%m/%Y'"
     ):
         read_rows(path, columns=columns, timestamp_format="%d/%m/%Y")
 
@@ -130,10 +130,13 @@ def test_a_column_that_the_file_lacks_can_be_named_or_left_out(tmp_path):
 
 
 def test_a_negative_weight_is_named_with_its_row(tmp_path):
-    for weights, row, value in ((["1", "", "-1"], 3, "'-1'"), (["-0.5", "2", "3"], 1, "'-0.5'")):
+    for weights, line, value in (
+        (["1", "", "-1"], 4, "'-1'"),
+        (["-0.5", "2", "3"], 2, "'-0.5'"),
+    ):
         lines = "".join(f"u,i,{weight}\n" for weight in weights)
         path = write(tmp_path / "log.csv", f"user_id,item_id,weight\n{lines}")
         with pytest.raises(
-            ConfigError, match=rf"row {row} .*column 'weight': {value} is not at least 0"
+            ConfigError, match=rf"line {line}, column 'weight': {value} is not at least 0"
         ):
             read_rows(path)

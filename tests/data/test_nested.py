@@ -41,7 +41,9 @@ def test_structs_of_parquet_are_flattened_as_json_is(tmp_path):
 def test_a_value_that_is_no_json_object_is_an_error_where_its_fields_are_asked_for(tmp_path):
     path = write(tmp_path / "log.csv", 'user_id,item_id,m\nu,i,"{""a"": 1}"\nu,j,{oops\n')
     assert read_rows(path)["m"].to_pylist() == ['{"a": 1}', "{oops"]
-    with pytest.raises(ConfigError, match=r"log\.csv, row 2 .*'m'.*'\{oops' is not a JSON object"):
+    with pytest.raises(
+        ConfigError, match=r"log\.csv, line 3, .*'m'.*'\{oops' is not a JSON object"
+    ):
         read_rows(path, columns={"a": "m.a"})
     with pytest.raises(ConfigError, match=r"no column 'm\.brnd' \(did you mean 'm\.brand'\?\)"):
         read_rows(

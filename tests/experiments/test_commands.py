@@ -258,7 +258,7 @@ LOG = "user_id,item_id,timestamp\n" + "".join(
         (
             LOG.replace("1600000041", "soon"),
             [],
-            "log.csv, row 42 (row 43 with the header), column 'timestamp': 'soon'",
+            "log.csv, line 43, column 'timestamp': 'soon'",
         ),
         (
             LOG,

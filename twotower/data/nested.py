@@ -102,11 +102,11 @@ def _parse_one_by_one(lines: list[str]) -> pa.ChunkedArray:
     names = list(dict.fromkeys(name for value in objects for name in value))
     arrays = []
     for name in names:
-        arrays.append(_array([value.get(name) for value in objects]))
+        arrays.append(array_of_values([value.get(name) for value in objects]))
     return pa.chunked_array([pa.StructArray.from_arrays(arrays, names)])
 
 
-def _array(values: list) -> pa.Array:
+def array_of_values(values: list) -> pa.Array:
     """Returns values of one type as that type.
 
     Values of several types become text, or lists of text where all are lists.

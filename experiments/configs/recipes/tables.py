@@ -60,6 +60,11 @@ def get_config(recipe="dates"):
     data.test.delimiter = ";"
     data.test.encoding = "utf-8-sig"
     data.test.names = ("who", "what", "when", "when_ms")
+    # A title, then the header as a comment; a quote is a letter like others.
+    data.test.skip_lines = 1
+    data.test.comment = "#"
+    data.test.quoting = "off"
+    data.test.bad_rows = "skip"
     return config
 
 

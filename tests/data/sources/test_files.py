@@ -78,12 +78,11 @@ def test_latin_1_and_semicolons(tmp_path):
             "userId,item_id\nu,i\n",
             r"no column 'user_id' \(did you mean 'userId'\?\).*=\{'user_id': 'userId'\}",
         ),
-        ("user_id,item_id\nu,i\nu\n", r"log\.csv cannot be read: .*Row #3"),
-        ("user_id,user_id\nu,i\n", r"several columns named 'user_id'"),
         (
-            "user_id;item_id\nu;i\n",
-            r"no column 'user_id'.*separated by ';': set config\.data\.interactions\.delimiter=';'",
+            "user_id,item_id\nu,i\nu\n",
+            r"log\.csv, line 3: 1 fields in the place of 2: 'u'\. .*bad_rows='skip'",
         ),
+        ("user_id,user_id\nu,i\n", r"several columns named 'user_id'"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path, text, message):

@@ -22,54 +22,20 @@ from pyarrow import csv
 from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.data.sources.content import Content, marked_encoding
 from twotower.data.sources.records import find_swallowed, record_lines
 
 # Texts that stand for a missing value: those that pandas knows.
 NULLS = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null"]
-FIRST_BYTES = 1 << 16  # bytes in which header and delimiter are looked for
 # Separators that a header may have in the place of the configured one.
 SEPARATORS = ("\t", ";", "|", ",")
 WHITESPACE = r"\s+"
 _DELIMITERS = {r"\t": "\t", "tab": "\t", "space": " ", "whitespace": WHITESPACE}
 # Arrow knows delimiters of one character; ASCII's own field separator stands in for longer ones.
 _FIELD_SEPARATOR = "\x1f"
-# Marks at the beginning of a file, the longest first, and the encodings that they stand for.
-_MARKS = (
-    (b"\xff\xfe\x00\x00", "utf-32"),
-    (b"\x00\x00\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
 _BOM = "\ufeff"
 _LONGEST_BLOCK = 1 << 30  # bytes; Arrow's blocks are below 2 GB
 _SHOWN = 80  # characters of a row that a message shows
-
-
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """A text file, or one of an archive.
-
-    Attributes:
-        path: Path of the file, for messages too.
-        data: Its bytes, where they were unpacked already; None to read them from the path.
-    """
-
-    path: Path
-    data: bytes | None = None
-
-    def head(self) -> bytes:
-        """Returns the first bytes, uncompressed."""
-        if self.data is not None:
-            return self.data[:FIRST_BYTES]
-        with pa.input_stream(str(self.path), compression="detect") as stream:
-            return stream.read(FIRST_BYTES)
-
-    def whole(self) -> bytes:
-        """Returns all bytes, uncompressed."""
-        if self.data is not None:
-            return self.data
-        with pa.input_stream(str(self.path), compression="detect") as stream:
-            return stream.read()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +44,7 @@ class Rows:
 
     Attributes:
         table: Columns of text.
+        header: Names of all columns of the file; empty ones are left out of the table.
         content: The file.
         form: Form of the file, with what was found out about it.
         records: Number of the record of each row, from 0 and without the header, int64 [N]; None
@@ -85,9 +52,14 @@ class Rows:
     """
 
     table: pa.Table
+    header: list[str]
     content: Content
     form: TableConfig
     records: np.ndarray | None = None
+
+    def columns(self) -> list[pa.ChunkedArray | None]:
+        """Returns the columns of the file; None for one that the table leaves out."""
+        return [self.table[name] if name else None for name in self.header]
 
     def line(self, row: int) -> int:
         """Returns the line, counted from 1, on which a row begins, counted from 0."""
@@ -108,11 +80,12 @@ def read(content: Content, config: TableConfig, name: str) -> Rows:
     form = find_form(content, config, name)
     reading = _Reading(content, form, name)
     header = reading.header()
-    _check_header(header, content.path, name)
+    names = [column.strip() for column in header]
+    _check_header(names, content.path, name)
     table, bad = reading.table(header)
-    rows = _with_bad_rows(Rows(table, content, form), bad, header, reading)
-    _check_rows(rows, bad, header, name)
-    return _without_marks(_without_repeated_headers(rows, header, name))
+    rows = _with_bad_rows(Rows(table, names, content, form), bad, header, reading)
+    _check_rows(rows, bad, name)
+    return _without_marks(_without_repeated_headers(rows, name))
 
 
 def find_form(content: Content, config: TableConfig, name: str) -> TableConfig:
@@ -128,11 +101,10 @@ def find_form(content: Content, config: TableConfig, name: str) -> TableConfig:
     """
     head = content.head()
     encoding = config.encoding
-    for mark, marked in _MARKS:
-        if head.startswith(mark) and not _is_of(encoding, marked):
-            logging.info("%s: %s is read as %s, by its mark", name, content.path, marked)
-            encoding = marked
-            break
+    marked = marked_encoding(head)
+    if marked and not _is_of(encoding, marked):
+        logging.info("%s: %s is read as %s, by its mark", name, content.path, marked)
+        encoding = marked
     delimiter = plain_delimiter(config.delimiter)
     skip = config.skip_lines
     lines = head.decode(encoding, errors="replace").lstrip(_BOM).splitlines()
@@ -222,6 +194,8 @@ class _Reading:
     def header(self) -> list[str]:
         """Returns the names of the columns; an empty one for a column that is left out."""
         options = self._options(use_threads=False, names=None)
+        # Bad rows are told when all rows are read.
+        options["parse_options"].invalid_row_handler = lambda row: "skip"
         with csv.open_csv(self._input(), **options) as reader:
             found = reader.schema.names
         names = [name.strip() for name in self._form.names]
@@ -335,7 +309,7 @@ def _as_text(header: list[str]) -> csv.ConvertOptions:
 
 def _check_header(header: list[str], path: Path, name: str) -> None:
     # Arrow accepts two columns of one name, and fails only when one is looked up.
-    names = [column.strip() for column in header if column.strip()]
+    names = [column for column in header if column]
     repeated = sorted({column for column in names if names.count(column) > 1})
     if repeated:
         raise ConfigError(
@@ -401,7 +375,7 @@ def _too_long(bad: list[csv.InvalidRow], separator: str) -> list[csv.InvalidRow]
     return long
 
 
-def _check_rows(rows: Rows, bad: list[csv.InvalidRow], header: list[str], name: str) -> None:
+def _check_rows(rows: Rows, bad: list[csv.InvalidRow], name: str) -> None:
     """Refuses a file for all that is wrong with its rows, at once.
 
     Raises:
@@ -468,7 +442,7 @@ def _others(count: int) -> str:
 
 def _text_problems(rows: Rows, name: str) -> Iterator[str]:
     """Yields what is wrong with texts: NUL characters, and quotes that take in whole rows."""
-    for index, column in enumerate(rows.table.column_names):
+    for column in rows.table.column_names:
         low, _ = _byte_range(rows.table[column])
         # A tab is an honest part of a text.
         if low > 13 or low == 9:
@@ -476,7 +450,7 @@ def _text_problems(rows: Rows, name: str) -> Iterator[str]:
         if low == 0:
             yield from _nul_problem(rows, column, name)
         if quote_of(rows.form):
-            yield from _swallowed_problem(rows, index, name)
+            yield from _swallowed_problem(rows, column, name)
 
 
 def _byte_range(column: pa.ChunkedArray) -> tuple[int, int]:
@@ -507,12 +481,13 @@ def _nul_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
     )
 
 
-def _swallowed_problem(rows: Rows, index: int, name: str) -> Iterator[str]:
-    found = find_swallowed(rows.table, index, rows.form.delimiter)
+def _swallowed_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
+    index = rows.header.index(column)
+    found = find_swallowed(rows.columns(), index, rows.form.delimiter)
     if not len(found):
         return
     row = int(found[0])
-    text = rows.table[index][row].as_py()
+    text = rows.table[column][row].as_py()
     yield _swallowed(rows, rows.line(row), text, len(found), name)
 
 
@@ -526,18 +501,18 @@ def _swallowed(rows: Rows, line: int, text: str, count: int, name: str) -> str:
     )
 
 
-def _without_repeated_headers(rows: Rows, header: list[str], name: str) -> Rows:
+def _without_repeated_headers(rows: Rows, name: str) -> Rows:
     """Leaves out rows that repeat the header, as files that were put together have."""
     names = rows.table.column_names
     if rows.form.names or not names:
         return rows
-    bare = [column.strip() for column in header if column.strip()]
     first = rows.table[0]
-    if pc.index(first, bare[0]).as_py() < 0 and pc.index(first, _BOM + bare[0]).as_py() < 0:
+    if all(pc.index(first, mark + names[0]).as_py() < 0 for mark in ("", _BOM)):
         return rows
     is_header = np.ones(len(rows.table), bool)
     for column, values in zip(names, rows.table.columns):
-        same = pc.is_in(values, value_set=pa.array([column, _BOM + column]))
+        trimmed = pc.utf8_trim_whitespace(values)
+        same = pc.is_in(trimmed, value_set=pa.array([column, _BOM + column]))
         is_header &= same.to_numpy()
     count = int(is_header.sum())
     if not count:

@@ -1,34 +1,28 @@
-"""Reader of CSV and Parquet files: one Arrow table, or an error with file, row and column."""
+"""Reader of files of text, JSON and Parquet: one Arrow table, or an error with file and line."""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
-import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv, parquet
+from absl import logging
+from pyarrow import parquet
 
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Origin, apply_contract, similar_name_hint
-from twotower.data.sources import named
+from twotower.data.sources import content, delimited, json_files, named
+from twotower.data.sources.content import Content, Kind
 
-Kind = Literal["csv", "parquet"]
-
-_SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    # Compressed files too: Arrow decompresses them by the suffixes .gz, .bz2 and .zst.
-    "csv": (".csv", ".tsv", ".txt", ".dat", ".data", ".gz", ".bz2", ".zst"),
-    "parquet": (".parquet", ".pq"),
-}
-# Texts that stand for a missing value: those that pandas knows.
-_NULLS = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null"]
-# Arrow knows delimiters of one character; ASCII's own field separator stands in for longer ones.
-_FIELD_SEPARATOR = "\x1f"
+# Options of `TableConfig` that files of text alone read.
+_OF_TEXT = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
+_SHOWN = 5  # files that a message shows
 
 
 def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -> pa.Table:
@@ -47,20 +41,23 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
     Raises:
         ConfigError: No such file, an empty one, a missing column, or a value of the wrong type.
     """
-    table, origin = read_raw(config, name, kind)
+    table, origin = read_raw(config, name, kind, keys=keys)
     return apply_contract(table, config, name, keys=keys, origin=origin)
 
 
-def read_raw(config: TableConfig, name: str, kind: Kind) -> tuple[pa.Table, Origin]:
+def read_raw(
+    config: TableConfig, name: str, kind: Kind, *, keys: tuple[str, ...] = ()
+) -> tuple[pa.Table, Origin]:
     """Reads a table of files with the columns and types that they have.
 
     Args:
         config: Path of the files, and the form of their content.
         name: Name of the table in the configuration, for messages.
-        kind: Kind of the files whose suffix is of no known kind.
+        kind: Kind of the files whose name and content do not tell.
+        keys: Columns that every file must have, by our names; empty where they are not known yet.
 
     Returns:
-        The table, in which columns of CSV files are text, and its origin.
+        The table, in which columns of files of text are text, and its origin.
 
     Raises:
         ConfigError: No such file, an empty one, or one that cannot be read.
@@ -68,20 +65,25 @@ def read_raw(config: TableConfig, name: str, kind: Kind) -> tuple[pa.Table, Orig
     paths = find_files(config.path, name, kind)
     # All at once: types are decided over the whole table, not file by file.
     parts = [_read_file(path, config, name, kind) for path in paths]
-    files = _Files(paths, parts)
-    if not sum(len(part) for part in parts):
+    files = _Files(parts)
+    if not sum(len(part.table) for part in parts):
         raise ConfigError(
             f"{name}: {files.name} has no rows; config.data.{name}.path must name a file with data."
         )
-    # The first file decides; files of both kinds would not have one contract.
-    is_typed = is_parquet(paths[0], kind)
-    has_header = not is_typed and not config.names
+    kinds = {part.kind for part in parts}
+    if len(kinds) > 1:
+        listed = ", ".join(sorted(kinds))
+        raise ConfigError(
+            f"{name}: {files.name}: the files are of several kinds ({listed}); name those of one "
+            f"kind by a pattern such as config.data.{name}.path='FOLDER/*.{min(kinds)}'."
+        )
     origin = Origin(
-        name=files.name,
-        describe_row=lambda row: files.describe_row(row, has_header=has_header),
-        is_typed=is_typed,
+        name=files.name, describe_row=files.describe_row, is_typed=parts[0].kind != "csv"
     )
-    return _concat(parts, name, files), origin
+    needed = {config.columns.get(key, key) for key in keys}
+    for column in config.columns.values():
+        needed.add(column if column in parts[0].table.column_names else column.split(".")[0])
+    return _concat(parts, name, needed), origin
 
 
 def find_files(path: str, name: str, kind: Kind) -> list[Path]:
@@ -108,13 +110,14 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
     if unset and not os.path.exists(expanded):
         raise ConfigError(f"{field}={path!r}: the environment variable {unset[1]} is not set.")
     if os.path.isdir(expanded):
-        files = _files_of_folder(Path(expanded), kind)
-        if not files:
-            suffixes = ", ".join(_SUFFIXES[kind])
-            raise ConfigError(
-                f"{field}={path!r}: the folder holds no file that ends in {suffixes}."
-            )
-        return files
+        # A folder of files of another kind is that table all the same.
+        by_preference = sorted(content.SUFFIXES, key=lambda other: other != kind)
+        for other in by_preference:
+            files = _files_of_folder(Path(expanded), other)
+            if files:
+                return files
+        suffixes = ", ".join(_suffixes(kind))
+        raise ConfigError(f"{field}={path!r}: the folder holds no file that ends in {suffixes}.")
     # Before the glob: a file name may itself contain brackets.
     if os.path.exists(expanded):
         return [Path(expanded)]
@@ -129,6 +132,23 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
     return files
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One file of a table.
+
+    Attributes:
+        path: Path of the file.
+        kind: Kind of its content.
+        table: Its rows.
+        place: Function from the number of a row, from 0, to its place in the file.
+    """
+
+    path: Path
+    kind: Kind
+    table: pa.Table
+    place: Callable[[int], str]
+
+
 class _Files:
     """The files of a table, by which a row of the whole table is named.
 
@@ -136,27 +156,23 @@ class _Files:
         name: Path of the first file, and the number of the others.
     """
 
-    def __init__(self, paths: list[Path], parts: list[pa.Table]):
-        self._paths = paths
-        self._ends = np.cumsum([len(part) for part in parts])
-        others = len(paths) - 1
-        self.name = str(paths[0])
+    def __init__(self, parts: list[_Part]):
+        self._parts = parts
+        self._ends = np.cumsum([len(part.table) for part in parts])
+        others = len(parts) - 1
+        self.name = str(parts[0].path)
         if others:
-            self.name = f"{paths[0]} (and {others} more)"
+            self.name = f"{self.name} (and {others} more)"
 
-    def describe_row(self, row: int, *, has_header: bool) -> str:
-        """Returns file and row, counted from 1 as a person does, of a row counted from 0."""
+    def describe_row(self, row: int) -> str:
+        """Returns the file and the place in it of a row counted from 0."""
         # "right": a row at the end of one file is the first of the next.
         file = int(np.searchsorted(self._ends, row, side="right"))
         first_row = 0
         if file:
             first_row = int(self._ends[file - 1])
-        number = row - first_row + 1
-        name = f"{self._paths[file]}, row {number}"
-        if has_header:
-            # As an editor or a spreadsheet numbers its lines.
-            name = f"{name} (row {number + 1} with the header)"
-        return name
+        part = self._parts[file]
+        return f"{part.path}, {part.place(row - first_row)}"
 
 
 def _files_of_folder(folder: Path, kind: Kind) -> list[Path]:
@@ -178,110 +194,126 @@ def _similar_file_hint(path: Path, kind: Kind) -> str:
 def _is_data(path: Path, kind: Kind) -> bool:
     """Returns whether a file is data: neither hidden nor a mark such as Spark's _SUCCESS."""
     is_hidden = any(part[0] in "._" for part in path.parts)
-    return not is_hidden and path.name.lower().endswith(_SUFFIXES[kind])
+    return not is_hidden and path.name.lower().endswith(_suffixes(kind))
 
 
-def is_parquet(path: Path, kind: Kind) -> bool:
-    suffix = path.suffix.lower()
-    if suffix in _SUFFIXES["parquet"]:
-        return True
-    return kind == "parquet" and suffix not in _SUFFIXES["csv"]
+def _suffixes(kind: Kind) -> tuple[str, ...]:
+    """Returns the suffixes of the files of a folder that are read."""
+    if kind == "csv":
+        return (*content.SUFFIXES["csv"], *content.COMPRESSED)
+    return content.SUFFIXES[kind]
 
 
-def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> pa.Table:
-    # Before Arrow sees it, which reports an empty file in different words by kind.
-    if os.path.getsize(path) == 0:
-        raise ConfigError(
-            f"{name}: {path} is empty (0 bytes); config.data.{name}.path must name a file with "
-            "data."
-        )
-    try:
-        if is_parquet(path, kind):
-            return parquet.read_table(path)
-        return _read_csv(path, config, name)
+def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> _Part:
     # Two common mistakes are recognised by Arrow's words, so that the message names a cure.
-    except (pa.ArrowInvalid, OSError, UnicodeError) as error:
+    try:
+        found = content.look(path, name, kind)
+        if found.kind == "csv":
+            rows = delimited.read(found, config, name)
+            return _Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}")
+        _refuse_options_of_text(found, config, name)
+        if found.kind == "json":
+            table, place = json_files.read(found, config, name)
+            return _Part(path, "json", table, place)
+        table = _read_parquet(found, name)
+        return _Part(path, "parquet", table, lambda row: f"row {row + 1}")
+    except (pa.ArrowInvalid, OSError, EOFError, UnicodeError) as error:
         reason = str(error).rstrip(".")
         cure = ""
         if "Empty CSV file" in reason:
             cure = f"; config.data.{name}.path must name a file with data"
-        elif "UTF8" in reason:
+        elif "UTF8" in reason or isinstance(error, UnicodeError):
             cure = f"; set config.data.{name}.encoding, for example to 'latin-1'"
         raise ConfigError(f"{name}: {path} cannot be read: {reason}{cure}.") from error
 
 
-def _read_csv(path: Path, config: TableConfig, name: str) -> pa.Table:
-    """Reads all columns as text.
+def _refuse_options_of_text(found: Content, config: TableConfig, name: str) -> None:
+    """Refuses options that change nothing of a file with types."""
+    for option in _OF_TEXT:
+        value = getattr(config, option)
+        if value != getattr(TableConfig(), option):
+            raise ConfigError(
+                f"config.data.{name}.{option}={value!r} is of files of text, and {found.path} is "
+                f"{found.kind}, which has no such option: leave it out."
+            )
 
-    Their types are decided later, over all files at once, and so that errors can name the row.
+
+def _read_parquet(found: Content, name: str) -> pa.Table:
+    source = found.path if found.data is None else pa.BufferReader(found.data)
+    with parquet.ParquetFile(source) as file:
+        names = file.schema_arrow.names
+        repeated = sorted({column for column in names if names.count(column) > 1})
+        if repeated:
+            raise ConfigError(
+                f"{name}: {found.path} has several columns named {repeated[0]!r}; names must "
+                f"differ. It has {names}."
+            )
+        if found.data is not None:
+            return file.read()
+    # By the path, whose folders may be partitions: day=1/part-0.parquet.
+    return parquet.read_table(found.path)
+
+
+def _concat(parts: list[_Part], name: str, needed: set[str]) -> pa.Table:
+    """Returns the rows of all files, in which a column that one file lacks is missing.
+
+    Args:
+        parts: The files.
+        name: Name of the table in the configuration, for messages.
+        needed: Columns that no file may lack; empty where they are not known.
+
+    Raises:
+        ConfigError: The files do not belong together; each is named with its columns.
     """
-    threaded = _csv_options(config, use_threads=True)
-    # A single thread for the header, and for errors: its messages name the row.
-    single = _csv_options(config, use_threads=False)
-    with csv.open_csv(_csv_input(path, config), **single) as reader:
-        header = reader.schema.names
-    _check_header(header, path, name)
-    # Text even for columns of digits: leading zeros of ids would be lost.
-    convert = csv.ConvertOptions(
-        column_types=dict.fromkeys(header, pa.string()),
-        strings_can_be_null=True,
-        null_values=_NULLS,
-    )
-    try:
-        # With threads first; only a file that fails is read again, for the number of the row.
-        table = csv.read_csv(_csv_input(path, config), convert_options=convert, **threaded)
-    except pa.ArrowInvalid:
-        table = csv.read_csv(_csv_input(path, config), convert_options=convert, **single)
-    # After reading: Arrow looks columns up by the names in the file, spaces included.
-    table = table.rename_columns([column.strip() for column in header])
-    # A column without a name is the index that pandas writes.
-    if "" in table.column_names:
-        table = table.drop_columns([""])
-    return table
-
-
-def _csv_input(path: Path, config: TableConfig) -> str | io.BytesIO:
-    """Returns the input of Arrow's reader: the path, or the text with a delimiter of one character.
-
-    Arrow knows no longer delimiters.
-    """
-    if len(config.delimiter) <= 1:
-        # The path, so that Arrow decompresses and decodes by itself, in blocks.
-        return str(path)
-    with pa.input_stream(str(path), compression="detect") as stream:
-        text = stream.read().decode(config.encoding)
-    return io.BytesIO(text.replace(config.delimiter, _FIELD_SEPARATOR).encode())
-
-
-def _csv_options(config: TableConfig, *, use_threads: bool) -> dict[str, Any]:
-    names = list(config.names) or None
-    if len(config.delimiter) <= 1:
-        encoding = config.encoding
-        # Quoted fields may hold line breaks, as descriptions of items do.
-        parse = csv.ParseOptions(delimiter=config.delimiter, newlines_in_values=True)
-    else:
-        encoding = "utf8"
-        # Files with such delimiters use no quotes: in movies.dat a title may begin with one.
-        parse = csv.ParseOptions(delimiter=_FIELD_SEPARATOR, quote_char=False)
-    read = csv.ReadOptions(column_names=names, encoding=encoding, use_threads=use_threads)
-    return {"read_options": read, "parse_options": parse}
-
-
-def _check_header(header: list[str], path: Path, name: str) -> None:
-    # Arrow accepts two columns of one name, and fails only when one is looked up.
-    repeated = sorted({column for column in header if header.count(column) > 1})
-    if repeated:
-        raise ConfigError(
-            f"{name}: {path} has several columns named {repeated[0]!r}; names must differ. Its "
-            f"header is {header}. If it has no header line, set config.data.{name}.names."
+    everywhere = [set(part.table.column_names) for part in parts]
+    together = set().union(*everywhere)
+    lacking = [part for part in parts if len(part.table.column_names) < len(together)]
+    for part in lacking:
+        columns = set(part.table.column_names)
+        absent = together - columns
+        # Where the columns are not known yet: one that lacks some and has others is another table.
+        is_other = not needed and any(columns - others for others in everywhere)
+        if absent & needed or is_other:
+            raise ConfigError(_different_columns(parts, part, absent & (needed or absent), name))
+    for part in lacking:
+        logging.warning(
+            "%s: %s has no %s, which other files have: missing in its rows",
+            name,
+            part.path,
+            ", ".join(map(repr, sorted(together - set(part.table.column_names)))),
         )
-
-
-def _concat(parts: list[pa.Table], name: str, files: _Files) -> pa.Table:
+    tables = [part.table for part in parts]
     try:
         # "permissive": a column that one file lacks is null there, and numbers widen.
-        return pa.concat_tables(parts, promote_options="permissive")
+        return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        different = _different_types(parts)
         raise ConfigError(
-            f"{name}: the files of {files.name} disagree about a column's type: {error}."
+            f"{name}: the files disagree about the type of a column:{different or error}\nWrite "
+            "them with one type."
         ) from error
+
+
+def _different_columns(parts: list[_Part], part: _Part, absent: set[str], name: str) -> str:
+    shown = list(dict.fromkeys([parts[0].path, part.path, *(other.path for other in parts)]))
+    by_path = {other.path: other.table.column_names for other in parts}
+    listed = "".join(f"\n  {path}: {', '.join(by_path[path])}" for path in shown[:_SHOWN])
+    return (
+        f"{name}: {part.path} has no {', '.join(map(repr, sorted(absent)))}, which other files of "
+        f"the table have. The columns are:{listed}\nName the files of one table by a pattern in "
+        f"config.data.{name}.path, or give their columns one name."
+    )
+
+
+def _different_types(parts: list[_Part]) -> str:
+    """Returns a line for each column whose type differs, with a file of each type."""
+    types: dict[str, dict[str, Path]] = {}
+    for part in parts:
+        for field in part.table.schema:
+            types.setdefault(field.name, {}).setdefault(str(field.type), part.path)
+    lines = []
+    for column, paths in types.items():
+        if len(paths) > 1:
+            listed = ", ".join(f"{kind} in {path}" for kind, path in paths.items())
+            lines.append(f"\n  {column!r}: {listed}")
+    return "".join(lines)

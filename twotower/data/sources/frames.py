@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,11 +12,10 @@ import pyarrow as pa
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Origin
-from twotower.data.sources import files
+from twotower.data.sources import content, files
 
 # Separators of CSV files; the one that the first line has most of is taken.
 SEPARATORS = (",", ";", "\t", "|")
-FIRST_BYTES = 1 << 16  # bytes in which the first line is sought
 
 
 @runtime_checkable
@@ -62,31 +62,16 @@ def read_table(source: TableLike, config: TableConfig, name: str) -> tuple[pa.Ta
 
 def _read_files(path: str, config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     # `files` reads Parquet by its suffix, and takes anything else for CSV.
-    config = TableConfig(
-        path=path,
-        names=config.names,
-        delimiter=config.delimiter,
-        encoding=config.encoding,
-    )
+    config = dataclasses.replace(config, path=path, columns={})
     first = files.find_files(path, name, "csv")[0]
-    if config.delimiter == "," and not files.is_parquet(first, "csv"):
-        config = TableConfig(
-            path=path,
-            names=config.names,
-            delimiter=_find_separator(first),
-            encoding=config.encoding,
-        )
+    if config.delimiter == "," and content.look(first, name, "csv").kind == "csv":
+        config = dataclasses.replace(config, delimiter=_find_separator(first))
     return files.read_raw(config, name, "csv")
 
 
 def _find_separator(path: Path) -> str:
     """Returns the separator of a CSV file."""
-    try:
-        with pa.input_stream(str(path), compression="detect") as stream:
-            first_line = stream.read(FIRST_BYTES).split(b"\n")[0].decode("latin-1")
-    except OSError:
-        # The reader itself says what is wrong with the file.
-        return ","
+    first_line = content.look(path, "", "csv").head().split(b"\n")[0].decode("latin-1")
     # Of equals the comma, which comes first.
     return max(SEPARATORS, key=first_line.count)
 

@@ -79,29 +79,32 @@ def _end_of_quoted(line: str, quote: str, position: int) -> int:
         position = end + 2
 
 
-def find_swallowed(table: pa.Table, index: int, delimiter: str) -> np.ndarray:
+def find_swallowed(
+    columns: Sequence[pa.ChunkedArray | None], index: int, delimiter: str
+) -> np.ndarray:
     """Returns the rows whose text in a column takes in other rows of the file, int64 [K].
 
     Args:
-        table: Columns of text, all those of the file.
+        columns: Columns of text, all those of the file; None for one that was not read.
         index: Number of the column.
         delimiter: Separator of the fields.
     """
-    values = table[index]
+    values = columns[index]
+    assert values is not None
     has_break = pc.fill_null(pc.match_substring_regex(values, _LINE_BREAK), False)
     rows = np.flatnonzero(has_break.to_numpy())
     if not rows.size:
         return rows
     texts = values.take(pa.array(rows)).combine_chunks()
-    likely = _with_lines_like_records(texts, index, table.num_columns, delimiter)
+    likely = _with_lines_like_records(texts, index, len(columns), delimiter)
     rows = rows[likely]
-    columns: list[_Column] = []
-    for column in table.columns if rows.size else ():
-        columns.append(_look_at(column))
+    if not rows.size:
+        return rows
+    looks = [_look_at(column) for column in columns]
     found = []
     for row in rows.tolist():
         lines = re.split(_LINE_BREAK, values[row].as_py(), maxsplit=_LINES)
-        if _holds_records(lines, columns, index, delimiter):
+        if _holds_records(lines, looks, index, delimiter):
             found.append(row)
     return np.array(found, np.int64)
 
@@ -137,7 +140,9 @@ class _Column:
         return not self.shapes or not field or _shape(field) in self.shapes
 
 
-def _look_at(column: pa.ChunkedArray) -> _Column:
+def _look_at(column: pa.ChunkedArray | None) -> _Column:
+    if column is None:
+        return _Column(frozenset(), is_distinct=False)
     sample = column.take(pa.array(evenly_spaced(np.arange(len(column)), _SAMPLE))).drop_null()
     shapes = {_shape(value) for value in sample.to_pylist()}
     if len(shapes) > _MAX_SHAPES:
