@@ -639,7 +639,7 @@ class TrainingConfig:
     Attributes:
         seed: Random seed of initialisation, data order and dropout.
         batch_size: Number B of examples in a batch of all devices, which is also the number of
-            in-batch candidates.
+            in-batch candidates. One that is larger than the data shrinks to it.
         examples: Kind of example. "interactions": each row, with the user's earlier rows as its
             history. "sequences": each user's sequence, whose positions are all trained in one pass
             (with a history of kind causal or gru). A row of the batch then has L + 1 positions that

@@ -287,7 +287,7 @@ LOG = "user_id,item_id,timestamp\n" + "".join(
         ),
         (
             LOG,
-            ["--config.training.batch_size=1000"],
+            ["--config.training.batch_size=1000", "--config.objective.negatives.queue=1000"],
             "config.training.batch_size=1000 is larger than the data",
         ),
         (

@@ -81,6 +81,27 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
         assert checkpoints.latest() == 24  # by the configuration as it was given
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_batch_shrinks_to_the_data_in_parts_for_all_devices(prepared, devices, caplog):
+    rows = prepared.num_examples
+    trainer = build_trainer(prepared, small_config(training={"batch_size": 16 * rows}))
+    assert trainer.sampling.batch_size == 16 * rows
+    with caplog.at_level("WARNING"):
+        scaled = trainer.scaled_to(rows, devices=devices)
+    batch_size = rows // devices * devices
+    assert scaled.config.training.batch_size == scaled.sampling.batch_size == batch_size
+    assert f"batches have {batch_size} of the {rows} examples" in caplog.text
+    fitting = build_trainer(prepared, small_config(training={"batch_size": batch_size}))
+    assert fitting.scaled_to(rows, devices=devices) is fitting
+
+
+def test_a_validation_that_finds_nothing_is_said_at_the_end(prepared, tmp_path, caplog):
+    trainer = build_trainer(prepared, small_config())
+    with caplog.at_level("WARNING"):
+        fit(trainer, prepared, tmp_path, validate=lambda weights: {"recall@10": 0.0})
+    assert "The best validation recall@10 is 0: no right answer was found" in caplog.text
+
+
 def test_passes_in_the_place_of_steps(prepared, tmp_path):
     rows = prepared.num_examples
     batch = small_config().training.batch_size
@@ -318,8 +339,10 @@ def test_a_workdir_with_another_configuration_is_refused(finished):
 
 
 def test_a_run_that_was_refused_before_its_first_checkpoint_can_be_corrected(tmp_path):
+    size = 100_000
+    queue = {"negatives": {"queue": size}}
     with pytest.raises(ConfigError, match="batch_size=100000 is larger than the data"):
-        train(small_config(training={"batch_size": 100_000}), tmp_path / "run")
+        train(small_config(training={"batch_size": size}, objective=queue), tmp_path / "run")
     train(small_config(), tmp_path / "run")
     assert run.load_run(tmp_path / "run").step == 12
 

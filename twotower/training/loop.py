@@ -139,14 +139,14 @@ def fit(
     Raises:
         PreemptedError: The process was asked to end by SIGTERM, and has saved where it was.
         TrainingError: The loss or a gradient is not finite.
-        ConfigError: The batch is larger than the data or cannot be divided over the devices, the
-            run does not fit into their memory, or `validate` does not measure the metric.
+        ConfigError: The batch cannot be divided over the devices, the run does not fit into their
+            memory, or `validate` does not measure the metric.
     """
     # The configuration before it is scaled: the run stays the same when its data grows.
     identity = trainer.config
-    trainer = trainer.scaled_to(data.num_examples)
-    config = trainer.config.training
     mesh = mesh or make_mesh()
+    trainer = trainer.scaled_to(data.num_examples, devices=mesh.size)
+    config = trainer.config.training
     batches = make_batches(data, config)
     check_run(trainer, batches, data, mesh, has_miner=mine is not None)
     _log_steps(identity.training, config, data.num_examples)
@@ -170,6 +170,14 @@ def fit(
     if validate:
         best = f"; best {config.metric} {progress.best:.4f} at step {progress.best_step}"
     logging.info("Training ended at step %d%s.", state.step, best)
+    if validate and progress.best == 0:
+        logging.warning(
+            "The best validation %s is 0: no right answer was found in any list. Either none can "
+            "be (the report of the data, above and in data/report.json, says how many), or the "
+            "model has learned nothing: compare it with popularity by evaluate --baselines before "
+            "it is used.",
+            config.metric,
+        )
     return state
 
 

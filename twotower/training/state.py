@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.struct
 import jax
+from absl import logging
 from jax.sharding import PartitionSpec
 
 from twotower.config import Config
@@ -114,15 +115,42 @@ class Trainer:
         sampling = NegativeSampling.build(config, loss, corpus, positions=positions)
         return cls(config, model, loss, optimizers, corpus, sampling)
 
-    def scaled_to(self, num_examples: int) -> Trainer:
-        """Returns the trainer with its steps in proportion to the examples of a pass; see
-        `TrainingConfig.scaled_to`."""
+    def scaled_to(self, num_examples: int, *, devices: int = 1) -> Trainer:
+        """Returns the trainer with a batch no larger than a pass, and as many steps as the examples
+        of a pass ask for; see `TrainingConfig.scaled_to`.
+
+        Args:
+            num_examples: Number of examples of a pass.
+            devices: Number of devices, over which the batch is divided evenly.
+        """
+        trainer = self._with_batch_within(num_examples, devices)
         # The schedule depends on the number of steps, so that the optimizers are built anew.
-        training = self.config.training.scaled_to(num_examples)
-        if training is self.config.training:
+        training = trainer.config.training.scaled_to(num_examples)
+        if training is trainer.config.training:
+            return trainer
+        config = dataclasses.replace(trainer.config, training=training)
+        return dataclasses.replace(trainer, config=config, optimizers=Optimizers.build(training))
+
+    def _with_batch_within(self, num_examples: int, devices: int) -> Trainer:
+        """Returns the trainer with a batch of at most all examples."""
+        training = self.config.training
+        unit = devices * training.accumulate
+        batch_size = num_examples // unit * unit
+        # A queue holds whole batches of the size that was asked for: such a batch is refused later.
+        has_queue = self.sampling.config.queue > 0
+        if training.batch_size <= num_examples or not batch_size or has_queue:
             return self
+        logging.warning(
+            "config.training.batch_size=%d is larger than the data: batches have %d of the %d "
+            "examples.",
+            training.batch_size,
+            batch_size,
+            num_examples,
+        )
+        training = dataclasses.replace(training, batch_size=batch_size)
         config = dataclasses.replace(self.config, training=training)
-        return dataclasses.replace(self, config=config, optimizers=Optimizers.build(training))
+        # Anew, as the number of negatives may follow that of the batch.
+        return Trainer.build(config, self.model, self.corpus)
 
 
 def resolve_kinds(config: Config) -> tuple[Loss | PointwiseLoss, Optimizers]:
