@@ -89,9 +89,8 @@ quick_start() {
   run -m experiments.query "--workdir=$workdir" --user=42 --k=10
 }
 
-# glibc returns the temporary buffers of every training step to the system and fetches them again: up to twice slower.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+# Huge pages for the buffers of a step, which a running process cannot ask for; see experiments/guides/devices.md.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 case ${1:-} in
   test)

@@ -2,10 +2,9 @@
 
 import gc
 import os
-import shutil
 from pathlib import Path
 
-from tests.program_cache import MAX_BYTES, program_cache
+from twotower.runtime import MAX_CACHE_BYTES, keep_freed_memory, program_folder, remove_oldest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all
@@ -15,17 +14,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Shared by the workers, by the processes that tests start and by later runs, which compile many
     # programs alike. A program is found by its whole text, so a stale one is never taken.
     os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": str(program_cache()),
+        "JAX_COMPILATION_CACHE_DIR": str(program_folder("twotower-tests")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook finds it by name
 
+keep_freed_memory()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The packages whose signatures carry shapes. Wrapping the others costs each worker seconds.
@@ -40,12 +39,10 @@ gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Empties a cache of programs that has grown too large, before any worker begins."""
+    """Shortens a cache of programs that has grown too large, before any worker begins."""
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     if not hasattr(config, "workerinput") and folder.is_dir():
-        sizes = [entry.stat().st_size for entry in os.scandir(folder)]
-        if sum(sizes) > MAX_BYTES:
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_oldest(folder, MAX_CACHE_BYTES)
 
 
 def pytest_collection_finish() -> None:

@@ -30,6 +30,7 @@ BELOW_TRAINING = (
 BELOW_RETRIEVAL = (*BELOW_TRAINING, "plugins", "training", "index")
 MAY_IMPORT = {
     "core": (),
+    "runtime": (),
     "config_rules": ("core", "config"),
     "config": ("core", "config_rules"),
     "data": ("core", "config"),
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     ),
 }
 MAY_IMPORT["dry_run"] = (*MAY_IMPORT["api"], "api")
-MAY_IMPORT["commands"] = (*MAY_IMPORT["dry_run"], "dry_run")
+MAY_IMPORT["commands"] = (*MAY_IMPORT["dry_run"], "dry_run", "runtime")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
 MAY_IMPORT["experiments"] = MAY_IMPORT["__main__"]
 MAY_IMPORT[""] = (*MAY_IMPORT["experiments"], "register")  # the front door hands names on, lazily

@@ -36,7 +36,7 @@ case $1 in
 esac
 if [ "$2 $3" = "pip --version" ]; then exit 0; fi
 { printf '%s\0' "$name" "$@"; printf '\1'; } >>"$CALLS"
-printf '%s %s\n' "${MALLOC_MMAP_THRESHOLD_:-}" "${TWOTOWER_DATA:-}" >>"$CALLS.env"
+printf '%s %s\n' "${GLIBC_TUNABLES:-}" "${TWOTOWER_DATA:-}" >>"$CALLS.env"
 if [ "$2" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"; fi
 if [ -n "${FAILS:-}" ] && [ "$2" = "$FAILS" ]; then exit 7; fi
 """
@@ -345,7 +345,10 @@ def test_the_tests_run_with_further_arguments_tuned_malloc_and_their_own_status(
     assert quick.returncode == 0
     assert local.calls()[-1] == [*suite, "-m", "not slow", "-x"]
     local.run("launch_local.sh", "test", VERSIONS="python3.13")
-    assert Path(f"{local.calls_file}.env").read_text().splitlines()[-1].split()[0] == "4294967296"
+    assert (
+        Path(f"{local.calls_file}.env").read_text().splitlines()[-1].split()[0]
+        == "glibc.malloc.hugetlb=1"
+    )
     assert (
         local.run("launch_local.sh", "test", VERSIONS="python3.13", FAILS="pytest").returncode == 7
     )

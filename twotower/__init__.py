@@ -15,6 +15,8 @@ loaded when they are first used: `import twotower` itself loads the standard lib
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from twotower.runtime import prepare_process
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     if name in _HOMES:
+        # Before the module imports JAX, which reads its options then.
+        prepare_process()
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'twotower' has no attribute {name!r}")
 

@@ -25,13 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.program_cache import program_cache
+from twotower.runtime import program_folder
 
 # As tests/conftest.py has it: JAX reads its environment when it is imported, which is here before
 # the children are forked.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(program_cache()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(program_folder("twotower-tests")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

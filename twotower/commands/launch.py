@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 import twotower
 from twotower.core.install import command as command_line
+from twotower.runtime import prepare_process
 
 _PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
 # Exit statuses, which tell a scheduler what to do; the others are of sysexits.h, in `os`.
@@ -58,6 +59,7 @@ def run(command: Command) -> None:
     `os.EX_TEMPFAIL`, and that of any other error 1.
     """
     absl_logging.get_absl_handler().addFilter(_is_for_the_user)
+    prepare_process()
     app.run(lambda argv: call(command.main, argv), flags_parser=lambda argv: parse(command, argv))
 
 
