@@ -35,9 +35,9 @@ from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as export_bundle
 from twotower.retrieval.export import make_bundle
 from twotower.retrieval.mining import make_miner
+from twotower.retrieval.requests import as_table
 from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
-from twotower.retrieval.users import as_table
 from twotower.training import run as run_folder
 from twotower.training.metrics import read_lines
 

@@ -305,5 +305,5 @@ def test_a_time_that_is_given_is_the_one_that_is_asked_about(timed):
     )
     expected = timed.bundle.towers.embed("user", encoded)[0]
     np.testing.assert_allclose(early, expected, atol=1e-6)
-    with pytest.raises(ConfigError, match="'soon' in row 1 is not a time"):
+    with pytest.raises(ConfigError, match="row 1, column 'timestamp': 'soon' is not a time"):
         timed.encode_users([{"user_id": "1", "timestamp": "soon"}])

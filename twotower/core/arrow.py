@@ -6,7 +6,7 @@ from __future__ import annotations
 import decimal
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,65 @@ class BadValue(TwotowerError, ValueError):
         self.value = value
         self.problem = problem
         self.row = row
+
+
+@runtime_checkable
+class ArrowStream(Protocol):
+    """A table that hands its rows over by Arrow's PyCapsule interface.
+
+    Frames of pandas (2.2 and later) and polars, tables of Arrow and relations of DuckDB do.
+    """
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+def is_table(rows: object) -> bool:
+    """Returns whether an object is a table of any library, and not a single column."""
+    return isinstance(rows, ArrowStream) and hasattr(rows, "columns")
+
+
+def table_of(source: ArrowStream) -> pa.Table:
+    """Returns a table of any library as one of Arrow, texts and categories as plain text.
+
+    Raises:
+        BadValue: A column has values of several types, or two columns have one name.
+    """
+    try:
+        table = pa.table(source)
+    except (pa.ArrowException, OverflowError, TypeError, UnicodeError) as error:
+        reason = " ".join(map(str, error.args))
+        problem = (
+            f"a column has values of several types ({reason}). Make it one type, such as text: "
+            "frame['COLUMN'] = frame['COLUMN'].astype('string')"
+        )
+        raise BadValue(None, problem) from None
+    # The index of a pandas frame that has no name holds nothing but row numbers.
+    index = [column for column in table.column_names if column.startswith("__index_level_")]
+    table = table.drop_columns(index).replace_schema_metadata()
+    plain = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if name in plain:
+            raise BadValue(None, f"two columns have the name {name!r}: rename or drop one")
+        chunks = [_plain_types(chunk) for chunk in column.chunks]
+        # Without a chunk there is nothing that could be of a wrong type.
+        plain[name] = pa.chunked_array(chunks) if chunks else column
+    return pa.table(plain)
+
+
+def _plain_types(array: pa.Array) -> pa.Array:
+    kind = array.type
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+        return array.cast(pa.string())
+    if isinstance(array, pa.DictionaryArray):
+        return _plain_types(array.dictionary).take(array.indices)
+    if isinstance(array, (pa.ListArray, pa.LargeListArray)):
+        members = _plain_types(array.values)
+        return type(array).from_arrays(array.offsets, members, mask=array.is_null())
+    if isinstance(array, pa.StructArray):
+        fields = [_plain_types(array.field(i)) for i in range(kind.num_fields)]
+        names = [field.name for field in kind]
+        return pa.StructArray.from_arrays(fields, names, mask=array.is_null())
+    return array
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.config import RetrievalConfig
+from twotower.core.arrays import as_matrix
 from twotower.core.errors import ConfigError, QueryError, echo
 
 TUNING_QUERIES = 2_000  # user vectors that an index is tuned and measured on, both together
@@ -162,7 +163,10 @@ def check_vectors(vectors: ArrayLike, *, what: str) -> np.ndarray:
         QueryError: The shape is another, or a vector is not finite; the message names the first.
     """
     # The one copy, where it is needed at all: every kind below takes contiguous float32.
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    try:
+        vectors = as_matrix(vectors)
+    except ValueError as error:
+        raise QueryError(f"{what} vectors must be rows of as many numbers each: {error}.") from None
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise QueryError(
             f"{what} vectors must be of shape [rows, width], not {list(vectors.shape)}."

@@ -12,21 +12,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from absl import logging
+from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
-from twotower.core.errors import ChangesError, UnknownItemError
+from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
-from twotower.data.columns import id_text
-from twotower.index.base import check_k
+from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import nearest
-from twotower.retrieval.live.conditions import Conditions, ConditionsLike, as_conditions
+from twotower.retrieval.live.conditions import (
+    Conditions,
+    ConditionsLike,
+    as_conditions,
+    describe,
+)
 from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
+from twotower.retrieval.requests import (
+    IdColumn,
+    Naming,
+    Rows,
+    as_display,
+    as_table,
+    find_forms,
+    read_id,
+    read_ids,
+    read_rows,
+)
 from twotower.retrieval.rerank import Candidates, Reranking, RerankLike, resolve_rerank
 from twotower.retrieval.tower_programs import BATCH
-from twotower.retrieval.users import UserRows, as_table
+from twotower.retrieval.users import UserRows
 
 __all__ = [
     "Recommendation",
@@ -38,8 +55,7 @@ __all__ = [
 ]
 # Users whose candidates are in memory together: one call of the tower programs.
 USERS_AT_ONCE = BATCH
-
-Rows = pa.Table | Sequence[Mapping]
+MAX_LISTED = 2**24  # entries of the lists that are in memory together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +83,13 @@ class Recommendations(list[Recommendation]):
 
     Attributes:
         known: Whether the user was known when the bundle was made.
+        note: Sentence on why the list is empty, where no item satisfies the conditions.
     """
 
-    def __init__(self, items: Sequence[Recommendation] = (), *, known: bool = True):
+    def __init__(self, items: Sequence[Recommendation] = (), *, known: bool = True, note: str = ""):
         super().__init__(items)
         self.known = known
+        self.note = note
 
 
 class _Filters(NamedTuple):
@@ -84,8 +102,8 @@ class _Filters(NamedTuple):
     """
 
     where: Conditions
-    allow: list[Any] | None
-    deny: list[Any]
+    allow: list[str] | None
+    deny: list[str]
 
 
 class Retriever:
@@ -101,9 +119,16 @@ class Retriever:
     All lists take the same filters: `exclude_seen` leaves out the user's items, as far as the user
     is known; `deny` leaves out items by id; `allow` names the only items that may come back;
     `where` asks for items whose display columns satisfy conditions: {"category": "shoes", "brand":
-    ["a", "b"]}, or [("price", "<=", 20), ...] with the operators of `config.data.where`. A list has
-    K items whenever K exist. `popularity_weight` times the log of an item's training rows is added
-    to its score, where the bundle was exported with `config.retrieval.popularity`.
+    ["a", "b"]}, or [("price", "<=", 20), ("genres", "contains", "Drama"), ...] with the operators
+    of `config.data.where`; ("released", "latest", 100) are the newest 100 items. Columns of times
+    compare with times of any form. A list has K items whenever K exist. `popularity_weight` times
+    the log of an item's training rows is added to its score, where the bundle was exported with
+    `config.retrieval.popularity`.
+
+    Ids and times are read in the form of the log, whatever type they have: 3, 3.0 and "3" are one
+    user where ids are numbers. Rows are mappings, frames or Arrow tables; a column that nothing
+    reads is refused. `names` maps other names of columns, and of fields of events, to ours,
+    {"buyer_id": "user_id"}, and `strict=False` leaves columns out that nothing reads.
 
     Recommendations may be re-ranked, by `config.retrieval.rerank` or by the argument `rerank`:
     "mmr:diversity=0.5", "caps:column=category,max_items=2", the same as a mapping of the fields of
@@ -125,8 +150,9 @@ class Retriever:
         # Held for seconds by work on the index, during which answers and changes go on.
         self._maintenance = threading.Lock()
         self._live = LiveBundle(bundle, self._lock)
+        self.forms = find_forms(bundle)
         # Users do not change with the items, and outlive a compaction.
-        self.user_rows = UserRows(bundle.encoder, bundle.users)
+        self.user_rows = UserRows(bundle.encoder, bundle.users, self.forms)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Retriever:
@@ -162,7 +188,7 @@ class Retriever:
 
     def knows(self, user: Any) -> bool:
         """Whether the user was known when the bundle was made."""
-        return id_text(user) in self.user_rows.row_by_id
+        return self._user_id(user) in self.user_rows.row_by_id
 
     def recommend(
         self,
@@ -173,9 +199,11 @@ class Retriever:
         exclude_seen: bool = True,
         where: ConditionsLike = None,
         allow: Iterable[Any] | None = None,
-        deny: Iterable[Any] = (),
+        deny: Iterable[Any] | None = (),
         popularity_weight: float = 0.0,
         rerank: RerankLike = None,
+        names: Mapping[str, str] | None = None,
+        strict: bool = True,
     ) -> Recommendations:
         """Returns the best `k` items of one user; fewer only where fewer exist.
 
@@ -192,13 +220,17 @@ class Retriever:
             deny: Ids of items to leave out.
             popularity_weight: Factor of an item's log training rows in its score.
             rerank: Re-ranker in the place of that of `config.retrieval.rerank`; see the class.
+            names: Name in `rows` -> our name; see the class.
+            strict: Whether a column that nothing reads is refused.
+
+        Raises:
+            ConfigError: An argument cannot be read; the message names it, its value and the cure.
         """
-        check_k(k)
-        # Iterables may be read once only, so they become lists.
-        filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
+        k = check_k(k)
+        filters = self._filters(where, allow, deny)
         if rows is not None:
-            row = _one_user(rows, user)
-            vectors = self.encode_users(row)
+            row = self._one_user(rows, user, Naming(names or {}, strict))
+            vectors = self._encode_users(row)
             ids = [None]
             if "user_id" in row.column_names:
                 ids = row["user_id"].to_pylist()
@@ -207,25 +239,28 @@ class Retriever:
             if exclude_seen:
                 filters.deny.extend(self.user_rows.history_items(row))
         elif user is not None:
-            vectors, user_rows = self._vectors_and_rows([id_text(user)])
+            vectors, user_rows = self._vectors_and_rows([self._user_id(user)])
         else:
-            raise ValueError("recommend needs user=ID or rows=[{...}].")
+            raise ConfigError("recommend needs user=ID or rows=[{...}].")
         snapshot, scores, positions = self._recommend(
             vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
         )
         # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
-        return Recommendations(items, known=bool(user_rows[0] >= 0))
+        note = ""
+        if not items and filters.where:
+            note = _note_of_none(snapshot, filters.where)
+        return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
 
     def recommend_many(
         self,
-        user_ids: Sequence[Any],
+        user_ids: Iterable[Any],
         k: int = 10,
         *,
         exclude_seen: bool = True,
         where: ConditionsLike = None,
         allow: Iterable[Any] | None = None,
-        deny: Iterable[Any] = (),
+        deny: Iterable[Any] | None = (),
         popularity_weight: float = 0.0,
         rerank: RerankLike = None,
     ) -> pa.Table:
@@ -245,14 +280,17 @@ class Retriever:
             Columns user_id, rank (from 1), item_id and score; up to k rows a user, in the order of
             the users.
         """
-        check_k(k)
-        filters = _Filters(as_conditions(where), _as_list(allow), list(deny))
-        ids = [id_text(user) for user in user_ids]
+        k = check_k(k)
+        filters = self._filters(where, allow, deny)
+        ids = self._user_ids(user_ids)
+        # Fewer where lists are long, so that memory is bounded by the corpus alone.
+        longest = min(k, max(len(self), 1))
+        step = max(1, min(USERS_AT_ONCE, MAX_LISTED // longest))
         # One block at least: without users the table is empty, but has its columns.
-        starts = range(0, max(len(ids), 1), USERS_AT_ONCE)
+        starts = range(0, max(len(ids), 1), step)
         parts = []
         for start in progress(starts, total=len(starts), what="Recommending"):
-            block = ids[start : start + USERS_AT_ONCE]
+            block = ids[start : start + step]
             vectors, user_rows = self._vectors_and_rows(block)
             snapshot, scores, positions = self._recommend(
                 vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
@@ -266,7 +304,10 @@ class Retriever:
                 "score": pa.array(scores[query, rank], pa.float32()),
             }
             parts.append(pa.table(columns))
-        return pa.concat_tables(parts)
+        table = pa.concat_tables(parts)
+        if not len(table) and ids and filters.where:
+            _note_of_none(self._live.catalogue.snapshot, filters.where)
+        return table
 
     def similar_items(
         self,
@@ -275,7 +316,7 @@ class Retriever:
         *,
         where: ConditionsLike = None,
         allow: Iterable[Any] | None = None,
-        deny: Iterable[Any] = (),
+        deny: Iterable[Any] | None = (),
     ) -> Recommendations:
         """Returns the `k` items of greatest cosine to an item, which is left out.
 
@@ -289,7 +330,9 @@ class Retriever:
         Raises:
             UnknownItemError: The item is not there.
         """
-        check_k(k)
+        k = check_k(k)
+        filters = self._filters(where, allow, deny)
+        item = self._item_id(item)
         # One snapshot for the vector and the search: the item may change in between.
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
@@ -297,17 +340,21 @@ class Retriever:
         # At length 1 on both sides the dot product is the cosine.
         query = vector / max(float(np.linalg.norm(vector)), 1e-30)
         only = None
-        if allow is not None:
-            only = catalogue.numbers_of(allow)
+        if filters.allow is not None:
+            only = catalogue.numbers_of(filters.allow)
         scores, positions = snapshot.search(
             query[None, :],
             k,
-            exclude=_same_list(catalogue.numbers_of([item, *deny]), 1),
-            where=as_conditions(where),
+            exclude=_same_list(catalogue.numbers_of([item, *filters.deny]), 1),
+            where=filters.where,
             only=only,
             cosine=True,
         )
-        return Recommendations(_recommendations(snapshot, scores[0], positions[0]))
+        items = _recommendations(snapshot, scores[0], positions[0])
+        note = ""
+        if not items and filters.where:
+            note = _note_of_none(snapshot, filters.where)
+        return Recommendations(items, note=note)
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """Returns the last `k` items of a user, the latest first; none of an unknown user."""
@@ -332,10 +379,11 @@ class Retriever:
 
     def _latest(self, user: Any, k: int) -> tuple[Snapshot, np.ndarray, pa.Table | None]:
         """Returns a snapshot, the positions in it of a user's last items, and their events."""
+        k = check_k(k)
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
         snapshot = live.catalogue.snapshot
-        row = self.user_rows.row_by_id.get(id_text(user))
+        row = self.user_rows.row_by_id.get(self._user_id(user))
         if row is None:
             return snapshot, np.zeros(0, np.int64), None
         seen = live.bundle.seen
@@ -358,7 +406,7 @@ class Retriever:
         """
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
-        position = np.array([catalogue.position(snapshot, item)])
+        position = np.array([catalogue.position(snapshot, self._item_id(item))])
         return _recommendations(snapshot, np.array([np.nan]), position)[0]
 
     def items(self) -> pa.Table:
@@ -366,15 +414,25 @@ class Retriever:
         _, _, items = self._live.catalogue.snapshot.all_items()
         return items
 
-    def encode_users(self, rows: Rows) -> np.ndarray:
+    def encode_users(
+        self, rows: Rows, *, names: Mapping[str, str] | None = None, strict: bool = True
+    ) -> np.ndarray:
         """Returns the vectors of raw user features, float32 [B, D].
 
         Args:
-            rows: An Arrow table, or a list of mappings. A column that a row lacks is a missing
+            rows: A table, a frame, or a list of mappings. A column that a row lacks is a missing
                 value; a missing timestamp is the newest of the log; a user_id that was never seen
                 gets its out-of-vocabulary row.
+            names: Name in `rows` -> our name; see the class.
+            strict: Whether a column that nothing reads is refused.
+
+        Raises:
+            ConfigError: A column is unknown, or a value is not what its column holds.
         """
-        table = as_table(rows)
+        return self._encode_users(self.user_rows.read(rows, Naming(names or {}, strict)))
+
+    def _encode_users(self, table: pa.Table) -> np.ndarray:
+        """Returns the vectors of user features in the form of the bundle's own, float32 [B, D]."""
         towers = self.bundle.towers
         if not len(table):
             return np.zeros((0, towers.dim), np.float32)
@@ -382,17 +440,26 @@ class Retriever:
 
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
         """Returns the vectors that rank items for users, known or not, float32 [B, D]."""
-        vectors, _ = self._vectors_and_rows([id_text(user) for user in user_ids])
+        vectors, _ = self._vectors_and_rows(self._user_ids(user_ids))
         return vectors
 
-    def encode_items(self, rows: Rows) -> np.ndarray:
+    def encode_items(
+        self, rows: Rows, *, names: Mapping[str, str] | None = None, strict: bool = True
+    ) -> np.ndarray:
         """Returns the vectors of raw item features, float32 [N, D], such as those of new items.
 
         Args:
-            rows: An Arrow table, or a list of mappings. A column that a row lacks is a missing
+            rows: A table, a frame, or a list of mappings. A column that a row lacks is a missing
                 value.
+            names: Name in `rows` -> our name; see the class.
+            strict: Whether a column that nothing reads is refused.
+
+        Raises:
+            ConfigError: A column is unknown, or a value is not what its column holds.
         """
-        table = as_table(rows)
+        return self._encode_items(self._read_items(rows, Naming(names or {}, strict)))
+
+    def _encode_items(self, table: pa.Table) -> np.ndarray:
         towers = self.bundle.towers
         if not len(table):
             return np.zeros((0, towers.dim), np.float32)
@@ -406,12 +473,20 @@ class Retriever:
         """
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
-        vectors = [snapshot.vector(catalogue.position(snapshot, item)) for item in item_ids]
+        ids = self._item_ids(item_ids, "item_ids")
+        vectors = [snapshot.vector(catalogue.position(snapshot, item)) for item in ids]
         if not vectors:
             return np.zeros((0, self.bundle.towers.dim), np.float32)
         return np.stack(vectors)
 
-    def upsert(self, rows: Rows, *, vectors: np.ndarray | None = None) -> int:
+    def upsert(
+        self,
+        rows: Rows,
+        *,
+        vectors: ArrayLike | None = None,
+        names: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> int:
         """Adds items, or replaces those with the same ids.
 
         When this returns, the change is durable, and every later search sees it.
@@ -420,6 +495,8 @@ class Retriever:
             rows: item_id, the columns of item features and display columns; a column that is left
                 out is a missing value.
             vectors: Vectors in the place of those of the item tower, float [N, D].
+            names: Name in `rows` -> our name; see the class.
+            strict: Whether a column that nothing reads is refused.
 
         Returns:
             The number of items now.
@@ -427,15 +504,17 @@ class Retriever:
         Raises:
             ChangesError: The bundle is in memory alone, or was replaced by another version.
             OSError: The disk refuses; nothing was changed.
-            QueryError, ValueError: The rows or vectors are not usable; nothing was changed.
+            QueryError, ConfigError: The rows or vectors are not usable; nothing was changed.
         """
-        table = as_table(rows)
+        table = self._read_items(rows, Naming(names or {}, strict))
         if vectors is None:
-            vectors = self.encode_items(table)
-        vectors = np.asarray(vectors)
+            vectors = self._encode_items(table)
+        vectors = check_vectors(vectors, what="item")
+        schema = self._live.catalogue.schema
+        shown = as_display(table, schema, self.forms)
         # Encoded before the lock is taken: other writers wait for the disk alone.
         with self._lock:
-            self._live.upsert(table, vectors)
+            self._live.upsert(shown, vectors)
             return len(self)
 
     def delete(self, item_ids: Iterable[Any]) -> int:
@@ -447,7 +526,7 @@ class Retriever:
             ChangesError, OSError: As `upsert`.
         """
         # Read before the lock is taken: an iterable of the caller may be slow.
-        ids = [id_text(item) for item in item_ids]
+        ids = self._item_ids(item_ids, "item_ids")
         with self._lock:
             return self._live.delete(ids)
 
@@ -486,6 +565,65 @@ class Retriever:
             yield
         finally:
             self._maintenance.release()
+
+    def _user_id(self, user: Any) -> str:
+        # Most ids are those of the bundle, letter for letter.
+        if type(user) is str and user in self.user_rows.row_by_id:
+            return user
+        return read_id(user, self.forms.user_id, "user")
+
+    def _user_ids(self, users: Iterable[Any]) -> list[str]:
+        return read_ids(users, self.forms.user_id, "user_ids", self.user_rows.row_by_id)
+
+    def _item_id(self, item: Any) -> str:
+        return read_id(item, self.forms.item_id, "item")
+
+    def _item_ids(self, items: Iterable[Any], what: str) -> list[str]:
+        return read_ids(items, self.forms.item_id, what, self._live.catalogue.numbers)
+
+    def _filters(
+        self, where: ConditionsLike, allow: Iterable[Any] | None, deny: Iterable[Any] | None
+    ) -> _Filters:
+        """Returns the limits of a call in the form of the bundle."""
+        only = None
+        if allow is not None:
+            only = self._item_ids(allow, "allow")
+        denied = []
+        if deny is not None:
+            denied = self._item_ids(deny, "deny")
+        return _Filters(as_conditions(where, self.forms), only, denied)
+
+    def _read_items(self, rows: Rows, naming: Naming) -> pa.Table:
+        """Returns the rows of items in the form of the bundle's own."""
+        known = ["item_id"]
+        for feature in self.bundle.encoder.spec.item.values():
+            known += feature.columns_read
+        known += self._live.catalogue.schema.names
+        readers = {"item_id": IdColumn("item_id", self.forms.item_id)}
+        return read_rows(rows, list(dict.fromkeys(known)), naming, readers, key="item_id")
+
+    def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
+        """Returns the one row of user features that `recommend` takes, with the id if there is one.
+
+        Raises:
+            ConfigError: There is not one row, or nothing stands in it.
+        """
+        table = self.user_rows.read(rows, naming)
+        if len(table) != 1:
+            raise ConfigError(
+                f"recommend answers one user; rows holds {len(table)}. See recommend_many."
+            )
+        if user is not None:
+            columns = dict(zip(table.column_names, table.columns))
+            columns["user_id"] = pa.chunked_array([[self._user_id(user)]])
+            return pa.table(columns)
+        # A body whose columns were all left out is not answered with the list for nobody.
+        if table.column_names == ["user_id"] and table["user_id"].null_count:
+            raise ConfigError(
+                f"rows={echo(rows)} says nothing of the user; it may have: "
+                f"{', '.join(self.user_rows.columns)}."
+            )
+        return table
 
     @functools.cached_property
     def _configured_rerank(self) -> Reranking | None:
@@ -577,14 +715,13 @@ class Retriever:
             vectors = np.zeros((len(ids), self.bundle.towers.dim), np.float32)
         if unknown.size:
             unknown_ids = [ids[position] for position in unknown.tolist()]
-            vectors[unknown] = self.encode_users(self.user_rows.take(unknown_ids))
+            vectors[unknown] = self._encode_users(self.user_rows.take(unknown_ids))
         return vectors, rows
 
-    def _rows_of_users(self, ids: Sequence[Any]) -> np.ndarray:
+    def _rows_of_users(self, ids: Sequence[str | None]) -> np.ndarray:
         """Returns the row of each user in the users table, int64 [B]; -1 of unknown ones."""
         row_by_id = self.user_rows.row_by_id
-        rows = [-1 if user is None else row_by_id.get(id_text(user), -1) for user in ids]
-        return np.array(rows, np.int64)
+        return np.array([row_by_id.get(user, -1) for user in ids], np.int64)
 
 
 def _rerank_lists(
@@ -607,26 +744,13 @@ def _rerank_lists(
     return chosen_scores, chosen_positions
 
 
-def _one_user(rows: Rows, user: Any) -> pa.Table:
-    """Returns the one row of raw user features that `recommend` takes, with the id if there is one.
-
-    Raises:
-        ValueError: There is not one row.
-    """
-    if user is not None:
-        rows = [{**row, "user_id": id_text(user)} for row in as_table(rows).to_pylist()]
-    table = as_table(rows)
-    if len(table) != 1:
-        raise ValueError(
-            f"recommend answers one user; rows holds {len(table)}. See recommend_many."
-        )
-    return table
-
-
-def _as_list(ids: Iterable[Any] | None) -> list[Any] | None:
-    if ids is None:
-        return None
-    return list(ids)
+def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:
+    """Returns and logs the sentence that no item satisfies the conditions; "" where some do."""
+    if snapshot.count_matching(where):
+        return ""
+    note = f"No item satisfies {describe(where)}."
+    logging.warning("%s", note)
+    return note
 
 
 def _same_list(numbers: np.ndarray, count: int) -> Ragged:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.features.encoder import Encoder
-from twotower.features.timestamp import as_seconds
+from twotower.retrieval.requests import (
+    OUR_NAMES,
+    PLAIN,
+    Forms,
+    HistoryColumn,
+    IdColumn,
+    Naming,
+    ReadColumn,
+    TimeColumn,
+    read_rows,
+)
 
 USER_BLOCK = 65_536  # users encoded at once
 
@@ -20,15 +31,18 @@ class UserRows:
 
     Attributes:
         row_by_id: Row of each user id in the table of users.
+        forms: Forms of ids and times in requests.
     """
 
-    def __init__(self, encoder: Encoder, users: pa.Table):
+    def __init__(self, encoder: Encoder, users: pa.Table, forms: Forms = PLAIN):
         """Keeps the users.
 
         Args:
             encoder: Encoder of the features.
             users: Columns user_id and the raw columns of the user features.
+            forms: Forms of ids and times in requests.
         """
+        self.forms = forms
         self._encoder = encoder
         self._users = users
         ids = users["user_id"].to_pylist()
@@ -37,8 +51,32 @@ class UserRows:
     @property
     def columns(self) -> list[str]:
         """Names of the raw columns that rows may have: those of the user features, and the id."""
-        own = [feature.column for feature in self._encoder.spec.user.values()]
+        own: list[str] = []
+        for feature in self._encoder.spec.user.values():
+            own += feature.columns_read
         return list(dict.fromkeys(["user_id", *own, "timestamp"]))
+
+    def read(self, rows: Any, naming: Naming = OUR_NAMES) -> pa.Table:
+        """Returns the rows of a request in the form in which the table of users has its own.
+
+        Args:
+            rows: Table, frame, mapping or list of mappings, see `twotower.retrieval.requests`.
+            naming: Names of their columns.
+
+        Raises:
+            ConfigError: They are no rows, a name is unknown, or a value is not what its column
+                holds.
+        """
+        readers: dict[str, ReadColumn] = {
+            "user_id": IdColumn("user_id", self.forms.user_id),
+            "timestamp": TimeColumn("timestamp", self.forms.time),
+        }
+        history = self._encoder.spec.history
+        if history is not None:
+            readers[history.column] = HistoryColumn(
+                history.column, history.location, self.forms, naming
+            )
+        return read_rows(rows, self.columns, naming, readers, key="user_id")
 
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
         """Returns the encoded features of raw rows.
@@ -79,7 +117,7 @@ class UserRows:
             for event in events or ():
                 item = event["item_id"] if isinstance(event, dict) else event
                 if item is not None:
-                    items.append(str(item))
+                    items.append(item)
         return items
 
     def _without_times(self, rows: pa.Table) -> pa.Table:
@@ -97,9 +135,7 @@ class UserRows:
             return table
         if "timestamp" not in table.column_names:
             return table.append_column("timestamp", pa.repeat(self._newest, len(table)))
-        # In the unit of the log, whatever type of time the rows have.
-        seconds, missing = as_seconds(table["timestamp"], "rows, column 'timestamp'")
-        times = pa.array(np.where(missing, self._newest, seconds))
+        times = pc.fill_null(table["timestamp"].cast(pa.int64()), self._newest)
         position = table.column_names.index("timestamp")
         return table.set_column(position, "timestamp", times)
 
@@ -113,27 +149,3 @@ class UserRows:
         if "timestamp" not in columns and not (history and history.request_gap):
             return None
         return pc.max(self._users["timestamp"]).as_py()
-
-
-def as_table(rows: pa.Table | Sequence[Mapping]) -> pa.Table:
-    """Returns raw rows as an Arrow table."""
-    if isinstance(rows, pa.Table):
-        return rows
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=_schema(rows))
-
-
-def _schema(rows: Sequence[Mapping]) -> pa.Schema | None:
-    """Returns the columns of all rows with their types; None without any.
-
-    Arrow by itself takes the columns of the first row alone.
-    """
-    # A dict keeps the order of the first appearance; a set would not.
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if not names:
-        return None
-    fields = []
-    for name in names:
-        # Of all values: the first may be missing, or whole where others are not.
-        values = pa.array([row.get(name) for row in rows])
-        fields.append((name, values.type))
-    return pa.schema(fields)

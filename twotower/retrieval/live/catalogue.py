@@ -10,13 +10,12 @@ import dataclasses
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.errors import QueryError, UnknownItemError
-from twotower.data.columns import id_text
+from twotower.core.errors import ConfigError, QueryError, UnknownItemError, echo
 from twotower.index.base import Index, check_vectors
 from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import log_counts
@@ -102,9 +101,9 @@ class LiveCatalogue:
         """Schema of item_id and the display columns."""
         return self.snapshot.base.items.schema
 
-    def numbers_of(self, ids: Iterable[Any]) -> np.ndarray:
+    def numbers_of(self, ids: Iterable[str]) -> np.ndarray:
         """Returns the numbers of ids, int64; ids that never were in the catalogue are left out."""
-        known = [self.numbers.get(item) for item in dict.fromkeys(map(str, ids))]
+        known = [self.numbers.get(item) for item in dict.fromkeys(ids)]
         return np.array([number for number in known if number is not None], np.int64)
 
     def counts_of(self, numbers: np.ndarray) -> np.ndarray:
@@ -114,25 +113,24 @@ class LiveCatalogue:
         with_none = np.append(self._counts, 0)
         return with_none[np.where(known, numbers, -1)]
 
-    def position(self, snapshot: Snapshot, item: Any) -> int:
+    def position(self, snapshot: Snapshot, item: str) -> int:
         """Returns the position of an item.
 
         Raises:
             UnknownItemError: It does not exist; the message names the nearest ids.
         """
-        number = self.numbers.get(id_text(item))
+        number = self.numbers.get(item)
         position = -1
         # An item that was deleted keeps its number, and has no position.
         if number is not None:
             position = snapshot.position_of(number)
         if position < 0:
-            similar = nearest(id_text(item), self.numbers)
+            similar = nearest(item, self.numbers)
             hint = ""
             if similar:
                 hint = f" The nearest ids are: {', '.join(similar)}."
             raise UnknownItemError(
-                f"item {id_text(item)!r} is not among the {len(snapshot)} items of the "
-                f"corpus.{hint}"
+                f"item {echo(item)} is not among the {len(snapshot)} items of the corpus.{hint}"
             )
         return position
 
@@ -145,12 +143,12 @@ class LiveCatalogue:
         Raises:
             QueryError: A vector is not finite, of the wrong width, or zero where vectors are
                 normalised.
-            ValueError: An id is missing or comes twice, or a column cannot be read as the
+            ConfigError: An id is missing or comes twice, or a column cannot be read as the
                 catalogue's.
         """
         base = self.snapshot.base
         if "item_id" not in items.column_names:
-            raise ValueError(
+            raise ConfigError(
                 "upsert needs a column 'item_id'; the rows have: "
                 f"{', '.join(items.column_names) or 'none'}."
             )
@@ -308,11 +306,11 @@ def _is_between(changes: np.ndarray, then: Snapshot, now: Snapshot) -> np.ndarra
 def _check_ids(ids: list[str | None]) -> None:
     """Refuses missing and repeated ids: of two rows of one item either could be meant."""
     if None in ids:
-        raise ValueError("item_id None in the rows of upsert is missing.")
+        raise ConfigError("item_id None in the rows of upsert is missing.")
     seen = set()
     for item in ids:
         if item in seen:
-            raise ValueError(f"item_id {item!r} in the rows of upsert is there twice.")
+            raise ConfigError(f"item_id {item!r} in the rows of upsert is there twice.")
         seen.add(item)
 
 
@@ -322,7 +320,7 @@ def _column(items: pa.Table, field: pa.Field) -> pa.ChunkedArray:
         return pa.chunked_array([pa.nulls(len(items), field.type)])
     try:
         return items[field.name].cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
+    except pa.ArrowException as error:
+        raise ConfigError(
             f"upsert: column {field.name!r} must hold {field.type}: {error}."
         ) from error

@@ -16,13 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
 from twotower.core.ragged import Ragged
 from twotower.index.base import check_queries, check_scores, list_length
 from twotower.index.int8 import Vectors, store_like
 from twotower.index.popularity import append_coordinate
 from twotower.index.search import AllowedRows, search_filtered
 from twotower.kernels.top_k import RunningTopK
-from twotower.retrieval.live.conditions import Conditions, matching_items
+from twotower.retrieval.live.conditions import (
+    LATEST,
+    Conditions,
+    latest_condition,
+    matching_items,
+)
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
 
 MAX_SINGLE_ROWS = 256  # rows whose display columns are read one by one, not as a table
@@ -83,6 +90,7 @@ class Snapshot:
             of items; score -inf and position -1 where fewer than L items remain.
         """
         k = list_length(k, len(self.base) + self.num_slots)
+        where = self._resolve_latest(where)
         if exclude is None:
             exclude = Ragged.empty(len(queries))
         base = self.base
@@ -98,7 +106,7 @@ class Snapshot:
             coordinate, factor = base.popularity_coordinate
             index_queries = append_coordinate(queries, popularity_weight * factor)
         elif popularity_weight:
-            raise ValueError(
+            raise ConfigError(
                 f"popularity_weight={popularity_weight} needs an index with that coordinate: "
                 "export with config.retrieval.popularity=True."
             )
@@ -127,6 +135,15 @@ class Snapshot:
         best.add(slot_scores, len(base))
         scores, positions = best.best()
         return scores, positions.astype(np.int64)
+
+    def count_matching(self, where: Conditions) -> int:
+        """Returns the number of items that satisfy conditions."""
+        where = self._resolve_latest(where)
+        rows = self._matching_rows(where) & (self.base.removed_by > self.version)
+        count = int(rows.sum())
+        if self.num_slots:
+            count += int((self._matching_slots(where) & self._is_slot_alive).sum())
+        return count
 
     def position_of(self, number: int) -> int:
         """Returns the position of an item by its number; -1 if it does not exist."""
@@ -202,6 +219,35 @@ class Snapshot:
         numbers = np.concatenate([base.numbers[rows], memtable.numbers[slots]])
         vectors = np.concatenate([base.vectors[rows], memtable.vectors[slots]])
         return numbers, store_like(vectors, base.vectors), pa.concat_tables(tables)
+
+    def _resolve_latest(self, where: Conditions) -> Conditions:
+        """Returns conditions in which the latest items are those from a value on."""
+        if all(operator != LATEST for _, operator, _ in where):
+            return where
+        resolved = []
+        for name, operator, value in where:
+            condition = (name, operator, value)
+            if operator == LATEST:
+                # Of this version alone: the next change may bring a later item.
+                key = (LATEST, name, value, self.version)
+                condition = self._compute_once(
+                    key, functools.partial(self._from_latest, name, value)
+                )
+            resolved.append(condition)
+        return tuple(resolved)
+
+    def _from_latest(self, name: str, count: int) -> tuple[str, str, Any]:
+        """Returns the condition of the `count` greatest values of a column."""
+        check_fields(
+            {name: count}, self.base.items.column_names, f"where latest {count}: the bundle"
+        )
+        alive = pa.array(self.base.removed_by > self.version)
+        chunks = self.base.items[name].filter(alive).chunks
+        if self.num_slots:
+            slots = pa.concat_tables(self._tables_from(0))[name]
+            chunks += slots.filter(pa.array(self._is_slot_alive)).chunks
+        column = pa.chunked_array(chunks, self.base.items[name].type)
+        return latest_condition(column, name, count)
 
     @functools.cached_property
     def _is_slot_alive(self) -> np.ndarray:

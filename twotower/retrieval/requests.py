@@ -1,0 +1,521 @@
+"""Requests as callers write them, read in the forms of the log: ids, rows and histories.
+
+What cannot be meant is refused with its place and its value: a request that is answered wrongly
+looks like one that is answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrow import BadValue, is_list, is_missing, is_table, pc, table_of
+from twotower.core.errors import ConfigError, did_you_mean, echo
+from twotower.core.ids import IdForm
+from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
+
+if TYPE_CHECKING:  # the bundle loads what matching ids needs not
+    from twotower.retrieval.bundle import Bundle
+
+# A table or a frame, or rows: a mapping of columns to values each.
+Rows = pa.Table | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+# Values of one column, in a type of Arrow or as a caller wrote them.
+Values = pa.ChunkedArray | Sequence[Any]
+EVENT_FIELDS = ("item_id", "event", "timestamp")
+
+
+@runtime_checkable
+class ReadColumn(Protocol):
+    """A reader of a column of rows: its values in the form of the log, a null for each missing."""
+
+    def __call__(self, values: Values) -> pa.ChunkedArray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """The forms of a log in which its requests are read.
+
+    Attributes:
+        user_id: Form of user ids.
+        item_id: Form of item ids.
+        time: Form of times.
+        separators: Column of items whose text is a list -> the text between its members.
+        units: Column of items whose numbers are times -> their unit.
+    """
+
+    user_id: IdForm = IdForm.TEXT
+    item_id: IdForm = IdForm.TEXT
+    time: TimeForm = TimeForm()
+    separators: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    units: Mapping[str, TimeUnit] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """The names of columns that the rows of a request may have.
+
+    Attributes:
+        names: Name of a column, or of a field of events -> our name for it.
+        strict: Whether a name that nothing reads is refused; otherwise it is left out.
+    """
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    strict: bool = True
+
+    def __post_init__(self):
+        # As text both: a set of names, or a name of another type, would be found nowhere.
+        is_mapping = isinstance(self.names, Mapping)
+        pairs = self.names.items() if is_mapping else ()
+        if not is_mapping or not all(isinstance(name, str) for pair in pairs for name in pair):
+            raise ConfigError(
+                f"names={echo(self.names)} must be a mapping of your names to ours, such as "
+                "{'buyer_id': 'user_id'}."
+            )
+
+    def ours(self, theirs: Iterable[Any], known: Collection[str], place: str) -> dict[Any, str]:
+        """Returns the names that something reads -> our names for them.
+
+        Args:
+            theirs: Names as the request has them.
+            known: Our names.
+            place: Place of the names in messages.
+
+        Raises:
+            ConfigError: Nothing reads a name, or two names mean one column.
+        """
+        found: dict[Any, str] = {}
+        for name in theirs:
+            ours = self._one(name)
+            if ours in found.values():
+                raise ConfigError(f"{place}: two columns are {ours!r}: leave one out.")
+            if ours in known:
+                found[name] = ours
+            elif self.strict:
+                raise self._unknown(name, known, place)
+        return found
+
+    def _one(self, name: Any) -> str:
+        if not isinstance(name, str):
+            return str(name)
+        return self.names.get(name, name)
+
+    def _unknown(self, name: Any, known: Collection[str], place: str) -> ConfigError:
+        hint = did_you_mean(str(name), known)
+        return ConfigError(
+            f"{place}: nothing reads {echo(name)}{hint} Known: {', '.join(known)}. "
+            f"names={{{echo(name)}: ...}} says which of these it is, and strict=False leaves it "
+            "out."
+        )
+
+
+PLAIN = Forms()  # ids as they are written, times in seconds
+OUR_NAMES = Naming()
+
+
+def find_forms(bundle: Bundle) -> Forms:
+    """Returns the forms in which requests to a bundle are read."""
+    interactions = bundle.config.data.interactions
+    separators = {}
+    units = {}
+    # By the words of the specification, so that no kind of feature is loaded for it.
+    for feature in bundle.encoder.spec.to_dict()["item"].values():
+        if feature["type"] == "strings" and feature["separator"]:
+            separators[feature["column"]] = feature["separator"]
+        elif feature["type"] == "timestamp":
+            units[feature["column"]] = feature["unit"]
+    return Forms(
+        user_id=IdForm.find(bundle.users["user_id"]),
+        item_id=IdForm.find(bundle.items["item_id"]),
+        time=TimeForm(interactions.timestamp_unit, interactions.timestamp_format),
+        separators=separators,
+        units=units,
+    )
+
+
+def read_id(value: Any, form: IdForm, what: str) -> str:
+    """Returns a single id in the form of the log.
+
+    Args:
+        value: Id of a caller.
+        form: Form of the ids.
+        what: Name of the id in messages, such as "user".
+
+    Raises:
+        ConfigError: It is missing, or no id.
+    """
+    found = _one(form.one, value, what)
+    if found is None:
+        raise ConfigError(f"{what}: {echo(value)} is missing: give an id.")
+    return found
+
+
+def read_ids(values: Any, form: IdForm, what: str, known: Collection[str] = ()) -> list[str]:
+    """Returns a list of ids in the form of the log.
+
+    Args:
+        values: List, set, iterable, NumPy or Arrow array, series, or a frame with one column.
+        form: Form of the ids.
+        what: Name of the list in messages, such as "deny".
+        known: Ids that are in the form already.
+
+    Raises:
+        ConfigError: It is no list, or one of it is missing or no id; the message says which.
+    """
+    ids = []
+    for number, value in enumerate(_listed(values, what)):
+        # Most ids are those of the bundle, letter for letter.
+        if type(value) is not str or value not in known:
+            value = read_id(value, form, f"{what}[{number}]")
+        ids.append(value)
+    return ids
+
+
+def read_rows(
+    rows: Any,
+    known: Collection[str],
+    naming: Naming,
+    readers: Mapping[str, ReadColumn],
+    *,
+    key: str,
+) -> pa.Table:
+    """Returns raw rows under our names, their columns in the form of the log.
+
+    Args:
+        rows: Table of Arrow, frame of pandas or polars, one mapping, or a list of mappings.
+        known: Names of the columns that something reads.
+        naming: Names that the rows have instead.
+        readers: Column -> the function that reads it; others keep the types that they have.
+        key: Column of the ids.
+
+    Raises:
+        ConfigError: They are no rows, a name is unknown, or a value is not what its column holds.
+    """
+    columns = _columns(rows, key, naming)
+    read = {}
+    for theirs, ours in naming.ours(columns, known, "rows").items():
+        read_column = readers.get(ours)
+        if read_column is None:
+            read[ours] = _as_array(columns[theirs], f"rows, column {theirs!r}")
+        else:
+            read[ours] = read_column(columns[theirs])
+    if not read and columns:
+        # A table without columns has no rows either.
+        (first, *_) = columns.values()
+        read[key] = pa.chunked_array([pa.nulls(len(first), pa.string())])
+    return pa.table(read)
+
+
+def as_table(rows: Any) -> pa.Table:
+    """Returns raw rows as an Arrow table, under the names and types that they have.
+
+    Args:
+        rows: Table of Arrow, frame of pandas or polars, one mapping, or a list of mappings.
+
+    Raises:
+        ConfigError: They are no rows.
+    """
+    read = {}
+    for name, values in _columns(rows, "", OUR_NAMES).items():
+        read[name] = _as_array(values, f"rows, column {name!r}")
+    return pa.table(read)
+
+
+def as_display(rows: pa.Table, schema: pa.Schema, forms: Forms) -> pa.Table:
+    """Returns the rows of items with the columns that lists show in the types of the others.
+
+    Args:
+        rows: Rows that were read.
+        schema: Columns of the items that are there already.
+        forms: Forms of the columns of items.
+
+    Raises:
+        ConfigError: A value is no time, in a column of times.
+    """
+    columns = dict(zip(rows.column_names, rows.columns))
+    for field in schema:
+        column = columns.get(field.name)
+        if column is None or column.type == field.type:
+            continue
+        is_number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        is_time = pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)
+        is_text = pa.types.is_string(column.type)
+        if pa.types.is_integer(field.type) and (is_time or is_text and field.name in forms.units):
+            unit = forms.units.get(field.name, "s")
+            seconds = _convert(TimeForm(unit=unit).column, column, field.name)
+            columns[field.name] = pc.multiply(seconds, UNITS_PER_SECOND[unit])
+        elif is_list(column.type) and field.name in forms.separators:
+            texts = column.cast(pa.list_(pa.string()))
+            columns[field.name] = pc.binary_join(texts, forms.separators[field.name])
+        elif is_number and pa.types.is_floating(column.type):
+            # As frames write a missing number.
+            columns[field.name] = pc.if_else(pc.is_nan(column), None, column)
+    return pa.table(columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class IdColumn:
+    """Reads a column of ids, of which some may be missing.
+
+    Attributes:
+        name: Name of the column in messages.
+        form: Form of the ids.
+    """
+
+    name: str
+    form: IdForm
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        if isinstance(values, pa.ChunkedArray):
+            return _convert(self.form.column, values, self.name)
+        ids = _each(self.form.one, values, self.name)
+        return pa.chunked_array([pa.array(ids, pa.string())])
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeColumn:
+    """Reads a column of times as seconds since 1970.
+
+    Attributes:
+        name: Name of the column in messages.
+        form: Form of the times.
+    """
+
+    name: str
+    form: TimeForm
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        if isinstance(values, pa.ChunkedArray):
+            return _convert(self.form.column, values, self.name)
+        # Most requests have times of one kind, which are read at once.
+        try:
+            column = pa.chunked_array([pa.array(values, from_pandas=True)])
+            return self.form.column(column)
+        except (BadValue, pa.ArrowException, OverflowError, TypeError, ValueError):
+            seconds = _each(self.form.one, values, self.name)
+            return pa.chunked_array([pa.array(seconds, pa.int64())])
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryColumn:
+    """Reads a column of histories: lists of item ids or of events, the latest last.
+
+    Attributes:
+        name: Name of the column.
+        location: Name of its feature in messages.
+        forms: Forms of ids and times.
+        naming: Names of the fields of events.
+    """
+
+    name: str
+    location: str
+    forms: Forms
+    naming: Naming
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        if isinstance(values, pa.ChunkedArray):
+            kind = values.type
+            if not is_list(kind) and not pa.types.is_null(kind):
+                raise self._no_history(str(kind), values[:1].to_pylist())
+            values = values.to_pylist()
+        events: list[dict[str, Any]] = []
+        ends = [0]
+        for row, history in enumerate(values):
+            if not is_missing(history):
+                events += self._events(history, row)
+            ends.append(len(events))
+        is_null = [bool(is_missing(history)) for history in values]
+        offsets = pa.array(ends, pa.int32())
+        members = self._members(events)
+        lists = pa.ListArray.from_arrays(offsets, members, mask=pa.array(is_null, pa.bool_()))
+        return pa.chunked_array([lists])
+
+    def _events(self, history: Any, row: int) -> list[dict[str, Any]]:
+        """Returns the events of one history, each as a mapping of our fields."""
+        # A set has no latest event, and the letters of a text are none.
+        is_ordered = isinstance(history, (list, tuple, np.ndarray, pa.Array))
+        if not is_ordered and not hasattr(history, "to_list"):
+            kind = "string" if isinstance(history, str) else type(history).__name__
+            raise self._no_history(kind, history)
+        place = f"rows, row {row + 1}, column {self.name!r}"
+        return [self._event(event, place) for event in history]
+
+    def _event(self, event: Any, place: str) -> dict[str, Any]:
+        """Returns the fields of an event, of which a plain id is one."""
+        if not isinstance(event, Mapping):
+            return {"item_id": event}
+        names = self.naming.ours(event, EVENT_FIELDS, f"{place}, an event")
+        if "item_id" not in names.values():
+            raise ConfigError(
+                f"{place}: an event has no item_id, but {', '.join(map(echo, event)) or 'nothing'}."
+            )
+        return {ours: event[theirs] for theirs, ours in names.items()}
+
+    def _members(self, events: Sequence[Mapping[str, Any]]) -> pa.Array:
+        """Returns events as ids, or as structs where one of them has a kind or a time."""
+        readers: dict[str, ReadColumn] = {
+            "item_id": IdColumn(self.name, self.forms.item_id),
+            "event": IdColumn(self.name, IdForm.TEXT),
+            "timestamp": TimeColumn(self.name, self.forms.time),
+        }
+        fields = {}
+        for name, read in readers.items():
+            if name == "item_id" or any(name in event for event in events):
+                column = read([event.get(name) for event in events])
+                fields[name] = column.combine_chunks()
+        if len(fields) == 1:
+            return fields["item_id"]
+        return pa.StructArray.from_arrays(list(fields.values()), list(fields))
+
+    def _no_history(self, kind: str, history: Any) -> ConfigError:
+        return ConfigError(
+            f"{self.location}: column {self.name!r} holds {kind}, such as {echo(history)}; a "
+            "history is a list of item ids, or of mappings with an item_id, the latest last."
+        )
+
+
+def _columns(rows: Any, key: str, naming: Naming) -> dict[Any, Values]:
+    """Returns the values of rows by column.
+
+    Raises:
+        ConfigError: They are no rows.
+    """
+    if is_table(rows):
+        try:
+            table = table_of(rows)
+        except BadValue as error:
+            raise ConfigError(f"rows: {error.problem}.") from None
+        return dict(zip(table.column_names, table.columns))
+    # NumPy's own tables.
+    fields = getattr(getattr(rows, "dtype", None), "names", None)
+    if fields:
+        return {name: rows[name].tolist() for name in fields}
+    if isinstance(rows, Mapping):
+        ids = [value for name, value in rows.items() if naming.names.get(name, name) == key]
+        # No id is a list, so this is a mapping of columns.
+        if ids and isinstance(ids[0], (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
+            return _equal_columns(rows)
+        rows = [rows]
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        hint = ""
+        if hasattr(rows, "collect"):
+            hint = " Call .collect() on a lazy frame first."
+        raise ConfigError(
+            f"rows={echo(rows)} of type {type(rows).__name__!r} are no rows: give a list of "
+            f"mappings, such as [{{'user_id': '42'}}], a frame, or an Arrow table.{hint}"
+        )
+    records = [_record(row, number) for number, row in enumerate(rows)]
+    # A dict keeps the order of the first appearance; a set would not. Arrow by itself takes the
+    # columns of the first row alone.
+    names = list(dict.fromkeys(name for record in records for name in record))
+    if records and not names:
+        return {key: [None] * len(records)}
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _record(row: Any, number: int) -> Mapping[Any, Any]:
+    """Returns a row as a mapping of its columns."""
+    if isinstance(row, Mapping):
+        return row
+    # Rows of pandas, and named tuples.
+    for name in ("to_dict", "_asdict"):
+        convert = getattr(row, name, None)
+        if convert is not None:
+            return convert()
+    raise ConfigError(
+        f"rows[{number}]: {echo(row)} of type {type(row).__name__!r} is no row: a row is a mapping "
+        "of columns to values, such as {'user_id': '42'}."
+    )
+
+
+def _equal_columns(columns: Mapping[str, Any]) -> dict[Any, Values]:
+    lists: dict[Any, Values] = {}
+    for name, values in columns.items():
+        lists[name] = list(_listed(values, f"rows[{name!r}]"))
+    if len({len(values) for values in lists.values()}) > 1:
+        lengths = ", ".join(f"{name!r} has {len(values)}" for name, values in lists.items())
+        raise ConfigError(f"rows: the columns differ in length: {lengths}.")
+    return lists
+
+
+def _listed(values: Any, what: str) -> Iterable[Any]:
+    """Returns the members of a list of a caller.
+
+    Raises:
+        ConfigError: A single value, whose letters or keys would be taken for members.
+    """
+    if is_table(values):
+        table = as_table(values)
+        if table.num_columns != 1:
+            raise ConfigError(
+                f"{what} is a table with the columns {', '.join(table.column_names)}: give the one "
+                "of the ids."
+            )
+        values = table[0]
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values.to_pylist()
+    is_single = isinstance(values, (str, bytes, bytearray, memoryview, Mapping))
+    if is_single or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise ConfigError(
+            f"{what}={echo(values)} must be a list, not of type {type(values).__name__!r}: write "
+            f"[{echo(values)}] for one."
+        )
+    return values
+
+
+def _as_array(values: Values, place: str) -> pa.ChunkedArray:
+    """Returns the values of one column, of which Arrow finds the type.
+
+    Raises:
+        ConfigError: They are of several types, or of one that no column has.
+    """
+    if isinstance(values, pa.ChunkedArray):
+        return values
+    try:
+        # As from pandas: NaN and the like are missing values, beside text too.
+        return pa.chunked_array([pa.array(values, from_pandas=True)])
+    except OverflowError:
+        problem = "an integer has more than 64 bits: give it as text"
+    except UnicodeEncodeError:
+        problem = "a text holds half of a character (a lone surrogate)"
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        present = [value for value in values if not is_missing(value)]
+        kinds = sorted({type(value).__name__ for value in present})
+        problem = f"the values are of several types ({', '.join(kinds)}): make them one"
+        if len(kinds) < 2:
+            problem = f"no column has such values: {error}"
+    raise ConfigError(f"{place}: {problem}.")
+
+
+def _convert(
+    convert: Callable[[pa.ChunkedArray], pa.ChunkedArray], values: pa.ChunkedArray, name: str
+) -> pa.ChunkedArray:
+    """Returns a column converted, or refuses it with the row that cannot be."""
+    try:
+        return convert(values)
+    except BadValue as error:
+        shown = "it"
+        place = f"rows, column {name!r}"
+        if error.row is not None:
+            place = f"rows, row {error.row + 1}, column {name!r}"
+            shown = echo(error.value)
+        raise ConfigError(f"{place}: {shown} {error.problem}.") from None
+
+
+def _each(convert: Callable[[Any], Any], values: Iterable[Any], name: str) -> list[Any]:
+    """Returns single values converted, or refuses the first that cannot be, with its row."""
+    converted = []
+    for row, value in enumerate(values):
+        converted.append(_one(convert, value, f"rows, row {row + 1}, column {name!r}"))
+    return converted
+
+
+def _one(convert: Callable[[Any], Any], value: Any, place: str) -> Any:
+    """Returns a single value converted, or refuses it with its place."""
+    try:
+        return convert(value)
+    except BadValue as error:
+        raise ConfigError(f"{place}: {echo(value)} {error.problem}.") from None
