@@ -17,6 +17,7 @@ from absl import logging
 
 from twotower.config import Config, TrainingConfig
 from twotower.core.errors import ConfigError, choose
+from twotower.core.files import LOCK, discard
 from twotower.core.mesh import host_mesh
 from twotower.data.dataset import Dataset
 from twotower.features.encoder import Encoder
@@ -30,12 +31,15 @@ from twotower.training.candidates import CorpusSize, corpus_size, count_rows
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
 from twotower.training.run import (
+    UNFINISHED,
     claim,
+    config_path,
     data_path,
     encoder_folder,
     find_step,
     load_config,
     local_folder,
+    write_alone,
 )
 from twotower.training.state import Trainer, TrainState
 
@@ -105,15 +109,18 @@ def grow(
     if trainer.sampling.config.frequency != "exact":
         logging.info("The estimates of frequency begin anew: the old ones are of the old corpus.")
     state = migrate(OldRun(state, encoder), fresh, prepared, make_rows)
-    workdir.mkdir(parents=True, exist_ok=True)
-    prepared.encoder.save(encoder_folder(workdir))
-    data_folder.save(prepared, data_path(workdir))
     # The best validation begins anew too: it was measured on other rows.
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
-    with open_checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
-    # Last: a process killed before leaves no run that would train from fresh weights.
-    claim(workdir, config)
+    with write_alone(workdir, "grow"):
+        _make_room(workdir)
+        (workdir / UNFINISHED).touch()
+        prepared.encoder.save(encoder_folder(workdir))
+        data_folder.save(prepared, data_path(workdir))
+        with open_checkpoints(workdir, config) as checkpoints:
+            checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
+        # Last: a process killed before leaves no run that would train from fresh weights.
+        claim(workdir, config)
+        (workdir / UNFINISHED).unlink()
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
 
 
@@ -380,10 +387,7 @@ def _restore(
 
 def _check_configs(before: Config, config: Config, workdir: Path) -> None:
     """Refuses a folder in use, and changes of what the old state depends on."""
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(
-            f"--workdir={workdir} must be a new or empty folder: the new run is made there."
-        )
+    _leftovers(workdir)  # looked at again when the folder is locked
     for section in _FIXED_SECTIONS:
         if getattr(before, section) != getattr(config, section):
             raise ConfigError(
@@ -406,6 +410,27 @@ def _with_further_passes(config: Config, step: int, passes: float, examples: int
     ).scaled_to(examples)
     training = dataclasses.replace(further, steps=step + further.steps)
     return dataclasses.replace(config, training=training)
+
+
+def _leftovers(workdir: Path) -> list[Path]:
+    """Returns what a growth that was killed has left in a folder; refuses anything else."""
+    others = []
+    if workdir.exists():
+        others = [path for path in workdir.iterdir() if path.name != LOCK]
+    is_unfinished = (workdir / UNFINISHED).exists() and not config_path(workdir).exists()
+    if others and not is_unfinished:
+        raise ConfigError(
+            f"--workdir={workdir} must be a new or empty folder: the new run is made there."
+        )
+    return others
+
+
+def _make_room(workdir: Path) -> None:
+    """Empties a folder of what a growth that was killed has left."""
+    for path in _leftovers(workdir):
+        # In the end the mark itself: killed here, the folder is still known as unfinished.
+        if path.name != UNFINISHED:
+            discard(path)
 
 
 def _check_step(config: Config, step: int) -> None:

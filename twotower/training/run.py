@@ -43,6 +43,9 @@ from twotower.training.state import Trainer, TrainState, resolve_kinds
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]
 MakeMiner = Callable[[PreparedData, TwoTower], Miner]
 
+# The file that `grow` keeps in a folder for as long as the run in it is not whole.
+UNFINISHED = ".unfinished"
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -147,7 +150,7 @@ def write_alone(workdir: Path, what: str) -> Iterator[None]:
     # The first of several processes holds it for all of them.
     if jax.process_index() == 0:
         lock = exclusive(workdir, what)
-    again = "Then give the same command again: the run goes on from its last checkpoint."
+    again = "Then give the same command again: it goes on from what was saved."
     with explain_full_disk(workdir, again), lock:
         yield
 
@@ -342,6 +345,10 @@ def holds_run(workdir: Path, config: Config) -> bool:
         if workdir.exists():
             others = list(workdir.iterdir())
         # A process that was killed while it wrote the configuration leaves a temporary file.
+        if (workdir / UNFINISHED).exists():
+            raise ConfigError(
+                f"--workdir={workdir} was left unfinished by `grow`. Give that command again."
+            )
         if not all(other.name == LOCK or other.match(".config.json.*.tmp") for other in others):
             raise ConfigError(
                 f"--workdir={workdir} is a folder with other files and no config.json. Name a new "
