@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -116,7 +116,8 @@ class Run(run_folder.Run):
 
         Args:
             **index_options: Options of `config.retrieval` that replace those of the run, such as
-                `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
+                `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`; and `changes`, "carry"
+                or "drop", for changes made to the items of the bundle before.
 
         Returns:
             The bundle that was written to `workdir / "bundle"`.
@@ -408,11 +409,15 @@ def read_history(workdir: Path) -> pa.Table:
     return as_table([by_step[step] for step in sorted(by_step)])
 
 
-def export(run: Run, **index_options: Any) -> Bundle:
+def export(
+    run: Run, *, changes: Literal["carry", "drop"] = "carry", **index_options: Any
+) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
 
     Args:
         run: Loaded run.
+        changes: Whether changes made to the items of the bundle before are carried over to this
+            one, or forgotten.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -421,9 +426,12 @@ def export(run: Run, **index_options: Any) -> Bundle:
 
     Raises:
         BundleError: The bundle, loaded again, does not score as the trainer did.
+        BusyError: Another process makes a version of the bundle.
+        ChangesError: A change cannot be carried over.
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
-    return export_bundle(with_index_options(run, **index_options), run.workdir / BUNDLE)
+    run = with_index_options(run, **index_options)
+    return export_bundle(run, run.workdir / BUNDLE, changes=changes)
 
 
 def with_index_options(run: Run, **index_options: Any) -> Run:

@@ -26,6 +26,13 @@ _PLOT = flags.DEFINE_string(
     "Draw recall against queries per second into this file (extra: plots).",
     flag_values=FLAGS,
 )
+_CHANGES = flags.DEFINE_enum(
+    "changes",
+    "carry",
+    ["carry", "drop"],
+    "Changes made to the items of the bundle before: carry them over to this one, or drop them.",
+    flag_values=FLAGS,
+)
 # These replace options of config.retrieval of the same name.
 _OPTIONS = (
     flags.DEFINE_float(
@@ -58,7 +65,7 @@ def main() -> None:
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     # Flags that are left out leave the options of the run as they are.
     options = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
-    bundle = api.export(run, **options)
+    bundle = api.export(run, changes=_CHANGES.value, **options)
     # Exact search has nothing to tune, and so nothing to draw.
     tuning = getattr(bundle.index, "tuning", None)
     if _PLOT.value and tuning is not None and tuning.tried:

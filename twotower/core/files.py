@@ -235,6 +235,26 @@ def new_version(folder: epath.PathLike) -> Path:
             return version
 
 
+@contextlib.contextmanager
+def next_version(folder: epath.PathLike) -> Iterator[Path]:
+    """Yields an empty folder for the next version, and deletes it unless the block publishes it."""
+    version = new_version(folder)
+    try:
+        yield version
+    # Ctrl-C too: half of a version must not stay.
+    except BaseException:
+        if not is_current(version):
+            discard(version)
+        raise
+
+
+def is_current(version: Path) -> bool:
+    """Returns whether the pointer of a folder names this version of it."""
+    with contextlib.suppress(FolderError):
+        return current_version(version.parent) == version
+    return False
+
+
 def publish_version(version: Path) -> None:
     """Makes a finished version the current one, and deletes those that nobody needs any more.
 

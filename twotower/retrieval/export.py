@@ -6,11 +6,10 @@ scores of the trainer's towers before it becomes the current version.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from absl import logging
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import discard, new_version, publish_version
+from twotower.core.files import exclusive, explain_full_disk, next_version
 from twotower.data.interactions import PARTS
 from twotower.features.pretrained import PretrainedFeature
 from twotower.index.base import TUNING_QUERIES
@@ -31,6 +30,7 @@ from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.live.carry import publish_with_changes
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tower_programs import TowerPrograms, export_tower
 from twotower.retrieval.user_items import items_of_users, latest_rows, rows_of_items
@@ -44,12 +44,14 @@ PARITY_ROWS = 256  # users and items whose scores are compared
 AGAINST_FULL = (10, 100)  # K of the lists by which stored vectors are measured
 
 
-def export(run: Run, folder: Path) -> Bundle:
+def export(run: Run, folder: Path, *, changes: Literal["carry", "drop"] = "carry") -> Bundle:
     """Writes the bundle of a run; an existing one is replaced only when the new one is whole.
 
     Args:
         run: A trained run, with the weights of one of its checkpoints.
         folder: Folder of the bundle.
+        changes: Whether changes that were made to the items of the existing bundle are carried
+            over to the new one, or forgotten.
 
     Returns:
         The bundle, with its manifest. If vectors are cut or stored as int8, the loss is measured
@@ -57,24 +59,21 @@ def export(run: Run, folder: Path) -> Bundle:
 
     Raises:
         BundleError: The bundle, loaded again, does not score as the trainer does.
+        BusyError: Another process makes a version of the bundle.
+        ChangesError: A change cannot be carried over.
         ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
     """
-    bundle = make_bundle(run)
-    more = {}
-    if not _has_full_vectors(run, bundle):
-        more["against_full"] = measure_against_full(run, bundle)
-    version = new_version(folder)
-    try:
-        manifest = write_bundle(bundle, version, step=run.step, **more)
-        # In this order: servers load only what was found to be right.
-        check_parity(run, version)
-        publish_version(version)
-    # Ctrl-C too: half of a version must not stay.
-    except BaseException:
-        discard(version)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only an empty folder goes: one that was made for this version
-        raise
+    stays = "The bundle before stays as it was. Give the same command again."
+    with explain_full_disk(folder, stays), exclusive(folder, "export"):
+        bundle = make_bundle(run)
+        more = {}
+        if not _has_full_vectors(run, bundle):
+            more["against_full"] = measure_against_full(run, bundle)
+        with next_version(folder) as version:
+            manifest = write_bundle(bundle, version, step=run.step, **more)
+            # In this order: servers load only what was found to be right.
+            check_parity(run, version)
+            publish_with_changes(folder, version, keep=changes == "carry")
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.",
         folder,

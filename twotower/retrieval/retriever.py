@@ -547,9 +547,10 @@ class Retriever:
         The new version becomes the current one of the folder.
 
         Raises:
+            BusyError: Another process exports or compacts the bundle.
             ChangesError, OSError: As `upsert`, or another rebalance or compaction is under way.
         """
-        with self._exclusive_maintenance():
+        with self._exclusive_maintenance(), self._live.make_versions():
             compaction = self._live.compact()
             # Only the switch excludes changes, and those made since are copied to the new version.
             with self._lock:

@@ -20,7 +20,10 @@ from twotower.core.errors import ChangesError
 from twotower.core.files import (
     current_version,
     discard,
-    new_version,
+    exclusive,
+    explain_full_disk,
+    is_current,
+    next_version,
     publish_version,
     sync_files,
 )
@@ -32,6 +35,7 @@ from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (
     Change,
+    ChangedItems,
     ChangeLog,
     Delete,
     Upsert,
@@ -105,10 +109,25 @@ class LiveBundle:
         """Indexes the present items anew, in memory; see `Retriever.rebalance`."""
         self.catalogue.rebalance(self._index)
 
+    @contextlib.contextmanager
+    def make_versions(self) -> Iterator[None]:
+        """Excludes other processes that make versions of the bundle: exports and compactions.
+
+        Raises:
+            BusyError: Another one makes a version now.
+            ChangesError: Another one has made a version since this was loaded.
+        """
+        log, folder = self._require_log()
+        stays = f"The bundle stays as it was, with its changes in {log.path}."
+        with explain_full_disk(folder, stays), exclusive(folder, "compact"):
+            self._check_version(folder)
+            yield
+
     def compact(self) -> Compaction:
         """Writes the next version of the bundle, with the changes so far.
 
-        Answers and changes go on meanwhile, and the old version stays current.
+        Answers and changes go on meanwhile, and the old version stays current. The caller excludes
+        others by `make_versions`.
         """
         log, folder = self._require_log()
         # Both of one moment: what comes after `last` is copied when the versions are switched.
@@ -116,23 +135,23 @@ class LiveBundle:
             then = self.catalogue.snapshot
             last = log.last
         manifest = self.bundle.manifest
+        # An export carries them over: it must know them when there is no log any more.
+        earlier = ChangedItems.from_manifest(manifest)
+        changed = earlier.after(log.since(0)[:last])
         # Measured at export, against weights that the bundle does not hold.
         kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
-        version = new_version(folder)
-        try:
+        with next_version(folder) as version:
             write_bundle(
                 self._replace_items(then),
                 version,
                 step=manifest["step"],
                 compactions=manifest.get("compactions", 0) + 1,
+                changed_items=dataclasses.asdict(changed),
                 **kept,
             )
             # The long wait for the disk is here, not where the lock is held.
             sync_files(version)
             return Compaction(load_bundle(version), last)
-        except BaseException:
-            discard(version)
-            raise
 
     def switch_to(self, compaction: Compaction) -> LiveBundle:
         """Makes the new version current, with the changes since. The caller holds the lock.
@@ -145,18 +164,25 @@ class LiveBundle:
         version = new.folder
         if version is None:
             raise ValueError("A compacted bundle is loaded from its folder.")
-        # In a transaction of the old log: no other process may add to it until it is superseded.
-        with self._transaction(log):
-            later = log.since(compaction.last)
-            if later:
-                new_log = ChangeLog(
-                    changes_path(version, new.manifest["sha256"]), new.manifest["sha256"]
-                )
-                with new_log.transaction():
-                    for change in later:
-                        new_log.add(change)
+        sha256 = new.manifest["sha256"]
+        new_log = ChangeLog(changes_path(version, sha256), sha256)
+        try:
+            # In a transaction of the old log: no other process may add to it until it is
+            # superseded.
+            with self._transaction(log):
+                later = log.since(compaction.last)
+                if later:
+                    with new_log.transaction():
+                        for change in later:
+                            new_log.add(change)
+                    new_log.close()
+                publish_version(version)
+        except BaseException:
+            if not is_current(version):
                 new_log.close()
-            publish_version(version)
+                new_log.path.unlink(missing_ok=True)
+                discard(version)
+            raise
         log.close()
         log.path.unlink(missing_ok=True)
         # `new` was loaded from its version's folder, but is now found by the folder above.
@@ -175,16 +201,21 @@ class LiveBundle:
     def _transaction(self, log: ChangeLog) -> Iterator[None]:
         """A transaction of the log that begins with the changes of other processes."""
         _, folder = self._require_log()
+        # Before the log is opened, too: that of a version that is gone must not be begun anew.
+        self._check_version(folder)
         with log.transaction() as missed:
             self._apply(missed, log)
-            # An export, or a compaction by another process, may have superseded this version.
-            now = current_version(folder)
-            if now != self.bundle.version:
-                raise ChangesError(
-                    f"{folder} was replaced by another version ({now.name}) since it was "
-                    "loaded: a change to the old one would be lost. Load the bundle again."
-                )
+            self._check_version(folder)
             yield
+
+    def _check_version(self, folder: Path) -> None:
+        """Refuses a bundle that an export, or a compaction by another process, has superseded."""
+        now = current_version(folder)
+        if now != self.bundle.version:
+            raise ChangesError(
+                f"{folder} was replaced by another version ({now.name}) since it was loaded: a "
+                "change to the old one would be lost. Load the bundle again."
+            )
 
     def _existing_ids(self, ids: Iterable[str]) -> list[str]:
         """Returns the ids, each once, whose items exist."""

@@ -25,8 +25,9 @@ import errno
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +70,43 @@ class Delete:
 
 
 Change = Upsert | Delete
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedItems:
+    """The items that changes since an export have touched, whether they are in a log or compacted.
+
+    Attributes:
+        upserted: Ids of items that were added or replaced, and not deleted after that.
+        deleted: Ids of items that were deleted, and not added after that.
+    """
+
+    upserted: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> ChangedItems:
+        """Returns the items that the compactions of a bundle have touched."""
+        return cls(**{name: tuple(ids) for name, ids in manifest.get("changed_items", {}).items()})
+
+    def after(self, changes: Iterable[Change]) -> ChangedItems:
+        """Returns the items after further changes."""
+        upserted = dict.fromkeys(self.upserted)
+        deleted = dict.fromkeys(self.deleted)
+        for change in changes:
+            is_upsert = isinstance(change, Upsert)
+            ids = change.items["item_id"].to_pylist() if is_upsert else change.ids
+            now, before = (upserted, deleted) if is_upsert else (deleted, upserted)
+            for item in ids:
+                now[item] = None
+                before.pop(item, None)
+        return ChangedItems(tuple(upserted), tuple(deleted))
+
+    def __bool__(self) -> bool:
+        return bool(self.upserted or self.deleted)
+
+    def __str__(self) -> str:
+        return f"{len(self.upserted)} changed and {len(self.deleted)} deleted items"
 
 
 def changes_path(folder: Path, sha256: str) -> Path:
@@ -288,7 +326,9 @@ class ChangeLog:
                 ) from error
             if code == sqlite3.SQLITE_FULL:
                 raise OSError(
-                    errno.ENOSPC, f"The change was not made: {error}", str(self.path)
+                    errno.ENOSPC,
+                    f"The change was not made: {error}. Make room, and make it again",
+                    str(self.path),
                 ) from error
             if code == sqlite3.SQLITE_READONLY:
                 raise ChangesError(
