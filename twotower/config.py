@@ -857,7 +857,8 @@ class EvaluationConfig:
     Attributes:
         ks: Lengths K of the lists that are measured.
         validation_queries: Greatest number of queries of a validation, always the same ones, so
-            that training does not wait for millions; 0 for all. The `evaluate` command makes all.
+            that training does not wait for millions; 0 for all. Fewer, at least 1,000, are asked
+            where they would take over a tenth of the training. The `evaluate` command asks all.
         query: Kind of query: user (all held-out items of a user are right) or interaction (each
             held-out row is a query of its own).
     """

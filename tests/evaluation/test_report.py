@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.retrieval.runs import make_run
+from twotower.evaluation import evaluate as module
 from twotower.evaluation import report, report_text
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
@@ -35,7 +36,7 @@ def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
     monkeypatch.setattr(
         report,
         "make_baselines",
-        lambda prepared, queries: {"seen": seen_first(prepared, 0, 0, queries)},
+        lambda prepared, queries, without: {"seen": seen_first(prepared, 0, 0, queries)},
     )
     measured = report.measure_run(run, ks=(1,), baselines=True)
     # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was
@@ -66,6 +67,25 @@ def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured)
     assert novelty[0] > novelty[1] > novelty[2]
     assert novelty[2] == pytest.approx(measured["baselines"]["popularity"]["novelty@10"], abs=0.02)
     assert "weight 0.1" in report_text.format_report(measured, KS)
+
+
+def test_validation_asks_no_more_queries_than_a_tenth_of_the_training_pays_for(
+    run, monkeypatch, caplog
+):
+    full = make_validate(run.prepared, run.model)(run.weights)
+    asked = full["queries"] + full["queries_without_answer"]
+    # A batch of 8 makes a step of 6 x 64 operations, a query takes 2 x 120.
+    monkeypatch.setattr(module, "MIN_VALIDATION_QUERIES", 7)
+    config = run.config.training
+    short = dataclasses.replace(config, batch_size=8, steps=200, validate_every=100)
+    config = dataclasses.replace(run.config, training=short)
+    prepared = dataclasses.replace(run.prepared, config=config)
+    affordable = int(0.1 * 100 * 6 * 8**2 / (2 * len(prepared.items)))
+    assert 7 < affordable < asked
+    with caplog.at_level("INFO", logger="absl"):
+        few = make_validate(prepared, run.model)(run.weights)
+    assert few["queries"] + few["queries_without_answer"] == affordable
+    assert f"Validations ask {affordable} of" in caplog.text
 
 
 def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_masked(run):
