@@ -19,16 +19,16 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.times import in_range
 from twotower.data import guess
-from twotower.data.audit import audit
+from twotower.data.audit import audit, drop_repeats
 from twotower.data.contract import Origin, apply_contract
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
-from twotower.data.interactions import Split, count_later_rows, pair_codes
+from twotower.data.interactions import Split, pair_codes
 from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
-from twotower.data.split import MIN_ROWS_TO_HOLD_OUT, split
+from twotower.data.split import kinds_without_order, split
 from twotower.experiment import change, read
 from twotower.recommended import recommended_config
 from twotower.training.run import claim, holds_run, local_folder
@@ -424,8 +424,7 @@ def _given_split(dataset: Dataset, config: Config, said: list[str]) -> _Chosen:
         ConfigError: It leaves a part empty, or leaks.
     """
     filtered = filter_rows(dataset, config.data)
-    parts = split(filtered.interactions, config.split)
-    audit(parts, config.split)
+    parts = _split_and_audit(filtered, config.split, said)
     said.append(f"split {config.split.kind}: {_describe_parts(parts)}.")
     return _Chosen(dataset.interactions, parts, {}, {})
 
@@ -446,12 +445,7 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
     if _has_repeats(rows):
         options["duplicates"] = "first"
         said.append("  Of rows with one user and item the first is kept.")
-    kinds = ["random"]
-    _, rows_of_user = count_later_rows(rows)
-    # Where most rows are of users who keep some to be known by after two are held out.
-    if (rows_of_user >= 2 * MIN_ROWS_TO_HOLD_OUT).mean() > 0.5:
-        kinds.insert(0, "leave_last_out")
-    for kind in kinds:
+    for kind in kinds_without_order(rows):
         chosen = _try_split(dataset, data, kind, options, said)
         if chosen is not None:
             words = "at random"
@@ -478,8 +472,7 @@ def _try_split(
     config = SplitConfig(**shares)
     try:
         filtered = filter_rows(dataset, dataclasses.replace(data, **options))
-        parts = split(filtered.interactions, config)
-        audit(parts, config)
+        parts = _split_and_audit(filtered, config, said)
     except ConfigError as error:
         said.append(f"  Not split by {kind}: {error}")
         return None
@@ -488,6 +481,15 @@ def _try_split(
         said.append(f"  Not split by {kind}: less than half of the rows would be left to train.")
         return None
     return _Chosen(dataset.interactions, parts, shares, options)
+
+
+def _split_and_audit(dataset: Dataset, config: SplitConfig, said: list[str]) -> Split:
+    """Returns the parts of a log; rows that the audit drops are said."""
+    parts = split(dataset.interactions, config)
+    parts, dropped = drop_repeats(parts, audit(parts, config), config)
+    for note in dropped:
+        said.append(f"  {note.rows:,} of {note.total:,} rows {note.reason}: left out.")
+    return parts
 
 
 def _held_out_share(wanted: int, num_rows: int) -> float:

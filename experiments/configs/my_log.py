@@ -8,7 +8,7 @@
 It reads events.csv; for another file, --config.data.interactions.path=FILE, and for columns of
 other names, --config.data.interactions.columns.user_id=CustomerID. A table of items, for the
 printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to change
-more.
+more. For a log without times, whose rows are in order, name it my_log.py:no_times.
 
 Where many items or users of tomorrow are new, as news are and people who come once or twice, set
 features.item.item_id.oov_rate and model.history.empty_rate to 0.3. Where most users are new, as
@@ -22,7 +22,7 @@ training.steps to 800. `tt.fit` looks at the log and chooses by itself.
 from twotower.config import defaults
 
 
-def get_config():
+def get_config(form="with_times"):
     config = defaults()
     config.data.source = "csv"
     config.data.interactions.path = "events.csv"
@@ -73,4 +73,9 @@ def get_config():
     config.training.schedule.kind = "cosine"
     config.training.patience = 3
     config.training.metric = "ndcg@10"
+    if form == "no_times":
+        config.data.interactions.columns = {"user_id": "user_id", "item_id": "item_id"}
+        config.data.duplicates = "first"
+        config.split.kind = "leave_last_out"
+        del config.features.user["period"]
     return config

@@ -1,5 +1,7 @@
 """Each kind of leakage is found where it was planted, and nowhere else."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from twotower.config import SplitConfig
 from twotower.core.arrow import fingerprint
 from twotower.core.errors import ConfigError, LeakageError
-from twotower.data.audit import FINDINGS, audit, check_fitted
+from twotower.data.audit import FINDINGS, audit, check_fitted, drop_repeats
 from twotower.data.interactions import Split
 from twotower.data.split import split
 
@@ -215,3 +217,21 @@ def test_an_encoder_fitted_on_other_rows_than_train_is_refused():
     check_fitted(fingerprint(parts.train), parts)
     with pytest.raises(LeakageError, match="training rows"):
         check_fitted(fingerprint(pa.concat_tables([parts.train, parts.test])), parts)
+
+
+def test_a_few_repeated_held_out_rows_are_dropped_and_counted():
+    """One of a hundred and one is dropped, one of a hundred refused, and none that is accepted."""
+    validation = [("u", f"new{n}", 100 + n) for n in range(50)]
+    test = [("v", f"new{n}", 200 + n) for n in range(50)]
+    again = ("v", "c", 300)
+    config = SplitConfig(kind="fixed")
+    parts = Split(part(*TRAIN), part(*validation), part(*test, again))
+    findings = audit(parts, config)
+    kept, dropped = drop_repeats(parts, findings, config)
+    assert kept.test.equals(part(*test)) and kept.validation.equals(parts.validation)
+    (note,) = dropped
+    assert (note.rows, note.total) == (1, 101) and "repeated_pairs" in note.reason
+    with pytest.raises(LeakageError, match="the earliest: where users view"):
+        audit(dataclasses.replace(parts, test=part(*test[1:], again)), config)
+    accepting = SplitConfig(kind="fixed", accept_leakage=("repeated_pairs",))
+    assert drop_repeats(parts, audit(parts, accepting), accepting) == (parts, ())

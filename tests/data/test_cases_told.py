@@ -1,10 +1,14 @@
 """Ids that a log and a table write in two ways are refused, with what keeps them apart."""
 
+import dataclasses
+import re
+
 import pytest
 
 from tests.data.reading import write
-from twotower.config import from_dict
+from twotower.config import FeaturesConfig, from_dict
 from twotower.core.errors import ConfigError
+from twotower.experiment import load_config
 from twotower.pipeline.prepare import prepare, read_parts
 
 
@@ -74,3 +78,56 @@ def test_a_table_with_half_of_the_ids_is_taken(tmp_path):
 def test_a_finding_that_is_not_known_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="config.data.accept='unmatched_item'.*unmatched_items"):
         from_dict({"data": {"accept": ("unmatched_item",)}})
+
+
+def without_times(rows=240, *, time=""):
+    """A log of 6 users who come back to items, without times or all with one."""
+    lines = ["user_id,item_id" + ",timestamp" * bool(time)]
+    for row in range(rows):
+        line = f"u{row % 6},i{row * row % 50}"
+        if time:
+            # Nearly constant: one row in twenty is a second earlier.
+            line += f",{int(time) - (row % 20 == 0)}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def options_of(message):
+    """The options that a message says to set."""
+    found = dict(re.findall(r"config\.(split\.kind|data\.duplicates)='(\w+)'", message))
+    return {"split": {"kind": found["split.kind"]}, "duplicates": found["data.duplicates"]}
+
+
+@pytest.mark.parametrize("time", ["", "1700000000"])
+def test_a_log_whose_times_give_no_order_needs_one_message(tmp_path, time):
+    """Its options are taken: no second refusal sends back to a split by time."""
+    text = without_times(time=time)
+    with pytest.raises(ConfigError) as refused:
+        read_parts(make_config(tmp_path, text, split={"kind": "time"}))
+    message = str(refused.value).split("the log has none.")[-1]
+    options = options_of(message.split("or set ")[-1])
+    assert options == {"split": {"kind": "leave_last_out"}, "duplicates": "first"}
+    for kind in ("leave_last_out", "random"):
+        options["split"]["kind"] = kind
+        _, parts = read_parts(make_config(tmp_path, text, **options))
+        assert len(parts.test)
+
+
+def test_features_of_the_time_are_named_where_a_log_has_none(tmp_path):
+    user = {"user_id": {"type": "string"}, "period": {"type": "int", "column": "timestamp"}}
+    config = make_config(tmp_path, without_times())
+    config = dataclasses.replace(config, features=FeaturesConfig(user=user))
+    with pytest.raises(ConfigError, match=r"leave out config\.features\.user\['period'\]"):
+        read_parts(config)
+
+
+def test_my_log_reads_a_log_without_times(tmp_path):
+    path = write(tmp_path / "log.csv", without_times())
+    options = {"data.interactions.path": path, "split.validation": 0.2}
+    config = load_config("my_log:no_times", **options)
+    report = prepare(config).report
+    assert report is not None and report.first_time is None
+    with pytest.raises(ConfigError) as refused:
+        prepare(load_config("my_log", **options))
+    for word in ("columns=", "config.split.kind='leave_last_out'", "read the column 'timestamp'"):
+        assert word in str(refused.value)

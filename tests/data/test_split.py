@@ -138,7 +138,8 @@ def test_a_fixed_split_may_hold_out_the_latest_rows_of_each_user(timed):
             {"validation": 0.6, "test": 0.4},
             ("validation=0.6", "test=0.4", "share for train"),
         ),
-        (log_of(range(9), range(9)), {}, ("'timestamp'", "leave_last_out")),
+        (log_of(range(9), range(9)), {}, ("'timestamp'", "config.split.kind='random'")),
+        (log_of([1] * 9, range(9)), {}, ("'timestamp'", "config.split.kind='leave_last_out'")),
         (
             log_of([7, 8, 9], "abc", timestamp=[1, None, 3]),
             {},

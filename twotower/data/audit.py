@@ -14,7 +14,12 @@ import pyarrow as pa
 from twotower.config import SplitConfig
 from twotower.core.arrow import fingerprint, pc
 from twotower.core.errors import LeakageError, choose
+from twotower.data.dataset import Dropped
 from twotower.data.interactions import Split, codes, describe, has_timestamps, pair_codes
+from twotower.data.split import has_order
+
+# Share of the held-out rows below which repeated ones are dropped: no figure hangs on them.
+FEW_REPEATS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +30,19 @@ class Finding:
         name: Kind of leakage, a key of `FINDINGS`; `SplitConfig.accept_leakage` accepts it.
         rows: Number of rows that show it.
         message: Sentence with the number of rows and one of them as an example.
+        repeated: Held-out rows that repeat an earlier part, bool [rows of validation and test];
+            None for other kinds.
     """
 
     name: str
     rows: int
     message: str
+    repeated: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def is_few(self) -> bool:
+        """Whether so few rows are repeated that they are dropped in place of a refusal."""
+        return self.repeated is not None and self.rows < FEW_REPEATS * len(self.repeated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +66,8 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
         config: Kind of the split, and the kinds of leakage to accept.
 
     Returns:
-        The findings, all of them accepted by `config.accept_leakage`.
+        The findings, all of them accepted by `config.accept_leakage` or of a few repeated rows,
+        which `drop_repeats` drops.
 
     Raises:
         LeakageError: A finding is not accepted.
@@ -65,9 +79,47 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
     results = [check.look(split, config) for check in FINDINGS.values()]
     findings = [finding for finding in results if finding is not None]
     not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
-    if not_accepted:
-        raise LeakageError(_message(not_accepted, config))
+    refused = [finding for finding in not_accepted if not finding.is_few]
+    if refused:
+        raise LeakageError(_message(refused, config))
     return findings
+
+
+def drop_repeats(
+    split: Split, findings: list[Finding], config: SplitConfig
+) -> tuple[Split, tuple[Dropped, ...]]:
+    """Drops the few held-out rows that repeat an earlier part, where that is not accepted.
+
+    Args:
+        split: The parts of the log.
+        findings: Result of `audit`.
+        config: Kinds of leakage to accept.
+
+    Returns:
+        The parts without these rows, and a note on each kind of them.
+    """
+    is_dropped = np.zeros(len(split.validation) + len(split.test), bool)
+    dropped = []
+    for finding in findings:
+        if finding.repeated is None or finding.name in config.accept_leakage:
+            continue
+        reason = f"of those held out, as they repeat an earlier part ({finding.name})"
+        dropped.append(Dropped(reason, finding.rows, len(is_dropped)))
+        is_dropped |= finding.repeated
+    if not dropped:
+        return split, ()
+    is_kept = ~is_dropped
+    masks = (is_kept[: len(split.validation)], is_kept[len(split.validation) :])
+    positions = split.file_positions
+    if positions is not None:
+        positions = (positions[0], positions[1][masks[0]], positions[2][masks[1]])
+    parts = Split(
+        split.train,
+        split.validation.filter(pa.array(masks[0])),
+        split.test.filter(pa.array(masks[1])),
+        file_positions=positions,
+    )
+    return parts, tuple(dropped)
 
 
 def check_fitted(fitted_on: str, split: Split) -> None:
@@ -93,7 +145,7 @@ def check_fitted(fitted_on: str, split: Split) -> None:
 
 def _random_split(split: Split, config: SplitConfig) -> Finding | None:
     parts = _held_out_parts(split)
-    if config.kind != "random" or not parts or not has_timestamps(split.train):
+    if config.kind != "random" or not parts or not _has_order(split, config):
         return None
     count = sum(rows.num_rows for rows in parts)
     message = (
@@ -103,13 +155,22 @@ def _random_split(split: Split, config: SplitConfig) -> Finding | None:
     return Finding("random_split", count, message)
 
 
+def _has_order(split: Split, config: SplitConfig) -> bool:
+    """Returns whether the log could be divided by time; the cure would be a refusal otherwise."""
+    if not has_timestamps(split.train):
+        return False
+    parts = (split.train, split.validation, split.test)
+    rows = pa.concat_tables([part.select(["timestamp"]) for part in parts])
+    return has_order(rows, config)
+
+
 def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
     """Looks, after leave-last-out, for training rows that are later than a held-out row.
 
     They are rows of other users, and show coming trends.
     """
     parts = _held_out_parts(split)
-    if config.kind != "leave_last_out" or not parts or not has_timestamps(split.train):
+    if config.kind != "leave_last_out" or not parts or not _has_order(split, config):
         return None
     # The last part that has rows is the one that is reported on.
     earliest = pc.min(parts[-1]["timestamp"]).as_py()
@@ -168,6 +229,11 @@ def _time_order(split: Split, config: SplitConfig) -> Finding | None:
     return Finding("time_order", count, message)
 
 
+_CURE_OF_REPEATS = (
+    "config.data.duplicates='first' leaves one row a pair, the earliest: where users view, put "
+    "into a cart and buy, that is the view, and how often they came back is lost. 'last' leaves "
+    "the latest, and takes from training what is repeated later."
+)
 # The order of the checks is the order of the lines in the message.
 FINDINGS: dict[str, Check] = {
     "random_split": Check(
@@ -182,12 +248,11 @@ FINDINGS: dict[str, Check] = {
     ),
     "repeated_pairs": Check(
         "The answer to a held-out row is remembered, not predicted (and is lost where seen items "
-        "are masked). config.data.duplicates='first' leaves one row a pair.",
+        f"are masked). {_CURE_OF_REPEATS}",
         _repeated_pairs,
     ),
     "identical_rows": Check(
-        "The very row that is tested was trained on: the file holds it twice. "
-        "config.data.duplicates='first' leaves one row a pair.",
+        f"The very row that is tested was trained on: the file holds it twice. {_CURE_OF_REPEATS}",
         _identical_rows,
     ),
     "time_order": Check(
@@ -269,7 +334,7 @@ def _find_repeats(
         f"{is_repeated.sum():,} of {held_out.num_rows:,} held-out rows {consequence}, for example "
         f"{example}"
     )
-    return Finding(name, int(is_repeated.sum()), message)
+    return Finding(name, int(is_repeated.sum()), message, is_repeated)
 
 
 def _occurs_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:

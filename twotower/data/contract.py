@@ -173,7 +173,14 @@ def _missing_column_cure(
     if is_key:
         return cure
     without = {column: source for column, source in config.columns.items() if column != ours}
-    return f"{cure}, or that there is none by {field}.columns={without!r}"
+    cure = f"{cure}, or that there is none by {field}.columns={without!r}"
+    if ours == "timestamp":
+        # All at once: without times the split and the features would be refused one by one.
+        cure += (
+            ", with config.split.kind='leave_last_out' (each user's last rows, by the order of the "
+            "file) or 'random', and without features that read the column 'timestamp'"
+        )
+    return cure
 
 
 def _convert(

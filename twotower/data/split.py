@@ -11,7 +11,14 @@ from twotower.config import SplitConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
-from twotower.data.interactions import PARTS, Split, count_later_rows, describe, timestamps
+from twotower.data.interactions import (
+    PARTS,
+    Split,
+    count_later_rows,
+    describe,
+    pair_codes,
+    timestamps,
+)
 
 # Number of each part in the arrays of this file: its position in `PARTS`.
 TRAIN = 0
@@ -74,11 +81,27 @@ def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     times = timestamps(rows)
     if times is None:
         raise ConfigError(
-            "config.split.kind='time' needs a column 'timestamp'; choose leave_last_out, random or "
-            "fixed without one."
+            "config.split.kind='time' needs a column 'timestamp', and the log has none: "
+            f"{cure_without_order(rows)}."
         )
+    parts = _parts_by_time(times, config)
+    if not _is_divided(parts, config):
+        values, counts = np.unique(times, return_counts=True)
+        most = values[counts.argmax()]
+        raise ConfigError(
+            f"config.split.kind='time' with validation={config.validation} and "
+            f"test={config.test} leaves no train rows, or too few, of {len(times):,}: rows of one "
+            f"second are never divided, and {counts.max():,} rows have timestamp={most}. Name "
+            "another column of times by config.data.interactions.columns={'timestamp': ...}, or "
+            f"{cure_without_order(rows)}."
+        )
+    return parts
+
+
+def _parts_by_time(times: np.ndarray, config: SplitConfig) -> np.ndarray:
+    """Returns the number of the part of each row, int8 [N], by the moments that divide the log."""
     # Numbers of rows rather than quantiles: quantiles interpolate between times.
-    held_out, test = _held_out_counts(rows, config)
+    held_out, test = _held_out_counts(len(times), config)
     ordered = np.sort(times)
     # int8: one byte a row for three values.
     parts = np.full(len(times), TRAIN, np.int8)
@@ -87,6 +110,48 @@ def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
         if count:
             parts[times >= ordered[len(times) - count]] = part
     return parts
+
+
+def _is_divided(parts: np.ndarray, config: SplitConfig) -> bool:
+    """Returns whether a split by time leaves at least half of the training rows that it should."""
+    train_share = 1 - config.validation - config.test
+    return bool((parts == TRAIN).mean() >= train_share / 2)
+
+
+def has_order(rows: pa.Table, config: SplitConfig) -> bool:
+    """Returns whether the log has times by which it can be divided in the configured shares."""
+    times = timestamps(rows)
+    if times is None:
+        return False
+    if config.validation + config.test >= 1:
+        return True
+    return _is_divided(_parts_by_time(times, config), config)
+
+
+def kinds_without_order(rows: pa.Table) -> list[str]:
+    """Returns the kinds of split that suit a log without times, the better one first."""
+    _, rows_of_user = count_later_rows(rows)
+    # Where most rows are of users who keep some to be known by after two are held out.
+    if (rows_of_user >= 2 * MIN_ROWS_TO_HOLD_OUT).mean() > 0.5:
+        return ["leave_last_out", "random"]
+    return ["random"]
+
+
+def cure_without_order(rows: pa.Table) -> str:
+    """Returns all options to set for a log whose times give no order, as a part of a sentence."""
+    kind = kinds_without_order(rows)[0]
+    meanings = {
+        "leave_last_out": "the last rows of each user, by the order of the file",
+        "random": "rows drawn at random",
+    }
+    cure = f"set config.split.kind={kind!r} ({meanings[kind]})"
+    repeats = len(rows) - pc.count_distinct(pa.array(pair_codes(rows))).as_py()
+    if repeats:
+        cure += (
+            f" and config.data.duplicates='first', as {repeats:,} rows have the user and item of "
+            "an earlier row"
+        )
+    return cure
 
 
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
@@ -110,7 +175,7 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 
 def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Draws exactly round(N * share) rows for validation and for test, by the seed."""
-    held_out, test = _held_out_counts(rows, config)
+    held_out, test = _held_out_counts(rows.num_rows, config)
     # A permutation instead of a draw a row: the sizes are exact.
     order = np.random.default_rng(config.seed).permutation(rows.num_rows)
     parts = np.full(rows.num_rows, TRAIN, np.int8)
@@ -181,7 +246,7 @@ SPLITS: Kinds[PartOfRows] = Kinds(
 )
 
 _HINTS = {
-    "time": "Change the shares, or give finer timestamps: rows of one second are never divided.",
+    "time": "Change the shares: rows of one second are never divided.",
     "leave_last_out": "Only users with at least three rows have one held out.",
     "random": "Change the shares, or use a log with more rows.",
     "fixed": "The column 'split' decides it; set the share to 0 for a part that is not needed.",
@@ -209,7 +274,7 @@ HELD: dict[str, ValidationRows] = {
 }
 
 
-def _held_out_counts(rows: pa.Table, config: SplitConfig) -> tuple[int, int]:
+def _held_out_counts(num_rows: int, config: SplitConfig) -> tuple[int, int]:
     """Returns the number of rows for validation and test together, and for test alone."""
     # Each share is checked by `SplitConfig`, their sum only here: leave_last_out does not use it.
     if config.validation + config.test >= 1:
@@ -218,6 +283,6 @@ def _held_out_counts(rows: pa.Table, config: SplitConfig) -> tuple[int, int]:
             "leave a share for train."
         )
     # Rounded one by one, so that a part has the same size whatever the other is.
-    test = round(rows.num_rows * config.test)
-    validation = round(rows.num_rows * config.validation)
+    test = round(num_rows * config.test)
+    validation = round(num_rows * config.validation)
     return test + validation, test

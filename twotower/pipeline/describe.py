@@ -12,11 +12,12 @@ from twotower.config import Config
 from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
 from twotower.data.dataset import Dataset
-from twotower.data.interactions import PARTS, Split, timestamps
+from twotower.data.interactions import PARTS, Split, has_timestamps, timestamps
 from twotower.data.report import DataReport, HeldOut, describe_unreachable, format_share
+from twotower.data.split import cure_without_order
 from twotower.features.base import Feature
 from twotower.features.categorical import StringsFeature
-from twotower.features.spec import FeatureSpec
+from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.labels import read_labels
 
 # Share of the held-out answers outside of the corpus, or of items of which nothing is known, from
@@ -52,6 +53,33 @@ def check_log(rows: pa.Table, accept: Sequence[str]) -> None:
             "more rows",
             accept,
         )
+
+
+def check_times(config: Config, rows: pa.Table) -> None:
+    """Refuses to divide a log without times by time, with all that is to be changed for it.
+
+    Args:
+        config: Configuration of the run.
+        rows: All interactions that the filters keep.
+
+    Raises:
+        ConfigError: The split is by time and the rows have none.
+    """
+    if config.split.kind != "time" or has_timestamps(rows):
+        return
+    spec = load_spec(config.features)
+    readers = []
+    for name, feature in spec.user.items():
+        if "timestamp" in feature.columns_read:
+            readers.append(f"config.features.user[{name!r}]")
+    cure = cure_without_order(rows)
+    if readers:
+        cure += f", and leave out {', '.join(readers)}, which reads the time"
+    raise ConfigError(
+        "config.split.kind='time' needs a column 'timestamp', and the log has none. If a column "
+        "holds the time, name it by config.data.interactions.columns={'timestamp': ...}; for a log "
+        f"without times {cure}."
+    )
 
 
 def describe_data(
@@ -91,7 +119,7 @@ def describe_data(
     first, last = _time_range(rows)
     return DataReport(
         warnings=tuple(warnings),
-        rows=len(rows),
+        rows=sum(map(len, numbers.tables)),
         users=numbers.num_users,
         items=numbers.num_items,
         corpus=len(dataset.items),

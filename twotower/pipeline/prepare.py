@@ -13,7 +13,7 @@ from twotower.config import Config
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.data.audit import audit, check_fitted
+from twotower.data.audit import audit, check_fitted, drop_repeats
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
@@ -25,7 +25,7 @@ from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
-from twotower.pipeline.describe import check_log, describe_data
+from twotower.pipeline.describe import check_log, check_times, describe_data
 from twotower.pipeline.event_weights import (
     check_event_weights,
     read_weights,
@@ -168,10 +168,12 @@ def read_parts(
     check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(dataset, config.data)
+    check_times(config, dataset.interactions)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
-    audit(parts, config.split)
-    return dataset, parts
+    findings = audit(parts, config.split)
+    parts, dropped = drop_repeats(parts, findings, config.split)
+    return dataclasses.replace(dataset, dropped=dataset.dropped + dropped), parts
 
 
 def prepare(
@@ -280,7 +282,10 @@ def join_parts(prepared: PreparedData) -> Dataset:
     # Its rows are those of the tables.
     if len(dataset.items) > len(prepared.items):
         truth = None
-    return dataclasses.replace(dataset, has_catalogue=prepared.has_catalogue, truth=truth)
+    # The tables are complete by now: what they had of their own was told when they were read.
+    return dataclasses.replace(
+        dataset, has_catalogue=prepared.has_catalogue, truth=truth, matches=()
+    )
 
 
 def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
