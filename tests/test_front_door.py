@@ -37,7 +37,9 @@ CHEAP = {
     "training.log_every": 2,
 }
 # Names whose examples need a run, or make one.
-OF_A_RUN = "Recommendation Retriever Run fit load_retriever load_run rerank train".split()
+OF_A_RUN = (
+    "Recommendation Retriever Run fit grow load_retriever load_run refit rerank train".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,8 @@ def folder(tmp_path_factory):
     """A working folder with a log, a run that `fit` made of a frame of it, and its bundle."""
     folder = tmp_path_factory.mktemp("front_door")
     write_events(folder / "events.csv")
+    rows = [f"user-{n % 31},item-{n % 51},{1_700_100_000 + n}" for n in range(20, 60)]
+    (folder / "next_day.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows, ""]))
     events = pd.read_csv(folder / "events.csv")
     run = tt.fit(events, config=CHEAP, workdir=folder / "runs" / "mine")
     api.export(run)

@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "integrations": (*BELOW_RETRIEVAL, "retrieval", "evaluation"),
     "experiment": ("core", "config"),
     "recommended": ("core", "config", "data"),
+    "refitting": (*BELOW_TRAINING, "training", "fitting"),
     "fitting": (*BELOW_TRAINING, "training", "recommended", "experiment"),
     "api": (
         *BELOW_RETRIEVAL,
@@ -57,6 +58,7 @@ MAY_IMPORT = {
         "experiment",
         "recommended",
         "fitting",
+        "refitting",
     ),
 }
 MAY_IMPORT["dry_run"] = (*MAY_IMPORT["api"], "api")

@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower import config, features, register
-    from twotower.api import Run, fit, load_retriever, load_run, train
+    from twotower.api import Run, fit, grow, load_retriever, load_run, refit, train
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
     from twotower.experiment import load_config
@@ -38,9 +38,11 @@ _HOMES = {
     "Run": "twotower.api",
     "TwotowerError": "twotower.core.errors",
     "fit": "twotower.api",
+    "grow": "twotower.api",
     "load_config": "twotower.experiment",
     "load_retriever": "twotower.api",
     "load_run": "twotower.api",
+    "refit": "twotower.api",
     "train": "twotower.api",
 }
 # Names that are modules themselves.
@@ -62,11 +64,13 @@ __all__ = [
     "config",
     "features",
     "fit",
+    "grow",
     "load_config",
     "load_retriever",
     "load_run",
     "losses",
     "metrics",
+    "refit",
     "register",
     "rerank",
     "train",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from twotower import fitting
+from twotower import fitting, refitting
 from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
 from twotower.data.dataset import Dataset
@@ -39,6 +39,7 @@ from twotower.retrieval.requests import as_table
 from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
 from twotower.training import run as run_folder
+from twotower.training.grow import grow as make_grown
 from twotower.training.metrics import read_lines
 
 BUNDLE = "bundle"  # folder of the bundle in that of its run
@@ -358,6 +359,129 @@ def train_in_folder(
         data=data,
         dataset=dataset,
         tell=tell,
+    )
+
+
+def refit(run: Run | Path | str, *, on_top: bool = False, devices: int = 0) -> Run:
+    """Trains a validated run on all its rows, the held-out ones too: the model to serve.
+
+    It takes as many passes over all rows as the best checkpoint had over the training rows, and
+    needs nothing but the folder of the run. The figures stay those of the validated run: there is
+    nothing left to measure the refit by. A schedule of kind "plateau" stays at its first rate.
+
+    >>> served = tt.refit("runs/mine")  # doctest: +ELLIPSIS
+    refit: 400 rows, ... passes from fresh weights. Validated with 320 of them at step 4: ...
+    >>> served
+    Run('runs/mine/refit', step 5: 30 users, 50 items)
+
+    Args:
+        run: Trained run, or its folder.
+        on_top: Whether the best checkpoint is trained further, in the place of fresh weights.
+        devices: Number of devices to train on; 0 takes all.
+
+    Returns:
+        The run in the folder "refit" of the run, to be exported like any other.
+
+    Raises:
+        ConfigError: The folder is no run, or holds a refit of other options.
+        CheckpointError: The run has no checkpoint yet.
+    """
+    workdir = run.workdir if isinstance(run, Run) else run
+    return load_run(refit_in_folder(workdir, on_top=on_top, devices=devices))
+
+
+def refit_in_folder(workdir: Path | str, *, on_top: bool = False, devices: int = 0) -> Path:
+    """Trains as `refit` does, and returns the folder of the refit without loading it."""
+    begun = refitting.begin_refit(workdir, on_top=on_top)
+    train_in_folder(begun.config, begun.folder, devices=devices, dataset=begun.dataset)
+    refitting.write_record(begun)
+    print(refitting.format_record(begun.record))
+    return begun.folder
+
+
+def grow(
+    run: Run | Path | str,
+    interactions: TableLike,
+    *,
+    workdir: Path | str,
+    items: TableLike | None = None,
+    users: TableLike | None = None,
+    user: str = "",
+    item: str = "",
+    time: str | None = None,
+    new_rows: str = "oov",
+    passes: float = 1.0,
+    devices: int = 0,
+) -> Run:
+    """Takes a run on to further rows of its log: known users and items keep what was learned.
+
+    The new run holds all rows, those of the old one and the new ones, divided anew; the old run is
+    left as it is, and its source is not read.
+
+    >>> run = tt.grow("runs/mine", "next_day.csv", workdir="runs/grown")  # doctest: +ELLIPSIS
+    interactions: 40 rows; ...
+    >>> run
+    Run('runs/grown', step 8: 31 users, 50 items)
+
+    Args:
+        run: Trained run, or its folder; its best checkpoint is gone on from.
+        interactions: Further rows, in the form of the run's log.
+        workdir: Folder of the new run, new or empty.
+        items: Table of new or changed items.
+        users: Table of new or changed users.
+        user: Column of the user's id; empty to find it by name and content.
+        item: Column of the item's id, likewise.
+        time: Column of the time; None to find it.
+        new_rows: First value of the rows of new ids: "oov", "mean" or "content"; see
+            `twotower.training.grow`.
+        passes: Further passes over all training rows.
+        devices: Number of devices to train on; 0 takes all.
+
+    Returns:
+        The new run at its best checkpoint.
+
+    Raises:
+        ConfigError: A table cannot be used, or `workdir` is not empty.
+    """
+    old = run if isinstance(run, Run) else load_run(run)
+    begin_grown(
+        old,
+        interactions,
+        workdir=workdir,
+        items=items,
+        users=users,
+        columns=fitting.Columns(user, item, time),
+        new_rows=new_rows,
+        passes=passes,
+    )
+    return train(run_folder.load_config(workdir), workdir, devices=devices)
+
+
+def begin_grown(
+    run: Run,
+    interactions: TableLike,
+    *,
+    workdir: Path | str,
+    items: TableLike | None = None,
+    users: TableLike | None = None,
+    columns: fitting.Columns | None = None,
+    new_rows: str = "oov",
+    passes: float = 1.0,
+) -> None:
+    """Makes the run that `grow` trains, with the arguments of that."""
+    columns = columns or fitting.Columns()
+    dataset, said = refitting.read_further_rows(
+        run.prepared, interactions, items=items, users=users, columns=columns
+    )
+    print("\n".join(said))
+    make_grown(
+        run.config,
+        run.workdir,
+        workdir,
+        new_rows=new_rows,
+        checkpoint=str(run.step),
+        dataset=dataset,
+        passes=passes,
     )
 
 

@@ -3,7 +3,12 @@ r"""Takes a trained run over to data with new users, items and values; training 
     twotower grow --source=runs/mine --config=my_log --workdir=runs/mine_2 \
         --config.training.steps=4000 [--new_rows=oov|mean|content]
 
-    twotower train --config=my_log --workdir=runs/mine_2 --config.training.steps=4000
+    twotower train --workdir=runs/mine_2
+
+    twotower grow --source=runs/mine --rows=next_day.csv --workdir=runs/mine_2 [--passes=1]
+
+--config names the whole new log; --rows only further rows, in the form of the run's own, which are
+put behind those that its folder holds.
 
 Known users and items keep their rows and their optimizer state; before the first further step their
 scores are the same to the bit. New rows begin as the out-of-vocabulary row that stood for them
@@ -19,7 +24,7 @@ from twotower import dry_run
 from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
-_CONFIG = launch.define_config(FLAGS)
+_CONFIG = launch.define_config(FLAGS, required=False)
 _SOURCE = flags.DEFINE_string(
     "source", None, "The run to go on from.", required=True, flag_values=FLAGS
 )
@@ -32,10 +37,30 @@ _NEW_ROWS = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "latest, best or a step.", flag_values=FLAGS
 )
+_ROWS = flags.DEFINE_string(
+    "rows", None, "File of further rows, in the place of --config.", flag_values=FLAGS
+)
+_PASSES = flags.DEFINE_float(
+    "passes",
+    0.0,
+    "Further passes over all training rows; 0 takes config.training.steps, or one pass with "
+    "--rows.",
+    lower_bound=0.0,
+    flag_values=FLAGS,
+)
 _DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
+    launch.require_one(_CONFIG, _ROWS)
+    if _ROWS.value is None:
+        grow_to_config()
+    else:
+        grow_by_rows()
+
+
+def grow_to_config() -> None:
+    """Takes the run over to the log of --config."""
     from twotower.config import from_dict
     from twotower.training.grow import grow
     from twotower.training.run import load_config
@@ -52,4 +77,18 @@ def main() -> None:
         _WORKDIR.value,
         new_rows=_NEW_ROWS.value,
         checkpoint=_CHECKPOINT.value,
+        passes=_PASSES.value,
     )
+
+
+def grow_by_rows() -> None:
+    """Takes the run over to its own rows and those of --rows."""
+    from twotower import api
+
+    run = api.load_run(_SOURCE.value, checkpoint=_CHECKPOINT.value)
+    if _DRY_RUN.value:
+        print(f"Would put {_ROWS.value} behind the rows of {run!r}.")
+        return
+    passes = _PASSES.value or 1.0
+    rows = _ROWS.value or ""
+    api.begin_grown(run, rows, workdir=_WORKDIR.value, new_rows=_NEW_ROWS.value, passes=passes)

@@ -63,8 +63,12 @@ def run(command: Command) -> None:
     app.run(lambda argv: call(command.main, argv), flags_parser=lambda argv: parse(command, argv))
 
 
-def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
+def define_config(flag_values: flags.FlagValues, *, required: bool = True) -> flags.FlagHolder[Any]:
     """Defines --config, the experiment, with --config.OPTION for each option of it.
+
+    Args:
+        flag_values: Flags of the command.
+        required: Whether it must be given.
 
     Returns:
         The flag, whose value is the `ConfigDict` with the options of the command line in it.
@@ -77,7 +81,8 @@ def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
         flag_values=flag_values,
     )
     flag_values["config"].parser = _ExperimentParser()
-    flags.mark_flag_as_required("config", flag_values=flag_values)
+    if required:
+        flags.mark_flag_as_required("config", flag_values=flag_values)
     return holder
 
 

@@ -4,6 +4,12 @@ r"""Trains an experiment, or goes on with it, on all devices of this machine or 
 
     twotower train --config=my_log --workdir=runs/mine --dry_run
 
+    twotower train --workdir=runs/quickstart --refit [--on_top]
+
+A run keeps its configuration and its data: without --config it goes on as it was begun. --refit
+then trains on all of its rows, the held-out ones too, for as many passes, into WORKDIR/refit: the
+model to export.
+
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
@@ -26,7 +32,7 @@ from twotower import dry_run
 from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
-_CONFIG = launch.define_config(FLAGS)
+_CONFIG = launch.define_config(FLAGS, required=False)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
 )
@@ -69,6 +75,15 @@ _DATA = flags.DEFINE_string(
     "keeps its own.",
     flag_values=FLAGS,
 )
+_REFIT = flags.DEFINE_bool(
+    "refit",
+    False,
+    "Then train on all rows, for as many passes as the best checkpoint took, into WORKDIR/refit.",
+    flag_values=FLAGS,
+)
+_ON_TOP = flags.DEFINE_bool(
+    "on_top", False, "Refit the best checkpoint, not fresh weights.", flag_values=FLAGS
+)
 _DRY_RUN = dry_run.define(FLAGS)
 
 
@@ -76,8 +91,12 @@ def main() -> None:
     from twotower import api
     from twotower.config import from_dict
     from twotower.training.processes import join
+    from twotower.training.run import load_config
 
-    config = from_dict(_CONFIG.value)
+    if _CONFIG.value is None:
+        config = load_config(_WORKDIR.value)
+    else:
+        config = from_dict(_CONFIG.value)
     if _DRY_RUN.value:
         print(dry_run.describe_training(config, _WORKDIR.value, devices=_DEVICES.value))
         return
@@ -93,3 +112,5 @@ def main() -> None:
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
     )
     api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value, data=_DATA.value)
+    if _REFIT.value:
+        api.refit_in_folder(_WORKDIR.value, on_top=_ON_TOP.value, devices=_DEVICES.value)

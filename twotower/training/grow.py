@@ -7,6 +7,8 @@ Before the first further step every score of known users and items is unchanged,
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from absl import logging
 
 from twotower.config import Config, TrainingConfig
 from twotower.core.errors import ConfigError, choose
-from twotower.core.files import LOCK, discard
+from twotower.core.files import LOCK, atomic, discard
 from twotower.core.mesh import host_mesh
 from twotower.data.dataset import Dataset
 from twotower.features.encoder import Encoder
@@ -43,6 +45,8 @@ from twotower.training.run import (
 )
 from twotower.training.state import Trainer, TrainState
 
+# File in the folder of a run that has grown: the run and the step that it goes on from.
+GROWN = "grown.json"
 # Number of known rows whose mean is a new row made from content.
 NEIGHBOURS = 10
 # Number of new rows that are compared with all known ones at once.
@@ -111,6 +115,7 @@ def grow(
     state = migrate(OldRun(state, encoder), fresh, prepared, make_rows)
     # The best validation begins anew too: it was measured on other rows.
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
+    came_from = {"source": os.path.relpath(source, workdir), "step": step}
     with write_alone(workdir, "grow"):
         _make_room(workdir)
         (workdir / UNFINISHED).touch()
@@ -118,6 +123,8 @@ def grow(
         data_folder.save(prepared, data_path(workdir))
         with open_checkpoints(workdir, config) as checkpoints:
             checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
+        with atomic(workdir / GROWN) as temporary:
+            temporary.write_text(json.dumps(came_from) + "\n", encoding="utf-8")
         # Last: a process killed before leaves no run that would train from fresh weights.
         claim(workdir, config)
         (workdir / UNFINISHED).unlink()

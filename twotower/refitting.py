@@ -1,0 +1,220 @@
+"""Trained runs taken on to more rows: those that were held out (`refit`), or new ones (`grow`).
+
+Both read the folder of the run alone. `twotower.api` trains what they begin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from twotower.config import Config, SplitConfig, TableConfig, TrainingConfig
+from twotower.core.errors import ConfigError
+from twotower.core.files import atomic, read_json
+from twotower.data.dataset import Dataset, assemble
+from twotower.data.sources.frames import TableLike
+from twotower.features.encoder import Encoder
+from twotower.fitting import Columns, read_tables
+from twotower.pipeline.prepare import PreparedData, join_parts
+from twotower.training.grow import GROWN, grow
+from twotower.training.loop import open_checkpoints
+from twotower.training.run import (
+    config_path,
+    encoder_folder,
+    find_step,
+    load_config,
+    load_data,
+    local_folder,
+)
+
+REFIT = "refit"  # folder of the refit in that of its run
+RECORD = "refit.json"  # in that folder: what was validated, and what the refit saw
+
+
+@dataclasses.dataclass(frozen=True)
+class Refit:
+    """A refit that can be trained.
+
+    Attributes:
+        folder: Folder of its run.
+        config: Configuration of its training.
+        dataset: All rows of the run.
+        record: Content of its record, as JSON.
+    """
+
+    folder: Path
+    config: Config
+    dataset: Dataset
+    record: Mapping[str, Any]
+
+
+def begin_refit(source: Path | str, *, on_top: bool) -> Refit:
+    """Prepares the training of a run on all its rows, for as many passes as its best step took.
+
+    Args:
+        source: Folder of a trained run.
+        on_top: Whether the best checkpoint is trained further, in the place of fresh weights. A
+            run that has grown gets as many passes as it had since.
+
+    Raises:
+        ConfigError: The folder is no run, holds nothing out, or holds a refit of the other kind.
+        CheckpointError: The run has no checkpoint yet.
+    """
+    source = local_folder(source)
+    config = load_config(source)
+    if config.split.kind == "none":
+        raise ConfigError(f"--workdir={source} was trained on all of its rows already.")
+    with open_checkpoints(source, config, read_only=True) as checkpoints:
+        step = find_step(checkpoints, "best", source)
+        validated = checkpoints.metrics(step)
+    prepared = load_data(source, config, Encoder.load(encoder_folder(source)))
+    start = 0
+    if on_top and (source / GROWN).exists():
+        start = read_json(source / GROWN)["step"]
+    passes = (step - start) * config.training.batch_size / prepared.num_examples
+    dataset = join_parts(prepared)
+    refit_config = _without_held_out(config, passes)
+    folder = source / REFIT
+    if on_top:
+        refit_config = _begin_on_top(refit_config, source, folder, step, passes, dataset)
+    elif (folder / GROWN).exists():
+        raise _other_kind(folder)
+    record = {
+        "of": os.path.relpath(source, folder),
+        "step": step,
+        "passes": round(passes, 4),
+        "on_top": on_top,
+        "metric": config.training.metric,
+        "validated": validated,
+        "rows": {"validated": len(prepared.train), "refit": len(dataset.interactions)},
+    }
+    return Refit(folder, refit_config, dataset, record)
+
+
+def write_record(refit: Refit) -> None:
+    """Writes what was validated, and what the refit saw, into the folder of the refit."""
+    with atomic(refit.folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(refit.record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(workdir: Path) -> dict[str, Any] | None:
+    """Returns the record of a refit; None for a run that is none."""
+    path = workdir / RECORD
+    if not path.exists():
+        return None
+    return read_json(path)
+
+
+def format_record(record: Mapping[str, Any]) -> str:
+    """Returns a line on what a refit saw and on what was validated."""
+    rows = record["rows"]
+    start = f"the checkpoint of step {record['step']:,}" if record["on_top"] else "fresh weights"
+    metric = record["metric"]
+    figure = "not validated"
+    if metric in record["validated"]:
+        figure = f"{metric} {record['validated'][metric]:.4f}"
+    return (
+        f"refit: {rows['refit']:,} rows, {record['passes']:g} passes from {start}. Validated with "
+        f"{rows['validated']:,} of them at step {record['step']:,}: {figure}."
+    )
+
+
+def _without_held_out(config: Config, passes: float) -> Config:
+    """Returns a configuration that trains on all rows for some passes."""
+    split = SplitConfig(kind="none", validation=0.0, test=0.0)
+    # All rows are in one table now.
+    data = dataclasses.replace(config.data, validation=TableConfig(), test=TableConfig())
+    training = dataclasses.replace(
+        config.training, steps=TrainingConfig().steps, steps_for=0, passes=passes
+    )
+    return dataclasses.replace(config, split=split, data=data, training=training)
+
+
+def _begin_on_top(
+    config: Config, source: Path, folder: Path, step: int, passes: float, dataset: Dataset
+) -> Config:
+    """Takes a checkpoint over to all rows, unless that is done, and returns the configuration."""
+    if config_path(folder).exists():
+        if not (folder / GROWN).exists():
+            raise _other_kind(folder)
+        return load_config(folder)
+    grow(
+        config,
+        source,
+        folder,
+        new_rows="oov",
+        checkpoint=str(step),
+        dataset=dataset,
+        passes=passes,
+    )
+    return load_config(folder)
+
+
+def _other_kind(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} holds a refit of the other kind (from fresh weights, or on top): delete it to "
+        "make another one."
+    )
+
+
+def read_further_rows(
+    prepared: PreparedData,
+    interactions: TableLike,
+    *,
+    items: TableLike | None,
+    users: TableLike | None,
+    columns: Columns,
+) -> tuple[Dataset, list[str]]:
+    """Returns the log of a run with further rows behind its own, and lines on what was read.
+
+    Args:
+        prepared: Data of the run.
+        interactions: Further rows of the log.
+        items: Table of new or changed items; None for none.
+        users: Table of new or changed users; None for none.
+        columns: Columns that the caller names.
+
+    Raises:
+        ConfigError: A table or column cannot be used, or has other types than the run's.
+    """
+    said: list[str] = []
+    data = prepared.config.data
+    read = read_tables(
+        interactions, items=items, users=users, columns=columns, data=data, said=said
+    )
+    known = join_parts(prepared)
+    log = read.typed["interactions"]
+    # A log without times has none for its further rows.
+    for name in ("timestamp", "split"):
+        has_column = name in known.interactions.column_names
+        if name in log.column_names and not has_column:
+            log = log.drop_columns([name])
+    if "split" in known.interactions.column_names and "split" not in log.column_names:
+        log = log.append_column("split", pa.repeat("train", len(log)))
+    joined = assemble(
+        _stack(known.interactions, log, "interactions"),
+        # Of one id the first row counts: new rows say what is so now.
+        _stack(read.typed.get("user_table"), known.users, "users"),
+        _stack(read.typed.get("item_table"), known.items, "items"),
+    )
+    has_catalogue = known.has_catalogue or items is not None
+    return dataclasses.replace(joined, has_catalogue=has_catalogue), said
+
+
+def _stack(first: pa.Table | None, second: pa.Table, name: str) -> pa.Table:
+    """Returns the rows of two tables; what one of them lacks is null in its rows."""
+    if first is None:
+        return second
+    try:
+        return pa.concat_tables([first, second], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = " ".join(map(str, error.args))
+        raise ConfigError(
+            f"{name}: a column has another type than in the rows of the run ({reason})."
+        ) from None
