@@ -49,12 +49,14 @@ class TableConfig:
     """Source of one table, and the names of its columns.
 
     Attributes:
-        path: File, folder or glob of CSV (also .gz), JSON (.jsonl, .ndjson, .json) or Parquet files,
-            or a zip with one of them; environment variables and ~ are expanded. dataset:NAME/FILE
-            is a file of a known data set, such as dataset:movielens-100k/u.data, read from
+        path: File, folder or glob of CSV (also .gz), JSON (.json, .jsonl, .ndjson) or Parquet, or a
+            zip with one such file; environment variables and ~ are expanded. dataset:NAME/FILE is a
+            file of a known data set, such as dataset:movielens-100k/u.data, read from
             $TWOTOWER_DATA or else downloaded. With the source bigquery, a table:
             PROJECT.DATASET.TABLE, or DATASET.TABLE of the client's project.
         query: BigQuery SQL, in place of a path.
+        event_files: Mapping of kinds of events to the path of their files, in place of a path:
+            {"view": "views/*.csv", "purchase": "orders.csv"}.
         columns: Mapping of our names to the file's names, for example {"user_id": "CustomerID"}.
             "metadata.brand" names a field of a column of JSON objects. Columns not named keep their
             own names.
@@ -69,6 +71,7 @@ class TableConfig:
         skip_lines: Number of lines before the header, or before the first row.
         bad_rows: Treatment of rows with more or fewer fields than the header: refused, skipped, or
             padded with missing values (where fields too many are empty).
+        gather: Columns whose values in the rows of one id become a list, such as a genre a row.
         encoding: Encoding of a text file. One that begins with the mark of UTF-16 is read as that.
         timestamp_format: Strptime format of textual timestamps; empty for ISO 8601.
         timestamp_unit: Unit of numeric timestamps since the epoch.
@@ -77,6 +80,7 @@ class TableConfig:
     # Empty text rather than None, from which a flag of the command line could not tell the type.
     path: str = ""
     query: str = ""
+    event_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
     delimiter: str = ","
@@ -84,6 +88,7 @@ class TableConfig:
     comment: str = ""
     skip_lines: int = 0
     bad_rows: Literal["refuse", "skip", "pad"] = "refuse"
+    gather: tuple[str, ...] = ()
     encoding: str = "utf-8"
     timestamp_format: str = ""
     # Seconds, as in MovieLens.
@@ -97,6 +102,8 @@ class TableConfig:
         is_quoting = self.quoting == "off" or len(self.quoting) == 1
         check.require(is_quoting, "quoting", "one character, such as '\"', or 'off'")
         check.at_least(0, "skip_lines")
+        is_alone = not (self.event_files and self.path)
+        check.require(is_alone, "path", "empty beside event_files, which names the files")
         known = _is_encoding(self.encoding)
         check.require(known, "encoding", "an encoding that Python knows, such as 'utf-8'")
 

@@ -82,7 +82,7 @@ def _check_fixed_split(config: Config) -> None:
     """Refuses tables of held-out rows that the split would mix with the training rows."""
     data = config.data
     for name, table in (("validation", data.validation), ("test", data.test)):
-        source = table.path or table.query
+        source = table.path or table.query or table.event_files
         _check(
             not source or config.split.kind == "fixed",
             f"data.{name}",

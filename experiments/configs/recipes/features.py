@@ -40,6 +40,10 @@ def get_config(recipe="own_tables"):
             table.timestamp_unit = "ms"
         table.columns = columns
 
+    # The last days come in a file of views alone.
+    config.data.test.path = ""
+    config.data.test.event_files = {"view": f"{FOLDER}/latest.txt"}
+
     # A purchase trains ten times as much as a view, and counts as much in the mean of the past.
     config.data.event_weights = {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0}
 

@@ -26,6 +26,8 @@ def get_config(recipe="dates"):
     data.user_table.path = f"{FOLDER}/users.csv"
     data.user_table.encoding = "utf-16"
     data.item_table.path = f"{FOLDER}/items.csv"
+    # An item on several shelves has a row for each of them.
+    data.item_table.gather = ("shelf",)
     if recipe == "numbers":
         numeric_times(data)
     else:
@@ -36,6 +38,7 @@ def get_config(recipe="dates"):
         "joined": {"type": "timestamp", "embedding_size": 4},
         "history": {"type": "history", "max_length": 20},
     }
+    config.features.item.shelf = {"type": "strings", "embedding_size": 4}
     config.features.item.created = {"type": "timestamp", "embedding_size": 4}
     # Users and items with fewer than three rows are left out; of repeated pairs the last stays.
     data.k_core = 3

@@ -35,6 +35,7 @@ _DELIMITERS = {r"\t": "\t", "tab": "\t", "space": " ", "whitespace": WHITESPACE}
 _FIELD_SEPARATOR = "\x1f"
 _BOM = "\ufeff"
 _LONGEST_BLOCK = 1 << 30  # bytes; Arrow's blocks are below 2 GB
+_FEW_WIDTHS = 3  # numbers of fields that the bad rows of a table have
 _SHOWN = 80  # characters of a row that a message shows
 
 
@@ -421,6 +422,12 @@ def _bad_row_problems(rows: Rows, bad: list[csv.InvalidRow], name: str) -> Itera
 
 def _ragged_cure(ragged: list[csv.InvalidRow], form: TableConfig, separator: str, name: str) -> str:
     field = f"config.data.{name}"
+    widths = {row.actual_columns for row in ragged}
+    if len(widths) > _FEW_WIDTHS:
+        return (
+            "Lines of many lengths are no table: a user with their items on each has "
+            "config.data.source='user_lists', a basket without a user 'baskets'."
+        )
     if form.bad_rows == "pad":
         return f"bad_rows='pad' cuts empty fields only: set {field}.bad_rows='skip'"
     cures = [f"{field}.bad_rows='skip' leaves such rows out"]

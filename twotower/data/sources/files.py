@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ from absl import logging
 from pyarrow import parquet
 
 from twotower.config import TableConfig
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Origin, apply_contract, similar_name_hint
+from twotower.data.dataset import collapse
 from twotower.data.sources import content, delimited, json_files, named
 from twotower.data.sources.content import Content, Kind
 
@@ -42,6 +44,9 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -
         ConfigError: No such file, an empty one, a missing column, or a value of the wrong type.
     """
     table, origin = read_raw(config, name, kind, keys=keys)
+    if config.gather:
+        key = config.columns.get(keys[0], keys[0])
+        table, origin = _gather(table, origin, config, name, key=key)
     return apply_contract(table, config, name, keys=keys, origin=origin)
 
 
@@ -62,9 +67,11 @@ def read_raw(
     Raises:
         ConfigError: No such file, an empty one, or one that cannot be read.
     """
-    paths = find_files(config.path, name, kind)
     # All at once: types are decided over the whole table, not file by file.
-    parts = [_read_file(path, config, name, kind) for path in paths]
+    parts = []
+    for path, event in _find_event_files(config, name, kind):
+        part = _read_file(path, config, name, kind)
+        parts.append(_with_event(part, event, name) if event else part)
     files = _Files(parts)
     if not sum(len(part.table) for part in parts):
         raise ConfigError(
@@ -147,6 +154,60 @@ class _Part:
     kind: Kind
     table: pa.Table
     place: Callable[[int], str]
+
+
+def _find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tuple[Path, str]]:
+    """Yields each file of a table, with the kind of its events where the configuration has one."""
+    if not config.event_files:
+        for path in find_files(config.path, name, kind):
+            yield path, ""
+    for event, pattern in config.event_files.items():
+        for path in find_files(pattern, name, kind):
+            yield path, event
+
+
+def _with_event(part: _Part, event: str, name: str) -> _Part:
+    if "event" in part.table.column_names:
+        raise ConfigError(
+            f"{name}: {part.path} has a column 'event' of its own: name its files in "
+            f"config.data.{name}.path, in the place of event_files."
+        )
+    events = pa.repeat(pa.scalar(event), len(part.table))
+    return dataclasses.replace(part, table=part.table.append_column("event", events))
+
+
+def _gather(
+    table: pa.Table, origin: Origin, config: TableConfig, name: str, *, key: str
+) -> tuple[pa.Table, Origin]:
+    """Returns a row for each id, in order of first appearance, with lists of some columns.
+
+    Args:
+        table: Rows of users or items, several of one id, as they were read.
+        origin: Their source.
+        config: Names of the columns to gather.
+        name: Name of the table in the configuration, for messages.
+        key: Column of the id in the file.
+    """
+    columns = [config.columns.get(column, column) for column in config.gather]
+    for column in (key, *columns):
+        if column not in table.column_names:
+            hint = similar_name_hint(column, table.column_names)
+            raise ConfigError(
+                f"config.data.{name}.gather={config.gather!r}: {origin.name} has no column "
+                f"{column!r}{hint}."
+            )
+    numbered = table.filter(pc.is_valid(table[key]))
+    numbered = numbered.append_column("", pa.array(np.arange(len(numbered))))
+    once = pc.CountOptions(mode="only_valid")
+    grouped = numbered.group_by(key, use_threads=False)
+    lists = grouped.aggregate([("", "min"), *((column, "distinct", once) for column in columns)])
+    first_rows = lists["_min"].to_numpy()
+    rows = collapse(numbered.drop_columns([""]), key)
+    for column in columns:
+        rows = rows.set_column(rows.column_names.index(column), column, lists[f"{column}_distinct"])
+    return rows, dataclasses.replace(
+        origin, describe_row=lambda row: origin.describe_row(int(first_rows[row]))
+    )
 
 
 class _Files:

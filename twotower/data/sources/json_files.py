@@ -140,9 +140,9 @@ def _load(text: str, content: Content, name: str) -> Any:
     try:
         return json.loads(text, parse_int=_whole)
     except json.JSONDecodeError as error:
-        shown = text.splitlines()[error.lineno - 1][:_SHOWN] if text.strip() else ""
+        shown = text[max(error.pos - _SHOWN // 2, 0) :][:_SHOWN]
         raise ConfigError(
-            f"{name}: {content.path}, line {error.lineno}: no JSON: {error.msg}: {shown!r}."
+            f"{name}: {content.path}, line {error.lineno}: no JSON: {error.msg} near {shown!r}."
         ) from None
     except RecursionError:
         raise ConfigError(f"{name}: {content.path} is JSON of too many levels.") from None

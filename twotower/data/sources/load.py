@@ -90,6 +90,7 @@ def _read(config: DataConfig) -> Dataset:
         config.source, "config.data.source"
     )
     options = SOURCES.build_options(config.source, config.options, "config.data.options")
+    _refuse_unread(config)
     if options is None:
         tables = read(config)
     else:
@@ -100,6 +101,23 @@ def _read(config: DataConfig) -> Dataset:
     if not isinstance(tables, Tables):
         tables = Tables(tables)
     return _from_raw(tables, config)
+
+
+def _refuse_unread(config: DataConfig) -> None:
+    """Refuses tables that a source does not read, and whose rows nobody would miss."""
+    if config.source not in ("shop", "tfds"):
+        return
+    paths = {"data.path": config.path}
+    for name in ("interactions", "user_table", "item_table", "validation", "test"):
+        table: TableConfig = getattr(config, name)
+        paths[f"data.{name}.path"] = table.path
+    for field, path in paths.items():
+        if path:
+            raise ConfigError(
+                f"config.{field}={path!r} is not read by config.data.source={config.source!r}: set "
+                "config.data.source='csv' (which reads Parquet and JSON too), or leave the path "
+                "out."
+            )
 
 
 def _from_raw(tables: Tables, config: DataConfig) -> Dataset:
@@ -138,12 +156,25 @@ def _bigquery(config: DataConfig) -> Dataset:
     return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
 
 
+def _json(config: DataConfig) -> Dataset:
+    read_table = functools.partial(files.read, kind="json")
+    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
+
+
 def _pairs(config: DataConfig) -> Dataset:
     return _from_tables(config, lists.read_pairs, functools.partial(files.read, kind="csv"))
 
 
 def _user_lists(config: DataConfig) -> Dataset:
     return _from_tables(config, lists.read_user_lists, functools.partial(files.read, kind="csv"))
+
+
+def _baskets(config: DataConfig) -> Dataset:
+    return _from_tables(config, lists.read_baskets, functools.partial(files.read, kind="csv"))
+
+
+def _matrix(config: DataConfig) -> Dataset:
+    return _from_tables(config, lists.read_matrix, functools.partial(files.read, kind="csv"))
 
 
 def _shop(config: DataConfig) -> Dataset:
@@ -160,10 +191,13 @@ SOURCES: Kinds[Source] = Kinds(
     {
         "csv": _csv,
         "parquet": _parquet,
+        "json": _json,
         "bigquery": _bigquery,
         "tfds": _tfds,
         "pairs": _pairs,
         "user_lists": _user_lists,
+        "baskets": _baskets,
+        "matrix": _matrix,
         "shop": _shop,
     },
     synonyms={
@@ -172,10 +206,14 @@ SOURCES: Kinds[Source] = Kinds(
         "file": "csv",
         "arrow": "parquet",
         "pq": "parquet",
+        "jsonl": "json",
+        "ndjson": "json",
         "bq": "bigquery",
         "sql": "bigquery",
         "movielens": "tfds",
         "lists": "user_lists",
+        "transactions": "baskets",
+        "wide": "matrix",
         "generated": "shop",
         "synthetic": "shop",
     },
@@ -220,7 +258,7 @@ def _with_split(rows: pa.Table, name: str) -> pa.Table:
 
 
 def _is_configured(table: TableConfig) -> bool:
-    return bool(table.path or table.query)
+    return bool(table.path or table.query or table.event_files)
 
 
 def _group_items(dataset: Dataset, column: str) -> Dataset:
