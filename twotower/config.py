@@ -138,6 +138,8 @@ class DataConfig:
             10}. A kind that is not named weighs 1. The weights multiply those of a column `weight`,
             and are the default ones of the events of a history that is a bag. A column of another
             name is mapped: `interactions.columns` = {"event": "action"}.
+        fold_events: Whether kinds of events that differ by case alone weigh alike: the weight of
+            "view" is that of "View" and "VIEW" too.
         k_core: Least number of rows of each user and item; others are dropped, repeatedly until all
             have as many. 0 keeps all.
         duplicates: Rows to keep of several with one user and item.
@@ -166,6 +168,7 @@ class DataConfig:
     # Inner tuples have members of several types, so only their number is checked, in data/filters.
     where: tuple[tuple, ...] = ()
     event_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fold_events: bool = False
     k_core: int = 0
     duplicates: Literal["all", "first", "last"] = "all"
     item_group: str = ""
@@ -179,6 +182,10 @@ class DataConfig:
         check.at_least(0, "k_core", "num_items")
         are_weights = all(_is_weight(weight) for weight in self.event_weights.values())
         check.require(are_weights, "event_weights", "a mapping of events to numbers above 0")
+        folded = {event.lower() for event in self.event_weights}
+        are_apart = not self.fold_events or len(folded) == len(self.event_weights)
+        right = "of events that differ by more than case with config.data.fold_events=True"
+        check.require(are_apart, "event_weights", right)
         # SQL that no source reads would be passed over in silence.
         for name in ("interactions", "user_table", "item_table", "validation", "test"):
             table: TableConfig = getattr(self, name)
@@ -188,6 +195,16 @@ class DataConfig:
                 check.require(by_bigquery, f"{name}.query", right)
                 right = f"empty beside a config.data.{name}.query"
                 check.require(not table.path, f"{name}.path", right)
+
+    def weight_by_event(self) -> dict[str, float]:
+        """Returns the weights of events in all the cases in which they weigh so."""
+        weights = dict(self.event_weights)
+        if not self.fold_events:
+            return weights
+        for event, weight in self.event_weights.items():
+            for variant in (event.lower(), event.upper(), event.title(), event.capitalize()):
+                weights.setdefault(variant, weight)
+        return weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Weights by the kind of event, against a plain reading of the log."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -72,13 +74,33 @@ def test_a_bag_weighs_events_as_rows_do_unless_it_says_otherwise(tmp_path):
     assert weights_of_history(config_of(path, kind="causal")) is None
 
 
-def test_kinds_without_a_weight_are_said_with_their_share(tmp_path, caplog):
+def test_kinds_without_a_weight_are_said_with_their_share(tmp_path):
     write_log(tmp_path / "log.csv")
-    with caplog.at_level("WARNING", logger="absl"):
-        prepared = prepare(config_of(tmp_path / "log.csv", weights={"view": 3, "buys": 9}))
-    assert "count as 1: 'cart' (25.0%), 'buy' (25.0%)" in caplog.text
-    assert "no row has the event 'buys'; did you mean 'buy'?" in caplog.text
+    prepared = prepare(config_of(tmp_path / "log.csv", weights={"view": 3, "buys": 9}))
+    no_event, no_weight = prepared.report.warnings
+    assert "count as 1: 'cart' (25.0%), 'buy' (25.0%)" in no_weight
+    assert "no row has the event 'buys'; did you mean 'buy'?" in no_event
     assert prepared.train.weight[1] == 3 and prepared.train.weight[3] == 1
+
+
+def test_kinds_that_differ_by_case_weigh_alike_when_asked_and_are_said_otherwise(tmp_path):
+    kinds = ("view", "View", "BUY", "buy", "view")
+    lines = write_log(tmp_path / "log.csv", kinds=kinds)
+    config = config_of(tmp_path / "log.csv", weights={"view": 3, "BUY": 9, "buy": 9})
+    (warning,) = prepare(config).report.warnings
+    assert "'View' differs from 'view' by its case alone: config.data.fold_events=True" in warning
+    with pytest.raises(ConfigError, match="differ by more than case"):
+        dataclasses.replace(config.data, fold_events=True)
+    weights = {"view": 3, "buy": 9}
+    data = dataclasses.replace(config.data, event_weights=weights, fold_events=True)
+    prepared = prepare(dataclasses.replace(config, data=data))
+    assert prepared.report.warnings == ()
+    expected = [weights[kind.lower()] * float(weight or 1) for *_, kind, weight in lines]
+    found = [part.weight for part in (prepared.train, prepared.validation, prepared.test)]
+    np.testing.assert_array_equal(np.concatenate(found), np.float32(expected))
+    # The events of a bag weigh as the rows do.
+    of_history = np.exp(prepared.histories.events[HISTORY_WEIGHT])
+    assert set(np.round(of_history, 3).tolist()) == {3.0, 9.0}
 
 
 @pytest.mark.parametrize(
@@ -99,4 +121,4 @@ def test_a_log_without_kinds_of_events_is_refused():
     config = Config(data=DataConfig(event_weights=WEIGHTS))
     rows = pa.table({"user_id": ["1"], "item_id": ["2"]})
     with pytest.raises(ConfigError, match="needs a column 'event'.*columns={'event': ...}"):
-        check_event_weights(rows, config.data.event_weights)
+        check_event_weights(rows, config.data)

@@ -53,7 +53,7 @@ def test_rows_partly_without_times_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "weight, message",
     [
-        ("-1", "row 1 .*column 'weight': '-1' is not at least 0"),
+        ("-1", "line 2, column 'weight': '-1' is not at least 0"),
         ("0", "weight is 0 in every training row"),
     ],
 )

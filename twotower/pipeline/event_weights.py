@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 
-from twotower.config import Config
+from twotower.config import Config, DataConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.features.spec import FeatureSpec
@@ -26,52 +25,71 @@ def with_event_weights(spec: FeatureSpec, config: Config) -> FeatureSpec:
     A history that has weights of its own keeps them, and Transformers read none.
     """
     history = spec.history
-    weights = config.data.event_weights
+    weights = config.data.weight_by_event()
     if history is None or history.weights or not weights:
         return spec
     if config.model.history.kind in _UNWEIGHTED_HISTORIES:
         return spec
-    weighted = dataclasses.replace(history, weights=dict(weights))
+    weighted = dataclasses.replace(history, weights=weights)
     return dataclasses.replace(spec, user={**spec.user, history.name: weighted})
 
 
-def check_event_weights(rows: pa.Table, weights: Mapping[str, float]) -> None:
-    """Says which kinds of events have no weight of their own, and which weights no event.
+def check_event_weights(rows: pa.Table, data: DataConfig) -> list[str]:
+    """Returns sentences on kinds of events without a weight, and on weights of no event.
 
     Args:
         rows: All interactions that the filters keep.
-        weights: `config.data.event_weights`.
+        data: Options `config.data`.
 
     Raises:
         ConfigError: The rows have no kinds, or most of them are of a kind that is not named.
     """
-    if not weights:
-        return
     field = "config.data.event_weights"
+    weights = data.weight_by_event()
+    if not weights:
+        return []
     if "event" not in rows.column_names:
         known = ", ".join(rows.column_names)
         raise ConfigError(
-            f"{field}={dict(weights)} needs a column 'event' of the interactions: name it by "
-            f"config.data.interactions.columns={{'event': ...}}. There are: {known}."
+            f"{field}={dict(data.event_weights)} needs a column 'event' of the interactions: name "
+            f"it by config.data.interactions.columns={{'event': ...}}. There are: {known}."
         )
     counts = pc.value_counts(rows["event"])
     kinds = counts.field("values").to_pylist()
     count_by_kind = dict(zip(kinds, counts.field("counts").to_pylist()))
-    for name in weights:
-        if name not in count_by_kind:
-            hint = did_you_mean(name, filter(None, count_by_kind))
-            logging.warning("%s: no row has the event %r%s", field, name, hint)
+    warnings = []
+    known = [kind for kind in count_by_kind if kind is not None]
+    folded = {kind.lower() for kind in known if data.fold_events}
+    for name in data.event_weights:
+        if name not in known and name.lower() not in folded:
+            hint = did_you_mean(name, known)
+            warnings.append(f"{field}: no row has the event {name!r}{hint}")
     others = {kind: count for kind, count in count_by_kind.items() if kind not in weights}
     if not others:
-        return
+        return warnings
     share = sum(others.values()) / len(rows)
     listed = _list_kinds(others, len(rows))
     if share > 0.5:
         raise ConfigError(
-            f"{field}={dict(weights)} leaves {share:.1%} of the rows without a weight: {listed}. "
-            "Name these kinds too; a kind whose weight is 1 counts as without it."
+            f"{field}={dict(data.event_weights)} leaves {share:.1%} of the rows without a weight: "
+            f"{listed}. Name these kinds too; a kind whose weight is 1 counts as without it."
+            f"{_describe_cases(others, weights)}"
         )
-    logging.warning("%s: events without a weight count as 1: %s.", field, listed)
+    cases = _describe_cases(others, weights)
+    return [*warnings, f"{field}: events without a weight count as 1: {listed}.{cases}"]
+
+
+def _describe_cases(others: Mapping[str | None, int], weights: Mapping[str, float]) -> str:
+    """Returns a sentence on a kind that differs from one with a weight by its case, or nothing."""
+    folded = {event.lower(): event for event in weights}
+    for kind in others:
+        if kind is not None and kind.lower() in folded:
+            event = folded[kind.lower()]
+            return (
+                f" {kind!r} differs from {event!r} by its case alone: "
+                "config.data.fold_events=True gives it that weight."
+            )
+    return ""
 
 
 def read_weights(rows: pa.Table, event_weights: Mapping[str, float]) -> np.ndarray:

@@ -208,8 +208,9 @@ def prepare(
 
     labels = label_columns(config.objective)
     check_labels(dataset.interactions, parts.train, labels)
-    event_weights = config.data.event_weights
-    check_event_weights(dataset.interactions, event_weights)
+    event_weights = config.data.weight_by_event()
+    warnings = check_event_weights(dataset.interactions, config.data)
+    dataset = dataclasses.replace(dataset, warnings=(*dataset.warnings, *warnings))
     # Export alone reads these columns, but by then a misspelt one would have cost a training.
     check_fields(
         dict.fromkeys(config.retrieval.display),

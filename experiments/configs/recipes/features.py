@@ -46,6 +46,8 @@ def get_config(recipe="own_tables"):
 
     # A purchase trains ten times as much as a view, and counts as much in the mean of the past.
     config.data.event_weights = {"view": 1.0, "add_to_cart": 5.0, "purchase": 10.0}
+    # Another system writes "View" and "Purchase".
+    config.data.fold_events = True
 
     config.features.user = {
         "user_id": {"type": "string", "embedding_size": 16},
