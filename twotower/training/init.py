@@ -52,7 +52,7 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     # Tables come first, each sharded from its first number on.
     abstract = abstract_state(trainer, mesh)
     key = jax.random.key(trainer.config.training.seed)
-    tables = {name: _init_table(mesh, trainer, key, name, abstract) for name in abstract.tables}
+    tables = _init_tables(mesh, trainer, key, abstract)
     # The tables pass through as they are: an output that is a donated input costs nothing.
     assemble = jax.jit(
         functools.partial(_state_around, trainer),
@@ -62,23 +62,32 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     return assemble(tables, put(mesh, dict(counts), REPLICATED))
 
 
-def _init_table(
-    mesh: Mesh, trainer: Trainer, key: jax.Array, name: str, abstract: TrainState
-) -> jax.Array:
-    """Returns a fresh table, whose rows each device of the mesh draws for itself."""
-    pretrained = trainer.model.pretrained_rows(name)
-    if pretrained is not None:
-        return put(mesh, pretrained, SHARDED)
-    table = abstract.tables[name]
+def _init_tables(
+    mesh: Mesh, trainer: Trainer, key: jax.Array, abstract: TrainState
+) -> dict[str, jax.Array]:
+    """Returns fresh tables, whose rows each device of the mesh draws for itself."""
+    pretrained = {name: trainer.model.pretrained_rows(name) for name in abstract.tables}
+    shardings_of_drawn = {}
+    for name, rows in pretrained.items():
+        if rows is None:
+            shardings_of_drawn[name] = abstract.tables[name].sharding
     group = device_group(mesh)
-    count = table.shape[0] // mesh.size
 
-    def draw() -> jax.Array:
-        return trainer.model.init_rows(key, name, start=group.index() * count, count=count)
+    def draw() -> dict[str, jax.Array]:
+        tables = {}
+        for name in shardings_of_drawn:
+            count = abstract.tables[name].shape[0] // mesh.size
+            start = group.index() * count
+            tables[name] = trainer.model.init_rows(key, name, start=start, count=count)
+        return tables
 
-    # A row's values depend on the key and its number alone: equal on any number of devices.
+    # A row's values depend on the key and its number alone: equal on any number of devices. One
+    # program for all tables, which takes a third of the time of one for each to compile.
     draw_all = shard_map_if_needed(mesh, draw, (), SHARDED)
-    return jax.jit(draw_all, out_shardings=table.sharding)()
+    drawn = jax.jit(draw_all, out_shardings=shardings_of_drawn)()
+    kept = {name: put(mesh, rows, SHARDED) for name, rows in pretrained.items() if rows is not None}
+    tables = {**drawn, **kept}
+    return {name: tables[name] for name in abstract.tables}
 
 
 # A run asks for it four times, and each time all of `init_state` would be traced. One is kept:
