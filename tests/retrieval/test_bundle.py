@@ -12,8 +12,9 @@ import pytest
 from tests.retrieval.runs import make_run, rewrite_manifest, with_other_weights, write
 from twotower import plugins
 from twotower.config import RerankConfig, from_dict
+from twotower.core import files
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import current_version
+from twotower.core.files import LOCK, current_version
 from twotower.core.kinds import importing
 from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
@@ -175,7 +176,12 @@ def test_a_newer_user_tower_beside_older_items_is_refused(copy, other):
 
 
 def test_an_export_that_fails_leaves_the_old_bundle(run, copy, monkeypatch):
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    def content():
+        files = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        return {path: data for path, data in files.items() if path.name != LOCK}
+
+    before = content()
 
     def spoil(folder):
         bundle = load_bundle(folder)
@@ -186,7 +192,7 @@ def test_an_export_that_fails_leaves_the_old_bundle(run, copy, monkeypatch):
     monkeypatch.setattr(export_module, "load_bundle", spoil)
     with pytest.raises(BundleError, match="scores differ from the trainer's by up to"):
         export(run, copy)
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert content() == before
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
 
 
@@ -195,13 +201,13 @@ def test_an_export_takes_the_place_of_the_old_bundle_and_of_what_a_killed_one_le
     (copy / "left").write_text("of the old bundle")
     for names in (["current", "v-1"], ["current", "v-1", "v-3"]):
         export(run, copy)
-        assert sorted(path.name for path in copy.iterdir()) == names
+        assert sorted(path.name for path in copy.iterdir()) == [LOCK, *names]
         assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
         check_parity(run, copy)
         (copy / "v-2").mkdir(exist_ok=True)  # of an export that was killed
 
 
-@pytest.mark.parametrize("step", ["write_bundle", "check_parity", "publish_version"])
+@pytest.mark.parametrize("step", ["write_bundle", "check_parity", "publish_with_changes"])
 def test_an_export_that_is_killed_leaves_the_old_bundle(run, exported, tmp_path, monkeypatch, step):
     """Killed after each step, with nothing tidied up: the old bundle, or after the last the new."""
     folder = shutil.copytree(exported, tmp_path / "bundle")
@@ -216,9 +222,9 @@ def test_an_export_that_is_killed_leaves_the_old_bundle(run, exported, tmp_path,
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(export_module, step, killed)
-        patch.setattr(export_module, "discard", lambda path: None)
+        patch.setattr(files, "discard", lambda path: None)
         export(dataclasses.replace(run, step=8), folder)
-    assert load_bundle(folder).manifest["step"] == (8 if step == "publish_version" else 7)
+    assert load_bundle(folder).manifest["step"] == (8 if step == "publish_with_changes" else 7)
 
 
 @pytest.mark.parametrize("content", ["v-2\n", "", None])

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 
+from twotower.core import files
 from twotower.core.errors import ChangesError, UnknownItemError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.live import live_bundle
@@ -106,7 +107,7 @@ def test_changes_are_searchable_at_once_survive_a_restart_and_a_compaction(folde
     )
     # The log that was beside the old version is gone, and what was done since is none yet.
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
-    assert sorted(path.name for path in folder.iterdir()) == ["current", "v-1", "v-2"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "current", "v-1", "v-2"]
     retriever.upsert([{"item_id": "after", "price": 1.0}])
     assert retriever.delete(["new1"]) == 1
     again = Retriever.load(folder)
@@ -230,7 +231,7 @@ def test_a_bundle_without_versions_is_changed_and_gets_them(exported_files, tmp_
     assert lists_of(Retriever.load(folder)) == answers
     retriever.compact()
     assert not log.exists()
-    assert sorted(path.name for path in folder.iterdir()) == ["current", "v-1"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "current", "v-1"]
     for each in (retriever, Retriever.load(folder)):
         check_changed(each, changed, before)
 
@@ -286,7 +287,8 @@ def test_a_compaction_that_is_killed_loses_nothing(folder, monkeypatch, step):
     function = getattr(owner, step)
     compact = retriever._live.compact
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(live_bundle, "discard", lambda path: None)
+        for module in (live_bundle, files):
+            patch.setattr(module, "discard", lambda path: None)
         if step == "write_bundle":
             patch.setattr(owner, step, killed)
         compaction = compact()

@@ -93,8 +93,9 @@ class LiveBundle:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Deletes items, durably, and counts them; see `Retriever.delete`."""
-        log, _ = self._require_log()
+        log, folder = self._require_log()
         with self._lock:
+            self._check_version(folder)
             # No log is begun for nothing.
             if not log.path.exists() and not self._existing_ids(ids):
                 return 0
