@@ -131,8 +131,8 @@ class DataConfig:
         num_items: Number of items of the generated shop; 0 for a number that suits its rows.
         shop_seed: Random seed of the generated shop.
         where: Conditions on the rows to keep, as (column, operator, value); operators are ==, !=,
-            <, <=, >, >=, in, not in, starts with, not starts with. ("rating", ">=", 4) and
-            ("event", "in", ("purchase",)) are the usual ones.
+            <, <=, >, >=, in, not in, starts with, not starts with, and of lists contains.
+            ("rating", ">=", 4) and ("event", "in", ("purchase",)) are the usual ones.
         event_weights: Mapping of the kinds of events, the values of the column `event`, to the
             weights of their rows, above 0, for example {"view": 1, "add_to_cart": 5, "purchase":
             10}. A kind that is not named weighs 1. The weights multiply those of a column `weight`,

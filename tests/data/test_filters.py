@@ -165,3 +165,16 @@ def test_a_core_restricts_users_items_and_truth_together_and_other_filters_do_no
     filtered = filter_rows(dataset_of(rows, truth), config)
     assert filtered.users.num_rows == len(ids["user_id"])
     assert filtered.truth is truth
+
+
+def test_a_list_in_a_text_is_asked_for_members_and_never_compared_as_a_whole():
+    genres = ["Action|Drama", "Drama", None, "Melodrama", "Comedy | Drama"]
+    rows = log_of(range(5), range(5), genres=genres, row=range(5))
+    condition = ("genres", "contains", "Drama")
+    config = DataConfig(where=(condition,))
+    kept = filter_rows(dataset_of(rows), config, separators={"genres": "|"})
+    assert kept.interactions["row"].to_pylist() == [0, 1, 4]
+    whole = DataConfig(where=(("genres", "==", "Drama"),))
+    assert filter_rows(dataset_of(rows), whole).interactions["row"].to_pylist() == [1]
+    with pytest.raises(ConfigError, match=r"write \('genres', 'contains', 'Drama'\)"):
+        filter_rows(dataset_of(rows), whole, separators={"genres": "|"})

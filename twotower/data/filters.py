@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.data.dataset import Dataset, Dropped
 from twotower.data.interactions import codes, pair_codes, timestamps
-from twotower.data.operators import matches
+from twotower.data.operators import Members, matches
 
 # Operators that compare with whole values.
 EQUALITIES = ("==", "!=", "in", "not in")
@@ -23,21 +23,28 @@ MAX_HINTS = 1_000
 RowMask = Callable[[pa.Table], np.ndarray | pa.ChunkedArray]
 
 
-def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
+def filter_rows(
+    dataset: Dataset, config: DataConfig, *, separators: Mapping[str, str] | None = None
+) -> Dataset:
     """Applies the filters `where`, `duplicates` and `k_core` of the configuration.
 
     Rows keep their order. A k-core also restricts the tables of users and items to those in it; the
     other filters leave the tables whole.
 
+    Args:
+        dataset: The log.
+        config: Options of the data.
+        separators: Columns whose texts are lists, with the text between the members.
+
     Raises:
         ConfigError: An unknown column or operator, a value that cannot be compared with its column,
-            or no row left (the message counts the rows that each filter removed).
+            a list that is compared as a whole, or no row left (the message counts the rows that each filter removed).
     """
     rows = dataset.interactions
     dropped = []
     reports = []
     # One after the other: a k-core is one of the rows that the conditions leave.
-    for name, keep in _filters(config):
+    for name, keep in _filters(config, separators or {}):
         kept = rows.filter(pa.array(keep(rows)))
         removed = rows.num_rows - kept.num_rows
         dropped.append(Dropped(f"by {name}", removed, rows.num_rows))
@@ -60,20 +67,44 @@ def filter_rows(dataset: Dataset, config: DataConfig) -> Dataset:
     return _drop_absent_entities(dataset)
 
 
-def _filters(config: DataConfig) -> list[tuple[str, RowMask]]:
+def _filters(config: DataConfig, separators: Mapping[str, str]) -> list[tuple[str, RowMask]]:
     """Returns name and mask of the configured filters, in the order in which they apply."""
     filters: list[tuple[str, RowMask]] = []
     for i, condition in enumerate(config.where):
         field = f"config.data.where[{i}]={condition!r}"
         # `_where` and its like are functions of their own, as a lambda made here would read the
         # last condition of the loop.
-        filters.append((f"where {condition!r}", _where(condition, field)))
+        name = f"where {condition!r}"
+        filters.append((name, _where(_with_separator(condition, field, separators), field)))
     if config.duplicates != "all":
         filters.append((f"duplicates={config.duplicates!r}", _duplicates(config.duplicates)))
     # Last: any later filter could leave a user with fewer rows.
     if config.k_core > 0:
         filters.append((f"k_core={config.k_core}", _k_core(config.k_core)))
     return filters
+
+
+def _with_separator(condition: tuple, field: str, separators: Mapping[str, str]) -> tuple:
+    """Returns a condition that divides the texts of a column of lists.
+
+    Raises:
+        ConfigError: It compares the whole text of a list.
+    """
+    # A condition of another form is refused where it is applied.
+    if len(condition) != 3 or condition[0] not in separators:
+        return condition
+    name, symbol, value = condition
+    separator = separators[name]
+    if symbol in EQUALITIES and value is not None:
+        raise ConfigError(
+            f"{field}={condition!r}: the column {name!r} holds lists with {separator!r} between "
+            f"their members, and {symbol!r} compares the whole text: write "
+            f"({name!r}, 'contains', {value!r})."
+        )
+    if symbol != "contains":
+        return condition
+    members = value if isinstance(value, (tuple, list)) else (value,)
+    return name, symbol, Members(tuple(members), separator)
 
 
 def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list[str]:

@@ -17,7 +17,7 @@ from twotower.data.report import DataReport, HeldOut, describe_unreachable, form
 from twotower.data.split import cure_without_order
 from twotower.features.base import Feature
 from twotower.features.categorical import StringsFeature
-from twotower.features.spec import FeatureSpec, load_spec
+from twotower.features.spec import FeatureSpec
 from twotower.pipeline.labels import read_labels
 
 # Share of the held-out answers outside of the corpus, or of items of which nothing is known, from
@@ -55,11 +55,21 @@ def check_log(rows: pa.Table, accept: Sequence[str]) -> None:
         )
 
 
-def check_times(config: Config, rows: pa.Table) -> None:
+def list_separators(spec: FeatureSpec) -> dict[str, str]:
+    """Returns the columns that features read as lists in texts, with the text between members."""
+    separators = {}
+    for feature in spec:
+        if isinstance(feature, StringsFeature) and feature.separator:
+            separators[feature.column] = feature.separator
+    return separators
+
+
+def check_times(config: Config, spec: FeatureSpec, rows: pa.Table) -> None:
     """Refuses to divide a log without times by time, with all that is to be changed for it.
 
     Args:
         config: Configuration of the run.
+        spec: Features of the run.
         rows: All interactions that the filters keep.
 
     Raises:
@@ -67,7 +77,6 @@ def check_times(config: Config, rows: pa.Table) -> None:
     """
     if config.split.kind != "time" or has_timestamps(rows):
         return
-    spec = load_spec(config.features)
     readers = []
     for name, feature in spec.user.items():
         if "timestamp" in feature.columns_read:

@@ -25,7 +25,7 @@ from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
-from twotower.pipeline.describe import check_log, check_times, describe_data
+from twotower.pipeline.describe import check_log, check_times, describe_data, list_separators
 from twotower.pipeline.event_weights import (
     check_event_weights,
     read_weights,
@@ -149,7 +149,11 @@ class PreparedData:
 
 
 def read_parts(
-    config: Config, *, folder: Path | None = None, dataset: Dataset | None = None
+    config: Config,
+    *,
+    folder: Path | None = None,
+    dataset: Dataset | None = None,
+    spec: FeatureSpec | None = None,
 ) -> tuple[Dataset, Split]:
     """Reads the log that a configuration names, filters it and divides it.
 
@@ -157,18 +161,20 @@ def read_parts(
         config: Configuration of an experiment.
         folder: Folder of the run, in which rows that it keeps are found.
         dataset: The log itself, in the place of the one that the configuration names.
+        spec: Features, in the place of those that the configuration names.
 
     Raises:
         ConfigError: The data cannot be read, or nothing is left of it.
         LeakageError: The split leaks (see `twotower.data.audit`).
     """
+    spec = spec or load_spec(config.features)
     if dataset is None:
         # Only here do rows get the folder of their run: its configuration stays that of any folder.
         dataset = load_dataset(locate(config.data, folder))
     check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
-    dataset = filter_rows(dataset, config.data)
-    check_times(config, dataset.interactions)
+    dataset = filter_rows(dataset, config.data, separators=list_separators(spec))
+    check_times(config, spec, dataset.interactions)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
     findings = audit(parts, config.split)
@@ -203,7 +209,7 @@ def prepare(
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     if spec is None:
         spec = with_event_weights(load_spec(config.features), config)
-    dataset, parts = read_parts(config, folder=folder, dataset=dataset)
+    dataset, parts = read_parts(config, folder=folder, dataset=dataset, spec=spec)
     check_log(dataset.interactions, config.data.accept)
 
     labels = label_columns(config.objective)
