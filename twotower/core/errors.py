@@ -167,13 +167,14 @@ def did_you_mean(
     "; did you mean 'softmax'?"
     """
     known = list(known)
+    name = str(name)[:MAX_ECHOED]
     by_word = {_bare(word): right for word, right in (synonyms or {}).items()}
     # The same thing by another word is nearer than another thing by a similar word.
-    right = by_word.get(_bare(str(name)))
+    right = by_word.get(_bare(name))
     if right in known:
         return f"; did you mean {right!r}?"
     # At half of the letters alike a name is still a help; below, it misleads.
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:
         return "."
     return f"; did you mean {close[0]!r}?"

@@ -1,6 +1,7 @@
 """Scores of pairs of a user and an item, from stored vectors alone.
 
-Nothing here loads JAX, an index or the features: three modules of the package are enough to match.
+Nothing here loads JAX, an index or the features: a few modules of the package's ground floor are
+enough to match.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
+from twotower.core.arrays import as_matrix
 from twotower.core.errors import BundleError, ConfigError, UnknownIdError, choose
 from twotower.core.files import (
     check_files,
@@ -25,6 +27,8 @@ from twotower.core.files import (
     read_json,
     write_folder,
 )
+from twotower.core.ids import IdForm
+from twotower.retrieval.requests import read_id, read_ids
 
 KIND = "match"
 SIDES = ("user", "item")
@@ -69,14 +73,17 @@ class MatchModel:
         Raises:
             ConfigError: They do not.
         """
-        self._vectors = {side: np.asarray(vectors[side], np.float32) for side in SIDES}
-        self._rows = {side: _row_by_id(ids[side]) for side in SIDES}
+        self._vectors = {side: _read_vectors(side, vectors[side]) for side in SIDES}
+        names = {side: _names(ids[side]) for side in SIDES}
+        # As a log would have found the form, of which these are the ids.
+        self._forms = {side: IdForm.find(_id_column(names[side])) for side in SIDES}
+        self._rows = {side: _row_by_id(names[side]) for side in SIDES}
         # A repeated id would silently take the vector of its last row.
         for side in SIDES:
             distinct = len(self._rows[side])
-            if not len(ids[side]) == distinct == len(self._vectors[side]):
+            if not len(names[side]) == distinct == len(self._vectors[side]):
                 raise ConfigError(
-                    f"{len(ids[side])} {side} ids, {distinct} of them distinct, do not go with "
+                    f"{len(names[side])} {side} ids, {distinct} of them distinct, do not go with "
                     f"{len(self._vectors[side])} vectors."
                 )
         widths = [array.shape[1:] for array in self._vectors.values()]
@@ -152,8 +159,8 @@ class MatchModel:
                 number or width or not finite; the model stays as it was.
         """
         old = choose(self._vectors, side, "side")
-        names = [str(name) for name in ids]
-        new = np.asarray(vectors, np.float32)
+        names = self._read_ids(side, ids)
+        new = _read_vectors(side, vectors)
         self._check_embeddings(side, names, new)
         known = self._rows[side]
         # New ids go to the end: rows that another thread has looked up stay right.
@@ -209,25 +216,28 @@ class MatchModel:
         """
         if unknown not in ("error", "nan"):
             raise ConfigError(f"unknown={unknown!r} must be 'error' or 'nan'.")
-        if len(user_ids) != len(item_ids):
+        users = self._read_ids("user", user_ids)
+        items = self._read_ids("item", item_ids)
+        if len(users) != len(items):
             raise ConfigError(
-                f"match takes pairs: {len(user_ids)} user ids do not go with "
-                f"{len(item_ids)} item ids."
+                f"match takes pairs: {len(users)} user ids do not go with {len(items)} item ids."
             )
-        user_rows = self._find("user", user_ids, unknown)
-        item_rows = self._find("item", item_ids, unknown)
+        user_rows = self._find("user", users, unknown)
+        item_rows = self._find("item", items, unknown)
         # With "error" all of them are.
         known = (user_rows >= 0) & (item_rows >= 0)
-        users = self._vectors["user"][user_rows[known]]
-        items = self._vectors["item"][item_rows[known]]
+        user_vectors = self._vectors["user"][user_rows[known]]
+        item_vectors = self._vectors["item"][item_rows[known]]
         scores = np.full(len(known), np.nan, np.float32)
         # Pair by pair: a product of matrices would score every user with every item.
-        scores[known] = np.einsum("bd,bd->b", users, items)
+        scores[known] = np.einsum("bd,bd->b", user_vectors, item_vectors)
         return scores
 
-    def _find(self, side: str, ids: Sequence[Any] | np.ndarray, unknown: str) -> np.ndarray:
+    def _read_ids(self, side: str, ids: Any) -> list[str]:
+        return read_ids(ids, self._forms[side], f"{side} ids", self._rows[side])
+
+    def _find(self, side: str, names: Sequence[str], unknown: str) -> np.ndarray:
         """Returns the row of each id, int64 [B]; -1 without one."""
-        names = [str(name) for name in ids]
         rows = np.array([self._rows[side].get(name, -1) for name in names], np.int64)
         missing = rows < 0
         if unknown == "error" and missing.any():
@@ -260,6 +270,22 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
         scales = np.load(folder / "item_scales.npy", allow_pickle=False)
         vectors["item"] = vectors["item"] * scales[:, None]
     return ids, vectors
+
+
+def _read_vectors(side: str, vectors: ArrayLike) -> np.ndarray:
+    try:
+        return as_matrix(vectors)
+    except ValueError as error:
+        raise ConfigError(f"{side} vectors must be rows of numbers: {error}.") from None
+
+
+def _names(ids: Sequence[Any]) -> list[str]:
+    """Returns the ids of a model as text; those that are text stay letter for letter."""
+    return [str(x) if isinstance(x, str) else read_id(x, IdForm.TEXT, "id") for x in ids]
+
+
+def _id_column(ids: Sequence[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(ids, pa.string())])
 
 
 def _row_by_id(ids: Sequence[str]) -> dict[str, int]:

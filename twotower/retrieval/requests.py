@@ -168,9 +168,10 @@ def read_ids(values: Any, form: IdForm, what: str, known: Collection[str] = ()) 
     ids = []
     for number, value in enumerate(_listed(values, what)):
         # Most ids are those of the bundle, letter for letter.
-        if type(value) is not str or value not in known:
-            value = read_id(value, form, f"{what}[{number}]")
-        ids.append(value)
+        if isinstance(value, str) and value in known:
+            ids.append(str(value))
+        else:
+            ids.append(read_id(value, form, f"{what}[{number}]"))
     return ids
 
 

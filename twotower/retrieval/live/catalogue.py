@@ -23,6 +23,7 @@ from twotower.retrieval.live.segments import NOT_REMOVED, BaseSegment, MemTable
 from twotower.retrieval.live.snapshot import Snapshot
 
 MAX_COMPARED_IDS = 20_000  # ids compared with a misspelt one
+MAX_COMPARED_LENGTH = 64  # characters of it
 
 # (item vectors [N, D], training rows of each [N]) -> an index over them
 BuildIndex = Callable[[Vectors, np.ndarray], Index]
@@ -293,6 +294,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """
     # A copy at once: another thread may add an id meanwhile.
     known = tuple(known)
+    # The time of a comparison grows with the product of both lengths.
+    name = name[:MAX_COMPARED_LENGTH]
     if len(known) > MAX_COMPARED_IDS:
         known = tuple(item for item in known if item[:2] == name[:2])[:MAX_COMPARED_IDS]
     return difflib.get_close_matches(name, known, n=count, cutoff=0.0)
