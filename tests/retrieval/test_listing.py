@@ -14,10 +14,11 @@ from twotower.retrieval.retriever import Recommendation
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", b"", "cannot be read: Empty CSV file"),
+        ("a.csv", b"", "cannot be read: is empty"),
         ("a.parquet", b"nonsense", "cannot be read: .*Parquet"),
         ("a.txt", "Jos\u00e9".encode("latin-1"), "cannot be read: .*utf-8"),
-        ("a.csv", b"user_id\n", "holds no user id"),
+        ("a.csv", b"user_id\n", "cannot be read: has no rows"),
+        ("a.csv", b"user_id,user_id\n1,2\n", "cannot be read: has several columns named"),
         ("a.txt", b"\n", "holds no user id"),
     ],
 )

@@ -46,7 +46,7 @@ _ROWS = flags.DEFINE_string(
 _USERS = flags.DEFINE_string(
     "users",
     None,
-    "A file of user ids (CSV or Parquet with a column user_id, or an id a line).",
+    "A file of user ids: a column user_id of any file that logs are read from, or an id a line.",
     flag_values=FLAGS,
 )
 _OUT = flags.DEFINE_string(
@@ -62,8 +62,14 @@ _EXCLUDE_SEEN = flags.DEFINE_bool(
 _WHERE = flags.DEFINE_multi_string(
     "where",
     [],
-    "Condition on the columns of items, such as 'price <= 20' or category=lamp,clock; several "
-    "flags must all hold.",
+    "Condition on the columns of items, such as 'price <= 20', category=lamp,clock, 'genres "
+    "contains Drama' or 'released latest 50'; several flags must all hold.",
+    flag_values=FLAGS,
+)
+_ACCEPT = flags.DEFINE_list(
+    "accept",
+    [],
+    "Findings that are right here: unmatched_users writes lists though most users are not known.",
     flag_values=FLAGS,
 )
 
@@ -78,7 +84,7 @@ def main() -> None:
     launch.require_one(_WORKDIR, _BUNDLE)
     retriever = load()
     items = retriever.items()
-    where = tuple(parse_condition(text, items) for text in _WHERE.value)
+    where = tuple(parse_condition(text, items, retriever.forms) for text in _WHERE.value)
     options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where, _RERANK.value)
     answer(retriever, options)
 
@@ -106,4 +112,5 @@ def answer(retriever: Retriever, options: ListOptions) -> None:
     elif _USERS.value is not None:
         folder = Path(_WORKDIR.value or f"{_BUNDLE.value}/..")
         out = Path(_OUT.value or folder / "recommendations.parquet")
-        print(listing.write_lists(retriever, Path(_USERS.value), out, options))
+        users = Path(_USERS.value)
+        print(listing.write_lists(retriever, users, out, options, _ACCEPT.value))

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
+from absl import logging
 
-from twotower.core.errors import ConfigError
+from twotower.config import TableConfig
+from twotower.core.arrow import BadValue
+from twotower.core.errors import ConfigError, choose, echo
 from twotower.core.fields import check_fields
 from twotower.core.files import atomic
+from twotower.core.ids import IdForm
 from twotower.core.tables import format_table, shorten
+from twotower.data.sources import frames
 from twotower.retrieval.live.conditions import Conditions
 from twotower.retrieval.retriever import Recommendation, Retriever
 
 MAX_CELL_WIDTH = 48  # longer texts are cut
+# Names of files whose first line holds the names of columns, or that have their own.
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".json", ".jsonl", ".ndjson", ".zip", ".xlsx")
+FIRST_BYTES = 1 << 16  # bytes in which the first line of a file is looked for
+LEAST_KNOWN = 0.5  # share of the users of a file that a bundle should know
+UNMATCHED = "unmatched_users"  # the finding that it knows fewer, as `config.data.accept` names it
 LATEST_ITEMS = 5  # latest items of a user, shown above the recommendations
 
 
@@ -43,39 +53,72 @@ class ListOptions:
     rerank: str | None = None
 
 
-def read_ids(path: Path) -> list[str]:
-    """Reads the user ids of a file: a column `user_id`, or a line each in a text file.
+def read_ids(path: Path, form: IdForm = IdForm.TEXT) -> list[str]:
+    """Reads the user ids of a file of any kind that logs are read from.
+
+    Args:
+        path: File with a column `user_id`; in one of text without that name, each line is an id.
+        form: Form of the ids.
 
     Raises:
         ConfigError: The file is not there, cannot be read, or holds no id.
     """
+    field = f"--users={path}"
     if not path.is_file():
-        raise ConfigError(f"--users={path} is not a file.")
+        raise ConfigError(f"{field} is not a file.")
+    column, describe_row = _read_column(path, field)
     try:
-        ids = _read_ids(path)
-    except (pa.ArrowInvalid, UnicodeError) as error:
-        raise ConfigError(f"--users={path} cannot be read: {error}.") from error
+        column = form.column(column)
+    except BadValue as error:
+        place = field if error.row is None else describe_row(error.row)
+        shown = "it" if error.value is None else echo(error.value)
+        raise ConfigError(f"{place}, column 'user_id': {shown} {error.problem}.") from None
+    ids = column.drop_null().to_pylist()
     if not ids:
-        raise ConfigError(f"--users={path} holds no user id.")
+        raise ConfigError(f"{field} holds no user id.")
+    if column.null_count:
+        logging.warning(
+            "%s: %d of %d rows have no id: left out.", field, column.null_count, len(column)
+        )
     return ids
 
 
-def _read_ids(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-    elif path.suffix == ".csv" or path.name.endswith(".csv.gz"):
-        # As text: a column of numbers would lose leading zeros.
-        as_text = pyarrow.csv.ConvertOptions(column_types={"user_id": "string"})
-        table = pyarrow.csv.read_csv(path, convert_options=as_text)
-    else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        # A header is allowed, as if the file were a CSV of one column.
-        return [line for line in lines if line and line != "user_id"]
+def _read_column(path: Path, field: str) -> tuple[pa.ChunkedArray, Callable[[int], str]]:
+    """Returns the ids of a file as they are, and the function that names the place of a row."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        first_line = stream.read(FIRST_BYTES).split(b"\n")[0]
+    # A plain list, with a header or without, is text of one column whatever its name.
+    is_table = path.suffix in TABLE_SUFFIXES or re.search(rb"[,;\t|{\x00]", first_line)
+    if not is_table:
+        lines = _read_lines(path, field)
+        return pa.chunked_array(
+            [pa.array(lines, pa.string())]
+        ), lambda row: f"{field}, id {row + 1}"
+    try:
+        table, origin = frames.read_table(path, TableConfig(), "users")
+    except ConfigError as error:
+        # The reader names its option, and the file a second time.
+        reason = str(error).replace("config.data.users.path", "--users")
+        reason = reason.removeprefix(f"users: {path} ").removeprefix("cannot be read: ")
+        raise ConfigError(f"{field} cannot be read: {reason}") from error
     if "user_id" not in table.column_names:
         raise ConfigError(
-            f"--users={path} has no column 'user_id'; it has: {', '.join(table.column_names)}."
+            f"{field} has no column 'user_id'; it has: {', '.join(table.column_names)}."
         )
-    return [str(user) for user in table["user_id"].to_pylist() if user is not None]
+    return table["user_id"], origin.describe_row
+
+
+def _read_lines(path: Path, field: str) -> list[str]:
+    """Returns the lines of a text file but for blank ones and a header."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        content = stream.read()
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeError as error:
+        raise ConfigError(f"{field} cannot be read: {error}. Save it as UTF-8.") from None
+    if lines and lines[0].strip(' "') == "user_id":
+        del lines[0]
+    return [line for line in lines if line.strip()]
 
 
 def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str:
@@ -179,7 +222,13 @@ def format_similar(retriever: Retriever, item: str, options: ListOptions) -> str
     return f"Items like {item}:\n{header}\n\n{format_items(similar)}"
 
 
-def write_lists(retriever: Retriever, users: Path, out: Path, options: ListOptions) -> str:
+def write_lists(
+    retriever: Retriever,
+    users: Path,
+    out: Path,
+    options: ListOptions,
+    accept: Collection[str] = (),
+) -> str:
     """Writes the recommendations of many users as Parquet: user_id, rank, item_id, score.
 
     Args:
@@ -187,22 +236,35 @@ def write_lists(retriever: Retriever, users: Path, out: Path, options: ListOptio
         users: File of user ids, see `read_ids`.
         out: File to write, whole or not at all.
         options: Options of the lists.
+        accept: Names of findings that are right for these users: "unmatched_users".
 
     Returns:
         A line that says what was written, and for how many unknown users.
+
+    Raises:
+        ConfigError: The file cannot be read, or most of its users are not known.
     """
+    for finding in accept:
+        choose({UNMATCHED: finding}, finding, "--accept")
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder; name a Parquet file.")
     # Both paths are checked before the long part.
-    ids = read_ids(users)
+    ids = read_ids(users, retriever.forms.user_id)
+    unknown = [user for user in ids if not retriever.knows(user)]
+    if len(unknown) > (1 - LEAST_KNOWN) * len(ids) and UNMATCHED not in accept:
+        known = next(iter(retriever.user_rows.row_by_id), "")
+        raise ConfigError(
+            f"--users={users}: {len(unknown):,} of {len(ids):,} users are not known, such as "
+            f"{echo(unknown[0])}; the bundle knows ids such as {echo(known)}. All of them "
+            f"would get the list for somebody new. If they are new users: --accept={UNMATCHED}."
+        )
     lists = retriever.recommend_many(ids, **dataclasses.asdict(options))
     # An earlier file stays whole until the new one is.
     with atomic(out) as temporary:
         pq.write_table(lists, temporary)
-    unknown = sum(not retriever.knows(user) for user in ids)
     return (
         f"{out}: {len(lists):,} rows, lists of {options.k} for {len(ids):,} users "
-        f"({unknown:,} of them not known)."
+        f"({len(unknown):,} of them not known)."
     )
 
 
