@@ -101,7 +101,7 @@ def _with_separator(condition: tuple, field: str, separators: Mapping[str, str])
             f"their members, and {symbol!r} compares the whole text: write "
             f"({name!r}, 'contains', {value!r})."
         )
-    if symbol != "contains":
+    if symbol not in ("contains", "not contains"):
         return condition
     members = value if isinstance(value, (tuple, list)) else (value,)
     return name, symbol, Members(tuple(members), separator)
