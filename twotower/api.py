@@ -17,6 +17,7 @@ import pyarrow as pa
 from twotower import fitting, refitting
 from twotower.config import Config, RetrievalConfig
 from twotower.core.fields import build
+from twotower.core.files import read_json
 from twotower.data.dataset import Dataset
 from twotower.data.facts import LogFacts
 from twotower.data.report import DataReport, log_report, print_report
@@ -117,8 +118,8 @@ class Run(run_folder.Run):
 
         Args:
             **index_options: Options of `config.retrieval` that replace those of the run, such as
-                `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`; and `changes`, "carry"
-                or "drop", for changes made to the items of the bundle before.
+                `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`; and those of
+                `twotower.api.export`, `changes` and `with_users`.
 
         Returns:
             The bundle that was written to `workdir / "bundle"`.
@@ -534,7 +535,11 @@ def read_history(workdir: Path) -> pa.Table:
 
 
 def export(
-    run: Run, *, changes: Literal["carry", "drop"] = "carry", **index_options: Any
+    run: Run,
+    *,
+    changes: Literal["carry", "drop"] = "carry",
+    with_users: bool = True,
+    **index_options: Any,
 ) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
 
@@ -542,6 +547,8 @@ def export(
         run: Loaded run.
         changes: Whether changes made to the items of the bundle before are carried over to this
             one, or forgotten.
+        with_users: Whether the bundle holds the known users: their vectors, what they had, and
+            their raw features. Without them, known users are answered as new ones are.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -555,7 +562,29 @@ def export(
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
     run = with_index_options(run, **index_options)
-    return export_bundle(run, run.workdir / BUNDLE, changes=changes)
+    return export_bundle(
+        run,
+        run.workdir / BUNDLE,
+        changes=changes,
+        with_users=with_users,
+        figures=_figures(run),
+    )
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """Returns what was measured of a checkpoint, for the manifest of its bundle."""
+    figures: dict[str, Any] = {"validation": dict(run.validated)}
+    path = metrics_path(run.workdir, "test")
+    if path.exists():
+        measured = read_json(path)
+        # Those of another checkpoint say nothing of this one.
+        if measured["protocol"]["step"] == run.step:
+            figures["test"] = measured["model"]
+    entries = {"figures": {part: values for part, values in figures.items() if values}}
+    record = refitting.read_record(run.workdir)
+    if record is not None:
+        entries["refit"] = record
+    return entries
 
 
 def with_index_options(run: Run, **index_options: Any) -> Run:
@@ -615,7 +644,8 @@ def evaluate(
         max_queries=max_queries,
         popularity_weights=popularity_weights,
     )
-    if retriever is not None:
+    # A bundle without users has none to search for.
+    if retriever is not None and len(retriever.bundle.users):
         # One query a user, whatever the protocol: the index is searched with users' vectors.
         queries = make_queries(run.prepared, split, "user")
         measured["index"] = report.measure_index(retriever, queries.user)

@@ -10,13 +10,14 @@ import pytest
 
 from tests.index.oracles import unit
 from twotower.config import RetrievalConfig
+from twotower.core.errors import ConfigError
 from twotower.core.install import install_line
 from twotower.index import tuning as tuner
 from twotower.index.build import build_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import isin_lists, list_recall, recall_by_decile
-from twotower.index.tuning import Trial, TunableIndex, tune
-from twotower.index.tuning_report import format_tuning, plot_tuning
+from twotower.index.tuning import Trial, TunableIndex, Tuning, tune
+from twotower.index.tuning_report import check_plot, format_tuning, plot_tuning, save_plot
 
 
 @pytest.fixture(scope="module")
@@ -245,5 +246,21 @@ def test_a_plot_is_drawn(tmp_path):
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=re.escape(install_line("plots"))):
-        plot_tuning(TRIALS, 0.9, tmp_path / "index.png")
+    for draw in (check_plot, lambda path: plot_tuning(TRIALS, 0.9, path)):
+        with pytest.raises(ConfigError, match=re.escape(install_line("plots"))):
+            draw(tmp_path / "index.png")
+
+
+def test_a_plot_is_a_file_or_a_reason(tmp_path):
+    """Where a figure cannot be written, that is said before minutes of work."""
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    assert check_plot(tmp_path / "index") == tmp_path / "index.png"
+    with pytest.raises(ConfigError, match=r"as '.xyz'. Known: .*png"):
+        check_plot(tmp_path / "index.xyz")
+    path = tmp_path / "new" / "index.png"
+    exact = ExactIndex(np.eye(3, dtype=np.float32), normalized=True)
+    assert "the exact index has nothing to tune" in save_plot(exact, path)
+    assert not path.exists()
+    tuning = Tuning(kind="scann_tree", num_items=9, dim=3, normalized=True, tried=tuple(TRIALS))
+    exact.tuning = tuning
+    assert str(path) in save_plot(exact, path) and path.exists()

@@ -33,7 +33,7 @@ NEW = {"item_id": "new", "price": 3.0, "title": "a lamp"}
 def short_exports(monkeypatch):
     """Leaves out the proof that a bundle scores as the trainer does, which has tests of its own,
     and embeds each run once."""
-    monkeypatch.setattr(export_module, "check_parity", lambda run, version: None)
+    monkeypatch.setattr(export_module, "check_parity", lambda *_: None)
     monkeypatch.setattr(export_module, "make_bundle", bundle_of)
 
 
@@ -109,7 +109,7 @@ def test_an_old_server_neither_changes_nor_undoes_a_newer_export(other_run, fold
 
 
 def test_a_change_while_an_export_writes_is_carried_over(other_run, folder, changed, monkeypatch):
-    def acknowledge(run, version):
+    def acknowledge(run, version, users):
         changed.upsert([{"item_id": "meanwhile", "price": 1.0, "title": "y"}])
 
     monkeypatch.setattr(export_module, "check_parity", acknowledge)

@@ -1,12 +1,16 @@
 """Jobs in parts against what one call gives; killed, shared and mistaken ones."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 
+import duckdb
 import numpy as np
+import pandas
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,10 +95,28 @@ def test_another_job_does_not_go_on_in_the_same_folder(tmp_path):
         write_parts(tmp_path / "out", {"job": "n", "k": 4}, 31, numbers, tasks=Tasks(), part=8)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="holds files"):
         write_parts(tmp_path / "other", {}, 31, numbers, tasks=Tasks(), part=8)
     with pytest.raises(ConfigError, match=r"--task=2 must lie in \[0, 2\)"):
         Tasks(2, 2)
+
+
+def test_the_parts_are_a_folder_that_any_reader_takes(tmp_path):
+    out = tmp_path / "lists"
+    write_parts(out, {"job": "n"}, 31, numbers, tasks=Tasks(), part=8)
+    assert json.loads((tmp_path / "lists_job.json").read_text())["rows"] == 31
+    read = {
+        "pandas": pandas.read_parquet(out)["n"].tolist(),
+        "polars": polars.read_parquet(out)["n"].to_list(),
+        "duckdb": [
+            row[0] for row in duckdb.sql(f"from read_parquet('{out}/*') order by n").fetchall()
+        ],
+        "pyarrow": pq.read_table(out)["n"].to_pylist(),
+    }
+    assert read == dict.fromkeys(read, list(range(31)))
+    # Where the parts are deleted, so is the job.
+    shutil.rmtree(out)
+    write_parts(out, {"job": "another"}, 31, numbers, tasks=Tasks(), part=8)
 
 
 KILLED = """if True:

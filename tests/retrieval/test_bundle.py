@@ -1,6 +1,7 @@
 """The bundle: whole, unchanged, of one piece, and scoring as the trainer does."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 
@@ -20,6 +21,7 @@ from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
+from twotower.retrieval.batch_jobs import recommend_all
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import (
@@ -51,6 +53,49 @@ def copy(exported_files, tmp_path):
 def vectors(run, side, features):
     """As the trainer computes them."""
     return np.asarray(run.model.embed(side, run.weights, jax.tree.map(jnp.asarray, dict(features))))
+
+
+def test_the_manifest_says_what_the_model_saw_and_whom_it_knows(run, tmp_path):
+    figures = {"figures": {"validation": {"ndcg@10": 0.25}}}
+    bundle = export(run, tmp_path / "bundle", figures=figures)
+    manifest = load_bundle(bundle.folder).manifest
+    assert manifest["figures"] == figures["figures"]
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(manifest["date"])
+    assert abs(age) < datetime.timedelta(minutes=10)
+    prepared = run.prepared
+    parts = {name: getattr(prepared, name) for name in ("train", "validation", "test")}
+    assert manifest["data"]["rows"] == {name: len(rows) for name, rows in parts.items()}
+    for name, rows in parts.items():
+        for bound, seconds in (("from", rows.timestamp.min()), ("to", rows.timestamp.max())):
+            moment = datetime.datetime.fromisoformat(manifest["data"][name][bound])
+            assert moment.timestamp() == seconds
+    assert manifest["personal"] == {
+        "encoder": ["user_id"],
+        "users.parquet": ["user_id", "city", "event"],
+        "user_vectors.npy": ["user_id"],
+        "seen_items.npy": ["item_id"],
+        "seen_events.arrow": ["timestamp", "event"],
+    }
+
+
+def test_a_bundle_without_users_answers_all_as_strangers(run, exported, tmp_path):
+    export(run, tmp_path / "bundle", with_users=False)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.manifest["personal"] == {"encoder": ["user_id"]}
+    assert bundle.manifest["num_users"] == len(bundle.users) == len(bundle.user_vectors) == 0
+    np.testing.assert_array_equal(bundle.vectors, load_bundle(exported).vectors)
+    without = Retriever.load(tmp_path / "bundle")
+    known = run.prepared.users["user_id"][0].as_py()
+    scores = [item.score for item in without.recommend(known, k=5)]
+    stranger = Retriever.load(exported).encode_users([{"user_id": known}])
+    whole = np.sort(stranger @ np.asarray(bundle.vectors).T)[0, ::-1]
+    np.testing.assert_allclose(scores, whole[:5], rtol=1e-5)
+    # Its items change as those of any bundle.
+    without.upsert([{"item_id": "new", "price": 3.0}])
+    without.compact()
+    assert "new" in load_bundle(tmp_path / "bundle").items["item_id"].to_pylist()
+    with pytest.raises(ConfigError, match="without its users"):
+        recommend_all(tmp_path / "bundle", tmp_path / "lists", 3)
 
 
 def test_what_is_written_is_what_is_read(run, exported):

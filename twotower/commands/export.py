@@ -33,6 +33,12 @@ _CHANGES = flags.DEFINE_enum(
     "Changes made to the items of the bundle before: carry them over to this one, or drop them.",
     flag_values=FLAGS,
 )
+_WITHOUT_USERS = flags.DEFINE_bool(
+    "without_users",
+    False,
+    "Leave out the known users and what they had: they are then answered as new ones are.",
+    flag_values=FLAGS,
+)
 # These replace options of config.retrieval of the same name.
 _OPTIONS = (
     flags.DEFINE_float(
@@ -60,14 +66,16 @@ _OPTIONS = (
 def main() -> None:
     from twotower import api
     from twotower.evaluation.report_text import format_bundle
-    from twotower.index.tuning_report import plot_tuning
+    from twotower.index.tuning_report import check_plot, save_plot
 
+    # Before minutes of work.
+    plot = None
+    if _PLOT.value:
+        plot = check_plot(Path(_PLOT.value))
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     # Flags that are left out leave the options of the run as they are.
     options = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
-    bundle = api.export(run, changes=_CHANGES.value, **options)
-    # Exact search has nothing to tune, and so nothing to draw.
-    tuning = getattr(bundle.index, "tuning", None)
-    if _PLOT.value and tuning is not None and tuning.tried:
-        plot_tuning(tuning.tried, tuning.target_recall, Path(_PLOT.value))
+    bundle = api.export(run, changes=_CHANGES.value, with_users=not _WITHOUT_USERS.value, **options)
     print(format_bundle(bundle, run.workdir / api.BUNDLE))
+    if plot is not None:
+        print(save_plot(bundle.index, plot))

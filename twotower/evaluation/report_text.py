@@ -166,7 +166,10 @@ def format_bundle(bundle: Bundle, folder: Path) -> str:
         lines.append(format_tuning(tuning))
     if "against_full" in bundle.manifest:
         lines.append(_loss_line(bundle))
-    sizes = f"{len(bundle.items):,} items, {len(bundle.users):,} users"
+    users = f"{len(bundle.users):,} users"
+    if not len(bundle.users):
+        users = "no users (known ones are answered as new ones)"
+    sizes = f"{len(bundle.items):,} items, {users}"
     lines.append(f"{folder}: {sizes}, {describe_index(bundle.index)}.")
     return "\n".join(lines)
 

@@ -114,8 +114,11 @@ def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.
         config: Configuration of the run.
         vectors: float [N, D], item vectors.
         counts: int [N], training rows of each item.
-        users: float [U, D], user vectors to tune on.
+        users: float [U, D], user vectors to tune on; without any, items are taken.
     """
+    if not len(users):
+        # Of a bundle without users: items are vectors of the same space.
+        users = np.asarray(vectors[evenly_spaced(np.arange(len(vectors)), TUNING_QUERIES)])
     queries = evenly_spaced(users, TUNING_QUERIES)
     if config.retrieval.popularity:
         coordinate, _ = popularity_coordinate(counts, vectors.shape[1])

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from twotower.core.install import install_line
+from twotower.core.errors import ConfigError
+from twotower.core.install import extra
 from twotower.core.tables import format_table
+from twotower.index.base import Index
 from twotower.index.tuning import SearchEffort, Trial, Tuning
 
 # "-margin" is the recall less its margin, which must reach the target.
@@ -91,16 +93,46 @@ def _rank(trial: Trial) -> tuple[bool, float]:
     return False, trial.recall
 
 
+def check_plot(path: Path) -> Path:
+    """Returns the file that a plot is saved to, a PNG if its name does not say otherwise.
+
+    Raises:
+        ConfigError: Matplotlib is missing, or does not write such files.
+    """
+    with extra("plots", "--plot"):
+        from matplotlib.figure import Figure
+    path = path if path.suffix else path.with_suffix(".png")
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(
+            f"--plot={path}: no plot is written as {path.suffix!r}. Known: {', '.join(known)}."
+        )
+    return path
+
+
+def save_plot(index: Index, path: Path) -> str:
+    """Plots the trials by which an index was tuned, and returns a line on it.
+
+    Args:
+        index: Index that was built.
+        path: File of the plot, checked by `check_plot`.
+    """
+    tuning = getattr(index, "tuning", None)
+    if tuning is None or not tuning.tried:
+        return f"No plot in {path}: the {index.kind} index has nothing to tune."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_tuning(tuning.tried, tuning.target_recall, path)
+    return f"Plot: {path}."
+
+
 def plot_tuning(trials: Sequence[Trial], target_recall: float, path: Path) -> None:
     """Plots recall against queries per second of the trials into an image.
 
     Raises:
-        ImportError: Matplotlib is missing; the message names the extra to install.
+        ConfigError: Matplotlib is missing; the message names the extra to install.
     """
-    try:
+    with extra("plots", "A plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"A plot needs matplotlib ({error}): {install_line('plots')}.") from error
     # One plot for each list length, and in it one line for each number of candidates.
     lengths = sorted({trial.k for trial in trials})
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")

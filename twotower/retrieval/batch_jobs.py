@@ -1,8 +1,9 @@
 """Batch jobs over all users and items: vectors and lists as Parquet, in parts.
 
 A job that was killed goes on where it was. A part is a file that is whole or does not exist. The
-model, the number of rows and the options stand in job.json beside the parts, and another job does
-not go on in the same folder. Several processes share a job: task t of n makes the parts t, t + n,
+model, the number of rows and the options stand beside the folder, in NAME_job.json, and another job
+does not go on in the same folder. The folder holds parts alone, so that any reader of Parquet takes
+it. Several processes share a job: task t of n makes the parts t, t + n,
 t + 2 n, ... and needs nothing from the others but the folder.
 """
 
@@ -152,6 +153,8 @@ def recommend_all(
     if rerank is not None:
         job["rerank"] = dataclasses.asdict(as_config(rerank))
     ids = bundle.users["user_id"]
+    if not len(ids):
+        raise ConfigError(f"{folder} was exported without its users: there are none to list.")
 
     def make(rows: slice) -> pa.Table:
         users = ids.slice(rows.start, rows.stop - rows.start).to_pylist()
@@ -211,9 +214,11 @@ def _embed_part(
 
 
 def _claim(out: Path, job: Mapping[str, Any]) -> None:
-    """Writes job.json, or checks that an existing one says the same."""
-    path = out / "job.json"
-    if path.exists():
+    """Writes the description of a job, or checks that an existing one says the same."""
+    # Beside the folder: some readers of folders refuse any other file in them.
+    path = out.with_name(f"{out.name}_job.json")
+    # Without the folder it is of parts that were deleted.
+    if path.exists() and out.exists():
         try:
             known = json.loads(path.read_text())
         # A file that is cut or foreign says nothing that agrees, and is refused below.
@@ -229,7 +234,8 @@ def _claim(out: Path, job: Mapping[str, Any]) -> None:
         return
     # Files whose names begin with a dot are those of atomic writes by other tasks.
     if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise ConfigError(f"{out} holds other files and no job.json. Name a new folder.")
+        raise ConfigError(f"{out} holds files, and there is no {path}. Name a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(job, indent=2, sort_keys=True) + "\n")
 

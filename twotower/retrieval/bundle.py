@@ -1,8 +1,9 @@
 """The bundle: everything that recommending needs, in one folder whose files can be verified.
 
 ```
-manifest.json    format, versions, metric, checkpoint step, hash of the weights, kind of index,
-                 sentence encoders, sha256 of every other file
+manifest.json    format, versions, date, metric, checkpoint step and its figures, rows and times of
+                 the data, columns about persons, hash of the weights, kind of index, sentence
+                 encoders, sha256 of every other file
 plugins.json     plugins and kinds of one's own, by name and hash; no code
 config.json  encoder/  params.npz  tables/
                  configuration, features, and the weights of the towers
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +74,8 @@ INDEX = "index"  # folder of the index
 EVENTS = "seen_events.arrow"
 # Settings of the index that the manifest records; those of a graph where it is one.
 INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
+# Entries of the manifest that were measured on the run, at its export.
+OF_THE_RUN = ("against_full", "data", "figures", "refit")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 
@@ -169,11 +173,14 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
         "format": FORMAT,
         "format_version": VERSION,
         "twotower": twotower.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": _package_versions(),
         "metric": "dot",
         "normalized": bundle.normalized,
         "dim": bundle.towers.dim,
         "num_items": len(bundle.items),
+        "num_users": len(bundle.users),
+        "personal": personal_columns(bundle),
         "step": step,
         "model_version": version,
         "index": {name: index[name] for name in INDEX_SETTINGS if name in index},
@@ -255,6 +262,27 @@ def _arrays(bundle: Bundle) -> dict[str, np.ndarray]:
             "item_scales": bundle.vectors.scales,
         }
     return arrays | {"item_vectors": bundle.vectors}
+
+
+def personal_columns(bundle: Bundle) -> dict[str, list[str]]:
+    """Returns what a bundle holds about persons, for its manifest.
+
+    Returns:
+        File -> columns of it. Of the encoder these are user features that know each user by id.
+    """
+    by_id = []
+    for name, feature in bundle.encoder.spec.user.items():
+        fitted = bundle.encoder.fitted[feature.key]
+        if "user_id" in feature.columns_read and fitted.vocabulary is not None:
+            by_id.append(name)
+    columns = {"encoder": by_id}
+    if len(bundle.users):
+        columns["users.parquet"] = bundle.users.column_names
+        columns["user_vectors.npy"] = ["user_id"]
+        columns["seen_items.npy"] = ["item_id"]
+        if bundle.seen_events is not None:
+            columns[EVENTS] = bundle.seen_events.column_names
+    return {file: names for file, names in columns.items() if names}
 
 
 def _sentence_models(encoder: Encoder) -> dict[str, dict[str, str]]:
@@ -392,8 +420,13 @@ def _map_events(folder: Path) -> pa.Table | None:
 
 def _map_array(folder: Path, name: str) -> np.ndarray:
     """Returns an array that is mapped into memory, for reading."""
+    path = folder / f"{name}.npy"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:  # an array without elements, of a bundle without users, cannot be mapped
+        array = np.load(path, allow_pickle=False)
     # A plain array over the mapped file: indexing a `np.memmap` is slower by ten microseconds.
-    return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+    return np.asarray(array)
 
 
 def _stored_vectors(folder: Path, kind: str) -> Vectors:

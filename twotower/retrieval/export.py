@@ -7,7 +7,7 @@ scores of the trainer's towers before it becomes the current version.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from absl import logging
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import exclusive, explain_full_disk, next_version
+from twotower.core.ragged import Ragged
 from twotower.data.interactions import PARTS
 from twotower.features.pretrained import PretrainedFeature
 from twotower.index.base import TUNING_QUERIES
@@ -44,7 +45,14 @@ PARITY_ROWS = 256  # users and items whose scores are compared
 AGAINST_FULL = (10, 100)  # K of the lists by which stored vectors are measured
 
 
-def export(run: Run, folder: Path, *, changes: Literal["carry", "drop"] = "carry") -> Bundle:
+def export(
+    run: Run,
+    folder: Path,
+    *,
+    changes: Literal["carry", "drop"] = "carry",
+    with_users: bool = True,
+    figures: Mapping[str, Any] | None = None,
+) -> Bundle:
     """Writes the bundle of a run; an existing one is replaced only when the new one is whole.
 
     Args:
@@ -52,6 +60,9 @@ def export(run: Run, folder: Path, *, changes: Literal["carry", "drop"] = "carry
         folder: Folder of the bundle.
         changes: Whether changes that were made to the items of the existing bundle are carried
             over to the new one, or forgotten.
+        with_users: Whether the bundle holds the known users, with what they had. Without them,
+            known users are answered as new ones are.
+        figures: Further entries of the manifest: what was measured of the run.
 
     Returns:
         The bundle, with its manifest. If vectors are cut or stored as int8, the loss is measured
@@ -66,13 +77,16 @@ def export(run: Run, folder: Path, *, changes: Literal["carry", "drop"] = "carry
     stays = "The bundle before stays as it was. Give the same command again."
     with explain_full_disk(folder, stays), exclusive(folder, "export"):
         bundle = make_bundle(run)
-        more = {}
+        users = bundle.users
+        more: dict[str, Any] = {**(figures or {}), "data": describe_data(run.prepared)}
         if not _has_full_vectors(run, bundle):
             more["against_full"] = measure_against_full(run, bundle)
+        if not with_users:
+            bundle = without_users(bundle)
         with next_version(folder) as version:
             manifest = write_bundle(bundle, version, step=run.step, **more)
             # In this order: servers load only what was found to be right.
-            check_parity(run, version)
+            check_parity(run, version, users)
             publish_with_changes(folder, version, keep=changes == "carry")
     logging.info(
         "%s: %d items, %s index, checkpoint of step %d.",
@@ -115,6 +129,34 @@ def make_bundle(run: Run) -> Bundle:
         seen=seen,
         seen_events=events_of_items(prepared, positives, rows_of_items(positives, seen)),
     )
+
+
+def without_users(bundle: Bundle) -> Bundle:
+    """Returns a bundle without its known users, their vectors and what they had."""
+    nothing = np.zeros(0, bundle.seen.values.dtype)
+    return dataclasses.replace(
+        bundle,
+        users=bundle.users.slice(0, 0),
+        user_vectors=bundle.user_vectors[:0],
+        seen=Ragged(np.zeros(1, np.int64), nothing),
+        seen_events=None,
+    )
+
+
+def describe_data(prepared: PreparedData) -> dict[str, Any]:
+    """Returns what data a model saw, for a manifest: rows of each part, and times from and to."""
+    described: dict[str, Any] = {
+        "rows": {part: len(getattr(prepared, part)) for part in PARTS},
+        "users": len(prepared.users),
+    }
+    for part, rows in zip(PARTS, all_rows(prepared)):
+        if rows.timestamp is None or not len(rows):
+            continue
+        # Not `datetime`, which knows years up to 9999 alone.
+        first = np.datetime64(int(rows.timestamp.min()), "s")
+        last = np.datetime64(int(rows.timestamp.max()), "s")
+        described[part] = {"from": f"{first}Z", "to": f"{last}Z"}
+    return described
 
 
 def events_of_items(
@@ -271,7 +313,7 @@ def display_items(prepared: PreparedData) -> pa.Table:
     return prepared.items.select(list(dict.fromkeys(["item_id", *display])))
 
 
-def check_parity(run: Run, folder: Path) -> None:
+def check_parity(run: Run, folder: Path, raw_users: pa.Table | None = None) -> None:
     """Compares scores of a bundle, loaded as a server would, with those of the trainer's towers.
 
     Scores by vectors stored as int8 may differ by their rounding, bounded item by item; those by
@@ -280,6 +322,7 @@ def check_parity(run: Run, folder: Path) -> None:
     Args:
         run: Run that the bundle was made of.
         folder: Folder of the bundle.
+        raw_users: Raw rows of the known users; by default those that the bundle holds.
 
     Raises:
         BundleError: Scores differ by more.
@@ -288,7 +331,8 @@ def check_parity(run: Run, folder: Path) -> None:
     bundle = retriever.bundle
     # Here and not at the first request: a re-ranker may name a column that items do not have.
     if bundle.config.retrieval.rerank.kind:
-        retriever.recommend_many(bundle.users["user_id"][:1].to_pylist(), bundle.config.retrieval.k)
+        anybody = run.prepared.users["user_id"][:1].to_pylist()
+        retriever.recommend_many(anybody, bundle.config.retrieval.k)
     prepared = run.prepared
     model = served_model(run)
     latest = latest_rows(all_rows(prepared), num_users=len(prepared.users))
@@ -304,7 +348,10 @@ def check_parity(run: Run, folder: Path) -> None:
     trained = user_vectors @ item_vectors.T
 
     # The bundle's, from raw columns through its own encoder and programs.
-    known = bundle.users.take(pa.array(users))
+    all_known = bundle.users
+    if raw_users is not None:
+        all_known = raw_users
+    known = all_known.take(pa.array(users))
     served_users = retriever.encode_users(known)
     served_items = bundle.towers.embed("item", item_features)
     stored_items = bundle.vectors[items]
@@ -312,6 +359,8 @@ def check_parity(run: Run, folder: Path) -> None:
     compare_scores(served_users @ stored_items.T, trained, rounding)
     compare_scores(served_users @ served_items.T, trained)
 
+    if not len(bundle.users):
+        return
     # Stored user vectors are for requests made now: where a feature reads the time, they differ
     # from those of the users' latest rows.
     now = retriever.encode_users(retriever.user_rows.take(known["user_id"].to_pylist()))

@@ -31,7 +31,7 @@ from twotower.core.ragged import Ragged
 from twotower.index.base import Index
 from twotower.index.build import index_items
 from twotower.index.int8 import Vectors
-from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
+from twotower.retrieval.bundle import OF_THE_RUN, Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (
     Change,
@@ -139,8 +139,8 @@ class LiveBundle:
         # An export carries them over: it must know them when there is no log any more.
         earlier = ChangedItems.from_manifest(manifest)
         changed = earlier.after(log.since(0)[:last])
-        # Measured at export, against weights that the bundle does not hold.
-        kept = {name: manifest[name] for name in ("against_full",) if name in manifest}
+        # Of the run, which the bundle does not hold.
+        kept = {name: manifest[name] for name in OF_THE_RUN if name in manifest}
         with next_version(folder) as version:
             write_bundle(
                 self._replace_items(then),
