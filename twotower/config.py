@@ -145,6 +145,10 @@ class DataConfig:
         duplicates: Rows to keep of several with one user and item.
         item_group: Column of the items table to recommend in place of the item id, such as a title
             or a parent product; empty for the item id.
+        item_rows: Rows that describe the items where the table of items is the file of the log:
+            those of training, with the latest values of each item and without columns that differ
+            within items, unless a feature or the lists read them; or all rows of the file, with
+            the first values, whose items are then all in the corpus.
         accept: Names of findings about the data that are refused unless they are right for the data
             at hand, such as "unmatched_items"; the message of a refusal says its name.
     """
@@ -172,6 +176,7 @@ class DataConfig:
     k_core: int = 0
     duplicates: Literal["all", "first", "last"] = "all"
     item_group: str = ""
+    item_rows: Literal["train", "all"] = "train"
     accept: tuple[str, ...] = ()
 
     def __post_init__(self):

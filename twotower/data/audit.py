@@ -58,12 +58,13 @@ class Check:
     look: Callable[[Split, SplitConfig], Finding | None]
 
 
-def audit(split: Split, config: SplitConfig) -> list[Finding]:
+def audit(split: Split, config: SplitConfig, *, describes_items: bool = False) -> list[Finding]:
     """Looks for every kind of leakage of `FINDINGS`.
 
     Args:
         split: The parts of the log.
         config: Kind of the split, and the kinds of leakage to accept.
+        describes_items: Whether all rows of the log, those held out among them, describe the items.
 
     Returns:
         The findings, all of them accepted by `config.accept_leakage` or of a few repeated rows,
@@ -77,6 +78,8 @@ def audit(split: Split, config: SplitConfig) -> list[Finding]:
         choose(FINDINGS, name, "config.split.accept_leakage")
     # All checks run before the first complaint, so that one message names everything to mend.
     results = [check.look(split, config) for check in FINDINGS.values()]
+    if describes_items:
+        results.append(_held_out_text(split))
     findings = [finding for finding in results if finding is not None]
     not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
     refused = [finding for finding in not_accepted if not finding.is_few]
@@ -234,6 +237,27 @@ _CURE_OF_REPEATS = (
     "into a cart and buy, that is the view, and how often they came back is lost. 'last' leaves "
     "the latest, and takes from training what is repeated later."
 )
+
+
+def _held_out_text(split: Split) -> Finding | None:
+    """Looks for held-out rows of items that these rows alone describe."""
+    trained = pc.unique(split.train["item_id"])
+    count = 0
+    example = ""
+    for rows in _held_out_parts(split):
+        is_new = _as_mask(pc.invert(pc.is_in(rows["item_id"], value_set=trained)))
+        if is_new.any():
+            count += int(is_new.sum())
+            example = describe(rows, int(is_new.argmax()))
+    if not count:
+        return None
+    message = (
+        f"{count:,} held-out rows are of items that no training row has, and that the held-out "
+        f"rows describe, for example {example}"
+    )
+    return Finding("held_out_text", count, message)
+
+
 # The order of the checks is the order of the lines in the message.
 FINDINGS: dict[str, Check] = {
     "random_split": Check(
@@ -259,6 +283,13 @@ FINDINGS: dict[str, Check] = {
         "Training knows the time that is tested. config.split.kind='time' cuts all users at one "
         "moment.",
         _time_order,
+    ),
+    "held_out_text": Check(
+        "The table of items is the file of the log, so that the rows to be predicted bring the "
+        "items, and their texts, into the corpus. config.data.item_rows='train' takes training "
+        "rows alone; a table of items of its own may hold them all.",
+        # Only where all rows of the log describe the items; see `audit`.
+        lambda split, config: None,
     ),
 }
 

@@ -60,6 +60,10 @@ class Dataset:
         dropped: Rows that were left out so far, in the order in which they were.
         matches: Ids of the tables of users and items beside those of the log.
         warnings: Sentences on what was found odd so far, with what to do.
+        notes: Sentences on what was done so far.
+        log_items: Columns of the items in each row of the file of the log, where that describes the
+            items; see `twotower.data.log_items`.
+        log_positions: Row of that file for each interaction, int64 [N]; -1 for those of others.
     """
 
     interactions: pa.Table
@@ -70,6 +74,18 @@ class Dataset:
     dropped: tuple[Dropped, ...] = ()
     matches: tuple[Match, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    log_items: pa.Table | None = None
+    log_positions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def keep_rows(self, mask: np.ndarray) -> Dataset:
+        """Returns the dataset with the interactions that a mask, bool [N], marks."""
+        positions = self.log_positions
+        if self.log_items is not None:
+            positions = positions[mask]
+        return dataclasses.replace(
+            self, interactions=self.interactions.filter(pa.array(mask)), log_positions=positions
+        )
 
 
 def assemble(

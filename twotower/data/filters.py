@@ -38,27 +38,27 @@ def filter_rows(
 
     Raises:
         ConfigError: An unknown column or operator, a value that cannot be compared with its column,
-            a list that is compared as a whole, or no row left (the message counts the rows that each filter removed).
+            a list that is compared as a whole, or no row left (the message counts the rows that
+            each filter removed).
     """
-    rows = dataset.interactions
+    kept = dataset
     dropped = []
     reports = []
     # One after the other: a k-core is one of the rows that the conditions leave.
     for name, keep in _filters(config, separators or {}):
-        kept = rows.filter(pa.array(keep(rows)))
-        removed = rows.num_rows - kept.num_rows
-        dropped.append(Dropped(f"by {name}", removed, rows.num_rows))
-        reports.append(f"{name} removed {removed:,} of {rows.num_rows:,} rows")
-        rows = kept
+        before = len(kept.interactions)
+        kept = kept.keep_rows(np.asarray(keep(kept.interactions)))
+        removed = before - len(kept.interactions)
+        dropped.append(Dropped(f"by {name}", removed, before))
+        reports.append(f"{name} removed {removed:,} of {before:,} rows")
     # After the filters, which refuse conditions that cannot be read.
     warnings = _describe_absent_values(dataset.interactions, config.where)
-    if not rows.num_rows:
+    if not len(kept.interactions):
         reason = "; ".join(reports) or "the log is empty"
         sentences = [f"no training rows are left after the filters of config.data: {reason}."]
         raise ConfigError(" ".join(sentences + warnings))
     dataset = dataclasses.replace(
-        dataset,
-        interactions=rows,
+        kept,
         dropped=(*dataset.dropped, *dropped),
         warnings=(*dataset.warnings, *warnings),
     )

@@ -140,7 +140,7 @@ def describe_data(
         split=config.split.kind,
         parts={name: len(table) for name, table in zip(PARTS, numbers.tables)},
         held_out=held_out,
-        notes=tuple(_describe_values(config, spec, rows)),
+        notes=(*dataset.notes, *_describe_values(config, spec, rows)),
     )
 
 

@@ -17,10 +17,11 @@ from twotower.data.audit import audit, check_fitted, drop_repeats
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
+from twotower.data.log_items import with_items_of_log
 from twotower.data.matching import check_matches
 from twotower.data.report import DataReport
 from twotower.data.sources.kept import locate
-from twotower.data.sources.load import load_dataset
+from twotower.data.sources.load import describes_items, load_dataset, takes_items_of_log
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
@@ -177,9 +178,19 @@ def read_parts(
     check_times(config, spec, dataset.interactions)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
-    findings = audit(parts, config.split)
+    held_out_text = describes_items(config.data) and not takes_items_of_log(config.data)
+    findings = audit(parts, config.split, describes_items=held_out_text)
     parts, dropped = drop_repeats(parts, findings, config.split)
-    return dataclasses.replace(dataset, dropped=dataset.dropped + dropped), parts
+    dataset = dataclasses.replace(dataset, dropped=dataset.dropped + dropped)
+    return with_items_of_log(dataset, parts, _columns_of_items(config, spec)), parts
+
+
+def _columns_of_items(config: Config, spec: FeatureSpec) -> set[str]:
+    """Returns the columns of items that a feature, the lists or the mapping of columns names."""
+    names = {*config.retrieval.display, *config.data.item_table.columns}
+    for feature in spec.item.values():
+        names.update(feature.columns_read)
+    return names
 
 
 def prepare(

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 
 from twotower.config import DataConfig, TableConfig
@@ -25,6 +26,8 @@ from twotower.data.sources.frames import TableLike, read_table
 
 # Columns that a log must have.
 LOG_KEYS = ("user_id", "item_id")
+# Name of a column with the number of each row, for as long as rows are dropped.
+_POSITION = "\0position"
 
 
 class Tables(NamedTuple):
@@ -225,6 +228,7 @@ def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReade
     path = config.path or config.interactions.path
     # `config.data.path` is a short form of `config.data.interactions.path`.
     interactions = read_log(dataclasses.replace(config.interactions, path=path), "interactions")
+    num_rows = len(interactions)
     parts = []
     for name, table in (("validation", config.validation), ("test", config.test)):
         if _is_configured(table):
@@ -240,7 +244,32 @@ def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReade
     items = None
     if _is_configured(config.item_table):
         items = read_table(config.item_table, "item_table", keys=("item_id",))
-    return assemble(interactions, users, items)
+    if items is None or not takes_items_of_log(config) or len(items) != num_rows:
+        return assemble(interactions, users, items)
+    # The values of an item are taken from its rows once these are filtered and divided.
+    numbers = np.full(len(interactions), -1)
+    numbers[:num_rows] = np.arange(num_rows)
+    numbered = interactions.append_column(_POSITION, pa.array(numbers))
+    dataset = assemble(numbered, users)
+    return dataclasses.replace(
+        dataset,
+        interactions=dataset.interactions.drop_columns([_POSITION]),
+        log_items=items,
+        log_positions=dataset.interactions[_POSITION].to_numpy(),
+    )
+
+
+def takes_items_of_log(config: DataConfig) -> bool:
+    """Returns whether the training rows of the log describe the items."""
+    # A group of items is made before the rows are divided.
+    return describes_items(config) and config.item_rows == "train" and not config.item_group
+
+
+def describes_items(config: DataConfig) -> bool:
+    """Returns whether the table of items is the file of the log."""
+    path = config.path or config.interactions.path
+    is_file = config.source in ("csv", "parquet", "json")
+    return is_file and bool(path) and config.item_table.path == path
 
 
 def _with_split(rows: pa.Table, name: str) -> pa.Table:
