@@ -18,18 +18,23 @@ from twotower.data.facts import ColumnFacts, column_facts
 # Words of names, in the order of preference: a user goes before a session.
 _USERS = (
     "user customer client visitor member shopper buyer consumer reviewer subscriber reader "
-    "listener viewer player patient student account person profile uid",
+    "listener viewer player patient student account person profile uid kunde nutzer cliente "
+    "usuario utilisateur utente asiakas kund bruger",
     "household session device cookie",
 )
 _ITEMS = (
     "item product article sku stock asin isbn movie film show track song artist album book game "
     "video recipe business venue poi listing property hotel restaurant offer ad document doc post "
-    "news course job content app anime podcast episode iid pid",
+    "news course job content app anime podcast episode iid pid artikel produkt producto articulo "
+    "produit prodotto artikkel tuote ware",
     "title url",
 )
 _EVENTS = ("event action behavior behaviour interaction activity", "type")
 _RATINGS = ("rating stars score overall",)
-_TIMES = "timestamp time datetime date ts created occurred day dt t unix epoch at when".split()
+_TIMES = (
+    "timestamp time datetime date ts created occurred day dt t unix epoch at when datum zeit "
+    "zeitpunkt fecha data heure aika"
+).split()
 # Words that say of an id that it is one, or nothing at all.
 _IDS = "id ids code key no nr num number hash uuid guid identifier idx index".split()
 _FILLERS = "the my full anonymous unique parent raw".split()
@@ -39,7 +44,9 @@ _OTHER_TIMES = (
     "birth release released publish published updated modified end expiry delivery shipped "
     "duration spent zone watch dwell reading".split()
 )
+MAX_RATINGS = 20  # different numbers that ratings and counts have, where ids have more
 MAX_EVENTS = 50  # kinds of events that a column may have
+MAX_KINDS = 5  # different words that a column of events has, where ids have more
 LONGEST_ID = 4.0  # words
 
 
@@ -106,8 +113,13 @@ def guess_columns(
     for keyword, name in (("user", user), ("item", item), ("time", time)):
         if name and name not in table.column_names:
             raise ConfigError(f"{keyword}={name!r} is no column of the interactions.\n{log}")
-    user = user or log.id_column("user", _USERS, taken={item, time})
-    item = item or log.id_column("item", _ITEMS, taken={user, time})
+    named_user = user or log.id_column("user", _USERS, taken={item, time})
+    named_item = item or log.id_column("item", _ITEMS, taken={named_user, time})
+    if not (named_user and named_item):
+        user, item = log.id_pair(named_user, named_item, time)
+    else:
+        user = named_user
+        item = named_item
     if user == item:
         raise ConfigError(f"user={user!r} and item={item!r} must be two columns.\n{log}")
     if time is None:
@@ -196,10 +208,10 @@ class _Log:
         return self._facts[name]
 
     def id_column(self, keyword: str, words: tuple[str, ...], taken: Collection[str | None]) -> str:
-        """Returns the column of the user's or the item's id.
+        """Returns the column of the user's or the item's id by its name; empty for none.
 
         Raises:
-            ConfigError: There is none, or several might be.
+            ConfigError: Several might be.
         """
         names = [name for name in self._table.column_names if name not in taken]
         ranked = _by_name(names, words)
@@ -212,9 +224,39 @@ class _Log:
                 raise ConfigError(
                     f"The column of the {keyword} may be {listed}: give {keyword}=NAME.\n{self}"
                 )
-        raise ConfigError(
-            f"No column can be told to be the {keyword}'s: give {keyword}=NAME.\n{self}"
-        )
+        return ""
+
+    def id_pair(self, user: str, item: str, time: str | None) -> tuple[str, str]:
+        """Returns the columns of the user and of the item by what they hold.
+
+        Of two columns of ids the first one is the user's, as logs are written.
+
+        Args:
+            user: Column of the user by name; empty for none.
+            item: Column of the item, likewise.
+            time: Column of the time; None if it is not known.
+
+        Raises:
+            ConfigError: They cannot be told.
+        """
+        taken = {user, item, time}
+        names = [name for name in self._table.column_names if name not in taken]
+        likely = [name for name in names if self._looks_like_ids(name)]
+        missing = [keyword for keyword, name in (("user", user), ("item", item)) if not name]
+        if len(likely) == len(missing):
+            return user or likely.pop(0), item or likely.pop(0)
+        cures = " and ".join(f"{keyword}=NAME" for keyword in missing)
+        raise ConfigError(f"No column can be told to be the {missing[0]}'s: give {cures}.\n{self}")
+
+    def _looks_like_ids(self, name: str) -> bool:
+        """Returns whether a column may hold ids by its values alone."""
+        facts = self.facts(name)
+        if not self._may_be_id(name) or facts.kind == "time":
+            return False
+        if facts.kind == "number":
+            return facts.num_values > MAX_RATINGS
+        # The words of a few kinds of events come again in every user's rows.
+        return facts.num_values > MAX_KINDS
 
     def _may_be_id(self, name: str) -> bool:
         facts = self.facts(name)
@@ -291,6 +333,18 @@ class _Log:
                 if self.facts(name).kind == "number":
                     return name
         return ""
+
+
+def is_known_name(name: str) -> bool:
+    """Returns whether a text is the name of a column that logs have.
+
+    >>> is_known_name("CustomerID"), is_known_name("B00X7")
+    (True, False)
+    """
+    words = set(_words(name))
+    uses = " ".join([*_USERS, *_ITEMS, *_EVENTS, *_RATINGS]).split()
+    known = {*uses, *_TIMES}
+    return bool(words & known) and words <= {*known, *_IDS, *_FILLERS}
 
 
 def _words(name: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Callable
 
 import pyarrow as pa
 
@@ -12,11 +12,15 @@ from twotower.config import TableConfig
 from twotower.core.arrow import ArrowStream, BadValue, table_of
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Origin
-from twotower.data.sources import content, files
+from twotower.data.dialect import FileForm, find_form
+from twotower.data.sources import files, lists
 
-# Separators of CSV files; the one that the first line has most of is taken.
-SEPARATORS = (",", ";", "\t", "|")
-
+# Sources whose files are no tables of rows.
+LOGS: dict[str, Callable[[TableConfig, str], pa.Table]] = {
+    "user_lists": lists.read_user_lists,
+    "baskets": lists.read_baskets,
+    "matrix": lists.read_matrix,
+}
 
 TableLike = ArrowStream | str | os.PathLike[str]
 
@@ -51,19 +55,18 @@ def read_table(source: TableLike, config: TableConfig, name: str) -> tuple[pa.Ta
 
 
 def _read_files(path: str, config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
-    # `files` reads Parquet by its suffix, and takes anything else for CSV.
-    config = dataclasses.replace(config, path=path, columns={})
-    first = files.find_files(path, name, "csv")[0]
-    if config.delimiter == "," and content.look(first, name, "csv").kind == "csv":
-        config = dataclasses.replace(config, delimiter=_find_separator(first))
-    return files.read_raw(config, name, "csv")
+    form = find_form(path, config, name)
+    return read_form(form, name)
 
 
-def _find_separator(path: Path) -> str:
-    """Returns the separator of a CSV file."""
-    first_line = content.look(path, "", "csv").head().split(b"\n")[0].decode("latin-1")
-    # Of equals the comma, which comes first.
-    return max(SEPARATORS, key=first_line.count)
+def read_form(form: FileForm, name: str) -> tuple[pa.Table, Origin]:
+    """Reads a file, or several, as its form says: rows as they are, under their own names."""
+    # Which column is which is found later.
+    config = dataclasses.replace(form.config, columns={})
+    if form.source not in LOGS:
+        return files.read_raw(config, name, "csv")
+    table = LOGS[form.source](config, name)
+    return table, Origin(config.path, lambda row: f"{config.path}, pair {row + 1}", is_typed=True)
 
 
 def _from_frame(source: object, name: str) -> pa.Table:

@@ -1,0 +1,242 @@
+"""The form of a file that nobody has described, found by looking at its first lines."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from twotower.config import TableConfig
+from twotower.data.guess import is_known_name
+from twotower.data.sources import content, delimited, files
+
+Rows = list[list[str]]
+
+_LINES = 1_000  # lines that are looked at
+# Share of the lines that must have as many fields as the header.
+_CONSISTENT = 0.9
+# Delimiters from the likeliest on, for lines that several divide alike.
+_DELIMITERS = ("\t", "::", ";", "|", ",", delimited.WHITESPACE)
+_MATRIX = 10  # columns from which on a table of numbers may be users by items
+_OPTIONS = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
+
+
+@dataclasses.dataclass(frozen=True)
+class FileForm:
+    """The form of a file.
+
+    Attributes:
+        source: Kind of source that reads it, a key of `twotower.data.sources.load.SOURCES`.
+        config: Options by which it is read.
+        words: Description, such as "fields between ';', with a header".
+    """
+
+    source: str
+    config: TableConfig
+    words: str
+
+
+def find_form(path: str, config: TableConfig, name: str) -> FileForm:
+    """Returns the form of a file, or of the first of several.
+
+    Where the caller gives an option of files of text, nothing but the delimiter is found out.
+
+    Args:
+        path: Path, folder or glob.
+        config: Options of the caller.
+        name: Name of the table in the configuration, for messages.
+
+    Raises:
+        ConfigError: There is no such file, or one that is not read.
+    """
+    config = dataclasses.replace(config, path=path)
+    first = content.look(files.find_files(path, name, "csv")[0], name, "csv")
+    if first.kind != "csv":
+        words = {"json": "JSON", "parquet": "Parquet"}[first.kind]
+        return FileForm(first.kind, config, words)
+    if any(getattr(config, option) != getattr(TableConfig(), option) for option in _OPTIONS):
+        return FileForm("csv", config, "fields of text, as given")
+    form = _find_form_of_text(first, config)
+    if form.source != "csv" and name != "interactions":
+        # Attributes of users and items are a table, however ragged.
+        return FileForm("csv", config, "fields of text")
+    return form
+
+
+def _find_form_of_text(found: content.Content, config: TableConfig) -> FileForm:
+    head = found.head()
+    encoding = content.marked_encoding(head) or _encoding_of(head)
+    lines = head.decode(encoding, errors="replace").lstrip("\ufeff").splitlines()
+    # The last one may be cut off.
+    lines = lines[: max(len(lines) - 1, 1)] if len(head) == content.FIRST_BYTES else lines
+    lines = lines[:_LINES]
+    # "utf-8" reads a mark of its own too.
+    config = dataclasses.replace(config, encoding=encoding)
+    if lines and re.fullmatch(r"sep=.", lines[0]):
+        # The reader knows such a line.
+        rows = _divide(lines[1:], lines[0][4])
+        return _table_form(rows, config, lines[0][4])
+    comment = "#" if sum(line.startswith("#") for line in lines) and not _all_begin(lines) else ""
+    bare = [line for line in lines if line.strip() and not (comment and line.startswith(comment))]
+    config = dataclasses.replace(config, comment=comment)
+    delimiter, share = _find_delimiter(bare)
+    if not delimiter:
+        return FileForm("csv", config, "a single column")
+    if share < _CONSISTENT:
+        skip = _title_lines(bare, delimiter)
+        if skip and not comment:
+            config = dataclasses.replace(config, skip_lines=_position(lines, bare[skip]))
+            return _table_form(_divide(bare[skip:], delimiter), config, delimiter)
+        return _lists_form(bare, config, delimiter)
+    return _table_form(_divide(bare, delimiter), config, delimiter)
+
+
+def _encoding_of(head: bytes) -> str:
+    """Returns UTF-8, or the encoding of Western Europe that the bytes rather are of."""
+    try:
+        # A letter may be cut off at the end.
+        head[: len(head) - 4].decode("utf-8")
+        if len(head) < content.FIRST_BYTES:
+            head.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:
+        # Latin-1 has no letters there; the code page of Windows has quotes and the euro.
+        return "cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin-1"
+
+
+def _all_begin(lines: Sequence[str]) -> bool:
+    return all(line.startswith("#") for line in lines)
+
+
+def _position(lines: Sequence[str], line: str) -> int:
+    return list(lines).index(line)
+
+
+def _divide(lines: Sequence[str], delimiter: str) -> Rows:
+    if delimiter == delimited.WHITESPACE:
+        return [line.split() for line in lines]
+    if len(delimiter) > 1:
+        return [line.split(delimiter) for line in lines]
+    # A quoted text may hold line breaks, which `splitlines` took.
+    with_ends = (f"{line}\n" for line in lines)
+    try:
+        return [row for row in csv.reader(with_ends, delimiter=delimiter) if row]
+    except csv.Error:
+        return [line.split(delimiter) for line in lines]
+
+
+def _find_delimiter(lines: Sequence[str]) -> tuple[str, float]:
+    """Returns the delimiter of lines, and the share of rows that have as many fields as most."""
+    best = ""
+    best_rank = (False, 0, 0.0)
+    best_share = 0.0
+    for delimiter in _DELIMITERS:
+        rows = _divide(lines, delimiter)
+        widths = Counter(map(len, rows))
+        width, count = widths.most_common(1)[0] if widths else (0, 0)
+        if max(widths, default=0) < 2:
+            continue
+        share = count / len(rows)
+        is_consistent = share >= _CONSISTENT and width > 1
+        # White space divides texts too: it is for files that nothing else divides.
+        if delimiter == delimited.WHITESPACE and best:
+            continue
+        fields = width if is_consistent else sum(map(len, rows)) / len(rows)
+        rank = (is_consistent, fields, share)
+        if rank > best_rank:
+            best = delimiter
+            best_rank = rank
+            best_share = share if width > 1 else 0.0
+    return best, best_share
+
+
+def _title_lines(lines: Sequence[str], delimiter: str) -> int:
+    """Returns the number of lines before a table that begins later; 0 where none does."""
+    for skip in range(1, min(len(lines) - 1, 10)):
+        rows = _divide(lines[skip:], delimiter)
+        widths = {len(row) for row in rows}
+        if len(widths) == 1 and len(rows[0]) > 1:
+            return skip
+    return 0
+
+
+def _lists_form(lines: Sequence[str], config: TableConfig, delimiter: str) -> FileForm:
+    """Returns the form of lines of many lengths: baskets, or a user and their items."""
+    rows = [[word.strip() for word in row] for row in _divide(lines, delimiter)]
+    widths = Counter(map(len, rows))
+    if len(widths) < 3 or any(is_known_name(word) for word in rows[0]):
+        # A table with bad rows.
+        width = widths.most_common(1)[0][0]
+        right = [row for row in rows if len(row) == width]
+        return _table_form(right, config, delimiter)
+    first = [row[0] for row in rows]
+    others = {word for row in rows for word in row[1:]}
+    is_shared = sum(word in others for word in first) / len(first)
+    if delimiter != delimited.WHITESPACE:
+        config = dataclasses.replace(config, delimiter=delimiter)
+    between = _words_of(delimiter)
+    # A user stands in front of one line, and is no item.
+    if len(set(first)) == len(first) and is_shared < 0.5:
+        return FileForm("user_lists", config, f"a user and their items a line, between {between}")
+    return FileForm("baskets", config, f"a basket of items a line, between {between}")
+
+
+def _words_of(delimiter: str) -> str:
+    return {delimited.WHITESPACE: "white space", "\t": "tabs"}.get(delimiter, repr(delimiter))
+
+
+def _table_form(rows: Rows, config: TableConfig, delimiter: str) -> FileForm:
+    written = "whitespace" if delimiter == delimited.WHITESPACE else delimiter
+    config = dataclasses.replace(config, delimiter=written)
+    words = f"fields between {_words_of(delimiter)}"
+    if _is_matrix(rows):
+        return FileForm("matrix", config, f"users by items, {words}")
+    if has_header(rows):
+        return FileForm("csv", config, f"{words}, with a header")
+    width = Counter(map(len, rows)).most_common(1)[0][0]
+    names = tuple(f"column_{i + 1}" for i in range(width))
+    config = dataclasses.replace(config, names=names)
+    return FileForm("csv", config, f"{words}, without a header")
+
+
+def has_header(rows: Rows) -> bool:
+    """Returns whether the first of some rows names the columns.
+
+    >>> has_header([["user", "item"], ["u1", "i1"]]), has_header([["u2", "i3"], ["u1", "i1"]])
+    (True, False)
+    """
+    header = [field.strip() for field in rows[0]]
+    below = [row for row in rows[1:] if len(row) == len(header)]
+    # A name is no number and no time. The first may be missing: that of a frame's row numbers.
+    if any(re.match(r"[-+]?\d", field) for field in header) or not all(header[1:]):
+        return False
+    columns = [[row[i].strip() for row in below] for i in range(len(header))]
+    if any(field in values for field, values in zip(header, columns)):
+        return False
+    if any(is_known_name(field) for field in header):
+        return True
+    for field, values in zip(header, columns):
+        shapes = Counter(map(_shape, values)).most_common(1)
+        # Names among words are words too: only values with digits tell.
+        if shapes and shapes[0][0] == _shape(field) and "9" in _shape(field):
+            return False
+    return True
+
+
+def _shape(text: str) -> str:
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", text))
+
+
+def _is_matrix(rows: Rows) -> bool:
+    """Returns whether rows are users by items: numbers throughout, many columns, a user once."""
+    width = len(rows[0])
+    below = [row for row in rows[1:] if len(row) == width]
+    if width < _MATRIX or not below:
+        return False
+    users = [row[0] for row in below]
+    cells = [cell.strip() for row in below for cell in row[1:]]
+    is_number = [bool(re.fullmatch(r"(\d+([.,]\d+)?)?", cell)) for cell in cells]
+    few = len(set(cells)) <= 25
+    return all(is_number) and few and len(set(users)) == len(users)
