@@ -166,8 +166,10 @@ def test_columns_may_be_named_by_keyword_or_by_option():
     columns = {"user_id": "a", "item_id": "b", "timestamp": "c"}
     by_option = read(frame, config={"data.interactions.columns": columns})
     assert by_keyword.tables["interactions"].equals(by_option.tables["interactions"])
-    with pytest.raises(ConfigError, match="user's: give user=NAME"):
-        read(frame)
+    # Two columns of ids can be told by what they hold; three cannot.
+    assert read(frame).tables["interactions"].equals(by_keyword.tables["interactions"])
+    with pytest.raises(ConfigError, match="user's: give user=NAME and item=NAME"):
+        read(frame.assign(d=frame["b"]))
 
 
 def test_a_format_of_the_caller_decides_between_day_and_month():

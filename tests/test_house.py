@@ -62,7 +62,8 @@ MAY_IMPORT = {
     ),
 }
 MAY_IMPORT["dry_run"] = (*MAY_IMPORT["api"], "api")
-MAY_IMPORT["commands"] = (*MAY_IMPORT["dry_run"], "dry_run", "runtime")
+MAY_IMPORT["inspection"] = (*MAY_IMPORT["dry_run"], "dry_run")
+MAY_IMPORT["commands"] = (*MAY_IMPORT["inspection"], "inspection", "runtime")
 MAY_IMPORT["__main__"] = (*MAY_IMPORT["commands"], "commands")
 MAY_IMPORT["experiments"] = MAY_IMPORT["__main__"]
 MAY_IMPORT[""] = (*MAY_IMPORT["experiments"], "register")  # the front door hands names on, lazily

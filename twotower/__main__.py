@@ -11,6 +11,7 @@ from twotower.core.errors import did_you_mean
 
 # In the order in which a project meets them.
 COMMANDS = (
+    "inspect",
     "train",
     "export",
     "evaluate",

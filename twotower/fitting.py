@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 import time as clock
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,10 @@ import pyarrow as pa
 from twotower.config import Config, DataConfig, SplitConfig, TableConfig, defaults, from_dict
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.core.times import in_range
+from twotower.core.times import EARLIEST, in_range
 from twotower.data import guess
 from twotower.data.audit import audit, drop_repeats
-from twotower.data.contract import Origin, apply_contract
+from twotower.data.contract import apply_contract
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
@@ -54,6 +55,8 @@ class Log:
         data: Further options of `config.data`.
         facts: Facts by which the other options are recommended.
         said: Lines that tell what was taken.
+        configs: Options by which each table was read, by the same names, without their paths.
+        where: Conditions of `config.data.where` that leave out the rows that were left out here.
     """
 
     tables: dict[str, pa.Table]
@@ -61,6 +64,8 @@ class Log:
     data: dict[str, Any]
     facts: LogFacts
     said: list[str]
+    configs: dict[str, TableConfig] = dataclasses.field(default_factory=dict)
+    where: tuple[tuple, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +125,9 @@ def read_log(
         log=read.raw["log"].select(read.others),
         now=clock.time(),
     )
-    return Log(tables, chosen.split, chosen.data, facts, said)
+    return Log(
+        tables, chosen.split, chosen.data, facts, said, configs=read.configs, where=read.where
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +138,15 @@ class Tables:
         typed: Tables by their names in `config.data`, with our names and types of columns.
         raw: The same under the caller's names: "log", and "user" and "item" without their key.
         others: Columns of the raw log that are neither an id nor the time.
+        configs: Options by which they were read, by their names in `config.data`.
+        where: Conditions that leave out the rows that were left out here.
     """
 
     typed: dict[str, pa.Table]
     raw: dict[str, pa.Table]
     others: list[str]
+    configs: dict[str, TableConfig]
+    where: tuple[tuple, ...]
 
 
 def read_tables(
@@ -164,9 +175,9 @@ def read_tables(
     raw, origin = read_table(interactions, data.interactions, "interactions")
     found = _find_columns(raw, columns, data.interactions, now)
     said.append(f"interactions: {len(raw):,} rows; {_describe_columns(found)}.")
-    log = apply_contract(
-        raw, _table_config(found, data.interactions), "interactions", keys=LOG_KEYS, origin=origin
-    )
+    configs = {"interactions": _table_config(found, data.interactions)}
+    log = apply_contract(raw, configs["interactions"], "interactions", keys=LOG_KEYS, origin=origin)
+    where = _where_usable(log, found, now)
     log = _drop_unusable(log, found, now, said)
     if "weight" in log.column_names:
         said.append("  The column 'weight' says how much a row counts.")
@@ -180,11 +191,15 @@ def read_tables(
         raw_side, side_origin = read_table(source, getattr(data, name), f"{side}s")
         ids = log[f"{side}_id"]
         key = guess.guess_key(raw_side, column, ids, side, now=now)
-        typed[name] = _read_side(raw_side, key, side, getattr(data, name), side_origin)
+        given: TableConfig = getattr(data, name)
+        configs[name] = dataclasses.replace(given, columns={**given.columns, f"{side}_id": key})
+        typed[name] = apply_contract(
+            raw_side, configs[name], name, keys=(f"{side}_id",), origin=side_origin
+        )
         raw_tables[side] = raw_side.drop_columns([key])
         said.append(_describe_side(side, raw_side, key, typed[name], ids))
     others = [name for name in raw.column_names if name not in found.mapping().values()]
-    return Tables(typed, raw_tables, others)
+    return Tables(typed, raw_tables, others, configs, where)
 
 
 def make_config(log: Log, config: Options) -> Config:
@@ -336,6 +351,21 @@ def _describe_columns(found: guess.LogColumns) -> str:
     return ", ".join(words)
 
 
+def _where_usable(log: pa.Table, found: guess.LogColumns, now: float) -> tuple[tuple, ...]:
+    """Returns the conditions on times that some rows do not meet; see `_drop_unusable`."""
+    if not found.time:
+        return ()
+    times = log["timestamp"]
+    conditions: list[tuple] = []
+    if times.null_count:
+        conditions.append(("timestamp", "!=", None))
+    is_guessed = found.form is not None and not found.form.is_typed
+    if is_guessed and not pc.all(in_range(times, now=now)).as_py():
+        conditions.append(("timestamp", ">=", int(EARLIEST.timestamp())))
+        conditions.append(("timestamp", "<=", int(now)))
+    return tuple(conditions)
+
+
 def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: list[str]) -> pa.Table:
     """Leaves out rows without an id or a time, and says how many they are."""
     for ours, theirs in (("user_id", found.user), ("item_id", found.item)):
@@ -379,12 +409,6 @@ def _share(count: int, total: int) -> str:
     share = count / total
     # "0.0 %" of some rows would be untrue.
     return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
-
-
-def _read_side(raw: pa.Table, key: str, side: str, config: TableConfig, origin: Origin) -> pa.Table:
-    ours = f"{side}_id"
-    config = dataclasses.replace(config, columns={**config.columns, ours: key})
-    return apply_contract(raw, config, f"{side}_table", keys=(ours,), origin=origin)
 
 
 def _describe_side(
@@ -457,6 +481,24 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
         f"interactions: {len(rows):,} rows cannot be divided into rows to train, to validate and "
         "to test with. Give more rows, or a whole configuration as config=."
     )
+
+
+def describe_splits(log: Log) -> list[str]:
+    """Returns a line on each kind of split: its sizes, or why the log does not allow it."""
+    tables = log.tables
+    dataset = assemble(tables["interactions"], tables.get("user_table"), tables.get("item_table"))
+    lines = []
+    for kind in ("time", "leave_last_out", "random"):
+        said: list[str] = []
+        chosen = _try_split(dataset, DataConfig(), kind, log.data, said)
+        taken = " (taken)" if kind == log.split.get("kind") else ""
+        if chosen is not None:
+            lines.append(f"{kind}{taken}: {_describe_parts(chosen.parts)}.")
+        for line in said:
+            # A refusal lists what leaks, each with a paragraph: here their names do.
+            leaks = re.findall(r"^  (\w+): ", line, re.MULTILINE)
+            lines.append(f"{kind}: would leak ({', '.join(leaks)})." if leaks else line.strip())
+    return lines
 
 
 def _try_split(

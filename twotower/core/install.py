@@ -36,8 +36,12 @@ def command(name: str, *flags: str) -> str:
     'export --workdir=runs/mine'
     """
     start = f"twotower {name}"
-    if _is_in_checkout():
+    root = checkout()
+    if root is not None and _is_in_checkout():
         start = f"python -m experiments.{name}"
+        # A file inspect.py would hide Python's own module from the scripts beside it.
+        if not (root / "experiments" / f"{name}.py").is_file():
+            start = f"python -m twotower {name}"
     return " ".join([start, *flags])
 
 

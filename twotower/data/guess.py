@@ -18,8 +18,8 @@ from twotower.data.facts import ColumnFacts, column_facts
 # Words of names, in the order of preference: a user goes before a session.
 _USERS = (
     "user customer client visitor member shopper buyer consumer reviewer subscriber reader "
-    "listener viewer player patient student account person profile uid kunde nutzer cliente "
-    "usuario utilisateur utente asiakas kund bruger",
+    "listener viewer player patient student account person profile uid kunde nutzer benutzer "
+    "cliente usuario utilisateur utente asiakas kund bruger",
     "household session device cookie",
 )
 _ITEMS = (
@@ -182,6 +182,16 @@ def guess_key(table: pa.Table, column: str, ids: pa.ChunkedArray, side: str, *, 
     )
 
 
+def describe(table: pa.Table, *, now: float) -> str:
+    """Returns a line on each column of a table: the kind of its values, an example, their number.
+
+    Args:
+        table: Table as it was read.
+        now: Seconds since the epoch.
+    """
+    return str(_Log(table, now))
+
+
 class _Log:
     """A table whose columns are looked at when they are asked for.
 
@@ -255,6 +265,10 @@ class _Log:
             return False
         if facts.kind == "number":
             return facts.num_values > MAX_RATINGS
+        texts = self._table[name].drop_null().slice(0, 1)
+        if pc.any(pc.match_substring_regex(texts, r"^-?\d+,\d+$")).as_py():
+            # A number with a decimal comma.
+            return False
         # The words of a few kinds of events come again in every user's rows.
         return facts.num_values > MAX_KINDS
 

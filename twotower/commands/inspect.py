@@ -1,0 +1,52 @@
+r"""Looks at a log: delimiter, header, columns, times, repeats, splits; writes a configuration.
+
+    twotower inspect events.csv --out=my_log.py
+    twotower inspect events.csv --items=products.csv --time=created
+
+It prints what it found, what is wrong and what it took, with sample rows, and writes an experiment
+that trains: by --out, or beside you under the name of the log. --user, --item and --time name the
+columns where they cannot be told.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+POSITIONAL = "log"  # the flag that an argument without a name sets
+_LOG = flags.DEFINE_string(
+    "log", None, "File, folder or pattern of the log.", required=True, flag_values=FLAGS
+)
+_ITEMS = flags.DEFINE_string("items", "", "Table of the items.", flag_values=FLAGS)
+_USERS = flags.DEFINE_string("users", "", "Table of the users.", flag_values=FLAGS)
+_USER = flags.DEFINE_string("user", "", "Column of the user.", flag_values=FLAGS)
+_ITEM = flags.DEFINE_string("item", "", "Column of the item.", flag_values=FLAGS)
+_TIME = flags.DEFINE_string("time", None, "Column of the time; empty for none.", flag_values=FLAGS)
+_FORMAT = flags.DEFINE_string(
+    "timestamp_format", "", "Format of the times, such as %d/%m/%Y %H:%M.", flag_values=FLAGS
+)
+_OUT = flags.DEFINE_string("out", "", "Experiment file to write, NAME.py.", flag_values=FLAGS)
+
+
+def main() -> None:
+    from twotower import inspection
+    from twotower.core.install import command
+    from twotower.fitting import Columns
+
+    path = _LOG.value
+    stem = re.sub(r"\W+", "_", Path(path).name.partition(".")[0]).strip("_") or "log"
+    out = Path(_OUT.value or f"{stem}_experiment.py")
+    found = inspection.inspect(
+        path,
+        items=_ITEMS.value,
+        users=_USERS.value,
+        columns=Columns(_USER.value, _ITEM.value, _TIME.value),
+        timestamp_format=_FORMAT.value,
+    )
+    print("\n".join(found.lines))
+    inspection.write(found.config, out, path)
+    line = command("train", f"--config={out}", f"--workdir=runs/{stem}")
+    print(f"\nWrote {out}. To train on it:\n  {line}")
