@@ -157,7 +157,7 @@ def test_files_of_another_version_though_their_hashes_fit(bundles, tmp_path):
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"version": 99}))
         rewrite_manifest(folder)
-        with pytest.raises(FolderError, match=rf"{path.name} has version 99"):
+        with pytest.raises(BundleError, match=rf"{path.name} has version 99"):
             load_bundle(folder)
         path.write_bytes(original)
     rewrite_manifest(folder, format_version=1)

@@ -45,7 +45,7 @@ from absl import logging
 
 import twotower
 from twotower.config import Config, from_dict
-from twotower.core.errors import BundleError, FolderError
+from twotower.core.errors import BundleError, FolderError, TwotowerError
 from twotower.core.files import (
     POINTER,
     check_files,
@@ -64,6 +64,15 @@ from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
 from twotower.plugins import make_record, note_origins, read_record, write_record
+from twotower.retrieval.bundle_checks import (
+    check_counts,
+    check_events,
+    check_ids,
+    check_lists,
+    check_names,
+    check_vectors,
+    read_rows,
+)
 from twotower.retrieval.tower_programs import TowerPrograms
 from twotower.retrieval.weights import WeightArrays, load_weights, model_version, save_weights
 
@@ -208,44 +217,64 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     """
     # Absolute: changes are written beside it later, from wherever the process is then.
     home = Path(folder).absolute()
-    with _bundle_errors():
+    with _bundle_errors(home):
         files = current_version(home)
         manifest = _read_manifest(files)
         lost = _lost_index_files(files, manifest)
         digests = manifest["files"].items()
         check_files(files, {name: digest for name, digest in digests if name not in lost})
-    weights = load_weights(files)
-    # Whole files are not enough: vectors of one model beside towers of another rank at random.
-    if model_version(weights) != manifest["model_version"]:
-        raise BundleError(
-            f"{files} has weights of another model than its manifest says. Export again."
+        weights = load_weights(files)
+        # Whole files are not enough: vectors of one model beside towers of another rank at random.
+        if model_version(weights) != manifest["model_version"]:
+            raise BundleError(
+                f"{files} has weights of another model than its manifest says. Export again."
+            )
+        config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
+        # Nothing is imported; a feature of a kind that is not here is told with the module that had
+        # it.
+        note_origins(read_record(files))
+        counts = _map_array(files, "item_counts")
+        vectors = _stored_vectors(files, config.retrieval.vectors)
+        user_vectors = _map_array(files, "user_vectors")
+        _check_arrays(files, vectors, user_vectors, counts)
+        bundle = Bundle(
+            config=config,
+            encoder=Encoder.load(files / "encoder"),
+            towers=_load_towers(files, weights),
+            vectors=vectors,
+            items=read_rows(files / "items.parquet", len(vectors)),
+            counts=counts,
+            user_vectors=user_vectors,
+            users=read_rows(files / "users.parquet", len(user_vectors)),
+            seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
+            index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
+            seen_events=_map_events(files),
+            manifest=manifest,
+            folder=home,
+            version=files,
         )
-    config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
-    # Nothing is imported; a feature of a kind that is not here is told with the module that had it.
-    note_origins(read_record(files))
-    counts = _map_array(files, "item_counts")
-    vectors = _stored_vectors(files, config.retrieval.vectors)
-    bundle = Bundle(
-        config=config,
-        encoder=Encoder.load(files / "encoder"),
-        towers=_load_towers(files, weights),
-        vectors=vectors,
-        items=pq.read_table(files / "items.parquet"),
-        counts=counts,
-        user_vectors=_map_array(files, "user_vectors"),
-        users=pq.read_table(files / "users.parquet"),
-        seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
-        index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
-        seen_events=_map_events(files),
-        manifest=manifest,
-        folder=home,
-        version=files,
-    )
-    _check_lengths(bundle, files)
+        _check_lengths(bundle, files)
+        check_ids(files / "items.parquet", bundle.items, "item_id")
+        check_ids(files / "users.parquet", bundle.users, "user_id")
+        check_lists(files, bundle.seen, len(bundle.items))
+        check_events(files / EVENTS, bundle.seen_events)
     # Known texts are served from their stored vectors, so this is no error yet.
     for feature in bundle.encoder.spec:
         feature.warn_of_missing_extra()
     return bundle
+
+
+def _check_arrays(
+    folder: Path, vectors: Vectors, user_vectors: np.ndarray, counts: np.ndarray
+) -> None:
+    check_vectors(folder / "item_vectors.npy", vectors)
+    check_vectors(folder / "user_vectors.npy", user_vectors)
+    check_counts(folder / "item_counts.npy", counts)
+    if len(counts) != len(vectors):
+        raise BundleError(
+            f"{folder}: item_vectors.npy and item_counts.npy differ in length ({len(vectors)}, "
+            f"{len(counts)}). Export again."
+        )
 
 
 def _arrays(bundle: Bundle) -> dict[str, np.ndarray]:
@@ -305,12 +334,23 @@ def _package_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _bundle_errors() -> Iterator[None]:
-    """Turns errors of a folder into those of a bundle, with the cure."""
+def _bundle_errors(folder: Path) -> Iterator[None]:
+    """Turns all errors that damaged files end in into those of a bundle, with the cure."""
     try:
         yield
     except FolderError as error:
         raise BundleError(f"{error} Export again.") from error
+    # Packages that are missing, and files that this user may not read, are other complaints.
+    except (TwotowerError, ImportError, PermissionError):
+        raise
+    # Whole files, with hashes made anew, may hold anything: every library has its own errors for
+    # that.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise BundleError(
+            f"{folder} holds what no export writes ({type(error).__name__}: {reason}). Export "
+            "again."
+        ) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -336,6 +376,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written. Export again.")
+    check_names(path, manifest.get("files"))
     return manifest
 
 

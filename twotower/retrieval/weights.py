@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
 import numpy as np
+
+from twotower.core.errors import BundleError
 
 # The fields of `twotower.towers.two_tower.Weights` as a mapping, {"params", "tables",
 # "batch_stats"}: the class itself cannot be imported without Flax, which servers need not have.
@@ -51,7 +54,12 @@ def save_weights(weights: WeightArrays, folder: Path) -> None:
 
 def load_weights(folder: Path) -> WeightArrays:
     """Reads the weights that `save_weights` wrote, as NumPy arrays."""
-    with np.load(folder / "params.npz", allow_pickle=False) as file:
+    path = folder / "params.npz"
+    with zipfile.ZipFile(path) as archive:
+        # We compress nothing: a file that names more than it holds was made to fill the memory.
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise BundleError(f"{path} is not as it was written. Export again.")
+    with np.load(path, allow_pickle=False) as file:
         dense = _nested({name: file[name] for name in file.files})
     paths = sorted((folder / "tables").glob("*.npy"))
     tables = {unquote(path.stem): np.load(path, allow_pickle=False) for path in paths}
