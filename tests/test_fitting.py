@@ -114,6 +114,20 @@ def test_a_table_of_items_is_the_corpus_and_its_columns_are_described():
     assert config.data.item_table.path == "run:item_table.parquet"
 
 
+def test_the_log_as_its_own_table_of_items_gives_what_training_rows_say_of_them():
+    columns = events()
+    items = columns["StockCode"]
+    frame = pd.DataFrame(columns | {"kind": items % 3, "order": [f"o{n}" for n in range(400)]})
+    frame.loc[399, "kind"] = 7  # a held-out row
+    log = read(frame, items=frame)
+    rows = {row["item_id"]: row["kind"] for row in log.tables["item_table"].to_pylist()}
+    train = items[: log.facts.num_training_rows]
+    assert rows == {str(item): item % 3 for item in train}
+    assert log.tables["item_table"].column_names == ["item_id", "kind"]
+    assert "  Left out, as they differ within items: 'order'." in log.said
+    assert "order" not in fitting.make_config(log, None).features.item
+
+
 def test_facts_are_those_of_the_log():
     log = read(pd.DataFrame(events()))
     facts = log.facts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import re
 import time as clock
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ from twotower.data.contract import apply_contract
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
-from twotower.data.interactions import Split, pair_codes
+from twotower.data.interactions import Split, pair_codes, timestamps
+from twotower.data.log_items import items_of_rows
 from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
@@ -105,6 +107,9 @@ def read_log(
     """
     data = _whole_config(config, {}).data
     said: list[str] = []
+    describes_items = _is_same(items, interactions)
+    if describes_items:
+        items = None
     read = read_tables(
         interactions, items=items, users=users, columns=columns, data=data, said=said
     )
@@ -117,17 +122,40 @@ def read_log(
     else:
         chosen = _choose_split(dataset, data, said)
     tables["interactions"] = chosen.rows
+    raw_items = read.raw["item"]
+    if describes_items:
+        tables["item_table"] = _items_of_log(chosen.parts.train, read.others, said)
+        raw_items = tables["item_table"].drop_columns(["item_id"])
     facts = log_facts(
         dataclasses.replace(dataset, interactions=chosen.rows),
         chosen.parts,
         users=read.raw["user"],
-        items=read.raw["item"],
+        items=raw_items,
         log=read.raw["log"].select(read.others),
         now=clock.time(),
     )
     return Log(
         tables, chosen.split, chosen.data, facts, said, configs=read.configs, where=read.where
     )
+
+
+def _is_same(items: TableLike | None, interactions: TableLike) -> bool:
+    """Returns whether the table of items is the log itself."""
+    if isinstance(items, (str, os.PathLike)) and isinstance(interactions, (str, os.PathLike)):
+        return os.fspath(items) == os.fspath(interactions)
+    return items is interactions
+
+
+def _items_of_log(train: pa.Table, columns: list[str], said: list[str]) -> pa.Table:
+    """Returns items as the training rows describe them; columns that differ within items are
+    said."""
+    items, varying = items_of_rows(train.select(["item_id", *columns]), timestamps(train))
+    named = ", ".join(items.column_names[1:]) or "none"
+    said.append(f"items: {len(items):,} of the training rows; further columns: {named}.")
+    left_out = [f"{name!r}" for name in varying if name not in items.column_names]
+    if left_out:
+        said.append(f"  Left out, as they differ within items: {', '.join(left_out)}.")
+    return items
 
 
 @dataclasses.dataclass(frozen=True)
