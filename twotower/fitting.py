@@ -123,7 +123,10 @@ def read_log(
         chosen = _choose_split(dataset, data, said)
     tables["interactions"] = chosen.rows
     raw_items = read.raw["item"]
+    configs = dict(read.configs)
     if describes_items:
+        key = configs["interactions"].columns["item_id"]
+        configs["item_table"] = TableConfig(columns={"item_id": key})
         tables["item_table"] = _items_of_log(chosen.parts.train, read.others, said)
         raw_items = tables["item_table"].drop_columns(["item_id"])
     facts = log_facts(
@@ -134,9 +137,7 @@ def read_log(
         log=read.raw["log"].select(read.others),
         now=clock.time(),
     )
-    return Log(
-        tables, chosen.split, chosen.data, facts, said, configs=read.configs, where=read.where
-    )
+    return Log(tables, chosen.split, chosen.data, facts, said, configs=configs, where=read.where)
 
 
 def _is_same(items: TableLike | None, interactions: TableLike) -> bool:

@@ -55,6 +55,13 @@ def test_a_table_lines_up_in_any_script():
     assert format_items([]) == "  (nothing)"
 
 
+def test_titles_and_names_stand_first_and_short():
+    display = {"shelf": "a", "Name": "n" * 50, "price": 2.0, "title": "t"}
+    header, row = format_items([Recommendation("i1", 0.5, display)]).splitlines()
+    assert header.split() == ["rank", "item", "title", "Name", "shelf", "price", "score"]
+    assert "n" * 38 in row and "n" * 41 not in row
+
+
 def test_a_table_lines_up_whatever_is_in_a_cell():
     """Line breaks, tabs, control characters, wide letters, marks without a width, long texts."""
     texts = [

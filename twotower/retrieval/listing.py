@@ -26,7 +26,9 @@ from twotower.data.sources import frames
 from twotower.retrieval.live.conditions import Conditions
 from twotower.retrieval.retriever import Recommendation, Retriever
 
-MAX_CELL_WIDTH = 48  # longer texts are cut
+MAX_CELL_WIDTH = 40  # longer texts are cut
+# Columns that stand first, by which people know an item.
+TITLES = ("title", "name", "item_name", "product_name", "product_title")
 # Names of files whose first line holds the names of columns, or that have their own.
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".json", ".jsonl", ".ndjson", ".zip", ".xlsx")
 FIRST_BYTES = 1 << 16  # bytes in which the first line of a file is looked for
@@ -130,7 +132,8 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
     """
     if not items:
         return "  (nothing)"
-    columns = list(items[0].display)
+    # Stable: the other columns keep their order.
+    columns = sorted(items[0].display, key=_rank_of_column)
     header = ["item", *columns]
     rows = [_cells(item, columns) for item in items]
     align = "l" * len(header)
@@ -143,6 +146,13 @@ def format_items(items: Sequence[Recommendation], *, ranked: bool = True) -> str
         ]
         align = f"r{align}r"
     return textwrap.indent(format_table(rows, header, align=align), "  ")
+
+
+def _rank_of_column(name: str) -> int:
+    """Returns the place of a column of titles, or one behind them all."""
+    if name.lower() in TITLES:
+        return TITLES.index(name.lower())
+    return len(TITLES)
 
 
 def _cells(item: Recommendation, columns: Sequence[str]) -> list[str]:
