@@ -352,7 +352,9 @@ def check_parity(run: Run, folder: Path, raw_users: pa.Table | None = None) -> N
     if raw_users is not None:
         all_known = raw_users
     known = all_known.take(pa.array(users))
-    served_users = retriever.encode_users(known)
+    user_rows = retriever.user_rows
+    # Not by `encode_users`, which reads times in the unit of the log: these are seconds already.
+    served_users = bundle.towers.embed("user", user_rows.encode(known))
     served_items = bundle.towers.embed("item", item_features)
     stored_items = bundle.vectors[items]
     rounding = _rounding(bundle, user_vectors, item_vectors)
@@ -363,7 +365,9 @@ def check_parity(run: Run, folder: Path, raw_users: pa.Table | None = None) -> N
         return
     # Stored user vectors are for requests made now: where a feature reads the time, they differ
     # from those of the users' latest rows.
-    now = retriever.encode_users(retriever.user_rows.take(known["user_id"].to_pylist()))
+    now = bundle.towers.embed(
+        "user", user_rows.encode(user_rows.take(known["user_id"].to_pylist()))
+    )
     rounding = _rounding(bundle, now, item_vectors)
     stored_users = bundle.user_vectors[users]
     compare_scores(stored_users @ stored_items.T, now @ item_vectors.T, rounding)

@@ -17,6 +17,7 @@ from twotower.core.arrow import BadValue, is_list, is_missing, is_table, pc, tab
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.core.ids import IdForm
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
+from twotower.data.operators import unit_of
 
 if TYPE_CHECKING:  # the bundle loads what matching ids needs not
     from twotower.retrieval.bundle import Bundle
@@ -290,14 +291,43 @@ class TimeColumn:
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
         if isinstance(values, pa.ChunkedArray):
-            return _convert(self.form.column, values, self.name)
+            return _convert(self._read, values, self.name)
         # Most requests have times of one kind, which are read at once.
         try:
-            column = pa.chunked_array([pa.array(values, from_pandas=True)])
-            return self.form.column(column)
+            return self._read(pa.chunked_array([pa.array(values, from_pandas=True)]))
         except (BadValue, pa.ArrowException, OverflowError, TypeError, ValueError):
-            seconds = _each(self.form.one, values, self.name)
+            seconds = _each(self._read_one, values, self.name)
             return pa.chunked_array([pa.array(seconds, pa.int64())])
+
+    def _read(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Returns the seconds of times, and refuses numbers of another unit than the log's."""
+        kind = column.type
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if is_number and not self.form.format:
+            for value in pc.min_max(column).as_py().values():
+                self._check_unit(value)
+        return self.form.column(column)
+
+    def _read_one(self, value: Any) -> int | None:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            self._check_unit(value)
+        return self.form.one(value)
+
+    def _check_unit(self, value: float | None) -> None:
+        """Refuses a number that is a time of our days in another unit alone.
+
+        Raises:
+            BadValue: It is one.
+        """
+        if value is None or self.form.format:
+            return
+        unit = unit_of(value)
+        if unit not in (None, self.form.unit):
+            raise BadValue(
+                value,
+                f"is a time in {unit}, and the log has its times in {self.form.unit}: give it in "
+                "that unit, or as a datetime",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

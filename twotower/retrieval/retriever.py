@@ -83,7 +83,8 @@ class Recommendations(list[Recommendation]):
 
     Attributes:
         known: Whether the user was known when the bundle was made.
-        note: Sentence on why the list is empty, where no item satisfies the conditions.
+        note: Sentence on what in the request found nothing: conditions that no item satisfies, or
+            a history of unknown items; "" where there is nothing to say.
     """
 
     def __init__(self, items: Sequence[Recommendation] = (), *, known: bool = True, note: str = ""):
@@ -228,6 +229,7 @@ class Retriever:
         """
         k = check_k(k)
         filters = self._filters(where, allow, deny)
+        note = ""
         if rows is not None:
             row = self._one_user(rows, user, Naming(names or {}, strict))
             vectors = self._encode_users(row)
@@ -235,9 +237,11 @@ class Retriever:
             if "user_id" in row.column_names:
                 ids = row["user_id"].to_pylist()
             user_rows = self._rows_of_users(ids)
+            history = self.user_rows.history_items(row)
+            note = self._note_of_unknown(history)
             # The history of a request is newer than the bundle; a repeated item is no news.
             if exclude_seen:
-                filters.deny.extend(self.user_rows.history_items(row))
+                filters.deny.extend(history)
         elif user is not None:
             vectors, user_rows = self._vectors_and_rows([self._user_id(user)])
         else:
@@ -247,7 +251,6 @@ class Retriever:
         )
         # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
-        note = ""
         if not items and filters.where:
             note = _note_of_none(snapshot, filters.where)
         return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
@@ -581,6 +584,16 @@ class Retriever:
 
     def _item_ids(self, items: Iterable[Any], what: str) -> list[str]:
         return read_ids(items, self.forms.item_id, what, self._live.catalogue.numbers)
+
+    def _note_of_unknown(self, history: Sequence[str]) -> str:
+        """Returns and logs the sentence that no item of a history is known; "" where one is."""
+        numbers = self._live.catalogue.numbers
+        if not history or any(item in numbers for item in history):
+            return ""
+        note = f"None of the {len(history)} items of the history is known, such as "
+        note += f"{echo(history[0])}."
+        logging.warning("%s", note)
+        return note
 
     def _filters(
         self, where: ConditionsLike, allow: Iterable[Any] | None, deny: Iterable[Any] | None
