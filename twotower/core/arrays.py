@@ -76,7 +76,9 @@ def as_matrix(values: object) -> np.ndarray:
     if array.dtype.kind not in "fiuO" and array.size:
         raise ValueError(f"values of type {array.dtype} are no numbers")
     try:
-        return np.ascontiguousarray(array, np.float32)
+        # What float32 cannot hold becomes infinite, which whoever needs finite vectors refuses.
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, np.float32)
     except TypeError as error:
         raise ValueError(str(error)) from None
 

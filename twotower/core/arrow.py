@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from twotower.core.errors import TwotowerError
+from twotower.core.errors import TwotowerError, echo
 
 # PyArrow makes these functions when it is imported. No type checker sees them in its source, so
 # they come through this one name.
@@ -31,7 +31,7 @@ class BadValue(TwotowerError, ValueError):
     """
 
     def __init__(self, value: object, problem: str, row: int | None = None):
-        shown = "it" if value is None else repr(value)
+        shown = "it" if value is None else echo(value)
         super().__init__(f"{shown} {problem}.")
         self.value = value
         self.problem = problem
@@ -61,7 +61,7 @@ def table_of(source: ArrowStream) -> pa.Table:
     """
     try:
         table = pa.table(source)
-    except (pa.ArrowException, OverflowError, TypeError, UnicodeError) as error:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         reason = " ".join(map(str, error.args))
         problem = (
             f"a column has values of several types ({reason}). Make it one type, such as text: "

@@ -27,6 +27,8 @@ _NO_NUMBER = r"^(?i:nan|none|null|nat|<na>)$"
 _REFUSED = "\x00\ufeff"
 # Larger floats stand for several whole numbers each.
 EXACT_FLOAT = 2.0**53
+# What 256 bits hold, as hashes and decimals do; Python refuses to write much larger ones.
+LARGEST_INTEGER = 2**256
 
 _BYTES = "holds bytes: decode them to text first, or write them in hexadecimal"
 _LISTS = "holds lists: write one row for each member (explode in pandas, polars and Arrow)"
@@ -125,6 +127,8 @@ class IdForm(enum.Enum):
             return None
         # A boolean is a number for Python, and an id for nobody.
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            if abs(int(value)) >= LARGEST_INTEGER:
+                raise BadValue(value, "has more digits than any id: give text or an integer")
             return str(int(value))
         if isinstance(value, uuid.UUID):
             return str(value)

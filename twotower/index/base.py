@@ -116,8 +116,12 @@ class LibraryIndex(Index, Protocol):
         ...
 
 
-def check_k(k: int) -> int:
+def check_k(k: int, name: str = "k") -> int:
     """Returns a list length as an integer of Python.
+
+    Args:
+        k: Length.
+        name: Name of it in messages.
 
     Raises:
         ConfigError: It is no whole number, or below 1.
@@ -125,11 +129,12 @@ def check_k(k: int) -> int:
     # NumPy's integers too; a boolean is an integer for Python alone.
     if isinstance(k, bool) or not isinstance(k, numbers.Integral):
         raise ConfigError(
-            f"k={echo(k)} must be a whole number of at least 1, not of type {type(k).__name__!r}."
+            f"{name}={echo(k)} must be a whole number of at least 1, not of type "
+            f"{type(k).__name__!r}."
         )
     k = int(k)
     if k < 1:
-        raise ConfigError(f"k={echo(k)} must be at least 1.")
+        raise ConfigError(f"{name}={echo(k)} must be at least 1.")
     return k
 
 

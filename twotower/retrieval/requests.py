@@ -67,7 +67,16 @@ class Naming:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     strict: bool = True
 
+    @classmethod
+    def read(cls, names: Mapping[str, str] | None, strict: bool) -> Naming:
+        """Returns the names that a caller gives; None for ours alone."""
+        if names is None:
+            return cls(strict=strict)
+        return cls(names, strict)
+
     def __post_init__(self):
+        if not isinstance(self.strict, (bool, np.bool_)):
+            raise ConfigError(f"strict={echo(self.strict)} must be True or False.")
         # As text both: a set of names, or a name of another type, would be found nowhere.
         is_mapping = isinstance(self.names, Mapping)
         pairs = self.names.items() if is_mapping else ()

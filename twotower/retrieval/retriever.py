@@ -55,6 +55,7 @@ __all__ = [
 ]
 # Users whose candidates are in memory together: one call of the tower programs.
 USERS_AT_ONCE = BATCH
+MAX_WEIGHT = 1e30  # of popularity, in either direction
 MAX_LISTED = 2**24  # entries of the lists that are in memory together
 
 
@@ -229,9 +230,10 @@ class Retriever:
         """
         k = check_k(k)
         filters = self._filters(where, allow, deny)
+        _check_options(exclude_seen, popularity_weight)
         note = ""
         if rows is not None:
-            row = self._one_user(rows, user, Naming(names or {}, strict))
+            row = self._one_user(rows, user, Naming.read(names, strict))
             vectors = self._encode_users(row)
             ids = [None]
             if "user_id" in row.column_names:
@@ -285,6 +287,7 @@ class Retriever:
         """
         k = check_k(k)
         filters = self._filters(where, allow, deny)
+        _check_options(exclude_seen, popularity_weight)
         ids = self._user_ids(user_ids)
         # Fewer where lists are long, so that memory is bounded by the corpus alone.
         longest = min(k, max(len(self), 1))
@@ -432,7 +435,7 @@ class Retriever:
         Raises:
             ConfigError: A column is unknown, or a value is not what its column holds.
         """
-        return self._encode_users(self.user_rows.read(rows, Naming(names or {}, strict)))
+        return self._encode_users(self.user_rows.read(rows, Naming.read(names, strict)))
 
     def _encode_users(self, table: pa.Table) -> np.ndarray:
         """Returns the vectors of user features in the form of the bundle's own, float32 [B, D]."""
@@ -460,7 +463,7 @@ class Retriever:
         Raises:
             ConfigError: A column is unknown, or a value is not what its column holds.
         """
-        return self._encode_items(self._read_items(rows, Naming(names or {}, strict)))
+        return self._encode_items(self._read_items(rows, Naming.read(names, strict)))
 
     def _encode_items(self, table: pa.Table) -> np.ndarray:
         towers = self.bundle.towers
@@ -509,7 +512,7 @@ class Retriever:
             OSError: The disk refuses; nothing was changed.
             QueryError, ConfigError: The rows or vectors are not usable; nothing was changed.
         """
-        table = self._read_items(rows, Naming(names or {}, strict))
+        table = self._read_items(rows, Naming.read(names, strict))
         if vectors is None:
             vectors = self._encode_items(table)
         vectors = check_vectors(vectors, what="item")
@@ -756,6 +759,16 @@ def _rerank_lists(
         chosen_scores[user, : len(chosen)] = candidates.scores[chosen]
         chosen_positions[user, : len(chosen)] = found[chosen]
     return chosen_scores, chosen_positions
+
+
+def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
+    """Refuses what is no flag, and no finite number."""
+    if not isinstance(exclude_seen, (bool, np.bool_)):
+        raise ConfigError(f"exclude_seen={echo(exclude_seen)} must be True or False.")
+    is_number = isinstance(popularity_weight, (int, float, np.integer, np.floating))
+    # Larger ones overflow in the float32 of a query.
+    if not is_number or not abs(popularity_weight) < MAX_WEIGHT:
+        raise ConfigError(f"popularity_weight={echo(popularity_weight)} must be a finite number.")
 
 
 def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:

@@ -86,7 +86,7 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
         raise _no_condition(triple)
     field = f"where {echo((name, operator))} {echo(value)}"
     if operator == LATEST:
-        return name, operator, check_k(value)
+        return name, operator, check_k(value, f"where {name!r} latest")
     # A tuple can be hashed, and is what the operators take.
     if _is_list(value):
         value = tuple(_members(value))
