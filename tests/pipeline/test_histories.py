@@ -9,11 +9,14 @@ from tests.pipeline.history_log import LENGTH, prepare_log, read_log, write_log
 from twotower.core.errors import ConfigError
 from twotower.data.split import PARTS
 from twotower.features.inputs import (
+    HISTORY_COUNT,
+    HISTORY_ROW,
+    HISTORY_SLOT,
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
 )
-from twotower.pipeline.batches import SPANS, windows
+from twotower.pipeline.batches import SPANS, flat_events, windows
 from twotower.pipeline.histories import KNOWN_PARTS
 
 IDS = "history/item_id"
@@ -131,6 +134,30 @@ def test_histories_are_the_same_inside_jit(tmp_path):
     assert set(inside) == set(outside)
     for name, array in outside.items():
         np.testing.assert_array_equal(inside[name], array, err_msg=name)
+
+
+def test_spans_one_after_the_other_are_the_windows_without_their_padding(tmp_path):
+    path = write_log(tmp_path / "log.csv", times=10**6)
+    prepared = prepare_log(
+        path, {"kind": "time"}, gaps=6, weights={"buy": 3.0}, reads=("item_id",), request_gap=True
+    )
+    histories = prepared.histories
+    spans = prepared.train.context[SPANS][::3]
+    lengths = spans[:, 1] - spans[:, 0]
+    assert 0 in lengths and LENGTH in lengths
+    total = lengths.sum()
+    compiled = jax.jit(flat_events, static_argnums=3)
+    flat = compiled(histories.training_events, histories.reads, spans, int(total) + 5)
+    padded = windows(histories.training_events, histories.reads, spans, LENGTH)
+    row = np.repeat(np.arange(len(spans)), lengths)
+    slot = np.concatenate([np.arange(length) for length in lengths])
+    np.testing.assert_array_equal(flat.pop(HISTORY_COUNT), lengths)
+    np.testing.assert_array_equal(flat.pop(HISTORY_ROW)[:total], row)
+    np.testing.assert_array_equal(flat.pop(HISTORY_SLOT)[:total], slot)
+    assert set(flat) == set(padded)
+    for name, values in flat.items():
+        np.testing.assert_array_equal(values[:total], padded[name][row, slot], err_msg=name)
+    assert not flat[IDS][total:].any()
 
 
 @pytest.mark.parametrize(

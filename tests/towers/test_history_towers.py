@@ -324,3 +324,46 @@ def test_emptied_histories_are_whole_ones_or_none():
     assert set(kept.tolist()) == {0, 4}
     assert abs((kept == 0).mean() - 0.25) < 0.08
     assert empty_some(history, 0.25, None) is history
+
+
+@pytest.mark.parametrize("kind", ["bag", "attention"])
+def test_events_one_after_the_other_have_the_vectors_and_gradients_of_windows(kind):
+    history = of([3, 0, L, 1], gaps=5)
+    apply = make(kind, gaps=5, recency=True)
+    rng = np.random.default_rng(2)
+    history = history._replace(
+        log_weights=jnp.asarray(rng.normal(size=history.valid.shape), jnp.float32)
+    )
+    lengths = np.asarray(history.valid.sum(1))
+    row = np.repeat(np.arange(4), lengths)
+    slot = np.concatenate([np.arange(length) for length in lengths])
+    # Two places of padding, whose numbers nobody may look at.
+    places = len(row) + 2
+    padded_row = np.append(row, [3, 3]).astype(np.int32)
+    padded_slot = np.append(slot, [L - 1, L - 1]).astype(np.int32)
+
+    def flat_of(history):
+        arrays = {
+            name: getattr(history, name)[padded_row, padded_slot]
+            for name in ("vectors", "time_since_previous", "log_weights")
+        }
+        return History(
+            **arrays,
+            valid=jnp.arange(places) < len(row),
+            row=jnp.asarray(padded_row),
+            slot=jnp.asarray(padded_slot),
+            num_events=jnp.asarray(lengths, jnp.int32),
+        )
+
+    def loss(vectors, form):
+        return jnp.square(apply(form(history._replace(vectors=vectors)))) @ jnp.arange(1.0, E + 1)
+
+    def value_and_gradient(form):
+        return jax.value_and_grad(lambda v: loss(v, form).sum())(history.vectors)
+
+    expected = value_and_gradient(lambda h: h)
+    found = value_and_gradient(flat_of)
+    np.testing.assert_allclose(apply(flat_of(history)), apply(history), rtol=1e-5, atol=1e-6)
+    for x, y in zip(found, expected):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected[1]).max() > 0.1

@@ -14,6 +14,11 @@ HISTORY_WEIGHT = "history weight"
 # Two more where whole sequences are packed into rows [B, S].
 HISTORY_SEGMENT = "history segment"
 HISTORY_POSITION = "history position"
+# Three more where histories lie one after the other, as spans [M]: the row of the batch that each
+# event belongs to, its number within the history, and the number of events of each row [B].
+HISTORY_ROW = "history row"
+HISTORY_SLOT = "history slot"
+HISTORY_COUNT = "history count"
 _BESIDE_ITEMS = (HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, HISTORY_WEIGHT)
 
 # The two towers. Their order decides keys of random numbers: it never changes.

@@ -11,10 +11,19 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from twotower.core.arrays import round_up
 from twotower.core.errors import ConfigError
-from twotower.features.inputs import HISTORY_TIME_SINCE_PREVIOUS, HISTORY_TIME_TO_NEXT, id_array
+from twotower.features.inputs import (
+    HISTORY_COUNT,
+    HISTORY_ROW,
+    HISTORY_SLOT,
+    HISTORY_TIME_SINCE_PREVIOUS,
+    HISTORY_TIME_TO_NEXT,
+    id_array,
+)
 
 # "user", "item", "weight": [B]; "user_features", "item_features": {name: [B, ...]}; "labels":
 # {column: [B]}, NaN where missing.
@@ -57,6 +66,8 @@ class Rows:
 
 # The name, in the context of a row, of the span of its history.
 SPANS = "history span"
+# Places of a batch of spans that are a multiple of this many events.
+SPAN_MULTIPLE = 128
 
 
 @runtime_checkable
@@ -151,8 +162,33 @@ class InteractionExamples:
     def gather(self, data: Mapping[str, Any], index: Any) -> Batch:
         return gather_rows(data, index, history_length=self._history_length)
 
+    def gather_spans(self, data: Mapping[str, Any], index: Any, num_events: int) -> Batch:
+        """Returns the batch with its histories one after the other; see `flat_events`.
 
-def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0) -> Batch:
+        Inside `jit` alone, since the number of places must be known beforehand.
+        """
+        return gather_rows(data, index, history_length=self._history_length, num_events=num_events)
+
+    def span_places(self, size: int) -> int:
+        """Returns the places M for the events of nearly every batch of a size; 0 where windows of
+        L events each take hardly more, or where there are no histories."""
+        if SPANS not in self.data["context"]:
+            return 0
+        lengths = self.span_lengths(np.arange(self._count))
+        # Six standard deviations: hardly any batch of a training holds more.
+        enough = size * lengths.mean() + 6 * np.sqrt(size) * lengths.std()
+        places = round_up(int(enough) + 1, SPAN_MULTIPLE)
+        return places if 2 * places <= size * self._history_length else 0
+
+    def span_lengths(self, index: np.ndarray) -> np.ndarray:
+        """Returns the numbers of events in the histories of some rows, int [B]."""
+        spans = self.data["context"][SPANS][index]
+        return spans[:, 1] - spans[:, 0]
+
+
+def gather_rows(
+    data: Mapping[str, Any], index: Any, *, history_length: int = 0, num_events: int = 0
+) -> Batch:
     """Returns the batch of some training rows.
 
     Works on NumPy arrays, and inside `jit` on those of the device.
@@ -161,6 +197,8 @@ def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0)
         data: The arrays of `InteractionExamples`.
         index: int [B], the rows.
         history_length: L of the histories whose spans are in the context, if there are any.
+        num_events: Places for all events of the batch one after the other, inside `jit` alone; 0
+            for a window of L events for each row.
     """
     user = data["user"][index]
     item = data["item"][index]
@@ -169,7 +207,10 @@ def gather_rows(data: Mapping[str, Any], index: Any, *, history_length: int = 0)
     if SPANS in context:
         # A batch holds two numbers for a history until here; the windows are cut where it is used.
         spans = context.pop(SPANS)
-        context |= windows(data["events"], data["reads"], spans, history_length)
+        if num_events:
+            context |= flat_events(data["events"], data["reads"], spans, num_events)
+        else:
+            context |= windows(data["events"], data["reads"], spans, history_length)
     return {
         "user": user,
         "item": item,
@@ -205,18 +246,49 @@ def windows(
     return arrays
 
 
-def read_events(
-    events: Mapping[str, Any], reads: Mapping[str, Any], rows: Any, valid: Any, *, first: Any
-) -> dict[str, Any]:
-    """Returns the arrays [N, S, ...] of single events.
+def flat_events(
+    events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, size: int
+) -> dict[str, jax.Array]:
+    """Returns the arrays [M, ...] of the events of all spans, one span after the other.
+
+    A batch then costs what its histories hold, not what the longest could. Beside the arrays stand
+    the row of each event, its number within its span, both int32 [M], and the length of each span,
+    int32 [N]. Inside `jit` alone.
 
     Args:
         events: See `twotower.pipeline.histories.Histories`.
         reads: See `twotower.pipeline.histories.Histories`.
-        rows: Rows int32 [N, S] of the events.
-        valid: Mask bool [N, S]; everything else becomes 0.
-        first: Mask bool [N, S] of events that begin a history; their time since the event before
-            is not known.
+        spans: Spans int32 [N, 2 or 3].
+        size: M, at least the sum of the lengths of the spans; places after it are 0.
+    """
+    lengths = spans[:, 1] - spans[:, 0]
+    ends = jnp.cumsum(lengths)
+    place = jnp.arange(size, dtype=jnp.int32)
+    # Places after the last event belong to the last row, as padding.
+    row = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(spans) - 1)
+    slot = place - (ends - lengths)[row]
+    valid = place < ends[-1]
+    arrays = read_events(events, reads, (spans[row, 0] + slot) * valid, valid, first=slot == 0)
+    if HISTORY_TIME_TO_NEXT in arrays:
+        latest = (slot == lengths[row] - 1) & valid
+        to_next = arrays[HISTORY_TIME_TO_NEXT]
+        arrays[HISTORY_TIME_TO_NEXT] = jnp.where(latest, spans[row, 2], to_next)
+    beside = {HISTORY_ROW: row, HISTORY_SLOT: slot * valid, HISTORY_COUNT: lengths}
+    return arrays | beside
+
+
+def read_events(
+    events: Mapping[str, Any], reads: Mapping[str, Any], rows: Any, valid: Any, *, first: Any
+) -> dict[str, Any]:
+    """Returns the arrays [N, S, ...] or [M, ...] of single events.
+
+    Args:
+        events: See `twotower.pipeline.histories.Histories`.
+        reads: See `twotower.pipeline.histories.Histories`.
+        rows: Rows int32 [N, S] or [M] of the events.
+        valid: Mask bool of the same shape; everything else becomes 0.
+        first: Mask bool of the same shape, of events that begin a history; their time since the
+            event before is not known.
     """
     arrays = {name: values[rows] * valid for name, values in events.items()}
     if HISTORY_TIME_SINCE_PREVIOUS in arrays:
@@ -275,6 +347,29 @@ class Batches:
     def gather(self, data: Mapping[str, Any], indices: Any) -> Batch:
         """Returns the batch at `indices`, on the host or inside `jit`."""
         return self._examples.gather(data, indices)
+
+    def span_places(self, size: int) -> int:
+        """Returns the places for the events of nearly every batch of a size, where its histories
+        are read as spans; 0 where they are not. See `InteractionExamples.span_places`."""
+        if not isinstance(self._examples, InteractionExamples):
+            return 0
+        return self._examples.span_places(size)
+
+    def num_events(self, indices: np.ndarray, parts: int) -> int:
+        """Returns the greatest number of events in the histories of a part of a batch.
+
+        Args:
+            indices: What `gather` takes for the batch, [B].
+            parts: Number of equal parts that the batch is divided into.
+        """
+        assert isinstance(self._examples, InteractionExamples), "sequences are not spans"
+        lengths = self._examples.span_lengths(indices)
+        return int(lengths.reshape(parts, -1).sum(axis=1).max())
+
+    def gather_spans(self, data: Mapping[str, Any], indices: Any, num_events: int) -> Batch:
+        """Returns the batch at `indices` with its histories one after the other, inside `jit`."""
+        assert isinstance(self._examples, InteractionExamples), "sequences are not spans"
+        return self._examples.gather_spans(data, indices, num_events)
 
     def load(self, indices: np.ndarray) -> Batch:
         """Returns the batch at `indices`, gathered on the host."""

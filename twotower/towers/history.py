@@ -10,7 +10,7 @@ trained one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,15 +48,58 @@ class History(NamedTuple):
             first event 1.
         time_to_next: Bucket of the time until the next event, or the request, from 1; None if it
             is not read.
+        row: Row of each event [M] where the events of all rows lie one after the other, and the
+            arrays above are [M, ...] instead of [B, L, ...]; None for windows of L events.
+        slot: Number of events before it in its history, beside `row`.
+        num_events: Number of events of each row [B], beside `row`.
     """
 
-    vectors: Float[Array, "B L E"]
-    valid: Bool[Array, "B L"]
-    time_since_previous: Int[Array, "B L"] | None = None
-    log_weights: Float[Array, "B L"] | None = None
+    vectors: Float[Array, "*N E"]
+    valid: Bool[Array, "*N"]
+    time_since_previous: Int[Array, "*N"] | None = None
+    log_weights: Float[Array, "*N"] | None = None
     segment: Int[Array, "B L"] | None = None
     position: Int[Array, "B L"] | None = None
-    time_to_next: Int[Array, "B L"] | None = None
+    time_to_next: Int[Array, "*N"] | None = None
+    row: Int[Array, "M"] | None = None
+    slot: Int[Array, "M"] | None = None
+    num_events: Int[Array, "B"] | None = None
+
+
+def mean_events(
+    history: History, vectors: Float[Array, "*N F"], logits: Float[Array, "*N"]
+) -> Float[Array, "B F"]:
+    """Averages the events of each history by the softmax of their logits."""
+    if history.row is None or history.num_events is None:
+        return weighted_mean(vectors, logits, history.valid)
+    return mean_of_spans(vectors, logits, history.valid, history.row, len(history.num_events))
+
+
+def mean_of_spans(
+    vectors: Float[Array, "M F"],
+    logits: Float[Array, "M"],
+    where: Bool[Array, "M"],
+    row: Int[Array, "M"],
+    num_rows: int,
+) -> Float[Array, "B F"]:
+    """Averages as `weighted_mean` does, the vectors of all rows one after the other.
+
+    Args:
+        vectors: Vectors, those of one row together.
+        logits: Logits of their weights.
+        where: Whether a vector counts.
+        row: Row of each vector, never falling.
+        num_rows: Number B of rows.
+    """
+    allowed = jnp.where(where, logits, -jnp.inf)
+    top = jax.ops.segment_max(allowed, row, num_rows, indices_are_sorted=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    # Masked before the exponential too: the gradient of a masked entry must not be NaN.
+    weights = jnp.where(where, jnp.exp(jnp.where(where, logits, 0.0) - top[row]), 0.0)
+    total = jax.ops.segment_sum(weights, row, num_rows, indices_are_sorted=True)
+    shares = weights / jnp.where(total > 0, total, 1.0)[row]
+    weighed = shares[:, None] * vectors
+    return jax.ops.segment_sum(weighed, row, num_rows, indices_are_sorted=True)
 
 
 def weighted_mean(
@@ -77,13 +120,15 @@ def empty_some(history: History, rate: float, keys: Array | None) -> History:
     """Empties whole histories, each by chance.
 
     Args:
-        history: Events of each row, not packed.
+        history: Events of each row, not packed into sequences.
         rate: Share of the histories to empty.
         keys: Random keys of the rows [B]; None empties nothing.
     """
     if keys is None or not rate:
         return history
     keep = drop_out(jnp.ones((len(keys), 1)), rate, keys, _EMPTY_LAYER) > 0
+    if history.row is not None:
+        keep = keep[history.row, 0]
     return history._replace(valid=history.valid & keep)
 
 
@@ -103,8 +148,10 @@ class HistoryEncoder(nn.Module):
     time_buckets: int = 0
     dtype: DTypeLike | None = None
     reads_time_to_next: bool = False
+    # Whether the events of all rows may lie one after the other; see `History.row`.
+    reads_spans: ClassVar[bool] = False
 
-    def event_vectors(self, history: History) -> Float[Array, "B L F"]:
+    def event_vectors(self, history: History) -> Float[Array, "*N F"]:
         """Returns a vector for each event: its item, and the times around it.
 
         Vectors have a mean square of 1 where the rows of tables have norm 1.
@@ -127,7 +174,7 @@ class HistoryEncoder(nn.Module):
             x = x + table[history.time_to_next].astype(x.dtype)
         return x
 
-    def event_log_weights(self, history: History) -> Float[Array, "B L"]:
+    def event_log_weights(self, history: History) -> Float[Array, "*N"]:
         """Returns log weights of the events in a bag: those of their kind, plus a learned one for
         each number of later events."""
         if history.log_weights is None:
@@ -137,7 +184,11 @@ class HistoryEncoder(nn.Module):
         if not self.config.recency:
             return logits
         weights = self.param("recency", _init_recency, (self.length,))
-        later_events = history.valid.sum(1, keepdims=True) - 1 - jnp.arange(self.length)[None, :]
+        if history.row is None or history.slot is None or history.num_events is None:
+            counts = history.valid.sum(1, keepdims=True)
+            later_events = counts - 1 - jnp.arange(self.length)[None, :]
+        else:
+            later_events = history.num_events[history.row] - 1 - history.slot
         return logits + weights[jnp.maximum(later_events, 0)]
 
 
@@ -149,10 +200,12 @@ def _init_recency(key: Array, shape: tuple[int]) -> Float[Array, "L"]:
 class Bag(HistoryEncoder):
     """The weighted mean of the events."""
 
+    reads_spans = True
+
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
         x = self.event_vectors(history)
-        mean = weighted_mean(x, self.event_log_weights(history), history.valid)
+        mean = mean_events(history, x, self.event_log_weights(history))
         return drop_out(mean, self.config.dropout, keys, _FIRST_LAYER)
 
 
@@ -160,11 +213,13 @@ class AttentionBag(HistoryEncoder):
     """The mean of the events by learned weights, softmax(u . tanh(W x + b)), times those of a bag
     (Yang et al., NAACL 2016)."""
 
+    reads_spans = True
+
     @nn.compact
     def __call__(self, history: History, *, keys: Array | None = None) -> Float[Array, "B F"]:
         x = self.event_vectors(history)
         logits = _attention_logits(x, self.dtype) + self.event_log_weights(history)
-        mean = weighted_mean(x, logits, history.valid)
+        mean = mean_events(history, x, logits)
         return drop_out(mean, self.config.dropout, keys, _FIRST_LAYER)
 
 
@@ -296,7 +351,7 @@ def _with_start_vectors(
     return jnp.where((position == 0)[..., None], start[None, None].astype(x.dtype), x)
 
 
-def _attention_logits(x: Float[Array, "B L F"], dtype: DTypeLike | None) -> Float[Array, "B L"]:
+def _attention_logits(x: Float[Array, "*N F"], dtype: DTypeLike | None) -> Float[Array, "*N"]:
     """Returns the logits u . tanh(W x + b), by layers of the module that calls."""
     hidden = jnp.tanh(dense(x.shape[-1], dtype, name="attention_hidden")(x))
     logits = dense(1, dtype, use_bias=False, name="attention")(hidden)
@@ -351,7 +406,7 @@ def _check_heads(config: HistoryConfig, width: int) -> None:
         )
 
 
-def apply_tokenwise(module: nn.Module, x: Float[Array, "B S F"]) -> Float[Array, "B S G"]:
+def apply_tokenwise(module: nn.Module, x: Float[Array, "*N F"]) -> Float[Array, "*N G"]:
     """Applies a module to each position."""
     # On a CPU gradients of products of [B S, F] are formed faster than those of [B, S, F].
     tokens = module(x.reshape(-1, x.shape[-1]))

@@ -21,8 +21,11 @@ from jaxtyping import Array, Float
 from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
 from twotower.features.inputs import (
+    HISTORY_COUNT,
     HISTORY_POSITION,
+    HISTORY_ROW,
     HISTORY_SEGMENT,
+    HISTORY_SLOT,
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
@@ -250,6 +253,12 @@ class TwoTower:
             x = l2_normalize(x)
         return x, stats
 
+    @property
+    def reads_spans(self) -> bool:
+        """Whether the events of a batch's histories may lie one after the other, in training."""
+        tower = self.towers["user"]
+        return tower.history is not None and tower.history.reads_spans
+
     def embed(self, side: str, weights: Weights, features: Features) -> Float[Array, "B *S D"]:
         """Returns the vectors of encoded features, as served: no dropout, running statistics, cut
         to `dim`."""
@@ -316,6 +325,9 @@ class TwoTower:
             "segment": segment,
             "position": features.get(HISTORY_POSITION),
             "time_to_next": features.get(HISTORY_TIME_TO_NEXT),
+            "row": features.get(HISTORY_ROW),
+            "slot": features.get(HISTORY_SLOT),
+            "num_events": features.get(HISTORY_COUNT),
         }
 
     def _example(self, side: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

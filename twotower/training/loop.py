@@ -4,6 +4,7 @@ last checkpoint to the same end."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -394,21 +395,49 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
     if batches.resident is not None:
         resident = put(mesh, batches.resident, REPLICATED)
     constants = step_constants(trainer.sampling, data, mesh, resident)
-    run = jit_steps(trainer, mesh, None if resident is None else batches.gather)
+    places = 0
+    if resident is not None and _reads_spans(trainer, mesh):
+        places = batches.span_places(config.batch_size // mesh.size)
 
-    def load(step: int) -> Any:
+    @functools.cache
+    def program(places: int) -> Callable[..., tuple[TrainState, Metrics]]:
+        gather = None
+        if places:
+            gather = functools.partial(batches.gather_spans, num_events=places)
+        elif resident is not None:
+            gather = batches.gather
+        return jit_steps(trainer, mesh, gather)
+
+    def run(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         steps = range(step, step + config.steps_per_dispatch)
         # A function of the step alone: a resumed run sees the batches that it would have seen.
-        indices = [batches.indices(s)[own] for s in steps]
+        indices = [batches.indices(s) for s in steps]
+        enough = places
+        if places:
+            # Hardly ever more than one program: a batch that holds more events has a larger one.
+            needed = max(batches.num_events(batch, mesh.size) for batch in indices)
+            while enough < needed:
+                enough *= 2
         if resident is not None:
             # Only indices move to the device, a few KiB a step.
-            host = np.stack(indices)
+            host = np.stack([batch[own] for batch in indices])
         else:
-            loaded = map(batches.load, indices)
+            loaded = [batches.load(batch[own]) for batch in indices]
             host = jax.tree.map(lambda *x: np.stack(x), *loaded)
-        return put_parts(mesh, host, parts, config.batch_size, axis=1)
+        inputs = put_parts(mesh, host, parts, config.batch_size, axis=1)
+        return program(enough)(state, inputs, resident, constants)
 
-    return lambda state, step: run(state, load(step), resident, constants)
+    return run
+
+
+def _reads_spans(trainer: Trainer, mesh: Mesh) -> bool:
+    """Returns whether a step reads histories as spans, one after the other.
+
+    A batch that is computed in parts is divided by rows, which spans do not follow.
+    """
+    training = trainer.config.training
+    in_one_part = training.accumulate == 1 and training.batch_size // mesh.size <= EMBED_BLOCK
+    return in_one_part and trainer.model.reads_spans
 
 
 def jit_steps(

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from twotower.core.mesh import SINGLE_DEVICE, DeviceGroup
-from twotower.features.inputs import SIDES, Input
+from twotower.features.inputs import HISTORY_ROW, HISTORY_SLOT, SIDES, Input
 from twotower.kernels.sparse_update import apply_gradients
 from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import lookup_rows
@@ -180,7 +180,10 @@ def row_numbers(batch: Batch, sampled: SampledItems, group: DeviceGroup) -> dict
     """Returns a number for each embedded row of each side: distinct numbers, which do not depend on
     the division of the batch over devices."""
     rows = len(batch["user"])
-    users = len(next(iter(batch["user_features"].values())))
+    users = rows
+    if HISTORY_ROW not in batch["user_features"]:
+        # Of packed sequences the user tower has fewer rows, which hold several positions each.
+        users = len(next(iter(batch["user_features"].values())))
     hard = sampled.hard.size
     samples = rows * group.size
     # The shared samples have the last numbers: their padding depends on the number of devices, and
@@ -247,10 +250,18 @@ def oov_dropout(
         if not rate:
             return ids
 
+        shape = ids.shape[1:]
+        is_flat = bool(inputs[name].history_length) and HISTORY_ROW in features
+        if is_flat:
+            # Drawn as for windows, so that an event is dropped alike in either form.
+            shape = (inputs[name].history_length, *shape)
+
         def draw(key: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(jax.random.fold_in(key, numbers[name]), rate, ids.shape[1:])
+            return jax.random.bernoulli(jax.random.fold_in(key, numbers[name]), rate, shape)
 
         is_dropped = jax.vmap(draw)(keys)
+        if is_flat:
+            is_dropped = is_dropped[features[HISTORY_ROW], features[HISTORY_SLOT]]
         # Row 0 is padding, rows 1 to `oov_rows` are out of vocabulary, known rows follow. The id
         # chooses the row that replaces it, so that all of them are trained.
         return jnp.where(is_dropped & (ids > oov_rows), 1 + ids % oov_rows, ids)
