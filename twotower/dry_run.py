@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 # Sources whose rows cost nothing but the time to read them.
-CHEAP_SOURCES = ("csv", "pairs", "parquet", "shop", "user_lists")
+CHEAP_SOURCES = ("csv", "parquet", "json", "pairs", "user_lists", "baskets", "matrix", "shop")
 
 
 def define(flag_values: flags.FlagValues) -> flags.FlagHolder[bool | None]:
@@ -71,19 +71,19 @@ def latest_step(folder: Path) -> int:
 
 def describe_data(config: Any, folder: Path) -> Iterator[str]:
     """Yields lines on the data, with the sizes of its parts where that costs nothing."""
-    from twotower.pipeline.prepare import read_parts
+    from twotower.features.spec import load_spec
+    from twotower.pipeline.event_weights import with_event_weights
+    from twotower.pipeline.prepare import read_and_describe
 
     if config.data.source not in CHEAP_SOURCES:
         yield f"Data: {config.data.source}, split by {config.split.kind}; not read now."
         return
-    dataset, parts = read_parts(config, folder=folder)
-    sizes = f"{len(dataset.users):,} users, {len(dataset.items):,} items"
-    yield f"Data: {config.data.source}, {len(dataset.interactions):,} rows, {sizes}."
-    training = config.training.scaled_to(len(parts.train))
-    yield (
-        f"Split by {config.split.kind}: {len(parts.train):,} train, {len(parts.validation):,} "
-        f"validation, {len(parts.test):,} test rows."
-    )
+    spec = with_event_weights(load_spec(config.features), config)
+    report = read_and_describe(config, spec, folder=folder).report
+    for warning in report.warnings:
+        yield f"WARNING: {warning}"
+    yield from report.lines()
+    training = config.training.scaled_to(report.parts["train"])
     # Whole sequences are packed, so that their number is known only after the data is encoded.
     if config.training.examples == "interactions":
         yield f"Steps: up to {training.steps:,}, a validation every {training.validate_every:,}."

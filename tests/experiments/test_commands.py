@@ -309,7 +309,7 @@ def test_a_dry_run_checks_and_says_what_would_be_trained(tmp_path):
     flags = [MY_LOG, f"--workdir={workdir}", "--dry-run", "--config.training.batch_size=8"]
     path = f"--config.data.interactions.path={tmp_path / 'log.csv'}"
     printed = output_of("train", *flags, path)
-    assert f"Would train in {workdir}: a new run" in printed and "Data: csv, 100 rows" in printed
+    assert f"Would train in {workdir}: a new run" in printed and "Data: 100 rows of" in printed
     assert "85 train, 5 validation, 10 test rows" in printed
     assert "\n  --config.training.batch_size=8\n" in printed
     assert "config.retrieval.k=" not in printed  # as it is by default

@@ -31,6 +31,11 @@ class Split:
     test: pa.Table
     file_positions: tuple[np.ndarray, ...] | None = None
 
+    @property
+    def tables(self) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """The three parts in the order of `PARTS`."""
+        return self.train, self.validation, self.test
+
     def joined_file_positions(self) -> np.ndarray:
         """Returns the position in the file, int64 [N], of each row of the three parts joined."""
         if self.file_positions is None:

@@ -100,7 +100,9 @@ class DataReport:
         lines.append(f"Repeats: {self.repeats:,} rows ({share}) have user and item of another.")
         lines += [match.describe() for match in self.matches]
         parts = ", ".join(f"{count:,} {part}" for part, count in self.parts.items())
-        lines.append(f"Split by {self.split}: {parts}; {self.corpus:,} items can be recommended.")
+        lines.append(
+            f"Split by {self.split}: {parts} rows; {self.corpus:,} items can be recommended."
+        )
         lines += [_describe_held_out(part, rows) for part, rows in self.held_out.items()]
         return lines + list(self.notes)
 

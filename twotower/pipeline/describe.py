@@ -160,7 +160,7 @@ class _Numbers:
         users: Sequence[np.ndarray],
         items: Sequence[np.ndarray],
     ):
-        self.tables = [parts.train, parts.validation, parts.test]
+        self.tables = parts.tables
         self._users = users
         corpus = len(dataset.items)
         # Items outside of the corpus get numbers behind it; no training row has one.
@@ -240,6 +240,7 @@ def _describe_answers(
     Raises:
         ConfigError: No answer of a part can be found.
     """
+    is_said = False
     # Test first: its figures are those that are reported.
     for part, rows in reversed(list(held_out.items())):
         outside = rows.outside_corpus
@@ -249,7 +250,10 @@ def _describe_answers(
             )
             if outside == rows.rows:
                 _refuse("nothing_to_find", words.removesuffix("."), config.data.accept)
-            yield words
+            # The cure is the same for both parts, and each has a line of the report.
+            if not is_said:
+                yield words
+            is_said = True
         elif rows.share(rows.new_items) >= MANY and not _describes_items(spec):
             share = format_share(rows.new_items, rows.rows)
             yield (

@@ -185,6 +185,62 @@ def read_parts(
     return with_items_of_log(dataset, parts, _columns_of_items(config, spec)), parts
 
 
+@dataclasses.dataclass(frozen=True)
+class DescribedLog:
+    """A log that was read, divided and described.
+
+    Attributes:
+        dataset: The log, with its items restricted to the corpus.
+        parts: Parts of the log.
+        users: Row of the users table for each row of train, validation and test, int32 [N] each.
+        items: Row of the corpus likewise, -1 where the item is not in it.
+        report: Facts that a person should know.
+    """
+
+    dataset: Dataset
+    parts: Split
+    users: tuple[np.ndarray, ...]
+    items: tuple[np.ndarray, ...]
+    report: DataReport
+
+
+def read_and_describe(
+    config: Config,
+    spec: FeatureSpec,
+    *,
+    folder: Path | None = None,
+    dataset: Dataset | None = None,
+) -> DescribedLog:
+    """Reads, checks and describes the log that a configuration names, and encodes nothing.
+
+    Args:
+        config: Configuration of a run.
+        spec: Features of the run.
+        folder: Folder of the run, in which rows that it keeps are found.
+        dataset: The log itself, in the place of the one that the configuration names.
+
+    Raises:
+        ConfigError: The data cannot be read, nothing is left of it, or it can only be a mistake.
+        LeakageError: The split leaks (see `twotower.data.audit`).
+    """
+    dataset, parts = read_parts(config, folder=folder, dataset=dataset, spec=spec)
+    check_log(dataset.interactions, config.data.accept)
+    check_labels(dataset.interactions, parts.train, label_columns(config.objective))
+    warnings = check_event_weights(dataset.interactions, config.data)
+    dataset = dataclasses.replace(dataset, warnings=(*dataset.warnings, *warnings))
+    # Export alone reads these columns, but by then a misspelt one would have cost a training.
+    check_fields(
+        dict.fromkeys(config.retrieval.display),
+        dataset.items.column_names,
+        "config.retrieval.display: the items table",
+    )
+    dataset = _restrict_to_corpus(dataset, parts.train)
+    users = [_row_numbers(rows["user_id"], dataset.users["user_id"]) for rows in parts.tables]
+    items = [_row_numbers(rows["item_id"], dataset.items["item_id"]) for rows in parts.tables]
+    report = describe_data(config, spec, dataset, parts, users, items)
+    return DescribedLog(dataset, parts, tuple(users), tuple(items), report)
+
+
 def _columns_of_items(config: Config, spec: FeatureSpec) -> set[str]:
     """Returns the columns of items that a feature, the lists or the mapping of columns names."""
     names = {*config.retrieval.display, *config.data.item_table.columns}
@@ -220,22 +276,9 @@ def prepare(
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     if spec is None:
         spec = with_event_weights(load_spec(config.features), config)
-    dataset, parts = read_parts(config, folder=folder, dataset=dataset, spec=spec)
-    check_log(dataset.interactions, config.data.accept)
-
-    labels = label_columns(config.objective)
-    check_labels(dataset.interactions, parts.train, labels)
-    event_weights = config.data.weight_by_event()
-    warnings = check_event_weights(dataset.interactions, config.data)
-    dataset = dataclasses.replace(dataset, warnings=(*dataset.warnings, *warnings))
-    # Export alone reads these columns, but by then a misspelt one would have cost a training.
-    check_fields(
-        dict.fromkeys(config.retrieval.display),
-        dataset.items.column_names,
-        "config.retrieval.display: the items table",
-    )
-
-    dataset = _restrict_to_corpus(dataset, parts.train)
+    told = read_and_describe(config, spec, folder=folder, dataset=dataset)
+    dataset = told.dataset
+    parts = told.parts
     users = dataset.users
     items = dataset.items
     # Vocabularies and statistics are of training rows alone, see `Encoder.fit`; an encoder that
@@ -243,12 +286,9 @@ def prepare(
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
     check_fitted(encoder.fitted_on, parts)
+    labels = label_columns(config.objective)
     _check_labels_are_hidden(encoder, labels)
-    # Before the features are encoded, which may take minutes where they are texts.
-    part_tables = (parts.train, parts.validation, parts.test)
-    user_rows = [_row_numbers(rows["user_id"], users["user_id"]) for rows in part_tables]
-    item_rows = [_row_numbers(rows["item_id"], items["item_id"]) for rows in part_tables]
-    report = describe_data(config, encoder.spec, dataset, parts, user_rows, item_rows)
+    event_weights = config.data.weight_by_event()
     # Users and items are encoded once: a batch looks them up by row.
     features = {
         "user": encoder.encode("user", users, _columns_of_users(encoder)),
@@ -257,7 +297,7 @@ def prepare(
 
     train, validation, test = (
         _encode_rows(rows, user, item, encoder, labels, event_weights)
-        for rows, user, item in zip(part_tables, user_rows, item_rows)
+        for rows, user, item in zip(parts.tables, told.users, told.items)
     )
     if not train.weight.any():
         raise ConfigError(
@@ -285,7 +325,7 @@ def prepare(
         histories=histories,
         packing=pack_sequences(config, histories),
         has_catalogue=dataset.has_catalogue,
-        report=report,
+        report=told.report,
     )
 
 
