@@ -46,6 +46,10 @@ class BusyError(TwotowerError, RuntimeError):
     """A folder that another process writes to; the message names the process."""
 
 
+class ForkError(TwotowerError, RuntimeError):
+    """A use of JAX in a process that was forked from one that had used it."""
+
+
 class PreemptedError(TwotowerError, SystemExit):
     """A training that was asked to end by SIGTERM, and has saved where it was.
 

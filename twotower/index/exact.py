@@ -21,7 +21,15 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
-from twotower.core.mesh import AXIS, REPLICATED, SHARDED, SINGLE_DEVICE, device_group, put
+from twotower.core.mesh import (
+    AXIS,
+    REPLICATED,
+    SHARDED,
+    SINGLE_DEVICE,
+    check_fork,
+    device_group,
+    put,
+)
 from twotower.core.ragged import Ragged
 from twotower.index.base import check_queries, check_scores, check_vectors, list_length
 from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
@@ -80,6 +88,7 @@ class ExactIndex:
         """
         if not 0 < recall_target <= 1:
             raise ValueError(f"recall_target={recall_target} must lie in (0, 1].")
+        check_fork()
         vectors = check_vectors(vectors, what="item")
         self.num_items, self.dim = vectors.shape
         self.normalized = normalized
@@ -127,6 +136,7 @@ class ExactIndex:
             ConfigError: `k` is no whole number, or below 1.
             ValueError: `exclude` is not one list a query.
         """
+        check_fork()
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         k = list_length(k, self.num_items)
         if exclude is not None and len(exclude) != len(queries):

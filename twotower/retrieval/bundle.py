@@ -503,8 +503,9 @@ def _load_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
     programs = {side: (folder / f"{side}_tower.stablehlo").read_bytes() for side in SIDES}
     try:
         return TowerPrograms(programs, weights)
-    # A package that is missing is another complaint than a program that is too old.
-    except ImportError:
+    # A package that is missing, or a forked process, is another complaint than a program that is
+    # too old.
+    except (ImportError, TwotowerError):
         raise
     # JAX raises many kinds for a program of a version that it does not read; the cause is kept.
     except Exception as error:

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
+from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
 from twotower.index.base import check_k, check_vectors
@@ -169,6 +170,14 @@ class Retriever:
             ChangesError: The log of its changes is damaged.
         """
         return cls(load_bundle(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker loads the bundle itself: it then sees the changes that are in its log by then.
+        if self.bundle.folder is None:
+            raise ChangesError(
+                "A retriever in memory alone cannot be pickled: export it, and load the bundle."
+            )
+        return Retriever.load, (str(self.bundle.folder),)
 
     def __repr__(self) -> str:
         users = len(self.user_rows.row_by_id)
@@ -512,6 +521,8 @@ class Retriever:
             OSError: The disk refuses; nothing was changed.
             QueryError, ConfigError: The rows or vectors are not usable; nothing was changed.
         """
+        # A child that was forked has the parent's lock and its connection to the log.
+        check_fork()
         table = self._read_items(rows, Naming.read(names, strict))
         if vectors is None:
             vectors = self._encode_items(table)
@@ -531,6 +542,7 @@ class Retriever:
         Raises:
             ChangesError, OSError: As `upsert`.
         """
+        check_fork()
         # Read before the lock is taken: an iterable of the caller may be slow.
         ids = self._item_ids(item_ids, "item_ids")
         with self._lock:
@@ -565,6 +577,7 @@ class Retriever:
     @contextlib.contextmanager
     def _exclusive_maintenance(self) -> Iterator[None]:
         """Excludes other long work on the index."""
+        check_fork()
         # Refused, not queued: a second rebalance right after the first would be in vain.
         if not self._maintenance.acquire(blocking=False):
             raise ChangesError("Another rebalance or compaction is under way.")

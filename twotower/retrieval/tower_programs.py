@@ -14,6 +14,7 @@ import jax.export
 import numpy as np
 
 from twotower.core.arrays import next_power_of_two, pad_rows
+from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
 from twotower.retrieval.weights import WeightArrays
 
@@ -59,6 +60,7 @@ class TowerPrograms:
             programs: {"user": ..., "item": ...}, as `export_tower` returns them.
             weights: Weights that the programs take, as NumPy arrays.
         """
+        check_fork()
         # Both are kept as they came too: writing the bundle again must not change a byte.
         self.programs = programs
         self.weights = weights
@@ -82,6 +84,7 @@ class TowerPrograms:
             batch: Rows embedded at once. A last part is padded to a power of two, so that few
                 shapes are compiled.
         """
+        check_fork()
         count = len(next(iter(features.values())))
         vectors = np.zeros((count, self.dim), np.float32)
         starts = range(0, count, batch)
