@@ -19,6 +19,7 @@ _LINES = 1_000  # lines that are looked at
 _CONSISTENT = 0.9
 # Delimiters from the likeliest on, for lines that several divide alike.
 _DELIMITERS = ("\t", "::", ";", "|", ",", delimited.WHITESPACE)
+_TITLE = 10  # lines in front of the header at most
 _MATRIX = 10  # columns from which on a table of numbers may be users by items
 _OPTIONS = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
 
@@ -84,11 +85,12 @@ def _find_form_of_text(found: content.Content, config: TableConfig) -> FileForm:
     delimiter, share = _find_delimiter(bare)
     if not delimiter:
         return FileForm("csv", config, "a single column")
+    skip = _title_lines(bare, delimiter)
+    # Of baskets the first may have one item, which is no title.
+    if skip and (share >= _CONSISTENT or _names_columns(_divide(bare[skip:], delimiter)[0])):
+        config = dataclasses.replace(config, skip_lines=lines.index(bare[skip]))
+        bare = bare[skip:]
     if share < _CONSISTENT:
-        skip = _title_lines(bare, delimiter)
-        if skip and not comment:
-            config = dataclasses.replace(config, skip_lines=_position(lines, bare[skip]))
-            return _table_form(_divide(bare[skip:], delimiter), config, delimiter)
         return _lists_form(bare, config, delimiter)
     return _table_form(_divide(bare, delimiter), config, delimiter)
 
@@ -108,10 +110,6 @@ def _encoding_of(head: bytes) -> str:
 
 def _all_begin(lines: Sequence[str]) -> bool:
     return all(line.startswith("#") for line in lines)
-
-
-def _position(lines: Sequence[str], line: str) -> int:
-    return list(lines).index(line)
 
 
 def _divide(lines: Sequence[str], delimiter: str) -> Rows:
@@ -153,12 +151,10 @@ def _find_delimiter(lines: Sequence[str]) -> tuple[str, float]:
 
 
 def _title_lines(lines: Sequence[str], delimiter: str) -> int:
-    """Returns the number of lines before a table that begins later; 0 where none does."""
-    for skip in range(1, min(len(lines) - 1, 10)):
-        rows = _divide(lines[skip:], delimiter)
-        widths = {len(row) for row in rows}
-        if len(widths) == 1 and len(rows[0]) > 1:
-            return skip
+    """Returns the number of lines in front of the header: those without a delimiter."""
+    for number, line in enumerate(lines[:_TITLE]):
+        if len(_divide([line], delimiter)[0]) > 1:
+            return number
     return 0
 
 
@@ -166,7 +162,7 @@ def _lists_form(lines: Sequence[str], config: TableConfig, delimiter: str) -> Fi
     """Returns the form of lines of many lengths: baskets, or a user and their items."""
     rows = [[word.strip() for word in row] for row in _divide(lines, delimiter)]
     widths = Counter(map(len, rows))
-    if len(widths) < 3 or any(is_known_name(word) for word in rows[0]):
+    if len(widths) < 3 or _names_columns(rows[0]):
         # A table with bad rows.
         width = widths.most_common(1)[0][0]
         right = [row for row in rows if len(row) == width]
@@ -215,7 +211,7 @@ def has_header(rows: Rows) -> bool:
     columns = [[row[i].strip() for row in below] for i in range(len(header))]
     if any(field in values for field, values in zip(header, columns)):
         return False
-    if any(is_known_name(field) for field in header):
+    if _names_columns(header):
         return True
     for field, values in zip(header, columns):
         shapes = Counter(map(_shape, values)).most_common(1)
@@ -223,6 +219,10 @@ def has_header(rows: Rows) -> bool:
         if shapes and shapes[0][0] == _shape(field) and "9" in _shape(field):
             return False
     return True
+
+
+def _names_columns(fields: Sequence[str]) -> bool:
+    return any(is_known_name(field.strip()) for field in fields)
 
 
 def _shape(text: str) -> str:

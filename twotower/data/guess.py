@@ -161,16 +161,10 @@ def guess_key(table: pa.Table, column: str, ids: pa.ChunkedArray, side: str, *, 
         candidates = ranked[0] if ranked else []
         if not candidates:
             candidates = [name for name in table.column_names if _words(name) in ([side], ["id"])]
-    known = pc.unique(ids)
-    # Where several names would do, the ids that the log has too tell which it is.
-    shares = {}
-    for name in candidates:
-        try:
-            values = IdForm.find(table[name]).column(table[name])
-        except BadValue:
-            continue
-        is_known = pc.is_in(known, value_set=pc.unique(values).drop_null())
-        shares[name] = pc.mean(is_known.cast(pa.float64())).as_py() or 0.0
+    shares = _shares_of_ids(table, candidates, ids)
+    if not any(shares.values()):
+        # No name tells it: the ids that the log has too.
+        shares |= _shares_of_ids(table, table.column_names, ids)
     best = max(shares, key=lambda name: shares[name], default="")
     if shares.get(best):
         return best
@@ -190,6 +184,22 @@ def describe(table: pa.Table, *, now: float) -> str:
         now: Seconds since the epoch.
     """
     return str(_Log(table, now))
+
+
+def _shares_of_ids(
+    table: pa.Table, names: Collection[str], ids: pa.ChunkedArray
+) -> dict[str, float]:
+    """Returns the share of a log's ids that each of some columns has, from 0 to 1."""
+    known = pc.unique(ids)
+    shares = {}
+    for name in names:
+        try:
+            values = IdForm.find(table[name]).column(table[name])
+        except BadValue:
+            continue
+        is_known = pc.is_in(known, value_set=pc.unique(values).drop_null())
+        shares[name] = pc.mean(is_known.cast(pa.float64())).as_py() or 0.0
+    return shares
 
 
 class _Log:
