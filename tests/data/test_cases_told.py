@@ -75,6 +75,15 @@ def test_a_table_with_half_of_the_ids_is_taken(tmp_path):
     assert (match.only_log, match.only_table) == ("i5", "")
 
 
+def test_ids_in_two_forms_are_told_though_most_match(tmp_path):
+    items = titles(count=7) + "I7,Title 7\nI8,Title 8\nI9,Title 9\n"
+    report = prepare(make_config(tmp_path, events(), items=items)).report
+    assert report is not None
+    (warning,) = report.warnings
+    assert warning.startswith("items: 70.0% of the log's 10 ids are in the item_table")
+    assert warning.endswith("most would match without the case of letters.")
+
+
 def test_a_finding_that_is_not_known_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="config.data.accept='unmatched_item'.*unmatched_items"):
         from_dict({"data": {"accept": ("unmatched_item",)}})

@@ -15,6 +15,14 @@ from twotower.core.errors import ConfigError
 LEAST_MATCH = 0.5
 # Ids by which the cause of a mismatch is looked for.
 SAMPLE = 10_000
+# What to do about a cause, where there is more to say than to write the ids alike.
+CURES = {
+    "leading zeros": "Spreadsheets drop leading zeros: export the table again with ids as text",
+    "quotes around them": (
+        "Set the option quoting of the file that has them, such as "
+        'config.data.interactions.quoting="\'"'
+    ),
+}
 # Words for what may keep equal ids apart -> the ids without it.
 CAUSES: dict[str, Callable[[pa.Array], pa.Array]] = {
     "the case of letters": lambda ids: pc.utf8_lower(ids),
@@ -117,12 +125,12 @@ def check_matches(matches: Iterable[Match], accept: Collection[str]) -> None:
         if match.share >= LEAST_MATCH or finding in accept:
             continue
         accepted = (*accept, finding)
+        cure = CURES.get(match.cause, "Write the ids alike in both")
         raise ConfigError(
             f"log and {match.side}_table do not match. {match.describe()} An id without a row "
-            f"in the table has no features; one in two forms stands twice. Write the ids "
-            f"alike in both, or name the column that holds the log's ids by "
-            f"config.data.{match.side}_table.columns={{'{match.side}_id': ...}}. If so few are "
-            f"right: config.data.accept={accepted!r}."
+            f"in the table has no features; one in two forms stands twice. {cure}, or name the "
+            f"column that holds the log's ids by config.data.{match.side}_table.columns="
+            f"{{'{match.side}_id': ...}}. If so few are right: config.data.accept={accepted!r}."
         )
 
 

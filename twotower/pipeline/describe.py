@@ -125,6 +125,8 @@ def describe_data(
     warnings = [
         *_describe_answers(config, held_out, spec, dataset.has_catalogue),
         *_describe_ids(rows, numbers),
+        # Ids in two forms, though most match.
+        *(match.describe() for match in dataset.matches if match.cause),
         *_describe_features(spec, dataset, parts.train),
         *dataset.warnings,
     ]
