@@ -151,14 +151,20 @@ def test_one_command_writes_what_trains(tmp_path, monkeypatch, capsys):
     assert "fields between tabs, without a header" in printed
     assert "user = 'column_1', item = 'column_2', no column of times" in printed
     assert "twotower train --config=mine.py" in printed
-    options = {"training.passes": 0.0, "training.steps": 2, "training.validate_every": 1}
-    train(load_config("mine.py", **options), tmp_path / "run")
-    assert list((tmp_path / "run" / "checkpoints").iterdir())
     # It may be written again, and another file may not.
     assert not ended(monkeypatch, "inspect", path.name, "--out=mine.py")
     (tmp_path / "other.py").write_text("x = 1\n")
     assert ended(monkeypatch, "inspect", path.name, "--out=other.py")
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_written_trains(tmp_path):
+    path = write(tmp_path, bare_tabs)
+    inspection.write(inspection.inspect(str(path)).config, tmp_path / "mine.py", str(path))
+    options = {"training.passes": 0.0, "training.steps": 2, "training.validate_every": 1}
+    train(load_config(tmp_path / "mine.py", **options), tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_all_that_is_wrong_is_told_at_once_and_what_was_taken(tmp_path):
