@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a parent process loads neither
 _CALLS = flags.DEFINE_integer("calls", 10_000, "Calls in all, divided over the kinds of index.")
 _KIND = flags.DEFINE_string("kind", "", "Kind of index that this process attacks.")
 _BUNDLE = flags.DEFINE_string("bundle", "", "Folder of the bundle that this process attacks.")
-ITEMS = 500
+ITEMS = 1_500  # enough for a tree of ScaNN
 # Bytes that all calls may add to the greatest memory of the process: compiled programs and lists.
 MAX_GROWTH = 512 * 2**20
 ADDRESS_SPACE = 64 * 2**30
@@ -101,13 +101,20 @@ def make_retriever(folder: Path, kind: str) -> Retriever:
 class Attack:
     """Requests drawn from a seed, right and wrong parts mixed."""
 
-    def __init__(self, retriever: Retriever, seed: int):
+    def __init__(self, retriever: Retriever, seed: int, *, of_index: bool = True):
+        """Prepares the attack.
+
+        Args:
+            retriever: Retriever to attack.
+            seed: Seed of all draws.
+            of_index: Whether the index itself is searched too.
+        """
         self.retriever = retriever
         self.rng = np.random.default_rng(seed)
         self.users = retriever.bundle.users["user_id"].to_pylist()
         self.items = retriever.bundle.items["item_id"].to_pylist()
         self.outcomes: Counter[str] = Counter()
-        makers = (
+        self.makers = (
             self.recommend,
             self.recommend_rows,
             self.recommend_many,
@@ -118,8 +125,8 @@ class Attack:
             self.change,
         )
         # Changes wait for the disk, so they are fewer.
-        self.makers = makers
-        self.shares = np.array([5, 5, 3, 3, 3, 3, 3, 1]) / 26
+        shares = np.array([5, 5, 3, 3, 3, 3, 3 * of_index, 1])
+        self.shares = shares / shares.sum()
 
     def one(self) -> None:
         """Makes one call, and checks what comes of it.
@@ -256,7 +263,7 @@ class Attack:
         return right() if self.rng.random() < share else self.hostile()
 
     def id(self, known: list[str]) -> Any:
-        return self.mostly(lambda: self.pick((self.pick(known), "nobody", 10**6, "P1", 17.0)))
+        return self.mostly(lambda: self.pick((*[self.pick(known)] * 8, "nobody", 10**6, 17.0)))
 
     def ids(self, known: list[str]) -> Any:
         import pandas as pd
@@ -389,13 +396,15 @@ def _show(arguments: Mapping[str, Any]) -> str:
         sys.set_int_max_str_digits(limit)
 
 
-def attack(retriever: Retriever, calls: int, seed: int) -> Counter[str]:
+def attack(retriever: Retriever, calls: int, seed: int, *, of_index: bool = True) -> Counter[str]:
     """Makes calls, and returns the number of each outcome.
+
+    Arguments are those of `Attack`.
 
     Raises:
         AssertionError: One of them did what none may; the message shows it.
     """
-    requests = Attack(retriever, seed)
+    requests = Attack(retriever, seed, of_index=of_index)
     # Compiles what most calls run, so that memory is measured from there on.
     for _ in range(20):
         requests.one()
@@ -414,7 +423,7 @@ def attack_here(folder: Path, kind: str, calls: int) -> None:
     logging.set_verbosity(logging.FATAL)
     retriever = make_retriever(folder, kind)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    outcomes = attack(retriever, calls, seed=len(kind))
+    outcomes = attack(retriever, calls, seed=list(KINDS).index(kind))
     refused = sum(count for name, count in outcomes.items() if name.endswith("refused"))
     print(f"{retriever.bundle.index.kind} {refused}", flush=True)
 

@@ -116,7 +116,7 @@ class LibraryIndex(Index, Protocol):
         ...
 
 
-def check_k(k: int, name: str = "k") -> int:
+def check_k(k: object, name: str = "k") -> int:
     """Returns a list length as an integer of Python.
 
     Args:
@@ -138,7 +138,7 @@ def check_k(k: int, name: str = "k") -> int:
     return k
 
 
-def list_length(k: int, num_items: int) -> int:
+def list_length(k: object, num_items: int) -> int:
     """Returns the length that lists of `k` among `num_items` items can have.
 
     Room is made for lists of that length: `k` alone may be anything that somebody types.

@@ -20,6 +20,7 @@ from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
 from twotower.data.operators import unit_of
 
 if TYPE_CHECKING:  # the bundle loads what matching ids needs not
+    from twotower.features.encoder import Encoder
     from twotower.retrieval.bundle import Bundle
 
 # A table or a frame, or rows: a mapping of columns to values each.
@@ -130,19 +131,15 @@ def find_forms(bundle: Bundle) -> Forms:
     """Returns the forms in which requests to a bundle are read."""
     interactions = bundle.config.data.interactions
     separators = {}
-    units = {}
-    # By the words of the specification, so that no kind of feature is loaded for it.
     for feature in bundle.encoder.spec.to_dict()["item"].values():
         if feature["type"] == "strings" and feature["separator"]:
             separators[feature["column"]] = feature["separator"]
-        elif feature["type"] == "timestamp":
-            units[feature["column"]] = feature["unit"]
     return Forms(
         user_id=IdForm.find(bundle.users["user_id"]),
         item_id=IdForm.find(bundle.items["item_id"]),
         time=TimeForm(interactions.timestamp_unit, interactions.timestamp_format),
         separators=separators,
-        units=units,
+        units=time_units(bundle.encoder, "item"),
     )
 
 
@@ -253,11 +250,9 @@ def as_display(rows: pa.Table, schema: pa.Schema, forms: Forms) -> pa.Table:
             continue
         is_number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         is_time = pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)
-        is_text = pa.types.is_string(column.type)
-        if pa.types.is_integer(field.type) and (is_time or is_text and field.name in forms.units):
-            unit = forms.units.get(field.name, "s")
-            seconds = _convert(TimeForm(unit=unit).column, column, field.name)
-            columns[field.name] = pc.multiply(seconds, UNITS_PER_SECOND[unit])
+        if pa.types.is_integer(field.type) and is_time:
+            # As every table has the times that no feature reads.
+            columns[field.name] = _convert(TimeForm().column, column, field.name)
         elif is_list(column.type) and field.name in forms.separators:
             texts = column.cast(pa.list_(pa.string()))
             columns[field.name] = pc.binary_join(texts, forms.separators[field.name])
@@ -337,6 +332,30 @@ class TimeColumn:
                 f"is a time in {unit}, and the log has its times in {self.form.unit}: give it in "
                 "that unit, or as a datetime",
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitColumn:
+    """Reads a column of times as numbers of the unit in which a feature reads it.
+
+    Attributes:
+        name: Name of the column in messages.
+        unit: Unit of its numbers.
+    """
+
+    name: str
+    unit: TimeUnit
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        seconds = TimeColumn(self.name, TimeForm(self.unit))(values)
+        return pc.multiply(seconds, UNITS_PER_SECOND[self.unit])
+
+
+def time_units(encoder: Encoder, side: str) -> dict[str, TimeUnit]:
+    """Returns the columns that features read as times -> the unit of their numbers."""
+    # By the words of the specification, so that no kind of feature is loaded for it.
+    features = encoder.spec.to_dict()[side].values()
+    return {x["column"]: x["unit"] for x in features if x["type"] == "timestamp"}
 
 
 @dataclasses.dataclass(frozen=True)

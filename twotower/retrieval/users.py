@@ -20,7 +20,9 @@ from twotower.retrieval.requests import (
     Naming,
     ReadColumn,
     TimeColumn,
+    UnitColumn,
     read_rows,
+    time_units,
 )
 
 USER_BLOCK = 65_536  # users encoded at once
@@ -71,6 +73,8 @@ class UserRows:
             "user_id": IdColumn("user_id", self.forms.user_id),
             "timestamp": TimeColumn("timestamp", self.forms.time),
         }
+        for name, unit in time_units(self._encoder, "user").items():
+            readers.setdefault(name, UnitColumn(name, unit))
         history = self._encoder.spec.history
         if history is not None:
             readers[history.column] = HistoryColumn(
