@@ -27,12 +27,12 @@ from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, pair_codes, timestamps
-from twotower.data.log_items import items_of_rows
 from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.split import kinds_without_order, split
 from twotower.experiment import change, read
+from twotower.pipeline.log_items import items_of_rows
 from twotower.recommended import recommended_config
 from twotower.training.run import claim, holds_run, local_folder
 

@@ -62,7 +62,7 @@ class Dataset:
         warnings: Sentences on what was found odd so far, with what to do.
         notes: Sentences on what was done so far.
         log_items: Columns of the items in each row of the file of the log, where that describes the
-            items; see `twotower.data.log_items`.
+            items; see `twotower.pipeline.log_items`.
         log_positions: Row of that file for each interaction, int64 [N]; -1 for those of others.
     """
 

@@ -17,7 +17,6 @@ from twotower.data.audit import audit, check_fitted, drop_repeats
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
-from twotower.data.log_items import with_items_of_log
 from twotower.data.matching import check_matches
 from twotower.data.report import DataReport
 from twotower.data.sources.kept import locate
@@ -34,6 +33,7 @@ from twotower.pipeline.event_weights import (
 )
 from twotower.pipeline.histories import Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, read_labels
+from twotower.pipeline.log_items import with_items_of_log
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 
 
