@@ -474,6 +474,12 @@ def _byte_range(column: pa.ChunkedArray) -> tuple[int, int]:
     return low, high
 
 
+def _may_have_marks(column: pa.ChunkedArray) -> bool:
+    """Returns whether a column has the first byte of a byte-order mark, which few letters have."""
+    _, high = _byte_range(column)
+    return high >= _BOM.encode()[0]
+
+
 def _nul_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
     is_bad = pc.match_substring(rows.table[column], "\0")
     count = pc.sum(is_bad).as_py()
@@ -514,7 +520,9 @@ def _without_repeated_headers(rows: Rows, name: str) -> Rows:
     if rows.form.names or not names:
         return rows
     first = rows.table[0]
-    if all(pc.index(first, mark + names[0]).as_py() < 0 for mark in ("", _BOM)):
+    marks = ("", _BOM) if _may_have_marks(first) else ("",)
+    # One comparison of the first column, which no row of nearly all files passes.
+    if not any(pc.any(pc.equal(first, mark + names[0])).as_py() for mark in marks):
         return rows
     is_header = np.ones(len(rows.table), bool)
     for column, values in zip(names, rows.table.columns):
@@ -542,9 +550,7 @@ def _without_repeated_headers(rows: Rows, name: str) -> Rows:
 def _without_marks(rows: Rows) -> Rows:
     """Returns the rows without the byte-order marks that begin a file among others."""
     first = rows.table[0]
-    _, high = _byte_range(first)
-    # The mark begins with this byte in UTF-8.
-    if high < 0xEF or not pc.any(pc.starts_with(first, _BOM)).as_py():
+    if not _may_have_marks(first) or not pc.any(pc.starts_with(first, _BOM)).as_py():
         return rows
     bare = pc.utf8_ltrim(first, characters=_BOM)
     table = rows.table.set_column(0, rows.table.column_names[0], bare)
