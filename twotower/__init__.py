@@ -15,8 +15,6 @@ loaded when they are first used: `import twotower` itself loads the standard lib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from twotower.runtime import prepare_process
-
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(_MODULES[name])
     if name in _HOMES:
         # Before the module imports JAX, which reads its options then.
-        prepare_process()
+        importlib.import_module("twotower.runtime").prepare_process()
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'twotower' has no attribute {name!r}")
 

@@ -27,7 +27,7 @@ def test_every_exception_is_one_of_the_package_and_one_of_python():
     for cls in vars(errors).values():
         if inspect.isclass(cls) and issubclass(cls, Exception) and cls is not TwotowerError:
             assert issubclass(cls, TwotowerError)
-            assert issubclass(cls, (ValueError, RuntimeError))
+            assert issubclass(cls, (ValueError, RuntimeError, SystemExit))
 
 
 def test_a_missing_library_is_told_with_the_extra_that_brings_it():

@@ -10,6 +10,7 @@ also the loss against whole ones.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -74,8 +75,9 @@ def main() -> None:
         plot = check_plot(Path(_PLOT.value))
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     # Flags that are left out leave the options of the run as they are.
-    options = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
-    bundle = api.export(run, changes=_CHANGES.value, with_users=not _WITHOUT_USERS.value, **options)
+    options: dict[str, Any] = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
+    options["changes"] = _CHANGES.value
+    bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
     print(format_bundle(bundle, run.workdir / api.BUNDLE))
     if plot is not None:
         print(save_plot(bundle.index, plot))

@@ -58,31 +58,6 @@ def pad_pairs(
     return rows.astype(np.int32), columns.astype(np.int32)
 
 
-def as_matrix(values: object) -> np.ndarray:
-    """Returns vectors of any library as contiguous float32 [N, D].
-
-    Args:
-        values: Array of NumPy or JAX, frame of numbers, lists of numbers, or a column of lists.
-
-    Raises:
-        ValueError: They are no numbers, or rows differ in width.
-    """
-    # Columns of lists have one object a row for NumPy.
-    to_list = getattr(values, "to_pylist", None) or getattr(values, "to_list", None)
-    if to_list is not None and not isinstance(values, np.ndarray):
-        values = to_list()
-    array = np.asarray(values)
-    # Text that NumPy would parse, and complex numbers of which it would drop a half.
-    if array.dtype.kind not in "fiuO" and array.size:
-        raise ValueError(f"values of type {array.dtype} are no numbers")
-    try:
-        # What float32 cannot hold becomes infinite, which whoever needs finite vectors refuses.
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(array, np.float32)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
 def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     """Returns at most `count` of the rows, evenly spaced from the first to the last.
 

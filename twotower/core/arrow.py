@@ -1,18 +1,21 @@
-"""Arrow's compute functions under a name that type checkers accept, its types of lists, its text
-as bytes, conversions that name the row that they refuse, and a digest of rows."""
+"""Values of any library as those of Arrow and NumPy.
+
+Arrow's compute functions under a name that type checkers accept, its types of lists, its text as
+bytes, conversions that name the row that they refuse, and a digest of rows.
+"""
 
 from __future__ import annotations
 
 import decimal
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from twotower.core.errors import TwotowerError, echo
+from twotower.core.errors import ConfigError, TwotowerError, echo
 
 # PyArrow makes these functions when it is imported. No type checker sees them in its source, so
 # they come through this one name.
@@ -168,6 +171,67 @@ def convert_rows(column: pa.ChunkedArray, convert: Convert, problem: str) -> pa.
         except pa.ArrowInvalid:
             high = middle
     raise BadValue(column[low].as_py(), problem, low)
+
+
+def read_value(convert: Callable[[Any], Any], value: Any, place: str) -> Any:
+    """Returns a single value converted, or refuses it with its place."""
+    try:
+        return convert(value)
+    except BadValue as error:
+        raise ConfigError(f"{place}: {echo(value)} {error.problem}.") from None
+
+
+def members_of(values: Any, what: str) -> Iterable[Any]:
+    """Returns the members of a list of a caller.
+
+    Raises:
+        ConfigError: A single value, whose letters or keys would be taken for members.
+    """
+    if is_table(values):
+        try:
+            table = table_of(values)
+        except BadValue as error:
+            raise ConfigError(f"{what}: {error.problem}.") from None
+        if table.num_columns != 1:
+            raise ConfigError(
+                f"{what} is a table with the columns {', '.join(table.column_names)}: give the one "
+                "of the ids."
+            )
+        values = table[0]
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values.to_pylist()
+    is_single = isinstance(values, (str, bytes, bytearray, memoryview, Mapping))
+    if is_single or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise ConfigError(
+            f"{what}={echo(values)} must be a list, not of type {type(values).__name__!r}: write "
+            f"[{echo(values)}] for one."
+        )
+    return values
+
+
+def as_matrix(values: object) -> np.ndarray:
+    """Returns vectors of any library as contiguous float32 [N, D].
+
+    Args:
+        values: Array of NumPy or JAX, frame of numbers, lists of numbers, or a column of lists.
+
+    Raises:
+        ValueError: They are no numbers, or rows differ in width.
+    """
+    # Columns of lists have one object a row for NumPy.
+    to_list = getattr(values, "to_pylist", None) or getattr(values, "to_list", None)
+    if to_list is not None and not isinstance(values, np.ndarray):
+        values = to_list()
+    array = np.asarray(values)
+    # Text that NumPy would parse, and complex numbers of which it would drop a half.
+    if array.dtype.kind not in "fiuO" and array.size:
+        raise ValueError(f"values of type {array.dtype} are no numbers")
+    try:
+        # What float32 cannot hold becomes infinite, which whoever needs finite vectors refuses.
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, np.float32)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def fingerprint(rows: pa.Table) -> str:

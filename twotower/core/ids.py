@@ -13,12 +13,23 @@ import math
 import numbers
 import re
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import BadValue, is_list, is_missing, pc, plain_text, text_bytes
+from twotower.core.arrow import (
+    BadValue,
+    is_list,
+    is_missing,
+    members_of,
+    pc,
+    plain_text,
+    read_value,
+    text_bytes,
+)
+from twotower.core.errors import ConfigError, echo
 
 _WHOLE = r"^(0|-?[1-9]\d*)(\.0+)?$"
 # What frames write for a missing number once it has become text.
@@ -154,6 +165,45 @@ class IdForm(enum.Enum):
             if re.match(_WHOLE, text):
                 return text.partition(".")[0]
         return str(text)
+
+
+def read_id(value: Any, form: IdForm, what: str) -> str:
+    """Returns a single id in the form of the log.
+
+    Args:
+        value: Id of a caller.
+        form: Form of the ids.
+        what: Name of the id in messages, such as "user".
+
+    Raises:
+        ConfigError: It is missing, or no id.
+    """
+    found = read_value(form.one, value, what)
+    if found is None:
+        raise ConfigError(f"{what}: {echo(value)} is missing: give an id.")
+    return found
+
+
+def read_ids(values: Any, form: IdForm, what: str, known: Collection[str] = ()) -> list[str]:
+    """Returns a list of ids in the form of the log.
+
+    Args:
+        values: List, set, iterable, NumPy or Arrow array, series, or a frame with one column.
+        form: Form of the ids.
+        what: Name of the list in messages, such as "deny".
+        known: Ids that are in the form already.
+
+    Raises:
+        ConfigError: It is no list, or one of it is missing or no id; the message says which.
+    """
+    ids = []
+    for number, value in enumerate(members_of(values, what)):
+        # Most ids are those of the bundle, letter for letter.
+        if isinstance(value, str) and value in known:
+            ids.append(str(value))
+        else:
+            ids.append(read_id(value, form, f"{what}[{number}]"))
+    return ids
 
 
 def written_forms(column: pa.ChunkedArray) -> dict[str, str]:

@@ -113,6 +113,12 @@ class Kinds(UserDict[str, T]):
             self.data[name] = kind
         return kind
 
+    def name_of(self, kind: T) -> str:
+        """Returns the name of a kind, without importing the others."""
+        address = f"{_module_of(kind)}:{getattr(kind, '__qualname__', '')}"
+        known = self.data.items()
+        return next(name for name, other in known if other is kind or other == address)
+
     def __setitem__(self, name: str, kind: T) -> None:
         # Plain assignment works too, for a kind without options.
         super().__setitem__(name, kind)

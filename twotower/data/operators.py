@@ -187,7 +187,7 @@ def matches(
     return mask
 
 
-def unit_of(number: float) -> TimeUnit | None:
+def unit_of(number: float | np.number) -> TimeUnit | None:
     """Returns the unit in which a number is a time between 1973 and 2100, None without one."""
     # One unit at most: these years are fewer than the step to the next.
     for unit, per_second in UNITS_PER_SECOND.items():

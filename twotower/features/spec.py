@@ -224,14 +224,12 @@ def _spec_fields(kind: type[Feature]) -> list[dataclasses.Field[Any]]:
 
 
 def _to_dicts(features: Mapping[str, Feature]) -> dict[str, dict[str, Any]]:
-    # Turned around at each call, since modules of users may add kinds.
-    type_of_kind = {kind: name for name, kind in FEATURES.items()}
     dicts = {}
     for name, feature in features.items():
         # Defaults too: a saved encoder must not change when a default does.
         fields = dataclasses.asdict(feature)
         del fields["side"], fields["name"]
-        dicts[name] = {"type": type_of_kind[type(feature)]} | fields
+        dicts[name] = {"type": FEATURES.name_of(type(feature))} | fields
     return dicts
 
 

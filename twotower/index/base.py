@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.config import RetrievalConfig
-from twotower.core.arrays import as_matrix
+from twotower.core.arrow import as_matrix
 from twotower.core.errors import ConfigError, QueryError, echo
 
 TUNING_QUERIES = 2_000  # user vectors that an index is tuned and measured on, both together

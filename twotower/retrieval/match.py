@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from twotower.core.arrays import as_matrix
+from twotower.core.arrow import as_matrix
 from twotower.core.errors import BundleError, ConfigError, UnknownIdError, choose
 from twotower.core.files import (
     check_files,
@@ -27,8 +27,7 @@ from twotower.core.files import (
     read_json,
     write_folder,
 )
-from twotower.core.ids import IdForm
-from twotower.retrieval.requests import read_id, read_ids
+from twotower.core.ids import IdForm, read_id, read_ids
 
 KIND = "match"
 SIDES = ("user", "item")

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import BadValue, is_list, is_missing, is_table, pc, table_of
+from twotower.core.arrow import (
+    BadValue,
+    is_list,
+    is_missing,
+    is_table,
+    members_of,
+    pc,
+    read_value,
+    table_of,
+)
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.core.ids import IdForm
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
@@ -141,45 +150,6 @@ def find_forms(bundle: Bundle) -> Forms:
         separators=separators,
         units=time_units(bundle.encoder, "item"),
     )
-
-
-def read_id(value: Any, form: IdForm, what: str) -> str:
-    """Returns a single id in the form of the log.
-
-    Args:
-        value: Id of a caller.
-        form: Form of the ids.
-        what: Name of the id in messages, such as "user".
-
-    Raises:
-        ConfigError: It is missing, or no id.
-    """
-    found = _one(form.one, value, what)
-    if found is None:
-        raise ConfigError(f"{what}: {echo(value)} is missing: give an id.")
-    return found
-
-
-def read_ids(values: Any, form: IdForm, what: str, known: Collection[str] = ()) -> list[str]:
-    """Returns a list of ids in the form of the log.
-
-    Args:
-        values: List, set, iterable, NumPy or Arrow array, series, or a frame with one column.
-        form: Form of the ids.
-        what: Name of the list in messages, such as "deny".
-        known: Ids that are in the form already.
-
-    Raises:
-        ConfigError: It is no list, or one of it is missing or no id; the message says which.
-    """
-    ids = []
-    for number, value in enumerate(_listed(values, what)):
-        # Most ids are those of the bundle, letter for letter.
-        if isinstance(value, str) and value in known:
-            ids.append(str(value))
-        else:
-            ids.append(read_id(value, form, f"{what}[{number}]"))
-    return ids
 
 
 def read_rows(
@@ -376,10 +346,11 @@ class HistoryColumn:
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
         if isinstance(values, pa.ChunkedArray):
-            kind = values.type
+            column: pa.ChunkedArray = values
+            kind = column.type
             if not is_list(kind) and not pa.types.is_null(kind):
-                raise self._no_history(str(kind), values[:1].to_pylist())
-            values = values.to_pylist()
+                raise self._no_history(str(kind), column[:1].to_pylist())
+            values = column.to_pylist()
         events: list[dict[str, Any]] = []
         ends = [0]
         for row, history in enumerate(values):
@@ -493,36 +464,11 @@ def _record(row: Any, number: int) -> Mapping[Any, Any]:
 def _equal_columns(columns: Mapping[str, Any]) -> dict[Any, Values]:
     lists: dict[Any, Values] = {}
     for name, values in columns.items():
-        lists[name] = list(_listed(values, f"rows[{name!r}]"))
+        lists[name] = list(members_of(values, f"rows[{name!r}]"))
     if len({len(values) for values in lists.values()}) > 1:
         lengths = ", ".join(f"{name!r} has {len(values)}" for name, values in lists.items())
         raise ConfigError(f"rows: the columns differ in length: {lengths}.")
     return lists
-
-
-def _listed(values: Any, what: str) -> Iterable[Any]:
-    """Returns the members of a list of a caller.
-
-    Raises:
-        ConfigError: A single value, whose letters or keys would be taken for members.
-    """
-    if is_table(values):
-        table = as_table(values)
-        if table.num_columns != 1:
-            raise ConfigError(
-                f"{what} is a table with the columns {', '.join(table.column_names)}: give the one "
-                "of the ids."
-            )
-        values = table[0]
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return values.to_pylist()
-    is_single = isinstance(values, (str, bytes, bytearray, memoryview, Mapping))
-    if is_single or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
-        raise ConfigError(
-            f"{what}={echo(values)} must be a list, not of type {type(values).__name__!r}: write "
-            f"[{echo(values)}] for one."
-        )
-    return values
 
 
 def _as_array(values: Values, place: str) -> pa.ChunkedArray:
@@ -568,13 +514,5 @@ def _each(convert: Callable[[Any], Any], values: Iterable[Any], name: str) -> li
     """Returns single values converted, or refuses the first that cannot be, with its row."""
     converted = []
     for row, value in enumerate(values):
-        converted.append(_one(convert, value, f"rows, row {row + 1}, column {name!r}"))
+        converted.append(read_value(convert, value, f"rows, row {row + 1}, column {name!r}"))
     return converted
-
-
-def _one(convert: Callable[[Any], Any], value: Any, place: str) -> Any:
-    """Returns a single value converted, or refuses it with its place."""
-    try:
-        return convert(value)
-    except BadValue as error:
-        raise ConfigError(f"{place}: {echo(value)} {error.problem}.") from None

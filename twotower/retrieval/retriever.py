@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
+from twotower.core.ids import read_id, read_ids
 from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
 from twotower.core.ragged import Ragged
@@ -40,8 +41,6 @@ from twotower.retrieval.requests import (
     as_display,
     as_table,
     find_forms,
-    read_id,
-    read_ids,
     read_rows,
 )
 from twotower.retrieval.rerank import Candidates, Reranking, RerankLike, resolve_rerank
@@ -755,7 +754,8 @@ class Retriever:
     def _rows_of_users(self, ids: Sequence[str | None]) -> np.ndarray:
         """Returns the row of each user in the users table, int64 [B]; -1 of unknown ones."""
         row_by_id = self.user_rows.row_by_id
-        return np.array([row_by_id.get(user, -1) for user in ids], np.int64)
+        # No user has an empty id.
+        return np.array([row_by_id.get(user or "", -1) for user in ids], np.int64)
 
 
 def _rerank_lists(
