@@ -32,6 +32,7 @@ from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.split import kinds_without_order, split
 from twotower.experiment import change, read
+from twotower.pipeline.describe import check_log
 from twotower.pipeline.log_items import items_of_rows
 from twotower.recommended import recommended_config
 from twotower.training.run import claim, holds_run, local_folder
@@ -117,6 +118,7 @@ def read_log(
     _check_rows(tables["interactions"], len(read.raw["log"]), said)
     dataset = assemble(tables["interactions"], tables.get("user_table"), tables.get("item_table"))
     check_matches(dataset.matches, data.accept)
+    check_log(dataset.interactions, data.accept)
     if _gives_split(config):
         chosen = _given_split(dataset, _whole_config(config, {}), said)
     else:

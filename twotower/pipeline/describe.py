@@ -122,9 +122,11 @@ def describe_data(
         positive = _positives(config, numbers.tables[part])
         if positive.any():
             held_out[PARTS[part]] = numbers.held_out(part, positive, config.evaluation.query)
+    of_ids = list(_describe_ids(rows, numbers))
+    _check_answers(config, held_out, dataset.has_catalogue, of_ids)
     warnings = [
-        *_describe_answers(config, held_out, spec, dataset.has_catalogue),
-        *_describe_ids(rows, numbers),
+        *_describe_answers(held_out, spec, dataset.has_catalogue),
+        *of_ids,
         # Ids in two forms, though most match.
         *(match.describe() for match in dataset.matches if match.cause),
         *_describe_features(spec, dataset, parts.train),
@@ -239,35 +241,45 @@ def _positives(config: Config, rows: pa.Table) -> np.ndarray:
     return read_labels(rows, {label: "config.objective.label"})[label] == 1
 
 
-def _describe_answers(
-    config: Config, held_out: Mapping[str, HeldOut], spec: FeatureSpec, has_item_table: bool
-) -> Iterator[str]:
-    """Yields sentences on held-out answers that cannot be found, or hardly.
+def _check_answers(
+    config: Config, held_out: Mapping[str, HeldOut], has_item_table: bool, reasons: Sequence[str]
+) -> None:
+    """Refuses held-out rows none of which can be found, with the reasons that are known."""
+    for part, rows in held_out.items():
+        if rows.outside_corpus == rows.rows:
+            words = _describe_outside(part, rows, has_item_table)
+            sentences = " ".join([*reasons, words]).removesuffix(".")
+            _refuse("nothing_to_find", sentences, config.data.accept)
 
-    Raises:
-        ConfigError: No answer of a part can be found.
-    """
-    is_said = False
-    # Test first: its figures are those that are reported.
+
+def _describe_outside(part: str, rows: HeldOut, has_item_table: bool) -> str:
+    return describe_unreachable(
+        rows.outside_corpus,
+        rows.rows,
+        rows.greatest_recall,
+        part=part,
+        has_item_table=has_item_table,
+    )
+
+
+def _describe_answers(
+    held_out: Mapping[str, HeldOut], spec: FeatureSpec, has_item_table: bool
+) -> Iterator[str]:
+    """Yields sentences on held-out answers that cannot be found, or hardly."""
+    # Test first: its figures are those that are reported. The cure is the same for both parts, and
+    # each has a line of the report.
     for part, rows in reversed(list(held_out.items())):
-        outside = rows.outside_corpus
-        if rows.share(outside) >= MANY:
-            words = describe_unreachable(
-                outside, rows.rows, rows.greatest_recall, part=part, has_item_table=has_item_table
-            )
-            if outside == rows.rows:
-                _refuse("nothing_to_find", words.removesuffix("."), config.data.accept)
-            # The cure is the same for both parts, and each has a line of the report.
-            if not is_said:
-                yield words
-            is_said = True
-        elif rows.share(rows.new_items) >= MANY and not _describes_items(spec):
+        if rows.share(rows.outside_corpus) >= MANY:
+            yield _describe_outside(part, rows, has_item_table)
+            break
+        if rows.share(rows.new_items) >= MANY and not _describes_items(spec):
             share = format_share(rows.new_items, rows.rows)
             yield (
                 f"{share} of the {part} answers are items that no training row has, and the "
                 "features of items hold their id alone: they are found by chance. Give columns of "
                 "the item table as config.features.item."
             )
+            break
     rows = held_out.get("test") or held_out.get("validation")
     if rows and rows.share(rows.new_users) >= 0.99:
         yield (
