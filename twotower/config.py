@@ -552,6 +552,9 @@ class ObjectiveConfig:
             first numbers (and normalised again where vectors are); all count alike. Vectors can
             then be cut to any of them.
         block: Number of queries compared with all candidates at once; 0 chooses it.
+        softmax_kernel: How a loss of the softmax kind is computed: by "blocks" of queries, or by
+            "pallas", kernels for NVIDIA GPUs that write no logits. Where these do not serve (the
+            loss, the vectors, the device), blocks take their place and a warning says so.
     """
 
     # Text, not a Literal: modules of users add losses to the registry.
@@ -573,6 +576,7 @@ class ObjectiveConfig:
     # Widths below D are checked against the towers' last layers, in `twotower.training.checks`.
     matryoshka: tuple[int, ...] = ()
     block: int = 0
+    softmax_kernel: Literal["blocks", "pallas"] = "blocks"
 
     def __post_init__(self):
         check = FieldChecks(self, "config.objective")

@@ -2,8 +2,9 @@
 
 Queries go in blocks against all candidates. A block sees every candidate, so that its losses are
 complete, and their gradient is known, while its exponentials are still in the cache: three matrix
-products, no recomputation. Memory is O((B + C) D + block x C). Two files belong to it:
-`softmax_blocks` has the arithmetic of one block, `softmax_reference` the plain reference.
+products, no recomputation. Memory is O((B + C) D + block x C). Three files belong to it:
+`softmax_blocks` has the arithmetic of one block, `softmax_reference` the plain reference, and
+`softmax_pallas` kernels for GPUs that may take the place of the blocks.
 
 Negatives are the candidates with an id other than the positive's and, where users are masked, of
 another user. Positions in the batch play no part: candidates may be the batch's own items, those of
@@ -17,6 +18,7 @@ loss of the whole batch.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +43,20 @@ from twotower.kernels.softmax_blocks import (
     make_operands,
 )
 
+SoftmaxKernel = Literal["blocks", "pallas"]
+
 # A query id that no candidate has, -1 included: nobody is not the same user as another nobody.
 _NOBODY = -2
 
 
 def streaming_softmax(
-    inputs: LossInputs, options: LossOptions, *, block: int = 0, dtype: DTypeLike | None = None
+    inputs: LossInputs,
+    options: LossOptions,
+    *,
+    block: int = 0,
+    dtype: DTypeLike | None = None,
+    kernel: SoftmaxKernel = "blocks",
+    interpret: bool = False,
 ) -> Float[Array, ""]:
     r"""Sums weight x loss over all queries.
 
@@ -63,6 +73,9 @@ def streaming_softmax(
         block: Number of queries in a block; 0 chooses by the number of candidates.
         dtype: Type of the operands of matrix products, for example bfloat16; sums are in float32 at
             least.
+        kernel: "blocks", which are those of queries, or "pallas" for `softmax_pallas` where that
+            serves the loss, the shapes and the backend.
+        interpret: Whether "pallas" is run by Pallas's interpreter, on any backend: for tests.
     """
     loss = options.loss
     queries = inputs.queries
@@ -120,6 +133,15 @@ def streaming_softmax(
         block_rows=block or _block_rows(len(candidates.ids)),
         dtype=dtype,
     )
+    if kernel == "pallas":
+        # Here, since Pallas takes half a second to load.
+        from twotower.kernels import softmax_pallas
+
+        masks_users = options.mask_same_user
+        if interpret or softmax_pallas.is_usable(kernel_options, arrays, masks_users=masks_users):
+            return softmax_pallas.sum_of_losses(
+                kernel_options, arrays, ids, masks_users=masks_users, interpret=interpret
+            )
     return _sum_of_blocks(kernel_options, arrays, ids)
 
 

@@ -270,6 +270,7 @@ def _mean_over_widths(
         options=options,
         block=objective.block,
         dtype=DTYPES[trainer.config.model.dtype],
+        kernel=objective.softmax_kernel,
     )
     whole = compare(inputs)
     # The first numbers of all vectors are compared as well, each width normalised for itself.

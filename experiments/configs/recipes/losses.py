@@ -19,6 +19,8 @@ RECIPES = {
     "softmax_own_items_as_negatives": {"objective.mask_same_user": False},
     # Finds the user among the batch's users too; blocks of 128 queries bound the memory.
     "softmax_symmetric": {"objective.symmetric": True, "objective.block": 128},
+    # On an NVIDIA GPU by kernels that write no logits; elsewhere as the plain softmax.
+    "softmax_pallas": {"objective.softmax_kernel": "pallas"},
     "corrected_softmax": {"objective.loss": "corrected_softmax"},
     # Two temperatures, of which the positive's is fixed: the other must not be learned either.
     "bsl": {
