@@ -13,6 +13,8 @@ Every key has a time to live, so that keys of an older bundle go by themselves.
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import re
 import time
@@ -35,6 +37,21 @@ if TYPE_CHECKING:  # an extra, which is not always installed
 DAY = 86_400  # seconds
 KEYS_PER_ROUND_TRIP = 2_000  # the client holds the commands of a round trip in memory
 PUBLISH_TIMEOUT = 10.0  # seconds; a batch job may wait where a server may not
+# Widest vectors that are read: a reader makes room before it sees a vector.
+MAX_WIDTH = 65_536
+# Values of display columns that JSON has no form for: how they become text, and are read from it.
+_KIND = "__kind"
+_VALUES: Mapping[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    "date": (datetime.date.isoformat, datetime.date.fromisoformat),
+    "datetime": (datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    "time": (datetime.time.isoformat, datetime.time.fromisoformat),
+    "timedelta": (
+        lambda value: str(value // datetime.timedelta(microseconds=1)),
+        lambda text: datetime.timedelta(microseconds=int(text)),
+    ),
+    "Decimal": (str, decimal.Decimal),
+    "bytes": (bytes.hex, bytes.fromhex),
+}
 # A colon would mix the keys of two models.
 _NAME = re.compile(r"[\w.-]{1,64}")
 
@@ -146,9 +163,13 @@ class RedisStore:
         # Anybody may write to Redis: what is not ours is no version, rather than an error.
         try:
             current = json.loads(value or b"null")
-            return {"version": str(current["version"]), "width": int(current["width"])}
-        except (KeyError, TypeError, ValueError):
+            version, width = current["version"], current["width"]
+        except (KeyError, RecursionError, TypeError, ValueError):
             return None
+        # Memory is reserved by the width.
+        if type(version) is str and type(width) is int and 0 < width <= MAX_WIDTH:
+            return {"version": version, "width": width}
+        return None
 
     def try_call(self, call: Callable[[Redis], Any]) -> Any:
         """Returns `call(client)`, or None while Redis is away.
@@ -259,17 +280,36 @@ def _connect(url: str, timeout: float) -> Redis:
 def _to_json(recommended: Recommendations) -> str:
     """Returns a list as JSON, which `_from_json` reads."""
     items = [(item.item_id, item.score, dict(item.display)) for item in recommended]
-    return json.dumps({"known": recommended.known, "items": items}, ensure_ascii=False)
+    content = {"known": recommended.known, "items": items}
+    return json.dumps(content, ensure_ascii=False, default=_write_value)
+
+
+def _write_value(value: Any) -> dict[str, str]:
+    """Returns a value of a display column that JSON has no form for, as its kind and a text."""
+    # By the class itself: a datetime is a date too.
+    kind = type(value).__name__
+    if kind not in _VALUES:
+        raise TypeError(f"display columns of {kind} cannot be kept in Redis.")
+    write, _ = _VALUES[kind]
+    return {_KIND: kind, "value": write(value)}
+
+
+def _read_value(content: dict[str, Any]) -> Any:
+    """Returns the value that `_write_value` wrote; any other JSON object as it is."""
+    if _KIND not in content:
+        return content
+    _, read = _VALUES[content[_KIND]]
+    return read(content["value"])
 
 
 def _from_json(value: bytes | None) -> Recommendations | None:
     """Reads the list that `_to_json` wrote; None where it is anything else."""
     try:
-        content = json.loads(value or b"null")
+        content = json.loads(value or b"null", object_hook=_read_value)
         items = [
             Recommendation(str(item), float(score), dict(display))
             for item, score, display in content["items"]
         ]
         return Recommendations(items, known=bool(content["known"]))
-    except (KeyError, TypeError, ValueError):
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         return None

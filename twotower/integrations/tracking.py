@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.core.errors import ConfigError
-from twotower.core.files import atomic, current_version
+from twotower.core.files import atomic, current_version, read_json
 from twotower.core.install import extra
 from twotower.training.metrics import read_lines
 from twotower.training.run import load_config
@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # an extra, which is not always installed
 METRICS_PER_REQUEST = 1_000
 PARAMS_PER_REQUEST = 100
 MAX_PARAM_CHARACTERS = 6_000
+SQLITE = "sqlite:///"
+SQLITE_MAGIC = b"SQLite format 3\0"  # first bytes of every database
+ANSWER_SECONDS = 5  # wait for a tracking server
 STATE_FILE = "mlflow.json"  # in the folder of the run: the MLflow run that it was logged to
 
 
@@ -52,8 +55,10 @@ def track(
     workdir = Path(workdir)
     config = load_config(workdir)
     with extra("mlflow", "tracking"):
+        import sqlalchemy.exc
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+    _check_store(uri)
     try:
         # Both addresses: MLflow would take the other one from the environment.
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -69,7 +74,8 @@ def track(
         ended = lines and is_counted and lines[-1][0] >= training.steps
         if ended or (workdir / "bundle").exists():
             client.set_terminated(run_id)
-    except MlflowException as error:
+    # Those of the database, and a driver of it that is missing, come through as they are.
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         # Refusals of this library are one line.
         reason = str(error).splitlines()[0].rstrip(".")
         hint = ""
@@ -78,6 +84,39 @@ def track(
             hint = f" To log to a new run of MLflow, delete {workdir / STATE_FILE}."
         raise ConfigError(f"MLflow at {_hide_password(uri)} refuses: {reason}.{hint}") from error
     return run_id
+
+
+def _check_store(uri: str) -> None:
+    """Refuses a store that does not answer, or is none: MLflow tries again for minutes.
+
+    Raises:
+        ConfigError: The message names the address and what is wrong.
+    """
+    # Through MLflow, so that a proxy and certificates are those that it uses.
+    import requests
+
+    shown = f"--uri={_hide_password(uri)}"
+    if not uri.strip():
+        raise ConfigError("--uri= is empty: name a store, such as --uri=sqlite:///mlflow.db.")
+    if uri.startswith(("http://", "https://")):
+        try:
+            # Any answer will do: the page need not be there.
+            requests.get(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
+        except (requests.RequestException, ValueError) as error:
+            raise ConfigError(
+                f"{shown} does not answer within {ANSWER_SECONDS} seconds ({type(error).__name__})."
+                " Is the tracking server running, and the address right?"
+            ) from error
+    file = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE):
+        return
+    if not file.parent.is_dir():
+        raise ConfigError(f"{shown}: there is no folder {file.parent}.")
+    # An empty one is a database without tables.
+    if file.exists() and file.stat().st_size:
+        with file.open("rb") as opened:
+            if opened.read(len(SQLITE_MAGIC)) != SQLITE_MAGIC:
+                raise ConfigError(f"{shown} is no SQLite database. Name another file.")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -103,7 +142,7 @@ def _run_id(client: MlflowClient, workdir: Path, uri: str, experiment: str, arti
     address = _hide_password(uri)
     previous: dict[str, str] = {}
     if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = read_json(path)
     if previous.get("uri") == address and previous.get("experiment") == experiment:
         return previous["run_id"]
     existing = client.get_experiment_by_name(experiment)
@@ -124,7 +163,7 @@ def _run_id(client: MlflowClient, workdir: Path, uri: str, experiment: str, arti
 
 def _artifact_folder(uri: str) -> str:
     """Returns the folder for files beside an SQLite file; "" for a server."""
-    file = uri.removeprefix("sqlite:///")
+    file = uri.removeprefix(SQLITE)
     if file == uri:
         return ""
     return (Path(file).resolve().parent / "mlartifacts").as_uri()
