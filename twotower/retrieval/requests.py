@@ -345,19 +345,19 @@ class HistoryColumn:
     naming: Naming
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
+        histories: Sequence[Any] = values
         if isinstance(values, pa.ChunkedArray):
             column: pa.ChunkedArray = values
-            kind = column.type
-            if not is_list(kind) and not pa.types.is_null(kind):
-                raise self._no_history(str(kind), column[:1].to_pylist())
-            values = column.to_pylist()
+            histories = column.to_pylist()
+            if not is_list(column.type) and not pa.types.is_null(column.type):
+                raise self._no_history(str(column.type), histories[:1])
         events: list[dict[str, Any]] = []
         ends = [0]
-        for row, history in enumerate(values):
+        for row, history in enumerate(histories):
             if not is_missing(history):
                 events += self._events(history, row)
             ends.append(len(events))
-        is_null = [bool(is_missing(history)) for history in values]
+        is_null = [bool(is_missing(history)) for history in histories]
         offsets = pa.array(ends, pa.int32())
         members = self._members(events)
         lists = pa.ListArray.from_arrays(offsets, members, mask=pa.array(is_null, pa.bool_()))
@@ -367,7 +367,8 @@ class HistoryColumn:
         """Returns the events of one history, each as a mapping of our fields."""
         # A set has no latest event, and the letters of a text are none.
         is_ordered = isinstance(history, (list, tuple, np.ndarray, pa.Array))
-        if not is_ordered and not hasattr(history, "to_list"):
+        is_ordered = is_ordered or hasattr(history, "to_list")
+        if not is_ordered or getattr(history, "ndim", 1) != 1:
             kind = "string" if isinstance(history, str) else type(history).__name__
             raise self._no_history(kind, history)
         place = f"rows, row {row + 1}, column {self.name!r}"

@@ -754,8 +754,8 @@ class Retriever:
     def _rows_of_users(self, ids: Sequence[str | None]) -> np.ndarray:
         """Returns the row of each user in the users table, int64 [B]; -1 of unknown ones."""
         row_by_id = self.user_rows.row_by_id
-        # No user has an empty id.
-        return np.array([row_by_id.get(user or "", -1) for user in ids], np.int64)
+        rows = [-1 if user is None else row_by_id.get(user, -1) for user in ids]
+        return np.array(rows, np.int64)
 
 
 def _rerank_lists(

@@ -140,7 +140,9 @@ def _time_number(value: Any, unit: TimeUnit, form: TimeForm) -> Any:
     A number is taken as the column has it unless only another unit makes it a time of our days, as
     in a log of milliseconds whose items came with dates.
     """
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+    if isinstance(value, (np.integer, np.floating)):
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         other = unit_of(value)
         if other is None or other == unit:
             return value
