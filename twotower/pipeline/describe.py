@@ -23,6 +23,8 @@ from twotower.pipeline.labels import read_labels
 # Share of the held-out answers outside of the corpus, or of items of which nothing is known, from
 # which on it is said first.
 MANY = 0.1
+# Held-out rows from which on it is no chance that none of them can be found.
+CERTAIN = 20
 # Share of the rows from which on nearly every row has a user, or an item, of its own.
 NEARLY_ALL = 0.9
 # Share of the weight that the heaviest hundredth of the rows may hold unsaid.
@@ -246,7 +248,7 @@ def _check_answers(
 ) -> None:
     """Refuses held-out rows none of which can be found, with the reasons that are known."""
     for part, rows in held_out.items():
-        if rows.outside_corpus == rows.rows:
+        if rows.outside_corpus == rows.rows >= CERTAIN:
             words = _describe_outside(part, rows, has_item_table)
             sentences = " ".join([*reasons, words]).removesuffix(".")
             _refuse("nothing_to_find", sentences, config.data.accept)
