@@ -27,7 +27,15 @@ from twotower.core.errors import choose
 from twotower.core.fields import FieldChecks, TimeUnit, build
 
 # Findings about the data that `DataConfig.accept` may name; whoever refuses one names it.
-DATA_FINDINGS = ("unmatched_users", "unmatched_items", "one_user", "one_item", "nothing_to_find")
+DATA_FINDINGS = (
+    "old_times",
+    "future_times",
+    "unmatched_users",
+    "unmatched_items",
+    "one_user",
+    "one_item",
+    "nothing_to_find",
+)
 
 
 def _is_encoding(name: str) -> bool:
@@ -75,6 +83,11 @@ class TableConfig:
         encoding: Encoding of a text file. One that begins with the mark of UTF-16 is read as that.
         timestamp_format: Strptime format of textual timestamps; empty for ISO 8601.
         timestamp_unit: Unit of numeric timestamps since the epoch.
+        missing: Words of a text file that stand for a missing value. Without "NA" among them, that
+            is a value such as any other: Namibia.
+        decimal: Character before the decimals of numbers.
+        thousands: Character between groups of three digits of numbers; empty for none.
+        marks: Texts beside numbers that are left out, such as ("$", "%").
     """
 
     # Empty text rather than None, from which a flag of the command line could not tell the type.
@@ -93,6 +106,24 @@ class TableConfig:
     timestamp_format: str = ""
     # Seconds, as in MovieLens.
     timestamp_unit: TimeUnit = "s"
+    # Those that pandas knows.
+    missing: tuple[str, ...] = (
+        "",
+        "#N/A",
+        "#NA",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "NaT",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    )
+    decimal: Literal[".", ","] = "."
+    thousands: Literal["", ",", ".", " ", "'"] = ""
+    marks: tuple[str, ...] = ()
 
     def __post_init__(self):
         # By class name, since several fields of `DataConfig` are tables; `build` names the field.
@@ -106,6 +137,8 @@ class TableConfig:
         check.require(is_alone, "path", "empty beside event_files, which names the files")
         known = _is_encoding(self.encoding)
         check.require(known, "encoding", "an encoding that Python knows, such as 'utf-8'")
+        differ = self.thousands != self.decimal
+        check.require(differ, "thousands", f"another character than decimal={self.decimal!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

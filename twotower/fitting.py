@@ -207,7 +207,7 @@ def read_tables(
     found = _find_columns(raw, columns, data.interactions, now)
     said.append(f"interactions: {len(raw):,} rows; {_describe_columns(found)}.")
     configs = {"interactions": _table_config(found, data.interactions)}
-    log = apply_contract(raw, configs["interactions"], "interactions", keys=LOG_KEYS, origin=origin)
+    log, contract = apply_contract(raw, configs["interactions"], "interactions", origin=origin)
     where = _where_usable(log, found, now)
     log = _drop_unusable(log, found, now, said)
     if "weight" in log.column_names:
@@ -224,8 +224,8 @@ def read_tables(
         key = guess.guess_key(raw_side, column, ids, side, now=now)
         given: TableConfig = getattr(data, name)
         configs[name] = dataclasses.replace(given, columns={**given.columns, f"{side}_id": key})
-        typed[name] = apply_contract(
-            raw_side, configs[name], name, keys=(f"{side}_id",), origin=side_origin
+        typed[name], _ = apply_contract(
+            raw_side, configs[name], name, origin=side_origin, contract=contract
         )
         raw_tables[side] = raw_side.drop_columns([key])
         said.append(_describe_side(side, raw_side, key, typed[name], ids))
@@ -251,7 +251,14 @@ def make_config(log: Log, config: Options) -> Config:
     # All tables are the kept ones, whatever a whole configuration says.
     tables = {name: TableConfig() for name in kept.TABLES}
     for name in log.tables:
-        tables[name] = TableConfig(path=f"{kept.PREFIX}{name}.parquet")
+        # Numbers are still text there, in the spelling of their source.
+        options: TableConfig = getattr(whole.data, name)
+        tables[name] = TableConfig(
+            path=f"{kept.PREFIX}{name}.parquet",
+            decimal=options.decimal,
+            thousands=options.thousands,
+            marks=options.marks,
+        )
     data = dataclasses.replace(whole.data, source="parquet", path="", **tables)
     return dataclasses.replace(whole, data=data)
 

@@ -154,7 +154,6 @@ def _column_feature(
         return {
             "type": "timestamp",
             "parts": ("age",),
-            "unit": column.unit,
             "embedding_size": width,
         }
     return None

@@ -29,7 +29,11 @@ def _prepare(tmp_path, rows, **sections):
     sides = {
         side: {f"{side}_id": {"type": "string", "embedding_size": 2}} for side in ("user", "item")
     }
-    data = {"source": "csv", "interactions": {"path": str(path)}}
+    data = {
+        "source": "csv",
+        "interactions": {"path": str(path)},
+        "accept": ("old_times",),
+    }
     return prepare(from_dict({"data": data, "features": sides} | sections))
 
 

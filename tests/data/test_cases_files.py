@@ -307,7 +307,7 @@ def test_files_of_one_table_that_differ_are_named(tmp_path):
 def test_a_further_column_of_one_file_is_missing_in_the_others(tmp_path, caplog):
     write(tmp_path / "a.csv", "user_id,item_id\nu,i\n")
     write(tmp_path / "b.csv", "user_id,item_id,price\nu,i,5\n")
-    assert read_rows(str(tmp_path))["price"].to_pylist() == [None, 5]
+    assert read_rows(str(tmp_path))["price"].to_pylist() == [None, "5"]
     assert "a.csv has no 'price', which other files have" in caplog.text
 
 

@@ -73,7 +73,7 @@ def test_files_of_one_kind_of_event_each_are_one_log(tmp_path):
     events = {"view": f"{tmp_path}/views-*.csv", "purchase": orders}
     table = load(interactions={"event_files": events}).interactions
     assert table["event"].to_pylist() == ["view", "view", "purchase"]
-    assert table["price"].to_pylist() == [None, None, 5]
+    assert table["price"].to_pylist() == [None, None, "5"]
     with pytest.raises(ConfigError, match="path='x' must be empty beside event_files"):
         read_rows("x", event_files=events)
     write(tmp_path / "views-2.csv", "user_id,item_id,event\nu2,i1,x\n")
@@ -87,8 +87,8 @@ def test_values_of_several_rows_of_an_item_become_a_list(tmp_path):
     options = {"path": write(tmp_path / "items.csv", text), "columns": {"item_id": "movie"}}
     items = load(interactions={"path": log}, item_table={**options, "gather": ("genre",)}).items
     assert items.to_pylist() == [
-        {"item_id": "2", "genre": ["Drama", "War"], "title": "Two", "year": 1950},
-        {"item_id": "3", "genre": ["Noir"], "title": "Three", "year": 1999},
+        {"item_id": "2", "genre": ["Drama", "War"], "title": "Two", "year": "1950"},
+        {"item_id": "3", "genre": ["Noir"], "title": "Three", "year": "1999"},
     ]
     with pytest.raises(ConfigError, match=r"has no column 'genres' \(did you mean 'genre'"):
         load(interactions={"path": log}, item_table={**options, "gather": ("genres",)})

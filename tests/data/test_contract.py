@@ -6,6 +6,8 @@ import pytest
 
 from tests.data.reading import LOG, load, read_rows, write
 from twotower.core.errors import ConfigError
+from twotower.core.times import TimeForm
+from twotower.data.contract import check_time_range
 
 
 def test_ids_are_text_times_are_seconds_and_the_order_of_the_file_is_kept(tmp_path):
@@ -13,30 +15,26 @@ def test_ids_are_text_times_are_seconds_and_the_order_of_the_file_is_kept(tmp_pa
     assert table.schema.field("user_id").type == pa.string()
     assert table.schema.field("timestamp").type == pa.int64()
     assert table["user_id"].to_pylist() == ["7", "8", "7"]
-    assert table["rating"].to_pylist() == [3.0, 4.5, None]
+    assert table["rating"].to_pylist() == ["3", "4.5", None]
     assert table["timestamp"].to_pylist() == [100, 200, 300]
 
 
 def test_columns_are_renamed_and_one_column_can_serve_twice(tmp_path):
     path = write(tmp_path / "log.csv", "who,what,when\nu,x,5\n")
     table = read_rows(path, columns={"user_id": "who", "item_id": "what", "title": "what"})
-    assert table.to_pylist() == [{"user_id": "u", "item_id": "x", "title": "x", "when": 5}]
+    assert table.to_pylist() == [{"user_id": "u", "item_id": "x", "title": "x", "when": "5"}]
 
 
-def test_numbers_are_numbers_and_codes_stay_text(tmp_path):
+def test_columns_that_nothing_computes_with_are_the_text_of_the_file(tmp_path):
     path = write(
         tmp_path / "log.csv",
-        "user_id,item_id,n,price,zip,ean,flag,day\n"
-        "1,a,1,2.5,01234,12345678901234567890,true,2020-01-02\n"
-        "2,b, 2,3,98765,1,false,1970-01-01 00:01\n",
+        "user_id,item_id,version,code,flag,day\n1,a,1.10,1E3,True,2020-01-02\n2,b,2.0,007,,NA\n",
     )
-    table = read_rows(path)
-    assert table["n"].to_pylist() == [1, 2]
-    assert table["price"].to_pylist() == [2.5, 3.0]
-    assert table["zip"].to_pylist() == ["01234", "98765"]
-    assert table["ean"][0].as_py() == "12345678901234567890"
-    assert table["flag"].to_pylist() == [True, False]
-    assert table["day"].to_pylist() == [1577923200, 60]
+    table = read_rows(path).select(["version", "code", "flag", "day"])
+    assert table.to_pylist() == [
+        {"version": "1.10", "code": "1E3", "flag": "True", "day": "2020-01-02"},
+        {"version": "2.0", "code": "007", "flag": None, "day": None},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,13 +83,43 @@ def test_timestamps_are_seconds_whatever_they_were(tmp_path, text, options, expe
     assert read_rows(path, **options)["timestamp"].to_pylist() == [expected]
 
 
-def test_milliseconds_taken_for_seconds_are_doubted(tmp_path, caplog):
-    with caplog.at_level("WARNING"):
-        read_rows(write(tmp_path / "log.csv", "user_id,item_id,timestamp\nu,i,1577934245123\n"))
-    assert "beyond the year 5000: is timestamp_unit='s' right?" in caplog.text
+def refusal_of_times(seconds, unit="s", accept=(), now=1_795_000_000.0):
+    """The refusal of a log with these times; empty for none."""
+    rows = pa.table({"user_id": ["u"] * len(seconds), "item_id": ["i"] * len(seconds)})
+    rows = rows.append_column("timestamp", pa.array(seconds, pa.int64()))
+    try:
+        check_time_range(rows, TimeForm(unit), accept, now=now)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
-WRONG = [("timestamp", "soon"), ("rating", "abc"), ("weight", "1,5"), ("label", "yes")]
+@pytest.mark.parametrize(
+    ("seconds", "unit", "cure"),
+    [
+        (
+            [1_577_934_245_123] * 3,
+            "s",
+            "interactions.timestamp_unit='ms' 1577934245123 is 2020-01-02",
+        ),
+        ([20231114, 20231115], "s", "timestamp_format='%Y%m%d' 20231114 is 2023-11-14"),
+        ([2023, 2019], "s", "timestamp_format='%Y' 2023 is 2023-01-01"),
+        ([45244, 45245], "s", "days of a spreadsheet"),
+        ([1_700_000, 1_700_003], "ms", "timestamp_unit='s' 1700000000 is 2023-11-14"),
+        ([-61_413_904_020], "s", "1 of 1 rows have a time before 1990, such as 0023-11-14"),
+        ([1_700_000_000, 4_000_000_000], "s", "1 of 2 rows have a time after tomorrow"),
+    ],
+)
+def test_times_out_of_range_are_refused_with_what_makes_them_right(seconds, unit, cure):
+    assert cure in refusal_of_times(seconds, unit)
+    assert not refusal_of_times(seconds, unit, accept=("old_times", "future_times"))
+
+
+def test_times_between_1990_and_tomorrow_are_taken():
+    assert not refusal_of_times([631_152_000, 1_795_000_000 + 86_400])
+
+
+WRONG = [("timestamp", "soon"), ("weight", "1,5"), ("weight", "heavy")]
 
 
 @pytest.mark.parametrize(("column", "value"), WRONG)

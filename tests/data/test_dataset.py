@@ -26,8 +26,8 @@ def test_entities_are_unique_take_their_first_values_and_hold_every_id_of_the_lo
     items = write(tmp_path / "items.csv", "item_id,title,price\na,,1\nb,B,2\na,A,9\n")
     data = load(interactions={"path": log}, item_table={"path": items})
     assert data.items.to_pylist() == [
-        {"item_id": "a", "title": "A", "price": 1},
-        {"item_id": "b", "title": "B", "price": 2},
+        {"item_id": "a", "title": "A", "price": "1"},
+        {"item_id": "b", "title": "B", "price": "2"},
         {"item_id": "c", "title": None, "price": None},
     ]
     assert data.users.to_pylist() == [{"user_id": "u2"}, {"user_id": "u1"}]

@@ -75,7 +75,7 @@ def test_conditions_are_joined_and_rows_keep_their_order():
         (("timestmp", ">=", 4), ("'timestmp'", "did you mean 'timestamp'", "where[0]")),
         (("timestamp", "=>", 4), ("'=>'", "Known", ">=", "operator")),
         (("timestamp", ">=", "4"), ("int64", "'4'", "str")),
-        (("user_id", "==", 4), ("string", "4", "int")),
+        (("user_id", "==", True), ("string", "True", "bool")),
         (("user_id", "in", "4"), ("tuple", "('4',)")),
         (("user_id", "in", ("4", 5)), ("string", "5")),
         (("timestamp", "in", (1, 2.5)), ("int64", "2.5")),

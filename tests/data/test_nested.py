@@ -34,7 +34,7 @@ def test_structs_of_parquet_are_flattened_as_json_is(tmp_path):
     pq.write_table(table, tmp_path / "log.parquet")
     read = read_rows(str(tmp_path / "log.parquet"), columns={"brand": "metadata.brand"})
     assert read.to_pylist() == [
-        {"user_id": "u", "item_id": "i", "brand": "Noor", "metadata.ids": ["1", "2"]}
+        {"user_id": "u", "item_id": "i", "brand": "Noor", "metadata.ids": [1, 2]}
     ]
 
 

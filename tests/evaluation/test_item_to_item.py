@@ -223,7 +223,11 @@ def test_they_are_fitted_on_training_and_asked_with_all_that_was_earlier(
     prepared = prepare(
         from_dict(
             {
-                "data": {"source": "csv", "interactions": {"path": str(tmp_path / "log.csv")}},
+                "data": {
+                    "source": "csv",
+                    "interactions": {"path": str(tmp_path / "log.csv")},
+                    "accept": ("old_times",),
+                },
                 "evaluation": {"query": kind},
                 "split": {"kind": "time", "validation": 0.2, "test": 0.2},
             }

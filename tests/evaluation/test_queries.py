@@ -44,7 +44,11 @@ def prepared(tmp_path_factory):
     )
     config = from_dict(
         {
-            "data": {"source": "csv", "interactions": {"path": str(path)}},
+            "data": {
+                "source": "csv",
+                "interactions": {"path": str(path)},
+                "accept": ("old_times",),
+            },
             "split": {"kind": "time", "validation": 2 / 16, "test": 9 / 16},
             "features": {
                 "user": {

@@ -13,7 +13,7 @@ from pyarrow import csv
 from tests.features.encoder_shop import assert_same, fitted, shop
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
-from twotower.data.contract import apply_contract
+from twotower.data.contract import Contract, apply_contract
 from twotower.data.sources.frames import read_table
 from twotower.data.sources.load import load_dataset
 from twotower.features.encoder import Encoder
@@ -244,7 +244,9 @@ def test_vectors_come_through_a_frame(library):
     for column in (list(vectors), vectors.tolist()):
         frame = frames.DataFrame({"item_id": ["a", "b"], "vector": column})
         table, origin = read_table(frame, TableConfig(), "items")
-        items = apply_contract(table, TableConfig(), "items", keys=("item_id",), origin=origin)
+        items, _ = apply_contract(
+            table, TableConfig(), "item_table", origin=origin, contract=Contract()
+        )
         parsed, missing = parse_vectors(items["vector"], "vector", width=2)
         np.testing.assert_array_equal(parsed, vectors)
         assert not missing.any()

@@ -40,7 +40,11 @@ def read_log(path):
 def prepare_log(path, split, **history):
     """What is prepared of a log with a split and a history of these fields."""
     config = {
-        "data": {"source": "csv", "interactions": {"path": str(path)}},
+        "data": {
+            "source": "csv",
+            "interactions": {"path": str(path)},
+            "accept": ("old_times",),
+        },
         "split": {"validation": 0.2, "test": 0.2, "accept_leakage": LEAKS} | split,
         "features": {
             "user": {"history": {"type": "history", "max_length": LENGTH} | history},

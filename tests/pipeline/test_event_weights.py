@@ -35,6 +35,7 @@ def config_of(path, weights=WEIGHTS, kind="bag", history=None):
                 "source": "csv",
                 "interactions": {"path": str(path), "columns": columns},
                 "event_weights": weights,
+                "accept": ("old_times",),
             },
             "split": {"validation": 0.2, "test": 0.2},
             "features": {"user": {"history": fields | (history or {})}},

@@ -20,7 +20,11 @@ def config_of(path, **sections):
     """A configuration with all that prepared data may hold: histories with gaps, a context, labels,
     weights of events, packed sequences."""
     values = {
-        "data": {"source": "csv", "interactions": {"path": str(path)}},
+        "data": {
+            "source": "csv",
+            "interactions": {"path": str(path)},
+            "accept": ("old_times",),
+        },
         "split": {"validation": 0.2, "test": 0.2, "accept_leakage": LEAKS},
         "features": {
             "user": {"history": HISTORY, "hour/day": {"type": "float", "column": "hour"}},
@@ -186,6 +190,7 @@ def test_data_of_another_configuration_is_refused_by_field(saved, log):
                 "source": "csv",
                 "interactions": {"path": str(log)},
                 "k_core": 2,
+                "accept": ("old_times",),
             }
         },
         "config.labels": {"objective": {}},

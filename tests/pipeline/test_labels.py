@@ -37,7 +37,12 @@ def make(tmp_path, table, *, objective=None, features=None, kind="parquet", **da
     write(table, path)
     default = {"label": "click", "heads": {"like": {"label": "like"}}}
     config = {
-        "data": {"source": kind, "interactions": {"path": str(path)}, **data},
+        "data": {
+            "source": kind,
+            "interactions": {"path": str(path)},
+            "accept": ("old_times",),
+            **data,
+        },
         "objective": objective or default,
         "features": features or {},
     }
@@ -126,7 +131,7 @@ REFUSED = {
     "minus one": ([1, 0, 1, -1], {"label": "click"}, r"'click': -1 in row 4 "),
     "a share": ([1, 0.5, 0], {"label": "click"}, r"'click': 0\.5 in row 2 "),
     "infinite": ([1.0, 0.0, 1.0, float("inf")], {"label": "click"}, r"'click': inf in row 4 "),
-    "text": ([None, "1", "0"], {"label": "click"}, r"'click': '1' in row 2 "),
+    "text": ([None, "yes", "0"], {"label": "click"}, r"'click': 'yes' is no label"),
     "no ones": (
         [0, None],
         {"label": "click"},

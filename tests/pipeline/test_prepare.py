@@ -15,7 +15,11 @@ RANDOM = {"kind": "random", "accept_leakage": ("random_split", "repeated_pairs",
 def make_config(tmp_path, text=LOG, **sections):
     path = tmp_path / "log.csv"
     path.write_text(text)
-    data = {"source": "csv", "interactions": {"path": str(path)}}
+    data = {
+        "source": "csv",
+        "interactions": {"path": str(path)},
+        "accept": ("old_times",),
+    }
     return from_dict({"data": data, **sections})
 
 

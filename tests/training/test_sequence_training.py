@@ -47,7 +47,11 @@ def config_of(
 ):
     return from_dict(
         {
-            "data": {"source": "csv", "interactions": {"path": str(path)}},
+            "data": {
+                "source": "csv",
+                "interactions": {"path": str(path)},
+                "accept": ("old_times",),
+            },
             "split": {
                 "kind": "leave_last_out",
                 "accept_leakage": ("repeated_pairs", "identical_rows", "future_rows"),

@@ -63,6 +63,7 @@ _DIRECTIVES = {
     "p": r"[AaPp]\.?[Mm]\.?",
     "z": r"(?:Z|[-+]\d{2}:?\d{2})",
     "j": r"\d{1,3}",
+    "f": r"\d{1,9}",
     "%": "%",
 }
 _DAYS = (
@@ -97,6 +98,7 @@ _PROBLEMS = {
 # Share of the values that must be times of one form. The others are mistakes or stand for missing.
 ENOUGH = 0.95
 SAMPLE = 20_000  # values that are looked at
+FEW = 20  # values by which formats are ruled out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +219,8 @@ def find_time_forms(
     if _share(pc.match_substring_regex(texts, r"^\d+$")) >= ENOUGH:
         lengths = pc.utf8_length(texts)
         formats = [form for size, form in _DIGITS if _share(pc.equal(lengths, size)) >= ENOUGH]
-    return _fitting(texts, [TimeForm(format=form) for form in formats], now, earliest)
+    likely = _likely_formats(texts.slice(0, FEW).to_pylist(), formats)
+    return _fitting(texts, [TimeForm(format=form) for form in likely], now, earliest)
 
 
 def in_range(
@@ -254,6 +257,16 @@ def format_time(seconds: int) -> str:
     return str(moment).replace("T", " ")
 
 
+def _likely_formats(texts: Sequence[str], formats: Sequence[str]) -> list[str]:
+    """Returns the formats of which one of a few texts may be: most are ruled out at once."""
+    likely = []
+    for form in formats:
+        pattern = re.compile(_pattern(form))
+        if any(pattern.match(text) for text in texts):
+            likely.append(form)
+    return likely
+
+
 def _fitting(
     values: pa.ChunkedArray, forms: Sequence[TimeForm], now: float, earliest: float
 ) -> list[TimeForm]:
@@ -272,9 +285,7 @@ def _seconds_or_null(values: pa.ChunkedArray, form: TimeForm) -> pa.ChunkedArray
     if not pa.types.is_string(values.type):
         return form.column(values)
     if form.format:
-        texts = _without_fraction(values, form.format)
-        is_form = pc.match_substring_regex(texts, _pattern(form.format))
-        return _strptime(pc.if_else(is_form, texts, None), form.format)
+        return _strptime(values, form.format)
     is_number = pc.match_substring_regex(values, _NUMBER)
     if _share(is_number) >= ENOUGH:
         return form.column(pc.if_else(is_number, values, None))
@@ -393,10 +404,7 @@ def _parse_format(texts: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
     is_missing_text = pc.match_substring_regex(texts, _NO_TIME)
     if pc.any(is_missing_text).as_py():
         texts = pc.if_else(is_missing_text, None, texts)
-    trimmed = _without_fraction(pc.utf8_trim_whitespace(texts), form)
-    # Strptime itself takes a year of two digits for %Y, as one of the first century.
-    is_form = pc.match_substring_regex(trimmed, _pattern(form))
-    seconds = _strptime(pc.if_else(is_form, trimmed, None), form)
+    seconds = _strptime(pc.utf8_trim_whitespace(texts), form)
     failed = pc.and_(pc.is_null(seconds), pc.is_valid(texts))
     row = pc.index(failed, True).as_py()
     if row >= 0:
@@ -408,9 +416,13 @@ def _parse_format(texts: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
 
 def _strptime(texts: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
     """Returns the seconds of texts of a format, null for those that are no such time."""
+    texts = _without_fraction(texts, form)
     form = form.replace("%f", "")
+    # Strptime itself takes a year of two digits for %Y, as one of the first century.
+    is_form = pc.match_substring_regex(texts, _pattern(form))
+    texts = pc.if_else(is_form, texts, None)
     if "%z" in form:
-        texts = pc.replace_substring_regex(texts, "Z", "+0000")
+        texts = pc.replace_substring_regex(texts, "Z$", "+0000")
     times = pc.strptime(texts, format=form, unit="s", error_is_null=True)
     return _without_other_days(times, texts, _pattern(form)).cast(pa.int64())
 
@@ -448,19 +460,20 @@ def _without_fraction(texts: pa.ChunkedArray, form: str) -> pa.ChunkedArray:
     return pc.replace_substring_regex(texts, pattern.replace("?P<day>", "?:"), r"\1\2")
 
 
+@functools.cache
 def _pattern(form: str) -> str:
+    """Returns the regular expression of the texts of a strptime format."""
     return f"^{_inner_pattern(form)}$"
 
 
-@functools.cache
 def _inner_pattern(form: str) -> str:
-    """Returns the regular expression of a strptime format; %f stands for nothing."""
+    """Returns the regular expression of a part of a strptime format."""
     pattern = ""
     has_day = False
     for literal, directive in re.findall(r"([^%]+)|%(.)", form):
         if literal:
             pattern += re.sub(r"(\\ )+", r"\\s+", re.escape(literal))
-        elif directive != "f":
+        else:
             piece = _DIRECTIVES.get(directive, ".+?")
             if has_day:
                 piece = piece.replace("?P<day>", "?:")
@@ -473,7 +486,7 @@ def _cure(texts: pa.ChunkedArray, text: str, tried: str = "") -> str:
     """Returns the words that offer a format which reads the value shown."""
     sample = pa.chunked_array([[text]])
     found = []
-    for form in FORMATS:
+    for form in _likely_formats([text.strip()], FORMATS):
         seconds = _seconds_or_null(sample, TimeForm(format=form))
         # Tomorrow's clocks are no concern here, only that the form reads it.
         near = in_range(seconds, now=_FAR)

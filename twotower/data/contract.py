@@ -1,35 +1,51 @@
 """The contract of a table: our names and types for its columns, whatever it was read from.
 
-Ids are text, digit for digit; times are seconds; numbers are numbers. What does not match is
-refused with its row and column, and the cure.
+A column is read as its use declares, never as its values look: ids are text, digit for digit;
+times are seconds; numbers are numbers where something computes with them; all else is the text of
+the file. The forms of ids and times are found on the log, kept with the run, and are those of its
+tables, requests, lists and changes. What does not match is refused with its row and column, and
+the cure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import pyarrow as pa
 from absl import logging
 
 from twotower.config import TableConfig
-from twotower.core.arrow import BadValue, pc
+from twotower.core.arrow import BadValue, pc, plain_text
 from twotower.core.errors import ConfigError
-from twotower.core.ids import IdForm
-from twotower.core.times import TimeForm
-from twotower.data import columns
+from twotower.core.ids import IdForm, written_forms
+from twotower.core.times import (
+    DAY,
+    EARLIEST,
+    TimeForm,
+    are_spreadsheet_days,
+    find_time_forms,
+    format_time,
+)
+from twotower.data.interactions import describe
 from twotower.data.nested import expand_objects
+from twotower.data.numbers import NumberForm
 
-# Columns whose names determine their types: a value of another type is an error.
-NUMBERS = ("rating", "weight", "label")
-CODES = ("event", "split", "user_id", "item_id")
-# Milliseconds taken for seconds lie beyond it.
-YEAR_5000 = 95_617_584_000  # seconds since the epoch
+KEYS = ("user_id", "item_id")
+# Columns of the log that are codes; ids have forms of their own.
+CODES = ("event", "split")
 # Delimiters that a file may have where its rows were read as one column.
 SEPARATORS = r"[;\t|,]"
+# Years between which the times of most features lie: films and births, releases to come.
+_FIRST_YEAR = TimeForm().one("1700-01-01")
+_LAST_YEAR = TimeForm().one("2200-01-01")
+SECONDS = TimeForm()
+
+Side = Literal["user", "item"]
+Form = NumberForm | TimeForm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,51 +56,439 @@ class Origin:
         name: Name of the source, such as a path.
         describe_row: Function from the number of a row, from 0, to its name in the source.
         is_typed: Whether the columns have types already, as in Parquet; if not, they are text.
+        is_ordered: Whether the order of the rows is always the same.
+        missing_words: Words that were taken for missing values: column -> word -> its number.
     """
 
     name: str
     describe_row: Callable[[int], str]
     is_typed: bool
+    is_ordered: bool = True
+    missing_words: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
-def apply_contract(
-    table: pa.Table, config: TableConfig, name: str, *, keys: tuple[str, ...], origin: Origin
-) -> pa.Table:
-    """Gives a table our column names and types.
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """The use of a column, which says how it is read.
+
+    Attributes:
+        kind: Whether the column is read as numbers, as times, or as labels (0, 1, true and false).
+            All else is text, as it is.
+        field: Name of what reads it, such as "features.item.price".
+        time: Form of the times where the reader says it; None to find it.
+    """
+
+    kind: Literal["number", "time", "label"]
+    field: str
+    time: TimeForm | None = None
+
+
+# "user", "item" or "log" -> column -> its use. Columns of users may be those of the log.
+Uses = Mapping[str, Mapping[str, Use]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """The forms in which a log writes ids, times and numbers, for all that is read after it.
+
+    Attributes:
+        user_id: Form of the ids of users.
+        item_id: Form of the ids of items.
+        time: Form of the times of events.
+        columns: "item.price" -> form of the numbers or times of a column that is read as such.
+        written: "user_id" or "item_id" -> id in NFC -> the form in which the log writes it, where
+            that is another.
+    """
+
+    user_id: IdForm = IdForm.TEXT
+    item_id: IdForm = IdForm.TEXT
+    time: TimeForm = SECONDS
+    columns: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def find(cls, parts: Sequence[pa.Table], time: TimeForm = SECONDS) -> Contract:
+        """Finds the forms of the ids of a log.
+
+        Args:
+            parts: Rows of the log with user_id and item_id, such as those to train and to test.
+            time: Form of its times, as the configuration says.
+        """
+        forms = {}
+        written = {}
+        for key in KEYS:
+            found = {IdForm.find(part[key]) for part in parts if len(part)}
+            forms[key] = IdForm.DIGITS if found == {IdForm.DIGITS} else IdForm.TEXT
+            others: dict[str, str] = {}
+            for part in parts:
+                others = written_forms(part[key]) | others
+            written[key] = others
+        return cls(**forms, time=time, written=written)
+
+    def id(self, name: str, value: Any) -> str | None:
+        """Returns a single id as the log has it; None for a missing one.
+
+        Args:
+            name: "user_id" or "item_id".
+            value: Id of any type.
+
+        Raises:
+            BadValue: The value is no id.
+        """
+        form: IdForm = getattr(self, name)
+        text = form.one(value)
+        if text is None:
+            return None
+        return self.written.get(name, {}).get(text, text)
+
+    def ids(self, name: str, values: pa.ChunkedArray | pa.Array | Iterable[Any]) -> pa.ChunkedArray:
+        """Returns ids as the log has them: text, null where one is missing.
+
+        Args:
+            name: "user_id" or "item_id".
+            values: Ids of any type.
+
+        Raises:
+            BadValue: A value is no id; `row` says which.
+        """
+        if not isinstance(values, (pa.Array, pa.ChunkedArray)):
+            return self._ids_of_list(name, values)
+        form: IdForm = getattr(self, name)
+        texts = form.column(_chunked(values))
+        written = self.written.get(name)
+        if not written:
+            return texts
+        known = pc.index_in(texts, value_set=pa.array(list(written)))
+        return pc.coalesce(pa.array(list(written.values())).take(known), texts)
+
+    def _ids_of_list(self, name: str, values: Iterable[Any]) -> pa.ChunkedArray:
+        texts = []
+        for row, value in enumerate(values):
+            try:
+                texts.append(self.id(name, value))
+            except BadValue as error:
+                raise BadValue(value, error.problem, row) from None
+        return pa.chunked_array([pa.array(texts, pa.string())])
+
+    def times(self, values: pa.ChunkedArray | pa.Array | Iterable[Any]) -> pa.ChunkedArray:
+        """Returns times as seconds, int64, read in the form that the log has; null is missing.
+
+        Args:
+            values: Times of any type: a model of a log in milliseconds is asked in milliseconds.
+
+        Raises:
+            BadValue: A value is no time; `row` says which.
+        """
+        if isinstance(values, (pa.Array, pa.ChunkedArray)):
+            return self.time.column(_chunked(values))
+        seconds = []
+        for row, value in enumerate(values):
+            try:
+                seconds.append(self.time.one(value))
+            except BadValue as error:
+                raise BadValue(value, error.problem, row) from None
+        return pa.chunked_array([pa.array(seconds, pa.int64())])
+
+    def column(self, side: Side, name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Returns a column of a request or a change with the type that the log's tables have.
+
+        Args:
+            side: Side that the rows describe.
+            name: Column of a feature: neither an id nor the time of the request.
+            values: Values of any type.
+
+        Raises:
+            BadValue: A value is not what the column is read as; `row` says which.
+        """
+        form = self.columns.get(f"{side}.{name}")
+        if form is None:
+            return values
+        return _convert(values, form)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the contract as values that JSON holds."""
+        columns = {}
+        for name, form in self.columns.items():
+            kind = "time" if isinstance(form, TimeForm) else "number"
+            columns[name] = {kind: _form_dict(form)}
+        return {
+            "user_id": self.user_id.value,
+            "item_id": self.item_id.value,
+            "time": _form_dict(self.time),
+            "columns": columns,
+            "written": {name: dict(forms) for name, forms in self.written.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Contract:
+        """Returns the contract whose `to_dict` this is; {} is that of runs that had none."""
+        if not state:
+            return cls()
+        columns: dict[str, Form] = {}
+        for name, form in state["columns"].items():
+            if "time" in form:
+                columns[name] = TimeForm(**form["time"])
+            else:
+                number = dict(form["number"])
+                columns[name] = NumberForm(**{**number, "marks": tuple(number["marks"])})
+        return cls(
+            user_id=IdForm(state["user_id"]),
+            item_id=IdForm(state["item_id"]),
+            time=TimeForm(**state["time"]),
+            columns=columns,
+            written=state["written"],
+        )
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """Returns the columns that a table of `config.data` must have."""
+    return {"user_table": ("user_id",), "item_table": ("item_id",)}.get(name, KEYS)
+
+
+@dataclasses.dataclass(frozen=True)
+class RawTable:
+    """A table as it was read, with what is known of it.
+
+    Attributes:
+        rows: The table under the names and types of its source.
+        config: Its options.
+        name: Name of the table in the configuration: interactions, user_table, item_table,
+            validation or test.
+        origin: Source of its rows.
+    """
+
+    rows: pa.Table
+    config: TableConfig
+    name: str
+    origin: Origin
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Columns that the table must have."""
+        return keys_of(self.name)
+
+    @property
+    def time(self) -> TimeForm:
+        """Form of the times of events, as the configuration says."""
+        return TimeForm(self.config.timestamp_unit, self.config.timestamp_format)
+
+    @property
+    def numbers(self) -> NumberForm:
+        """Spelling of the numbers, as the configuration says."""
+        return NumberForm(self.config.decimal, self.config.thousands, self.config.marks)
+
+    def with_our_names(self) -> RawTable:
+        """Returns the table with our names, and the fields of objects as columns.
+
+        Raises:
+            ConfigError: A column is missing.
+        """
+        # "metadata.brand" is a field of the column "metadata".
+        fields = {name.split(".")[0] for name in self.config.columns.values() if "." in name}
+        try:
+            # Before columns are renamed: the mapping may name fields of objects.
+            rows = expand_objects(self.rows, required=fields)
+        except BadValue as error:
+            raise self.refusal(error, ", ".join(sorted(fields))) from None
+        rows = _rename(rows, self.config, self.name, self.keys, self.origin)
+        for key in self.keys:
+            words = self.origin.missing_words.get(self.config.columns.get(key, key), {})
+            _say_words(words, key, self.name)
+        return dataclasses.replace(self, rows=rows)
+
+    def refusal(self, error: BadValue, column: str, field: str = "") -> ConfigError:
+        """Returns the error of a value in a column, named as the file has it.
+
+        Args:
+            error: Value and problem.
+            column: Column under our name, or its own.
+            field: Name of what reads the column; empty for the table itself.
+        """
+        source = self.config.columns.get(column, column)
+        place = self.origin.name
+        shown = ""
+        if error.row is not None:
+            place = self.origin.describe_row(error.row)
+            shown = f": {error.value!r}"
+        begin = f"{field}: {self.name}" if field else self.name
+        return ConfigError(f"{begin}: {place}, column {source!r}{shown} {error.problem}.")
+
+
+def read_tables(
+    log: Sequence[RawTable],
+    tables: Sequence[RawTable] = (),
+    uses: Uses | None = None,
+    contract: Contract | None = None,
+) -> tuple[list[pa.Table], list[pa.Table], Contract]:
+    """Gives the tables of a log our names and types.
 
     Args:
-        table: The table as it was read.
-        config: Mapping of our names to columns of the source, and the form of times.
-        name: Name of the table in the configuration, for messages.
-        keys: Columns that it must have; they become strings.
-        origin: Source of its rows.
+        log: Parts of the log: its rows, and those of a fixed split.
+        tables: Tables of users and items.
+        uses: Uses of columns, by side.
+        contract: Contract of a run whose log has grown; by default one is found.
 
     Returns:
-        `keys` as strings, timestamp as int64 seconds, rating, weight and label as float32; other
-        columns of text as whole numbers, numbers, booleans or seconds (of times) where all their
-        values are, else as strings.
+        Parts of the log: ids as text, timestamp as int64 seconds, weight as float32, and other
+        columns as they were read, but for those with a use. The tables, likewise. The contract.
 
     Raises:
         ConfigError: A missing column, or a value of the wrong type.
     """
-    # "metadata.brand" is a field of the column "metadata".
-    columns_with_fields = {
-        source.split(".")[0] for source in config.columns.values() if "." in source
-    }
-    try:
-        # Before columns are renamed: the mapping may name fields of objects.
-        table = expand_objects(table, required=columns_with_fields)
-    except BadValue as error:
-        raise _refusal(error, name, ", ".join(sorted(columns_with_fields)), origin) from None
-    table = _rename(table, config, name, keys, origin)
-    typed = {}
-    for column in table.column_names:
+    log = [part.with_our_names() for part in log]
+    if contract is None:
+        contract = Contract.find([part.rows for part in log], log[0].time)
+    typed_tables = []
+    for table in tables:
+        typed, contract = _read(table.with_our_names(), contract, uses or {})
+        typed_tables.append(typed)
+    parts = []
+    for part in log:
+        typed, contract = _read(part, contract, uses or {})
+        parts.append(typed)
+    return parts, typed_tables, contract
+
+
+def apply_contract(
+    table: pa.Table,
+    config: TableConfig,
+    name: str,
+    *,
+    origin: Origin,
+    contract: Contract | None = None,
+) -> tuple[pa.Table, Contract]:
+    """Gives one table our names and types; see `read_tables`.
+
+    Args:
+        table: The table as it was read.
+        config: Mapping of our names to columns of the source, and the forms of values.
+        name: Name of the table in the configuration.
+        origin: Source of its rows.
+        contract: Contract of the log; None for the log itself, on which it is found.
+
+    Raises:
+        ConfigError: A missing column, or a value of the wrong type.
+    """
+    raw = RawTable(table, config, name, origin).with_our_names()
+    if contract is None:
+        contract = Contract.find([raw.rows], raw.time)
+    return _read(raw, contract, {})
+
+
+def read_uses(
+    table: pa.Table,
+    side: Literal["user", "item", "log"],
+    uses: Uses,
+    contract: Contract,
+    raw: RawTable | None = None,
+) -> tuple[pa.Table, Contract]:
+    """Reads the columns with a use as what they are used for.
+
+    Args:
+        table: Table under our names.
+        side: Key of its uses.
+        uses: Uses of columns.
+        contract: Contract, to which the forms of these columns are added.
+        raw: Source of the table, for its options and for messages; None where it is not known.
+
+    Raises:
+        ConfigError: A value is not what its column is used for.
+    """
+    if raw is None:
+        words = f"the table of {side}s"
+        origin = Origin(words, lambda row: f"{words}, row {row + 1}", is_typed=True)
+        raw = RawTable(table, TableConfig(), f"{side}_table", origin)
+    columns = dict(contract.columns)
+    for name, use in uses.get(side, {}).items():
+        # Ids and the times of events have types already.
+        if name not in table.column_names or name in (*KEYS, "timestamp"):
+            continue
+        values = plain_text(table[name])
+        key = f"{side}.{name}"
         try:
-            typed[column] = _convert(column, table[column], config, keys, origin.is_typed)
+            if use.kind == "label":
+                labels = _read_labels(values)
+                table = table.set_column(table.column_names.index(name), name, labels)
+                continue
+            form = columns.get(key)
+            if form is None:
+                form = raw.numbers
+                if use.kind == "time":
+                    form = use.time or _find_time_form(values, contract.time, use.field)
+            values = _convert(values, form)
         except BadValue as error:
-            source = config.columns.get(column, column)
-            raise _refusal(error, name, source, origin) from None
-    return pa.table(typed)
+            raise raw.refusal(error, name, use.field) from None
+        columns[key] = form
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table, dataclasses.replace(contract, columns=columns)
+
+
+def check_time_range(
+    rows: pa.Table, time: TimeForm, accept: Collection[str], *, now: float
+) -> None:
+    """Refuses a log with times before 1990 or after tomorrow, which mostly were misread.
+
+    Args:
+        rows: Rows of the log that are kept.
+        time: Form in which its times were read.
+        accept: Option `config.data.accept`.
+        now: Seconds since the epoch, which tomorrow counts from.
+
+    Raises:
+        ConfigError: A time is out of range; the message offers the unit or format that makes it
+            right.
+    """
+    if "timestamp" not in rows.column_names:
+        return
+    seconds = rows["timestamp"]
+    findings = {
+        "old_times": pc.less(seconds, int(EARLIEST.timestamp())),
+        "future_times": pc.greater(seconds, int(now) + DAY),
+    }
+    for finding, mask in findings.items():
+        row = pc.index(mask, True).as_py()
+        if row < 0 or finding in accept:
+            continue
+        when = "before 1990"
+        bound = "'>=', 631152000"
+        if finding == "future_times":
+            when = "after tomorrow"
+            bound = f"'<=', {int(now) + DAY}"
+        accepted = (*accept, finding)
+        raise ConfigError(
+            f"interactions: {pc.sum(mask).as_py():,} of {len(rows):,} rows have a time {when}, "
+            f"such as {format_time(seconds[row].as_py())} ({describe(rows, row)}). "
+            f"{_time_cure(seconds, time, now)}If few are wrong, "
+            f"config.data.where=(('timestamp', {bound}),) leaves them out; if they are right: "
+            f"config.data.accept={accepted!r}."
+        )
+
+
+def near_equal_ids(ids: pa.Array | pa.ChunkedArray, side: Side) -> list[str]:
+    """Returns a line for each way in which ids differ from others by next to nothing.
+
+    Args:
+        ids: Distinct ids, text.
+        side: Side that they name.
+    """
+    lines = []
+    ways = {
+        "case": pc.utf8_lower(ids),
+        "leading zeros": pc.replace_substring_regex(ids, r"^0+(.)", r"\1"),
+        "spaces": pc.replace_substring_regex(ids, r"\s+", ""),
+    }
+    for words, folded in ways.items():
+        distinct = pc.unique(folded)
+        count = len(ids) - len(distinct)
+        if not count:
+            continue
+        # The first id that has a twin, and the twin.
+        counts = pc.value_counts(folded)
+        twin = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
+        examples = ids.filter(pc.equal(folded, twin)).to_pylist()[:2]
+        listed = " and ".join(map(repr, examples))
+        lines.append(f"{side}s: {count:,} ids differ from others only by {words}, as {listed} do.")
+    return lines
 
 
 def similar_name_hint(name: str, known: Iterable[str]) -> str:
@@ -114,11 +518,184 @@ def _fold(name: str) -> str:
     return re.sub(r"\W|_", "", name).lower()
 
 
-def _refusal(error: BadValue, name: str, column: str, origin: Origin) -> ConfigError:
-    if error.row is None:
-        return ConfigError(f"{name}: {origin.name}, column {column!r} {error.problem}.")
-    row = origin.describe_row(error.row)
-    return ConfigError(f"{name}: {row}, column {column!r}: {error.value!r} {error.problem}.")
+def _read(raw: RawTable, contract: Contract, uses: Uses) -> tuple[pa.Table, Contract]:
+    """Returns a table that has our names with our types, and the contract with its forms."""
+    is_log = raw.keys == KEYS
+    # Rows of a fixed split may be written otherwise than the log.
+    if is_log and raw.time != contract.time:
+        own = dataclasses.replace(contract, time=raw.time)
+    else:
+        own = contract
+    typed = {}
+    for name in raw.rows.column_names:
+        values = plain_text(raw.rows[name])
+        try:
+            if name in raw.keys:
+                values = contract.ids(name, values)
+            elif is_log:
+                values = _log_column(name, values, own, raw)
+        except BadValue as error:
+            raise raw.refusal(error, name) from None
+        typed[name] = values
+    side: Side = "item" if raw.name == "item_table" else "user"
+    table, contract = read_uses(pa.table(typed), side, uses, contract, raw)
+    if is_log:
+        table, contract = read_uses(table, "log", uses, contract, raw)
+    return table, contract
+
+
+def _log_column(
+    name: str, values: pa.ChunkedArray, contract: Contract, raw: RawTable
+) -> pa.ChunkedArray:
+    """Returns a column of the log whose name says what it is; others as they are.
+
+    Raises:
+        BadValue: A value is not what the column is.
+    """
+    if name == "timestamp":
+        return contract.times(values)
+    if name in CODES:
+        return IdForm.TEXT.column(values)
+    # Where the configuration says so, and not where a column happens to have the name.
+    if name == "rating" and name in raw.config.columns:
+        return raw.numbers.column(values).cast(pa.float32())
+    if name != "weight":
+        return values
+    try:
+        weights = raw.numbers.column(values).cast(pa.float64())
+    except BadValue as error:
+        cure = (
+            "; a column 'weight' of the log says how much a row counts: give it another name by "
+            "columns={'ANOTHER NAME': 'weight'} if it says something else"
+        )
+        raise BadValue(error.value, error.problem + cure, error.row) from None
+    # A negative weight would turn the loss around. Null and NaN are not below anything.
+    row = pc.index(pc.less(weights, 0.0), True).as_py()
+    if row >= 0:
+        raise BadValue(values[row].as_py(), "is not at least 0", row)
+    bounds = pc.min_max(weights).as_py()
+    logging.info(
+        "interactions: the column 'weight' (%g to %g) says how much each row counts in training.",
+        bounds["min"] or 0.0,
+        bounds["max"] or 0.0,
+    )
+    # float32, as in the arrays that training reads.
+    return weights.cast(pa.float32())
+
+
+def _convert(values: pa.ChunkedArray, form: Form) -> pa.ChunkedArray:
+    """Returns text as numbers, or values as times of a type that says so."""
+    if isinstance(form, NumberForm):
+        return form.column(values)
+    # Seconds of the type time: nothing takes them for another unit later on.
+    return form.column(values).cast(pa.timestamp("s"))
+
+
+def _read_labels(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns labels written as text as numbers; others as they are."""
+    if not pa.types.is_string(values.type):
+        return values
+    lower = pc.utf8_lower(pc.utf8_trim_whitespace(values))
+    for word, number in (("true", "1"), ("false", "0")):
+        lower = pc.if_else(pc.equal(lower, word), number, lower)
+    try:
+        return NumberForm().column(lower).cast(pa.float32())
+    except BadValue as error:
+        row = error.row or 0
+        raise BadValue(
+            values[row].as_py(),
+            "is no label: labels are numbers 0 and 1, true and false, or missing",
+            row,
+        ) from None
+
+
+def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> TimeForm:
+    """Returns the form of the times of a feature.
+
+    Raises:
+        BadValue: Several forms would do, or none makes times of the values.
+    """
+    kind = values.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind):
+        return TimeForm(of_log.unit)
+    cure = f"set {field}.unit to 's', 'ms', 'us' or 'ns', or {field}.format"
+    if are_spreadsheet_days(values):
+        raise BadValue(None, "holds days of a spreadsheet: write them as dates there")
+    # No clock: what is likely for a feature does not depend on today.
+    forms = find_time_forms(values, now=_LAST_YEAR or 0)
+    if of_log in forms:
+        return of_log
+    if len(forms) > 1:
+        listed = " or ".join(repr(form.format) for form in forms)
+        raise BadValue(
+            None,
+            f"has times of which day and month cannot be told apart: set {field}.format={listed}",
+        )
+    form = TimeForm(of_log.unit)
+    if forms and not (forms[0] == SECONDS and _are_words(values)):
+        return forms[0]
+    seconds = form.column(values)
+    middle = pc.quantile(seconds, 0.5)[0].as_py()
+    if middle is not None and not (_FIRST_YEAR or 0) < middle < (_LAST_YEAR or 0):
+        row = pc.index(pc.is_valid(values), True).as_py()
+        raise BadValue(
+            values[row].as_py(),
+            f"is {format_time(seconds[row].as_py())} in {form.words}: {cure}",
+            row,
+        )
+    return form
+
+
+def _are_words(values: pa.ChunkedArray) -> bool:
+    """Returns whether values are text that is no number."""
+    if not pa.types.is_string(values.type):
+        return False
+    row = pc.index(pc.is_valid(values), True).as_py()
+    return not re.fullmatch(r"[\d.]+", values[row].as_py().strip())
+
+
+def _time_cure(seconds: pa.ChunkedArray, time: TimeForm, now: float) -> str:
+    """Returns the sentence that offers the unit or format by which times are in range."""
+    if time.format:
+        return ""
+    # The numbers as the source has them, but for what lies below a second.
+    numbers = pc.multiply(seconds, {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[time.unit])
+    if are_spreadsheet_days(numbers):
+        return "They look like days of a spreadsheet: write them as dates there. "
+    for form in find_time_forms(numbers, now=now):
+        row = pc.index(pc.is_valid(numbers), True).as_py()
+        number = numbers[row].as_py()
+        option = f"timestamp_unit={form.unit!r}"
+        if form.format:
+            option = f"timestamp_format={form.format!r}"
+        moment = format_time(form.one(number) or 0)
+        return f"With config.data.interactions.{option} {number} is {moment}. "
+    return ""
+
+
+def _form_dict(form: Form) -> dict[str, Any]:
+    state = dataclasses.asdict(form)
+    state.pop("is_typed", None)
+    return state
+
+
+def _chunked(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+    if isinstance(values, pa.ChunkedArray):
+        return values
+    return pa.chunked_array([values])
+
+
+def _say_words(words: Mapping[str, int], column: str, name: str) -> None:
+    """Says which words were taken for missing ids: some shop may have a country NA."""
+    if words:
+        listed = ", ".join(f"{word!r} ({count:,})" for word, count in words.items())
+        logging.warning(
+            "%s: %s of %s stand for a missing id; config.data.%s.missing lists such words.",
+            name,
+            listed,
+            column,
+            name,
+        )
 
 
 def _rename(
@@ -181,53 +758,3 @@ def _missing_column_cure(
             "file) or 'random', and without features that read the column 'timestamp'"
         )
     return cure
-
-
-def _convert(
-    name: str,
-    values: pa.ChunkedArray,
-    config: TableConfig,
-    keys: tuple[str, ...],
-    is_typed: bool,
-) -> pa.ChunkedArray:
-    """Returns a column converted to the type that its name stands for."""
-    # Apart from other columns, because numbers of a time need its unit.
-    if name == "timestamp":
-        return _convert_timestamp(values, config)
-    if name in keys:
-        return IdForm.find(values).column(values)
-    values = columns.simplify_type(values)
-    if name in NUMBERS:
-        # A negative weight would turn the loss around.
-        smallest = -math.inf
-        if name == "weight":
-            smallest = 0.0
-        if name == "label":
-            values = _read_flags(values)
-        return columns.to_numbers(values, smallest=smallest)
-    if name in CODES:
-        return IdForm.TEXT.column(values)
-    # A typed column of text is text on purpose, such as postcodes in a Parquet file.
-    if pa.types.is_string(values.type) and not is_typed:
-        return columns.infer_type(values, form=config.timestamp_format)
-    return values
-
-
-def _convert_timestamp(values: pa.ChunkedArray, config: TableConfig) -> pa.ChunkedArray:
-    unit = config.timestamp_unit
-    times = TimeForm(unit, config.timestamp_format).column(values)
-    # A warning, not a refusal: times far in the future may be meant.
-    latest = pc.max(times).as_py()
-    if latest is not None and latest > YEAR_5000:
-        logging.warning(
-            "timestamp %d is beyond the year 5000: is timestamp_unit=%r right?", latest, unit
-        )
-    return times
-
-
-def _read_flags(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Returns labels written as true and false as booleans; a rating of true stays a mistake."""
-    if not pa.types.is_string(values.type):
-        return values
-    flags = columns.infer_type(values)
-    return flags if pa.types.is_boolean(flags.type) else values

@@ -11,6 +11,7 @@ from absl import logging
 
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.data.contract import Contract
 from twotower.data.matching import Match, match_ids
 
 
@@ -64,6 +65,7 @@ class Dataset:
         log_items: Columns of the items in each row of the file of the log, where that describes the
             items; see `twotower.pipeline.log_items`.
         log_positions: Row of that file for each interaction, int64 [N]; -1 for those of others.
+        contract: Forms in which the log writes ids, times and numbers.
     """
 
     interactions: pa.Table
@@ -77,6 +79,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     log_items: pa.Table | None = None
     log_positions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    contract: Contract = Contract()
 
     def keep_rows(self, mask: np.ndarray) -> Dataset:
         """Returns the dataset with the interactions that a mask, bool [N], marks."""

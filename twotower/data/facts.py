@@ -10,17 +10,19 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced
-from twotower.core.arrow import is_list, pc
-from twotower.core.fields import TimeUnit
+from twotower.core.arrow import BadValue, is_list, pc, plain_text
 from twotower.core.times import TimeForm, find_time_forms
-from twotower.data import columns
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Split
+from twotower.data.nested import first_value
+from twotower.data.numbers import NumberForm
 
 SAMPLE = 100_000  # rows by which a column is described
 DAY = 24 * 3600  # seconds
 # Separators that lists written as text may have. A comma is not one: sentences have commas.
 SEPARATORS = ("|", ";")
+# Numbers that are codes: a zero leads, or no int64 holds their digits.
+_CODE = r"^\s*-?0\d|^\s*-?\d{19,}\s*$"
 SEPARATED = 0.2  # share of the texts that have a separator, from which on they are lists
 
 
@@ -37,9 +39,8 @@ class ColumnFacts:
         mean_length: Mean number of words of a text, or of members of a list or vector; else 1.
         is_whole: Whether all numbers are whole.
         separator: Separator of the members of a list that is stored as text, such as "|".
-        unit: Unit of times that are numbers since the epoch.
-        is_readable: Whether a feature of times reads all of them: not texts of other forms than ISO
-            8601, or with a few that are no times.
+        is_readable: Whether a feature of times reads all of them: not texts of which a few are no
+            times.
     """
 
     name: str
@@ -49,7 +50,6 @@ class ColumnFacts:
     mean_length: float = 1.0
     is_whole: bool = False
     separator: str = ""
-    unit: TimeUnit = "s"
     is_readable: bool = True
 
 
@@ -96,8 +96,7 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
     """
     rows = evenly_spaced(np.arange(len(column)), SAMPLE)
     values = column.take(pa.array(rows))
-    if pa.types.is_dictionary(values.type):
-        values = columns.decode_dictionary(values)
+    values = plain_text(values)
     missing = values.null_count / max(len(values), 1)
     values = values.drop_null()
     if is_list(values.type):
@@ -108,38 +107,37 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
         missing += (1 - missing) * (1 - (pc.mean(is_number.cast(pa.float64())).as_py() or 0.0))
         values = values.filter(is_number)
     forms = find_time_forms(values, now=now)
-    values = columns.simplify_type(values)
     if forms:
         return ColumnFacts(
             name=name,
             kind="time",
             num_values=pc.count_distinct(values).as_py(),
             share_missing=missing,
-            unit=forms[0].unit,
             is_readable=_is_readable(forms[0], values),
         )
     if pa.types.is_string(values.type):
         text = _text_facts(name, values, missing)
         if text is not None:
             return text
-        values = columns.infer_type(values)
+        values = _infer_type(values)
     return _value_facts(name, values, missing)
 
 
 def _value_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFacts:
-    """Returns the facts about flags, numbers and texts."""
+    """Returns the facts about flags, numbers and texts; bytes and the like are of no use."""
+    is_value = _is_number(values.type) or pa.types.is_boolean(values.type)
+    if not is_value and not pa.types.is_string(values.type):
+        return ColumnFacts(name=name, kind="text", num_values=1, share_missing=missing)
     num_values = pc.count_distinct(values).as_py()
     if pa.types.is_boolean(values.type):
         return ColumnFacts(name=name, kind="flag", num_values=num_values, share_missing=missing)
-    if not _is_number(values.type):
-        texts = values.cast(pa.string())
-        words = _mean_words(texts)
+    if pa.types.is_string(values.type):
         return ColumnFacts(
             name=name,
             kind="text",
             num_values=num_values,
             share_missing=missing,
-            mean_length=words,
+            mean_length=_mean_words(values),
         )
     numbers = values.cast(pa.float64())
     is_whole = bool(pc.all(pc.equal(pc.floor(numbers), numbers)).as_py())
@@ -199,13 +197,9 @@ def _facts_of(table: pa.Table, now: float) -> tuple[ColumnFacts, ...]:
 
 def _is_readable(form: TimeForm, values: pa.ChunkedArray) -> bool:
     """Returns whether a feature of times can read all values of a column."""
-    if form.format:
-        return False
-    if not pa.types.is_string(values.type):
-        return True
     try:
-        values.cast(pa.timestamp("s"))
-    except pa.ArrowInvalid:
+        form.column(values)
+    except BadValue:
         return False
     return True
 
@@ -230,7 +224,22 @@ def _newest_users(train: pa.Table) -> int:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    is_real = pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return is_real or pa.types.is_integer(kind)
+
+
+def _infer_type(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns text as numbers or booleans if all values are, but for codes: 007 is one."""
+    if pc.any(pc.match_substring_regex(texts, _CODE)).as_py():
+        return texts
+    try:
+        return NumberForm().column(texts)
+    except BadValue:
+        pass
+    try:
+        return texts.cast(pa.bool_())
+    except pa.ArrowInvalid:
+        return texts
 
 
 def _list_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFacts:
@@ -248,7 +257,7 @@ def _list_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFac
 
 def _text_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFacts | None:
     """Returns the facts about lists and vectors that are written as text; None of other text."""
-    first = columns.first_value(texts) or ""
+    first = first_value(texts) or ""
     if first.startswith("["):
         return _json_facts(name, texts, missing)
     for separator in SEPARATORS:

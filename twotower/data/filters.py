@@ -117,7 +117,8 @@ def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list
         members = value if isinstance(value, (tuple, list)) else (value,)
         known = pc.unique(column)
         for text in members:
-            if text is not None and not pc.any(pc.equal(known, text)).as_py():
+            # Numbers are compared with the numbers that a text holds.
+            if isinstance(text, str) and not pc.any(pc.equal(known, text)).as_py():
                 hint = did_you_mean(text, known[:MAX_HINTS].drop_null().to_pylist())
                 sentences.append(f"config.data.where: no row has {name}={text!r}{hint}")
     return sentences

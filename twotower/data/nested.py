@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.json
 
 from twotower.core.arrow import BadValue, pc
-from twotower.data.columns import first_value, value_to_text
 
 
 def expand_objects(table: pa.Table, *, required: set[str]) -> pa.Table:
@@ -122,3 +121,18 @@ def array_of_values(values: list) -> pa.Array:
         # Null and the empty list stay as they are.
         lists.append(value and [value_to_text(part) for part in value])
     return pa.array(lists, pa.list_(pa.string()))
+
+
+def first_value(column: pa.ChunkedArray) -> str | None:
+    """Returns the first value that is not null, or None without one."""
+    row = pc.index(pc.is_valid(column), True).as_py()
+    if row < 0:
+        return None
+    return column[row].as_py()
+
+
+def value_to_text(value: object) -> str | None:
+    """Returns text as it is, None as None, and any other value as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False)

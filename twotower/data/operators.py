@@ -213,8 +213,9 @@ def _comparable(
     Raises:
         ConfigError: A value is of another type than the column.
     """
-    kind = column.type
     plain = [_plain_value(value) for value in values]
+    column = _as_meant(column, plain)
+    kind = column.type
     if is_list(kind):
         raise ConfigError(
             f"{field}: the column holds lists ({kind}), which no single value equals: ask for a "
@@ -234,6 +235,22 @@ def _comparable(
             raise _incomparable(kind, value, field)
         _check_text(value, field)
     return column, plain
+
+
+def _as_meant(column: pa.ChunkedArray, values: Sequence[Any]) -> pa.ChunkedArray:
+    """Returns text as numbers or booleans where the values are such: files hold text alone."""
+    if not pa.types.is_string(column.type) or not values:
+        return column
+    is_flag = all(isinstance(value, bool) for value in values)
+    is_number = all(isinstance(value, (int, float)) for value in values)
+    if not is_flag and not is_number:
+        return column
+    try:
+        if is_flag:
+            return column.cast(pa.bool_())
+        return pc.utf8_trim_whitespace(column).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return column
 
 
 def _plain_value(value: Any) -> Any:
@@ -318,13 +335,6 @@ def _ordered_texts(column: pa.ChunkedArray, value: Any, field: str) -> tuple[pa.
             f"{field}: the column holds text, which has no order of numbers ('9' would be above "
             "'10'): give a number, where all of it are numbers."
         )
-    value = _plain_value(value)
-    # A number says how the text is meant, where all of it can be read so.
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return pc.utf8_trim_whitespace(column).cast(pa.float64()), value
-        except pa.ArrowInvalid:
-            return column, value
     return column, value
 
 

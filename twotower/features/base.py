@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_literals
+from twotower.data.contract import Use
 from twotower.features.inputs import SIDES, Input, TableShape
 from twotower.features.vocabulary import Vocabulary
 
@@ -153,6 +154,11 @@ class Feature:
     def columns_read(self) -> tuple[str, ...]:
         """Names of the columns of a table that `read` joins into one."""
         return (self.column,)
+
+    @property
+    def use(self) -> Use | None:
+        """What the column is read as; None for text, lists, and what a source has of itself."""
+        return None
 
     @property
     def has_table(self) -> bool:

@@ -15,6 +15,7 @@ from twotower.core.arrow import fingerprint, pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.core.files import read_folder, write_folder
+from twotower.data.contract import Contract
 from twotower.features.base import Fitted, Key, TrainingColumn, prefix_errors
 from twotower.features.columns import newest_timestamp, training_columns
 from twotower.features.inputs import Input, TableShape
@@ -31,12 +32,14 @@ class Encoder:
         fitted: (side, feature name) -> the state fitted for that feature.
         context: Names of user features whose column is in the interactions, not in the users table.
         fitted_on: `fingerprint` of the training rows.
+        contract: Forms in which the log writes ids, times and numbers.
     """
 
     spec: FeatureSpec
     fitted: Mapping[Key, Fitted]
     context: tuple[str, ...]
     fitted_on: str
+    contract: Contract = Contract()
 
     @classmethod
     def fit(
@@ -217,6 +220,7 @@ class Encoder:
             "context": list(self.context),
             "fitted_on": self.fitted_on,
             "features": entries,
+            "contract": self.contract.to_dict(),
         }
         # One write for all: a killed process leaves the old encoder or the new one.
         write_folder(folder, "encoder", state, arrays)
@@ -249,7 +253,9 @@ class Encoder:
             )
         # All fields are in the file, so that a new default does not change an old encoder.
         spec = from_mappings(state["spec"])
-        return cls(spec, fitted, tuple(state["context"]), state["fitted_on"])
+        # Encoders of before there were contracts have none.
+        contract = Contract.from_dict(state.get("contract", {}))
+        return cls(spec, fitted, tuple(state["context"]), state["fitted_on"], contract)
 
     def _with_items_of_history(self, items: pa.Table) -> Encoder:
         """Returns the encoder with the features of `items` that the history reads besides ids."""

@@ -187,7 +187,7 @@ def encode_histories(
     known_times = None
     times = None
     if feature.reads_times:
-        known_times = _event_times(fields.get("timestamp"), len(history_of_event))
+        known_times = _event_times(feature, fields.get("timestamp"), len(history_of_event))
         # An event without a time weighs as if it were of the newest moment of the training rows.
         times = np.where(np.isnan(known_times), fitted.statistics["newest"], known_times)
     items = pa.chunked_array([fields["item_id"]])
@@ -315,13 +315,11 @@ def _parse_events(
     return history_of_event[kept], fields
 
 
-def _event_times(timestamps: pa.Array | None, count: int) -> np.ndarray:
+def _event_times(feature: HistoryFeature, timestamps: pa.Array | None, count: int) -> np.ndarray:
     """Returns the times of events in seconds, float64 [M], NaN for missing ones."""
     if timestamps is None:
         return np.full(count, np.nan)
-    # float64, the one type here that has a value for a missing time.
-    seconds = timestamps.cast(pa.int64()).cast(pa.float64(), safe=False)
-    return pc.fill_null(seconds, np.nan).to_numpy()
+    return _seconds(feature, pa.chunked_array([timestamps]))
 
 
 def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
@@ -367,5 +365,5 @@ def _latest_events(
 
 def _seconds(feature: HistoryFeature, column: pa.ChunkedArray) -> np.ndarray:
     """Returns seconds since the epoch, NaN for missing times."""
-    seconds, missing = as_seconds(column, f"{feature.location}, column 'timestamp'")
+    seconds, missing = as_seconds(column, f"{feature.location}: column 'timestamp'")
     return np.where(missing, np.nan, seconds)

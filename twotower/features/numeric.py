@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import BadValue
 from twotower.core.errors import ConfigError
+from twotower.data.contract import Use
+from twotower.data.numbers import LARGEST, NumberForm
 from twotower.features.base import Feature, Fitted, TrainingColumn
 from twotower.features.inputs import Input, TableShape
-from twotower.features.vocabulary import as_strings
 
 # Rows of a table of buckets: 0 is padding, 1 is a missing value, then the buckets.
 MISSING_ROW = 1
@@ -70,6 +71,10 @@ class IntFeature(Feature):
         self._check(not both, "boundaries", "empty when normalize is true")
 
     @property
+    def use(self) -> Use:
+        return Use("number", self.location)
+
+    @property
     def has_table(self) -> bool:
         return not self.normalize
 
@@ -119,6 +124,10 @@ class FloatFeature(Feature):
     log: bool = False
 
     @property
+    def use(self) -> Use:
+        return Use("number", self.location)
+
+    @property
     def has_table(self) -> bool:
         return False
 
@@ -151,51 +160,23 @@ def as_numbers(column: pa.ChunkedArray, location: str) -> np.ndarray:
     Raises:
         ConfigError: A value is not a number; the message names the feature, the row and the value.
     """
-    if is_text(column.type):
-        column = parse_text(column, pa.float64(), location)
+    try:
+        numbers = NumberForm().column(column)
+    except BadValue as error:
+        row = (error.row or 0) + 1
+        raise ConfigError(f"{location}: {error.value!r} in row {row} {error.problem}.") from None
     try:
         # Not safe: large integers may lose digits, which no feature needs.
-        values = column.cast(pa.float64(), safe=False).to_numpy()
+        values = numbers.cast(pa.float64(), safe=False).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ConfigError(f"{location}: a column of type {column.type} holds no numbers.") from None
+    is_large = np.isfinite(values) & (np.abs(values) > LARGEST)
+    if is_large.any():
+        row = int(is_large.argmax())
+        raise ConfigError(
+            f"{location}: {values[row]:g} in row {row + 1} is too large: at most {LARGEST:.3g}."
+        )
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Returns whether a column of this type holds text."""
-    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return is_string or pa.types.is_dictionary(kind)
-
-
-def parse_text(column: pa.ChunkedArray, kind: pa.DataType, location: str) -> pa.ChunkedArray:
-    """Reads text as numbers or times; empty text is null.
-
-    Args:
-        column: Text.
-        kind: Type of number, or of timestamp, to read.
-        location: Name of the feature in error messages.
-
-    Raises:
-        ConfigError: A text is neither; the message names the feature, the row and the text.
-    """
-    texts = pc.utf8_trim_whitespace(as_strings(column))
-    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
-    try:
-        return pa.chunked_array([texts.cast(kind)])
-    except pa.ArrowInvalid:
-        # Arrow's message names the text and not its row; this search is made once, on failure.
-        row = next(row for row, text in enumerate(texts) if not _parses(text, kind))
-        expected = "a time in ISO 8601" if pa.types.is_timestamp(kind) else "a number"
-        text = texts[row].as_py()
-        raise ConfigError(f"{location}: {text!r} in row {row + 1} is not {expected}.") from None
-
-
-def _parses(text: pa.Scalar, kind: pa.DataType) -> bool:
-    try:
-        text.cast(kind)
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def quantiles(values: np.ndarray, buckets: int) -> list[float]:

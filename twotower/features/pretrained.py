@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from twotower.core.arrow import is_list, pc
+from twotower.core.arrow import is_list, pc, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.features.base import Feature, Fitted, TrainingColumn, column_of, join_lists
 from twotower.features.inputs import Input, TableShape
-from twotower.features.numeric import is_text
 from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Ids that an error message names.
@@ -268,12 +267,13 @@ def parse_vectors(
 
 def _as_number_lists(column: pa.ChunkedArray, location: str) -> pa.LargeListArray:
     """Returns a column of vectors as lists of float32."""
+    column = plain_text(column)
     kind = column.type
     if pa.types.is_null(kind):
         return pa.nulls(len(column), _NUMBER_LISTS)
     if is_list(kind):
         lists = join_lists(column)
-    elif is_text(kind):
+    elif pa.types.is_string(kind):
         lists = _split_texts(as_strings(column))
     else:
         raise ConfigError(

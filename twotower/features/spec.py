@@ -26,6 +26,7 @@ from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import check_fields, convert
 from twotower.core.kinds import Kinds
+from twotower.data.contract import Use
 from twotower.features.base import Feature
 from twotower.features.inputs import SIDES
 
@@ -119,9 +120,25 @@ class FeatureSpec:
         """Returns the features of the tower "user" or "item"."""
         return choose({"user": self.user, "item": self.item}, side, "side")
 
+    def uses(self) -> dict[str, dict[str, Use]]:
+        """Returns what columns are read as: side -> column -> its use.
+
+        A column that another feature reads as text stays text for both.
+        """
+        uses: dict[str, dict[str, Use]] = {side: {} for side in SIDES}
+        texts = {(feature.side, name) for feature in self for name in _text_columns(feature)}
+        for feature in self:
+            if feature.use is not None and (feature.side, feature.column) not in texts:
+                uses[feature.side].setdefault(feature.column, feature.use)
+        return uses
+
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns the mappings that `from_mappings` takes."""
         return {"user": _to_dicts(self.user), "item": _to_dicts(self.item)}
+
+
+def _text_columns(feature: Feature) -> tuple[str, ...]:
+    return feature.columns_read if feature.use is None else ()
 
 
 def load_spec(config: FeaturesConfig) -> FeatureSpec:

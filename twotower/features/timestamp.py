@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.errors import choose
-from twotower.core.fields import TimeUnit
-from twotower.core.times import UNITS_PER_SECOND
+from twotower.core.arrow import BadValue, pc
+from twotower.core.errors import ConfigError, choose
+from twotower.core.times import TimeForm
+from twotower.data.contract import SECONDS, Use
 from twotower.features.base import Feature, Fitted, TrainingColumn
 from twotower.features.inputs import Input, TableShape
 from twotower.features.numeric import (
     FIRST_BUCKET,
     MISSING_ROW,
-    as_numbers,
-    is_text,
-    parse_text,
     quantiles,
 )
 
@@ -37,7 +35,9 @@ class TimestampFeature(Feature):
 
     Attributes:
         parts: Parts to read, among "hour", "weekday", "age" and "period".
-        unit: Unit of a column of numbers: s, ms, us or ns since the epoch.
+        unit: Unit of a column of numbers: s, ms, us or ns since the epoch. Empty to find it, and
+            the form of text, on the column: that of the log's own times is tried first.
+        format: Strptime format of text, or of numbers such as 20231114; empty to find it.
         age_buckets: Number of buckets of the age; an age in hours falls in bucket
             floor(log2(1 + age)), at most the last.
         periods: Number of periods, with about as many training users or items (rows, for a context
@@ -47,7 +47,8 @@ class TimestampFeature(Feature):
 
     embedding_size: int = 8
     parts: tuple[str, ...] = _PARTS
-    unit: TimeUnit = "s"
+    unit: Literal["", "s", "ms", "us", "ns"] = ""
+    format: str = ""
     # The twentieth bucket begins at 2^19 - 1 hours, some sixty years.
     age_buckets: int = 20
     periods: int = 16
@@ -61,10 +62,20 @@ class TimestampFeature(Feature):
         for part in self.parts:
             choose(dict.fromkeys((*_PARTS, _PERIOD)), part, f"{self.location}.parts")
 
+    @property
+    def form(self) -> TimeForm:
+        """Form of times that are read without a contract."""
+        return TimeForm(self.unit or "s", self.format)
+
+    @property
+    def use(self) -> Use:
+        is_given = bool(self.unit or self.format)
+        return Use("time", self.location, self.form if is_given else None)
+
     def fit(self, column: TrainingColumn) -> Fitted:
         # All values are read first, so that an error names a row of the whole table.
-        as_seconds(column.all_values, self.location, unit=self.unit)
-        seconds, missing = as_seconds(column.values, self.location, unit=self.unit)
+        as_seconds(column.all_values, self.location, self.form)
+        seconds, missing = as_seconds(column.values, self.location, self.form)
         known = seconds[~missing]
         newest = column.newest
         # A log without times: the newest value of the column itself stands for now.
@@ -76,7 +87,7 @@ class TimestampFeature(Feature):
         return Fitted(statistics=statistics)
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
-        seconds, missing = as_seconds(column, self.location, unit=self.unit)
+        seconds, missing = as_seconds(column, self.location, self.form)
         # Times after training, as those of all requests, have the age of the newest row.
         # Buckets grow with the age: an hour matters today, and not a year ago.
         hours = np.maximum(fitted.statistics["newest"] - seconds, 0) / 3600
@@ -113,14 +124,14 @@ class TimestampFeature(Feature):
 
 
 def as_seconds(
-    column: pa.ChunkedArray, location: str, *, unit: TimeUnit = "s"
+    column: pa.ChunkedArray, location: str, form: TimeForm = SECONDS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads a column as seconds since the epoch (UTC).
 
     Args:
-        column: Dates, timestamps, numbers, or text in ISO 8601.
+        column: Dates, timestamps, numbers, or text.
         location: Name of the feature in error messages.
-        unit: Unit of numbers: s, ms, us or ns.
+        form: Form of numbers and text.
 
     Returns:
         The seconds int64 [N], 0 where missing, and a mask bool [N] of missing values.
@@ -128,13 +139,10 @@ def as_seconds(
     Raises:
         ConfigError: A value is not a time; the message names the feature, the row and the value.
     """
-    if is_text(column.type):
-        column = parse_text(column, pa.timestamp("s"), location)
-    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
-        # Microseconds hold all dates that pandas and Parquet have; nanoseconds end in 2262.
-        column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        unit = "us"
-    # float64 holds the microseconds of this century exactly.
-    values = as_numbers(column, location) / UNITS_PER_SECOND[unit]
-    missing = np.isnan(values)
-    return np.where(missing, 0, np.floor(values)).astype(np.int64), missing
+    try:
+        seconds = form.column(column)
+    except BadValue as error:
+        place = "" if error.row is None else f"{error.value!r} in row {error.row + 1} "
+        raise ConfigError(f"{location}: {place}{error.problem}.") from None
+    missing = pc.is_null(seconds).to_numpy()
+    return pc.fill_null(seconds, 0).to_numpy(), missing

@@ -11,6 +11,7 @@ from twotower.config import ObjectiveConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
+from twotower.data.contract import Use
 from twotower.data.interactions import describe
 
 
@@ -38,6 +39,11 @@ def label_columns(objective: ObjectiveConfig) -> dict[str, str]:
         # Several heads may share a column: it is read once.
         columns.setdefault(column, field)
     return columns
+
+
+def label_uses(objective: ObjectiveConfig) -> dict[str, Use]:
+    """Returns the columns of the log that are read as labels."""
+    return {column: Use("label", field) for column, field in label_columns(objective).items()}
 
 
 def check_labels(rows: pa.Table, train: pa.Table, columns: Mapping[str, str]) -> None:

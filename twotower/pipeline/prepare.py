@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,13 +15,19 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted, drop_repeats
+from twotower.data.contract import Contract, check_time_range
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
 from twotower.data.matching import check_matches
 from twotower.data.report import DataReport
 from twotower.data.sources.kept import locate
-from twotower.data.sources.load import describes_items, load_dataset, takes_items_of_log
+from twotower.data.sources.load import (
+    describes_items,
+    load_dataset,
+    takes_items_of_log,
+    with_uses,
+)
 from twotower.data.split import split
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
@@ -32,7 +39,7 @@ from twotower.pipeline.event_weights import (
     with_event_weights,
 )
 from twotower.pipeline.histories import Histories, build_histories
-from twotower.pipeline.labels import check_labels, label_columns, read_labels
+from twotower.pipeline.labels import check_labels, label_columns, label_uses, read_labels
 from twotower.pipeline.log_items import with_items_of_log
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 
@@ -155,6 +162,7 @@ def read_parts(
     folder: Path | None = None,
     dataset: Dataset | None = None,
     spec: FeatureSpec | None = None,
+    contract: Contract | None = None,
 ) -> tuple[Dataset, Split]:
     """Reads the log that a configuration names, filters it and divides it.
 
@@ -163,18 +171,25 @@ def read_parts(
         folder: Folder of the run, in which rows that it keeps are found.
         dataset: The log itself, in the place of the one that the configuration names.
         spec: Features, in the place of those that the configuration names.
+        contract: Contract of a run whose log has grown; by default one is found.
 
     Raises:
         ConfigError: The data cannot be read, or nothing is left of it.
         LeakageError: The split leaks (see `twotower.data.audit`).
     """
     spec = spec or load_spec(config.features)
-    if dataset is None:
+    uses = spec.uses() | {"log": label_uses(config.objective)}
+    if dataset is not None:
+        dataset = with_uses(dataset, uses)
+    else:
         # Only here do rows get the folder of their run: its configuration stays that of any folder.
-        dataset = load_dataset(locate(config.data, folder))
+        located = locate(config.data, folder)
+        dataset = load_dataset(located, uses=uses, contract=contract)
     check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(dataset, config.data, separators=list_separators(spec))
+    time_form = dataset.contract.time
+    check_time_range(dataset.interactions, time_form, config.data.accept, now=time.time())
     check_times(config, spec, dataset.interactions)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
@@ -210,6 +225,7 @@ def read_and_describe(
     *,
     folder: Path | None = None,
     dataset: Dataset | None = None,
+    contract: Contract | None = None,
 ) -> DescribedLog:
     """Reads, checks and describes the log that a configuration names, and encodes nothing.
 
@@ -218,12 +234,15 @@ def read_and_describe(
         spec: Features of the run.
         folder: Folder of the run, in which rows that it keeps are found.
         dataset: The log itself, in the place of the one that the configuration names.
+        contract: Contract of a run whose log has grown; by default one is found.
 
     Raises:
         ConfigError: The data cannot be read, nothing is left of it, or it can only be a mistake.
         LeakageError: The split leaks (see `twotower.data.audit`).
     """
-    dataset, parts = read_parts(config, folder=folder, dataset=dataset, spec=spec)
+    dataset, parts = read_parts(
+        config, folder=folder, dataset=dataset, spec=spec, contract=contract
+    )
     check_log(dataset.interactions, config.data.accept)
     check_labels(dataset.interactions, parts.train, label_columns(config.objective))
     warnings = check_event_weights(dataset.interactions, config.data)
@@ -257,6 +276,7 @@ def prepare(
     spec: FeatureSpec | None = None,
     encoder: Encoder | None = None,
     fit: Callable[..., Encoder] = Encoder.fit,
+    contract: Contract | None = None,
 ) -> PreparedData:
     """Reads the log that a configuration names, divides it, and encodes it as arrays.
 
@@ -267,6 +287,7 @@ def prepare(
         spec: Features, in the place of those that the configuration names.
         encoder: Encoder that a run was trained with; by default one is fitted on the training rows.
         fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
+        contract: Contract of a run whose log has grown; by default one is found.
 
     Raises:
         ConfigError: The data cannot be read, or nothing is left of it.
@@ -276,7 +297,7 @@ def prepare(
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     if spec is None:
         spec = with_event_weights(load_spec(config.features), config)
-    told = read_and_describe(config, spec, folder=folder, dataset=dataset)
+    told = read_and_describe(config, spec, folder=folder, dataset=dataset, contract=contract)
     dataset = told.dataset
     parts = told.parts
     users = dataset.users
@@ -285,6 +306,7 @@ def prepare(
     # comes from a run is held to that by its fingerprint.
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
+        encoder = dataclasses.replace(encoder, contract=dataset.contract)
     check_fitted(encoder.fitted_on, parts)
     labels = label_columns(config.objective)
     _check_labels_are_hidden(encoder, labels)

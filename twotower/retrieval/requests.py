@@ -7,6 +7,7 @@ looks like one that is answered.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ from twotower.core.arrow import (
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.core.ids import IdForm
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
+from twotower.data.contract import Contract, Side
 from twotower.data.operators import unit_of
 
 if TYPE_CHECKING:  # the bundle loads what matching ids needs not
@@ -55,7 +57,8 @@ class Forms:
         item_id: Form of item ids.
         time: Form of times.
         separators: Column of items whose text is a list -> the text between its members.
-        units: Column of items whose numbers are times -> their unit.
+        units: Column of items whose numbers are times -> their unit, in older bundles.
+        contract: Forms of the columns that features read.
     """
 
     user_id: IdForm = IdForm.TEXT
@@ -63,6 +66,16 @@ class Forms:
     time: TimeForm = TimeForm()
     separators: Mapping[str, str] = dataclasses.field(default_factory=dict)
     units: Mapping[str, TimeUnit] = dataclasses.field(default_factory=dict)
+    contract: Contract = Contract()
+
+    def readers(self, side: Side) -> dict[str, ReadColumn]:
+        """Returns the readers of the columns of a side that are numbers or times."""
+        readers: dict[str, ReadColumn] = {}
+        for key in self.contract.columns:
+            of_side, _, name = key.partition(".")
+            if of_side == side:
+                readers[name] = FeatureColumn(name, side, self.contract)
+        return readers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +151,18 @@ OUR_NAMES = Naming()
 
 def find_forms(bundle: Bundle) -> Forms:
     """Returns the forms in which requests to a bundle are read."""
-    interactions = bundle.config.data.interactions
+    contract = bundle.encoder.contract
     separators = {}
     for feature in bundle.encoder.spec.to_dict()["item"].values():
         if feature["type"] == "strings" and feature["separator"]:
             separators[feature["column"]] = feature["separator"]
     return Forms(
-        user_id=IdForm.find(bundle.users["user_id"]),
-        item_id=IdForm.find(bundle.items["item_id"]),
-        time=TimeForm(interactions.timestamp_unit, interactions.timestamp_format),
+        user_id=contract.user_id,
+        item_id=contract.item_id,
+        time=contract.time,
         separators=separators,
         units=time_units(bundle.encoder, "item"),
+        contract=contract,
     )
 
 
@@ -324,8 +338,33 @@ class UnitColumn:
 def time_units(encoder: Encoder, side: str) -> dict[str, TimeUnit]:
     """Returns the columns that features read as times -> the unit of their numbers."""
     # By the words of the specification, so that no kind of feature is loaded for it.
-    features = encoder.spec.to_dict()[side].values()
-    return {x["column"]: x["unit"] for x in features if x["type"] == "timestamp"}
+    units = {}
+    for feature in encoder.spec.to_dict()[side].values():
+        column = feature["column"]
+        # The contract knows those of all but older runs.
+        if feature["type"] == "timestamp" and f"{side}.{column}" not in encoder.contract.columns:
+            units[column] = feature["unit"] or "s"
+    return units
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureColumn:
+    """Reads a column of numbers or times as the log's tables were read.
+
+    Attributes:
+        name: Name of the column.
+        side: Side that the rows describe.
+        contract: Forms of the log.
+    """
+
+    name: str
+    side: Side
+    contract: Contract
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        column = _as_array(values, f"rows, column {self.name!r}")
+        read = functools.partial(self.contract.column, self.side, self.name)
+        return _convert(read, column, self.name)
 
 
 @dataclasses.dataclass(frozen=True)

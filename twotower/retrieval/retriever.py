@@ -35,7 +35,6 @@ from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.requests import (
     IdColumn,
     Naming,
-    ReadColumn,
     Rows,
     UnitColumn,
     as_display,
@@ -630,7 +629,8 @@ class Retriever:
         for feature in self.bundle.encoder.spec.item.values():
             known += feature.columns_read
         known += self._live.catalogue.schema.names
-        readers: dict[str, ReadColumn] = {"item_id": IdColumn("item_id", self.forms.item_id)}
+        readers = self.forms.readers("item")
+        readers["item_id"] = IdColumn("item_id", self.forms.item_id)
         for name, unit in self.forms.units.items():
             readers[name] = UnitColumn(name, unit)
         return read_rows(rows, list(dict.fromkeys(known)), naming, readers, key="item_id")

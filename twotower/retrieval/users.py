@@ -70,6 +70,7 @@ class UserRows:
                 holds.
         """
         readers: dict[str, ReadColumn] = {
+            **self.forms.readers("user"),
             "user_id": IdColumn("user_id", self.forms.user_id),
             "timestamp": TimeColumn("timestamp", self.forms.time),
         }

@@ -92,7 +92,7 @@ def grow(
     _check_step(config, step)
     # The old encoder is extended, not fitted anew: known values keep their rows.
     if dataset is None:
-        prepared = prepare(config, fit=encoder.extend)
+        prepared = prepare(config, fit=encoder.extend, contract=encoder.contract)
     else:
         # Of the run itself: its file of features need not be there any more.
         prepared = prepare(config, dataset=dataset, spec=encoder.spec, fit=encoder.extend)

@@ -19,7 +19,7 @@ def test_an_item_group_takes_the_place_of_the_item(tmp_path):
     data = load_dataset(dataclasses.replace(config, item_group="title"))
     assert data.interactions["item_id"].to_pylist() == ["Film", "Film", "3", "4"]
     assert data.items["item_id"].to_pylist() == ["Film", "3", "4"]
-    assert data.items["year"].to_pylist() == [1990, 1991, None]
+    assert data.items["year"].to_pylist() == ["1990", "1991", None]
     with pytest.raises(ConfigError, match=r"item_group='titel' .*did you mean 'title'"):
         load_dataset(dataclasses.replace(config, item_group="titel"))
 

@@ -102,7 +102,7 @@ def ratings():
 
 def test_a_file_is_downloaded_once_and_nothing_else_is_unpacked(site, tmp_path):
     site.publish("movielens-100k", {"u.data": RATINGS, "u.item": "1|x\n", "../evil": "x"})
-    expected = [("1", "10", 5, 881250949), ("2", "20", 3, 881250950)]
+    expected = [("1", "10", "5", 881250949), ("2", "20", "3", 881250950)]
     assert ratings() == expected
     assert ratings() == expected
     assert site.asked == ["/ml-100k.zip"]
@@ -175,7 +175,7 @@ def test_files_and_zips_of_the_data_folder_are_taken_where_they_lie(site, tmp_pa
     folder = data / "movielens-100k"
     folder.mkdir(parents=True)
     (folder / "u.data").write_text(RATINGS[: len(RATINGS) // 2])
-    assert ratings() == [("1", "10", 5, 881250949)]
+    assert ratings() == [("1", "10", "5", 881250949)]
     (data / "ml-100k.zip").write_bytes((site.folder / "ml-100k.zip").read_bytes())
     item = named.find_file("dataset:movielens-100k/u.item", "x")
     assert item == tmp_path / "cache" / "movielens-100k" / "u.item"

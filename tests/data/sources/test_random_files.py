@@ -12,7 +12,6 @@ import pytest
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.data.sources import files
-from twotower.data.sources.delimited import NULLS
 
 PARTS = [
     "x",
@@ -89,7 +88,9 @@ def test_every_value_is_read_and_every_row_is_named_by_its_line(tmp_path, seed):
     form = random_form(rng)
     path = write(tmp_path, header, rows, **form)
     table, origin = read(path)
-    expected = [[None if value in NULLS else value for value in row] for row in rows]
+    expected = [
+        [None if value in TableConfig().missing else value for value in row] for row in rows
+    ]
     assert [list(row.values()) for row in table.to_pylist()] == expected
     assert table.column_names == header
     of_csv = {name: form[name] for name in ("delimiter", "quoting", "lineterminator")}

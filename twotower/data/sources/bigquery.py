@@ -18,7 +18,7 @@ from absl import logging
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.core.install import extra
-from twotower.data.contract import Origin, apply_contract
+from twotower.data.contract import Origin
 
 if TYPE_CHECKING:  # an extra, which is not always installed
     from google.cloud.bigquery import Client
@@ -61,24 +61,21 @@ def make_client(project: str = "", location: str = "") -> Client:
         ) from error
 
 
-def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Client) -> pa.Table:
-    """Reads a table or the result of a query, sorted by time, ids, and the other columns.
+def read_raw(config: TableConfig, name: str, *, client: Client) -> tuple[pa.Table, Origin]:
+    """Reads a table or the result of a query, with the names and types that BigQuery has.
 
-    BigQuery's own order differs from time to time, while a later command must read the same rows as
-    training did. Put a time limit into a query over a growing table for the same reason.
+    Put a time limit into a query over a growing table: rows read later must be those of before.
 
     Args:
-        config: Table or query to read, and our names of its columns.
+        config: Table or query to read.
         name: Name of the table in the configuration, for messages.
-        keys: Columns that it must have; they become strings.
         client: Client of BigQuery.
 
     Returns:
-        Columns with the names and types of `apply_contract`.
+        The table, in an order that differs from time to time, and its origin.
 
     Raises:
-        ConfigError: BigQuery refuses, there are no rows, or a column is missing or of the wrong
-            type.
+        ConfigError: BigQuery refuses, or there are no rows.
     """
     source = f"the result of config.data.{name}.query"
     if config.path:
@@ -93,19 +90,28 @@ def read(config: TableConfig, name: str, *, keys: tuple[str, ...], client: Clien
         name=source,
         describe_row=lambda row: f"{source}, row {row + 1} as it came",
         is_typed=True,
+        is_ordered=False,
     )
-    # Typed first and sorted then: an id that is a number there sorts as the text that it becomes.
-    table = pa.Table.from_batches(batches)
-    table = apply_contract(table, config, name, keys=keys, origin=origin)
-    # By every column: rows that are equal in all of them may change places unseen.
-    return table.sort_by([(column, "ascending") for column in _sort_columns(table, keys)])
+    return pa.Table.from_batches(batches), origin
 
 
-def _sort_columns(table: pa.Table, keys: tuple[str, ...]) -> list[str]:
-    """Returns the columns to sort by; Arrow cannot sort by lists."""
-    columns = dict.fromkeys(["timestamp", *keys, *table.column_names])
-    columns_of_table = [column for column in columns if column in table.column_names]
-    return [column for column in columns_of_table if not pa.types.is_nested(table[column].type)]
+def sort_rows(table: pa.Table, keys: tuple[str, ...]) -> pa.Table:
+    """Returns rows sorted by time, ids, and the other columns.
+
+    BigQuery's own order differs from time to time, while a later command must read the same rows as
+    training did. Typed first and sorted then: an id that is a number sorts as the text that it is.
+    """
+    names = dict.fromkeys(["timestamp", *keys, *table.column_names])
+    # By every column that Arrow can sort by: equal rows may change places unseen.
+    order = []
+    for name in names:
+        if name in table.column_names and _has_order(table[name].type):
+            order.append((name, "ascending"))
+    return table.sort_by(order)
+
+
+def _has_order(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_null(kind))
 
 
 @contextlib.contextmanager

@@ -25,8 +25,6 @@ from twotower.core.errors import ConfigError
 from twotower.data.sources.content import Content, marked_encoding
 from twotower.data.sources.records import find_swallowed, record_lines
 
-# Texts that stand for a missing value: those that pandas knows.
-NULLS = ["", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null"]
 # Separators that a header may have in the place of the configured one.
 SEPARATORS = ("\t", ";", "|", ",")
 WHITESPACE = r"\s+"
@@ -303,8 +301,6 @@ def _as_text(header: list[str]) -> csv.ConvertOptions:
     return csv.ConvertOptions(
         column_types=dict.fromkeys(named, pa.string()),
         include_columns=named,
-        strings_can_be_null=True,
-        null_values=NULLS,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from pyarrow import parquet
 from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Origin, apply_contract, similar_name_hint
+from twotower.data.contract import Origin, keys_of, similar_name_hint
 from twotower.data.dataset import collapse
 from twotower.data.sources import content, delimited, json_files, named
 from twotower.data.sources.content import Content, Kind
@@ -27,27 +27,27 @@ _OF_TEXT = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows"
 _SHOWN = 5  # files that a message shows
 
 
-def read(config: TableConfig, name: str, *, keys: tuple[str, ...], kind: Kind) -> pa.Table:
+def read(config: TableConfig, name: str, *, kind: Kind) -> tuple[pa.Table, Origin]:
     """Reads a table of files, in the order of their names and of their rows.
 
     Args:
         config: Path of the files, and the form of their content.
         name: Name of the table in the configuration, for messages: interactions, user_table,
             item_table, validation or test.
-        keys: Columns that it must have; they become strings.
         kind: Kind of the files whose suffix is of no known kind.
 
     Returns:
-        Columns with the names and types of `apply_contract`.
+        The table, in which columns of files of text are text, and its origin.
 
     Raises:
-        ConfigError: No such file, an empty one, a missing column, or a value of the wrong type.
+        ConfigError: No such file, an empty one, or one that cannot be read.
     """
+    keys = keys_of(name)
     table, origin = read_raw(config, name, kind, keys=keys)
-    if config.gather:
-        key = config.columns.get(keys[0], keys[0])
-        table, origin = _gather(table, origin, config, name, key=key)
-    return apply_contract(table, config, name, keys=keys, origin=origin)
+    if not config.gather:
+        return table, origin
+    key = config.columns.get(keys[0], keys[0])
+    return _gather(table, origin, config, name, key=key)
 
 
 def read_raw(
@@ -84,13 +84,39 @@ def read_raw(
             f"{name}: {files.name}: the files are of several kinds ({listed}); name those of one "
             f"kind by a pattern such as config.data.{name}.path='FOLDER/*.{min(kinds)}'."
         )
-    origin = Origin(
-        name=files.name, describe_row=files.describe_row, is_typed=parts[0].kind != "csv"
-    )
     needed = {config.columns.get(key, key) for key in keys}
     for column in config.columns.values():
         needed.add(column if column in parts[0].table.column_names else column.split(".")[0])
-    return _concat(parts, name, needed), origin
+    table = _concat(parts, name, needed)
+    origin = Origin(
+        name=files.name, describe_row=files.describe_row, is_typed=parts[0].kind != "csv"
+    )
+    if origin.is_typed:
+        return table, origin
+    table, words = _without_missing(table, config.missing)
+    return table, dataclasses.replace(origin, missing_words=words)
+
+
+def _without_missing(
+    table: pa.Table, missing: Sequence[str]
+) -> tuple[pa.Table, dict[str, dict[str, int]]]:
+    """Returns a table of text with null for the words that stand for a missing value.
+
+    Returns:
+        The table, and the words that were met: column -> word -> its number.
+    """
+    words = pa.array(missing, pa.string())
+    met: dict[str, dict[str, int]] = {}
+    for position, name in enumerate(table.column_names):
+        values = table[name]
+        is_word = pc.is_in(values, value_set=words)
+        if not pc.any(is_word).as_py():
+            continue
+        counts = pc.value_counts(values.filter(is_word)).to_pylist()
+        met[name] = {count["values"]: count["counts"] for count in counts if count["values"]}
+        values = pc.if_else(is_word, None, values)
+        table = table.set_column(position, name, values)
+    return table, met
 
 
 def find_files(path: str, name: str, kind: Kind) -> list[Path]:

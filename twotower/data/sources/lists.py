@@ -17,9 +17,10 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.config import TableConfig
-from twotower.core.arrow import pc
+from twotower.core.arrow import BadValue, pc
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Origin, apply_contract
+from twotower.data.contract import Origin
+from twotower.data.numbers import NumberForm
 from twotower.data.sources import content, delimited, files
 
 # Options of `TableConfig` that lines of words have no use for.
@@ -27,7 +28,7 @@ _OF_COLUMNS = ("names", "columns", "bad_rows", "timestamp_format", "timestamp_un
 _SHOWN = 80  # characters of a line that a message shows
 
 
-def read_pairs(config: TableConfig, name: str) -> pa.Table:
+def read_pairs(config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     """Reads lines of two words as user_id and item_id, in the order of the file.
 
     Empty lines are skipped.
@@ -35,7 +36,7 @@ def read_pairs(config: TableConfig, name: str) -> pa.Table:
     return _read(config, name, form="pairs")
 
 
-def read_user_lists(config: TableConfig, name: str) -> pa.Table:
+def read_user_lists(config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     """Reads lines of a user and that user's items as user_id and item_id.
 
     A user without items has no rows.
@@ -43,7 +44,7 @@ def read_user_lists(config: TableConfig, name: str) -> pa.Table:
     return _read(config, name, form="user_lists")
 
 
-def read_baskets(config: TableConfig, name: str) -> pa.Table:
+def read_baskets(config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     """Reads lines of items as user_id and item_id.
 
     Each line is the basket of a user of its own, who is named by the number of the line.
@@ -51,7 +52,7 @@ def read_baskets(config: TableConfig, name: str) -> pa.Table:
     return _read(config, name, form="baskets")
 
 
-def read_matrix(config: TableConfig, name: str) -> pa.Table:
+def read_matrix(config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     """Reads a table of users by items as user_id, item_id and rating, user by user.
 
     The header names the items, after the column of the users. Empty cells and zeros are no rows;
@@ -59,10 +60,19 @@ def read_matrix(config: TableConfig, name: str) -> pa.Table:
     """
     paths = files.find_files(config.path, name, "csv")
     parts = [_melt(_read_matrix(path, config, name)) for path in paths]
-    return _joined(parts, config, name)
+    table, origin = _joined(parts, config, name)
+    if "rating" not in table.column_names:
+        return table, origin
+    # The form of the file says what its cells are.
+    form = NumberForm(config.decimal, config.thousands, config.marks)
+    try:
+        ratings = form.column(table["rating"]).cast(pa.float32())
+    except BadValue as error:
+        raise ConfigError(f"{name}: {config.path}: the cell {error}") from None
+    return table.set_column(table.column_names.index("rating"), "rating", ratings), origin
 
 
-def _read(config: TableConfig, name: str, *, form: str) -> pa.Table:
+def _read(config: TableConfig, name: str, *, form: str) -> tuple[pa.Table, Origin]:
     for option in _OF_COLUMNS:
         value = getattr(config, option)
         if value != getattr(TableConfig(), option):
@@ -81,7 +91,7 @@ def _read(config: TableConfig, name: str, *, form: str) -> pa.Table:
     return _joined(parts, config, name)
 
 
-def _joined(parts: list[pa.Table], config: TableConfig, name: str) -> pa.Table:
+def _joined(parts: list[pa.Table], config: TableConfig, name: str) -> tuple[pa.Table, Origin]:
     table = pa.concat_tables(parts, promote_options="permissive")
     if not len(table):
         raise ConfigError(
@@ -91,13 +101,7 @@ def _joined(parts: list[pa.Table], config: TableConfig, name: str) -> pa.Table:
     origin = Origin(
         name=config.path, describe_row=lambda row: f"{config.path}, pair {row + 1}", is_typed=False
     )
-    return apply_contract(
-        table,
-        dataclasses.replace(config, columns={}),
-        name,
-        keys=("user_id", "item_id"),
-        origin=origin,
-    )
+    return table, origin
 
 
 class _Lines:

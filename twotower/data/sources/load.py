@@ -18,14 +18,25 @@ from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.kinds import Kinds
-from twotower.data.contract import apply_contract, similar_name_hint
+from twotower.data.contract import (
+    KEYS,
+    Contract,
+    Origin,
+    RawTable,
+    Uses,
+    keys_of,
+    near_equal_ids,
+    read_tables,
+    read_uses,
+    similar_name_hint,
+)
 from twotower.data.dataset import Dataset, assemble, collapse
 from twotower.data.shop import generate as shop
 from twotower.data.sources import bigquery, files, lists, tfds
 from twotower.data.sources.frames import TableLike, read_table
 
-# Columns that a log must have.
-LOG_KEYS = ("user_id", "item_id")
+# The tables of a source of one's own in `config.data`.
+_TABLES = ("interactions", "user_table", "item_table")
 # Name of a column with the number of each row, for as long as rows are dropped.
 _POSITION = "\0position"
 
@@ -57,39 +68,64 @@ class Source(Protocol):
     is called with them as `options`.
     """
 
-    def __call__(self, config: DataConfig) -> Dataset | Tables | TableLike: ...
+    def __call__(self, config: DataConfig) -> Dataset | list[RawTable] | Tables | TableLike: ...
 
 
-@runtime_checkable
-class LogReader(Protocol):
-    """A reader of one table of interactions; `name` is its name in the configuration."""
+class Reader(Protocol):
+    """A reader of a table as its source has it; `name` is its name in the configuration."""
 
-    def __call__(self, config: TableConfig, name: str) -> pa.Table: ...
-
-
-@runtime_checkable
-class TableReader(Protocol):
-    """A reader of any table; `keys` are the columns that it must have."""
-
-    def __call__(self, config: TableConfig, name: str, *, keys: tuple[str, ...]) -> pa.Table: ...
+    def __call__(self, config: TableConfig, name: str) -> tuple[pa.Table, Origin]: ...
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(
+    config: DataConfig, *, uses: Uses | None = None, contract: Contract | None = None
+) -> Dataset:
     """Reads the log that `config` names, with items grouped if it names an `item_group`.
+
+    Args:
+        config: Options of the data.
+        uses: Uses of columns by features and labels, which say how they are read.
+        contract: Contract of a run whose log has grown; by default one is found.
 
     Raises:
         ConfigError: An unknown source, or a file, row or column that cannot be used; the message
             says which.
     """
-    dataset = _read(config)
+    tables = _read(config)
+    if isinstance(tables, Dataset):
+        dataset = tables
+        if contract is None:
+            contract = Contract.find([dataset.interactions])
+        dataset = dataclasses.replace(dataset, contract=contract)
+        if uses:
+            dataset = with_uses(dataset, uses)
+    else:
+        log = [table for table in tables if table.keys == KEYS]
+        others = [table for table in tables if table.keys != KEYS]
+        dataset = _assemble(config, log, others, uses, contract)
     if not config.item_group:
         return dataset
     return _group_items(dataset, config.item_group)
 
 
-def _read(config: DataConfig) -> Dataset:
+def with_uses(dataset: Dataset, uses: Uses) -> Dataset:
+    """Returns a log in memory with the columns that are used as numbers or times read as such.
+
+    Raises:
+        ConfigError: A value is not what its column is used for.
+    """
+    users, contract = read_uses(dataset.users, "user", uses, dataset.contract)
+    items, contract = read_uses(dataset.items, "item", uses, contract)
+    rows, contract = read_uses(dataset.interactions, "user", uses, contract)
+    rows, contract = read_uses(rows, "log", uses, contract)
+    return dataclasses.replace(
+        dataset, interactions=rows, users=users, items=items, contract=contract
+    )
+
+
+def _read(config: DataConfig) -> Dataset | list[RawTable]:
     # One of a user's own takes its options too, where it was registered with some.
-    read: Callable[..., Dataset | Tables | TableLike] = SOURCES.choose(
+    read: Callable[..., Dataset | list[RawTable] | Tables | TableLike] = SOURCES.choose(
         config.source, "config.data.source"
     )
     options = SOURCES.build_options(config.source, config.options, "config.data.options")
@@ -98,12 +134,16 @@ def _read(config: DataConfig) -> Dataset:
         tables = read(config)
     else:
         tables = read(config, options=options)
-    if isinstance(tables, Dataset):
+    if isinstance(tables, (Dataset, list)):
         return tables
     # A lone table is the log.
     if not isinstance(tables, Tables):
         tables = Tables(tables)
-    return _from_raw(tables, config)
+    raw = []
+    for name, rows in zip(_TABLES, tables, strict=True):
+        if rows is not None:
+            raw.append(_raw_table(getattr(config, name), name, functools.partial(read_table, rows)))
+    return raw
 
 
 def _refuse_unread(config: DataConfig) -> None:
@@ -123,61 +163,106 @@ def _refuse_unread(config: DataConfig) -> None:
             )
 
 
-def _from_raw(tables: Tables, config: DataConfig) -> Dataset:
-    """Returns the tables of a source of one's own, held to the contract of all tables."""
+def _raw_table(config: TableConfig, name: str, read: Reader) -> RawTable:
+    rows, origin = read(config, name)
+    return RawTable(rows, config, name, origin)
 
-    def typed(rows: TableLike, table: TableConfig, name: str, keys: tuple[str, ...]) -> pa.Table:
-        raw, origin = read_table(rows, table, name)
-        return apply_contract(raw, table, name, keys=keys, origin=origin)
 
-    users = None
-    if tables.users is not None:
-        users = typed(tables.users, config.user_table, "user_table", ("user_id",))
-    items = None
-    if tables.items is not None:
-        items = typed(tables.items, config.item_table, "item_table", ("item_id",))
-    return assemble(
-        typed(tables.interactions, config.interactions, "interactions", LOG_KEYS), users, items
+def _assemble(
+    config: DataConfig,
+    log: list[RawTable],
+    tables: list[RawTable],
+    uses: Uses | None,
+    contract: Contract | None,
+) -> Dataset:
+    """Returns the log of raw tables, held to the contract of all tables."""
+    parts, typed, contract = read_tables(log, tables, uses, contract)
+    by_name = {}
+    for raw, table in zip(tables, typed, strict=True):
+        by_name[raw.name] = _in_order(raw, table)
+    parts = [_in_order(raw, part) for raw, part in zip(log, parts, strict=True)]
+    interactions = parts[0]
+    if len(parts) > 1:
+        names = ["train", *(raw.name for raw in log[1:])]
+        named = [_with_split(part, name) for part, name in zip(parts, names, strict=True)]
+        # A column that one part lacks is null in its rows.
+        interactions = pa.concat_tables(named, promote_options="permissive")
+    # Without a table, `assemble` makes one of the ids in the log.
+    users = by_name.get("user_table")
+    items = by_name.get("item_table")
+    num_rows = len(parts[0])
+    if items is None or not takes_items_of_log(config) or len(items) != num_rows:
+        dataset = assemble(interactions, users, items)
+    else:
+        dataset = _with_items_of_log(interactions, num_rows, users, items)
+    warnings = list(dataset.warnings)
+    warnings += near_equal_ids(dataset.users["user_id"], "user")
+    warnings += near_equal_ids(dataset.items["item_id"], "item")
+    return dataclasses.replace(dataset, contract=contract, warnings=tuple(warnings))
+
+
+def _with_items_of_log(
+    interactions: pa.Table, num_rows: int, users: pa.Table | None, items: pa.Table
+) -> Dataset:
+    """Returns a log whose own rows describe its items.
+
+    The values of an item are taken from its rows once these are filtered and divided.
+
+    Args:
+        interactions: Rows of all parts.
+        num_rows: Number of those of the log itself, which come first.
+        users: Table of the users; None for none.
+        items: Columns of the item in each row of the log.
+    """
+    numbers = np.full(len(interactions), -1)
+    numbers[:num_rows] = np.arange(num_rows)
+    dataset = assemble(interactions.append_column(_POSITION, pa.array(numbers)), users)
+    return dataclasses.replace(
+        dataset,
+        interactions=dataset.interactions.drop_columns([_POSITION]),
+        log_items=items,
+        log_positions=dataset.interactions[_POSITION].to_numpy(),
     )
 
 
-def _csv(config: DataConfig) -> Dataset:
+def _csv(config: DataConfig) -> list[RawTable]:
     # The kind is for files whose suffix does not tell; others are read by their suffix.
-    read_table = functools.partial(files.read, kind="csv")
-    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
+    return _from_tables(config, functools.partial(files.read, kind="csv"))
 
 
-def _parquet(config: DataConfig) -> Dataset:
-    read_table = functools.partial(files.read, kind="parquet")
-    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
+def _parquet(config: DataConfig) -> list[RawTable]:
+    return _from_tables(config, functools.partial(files.read, kind="parquet"))
 
 
-def _bigquery(config: DataConfig) -> Dataset:
+def _bigquery(config: DataConfig) -> list[RawTable]:
     # One client for all tables, so that credentials are looked up once.
     client = bigquery.make_client(config.project, config.location)
-    read_table = functools.partial(bigquery.read, client=client)
-    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
+    return _from_tables(config, functools.partial(bigquery.read_raw, client=client))
 
 
-def _json(config: DataConfig) -> Dataset:
-    read_table = functools.partial(files.read, kind="json")
-    return _from_tables(config, functools.partial(read_table, keys=LOG_KEYS), read_table)
+def _json(config: DataConfig) -> list[RawTable]:
+    return _from_tables(config, functools.partial(files.read, kind="json"))
 
 
-def _pairs(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_pairs, functools.partial(files.read, kind="csv"))
+def _pairs(config: DataConfig) -> list[RawTable]:
+    return _from_lines(config, lists.read_pairs)
 
 
-def _user_lists(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_user_lists, functools.partial(files.read, kind="csv"))
+def _user_lists(config: DataConfig) -> list[RawTable]:
+    return _from_lines(config, lists.read_user_lists)
 
 
-def _baskets(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_baskets, functools.partial(files.read, kind="csv"))
+def _baskets(config: DataConfig) -> list[RawTable]:
+    return _from_lines(config, lists.read_baskets)
 
 
-def _matrix(config: DataConfig) -> Dataset:
-    return _from_tables(config, lists.read_matrix, functools.partial(files.read, kind="csv"))
+def _matrix(config: DataConfig) -> list[RawTable]:
+    return _from_lines(config, lists.read_matrix)
+
+
+def _from_lines(config: DataConfig, read_log: Reader) -> list[RawTable]:
+    """Reads a log of lines of another form than a table, and tables of users and items."""
+    return _from_tables(config, functools.partial(files.read, kind="csv"), read_log)
 
 
 def _shop(config: DataConfig) -> Dataset:
@@ -223,40 +308,34 @@ SOURCES: Kinds[Source] = Kinds(
 )
 
 
-def _from_tables(config: DataConfig, read_log: LogReader, read_table: TableReader) -> Dataset:
-    """Reads the log, followed by its held-out rows, and the tables of users and items."""
+def _from_tables(
+    config: DataConfig,
+    read_table: Reader,
+    read_log: Reader | None = None,
+) -> list[RawTable]:
+    """Reads the log, its held-out rows, and the tables of users and items.
+
+    Args:
+        config: Options of the data.
+        read_table: Reader of tables.
+        read_log: Reader of a log of another form, whose columns have our names; None for a table.
+    """
     path = config.path or config.interactions.path
     # `config.data.path` is a short form of `config.data.interactions.path`.
-    interactions = read_log(dataclasses.replace(config.interactions, path=path), "interactions")
-    num_rows = len(interactions)
-    parts = []
-    for name, table in (("validation", config.validation), ("test", config.test)):
-        if _is_configured(table):
-            parts.append(_with_split(read_log(table, name), name))
-    if parts:
-        parts.insert(0, _with_split(interactions, "train"))
-        # A column that one part lacks is null in its rows.
-        interactions = pa.concat_tables(parts, promote_options="permissive")
-    # Without a table, `assemble` makes one of the ids in the log.
-    users = None
-    if _is_configured(config.user_table):
-        users = read_table(config.user_table, "user_table", keys=("user_id",))
-    items = None
-    if _is_configured(config.item_table):
-        items = read_table(config.item_table, "item_table", keys=("item_id",))
-    if items is None or not takes_items_of_log(config) or len(items) != num_rows:
-        return assemble(interactions, users, items)
-    # The values of an item are taken from its rows once these are filtered and divided.
-    numbers = np.full(len(interactions), -1)
-    numbers[:num_rows] = np.arange(num_rows)
-    numbered = interactions.append_column(_POSITION, pa.array(numbers))
-    dataset = assemble(numbered, users)
-    return dataclasses.replace(
-        dataset,
-        interactions=dataset.interactions.drop_columns([_POSITION]),
-        log_items=items,
-        log_positions=dataset.interactions[_POSITION].to_numpy(),
-    )
+    options = {"interactions": dataclasses.replace(config.interactions, path=path)}
+    for name in ("validation", "test", "user_table", "item_table"):
+        table: TableConfig = getattr(config, name)
+        if table.path or table.query or table.event_files:
+            options[name] = table
+    tables = []
+    for name, table in options.items():
+        read = read_table
+        if read_log is not None and keys_of(name) == KEYS:
+            read = read_log
+            # Their columns have our names.
+            table = dataclasses.replace(table, columns={})
+        tables.append(_raw_table(table, name, read))
+    return tables
 
 
 def takes_items_of_log(config: DataConfig) -> bool:
@@ -272,6 +351,13 @@ def describes_items(config: DataConfig) -> bool:
     return is_file and bool(path) and config.item_table.path == path
 
 
+def _in_order(raw: RawTable, table: pa.Table) -> pa.Table:
+    """Returns rows in the order of their source, or sorted where it has none."""
+    if raw.origin.is_ordered:
+        return table
+    return bigquery.sort_rows(table, raw.keys)
+
+
 def _with_split(rows: pa.Table, name: str) -> pa.Table:
     """Adds the column that a fixed split follows.
 
@@ -284,10 +370,6 @@ def _with_split(rows: pa.Table, name: str) -> pa.Table:
             "column, or config.data.validation and config.data.test."
         )
     return rows.append_column("split", pa.repeat(name, len(rows)))
-
-
-def _is_configured(table: TableConfig) -> bool:
-    return bool(table.path or table.query or table.event_files)
 
 
 def _group_items(dataset: Dataset, column: str) -> Dataset:

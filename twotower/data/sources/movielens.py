@@ -61,6 +61,8 @@ OCCUPATIONS_1M = (
     "unemployed",
     "writer",
 )
+# All other columns are text, such as zip codes.
+_TYPES = {"rating": pa.float32(), "timestamp": pa.int64(), "age": pa.int64()}
 RATING_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 
@@ -86,7 +88,7 @@ def read_100k(folder: Path) -> Tables:
     movies = _read(folder / "u.item", "|", (*movie_columns, *GENRES_100K))
     genres = []
     for flags in movies.select(GENRES_100K).to_pylist():
-        genres.append([genre for genre, flag in flags.items() if flag])
+        genres.append([genre for genre, flag in flags.items() if flag == "1"])
     return _tables(ratings, users, movies, genres)
 
 
@@ -95,7 +97,7 @@ def read_1m(folder: Path) -> Tables:
     ratings = _read(folder / "ratings.dat", "::", RATING_COLUMNS)
     users = _read(folder / "users.dat", "::", ("user_id", "gender", "age", "occupation", "zip"))
     # 1M writes numbers, 100K and TFDS write words.
-    occupations = [OCCUPATIONS_1M[number] for number in users["occupation"].to_pylist()]
+    occupations = [OCCUPATIONS_1M[int(number)] for number in users["occupation"].to_pylist()]
     index = users.column_names.index("occupation")
     users = users.set_column(index, "occupation", pa.array(occupations))
     movies = _read(folder / "movies.dat", "::", ("item_id", "title", "genres"))
@@ -112,18 +114,19 @@ READERS: dict[str, Callable[[Path], Tables]] = {"100k": read_100k, "1m": read_1m
 def _read(path: Path, delimiter: str, names: tuple[str, ...]) -> pa.Table:
     # Titles with accents are in latin-1 in both sizes; the files have no header.
     config = TableConfig(path=str(path), delimiter=delimiter, names=names, encoding="latin-1")
-    keys = tuple(name for name in names if name in ("user_id", "item_id"))
     # Suffixes such as .user and .item are of no known kind, so they are read as CSV.
-    return files.read(config, "interactions", keys=keys, kind="csv")
+    table, _ = files.read_raw(config, "interactions", "csv")
+    for name, kind in _TYPES.items():
+        if name in names:
+            table = table.set_column(names.index(name), name, table[name].cast(kind))
+    return table
 
 
 def _tables(
     ratings: pa.Table, users: pa.Table, movies: pa.Table, genres: list[list[str]]
 ) -> Tables:
-    # A zip code is text, also in a file whose codes all look like numbers.
-    zips = users["zip"].cast(pa.string())
     # One order for both sizes, whose files order them differently.
-    columns = ["user_id", "gender", "age", "occupation"]
+    columns = ["user_id", "gender", "age", "occupation", "zip"]
     items = {
         "item_id": movies["item_id"],
         "title": movies["title"],
@@ -131,6 +134,6 @@ def _tables(
     }
     return Tables(
         interactions=ratings.select(RATING_COLUMNS),
-        users=users.select(columns).append_column("zip", zips),
+        users=users.select(columns),
         items=pa.table(items),
     )

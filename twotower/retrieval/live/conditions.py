@@ -94,6 +94,9 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
         return name, operator, _as_members(name, operator, value, forms, field)
     if name == "item_id" and operator in _EQUALITIES:
         return name, operator, _each(value, lambda x: _id(x, forms.item_id, field))
+    form = forms.contract.columns.get(f"item.{name}")
+    if isinstance(form, TimeForm):
+        return name, operator, _each(value, lambda x: _moment(x, form))
     if name in forms.units:
         unit = forms.units[name]
         return name, operator, _each(value, lambda x: _time_number(x, unit, forms.time))
@@ -132,6 +135,18 @@ def _id(value: Any, form: IdForm, field: str) -> str | None:
         return form.one(value)
     except BadValue as error:
         raise ConfigError(f"{field}: {echo(value)} {error.problem}.") from None
+
+
+def _moment(value: Any, form: TimeForm) -> Any:
+    """Returns a time in the form of its column as one of UTC; other values as they are."""
+    try:
+        seconds = form.one(value)
+    # The operators read ISO 8601 besides, and refuse the rest in their own words.
+    except BadValue:
+        return value
+    if seconds is None:
+        return None
+    return np.datetime64(seconds, "s")
 
 
 def _time_number(value: Any, unit: TimeUnit, form: TimeForm) -> Any:
