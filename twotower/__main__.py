@@ -29,6 +29,14 @@ COMMANDS = (
 
 def main() -> None:
     """Runs the command that the first argument names, with the flags after it."""
+    try:
+        _run()
+    # While modules are imported; commands themselves say more.
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run() -> None:
     from twotower.commands import launch
 
     name, *flags = sys.argv[1:] or ["--help"]

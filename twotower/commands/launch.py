@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from absl import app, flags
@@ -60,7 +62,26 @@ def run(command: Command) -> None:
     """
     absl_logging.get_absl_handler().addFilter(_is_for_the_user)
     prepare_process()
-    app.run(lambda argv: call(command.main, argv), flags_parser=lambda argv: parse(command, argv))
+    # While modules are imported there is nothing to tidy up, and an exception could be swallowed.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+    def main(argv: list[str]) -> None:
+        signal.signal(signal.SIGINT, _interrupt)
+        call(command.main, argv)
+
+    app.run(main, flags_parser=lambda argv: parse(command, argv))
+
+
+class _Interrupts:
+    """Whether Ctrl-C was pressed: a library that was just at work may turn the exception into one
+    of its own."""
+
+    are_noted = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _Interrupts.are_noted = True
+    signal.default_int_handler(number, frame)
 
 
 def define_config(flag_values: flags.FlagValues, *, required: bool = True) -> flags.FlagHolder[Any]:
@@ -160,12 +181,7 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            "Interrupted. A training goes on from its last checkpoint when the same command is "
-            "given again.",
-            file=sys.stderr,
-        )
-        _leave(INTERRUPTED)
+        _leave_interrupted()
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has had enough. Python's own flush at the end of the
         # program must not fail on it again.
@@ -176,7 +192,18 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
         absl_logging.debug("where it happened", exc_info=True)
         _end(_reason(error), FAILED)
     except Exception as error:
+        if _Interrupts.are_noted:
+            _leave_interrupted()
         _refuse(error)
+
+
+def _leave_interrupted() -> typing.NoReturn:
+    print(
+        "Interrupted. A training goes on from its last checkpoint when the same command is given "
+        "again.",
+        file=sys.stderr,
+    )
+    _leave(INTERRUPTED)
 
 
 def require_one(*alternatives: flags.FlagHolder[Any]) -> None:
@@ -305,9 +332,9 @@ def _is_one_of_several() -> bool:
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:
-    # JAX and Orbax log dozens of lines about each checkpoint, and Orbax warns when a run is only
-    # read.
-    lowest = logging.ERROR if "orbax" in record.pathname else logging.WARNING
+    # JAX and Orbax log dozens of lines about each checkpoint. Orbax warns when a run is only read,
+    # and logs the traceback of each error that it then raises.
+    lowest = logging.CRITICAL if "orbax" in record.pathname else logging.WARNING
     return record.pathname.startswith(_PACKAGE) or record.levelno >= lowest
 
 
@@ -371,5 +398,6 @@ def _explain_flag(message: str) -> str:
 
 def _reason(error: OSError) -> str:
     if error.filename:
-        return f"{error.filename}: {error.strerror}."
+        reason = (error.strerror or type(error).__name__).rstrip(".")
+        return f"{error.filename}: {reason}."
     return str(error).strip()
