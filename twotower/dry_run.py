@@ -71,10 +71,20 @@ def latest_step(folder: Path) -> int:
 
 def describe_data(config: Any, folder: Path) -> Iterator[str]:
     """Yields lines on the data, with the sizes of its parts where that costs nothing."""
+    from twotower.data.report import DataReport
     from twotower.features.spec import load_spec
+    from twotower.pipeline import folder as data_folder
     from twotower.pipeline.event_weights import with_event_weights
     from twotower.pipeline.prepare import read_and_describe
+    from twotower.training.run import data_path, has_checkpoint
 
+    kept = data_path(folder)
+    if has_checkpoint(folder) and data_folder.is_whole(kept):
+        yield f"Data: what the run was begun with, in {kept}."
+        report = DataReport.load(data_folder.resolve(kept))
+        if report is not None:
+            yield from report.lines()
+        return
     if config.data.source not in CHEAP_SOURCES:
         yield f"Data: {config.data.source}, split by {config.split.kind}; not read now."
         return

@@ -126,6 +126,7 @@ def test_every_command_answers_without_the_source(trained, tmp_path):
     output_of("history", history, f"--append={workdir}", "--run_date=2026-11-28")
     output_of("recommend_all", flag, f"--out={tmp_path / 'lists'}", "--k=3")
     output_of("train", flag)  # that has ended
+    assert "Data: what the run was begun with" in output_of("train", flag, "--dry_run")
     run = api.load_run(workdir)
     assert run.config == trained.config
     # By the features that were made of the source.
@@ -210,6 +211,7 @@ def test_a_refit_sees_all_rows_and_keeps_the_figures(trained, tmp_path):
     assert "config.split.test must be above 0" in error
     error = error_of("train", f"--workdir={workdir / 'refit'}", "--refit")
     assert "all of its rows already" in error
+    assert "give --refit too" in error_of("train", f"--workdir={workdir}", "--on_top")
     with pytest.raises(ConfigError, match="other kind"):
         tt.refit(workdir, on_top=True)
 

@@ -393,6 +393,8 @@ def _explain_flag(message: str) -> str:
     missing = re.search(r"flag --(\w+)=None", message)
     if missing:
         return f"--{missing[1]}=... is required."
+    if "Unknown command line flag 'config." in message:
+        return "Options such as --config.training.steps=500 need --config=..., whose they are."
     return f"{message.strip().rstrip('.')}."
 
 

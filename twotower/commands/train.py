@@ -90,9 +90,12 @@ _DRY_RUN = dry_run.define(FLAGS)
 def main() -> None:
     from twotower import api
     from twotower.config import from_dict
+    from twotower.core.errors import ConfigError
     from twotower.training.processes import join
     from twotower.training.run import load_config
 
+    if _ON_TOP.value and not _REFIT.value:
+        raise ConfigError("--on_top says how to refit: give --refit too.")
     if _CONFIG.value is None:
         config = load_config(_WORKDIR.value)
     else:

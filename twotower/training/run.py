@@ -232,6 +232,8 @@ def _keep_data(workdir: Path, prepared: PreparedData, shared: Path | None) -> No
         data_folder.save(prepared, shared)
     # Its arrays may be those of another run, which keeps them for itself as well.
     data_folder.share(folder, data_folder.resolve(shared))
+    if prepared.report is not None:
+        prepared.report.save(folder)
 
 
 def load_run(workdir: Path | str, *, checkpoint: str = "best") -> Run:
