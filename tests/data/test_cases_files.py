@@ -150,6 +150,8 @@ def test_a_delimiter_at_the_end_of_every_row_is_cut(tmp_path):
         ("# made by hand\n" + text_of() + "# the end\n", {"comment": "#"}),
         ("Report of May\n\n" + text_of(), {"skip_lines": 2}),
         (text_of(delimiter="::").partition("\n")[2], {"delimiter": "::", "names": NAMES}),
+        # Names beside a header that has them.
+        (text_of(), {"names": NAMES}),
         # The first columns have names, or those at their positions.
         (text_of().partition("\n")[2], {"names": NAMES[:2]}),
         (

@@ -36,6 +36,7 @@ def test_delimiter_and_header_are_found(tmp_path, delimiter, header):
         ("user item\n3 4\n", "csv", {"delimiter": "whitespace", "names": ()}),
         ("milk,bread\nbread\nmilk,salt,bread\n", "baskets", {}),
         ("bread\nmilk,bread\nmilk,salt,bread,jam\n", "baskets", {"skip_lines": 0}),
+        ("".join(f"{n} {' '.join(map(str, range(n % 7)))}\n" for n in range(40)), "user_lists", {}),
         ("u1 7 8 9\nu2 7\nu3 9 8\nu4 7 8 9 7\n", "user_lists", {"delimiter": ","}),
         ("# by hand\nuser,item\n1,2\n", "csv", {"comment": "#", "delimiter": ","}),
         ("sep=;\nuser;item\n1;2\n", "csv", {"delimiter": ";", "names": ()}),

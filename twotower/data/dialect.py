@@ -19,6 +19,7 @@ _LINES = 1_000  # lines that are looked at
 _CONSISTENT = 0.9
 # Delimiters from the likeliest on, for lines that several divide alike.
 _DELIMITERS = ("\t", "::", ";", "|", ",", delimited.WHITESPACE)
+_MANY_LINES = 20  # lines of which baskets would not all begin with different items
 _TITLE = 10  # lines in front of the header at most
 _MATRIX = 10  # columns from which on a table of numbers may be users by items
 _OPTIONS = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
@@ -173,8 +174,10 @@ def _lists_form(lines: Sequence[str], config: TableConfig, delimiter: str) -> Fi
     if delimiter != delimited.WHITESPACE:
         config = dataclasses.replace(config, delimiter=delimiter)
     between = _words_of(delimiter)
-    # A user stands in front of one line, and is no item.
-    if len(set(first)) == len(first) and is_shared < 0.5:
+    # A user stands in front of one line, while many baskets begin with the same item. Numbers may
+    # be those of users and of items.
+    is_once = len(set(first)) == len(first)
+    if is_once and (is_shared < 0.5 or len(first) >= _MANY_LINES):
         return FileForm("user_lists", config, f"a user and their items a line, between {between}")
     return FileForm("baskets", config, f"a basket of items a line, between {between}")
 

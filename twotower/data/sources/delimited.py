@@ -513,7 +513,7 @@ def _swallowed(rows: Rows, line: int, text: str, count: int, name: str) -> str:
 def _without_repeated_headers(rows: Rows, name: str) -> Rows:
     """Leaves out rows that repeat the header, as files that were put together have."""
     names = rows.table.column_names
-    if rows.form.names or not names:
+    if not names:
         return rows
     first = rows.table[0]
     marks = ("", _BOM) if _may_have_marks(first) else ("",)
