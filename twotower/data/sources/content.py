@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,10 @@ _OTHERS = (
 )
 
 
+# Errors of damaged archives, and of kinds that Python does not know.
+_UNPACKING = (OSError, EOFError, zlib.error, RuntimeError, NotImplementedError, ValueError)
+
+
 @dataclasses.dataclass(frozen=True)
 class Content:
     """A file, or the one file in an archive.
@@ -70,14 +75,13 @@ class Content:
         """Returns the first bytes, uncompressed."""
         if self.data is not None:
             return self.data[:FIRST_BYTES]
-        return _head(self.path)
+        return _read(self.path, FIRST_BYTES)
 
     def whole(self) -> bytes:
         """Returns all bytes, uncompressed."""
         if self.data is not None:
             return self.data
-        with pa.input_stream(str(self.path), compression="detect") as stream:
-            return stream.read()
+        return _read(self.path)
 
 
 def look(path: Path, name: str, default: Kind) -> Content:
@@ -104,7 +108,10 @@ def look(path: Path, name: str, default: Kind) -> Content:
     if first.startswith(b"PK\x03\x04"):
         return _unzip(path, name, default)
     if first.startswith(b"\x1f\x8b") and path.suffix.lower() != ".gz":
-        data = gzip.decompress(path.read_bytes())
+        try:
+            data = gzip.decompress(path.read_bytes())
+        except _UNPACKING as error:
+            raise ConfigError(f"{name}: {path} cannot be unpacked: {error}.") from error
         return Content(path, _kind_of(path.name, data, default), data)
     for mark, words, cure in _OTHERS:
         if first.startswith(mark):
@@ -112,7 +119,7 @@ def look(path: Path, name: str, default: Kind) -> Content:
     kind = kind_of_name(path.name)
     # Of compressed texts too, to which the first bytes above do not belong.
     if kind != "parquet" and not (kind is None and default == "parquet"):
-        kind = _kind_of(path.name, _head(path), default)
+        kind = _kind_of(path.name, _read(path, FIRST_BYTES), default)
     return Content(path, kind or default)
 
 
@@ -135,9 +142,29 @@ def marked_encoding(head: bytes) -> str:
     return ""
 
 
-def _head(path: Path) -> bytes:
-    with pa.input_stream(str(path), compression="detect") as stream:
-        return stream.read(FIRST_BYTES)
+def bad_line(content: Content, encoding: str) -> str:
+    """Returns the first line that is not of an encoding, for a message; empty if all are."""
+    data = content.whole()
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        shown = data[max(error.start - 20, 0) : error.end + 20]
+        return f"line {line} is not {encoding}: {shown!r}"
+    return ""
+
+
+def _read(path: Path, size: int | None = None) -> bytes:
+    """Returns the bytes of a file, uncompressed.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            return stream.read(size)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
 
 
 def _kind_of(name: str, head: bytes, default: Kind) -> Kind:
@@ -172,7 +199,7 @@ def _unzip(path: Path, name: str, default: Kind) -> Content:
                     f"and let config.data.{name}.path name one of them."
                 )
             data = archive.read(members[0])
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, *_UNPACKING) as error:
         raise ConfigError(f"{name}: {path} cannot be unpacked: {error}.") from error
     if data.startswith(b"PAR1"):
         return Content(path, "parquet", data)

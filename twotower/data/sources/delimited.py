@@ -10,7 +10,7 @@ import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +192,12 @@ class _Reading:
 
     def header(self) -> list[str]:
         """Returns the names of the columns; an empty one for a column that is left out."""
-        options = self._options(use_threads=False, names=None)
-        # Bad rows are told when all rows are read.
-        options["parse_options"].invalid_row_handler = lambda row: "skip"
-        with csv.open_csv(self._input(), **options) as reader:
-            found = reader.schema.names
+        try:
+            found = self._columns(handler=None)
+        except pa.ArrowInvalid:
+            self._check_encoding()
+            # Bad rows are told when all rows are read.
+            found = self._columns(handler=lambda row: "skip")
         names = [name.strip() for name in self._form.names]
         if not names:
             return found
@@ -216,13 +217,29 @@ class _Reading:
             )
         return names + [""] * left_out
 
+    def _columns(self, handler: Callable[[csv.InvalidRow], str] | None) -> list[str]:
+        options = self._options(use_threads=False, names=None)
+        if handler is not None:
+            options["parse_options"].invalid_row_handler = handler
+        with csv.open_csv(self._input(), **options) as reader:
+            return reader.schema.names
+
+    def _check_encoding(self) -> None:
+        """Refuses a file of another encoding, whose bad rows Arrow could not show.
+
+        Raises:
+            UnicodeError: It is of another one.
+        """
+        if self._prepared is self._content.data:
+            self._content.whole().decode(self._form.encoding)
+
     def table(self, header: list[str]) -> tuple[pa.Table, list[csv.InvalidRow]]:
         """Returns the rows that have as many fields as the header, and the others."""
         try:
             # With threads first; only a file that fails is read again, for the bad rows.
             return self._read(header, None), []
         except pa.ArrowInvalid:
-            pass
+            self._check_encoding()
         bad: list[csv.InvalidRow] = []
         try:
             return self._read(header, bad), bad

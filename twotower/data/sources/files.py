@@ -70,7 +70,7 @@ def read_raw(
     # All at once: types are decided over the whole table, not file by file.
     parts = []
     for path, event in _find_event_files(config, name, kind):
-        part = _read_file(path, config, name, kind)
+        part = read_file(path, config, name, kind)
         parts.append(_with_event(part, event, name) if event else part)
     files = _Files(parts)
     if not sum(len(part.table) for part in parts):
@@ -166,7 +166,7 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """One file of a table.
 
     Attributes:
@@ -192,7 +192,7 @@ def _find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tu
             yield path, event
 
 
-def _with_event(part: _Part, event: str, name: str) -> _Part:
+def _with_event(part: Part, event: str, name: str) -> Part:
     if "event" in part.table.column_names:
         raise ConfigError(
             f"{name}: {part.path} has a column 'event' of its own: name its files in "
@@ -243,7 +243,7 @@ class _Files:
         name: Path of the first file, and the number of the others.
     """
 
-    def __init__(self, parts: list[_Part]):
+    def __init__(self, parts: list[Part]):
         self._parts = parts
         self._ends = np.cumsum([len(part.table) for part in parts])
         others = len(parts) - 1
@@ -291,27 +291,62 @@ def _suffixes(kind: Kind) -> tuple[str, ...]:
     return content.SUFFIXES[kind]
 
 
-def _read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> _Part:
+def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
+    """Reads one file of a table.
+
+    Args:
+        path: Path of the file.
+        config: Form of its content.
+        name: Name of the table in the configuration, for messages.
+        kind: Kind of a file whose name and content do not tell.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    found = content.look(path, name, kind)
     # Two common mistakes are recognised by Arrow's words, so that the message names a cure.
     try:
-        found = content.look(path, name, kind)
         if found.kind == "csv":
             rows = delimited.read(found, config, name)
-            return _Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}")
+            return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}")
         _refuse_options_of_text(found, config, name)
         if found.kind == "json":
             table, place = json_files.read(found, config, name)
-            return _Part(path, "json", table, place)
-        table = _read_parquet(found, name)
-        return _Part(path, "parquet", table, lambda row: f"row {row + 1}")
-    except (pa.ArrowInvalid, OSError, EOFError, UnicodeError) as error:
+        else:
+            table = _read_parquet(found, name)
+            place = _row
+        _check_text(table, found, name, place)
+        return Part(path, found.kind, table, place)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         reason = str(error).rstrip(".")
         cure = ""
         if "Empty CSV file" in reason:
             cure = f"; config.data.{name}.path must name a file with data"
         elif "UTF8" in reason or isinstance(error, UnicodeError):
+            reason = content.bad_line(found, config.encoding) or reason
             cure = f"; set config.data.{name}.encoding, for example to 'latin-1'"
         raise ConfigError(f"{name}: {path} cannot be read: {reason}{cure}.") from error
+
+
+def _row(row: int) -> str:
+    return f"row {row + 1}"
+
+
+def _check_text(table: pa.Table, found: Content, name: str, place: Callable[[int], str]) -> None:
+    """Refuses bytes that are no UTF-8 in columns of text, which writers of Parquet do not check."""
+    for column in table.column_names:
+        values = table[column]
+        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+            continue
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid:
+            for row, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
+                if value is not None and value.decode(errors="ignore").encode() != value:
+                    raise ConfigError(
+                        f"{name}: {found.path}, {place(row)}, column {column!r}: {value!r} is no "
+                        "text in UTF-8."
+                    ) from None
 
 
 def _refuse_options_of_text(found: Content, config: TableConfig, name: str) -> None:
@@ -341,7 +376,7 @@ def _read_parquet(found: Content, name: str) -> pa.Table:
     return parquet.read_table(found.path)
 
 
-def _concat(parts: list[_Part], name: str, needed: set[str]) -> pa.Table:
+def _concat(parts: list[Part], name: str, needed: set[str]) -> pa.Table:
     """Returns the rows of all files, in which a column that one file lacks is missing.
 
     Args:
@@ -381,7 +416,7 @@ def _concat(parts: list[_Part], name: str, needed: set[str]) -> pa.Table:
         ) from error
 
 
-def _different_columns(parts: list[_Part], part: _Part, absent: set[str], name: str) -> str:
+def _different_columns(parts: list[Part], part: Part, absent: set[str], name: str) -> str:
     shown = list(dict.fromkeys([parts[0].path, part.path, *(other.path for other in parts)]))
     by_path = {other.path: other.table.column_names for other in parts}
     listed = "".join(f"\n  {path}: {', '.join(by_path[path])}" for path in shown[:_SHOWN])
@@ -392,7 +427,7 @@ def _different_columns(parts: list[_Part], part: _Part, absent: set[str], name: 
     )
 
 
-def _different_types(parts: list[_Part]) -> str:
+def _different_types(parts: list[Part]) -> str:
     """Returns a line for each column whose type differs, with a file of each type."""
     types: dict[str, dict[str, Path]] = {}
     for part in parts:

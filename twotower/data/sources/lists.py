@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,17 +226,18 @@ def _read_matrix(path: Path, config: TableConfig, name: str) -> pa.Table:
         return table
     form = delimited.find_form(found, config, name)
     # By names of our own: a frame of pandas writes none for the column of the users.
-    head = found.head().decode(form.encoding, errors="replace").lstrip("\ufeff")
-    lines = head.splitlines()[form.skip_lines :]
-    header = next(csv.reader(io.StringIO(lines[0]), delimiter=delimited.arrow_delimiter(form)))
+    # All of it: thousands of items are a long header.
+    text = found.whole().decode(form.encoding, errors="replace").lstrip("\ufeff")
+    first = "".join(text.splitlines()[form.skip_lines :][:1])
+    header = next(csv.reader([first], delimiter=delimited.arrow_delimiter(form)), [])
     items = [item.strip() for item in header[1:]]
     if len(items) < 2:
         raise ConfigError(
-            f"{name}: {path} is no matrix of users by items: its header {lines[0][:_SHOWN]!r} has "
+            f"{name}: {path} is no matrix of users by items: its header {first[:_SHOWN]!r} has "
             f"{len(header)} columns."
         )
     form = dataclasses.replace(form, names=("user_id", *items), skip_lines=form.skip_lines + 1)
-    return delimited.read(found, form, name).table
+    return files.read_file(path, form, name, "csv").table
 
 
 def _melt(table: pa.Table) -> pa.Table:
