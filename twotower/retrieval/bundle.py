@@ -22,6 +22,10 @@ An exported bundle keeps these in a version, `v-1/` and so on, and names the cur
 mapped into memory, not read. Changes made to a loaded bundle are kept beside its version: see
 `twotower.retrieval.live.log`.
 
+The hashes say that the files are those that the manifest names, and not who wrote it: somebody may
+have made both by hand. What is read is therefore looked at before it is believed, and a size before
+it is allocated.
+
 Of the index alone a bundle can do without: where a file of it is missing, or its library, answers
 come from exact search over the vectors. A file that was changed is refused, whichever it is.
 """
@@ -35,7 +39,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -64,15 +68,6 @@ from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
 from twotower.plugins import make_record, note_origins, read_record, write_record
-from twotower.retrieval.bundle_checks import (
-    check_counts,
-    check_events,
-    check_ids,
-    check_lists,
-    check_names,
-    check_vectors,
-    read_rows,
-)
 from twotower.retrieval.tower_programs import TowerPrograms
 from twotower.retrieval.weights import WeightArrays, load_weights, model_version, save_weights
 
@@ -80,6 +75,7 @@ FORMAT = "twotower-bundle"
 VERSION = 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
 INDEX = "index"  # folder of the index
+ROWS_AT_ONCE = 65_536  # rows of vectors that are looked at together
 EVENTS = "seen_events.arrow"
 # Settings of the index that the manifest records; those of a graph where it is one.
 INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
@@ -242,10 +238,10 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
             encoder=Encoder.load(files / "encoder"),
             towers=_load_towers(files, weights),
             vectors=vectors,
-            items=read_rows(files / "items.parquet", len(vectors)),
+            items=_read_rows(files / "items.parquet", len(vectors)),
             counts=counts,
             user_vectors=user_vectors,
-            users=read_rows(files / "users.parquet", len(user_vectors)),
+            users=_read_rows(files / "users.parquet", len(user_vectors)),
             seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
             index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
             seen_events=_map_events(files),
@@ -254,10 +250,10 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
             version=files,
         )
         _check_lengths(bundle, files)
-        check_ids(files / "items.parquet", bundle.items, "item_id")
-        check_ids(files / "users.parquet", bundle.users, "user_id")
-        check_lists(files, bundle.seen, len(bundle.items))
-        check_events(files / EVENTS, bundle.seen_events)
+        _check_ids(files / "items.parquet", bundle.items, "item_id")
+        _check_ids(files / "users.parquet", bundle.users, "user_id")
+        _check_lists(files, bundle.seen, len(bundle.items))
+        _check_events(files / EVENTS, bundle.seen_events)
     # Known texts are served from their stored vectors, so this is no error yet.
     for feature in bundle.encoder.spec:
         feature.warn_of_missing_extra()
@@ -267,9 +263,9 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
 def _check_arrays(
     folder: Path, vectors: Vectors, user_vectors: np.ndarray, counts: np.ndarray
 ) -> None:
-    check_vectors(folder / "item_vectors.npy", vectors)
-    check_vectors(folder / "user_vectors.npy", user_vectors)
-    check_counts(folder / "item_counts.npy", counts)
+    _check_vectors(folder / "item_vectors.npy", vectors)
+    _check_vectors(folder / "user_vectors.npy", user_vectors)
+    _check_counts(folder / "item_counts.npy", counts)
     if len(counts) != len(vectors):
         raise BundleError(
             f"{folder}: item_vectors.npy and item_counts.npy differ in length ({len(vectors)}, "
@@ -376,7 +372,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written. Export again.")
-    check_names(path, manifest.get("files"))
+    _check_names(path, manifest.get("files"))
     return manifest
 
 
@@ -426,6 +422,92 @@ def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"{folder}/{INDEX} holds items of model {info['model_version'][:12]}, but the user "
             f"tower is of model {manifest['model_version'][:12]}. Export again."
         )
+
+
+def _check_names(manifest_file: Path, files: object) -> None:
+    """Refuses a list of files that is none, or that names files outside the bundle."""
+    if not isinstance(files, dict):
+        raise BundleError(f"{manifest_file} lists no files. Export again.")
+    for name, sha256 in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not isinstance(sha256, str):
+            raise BundleError(
+                f"{manifest_file} names {name!r}, which is no file of the bundle. Do not use it."
+            )
+
+
+def _read_rows(path: Path, rows: int) -> pa.Table:
+    """Reads a Parquet file of a known number of rows."""
+    found = pq.read_metadata(path).num_rows
+    if found != rows:
+        raise BundleError(
+            f"{path} differs in length from its vectors ({found}, {rows}). Export again."
+        )
+    return pq.read_table(path)
+
+
+def _check_ids(path: Path, table: pa.Table, column: str) -> None:
+    """Refuses a table whose ids are no texts, are missing, or come twice."""
+    if table.column_names.count(column) != 1 or len(set(table.column_names)) != table.num_columns:
+        raise BundleError(f"{path} needs each of its columns once, {column!r} too. Export again.")
+    ids = table[column]
+    if ids.type != pa.string() or ids.null_count:
+        raise BundleError(f"{path}: {column!r} must hold a text in each row. Export again.")
+    if len(ids.unique()) != len(ids):
+        raise BundleError(f"{path}: {column!r} holds an id twice. Export again.")
+
+
+def _check_vectors(path: Path, vectors: Vectors) -> None:
+    """Refuses vectors that are not float32, or not finite."""
+    if isinstance(vectors, Int8Vectors):
+        _check_vectors(path.with_name("item_scales.npy"), vectors.scales[:, None])
+        return
+    if vectors.dtype != np.float32 or vectors.ndim != 2:
+        raise BundleError(f"{path} must hold float32 in two dimensions. Export again.")
+    # By blocks: they are mapped into memory, not read.
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        if not np.isfinite(vectors[start : start + ROWS_AT_ONCE]).all():
+            raise BundleError(f"{path} holds numbers that are not finite. Export again.")
+
+
+def _check_counts(path: Path, counts: np.ndarray) -> None:
+    """Refuses counts that are no whole numbers, or negative."""
+    if counts.dtype != np.int64 or counts.ndim != 1 or counts.min(initial=0) < 0:
+        raise BundleError(f"{path} must hold a count for each item. Export again.")
+
+
+def _check_lists(folder: Path, seen: Ragged, num_items: int) -> None:
+    """Refuses lists of items that do not lie one after the other, or name items there are not."""
+    offsets = seen.offsets
+    values = seen.values
+    is_whole = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) > 0
+    if not is_whole or values.dtype != np.int32 or values.ndim != 1:
+        raise BundleError(
+            f"{folder}: seen_offsets.npy and seen_items.npy hold no lists. Export again."
+        )
+    is_rising = offsets[0] == 0 and offsets[-1] == len(values) and (np.diff(offsets) >= 0).all()
+    if not is_rising:
+        raise BundleError(
+            f"{folder}: seen_offsets.npy does not divide seen_items.npy. Export again."
+        )
+    if len(values) and not 0 <= values.min() <= values.max() < num_items:
+        raise BundleError(f"{folder}: seen_items.npy names items that there are not. Export again.")
+
+
+def _check_events(path: Path, events: pa.Table | None) -> None:
+    """Refuses events whose columns are not those of an export."""
+    if events is None:
+        return
+    # An index of a dictionary, or an offset of a text, may lead out of the file.
+    events.validate(full=True)
+    for field in events.schema:
+        kind = field.type
+        is_text = pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type)
+        wanted = {"timestamp": kind == pa.int64(), "event": is_text or pa.types.is_string(kind)}
+        if not wanted.get(field.name, False):
+            raise BundleError(
+                f"{path}: column {field.name!r} of {kind} is no event's. Export again."
+            )
 
 
 def _check_lengths(bundle: Bundle, folder: Path) -> None:
