@@ -272,6 +272,10 @@ class RawTable:
         """Form of the times of events, as the configuration says."""
         return TimeForm(self.config.timestamp_unit, self.config.timestamp_format)
 
+    def time_of_features(self, contract: Contract) -> TimeForm:
+        """Returns the form of times that is tried first: that of the table, or else of the log."""
+        return contract.time if self.time == SECONDS else self.time
+
     @property
     def numbers(self) -> NumberForm:
         """Spelling of the numbers, as the configuration says."""
@@ -414,7 +418,9 @@ def read_uses(
             if form is None:
                 form = raw.numbers
                 if use.kind == "time":
-                    form = use.time or _find_time_form(values, contract.time, use.field)
+                    form = use.time or _find_time_form(
+                        values, raw.time_of_features(contract), use.field
+                    )
             values = _convert(values, form)
         except BadValue as error:
             raise raw.refusal(error, name, use.field) from None
@@ -618,6 +624,13 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
     kind = values.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind):
         return TimeForm(of_log.unit)
+    if of_log.format:
+        try:
+            of_log.column(values)
+        except BadValue:
+            pass
+        else:
+            return of_log
     cure = f"set {field}.unit to 's', 'ms', 'us' or 'ns', or {field}.format"
     if are_spreadsheet_days(values):
         raise BadValue(None, "holds days of a spreadsheet: write them as dates there")

@@ -24,6 +24,11 @@ def get_config(recipe="own_tables"):
     config.data.interactions.encoding = "latin-1"
     config.data.interactions.columns = {"timestamp": "time"}
     config.data.item_table.path = f"{FOLDER}/items.csv"
+    # Prices such as "1.052,41 SAR", and a dash where the stock is not known.
+    config.data.item_table.decimal = ","
+    config.data.item_table.thousands = "."
+    config.data.item_table.marks = ("SAR",)
+    config.data.item_table.missing = ("", "-")
     config.split.kind = "fixed"
     # Customers come back to what they viewed, later as well.
     config.split.accept_leakage = ("repeated_pairs",)
