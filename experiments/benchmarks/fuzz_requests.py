@@ -335,7 +335,7 @@ class Attack:
                 # Other libraries refuse many of these values themselves.
                 try:
                     return wrap(records)
-                except Exception:
+                except (Exception, pl.exceptions.PanicException):
                     return records
         return records[0] if records else self.hostile()
 

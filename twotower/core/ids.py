@@ -14,7 +14,7 @@ import numbers
 import re
 import uuid
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -167,7 +167,20 @@ class IdForm(enum.Enum):
         return str(text)
 
 
-def read_id(value: Any, form: IdForm, what: str) -> str:
+@runtime_checkable
+class ReadsIds(Protocol):
+    """A form of ids, or the ids of a log, which give one text for each."""
+
+    def one(self, value: Any) -> str | None:
+        """Returns a single id; None for a missing one."""
+        ...
+
+    def column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Returns a column of ids; null is missing."""
+        ...
+
+
+def read_id(value: Any, form: ReadsIds, what: str) -> str:
     """Returns a single id in the form of the log.
 
     Args:
@@ -184,7 +197,7 @@ def read_id(value: Any, form: IdForm, what: str) -> str:
     return found
 
 
-def read_ids(values: Any, form: IdForm, what: str, known: Collection[str] = ()) -> list[str]:
+def read_ids(values: Any, form: ReadsIds, what: str, known: Collection[str] = ()) -> list[str]:
     """Returns a list of ids in the form of the log.
 
     Args:

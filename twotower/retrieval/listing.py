@@ -20,7 +20,7 @@ from twotower.core.arrow import BadValue
 from twotower.core.errors import ConfigError, choose, echo
 from twotower.core.fields import check_fields
 from twotower.core.files import atomic
-from twotower.core.ids import IdForm
+from twotower.core.ids import IdForm, ReadsIds
 from twotower.core.tables import format_table, shorten
 from twotower.data.sources import frames
 from twotower.retrieval.live.conditions import Conditions
@@ -55,7 +55,7 @@ class ListOptions:
     rerank: str | None = None
 
 
-def read_ids(path: Path, form: IdForm = IdForm.TEXT) -> list[str]:
+def read_ids(path: Path, form: ReadsIds = IdForm.TEXT) -> list[str]:
     """Reads the user ids of a file of any kind that logs are read from.
 
     Args:

@@ -25,7 +25,7 @@ from twotower.core.arrow import (
     table_of,
 )
 from twotower.core.errors import ConfigError, did_you_mean, echo
-from twotower.core.ids import IdForm
+from twotower.core.ids import IdForm, ReadsIds
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
 from twotower.data.contract import Contract, Side
 from twotower.data.operators import unit_of
@@ -49,6 +49,27 @@ class ReadColumn(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class LogIds:
+    """The ids of one side of a log, as the log writes them.
+
+    Attributes:
+        contract: Forms of the log.
+        name: "user_id" or "item_id".
+    """
+
+    contract: Contract
+    name: str
+
+    def one(self, value: Any) -> str | None:
+        """Returns a single id; None for a missing one."""
+        return self.contract.id(self.name, value)
+
+    def column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Returns a column of ids; null is missing."""
+        return self.contract.ids(self.name, values)
+
+
+@dataclasses.dataclass(frozen=True)
 class Forms:
     """The forms of a log in which its requests are read.
 
@@ -56,14 +77,16 @@ class Forms:
         user_id: Form of user ids.
         item_id: Form of item ids.
         time: Form of times.
+        texts: Columns of items that hold single texts.
         separators: Column of items whose text is a list -> the text between its members.
         units: Column of items whose numbers are times -> their unit, in older bundles.
         contract: Forms of the columns that features read.
     """
 
-    user_id: IdForm = IdForm.TEXT
-    item_id: IdForm = IdForm.TEXT
+    user_id: ReadsIds = IdForm.TEXT
+    item_id: ReadsIds = IdForm.TEXT
     time: TimeForm = TimeForm()
+    texts: frozenset[str] = frozenset()
     separators: Mapping[str, str] = dataclasses.field(default_factory=dict)
     units: Mapping[str, TimeUnit] = dataclasses.field(default_factory=dict)
     contract: Contract = Contract()
@@ -157,9 +180,10 @@ def find_forms(bundle: Bundle) -> Forms:
         if feature["type"] == "strings" and feature["separator"]:
             separators[feature["column"]] = feature["separator"]
     return Forms(
-        user_id=contract.user_id,
-        item_id=contract.item_id,
+        user_id=LogIds(contract, "user_id"),
+        item_id=LogIds(contract, "item_id"),
         time=contract.time,
+        texts=frozenset(x.name for x in bundle.items.schema if pa.types.is_string(x.type)),
         separators=separators,
         units=time_units(bundle.encoder, "item"),
         contract=contract,
@@ -256,7 +280,7 @@ class IdColumn:
     """
 
     name: str
-    form: IdForm
+    form: ReadsIds
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
         if isinstance(values, pa.ChunkedArray):
@@ -335,6 +359,64 @@ class UnitColumn:
         return pc.multiply(seconds, UNITS_PER_SECOND[self.unit])
 
 
+@dataclasses.dataclass(frozen=True)
+class TextColumn:
+    """Reads a column of a feature of text: a number or a flag is spelt as the log spells it.
+
+    Attributes:
+        name: Name of the column in messages.
+        known: Texts of the log.
+    """
+
+    name: str
+    known: pa.Array
+
+    def __call__(self, values: Values) -> pa.ChunkedArray:
+        column = _as_array(values, f"rows, column {self.name!r}")
+        kind = column.type
+        if not (
+            pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        ):
+            return column
+        spelt = [spellings(value) for value in column.to_pylist()]
+        known = pc.is_in(
+            pa.array([text for texts in spelt for text in texts], pa.large_string()),
+            value_set=self.known.cast(pa.large_string()),
+        )
+        is_known = iter(known.to_pylist())
+        # The first of those that the log has, or the usual one.
+        chosen = []
+        for texts in spelt:
+            found = [text for text in texts if next(is_known)]
+            chosen.append((found or [*texts, None])[0])
+        return pa.chunked_array([pa.array(chosen, pa.string())])
+
+
+def spellings(value: bool | float | None) -> tuple[str, ...]:
+    """Returns the texts by which files have a number or a flag, the usual one first.
+
+    >>> spellings(True), spellings(8), spellings(8.5), spellings(None)
+    (('True', 'true', 'TRUE'), ('8', '8.0'), ('8.5',), ())
+    """
+    if value is None:
+        return ()
+    if isinstance(value, bool):
+        return str(value), str(value).lower(), str(value).upper()
+    if isinstance(value, float) and not value.is_integer():
+        return (repr(value),)
+    return f"{value:.0f}", f"{value:.1f}"
+
+
+def text_columns(encoder: Encoder, side: str) -> dict[str, pa.Array]:
+    """Returns the columns that features read as single texts -> the texts that they know."""
+    known = {}
+    for name, feature in encoder.spec.to_dict()[side].items():
+        if feature["type"] == "string" and feature["column"] not in ("user_id", "item_id"):
+            vocabulary = encoder.fitted[side, name].require_vocabulary()
+            known[feature["column"]] = vocabulary.values
+    return known
+
+
 def time_units(encoder: Encoder, side: str) -> dict[str, TimeUnit]:
     """Returns the columns that features read as times -> the unit of their numbers."""
     # By the words of the specification, so that no kind of feature is loaded for it.
@@ -362,7 +444,12 @@ class FeatureColumn:
     contract: Contract
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
-        column = _as_array(values, f"rows, column {self.name!r}")
+        form = self.contract.columns[f"{self.side}.{self.name}"]
+        if isinstance(form, TimeForm):
+            # Times of several types in one request, none of them in another unit.
+            column = TimeColumn(self.name, form)(values).cast(pa.timestamp("s"))
+        else:
+            column = _as_array(values, f"rows, column {self.name!r}")
         read = functools.partial(self.contract.column, self.side, self.name)
         return _convert(read, column, self.name)
 

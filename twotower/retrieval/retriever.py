@@ -36,11 +36,13 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     Rows,
+    TextColumn,
     UnitColumn,
     as_display,
     as_table,
     find_forms,
     read_rows,
+    text_columns,
 )
 from twotower.retrieval.rerank import Candidates, Reranking, RerankLike, resolve_rerank
 from twotower.retrieval.tower_programs import BATCH
@@ -631,6 +633,8 @@ class Retriever:
         known += self._live.catalogue.schema.names
         readers = self.forms.readers("item")
         readers["item_id"] = IdColumn("item_id", self.forms.item_id)
+        for name, texts in text_columns(self.bundle.encoder, "item").items():
+            readers[name] = TextColumn(name, texts)
         for name, unit in self.forms.units.items():
             readers[name] = UnitColumn(name, unit)
         return read_rows(rows, list(dict.fromkeys(known)), naming, readers, key="item_id")

@@ -19,9 +19,11 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     ReadColumn,
+    TextColumn,
     TimeColumn,
     UnitColumn,
     read_rows,
+    text_columns,
     time_units,
 )
 
@@ -74,6 +76,8 @@ class UserRows:
             "user_id": IdColumn("user_id", self.forms.user_id),
             "timestamp": TimeColumn("timestamp", self.forms.time),
         }
+        for name, known in text_columns(self._encoder, "user").items():
+            readers[name] = TextColumn(name, known)
         for name, unit in time_units(self._encoder, "user").items():
             readers.setdefault(name, UnitColumn(name, unit))
         history = self._encoder.spec.history

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from twotower.core.arrow import BadValue, is_list, pc, plain_text
 from twotower.core.errors import ConfigError, did_you_mean, echo
-from twotower.core.ids import IdForm
+from twotower.core.ids import ReadsIds
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
 from twotower.data.operators import OPERATORS, Members, is_iso_time, matches, unit_of
 from twotower.index.base import check_k
-from twotower.retrieval.requests import PLAIN, Forms
+from twotower.retrieval.requests import PLAIN, Forms, spellings
 
 # (column, operator, value) each, with the operators of `config.data.where`, and "latest". Hashable,
 # so that the items that match can be cached by their conditions.
@@ -35,6 +35,7 @@ _WRITTEN = re.compile(
 _ORDERS = ("<", "<=", ">", ">=")
 _EQUALITIES = ("==", "!=", "in", "not in")
 _MEMBERSHIPS = ("contains", "not contains")
+_LARGEST_SPELT = 2**63  # numbers of more digits are text, if anything
 MAX_SHOWN_VALUES = 10  # values of a column that a message lists
 MAX_COMPARED_VALUES = 20_000  # values of a column that are compared with a misspelt one
 
@@ -96,7 +97,9 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
         return name, operator, _each(value, lambda x: _id(x, forms.item_id, field))
     form = forms.contract.columns.get(f"item.{name}")
     if isinstance(form, TimeForm):
-        return name, operator, _each(value, lambda x: _moment(x, form))
+        return name, operator, _each(value, lambda x: _time_number(x, "s", form))
+    if name in forms.texts and operator in _EQUALITIES:
+        return _as_texts(name, operator, value)
     if name in forms.units:
         unit = forms.units[name]
         return name, operator, _each(value, lambda x: _time_number(x, unit, forms.time))
@@ -121,6 +124,19 @@ def _as_members(name: str, operator: str, value: Any, forms: Forms, field: str) 
     return Members(values, forms.separators[name])
 
 
+def _as_texts(name: str, operator: str, value: Any) -> tuple[str, str, Any]:
+    """Returns a condition on a column of text, in which numbers and flags are spelt in each way."""
+    values = value if isinstance(value, tuple) else (value,)
+    plain = [member.item() if isinstance(member, np.generic) else member for member in values]
+    if not any(isinstance(member, (bool, int, float)) for member in plain):
+        return name, operator, value
+    texts: list[Any] = []
+    for member in plain:
+        is_spelt = isinstance(member, (bool, int, float)) and abs(member) < _LARGEST_SPELT
+        texts += spellings(member) if is_spelt else [member]
+    return name, {"==": "in", "!=": "not in"}.get(operator, operator), tuple(texts)
+
+
 def _each(value: Any, convert: Any) -> Any:
     """Returns a value, or each of a tuple of values, converted."""
     if isinstance(value, tuple):
@@ -128,25 +144,13 @@ def _each(value: Any, convert: Any) -> Any:
     return convert(value)
 
 
-def _id(value: Any, form: IdForm, field: str) -> str | None:
+def _id(value: Any, form: ReadsIds, field: str) -> str | None:
     if value is None:
         return None
     try:
         return form.one(value)
     except BadValue as error:
         raise ConfigError(f"{field}: {echo(value)} {error.problem}.") from None
-
-
-def _moment(value: Any, form: TimeForm) -> Any:
-    """Returns a time in the form of its column as one of UTC; other values as they are."""
-    try:
-        seconds = form.one(value)
-    # The operators read ISO 8601 besides, and refuse the rest in their own words.
-    except BadValue:
-        return value
-    if seconds is None:
-        return None
-    return np.datetime64(seconds, "s")
 
 
 def _time_number(value: Any, unit: TimeUnit, form: TimeForm) -> Any:
@@ -159,10 +163,12 @@ def _time_number(value: Any, unit: TimeUnit, form: TimeForm) -> Any:
         value = value.item()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         other = unit_of(value)
-        if other is None or other == unit:
+        if other is not None:
+            return value * UNITS_PER_SECOND[unit] // UNITS_PER_SECOND[other]
+        # Such as 20231114, where the log has its times so.
+        if not form.format:
             return value
-        return value * UNITS_PER_SECOND[unit] // UNITS_PER_SECOND[other]
-    if not isinstance(value, (str, datetime.date, np.datetime64)):
+    elif not isinstance(value, (str, datetime.date, np.datetime64)):
         return value
     try:
         seconds = form.one(value)
