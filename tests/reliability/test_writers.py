@@ -20,9 +20,9 @@ from twotower.retrieval.retriever import Retriever
 BUNDLES = {}
 
 
-def bundle_of(run):
+def bundle_of(run, *args, **options):
     if run.workdir not in BUNDLES:
-        BUNDLES[run.workdir] = make_bundle(run)
+        BUNDLES[run.workdir] = make_bundle(run, *args, **options)
     return BUNDLES[run.workdir]
 
 
