@@ -43,7 +43,7 @@ from twotower.kernels.softmax_reference import naive_softmax
 from twotower.kernels.streaming_softmax import streaming_softmax
 from twotower.objectives.losses import LOSSES, bind_constants
 
-_WIDTH = 64
+WIDTH = 64
 _SIZES, _QUICK_SIZES = (1024, 4096, 16_384, 65_536), (1024, 4096)
 _LARGEST_NAIVE = 16_384
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     harness.steady_allocator()
     quick = harness.QUICK.value
     with jax.enable_x64(True):
-        worst = {name: _difference(name, 100 if quick else 500) for name in LOSSES}
+        worst = {name: difference(name, 100 if quick else 500) for name in LOSSES}
     print(
         "float64, everything on, largest relative difference of a value or gradient between "
         "reference and streaming:"
@@ -70,13 +70,12 @@ def main(argv: list[str]) -> None:
             if size <= _LARGEST_NAIVE
             else {}
         )
-        calls = {name: _compiled(form, size) for name, form in (forms | streaming).items()}
+        calls = {name: compiled(form, size) for name, form in (forms | streaming).items()}
         # Several calls a turn: the pages that a form gives back are taken from the time of the call
         # that follows.
         rounds, repeats = (10 if size <= 4096 else 2, max(4, 8192 // size)) if forms else (1, 1)
-        found = harness.alternate(
-            {name: call for name, (call, _) in calls.items()}, rounds=rounds, repeats=repeats
-        )
+        waiting = {name: functools.partial(_wait_for, call) for name, (call, _) in calls.items()}
+        found = harness.alternate(waiting, rounds=rounds, repeats=repeats)
         for name, ms in found.items():
             ratio = min(found["naive"]) / min(ms) if "naive" in found else float("nan")
             megabytes = calls[name][1] / 1e6
@@ -86,6 +85,10 @@ def main(argv: list[str]) -> None:
             )
         times |= {f"{name} {size:,}": ms for name, ms in found.items()}
     harness.report("loss", times, unit="ms for value and gradient", base=next(iter(times)))
+
+
+def _wait_for(call: Callable[[], Any]) -> None:
+    jax.block_until_ready(call())
 
 
 def _naive(inputs: LossInputs, options: LossOptions, dtype: Any = jnp.float32) -> jax.Array:
@@ -104,11 +107,13 @@ def _naive(inputs: LossInputs, options: LossOptions, dtype: Any = jnp.float32) -
     return jnp.sum(inputs.weights * losses)
 
 
-def _compiled(form: Callable, size: int) -> tuple[Callable[[], None], int]:
-    """Value and gradient as a function of nothing, and the bytes of temporaries that it
-    allocates."""
+def compiled(
+    form: Callable, size: int, *, mask_same_user: bool = False
+) -> tuple[Callable[[], Any], int]:
+    """Value and gradient as a function of nothing, which does not wait for the device, and the
+    bytes of temporaries that it allocates."""
     arrays, known = _arrays(size, size, jnp.float32)
-    options = LossOptions(LOSSES["softmax"], mask_same_user=False)
+    options = LossOptions(LOSSES["softmax"], mask_same_user=mask_same_user)
 
     def loss(trained: dict, known: dict) -> jax.Array:
         ids, log_count = known["ids"], known["log_count"]
@@ -122,22 +127,18 @@ def _compiled(form: Callable, size: int) -> tuple[Callable[[], None], int]:
         )
         return form(inputs, options)
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays, known).compile()
-
-    def call() -> None:
-        jax.block_until_ready(compiled(arrays, known))
-
-    memory = compiled.memory_analysis()
+    program = jax.jit(jax.value_and_grad(loss)).lower(arrays, known).compile()
+    memory = program.memory_analysis()
     assert memory is not None
-    return call, memory.temp_size_in_bytes
+    return functools.partial(program, arrays, known), memory.temp_size_in_bytes
 
 
 def _arrays(size: int, num_items: int, dtype: Any) -> tuple[dict, dict]:
     rng = np.random.default_rng(0)
-    real = lambda *shape: jnp.asarray(rng.normal(size=shape) / _WIDTH**0.5, dtype)  # noqa: E731
+    real = lambda *shape: jnp.asarray(rng.normal(size=shape) / WIDTH**0.5, dtype)  # noqa: E731
     trained = {
-        "queries": real(size, _WIDTH),
-        "items": real(size, _WIDTH),
+        "queries": real(size, WIDTH),
+        "items": real(size, WIDTH),
         "temperature": jnp.asarray(0.1, dtype),
     }
     return trained, {
@@ -148,12 +149,18 @@ def _arrays(size: int, num_items: int, dtype: Any) -> tuple[dict, dict]:
     }
 
 
-def _difference(name: str, size: int) -> float:
-    """The largest difference of a value or gradient, relative to the largest of its array; few
-    items, so that masks matter."""
-    trained, known = _arrays(size, size // 4, jnp.float64)
+def difference(
+    name: str,
+    size: int,
+    forms: tuple[Callable, Callable] = (naive_softmax, streaming_softmax),
+    dtype: Any = jnp.float64,
+) -> float:
+    """The largest difference of a value or gradient of two forms, relative to the largest of its
+    array; few items, so that masks matter."""
+    trained, known = _arrays(size, size // 4, dtype)
     rng, loss, ids = np.random.default_rng(1), LOSSES[name], known["ids"]
-    trained |= {"hard": jnp.asarray(rng.normal(size=(size, 4, _WIDTH))), "bias": jnp.asarray(-1.0)}
+    hard = jnp.asarray(rng.normal(size=(size, 4, WIDTH)), dtype)
+    trained |= {"hard": hard, "bias": jnp.asarray(-1.0, dtype)}
     hard_ids = jnp.asarray(rng.integers(-1, size // 4, (size, 4)), jnp.int32)
     bound = bind_constants(loss, ObjectiveConfig(margin=0.1), 10_000)
     options = LossOptions(bound, margin=0.1, positive_temperature=0.12)
@@ -173,8 +180,7 @@ def _difference(name: str, size: int) -> float:
         return form(inputs, options)
 
     both = (
-        jax.jit(jax.value_and_grad(functools.partial(value, form=form)))(trained)
-        for form in (naive_softmax, streaming_softmax)
+        jax.jit(jax.value_and_grad(functools.partial(value, form=form)))(trained) for form in forms
     )
     relative = lambda x, y: float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(x).max(), 1e-300))  # noqa: E731
     return max(jax.tree.leaves(jax.tree.map(relative, *both)))

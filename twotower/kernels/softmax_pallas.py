@@ -181,15 +181,15 @@ def _compile_error(options: PallasOptions, width: int) -> str:
     """Returns why the kernels do not compile or run, for vectors of a width; empty if they do."""
     # In a thread of its own: this one is tracing the step, whose mesh is none of the trial's.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        error = pool.submit(_try_kernels, options, width).exception()
+        error = pool.submit(try_kernels, options, width).exception()
     if not error:
         return ""
     lines = str(error).splitlines() or [""]
     return f"its kernels fail here ({type(error).__name__}: {lines[0]})"
 
 
-def _try_kernels(options: PallasOptions, width: int) -> None:
-    """Compiles and runs the kernels on a few vectors."""
+def try_kernels(options: PallasOptions, width: int) -> None:
+    """Compiles and runs the kernels on a few vectors of a width."""
 
     def value(queries: jax.Array, items: jax.Array, ids: LossIds) -> jax.Array:
         return _log_sum_exp(options, queries, items, ids).sum()
