@@ -404,8 +404,9 @@ def read_uses(
         raw = RawTable(table, TableConfig(), f"{side}_table", origin)
     columns = dict(contract.columns)
     for name, use in uses.get(side, {}).items():
-        # Ids and the times of events have types already.
-        if name not in table.column_names or name in (*KEYS, "timestamp"):
+        # Ids and the times of events have types already; an item has a `timestamp` like any other.
+        is_typed = name in KEYS or (name == "timestamp" and side != "item")
+        if name not in table.column_names or is_typed:
             continue
         values = plain_text(table[name])
         key = f"{side}.{name}"

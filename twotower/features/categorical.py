@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import is_list, pc
+from twotower.core.arrow import is_list, pc, plain_text
 from twotower.core.errors import ConfigError
 from twotower.features.base import (
     Feature,
@@ -136,6 +137,7 @@ class StringsFeature(StringFeature):
     def _as_lists(self, column: pa.ChunkedArray) -> pa.LargeListArray:
         # Parquet has lists, CSV has text with a separator; both may fill one column of a
         # specification.
+        column = _read_written_lists(plain_text(column))
         kind = column.type
         if is_list(kind):
             return join_lists(column)
@@ -147,3 +149,30 @@ class StringsFeature(StringFeature):
         # A column of nulls has no text that a separator could divide; any will do.
         lists = pc.split_pattern(as_strings(column), self.separator or "|")
         return lists.cast(pa.large_list(pa.large_string()))
+
+
+def _read_written_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns text such as "['Drama', 'War']" as lists; other columns as they are.
+
+    A frame's column of lists becomes such text in a CSV file.
+    """
+    if not pa.types.is_string(column.type):
+        return column
+    is_written = pc.match_substring_regex(column, r"^\s*\[.*\]\s*$")
+    if not pc.any(is_written).as_py() or not pc.all(is_written).as_py():
+        return column
+    # Few lists come many times: each is read once.
+    distinct = pc.unique(column)
+    try:
+        lists = [_written_list(text) for text in distinct.to_pylist()]
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return column
+    rows = pc.index_in(column, value_set=distinct, skip_nulls=False)
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.string())).take(rows.combine_chunks())])
+
+
+def _written_list(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    members = ast.literal_eval(text.strip())
+    return [str(member) for member in members if member is not None]
