@@ -621,7 +621,9 @@ class Retriever:
         if allow is not None:
             only = self._item_ids(allow, "allow")
         denied = []
-        if deny is not None:
+        # Most requests deny nothing.
+        is_empty = isinstance(deny, (tuple, list)) and not deny
+        if deny is not None and not is_empty:
             denied = self._item_ids(deny, "deny")
         return _Filters(as_conditions(where, self.forms), only, denied)
 
