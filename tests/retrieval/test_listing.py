@@ -6,8 +6,9 @@ import pytest
 from wcwidth import wcswidth
 
 from twotower.core.errors import ConfigError
+from twotower.core.ids import IdForm
 from twotower.core.tables import shorten
-from twotower.retrieval.listing import format_items, read_ids
+from twotower.retrieval.listing import ListOptions, format_items, read_ids, write_lists
 from twotower.retrieval.retriever import Recommendation
 
 
@@ -86,3 +87,41 @@ def test_a_text_is_cut_to_its_width_on_the_terminal(text):
     short = shorten(text, 10)
     assert short.endswith("…") and 9 <= wcswidth(short) <= 10
     assert shorten("日本", 4) == "日本"
+
+
+def test_ids_of_users_are_read_in_the_form_of_the_log(tmp_path):
+    """Floats, spaces, blank rows, byte order marks, tabs and JSON lines."""
+    texts = {
+        "floats.csv": "user_id\n3.0\n4.0\n",
+        "spaces.csv": "user_id, x\n 3, 1\n 4, 2\n",
+        "blank.csv": "user_id,x\n3,1\n,2\n4,3\n",
+        "tabs.tsv": "user_id\tname\n3\tx\n4\ty\n",
+        "semicolons.txt": "user_id;x\n3;1\n4;2\n",
+        "lines.jsonl": '{"user_id": 3}\n{"user_id": "4"}\n',
+        "mark.txt": "\ufeffuser_id\n3\n\n 4\n",
+        "plain.txt": "3\n4",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    pq.write_table(pa.table({"user_id": [3.0, None, 4.0]}), tmp_path / "floats.parquet")
+    for name in (*texts, "floats.parquet"):
+        assert read_ids(tmp_path / name, IdForm.DIGITS) == ["3", "4"], name
+    pq.write_table(pa.table({"user_id": [b"3"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(ConfigError, match="bytes.parquet, column 'user_id': it holds bytes"):
+        read_ids(tmp_path / "bytes.parquet", IdForm.DIGITS)
+
+
+def test_lists_for_strangers_are_not_written_unasked(retriever, tmp_path):
+    known = retriever.bundle.users["user_id"][0].as_py()
+    (tmp_path / "users.txt").write_text(f"{known}\nx\ny\n")
+    files = (retriever, tmp_path / "users.txt", tmp_path / "out.parquet", ListOptions(k=2))
+    with pytest.raises(
+        ConfigError, match="2 of 3 users are not known, such as 'x'.*unmatched_users"
+    ):
+        write_lists(*files)
+    assert not (tmp_path / "out.parquet").exists()
+    with pytest.raises(ConfigError, match="--accept='unmatched'.*did you mean 'unmatched_users'"):
+        write_lists(*files, accept=["unmatched"])
+    said = write_lists(*files, accept=["unmatched_users"])
+    assert "3 users (2 of them not known)" in said
+    assert pq.read_table(tmp_path / "out.parquet")["user_id"].to_pylist()[::2] == [known, "x", "y"]

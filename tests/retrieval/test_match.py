@@ -1,6 +1,7 @@
 """Scores of pairs against the vectors they come from."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from twotower.core.errors import BundleError, ConfigError, FolderError, UnknownIdError
@@ -123,3 +124,20 @@ def test_a_bundle_is_matched_as_it_recommends(retriever, exported, tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(BundleError):
         MatchModel.load(tmp_path)
+
+
+def test_ids_are_read_in_the_form_of_the_model():
+    """Digits in any form where all ids are digits, text otherwise."""
+    vectors = {"user": np.eye(2), "item": np.eye(2)}
+    digits = MatchModel({"user": ["3", "40"], "item": np.array([1, 2])}, vectors)
+    for users in ([3, 40], [3.0, "40.0"], np.array([3, 40]), pa.array(["3", "40"])):
+        np.testing.assert_array_equal(digits(users, [1, "2.0"]), [1.0, 1.0])
+    codes = MatchModel({"user": ["03", "3"], "item": ["1", "2"]}, vectors)
+    assert codes(["03", 3], [1, 2]).tolist() == [1.0, 1.0]
+    with pytest.raises(UnknownIdError, match="'3.0' has no vector"):
+        codes(["3.0"], [1])
+    for wrong in ("3", b"3", 3):
+        with pytest.raises(ConfigError, match="user ids=.* must be a list"):
+            digits(wrong, [1])
+    with pytest.raises(ConfigError, match="NUL"):
+        digits(["3\x00"], [1])

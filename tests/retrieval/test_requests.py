@@ -15,6 +15,7 @@ from twotower.core.errors import ConfigError, QueryError, TwotowerError
 from twotower.index.base import check_k
 from twotower.index.exact import ExactIndex
 from twotower.index.search import search_filtered
+from twotower.retrieval.live.conditions import parse_condition
 from twotower.retrieval.retriever import Retriever
 
 USERS, ITEMS, ROWS = 12, 20, 240
@@ -399,6 +400,28 @@ def test_conditions_on_lists_and_their_refusals(retriever):
     nothing = retriever.recommend("3", where={"price": -1})
     assert nothing == [] and nothing.note == "No item satisfies ('price', '==', -1)."
     assert retriever.recommend("3", where={"price": 0.5}, deny=[0]).note == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("genres contains Light", range(0, ITEMS, 2)),
+        ("genres not contains Light", range(1, ITEMS, 2)),
+        ("genres contains Light, Garden", range(ITEMS)),
+        ("released latest 3", range(17, ITEMS)),
+        ("released >= 2024-01-01", range(14, ITEMS)),
+        ("item_id = 3.0, 4", (3, 4)),
+    ],
+)
+def test_a_written_condition_is_read_in_the_forms_of_the_log(retriever, text, expected):
+    condition = parse_condition(text, retriever.items(), retriever.forms)
+    found = retriever.recommend("3", k=ITEMS, exclude_seen=False, where=[condition])
+    assert sorted(int(item) for item in ids(found)) == list(expected)
+
+
+def test_a_written_condition_on_a_list_names_the_nearest_member(retriever):
+    message = refusal(parse_condition, "genres contains Lihgt", retriever.items(), retriever.forms)
+    assert "no item has 'Lihgt' in column 'genres'" in message and "are: Light" in message
 
 
 def test_the_latest_items_follow_changes(changing):

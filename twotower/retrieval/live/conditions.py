@@ -88,6 +88,9 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
     field = f"where {echo((name, operator))} {echo(value)}"
     if operator == LATEST:
         return name, operator, check_k(value, f"where {name!r} latest")
+    # Conditions that were read before, such as those of a command line.
+    if isinstance(value, Members):
+        return name, operator, value
     # A tuple can be hashed, and is what the operators take.
     if _is_list(value):
         value = tuple(_members(value))
