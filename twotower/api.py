@@ -160,7 +160,7 @@ class Run(run_folder.Run):
                 for users that are new.
             k: Length of the list.
             **options: Further arguments of `Retriever.recommend`: `rows`, `exclude_seen`, `where`,
-                `allow`, `deny`, `popularity_weight` and `rerank`.
+                `allow`, `deny`, `popularity_weight`, `rerank`, `names` and `strict`.
         """
         return self.retriever.recommend(user, k=k, **options)
 

@@ -254,7 +254,7 @@ def test_a_moment_is_one_in_rows_histories_conditions_and_upserts(retriever, cha
 
 def test_a_number_in_another_unit_is_no_time(retriever):
     seconds = {"timestamp": MOMENT // 1000}
-    assert "is a time in s, and the log has its times in ms" in refusal(
+    assert "is a time in s, and times are in ms here" in refusal(
         retriever.encode_users, [ROW | seconds]
     )
     assert "in s" in refusal(retriever.encode_users, pa.Table.from_pylist([ROW | seconds]))

@@ -91,15 +91,6 @@ class Forms:
     units: Mapping[str, TimeUnit] = dataclasses.field(default_factory=dict)
     contract: Contract = Contract()
 
-    def readers(self, side: Side) -> dict[str, ReadColumn]:
-        """Returns the readers of the columns of a side that are numbers or times."""
-        readers: dict[str, ReadColumn] = {}
-        for key in self.contract.columns:
-            of_side, _, name = key.partition(".")
-            if of_side == side:
-                readers[name] = FeatureColumn(name, side, self.contract)
-        return readers
-
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
@@ -337,8 +328,8 @@ class TimeColumn:
         if unit not in (None, self.form.unit):
             raise BadValue(
                 value,
-                f"is a time in {unit}, and the log has its times in {self.form.unit}: give it in "
-                "that unit, or as a datetime",
+                f"is a time in {unit}, and times are in {self.form.unit} here: give it in that "
+                "unit, or as a datetime",
             )
 
 
@@ -407,17 +398,25 @@ def spellings(value: bool | float | None) -> tuple[str, ...]:
     return f"{value:.0f}", f"{value:.1f}"
 
 
-def text_columns(encoder: Encoder, side: str) -> dict[str, pa.Array]:
-    """Returns the columns that features read as single texts -> the texts that they know."""
-    known = {}
+def feature_readers(encoder: Encoder, side: Side) -> dict[str, ReadColumn]:
+    """Returns the readers of the columns that features of a side read, but for ids."""
+    readers: dict[str, ReadColumn] = {}
+    # What the log's tables have as numbers or times comes first: a text of it is theirs.
+    for key in encoder.contract.columns:
+        of_side, _, name = key.partition(".")
+        if of_side == side:
+            readers[name] = FeatureColumn(name, side, encoder.contract)
+    for name, unit in time_units(encoder, side).items():
+        readers.setdefault(name, UnitColumn(name, unit))
     for name, feature in encoder.spec.to_dict()[side].items():
-        if feature["type"] == "string" and feature["column"] not in ("user_id", "item_id"):
+        column = feature["column"]
+        if feature["type"] == "string" and column not in ("user_id", "item_id"):
             vocabulary = encoder.fitted[side, name].require_vocabulary()
-            known[feature["column"]] = vocabulary.values
-    return known
+            readers.setdefault(column, TextColumn(column, vocabulary.values))
+    return readers
 
 
-def time_units(encoder: Encoder, side: str) -> dict[str, TimeUnit]:
+def time_units(encoder: Encoder, side: Side) -> dict[str, TimeUnit]:
     """Returns the columns that features read as times -> the unit of their numbers."""
     # By the words of the specification, so that no kind of feature is loaded for it.
     units = {}
@@ -474,9 +473,13 @@ class HistoryColumn:
         histories: Sequence[Any] = values
         if isinstance(values, pa.ChunkedArray):
             column: pa.ChunkedArray = values
-            histories = column.to_pylist()
             if not is_list(column.type) and not pa.types.is_null(column.type):
-                raise self._no_history(str(column.type), histories[:1])
+                raise self._no_history(str(column.type), column[:1])
+            try:
+                histories = column.to_pylist()
+            # Times that Python's own have no room for.
+            except (OverflowError, ValueError) as error:
+                raise ConfigError(f"rows, column {self.name!r}: {error}.") from None
         events: list[dict[str, Any]] = []
         ends = [0]
         for row, history in enumerate(histories):

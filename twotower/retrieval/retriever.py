@@ -35,14 +35,13 @@ from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.requests import (
     IdColumn,
     Naming,
+    ReadColumn,
     Rows,
-    TextColumn,
-    UnitColumn,
     as_display,
     as_table,
+    feature_readers,
     find_forms,
     read_rows,
-    text_columns,
 )
 from twotower.retrieval.rerank import Candidates, Reranking, RerankLike, resolve_rerank
 from twotower.retrieval.tower_programs import BATCH
@@ -633,13 +632,8 @@ class Retriever:
         for feature in self.bundle.encoder.spec.item.values():
             known += feature.columns_read
         known += self._live.catalogue.schema.names
-        readers = self.forms.readers("item")
-        readers["item_id"] = IdColumn("item_id", self.forms.item_id)
-        for name, texts in text_columns(self.bundle.encoder, "item").items():
-            readers[name] = TextColumn(name, texts)
-        for name, unit in self.forms.units.items():
-            readers[name] = UnitColumn(name, unit)
-        return read_rows(rows, list(dict.fromkeys(known)), naming, readers, key="item_id")
+        known = list(dict.fromkeys(known))
+        return read_rows(rows, known, naming, self._item_readers, key="item_id")
 
     def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
         """Returns the one row of user features that `recommend` takes, with the id if there is one.
@@ -663,6 +657,11 @@ class Retriever:
                 f"{', '.join(self.user_rows.columns)}."
             )
         return table
+
+    @functools.cached_property
+    def _item_readers(self) -> dict[str, ReadColumn]:
+        readers = feature_readers(self.bundle.encoder, "item")
+        return readers | {"item_id": IdColumn("item_id", self.forms.item_id)}
 
     @functools.cached_property
     def _configured_rerank(self) -> Reranking | None:

@@ -19,12 +19,9 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     ReadColumn,
-    TextColumn,
     TimeColumn,
-    UnitColumn,
+    feature_readers,
     read_rows,
-    text_columns,
-    time_units,
 )
 
 USER_BLOCK = 65_536  # users encoded at once
@@ -71,15 +68,7 @@ class UserRows:
             ConfigError: They are no rows, a name is unknown, or a value is not what its column
                 holds.
         """
-        readers: dict[str, ReadColumn] = {
-            **self.forms.readers("user"),
-            "user_id": IdColumn("user_id", self.forms.user_id),
-            "timestamp": TimeColumn("timestamp", self.forms.time),
-        }
-        for name, known in text_columns(self._encoder, "user").items():
-            readers[name] = TextColumn(name, known)
-        for name, unit in time_units(self._encoder, "user").items():
-            readers.setdefault(name, UnitColumn(name, unit))
+        readers = dict(self._readers)
         history = self._encoder.spec.history
         if history is not None:
             readers[history.column] = HistoryColumn(
@@ -147,6 +136,14 @@ class UserRows:
         times = pc.fill_null(table["timestamp"].cast(pa.int64()), self._newest)
         position = table.column_names.index("timestamp")
         return table.set_column(position, "timestamp", times)
+
+    @functools.cached_property
+    def _readers(self) -> dict[str, ReadColumn]:
+        """The readers of all columns but that of a history, whose events have their own names."""
+        return feature_readers(self._encoder, "user") | {
+            "user_id": IdColumn("user_id", self.forms.user_id),
+            "timestamp": TimeColumn("timestamp", self.forms.time),
+        }
 
     @functools.cached_property
     def _newest(self) -> int | None:

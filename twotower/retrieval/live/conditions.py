@@ -85,27 +85,33 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
     name, operator, value = triple
     if not isinstance(name, str) or not isinstance(operator, str):
         raise _no_condition(triple)
-    field = f"where {echo((name, operator))} {echo(value)}"
-    if operator == LATEST:
-        return name, operator, check_k(value, f"where {name!r} latest")
-    # Conditions that were read before, such as those of a command line.
+    # Conditions that were read before, such as those of a command line, keep their members.
     if isinstance(value, Members):
         return name, operator, value
     # A tuple can be hashed, and is what the operators take.
     if _is_list(value):
         value = tuple(_members(value))
-    if name in forms.separators and not (value is None and operator in _EQUALITIES):
+    return _in_form(name, operator, value, forms)
+
+
+def _in_form(name: str, operator: str, value: Any, forms: Forms) -> tuple[str, str, Any]:
+    """Returns a condition with its value in the form that its column has."""
+    field = f"where {echo((name, operator))} {echo(value)}"
+    is_equality = operator in _EQUALITIES
+    if operator == LATEST:
+        return name, operator, check_k(value, f"where {name!r} latest")
+    if name in forms.separators and not (value is None and is_equality):
         return name, operator, _as_members(name, operator, value, forms, field)
-    if name == "item_id" and operator in _EQUALITIES:
+    if name == "item_id" and is_equality:
         return name, operator, _each(value, lambda x: _id(x, forms.item_id, field))
     form = forms.contract.columns.get(f"item.{name}")
     if isinstance(form, TimeForm):
         return name, operator, _each(value, lambda x: _time_number(x, "s", form))
-    if name in forms.texts and operator in _EQUALITIES:
-        return _as_texts(name, operator, value)
     if name in forms.units:
         unit = forms.units[name]
         return name, operator, _each(value, lambda x: _time_number(x, unit, forms.time))
+    if name in forms.texts and is_equality:
+        return _as_texts(name, operator, value)
     return name, operator, value
 
 
