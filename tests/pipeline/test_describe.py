@@ -146,9 +146,11 @@ def test_a_constant_column_and_a_separator_that_occurs_nowhere_are_told(tmp_path
 
 def test_values_of_conditions_that_no_row_has_are_told(tmp_path):
     text = events(columns=",event").replace("\n", ",view\n").replace("event,view", "event")
-    condition = ("event", "in", ("view", "purchase"))
-    (warning,) = report_of(tmp_path, text, where=(condition,)).warnings
-    assert warning == "config.data.where: no row has event='purchase'."
+    where = (("event", "in", ("view", "purchase")), ("event", "not starts with", "C"))
+    assert report_of(tmp_path, text, where=where).warnings == (
+        "config.data.where: no row has event='purchase'.",
+        "config.data.where: no event starts with 'C'.",
+    )
 
 
 def test_the_column_weight_is_said_with_its_heaviest_rows(tmp_path):

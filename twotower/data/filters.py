@@ -112,7 +112,11 @@ def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list
     sentences = []
     for name, symbol, value in conditions:
         column = rows[name]
-        if symbol not in EQUALITIES or not pa.types.is_string(column.type):
+        if not pa.types.is_string(column.type):
+            continue
+        if symbol == "not starts with" and not pc.any(pc.starts_with(column, value)).as_py():
+            sentences.append(f"config.data.where: no {name} starts with {value!r}.")
+        if symbol not in EQUALITIES:
             continue
         members = value if isinstance(value, (tuple, list)) else (value,)
         known = pc.unique(column)
