@@ -79,7 +79,8 @@ def test_ids_in_two_forms_are_told_though_most_match(tmp_path):
     items = titles(count=7) + "I7,Title 7\nI8,Title 8\nI9,Title 9\n"
     report = prepare(make_config(tmp_path, events(), items=items)).report
     assert report is not None
-    (warning,) = report.warnings
+    (warning, of_case) = report.warnings
+    assert of_case == "items: 3 ids differ from others only by case, as 'I7' and 'i7' do."
     assert warning.startswith("items: 70.0% of the log's 10 ids are in the item_table")
     assert warning.endswith("most would match without the case of letters.")
 

@@ -386,12 +386,13 @@ def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Itera
     used |= {name for feature in spec.user.values() for name in feature.columns_read}
     if "weight" in rows.column_names:
         yield _describe_weights(rows["weight"])
-    for name in ("rating", "label"):
+    cures = {
+        "rating": "config.data.where=(('rating', '>=', ...),) keeps some of them",
+        "label": "config.objective.label='label' tells those with 0 apart",
+    }
+    for name, cure in cures.items():
         if name in rows.column_names and name not in used:
-            yield (
-                f"The column {name!r} is not read: each row counts as liked. "
-                f"config.data.where=(({name!r}, '>=', ...),) keeps some of them."
-            )
+            yield f"The column {name!r} is not read: each row counts as liked. {cure}."
     if "event" in rows.column_names and not config.data.event_weights and "event" not in used:
         # Of some rows: all of them would take longer to count than the rest of the report.
         kinds = pc.unique(rows["event"][:SAMPLE]).to_pylist()
