@@ -101,3 +101,19 @@ def test_lines_of_many_lengths_are_named_with_their_sources(tmp_path):
         read_rows(path)
     with pytest.raises(ConfigError, match=r"line 2: .* \(and 5 more such lines\).*'baskets'"):
         load("pairs", interactions={"path": path})
+
+
+def test_a_matrix_that_is_read_as_rows_is_named(tmp_path):
+    header = ["user", *(f"i{n}" for n in range(50))]
+    lines = [",".join(header), *(f"u{n}" + ",1" * 50 for n in range(5))]
+    path = write(tmp_path / "matrix.csv", "\n".join(lines))
+    with pytest.raises(ConfigError, match="matrix of users by items.*source='matrix'.* inspect "):
+        read_rows(path)
+
+
+def test_a_file_without_a_header_is_named_in_one_message(tmp_path):
+    path = write(tmp_path / "log.tsv", "u1\ti1\t5\nu2\ti1\t4\n")
+    columns = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
+    message = r"\(u1, i1, 5\) looks like a row, not like a header.*names=.* inspect .*log\.tsv"
+    with pytest.raises(ConfigError, match=message):
+        read_rows(path, columns=columns)

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.install import command
 from twotower.data.contract import Origin, keys_of, similar_name_hint
 from twotower.data.dataset import collapse
 from twotower.data.sources import content, delimited, json_files, named
@@ -24,7 +25,9 @@ from twotower.data.sources.content import Content, Kind
 
 # Options of `TableConfig` that files of text alone read.
 _OF_TEXT = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
-_SHOWN = 5  # files that a message shows
+_SHOWN = 5  # files, or columns, that a message shows
+_MATRIX = 20  # columns from which on numbers may be those of a matrix
+_ROWS = 50  # rows by which a matrix is told
 
 
 def read(config: TableConfig, name: str, *, kind: Kind) -> tuple[pa.Table, Origin]:
@@ -69,7 +72,8 @@ def read_raw(
     """
     # All at once: types are decided over the whole table, not file by file.
     parts = []
-    for path, event in _find_event_files(config, name, kind):
+    paths = list(_find_event_files(config, name, kind))
+    for path, event in paths:
         part = read_file(path, config, name, kind)
         parts.append(_with_event(part, event, name) if event else part)
     files = _Files(parts)
@@ -117,6 +121,46 @@ def _without_missing(
         values = pc.if_else(is_word, None, values)
         table = table.set_column(position, name, values)
     return table, met
+
+
+def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> None:
+    """Refuses a table without the columns it must have for what it rather is.
+
+    Args:
+        table: The table as it was read.
+        files: Name of its files, for messages.
+        name: Name of the table in the configuration, for messages.
+        first: Path of the first file.
+    """
+    inspect = command("inspect", first)
+    names = table.column_names
+    shown = ", ".join(names[:_SHOWN])
+    if _is_matrix(table):
+        raise ConfigError(
+            f"{name}: {files} looks like a matrix of users by items, with a column for each item "
+            f"({shown}, ...): set config.data.source='matrix', or write a row for each event (melt "
+            f"in pandas, unpivot in polars and DuckDB). `{inspect}` writes a configuration."
+        )
+    # Names of columns are no numbers, and do not come again as values.
+    if any(re.match(r"[-+]?\d", column) for column in names):
+        raise ConfigError(
+            f"{name}: the first line of {files} ({shown}) looks like a row, not like a header: name "
+            f"its columns by config.data.{name}.names=('user_id', 'item_id', ...). `{inspect}` "
+            "writes a configuration."
+        )
+
+
+def _is_matrix(table: pa.Table) -> bool:
+    """Returns whether all but the first of many columns are numbers or empty."""
+    if table.num_columns < _MATRIX:
+        return False
+    for column in table.slice(0, _ROWS).columns[1:]:
+        if pa.types.is_nested(column.type):
+            return False
+        texts = column.cast(pa.string()).drop_null()
+        if not pc.all(pc.match_substring_regex(texts, r"^\s*\d*([.,]\d*)?\s*$")).as_py():
+            return False
+    return True
 
 
 def find_files(path: str, name: str, kind: Kind) -> list[Path]:
