@@ -92,6 +92,8 @@ def read_raw(
     for column in config.columns.values():
         needed.add(column if column in parts[0].table.column_names else column.split(".")[0])
     table = _concat(parts, name, needed)
+    if keys and not needed <= set(table.column_names):
+        _refuse_other_forms(table, files.name, name, str(paths[0][0]))
     origin = Origin(
         name=files.name, describe_row=files.describe_row, is_typed=parts[0].kind != "csv"
     )
@@ -144,8 +146,8 @@ def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> N
     # Names of columns are no numbers, and do not come again as values.
     if any(re.match(r"[-+]?\d", column) for column in names):
         raise ConfigError(
-            f"{name}: the first line of {files} ({shown}) looks like a row, not like a header: name "
-            f"its columns by config.data.{name}.names=('user_id', 'item_id', ...). `{inspect}` "
+            f"{name}: the first line of {files} ({shown}) looks like a row, not like a header: "
+            f"name its columns by config.data.{name}.names=('user_id', 'item_id', ...). `{inspect}` "
             "writes a configuration."
         )
 
