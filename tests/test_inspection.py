@@ -133,7 +133,7 @@ def test_a_file_gives_a_configuration_that_reads_it_at_the_first_try(tmp_path, f
     [
         (utf_16, {"encoding": "utf-16"}),
         (latin_1, {"encoding": "latin-1"}),
-        (titled, {"delimiter": ";", "skip_lines": 2}),
+        (titled, {"delimiter": ";", "skip_lines": 2, "decimal": ","}),
     ],
 )
 def test_encodings_and_titles_are_found(tmp_path, form, options):
@@ -184,6 +184,13 @@ def test_all_that_is_wrong_is_told_at_once_and_what_was_taken(tmp_path):
     assert config.data.interactions.bad_rows == "skip"
     # The row without a time is left out by a condition.
     assert config.data.where == (("timestamp", "!=", None),)
+
+
+def test_decimal_commas_are_found(tmp_path):
+    path = write(tmp_path, decimal_commas)
+    assert find_form(str(path), TableConfig(), "interactions").config.decimal == ","
+    path.write_text(path.read_text().replace(",", "."))
+    assert find_form(str(path), TableConfig(), "interactions").config.decimal == "."
 
 
 def test_columns_and_tables_that_are_named_are_taken(tmp_path):

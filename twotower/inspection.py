@@ -33,7 +33,16 @@ _ROWS = 3  # rows that are shown
 _COLUMNS = 8  # columns of these
 _WIDTH = 24  # letters of a cell
 # Options of files of text, which are found with the form of the file.
-_OF_FORM = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
+_OF_FORM = (
+    "names",
+    "delimiter",
+    "quoting",
+    "comment",
+    "skip_lines",
+    "bad_rows",
+    "encoding",
+    "decimal",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,14 +57,15 @@ class Origin:
         describe_row: Function from the number of a row, from 0, to its name in the source.
         is_typed: Whether the columns have types already, as in Parquet; if not, they are text.
         is_ordered: Whether the order of the rows is always the same.
-        missing_words: Words that were taken for missing values: column -> word -> its number.
+        missing_words: Function from a column of the source to the words in it that were taken for
+            missing values, each with its number.
     """
 
     name: str
     describe_row: Callable[[int], str]
     is_typed: bool
     is_ordered: bool = True
-    missing_words: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    missing_words: Callable[[str], Mapping[str, int]] = lambda column: {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +297,7 @@ class RawTable:
             raise self.refusal(error, ", ".join(sorted(fields))) from None
         rows = _rename(rows, self.config, self.name, self.keys, self.origin)
         for key in self.keys:
-            words = self.origin.missing_words.get(self.config.columns.get(key, key), {})
+            words = self.origin.missing_words(self.config.columns.get(key, key))
             _say_words(words, key, self.name)
         return dataclasses.replace(self, rows=rows)
 

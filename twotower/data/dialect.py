@@ -190,6 +190,9 @@ def _table_form(rows: Rows, config: TableConfig, delimiter: str) -> FileForm:
     written = "whitespace" if delimiter == delimited.WHITESPACE else delimiter
     config = dataclasses.replace(config, delimiter=written)
     words = f"fields between {_words_of(delimiter)}"
+    if delimiter != "," and _has_decimal_commas(rows):
+        config = dataclasses.replace(config, decimal=",")
+        words += ", numbers with a decimal comma"
     if _is_matrix(rows):
         return FileForm("matrix", config, f"users by items, {words}")
     if has_header(rows):
@@ -198,6 +201,19 @@ def _table_form(rows: Rows, config: TableConfig, delimiter: str) -> FileForm:
     names = tuple(f"column_{i + 1}" for i in range(width))
     config = dataclasses.replace(config, names=names)
     return FileForm("csv", config, f"{words}, without a header")
+
+
+def _has_decimal_commas(rows: Rows) -> bool:
+    """Returns whether a column is numbers such as 12,5 and none is numbers such as 12.5."""
+    columns = list(zip(*(row for row in rows[1:] if len(row) == len(rows[0]))))
+    has_commas = any(_are_decimals(column, ",") for column in columns)
+    return has_commas and not any(_are_decimals(column, ".") for column in columns)
+
+
+def _are_decimals(values: Sequence[str], mark: str) -> bool:
+    number = rf"\s*(-?\d+({re.escape(mark)}\d+)?)?\s*"
+    has_mark = any(mark in value for value in values)
+    return has_mark and all(re.fullmatch(number, value) for value in values)
 
 
 def has_header(rows: Rows) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class Rows:
     def columns(self) -> list[pa.ChunkedArray | None]:
         """Returns the columns of the file; None for one that the table leaves out."""
         return [self.table[name] if name else None for name in self.header]
+
+    def missing_words(self, column: str) -> dict[str, int]:
+        """Returns the words of a column that were read as missing: word -> its number."""
+        if not self.table[column].null_count:
+            return {}
+        return _Reading(self.content, self.form, "").missing_words(column)
 
     def line(self, row: int) -> int:
         """Returns the line, counted from 1, on which a row begins, counted from 0."""
@@ -255,7 +261,27 @@ class _Reading:
         options = self._options(use_threads=False, names=_arrow_names(header))
         options["read_options"].skip_rows = 0
         options["read_options"].encoding = "utf8"
-        return csv.read_csv(io.BytesIO(data), convert_options=_as_text(header), **options)
+        return csv.read_csv(io.BytesIO(data), convert_options=self._as_text(header), **options)
+
+    def missing_words(self, column: str) -> dict[str, int]:
+        """Returns the words of a column that were read as missing: word -> its number.
+
+        The column is read again: Arrow does not count what it takes for missing.
+        """
+        header = self.header()
+        names = _arrow_names(header) if self._form.names else None
+        options = self._options(use_threads=False, names=names)
+        options["parse_options"].invalid_row_handler = lambda row: "skip"
+        options["read_options"].block_size = _LONGEST_BLOCK
+        only = [name for name in header if name.strip() == column]
+        (values,) = csv.read_csv(self._input(), convert_options=_as_text(only, ()), **options)
+        is_word = pc.is_in(values, value_set=pa.array(self._form.missing, pa.string()))
+        counts = pc.value_counts(values.filter(is_word)).to_pylist()
+        # An empty field is no word.
+        return {count["values"]: count["counts"] for count in counts if count["values"]}
+
+    def _as_text(self, header: list[str]) -> csv.ConvertOptions:
+        return _as_text(header, self._form.missing)
 
     def _read(
         self, header: list[str], bad: list[csv.InvalidRow] | None, block_size: int | None = None
@@ -273,7 +299,7 @@ class _Reading:
                 return "skip"
 
             options["parse_options"].invalid_row_handler = keep
-        table = csv.read_csv(self._input(), convert_options=_as_text(header), **options)
+        table = csv.read_csv(self._input(), convert_options=self._as_text(header), **options)
         # After reading: Arrow looks columns up by the names in the file, spaces included.
         return table.rename_columns([column.strip() for column in header if column.strip()])
 
@@ -311,13 +337,16 @@ def _arrow_names(header: list[str]) -> list[str]:
     return [name or f"\0{i}" for i, name in enumerate(header)]
 
 
-def _as_text(header: list[str]) -> csv.ConvertOptions:
+def _as_text(header: Sequence[str], missing: Sequence[str]) -> csv.ConvertOptions:
+    """Returns the options to read columns as text, with null for some words."""
     # A column without a name is the index that pandas writes, or follows a trailing delimiter.
     named = [column for column in header if column.strip()]
     # Text even for columns of digits: leading zeros of ids would be lost.
     return csv.ConvertOptions(
         column_types=dict.fromkeys(named, pa.string()),
         include_columns=named,
+        strings_can_be_null=bool(missing),
+        null_values=list(missing),
     )
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,35 +95,12 @@ def read_raw(
     table = _concat(parts, name, needed)
     if keys and not needed <= set(table.column_names):
         _refuse_other_forms(table, files.name, name, str(paths[0][0]))
-    origin = Origin(
-        name=files.name, describe_row=files.describe_row, is_typed=parts[0].kind != "csv"
+    return table, Origin(
+        name=files.name,
+        describe_row=files.describe_row,
+        is_typed=parts[0].kind != "csv",
+        missing_words=files.missing_words,
     )
-    if origin.is_typed:
-        return table, origin
-    table, words = _without_missing(table, config.missing)
-    return table, dataclasses.replace(origin, missing_words=words)
-
-
-def _without_missing(
-    table: pa.Table, missing: Sequence[str]
-) -> tuple[pa.Table, dict[str, dict[str, int]]]:
-    """Returns a table of text with null for the words that stand for a missing value.
-
-    Returns:
-        The table, and the words that were met: column -> word -> its number.
-    """
-    words = pa.array(missing, pa.string())
-    met: dict[str, dict[str, int]] = {}
-    for position, name in enumerate(table.column_names):
-        values = table[name]
-        is_word = pc.is_in(values, value_set=words)
-        if not pc.any(is_word).as_py():
-            continue
-        counts = pc.value_counts(values.filter(is_word)).to_pylist()
-        met[name] = {count["values"]: count["counts"] for count in counts if count["values"]}
-        values = pc.if_else(is_word, None, values)
-        table = table.set_column(position, name, values)
-    return table, met
 
 
 def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> None:
@@ -147,8 +125,8 @@ def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> N
     if any(re.match(r"[-+]?\d", column) for column in names):
         raise ConfigError(
             f"{name}: the first line of {files} ({shown}) looks like a row, not like a header: "
-            f"name its columns by config.data.{name}.names=('user_id', 'item_id', ...). `{inspect}` "
-            "writes a configuration."
+            f"name its columns by config.data.{name}.names=('user_id', 'item_id', ...). "
+            f"`{inspect}` writes a configuration."
         )
 
 
@@ -220,12 +198,14 @@ class Part:
         kind: Kind of its content.
         table: Its rows.
         place: Function from the number of a row, from 0, to its place in the file.
+        rows: Rows of a file of text, which know more of it; None of other kinds.
     """
 
     path: Path
     kind: Kind
     table: pa.Table
     place: Callable[[int], str]
+    rows: delimited.Rows | None = None
 
 
 def _find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tuple[Path, str]]:
@@ -297,6 +277,14 @@ class _Files:
         if others:
             self.name = f"{self.name} (and {others} more)"
 
+    def missing_words(self, column: str) -> dict[str, int]:
+        """Returns the words of a column of text that stand for missing: word -> its number."""
+        words: Counter[str] = Counter()
+        for part in self._parts:
+            if part.rows is not None and column in part.rows.table.column_names:
+                words.update(part.rows.missing_words(column))
+        return dict(words)
+
     def describe_row(self, row: int) -> str:
         """Returns the file and the place in it of a row counted from 0."""
         # "right": a row at the end of one file is the first of the next.
@@ -354,7 +342,7 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
     try:
         if found.kind == "csv":
             rows = delimited.read(found, config, name)
-            return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}")
+            return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
         _refuse_options_of_text(found, config, name)
         if found.kind == "json":
             table, place = json_files.read(found, config, name)

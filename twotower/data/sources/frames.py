@@ -16,7 +16,7 @@ from twotower.data.dialect import FileForm, find_form
 from twotower.data.sources import files, lists
 
 # Sources whose files are no tables of rows.
-LOGS: dict[str, Callable[[TableConfig, str], pa.Table]] = {
+LOGS: dict[str, Callable[[TableConfig, str], tuple[pa.Table, Origin]]] = {
     "user_lists": lists.read_user_lists,
     "baskets": lists.read_baskets,
     "matrix": lists.read_matrix,
@@ -63,10 +63,9 @@ def read_form(form: FileForm, name: str) -> tuple[pa.Table, Origin]:
     """Reads a file, or several, as its form says: rows as they are, under their own names."""
     # Which column is which is found later.
     config = dataclasses.replace(form.config, columns={})
-    if form.source not in LOGS:
-        return files.read_raw(config, name, "csv")
-    table = LOGS[form.source](config, name)
-    return table, Origin(config.path, lambda row: f"{config.path}, pair {row + 1}", is_typed=True)
+    if form.source in LOGS:
+        return LOGS[form.source](config, name)
+    return files.read_raw(config, name, "csv")
 
 
 def _from_frame(source: object, name: str) -> pa.Table:
