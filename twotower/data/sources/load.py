@@ -17,6 +17,7 @@ import pyarrow as pa
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
+from twotower.core.ids import IdForm
 from twotower.core.kinds import Kinds
 from twotower.data.contract import (
     KEYS,
@@ -196,8 +197,11 @@ def _assemble(
     else:
         dataset = _with_items_of_log(interactions, num_rows, users, items)
     warnings = list(dataset.warnings)
-    warnings += near_equal_ids(dataset.users["user_id"], "user")
-    warnings += near_equal_ids(dataset.items["item_id"], "item")
+    # Whole numbers without leading zeros differ as numbers do.
+    if contract.user_id is IdForm.TEXT:
+        warnings += near_equal_ids(dataset.users["user_id"], "user")
+    if contract.item_id is IdForm.TEXT:
+        warnings += near_equal_ids(dataset.items["item_id"], "item")
     return dataclasses.replace(dataset, contract=contract, warnings=tuple(warnings))
 
 
