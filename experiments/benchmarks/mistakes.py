@@ -291,7 +291,7 @@ def accumulation_is_accepted_for_every_loss(right):
     return lambda config: None
 
 
-@mistake(18, "twotower.retrieval.weights:model_version")
+@mistake(18, "twotower.retrieval.tower_programs:model_version")
 def weights_have_no_version(right):
     return lambda weights: "1"
 

@@ -35,8 +35,8 @@ from twotower.retrieval.export import (
 )
 from twotower.retrieval.rerank import RERANKERS
 from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.tower_programs import load_weights, model_version, save_weights
 from twotower.retrieval.user_items import items_of_users, latest_rows
-from twotower.retrieval.weights import load_weights, model_version, save_weights
 from twotower.towers.two_tower import Weights
 
 pytestmark = pytest.mark.slow

@@ -33,7 +33,7 @@ from twotower.core.progress import progress
 from twotower.core.tables import format_table
 from twotower.index.base import check_vectors
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.weights import model_version
+from twotower.retrieval.tower_programs import model_version
 
 TABLES = {"user": "user_embeddings", "item": "item_embeddings"}
 SCHEMA = pa.schema(

@@ -32,8 +32,8 @@ from twotower.retrieval.embed import embed_rows, shard_weights
 from twotower.retrieval.export import known_users
 from twotower.retrieval.rerank import RerankLike, as_config
 from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.tower_programs import embedding_weights, model_version
 from twotower.retrieval.users import UserRows
-from twotower.retrieval.weights import embedding_weights, model_version
 from twotower.training.run import Run
 
 PART_ROWS = 65_536  # rows of a file, at most as many are computed again after a kill

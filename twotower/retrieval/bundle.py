@@ -68,8 +68,13 @@ from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
 from twotower.plugins import make_record, note_origins, read_record, write_record
-from twotower.retrieval.tower_programs import TowerPrograms
-from twotower.retrieval.weights import WeightArrays, load_weights, model_version, save_weights
+from twotower.retrieval.tower_programs import (
+    TowerPrograms,
+    WeightArrays,
+    load_weights,
+    model_version,
+    save_weights,
+)
 
 FORMAT = "twotower-bundle"
 VERSION = 2

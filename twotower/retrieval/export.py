@@ -33,10 +33,9 @@ from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.live.carry import publish_with_changes
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.tower_programs import TowerPrograms, export_tower
+from twotower.retrieval.tower_programs import TowerPrograms, embedding_weights, export_tower
 from twotower.retrieval.user_items import items_of_users, latest_rows, rows_of_items
 from twotower.retrieval.users import UserRows
-from twotower.retrieval.weights import embedding_weights
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.run import Run
 

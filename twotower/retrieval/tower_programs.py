@@ -1,13 +1,18 @@
-"""The towers as StableHLO programs, which embed users and items without the model's code or Flax.
+"""The towers as StableHLO programs, which embed users and items without the model's code or Flax,
+and their weights as files.
 
 A program is exported for CPU, CUDA and TPU at once, with the batch size left open. The weights are
-its arguments, so that a program is a few kilobytes and the weights are kept once.
+its arguments, so that a program is a few kilobytes and the weights are kept once: one .npz of dense
+parameters, one .npy a table, and no pickle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import quote, unquote
 
 import jax
 import jax.export
@@ -16,11 +21,16 @@ import numpy as np
 from twotower.core.arrays import next_power_of_two, pad_rows
 from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
-from twotower.retrieval.weights import WeightArrays
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = 4_096  # rows embedded at once; the batches of `twotower.retrieval.embed` are as long
 
+# The fields of `twotower.towers.two_tower.Weights` as a mapping, {"params", "tables",
+# "batch_stats"}: the class itself cannot be imported without Flax, which servers need not have.
+WeightArrays = Mapping[str, Mapping[str, Any]]
+# Dense parameters that `embedding_weights` keeps. Heads and the bias of a loss are read by training
+# alone.
+EMBEDDING_PARAMS = ("user", "item", "log_temperature")
 # (arrays of the weights, encoded features [B, ...]) -> vectors [B, D]
 Embed = Callable[[Any, Any], jax.Array]
 
@@ -101,5 +111,94 @@ class TowerPrograms:
         return vectors
 
 
+@runtime_checkable
+class Weights(Protocol):
+    """The part of `twotower.towers.two_tower.Weights` that this module reads."""
+
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def embedding_weights(weights: Weights) -> WeightArrays:
+    """Returns the weights without those that only training reads.
+
+    Two models that embed alike then have one version, whatever losses they were trained by.
+    """
+    params = {name: x for name, x in weights.params.items() if name in EMBEDDING_PARAMS}
+    return weights._asdict() | {"params": params}
+
+
+def save_weights(weights: WeightArrays, folder: Path) -> None:
+    """Writes params.npz and tables/NAME.npy."""
+    dense: dict[str, Any] = dict(_flat({name: weights[name] for name in ("params", "batch_stats")}))
+    np.savez(folder / "params.npz", **dense)
+    tables = folder / "tables"
+    tables.mkdir()
+    for name, table in weights["tables"].items():
+        # Quoted: the name of a feature may hold a slash.
+        path = tables / f"{quote(name, safe='')}.npy"
+        np.save(path, np.asarray(table), allow_pickle=False)
+
+
+def load_weights(folder: Path) -> WeightArrays:
+    """Reads the weights that `save_weights` wrote, as NumPy arrays."""
+    path = folder / "params.npz"
+    with zipfile.ZipFile(path) as archive:
+        # We compress nothing: a file that names more than it holds was made to fill the memory.
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise BundleError(f"{path} is not as it was written. Export again.")
+    with np.load(path, allow_pickle=False) as file:
+        dense = _nested({name: file[name] for name in file.files})
+    paths = sorted((folder / "tables").glob("*.npy"))
+    tables = {unquote(path.stem): np.load(path, allow_pickle=False) for path in paths}
+    return {
+        "params": dense.get("params", {}),
+        "tables": tables,
+        "batch_stats": dense.get("batch_stats", {}),
+    }
+
+
+def model_version(weights: WeightArrays) -> str:
+    """Returns a hash of every weight, its name, type and shape."""
+    digest = hashlib.sha256()
+    # Sorted: a version must not depend on the order in which a mapping was filled.
+    for name, array in sorted(_flat(weights)):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        # A memoryview without elements cannot be cast.
+        if array.size:
+            digest.update(np.ascontiguousarray(array).data.cast("B"))
+    return digest.hexdigest()
+
+
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(array), np.asarray(array).dtype)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the arrays of nested mappings by their paths, such as "params/user/dense/kernel"."""
+    for name, value in tree.items():
+        path = prefix + quote(name, safe="")
+        if not isinstance(value, Mapping):
+            yield path, np.asarray(value)
+        elif value:
+            yield from _flat(value, f"{path}/")
+        else:
+            # A tower without parameters is an empty mapping, which a file of arrays holds as a path
+            # that ends in "/".
+            yield f"{path}/", np.zeros(0)
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the nested mappings that `_flat` took apart."""
+    tree: dict[str, Any] = {}
+    for path, array in flat.items():
+        *parents, name = (unquote(part) for part in path.split("/"))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        # A path without a last name only made the empty mapping: see `_flat`.
+        if name:
+            node[name] = array
+    return tree
