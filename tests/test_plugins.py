@@ -11,7 +11,7 @@ from twotower import plugins
 from twotower.config import Config
 from twotower.core import kinds
 from twotower.core.errors import ConfigError
-from twotower.core.kinds import Kinds
+from twotower.core.kinds import Kinds, write_record
 from twotower.training.run import holds_run
 
 SOURCE = """
@@ -54,7 +54,7 @@ def write(path, name="doll"):
 def save(run, names):
     run.mkdir(exist_ok=True)
     plugins.import_plugins(names, run)
-    plugins.write_record(run, plugins.make_record(names))
+    write_record(run, plugins.make_record(names))
 
 
 def test_a_file_and_a_module_of_the_working_folder_are_imported(folder, toys):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,8 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from twotower.core.errors import ConfigError
-from twotower.core.files import atomic, content_digest, digest, read_json
-from twotower.core.kinds import REGISTRIES, importing
-
-RECORD = "plugins.json"
+from twotower.core.files import content_digest, digest
+from twotower.core.kinds import REGISTRIES, importing, note_origins, read_record
 
 
 class Plugin(NamedTuple):
@@ -71,14 +68,6 @@ def import_plugins(names: Sequence[str], folder: Path) -> None:
     note_origins(record)
 
 
-def note_origins(record: Mapping[str, Any]) -> None:
-    """Remembers which module had each kind of a record, for messages on those that are missing."""
-    for group in REGISTRIES:
-        for name, origin in record["kinds"].get(group.noun, {}).items():
-            if name not in group:
-                group.lost[name] = origin
-
-
 def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:
     """Returns the plugins of a run, and all kinds that are not the library's.
 
@@ -97,28 +86,6 @@ def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:
         if group.origins:
             kinds[group.noun] = dict(group.origins)
     return {"plugins": plugins, "kinds": kinds}
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record into the folder of a run or a bundle; nothing where it is empty."""
-    # Not a file more in runs that have no parts of their own.
-    if not any(record.values()):
-        return
-    with atomic(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Returns the record of a folder: "plugins" and "kinds", empty where there is none.
-
-    Raises:
-        FolderError: It is damaged.
-    """
-    record: dict[str, Any] = {"plugins": {}, "kinds": {}}
-    path = folder / RECORD
-    if path.exists():
-        record |= read_json(path)
-    return record
 
 
 def warn_of_kinds_outside_plugins(values: Any, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from twotower.config import RerankConfig, from_dict
 from twotower.core import files
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import LOCK, current_version
-from twotower.core.kinds import importing
+from twotower.core.kinds import importing, read_record
 from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
@@ -480,5 +480,5 @@ def test_a_bundle_of_own_parts_answers_without_their_module(run, tmp_path, monke
     retriever.compact()
     with pytest.raises(ConfigError, match=f"'of_a_test' was registered by '{name}'"):
         Retriever.load(folder).recommend(user, k=3)
-    kinds = plugins.read_record(current_version(folder))["kinds"]
+    kinds = read_record(current_version(folder))["kinds"]
     assert kinds["loss"] == {"of_a_test": name}

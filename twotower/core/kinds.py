@@ -9,15 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
 import sys
 from collections import UserDict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from twotower.core.errors import ConfigError, choose
 from twotower.core.fields import build
+from twotower.core.files import atomic, read_json
 
 T = TypeVar("T")
+
+RECORD = "plugins.json"  # file of a run or a bundle: its plugins, and the kinds that they had
 
 # All registries of this process, so that it can be said what a module has registered.
 REGISTRIES: list[Kinds[Any]] = []
@@ -192,6 +197,36 @@ def importing(plugin: str) -> Iterator[None]:
         yield
     finally:
         _importing.pop()
+
+
+def note_origins(record: Mapping[str, Any]) -> None:
+    """Remembers which module had each kind of a record, for messages on those that are missing."""
+    for group in REGISTRIES:
+        for name, origin in record["kinds"].get(group.noun, {}).items():
+            if name not in group:
+                group.lost[name] = origin
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record into the folder of a run or a bundle; nothing where it is empty."""
+    # Not a file more in runs that have no parts of their own.
+    if not any(record.values()):
+        return
+    with atomic(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the record of a folder: "plugins" and "kinds", empty where there is none.
+
+    Raises:
+        FolderError: It is damaged.
+    """
+    record: dict[str, Any] = {"plugins": {}, "kinds": {}}
+    path = folder / RECORD
+    if path.exists():
+        record |= read_json(path)
+    return record
 
 
 def _origin_of(kind: Any) -> str:

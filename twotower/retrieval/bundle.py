@@ -59,6 +59,7 @@ from twotower.core.files import (
     read_json,
 )
 from twotower.core.install import command
+from twotower.core.kinds import note_origins, read_record, write_record
 from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES
@@ -67,7 +68,6 @@ from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.int8 import Int8Vectors, Vectors
 from twotower.index.popularity import append_coordinate, popularity_coordinate
-from twotower.plugins import make_record, note_origins, read_record, write_record
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,
@@ -108,6 +108,7 @@ class Bundle:
             neither, and of a bundle of an earlier version.
         index: Index over `vectors`, with one more coordinate if `config.retrieval.popularity` is
             set.
+        kinds: Plugins of the run and the kinds that they had; see `twotower.plugins.make_record`.
         manifest: Content of manifest.json; {} before it is written.
         folder: Folder that it was loaded from; None of a bundle in memory.
         version: Folder of its files, inside `folder` or `folder` itself.
@@ -124,6 +125,7 @@ class Bundle:
     seen: Ragged
     index: Index
     seen_events: pa.Table | None = None
+    kinds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     version: Path | None = None
@@ -153,12 +155,7 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     """
     # The manifest comes last: a folder without one is no bundle, whatever else lies there.
     (folder / "config.json").write_text(bundle.config.to_json(), encoding="utf-8")
-    if bundle.version is None:
-        record = make_record(bundle.config.plugins, files=False)
-    else:
-        # Another version of a bundle, by a process that need not have the plugins.
-        record = read_record(bundle.version)
-    write_record(folder, record)
+    write_record(folder, bundle.kinds)
     bundle.encoder.save(folder / "encoder")
     save_weights(bundle.towers.weights, folder)
     for side in SIDES:
@@ -233,7 +230,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
         # Nothing is imported; a feature of a kind that is not here is told with the module that had
         # it.
-        note_origins(read_record(files))
+        kinds = read_record(files)
+        note_origins(kinds)
         counts = _map_array(files, "item_counts")
         vectors = _stored_vectors(files, config.retrieval.vectors)
         user_vectors = _map_array(files, "user_vectors")
@@ -250,6 +248,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
             seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
             index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
             seen_events=_map_events(files),
+            kinds=kinds,
             manifest=manifest,
             folder=home,
             version=files,

@@ -29,6 +29,7 @@ from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.recall import list_ndcg, list_recall
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
+from twotower.plugins import make_record
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.live.carry import publish_with_changes
@@ -127,6 +128,7 @@ def make_bundle(run: Run) -> Bundle:
         index=index_items(run.config, vectors, counts, user_vectors),
         seen=seen,
         seen_events=events_of_items(prepared, positives, rows_of_items(positives, seen)),
+        kinds=make_record(run.config.plugins, files=False),
     )
 
 

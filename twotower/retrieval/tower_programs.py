@@ -9,6 +9,7 @@ parameters, one .npy a table, and no pickle.
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ import jax.export
 import numpy as np
 
 from twotower.core.arrays import next_power_of_two, pad_rows
+from twotower.core.errors import BundleError
 from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
 

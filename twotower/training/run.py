@@ -19,6 +19,7 @@ from twotower.core.errors import CheckpointError, ConfigError, FolderError
 from twotower.core.fields import differences
 from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk, read_json
 from twotower.core.install import command
+from twotower.core.kinds import write_record
 from twotower.core.mesh import make_mesh
 from twotower.data.dataset import Dataset
 from twotower.data.report import DataReport, log_report
@@ -29,7 +30,6 @@ from twotower.plugins import (
     import_plugins,
     make_record,
     warn_of_kinds_outside_plugins,
-    write_record,
 )
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
