@@ -111,7 +111,7 @@ def test_halves_of_different_lengths_and_widths_are_refused(exported_files, tmp_
     for n, (name, change, message) in enumerate(
         (
             ("item_counts", lambda x: x[:-1], "item_counts.npy differ in length"),
-            ("user_vectors", lambda x: x[:-1], "user_vectors.npy and seen_"),
+            ("user_vectors", lambda x: x[:-1], "users.parquet differs in length from its vectors"),
             ("user_vectors", lambda x: x[:, :-1], "differ in width"),
         )
     ):
