@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
@@ -204,8 +203,7 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     """
     bundle = retriever.bundle
     index = bundle.index
-    sample = bundle.users.take(pa.array(evenly_spaced(users, INDEX_QUERIES)))
-    queries = retriever.encode_users(sample)
+    queries = np.asarray(bundle.user_vectors[evenly_spaced(users, INDEX_QUERIES)])
     k = min(INDEX_K, len(bundle.vectors))
     # Of the stored vectors: rounding them is no error of the index.
     _, truth = ExactIndex(bundle.vectors).search(queries, k)
