@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.times import EARLIEST, in_range
 from twotower.data import guess
 from twotower.data.audit import audit, drop_repeats
-from twotower.data.contract import apply_contract
+from twotower.data.contract import Contract, apply_contract
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
@@ -84,6 +84,20 @@ class Columns:
     user: str = ""
     item: str = ""
     time: str | None = None
+
+    def or_ours(self, names: Sequence[str]) -> Columns:
+        """Returns these columns, and of those that are not named the ones under our own names.
+
+        A few further rows of a log show too little to be guessed by.
+
+        Args:
+            names: Columns of the table.
+        """
+        ours = [name if name in names else "" for name in ("user_id", "item_id", "timestamp")]
+        user, item, time = ours
+        if self.time is not None:
+            time = self.time
+        return Columns(self.user or user, self.item or item, time or self.time)
 
 
 def read_log(
@@ -188,6 +202,7 @@ def read_tables(
     columns: Columns,
     data: DataConfig,
     said: list[str],
+    contract: Contract | None = None,
 ) -> Tables:
     """Reads tables of any kind and finds their columns.
 
@@ -198,16 +213,21 @@ def read_tables(
         columns: Columns that the caller names.
         data: Options of the data.
         said: Lines that tell what was taken, to which those of these tables are added.
+        contract: Contract of the log that these are further rows of; None for a log of their own.
 
     Raises:
         ConfigError: A table or column cannot be used.
     """
     now = clock.time()
     raw, origin = read_table(interactions, data.interactions, "interactions")
+    if contract is not None:
+        columns = columns.or_ours(raw.column_names)
     found = _find_columns(raw, columns, data.interactions, now)
     said.append(f"interactions: {len(raw):,} rows; {_describe_columns(found)}.")
     configs = {"interactions": _table_config(found, data.interactions)}
-    log, contract = apply_contract(raw, configs["interactions"], "interactions", origin=origin)
+    log, contract = apply_contract(
+        raw, configs["interactions"], "interactions", origin=origin, contract=contract
+    )
     where = _where_usable(log, found, now)
     log = _drop_unusable(log, found, now, said)
     if "weight" in log.column_names:

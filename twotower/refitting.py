@@ -19,8 +19,10 @@ from twotower.core.errors import ConfigError
 from twotower.core.files import atomic, read_json
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.sources.frames import TableLike
+from twotower.data.sources.load import with_uses
 from twotower.features.encoder import Encoder
 from twotower.fitting import Columns, read_tables
+from twotower.pipeline.labels import label_uses
 from twotower.pipeline.prepare import PreparedData, join_parts
 from twotower.training.grow import GROWN, grow
 from twotower.training.loop import open_checkpoints
@@ -184,33 +186,45 @@ def read_further_rows(
         ConfigError: A table or column cannot be used, or has other types than the run's.
     """
     said: list[str] = []
-    data = prepared.config.data
+    config = prepared.config
+    encoder = prepared.encoder
     read = read_tables(
-        interactions, items=items, users=users, columns=columns, data=data, said=said
+        interactions,
+        items=items,
+        users=users,
+        columns=columns,
+        data=config.data,
+        said=said,
+        contract=encoder.contract,
     )
     known = join_parts(prepared)
     log = read.typed["interactions"]
     # A log without times has none for its further rows.
     for name in ("timestamp", "split"):
-        has_column = name in known.interactions.column_names
-        if name in log.column_names and not has_column:
+        if name in log.column_names and name not in known.interactions.column_names:
             log = log.drop_columns([name])
     if "split" in known.interactions.column_names and "split" not in log.column_names:
         log = log.append_column("split", pa.repeat("train", len(log)))
+    new = assemble(log, read.typed.get("user_table"), read.typed.get("item_table"))
+    # Read as what they are used for: the rows of the run are so already.
+    uses = encoder.spec.uses() | {"log": label_uses(config.objective)}
+    new = with_uses(dataclasses.replace(new, contract=encoder.contract), uses)
     joined = assemble(
-        _stack(known.interactions, log, "interactions"),
-        # Of one id the first row counts: new rows say what is so now.
-        _stack(read.typed.get("user_table"), known.users, "users"),
-        _stack(read.typed.get("item_table"), known.items, "items"),
+        _stack(known.interactions, new.interactions, "interactions"),
+        # Of one id the first value counts: new tables say what is so now.
+        _stack(new.users, known.users, "users"),
+        _stack(new.items, known.items, "items"),
     )
-    has_catalogue = known.has_catalogue or items is not None
-    return dataclasses.replace(joined, has_catalogue=has_catalogue), said
+    joined = dataclasses.replace(
+        joined,
+        has_catalogue=known.has_catalogue or items is not None,
+        contract=new.contract,
+    )
+    return joined, said
 
 
-def _stack(first: pa.Table | None, second: pa.Table, name: str) -> pa.Table:
+def _stack(first: pa.Table, second: pa.Table, name: str) -> pa.Table:
     """Returns the rows of two tables; what one of them lacks is null in its rows."""
-    if first is None:
-        return second
     try:
         return pa.concat_tables([first, second], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

@@ -364,7 +364,11 @@ def join_parts(prepared: PreparedData) -> Dataset:
         truth = None
     # The tables are complete by now: what they had of their own was told when they were read.
     return dataclasses.replace(
-        dataset, has_catalogue=prepared.has_catalogue, truth=truth, matches=()
+        dataset,
+        has_catalogue=prepared.has_catalogue,
+        truth=truth,
+        matches=(),
+        contract=prepared.encoder.contract,
     )
 
 
