@@ -117,3 +117,12 @@ def test_a_file_without_a_header_is_named_in_one_message(tmp_path):
     message = r"\(u1, i1, 5\) looks like a row, not like a header.*names=.* inspect .*log\.tsv"
     with pytest.raises(ConfigError, match=message):
         read_rows(path, columns=columns)
+
+
+def test_all_columns_that_a_file_lacks_are_named_at_once(tmp_path):
+    path = write(tmp_path / "log.csv", "userId,product,when\n1,2,3\n")
+    columns = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
+    with pytest.raises(ConfigError) as error:
+        read_rows(path, columns=columns)
+    for words in ("no columns 'user_id', 'item_id', 'timestamp'", "'user_id': 'userId'", "inspect"):
+        assert words in str(error.value)

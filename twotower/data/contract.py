@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from twotower.config import TableConfig
 from twotower.core.arrow import BadValue, pc, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm, written_forms
+from twotower.core.install import command
 from twotower.core.times import (
     DAY,
     EARLIEST,
@@ -37,6 +39,7 @@ from twotower.data.numbers import NumberForm
 KEYS = ("user_id", "item_id")
 # Columns of the log that are codes; ids have forms of their own.
 CODES = ("event", "split")
+_MOST_NAMES = 30  # names of columns that a message lists
 # Delimiters that a file may have where its rows were read as one column.
 SEPARATORS = r"[;\t|,]"
 # Years between which the times of most features lie: films and births, releases to come.
@@ -723,14 +726,9 @@ def _rename(
     known = table.column_names
     # A key that is not mapped must be there under our own name.
     needed = {key: key for key in keys} | dict(config.columns)
-    for ours, theirs in needed.items():
-        if theirs not in known:
-            similar = similar_name_hint(theirs, known)
-            cure = _missing_column_cure(ours, theirs, known, config, name, is_key=ours in keys)
-            raise ConfigError(
-                f"{name}: {origin.name} has no column {theirs!r}{similar}; {cure}. "
-                f"It has: {', '.join(known)}."
-            )
+    missing = {ours: theirs for ours, theirs in needed.items() if theirs not in known}
+    if missing:
+        raise ConfigError(_missing_columns(missing, known, config, name, keys, origin))
     # One source column may have two of our names, such as user_id and a feature.
     mapped = {ours: table[theirs] for ours, theirs in config.columns.items()}
     renamed = set(config.columns.values())
@@ -741,6 +739,35 @@ def _rename(
     merged = mapped | others
     # Keys first, for readers of a printed table.
     return pa.table({key: merged[key] for key in keys} | merged)
+
+
+def _missing_columns(
+    missing: Mapping[str, str],
+    known: list[str],
+    config: TableConfig,
+    name: str,
+    keys: tuple[str, ...],
+    origin: Origin,
+) -> str:
+    """Returns the refusal of a table that lacks columns: our name -> name in the file."""
+    ours, theirs = next(iter(missing.items()))
+    if len(missing) == 1:
+        words = f"column {theirs!r}{similar_name_hint(theirs, known)}"
+        cure = _missing_column_cure(ours, theirs, known, config, name, is_key=ours in keys)
+    else:
+        words = f"columns {', '.join(map(repr, missing.values()))}"
+        right = {}
+        for ours, theirs in missing.items():
+            right[ours] = _similar_name(theirs, known) or "ITS NAME IN THE FILE"
+        cure = f"say which they are by config.data.{name}.columns={ {**config.columns, **right}!r}"
+    listed = ", ".join(known[:_MOST_NAMES])
+    if len(known) > _MOST_NAMES:
+        listed += f" and {len(known) - _MOST_NAMES:,} more"
+    message = f"{name}: {origin.name} has no {words}; {cure}. It has: {listed}."
+    # A file is one: tables of BigQuery and frames are not looked at by a command.
+    if name == "interactions" and os.path.exists(config.path):
+        message += f" `{command('inspect', config.path)}` writes a configuration that fits."
+    return message
 
 
 def _missing_column_cure(
