@@ -62,15 +62,17 @@ def test_equals_the_naive_loss_with_everything_on(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "change", ["another temperature of the positive", "users not masked", "no hard negatives"]
+    "change", ["another temperature", "a bias", "users not masked", "no hard negatives"]
 )
 def test_the_value_alone_equals_the_naive_one(change):
     """By one kernel with one product, which forms no gradient."""
     inputs = INPUTS
     options = SOFTMAX
     match change:
-        case "another temperature of the positive":
+        case "another temperature":
             options = options_of("bsl")
+        case "a bias":
+            options = options._replace(loss=options.loss._replace(biased=True))
         case "users not masked":
             options = options._replace(mask_same_user=False)
         case "no hard negatives":
@@ -89,6 +91,24 @@ def test_no_exponential_overflows_or_vanishes(scale):
     inputs = INPUTS._replace(scale=jnp.float32(scale))
     naive = value_and_gradients(naive_softmax, inputs, SOFTMAX)
     _assert_close(value_and_gradients(in_tiles, inputs, SOFTMAX), naive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_log_counts_that_are_all_greater_by_one_number_change_nothing(shift):
+    """Logits are then far from 0, on one side of it."""
+
+    def shifted(x):
+        return x._replace(log_expected_count=x.log_expected_count + shift)
+
+    inputs = INPUTS._replace(
+        positives=shifted(INPUTS.positives),
+        candidates=shifted(INPUTS.candidates),
+        hard=shifted(INPUTS.hard),
+    )
+    naive = value_and_gradients(naive_softmax, INPUTS, SOFTMAX)
+    # float32 counts in steps of 6e-5 there.
+    _assert_close(value_and_gradients(in_tiles, inputs, SOFTMAX), naive, 1e-3)
 
 
 @pytest.mark.slow
@@ -124,7 +144,8 @@ def test_without_negatives_nothing_is_lost_or_moved():
 
 @pytest.mark.slow
 def test_what_is_not_a_number_is_seen():
-    inputs = INPUTS._replace(queries=INPUTS.queries.at[4, 0].set(jnp.nan))
+    vectors = INPUTS.candidates.vectors.at[4, 0].set(jnp.nan)
+    inputs = INPUTS._replace(candidates=INPUTS.candidates._replace(vectors=vectors))
     assert np.isnan(value_and_gradients(in_tiles, inputs, SOFTMAX)[0])
 
 
