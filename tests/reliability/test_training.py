@@ -1,5 +1,5 @@
-"""A training that is ended at any moment ends in the same bits when the same command is given again;
-a folder has one training at a time; a growth that was ended begins again."""
+"""A training that is ended at any moment ends in the same bits when the same command is given
+again; a folder has one training at a time; a growth that was ended begins again."""
 
 import dataclasses
 import json

@@ -259,25 +259,28 @@ def _train_by_slurm(folder, workdir, flags):
     assert status == 0, said[-3000:]
 
 
-def test_two_processes_stopped_and_started_again_end_in_the_bits_of_two_that_slurm_started(
-    tmp_path,
-):
-    flags = ("--config.training.steps=4", "--config.training.validate_every=2")
+def test_two_processes_of_which_one_is_asked_to_end_both_stop_at_one_step_and_lose_no_bit(tmp_path):
+    """The whole run is that of two processes that Slurm started."""
+    flags = ("--config.training.steps=40", "--config.training.validate_every=20")
 
-    def run(kill_at=None):
-        commands = _real_commands(tmp_path / "killed", _free_port(), *flags)
+    def run(*, is_ended):
+        commands = _real_commands(tmp_path / "ended", _free_port(), *flags)
         with Group(commands, _environment(1)) as group:
-            if kill_at:
-                _wait_for(tmp_path / "killed" / "checkpoints" / str(kill_at), group)
-                return
+            if is_ended:
+                _wait_for(tmp_path / "ended" / "metrics.jsonl", group)
+                group.processes[1].send_signal(signal.SIGTERM)
             statuses, said = group.wait()
-        assert statuses == [0, 0], "\n".join(text[-3000:] for text in said)
+        expected = os.EX_TEMPFAIL if is_ended else 0
+        assert statuses == [expected] * 2, "\n".join(text[-3000:] for text in said)
+        return said
 
     (tmp_path / "slurm").mkdir()
     _train_by_slurm(tmp_path / "slurm", tmp_path / "whole", flags)
-    run(kill_at=2)
-    run()
-    assert not differences(_state(tmp_path / "killed", 4), _state(tmp_path / "whole", 4))
+    said = run(is_ended=True)
+    (saved,) = (path.name for path in (tmp_path / "ended" / "checkpoints").iterdir())
+    assert all(f"saved at step {saved}" in text for text in said)
+    run(is_ended=False)
+    assert not differences(_state(tmp_path / "ended", 40), _state(tmp_path / "whole", 40))
 
 
 def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_again(tmp_path):
