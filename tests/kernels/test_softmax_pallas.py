@@ -25,7 +25,6 @@ from twotower.kernels.streaming_softmax import streaming_softmax
 
 in_tiles = functools.partial(streaming_softmax, kernel="pallas", interpret=True)
 in_bfloat16 = functools.partial(in_tiles, dtype=jnp.bfloat16)
-blocks_in_bfloat16 = functools.partial(streaming_softmax, dtype=jnp.bfloat16)
 SOFTMAX = options_of("softmax")
 # Three tiles of rows and four of columns in two parts, the last of each filled up.
 INPUTS = inputs_of(size=37, others=17)
@@ -49,36 +48,28 @@ def _assert_close(got, expected, tolerance: float = 2e-5) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["softmax", "corrected_softmax"])
-def test_equals_the_naive_loss_with_everything_on(name):
+def test_equals_the_naive_loss_with_everything_on():
     """Value and every gradient, the temperature's included, with hits, users met twice, padding,
     log expected counts, weights and hard negatives."""
-    options = options_of(name)
-    naive = value_and_gradients(naive_softmax, INPUTS, options)
+    naive = value_and_gradients(naive_softmax, INPUTS, SOFTMAX)
     for array, gradient in naive[1].items():
         assert array == "bias" or jnp.abs(gradient).max() > 0
-    _assert_close(value_and_gradients(in_tiles, INPUTS, options), naive)
+    _assert_close(value_and_gradients(in_tiles, INPUTS, SOFTMAX), naive)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "change", ["another temperature", "a bias", "users not masked", "no hard negatives"]
-)
-def test_the_value_alone_equals_the_naive_one(change):
-    """By one kernel with one product, which forms no gradient."""
+@pytest.mark.parametrize("name", ["corrected_softmax", "bsl"])
+def test_the_value_alone_equals_the_naive_one(name):
+    """By one kernel with one product, which forms no gradient: of losses with other corrections, a
+    temperature of the positive and a bias, and without masked users and hard negatives."""
     inputs = INPUTS
-    options = SOFTMAX
-    match change:
-        case "another temperature":
-            options = options_of("bsl")
-        case "a bias":
-            options = options._replace(loss=options.loss._replace(biased=True))
-        case "users not masked":
-            options = options._replace(mask_same_user=False)
-        case "no hard negatives":
-            inputs = inputs._replace(hard=None)
-    compiled = jax.jit(in_tiles, static_argnums=1)
-    np.testing.assert_allclose(compiled(inputs, options), naive_softmax(inputs, options), rtol=1e-5)
+    options = options_of(name)
+    if name == "bsl":
+        options = options._replace(loss=options.loss._replace(biased=True), mask_same_user=False)
+        inputs = inputs._replace(hard=None)
+    compiled = [jax.jit(form, static_argnums=1) for form in (in_tiles, naive_softmax)]
+    got, naive = (program(inputs, options) for program in compiled)
+    np.testing.assert_allclose(got, naive, rtol=1e-5)
     program = str(jax.make_jaxpr(in_tiles, static_argnums=1)(inputs, options))
     assert program.count("pallas_call[") == 1
     assert program.count("dot_general[") == 1
@@ -150,15 +141,13 @@ def test_what_is_not_a_number_is_seen():
 
 
 @pytest.mark.slow
-def test_bfloat16_operands_err_as_those_of_the_blocks_do():
+def test_bfloat16_operands_are_right_to_their_eight_bits():
     naive = value_and_gradients(naive_softmax, INPUTS, SOFTMAX)[1]
-    blocks = value_and_gradients(blocks_in_bfloat16, INPUTS, SOFTMAX)[1]
-    tiles = value_and_gradients(in_bfloat16, INPUTS, SOFTMAX)[1]
+    got = value_and_gradients(in_bfloat16, INPUTS, SOFTMAX)[1]
     for array in ("queries", "items", "scale"):
-        error = float(jnp.linalg.norm(tiles[array] - naive[array]))
-        assert tiles[array].dtype == jnp.float32
-        assert 0 < error < 2e-2 * float(jnp.linalg.norm(naive[array]))
-        assert error < 1.5 * float(jnp.linalg.norm(blocks[array] - naive[array]))
+        error = float(jnp.linalg.norm(got[array] - naive[array]))
+        assert got[array].dtype == jnp.float32
+        assert 0 < error < 1e-2 * float(jnp.linalg.norm(naive[array]))
 
 
 def _sharded(inputs: LossInputs, form, *, check_vma: bool):
