@@ -93,7 +93,7 @@ def shrunk(config):
     training = config.training
     training.passes = 0.0
     training.steps = 4
-    training.validate_every = 2
+    training.validate_every = 4
     training.log_every = 2
     negatives = config.objective.negatives
     training.batch_size = 64

@@ -176,43 +176,38 @@ def _expected_rows(prepared):
     return np.stack([batches.indices(step) for step in range(STEPS)])
 
 
-def test_several_processes_are_one_run_and_each_reads_its_part(alone, prepared, tmp_path):
-    # The same programs as in the test below: compiled once, and taken from the cache there.
-    reports = _train(tmp_path / "run", processes=2, devices=2)
-    assert {(report["processes"], report["devices"]) for report in reports} == {(2, 4)}
-    rows = np.concatenate([np.array(report["loaded"]) for report in reports], axis=1)
-    np.testing.assert_array_equal(rows, _expected_rows(prepared))
-    assert all(np.shape(report["loaded"]) == (STEPS, BATCH // 2) for report in reports)
-    np.testing.assert_allclose(_losses(tmp_path / "run"), _losses(alone), rtol=1e-5)
+def test_two_processes_one_and_two_again_are_one_run_and_each_reads_its_part(
+    alone, prepared, tmp_path
+):
+    workdir = tmp_path / "run"
+    # The first validation is before the first step.
+    begun = _train(workdir, processes=2, devices=2, validations=2)
+    (between,) = _train(workdir, processes=1, devices=4, validations=1)
+    ended = _train(workdir, processes=2, devices=2)
+    assert between["stopped"] and (between["processes"], between["devices"]) == (1, 4)
+    expected = _expected_rows(prepared)
+    for reports, first in ((begun, 0), (ended, STEPS - 2)):
+        assert {(report["processes"], report["devices"]) for report in reports} == {(2, 4)}
+        assert {report["stopped"] for report in reports} == {first == 0}
+        # The two halves of each batch, and no row more.
+        halves = [np.array(report["loaded"]) for report in reports]
+        rows = np.concatenate(halves, axis=1)
+        np.testing.assert_array_equal(rows, expected[first : first + len(rows)])
+        assert all(half.shape[1] == BATCH // 2 for half in halves)
+        assert len(rows) >= 2
+    np.testing.assert_allclose(_losses(workdir), _losses(alone), rtol=1e-5)
     validations = [
         [line for line in _lines(path) if "validation/recall@10" in line]
-        for path in (tmp_path / "run", alone)
+        for path in (workdir, alone)
     ]
     assert "validation/shared/auc" in validations[0][0]
     assert len(validations[0]) == STEPS // 2 and [x.keys() for x in validations[0]] == [
         x.keys() for x in validations[1]
     ]
-    _assert_close(_state(tmp_path / "run"), _state(alone))
-    # One process alone wrote the files of the run.
-    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
-    assert [line["step"] for line in _lines(tmp_path / "run") if "loss" in line] == list(
-        range(1, STEPS + 1)
-    )
-
-
-def test_one_process_two_and_one_again_end_where_one_does(alone, tmp_path):
-    workdir = tmp_path / "run"
-    # The first validation is before the first step.
-    (report,) = _train(workdir, processes=1, devices=4, validations=2)
-    assert report["stopped"]
-    reports = _train(workdir, processes=2, devices=2, validations=1)
-    assert all(report["stopped"] for report in reports)
-    assert {(report["processes"], report["devices"]) for report in reports} == {(2, 4)}
-    np.testing.assert_array_equal([np.shape(report["loaded"])[1] for report in reports], BATCH // 2)
-    assert not _train(workdir, processes=1, devices=4)[0]["stopped"]
-    assert [line["step"] for line in _lines(workdir) if "loss" in line] == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(_losses(workdir), _losses(alone), rtol=1e-5)
     _assert_close(_state(workdir), _state(alone))
+    # One process alone wrote the files of the run, at each of three starts.
+    assert len(list((workdir / "tensorboard").iterdir())) == 3
+    assert [line["step"] for line in _lines(workdir) if "loss" in line] == list(range(1, STEPS + 1))
 
 
 def _real_commands(workdir, port, *flags, processes=2):
