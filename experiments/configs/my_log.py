@@ -6,8 +6,8 @@
     python -m experiments.query --workdir=runs/mine --user=42
 
 `twotower inspect FILE` writes such a file for a log of any form, also one without times or header.
-This one reads events.csv; for another file, --config.data.interactions.path=FILE, and for columns of
-other names, --config.data.interactions.columns.user_id=CustomerID. A table of items, for the
+This one reads events.csv; for another file, --config.data.interactions.path=FILE, and for columns
+of other names, --config.data.interactions.columns.user_id=CustomerID. A table of items, for the
 printed lists and for features: --config.data.item_table.path=items.csv. Copy this file to change
 more. For a log without times, whose rows are in order, name it my_log.py:no_times.
 
