@@ -118,11 +118,13 @@ class TimeForm:
         unit: Unit of numbers since 1970.
         format: Strptime format of text and of numbers such as 20231114; empty for none.
         is_typed: Whether the type of the column says that these are times.
+        is_text: Whether the column holds ISO 8601, and no numbers.
     """
 
     unit: TimeUnit = "s"
     format: str = ""
     is_typed: bool = dataclasses.field(default=False, compare=False)
+    is_text: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def words(self) -> str:
@@ -131,7 +133,9 @@ class TimeForm:
             return "of type time"
         if self.format:
             return f"text, {self.format}"
-        return f"ISO 8601, or {_UNIT_WORDS[self.unit]} since 1970"
+        if self.is_text:
+            return "text, ISO 8601"
+        return f"{_UNIT_WORDS[self.unit]} since 1970"
 
     def column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
         """Returns the seconds of a column of times, int64 [N]; null is missing.
@@ -214,7 +218,8 @@ def find_time_forms(
     # At most one unit fits: the range is shorter than the step to the next.
     forms = _fitting(texts, candidates, now, earliest)[:1]
     if forms:
-        return forms
+        is_number = pc.match_substring_regex(texts, _NUMBER)
+        return [dataclasses.replace(forms[0], is_text=_share(is_number) < ENOUGH)]
     formats = list(FORMATS)
     if _share(pc.match_substring_regex(texts, r"^\d+$")) >= ENOUGH:
         lengths = pc.utf8_length(texts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -156,7 +157,8 @@ class Contract:
             BadValue: A value is no id; `row` says which.
         """
         if not isinstance(values, (pa.Array, pa.ChunkedArray)):
-            return self._ids_of_list(name, values)
+            read = functools.partial(self.id, name)
+            return pa.chunked_array([pa.array(_each(read, values), pa.string())])
         form: IdForm = getattr(self, name)
         texts = form.column(_chunked(values))
         written = self.written.get(name)
@@ -164,15 +166,6 @@ class Contract:
             return texts
         known = pc.index_in(texts, value_set=pa.array(list(written)))
         return pc.coalesce(pa.array(list(written.values())).take(known), texts)
-
-    def _ids_of_list(self, name: str, values: Iterable[Any]) -> pa.ChunkedArray:
-        texts = []
-        for row, value in enumerate(values):
-            try:
-                texts.append(self.id(name, value))
-            except BadValue as error:
-                raise BadValue(value, error.problem, row) from None
-        return pa.chunked_array([pa.array(texts, pa.string())])
 
     def times(self, values: pa.ChunkedArray | pa.Array | Iterable[Any]) -> pa.ChunkedArray:
         """Returns times as seconds, int64, read in the form that the log has; null is missing.
@@ -185,13 +178,7 @@ class Contract:
         """
         if isinstance(values, (pa.Array, pa.ChunkedArray)):
             return self.time.column(_chunked(values))
-        seconds = []
-        for row, value in enumerate(values):
-            try:
-                seconds.append(self.time.one(value))
-            except BadValue as error:
-                raise BadValue(value, error.problem, row) from None
-        return pa.chunked_array([pa.array(seconds, pa.int64())])
+        return pa.chunked_array([pa.array(_each(self.time.one, values), pa.int64())])
 
     def column(self, side: Side, name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
         """Returns a column of a request or a change with the type that the log's tables have.
@@ -580,6 +567,9 @@ def _log_column(
             "columns={'ANOTHER NAME': 'weight'} if it says something else"
         )
         raise BadValue(error.value, error.problem + cure, error.row) from None
+    row = pc.index(pc.is_inf(weights), True).as_py()
+    if row >= 0:
+        raise BadValue(values[row].as_py(), "is not finite", row)
     # A negative weight would turn the loss around. Null and NaN are not below anything.
     row = pc.index(pc.less(weights, 0.0), True).as_py()
     if row >= 0:
@@ -650,7 +640,7 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
             f"has times of which day and month cannot be told apart: set {field}.format={listed}",
         )
     form = TimeForm(of_log.unit)
-    if forms and not (forms[0] == SECONDS and _are_words(values)):
+    if forms and not forms[0].is_text:
         return forms[0]
     seconds = form.column(values)
     middle = pc.quantile(seconds, 0.5)[0].as_py()
@@ -662,14 +652,6 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
             row,
         )
     return form
-
-
-def _are_words(values: pa.ChunkedArray) -> bool:
-    """Returns whether values are text that is no number."""
-    if not pa.types.is_string(values.type):
-        return False
-    row = pc.index(pc.is_valid(values), True).as_py()
-    return not re.fullmatch(r"[\d.]+", values[row].as_py().strip())
 
 
 def _time_cure(seconds: pa.ChunkedArray, time: TimeForm, now: float) -> str:
@@ -693,8 +675,21 @@ def _time_cure(seconds: pa.ChunkedArray, time: TimeForm, now: float) -> str:
 
 def _form_dict(form: Form) -> dict[str, Any]:
     state = dataclasses.asdict(form)
+    # How a form was found is of no matter later.
     state.pop("is_typed", None)
+    state.pop("is_text", None)
     return state
+
+
+def _each(read: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    """Returns single values as they are read, or names the first that cannot be by its row."""
+    found = []
+    for row, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except BadValue as error:
+            raise BadValue(value, error.problem, row) from None
+    return found
 
 
 def _chunked(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
