@@ -121,4 +121,5 @@ def test_the_shops_dirty_csv(shared_data):
     assert len(table) == 541_909 - 135_080
     assert table["user_id"][0].as_py() == "17850"
     assert table["timestamp"][0].as_py() == 1291191960
-    assert pa.types.is_integer(table["Quantity"].type)
+    # Text, as the file has it: nothing reads it as a number.
+    assert table["Quantity"][0].as_py() == "6"
