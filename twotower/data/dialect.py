@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from twotower.config import TableConfig
 from twotower.data.guess import is_known_name
 from twotower.data.sources import content, delimited, files
@@ -21,7 +23,6 @@ _CONSISTENT = 0.9
 _DELIMITERS = ("\t", "::", ";", "|", ",", delimited.WHITESPACE)
 _MANY_LINES = 20  # lines of which baskets would not all begin with different items
 _TITLE = 10  # lines in front of the header at most
-_MATRIX = 10  # columns from which on a table of numbers may be users by items
 _OPTIONS = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
 
 
@@ -249,13 +250,11 @@ def _shape(text: str) -> str:
 
 
 def _is_matrix(rows: Rows) -> bool:
-    """Returns whether rows are users by items: numbers throughout, many columns, a user once."""
-    width = len(rows[0])
-    below = [row for row in rows[1:] if len(row) == width]
-    if width < _MATRIX or not below:
+    """Returns whether rows are users by items, with each user once."""
+    below = [row for row in rows[1:] if len(row) == len(rows[0])]
+    columns = [pa.array(values) for values in zip(*below)]
+    if not columns:
         return False
-    users = [row[0] for row in below]
-    cells = [cell.strip() for row in below for cell in row[1:]]
-    is_number = [bool(re.fullmatch(r"(\d+([.,]\d+)?)?", cell)) for cell in cells]
-    few = len(set(cells)) <= 25
-    return all(is_number) and few and len(set(users)) == len(users)
+    names = [str(i) for i in range(len(columns))]
+    users = columns[0].unique()
+    return len(users) == len(below) and files.is_matrix(pa.table(columns, names=names))

@@ -115,7 +115,7 @@ def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> N
     inspect = command("inspect", first)
     names = table.column_names
     shown = ", ".join(names[:_SHOWN])
-    if _is_matrix(table):
+    if is_matrix(table):
         raise ConfigError(
             f"{name}: {files} looks like a matrix of users by items, with a column for each item "
             f"({shown}, ...): set config.data.source='matrix', or write a row for each event (melt "
@@ -130,15 +130,19 @@ def _refuse_other_forms(table: pa.Table, files: str, name: str, first: str) -> N
         )
 
 
-def _is_matrix(table: pa.Table) -> bool:
-    """Returns whether all but the first of many columns are numbers or empty."""
+def is_matrix(table: pa.Table) -> bool:
+    """Returns whether all but the first of many columns are small numbers or empty, as ratings are.
+
+    Args:
+        table: Columns as they were read, of which the first rows are looked at.
+    """
     if table.num_columns < _MATRIX:
         return False
     for column in table.slice(0, _ROWS).columns[1:]:
         if pa.types.is_nested(column.type):
             return False
         texts = column.cast(pa.string()).drop_null()
-        if not pc.all(pc.match_substring_regex(texts, r"^\s*\d*([.,]\d*)?\s*$")).as_py():
+        if not pc.all(pc.match_substring_regex(texts, r"^\s*\d{0,3}([.,]\d*)?\s*$")).as_py():
             return False
     return True
 
