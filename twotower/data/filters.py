@@ -103,8 +103,14 @@ def _with_separator(condition: tuple, field: str, separators: Mapping[str, str])
         )
     if symbol not in ("contains", "not contains"):
         return condition
-    members = value if isinstance(value, (tuple, list)) else (value,)
-    return name, symbol, Members(tuple(members), separator)
+    return name, symbol, Members(_members(value), separator)
+
+
+def _members(value: object) -> tuple:
+    """Returns the values that a condition compares with."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    return (value,)
 
 
 def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list[str]:
@@ -118,9 +124,8 @@ def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list
             sentences.append(f"config.data.where: no {name} starts with {value!r}.")
         if symbol not in EQUALITIES:
             continue
-        members = value if isinstance(value, (tuple, list)) else (value,)
         known = pc.unique(column)
-        for text in members:
+        for text in _members(value):
             # Numbers are compared with the numbers that a text holds.
             if isinstance(text, str) and not pc.any(pc.equal(known, text)).as_py():
                 hint = did_you_mean(text, known[:MAX_HINTS].drop_null().to_pylist())

@@ -97,14 +97,16 @@ def match_ids(of_log: pa.Array, of_table: pa.Array, side: Literal["user", "item"
         # -1 cannot be: some ids of the table are not shared.
         example = of_table[pc.index(is_used, False).as_py()].as_py()
     cause = ""
+    only_log = ""
     if len(absent):
         cause = _find_cause(absent, of_table)
+        only_log = absent[0].as_py()
     return Match(
         side=side,
         of_log=len(of_log),
         of_table=len(of_table),
         shared=shared,
-        only_log=absent[0].as_py() if len(absent) else "",
+        only_log=only_log,
         only_table=example,
         cause=cause,
     )

@@ -124,7 +124,9 @@ def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Me
     outside = int(queries.missing.sum())
     is_asked = answers > 0
     found = queries.relevant.lengths[is_asked] / answers[is_asked]
-    recall = float(found.mean()) if len(found) else 0.0
+    recall = 0.0
+    if len(found):
+        recall = float(found.mean())
     measured: Measured = {"all": total, "outside_corpus": outside, "greatest_recall": recall}
     if outside:
         measured["warning"] = describe_unreachable(

@@ -344,7 +344,9 @@ def _find_column(
         # A column of the log, where the users table has none of the name.
         if name not in table.column_names:
             table = train
-    return table[name] if name in table.column_names else None
+    if name not in table.column_names:
+        return None
+    return table[name]
 
 
 def _is_constant(column: pa.ChunkedArray) -> bool:
