@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from twotower.config import Config, SplitConfig, TableConfig, TrainingConfig
+from twotower.config import Config, FeaturesConfig, SplitConfig, TableConfig, TrainingConfig
 from twotower.core.errors import ConfigError
+from twotower.core.fields import build
 from twotower.core.files import atomic, read_json
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.sources.frames import TableLike
@@ -87,6 +88,10 @@ def begin_refit(source: Path | str, *, on_top: bool) -> Refit:
         refit_config = _begin_on_top(refit_config, source, folder, step, passes, dataset)
     elif (folder / GROWN).exists():
         raise _other_kind(folder)
+    else:
+        # As the run holds them: a file of features need not be there any more.
+        features = build(FeaturesConfig, prepared.encoder.spec.to_dict(), "config.features")
+        refit_config = dataclasses.replace(refit_config, features=features)
     record = {
         "of": os.path.relpath(source, folder),
         "step": step,

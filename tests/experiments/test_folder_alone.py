@@ -2,6 +2,7 @@
 before."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -27,22 +28,26 @@ pytestmark = pytest.mark.slow
 ROWS = 1000
 
 
+FEATURES = {
+    "user": {
+        "user_id": {"type": "string", "embedding_size": 8},
+        "history": {"type": "history", "max_length": 4},
+        "event": {"type": "string", "embedding_size": 4},  # of the row: a context
+    },
+    "item": {"item_id": {"type": "string", "embedding_size": 8}},
+}
+
+
 def config_of(source, **sections):
     """A configuration with a history, a context, and columns that are shown."""
+    (source / "features.json").write_text(json.dumps(FEATURES))
     values = {
         "data": {
             "source": "csv",
             "interactions": {"path": str(source / "log.csv")},
             "item_table": {"path": str(source / "items.csv")},
         },
-        "features": {
-            "user": {
-                "user_id": {"type": "string", "embedding_size": 8},
-                "history": {"type": "history", "max_length": 4},
-                "event": {"type": "string", "embedding_size": 4},  # of the row: a context
-            },
-            "item": {"item_id": {"type": "string", "embedding_size": 8}},
-        },
+        "features": {"path": str(source / "features.json")},
         "model": {
             "user": {"layers": (8,)},
             "item": {"layers": (8,)},
@@ -171,7 +176,7 @@ def test_runs_share_prepared_data(shop, tmp_path):
     config = config_of(source)
     shared = tmp_path / "shared"
     api.train_in_folder(config, tmp_path / "a", data=shared)
-    shutil.rmtree(source)
+    (source / "log.csv").unlink()
     # The rest of a configuration may differ.
     other = config_of(source, evaluation={"query": "interaction"})
     api.train_in_folder(other, tmp_path / "b", data=shared)

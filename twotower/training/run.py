@@ -180,7 +180,7 @@ def load_data(workdir: Path, config: Config, encoder: Encoder) -> PreparedData:
     folder = data_path(workdir)
     if data_folder.is_whole(folder):
         return data_folder.load(folder, config, encoder)
-    prepared = prepare(config, folder=workdir, encoder=encoder)
+    prepared = prepare(config, folder=workdir, spec=encoder.spec, encoder=encoder)
     # Before that a training may be writing it.
     if not has_checkpoint(workdir):
         return prepared
