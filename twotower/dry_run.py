@@ -36,9 +36,10 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
     """
     from twotower import api
     from twotower.core.mesh import make_mesh
+    from twotower.features.encoder import Encoder
     from twotower.features.spec import load_spec
     from twotower.training.checks import check_batch
-    from twotower.training.run import holds_run, local_folder
+    from twotower.training.run import encoder_folder, has_checkpoint, holds_run, local_folder
     from twotower.training.state import resolve_kinds
 
     folder = local_folder(workdir)
@@ -46,8 +47,12 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
     check_batch(config.training, mesh)
     api.check_names(config, folder)
     resolve_kinds(config)
-    spec = load_spec(config.features)
     state = "a new run"
+    if holds_run(folder, config) and has_checkpoint(folder):
+        # As the run holds them: a file of features need not be there any more.
+        spec = Encoder.load(encoder_folder(folder)).spec
+    else:
+        spec = load_spec(config.features)
     if holds_run(folder, config):
         state = f"goes on from step {latest_step(folder):,}"
     names = {side: ", ".join(spec.side(side)) for side in ("user", "item")}
