@@ -193,6 +193,25 @@ def test_decimal_commas_are_found(tmp_path):
     assert find_form(str(path), TableConfig(), "interactions").config.decimal == "."
 
 
+def test_columns_that_are_not_read_are_said(tmp_path):
+    path = tmp_path / "log.csv"
+    lines = [f"u{u},i{i},{n % 37 + 1},{45_000 + n}" for u, i, _, n in EVENTS]
+    path.write_text("\n".join(["user,item,plays,day", *lines]))
+    said = "\n".join(inspection.inspect(str(path)).lines)
+    assert "not read: plays, day. A count or a rating is a threshold by" in said
+    assert "'day' looks like times in days of a spreadsheet" in said
+
+
+def test_a_day_and_month_that_cannot_be_told_apart_are_asked_for_by_a_flag(tmp_path):
+    path = tmp_path / "log.csv"
+    lines = [f"u{u},i{i},0{n % 9 + 1}/0{n % 7 + 1}/2024" for u, i, _, n in EVENTS]
+    path.write_text("\n".join(["user,item,date", *lines]))
+    with pytest.raises(ConfigError, match="--timestamp_format='%d/%m/%Y'"):
+        inspection.inspect(str(path))
+    found = inspection.inspect(str(path), timestamp_format="%d/%m/%Y")
+    assert found.config.data.interactions.timestamp_format == "%d/%m/%Y"
+
+
 def test_columns_and_tables_that_are_named_are_taken(tmp_path):
     path = write(tmp_path, decimal_commas)
     items = tmp_path / "items.csv"

@@ -555,7 +555,8 @@ def describe_splits(log: Log) -> list[str]:
         for line in said:
             # A refusal lists what leaks, each with a paragraph: here their names do.
             leaks = re.findall(r"^  (\w+): ", line, re.MULTILINE)
-            lines.append(f"{kind}: would leak ({', '.join(leaks)})." if leaks else line.strip())
+            refusal, _, _ = line.strip().partition(": set config.")
+            lines.append(f"{kind}: would leak ({', '.join(leaks)})." if leaks else refusal)
     return lines
 
 

@@ -19,7 +19,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.install import command
 from twotower.core.tables import format_table, shorten
-from twotower.core.times import format_time
+from twotower.core.times import are_spreadsheet_days, format_time
 from twotower.data import guess
 from twotower.data.dialect import FileForm, find_form
 from twotower.data.sources.frames import LOGS, read_form
@@ -92,7 +92,8 @@ def inspect(
     log = fitting.read_log(
         path, items=items or None, users=users or None, columns=columns, config=options
     )
-    lines += [*log.said, *_times(log.tables["interactions"]), "", "Splits:"]
+    lines += [*log.said, *_times(log.tables["interactions"])]
+    lines += [*_unused(raw, log.configs["interactions"]), "", "Splits:"]
     lines += [f"  {line}" for line in fitting.describe_splits(log)]
     return Inspection(lines, _configure(log, form, items, users))
 
@@ -164,6 +165,22 @@ def _times(log: pa.Table) -> Iterator[str]:
     if "timestamp" in log.column_names:
         bounds = pc.min_max(log["timestamp"]).as_py()
         yield f"times: {format_time(bounds['min'])} to {format_time(bounds['max'])} UTC."
+
+
+def _unused(raw: pa.Table, config: TableConfig) -> Iterator[str]:
+    """Yields lines on the columns that the configuration does not read."""
+    others = [name for name in raw.column_names if name not in config.columns.values()]
+    for name in others:
+        if are_spreadsheet_days(raw[name]):
+            yield (
+                f"{name!r} looks like times in days of a spreadsheet, which are not read: write "
+                "them as text there, such as 2024-01-31."
+            )
+    if others:
+        yield (
+            f"not read: {', '.join(others)}. A count or a rating is a threshold by "
+            "config.data.where=((NAME, '>=', 4),), a weight by columns={'weight': NAME}."
+        )
 
 
 def _configure(log: fitting.Log, form: FileForm, items: str, users: str) -> Config:

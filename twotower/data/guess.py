@@ -326,7 +326,8 @@ class _Log:
             return forms[0]
         cure = (
             "Say what they are by config={'data.interactions.timestamp_format': '%d/%m/%Y'} (or "
-            "'data.interactions.timestamp_unit': 'ms'), or give time='' for none"
+            "'data.interactions.timestamp_unit': 'ms'), to `inspect` by "
+            "--timestamp_format='%d/%m/%Y', or give time='' for none"
         )
         if forms:
             listed = " and ".join(form.format for form in forms)
