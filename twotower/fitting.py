@@ -271,10 +271,13 @@ def make_config(log: Log, config: Options) -> Config:
     # All tables are the kept ones, whatever a whole configuration says.
     tables = {name: TableConfig() for name in kept.TABLES}
     for name in log.tables:
-        # Numbers are still text there, in the spelling of their source.
-        options: TableConfig = getattr(whole.data, name)
+        # Numbers are still text there, in the spelling of their source, and requests have times in
+        # the form of the log.
+        options = log.configs.get(name, TableConfig())
         tables[name] = TableConfig(
             path=f"{kept.PREFIX}{name}.parquet",
+            timestamp_unit=options.timestamp_unit,
+            timestamp_format=options.timestamp_format,
             decimal=options.decimal,
             thousands=options.thousands,
             marks=options.marks,

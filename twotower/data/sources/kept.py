@@ -64,7 +64,7 @@ def keep(tables: Mapping[str, pa.Table], workdir: Path) -> None:
     """
     for name, table in tables.items():
         with atomic(rows_folder(workdir) / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(_with_typed_times(table), temporary)
 
 
 def has_kept(tables: Mapping[str, pa.Table], workdir: Path) -> bool:
@@ -76,9 +76,18 @@ def has_kept(tables: Mapping[str, pa.Table], workdir: Path) -> bool:
     for name, table in tables.items():
         kept = pq.read_table(folder / f"{name}.parquet")
         # Parquet keeps no dictionaries and chunks of its own: the values are what counts.
-        if not kept.equals(table):
+        if not kept.equals(_with_typed_times(table)):
             return False
     return True
+
+
+def _with_typed_times(table: pa.Table) -> pa.Table:
+    """Returns rows with times of a type that says so: options give the unit of requests instead."""
+    if "timestamp" not in table.column_names:
+        return table
+    # Parquet has no type of seconds.
+    times = table["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("ms"))
+    return table.set_column(table.column_names.index("timestamp"), "timestamp", times)
 
 
 def kept_options(names: list[str]) -> dict[str, Any]:
