@@ -2,6 +2,8 @@
 acknowledged."""
 
 import dataclasses
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -211,3 +213,13 @@ def test_a_folder_that_was_only_locked_goes_again(tmp_path):
                 pass
         assert (tmp_path / "new" / LOCK).exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_system_without_locks_is_said_and_worked_on(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive(tmp_path / "run", "train"):
+        assert (tmp_path / "run").exists()
+    assert "cannot be locked here" in caplog.text

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from twotower.core.errors import BusyError, FolderError
@@ -84,7 +85,7 @@ def _lock(folder: Path) -> int:
             continue
         _held.add(descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, path)
             # Of a file that was taken away meanwhile a lock keeps nobody out.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
@@ -98,6 +99,25 @@ def _lock(folder: Path) -> int:
                 "that has ended, or end it."
             ) from None
         _close_lock(descriptor)
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    """Locks a file; only warns where its file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logging.warning(
+            "%s cannot be locked here (%s): see to it that one process at a time writes to the "
+            "folder.",
+            path,
+            error.strerror,
+        )
 
 
 def _close_lock(descriptor: int) -> None:
