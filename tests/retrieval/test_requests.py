@@ -328,7 +328,8 @@ def test_values_that_no_column_has_are_told_with_their_column(retriever):
     assert "column 'Country'" in message and "several types (int, str)" in message
     assert "more than 64 bits" in refusal(retriever.encode_users, [{"Country": 10**30}])
     assert "half of a character" in refusal(retriever.encode_users, [{"Country": "\ud800"}])
-    for rows in ("user", 3, None, b"x", [3], ["user"], pl.LazyFrame({"user_id": [1]})):
+    wrong = ("user", 3, None, b"x", [3], ["user"], np.array(3), pl.LazyFrame({"user_id": [1]}))
+    for rows in wrong:
         with pytest.raises(ConfigError, match="rows"):
             retriever.encode_users(rows)
     assert "rows holds 2" in refusal(retriever.recommend, rows=[ROW, ROW])

@@ -559,7 +559,9 @@ def _columns(rows: Any, key: str, naming: Naming) -> dict[Any, Values]:
         if ids and isinstance(ids[0], (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray)):
             return _equal_columns(rows)
         rows = [rows]
-    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+    # An array without dimensions is iterable by its type alone.
+    is_iterable = isinstance(rows, Iterable) and getattr(rows, "ndim", 1) != 0
+    if isinstance(rows, (str, bytes)) or not is_iterable:
         hint = ""
         if hasattr(rows, "collect"):
             hint = " Call .collect() on a lazy frame first."

@@ -260,7 +260,7 @@ def parse_condition(text: str, items: pa.Table, forms: Forms = PLAIN) -> tuple[s
 
     >>> items = pa.table({"price": [5.0, 20.0], "category": ["lamp", "clock"]})
     >>> parse_condition("price <= 20", items)
-    ('price', '<=', 20.0)
+    ('price', '<=', 20)
     >>> parse_condition("category=lamp,clock", items)
     ('category', 'in', ('lamp', 'clock'))
     """
