@@ -488,7 +488,11 @@ def test_vectors_of_any_library(changing, wrap):
     np.testing.assert_allclose(changing.item_vectors([60]), [vector])
 
 
-@pytest.mark.parametrize("vectors", ["abc", [[1.0], [1.0, 2.0]], [["x"] * 16], 3, [[1j] * 16]])
+@pytest.mark.parametrize(
+    "vectors",
+    ["abc", [[1.0], [1.0, 2.0]], [["x"] * 16], 3, [[1j] * 16], [[10**400] * 16]],
+    ids=["text", "ragged", "texts", "number", "complex", "huge"],
+)
 def test_what_is_no_vector_changes_nothing(changing, vectors):
     with pytest.raises(QueryError, match="item vectors"):
         changing.upsert([{"item_id": 60}], vectors=vectors)

@@ -230,7 +230,7 @@ def as_matrix(values: object) -> np.ndarray:
         # What float32 cannot hold becomes infinite, which whoever needs finite vectors refuses.
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, np.float32)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from None
 
 
