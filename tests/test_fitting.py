@@ -16,6 +16,8 @@ import pytest
 from twotower import fitting
 from twotower.config import Config, from_dict
 from twotower.core.errors import ConfigError
+from twotower.data.sources.kept import locate
+from twotower.data.sources.load import load_dataset
 from twotower.fitting import Columns
 
 START = 1_700_000_000
@@ -233,6 +235,18 @@ def test_a_whole_configuration_is_taken_but_for_its_data(log):
     named = fitting.make_config(log, "my_log")
     assert named.data.interactions.path == "run:interactions.parquet"
     assert named.training.metric == "ndcg@10"
+
+
+def test_requests_have_times_in_the_unit_of_the_log(tmp_path):
+    frame = pd.DataFrame(events()).assign(time=lambda x: 1000 * x["time"])
+    log = read(frame)
+    config = fitting.make_config(log, None)
+    fitting.begin(tmp_path / "run", log, config)
+    kept = load_dataset(locate(config.data, tmp_path / "run"))
+    times = kept.interactions["timestamp"]
+    assert times.equals(log.tables["interactions"]["timestamp"])
+    moment = times[0].as_py()
+    assert kept.contract.times([1000 * moment, "2025-01-31"]).to_pylist() == [moment, 1_738_281_600]
 
 
 def test_a_folder_is_named_by_the_day_and_never_taken_twice(log, tmp_path, monkeypatch):

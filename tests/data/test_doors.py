@@ -4,10 +4,12 @@ Columns of ids, times and numbers are drawn at random, each from a few spellings
 TWOTOWER_CASES=2000 draws that many; a hundred by default.
 """
 
+import dataclasses
 import datetime
 import decimal
 import os
 import random
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ import pytest
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import BadValue
 from twotower.core.ids import IdForm
+from twotower.core.times import UNITS_PER_SECOND as UNITS
 from twotower.core.times import TimeForm
 from twotower.data.contract import Contract, Use
 from twotower.data.numbers import NumberForm
@@ -25,7 +28,6 @@ from twotower.data.sources.load import SOURCES, Tables, load_dataset
 
 CASES = int(os.environ.get("TWOTOWER_CASES", "100"))
 LETTERS = "abcXYZ019 _-.é"
-UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 FORMATS = ("", "%d/%m/%Y %H:%M:%S", "%Y%m%d%H%M%S", "%m/%d/%Y %I:%M:%S %p", "%d.%m.%y %H:%M:%S")
 
 
@@ -84,13 +86,11 @@ def random_log(rng):
         "timestamp": [spell_time(rng, second, time) for second in seconds],
         "price": [spell_number(rng, price, number) for price in prices],
     }
-    options = TableConfig(
-        timestamp_unit=time.unit,
-        timestamp_format=time.format,
-        decimal=number.decimal,
-        thousands=number.thousands,
-        marks=number.marks,
-    )
+    options: dict[str, Any] = {
+        "timestamp_unit": time.unit,
+        "timestamp_format": time.format,
+        **dataclasses.asdict(number),
+    }
     if users_are_digits:
         users = [str(int(float(user))) for user in users]
     if items_are_digits:
@@ -124,7 +124,7 @@ def test_a_value_is_the_same_by_every_door(tmp_path, block):
             path = str(tmp_path / f"log.{suffix}")
             config = DataConfig(
                 source="csv",
-                interactions=TableConfig(**{**options.__dict__, "path": path}),
+                interactions=TableConfig(path=path, **options),
             )
             doors[suffix] = load_dataset(config, uses=USES)
         for door, data in doors.items():
@@ -201,7 +201,9 @@ def test_frames_are_doors_too():
     texts, options, expected = random_log(rng)
     SOURCES["doors"] = lambda config: Tables(pd.DataFrame(texts))
     try:
-        data = load_dataset(DataConfig(source="doors", interactions=options), uses=USES)
+        data = load_dataset(
+            DataConfig(source="doors", interactions=TableConfig(**options)), uses=USES
+        )
     finally:
         del SOURCES["doors"]
     assert_values(data.interactions, expected, "frame")
