@@ -5,6 +5,7 @@ import io
 import json
 import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -88,6 +89,20 @@ def test_an_open_quote_in_a_title_is_named(tmp_path):
             interactions={"path": write(tmp_path / "log.csv", text_of())},
             item_table={"path": items},
         )
+
+
+@pytest.mark.parametrize("name", ["{:032x}", "{:x}-{:b}"])
+def test_an_open_quote_is_named_whatever_the_ids_look_like(tmp_path, name):
+    rng = np.random.default_rng(0)
+    ids = [name.format(n, n % 7) for n in rng.integers(1 << 62, size=60).tolist()]
+    lines = [
+        f'{key},"Of {n}, and more"' if n % 9 == 0 else f"{key},Of" for n, key in enumerate(ids)
+    ]
+    lines[20] = f'{ids[20]},"Of'
+    items = write(tmp_path / "items.csv", "\n".join(["item_id,title", *lines, ""]))
+    log = {"path": write(tmp_path / "log.csv", text_of())}
+    with pytest.raises(ConfigError, match=r"items\.csv, line 22: "):
+        load(interactions=log, item_table={"path": items})
 
 
 def test_single_quotes_are_read_as_the_configuration_says(tmp_path):
