@@ -91,7 +91,7 @@ def test_an_open_quote_in_a_title_is_named(tmp_path):
         )
 
 
-def test_a_text_that_takes_in_one_row_is_seen_among_ids_of_one_length(tmp_path):
+def test_a_text_that_takes_in_a_single_row_is_seen_among_hashes(tmp_path):
     rng = np.random.default_rng(0)
     lines = [f"{key:016x},Of words" for key in rng.integers(1 << 60, 1 << 62, size=60).tolist()]
     lines[20] = lines[20].replace(",", ',"')

@@ -19,7 +19,6 @@ from twotower.core.arrow import pc
 
 _SAMPLE = 2_000  # values of a column that are looked at
 _LINES = 200  # lines of a text that are looked at
-_MOST = 0.8  # share of the lines of a text that look like records where only their fields tell
 _MAX_SHAPES = 30  # shapes of a column of ids; a column of texts has more
 _LINE_BREAK = r"\r?\n|\r"
 
@@ -132,16 +131,12 @@ class _Column:
     Attributes:
         shapes: Their shapes, if these are few.
         is_distinct: Whether other texts would hardly look so.
-        length: Length of all of them, as hashes have one; 0 where they differ.
     """
 
     shapes: frozenset[str]
     is_distinct: bool
-    length: int = 0
 
     def fits(self, field: str) -> bool:
-        if self.length and field:
-            return len(field) == self.length and " " not in field
         return not self.shapes or not field or _shape(field) in self.shapes
 
 
@@ -149,12 +144,8 @@ def _look_at(column: pa.ChunkedArray | None) -> _Column:
     if column is None:
         return _Column(frozenset(), is_distinct=False)
     sample = column.take(pa.array(evenly_spaced(np.arange(len(column)), _SAMPLE))).drop_null()
-    values = sample.to_pylist()
-    shapes = {_shape(value) for value in values}
+    shapes = {_shape(value) for value in sample.to_pylist()}
     if len(shapes) > _MAX_SHAPES:
-        lengths = {len(value) for value in values}
-        if len(lengths) == 1 and not any(" " in value for value in values):
-            return _Column(frozenset(), is_distinct=True, length=lengths.pop())
         return _Column(frozenset(), is_distinct=False)
     # Words are the same in any text.
     has_digits = all("9" in shape for shape in shapes)
@@ -187,9 +178,9 @@ def _holds_records(
     if any(_is_record(fields, of) for fields, of in parts):
         return True
     # Where the columns are words throughout, only several records in a row tell.
-    right = sum(len(fields) == len(of) for fields, of in parts[1:-1])
+    middle = parts[1:-1]
     has_no_looks = not any(column.is_distinct for column in columns)
-    return has_no_looks and right > 1 and right >= _MOST * (len(parts) - 2)
+    return has_no_looks and len(middle) > 1 and all(len(f) == len(of) for f, of in middle)
 
 
 def _is_record(fields: list[str], columns: Sequence[_Column]) -> bool:
