@@ -96,14 +96,13 @@ def _as_condition(triple: Any, forms: Forms) -> tuple[str, str, Any]:
 
 def _in_form(name: str, operator: str, value: Any, forms: Forms) -> tuple[str, str, Any]:
     """Returns a condition with its value in the form that its column has."""
-    field = f"where {echo((name, operator))} {echo(value)}"
     is_equality = operator in _EQUALITIES
     if operator == LATEST:
         return name, operator, check_k(value, f"where {name!r} latest")
     if name in forms.separators and not (value is None and is_equality):
-        return name, operator, _as_members(name, operator, value, forms, field)
+        return name, operator, _as_members(name, operator, value, forms)
     if name == "item_id" and is_equality:
-        return name, operator, _each(value, lambda x: _id(x, forms.item_id, field))
+        return name, operator, _each(value, lambda x: _id(x, forms.item_id))
     form = forms.contract.columns.get(f"item.{name}")
     if isinstance(form, TimeForm):
         return name, operator, _each(value, lambda x: _time_number(x, "s", form))
@@ -122,12 +121,12 @@ def _no_condition(where: object) -> ConfigError:
     )
 
 
-def _as_members(name: str, operator: str, value: Any, forms: Forms, field: str) -> Members:
+def _as_members(name: str, operator: str, value: Any, forms: Forms) -> Members:
     """Returns the value of a condition on a column that holds lists as one text."""
     if operator not in _MEMBERSHIPS:
         raise ConfigError(
-            f"{field}: {name!r} holds lists, which no single value equals or precedes: ask for a "
-            f"member by ({name!r}, 'contains', {echo(value)})."
+            f"where {describe([(name, operator, value)])}: {name!r} holds lists, which no single "
+            f"value equals or precedes: ask for a member by ({name!r}, 'contains', {echo(value)})."
         )
     values = value if isinstance(value, tuple) else (value,)
     return Members(values, forms.separators[name])
@@ -153,13 +152,13 @@ def _each(value: Any, convert: Any) -> Any:
     return convert(value)
 
 
-def _id(value: Any, form: ReadsIds, field: str) -> str | None:
+def _id(value: Any, form: ReadsIds) -> str | None:
     if value is None:
         return None
     try:
         return form.one(value)
     except BadValue as error:
-        raise ConfigError(f"{field}: {echo(value)} {error.problem}.") from None
+        raise ConfigError(f"where 'item_id': {echo(value)} {error.problem}.") from None
 
 
 def _time_number(value: Any, unit: TimeUnit, form: TimeForm) -> Any:
