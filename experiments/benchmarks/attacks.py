@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.benchmarks import harness
 
@@ -103,6 +103,7 @@ def differences(killed: Path, whole: Path) -> list[str]:
 
 def main(argv: list[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)
     kills = QUICK_KILLS if harness.QUICK.value else _KILLS.value
     steps = _STEPS.value
     rng = random.Random(_SEED.value)
