@@ -137,6 +137,10 @@ class TableConfig:
         check.require(is_alone, "path", "empty beside event_files, which names the files")
         known = _is_encoding(self.encoding)
         check.require(known, "encoding", "an encoding that Python knows, such as 'utf-8'")
+        # Of 10:13 PM, %H would read ten in the morning.
+        has_halves = ("%p" in self.timestamp_format) == ("%I" in self.timestamp_format)
+        right = "with both %I (hours from 1 to 12) and %p (AM or PM), or with neither"
+        check.require(has_halves, "timestamp_format", right)
         differ = self.thousands != self.decimal
         check.require(differ, "thousands", f"another character than decimal={self.decimal!r}")
 

@@ -176,6 +176,12 @@ def test_times_that_are_misread_are_refused_with_the_cure(tmp_path, values, cure
         prepare(from_dict({"data": {"source": "csv", "interactions": {"path": path}}}))
 
 
+@pytest.mark.parametrize("form", ["%m/%d/%Y %H:%M %p", "%m/%d/%Y %I:%M"])
+def test_a_format_of_half_days_says_which_half(form):
+    with pytest.raises(ConfigError, match="timestamp_format=.*both %I .* and %p"):
+        TableConfig(timestamp_format=form)
+
+
 def test_seconds_read_as_milliseconds_are_refused_with_the_unit(tmp_path):
     log = {"path": write(tmp_path / "log.csv", events()), "timestamp_unit": "ms"}
     with pytest.raises(ConfigError, match="timestamp_unit='s' 170000.* is 2023-11-1"):

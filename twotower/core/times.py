@@ -90,10 +90,10 @@ _DIGITS = ((4, "%Y"), (8, "%Y%m%d"), (14, "%Y%m%d%H%M%S"))
 # Days since 1899-12-30, as spreadsheets write a date that has lost its format.
 _SPREADSHEET_DAYS = (32_874, 73_050)
 _PROBLEMS = {
-    str(pa.time32("s").id): "holds times of day without a date: join them with a date",
-    str(pa.time64("us").id): "holds times of day without a date: join them with a date",
-    str(pa.duration("s").id): "holds durations, no moments: add them to a moment",
-    str(pa.bool_().id): "holds true and false, no times",
+    pa.time32("s").id: "holds times of day without a date: join them with a date",
+    pa.time64("us").id: "holds times of day without a date: join them with a date",
+    pa.duration("s").id: "holds durations, no moments: add them to a moment",
+    pa.bool_().id: "holds true and false, no times",
 }
 # Share of the values that must be times of one form. The others are mistakes or stand for missing.
 ENOUGH = 0.95
@@ -160,7 +160,7 @@ class TimeForm:
             if self.format:
                 return _parse_format(_as_digits(values), self.format)
             return _scale(values, UNITS_PER_SECOND[self.unit])
-        raise BadValue(None, _PROBLEMS.get(str(kind.id), f"holds values of type {kind}, no times"))
+        raise BadValue(None, _PROBLEMS.get(kind.id, f"holds values of type {kind}, no times"))
 
     def one(self, value: Any) -> int | None:
         """Returns the seconds of a single time, as `column` does; None for a missing one.
