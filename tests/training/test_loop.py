@@ -406,13 +406,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         run.load_run(tmp_path)
 
 
-def test_data_that_changed_since_training_is_refused(finished, tmp_path):
+def test_a_configuration_that_was_changed_by_hand_is_refused(finished, tmp_path):
+    # The data lies in the folder of the run; that of another configuration would have other rows.
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     config = json.loads((copy / "config.json").read_text())
     config["data"]["shop_seed"] = 1
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="fitted on rows"):
+    with pytest.raises(CheckpointError, match="another run, of another configuration"):
         run.load_run(copy)
 
 
