@@ -84,7 +84,7 @@ def cache_programs() -> None:
             jax.config.update(name, value)
 
 
-def program_folder(name: str = "twotower") -> Path:
+def program_folder(name: str = "twotower/programs") -> Path:
     """Returns the folder of compiled programs, one a version of JAX and a kind of processor.
 
     Args:
@@ -96,8 +96,8 @@ def program_folder(name: str = "twotower") -> Path:
     features = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     kind = hashlib.sha256("".join(features).encode()).hexdigest()[:8]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = importlib.metadata.version("jaxlib")
-    return root / name / "programs" / f"jax-{version}-{platform.machine()}-{kind}"
+    version = importlib.metadata.version("jax")
+    return root / name / f"jax-{version}-{platform.machine()}-{kind}"
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:

@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from twotower.core.ragged import Ragged
+from twotower.kernels.top_k import with_maxima
+
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
@@ -309,13 +312,13 @@ def what_was_never_trained_is_not_told(right):
     return lambda *args, **options: 0 * right(*args, **options)
 
 
-@mistake(20, "twotower.evaluation.evaluate:_mask_scores")
+@mistake(20, "twotower.evaluation.evaluate:_HostRanker.read")
 def a_sample_of_the_items_competes(right):
-    def mask_scores(scores, *args):
-        is_sampled = jnp.arange(scores.shape[1]) % 3 > 0
-        return jnp.where(is_sampled[None, :], right(scores, *args), -jnp.inf)
+    def read(ranker, scores, relevant):
+        is_sampled = np.arange(scores.shape[1]) % 3 > 0
+        right(ranker, np.where(is_sampled, scores, -np.inf), relevant)
 
-    return mask_scores
+    return read
 
 
 @mistake(20, "twotower.evaluation.report_text:format_report")
@@ -328,14 +331,20 @@ def a_sample_goes_by_the_name_of_the_whole(right):
     return format_report
 
 
-@mistake(21, "twotower.evaluation.evaluate:_relevant_behind_equals")
+@mistake(21, "twotower.evaluation.evaluate:_HostRanker.read")
 def ties_are_hits(right):
-    return lambda scores, pairs: -right(-scores, pairs)
+    def read(ranker, scores, relevant):
+        scores = np.array(scores, np.float32)
+        position = (relevant.rows, relevant.values)
+        scores[position] = np.nextafter(scores[position], np.float32(np.inf))
+        right(ranker, scores, Ragged.empty(len(relevant)))
+
+    return read
 
 
-@mistake(21, "twotower.evaluation.evaluate:_relevant_behind_equals")
+@mistake(21, "twotower.evaluation.evaluate:_HostRanker.read")
 def ties_go_by_the_order_of_the_items(right):
-    return lambda scores, pairs: scores
+    return lambda ranker, scores, relevant: right(ranker, scores, Ragged.empty(len(relevant)))
 
 
 @mistake(22, "twotower.data.audit:audit")
@@ -353,17 +362,22 @@ def histories_of_training_hold_held_out_rows(right):
     return right | {"train": (0, 1, 2)}
 
 
-@mistake(23, "twotower.evaluation.evaluate:_blocks")
+@mistake(23, "twotower.evaluation.evaluate:_evaluate_modes")
 def seen_items_are_always_masked(right):
-    return lambda queries, block_bytes, *, mask_seen: right(queries, block_bytes, mask_seen=True)
+    def evaluate_modes(score_block, queries, ks, modes, *rest):
+        return right(score_block, queries, ks, [True] * len(modes), *rest)
+
+    return evaluate_modes
 
 
-@mistake(24, "twotower.evaluation.evaluate:_mask_scores")
+@mistake(24, "twotower.evaluation.evaluate:_HostRanker.rank")
 def seen_items_are_1e5_lower(right):
-    def mask_scores(scores, pairs, *rest):
-        return scores.at[pairs.seen_query, pairs.seen_item].add(-1e5, mode="drop")
+    def rank(ranker, seen):
+        ranker._scores[seen.rows, seen.values] -= 1e5
+        _, ranker._maxima = with_maxima(ranker._scores, ranker._k)
+        return right(ranker, Ragged.empty(len(seen)))
 
-    return mask_scores
+    return rank
 
 
 @mistake(24, "twotower.index.exact:_scores")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, monkeypatch):
-    def make_baselines(prepared, queries):
+    def make_baselines(prepared, queries, without):
         return {"random": random_scores(queries.num_items)}
 
     monkeypatch.setattr(report, "make_baselines", make_baselines)

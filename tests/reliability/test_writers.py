@@ -178,9 +178,9 @@ HOLDER = """if True:
     import os, sys
     from twotower.core.files import exclusive
     with exclusive(sys.argv[1], "hold"):
-        child = os.fork()
-        if child:
-            print(child, flush=True)
+        # The child itself says that it is there: it has let go of the lock by then.
+        if not os.fork():
+            print(os.getpid(), flush=True)
         sys.stdin.read()
 """
 
