@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 def ended(monkeypatch, *arguments):
     """Returns what the console command ends with."""
     monkeypatch.setattr("sys.argv", ["twotower", *arguments])
+    # Anew: the flags of a command keep their values.
+    for name in arguments[:1]:
+        sys.modules.pop(f"twotower.commands.{name}", None)
     try:
         __main__.main()
     except SystemExit as end:
