@@ -43,9 +43,10 @@ CODES = ("event", "split")
 _MOST_NAMES = 30  # names of columns that a message lists
 # Delimiters that a file may have where its rows were read as one column.
 SEPARATORS = r"[;\t|,]"
-# Years between which the times of most features lie: films and births, releases to come.
-_FIRST_YEAR = TimeForm().one("1700-01-01")
-_LAST_YEAR = TimeForm().one("2200-01-01")
+# Years between which the times of most features lie, 1700 and 2200 in seconds: films and births,
+# releases to come.
+_FIRST_YEAR = -8_520_336_000
+_LAST_YEAR = 7_258_118_400
 SECONDS = TimeForm()
 
 Side = Literal["user", "item"]
