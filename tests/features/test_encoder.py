@@ -190,7 +190,7 @@ def test_tables_that_do_not_fit_the_log_are_refused():
     ):
         fitted(tables=(train, pa.concat_tables([users, users.slice(0, 1)]), items))
     with pytest.raises(
-        ValueError, match="training rows have a item_id that the items table lacks, the first 'i"
+        ValueError, match="Training rows have a item_id that the items table lacks, the first 'i"
     ):
         fitted(tables=(train, users, items.slice(25)))
     with pytest.raises(

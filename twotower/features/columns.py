@@ -14,6 +14,8 @@ from twotower.features.vocabulary import as_strings
 # Columns of the interactions that no query knows before it is answered.
 _ANSWERS = ("item_id", "label")
 
+COUNT_ROWS = 2**20  # training rows whose ids are looked up at once
+
 
 def training_columns(
     spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
@@ -91,24 +93,29 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             raise ValueError(f"{name} must have a column {id_column!r}; columns: {columns}.")
     ids = as_strings(table[id_column])
     # Twice the same id would give one user two rows, of which training reads the first.
-    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
-        counts = pc.value_counts(ids)
-        is_repeated = pc.greater(counts.field("counts"), 1)
-        repeated = counts.filter(is_repeated).field("values")
+    if len(pc.unique(ids)) < len(ids):
+        numbers = pc.value_counts(ids)
+        is_repeated = pc.greater(numbers.field("counts"), 1)
+        repeated = numbers.filter(is_repeated).field("values")
         raise ValueError(
             f"The {side}s table has {len(repeated)} ids more than once, the first "
             f"{repeated[0].as_py()!r}; they must be unique."
         )
-    # A training row whose user or item is absent would train nothing, and be counted nowhere.
-    rows_of_table = pc.index_in(as_strings(train[id_column]), value_set=ids)
-    if rows_of_table.null_count:
-        unknown = train[id_column].filter(rows_of_table.is_null())
-        raise ValueError(
-            f"{len(unknown)} training rows have a {id_column} that the {side}s table lacks, the "
-            f"first {unknown[0].as_py()!r}."
-        )
-    # `minlength`, since the last rows of the table may have no training row.
-    return np.bincount(rows_of_table.to_numpy(), minlength=len(table))
+    # By blocks: a copy of all ids of a long log would be the largest that preparing makes.
+    counts = np.zeros(len(table), np.int64)
+    for start in range(0, len(train), COUNT_ROWS):
+        block = train[id_column].slice(start, COUNT_ROWS)
+        # A training row whose user or item is absent would train nothing, and be counted nowhere.
+        rows_of_table = pc.index_in(as_strings(block), value_set=ids)
+        if rows_of_table.null_count:
+            unknown = block.filter(rows_of_table.is_null())
+            raise ValueError(
+                f"Training rows have a {id_column} that the {side}s table lacks, the first "
+                f"{unknown[0].as_py()!r}."
+            )
+        # `minlength`, since the last rows of the table may have no training row.
+        counts += np.bincount(rows_of_table.to_numpy(), minlength=len(table))
+    return counts
 
 
 def _check_is_known_to_query(feature: Feature) -> None:

@@ -129,7 +129,7 @@ class Vocabulary:
         # values takes.
         # Two equal hashes may still be of different values: then they are counted.
         if not self._hash_index.is_unique:
-            repeated = len(self.values) - pc.count_distinct(self.values, mode="all").as_py()
+            repeated = len(self.values) - len(pc.unique(self.values))
         if repeated or self.values.null_count:
             raise ValueError(
                 f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "

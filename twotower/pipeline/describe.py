@@ -183,10 +183,13 @@ class _Numbers:
         distinct = pc.unique(ids)
         self._items = []
         for item, column in zip(items, outside):
-            # int32, as rows of tables are: eight bytes a row would be felt in a long log.
-            numbers = item.copy()
-            absent = pc.index_in(column, value_set=distinct).to_numpy()
-            numbers[item < 0] = corpus + absent
+            numbers = item
+            # No training row has one, so that the longest part is not copied.
+            if len(column):
+                # int32, as rows of tables are: eight bytes a row would be felt in a long log.
+                numbers = item.copy()
+                absent = pc.index_in(column, value_set=distinct).to_numpy()
+                numbers[item < 0] = corpus + absent
             self._items.append(numbers)
         self._corpus = corpus
         self._range = corpus + len(distinct)
