@@ -223,12 +223,14 @@ class Contract:
             else:
                 number = dict(form["number"])
                 columns[name] = NumberForm(**{**number, "marks": tuple(number["marks"])})
+        # Read at once: what is no mapping of texts is told when it is loaded, not by a request.
+        written = {name: dict(forms) for name, forms in dict(state["written"]).items()}
         return cls(
             user_id=IdForm(state["user_id"]),
             item_id=IdForm(state["item_id"]),
             time=TimeForm(**state["time"]),
             columns=columns,
-            written=state["written"],
+            written=written,
         )
 
 
