@@ -78,14 +78,13 @@ class Ragged:
         if len(rows) == 1 and rows[0] >= 0:
             values = np.asarray(self[rows[0]])
             return Ragged(np.array([0, len(values)], np.int64), values)
-        # Without any list there is no length to look up, not even for -1.
-        lengths = np.zeros(len(rows), np.int64)
-        if len(self):
-            # -1 reads the last list here; its length is replaced by 0.
-            lengths = np.where(rows >= 0, self.lengths[rows], 0)
+        starts = self.offsets[rows]
+        # Of these lists alone: `lengths` would be that of all lists. -1 reads no list's bounds
+        # here; its length is replaced by 0.
+        lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
         offsets = _offsets(lengths)
         # A value's position here is the start of its list and the distance from there.
-        shifts = self.offsets[rows] - offsets[:-1]
+        shifts = starts - offsets[:-1]
         positions = np.repeat(shifts, lengths) + np.arange(offsets[-1])
         return Ragged(offsets, self.values[positions])
 

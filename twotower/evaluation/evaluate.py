@@ -145,7 +145,10 @@ class _Lists:
         # Both halves belong together: an item that no list may hold would count as missed.
         self._queries = queries.without_seen() if mask_seen else queries
         self._ks = ks
-        self._is_answerable = self._queries.num_relevant > 0
+        # Once: each is computed from all queries or all items.
+        self._num_relevant = self._queries.num_relevant
+        self._num_rows = int(queries.counts.sum())
+        self._is_answerable = self._num_relevant > 0
         self._values: dict[str, list[np.ndarray]] = {}
         self._is_listed = {k: np.zeros(queries.num_items, bool) for k in ks}
 
@@ -160,15 +163,16 @@ class _Lists:
         relevant = queries.relevant.take(np.arange(block.start, block.stop))
         hits = relevant.contains(np.arange(len(rows))[:, None], rows)
         counts = queries.counts[rows]
-        num_relevant = queries.num_relevant[block]
-        total = int(queries.counts.sum())
+        num_relevant = self._num_relevant[block]
         is_answerable = self._is_answerable[block]
         for k in self._ks:
             is_filled = rows[:, :k] >= 0
             # Without a mask: a list that could not be filled is still K long to these.
             for name, metric in metrics.RANKING_METRICS.items():
                 self._append(f"{name}@{k}", metric(hits[:, :k], num_relevant))
-            novelty = metrics.novelty(counts[:, :k], total, queries.num_items, where=is_filled)
+            novelty = metrics.novelty(
+                counts[:, :k], self._num_rows, queries.num_items, where=is_filled
+            )
             self._append(f"novelty@{k}", novelty)
             never_trained = metrics.never_trained(counts[:, :k], where=is_filled)
             self._append(f"never_trained@{k}", never_trained)
