@@ -9,8 +9,9 @@ import pytest
 from experiments.benchmarks.logs import news_log
 from twotower import api
 from twotower.config import from_dict
-from twotower.data.contract import Contract, read_uses
+from twotower.data.contract import Contract
 from twotower.data.facts import ColumnFacts, LogFacts, column_facts
+from twotower.data.tables import read_uses
 from twotower.evaluation.baselines import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate, model_scores
 from twotower.evaluation.queries import make_queries

@@ -878,7 +878,7 @@ class RetrievalConfig:
         dim: Width that the vectors of users and items are cut to, one of `objective.matryoshka`; 0
             keeps all of D.
         vectors: Type of the stored item vectors: float32, or int8 with a scale for each item, a
-            quarter of the size (see `twotower.index.int8`). The loss of either is measured at
+            quarter of the size (see `twotower.index.vectors`). The loss of either is measured at
             export and stands in the manifest.
         hnsw_m: Links of an item in each layer of a graph (M of HNSW; the lowest layer has twice as
             many). More of them find more at the same effort, and take memory and building time.

@@ -22,7 +22,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.times import EARLIEST, in_range
 from twotower.data import guess
 from twotower.data.audit import audit, drop_repeats
-from twotower.data.contract import Contract, apply_contract
+from twotower.data.contract import Contract
 from twotower.data.dataset import Dataset, assemble
 from twotower.data.facts import LogFacts, log_facts
 from twotower.data.filters import filter_rows
@@ -31,6 +31,7 @@ from twotower.data.matching import check_matches
 from twotower.data.sources import kept
 from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.split import kinds_without_order, split
+from twotower.data.tables import apply_contract
 from twotower.experiment import change, read
 from twotower.pipeline.describe import check_log
 from twotower.pipeline.log_items import items_of_rows

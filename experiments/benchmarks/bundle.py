@@ -41,7 +41,7 @@ def make(folder: Path, items: int) -> None:
     import jax
 
     from twotower.config import from_dict
-    from twotower.core.ragged import Ragged
+    from twotower.core.arrays import Ragged
     from twotower.experiment import read
     from twotower.index.build import index_items
     from twotower.pipeline.prepare import prepare

@@ -48,7 +48,7 @@ def make_bundle(folder: Path, items: int) -> None:
     import jax
 
     from twotower.config import from_dict
-    from twotower.core.ragged import Ragged
+    from twotower.core.arrays import Ragged
     from twotower.index.build import index_items
     from twotower.pipeline.prepare import prepare
     from twotower.retrieval.bundle import write_bundle

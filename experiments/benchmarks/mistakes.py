@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 from twotower.kernels.top_k import with_maxima
 
 

@@ -14,8 +14,8 @@ import pytest
 from tests.index.fakes import UnconditionalIndex
 from tests.retrieval.runs import make_run, rewrite_manifest
 from twotower.config import RetrievalConfig
+from twotower.core.arrays import Ragged
 from twotower.core.errors import BundleError, QueryError
-from twotower.core.ragged import Ragged
 from twotower.evaluation import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.index import exact

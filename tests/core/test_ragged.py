@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Ragged, pair_keys
+from twotower.core.arrays import Ragged, pair_keys
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from tests.data.reading import LOG, load, read_rows, write
 from twotower.core.errors import ConfigError
 from twotower.core.times import TimeForm
-from twotower.data.contract import check_time_range
+from twotower.data.tables import check_time_range
 
 
 def test_ids_are_text_times_are_seconds_and_the_order_of_the_file_is_kept(tmp_path):

@@ -22,8 +22,7 @@ from twotower.core.arrow import BadValue
 from twotower.core.ids import IdForm
 from twotower.core.times import UNITS_PER_SECOND as UNITS
 from twotower.core.times import TimeForm
-from twotower.data.contract import Contract, Use
-from twotower.data.numbers import NumberForm
+from twotower.data.contract import Contract, NumberForm, Use
 from twotower.data.sources.load import SOURCES, Tables, load_dataset
 
 CASES = int(os.environ.get("TWOTOWER_CASES", "100"))

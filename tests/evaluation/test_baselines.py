@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 from twotower.evaluation import baselines
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ScoreError
-from twotower.core.ragged import Ragged
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
 from twotower.evaluation.queries import Queries

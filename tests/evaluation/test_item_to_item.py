@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 from twotower.evaluation import item_to_item
 from twotower.evaluation.baselines import make_baselines, order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
-from twotower.core.ragged import Ragged
 from twotower.evaluation import report_text
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.report import measure_answers

@@ -13,9 +13,10 @@ from pyarrow import csv
 from tests.features.encoder_shop import assert_same, fitted, shop
 from twotower.config import DataConfig, TableConfig
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Contract, apply_contract
+from twotower.data.contract import Contract
 from twotower.data.sources.frames import read_table
 from twotower.data.sources.load import load_dataset
+from twotower.data.tables import apply_contract
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import Input
 from twotower.features.pretrained import parse_vectors

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 
 
 def unit(vectors):

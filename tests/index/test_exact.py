@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.index.oracles import assert_same_lists, integer_vectors, rising_exclusions, stable_sort
+from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
-from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex, top_k
 from twotower.kernels import top_k as kernel

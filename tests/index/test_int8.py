@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.index.int8 import Int8Vectors, error_bound, quantize
+from twotower.index.vectors import Int8Vectors, error_bound, quantize
 
 
 def drawn(rows=300, dim=24):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.index.oracles import assert_same_lists, integer_vectors, rising_exclusions, stable_sort
+from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
 from twotower.core.mesh import make_mesh
-from twotower.core.ragged import Ragged
 from twotower.index import exact
 from twotower.index.exact import ExactIndex
 

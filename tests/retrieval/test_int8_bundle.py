@@ -10,7 +10,7 @@ import pytest
 from tests.retrieval.runs import rewrite_manifest, storing
 from twotower.core.errors import BundleError
 from twotower.core.files import current_version
-from twotower.index.int8 import Int8Vectors, quantize
+from twotower.index.vectors import Int8Vectors, quantize
 from twotower.retrieval import export as export_module
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
+from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
-from twotower.core.ragged import Ragged
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.mining import make_miner, mine_hard_negatives

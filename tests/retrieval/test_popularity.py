@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twotower.index.build import index_items
-from twotower.index.popularity import append_coordinate, log_counts, popularity_coordinate
+from twotower.index.vectors import append_coordinate, log_counts, popularity_coordinate
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 

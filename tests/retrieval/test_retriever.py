@@ -10,8 +10,8 @@ import pytest
 
 from tests.index.fakes import UnconditionalIndex
 from tests.retrieval.runs import make_run
+from twotower.core.arrays import Ragged
 from twotower.core.errors import BundleError, ConfigError, UnknownItemError
-from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.index.search import search_filtered
 from twotower.retrieval import retriever as retriever_module

@@ -14,7 +14,7 @@ from twotower.core.errors import CheckpointError, ConfigError, ScoreError, Train
 from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
-from twotower.training import loop, memory, run
+from twotower.training import checks, loop, run
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
@@ -317,7 +317,7 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
 def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypatch):
     whole = run.load_run(finished)
     monkeypatch.setattr(
-        memory, "_free_bytes", lambda mesh: 150_000
+        checks, "_free_bytes", lambda mesh: 150_000
     )  # of 3 tables, 1,024 x 16 or x 4 or 512 x 8, and their state
     divided = run.load_run(finished)
     _equal_bits(whole.weights, divided.weights)
@@ -326,7 +326,7 @@ def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypa
     rows = {name: values[:20] for name, values in whole.prepared.features["user"].items()}
     vectors = [embed_rows(r.model, r.weights, "user", rows) for r in (whole, divided)]
     np.testing.assert_allclose(*vectors, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(memory, "_free_bytes", lambda mesh: 1000)
+    monkeypatch.setattr(checks, "_free_bytes", lambda mesh: 1000)
     with pytest.raises(ConfigError, match="on each of 8 devices"):
         run.load_run(finished)
 

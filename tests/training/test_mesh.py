@@ -20,7 +20,7 @@ from twotower.kernels.softmax_reference import naive_softmax
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import LOSSES
 from twotower.towers.two_tower import Weights
-from twotower.training import memory
+from twotower.training import checks
 from twotower.training.checks import check_batch, check_batch_norm
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
@@ -311,7 +311,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_all
     from twotower.training import loop
 
     trainer, *_ = make(small_config())
-    monkeypatch.setattr(memory, "_free_bytes", lambda mesh: 20_000)
+    monkeypatch.setattr(checks, "_free_bytes", lambda mesh: 20_000)
     monkeypatch.setattr(loop, "init_on", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ConfigError) as error:
         fit(trainer, prepared, tmp_path, validate=None, mesh=make_mesh(8))

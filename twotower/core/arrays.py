@@ -1,9 +1,158 @@
-"""NumPy arrays padded to few shapes, so that few programs are compiled, and samples of their
-rows."""
+"""NumPy arrays: lists of different lengths as two flat ones (compressed sparse rows), arrays padded
+to few shapes, so that few programs are compiled, and samples of rows."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Lists of integers: list r is `values[offsets[r]:offsets[r + 1]]`.
+
+    Attributes:
+        offsets: int64 [R + 1], from 0, never falling, of R lists.
+        values: int32 [M], the lists one after the other.
+    """
+
+    # Two arrays instead of a list of arrays: a list a user would be a Python object a user.
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def from_pairs(cls, rows: np.ndarray, values: np.ndarray, *, num_rows: int) -> Ragged:
+        """Returns the values of pairs (row, value) as one list a row.
+
+        The values of a row keep the order of the pairs.
+
+        Args:
+            rows: int [M], in [0, num_rows).
+            values: int [M].
+            num_rows: Number R of lists.
+
+        Raises:
+            ValueError: A row is out of range.
+        """
+        rows = np.asarray(rows, np.int64)
+        # `bincount` would grow past `num_rows`, and give more lists than were named.
+        if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
+            raise ValueError(
+                f"Rows must lie in [0, {num_rows}), not in [{rows.min()}, {rows.max()}]."
+            )
+        # Stable, since the order within a row is the order in time.
+        order = np.argsort(rows, kind="stable")
+        lengths = np.bincount(rows, minlength=num_rows)
+        return cls(_offsets(lengths), np.asarray(values)[order].astype(np.int32))
+
+    @classmethod
+    def empty(cls, num_rows: int) -> Ragged:
+        """Returns `num_rows` empty lists."""
+        return cls(np.zeros(num_rows + 1, np.int64), np.zeros(0, np.int32))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int | np.integer) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The length of each list, int64 [R]."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of each value, int64 [M]."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Returns the lists of `rows`, in that order; a row of -1 gives an empty list."""
+        rows = np.asarray(rows, np.int64)
+        # A request takes one row: its values need no copy.
+        if len(rows) == 1 and rows[0] >= 0:
+            values = np.asarray(self[rows[0]])
+            return Ragged(np.array([0, len(values)], np.int64), values)
+        starts = self.offsets[rows]
+        # Of these lists alone: `lengths` would be that of all lists. -1 reads no list's bounds
+        # here; its length is replaced by 0.
+        lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
+        offsets = _offsets(lengths)
+        # A value's position here is the start of its list and the distance from there.
+        shifts = starts - offsets[:-1]
+        positions = np.repeat(shifts, lengths) + np.arange(offsets[-1])
+        return Ragged(offsets, self.values[positions])
+
+    def filter(self, keep: np.ndarray) -> Ragged:
+        """Returns the lists without the values whose `keep` is False.
+
+        Args:
+            keep: bool [M].
+        """
+        return Ragged.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
+
+    def join(self, other: Ragged) -> Ragged:
+        """Returns each list followed by that of the same row of `other`."""
+        rows = np.concatenate([self.rows, other.rows])
+        values = np.concatenate([self.values, other.values])
+        return Ragged.from_pairs(rows, values, num_rows=len(self))
+
+    def distinct(self, *, keep: Literal["first", "last"] = "first") -> Ragged:
+        """Returns each value once a row, at its first or its last position."""
+        # `unique` gives the first index of each key; read backwards, that is the last.
+        step = 1 if keep == "first" else -1
+        keys = pair_keys(self.rows, self.values)
+        _, index = np.unique(keys[::step], return_index=True)
+        # A mask in the order of `keys[::step]`, turned back when it is used.
+        kept = np.zeros(len(keys), bool)
+        kept[index] = True
+        return self.filter(kept[::step])
+
+    def contains(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Marks the values that are in the list of their row.
+
+        Args:
+            rows: int, of a shape that broadcasts with that of `values`.
+            values: int; -1 is in no list.
+
+        Returns:
+            bool, of the broadcast shape.
+        """
+        rows, values = np.broadcast_arrays(rows, values)
+        # The lists that are asked alone: a block of queries asks few of a million users' lists.
+        is_asked = np.zeros(len(self), bool)
+        is_asked[rows] = True
+        asked = np.flatnonzero(is_asked)
+        lists = self.take(asked)
+        held = np.sort(pair_keys(asked[lists.rows], lists.values))
+        if not len(held):
+            return np.zeros(rows.shape, bool)
+        # One search of all pairs at once, instead of one in each list.
+        keys = pair_keys(rows, values)
+        position = np.minimum(np.searchsorted(held, keys), len(held) - 1)
+        return (held[position] == keys) & (values >= 0)
+
+
+def pair_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns one integer for each pair (row, value), int64; both fit in 32 bits.
+
+    Two keys are equal if both numbers are, and keys sort by row and then by value. A value of -1
+    has a key like others: callers that search for values leave it out.
+    """
+    # The mask keeps the sign bits of -1 out of the half that holds the row.
+    return (np.asarray(rows, np.int64) << 32) | (np.asarray(values, np.int64) & 0xFFFFFFFF)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Returns the sums of the lengths before each list, and of all: int64 [R + 1]."""
+    # int64: a large log has more values than int32 can count.
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def next_power_of_two(n: int) -> int:

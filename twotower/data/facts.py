@@ -12,10 +12,10 @@ import pyarrow as pa
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import BadValue, is_list, pc, plain_text
 from twotower.core.times import TimeForm, find_time_forms
+from twotower.data.contract import NumberForm
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Split
 from twotower.data.nested import first_value
-from twotower.data.numbers import NumberForm
 
 SAMPLE = 100_000  # rows by which a column is described
 DAY = 24 * 3600  # seconds

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.arrays import pair_keys
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.core.ragged import pair_keys
 
 PARTS = ("train", "validation", "test")
 

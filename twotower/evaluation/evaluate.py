@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from twotower.config import Config
-from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
+from twotower.core.arrays import Ragged, next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.errors import ScoreError, choose
 from twotower.core.mesh import (
     AXIS,
@@ -30,7 +30,6 @@ from twotower.core.mesh import (
     put,
 )
 from twotower.core.progress import progress
-from twotower.core.ragged import Ragged
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.kernels.top_k import GROUP, RunningTopK, merge_top_k, select_top_k, with_maxima

@@ -15,8 +15,8 @@ import scipy.linalg
 import scipy.sparse
 from absl import logging
 
+from twotower.core.arrays import Ragged
 from twotower.core.progress import progress
-from twotower.core.ragged import Ragged
 from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrays import evenly_spaced
+from twotower.core.arrays import Ragged, evenly_spaced
 from twotower.core.errors import ConfigError, choose
-from twotower.core.ragged import Ragged
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users

@@ -23,8 +23,8 @@ from twotower.evaluation.evaluate import Scores, evaluate, evaluate_both, model_
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.index.exact import ExactIndex
-from twotower.index.popularity import append_coordinate, log_counts
 from twotower.index.recall import list_recall
+from twotower.index.vectors import append_coordinate, log_counts
 from twotower.retrieval.export import served_model
 from twotower.retrieval.retriever import Retriever
 from twotower.training.run import Run

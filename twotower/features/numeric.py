@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import BadValue
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Use
-from twotower.data.numbers import LARGEST, NumberForm
+from twotower.data.contract import LARGEST, NumberForm, Use
 from twotower.features.base import Feature, Fitted, TrainingColumn
 from twotower.features.inputs import Input, TableShape
 

@@ -21,8 +21,7 @@ from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.index.base import TUNING_QUERIES, Index, LibraryIndex, check_vectors
 from twotower.index.exact import ExactIndex
-from twotower.index.int8 import Vectors
-from twotower.index.popularity import append_coordinate, popularity_coordinate
+from twotower.index.vectors import Vectors, append_coordinate, popularity_coordinate
 
 # Vectors below which exact search is quick enough, and ScaNN need not be imported.
 MIN_SCANN_VECTORS = 1_000

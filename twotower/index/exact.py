@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
-from twotower.core.arrays import next_power_of_two, pad_pairs, pad_rows, round_up
+from twotower.core.arrays import Ragged, next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
@@ -30,7 +30,6 @@ from twotower.core.mesh import (
     device_group,
     put,
 )
-from twotower.core.ragged import Ragged
 from twotower.index.base import check_queries, check_scores, check_vectors, list_length
 from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
 

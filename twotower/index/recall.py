@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from twotower.core.ragged import pair_keys
+from twotower.core.arrays import pair_keys
 
 NUM_DECILES = 10
 

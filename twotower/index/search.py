@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 from twotower.index.base import Index, check_queries, check_scores, list_length
 from twotower.index.exact import ExactIndex
-from twotower.index.int8 import Vectors
+from twotower.index.vectors import Vectors
 from twotower.kernels.top_k import RunningTopK
 
 # Candidates beyond k that are fetched on account of exclusions. A user with more of them may get a

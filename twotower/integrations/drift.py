@@ -17,12 +17,11 @@ import pyarrow as pa
 import scipy.linalg
 from jaxtyping import Float
 
-from twotower.core.arrays import evenly_spaced
+from twotower.core.arrays import Ragged, evenly_spaced
 from twotower.core.arrow import pc
 from twotower.core.errors import HistoryError
 from twotower.core.files import atomic
 from twotower.core.install import extra
-from twotower.core.ragged import Ragged
 from twotower.core.tables import format_table
 from twotower.index.exact import top_k
 

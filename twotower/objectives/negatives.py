@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from twotower.core.ragged import pair_keys
+from twotower.core.arrays import pair_keys
 from twotower.objectives.alias import AliasTable
 from twotower.pipeline.batches import Rows
 

@@ -15,7 +15,7 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted, drop_repeats
-from twotower.data.contract import Contract, check_time_range
+from twotower.data.contract import Contract
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
@@ -29,6 +29,7 @@ from twotower.data.sources.load import (
     with_uses,
 )
 from twotower.data.split import split
+from twotower.data.tables import check_time_range
 from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows

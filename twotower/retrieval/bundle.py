@@ -11,7 +11,7 @@ user_tower.stablehlo  item_tower.stablehlo
                  the towers as programs that need neither Flax nor the model's code
 item_vectors.npy  items.parquet  item_counts.npy
                  the corpus in one order: vectors; ids and display columns; training rows
-item_scales.npy  beside vectors stored as int8: see `twotower.index.int8`
+item_scales.npy  beside vectors stored as int8: see `twotower.index.vectors`
 user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy  seen_events.arrow
                  known users: vectors; raw features; items, the latest last
 index/           the index over the item vectors
@@ -49,6 +49,7 @@ from absl import logging
 
 import twotower
 from twotower.config import Config, from_dict
+from twotower.core.arrays import Ragged
 from twotower.core.errors import BundleError, FolderError, TwotowerError
 from twotower.core.files import (
     POINTER,
@@ -60,14 +61,12 @@ from twotower.core.files import (
 )
 from twotower.core.install import command
 from twotower.core.kinds import note_origins, read_record, write_record
-from twotower.core.ragged import Ragged
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES
 from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
-from twotower.index.int8 import Int8Vectors, Vectors
-from twotower.index.popularity import append_coordinate, popularity_coordinate
+from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,

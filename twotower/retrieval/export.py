@@ -16,17 +16,16 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from twotower.core.arrays import evenly_spaced
+from twotower.core.arrays import Ragged, evenly_spaced
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import exclusive, explain_full_disk, next_version
-from twotower.core.ragged import Ragged
 from twotower.data.interactions import PARTS
 from twotower.features.pretrained import PretrainedFeature
 from twotower.index.base import TUNING_QUERIES
 from twotower.index.build import index_items
 from twotower.index.exact import top_k
-from twotower.index.int8 import Int8Vectors, error_bound, quantize
 from twotower.index.recall import list_ndcg, list_recall
+from twotower.index.vectors import Int8Vectors, error_bound, quantize
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.plugins import make_record

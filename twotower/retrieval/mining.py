@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from twotower.core.ragged import Ragged
+from twotower.core.arrays import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.objectives.negatives import Pools, empty_pools
 from twotower.pipeline.prepare import PreparedData

@@ -16,11 +16,11 @@ from absl import logging
 from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
 from twotower.core.ids import read_id, read_ids
 from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
-from twotower.core.ragged import Ragged
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import nearest

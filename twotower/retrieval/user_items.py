@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower.core.ragged import Ragged, pair_keys
+from twotower.core.arrays import Ragged, pair_keys
 from twotower.pipeline.batches import Rows
 
 

@@ -35,9 +35,14 @@ from twotower.pipeline.batches import Batch, Batches
 from twotower.towers.two_tower import Weights
 from twotower.training.candidates import TrainingData, count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
-from twotower.training.checks import check_batch, check_batch_norm, check_metric, check_miner
+from twotower.training.checks import (
+    check_batch,
+    check_batch_norm,
+    check_memory,
+    check_metric,
+    check_miner,
+)
 from twotower.training.init import abstract_state, init_on
-from twotower.training.memory import check_memory
 from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
 from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs

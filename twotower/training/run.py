@@ -34,10 +34,9 @@ from twotower.plugins import (
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import Checkpoints
-from twotower.training.checks import check_batch
+from twotower.training.checks import check_batch, check_memory, fits
 from twotower.training.init import abstract_state
 from twotower.training.loop import Miner, Validate, fit, open_checkpoints
-from twotower.training.memory import check_memory, fits
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from tests.index.fakes import UnconditionalIndex
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError, QueryError, UnknownItemError
-from twotower.core.ragged import Ragged
 from twotower.index.exact import ExactIndex
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.conditions import as_conditions

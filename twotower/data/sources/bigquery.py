@@ -18,7 +18,7 @@ from absl import logging
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
 from twotower.core.install import extra
-from twotower.data.contract import Origin
+from twotower.data.tables import Origin
 
 if TYPE_CHECKING:  # an extra, which is not always installed
     from google.cloud.bigquery import Client

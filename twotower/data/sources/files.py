@@ -19,10 +19,10 @@ from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.install import command
-from twotower.data.contract import Origin, keys_of, similar_name_hint
 from twotower.data.dataset import collapse
 from twotower.data.sources import content, delimited, json_files, named
 from twotower.data.sources.content import Content, Kind
+from twotower.data.tables import Origin, keys_of, similar_name_hint
 
 # Options of `TableConfig` that files of text alone read.
 _OF_TEXT = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")

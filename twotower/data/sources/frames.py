@@ -11,9 +11,9 @@ import pyarrow as pa
 from twotower.config import TableConfig
 from twotower.core.arrow import ArrowStream, BadValue, table_of
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Origin
 from twotower.data.dialect import FileForm, find_form
 from twotower.data.sources import files, lists
+from twotower.data.tables import Origin
 
 # Sources whose files are no tables of rows.
 LOGS: dict[str, Callable[[TableConfig, str], tuple[pa.Table, Origin]]] = {

@@ -18,9 +18,9 @@ from absl import logging
 from twotower.config import TableConfig
 from twotower.core.arrow import BadValue, pc
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Origin
-from twotower.data.numbers import NumberForm
+from twotower.data.contract import NumberForm
 from twotower.data.sources import content, delimited, files
+from twotower.data.tables import Origin
 
 # Options of `TableConfig` that lines of words have no use for.
 _OF_COLUMNS = ("names", "columns", "bad_rows", "timestamp_format", "timestamp_unit")

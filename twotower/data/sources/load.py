@@ -19,22 +19,20 @@ from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm
 from twotower.core.kinds import Kinds
-from twotower.data.contract import (
-    KEYS,
-    Contract,
+from twotower.data.contract import KEYS, Contract, Uses
+from twotower.data.dataset import Dataset, assemble, collapse
+from twotower.data.shop import generate as shop
+from twotower.data.sources import bigquery, files, lists, tfds
+from twotower.data.sources.frames import TableLike, read_table
+from twotower.data.tables import (
     Origin,
     RawTable,
-    Uses,
     keys_of,
     near_equal_ids,
     read_tables,
     read_uses,
     similar_name_hint,
 )
-from twotower.data.dataset import Dataset, assemble, collapse
-from twotower.data.shop import generate as shop
-from twotower.data.sources import bigquery, files, lists, tfds
-from twotower.data.sources.frames import TableLike, read_table
 
 # The tables of a source of one's own in `config.data`.
 _TABLES = ("interactions", "user_table", "item_table")

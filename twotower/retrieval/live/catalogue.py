@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from twotower.core.errors import ConfigError, QueryError, UnknownItemError, echo
 from twotower.index.base import Index, check_vectors
-from twotower.index.int8 import Vectors, store_like
-from twotower.index.popularity import log_counts
+from twotower.index.vectors import Vectors, log_counts, store_like
 from twotower.retrieval.live.segments import NOT_REMOVED, BaseSegment, MemTable
 from twotower.retrieval.live.snapshot import Snapshot
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ChangesError
 from twotower.core.files import (
     current_version,
@@ -27,10 +28,9 @@ from twotower.core.files import (
     publish_version,
     sync_files,
 )
-from twotower.core.ragged import Ragged
 from twotower.index.base import Index
 from twotower.index.build import index_items
-from twotower.index.int8 import Vectors
+from twotower.index.vectors import Vectors
 from twotower.retrieval.bundle import OF_THE_RUN, Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.log import (

@@ -25,8 +25,7 @@ import pyarrow as pa
 
 from twotower.index.base import Index
 from twotower.index.exact import ExactIndex
-from twotower.index.int8 import Vectors
-from twotower.index.popularity import popularity_coordinate
+from twotower.index.vectors import Vectors, popularity_coordinate
 
 NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
@@ -114,7 +113,7 @@ class BaseSegment:
     @functools.cached_property
     def popularity_coordinate(self) -> tuple[np.ndarray, float]:
         """The items' coordinate of popularity, float32 [N], and that of a query with weight 1; see
-        `twotower.index.popularity`."""
+        `twotower.index.vectors`."""
         return popularity_coordinate(self.counts, self.vectors.shape[1])
 
     @functools.cached_property

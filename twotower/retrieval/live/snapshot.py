@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.core.ragged import Ragged
 from twotower.index.base import check_queries, check_scores, list_length
-from twotower.index.int8 import Vectors, store_like
-from twotower.index.popularity import append_coordinate
 from twotower.index.search import AllowedRows, search_filtered
+from twotower.index.vectors import Vectors, append_coordinate, store_like
 from twotower.kernels.top_k import RunningTopK
 from twotower.retrieval.live.conditions import (
     LATEST,
