@@ -173,13 +173,17 @@ def test_recall_by_decile_is_counted_by_hand():
     assert list(recall_by_decile(rows, truth, popularity)) == expected
 
 
-def test_found_in_equals_a_loop():
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, np.uint64])
+def test_isin_lists_equals_a_loop(dtype):
+    """Of any type of rows, also ScaNN's unsigned ones, in which -1 is the greatest number."""
     rng = np.random.default_rng(0)
-    truth, rows = rng.integers(0, 30, (6, 5)), rng.integers(-1, 30, (6, 8))
+    truth, rows = rng.integers(-1, 30, (6, 5)), rng.integers(-1, 30, (6, 8))
     expected = [
-        [value in row for value in line] for line, row in zip(truth.tolist(), rows.tolist())
+        [value in row and value != -1 for value in line]
+        for line, row in zip(truth.tolist(), rows.tolist())
     ]
-    assert isin_lists(truth, rows).tolist() == expected
+    assert isin_lists(truth.astype(dtype), rows.astype(dtype)).tolist() == expected
+    assert isin_lists(truth, rows.astype(dtype)).tolist() == expected
 
 
 @pytest.fixture(scope="module", params=["scann_tree", "scann_tree_ah"])

@@ -13,9 +13,11 @@ def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
     """Marks the values [Q, K] that stand in the same row of `lists` [Q, M]: bool [Q, K].
 
     Args:
-        values: int [Q, K] below 2^31; one of -1 stands nowhere.
+        values: int [Q, K] below 2^31, of any type; one of -1 stands nowhere.
         lists: int [Q, M], likewise.
     """
+    # Of an unsigned type, as ScaNN's rows are, -1 would be the greatest number, and stand somewhere.
+    values = np.asarray(values).astype(np.int32)
     # One `isin` over keys (query, value) in the place of a loop over queries.
     query = np.arange(len(values))[:, None]
     is_listed = np.isin(pair_keys(query, values), pair_keys(query, lists))
