@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twotower.core.arrays import evenly_spaced, next_power_of_two, pad_pairs, pad_rows, round_up
+from twotower.core.arrays import (
+    evenly_spaced,
+    next_power_of_two,
+    pad_pairs,
+    pad_rows,
+    round_up,
+    stable_argsort,
+)
 
 
 def test_rows_of_zeros_are_appended():
@@ -38,3 +45,15 @@ def test_sizes_are_rounded_up():
 def test_a_sample_is_evenly_spaced_from_the_first_to_the_last(count, expected):
     assert evenly_spaced(np.arange(10), count).tolist() == expected
     assert evenly_spaced(np.zeros((0, 3)), count).shape == (0, 3)
+
+
+@pytest.mark.parametrize("low, high", [(0, 5), (-3, 3), (-(2**62), 2**62), (7, 8)])
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_equal_keys_keep_their_order(low, high, count):
+    keys = np.random.default_rng(0).integers(low, high, count)
+    # Few distinct keys, also where they lie too far apart to be packed with a position.
+    keys = np.where(keys % 2, keys, low)
+    for given in (keys, np.sort(keys), keys[::-1]):
+        order = stable_argsort(given)
+        np.testing.assert_array_equal(order, np.argsort(given, kind="stable"))
+        assert order.dtype == np.int64

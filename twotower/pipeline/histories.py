@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.arrays import stable_argsort
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
 from twotower.features.base import Fitted
@@ -143,48 +144,105 @@ def build_histories(
         ConfigError: The log lacks a column that the feature reads.
     """
     log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-    part = np.repeat(np.arange(3), [len(rows) for rows in users])
-    user = np.concatenate(users).astype(np.int64)
+    user = np.concatenate(users)
     time = _join_times(users, times)
     _check_columns(feature, log, has_times=time is not None)
-    file_order = raw.joined_file_positions()
-    # One integer orders users and, within a user, moments: dense numbers of moments keep it small.
-    moment = np.unique(file_order if time is None else time, return_inverse=True)[1]
-    keys = user * (moment.max(initial=0) + 1) + moment
-
     event_names = log["event"] if "event" in log.column_names else None
     columns = encode_events(feature, fitted, log["item_id"], event_names, time)
+    rows = _rows_by_user(user, time, columns, raw)
+
     offsets: dict[str, np.ndarray] = {}
     orders: dict[str, np.ndarray] = {}
     blocks: list[dict[str, np.ndarray]] = []
     start = 0
     for name in ("train", "test", "now"):
-        rows = np.flatnonzero(np.isin(part, KNOWN_PARTS[name]))
-        order = rows[np.lexsort((file_order[rows], keys[rows]))]
-        counts = np.bincount(user[rows], minlength=num_users)
-        block = {array: values[order] for array, values in columns.items()}
-        if time is not None:
-            block |= _time_arrays(feature, time[order])
-        orders[name] = order
+        is_known = rows.are_known_to(name)
+        block = {array: values[is_known] for array, values in rows.columns.items()}
+        if rows.time is not None:
+            block |= _time_arrays(feature, rows.time[is_known])
+        orders[name] = rows.order[is_known]
+        counts = np.bincount(rows.user[is_known], minlength=num_users)
         offsets[name] = start + np.append(0, np.cumsum(counts))
         blocks.append(block)
-        start += len(order)
+        start += len(orders[name])
 
     events = {array: np.concatenate([block[array] for block in blocks]) for array in blocks[0]}
     event_times = np.zeros(0)
     if time is not None:
         event_times = np.concatenate([time[order] for order in orders.values()])
     spans = {}
+    part_start = 0
     for number, (name, level) in enumerate(_EVENTS_READ_BY.items()):
-        rows = part == number
-        begin = offsets[level][user[rows]]
-        # "left": of the events of one moment none knows of another, nor a row of itself.
-        earlier = np.searchsorted(keys[orders[level]], keys[rows], side="left")
-        end = offsets[level][0] + earlier
-        row_times = np.nan if time is None else time[rows]
-        spans[name] = _spans(feature, begin, end, event_times, row_times)
+        positions = np.flatnonzero(rows.part == number)
+        begin = offsets[level][rows.user[positions]]
+        end = offsets[level][0] + rows.count_earlier(level)[positions]
+        row_times = np.nan if rows.time is None else rows.time[positions]
+        by_user = _spans(feature, begin, end, event_times, row_times)
+        spans[name] = np.empty_like(by_user)
+        spans[name][rows.order[positions] - part_start] = by_user
+        part_start += len(by_user)
     reads = read_arrays(feature, fitted)
     return Histories(feature, events, reads, offsets, orders, spans, event_times)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RowsByUser:
+    """The rows of all parts by user, then in time, then as the file has them.
+
+    In this order running counts tell each row's past, which otherwise is searched for.
+
+    Attributes:
+        order: int64 [N], position of each among the joined rows of the parts.
+        part: int8 [N], number of the part of each.
+        user: int32 [N], row of the users table.
+        time: int64 [N], seconds; None in a log without times.
+        columns: Array name -> [N, ...], the row as an event.
+    """
+
+    order: np.ndarray
+    part: np.ndarray
+    user: np.ndarray
+    time: np.ndarray | None
+    columns: Mapping[str, np.ndarray]
+
+    def are_known_to(self, level: str) -> np.ndarray:
+        """Marks the rows that those of a part may know of: bool [N]."""
+        return np.isin(self.part, KNOWN_PARTS[level])
+
+    def count_earlier(self, level: str) -> np.ndarray:
+        """Returns the known rows of all users before the moment of each row, int32 [N].
+
+        Of the rows of one moment none counts another, nor a row itself.
+        """
+        # int32 as spans are.
+        counts = np.cumsum(self.are_known_to(level), dtype=np.int32)
+        counts = np.append(np.int32(0), counts[:-1])
+        # Without times each row is a moment of its own.
+        if self.time is None:
+            return counts
+        is_same = (self.user[1:] == self.user[:-1]) & (self.time[1:] == self.time[:-1])
+        # The counts never fall: the greatest of those that begin a moment is that of the last.
+        counts[1:][is_same] = 0
+        return np.maximum.accumulate(counts)
+
+
+def _rows_by_user(
+    user: np.ndarray,
+    time: np.ndarray | None,
+    columns: Mapping[str, np.ndarray],
+    raw: Split,
+) -> _RowsByUser:
+    """Sorts the joined rows of a split; see `_RowsByUser`."""
+    order = stable_argsort(raw.joined_file_positions())
+    if time is not None:
+        order = order[stable_argsort(time[order])]
+    order = order[stable_argsort(user[order])]
+    ends = np.cumsum([len(raw.train), len(raw.validation)])
+    part = np.searchsorted(ends, order, side="right").astype(np.int8)
+    if time is not None:
+        time = time[order]
+    columns = {array: values[order] for array, values in columns.items()}
+    return _RowsByUser(order, part, user[order], time, columns)
 
 
 def _join_times(

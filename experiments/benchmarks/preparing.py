@@ -1,0 +1,196 @@
+"""Processor time and peak memory of preparing a long log, from a CSV or Parquet file to arrays.
+
+    python -m experiments.benchmarks.preparing [--rows=10000000] [--kind=csv] [--ids=digits]
+
+The log is written in parts, in order of time: 25 rows a user on average, few users with many rows,
+few items with most of them. `my_log.py` prepares it: a split by time, the ids and histories of
+users, the ids of items. Each measurement is a process of its own, so that peaks are its own; the
+peer does with pandas what is needed for the same arrays. `--train` goes on to train the first tenth
+of an epoch, validating as by default.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import app, flags
+from pyarrow import csv
+
+from experiments.benchmarks.harness import QUICK, write_json
+from twotower.core.arrow import pc
+from twotower.data.shop.generate import count_items, count_shoppers
+
+ROWS = flags.DEFINE_integer("rows", 10_000_000, "Number of rows.")
+KIND = flags.DEFINE_enum("kind", "csv", ["csv", "parquet"], "Kind of the file.")
+IDS = flags.DEFINE_enum("ids", "digits", ["digits", "text", "long"], "Form of the ids.")
+TRAIN = flags.DEFINE_bool("train", False, "Also train the first tenth of an epoch.")
+PEER = flags.DEFINE_bool("peer", True, "Also prepare with pandas.")
+FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is written first.")
+WORKER = flags.DEFINE_string("worker", "", "What this process measures; for internal use.")
+
+PART = 1_000_000  # rows that are written at once
+START = 1_600_000_000  # seconds
+SECONDS_A_ROW = 3
+WORDS = {"digits": ("", ""), "text": ("u", "i"), "long": ("0" * 23 + "-user", "0" * 23 + "-item")}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if WORKER.value:
+        print(json.dumps(_WORKERS[WORKER.value](FILE.value)))
+        return
+    rows = ROWS.value
+    if QUICK.value:
+        rows = min(rows, 1_000_000)
+    workers = ["twotower"]
+    if PEER.value:
+        workers.append("pandas")
+    if TRAIN.value:
+        workers.append("training")
+    with tempfile.TemporaryDirectory() as folder:
+        path = FILE.value
+        if not path:
+            path = str(Path(folder) / f"log.{KIND.value}")
+            write_log(path, rows, KIND.value, WORDS[IDS.value])
+        figures = {}
+        for worker in workers:
+            figures[worker] = _run(worker, path)
+            print(f"{worker}: {figures[worker]}", flush=True)
+    write_json("preparing", figures, unit="seconds and MB", base="pandas")
+
+
+def write_log(path: str, rows: int, kind: str, words: tuple[str, str]) -> None:
+    """Writes a log in parts.
+
+    Args:
+        path: File to write.
+        rows: Number of rows.
+        kind: "csv" or "parquet".
+        words: Text before the number of each user and of each item; empty for numbers.
+    """
+    rng = np.random.default_rng(0)
+    activity = np.cumsum(rng.lognormal(0, 1, count_shoppers(rows)))
+    activity /= activity[-1]
+    num_items = count_items(rows)
+    # Numbers of users and items are in no order of activity or popularity.
+    names = (rng.permutation(len(activity)) + 10_000, rng.permutation(num_items) + 10_000)
+    writer = None
+    for start in range(0, rows, PART):
+        count = min(PART, rows - start)
+        user = np.searchsorted(activity, rng.random(count))
+        item = (num_items * rng.random(count) ** 3).astype(np.int64)
+        times = START + SECONDS_A_ROW * (start + np.arange(count))
+        part = pa.table(
+            {
+                "user_id": _ids(names[0][user], words[0]),
+                "item_id": _ids(names[1][item], words[1]),
+                "timestamp": times,
+            }
+        )
+        if writer is None:
+            make = csv.CSVWriter if kind == "csv" else pq.ParquetWriter
+            writer = make(path, part.schema)
+        writer.write_table(part)
+    assert writer is not None
+    writer.close()
+
+
+def _ids(numbers: np.ndarray, word: str) -> pa.Array:
+    if not word:
+        return pa.array(numbers)
+    texts = pa.array(numbers).cast(pa.string())
+    if len(word) > 1:
+        # 36 bytes, as the UUIDs that many shops have.
+        texts = pc.utf8_lpad(texts, 8, "0")
+    return pc.binary_join_element_wise(word, texts, "")
+
+
+def _run(worker: str, path: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "experiments.benchmarks.preparing"]
+    command += [f"--worker={worker}", f"--file={path}", f"--kind={KIND.value}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class _Meter:
+    """Processor time since it was made, and the peak of the process."""
+
+    def __init__(self):
+        self._start = time.process_time()
+        self.base = _peak()
+
+    def figures(self, rows: int) -> dict[str, float]:
+        seconds = time.process_time() - self._start
+        return {
+            "rows": rows,
+            "seconds": round(seconds, 2),
+            "rows_a_second": round(rows / seconds),
+            "peak_mb": _peak(),
+            "imports_mb": self.base,
+        }
+
+
+def _peak() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _config(path: str):
+    from experiments.configs import my_log
+
+    config = my_log.get_config()
+    config.data.source = KIND.value
+    config.data.interactions.path = path
+    return config
+
+
+def _prepare(path: str) -> dict[str, float]:
+    from twotower.config import from_dict
+    from twotower.pipeline.prepare import prepare
+
+    meter = _Meter()
+    prepared = prepare(from_dict(_config(path)))
+    rows = len(prepared.train) + len(prepared.validation) + len(prepared.test)
+    return meter.figures(rows)
+
+
+def _prepare_with_pandas(path: str) -> dict[str, float]:
+    import pandas as pd
+
+    meter = _Meter()
+    if KIND.value == "csv":
+        log = pd.read_csv(path, dtype={"user_id": str, "item_id": str, "timestamp": "int64"})
+    else:
+        log = pd.read_parquet(path)
+    user, _ = pd.factorize(log["user_id"])
+    item, _ = pd.factorize(log["item_id"])
+    times = log["timestamp"].to_numpy()
+    test = np.quantile(times, 0.9)
+    validation = np.quantile(times, 0.85)
+    part = (times >= validation).astype(np.int8) + (times >= test)
+    # Events by user and then in time, and the span of them before each row.
+    order = np.lexsort((times, user))
+    begin = np.append(0, np.cumsum(np.bincount(user)))[user]
+    end = np.empty(len(user), np.int64)
+    end[order] = np.arange(len(user))
+    spans = np.stack([np.maximum(begin, end - 100), end], axis=1).astype(np.int32)
+    arrays = []
+    for number in range(3):
+        rows = part == number
+        arrays.append((user[rows].astype(np.int32), item[rows].astype(np.int32), spans[rows]))
+    return meter.figures(len(log))
+
+
+_WORKERS = {"twotower": _prepare, "pandas": _prepare_with_pandas}
+
+
+if __name__ == "__main__":
+    app.run(main)
