@@ -869,7 +869,11 @@ class RetrievalConfig:
     """The index, and the columns that are shown of an item.
 
     Attributes:
-        index: Kind of index; auto chooses one by the vectors and the platform.
+        index: Kind of index; auto chooses one by the vectors and the platform, and compares ScaNN's
+            trees on the vectors where these are many; fastest compares FAISS's inverted files with
+            them (extra faiss).
+        optimize_for: Use that auto and fastest choose for: queries that come one by one, as a
+            server gets them, or batches of hundreds.
         target_recall: Share of the exact top `k` that the index must find, from 0 to 1; decides how
             hard a query searches.
         k: Length of the lists that the index is tuned for; longer ones are tuned beside it.
@@ -890,13 +894,16 @@ class RetrievalConfig:
 
     index: Literal[
         "auto",
+        "fastest",
         "exact",
         "scann_brute_force",
         "scann_tree",
         "scann_tree_ah",
         "hnswlib",
         "faiss",
+        "faiss_ivf",
     ] = "auto"
+    optimize_for: Literal["queries", "batches"] = "queries"
     # Of the exact list of the model: the loss of the index comes on top of that of the model.
     target_recall: float = 0.98
     k: int = 10

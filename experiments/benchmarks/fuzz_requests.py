@@ -49,6 +49,7 @@ KINDS = {
     "scann_tree_ah": "scann",
     "hnswlib": "hnswlib",
     "faiss": "faiss",
+    "faiss_ivf": "faiss",
 }
 FEATURES = {
     "user": {

@@ -77,6 +77,7 @@ class LibraryIndex(Index, Protocol):
         queries: ArrayLike,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
+        leaves_per_root: int | None = None,
     ) -> Index:
         """Builds the index, the same each time, and finds how hard it must search.
 
@@ -89,6 +90,8 @@ class LibraryIndex(Index, Protocol):
             normalized: Whether the vectors have length 1.
             popularity: Popularity of each item, [N], for the recall of each decile; see
                 `twotower.index.tuning.tune`.
+            leaves_per_root: Leaves of a tree, or lists of an inverted file, for each of the root
+                of N; the kind's usual number by default. A graph has none.
         """
         ...
 
@@ -114,6 +117,13 @@ class LibraryIndex(Index, Protocol):
             ImportError: It is missing; the message names what to do.
         """
         ...
+
+
+def empty_lists(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns scores of -inf and rows of -1, [Q, k] each."""
+    scores = np.full((num_queries, k), -np.inf, np.float32)
+    rows = np.full((num_queries, k), -1, np.int32)
+    return scores, rows
 
 
 def check_k(k: object, name: str = "k") -> int:

@@ -1,13 +1,15 @@
 """Indexes built, saved and loaded by kind: exact, ScaNN tuned to a recall target, or a graph.
 
 ScaNN has no wheel for every platform; where it cannot be imported, "auto" means exact search.
-hnswlib and FAISS are used where the configuration names them.
+hnswlib and FAISS are used where the configuration names them, FAISS's inverted files also where it
+says "fastest".
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.index.base import TUNING_QUERIES, Index, LibraryIndex, check_vectors
+from twotower.index.comparison import Build, build_of, fastest_index
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Vectors, append_coordinate, popularity_coordinate
 
@@ -32,12 +35,26 @@ MIN_TREE_NUMBERS = 50_000 * 64
 MIN_HASHED_VECTORS = 200_000
 # A list of more than one in so many items is found by looking at all of them.
 MIN_ITEMS_PER_ENTRY = 20
+# ScaNN's builds that are compared where trees pay: with codes, with whole vectors, and with whole
+# vectors in many short lists. Others were measured and lost; see experiments/benchmarks/RESULTS.md.
+SCANN_BUILDS = (
+    Build("scann_tree_ah", 3),
+    Build("scann_tree", 3),
+    Build("scann_tree", 8),
+)
+# FAISS's beside them: the numbers of lists that win at high and at low recalls.
+FAISS_BUILDS = (Build("faiss_ivf", 4), Build("faiss_ivf", 8))
+# Times as fast as the best build so far that another must be. Of "auto" more than a busy machine
+# feigns, so that the choice of the rule stays where nothing speaks against it.
+MIN_GAINS = {"auto": 1.1, "fastest": 1.02}
 
 # Kinds of `config.retrieval.index`, and what each is.
 KINDS = {
     "auto": (
-        "what suits the number, width and length of vectors, the lists asked for, and the platform"
+        "what suits the number, width and length of vectors, the lists asked for, and the "
+        "platform; of ScaNN's trees the one that is fastest on the vectors"
     ),
+    "fastest": "as auto, and FAISS's inverted files are compared with ScaNN's trees",
     "exact": "exhaustive search by JAX",
     "scann_brute_force": "exhaustive search by ScaNN",
     "scann_tree": (
@@ -50,6 +67,7 @@ KINDS = {
     ),
     "hnswlib": "a graph, by hnswlib",
     "faiss": "a graph, by FAISS",
+    "faiss_ivf": "inverted files over whole vectors, by FAISS",
 }
 # Those that a library builds and searches, each loaded where a bundle has it or one is to be built.
 LIBRARIES: Kinds[type[LibraryIndex]] = Kinds(
@@ -60,6 +78,7 @@ LIBRARIES: Kinds[type[LibraryIndex]] = Kinds(
         "scann_tree_ah": "twotower.index.scann:ScannIndex",
         "hnswlib": "twotower.index.graphs:GraphIndex",
         "faiss": "twotower.index.graphs:GraphIndex",
+        "faiss_ivf": "twotower.index.inverted:InvertedIndex",
     },
 )
 
@@ -71,6 +90,7 @@ def build_index(
     normalized: bool,
     queries: np.ndarray | None = None,
     popularity: np.ndarray | None = None,
+    like: Index | None = None,
 ) -> Index:
     """Builds the index of kind `config.index` over `vectors`.
 
@@ -81,6 +101,8 @@ def build_index(
         queries: float [Q, D] user vectors to tune on; at most 2,000 are used. Without any, items
             are.
         popularity: Popularity of each item, [N], for the recall of each decile of popularity.
+        like: Index over earlier vectors of the same model, whose build is taken without comparing
+            others again.
 
     Raises:
         ConfigError: The kind is unknown, or unfit for vectors that are not normalised.
@@ -90,23 +112,48 @@ def build_index(
     # Before the kind is resolved: ScaNN ends the process on vectors that are not finite.
     vectors = check_vectors(vectors, what="item")
     num_items, dim = vectors.shape
-    kind = resolve_kind(config, num_items, dim, normalized=normalized)
-    if kind == "exact":
+    builds = builds_to_compare(config, num_items, dim, normalized=normalized)
+    if like is not None and len(builds) > 1:
+        builds = [build_of(like) or builds[0]]
+    if builds[0].kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
     # Items are worse to tune on than users, but a run may have none of these.
     if queries is None or not len(queries):
         queries = vectors
-    return LIBRARIES[kind].build(
+
+    def make(build: Build, vectors: np.ndarray) -> Index:
+        # Of a sample the deciles of popularity would be others.
+        is_sample = len(vectors) < num_items
+        return LIBRARIES[build.kind].build(
+            vectors,
+            config,
+            kind=build.kind,
+            queries=queries,
+            normalized=normalized,
+            popularity=None if is_sample else popularity,
+            leaves_per_root=build.leaves_per_root,
+        )
+
+    if len(builds) == 1:
+        return make(builds[0], vectors)
+    return fastest_index(
+        builds,
+        make,
         vectors,
-        config,
-        kind=kind,
-        queries=queries,
-        normalized=normalized,
-        popularity=popularity,
+        queries,
+        config.k,
+        optimize_for=config.optimize_for,
+        min_gain=MIN_GAINS[config.index],
     )
 
 
-def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.ndarray) -> Index:
+def index_items(
+    config: Config,
+    vectors: Vectors,
+    counts: np.ndarray,
+    users: np.ndarray,
+    like: Index | None = None,
+) -> Index:
     """Builds the index of a bundle.
 
     Args:
@@ -114,6 +161,7 @@ def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.
         vectors: float [N, D], item vectors.
         counts: int [N], training rows of each item.
         users: float [U, D], user vectors to tune on; without any, items are taken.
+        like: Index over earlier vectors; see `build_index`.
     """
     if not len(users):
         # Of a bundle without users: items are vectors of the same space.
@@ -130,11 +178,53 @@ def index_items(config: Config, vectors: Vectors, counts: np.ndarray, users: np.
         normalized=config.model.normalize,
         queries=queries,
         popularity=counts,
+        like=like,
     )
 
 
+def builds_to_compare(
+    config: RetrievalConfig, num_items: int, dim: int, *, normalized: bool
+) -> list[Build]:
+    """Returns the builds of which the fastest is to be taken, that of the rule first.
+
+    It is one where the configuration names it, and where comparing all items is quick enough.
+
+    Raises:
+        ConfigError: The kind is unfit for vectors that are not normalised.
+    """
+    kind = resolve_kind(config, num_items, dim, normalized=normalized)
+    if config.index not in MIN_GAINS or _is_small(config, num_items, dim):
+        return [Build(kind)]
+    builds: list[Build] = []
+    # Where ScaNN is missing the rule is exact search, which is not compared with trees.
+    if kind != "exact":
+        builds = [build for build in SCANN_BUILDS if normalized or build.kind != "scann_tree_ah"]
+        # A stable sort: the first of the rule's kind comes first, the others stay in their order.
+        builds.sort(key=lambda build: build.kind != kind)
+    if config.index == "fastest":
+        builds += _faiss_builds()
+    return builds or [Build(kind)]
+
+
+def _faiss_builds() -> Sequence[Build]:
+    """Returns FAISS's builds, or none where it cannot be imported, which is said."""
+    try:
+        LIBRARIES["faiss_ivf"].import_library("faiss_ivf")
+    except ImportError as error:
+        logging.warning("config.retrieval.index='fastest' compares ScaNN's builds alone: %s", error)
+        return ()
+    return FAISS_BUILDS
+
+
+def _is_small(config: RetrievalConfig, num_items: int, dim: int) -> bool:
+    """Whether all items are compared as quickly as an index would be searched."""
+    if num_items < MIN_SCANN_VECTORS or num_items * dim < MIN_TREE_NUMBERS:
+        return True
+    return num_items < MIN_ITEMS_PER_ENTRY * config.k
+
+
 def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalized: bool) -> str:
-    """Returns the kind of index to build; "auto" becomes the kind that suits the vectors.
+    """Returns the kind of index to build; "auto" and "fastest" become the kind that mostly suits.
 
     Raises:
         ConfigError: The kind is unfit for vectors that are not normalised.
@@ -144,12 +234,12 @@ def resolve_kind(config: RetrievalConfig, num_items: int, dim: int, *, normalize
             "config.retrieval.index='scann_tree_ah' loses recall on vectors that are not "
             "normalised (measured: 0.87). Use 'scann_tree', or model.normalize=True."
         )
-    if config.index != "auto":
+    if config.index not in MIN_GAINS:
         return config.index
     # In this order: ScaNN is imported, which takes a while, only where it is of use.
     if num_items < MIN_SCANN_VECTORS or not has_library("scann_tree"):
         return "exact"
-    if num_items * dim < MIN_TREE_NUMBERS or num_items < MIN_ITEMS_PER_ENTRY * config.k:
+    if _is_small(config, num_items, dim):
         return "scann_brute_force"
     # Single queries, as a server gets them, decide: in batches at a recall of .99 "scann_tree" is
     # 1.7 times as fast.

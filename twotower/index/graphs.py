@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,15 @@ from absl import logging
 from numpy.typing import ArrayLike
 
 from twotower.config import RetrievalConfig
+from twotower.core.errors import BadIndexError
 from twotower.core.install import install_line
-from twotower.index import tuning as tuner
-from twotower.index.base import check_queries, check_vectors, list_length
+from twotower.index.base import check_vectors, empty_lists
 from twotower.index.exact import ExactIndex
-from twotower.index.tuning import TunableIndex, Tuning
+from twotower.index.tuned import TunedIndex
+from twotower.index.tuning import Tuning
 
 MAX_EF_SEARCH = 4_096  # candidates kept by a search, at most
+_READING = threading.Lock()  # taken while FAISS's limit is that of one file
 
 
 class Construction(NamedTuple):
@@ -71,6 +73,23 @@ class Library(NamedTuple):
     one_search_at_a_time: bool
 
 
+def import_module(name: str, extra: str, kind: str) -> Any:
+    """Returns the module of a library that an extra of the package installs.
+
+    Args:
+        name: Name of the module.
+        extra: Name of the extra.
+        kind: Key of `twotower.index.build.KINDS` that needs it.
+
+    Raises:
+        ImportError: It is missing; the message names the extra to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"index={kind} needs {name} ({error}): {install_line(extra)}.") from error
+
+
 def import_library(kind: str) -> Any:
     """Returns the module of a library.
 
@@ -78,12 +97,40 @@ def import_library(kind: str) -> Any:
         ImportError: It is missing; the message names the extra to install.
     """
     library = GRAPHS[kind]
+    return import_module(library.module, library.extra, kind)
+
+
+@contextlib.contextmanager
+def one_thread(faiss: Any) -> Iterator[None]:
+    """Lets FAISS work by one thread, which does the same each time; the number is the process's."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
     try:
-        return importlib.import_module(library.module)
-    except ImportError as error:
-        raise ImportError(
-            f"index={kind} needs {library.module} ({error}): {install_line(library.extra)}."
-        ) from error
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def read_faiss(path: Path, kind: str) -> Any:
+    """Returns the index of FAISS that a file holds.
+
+    Raises:
+        BadIndexError: It cannot be read.
+        ImportError: FAISS is missing.
+    """
+    faiss = import_module("faiss", "faiss", kind)
+    # Where a damaged file says that it holds more than it is long, FAISS would clear as much
+    # memory before it finds the end. The limit is the process's.
+    with _READING:
+        limit = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+        try:
+            return faiss.read_index(str(path))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            raise BadIndexError(f"{path} cannot be read: {reason}") from error
+        finally:
+            faiss.set_deserialization_vector_byte_limit(limit)
 
 
 def _build_hnswlib(vectors: np.ndarray, construction: Construction) -> Any:
@@ -131,15 +178,11 @@ def _read_hnswlib(path: Path, num_items: int, dim: int) -> Any:
 
 def _build_faiss(vectors: np.ndarray, construction: Construction) -> Any:
     faiss = import_library("faiss")
-    # As of hnswlib, one thread; the number is the process's, so it is set back.
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        graph = faiss.IndexHNSWFlat(vectors.shape[1], construction.m, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = construction.ef_construction
+    graph = faiss.IndexHNSWFlat(vectors.shape[1], construction.m, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = construction.ef_construction
+    # As of hnswlib, by one thread.
+    with one_thread(faiss):
         graph.add(vectors)
-    finally:
-        faiss.omp_set_num_threads(threads)
     return graph
 
 
@@ -163,7 +206,11 @@ def _write_faiss(graph: Any, path: Path) -> None:
 
 
 def _read_faiss(path: Path, num_items: int, dim: int) -> Any:
-    return import_library("faiss").read_index(str(path))
+    faiss = import_library("faiss")
+    graph = read_faiss(path, "faiss")
+    if not isinstance(graph, faiss.IndexHNSWFlat) or (graph.ntotal, graph.d) != (num_items, dim):
+        raise BadIndexError(f"{path} holds no graph of {num_items} vectors {dim} wide.")
+    return graph
 
 
 GRAPHS = {
@@ -192,11 +239,13 @@ GRAPHS = {
 }
 
 
-class GraphIndex:
+class GraphIndex(TunedIndex):
     """A graph with the contract of `ExactIndex.search`, and its tuning.
 
     The tuning counts the candidates that a search keeps as "leaves".
     """
+
+    is_graph = True
 
     def __init__(self, graph: Any, tuning: Tuning):
         """Wraps a graph.
@@ -205,17 +254,13 @@ class GraphIndex:
             graph: Graph of the library `tuning.kind`.
             tuning: Settings of its searches.
         """
+        super().__init__(tuning)
         self._graph = graph
         self._library = GRAPHS[tuning.kind]
         # Taken in every search, and free where the library's searches do not meet.
         self._lock = contextlib.nullcontext()
         if self._library.one_search_at_a_time:
             self._lock = threading.Lock()
-        self.tuning = tuning
-        self.kind = tuning.kind
-        self.num_items = tuning.num_items
-        self.dim = tuning.dim
-        self.normalized = tuning.normalized
 
     @classmethod
     def build(
@@ -227,56 +272,37 @@ class GraphIndex:
         queries: ArrayLike,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
+        leaves_per_root: int | None = None,
     ) -> GraphIndex | ExactIndex:
         """Builds a graph, or exact search where it cannot reach the target; see `LibraryIndex`."""
-        target_recall = config.target_recall
         construction = Construction(config.hnsw_m, config.hnsw_ef_construction)
         vectors = check_vectors(vectors, what="item")
         num_items, dim = vectors.shape
-        tuning = Tuning(kind, num_items, dim, normalized, MAX_EF_SEARCH, target_recall)
+        tuning = Tuning(kind, num_items, dim, normalized, MAX_EF_SEARCH, config.target_recall)
         index = cls(GRAPHS[kind].build(vectors, construction), tuning)
-        queries = check_queries(queries, dim)
-        # A query of length 0 has no best items that could be found.
-        queries = queries[queries.any(axis=1)]
-        tunable = TunableIndex(
-            index.search_with, num_items, MAX_EF_SEARCH, False, target_recall, is_graph=True
+        if index.find_efforts(vectors, queries, config.k, popularity):
+            return index
+        logging.warning(
+            "%s does not reach recall %.4g: the search is exact.", kind, config.target_recall
         )
-        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, config.k, popularity)
-        if not efforts:
-            logging.warning(
-                "%s does not reach recall %.4g: the search is exact.", kind, target_recall
-            )
-            return ExactIndex(vectors, normalized=normalized)
-        index.tuning = dataclasses.replace(
-            tuning, efforts=efforts, tried=trials, recall_by_decile=deciles
-        )
-        return index
-
-    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the nearly best items of each query, best first; see `Index.search`."""
-        queries = check_queries(queries, self.dim, normalized=self.normalized)
-        k = list_length(k, self.num_items)
-        # Of the two settings that the tuner knows a graph has one: nothing is scored anew.
-        candidates, _ = self.tuning.effort(k)
-        return self.search_with(queries, k, candidates)
+        return ExactIndex(vectors, normalized=normalized)
 
     def search_with(
-        self, queries: np.ndarray, k: int, candidates: int, reorder: int = 0
+        self, queries: np.ndarray, k: int, leaves: int, reorder: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Searches with a given setting.
 
         Args:
             queries: float32 [Q, D], checked.
             k: Length of the lists.
-            candidates: Candidates that the search keeps (efSearch).
-            reorder: Not used: whole vectors are compared. The tuner passes it to every index.
+            leaves: Candidates that the search keeps (efSearch).
+            reorder: Not used: whole vectors are compared.
         """
         k = min(k, self.num_items)
         if not len(queries) or not k:
-            shape = (len(queries), k)
-            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+            return empty_lists(len(queries), k)
         with self._lock:
-            scores, rows = self._library.search(self._graph, queries, k, candidates)
+            scores, rows = self._library.search(self._graph, queries, k, leaves)
         # FAISS fills short lists with row -1 and a score of its own.
         scores = np.where(rows < 0, -np.inf, scores)
         return scores.astype(np.float32, copy=False), rows.astype(np.int32, copy=False)

@@ -16,7 +16,7 @@ def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
         values: int [Q, K] below 2^31, of any type; one of -1 stands nowhere.
         lists: int [Q, M], likewise.
     """
-    # Of an unsigned type, as ScaNN's rows are, -1 would be the greatest number, and stand somewhere.
+    # Of an unsigned type, as ScaNN's rows are, -1 would be a number that may stand somewhere.
     values = np.asarray(values).astype(np.int32)
     # One `isin` over keys (query, value) in the place of a loop over queries.
     query = np.arange(len(values))[:, None]

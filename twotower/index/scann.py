@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -26,15 +25,17 @@ from numpy.typing import ArrayLike
 from twotower.config import RetrievalConfig
 from twotower.core.errors import BadIndexError
 from twotower.index import tuning as tuner
-from twotower.index.base import check_queries, check_vectors, list_length
-from twotower.index.tuning import TunableIndex, Tuning
+from twotower.index.base import check_queries, check_vectors, empty_lists, list_length
+from twotower.index.tuned import TunedIndex
+from twotower.index.tuning import Tuning
 
 # Below so many vectors ScaNN cannot always train a tree, and has nothing to gain.
 MIN_TREE_VECTORS = 1_000
 MAX_TRAINING_VECTORS = 250_000  # vectors that the leaves of a tree are learned from
-# Leaves for each of sqrt(N). Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3 times
-# the items for one recall, and 8 spend more time on choosing leaves than they save within them.
-LEAVES_PER_SQRT_ITEMS = 3
+# Leaves for each of the root of N. Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3
+# times the items for one recall, and 8 spend more time on choosing leaves than codes save within
+# them.
+LEAVES_PER_ROOT = 3
 # Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a
 # step that does not shrink with the query. Measured: right at 1e-3, arbitrary items without a word
 # from 1e-4 down.
@@ -48,7 +49,7 @@ FALLBACK = {
 }
 
 
-class ScannIndex:
+class ScannIndex(TunedIndex):
     """A ScaNN searcher with the contract of `ExactIndex.search`.
 
     Rows of -1 and scores of -inf pad short lists.
@@ -61,12 +62,8 @@ class ScannIndex:
             searcher: ScaNN's searcher over the vectors.
             tuning: Settings of its searches.
         """
+        super().__init__(tuning)
         self._searcher = searcher
-        self._set_tuning(tuning)
-        self.kind = tuning.kind
-        self.num_items = tuning.num_items
-        self.dim = tuning.dim
-        self.normalized = tuning.normalized
 
     @classmethod
     def build(
@@ -78,6 +75,7 @@ class ScannIndex:
         queries: ArrayLike,
         normalized: bool = False,
         popularity: np.ndarray | None = None,
+        leaves_per_root: int | None = None,
     ) -> ScannIndex:
         """Builds a searcher; see `LibraryIndex`.
 
@@ -98,7 +96,7 @@ class ScannIndex:
         if kind == "scann_brute_force":
             searcher = build_searcher(vectors, num_leaves=0, reorder=0)
             return cls(searcher, Tuning(kind, num_items, dim, normalized))
-        num_leaves = round(LEAVES_PER_SQRT_ITEMS * math.sqrt(num_items))
+        num_leaves = round((leaves_per_root or LEAVES_PER_ROOT) * math.sqrt(num_items))
         tuning = Tuning(kind, num_items, dim, normalized, num_leaves, target_recall)
         # The searcher holds the most candidates that tuning tries; a search may then take fewer.
         max_reorder = 0
@@ -106,12 +104,7 @@ class ScannIndex:
             max_reorder = min(num_items, config.k * max(tuner.REORDER_FACTORS))
         searcher = build_searcher(vectors, num_leaves=num_leaves, reorder=max_reorder)
         index = cls(searcher, tuning)
-        queries = check_queries(queries, dim)
-        # A query of length 0 has no best items that could be found.
-        queries = queries[queries.any(axis=1)]
-        if not len(queries):
-            queries = vectors
-        if index._tune(vectors, queries, config.k, popularity):
+        if index.find_efforts(vectors, queries, config.k, popularity):
             return index
         logging.warning(
             "%s does not reach recall %.4g at any effort; whole vectors are compared.",
@@ -146,7 +139,7 @@ class ScannIndex:
         return (scores * lengths).astype(np.float32), rows
 
     def search_with(
-        self, queries: np.ndarray, k: int, leaves: int, reorder: int
+        self, queries: np.ndarray, k: int, leaves: int, reorder: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Searches with given settings.
 
@@ -158,7 +151,7 @@ class ScannIndex:
         """
         k = min(k, self.num_items)
         if not len(queries) or not k:
-            return _empty_lists(len(queries), k)
+            return empty_lists(len(queries), k)
         options = {"final_num_neighbors": k}
         if self.tuning.num_leaves:
             options["leaves_to_search"] = leaves
@@ -172,7 +165,7 @@ class ScannIndex:
         if neighbors.shape[1] == k and np.vdot(products, products) < np.inf:
             return products, neighbors.astype(np.int32)
         missing = np.isnan(products)
-        scores, rows = _empty_lists(len(queries), k)
+        scores, rows = empty_lists(len(queries), k)
         rows[:, : neighbors.shape[1]] = np.where(missing, -1, neighbors.astype(np.int32))
         scores[:, : neighbors.shape[1]] = np.where(missing, -np.inf, products)
         return scores, rows
@@ -203,38 +196,6 @@ class ScannIndex:
         if len(queries) >= MIN_PARALLEL_QUERIES and _num_cores() > 1:
             return self._searcher.search_batched_parallel(queries, **options)
         return self._searcher.search_batched(queries, **options)
-
-    def _set_tuning(self, tuning: Tuning) -> None:
-        """Makes searches follow `tuning`."""
-        self.tuning = tuning
-        # Interpolating the effort would take a tenth of the time of a single query.
-        self._effort = functools.lru_cache(maxsize=1_024)(tuning.effort)
-
-    def _tune(
-        self, vectors: np.ndarray, queries: np.ndarray, k: int, popularity: np.ndarray | None
-    ) -> bool:
-        """Sets the cheapest effort that reaches the target, and returns whether there is one."""
-        tuning = self.tuning
-        tunable = TunableIndex(
-            self.search_with, self.num_items, tuning.num_leaves, tuning.hashed, tuning.target_recall
-        )
-        efforts, trials, deciles = tuner.tune(tunable, vectors, queries, k, popularity)
-        measured = dataclasses.replace(
-            tuning, efforts=efforts, tried=trials, recall_by_decile=deciles
-        )
-        self._set_tuning(measured)
-        for effort in efforts:
-            logging.info(
-                "%s, lists of %d: %d of %d leaves, %d candidates, recall %.4f, target %.4f.",
-                self.kind,
-                effort.k,
-                effort.leaves,
-                tuning.num_leaves,
-                effort.reorder,
-                effort.recall,
-                tuning.target_recall,
-            )
-        return bool(efforts)
 
 
 def import_scann() -> Any:
@@ -357,13 +318,6 @@ def _least_square(queries: np.ndarray) -> float:
         return float(np.vdot(queries, queries))
     squares = np.einsum("qd,qd->q", queries, queries)
     return float(squares.min(initial=np.inf))
-
-
-def _empty_lists(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores of -inf and rows of -1, [Q, k] each."""
-    scores = np.full((num_queries, k), -np.inf, np.float32)
-    rows = np.full((num_queries, k), -1, np.int32)
-    return scores, rows
 
 
 def _num_cores() -> int:

@@ -83,6 +83,29 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One build that was compared with others; see `twotower.index.comparison`.
+
+    Attributes:
+        kind: Key of `twotower.index.build.KINDS`.
+        num_items: Number of vectors that it was built over.
+        num_leaves: Leaves of the tree, or lists of the inverted file.
+        recall: Mean share of the exact lists found for the held-out user vectors.
+        milliseconds: Processor time of a query, by one thread, on this machine.
+        optimize_for: Use that was measured, a value of `config.retrieval.optimize_for`.
+        chosen: Whether it was taken.
+    """
+
+    kind: str
+    num_items: int
+    num_leaves: int
+    recall: float
+    milliseconds: float
+    optimize_for: str
+    chosen: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """The settings of an approximate index, and what they were measured to find.
 
@@ -96,6 +119,7 @@ class Tuning:
         efforts: Efforts by rising list length; () where the search is exhaustive.
         recall_by_decile: Recall of the items of each decile of popularity; see `tune`.
         tried: Every setting that was tried, with speeds, which no two builds share.
+        compared: Builds that this one was chosen from; () where there was no choice.
     """
 
     kind: str
@@ -108,13 +132,17 @@ class Tuning:
     recall_by_decile: tuple[float | None, ...] = ()
     # Not compared: two builds of the same vectors are equal but for their speeds.
     tried: tuple[Trial, ...] = dataclasses.field(default=(), compare=False)
+    compared: tuple[Comparison, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def from_dict(cls, info: dict[str, Any]) -> Tuning:
         """Returns the tuning in the content of index.json."""
+        # Bundles of earlier versions compared no builds.
+        info = {"compared": ()} | info
         values = {field.name: info[field.name] for field in dataclasses.fields(cls)}
         values["efforts"] = tuple(SearchEffort(**effort) for effort in info["efforts"])
         values["tried"] = tuple(Trial(**trial) for trial in info["tried"])
+        values["compared"] = tuple(Comparison(**build) for build in info["compared"])
         values["recall_by_decile"] = tuple(info["recall_by_decile"])
         return cls(**values)
 

@@ -10,7 +10,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.install import extra
 from twotower.core.tables import format_table
 from twotower.index.base import Index
-from twotower.index.tuning import SearchEffort, Trial, Tuning
+from twotower.index.tuning import Comparison, SearchEffort, Trial, Tuning
 
 # "-margin" is the recall less its margin, which must reach the target.
 HEADER = ("k", "leaves", "reorder", "recall", "-margin", "queries/s", "")
@@ -32,7 +32,27 @@ def format_tuning(tuning: Tuning) -> str:
         recalls = " ".join(map(_recall_text, tuning.recall_by_decile))
         k = tuning.efforts[0].k
         lines.append(f"Recall@{k} by decile of popularity, the least popular first: {recalls}")
+    if tuning.compared:
+        lines.append(format_comparison(tuning.compared))
     return "\n".join(lines)
+
+
+def format_comparison(compared: Sequence[Comparison]) -> str:
+    """Returns a table of the builds that an index was chosen from."""
+    rows = [
+        [
+            build.kind,
+            str(build.num_leaves),
+            f"{build.recall:.4f}",
+            f"{build.milliseconds:.4f}",
+            "chosen" if build.chosen else "",
+        ]
+        for build in compared
+    ]
+    table = format_table(rows, ("build", "leaves", "recall", "ms a query", ""), align="lrrrl")
+    first = compared[0]
+    title = f"Builds compared over {first.num_items:,} items, for {first.optimize_for}:"
+    return f"{title}\n{textwrap.indent(table, '  ')}"
 
 
 def _recall_text(recall: float | None) -> str:

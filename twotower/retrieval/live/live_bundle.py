@@ -293,4 +293,5 @@ class LiveBundle:
 
     def _index(self, vectors: Vectors, counts: np.ndarray) -> Index:
         # Tuned on the users of the export: vectors of others are not kept.
-        return index_items(self.bundle.config, vectors, counts, self.bundle.user_vectors)
+        bundle = self.bundle
+        return index_items(bundle.config, vectors, counts, bundle.user_vectors, bundle.index)
