@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "kernels": ("core",),
     "towers": ("core", "config", "data", "features", "pipeline", "kernels"),
     "objectives": ("core", "config", "data", "features", "pipeline", "kernels", "towers"),
-    "plugins": ("core",),
+    "plugins": ("core", "config"),
     "training": (*BELOW_TRAINING, "plugins"),
     "index": ("core", "config", "kernels"),
     "retrieval": BELOW_RETRIEVAL,

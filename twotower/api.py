@@ -29,9 +29,9 @@ from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report_text import format_report
-from twotower.plugins import import_plugins
+from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
-from twotower.retrieval.bundle import Bundle
+from twotower.retrieval.bundle import BUNDLE, Bundle
 from twotower.retrieval.embed import shard_weights
 from twotower.retrieval.export import export as export_bundle
 from twotower.retrieval.export import make_bundle
@@ -43,7 +43,6 @@ from twotower.training import run as run_folder
 from twotower.training.grow import grow as make_grown
 from twotower.training.metrics import read_lines
 
-BUNDLE = "bundle"  # folder of the bundle in that of its run
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
 
 
@@ -455,7 +454,7 @@ def grow(
         new_rows=new_rows,
         passes=passes,
     )
-    return train(run_folder.load_config(workdir), workdir, devices=devices)
+    return train(load_config(workdir), workdir, devices=devices)
 
 
 def begin_grown(
@@ -710,17 +709,6 @@ def repeat_path(workdir: Path | str, split: str) -> Path:
     return Path(workdir) / name
 
 
-def load_exported(workdir: Path | str) -> Retriever:
-    """Loads the bundle that was exported from a run.
-
-    Raises:
-        BundleError: The run has no bundle yet, or one that is not whole.
-        ConfigError: The folder is no run.
-    """
-    run_folder.load_config(Path(workdir))  # says what to do where the folder is no run
-    return Retriever.load(Path(workdir) / BUNDLE)
-
-
 def load_retriever(folder: Path | str) -> Retriever:
     """Loads the retriever of a bundle, of a run, or of one of its checkpoints.
 
@@ -738,15 +726,12 @@ def load_retriever(folder: Path | str) -> Retriever:
         ChangesError: The log of changes to the bundle is damaged.
     """
     folder = Path(folder)
-    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.isdigit()
-    workdir = folder.parent.parent if is_checkpoint else folder
-    # A bundle has a config.json too, but no checkpoints.
-    is_run = (workdir / "config.json").exists() and (workdir / "checkpoints").exists()
-    if not is_run:
+    workdir = run_of(folder)
+    if workdir is None:
         return Retriever.load(folder)
     # Its plugins are imported first: the encoder of the bundle may need them.
-    run_folder.load_config(workdir)
-    if is_checkpoint:
+    load_config(workdir)
+    if workdir != folder:
         return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
     if (workdir / BUNDLE).exists():
         return Retriever.load(workdir / BUNDLE)

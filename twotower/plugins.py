@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from twotower.core.errors import ConfigError
-from twotower.core.files import content_digest, digest
+from twotower.config import Config, from_dict
+from twotower.core.errors import ConfigError, FolderError
+from twotower.core.files import content_digest, digest, read_json
+from twotower.core.install import command
 from twotower.core.kinds import REGISTRIES, importing, note_origins, read_record
 
 
@@ -66,6 +68,46 @@ def import_plugins(names: Sequence[str], folder: Path) -> None:
                 folder,
             )
     note_origins(record)
+
+
+def config_path(workdir: Path) -> Path:
+    """Returns the file that holds the configuration of a run."""
+    return workdir / "config.json"
+
+
+def run_of(folder: Path) -> Path | None:
+    """Returns the folder of the run that a folder is, or is a checkpoint of; None of others."""
+    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.isdigit()
+    workdir = folder.parent.parent if is_checkpoint else folder
+    # A bundle has a config.json too, but no checkpoints.
+    is_run = config_path(workdir).exists() and (workdir / "checkpoints").exists()
+    return workdir if is_run else None
+
+
+def load_config(workdir: Path | str) -> Config:
+    """Returns the configuration of a run, after its plugins were imported.
+
+    Raises:
+        ConfigError: The folder is no run, its configuration is damaged, or a plugin is missing.
+    """
+    path = config_path(Path(workdir))
+    if not path.exists():
+        line = command("train", "--config=quickstart", f"--workdir={workdir}")
+        raise ConfigError(
+            f"--workdir={workdir} is no run: it has no config.json. Train one first: {line}"
+        )
+    config = from_dict(read_config(path))
+    # Before anything looks for a kind that they register.
+    import_plugins(config.plugins, path.parent)
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the content of a configuration's file, which is a mapping of sections."""
+    try:
+        return read_json(path)
+    except FolderError as error:
+        raise ConfigError(f"{error} Restore it, or delete the folder and train again.") from None
 
 
 def make_record(names: Sequence[str], *, files: bool = True) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def make(folder: Path, items: int) -> None:
     values.data.num_interactions = 5_000
     config = from_dict(values.to_dict())
     prepared = prepare(config)
+    prepared = dataclasses.replace(prepared, encoder=_with_ids(prepared.encoder, items))
     model = TwoTower.build(config.model, prepared.encoder)
     small = make_bundle(Run(folder, config, prepared, model, model.init(jax.random.key(0)), 0))
     rng = np.random.default_rng(0)
@@ -75,6 +76,30 @@ def make(folder: Path, items: int) -> None:
     write_bundle(bundle, folder, step=0)
 
 
+def _with_ids(encoder: Any, items: int) -> Any:
+    """Returns an encoder that knows the ids of all items and users."""
+    from twotower.features.vocabulary import Vocabulary
+
+    fitted = dict(encoder.fitted)
+    for side, count in (("item", items), ("user", USERS)):
+        before = fitted[side, f"{side}_id"].vocabulary
+        ids = pa.array(_ids(f"{side}_id", count), pa.large_string())
+        vocabulary = Vocabulary(ids, before.oov_rows)
+        for key, state in fitted.items():
+            # The vocabulary of a history is that of the items.
+            if state.vocabulary is before:
+                reads = {
+                    name: np.resize(values, (vocabulary.size, *values.shape[1:]))
+                    for name, values in state.reads.items()
+                }
+                fitted[key] = dataclasses.replace(state, vocabulary=vocabulary, reads=reads)
+    return dataclasses.replace(encoder, fitted=fitted)
+
+
+def _ids(name: str, count: int) -> list[str]:
+    return [f"{name[:4]}-{number:07}" for number in range(count)]
+
+
 def _distinct(rng: np.random.Generator, items: int) -> np.ndarray:
     """SEEN items of each user, one of each SEEN-th of the corpus."""
     part = items // SEEN
@@ -88,8 +113,7 @@ def _distinct(rng: np.random.Generator, items: int) -> np.ndarray:
 def _repeated(rng: np.random.Generator, table: pa.Table, name: str, count: int) -> pa.Table:
     """`count` rows of a table in any order, with ids of their own."""
     rows = table.take(pa.array(rng.integers(0, len(table), count))).combine_chunks()
-    ids = pa.array([f"{name[:4]}-{number:07}" for number in range(count)])
-    return rows.set_column(rows.column_names.index(name), name, ids)
+    return rows.set_column(rows.column_names.index(name), name, pa.array(_ids(name, count)))
 
 
 def loading(folder: Path) -> dict[str, list[float]]:

@@ -89,7 +89,6 @@ def main() -> None:
 
 def write(history: EmbeddingHistory) -> None:
     """Appends the vectors of a run, loads a date into BigQuery, or both."""
-    from twotower import api
     from twotower.integrations.bigquery_history import open_dataset
     from twotower.integrations.embedding_history import append_bundle, parse_date
 
@@ -100,7 +99,7 @@ def write(history: EmbeddingHistory) -> None:
     if _APPEND.value is not None:
         workdir = Path(_APPEND.value)
         run_id = _RUN_ID.value or workdir.resolve().name
-        retriever = api.load_exported(workdir)
+        retriever = launch.load_exported(workdir)
         files = append_bundle(
             history,
             retriever,

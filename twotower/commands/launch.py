@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -28,6 +28,9 @@ from ml_collections import config_flags
 import twotower
 from twotower.core.install import command as command_line
 from twotower.runtime import prepare_process
+
+if TYPE_CHECKING:
+    from twotower.retrieval.retriever import Retriever
 
 _PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
 # Exit statuses, which tell a scheduler what to do; the others are of sysexits.h, in `os`.
@@ -116,6 +119,22 @@ def define_rerank(flag_values: flags.FlagValues) -> flags.FlagHolder[str | None]
         "at all. By default as config.retrieval.rerank says.",
         flag_values=flag_values,
     )
+
+
+def load_exported(workdir: Path | str) -> Retriever:
+    """Loads the bundle that was exported from a run.
+
+    Raises:
+        BundleError: The run has no bundle yet, or one that is not whole.
+        ConfigError: The folder is no run.
+    """
+    # Nothing of training is loaded, which would take longer than to answer.
+    from twotower.plugins import load_config
+    from twotower.retrieval.bundle import BUNDLE
+    from twotower.retrieval.retriever import Retriever
+
+    load_config(workdir)  # says what to do where the folder is no run
+    return Retriever.load(Path(workdir) / BUNDLE)
 
 
 class _ExperimentParser(flags.ArgumentParser):

@@ -28,12 +28,11 @@ _DRY_RUN = dry_run.define(FLAGS)
 
 
 def main() -> None:
-    from twotower import api
     from twotower.integrations.embedding_history import vector_blocks
     from twotower.integrations.redis_store import RedisStore, bundle_version
 
     store = RedisStore(_REDIS.value, name=_NAME.value)
-    retriever = api.load_exported(_WORKDIR.value)
+    retriever = launch.load_exported(_WORKDIR.value)
     version = bundle_version(retriever)
     if _DRY_RUN.value:
         print(f"Would publish {retriever} as {_NAME.value}:{version}.")

@@ -83,19 +83,29 @@ def main() -> None:
     launch.require_one(_USER, _ITEM, _ROWS, _USERS)
     launch.require_one(_WORKDIR, _BUNDLE)
     retriever = load()
-    items = retriever.items()
-    where = tuple(parse_condition(text, items, retriever.forms) for text in _WHERE.value)
+    where = ()
+    # The columns of all items are made for conditions alone.
+    if _WHERE.value:
+        items = retriever.items()
+        where = tuple(parse_condition(text, items, retriever.forms) for text in _WHERE.value)
     options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where, _RERANK.value)
     answer(retriever, options)
 
 
 def load() -> Retriever:
     """Returns the retriever of the bundle that the flags name."""
-    from twotower import api
+    from twotower.plugins import run_of
+    from twotower.retrieval.retriever import Retriever
 
     if _WORKDIR.value is not None:
-        return api.load_exported(_WORKDIR.value)
-    return api.load_retriever(_BUNDLE.value or "")
+        return launch.load_exported(_WORKDIR.value)
+    folder = Path(_BUNDLE.value or "")
+    if run_of(folder) is None:
+        return Retriever.load(folder)
+    # Training is loaded for the folder of a run alone: it takes longer than to answer.
+    from twotower import api
+
+    return api.load_retriever(folder)
 
 
 def answer(retriever: Retriever, options: ListOptions) -> None:

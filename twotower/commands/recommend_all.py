@@ -55,8 +55,8 @@ _TASKS = flags.DEFINE_integer(
 
 
 def main() -> None:
+    from twotower.plugins import load_config
     from twotower.retrieval.batch_jobs import Tasks, recommend_all
-    from twotower.training.run import load_config
 
     workdir = Path(_WORKDIR.value)
     load_config(workdir)  # says what to do where the folder is no run

@@ -91,8 +91,8 @@ def main() -> None:
     from twotower import api
     from twotower.config import from_dict
     from twotower.core.errors import ConfigError
+    from twotower.plugins import load_config
     from twotower.training.processes import join
-    from twotower.training.run import load_config
 
     if _ON_TOP.value and not _REFIT.value:
         raise ConfigError("--on_top says how to refit: give --refit too.")

@@ -51,6 +51,15 @@ class ArrowStream(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
+def int_array(values: np.ndarray) -> pa.Int64Array:
+    """Returns integers as an Arrow array without nulls.
+
+    `pa.array` takes several times as long for few of them, and loads pandas at its first call.
+    """
+    values = np.ascontiguousarray(values, np.int64)
+    return pa.Int64Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values)])
+
+
 def is_table(rows: object) -> bool:
     """Returns whether an object is a table of any library, and not a single column."""
     return isinstance(rows, ArrowStream) and hasattr(rows, "columns")

@@ -284,6 +284,9 @@ def join_lists(column: pa.ChunkedArray) -> pa.LargeListArray:
     # Large lists, whose offsets of 64 bits hold any column in one chunk.
     kind = pa.large_list(column.type.value_type)
     chunks = [chunk.cast(kind) for chunk in column.chunks]
+    # Without a copy.
+    if len(chunks) == 1:
+        return chunks[0]
     return pa.concat_arrays(chunks or [pa.array([], kind)])
 
 
@@ -298,6 +301,11 @@ def pad_lists(
         count: Number of rows N.
         length: Values L kept of a row.
     """
+    if count == 1:
+        padded = np.zeros((1, length), values.dtype)
+        kept = values[:length]
+        padded[0, : len(kept)] = kept
+        return padded
     # Rows ascend, so the values of each lie together and their positions are a difference.
     # Without a loop over rows: columns may have millions of them.
     starts = np.searchsorted(rows, np.arange(count))

@@ -306,9 +306,18 @@ def _parse_events(
         The row of each event's history [M], ascending, and the fields of the events: "item_id" and,
         if the column has them, "event" and "timestamp".
     """
+    # Requests need not bring one.
+    if pa.types.is_null(column.type):
+        return np.zeros(0, np.int64), {"item_id": pa.array([], pa.string())}
     lists = _as_lists(feature, column)
+    members = lists.flatten()
+    fields = _event_fields(feature, members)
+    # A single request with no event to leave out in the middle: the end of its list is kept.
+    if len(lists) == 1 and not fields["item_id"].null_count:
+        start = max(0, len(members) - feature.max_length)
+        latest = {name: values.slice(start) for name, values in fields.items()}
+        return np.zeros(len(members) - start, np.int64), latest
     history_of_event = pc.list_parent_indices(lists).to_numpy()
-    fields = _event_fields(feature, pc.list_flatten(lists))
     # Cut before anything is looked up: requests may bring years of events.
     kept = _latest_events(fields["item_id"], history_of_event, len(column), feature.max_length)
     fields = {name: values.filter(pa.array(kept)) for name, values in fields.items()}
@@ -323,8 +332,6 @@ def _event_times(feature: HistoryFeature, timestamps: pa.Array | None, count: in
 
 
 def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
-    if pa.types.is_null(column.type):
-        return pa.array([None] * len(column), pa.large_list(pa.string()))
     if not is_list(column.type):
         raise ConfigError(
             f"{feature.location}: column {feature.column!r} holds {column.type}; a history is a "

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, UInt64
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import int_array, pc
 from twotower.core.hashing import mix64
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
 # tens of megabytes.
 _BLOCK_BYTES = 1 << 20
 # `index_in` hashes the whole vocabulary on every call: right for a column, a second too long for
-# one query. Columns shorter than a sixteenth of the known values are looked up by hash instead.
+# one query. Columns shorter than a sixteenth of the known values are looked up by hash instead, and
+# so are the few values of a request.
 _VALUES_PER_LOOKUP = 16
+_FEW_VALUES = 1_024
+# Known values that requests had, whose rows are kept: 150 bytes each at most, and then some text.
+_MAX_RECENT = 16_384
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def as_strings(values: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
@@ -81,6 +91,8 @@ def hash64(values: pa.LargeStringArray) -> UInt64[np.ndarray, " N"]:
     more. It needs whole-array operations alone, and has no secret seed as Python's `hash` has.
     """
     data, offsets = utf8(values)
+    if offsets[-1] <= _BLOCK_BYTES:
+        return _hash_block(data, offsets)
     block_starts = np.arange(0, offsets[-1] + _BLOCK_BYTES, _BLOCK_BYTES)
     edges = np.minimum(np.searchsorted(offsets, block_starts, side="left"), len(values))
     # A string longer than a block makes two edges fall together.
@@ -186,7 +198,16 @@ class Vocabulary:
         """
         if pa.types.is_dictionary(values.type):
             return self._rows_of_dictionary(values)
+        # A column that a request lacks.
+        if pa.types.is_null(values.type):
+            return np.zeros(len(values), np.int32)
+        if len(values) <= _FEW_VALUES and _is_text(values.type):
+            recent = [self._recent.get(text) for text in values.to_pylist()]
+            if None not in recent:
+                return np.array(recent, np.int32)
         values = as_strings(values)
+        if self._are_few(values):
+            return self._rows_by_hash(values)
         indices = self._find(values)
         # -1 becomes a row of unknown values, which is replaced below.
         rows = (indices + self.first).astype(np.int32)
@@ -225,25 +246,66 @@ class Vocabulary:
         rows = np.append(self.rows(values.dictionary), np.int32(0))
         return rows[values.indices.fill_null(len(values.dictionary)).to_numpy()]
 
+    def _are_few(self, values: pa.LargeStringArray) -> bool:
+        """Whether a look-up by hash takes less time than that of a column."""
+        is_short = len(values) * _VALUES_PER_LOOKUP <= len(self.values)
+        return self._hash_index.is_unique and (is_short or len(values) <= _FEW_VALUES)
+
+    def _rows_by_hash(self, values: pa.LargeStringArray) -> np.ndarray:
+        """Returns the rows of a few values: microseconds for one, whatever the vocabulary."""
+        hashes = hash64(values)
+        rows = self._oov_rows_by(hashes)
+        if len(self.values):
+            self._set_known(rows, values, hashes)
+        # A null has the hash of an empty text.
+        if values.null_count:
+            rows[values.is_null().to_numpy(zero_copy_only=False)] = 0
+        return rows
+
+    def _set_known(self, rows: np.ndarray, values: pa.LargeStringArray, hashes: np.ndarray) -> None:
+        """Sets the rows of those values that are known."""
+        index = self._hash_index
+        places = np.searchsorted(index.hashes, hashes)
+        nearest = index.hashes.take(places, mode="clip")
+        found = np.flatnonzero(nearest == hashes)
+        if not len(found):
+            return
+        candidates = index.order[places[found]]
+        known = self.values.take(int_array(candidates)).to_pylist()
+        texts = values.take(int_array(found)).to_pylist()
+        # An unknown value can have the hash of a known one.
+        same = np.fromiter(map(operator.eq, known, texts), bool, len(known))
+        rows[found[same]] = candidates[same] + self.first
+        self._keep_recent(texts, rows[found].tolist())
+
+    def _keep_recent(self, texts: Sequence[str | None], rows: Sequence[int]) -> None:
+        """Keeps the rows of known values."""
+        # Of known ones alone: strangers cannot fill it with texts of their own.
+        known = {text: row for text, row in zip(texts, rows) if row >= self.first}
+        if len(self._recent) + len(known) > _MAX_RECENT:
+            self._recent.clear()
+            self._recent[None] = 0
+        self._recent.update(known)
+
     def _oov_rows_of(self, values: pa.LargeStringArray) -> np.ndarray:
-        # Without a seed: a server must choose the same row as training did.
-        rows = 1 + (hash64(values) % np.uint64(self.oov_rows)).astype(np.int32)
+        rows = self._oov_rows_by(hash64(values))
         is_null = values.is_null().to_numpy(zero_copy_only=False)
         return np.where(is_null, 0, rows)
 
+    def _oov_rows_by(self, hashes: np.ndarray) -> np.ndarray:
+        # Without a seed: a server must choose the same row as training did.
+        return 1 + (hashes % np.uint64(self.oov_rows)).astype(np.int32)
+
     def _find(self, values: pa.LargeStringArray) -> np.ndarray:
         """Returns the index int64 [N] of each value among the known ones, or -1."""
-        index = self._hash_index
-        if len(values) * _VALUES_PER_LOOKUP > len(self.values) or not index.is_unique:
-            indices = pc.index_in(values, value_set=self.values, skip_nulls=True)
-            known_indices = indices.fill_null(-1).to_numpy()
-            return known_indices.astype(np.int64)
-        # A binary search in sorted hashes: microseconds for one value, whatever the vocabulary.
-        position = np.searchsorted(index.hashes, hash64(values))
-        candidates = index.order[np.minimum(position, len(index.order) - 1)]
-        # An unknown value can have the hash of a known one.
-        same = pc.equal(self.values.take(pa.array(candidates)), values).fill_null(False)
-        return np.where(same.to_numpy(zero_copy_only=False), candidates, -1)
+        indices = pc.index_in(values, value_set=self.values, skip_nulls=True)
+        known_indices = indices.fill_null(-1).to_numpy()
+        return known_indices.astype(np.int64)
+
+    @functools.cached_property
+    def _recent(self) -> dict[str | None, int]:
+        """The rows of values that were looked up lately."""
+        return {None: 0}
 
     @functools.cached_property
     def _hash_index(self) -> _HashIndex:

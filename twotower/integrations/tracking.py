@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic, current_version, read_json
 from twotower.core.install import extra
+from twotower.plugins import load_config
 from twotower.training.metrics import read_lines
-from twotower.training.run import load_config
 
 if TYPE_CHECKING:  # an extra, which is not always installed
     from mlflow import MlflowClient

@@ -78,6 +78,7 @@ from twotower.retrieval.tower_programs import (
 FORMAT = "twotower-bundle"
 VERSION = 2
 PACKAGES = ("jax", "numpy", "pyarrow", "scann")  # packages whose versions the manifest records
+BUNDLE = "bundle"  # folder of the bundle in that of its run
 INDEX = "index"  # folder of the index
 ROWS_AT_ONCE = 65_536  # rows of vectors that are looked at together
 EVENTS = "seen_events.arrow"
@@ -441,12 +442,14 @@ def _check_names(manifest_file: Path, files: object) -> None:
 
 def _read_rows(path: Path, rows: int) -> pa.Table:
     """Reads a Parquet file of a known number of rows."""
-    found = pq.read_metadata(path).num_rows
-    if found != rows:
-        raise BundleError(
-            f"{path} differs in length from its vectors ({found}, {rows}). Export again."
-        )
-    return pq.read_table(path)
+    # `read_table` would load the datasets of Arrow, and pandas with them where it is installed.
+    with pq.ParquetFile(path) as file:
+        found = file.metadata.num_rows
+        if found != rows:
+            raise BundleError(
+                f"{path} differs in length from its vectors ({found}, {rows}). Export again."
+            )
+        return file.read()
 
 
 def _check_ids(path: Path, table: pa.Table, column: str) -> None:

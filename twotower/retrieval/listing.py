@@ -22,7 +22,6 @@ from twotower.core.fields import check_fields
 from twotower.core.files import atomic
 from twotower.core.ids import IdForm, ReadsIds
 from twotower.core.tables import format_table, shorten
-from twotower.data.sources import frames
 from twotower.retrieval.live.conditions import Conditions
 from twotower.retrieval.retriever import Recommendation, Retriever
 
@@ -96,6 +95,9 @@ def _read_column(path: Path, field: str) -> tuple[pa.ChunkedArray, Callable[[int
         return pa.chunked_array(
             [pa.array(lines, pa.string())]
         ), lambda row: f"{field}, id {row + 1}"
+    # Loaded here: the readers of all kinds of files take longer to load than a user to answer.
+    from twotower.data.sources import frames
+
     try:
         table, origin = frames.read_table(path, TableConfig(), "users")
     except ConfigError as error:

@@ -263,7 +263,8 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
     vectors = {}
     for side in SIDES:
         column = f"{side}_id"
-        ids[side] = pq.read_table(folder / f"{side}s.parquet", columns=[column])[column].to_pylist()
+        with pq.ParquetFile(folder / f"{side}s.parquet") as file:
+            ids[side] = file.read(columns=[column])[column].to_pylist()
         vectors[side] = np.load(folder / f"{side}_vectors.npy", allow_pickle=False)
     if "item_scales.npy" in names:
         scales = np.load(folder / "item_scales.npy", allow_pickle=False)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
 from twotower.core.arrays import Ragged
+from twotower.core.arrow import int_array
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
 from twotower.core.ids import read_id, read_ids
 from twotower.core.mesh import check_fork
@@ -411,7 +412,7 @@ class Retriever:
         present = np.flatnonzero(positions >= 0)[:k]
         events = live.bundle.seen_events
         if events is not None:
-            events = events.take(pa.array(pairs[present]))
+            events = events.take(int_array(pairs[present]))
         return snapshot, positions[present], events
 
     def item(self, item: Any) -> Recommendation:
@@ -753,7 +754,7 @@ class Retriever:
             vectors = np.zeros((len(ids), self.bundle.towers.dim), np.float32)
         if unknown.size:
             unknown_ids = [ids[position] for position in unknown.tolist()]
-            vectors[unknown] = self._encode_users(self.user_rows.take(unknown_ids))
+            vectors[unknown] = self._encode_users(self.user_rows.unknown(unknown_ids))
         return vectors, rows
 
     def _rows_of_users(self, ids: Sequence[str | None]) -> np.ndarray:
@@ -817,6 +818,6 @@ def _recommendations(
     filled = positions >= 0
     rows = snapshot.rows(positions[filled])
     return [
-        Recommendation(row.pop("item_id"), float(score), row)
-        for row, score in zip(rows, scores[filled])
+        Recommendation(row.pop("item_id"), score, row)
+        for row, score in zip(rows, scores[filled].tolist())
     ]

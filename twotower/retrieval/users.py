@@ -103,6 +103,10 @@ class UserRows:
         columns["user_id"] = pa.array(ids, pa.string())
         return self._without_times(pa.table(columns))
 
+    def unknown(self, ids: Sequence[str]) -> pa.Table:
+        """Returns the rows of users of whom nothing is known but the id."""
+        return pa.table({"user_id": pa.array(ids, pa.string())})
+
     def history_items(self, rows: pa.Table) -> list[str]:
         """Returns the ids of the items in the histories of raw rows."""
         history = self._encoder.spec.history

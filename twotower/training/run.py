@@ -15,9 +15,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
-from twotower.core.errors import CheckpointError, ConfigError, FolderError
+from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.fields import differences
-from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk, read_json
+from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk
 from twotower.core.install import command
 from twotower.core.kinds import write_record
 from twotower.core.mesh import make_mesh
@@ -27,8 +27,11 @@ from twotower.features.encoder import Encoder
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.plugins import (
+    config_path,
     import_plugins,
+    load_config,
     make_record,
+    read_config,
     warn_of_kinds_outside_plugins,
 )
 from twotower.towers.two_tower import TwoTower, Weights
@@ -284,11 +287,6 @@ def local_folder(folder: Path | str, flag: str = "--workdir") -> Path:
     return Path(folder)
 
 
-def config_path(workdir: Path) -> Path:
-    """Returns the file that holds the configuration of a run."""
-    return workdir / "config.json"
-
-
 def encoder_folder(workdir: Path) -> Path:
     """Returns the folder that holds the encoder of a run."""
     return workdir / "encoder"
@@ -303,32 +301,6 @@ def has_checkpoint(workdir: Path) -> bool:
     """Returns whether a run has finished a checkpoint."""
     steps = (workdir / "checkpoints").glob("*")
     return any(step.name.isdigit() for step in steps)
-
-
-def load_config(workdir: Path | str) -> Config:
-    """Returns the configuration of a run, after its plugins were imported.
-
-    Raises:
-        ConfigError: The folder is no run, its configuration is damaged, or a plugin is missing.
-    """
-    path = config_path(Path(workdir))
-    if not path.exists():
-        line = command("train", "--config=quickstart", f"--workdir={workdir}")
-        raise ConfigError(
-            f"--workdir={workdir} is no run: it has no config.json. Train one first: {line}"
-        )
-    config = from_dict(_read_json(path))
-    # Before anything looks for a kind that they register.
-    import_plugins(config.plugins, path.parent)
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a configuration's file, which is a mapping of sections."""
-    try:
-        return read_json(path)
-    except FolderError as error:
-        raise ConfigError(f"{error} Restore it, or delete the folder and train again.") from None
 
 
 def holds_run(workdir: Path, config: Config) -> bool:
@@ -359,7 +331,7 @@ def holds_run(workdir: Path, config: Config) -> bool:
     # The section of the index may change: the weights do not depend on it.
     sections = config.training_sections()
     # By way of JSON, where a tuple is a list: both sides are compared as they are written.
-    old = _with_defaults(_read_json(path))
+    old = _with_defaults(read_config(path))
     new = json.loads(config.to_json())
     old_sections = {name: old[name] for name in old if name in sections}
     new_sections = {name: new[name] for name in new if name in sections}

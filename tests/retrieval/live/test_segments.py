@@ -2,10 +2,11 @@
 
 import datetime
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.retrieval.live.segments import value_reader
+from twotower.retrieval.live.segments import values_reader
 
 TEXT = ["lamp", None, "", "مصباح", "été", "a" * 300]
 COLUMNS = {
@@ -29,14 +30,19 @@ COLUMNS = {
 def test_values_are_those_of_arrow(name, first, pieces):
     """Also of a slice, whose buffers begin before it, and of a column of several pieces."""
     column = COLUMNS[name].slice(first)
-    read = value_reader(
+    read = values_reader(
         pa.chunked_array([column] if pieces == 1 else [column.slice(0, 1), column.slice(1)])
     )
-    found = [read(row) for row in range(len(column))]
-    assert found == column.to_pylist()
-    assert [type(x) for x in found] == [type(x) for x in column.to_pylist()]
+    rows = np.array([2, 0, 2, *range(len(column))])
+    found = read(rows)
+    expected = column.take(pa.array(rows)).to_pylist()
+    assert found == expected
+    assert [type(x) for x in found] == [type(x) for x in expected]
+    assert read(rows[:0]) == []
 
 
 def test_no_rows_at_all():
-    assert callable(value_reader(pa.chunked_array([], pa.string())))
-    assert callable(value_reader(pa.chunked_array([pa.array([], pa.int64())])))
+    none = np.zeros(0, np.int64)
+    for column in (pa.array([], pa.string()), pa.array([], pa.int64()), pa.array([], pa.bool_())):
+        assert values_reader(pa.chunked_array([], column.type))(none) == []
+        assert values_reader(pa.chunked_array([column]))(none) == []

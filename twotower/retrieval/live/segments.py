@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from twotower.core.arrow import int_array
 from twotower.index.base import Index
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Vectors, popularity_coordinate
@@ -30,6 +31,9 @@ from twotower.index.vectors import Vectors, popularity_coordinate
 NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
 EPSILON = 1e-30  # least length that a vector is divided by: zeros stay zeros
+
+# Rows of a column, int64 [M] -> their values, None for null.
+ReadValues = Callable[[np.ndarray], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,14 +105,16 @@ class BaseSegment:
             return -1
         return int(self.row_by_number[number])
 
-    def read_row(self, row: int) -> dict[str, Any]:
-        """Returns item_id and display columns of a row."""
-        return {name: read(row) for name, read in self.column_readers}
+    def read_rows(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Returns item_id and display columns of some rows."""
+        columns = [read(rows) for read in self.column_readers]
+        names = self.items.column_names
+        return [dict(zip(names, values)) for values in zip(*columns)]
 
     @functools.cached_property
-    def column_readers(self) -> list[tuple[str, Callable[[int], Any]]]:
-        """The name of each display column, with the function from a row to its value."""
-        return [(name, value_reader(self.items[name])) for name in self.items.column_names]
+    def column_readers(self) -> list[ReadValues]:
+        """The function from rows to values of each display column."""
+        return [values_reader(self.items[name]) for name in self.items.column_names]
 
     @functools.cached_property
     def popularity_coordinate(self) -> tuple[np.ndarray, float]:
@@ -186,40 +192,63 @@ class MemTable:
         return dataclasses.replace(larger, rows=self.rows, tables=self.tables)
 
 
-def value_reader(column: pa.ChunkedArray) -> Callable[[int], Any]:
-    """Returns a function from a row to its value, as `column[row].as_py()` would return it.
+def values_reader(column: pa.ChunkedArray) -> ReadValues:
+    """Returns a function from rows to their values, as `take(rows).to_pylist()` gives them.
 
-    Values are read from Arrow's buffers: several times as fast as through its scalars.
+    Values are read from Arrow's buffers: a list of ten takes a fraction of the time that Arrow's
+    own two calls take.
 
-    >>> read = value_reader(pa.chunked_array([["a", None, "été"]]))
-    >>> [read(row) for row in range(3)]
-    ['a', None, 'été']
+    >>> read = values_reader(pa.chunked_array([["a", None, "été"]]))
+    >>> read(np.array([2, 1]))
+    ['été', None]
     """
     if column.num_chunks == 1:
         array = column.chunk(0)
     else:
         array = pa.concat_arrays(column.chunks or [pa.array([], column.type)])
     kind = array.type
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if is_number and not array.null_count:
-        return array.to_numpy().item
-    if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
-        return lambda row: array[row].as_py()
-    read = _text_reader(array)
-    if not array.null_count:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        read = _text_reader(array)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        read = _number_reader(array)
+    else:
+        return lambda rows: array.take(int_array(rows)).to_pylist()
+    validity = array.buffers()[0]
+    if not array.null_count or validity is None:
         return read
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
-    return lambda row: read(row) if valid[row] else None
+    bits = np.frombuffer(validity, np.uint8)
+
+    def read_with_nulls(rows: np.ndarray) -> list[Any]:
+        # Of a slice, whose buffers begin before it.
+        places = rows + array.offset
+        is_valid = (bits[places >> 3] >> (places & 7)) & 1
+        pairs = zip(read(rows), is_valid.tolist())
+        return [value if valid else None for value, valid in pairs]
+
+    return read_with_nulls
 
 
-def _text_reader(array: pa.Array) -> Callable[[int], str]:
-    """Returns a function from a row to its text, read from the array's buffers."""
+def _number_reader(array: pa.Array) -> ReadValues:
+    """Returns a function from rows to their numbers, whatever stands in the place of nulls."""
+    _, numbers = array.buffers()
+    kind = array.type.to_pandas_dtype()
+    values = np.frombuffer(numbers or b"", kind)[array.offset :]
+    return lambda rows: values[rows].tolist()
+
+
+def _text_reader(array: pa.Array) -> ReadValues:
+    """Returns a function from rows to their texts, read from the array's buffers."""
     # Buffers: which values are null, the offset of each text, and all texts one after another.
     _, offsets, text = array.buffers()
     # Offsets of a large_string have 64 bits.
-    width = "i" if pa.types.is_string(array.type) else "q"
+    width = np.int32 if pa.types.is_string(array.type) else np.int64
     # The buffers of a slice begin before it.
-    bounds = memoryview(offsets).cast("B").cast(width)[array.offset :]
+    bounds = np.frombuffer(offsets or b"", width)[array.offset :]
     # An array of empty texts has no buffer of them.
-    data = memoryview(b"" if text is None else text)
-    return lambda row: str(data[bounds[row] : bounds[row + 1]], "utf-8")
+    data = memoryview(text or b"")
+
+    def read(rows: np.ndarray) -> list[str]:
+        spans = zip(bounds[rows].tolist(), bounds[rows + 1].tolist())
+        return [str(data[start:stop], "utf-8") for start, stop in spans]
+
+    return read

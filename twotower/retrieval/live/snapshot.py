@@ -31,7 +31,6 @@ from twotower.retrieval.live.conditions import (
 )
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
 
-MAX_SINGLE_ROWS = 256  # rows whose display columns are read one by one, not as a table
 # Answers to conditions that are kept, at N bytes each; then all are dropped, as no server has so
 # many usual ones.
 MAX_CACHED_CONDITIONS = 64
@@ -176,11 +175,10 @@ class Snapshot:
     def rows(self, positions: np.ndarray) -> list[dict[str, Any]]:
         """Returns item_id and display columns of the item in each position."""
         base_size = len(self.base)
-        in_base = positions < base_size
-        # The usual list, read from buffers: a table of a few rows takes several times as long.
-        if 0 < len(positions) <= MAX_SINGLE_ROWS and in_base.all():
-            return [self.base.read_row(row) for row in positions.tolist()]
-        base_rows = iter(self.base.items.take(pa.array(positions[in_base])).to_pylist())
+        # The usual list.
+        if not self.num_slots:
+            return self.base.read_rows(positions)
+        base_rows = iter(self.base.read_rows(positions[positions < base_size]))
         rows = []
         for position in positions.tolist():
             if position < base_size:
