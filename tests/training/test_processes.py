@@ -3,6 +3,7 @@ of the data."""
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 from tests.launchers import RECORD, SRUN, Launcher, submit_to_slurm
-from tests.training import shop
+from tests.training import shop, tiny_config
 from tests.training.divided import differences
+from tests.training.one_of_several import train_until
+from twotower import api
+from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.mesh import make_mesh
 from twotower.pipeline.batches import Batches, InteractionExamples
@@ -28,22 +32,15 @@ from twotower.training.state import Trainer
 
 pytestmark = pytest.mark.slow
 
+# A Python whose compiled programs are kept.
+PYTHON = [sys.executable, "-m", "tests.training.keep_programs"]
 STEPS = 6
 BATCH = 64
 SECONDS = 240
 
 
-def config_of(**training):
+def config_of():
     """Streamed, so that what each process loads is seen; with state of every kind to save."""
-    fields = {
-        "batch_size": BATCH,
-        "steps": STEPS,
-        "validate_every": 2,
-        "log_every": 1,
-        "resident_megabytes": 0,
-        "tables": {"kind": "adagrad", "initial_accumulator": 0.1},
-        "optimizer": {"kind": "sgd"},
-    }
     return shop.small_config(
         features=shop.TINY_FEATURES,
         model={"user": {"layers": (8,), "dropout": 0.1}, "item": {"layers": (8,)}},
@@ -57,7 +54,15 @@ def config_of(**training):
             },
             "heads": {"shared": {"label": "shared", "combine": "multiply"}},
         },
-        training=fields | training,
+        training={
+            "batch_size": BATCH,
+            "steps": STEPS,
+            "validate_every": 2,
+            "log_every": 1,
+            "resident_megabytes": 0,
+            "tables": {"kind": "adagrad", "initial_accumulator": 0.1},
+            "optimizer": {"kind": "sgd"},
+        },
     )
 
 
@@ -67,15 +72,12 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _environment(devices=None):
-    # Compiling is most of what they do.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    environment = os.environ | {
+def _environment(devices):
+    return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.getcwd(),
-        "XLA_FLAGS": flags,
     }
-    return environment | ({"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})
 
 
 class Group:
@@ -115,26 +117,15 @@ class Group:
         return [process.returncode for process in self.processes], said
 
 
-def _commands(workdir, *, processes, devices, validations=-1, **training):
+def _train_in_two(workdir, validations):
+    """Trains in two processes of two devices until so many validations; their reports."""
     address = f"127.0.0.1:{_free_port()}"
-    program = [
-        sys.executable,
-        "-m",
-        "tests.training.one_of_several",
-        str(workdir),
-        str(devices),
-        str(validations),
-        address,
-    ]
-    return [[*program, str(processes), str(i), json.dumps(training)] for i in range(processes)]
-
-
-def _train(workdir, **how):
-    """Trains to the end of all processes; their reports."""
-    with Group(_commands(workdir, **how), _environment()) as group:
+    program = [*PYTHON, "-m", "tests.training.one_of_several", str(workdir)]
+    commands = [[*program, str(validations), address, "2", str(i)] for i in range(2)]
+    with Group(commands, _environment(2)) as group:
         statuses, said = group.wait()
-    assert statuses == [0] * how["processes"], "\n".join(text[-3000:] for text in said)
-    paths = [workdir.with_name(f"{workdir.name}.{i}.json") for i in range(how["processes"])]
+    assert statuses == [0, 0], "\n".join(text[-3000:] for text in said)
+    paths = [workdir.with_name(f"{workdir.name}.{i}.json") for i in range(2)]
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -161,40 +152,29 @@ def _assert_close(got, expected):
     assert not far or max(far.values()) < 1e-5, max(far, key=far.get)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run of a single process with four devices."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    (report,) = _train(workdir, processes=1, devices=4)
-    assert (report["processes"], report["devices"]) == (1, 4)
-    return workdir
-
-
 def _expected_rows(prepared):
     examples = InteractionExamples(prepared.train, prepared.features)
     batches = Batches(examples, batch_size=BATCH, seed=0, resident_megabytes=0)
     return np.stack([batches.indices(step) for step in range(STEPS)])
 
 
-def test_two_processes_one_and_two_again_are_one_run_and_each_reads_its_part(
-    alone, prepared, tmp_path
-):
+def test_one_process_two_and_one_again_are_one_run_and_each_reads_its_part(prepared, tmp_path):
+    alone = tmp_path / "alone"
+    train_until(config_of(), alone, -1, devices=4)
     workdir = tmp_path / "run"
-    # The first validation is before the first step.
-    begun = _train(workdir, processes=2, devices=2, validations=2)
-    (between,) = _train(workdir, processes=1, devices=4, validations=1)
-    ended = _train(workdir, processes=2, devices=2)
-    assert between["stopped"] and (between["processes"], between["devices"]) == (1, 4)
+    # The first validation is before the first step; what follows the last one seen is lost.
+    begun = train_until(config_of(), workdir, 2, devices=4)
+    reports = _train_in_two(workdir, 1)
+    ended = train_until(config_of(), workdir, -1, devices=4)
+    assert begun["stopped"] and not ended["stopped"]
+    assert {(report["processes"], report["devices"]) for report in reports} == {(2, 4)}
+    assert all(report["stopped"] for report in reports)
     expected = _expected_rows(prepared)
-    for reports, first in ((begun, 0), (ended, STEPS - 2)):
-        assert {(report["processes"], report["devices"]) for report in reports} == {(2, 4)}
-        assert {report["stopped"] for report in reports} == {first == 0}
-        # The two halves of each batch, and no row more.
-        halves = [np.array(report["loaded"]) for report in reports]
-        rows = np.concatenate(halves, axis=1)
-        np.testing.assert_array_equal(rows, expected[first : first + len(rows)])
-        assert all(half.shape[1] == BATCH // 2 for half in halves)
-        assert len(rows) >= 2
+    # The two halves of each batch, and no row more.
+    halves = [np.array(report["loaded"]) for report in reports]
+    assert all(half.shape == (STEPS - 2, BATCH // 2) for half in halves)
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), expected[2:])
+    np.testing.assert_array_equal(ended["loaded"], expected[4:])
     np.testing.assert_allclose(_losses(workdir), _losses(alone), rtol=1e-5)
     validations = [
         [line for line in _lines(path) if "validation/recall@10" in line]
@@ -212,7 +192,7 @@ def test_two_processes_one_and_two_again_are_one_run_and_each_reads_its_part(
 
 def _real_commands(workdir, port, *flags, processes=2):
     command = [
-        sys.executable,
+        *PYTHON,
         "-m",
         "experiments.train",
         "--config=tests/training/tiny_config.py",
@@ -237,7 +217,8 @@ def _train_by_slurm(folder, workdir, flags):
     launcher = Launcher(folder)
     launcher.stand_in("sbatch", RECORD)
     launcher.stand_in("srun", SRUN)
-    job = ("--nodes=2", "--gpus=0", f"--python={sys.executable}")
+    launcher.stand_in("python", f'#!/bin/sh\nexec {shlex.join(PYTHON)} "$@"\n')
+    job = ("--nodes=2", "--gpus=0", f"--python={launcher.bin / 'python'}")
     run = ("--config=tests/training/tiny_config.py", f"--workdir={workdir}")
     _, (script, *words) = submit_to_slurm(launcher, *job, *run, "--", *flags)
     cluster = {
@@ -255,27 +236,23 @@ def _train_by_slurm(folder, workdir, flags):
 
 
 def test_two_processes_of_which_one_is_asked_to_end_both_stop_at_one_step_and_lose_no_bit(tmp_path):
-    """The whole run is that of two processes that Slurm started."""
-    flags = ("--config.training.steps=40", "--config.training.validate_every=20")
-
-    def run(*, is_ended):
-        commands = _real_commands(tmp_path / "ended", _free_port(), *flags)
-        with Group(commands, _environment(1)) as group:
-            if is_ended:
-                _wait_for(tmp_path / "ended" / "metrics.jsonl", group)
-                group.processes[1].send_signal(signal.SIGTERM)
-            statuses, said = group.wait()
-        expected = os.EX_TEMPFAIL if is_ended else 0
-        assert statuses == [expected] * 2, "\n".join(text[-3000:] for text in said)
-        return said
-
+    """Two processes that Slurm starts go on; the whole run is one process with two devices."""
+    training = {"steps": 40, "validate_every": 20}
+    flags = [f"--config.training.{name}={value}" for name, value in training.items()]
+    workdir = tmp_path / "ended"
+    with Group(_real_commands(workdir, _free_port(), *flags), _environment(1)) as group:
+        _wait_for(workdir / "metrics.jsonl", group)
+        group.processes[1].send_signal(signal.SIGTERM)
+        statuses, said = group.wait()
+    assert statuses == [os.EX_TEMPFAIL] * 2, "\n".join(text[-3000:] for text in said)
+    (saved,) = (path.name for path in (workdir / "checkpoints").iterdir())
+    assert 0 < int(saved) < 40 and all(f"saved at step {saved}" in text for text in said)
     (tmp_path / "slurm").mkdir()
-    _train_by_slurm(tmp_path / "slurm", tmp_path / "whole", flags)
-    said = run(is_ended=True)
-    (saved,) = (path.name for path in (tmp_path / "ended" / "checkpoints").iterdir())
-    assert all(f"saved at step {saved}" in text for text in said)
-    run(is_ended=False)
-    assert not differences(_state(tmp_path / "ended", 40), _state(tmp_path / "whole", 40))
+    _train_by_slurm(tmp_path / "slurm", workdir, flags)
+    config = tiny_config.get_config()
+    config.training.update(training)
+    api.train_in_folder(from_dict(config), tmp_path / "whole", devices=2)
+    assert not differences(_state(workdir, 40), _state(tmp_path / "whole", 40))
 
 
 def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_again(tmp_path):
