@@ -30,6 +30,8 @@ _ROOT = Path(__file__).parents[2]
 _PACKAGES = {
     "torch": (("torch==2.13.0+cpu", "numpy"), ("torch==2.13.0", "numpy")),
     "tensorflow": (("tensorflow==2.21.0", "tf_keras==2.21.0", "tensorflow-recommenders==0.7.7"),),
+    "rectools": (("rectools==0.19.0",),),
+    "ranx": (("ranx==0.3.21",),),
 }
 # For all alike: glibc otherwise returns buffers to the system and asks for them again at every
 # step, which can double the time of one; and large arrays in huge pages.

@@ -14,7 +14,7 @@ from tests.retrieval.runs import make_run, rewrite_manifest
 from twotower.core.errors import BundleError
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
-from twotower.retrieval.export import make_tower_programs
+from twotower.retrieval.export import known_users, make_tower_programs
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.tower_programs import PLATFORMS
 
@@ -42,7 +42,7 @@ def towers(tmp_path_factory):
         features=EVERY_KIND,
         model={"user": layers, "item": layers},
     )
-    return run, make_tower_programs(run)
+    return run, make_tower_programs(run, known_users(run.prepared))
 
 
 def test_programs_give_the_trainers_vectors_at_any_batch_size(towers):

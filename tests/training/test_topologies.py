@@ -14,7 +14,7 @@ from tests.training.shop import TINY_FEATURES, build_trainer, small_config
 from twotower.core.mesh import make_mesh
 from twotower.pipeline.prepare import prepare
 from twotower.training.candidates import count_rows
-from twotower.training.checkpoint import checksum
+from twotower.training.checkpoint import checksum, device_checksum
 from twotower.training.init import abstract_state, init_on
 from twotower.training.loop import fit
 
@@ -90,7 +90,9 @@ def test_the_checksum_of_a_state_is_the_same_on_any_mesh_and_brings_no_table_tog
     counts = count_rows(tiny)
     sums = {n: int(checksum(init_on(make_mesh(n), trainer, counts))) for n in (1, 8)}
     assert sums[1] == sums[8]
-    program = hlo.read(checksum.lower(abstract_state(trainer, make_mesh(8))).compile().as_text())
+    program = hlo.read(
+        device_checksum.lower(abstract_state(trainer, make_mesh(8))).compile().as_text()
+    )
     found = program.collectives()
     assert found and {collective.kind for collective in found} == {"all-reduce"}
     assert all(shape.size == 1 for collective in found for shape in collective.shapes)
@@ -105,3 +107,9 @@ def test_the_checksum_sees_one_element_of_one_device(prepared):
     entries = [(0, 0), (500, 1), (1023, 3)]
     assert before not in {int(checksum({"t": table.at[entry].add(1.0)})) for entry in entries}
     assert before == int(checksum({"t": np.asarray(table)}))
+
+
+def test_the_host_sums_by_blocks_as_a_device_does_at_once():
+    # Floats and whole numbers, and more of them than a block.
+    state = {"table": jnp.linspace(-1.0, 1.0, 2**19 + 3), "step": jnp.int32(7)}
+    assert checksum(state) == int(device_checksum(state))

@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse
 from absl import logging
 
 from twotower.core.arrays import Ragged
@@ -21,9 +19,6 @@ from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 
 T = TypeVar("T")
-# Type checkers know these of scipy in part only.
-csr_array: Any = scipy.sparse.csr_array
-lapack: Any = scipy.linalg.lapack
 # A fitted model: queries -> their scores.
 ItemModel = Callable[[Queries], Scores]
 
@@ -171,6 +166,11 @@ def ease(gram: np.ndarray, ridge: float) -> np.ndarray:
     Returns:
         Weights from each item (row) to each other (column), float32 [N, N].
     """
+    # Imported where it is used: every command loads this module, and few fit baselines.
+    import scipy.linalg
+
+    # Type checkers know it in part only.
+    lapack: Any = scipy.linalg.lapack
     diagonal = np.diag_indices(len(gram))
     # One copy, which LAPACK turns into the inverse in place; it reads and writes the lower
     # triangle of columns, which is the upper one of the rows here.
@@ -209,7 +209,7 @@ def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
     ends = np.arange(0, near.size + 1, count)
     # float64: sums of equal cosines must be equal whatever their order.
     cosines = similarity.ravel().astype(np.float64)
-    weights = csr_array((cosines, near.ravel(), ends), shape=(num_items, num_items))
+    weights = _sparse_array(cosines, near.ravel(), ends, num_columns=num_items)
 
     def scores(seen: Any) -> np.ndarray:
         return (seen.astype(np.float64) @ weights).toarray().astype(np.float32)
@@ -235,7 +235,18 @@ def _make_item_model(score: Callable[[Any], np.ndarray], num_items: int) -> Item
 def _binary_matrix(lists: Ragged, num_items: int) -> Any:
     """Returns the sparse matrix of lists by items, 1 where a list has one: float32 [R, N]."""
     ones = np.ones(len(lists.values), np.float32)
-    return csr_array((ones, lists.values, lists.offsets), shape=(len(lists), num_items))
+    return _sparse_array(ones, lists.values, lists.offsets, num_columns=num_items)
+
+
+def _sparse_array(
+    values: np.ndarray, columns: np.ndarray, offsets: np.ndarray, *, num_columns: int
+) -> Any:
+    """Returns a sparse array of scipy of which row r is `values[offsets[r]:offsets[r + 1]]`."""
+    # Imported where it is used, as in `ease`.
+    import scipy.sparse
+
+    shape = (len(offsets) - 1, num_columns)
+    return scipy.sparse.csr_array((values, columns, offsets), shape=shape)
 
 
 def _best_model(

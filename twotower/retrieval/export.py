@@ -118,7 +118,7 @@ def make_bundle(run: Run) -> Bundle:
     return Bundle(
         config=run.config,
         encoder=prepared.encoder,
-        towers=make_tower_programs(run),
+        towers=make_tower_programs(run, users),
         vectors=vectors,
         items=display_items(prepared),
         counts=counts,
@@ -234,12 +234,17 @@ def measure_against_full(run: Run, bundle: Bundle) -> dict[str, Any]:
     return measured
 
 
-def make_tower_programs(run: Run) -> TowerPrograms:
-    """Returns the towers of a run as programs."""
+def make_tower_programs(run: Run, users: pa.Table) -> TowerPrograms:
+    """Returns the towers of a run as programs.
+
+    Args:
+        run: Run with its model and weights.
+        users: Raw rows of users, at least one, as an example of what the towers read.
+    """
     model = run.model
     arrays = jax.tree.map(np.asarray, embedding_weights(run.weights))
     # Any user will do as an example: through the encoder of raw rows, as requests come.
-    one_user = UserRows(run.prepared.encoder, known_users(run.prepared).slice(0, 1))
+    one_user = UserRows(run.prepared.encoder, users.slice(0, 1))
     examples = {"user": next(one_user.encode_all()), "item": run.prepared.features["item"]}
     programs = {}
     for side, example in examples.items():

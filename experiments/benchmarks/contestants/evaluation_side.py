@@ -1,0 +1,163 @@
+"""One evaluation of given vectors by one library, in a process of its own: its processor time and
+its greatest memory.
+
+    python -m experiments.benchmarks.contestants.evaluation_side SIDE DATA.npz '[10, 50, 100]'
+
+SIDE is "twotower", "rectools" or "ranx". The data holds user and item vectors, and the lists of
+seen and of relevant items as offsets and values. A line of JSON is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Figures = dict[str, float]
+
+
+def twotower(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
+    """Both protocols, with the seen items masked and without, of one product."""
+    from twotower.core.arrays import Ragged
+    from twotower.evaluation.evaluate import dot_scores, evaluate_both
+    from twotower.evaluation.queries import Queries
+
+    num_queries = len(data["users"])
+    queries = Queries(
+        user=np.arange(num_queries),
+        relevant=Ragged(data["relevant_offsets"], data["relevant_values"]),
+        missing=np.zeros(num_queries, np.int32),
+        seen=Ragged(data["seen_offsets"], data["seen_values"]),
+        counts=np.bincount(data["seen_values"], minlength=len(data["items"])),
+    )
+    scores = dot_scores(data["users"], data["items"])
+
+    def run() -> Figures:
+        masked, _ = evaluate_both(scores, queries, ks)
+        return masked
+
+    return run
+
+
+def rectools(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
+    """Its ranker, and its metrics of the same names; both protocols, one after the other."""
+    import pandas as pd
+    from rectools import metrics
+    from rectools.models.rank import Distance, ImplicitRanker
+    from scipy.sparse import csr_matrix
+
+    users = data["users"]
+    items = data["items"]
+    ones = np.ones(len(data["seen_values"]), np.float32)
+    shape = (len(users), len(items))
+    seen = csr_matrix((ones, data["seen_values"], data["seen_offsets"]), shape=shape)
+    relevant = _pairs(data, "relevant")
+    before = _pairs(data, "seen")
+    kinds = {
+        "recall": metrics.Recall,
+        "precision": metrics.Precision,
+        "hit_rate": metrics.HitRate,
+        "ndcg": metrics.NDCG,
+        "mrr": metrics.MRR,
+        "map": metrics.MAP,
+        "novelty": metrics.MeanInvUserFreq,
+        "coverage": metrics.CatalogCoverage,
+    }
+    asked = {f"{name}@{k}": kind(k=k) for k in ks for name, kind in kinds.items()}
+
+    def measure(mask: csr_matrix | None) -> Figures:
+        ranker = ImplicitRanker(Distance.DOT, users, items, num_threads=1)
+        rows, best, scores = ranker.rank(np.arange(len(users)), max(ks), filter_pairs_csr=mask)
+        lists = pd.DataFrame({"user_id": rows, "item_id": best, "score": scores})
+        lists["rank"] = lists.groupby("user_id", sort=False).cumcount() + 1
+        catalogue = np.arange(len(items))
+        return metrics.calc_metrics(asked, lists, relevant, before, catalogue)
+
+    def run() -> Figures:
+        measure(None)
+        return measure(seen)
+
+    return run
+
+
+def ranx(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
+    """Its metrics alone, of lists that NumPy makes: it ranks nothing itself. Both protocols."""
+    import pandas as pd
+    from ranx import Qrels, Run, evaluate
+
+    users = data["users"]
+    items = data["items"]
+    names = {"recall": "recall", "precision": "precision", "hit_rate": "hit_rate"}
+    names |= {"ndcg": "ndcg", "mrr": "mrr", "map": "map"}
+    asked = [f"{name}@{k}" for k in ks for name in names.values()]
+    pairs = _pairs(data, "relevant").astype(str).astype(object).assign(score=1)
+    relevant = Qrels.from_df(pairs, q_id_col="user_id", doc_id_col="item_id")
+    offsets = data["seen_offsets"]
+    seen = data["seen_values"]
+
+    def lists_of(block: slice, *, mask_seen: bool) -> tuple[np.ndarray, np.ndarray]:
+        scores = users[block] @ items.T
+        first = offsets[block.start : block.stop]
+        counts = offsets[block.start + 1 : block.stop + 1] - first
+        rows = np.repeat(np.arange(len(scores)), counts)
+        if mask_seen:
+            scores[rows, seen[offsets[block.start] : offsets[block.stop]]] = -np.inf
+        best = np.argpartition(-scores, max(ks), axis=1)[:, : max(ks)]
+        return best, np.take_along_axis(scores, best, axis=1)
+
+    def measure(*, mask_seen: bool) -> Figures:
+        parts = []
+        for start in range(0, len(users), 256):
+            block = slice(start, min(start + 256, len(users)))
+            best, scores = lists_of(block, mask_seen=mask_seen)
+            rows = np.repeat(np.arange(block.start, block.stop), max(ks))
+            columns = {
+                "user_id": rows,
+                "item_id": best.ravel(),
+                "score": scores.ravel().astype(float),
+            }
+            parts.append(pd.DataFrame(columns))
+        lists = pd.concat(parts)
+        for column in ("user_id", "item_id"):
+            lists[column] = lists[column].astype(str).astype(object)
+        found = Run.from_df(lists, q_id_col="user_id", doc_id_col="item_id")
+        return evaluate(relevant, found, asked, make_comparable=True)
+
+    def run() -> Figures:
+        measure(mask_seen=False)
+        return measure(mask_seen=True)
+
+    return run
+
+
+def _pairs(data: Any, name: str) -> Any:
+    """Returns lists as a frame of pairs."""
+    import pandas as pd
+
+    offsets = data[f"{name}_offsets"]
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return pd.DataFrame({"user_id": users, "item_id": data[f"{name}_values"]})
+
+
+SIDES = {"twotower": twotower, "rectools": rectools, "ranx": ranx}
+
+
+def main(argv: Sequence[str]) -> None:
+    side, path, ks = argv
+    with np.load(path) as file:
+        data = dict(file)
+    run = SIDES[side](data, json.loads(ks))
+    start = time.process_time()
+    figures = run()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mb": peak, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
