@@ -136,8 +136,8 @@ def check_k(k: object, name: str = "k") -> int:
     Raises:
         ConfigError: It is no whole number, or below 1.
     """
-    # NumPy's integers too; a boolean is an integer for Python alone.
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
+    # NumPy's integers too, of which asking takes a microsecond; a boolean is one for Python alone.
+    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, numbers.Integral)):
         raise ConfigError(
             f"{name}={echo(k)} must be a whole number of at least 1, not of type "
             f"{type(k).__name__!r}."

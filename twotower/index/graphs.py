@@ -119,16 +119,31 @@ def read_faiss(path: Path, kind: str) -> Any:
         ImportError: FAISS is missing.
     """
     faiss = import_module("faiss", "faiss", kind)
-    # Where a damaged file says that it holds more than it is long, FAISS would clear as much
-    # memory before it finds the end. The limit is the process's.
+    try:
+        with _size_limit(faiss, path.stat().st_size):
+            return faiss.read_index(str(path))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise BadIndexError(f"{path} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _size_limit(faiss: Any, size: int) -> Iterator[None]:
+    """Makes FAISS refuse parts that are longer than the file itself, of `size` bytes.
+
+    Where a damaged file says that it holds more, FAISS would clear as much memory before it finds
+    the end.
+    """
+    # Versions of FAISS before this function have no limit.
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    # The limit is the process's.
     with _READING:
         limit = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+        faiss.set_deserialization_vector_byte_limit(size)
         try:
-            return faiss.read_index(str(path))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1]
-            raise BadIndexError(f"{path} cannot be read: {reason}") from error
+            yield
         finally:
             faiss.set_deserialization_vector_byte_limit(limit)
 
