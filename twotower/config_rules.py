@@ -107,7 +107,8 @@ def _check_dispatches(config: Config) -> None:
     divisor = math.gcd(*periods)
     _check(
         # 0, where there is no period, is a multiple of every dispatch.
-        divisor % training.steps_per_dispatch == 0,
+        # So is everything one of dispatches that end where they must.
+        divisor % max(1, training.steps_per_dispatch) == 0,
         "training.steps_per_dispatch",
         training.steps_per_dispatch,
         f"a divisor of {divisor}, so that validations (every {training.validate_every} steps), the "

@@ -10,7 +10,13 @@ import pytest
 
 from tests.training.shop import build_trainer, make_batches, small_config
 from twotower.config import non_defaults
-from twotower.core.errors import CheckpointError, ConfigError, ScoreError, TrainingError
+from twotower.core.errors import (
+    CheckpointError,
+    ConfigError,
+    PreemptedError,
+    ScoreError,
+    TrainingError,
+)
 from twotower.core.mesh import compiler_options, make_mesh
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
@@ -140,20 +146,68 @@ def test_streamed_training_equals_resident_training(prepared, tmp_path):
 
 @pytest.mark.parametrize("resident_megabytes", [0, 100])
 def test_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path, resident_megabytes):
-    config = small_config(training={"resident_megabytes": resident_megabytes})
-    one = fit(build_trainer(prepared, config), prepared, tmp_path / "one", validate=_by_norm)
-    config = small_config(
-        training={"resident_megabytes": resident_megabytes, "steps_per_dispatch": 4}
-    )
-    four = fit(build_trainer(prepared, config), prepared, tmp_path / "four", validate=_by_norm)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, four)
+    def run_of(steps, name):
+        training = {"resident_megabytes": resident_megabytes, "steps_per_dispatch": steps}
+        trainer = build_trainer(prepared, small_config(training=training))
+        return fit(trainer, prepared, tmp_path / name, validate=_by_norm)
+
+    one = run_of(1, "one")
+    _equal_bits(one, run_of(4, "four"))
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in ("one", "four")
     ]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     losses = [[line["loss"] for line in part if "loss" in line] for part in lines]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert losses[0] == losses[1]
+
+
+def test_dispatches_chosen_by_time_are_the_same_steps_wherever_they_end(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "_steps_in_time", lambda seconds: 3)
+    counts = []
+    plain = loop.compile_steps
+
+    def counted(*args):
+        run = plain(*args)
+
+        def run_counted(*args):
+            launched = run(*args)
+            counts.append(launched[-1])
+            return launched
+
+        return run_counted
+
+    monkeypatch.setattr(loop, "compile_steps", counted)
+    training = {"validate_every": 8, "log_every": 6}
+    whole_config = small_config(training=training | {"steps_per_dispatch": 1})
+    whole = fit(
+        build_trainer(prepared, whole_config), prepared, tmp_path / "one", validate=_by_norm
+    )
+    assert counts == [1] * 12
+    trainer = build_trainer(prepared, small_config(training=training))
+    asked = [False, True]
+    with monkeypatch.context() as patch, pytest.raises(PreemptedError, match="saved at step 3,"):
+        patch.setattr(loop.Preemption, "is_due", lambda self, number: asked[number - 1])
+        fit(trainer, prepared, tmp_path / "auto", validate=_by_norm)
+    resumed = fit(trainer, prepared, tmp_path / "auto", validate=_by_norm)
+    # One step to begin with, then twice as many as before, up to a line of metrics or a validation.
+    assert counts[12:] == [1, 2] + [1, 2, 2, 3, 1]
+    _equal_bits(whole, resumed)
+
+
+def test_a_dispatch_takes_a_quarter_of_a_second_at_most():
+    measured = [loop._steps_in_time(seconds) for seconds in (0.0, 0.0001, 0.01, 0.1, 3.0)]
+    assert measured == [1, loop.MAX_STEPS, 25, 2, 1]
+
+
+def test_a_run_of_one_step_a_dispatch_is_one_of_chosen_dispatches():
+    one, auto, ten = (
+        small_config(training={"steps_per_dispatch": n, "validate_every": 10, "steps": 20})
+        for n in (1, 0, 10)
+    )
+    assert one.identity() == auto.identity() != ten.identity()
 
 
 def test_a_run_ended_early_and_started_again_ends_in_the_same_bits(prepared, tmp_path):
@@ -233,9 +287,10 @@ def test_the_transfer_guard_catches_a_hidden_transfer(prepared, tmp_path, monkey
 
     def leaky(*args):
         step = plain(*args)
-        return lambda state, i: (
-            step(state, i)[0],
+        return lambda state, i, most: (
+            step(state, i, most)[0],
             {"loss": jax.numpy.add(1.0, np.ones(3)), "grad_norm": np.ones(1)},
+            1,
         )
 
     monkeypatch.setattr(loop, "compile_steps", leaky)
@@ -494,7 +549,7 @@ def test_tables_are_updated_in_place(prepared, resident_megabytes):
     batches = make_batches(prepared, config)
     state = init_on(ONE, trainer, loop.count_rows(prepared))
     step = loop.compile_steps(trainer, batches, prepared, ONE)
-    step(state, 0)
+    step(state, 0, 1)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.tables, state.table_slots)))
 
 

@@ -443,7 +443,8 @@ def _make_room(workdir: Path) -> None:
 def _check_step(config: Config, step: int) -> None:
     """Refuses a number of steps a dispatch that does not divide the step to go on from."""
     dispatch = config.training.steps_per_dispatch
-    if step % dispatch:
+    # 0 ends dispatches wherever they must.
+    if dispatch and step % dispatch:
         raise ConfigError(
             f"config.training.steps_per_dispatch={dispatch} must divide {step}, the step to go on "
             "from."

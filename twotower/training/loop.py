@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
@@ -52,11 +54,17 @@ from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 Validate = Callable[[Weights], Mapping[str, float]]
 # Weights -> pools of hard negatives; see `twotower.objectives.negatives`.
 Miner = Callable[[Weights], Mapping[str, np.ndarray]]
-# (state, its step) -> the state after one dispatch, and the metrics of its steps, [K] each. The
-# step is a number, since reading it from the state would wait for the device.
-RunSteps = Callable[[TrainState, int], tuple[TrainState, Metrics]]
+# (state, its step, greatest number of steps) -> the state after one dispatch, the metrics of its
+# steps, [K] each, and how many those are: the first ones of K. The step is a number, since reading
+# it from the state would wait for the device.
+RunSteps = Callable[[TrainState, int, int], tuple[TrainState, Metrics, int]]
 # (data on the devices, indices) -> batch.
 GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
+
+# Greatest number of steps in a dispatch that is chosen here, and the seconds that one takes at
+# most: SIGTERM is answered after two.
+MAX_STEPS = 32
+MAX_SECONDS = 0.25
 
 
 @dataclasses.dataclass
@@ -278,22 +286,28 @@ class _Run:
             PreemptedError: The process was asked to end.
         """
         config = self.trainer.config.training
-        dispatch = config.steps_per_dispatch
         metrics = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        step = int(state.step)
+        dispatches = 0
+        # The first ones are of one step and its time is measured.
+        most = config.steps_per_dispatch or 1
         # An implicit transfer would make every step wait for the host: here it is an error.
         with jax.transfer_guard("disallow"):
-            for step in range(int(state.step), config.steps, dispatch):
+            while step < config.steps:
                 if self._is_time_to_mine(step):
                     # Read first, so that a loss that is not finite is reported as such, before its
                     # vectors are refused.
                     metrics.read()
                     state = self._with_mined_negatives(state)
                     metrics.resume()
-                state, launched = run_steps(state, step)
-                done = step + dispatch
-                metrics.launch(done, launched)
-                is_preempted = self.preemption.is_due(done // dispatch)
-                is_validated = not done % config.validate_every or done >= config.steps
+                state, launched, count = run_steps(state, step, min(most, self._until_event(step)))
+                step += count
+                dispatches += 1
+                metrics.launch(step, launched, count)
+                if not config.steps_per_dispatch:
+                    most = min(2 * most, _steps_in_time(metrics.seconds_a_step))
+                is_preempted = self.preemption.is_due(dispatches)
+                is_validated = not step % config.validate_every or step >= config.steps
                 if not (is_validated or is_preempted):
                     continue
                 # A checkpoint must not hold a NaN: the metrics of its own step are read first.
@@ -302,15 +316,25 @@ class _Run:
                     if is_validated:
                         state = self._validate_and_save(state)
                     else:
-                        self._save(done, state, {})
+                        self._save(step, state, {})
                 metrics.resume()
-                if self.progress.stopped or done >= config.steps:
+                if self.progress.stopped or step >= config.steps:
                     break
                 if is_preempted:
                     metrics.flush()
-                    self._end_early(done)
+                    self._end_early(step)
         metrics.flush()
         return state
+
+    def _until_event(self, step: int) -> int:
+        """Returns the number of steps to the next one that is followed by work of the host."""
+        config = self.trainer.config.training
+        negatives = self.trainer.sampling.config
+        periods = [config.validate_every, config.log_every]
+        if negatives.mined:
+            periods.append(negatives.mined_refresh)
+        waits = [period - step % period for period in periods]
+        return min(config.steps - step, *waits)
 
     def _is_time_to_mine(self, step: int) -> bool:
         """Returns whether hard negatives are due: never before the first step, since a fresh model
@@ -376,6 +400,13 @@ class _Run:
         return state.replace(opt_state=after | {"plateau": plateau})
 
 
+def _steps_in_time(seconds_a_step: float) -> int:
+    """Returns the number of steps that a dispatch may have; 1 before a step has been measured."""
+    if not seconds_a_step:
+        return 1
+    return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds_a_step)))
+
+
 def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh) -> RunSteps:
     """Returns a function that runs the steps of one dispatch.
 
@@ -389,10 +420,12 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
         mesh: Devices of the run.
 
     Returns:
-        (state, its step) -> the state after `config.training.steps_per_dispatch` steps, and their
-        metrics. The state is donated.
+        The function; see `RunSteps`. The state is donated. Fewer steps than asked for are run where
+        the dispatch would be larger than `config.training.steps_per_dispatch`, or its batches of
+        different shapes.
     """
     config = trainer.config.training
+    capacity = _capacity(config, batches)
     own = process_part(mesh, config.batch_size)
     # [K, B, ...]: steps are not divided, rows are.
     parts = PartitionSpec(None, AXIS)
@@ -411,28 +444,53 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
             gather = functools.partial(batches.gather_spans, num_events=places)
         elif resident is not None:
             gather = batches.gather
-        return jit_steps(trainer, mesh, gather)
+        return jit_steps(trainer, mesh, gather, capacity)
 
-    def run(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        steps = range(step, step + config.steps_per_dispatch)
-        # A function of the step alone: a resumed run sees the batches that it would have seen.
-        indices = [batches.indices(s) for s in steps]
-        enough = places
-        if places:
-            # Hardly ever more than one program: a batch that holds more events has a larger one.
-            needed = max(batches.num_events(batch, mesh.size) for batch in indices)
-            while enough < needed:
-                enough *= 2
+    def enough_places(batch: np.ndarray) -> int:
+        return places and _enough_places(places, batches.num_events(batch, mesh.size))
+
+    def to_devices(indices: list[np.ndarray]) -> Any:
         if resident is not None:
             # Only indices move to the device, a few KiB a step.
             host = np.stack([batch[own] for batch in indices])
         else:
             loaded = [batches.load(batch[own]) for batch in indices]
             host = jax.tree.map(lambda *x: np.stack(x), *loaded)
-        inputs = put_parts(mesh, host, parts, config.batch_size, axis=1)
-        return program(enough)(state, inputs, resident, constants)
+        return put_parts(mesh, host, parts, config.batch_size, axis=1)
+
+    def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
+        # A function of the step alone: a resumed run sees the batches that it would have seen.
+        indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
+        enough = enough_places(indices[0])
+        # In another program last bits may move: each step takes its own, in any company.
+        indices = list(itertools.takewhile(lambda x: enough_places(x) == enough, indices))
+        count = len(indices)
+        # One shape for any number of steps; those after `count` are not run.
+        indices += indices[-1:] * (capacity - count)
+        inputs = to_devices(indices)
+        number = put(mesh, np.int32(count), REPLICATED)
+        state, metrics = program(enough)(state, inputs, resident, constants, number)
+        return state, metrics, count
 
     return run
+
+
+def _enough_places(places: int, num_events: int) -> int:
+    """Returns the places of the program for a batch: hardly ever more than the usual ones."""
+    while places < num_events:
+        places *= 2
+    return places
+
+
+def _capacity(config: TrainingConfig, batches: Batches) -> int:
+    """Returns the greatest number of steps in a dispatch."""
+    if config.steps_per_dispatch:
+        return config.steps_per_dispatch
+    # Several processes measure different times, but must agree; and of batches from the host each
+    # step would wait for those of many.
+    if batches.resident is None or jax.process_count() > 1:
+        return 1
+    return MAX_STEPS
 
 
 def _reads_spans(trainer: Trainer, mesh: Mesh) -> bool:
@@ -446,7 +504,7 @@ def _reads_spans(trainer: Trainer, mesh: Mesh) -> bool:
 
 
 def jit_steps(
-    trainer: Trainer, mesh: Mesh, gather: GatherBatch | None
+    trainer: Trainer, mesh: Mesh, gather: GatherBatch | None, capacity: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted program of one dispatch.
 
@@ -455,14 +513,17 @@ def jit_steps(
         mesh: Devices of the run.
         gather: Function that makes a batch of the resident data and indices; None where batches
             come from the host.
+        capacity: Greatest number of steps K. One program runs any number of them, so that a
+            validation after few steps costs no other one.
 
     Returns:
-        (state, indices or batches [K, B, ...], resident data or None, constants) -> (state after K
-        steps, their metrics [K]), with the state donated.
+        (state, indices or batches [K, B, ...], resident data or None, constants, number of steps)
+        -> (state after these steps, their metrics, the first ones of [K]), with the state donated.
     """
-    count = trainer.config.training.steps_per_dispatch
     group = device_group(mesh)
 
+    # Traced once for the shapes of its metrics and for its steps.
+    @jax.jit
     def run_step(
         state: TrainState, part: Any, data: Any, constants: Any
     ) -> tuple[TrainState, Metrics]:
@@ -472,17 +533,26 @@ def jit_steps(
         return train_step(state, batch, constants, trainer=trainer, group=group)
 
     def run_dispatch(
-        state: TrainState, parts: Any, data: Any, constants: Any
+        state: TrainState, parts: Any, data: Any, constants: Any, count: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        if count > 1:
-            return jax.lax.scan(lambda s, part: run_step(s, part, data, constants), state, parts)
-        # A single step needs no loop around it.
-        part = jax.tree.map(lambda x: x[0], parts)
-        state, metrics = run_step(state, part, data, constants)
-        return state, jax.tree.map(lambda x: x[None], metrics)
+        first = jax.tree.map(lambda x: x[0], parts)
+        if capacity == 1:
+            # A single step needs no loop around it.
+            state, metrics = run_step(state, first, data, constants)
+            return state, jax.tree.map(lambda x: x[None], metrics)
+
+        def run_one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            part = jax.tree.map(lambda x: x[i], parts)
+            state, values = run_step(state, part, data, constants)
+            return state, jax.tree.map(lambda all, x: all.at[i].set(x), metrics, values)
+
+        _, shapes = jax.eval_shape(run_step, state, first, data, constants)
+        empty = jax.tree.map(lambda x: jnp.zeros(capacity, x.dtype), shapes)
+        return jax.lax.fori_loop(0, count, run_one, (state, empty))
 
     specs = state_specs(abstract_state(trainer, mesh))
-    inputs = (specs, PartitionSpec(None, AXIS), REPLICATED, REPLICATED)
+    inputs = (specs, PartitionSpec(None, AXIS), REPLICATED, REPLICATED, REPLICATED)
     outputs = (specs, REPLICATED)
     return jax.jit(
         shard_map_if_needed(mesh, run_dispatch, inputs, outputs),

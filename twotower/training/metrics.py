@@ -65,6 +65,10 @@ class StepMetrics:
         checkpoints: Checkpoints of the run, which an error names the last of.
         batch_size: Number of examples in a step.
         log_every: Number of steps between two lines.
+
+    Attributes:
+        seconds_a_step: Time of a step in the dispatch that was read last; 0 before the second one,
+            as the first compiles.
     """
 
     def __init__(
@@ -74,8 +78,9 @@ class StepMetrics:
         self._checkpoints = checkpoints
         self._batch_size = batch_size
         self._log_every = log_every
-        # The dispatch that the device works on: its last step, and its metrics.
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.seconds_a_step = 0.0
+        # The dispatch that the device works on: its last step, its metrics, its number of steps.
+        self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         # Metrics of the steps since the last line.
         self._window: list[dict[str, float]] = []
         # The rate is measured from the first dispatch read on, so that compiling does not count.
@@ -85,16 +90,17 @@ class StepMetrics:
         self._step = 0
         self._warned = False
 
-    def launch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def launch(self, step: int, metrics: Mapping[str, jax.Array], count: int) -> None:
         """Reads the metrics of the dispatch before, and keeps those of the one that runs now.
 
         Args:
             step: Last step of the dispatch.
-            metrics: Metrics of its K steps, [K] each.
+            metrics: Metrics of its steps, [K] each, of which the first ones are read.
+            count: Number of its steps.
         """
         # One dispatch behind: the device has the next steps to do while the host waits here.
         self.read()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, count)
 
     def resume(self) -> None:
         """Leaves the time since the last reading, such as a validation's, out of the rate."""
@@ -117,16 +123,17 @@ class StepMetrics:
         """
         if self._pending is None:
             return
-        last, metrics = self._pending
+        last, metrics, count = self._pending
         self._pending = None
         # One transfer for all metrics of all steps, and the only wait for the device.
         values = {name: np.asarray(x) for name, x in jax.device_get(metrics).items()}
-        count = len(values["loss"])
-        self._read_at = time.perf_counter()
+        now = time.perf_counter()
         if self._since is None:
-            self._since = self._read_at
+            self._since = now
         else:
             self._timed_steps += count
+            self.seconds_a_step = (now - self._read_at) / count
+        self._read_at = now
         for i in range(count):
             self._step = last - count + 1 + i
             self._add({name: float(x[i]) for name, x in values.items()})

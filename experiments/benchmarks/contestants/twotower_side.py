@@ -177,7 +177,8 @@ def _fit(
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            state[0], _ = run_steps(state[0], next(place) * training.steps_per_dispatch)
+            most = training.steps_per_dispatch
+            state[0], *_ = run_steps(state[0], next(place) * most, most)
         jax.block_until_ready(state[0])
 
     return run, f"jax {jax.__version__}"
@@ -236,7 +237,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            state[0], _ = run_steps(state[0], next(place))
+            state[0], *_ = run_steps(state[0], next(place), 1)
         jax.block_until_ready(state[0])
 
     return run, f"jax {jax.__version__}"
