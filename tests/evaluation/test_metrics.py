@@ -73,6 +73,25 @@ def test_equals_trec_eval(lists, name):
     np.testing.assert_allclose(jitted(name)(*hits_of(*lists)), expected, rtol=1e-5)
 
 
+def test_one_pass_over_several_lengths_equals_each_metric_at_each_length(lists):
+    hits, num_relevant = map(np.asarray, hits_of(*lists))
+    num_relevant = np.where(np.arange(len(hits)) == 3, 0, num_relevant)  # nothing to find
+    ks = (1, 5, K)
+    figures = metrics.ranking_figures(hits, num_relevant, ks)
+    assert list(figures) == [f"{name}@{k}" for k in ks for name in metrics.RANKING_METRICS]
+    for k in ks:
+        for name, metric in metrics.RANKING_METRICS.items():
+            expected = np.where(num_relevant > 0, metric(hits[:, :k], num_relevant), 0.0)
+            found = np.where(num_relevant > 0, figures[f"{name}@{k}"], 0.0)
+            np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=f"{name}@{k}")
+    counts = np.arange(len(hits) * K).reshape(len(hits), K)
+    where = counts % 3 > 0
+    information = metrics.self_information(counts, 30, 10)
+    for k, means in zip(ks, metrics.means_at(information, where, ks)):
+        expected = metrics.novelty(counts[:, :k], 30, 10, where=where[:, :k])
+        np.testing.assert_allclose(means, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("mask_seen", [False, True])
 def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
     """From scores to averages, with seen items and with relevant items outside of the corpus."""

@@ -106,8 +106,8 @@ def _evaluate_modes(
     block_bytes: int = 0,
 ) -> list[dict[str, float]]:
     """Returns the figures of `evaluate` for each value of `mask_seen`."""
-    lists = [_Lists(queries, ks, mask_seen=mask_seen) for mask_seen in modes]
     size = _block_queries(queries, block_bytes)
+    lists = [_Lists(queries, ks, size, mask_seen=mask_seen) for mask_seen in modes]
     starts = range(0, len(queries), size)
     blocks = [slice(start, min(start + size, len(queries))) for start in starts]
     ranker: _Ranker | None = None
@@ -139,17 +139,20 @@ class _Lists:
         mask_seen: Whether seen items are no part of the lists, nor of the relevant items.
     """
 
-    def __init__(self, queries: Queries, ks: Sequence[int], *, mask_seen: bool):
+    def __init__(self, queries: Queries, ks: Sequence[int], size: int, *, mask_seen: bool):
         self.mask_seen = mask_seen
         # Both halves belong together: an item that no list may hold would count as missed.
         self._queries = queries.without_seen() if mask_seen else queries
-        self._ks = ks
+        self._ks = sorted(set(ks))
         # Once: each is computed from all queries or all items.
         self._num_relevant = self._queries.num_relevant
-        self._num_rows = int(queries.counts.sum())
         self._is_answerable = self._num_relevant > 0
+        self._item_values = _item_values(queries)
         self._values: dict[str, list[np.ndarray]] = {}
-        self._is_listed = {k: np.zeros(queries.num_items, bool) for k in ks}
+        # Length -> number of lists that hold an item, int64 [N].
+        self._exposures = {k: np.zeros(queries.num_items, np.int64) for k in self._ks}
+        # Of one block of queries: a table is quicker to ask than a search.
+        self._is_relevant = np.zeros((size, queries.num_items), bool)
 
     def add(self, block: slice, rows: np.ndarray) -> None:
         """Measures the lists of a slice of the queries.
@@ -158,40 +161,49 @@ class _Lists:
             block: Slice of the queries.
             rows: Items of the lists, int [b, K], best first and -1 where no item is left.
         """
-        queries = self._queries
-        relevant = queries.relevant.take(np.arange(block.start, block.stop))
-        hits = relevant.contains(np.arange(len(rows))[:, None], rows)
-        counts = queries.counts[rows]
-        num_relevant = self._num_relevant[block]
-        is_answerable = self._is_answerable[block]
+        relevant = self._queries.relevant.take(np.arange(block.start, block.stop))
+        is_filled = rows >= 0
+        self._is_relevant[relevant.rows, relevant.values] = True
+        hits = self._is_relevant[np.arange(len(rows))[:, None], rows] & is_filled
+        self._is_relevant[relevant.rows, relevant.values] = False
+        # Without a mask: a list that could not be filled is still K long to these.
+        figures = metrics.ranking_figures(hits, self._num_relevant[block], self._ks)
+        for name, values in self._item_values.items():
+            means = metrics.means_at(values[rows], is_filled, self._ks)
+            figures |= {f"{name}@{k}": mean for k, mean in zip(self._ks, means)}
+        for name, values in figures.items():
+            self._values.setdefault(name, []).append(values)
+        # Coverage is over the same queries as the means.
+        counted = np.where(self._is_answerable[block, None], rows, -1)
+        start = 0
         for k in self._ks:
-            is_filled = rows[:, :k] >= 0
-            # Without a mask: a list that could not be filled is still K long to these.
-            for name, metric in metrics.RANKING_METRICS.items():
-                self._append(f"{name}@{k}", metric(hits[:, :k], num_relevant))
-            novelty = metrics.novelty(
-                counts[:, :k], self._num_rows, queries.num_items, where=is_filled
-            )
-            self._append(f"novelty@{k}", novelty)
-            never_trained = metrics.never_trained(counts[:, :k], where=is_filled)
-            self._append(f"never_trained@{k}", never_trained)
-            # Coverage is over the same queries as the means.
-            answered = is_filled & is_answerable[:, None]
-            self._is_listed[k][rows[:, :k][answered]] = True
+            items = counted[:, start:k]
+            listed = items[items >= 0]
+            self._exposures[k] += np.bincount(listed, minlength=self._queries.num_items)
+            start = k
 
     def figures(self) -> dict[str, float]:
         """Returns the means over the queries that have an answer, and the numbers of queries."""
         result: dict[str, float] = {}
         for name, values in self._values.items():
             result[name] = _average(np.concatenate(values), self._is_answerable)
-        for k, items in self._is_listed.items():
-            result[f"coverage@{k}"] = float(metrics.coverage(items))
+        exposures = np.zeros(self._queries.num_items, np.int64)
+        for k in self._ks:
+            # Those of the ranks after the next smaller length were counted for this one.
+            exposures += self._exposures[k]
+            result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
         return result
 
-    def _append(self, name: str, values: metrics.Array) -> None:
-        self._values.setdefault(name, []).append(np.asarray(values))
+
+def _item_values(queries: Queries) -> dict[str, np.ndarray]:
+    """Returns what a list is measured by besides its hits: a number for each item, float64 [N]."""
+    counts = queries.counts
+    return {
+        "novelty": metrics.self_information(counts, int(counts.sum()), len(counts)),
+        "never_trained": (counts == 0).astype(float),
+    }
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ where nothing is compiled; a program of your own may call these under `jax.jit`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -127,6 +128,70 @@ def average_precision(
     return _divide((counted * precisions).sum(1), most_hits)
 
 
+def ranking_figures(
+    hits: np.ndarray, num_relevant: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Returns every metric of `RANKING_METRICS` at several lengths of the lists, in one pass.
+
+    Each list is read once, and then its hits alone, which are few: a length more costs next to
+    nothing. On the host, and without ranks that are left out.
+
+    Args:
+        hits: bool [B, K], as above, of the longest lists.
+        num_relevant: int [B].
+        ks: Lengths, K at most.
+
+    Returns:
+        "recall@10" -> float64 [B], and so on.
+    """
+    queries, ranks = np.nonzero(hits)
+    # Of each hit, the number of hits of its query up to it: they lie together, best first.
+    totals = hits.sum(1)
+    before = np.cumsum(totals) - totals
+    number = np.arange(1, len(queries) + 1) - before[queries]
+    reciprocal = 1.0 / (ranks + 1)
+    discount = 1.0 / np.log2(ranks + 2.0)
+    # The gain of a list whose first 0, 1, ... items are the relevant ones.
+    ideal = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(max(ks)) + 2.0))])
+    figures: dict[str, Any] = {}
+    for k in ks:
+        listed = ranks < k
+
+        def sums(values: np.ndarray, listed: np.ndarray = listed) -> np.ndarray:
+            return np.bincount(queries[listed], values[listed], minlength=len(hits))
+
+        found = sums(np.ones(len(ranks)))
+        best = np.minimum(num_relevant, k)
+        figures[f"recall@{k}"] = _divide(found, num_relevant)
+        figures[f"precision@{k}"] = found / k
+        figures[f"hit_rate@{k}"] = np.minimum(found, 1.0)
+        figures[f"ndcg@{k}"] = _divide(sums(discount), ideal[best])
+        figures[f"mrr@{k}"] = sums(np.where(number == 1, reciprocal, 0.0))
+        figures[f"map@{k}"] = _divide(sums(number * reciprocal), best)
+    return figures
+
+
+def means_at(values: np.ndarray, where: np.ndarray, ks: Sequence[int]) -> list[np.ndarray]:
+    """Returns the mean of the first numbers of each list, at several lengths.
+
+    Args:
+        values: float [B, K], a number for each rank.
+        where: bool [B, K], ranks that count.
+        ks: Lengths, K at most.
+
+    Returns:
+        float64 [B] for each length; 0 where no rank counts.
+    """
+    sums = np.cumsum(np.where(where, values, 0.0), axis=1)
+    counts = np.cumsum(where, axis=1)
+    return [np.asarray(_divide(sums[:, k - 1], counts[:, k - 1])) for k in ks]
+
+
+def self_information(counts: Array, total: Array | int, num_items: Array | int) -> Array:
+    """Returns -log2 p in bits, with p = (count + 1) / (total + num_items); see `novelty`."""
+    return -_namespace(counts).log2((counts + 1.0) / (total + num_items))
+
+
 def novelty(
     counts: Int[Array, "B K"],
     total: Array | int,
@@ -147,8 +212,7 @@ def novelty(
         num_items: Number of items in the corpus, N.
         where: Ranks that count, which are those that hold an item.
     """
-    information = -_namespace(counts).log2((counts + 1.0) / (total + num_items))
-    return _mean(information, where)
+    return _mean(self_information(counts, total, num_items), where)
 
 
 def never_trained(
