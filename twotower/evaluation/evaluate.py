@@ -200,8 +200,9 @@ class _Lists:
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:
     """Returns what a list is measured by besides its hits: a number for each item, float64 [N]."""
     counts = queries.counts
+    information = metrics.self_information(counts, int(counts.sum()), len(counts))
     return {
-        "novelty": metrics.self_information(counts, int(counts.sum()), len(counts)),
+        "novelty": np.asarray(information),
         "never_trained": (counts == 0).astype(float),
     }
 
