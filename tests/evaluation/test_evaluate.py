@@ -121,7 +121,7 @@ def test_both_protocols_at_once_equal_each_alone(problem, ranker):
         calls.append(block)
         return scores[block]
 
-    both = module.evaluate_both(score_block, queries, KS)
+    both = [x.figures for x in module.evaluate_both(score_block, queries, KS)]
     assert len(calls) == 1
     for found, mask_seen in zip(both, (True, False)):
         assert found == evaluate(lambda s: scores[s], queries, KS, mask_seen=mask_seen)
@@ -136,7 +136,7 @@ def test_a_long_corpus_in_groups_equals_the_loop(ranker):
     right = [rng.permutation(num_items)[:40] for _ in range(20)]
     queries = make(np.arange(20), right, seen, num_items)
     scores = rng.integers(-40, 40, (20, num_items)).astype(np.float32)
-    both = module.evaluate_both(lambda s: scores[s], queries, KS)
+    both = [x.figures for x in module.evaluate_both(lambda s: scores[s], queries, KS)]
     for found, mask_seen in zip(both, (True, False)):
         for k in KS:
             for name, value in oracle(scores, queries, k, mask_seen)[0].items():

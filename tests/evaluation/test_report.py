@@ -69,6 +69,43 @@ def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured)
     assert "weight 0.1" in report_text.format_report(measured, KS)
 
 
+def test_every_mean_has_an_interval_around_it(measured):
+    for suffix in report.SUFFIXES:
+        model = measured[f"model{suffix}"]
+        intervals = measured[f"model_intervals{suffix}"]
+        means = {name for name in model if "@" in name and "coverage" not in name}
+        assert set(intervals) == means
+        for name, (low, high) in intervals.items():
+            assert low - 1e-6 <= model[name] <= high + 1e-6, name
+        low, high = intervals["recall@5"]
+        assert low < high
+    low, high = measured["model_intervals"]["recall@5"]
+    assert f"{low:.4f} to {high:.4f}" in report_text.format_report(measured, KS)
+
+
+@pytest.mark.parametrize(
+    ("ease", "words"),
+    [
+        (0.1, "ahead of the best baseline, ease: recall@5 0.3000 against 0.1000."),
+        (0.34, "cannot be told from the best baseline, ease"),
+        (0.4, "BEHIND the best baseline, ease"),
+    ],
+)
+def test_the_verdict_is_against_the_best_baseline_and_minds_the_interval(measured, ease, words):
+    figures = dict(measured["model"])
+    baselines = {name: figures | {"recall@5": 0.05} for name in measured["baselines"]}
+    # The truth of a generated shop is no baseline that one could use.
+    baselines |= {"ease": figures | {"recall@5": ease}}
+    baselines |= {"true_preferences": figures | {"recall@5": 0.9}}
+    changed = measured | {
+        "model": figures | {"recall@5": 0.3},
+        "model_intervals": {"recall@5": [0.25, 0.35]},
+        "baselines": baselines,
+    }
+    masked, _ = report_text.format_report(changed, KS).split("Nothing masked")
+    assert words in masked
+
+
 def test_validation_asks_no_more_queries_than_a_tenth_of_the_training_pays_for(
     run, monkeypatch, caplog
 ):

@@ -5,6 +5,7 @@ On a mesh each device scores and ranks its own items, and only lists of the best
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -53,6 +54,22 @@ MIN_VALIDATION_QUERIES = 1_000
 COLUMNS = P(None, AXIS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What lists are worth, over all queries and query by query.
+
+    Attributes:
+        figures: Means over the queries with an answer, and the figures of all lists together:
+            "recall@10", "coverage@10", "queries" and so on.
+        values: Name of each mean -> its values, float64 [Q].
+        is_averaged: Whether a query has an answer, so that it counts in the means, bool [Q].
+    """
+
+    figures: dict[str, float]
+    values: Mapping[str, np.ndarray]
+    is_averaged: np.ndarray
+
+
 def evaluate(
     score_block: Scores,
     queries: Queries,
@@ -82,17 +99,17 @@ def evaluate(
         ScoreError: A score is NaN.
     """
     modes = (mask_seen,)
-    (result,) = _evaluate_modes(score_block, queries, ks, modes, block_bytes)
-    return result
+    (evaluation,) = _evaluate_modes(score_block, queries, ks, modes, block_bytes)
+    return evaluation.figures
 
 
 def evaluate_both(
     score_block: Scores, queries: Queries, ks: Sequence[int]
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Evaluation, Evaluation]:
     """Evaluates with seen items masked and without, and scores each query once for both.
 
     Returns:
-        The figures of `evaluate` with `mask_seen`, and those without.
+        What `evaluate` measures with `mask_seen`, and without.
     """
     masked, unmasked = _evaluate_modes(score_block, queries, ks, (True, False))
     return masked, unmasked
@@ -104,8 +121,8 @@ def _evaluate_modes(
     ks: Sequence[int],
     modes: Sequence[bool],
     block_bytes: int = 0,
-) -> list[dict[str, float]]:
-    """Returns the figures of `evaluate` for each value of `mask_seen`."""
+) -> list[Evaluation]:
+    """Returns what `evaluate` measures for each value of `mask_seen`."""
     size = _block_queries(queries, block_bytes)
     lists = [_Lists(queries, ks, size, mask_seen=mask_seen) for mask_seen in modes]
     starts = range(0, len(queries), size)
@@ -129,7 +146,7 @@ def _evaluate_modes(
             if part.mask_seen:
                 seen = queries.seen_lists(block)
             part.add(block, ranker.rank(seen))
-    return [part.figures() for part in lists]
+    return [part.evaluation() for part in lists]
 
 
 class _Lists:
@@ -182,11 +199,12 @@ class _Lists:
             self._exposures[k] += np.bincount(listed, minlength=self._queries.num_items)
             start = k
 
-    def figures(self) -> dict[str, float]:
+    def evaluation(self) -> Evaluation:
         """Returns the means over the queries that have an answer, and the numbers of queries."""
         result: dict[str, float] = {}
-        for name, values in self._values.items():
-            result[name] = _average(np.concatenate(values), self._is_answerable)
+        joined = {name: np.concatenate(values) for name, values in self._values.items()}
+        for name, values in joined.items():
+            result[name] = _average(values, self._is_answerable)
         exposures = np.zeros(self._queries.num_items, np.int64)
         for k in self._ks:
             # Those of the ranks after the next smaller length were counted for this one.
@@ -194,7 +212,7 @@ class _Lists:
             result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
-        return result
+        return Evaluation(result, joined, self._is_answerable)
 
 
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from twotower.data.report import describe_unreachable
 from twotower.evaluation.baselines import make_baselines, random_scores
 from twotower.evaluation.evaluate import Scores, evaluate, evaluate_both, model_scores
 from twotower.evaluation.heads import make_head_metrics
+from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
@@ -32,6 +33,8 @@ from twotower.training.run import Run
 INDEX_QUERIES = 1_000  # users that the index is measured with
 INDEX_K = 10  # length of the lists that the index is measured with
 SINGLE_QUERIES = 100  # number of these users that are searched for one by one
+
+SUFFIXES = ("", "_unmasked")  # of the names of figures with seen items masked, and without
 
 # Names -> figures, or further names, as JSON holds them.
 Measured = dict[str, Any]
@@ -65,8 +68,8 @@ def measure_run(
 
     Returns:
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
-        {"recall@10": ...}, "model_unmasked": ..., "baselines": {name: ...}, "baselines_unmasked":
-        ...}; for items and users that training never saw "new_items"
+        {"recall@10": ...}, "model_intervals": {"recall@10": [low, high]}, "baselines": {name: ...},
+        and these with "_unmasked"}; for items and users that training never saw "new_items"
         and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
         {"auc": ...}}; and with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
         ...}}.
@@ -88,13 +91,17 @@ def measure_run(
     measured["answers"] = measure_answers(
         every_query, split, has_item_table=run.prepared.has_catalogue
     )
-    # Papers report either, and the two are not comparable: both are always measured.
-    figures = {name: evaluate_both(scores, queries, ks) for name, scores in rankings.items()}
-    for position, suffix in enumerate(("", "_unmasked")):
-        values = {name: both[position] for name, both in figures.items()}
-        measured[f"model{suffix}"] = values.pop("model")
-        if baselines:
-            measured[f"baselines{suffix}"] = values
+    # Papers report either mode, and the two are not comparable: both are always measured.
+    for name, scores in rankings.items():
+        for suffix, evaluation in zip(SUFFIXES, evaluate_both(scores, queries, ks)):
+            if name != "model":
+                others = measured.setdefault(f"baselines{suffix}", {})
+                others[name] = evaluation.figures
+                continue
+            measured[f"model{suffix}"] = evaluation.figures
+            measured[f"model_intervals{suffix}"] = interval_table(
+                evaluation.values, queries.user, evaluation.is_averaged
+            )
     measured |= _measure_new(run, queries, ks)
     if popularity_weights:
         measured["popularity_weights"] = measure_popularity_weights(

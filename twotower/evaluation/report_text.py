@@ -13,6 +13,7 @@ from typing import Any
 
 from twotower.core.tables import format_table
 from twotower.evaluation.heads import HEAD_METRICS
+from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.report import INDEX_K
 from twotower.index.base import Index
@@ -22,6 +23,7 @@ from twotower.retrieval.bundle import Bundle
 TABLE_METRICS = (*RANKING_METRICS, "coverage", "novelty", "never_trained")
 EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
 SEED_METRICS = ("recall", "ndcg")  # those that papers report
+NO_RIVALS = ("random", "true_preferences")  # baselines that nobody would use, or can
 
 # By the suffix of the keys that `measure_run` gives.
 MASKING_TITLES = {"": "Seen items masked", "_unmasked": "Nothing masked"}
@@ -53,8 +55,9 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         if unanswerable:
             note = f", {unanswerable:,} without an answer that is left"
         lines += ["", f"{title} ({model['queries']:,} queries{note}):"]
-        lines.append(format_metrics({"model": model, **baselines}, ks))
-        lines += _comparisons(model, baselines, min(ks))
+        intervals = measured.get(f"model_intervals{suffix}", {})
+        lines.append(format_metrics({"model": model, **baselines}, ks, intervals))
+        lines += _comparisons(model, intervals, baselines, min(ks))
     for name, title in NEW_TITLES.items():
         # Left out where the split has no such query: a table of zeros would say something else.
         if name in measured:
@@ -72,20 +75,42 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def format_metrics(columns: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> str:
+def format_metrics(
+    columns: Mapping[str, Mapping[str, float]],
+    ks: Sequence[int],
+    intervals: Mapping[str, Sequence[float]] | None = None,
+) -> str:
     """Returns a table with a column for each ranking and a row for each metric.
 
     Recall and NDCG have a row for every K, the others one for the shortest lists alone; the JSON
     file has all.
+
+    Args:
+        columns: Title of a ranking -> its figures.
+        ks: Lengths of the lists, rising.
+        intervals: Lower and upper ends of the figures of the first ranking, shown after them.
     """
     rows = []
     for name in TABLE_METRICS:
         shortest = ks[:1]
         for k in ks if name in EVERY_K_METRICS else shortest:
             metric = f"{name}@{k}"
-            rows.append([metric, *(f"{values[metric]:.4f}" for values in columns.values())])
+            row = [metric, *(f"{values[metric]:.4f}" for values in columns.values())]
+            if intervals:
+                row.insert(2, _interval(intervals.get(metric)))
+            rows.append(row)
     header = ["", *map(_short_name, columns)]
+    if intervals:
+        header.insert(2, f"{LEVEL:.0%} interval")
     return format_table(rows, header, align="lr")
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    """Returns an interval as text; a figure of all lists together, such as coverage, has none."""
+    if ends is None:
+        return "-"
+    low, high = ends
+    return f"{low:.4f} to {high:.4f}"
 
 
 def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
@@ -213,12 +238,20 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
 
 
 def _comparisons(
-    model: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], k: int
+    model: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    k: int,
 ) -> list[str]:
-    """Returns lines that compare the model with popularity and with the best that is possible."""
+    """Returns lines that compare the model with the best baseline, with popularity and with the
+    best that is possible."""
     lines = []
     metric = f"recall@{k}"
     recall = model[metric]
+    # What the data was made of is no rival: nothing can be ahead of it.
+    rivals = {name: values[metric] for name, values in baselines.items() if name not in NO_RIVALS}
+    if rivals:
+        lines.append(_verdict(metric, recall, intervals.get(metric, (recall, recall)), rivals))
     # Missing, or 0 in a tiny split: no ratio can be formed.
     popularity = baselines.get("popularity", {}).get(metric, 0.0)
     if popularity:
@@ -228,6 +261,23 @@ def _comparisons(
         share = f"{recall / best:.0%}"
         lines.append(f"{metric}: {share} of what ranking by the true preferences reaches.")
     return lines
+
+
+def _verdict(metric: str, recall: float, ends: Sequence[float], rivals: Mapping[str, float]) -> str:
+    """Returns the sentence that compares the model with the best of the baselines."""
+    name = max(rivals, key=rivals.__getitem__)
+    best = rivals[name]
+    low, high = ends
+    figures = f"{metric} {recall:.4f} against {best:.4f}"
+    title = f"the best baseline, {_short_name(name)}"
+    if low > best:
+        return f"The model is ahead of {title}: {figures}."
+    if high < best:
+        return (
+            f"The model is BEHIND {title}: {figures}. Try more steps, the history of the user as a "
+            f"feature, or other losses and negatives; or use that baseline."
+        )
+    return f"The model cannot be told from {title}: {figures} lies within its interval."
 
 
 def _index_line(index: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def twotower(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
 
     def run() -> Figures:
         masked, _ = evaluate_both(scores, queries, ks)
-        return masked
+        return masked.figures
 
     return run
 

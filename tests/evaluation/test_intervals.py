@@ -1,0 +1,73 @@
+"""Intervals by resampling users: how often they hold the truth, and what pairs them."""
+
+import numpy as np
+import pytest
+
+from twotower.evaluation.intervals import (
+    compare_values,
+    interval,
+    interval_table,
+    resampled_means,
+)
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_true_mean_as_often_as_they_say():
+    """1,000 logs of 200 users; a user has one to three queries that are alike."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for draw in range(1_000):
+        queries = rng.integers(1, 4, 200)
+        users = np.repeat(np.arange(200), queries)
+        # Of each user's own rate, whose mean is .3: queries of a user are not independent.
+        rate = rng.beta(3, 7, 200)
+        values = (rng.random(len(users)) < rate[users]).astype(float)[:, None]
+        low, high = interval(resampled_means(values, users, resamples=300, seed=draw))
+        held += low[0] <= 0.3 <= high[0]
+    # Three standard deviations of a binomial of 1,000 either side of 95 %.
+    assert abs(held - 950) <= 21 + 10, held
+
+
+def test_a_mean_of_users_has_the_interval_of_its_standard_error():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(5_000, 2))
+    low, high = interval(resampled_means(values, np.arange(5_000)))
+    error = 1.96 / np.sqrt(5_000)
+    np.testing.assert_allclose((high - low) / 2, [error, error], rtol=0.1)
+    np.testing.assert_allclose((high + low) / 2, values.mean(0), atol=error / 5)
+
+
+def test_queries_of_one_user_stay_together():
+    """One user with all queries has no spread; as many users with one each have."""
+    values = np.arange(6.0)[:, None]
+    assert np.ptp(resampled_means(values, np.zeros(6, int))[:, 0]) in (0.0, 2.5)
+    assert np.ptp(resampled_means(values, np.arange(6))[:, 0]) > 2.5
+
+
+def test_queries_that_are_not_averaged_change_nothing():
+    rng = np.random.default_rng(2)
+    values = rng.random((100, 1))
+    where = np.arange(100) % 2 == 0
+    users = np.arange(100)
+    changed = np.where(where[:, None], values, 99.0)
+    found = interval_table({"recall@10": values[:, 0]}, users, where)
+    assert found == interval_table({"recall@10": changed[:, 0]}, users, where)
+    assert found["recall@10"][0] < values[where].mean() < found["recall@10"][1]
+    assert interval_table({"recall@10": values[:, 0]}, users, np.zeros(100, bool)) == {}
+
+
+def test_a_small_gain_of_every_user_shows_where_users_differ_much():
+    rng = np.random.default_rng(3)
+    first = rng.random((2_000, 1))
+    second = first + rng.normal(0.01, 0.02, (2_000, 1))
+    users = np.arange(2_000)
+    (paired,) = compare_values(first, second, users)
+    assert 0 < paired.low < 0.01 < paired.high
+    assert paired.p_value == 1e-3
+    assert paired.effect == pytest.approx(0.5, abs=0.1)
+    # Not paired, the intervals of the two overlap by far.
+    low, _ = interval(resampled_means(second, users))
+    _, high = interval(resampled_means(first, users))
+    assert low[0] < high[0]
+    (same,) = compare_values(first, first, users)
+    assert same == (0.0, 0.0, 0.0, 0.0, 1.0)

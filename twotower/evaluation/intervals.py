@@ -1,0 +1,150 @@
+"""Intervals of figures, and of the differences of two models, by a bootstrap over users.
+
+A resample counts each user as often as a Poisson variable of mean 1 says: of many users, that is
+drawing them with replacement. All figures share the counts, so that metrics and differences are
+paired, and two models are compared over the same users.
+
+Chamandy et al., Estimating uncertainty for massive data streams, Google technical report 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1_000
+LEVEL = 0.95  # share of the intervals that hold the mean of all users there might be
+_BLOCK = 2**21  # counts that are drawn at once
+# Poisson counts of mean 1 by 16 random bits: each is as often in the table as it is probable.
+_PROBABILITIES = [math.exp(-1) / math.factorial(count) for count in range(9)]
+_ENDS = np.round(2**16 * np.cumsum(_PROBABILITIES)).astype(int)
+_COUNTS = np.searchsorted(_ENDS, np.arange(2**16), side="right").astype(np.float32)
+
+
+class Difference(NamedTuple):
+    """The difference of a figure of two models over the same users, the second minus the first.
+
+    Attributes:
+        mean: Difference of the means.
+        low: Lower end of its interval.
+        high: Upper end of its interval.
+        effect: Mean over the standard deviation of the users' differences (Cohen's d); 0 where
+            they are all equal.
+        p_value: Twice the share of resamples on the other side of 0, at least 1 / resamples.
+    """
+
+    mean: float
+    low: float
+    high: float
+    effect: float
+    p_value: float
+
+
+def resampled_means(
+    values: np.ndarray,
+    users: np.ndarray,
+    *,
+    where: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Returns the means of every figure in each resample of the users.
+
+    Args:
+        values: float [Q, M], M figures of each query.
+        users: int [Q], row of the user of each query; all queries of a user count alike.
+        where: bool [Q], queries that are averaged; all by default.
+        resamples: Number R of resamples.
+        seed: Seed of the counts.
+
+    Returns:
+        float64 [R, M]. Equal seeds and users give equal counts, whatever the figures are.
+    """
+    if where is not None:
+        values = values[where]
+        users = users[where]
+    # Users by the order of their rows, so that the counts are theirs and not the queries'.
+    names, owner = np.unique(users, return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1] + 1))
+    # Sums of a user's queries: one row of numbers for each count.
+    np.add.at(sums, owner, np.column_stack([values, np.ones(len(values))]))
+    generator = np.random.default_rng(seed)
+    totals = np.zeros((resamples, sums.shape[1]))
+    size = max(1, _BLOCK // resamples)
+    for start in range(0, len(names), size):
+        part = sums[start : start + size]
+        bits = generator.integers(0, 2**16, (len(part), resamples), dtype=np.uint16)
+        totals += _COUNTS[bits].T @ part.astype(np.float32)
+    # A resample of few users may count none: its mean is that of nothing.
+    return totals[:, :-1] / np.maximum(totals[:, -1:], 1.0)
+
+
+def interval(means: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lower and the upper end of the interval of each figure, float64 [M] each.
+
+    Args:
+        means: float [R, M], see `resampled_means`.
+        level: Share of the resamples that lie within.
+    """
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
+    return low, high
+
+
+def compare_values(
+    first: np.ndarray,
+    second: np.ndarray,
+    users: np.ndarray,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Difference]:
+    """Returns the difference of each figure of two models over the same queries.
+
+    Args:
+        first: float [Q, M], figures of each query by the first model.
+        second: float [Q, M], those by the second one.
+        users: int [Q], row of the user of each query.
+        level: Level of the intervals.
+        resamples: Number of resamples.
+        seed: Seed of the counts.
+    """
+    gains = np.asarray(second, np.float64) - first
+    means = resampled_means(gains, users, resamples=resamples, seed=seed)
+    low, high = interval(means, level=level)
+    differences = []
+    for column in range(gains.shape[1]):
+        mean = float(gains[:, column].mean())
+        spread = float(gains[:, column].std(ddof=1)) if len(gains) > 1 else 0.0
+        beyond = np.minimum((means[:, column] <= 0).mean(), (means[:, column] >= 0).mean())
+        difference = Difference(
+            mean=mean,
+            low=float(low[column]),
+            high=float(high[column]),
+            effect=mean / spread if spread else 0.0,
+            p_value=float(np.clip(2 * beyond, 1 / resamples, 1.0)),
+        )
+        differences.append(difference)
+    return differences
+
+
+def interval_table(
+    values: Mapping[str, np.ndarray], users: np.ndarray, where: np.ndarray, *, seed: int = 0
+) -> dict[str, list[float]]:
+    """Returns the ends of the interval of the mean of each figure, low and high, by its name.
+
+    Args:
+        values: Name -> float [Q].
+        users: int [Q], row of the user of each query.
+        where: bool [Q], queries that are averaged.
+        seed: Seed of the counts.
+    """
+    if not where.any():
+        return {}
+    stacked = np.column_stack(list(values.values()))
+    low, high = interval(resampled_means(stacked, users, where=where, seed=seed))
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(values)}
