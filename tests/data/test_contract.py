@@ -12,7 +12,7 @@ from twotower.data.tables import check_time_range
 
 def test_ids_are_text_times_are_seconds_and_the_order_of_the_file_is_kept(tmp_path):
     table = read_rows(write(tmp_path / "log.csv", LOG))
-    assert table.schema.field("user_id").type == pa.string()
+    assert table.schema.field("user_id").type == pa.dictionary(pa.int32(), pa.string())
     assert table.schema.field("timestamp").type == pa.int64()
     assert table["user_id"].to_pylist() == ["7", "8", "7"]
     assert table["rating"].to_pylist() == ["3", "4.5", None]

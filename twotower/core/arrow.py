@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import decimal
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,11 @@ from twotower.core.errors import ConfigError, TwotowerError, echo
 # PyArrow makes these functions when it is imported. No type checker sees them in its source, so
 # they come through this one name.
 pc: Any = pyarrow.compute
+
+# Bytes of a string array, whose offsets are 32 bits.
+LARGEST_TEXT = 2**31 - 1
+# Coded rows whose text is made at once.
+_BLOCK = 2**20
 
 Convert = Callable[[pa.ChunkedArray], pa.ChunkedArray]
 
@@ -151,6 +156,17 @@ def _dictionary_values(chunk: pa.DictionaryArray) -> pa.Array:
     return values.take(chunk.indices)
 
 
+def join_chunks(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column as one array; text that a string array cannot hold is a large string."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if pa.types.is_string(column.type):
+        total = sum(len(text_bytes(chunk)[0]) for chunk in column.chunks)
+        if total > LARGEST_TEXT:
+            column = column.cast(pa.large_string())
+    return column.combine_chunks()
+
+
 def convert_rows(column: pa.ChunkedArray, convert: Convert, problem: str) -> pa.ChunkedArray:
     """Converts a column, or names the first row at which that fails.
 
@@ -259,19 +275,36 @@ def fingerprint(rows: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def _column_bytes(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Returns the values of a column of text or integers as arrays of bytes.
+def _column_bytes(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Yields the values of a column of text or integers as arrays of bytes.
 
     Reading Arrow's buffers avoids one Python object a value.
     """
+    if pa.types.is_dictionary(column.type):
+        yield from _decoded_bytes(column)
+        return
     if not pa.types.is_string(column.type):
         # Null as a value that no timestamp has.
         smallest = np.iinfo(np.int64).min
-        return [np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))]
+        yield np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))
+        return
     # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
-    lengths = np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
-    texts = [text_bytes(chunk.drop_null())[0] for chunk in column.chunks]
-    return [lengths, *texts]
+    yield np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)
+    for chunk in column.chunks:
+        yield text_bytes(chunk.drop_null())[0]
+
+
+def _decoded_bytes(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Yields the bytes of a column of codes as those of the text that they stand for."""
+    for chunk in column.chunks:
+        lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+        yield np.asarray(pc.fill_null(lengths, -1), np.int32)
+    for chunk in column.chunks:
+        # By blocks: the text of a long log may not fit one array.
+        for start in range(0, len(chunk), _BLOCK):
+            block = chunk.slice(start, _BLOCK)
+            texts = block.dictionary.take(block.indices.drop_null())
+            yield text_bytes(texts)[0]
 
 
 def text_bytes(values: pa.StringArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from twotower.config import SplitConfig
 from twotower.core.arrow import fingerprint, pc
+from twotower.core.codes import distinct, positions
 from twotower.core.errors import LeakageError, choose
 from twotower.data.dataset import Dropped
 from twotower.data.interactions import Split, codes, describe, has_timestamps, pair_codes
@@ -241,11 +242,11 @@ _CURE_OF_REPEATS = (
 
 def _held_out_text(split: Split) -> Finding | None:
     """Looks for held-out rows of items that these rows alone describe."""
-    trained = pc.unique(split.train["item_id"])
+    trained = distinct(split.train["item_id"])
     count = 0
     example = ""
     for rows in _held_out_parts(split):
-        is_new = _as_mask(pc.invert(pc.is_in(rows["item_id"], value_set=trained)))
+        is_new = positions(rows["item_id"], trained) < 0
         if is_new.any():
             count += int(is_new.sum())
             example = describe(rows, int(is_new.argmax()))

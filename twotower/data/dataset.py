@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import join_chunks, pc
+from twotower.core.codes import codes_and_values, distinct, encode_columns
 from twotower.core.errors import ConfigError
-from twotower.data.contract import Contract
+from twotower.data.contract import KEYS, Contract
 from twotower.data.matching import Match, match_ids
 
 
@@ -50,9 +51,10 @@ class Dataset:
     """A log, and the attributes of its users and items.
 
     Attributes:
-        interactions: The log in file order: user_id and item_id (string), and if the source has
-            them timestamp (int64 seconds since the epoch, UTC), event (string), weight, label
-            (float32), split (string) and context columns.
+        interactions: The log in file order: user_id and item_id (string, or codes of strings; see
+            `twotower.core.codes`), and if the source has them timestamp (int64 seconds since the
+            epoch, UTC), event (string), weight, label (float32), split (string) and context
+            columns.
         users: user_id (string, unique) and columns of users; holds every user of `interactions`.
         items: item_id (string, unique) and columns of items; holds every item of `interactions`.
         has_catalogue: Whether items came from a table of their own, so that all of them can be
@@ -89,6 +91,10 @@ class Dataset:
         return dataclasses.replace(
             self, interactions=self.interactions.filter(pa.array(mask)), log_positions=positions
         )
+
+    def with_codes(self) -> Dataset:
+        """Returns the dataset with the ids of the log as codes; see `twotower.core.codes`."""
+        return dataclasses.replace(self, interactions=encode_columns(self.interactions, KEYS))
 
 
 def assemble(
@@ -161,13 +167,9 @@ def collapse(table: pa.Table, key: str) -> pa.Table:
 
 def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     """Returns codes in order of first appearance, int32 [N], and their number."""
-    # One chunk, which has one dictionary to count.
-    joined = values
-    if values.num_chunks != 1:
-        joined = pa.chunked_array([values.combine_chunks()])
-    encoded = joined.chunk(0).dictionary_encode()
     # Keys have no null here, so there is no code for one.
-    return encoded.indices.to_numpy(zero_copy_only=False), len(encoded.dictionary)
+    codes, distinct_values = codes_and_values(values)
+    return codes, len(distinct_values)
 
 
 def _first_valid(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
@@ -198,14 +200,14 @@ def _entities(
         matches: Notes of the ids that log and table share, to which one is added.
     """
     key = f"{side}_id"
-    ids_of_log = pc.unique(ids)
+    ids_of_log = distinct(ids)
     if table is None:
         return pa.table({key: ids_of_log})
     rows = drop_missing(table, key, f"{side}_table", dropped)
     unique = collapse(rows, key)
     if len(unique) < len(rows):
         logging.info("%ss: %d rows of %d distinct ids", side, len(rows), len(unique))
-    matches.append(match_ids(ids_of_log, unique[key].combine_chunks(), side))
+    matches.append(match_ids(ids_of_log, join_chunks(unique[key]), side))
     # Nothing is known of these but the id; they are users and items all the same.
     is_known = pc.is_in(ids_of_log, value_set=unique[key])
     absent = ids_of_log.filter(pc.invert(is_known))

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import BadValue, is_list, pc, plain_text
+from twotower.core.codes import count_distinct, distinct, positions
 from twotower.core.times import TimeForm, find_time_forms
 from twotower.data.contract import NumberForm
 from twotower.data.dataset import Dataset
@@ -169,12 +170,12 @@ def log_facts(
     if has_times:
         first_and_last = pc.min_max(rows["timestamp"]).as_py()
         span = (first_and_last["max"] - first_and_last["min"]) / DAY
-    num_items = pc.count_distinct(rows["item_id"]).as_py()
+    num_items = count_distinct(rows["item_id"])
     if dataset.has_catalogue:
         num_items = len(dataset.items)
     return LogFacts(
         num_rows=len(rows),
-        num_users=pc.count_distinct(rows["user_id"]).as_py(),
+        num_users=count_distinct(rows["user_id"]),
         num_items=num_items,
         num_training_rows=len(parts.train),
         has_times=has_times and span > 0,
@@ -210,8 +211,8 @@ def _share_new(parts: Split, key: str) -> float:
     if not len(held_out):
         return 0.0
     # Not of the test rows: options that are chosen by them would flatter the figures.
-    is_known = pc.is_in(held_out[key], value_set=pc.unique(parts.train[key]))
-    return 1 - (pc.mean(is_known.cast(pa.float64())).as_py() or 0.0)
+    is_new = positions(held_out[key], distinct(parts.train[key])) < 0
+    return float(is_new.mean())
 
 
 def _newest_users(train: pa.Table) -> int:
@@ -220,7 +221,7 @@ def _newest_users(train: pa.Table) -> int:
         return 0
     order = pc.sort_indices(train["timestamp"])
     newest = order[len(train) - max(len(train) // 32, 1) :]
-    return pc.count_distinct(train["user_id"].take(newest)).as_py()
+    return count_distinct(train["user_id"].take(newest))
 
 
 def _is_number(kind: pa.DataType) -> bool:

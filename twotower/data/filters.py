@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from twotower.config import DataConfig
 from twotower.core.arrow import pc
+from twotower.core.codes import distinct
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.data.dataset import Dataset, Dropped
 from twotower.data.interactions import codes, pair_codes, timestamps
@@ -118,6 +119,8 @@ def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list
     sentences = []
     for name, symbol, value in conditions:
         column = rows[name]
+        if pa.types.is_dictionary(column.type):
+            column = pa.chunked_array([distinct(column)])
         if not pa.types.is_string(column.type):
             continue
         if symbol == "not starts with" and not pc.any(pc.starts_with(column, value)).as_py():
@@ -195,8 +198,8 @@ def k_core(users: np.ndarray, items: np.ndarray, *, k: int) -> np.ndarray:
 def _drop_absent_entities(dataset: Dataset) -> Dataset:
     """Restricts the tables of users and items, and the true factors, to ids of the log."""
     log = dataset.interactions
-    has_user = pc.is_in(dataset.users["user_id"], value_set=pc.unique(log["user_id"]))
-    has_item = pc.is_in(dataset.items["item_id"], value_set=pc.unique(log["item_id"]))
+    has_user = pc.is_in(dataset.users["user_id"], value_set=distinct(log["user_id"]))
+    has_item = pc.is_in(dataset.items["item_id"], value_set=distinct(log["item_id"]))
     truth = dataset.truth
     if truth is not None:
         # The rows of the factors are those of the tables.

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from twotower.core.arrays import pair_keys
 from twotower.core.arrow import pc
+from twotower.core.codes import codes_and_values
 from twotower.core.errors import ConfigError
 
 PARTS = ("train", "validation", "test")
@@ -44,11 +45,17 @@ class Split:
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers the distinct values of a column from 0, in order of first appearance.
+    """Numbers the distinct values of a column from 0.
+
+    Of a column of codes these are the numbers, some of which no row may have; values of others are
+    numbered in order of first appearance.
 
     Returns:
         int64 [N]; null has a number like other values.
     """
+    if pa.types.is_dictionary(column.type):
+        numbers, values = codes_and_values(column)
+        return np.where(numbers < 0, len(values), numbers).astype(np.int64)
     # The chunks share one dictionary, so that their codes can be joined.
     # "encode": without it null would have no code, and -1 or a gap in its place.
     encoded = pc.dictionary_encode(column, null_encoding="encode")
@@ -87,7 +94,8 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
             f"time. Give every row a timestamp, or drop these by "
             f"config.data.where=(('timestamp', '!=', None),)."
         )
-    return column.to_numpy().astype(np.int64)
+    # A view where the column is one chunk of seconds.
+    return column.to_numpy().astype(np.int64, copy=False)
 
 
 def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,9 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     divide = SPLITS.choose(config.kind, "config.split.kind")
     # A part for each row instead of three tables, so that rows keep their file order.
     part_of_row = divide(interactions, config)
-    tables = [interactions.filter(pa.array(part_of_row == part)) for part in range(len(PARTS))]
+    # Kept because file order breaks ties of time when the parts are joined again.
+    positions = [np.flatnonzero(part_of_row == part) for part in range(len(PARTS))]
+    tables = [_rows_at(interactions, rows) for rows in positions]
     # Train is always needed; a part with a share of 0 may be empty.
     is_needed = (True, config.validation > 0, config.test > 0)
     for name, table, needed in zip(PARTS, tables, is_needed):
@@ -67,9 +69,19 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
                 f"test={config.test} leaves no {name} rows of {interactions.num_rows:,}. "
                 f"{_HINTS.get(config.kind, '')}"
             )
-    # Kept because file order breaks ties of time when the parts are joined again.
-    positions = [np.flatnonzero(part_of_row == part) for part in range(len(PARTS))]
     return Split(*tables, file_positions=tuple(positions))
+
+
+def _rows_at(rows: pa.Table, positions: np.ndarray) -> pa.Table:
+    """Returns the rows at rising positions, without a copy where these follow each other."""
+    if not len(positions):
+        return rows.slice(0, 0)
+    first = int(positions[0])
+    if positions[-1] - first + 1 == len(positions):
+        return rows.slice(first, len(positions))
+    mask = np.zeros(len(rows), bool)
+    mask[positions] = True
+    return rows.filter(pa.array(mask))
 
 
 def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
@@ -102,7 +114,8 @@ def _parts_by_time(times: np.ndarray, config: SplitConfig) -> np.ndarray:
     """Returns the number of the part of each row, int8 [N], by the moments that divide the log."""
     # Numbers of rows rather than quantiles: quantiles interpolate between times.
     held_out, test = _held_out_counts(len(times), config)
-    ordered = np.sort(times)
+    first_rows = [len(times) - count for count in (held_out, test) if count]
+    ordered = np.partition(times, first_rows) if first_rows else times
     # int8: one byte a row for three values.
     parts = np.full(len(times), TRAIN, np.int8)
     # Test last: its rows were marked as validation first.

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import pc
+from twotower.core.codes import codes_and_values
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.features.base import Feature, Key, TrainingColumn, prefix_errors
 from twotower.features.spec import FeatureSpec
@@ -13,8 +14,6 @@ from twotower.features.vocabulary import as_strings
 
 # Columns of the interactions that no query knows before it is answered.
 _ANSWERS = ("item_id", "label")
-
-COUNT_ROWS = 2**20  # training rows whose ids are looked up at once
 
 
 def training_columns(
@@ -101,20 +100,22 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             f"The {side}s table has {len(repeated)} ids more than once, the first "
             f"{repeated[0].as_py()!r}; they must be unique."
         )
-    # By blocks: a copy of all ids of a long log would be the largest that preparing makes.
+    codes, known = codes_and_values(train[id_column])
+    # One more for null, whose code is -1.
+    rows_of_code = np.bincount(codes + 1, minlength=len(known) + 1)
+    row_of_table = np.asarray(pc.fill_null(pc.index_in(as_strings(known), value_set=ids), -1))
+    row_of_table = np.append(np.int32(-1), row_of_table)
+    # A training row whose user or item is absent would train nothing, and be counted nowhere.
+    is_counted = rows_of_code > 0
+    absent = np.flatnonzero(is_counted & (row_of_table < 0))
+    if len(absent):
+        row = int(np.isin(codes + 1, absent).argmax())
+        unknown = train[id_column][row].as_py()
+        raise ValueError(
+            f"Training rows have a {id_column} that the {side}s table lacks, the first {unknown!r}."
+        )
     counts = np.zeros(len(table), np.int64)
-    for start in range(0, len(train), COUNT_ROWS):
-        block = train[id_column].slice(start, COUNT_ROWS)
-        # A training row whose user or item is absent would train nothing, and be counted nowhere.
-        rows_of_table = pc.index_in(as_strings(block), value_set=ids)
-        if rows_of_table.null_count:
-            unknown = block.filter(rows_of_table.is_null())
-            raise ValueError(
-                f"Training rows have a {id_column} that the {side}s table lacks, the first "
-                f"{unknown[0].as_py()!r}."
-            )
-        # `minlength`, since the last rows of the table may have no training row.
-        counts += np.bincount(rows_of_table.to_numpy(), minlength=len(table))
+    counts[row_of_table[is_counted]] = rows_of_code[is_counted]
     return counts
 
 

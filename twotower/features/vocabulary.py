@@ -12,6 +12,7 @@ import pyarrow as pa
 from jaxtyping import Int32, UInt64
 
 from twotower.core.arrow import int_array, pc
+from twotower.core.codes import codes_and_values
 from twotower.core.hashing import mix64
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
@@ -239,12 +240,9 @@ class Vocabulary:
         return cls(values=values, oov_rows=oov_rows)
 
     def _rows_of_dictionary(self, values: pa.DictionaryArray | pa.ChunkedArray) -> np.ndarray:
-        if isinstance(values, pa.ChunkedArray):
-            # Chunks may number their values differently.
-            values = values.unify_dictionaries().combine_chunks()
-        # One more row, that of null.
-        rows = np.append(self.rows(values.dictionary), np.int32(0))
-        return rows[values.indices.fill_null(len(values.dictionary)).to_numpy()]
+        codes, known = codes_and_values(values)
+        # One more row, that of null, whose code is -1.
+        return np.append(self.rows(known), np.int32(0))[codes]
 
     def _are_few(self, values: pa.LargeStringArray) -> bool:
         """Whether a look-up by hash takes less time than that of a column."""

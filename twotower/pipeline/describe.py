@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config
-from twotower.core.arrow import is_list, pc
+from twotower.core.arrow import is_list, pc, plain_text
+from twotower.core.codes import count_distinct
 from twotower.core.errors import ConfigError
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import PARTS, Split, has_timestamps, timestamps
@@ -176,7 +177,7 @@ class _Numbers:
         outside: list[pa.ChunkedArray] = []
         for table, item in zip(self.tables, items):
             is_outside = np.flatnonzero(item < 0)
-            outside.append(table["item_id"].take(pa.array(is_outside)))
+            outside.append(plain_text(table["item_id"].take(pa.array(is_outside))))
         ids = pa.chunked_array(
             [chunk for column in outside for chunk in column.chunks], pa.string()
         )
@@ -213,7 +214,8 @@ class _Numbers:
         is_outside = items >= self._corpus
         if query == "user":
             # Of several rows with one user and item, one answer is right; see `make_queries`.
-            pairs = np.unique(users * np.int64(self._range) + items)
+            pairs = np.sort(users * np.int64(self._range) + items)
+            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
             query_of_answer = pairs // self._range
             is_found = pairs % self._range < self._corpus
         else:
@@ -362,11 +364,11 @@ def _is_constant(column: pa.ChunkedArray) -> bool:
     """Returns whether all values are equal, of which none is missing."""
     if column.null_count or not len(column):
         return False
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     # Most columns end at a second value that differs.
-    if len(column) > 1 and column[0] != column[1]:
+    if len(column) > 1 and column[0].as_py() != column[1].as_py():
         return False
+    if pa.types.is_dictionary(column.type):
+        return count_distinct(column) == 1
     return bool(pc.all(pc.equal(column, column[0])).as_py())
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import stable_argsort
+from twotower.core.arrow import join_chunks, plain_text
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
 from twotower.features.base import Fitted
@@ -114,7 +115,10 @@ class Histories:
             fields.append("event")
         if self.feature.reads_times:
             fields.append("timestamp")
-        columns = [log[name].combine_chunks().take(rows) for name in fields]
+        columns = []
+        for name in fields:
+            taken = plain_text(log[name].take(rows))
+            columns.append(join_chunks(taken))
         values = columns[0]
         if len(columns) > 1:
             values = pa.StructArray.from_arrays(columns, fields)
@@ -154,12 +158,14 @@ def build_histories(
     offsets: dict[str, np.ndarray] = {}
     orders: dict[str, np.ndarray] = {}
     blocks: list[dict[str, np.ndarray]] = []
+    moments = [np.zeros(0)]
     start = 0
     for name in ("train", "test", "now"):
         is_known = rows.are_known_to(name)
         block = {array: values[is_known] for array, values in rows.columns.items()}
         if rows.time is not None:
-            block |= _time_arrays(feature, rows.time[is_known])
+            moments.append(rows.time[is_known])
+            block |= _time_arrays(feature, moments[-1])
         orders[name] = rows.order[is_known]
         counts = np.bincount(rows.user[is_known], minlength=num_users)
         offsets[name] = start + np.append(0, np.cumsum(counts))
@@ -167,9 +173,7 @@ def build_histories(
         start += len(orders[name])
 
     events = {array: np.concatenate([block[array] for block in blocks]) for array in blocks[0]}
-    event_times = np.zeros(0)
-    if time is not None:
-        event_times = np.concatenate([time[order] for order in orders.values()])
+    event_times = np.concatenate(moments[1:] or moments)
     spans = {}
     part_start = 0
     for number, (name, level) in enumerate(_EVENTS_READ_BY.items()):
@@ -207,7 +211,8 @@ class _RowsByUser:
 
     def are_known_to(self, level: str) -> np.ndarray:
         """Marks the rows that those of a part may know of: bool [N]."""
-        return np.isin(self.part, KNOWN_PARTS[level])
+        is_known = np.isin(np.arange(3), KNOWN_PARTS[level])
+        return is_known[self.part]
 
     def count_earlier(self, level: str) -> np.ndarray:
         """Returns the known rows of all users before the moment of each row, int32 [N].
@@ -233,10 +238,12 @@ def _rows_by_user(
     raw: Split,
 ) -> _RowsByUser:
     """Sorts the joined rows of a split; see `_RowsByUser`."""
+    # The file is in order already, and so is the time of most logs.
     order = stable_argsort(raw.joined_file_positions())
-    if time is not None:
-        order = order[stable_argsort(time[order])]
-    order = order[stable_argsort(user[order])]
+    for keys in (time, user):
+        if keys is not None:
+            by_key = keys[order]
+            order = order[stable_argsort(by_key)]
     ends = np.cumsum([len(raw.train), len(raw.validation)])
     part = np.searchsorted(ends, order, side="right").astype(np.int8)
     if time is not None:

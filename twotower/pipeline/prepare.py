@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from twotower.config import Config
 from twotower.core.arrow import pc
+from twotower.core.codes import distinct, positions
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted, drop_repeats
@@ -186,6 +187,7 @@ def read_parts(
         # Only here do rows get the folder of their run: its configuration stays that of any folder.
         located = locate(config.data, folder)
         dataset = load_dataset(located, uses=uses, contract=contract)
+    dataset = dataset.with_codes()
     check_matches(dataset.matches, config.data.accept)
     # Filters come before the split: its shares are those of the rows that are kept.
     dataset = filter_rows(dataset, config.data, separators=list_separators(spec))
@@ -255,8 +257,8 @@ def read_and_describe(
         "config.retrieval.display: the items table",
     )
     dataset = _restrict_to_corpus(dataset, parts.train)
-    users = [_row_numbers(rows["user_id"], dataset.users["user_id"]) for rows in parts.tables]
-    items = [_row_numbers(rows["item_id"], dataset.items["item_id"]) for rows in parts.tables]
+    users = [positions(rows["user_id"], dataset.users["user_id"]) for rows in parts.tables]
+    items = [positions(rows["item_id"], dataset.items["item_id"]) for rows in parts.tables]
     report = describe_data(config, spec, dataset, parts, users, items)
     return DescribedLog(dataset, parts, tuple(users), tuple(items), report)
 
@@ -308,7 +310,8 @@ def prepare(
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
         encoder = dataclasses.replace(encoder, contract=dataset.contract)
-    check_fitted(encoder.fitted_on, parts)
+    else:
+        check_fitted(encoder.fitted_on, parts)
     labels = label_columns(config.objective)
     _check_labels_are_hidden(encoder, labels)
     event_weights = config.data.weight_by_event()
@@ -382,7 +385,7 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
     if dataset.has_catalogue:
         return dataset
     # Training rows alone: an item that test rows bring could not have been recommended.
-    trained = pc.unique(train["item_id"])
+    trained = distinct(train["item_id"])
     is_trained = pc.is_in(dataset.items["item_id"], value_set=trained)
     truth = dataset.truth
     # The factors keep the order of the items.
@@ -439,14 +442,6 @@ def _encode_rows(
         context=encoder.encode("user", rows, encoder.context),
         labels=read_labels(rows, labels),
     )
-
-
-def _row_numbers(ids: pa.ChunkedArray, table_ids: pa.ChunkedArray) -> np.ndarray:
-    """Returns the row of each id in a table, int32 [N], and -1 for an id that is not in it."""
-    # A hash lookup of Arrow: a dictionary of Python takes several times as long.
-    numbers = pc.index_in(ids, value_set=table_ids.combine_chunks())
-    filled = pc.fill_null(numbers, -1)
-    return filled.to_numpy().astype(np.int32)
 
 
 def _build_histories(

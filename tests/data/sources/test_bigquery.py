@@ -10,7 +10,7 @@ import pytest
 from tests.data.logs import typed_log as log
 from tests.extras import extra
 from twotower.config import DataConfig, TableConfig, from_dict
-from twotower.core.arrow import fingerprint
+from twotower.core.arrow import fingerprint, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.install import install_line
 from twotower.data.sources.load import load_dataset
@@ -44,7 +44,12 @@ def test_a_table_is_read_page_by_page_as_parquet_is(server, tmp_path):
     read = load(interactions={"path": "shop.log"}).interactions
     assert read.schema.equals(expected.schema)
     keys = [("timestamp", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")]
-    assert read.sort_by(keys).equals(expected.sort_by(keys))
+    in_order = []
+    for rows in (read, expected):
+        columns = {name: plain_text(rows[name]) for name in rows.column_names}
+        # Arrow sorts no codes.
+        in_order.append(pa.table(columns).sort_by(keys))
+    assert in_order[0].equals(in_order[1])
     assert sum(call.endswith("/tables/log/data") for call in server.calls) == 8
 
 

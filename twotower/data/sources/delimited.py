@@ -562,6 +562,11 @@ def _without_repeated_headers(rows: Rows, name: str) -> Rows:
     if not names:
         return rows
     first = rows.table[0]
+    low, high = _byte_range(first)
+    # A column of numbers holds no letter of its name.
+    letters = names[0].encode()
+    if letters and not low <= min(letters) <= max(letters) <= high:
+        return rows
     marks = ("", _BOM) if _may_have_marks(first) else ("",)
     # One comparison of the first column, which no row of nearly all files passes.
     if not any(pc.any(pc.equal(first, mark + names[0])).as_py() for mark in marks):

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from twotower.config import DataConfig, TableConfig
 from twotower.core.arrow import pc
+from twotower.core.codes import encode, encode_columns, positions
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm
 from twotower.core.kinds import Kinds
@@ -186,6 +187,8 @@ def _assemble(
         named = [_with_split(part, name) for part, name in zip(parts, names, strict=True)]
         # A column that one part lacks is null in its rows.
         interactions = pa.concat_tables(named, promote_options="permissive")
+    # Once for all that counts, matches and looks up ids later.
+    interactions = _joined_times(encode_columns(interactions, KEYS))
     # Without a table, `assemble` makes one of the ids in the log.
     users = by_name.get("user_table")
     items = by_name.get("item_table")
@@ -201,6 +204,14 @@ def _assemble(
     if contract.item_id is IdForm.TEXT:
         warnings += near_equal_ids(dataset.items["item_id"], "item")
     return dataclasses.replace(dataset, contract=contract, warnings=tuple(warnings))
+
+
+def _joined_times(rows: pa.Table) -> pa.Table:
+    """Returns rows whose times are one chunk, of which all arrays of times are views."""
+    if "timestamp" not in rows.column_names:
+        return rows
+    times = pa.chunked_array([rows["timestamp"].combine_chunks()])
+    return _set_column(rows, "timestamp", times)
 
 
 def _with_items_of_log(
@@ -388,8 +399,9 @@ def _group_items(dataset: Dataset, column: str) -> Dataset:
     # An item without a group stays itself.
     group = pc.coalesce(items[column].cast(pa.string()), items["item_id"])
     # Never null: `items` holds every item of the log.
-    row_of_item = pc.index_in(dataset.interactions["item_id"], value_set=items["item_id"])
-    interactions = _set_column(dataset.interactions, "item_id", group.take(row_of_item))
+    row_of_item = pa.array(positions(dataset.interactions["item_id"], items["item_id"]))
+    grouped = encode(group.take(row_of_item))
+    interactions = _set_column(dataset.interactions, "item_id", grouped)
     items = collapse(_set_column(items, "item_id", group), "item_id")
     # Without the truth, whose rows are single items.
     return dataclasses.replace(dataset, interactions=interactions, items=items, truth=None)
