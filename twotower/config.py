@@ -431,7 +431,8 @@ class ModelConfig:
         learn_temperature: Whether the logarithm of the temperature is trained, within the same
             bounds.
         dtype: Type of the arithmetic in the towers and in the products of the loss; parameters,
-            sums and vectors stay float32.
+            sums and vectors stay float32. "auto" is bfloat16 where the machine that begins a run
+            multiplies it, float32 elsewhere; the run keeps it.
     """
 
     user: TowerConfig = TowerConfig()
@@ -442,7 +443,7 @@ class ModelConfig:
     temperature: float = 0.07
     learn_temperature: bool = True
     # bfloat16 has eight bits of precision: a long sum in it would lose its small terms.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         FieldChecks(self, "config.model").between(0.01, 1.0, "temperature")

@@ -184,6 +184,8 @@ def _model(facts: LogFacts) -> Options:
         "item": {"layers": (WIDTH,), "dropout": 0.4},
         # New users have no history, and nearly all training rows one: some are emptied.
         "history": {"kind": "bag", "dropout": 0.2, "empty_rate": 0.1},
+        # Where the machine multiplies bfloat16, lists were as good, sooner.
+        "dtype": "auto",
     }
     if facts.share_new_users > SHARE_OF_NEW_USERS:
         options["history"]["empty_rate"] = 0.3

@@ -18,8 +18,10 @@ from twotower.core.errors import (
     TrainingError,
 )
 from twotower.core.mesh import compiler_options, make_mesh
+from twotower.kernels import dense
 from twotower.retrieval import embed
 from twotower.retrieval.embed import embed_rows
+from twotower.towers.tower import arithmetic_type
 from twotower.training import checks, loop, run
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
@@ -600,3 +602,27 @@ def test_programs_for_a_gpu_give_the_same_bits_in_every_run(
         loop.fit(trainer, prepared, tmp_path, validate=None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="of_no_compiler"):
         embed.embed_rows(trainer.model, weights, "item", prepared.features["item"])
+
+
+def test_a_run_keeps_the_type_of_products_that_it_began_with(prepared, tmp_path, monkeypatch):
+    config = small_config(model={"dtype": "auto"}, training={"steps": 4})
+    monkeypatch.setattr(run, "fastest_dtype", lambda: "bfloat16")
+    assert not run.holds_run(tmp_path, config)
+    run.claim(tmp_path, config)
+    # Another machine, and a configuration that names the type.
+    monkeypatch.setattr(run, "fastest_dtype", lambda: "float32")
+    assert run.load_config(tmp_path).model.dtype == "bfloat16"
+    assert run.holds_run(tmp_path, config)
+    assert run.with_known_dtype(config, tmp_path).model.dtype == "bfloat16"
+    assert not run.holds_run(tmp_path, small_config(training={"steps": 4}))
+    assert run.with_known_dtype(config, tmp_path / "new").model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [("fpu avx512f amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512f", "float32")],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(dense, "_cpu_flags", lambda: set(flags.split()))
+    assert dense.fastest_dtype() == dtype
+    assert (arithmetic_type("auto") is None) == (dtype == "float32")

@@ -17,12 +17,20 @@ from twotower.config import HistoryConfig, TowerConfig
 from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.features.inputs import Input
+from twotower.kernels.dense import fastest_dtype
 from twotower.towers.history import HISTORIES, History, HistoryEncoder, empty_some
 from twotower.towers.layers import ACTIVATIONS, MLP, dense, drop_out, dropout_rates
 
 # Type of the arithmetic of towers, and of the operands of the loss's products; None keeps the type
 # of the parameters.
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+def arithmetic_type(name: str) -> DTypeLike | None:
+    """Returns the type that `config.model.dtype` names, a value of `DTYPES`."""
+    if name == "auto":
+        name = fastest_dtype()
+    return choose(DTYPES, name, "config.model.dtype")
 
 
 class Tower(nn.Module):
@@ -170,7 +178,7 @@ def build_tower(
         config: Options of the tower.
         inputs: Feature -> shape and table of its encoded values.
         history: Options of the encoder of the history.
-        dtype: A key of `DTYPES`.
+        dtype: A key of `DTYPES`, or "auto".
         field: Path of `config` in the configuration, for messages.
 
     Raises:
@@ -178,7 +186,7 @@ def build_tower(
     """
     options = tower_options(config, field)
     choose(ACTIVATIONS, config.activation, f"{field}.activation")
-    arithmetic = choose(DTYPES, dtype, "config.model.dtype")
+    arithmetic = arithmetic_type(dtype)
     projections = {name: spec.projection for name, spec in inputs.items() if spec.projection}
     # All features of an event have the same length and times: the first one tells them.
     event = next((spec for spec in inputs.values() if spec.history_length), None)

@@ -41,6 +41,7 @@ from twotower.training.run import (
     find_step,
     load_config,
     local_folder,
+    with_known_dtype,
     write_alone,
 )
 from twotower.training.state import Trainer, TrainState
@@ -85,6 +86,7 @@ def grow(
     source = local_folder(source)
     workdir = local_folder(workdir)
     before = load_config(source)
+    config = with_known_dtype(config, source)
     import_plugins(config.plugins, workdir)
     _check_configs(before, config, workdir)
     encoder = Encoder.load(encoder_folder(source))
@@ -115,7 +117,6 @@ def grow(
     state = migrate(OldRun(state, encoder), fresh, prepared, make_rows)
     # The best validation begins anew too: it was measured on other rows.
     progress = EarlyStopping(trainer.corpus.users, trainer.corpus.items)
-    came_from = {"source": os.path.relpath(source, workdir), "step": step}
     with write_alone(workdir, "grow"):
         _make_room(workdir)
         (workdir / UNFINISHED).touch()
@@ -123,12 +124,18 @@ def grow(
         data_folder.save(prepared, data_path(workdir))
         with open_checkpoints(workdir, config) as checkpoints:
             checkpoints.save(step, state, record=dataclasses.asdict(progress), metrics={})
-        with atomic(workdir / GROWN) as temporary:
-            temporary.write_text(json.dumps(came_from) + "\n", encoding="utf-8")
+        _write_origin(workdir, source, step)
         # Last: a process killed before leaves no run that would train from fresh weights.
         claim(workdir, config)
         (workdir / UNFINISHED).unlink()
     logging.info("%s goes on from step %d of %s.", workdir, step, source)
+
+
+def _write_origin(workdir: Path, source: Path, step: int) -> None:
+    """Writes down where a grown run comes from."""
+    origin = {"source": os.path.relpath(source, workdir), "step": step}
+    with atomic(workdir / GROWN) as temporary:
+        temporary.write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
 
 class OldRun(NamedTuple):

@@ -24,6 +24,7 @@ from twotower.core.mesh import make_mesh
 from twotower.data.dataset import Dataset
 from twotower.data.report import DataReport, log_report
 from twotower.features.encoder import Encoder
+from twotower.kernels.dense import fastest_dtype
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.plugins import (
@@ -113,6 +114,7 @@ def train(
     shared = None if data is None else local_folder(data, "--data")
     mesh = make_mesh(devices)
     with write_alone(workdir, "train"):
+        config = with_known_dtype(config, workdir)
         check_batch(config.training, mesh)
         import_plugins(config.plugins, workdir)
         # A misspelt loss is refused before the data is read, not after.
@@ -312,6 +314,7 @@ def holds_run(workdir: Path, config: Config) -> bool:
     Raises:
         ConfigError: The folder holds a run of another configuration, or something else.
     """
+    config = with_known_dtype(config, workdir)
     path = config_path(workdir)
     if not path.exists():
         others: list[Path] = []
@@ -344,6 +347,26 @@ def holds_run(workdir: Path, config: Config) -> bool:
     return not changed
 
 
+def with_known_dtype(config: Config, workdir: Path) -> Config:
+    """Returns the configuration with the type that `config.model.dtype` = "auto" stands for.
+
+    A run keeps the type that it began with, on any machine.
+
+    Args:
+        config: Configuration of a run.
+        workdir: Folder of the run, whether it has begun or not.
+    """
+    if config.model.dtype != "auto":
+        return config
+    dtype: str = fastest_dtype()
+    path = config_path(workdir)
+    if path.exists():
+        saved = _with_defaults(read_config(path))
+        dtype = saved.get("model", {}).get("dtype", dtype)
+    model = dataclasses.replace(config.model, dtype=dtype)
+    return dataclasses.replace(config, model=model)
+
+
 def _with_defaults(old: Any) -> Any:
     """Returns a saved configuration with the options that its version did not have."""
     try:
@@ -357,6 +380,7 @@ def _with_defaults(old: Any) -> Any:
 def claim(workdir: Path, config: Config) -> None:
     """Writes the configuration of a run, which makes a folder a run, and the record of its
     plugins."""
+    config = with_known_dtype(config, workdir)
     with atomic(config_path(workdir)) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
     write_record(workdir, make_record(config.plugins))

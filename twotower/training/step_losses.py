@@ -28,7 +28,7 @@ from twotower.objectives.heads import head_losses
 from twotower.objectives.losses import POINTWISE_LOSS, PointwiseLoss, bind_constants
 from twotower.objectives.negatives import push, queue_candidates
 from twotower.pipeline.batches import Batch
-from twotower.towers.tower import DTYPES
+from twotower.towers.tower import arithmetic_type
 from twotower.training.candidates import (
     NegativeSampling,
     SampledItems,
@@ -269,7 +269,7 @@ def _mean_over_widths(
         streaming_softmax,
         options=options,
         block=objective.block,
-        dtype=DTYPES[trainer.config.model.dtype],
+        dtype=arithmetic_type(trainer.config.model.dtype),
         kernel=objective.softmax_kernel,
     )
     whole = compare(inputs)
