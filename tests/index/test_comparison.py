@@ -200,4 +200,4 @@ def test_each_of_two_indexes_is_timed_on_what_it_is_for(optimize_for, vectors, m
         Ticking("first", 1.0), Ticking("second", 3.0), vectors[0], 10, optimize_for
     )
     assert other == 3 * one > 0
-    assert set(asked["first"]) == ({1} if optimize_for == "queries" else {250, 50})
+    assert set(asked["first"]) == ({1} if optimize_for == "queries" else {300})

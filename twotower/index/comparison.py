@@ -28,8 +28,6 @@ from twotower.index.tuning import Comparison
 MAX_COMPARED_ITEMS = 200_000
 ROUNDS = 5  # turns of two builds; the best of each counts
 SINGLE_QUERIES = 100  # single queries in a turn, whose median counts
-# Queries in a batch: too few for the threads of ScaNN, whose waiting would count as work.
-BATCH = 250
 
 
 class Build(NamedTuple):
@@ -138,12 +136,13 @@ def seconds_per_query(
         second: Another over the same vectors.
         queries: float32 [Q, D].
         k: Length of the lists.
-        optimize_for: "queries" for those that come one by one, "batches" for hundreds at once.
+        optimize_for: "queries" for those that come one by one, "batches" for all at once.
     """
-    measure = _seconds_in_batches
+    measure = _seconds_in_a_batch
     if optimize_for == "queries":
         measure = _seconds_alone
     times = np.zeros((2, ROUNDS))
+    # Threads that wait for each other would count as work.
     with first.one_thread(), second.one_thread():
         for turn in range(ROUNDS):
             times[0, turn] = measure(first, queries, k, turn)
@@ -164,11 +163,10 @@ def _seconds_alone(index: TunedIndex, queries: np.ndarray, k: int, turn: int) ->
     return float(np.median(times))
 
 
-def _seconds_in_batches(index: TunedIndex, queries: np.ndarray, k: int, turn: int) -> float:
-    """Returns the processor time of a query among all, in batches."""
+def _seconds_in_a_batch(index: TunedIndex, queries: np.ndarray, k: int, turn: int) -> float:
+    """Returns the processor time of a query among all, the same ones in each turn."""
     start = time.process_time()
-    for first in range(0, len(queries), BATCH):
-        index.search(queries[first : first + BATCH], k)
+    index.search(queries, k)
     return (time.process_time() - start) / len(queries)
 
 

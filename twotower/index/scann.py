@@ -64,6 +64,7 @@ class ScannIndex(TunedIndex):
         """
         super().__init__(tuning)
         self._searcher = searcher
+        self._is_parallel = True
 
     @classmethod
     def build(
@@ -170,6 +171,15 @@ class ScannIndex(TunedIndex):
         scores[:, : neighbors.shape[1]] = np.where(missing, -np.inf, products)
         return scores, rows
 
+    @contextlib.contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Keeps batches from ScaNN's threads."""
+        self._is_parallel = False
+        try:
+            yield
+        finally:
+            self._is_parallel = True
+
     def save(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the searcher; see `Index.save`."""
         save_searcher(self._searcher, folder)
@@ -193,7 +203,8 @@ class ScannIndex(TunedIndex):
             rows, scores = self._searcher.search(queries[0], **options)
             return rows[None], scores[None]
         # On one core its threads only stand in each other's way.
-        if len(queries) >= MIN_PARALLEL_QUERIES and _num_cores() > 1:
+        is_large = len(queries) >= MIN_PARALLEL_QUERIES
+        if is_large and self._is_parallel and _num_cores() > 1:
             return self._searcher.search_batched_parallel(queries, **options)
         return self._searcher.search_batched(queries, **options)
 

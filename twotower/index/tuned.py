@@ -59,7 +59,7 @@ class TunedIndex:
         raise NotImplementedError
 
     def one_thread(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which batches below 256 queries are searched by one thread."""
+        """Returns a context in which one thread searches, of an index that can be told so."""
         return contextlib.nullcontext()
 
     def find_efforts(
