@@ -1,6 +1,7 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -33,6 +34,20 @@ SHAPED = ("core", "kernels", "towers", "objectives", "training", "index", "evalu
 # of the time of all tests, and each worker runs another part of them in every run.
 if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
     install_import_hook([f"twotower.{name}" for name in SHAPED], "tests.typechecking.checked")
+# Only after the hook, which looks at modules when they are imported.
+mesh = importlib.import_module("twotower.core.mesh")
+MAKE_MESH = mesh.make_mesh
+# Devices of a mesh whose number nobody names; 0 are all.
+UNNAMED = {"devices": 1}
+
+
+def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
+    """One device where a test names no number: programs for eight take longer to trace and compile,
+    and what eight do is tested where they are named."""
+    return MAKE_MESH(devices or UNNAMED["devices"])
+
+
+mesh.make_mesh = make_mesh
 # Tracing makes millions of small objects that die at once: a walk for every 700 of them is a
 # twentieth of the time.
 gc.set_threshold(20_000, 20, 50)
@@ -55,6 +70,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def all_devices(monkeypatch):
+    """A mesh has all devices where no number is named, as outside the tests."""
+    monkeypatch.setitem(UNNAMED, "devices", 0)
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,9 @@ from tests.extras import extra
 from tests.pages import ROOT, Runner, check, given, read_blocks, run_command
 from twotower import dry_run, fitting
 from twotower.config import Config
-from twotower.core import mesh
 from twotower.core.arrow import pc
 from twotower.data.dataset import Dataset
 from twotower.data.shop.generate import generate
-from twotower.retrieval import batch_jobs, embed
 from twotower.training import grow, run
 
 GUIDES = sorted((ROOT / "experiments" / "guides").glob("*.md"))
@@ -67,7 +65,7 @@ def no_validation(*_):
 
 @pytest.fixture(scope="module")
 def trainings_are_small():
-    """Every way to train leads through these functions; all runs on one device."""
+    """Every way to train leads through these functions."""
     train = run.train
     make_grown = grow.grow
     make_config = fitting.make_config
@@ -87,8 +85,6 @@ def trainings_are_small():
         patch.setattr(dry_run, "describe_training", describe_small)
         patch.setattr(run, "train", train_small)
         patch.setattr(grow, "grow", grow_small)
-        for module in (run, embed, batch_jobs):
-            patch.setattr(module, "make_mesh", lambda devices=0: mesh.make_mesh(1))
         yield
 
 

@@ -22,7 +22,8 @@ CONFIG = {
 def trained(tmp_path_factory):
     """The folder of a run without a bundle."""
     workdir = tmp_path_factory.mktemp("trained") / "shop"
-    api.train_in_folder(from_dict(CONFIG), workdir)
+    # On all devices, as outside the tests; what is done with the run is done on one.
+    api.train_in_folder(from_dict(CONFIG), workdir, devices=8)
     return workdir
 
 

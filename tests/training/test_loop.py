@@ -371,6 +371,7 @@ def test_a_run_is_loaded_from_its_folder_alone(finished):
     assert again.step == 8
 
 
+@pytest.mark.usefixtures("all_devices")
 def test_a_run_that_one_device_cannot_hold_is_loaded_onto_all(finished, monkeypatch):
     whole = run.load_run(finished)
     monkeypatch.setattr(

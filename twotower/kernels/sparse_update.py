@@ -152,6 +152,8 @@ def merge_duplicates(
     return jax.lax.platform_dependent(local, grads, cpu=hashing, default=sorting)
 
 
+# Jitted, so that tables of one shape, and programs after the first, do not trace it again.
+@functools.partial(jax.jit, static_argnames="num_rows")
 def merge_by_hashing(
     local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
@@ -221,6 +223,7 @@ def slots_by_hashing(
     return jnp.where(is_row, slot, count), rows
 
 
+@functools.partial(jax.jit, static_argnames="num_rows")
 def merge_by_sorting(
     local: Int[Array, "N"], grads: Float[Array, "N D"], *, num_rows: int
 ) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
