@@ -156,6 +156,59 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
+# Modules that a reader of an entry point meets, which are those that its import loads; at most.
+# Counted as experiments/benchmarks/house.py counts them: packages hold no code of their own.
+MAX_LOADED = {
+    "twotower.retrieval.match": 5,
+    "twotower.training.checkpoint": 10,
+    "twotower.training.loop": 40,
+    "twotower.retrieval.retriever": 40,
+}
+DEFERRED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that an import of the file executes: no body of a function, nothing that is for
+    type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, DEFERRED):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from run_at_import(child)
+
+
+def loaded_by(entry: str) -> set[str]:
+    """The modules of this project that an import of one loads, itself and packages included."""
+    modules = {module_of(path): path for path in sources()}
+    loaded = set()
+    ahead = [entry]
+    while ahead:
+        name = ahead.pop()
+        if name not in modules or name in loaded:
+            continue
+        loaded.add(name)
+        ahead.append(name.rpartition(".")[0])
+        for node in run_at_import(ast.parse(modules[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                ahead += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                ahead += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return loaded
+
+
+def files_loaded_by(entry: str) -> set[str]:
+    packages = {module_of(path) for path in sources() if path.name == "__init__.py"}
+    return loaded_by(entry) - packages
+
+
+@pytest.mark.parametrize("entry", MAX_LOADED)
+def test_what_a_reader_of_an_entry_point_must_load_is_little(entry):
+    loaded = files_loaded_by(entry)
+    assert entry in loaded and len(loaded) <= MAX_LOADED[entry], "\n".join(sorted(loaded))
+
+
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """The groups of modules that import each other in a loop."""
     reached = {}
