@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from twotower.commands import launch
+
 if TYPE_CHECKING:
     from twotower.integrations.embedding_history import EmbeddingHistory
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from absl import flags
 
 from twotower import dry_run
+from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
