@@ -1,7 +1,7 @@
 """The cost of comparing every query with every candidate. The streaming loss against the
 naive one.
 
-    python -m experiments.benchmarks.loss [--quick] [--json=FILE]
+    python -m experiments.benchmarks.loss [--quick] [--json=FILE] [--check]
 
 First the two in float64, for every loss, with every mask, correction and margin and with hard
 negatives: they must be equal. Then value and gradient (by queries, items and temperature) of the
@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from absl import app
 
-from experiments.benchmarks import harness
+from experiments.benchmarks import floors, harness
 from twotower.config import ObjectiveConfig
 from twotower.kernels.loss_inputs import (
     Candidates,
@@ -46,6 +46,15 @@ from twotower.objectives.losses import LOSSES, bind_constants
 WIDTH = 64
 _SIZES, _QUICK_SIZES = (1024, 4096, 16_384, 65_536), (1024, 4096)
 _LARGEST_NAIVE = 16_384
+# Least times of the naive form to ours, by form and batch; about nine tenths of what was measured.
+FLOORS = {
+    "streaming 1,024": 1.4,
+    "streaming 4,096": 2.9,
+    "streaming 16,384": 3.5,
+    "streaming, bf16 1,024": 2.2,
+    "streaming, bf16 4,096": 5.4,
+    "streaming, bf16 16,384": 6.7,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -59,6 +68,7 @@ def main(argv: list[str]) -> None:
     )
     print("  " + ", ".join(f"{name} {difference:.0e}" for name, difference in worst.items()))
     times: dict[str, list[float]] = {}
+    ratios = {}
     print(
         f"{'B':>8}  {'form':16}{'ms':>10}{'examples/s':>14}{'temporary MB':>14}{'naive/form':>12}"
     )
@@ -78,6 +88,7 @@ def main(argv: list[str]) -> None:
         found = harness.alternate(waiting, rounds=rounds, repeats=repeats)
         for name, ms in found.items():
             ratio = min(found["naive"]) / min(ms) if "naive" in found else float("nan")
+            ratios[f"{name} {size:,}"] = ratio
             megabytes = calls[name][1] / 1e6
             print(
                 f"{size:8,}  {name:16}{min(ms):10.1f}{size / min(ms) * 1e3:14,.0f}"
@@ -85,6 +96,7 @@ def main(argv: list[str]) -> None:
             )
         times |= {f"{name} {size:,}": ms for name, ms in found.items()}
     harness.report("loss", times, unit="ms for value and gradient", base=next(iter(times)))
+    floors.check(ratios, FLOORS)
 
 
 def _wait_for(call: Callable[[], Any]) -> None:

@@ -33,12 +33,15 @@ _PACKAGES = {
     "rectools": (("rectools==0.19.0",),),
     "ranx": (("ranx==0.3.21",),),
 }
-# For all alike: glibc otherwise returns buffers to the system and asks for them again at every
-# step, which can double the time of one; and large arrays in huge pages.
-_ENVIRONMENT = {
+# For all that are tuned: glibc otherwise returns buffers to the system and asks for them again at
+# every step, which can double the time of one; and large arrays in huge pages.
+_TUNED = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+_ENVIRONMENT = {
     "TF_USE_LEGACY_KERAS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_PLATFORMS": "cpu",
@@ -95,6 +98,9 @@ class Worker:
             json.dumps({**options, "core": core}),
         )
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(_ROOT)}
+        # Those of a default user set nothing.
+        if options.get("tuned", True):
+            environment |= _TUNED
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -3,7 +3,7 @@ execution, XLA where faster."""
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Callable
 
 from experiments.benchmarks.contestants.turn import (
@@ -15,39 +15,34 @@ from experiments.benchmarks.contestants.turn import (
     TEMPERATURE,
     USERS,
     WIDTH,
+    fastest,
     interactions,
-    seconds,
     serve,
 )
 
 
-def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of one step or a pass at a time, compiled by XLA or not,
-    in bfloat16 or not."""
+def step(*, batch: int, tuned: bool, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data: a step an execution, as by default, or the fastest of one or a pass,
+    compiled by XLA or not; in the faster of float32 and bfloat16."""
     import tensorflow as tf
     import tensorflow_recommenders as tfrs
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    runs, times, steps = {}, {}, INTERACTIONS // batch
-    float32 = ((steps, False, False), (steps, True, False), (1, False, False))
-    for together, compiled, half in (
-        float32[:1] if quick else (*float32, (steps, False, True), (steps, True, True))
-    ):
-        name = f"steps_per_execution={together}"
-        name += ", jit_compile" if compiled else ""
-        name += ", bfloat16" if half else ""
-        try:
-            runs[name] = _passes(batch, together, compiled, half)
-            runs[name](1)
-        except Exception as error:  # not every version can compile every model
-            print(f"TFRS, {name}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        times[name] = min(seconds(runs[name]) for _ in range(3))
-    best = min(times, key=times.get)
-    return runs[
-        best
-    ], f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}, {best}"
+    steps = INTERACTIONS // batch
+    kinds = {"steps_per_execution=1": (1, False)}
+    if tuned:
+        kinds = {f"steps_per_execution={steps}": (steps, False)}
+    if tuned and not quick:
+        kinds[f"steps_per_execution={steps}, jit_compile"] = (steps, True)
+    makes = {}
+    for name, kind in kinds.items():
+        for half in (False,) if quick else (False, True):
+            key = f"{name}, {'bfloat16' if half else 'float32'}"
+            makes[key] = functools.partial(_passes, batch, *kind, half)
+    best, run = fastest(makes, rounds=3 if quick else 5)
+    versions = f"tensorflow {tf.__version__}, tensorflow-recommenders {tfrs.__version__}"
+    return run, f"{versions}, {best}"
 
 
 def _passes(batch: int, together: int, compiled: bool, half: bool) -> Callable[[int], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable
 
 from experiments.benchmarks.contestants.turn import (
@@ -19,8 +18,8 @@ from experiments.benchmarks.contestants.turn import (
     TEMPERATURE,
     USERS,
     WIDTH,
+    fastest,
     interactions,
-    seconds,
     sequences,
     serve,
     table_ids,
@@ -56,31 +55,34 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     return run, f"torch {torch.__version__}"
 
 
-def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the fastest of sparse or dense gradients of the tables, compiled or
-    not, in bfloat16 or not."""
+def step(*, batch: int, tuned: bool, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data: as one writes them, or by the fastest way; in the faster of float32 and
+    bfloat16."""
     import torch
 
     torch.set_num_threads(1)
-    runs, times = {}, {}
-    for sparse, compiled, half in (
-        ((False, False, False),) if quick else itertools.product((False, True), repeat=3)
-    ):
-        name = "sparse tables" if sparse else "dense tables"
-        name += ", torch.compile" if compiled else ""
-        name += ", bfloat16" if half else ""
-        try:
-            runs[name] = _passes(batch, sparse, compiled, half)
-            runs[name](1)
-        except Exception as error:  # not every version can compile every kind
-            print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        times[name] = min(seconds(runs[name]) for _ in range(5))
-    best = min(times, key=times.get)
-    return runs[best], f"torch {torch.__version__}, {best}"
+    # (gradients of tables are sparse, the loss is compiled, the optimizer too, its update is fused)
+    kinds = {"eager": (False, False, False, False)}
+    if tuned:
+        kinds = {"torch.compile of the whole step": (False, True, True, False)}
+    if tuned and not quick:
+        kinds |= {
+            "torch.compile of the loss, fused Adagrad": (False, True, False, True),
+            "eager, fused Adagrad": (False, False, False, True),
+            "eager, sparse tables": (True, False, False, True),
+        }
+    makes = {}
+    for name, kind in kinds.items():
+        for half in (False, True):
+            key = f"{name}, {'bfloat16' if half else 'float32'}"
+            makes[key] = functools.partial(_passes, batch, half, *kind)
+    best, run = fastest(makes, rounds=3 if quick else 5)
+    return run, f"torch {torch.__version__}, {best}"
 
 
-def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[int], None]:
+def _passes(
+    batch: int, half: bool, sparse: bool, compiled: bool, whole: bool, fused: bool
+) -> Callable[[int], None]:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, normalize
@@ -93,11 +95,13 @@ def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[i
     tables = [x.weight for x in towers.modules() if isinstance(x, nn.Embedding)]
     dense = [x for x in towers.parameters() if not any(x is t for t in tables)]
     adagrad = functools.partial(torch.optim.Adagrad, lr=RATE, initial_accumulator_value=ACCUMULATOR)
-    # The fused update is the fastest of dense gradients, and knows no sparse ones.
+    # The fused update knows no sparse gradients; compiled as a whole, those of all parameters are
+    # one loop.
+    options = {"fused": True} if fused else {}
     optimizers = (
-        [adagrad(dense, fused=True), adagrad(tables)]
+        [adagrad(dense, **options), adagrad(tables)]
         if sparse
-        else [adagrad(dense + tables, fused=True)]
+        else [adagrad(dense + tables, **options)]
     )
     labels = torch.arange(batch)
 
@@ -105,47 +109,53 @@ def _passes(batch: int, sparse: bool, compiled: bool, half: bool) -> Callable[[i
         queries, answers = (normalize(f(x), dim=-1) for f, x in zip(towers, (users, items)))
         return cross_entropy(queries @ answers.T / TEMPERATURE, labels)
 
-    loss_of = torch.compile(loss_of) if compiled else loss_of
+    loss_of = torch.compile(loss_of) if compiled and not whole else loss_of
     users, items = (torch.from_numpy(x).long() for x in interactions())
+
+    def train(index: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = loss_of(users[index], items[index])
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    train = torch.compile(train) if whole else train
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
             order = torch.randperm(INTERACTIONS)
             for index in order[: INTERACTIONS // batch * batch].split(batch):
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    loss = loss_of(users[index], items[index])
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                loss = train(index)
         loss.item()
 
     return run
 
 
 def sequence(
-    *, length: int, batch: int, half: bool, quick: bool
+    *, length: int, batch: int, tuned: bool, quick: bool
 ) -> tuple[Callable[[int], None], str]:
     """Steps of the same Transformer: blocks normalised before each part, a start token, learned
-    positions, full cross-entropy."""
+    positions, full cross-entropy; in the faster of float32 and bfloat16."""
     import torch
 
     torch.set_num_threads(1)
-    runs, times = {}, {}
-    for compiled in (False,) if quick else (False, True):
-        name = f"{'torch.compile' if compiled else 'eager'}{', bfloat16' if half else ''}"
-        try:
-            runs[name] = _sequence_steps(length, batch, compiled, half)
-            runs[name](1)
-        except Exception as error:  # not every version can compile every kind
-            print(f"torch, {name}: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
-        times[name] = min(seconds(runs[name]) for _ in range(3))
-    best = min(times, key=times.get)
-    return runs[best], f"torch {torch.__version__}, {best}"
+    kinds = {"torch.compile of the whole step": (True, False)} if tuned else {}
+    if not tuned or not quick:
+        kinds["eager, fused Adam" if tuned else "eager"] = (False, tuned)
+    makes = {}
+    for name, kind in kinds.items():
+        for half in (False, True):
+            key = f"{name}, {'bfloat16' if half else 'float32'}"
+            makes[key] = functools.partial(_sequence_steps, length, batch, half, *kind)
+    best, run = fastest(makes, rounds=3 if quick else 5)
+    return run, f"torch {torch.__version__}, {best}"
 
 
-def _sequence_steps(length: int, batch: int, compiled: bool, half: bool) -> Callable[[int], None]:
+def _sequence_steps(
+    length: int, batch: int, half: bool, whole: bool, fused: bool
+) -> Callable[[int], None]:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, dropout, relu, scaled_dot_product_attention
@@ -189,17 +199,23 @@ def _sequence_steps(length: int, batch: int, compiled: bool, half: bool) -> Call
             return cross_entropy(x.flatten(0, 1) @ self.items.weight.T, items.flatten())
 
     model = Model()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-    loss_of = torch.compile(model) if compiled else model
+    options = {"fused": True} if fused else {}
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, **options)
     users = torch.from_numpy(sequences(length)).long()
+
+    def train(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    train = torch.compile(train) if whole else train
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                loss = loss_of(users[torch.randint(len(users), (batch,))])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = train(users[torch.randint(len(users), (batch,))])
         loss.item()
 
     return run

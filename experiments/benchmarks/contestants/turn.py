@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -52,6 +53,38 @@ def seconds(run: Callable[[int], None], repeats: int = 1) -> float:
     start = time.process_time()
     run(repeats)
     return (time.process_time() - start) / repeats
+
+
+def fastest(
+    makes: Mapping[str, Callable[[], Callable[[int], None]]], *, rounds: int = 5
+) -> tuple[str, Callable[[int], None]]:
+    """Returns the name and the run of the option that takes least time, by the median of passes
+    taken in turns.
+
+    Args:
+        makes: Name of an option -> function that builds its run; one that fails is left out.
+        rounds: Number of passes of each.
+    """
+    runs = {}
+    for name, make in makes.items():
+        try:
+            run = make()
+            # Compiled, and once more for what the first pass changed.
+            run(2)
+        except Exception as error:  # not every version can compile every kind
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if len(runs) > 1:
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(seconds(run))
+    medians = {name: statistics.median(passes or [0.0]) for name, passes in times.items()}
+    best = min(medians, key=medians.__getitem__)
+    shown = ", ".join(f"{name} {1e3 * median:.4g}" for name, median in medians.items())
+    print(f"Median milliseconds a pass: {shown}", file=sys.stderr)
+    return best, runs[best]
 
 
 def table_ids(rows: int, batch: int, batches: int = BATCHES) -> np.ndarray:

@@ -17,8 +17,8 @@ from experiments.benchmarks.contestants.turn import (
     TEMPERATURE,
     USERS,
     WIDTH,
+    fastest,
     interactions,
-    seconds,
     sequences,
     serve,
     table_ids,
@@ -76,26 +76,30 @@ def tables(*, kind: str, rows: int, batch: int) -> tuple[Callable[[int], None], 
     return run, f"jax {jax.__version__}"
 
 
-def step(*, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
-    """Passes over the data by the compiled steps of `fit`, a pass a dispatch; with the corrections
-    that peers lack."""
-    return _faster(functools.partial(_passes, batch), quick)
+def step(*, batch: int, tuned: bool, quick: bool) -> tuple[Callable[[int], None], str]:
+    """Passes over the data by the compiled steps of `fit`, with the corrections that peers lack: as
+    the default options run them, or a pass a dispatch in the faster type."""
+    return _faster(functools.partial(_passes, batch), tuned, quick)
 
 
 def _faster(
-    make: Callable[[str], tuple[Callable[[int], None], str]], quick: bool
+    make: Callable[[bool, str], Callable[[int], None]], tuned: bool, quick: bool
 ) -> tuple[Callable[[int], None], str]:
-    """Returns the result of `make` for "float32", or for "bfloat16" where that takes less time."""
-    runs = {dtype: make(dtype) for dtype in (("float32",) if quick else ("float32", "bfloat16"))}
-    times = {}
-    for dtype, (run, _) in runs.items():
-        run(2)
-        times[dtype] = min(seconds(run) for _ in range(3))
-    best = min(times, key=times.__getitem__)
-    return runs[best][0], f"{runs[best][1]}, {best}"
+    """Returns the run of the type that "auto" takes, or of the faster type."""
+    import jax
+
+    from twotower.kernels.dense import fastest_dtype
+    from twotower.runtime import keep_freed_memory
+
+    # As every command does; what the environment sets is left.
+    keep_freed_memory()
+    dtypes = ("float32", "bfloat16") if tuned else (fastest_dtype(),)
+    makes = {dtype: functools.partial(make, tuned, dtype) for dtype in dtypes}
+    best, run = fastest(makes, rounds=3 if quick else 5)
+    return run, f"jax {jax.__version__}, {best}"
 
 
-def _passes(batch: int, dtype: str) -> tuple[Callable[[int], None], str]:
+def _passes(batch: int, tuned: bool, dtype: str) -> Callable[[int], None]:
     steps, tower = INTERACTIONS // batch, {"layers": (HIDDEN, WIDTH)}
     model = {
         "user": tower,
@@ -111,7 +115,7 @@ def _passes(batch: int, dtype: str) -> tuple[Callable[[int], None], str]:
             "batch_size": batch,
             "steps": steps,
             "validate_every": steps,
-            "steps_per_dispatch": steps,
+            "steps_per_dispatch": steps if tuned else 0,
             "optimizer": {"kind": "adagrad", "learning_rate": RATE},
             "tables": {
                 "kind": "adagrad",
@@ -132,13 +136,16 @@ def whole_step(*, rows: int) -> tuple[Callable[[int], None], str]:
         "training": {"batch_size": 1024, "steps": 8, "validate_every": 8, "steps_per_dispatch": 8},
     }
     users, items = (table_ids(rows, 2**15, 2) - 1).astype("int32")
-    return _fit(config, {"user": rows, "item": rows}, users, items, WIDTH // 2)
+    import jax
+
+    sizes = {"user": rows, "item": rows}
+    return _fit(config, sizes, users, items, WIDTH // 2), f"jax {jax.__version__}"
 
 
 def _fit(
     config: Any, sizes: dict[str, int], users: Any, items: Any, width: int
-) -> tuple[Callable[[int], None], str]:
-    """Repeated dispatches of the compiled steps of `fit`, on ids alone."""
+) -> Callable[[int], None]:
+    """Repeats all compiled steps of `fit` on ids alone, in as few dispatches as it may."""
     import jax
     import numpy as np
 
@@ -173,24 +180,31 @@ def _fit(
     # Of the prepared data only the corpus' popularity and features would be asked for, by negatives
     # that are not used.
     no_data: Any = None
-    run_steps, place = compile_steps(trainer, batches, no_data, mesh), itertools.count()
+    run_steps = compile_steps(trainer, batches, no_data, mesh)
+    place = itertools.count()
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            most = training.steps_per_dispatch
-            state[0], *_ = run_steps(state[0], next(place) * most, most)
+            step = next(place) * training.steps
+            end = step + training.steps
+            while step < end:
+                state[0], _, count = run_steps(state[0], step, end - step)
+                step += count
         jax.block_until_ready(state[0])
 
-    return run, f"jax {jax.__version__}"
+    return run
 
 
-def sequence(*, length: int, batch: int, quick: bool) -> tuple[Callable[[int], None], str]:
+def sequence(
+    *, length: int, batch: int, tuned: bool, quick: bool
+) -> tuple[Callable[[int], None], str]:
     """Steps of the configuration of MovieLens-1M with a smaller, plain model, on users who fill
     their rows."""
-    return _faster(functools.partial(_sequence_steps, length, batch), quick)
+    return _faster(functools.partial(_sequence_steps, length, batch), tuned, quick)
 
 
-def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int], None], str]:
+def _sequence_steps(length: int, batch: int, tuned: bool, dtype: str) -> Callable[[int], None]:
+    del tuned  # nothing gains from more steps a dispatch here
     import tempfile
     from pathlib import Path
 
@@ -240,7 +254,7 @@ def _sequence_steps(length: int, batch: int, dtype: str) -> tuple[Callable[[int]
             state[0], *_ = run_steps(state[0], next(place), 1)
         jax.block_until_ready(state[0])
 
-    return run, f"jax {jax.__version__}"
+    return run
 
 
 if __name__ == "__main__":
