@@ -353,11 +353,14 @@ def against(
         if effort is None:
             print(f"{name + way:36}does not reach the target; built in {build:.1f} s", flush=True)
             continue
-        turns = [(each.built, 0) for each in ours.values()]
-        *own, theirs = measure([*turns, (other, effort)], held_out, truth)
+        # Several of ours may be one index, which needs one turn.
+        own = {id(each.index): each.built for each in ours.values()}
+        turns = [(built, 0) for built in own.values()]
+        *speeds, theirs = measure([*turns, (other, effort)], held_out, truth)
+        speed_of = dict(zip(own, speeds, strict=True))
         row: dict[str, Any] = show(name + way, theirs.recall, effort, theirs, build, other)
         row["to_ours"] = {
-            mine: ratio(mine, theirs, speed) for mine, speed in zip(ours, own, strict=True)
+            mine: ratio(mine, theirs, speed_of[id(each.index)]) for mine, each in ours.items()
         }
         ratios = ", ".join(f"{mine} {times:.2f}" for mine, times in row["to_ours"].items())
         print(f"{'':8}to ours: {ratios}", flush=True)

@@ -196,6 +196,23 @@ def test_what_is_not_usable_changes_nothing(folder):
     assert not list(folder.rglob("*.changes"))
 
 
+def test_a_compaction_builds_the_index_as_the_one_before(folder, monkeypatch):
+    """Not all builds are compared again."""
+    retriever = Retriever.load(folder)
+    before = retriever.bundle.index
+    models = []
+
+    def build(config, vectors, counts, users, like):
+        models.append(like)
+        return original(config, vectors, counts, users, like)
+
+    original = live_bundle.index_items
+    monkeypatch.setattr(live_bundle, "index_items", build)
+    change(retriever)
+    retriever.compact()
+    assert models[-1] is before
+
+
 def test_a_bundle_in_memory_is_not_changed(retriever):
     import dataclasses
 
