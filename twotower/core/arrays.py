@@ -53,6 +53,15 @@ class Ragged:
         """Returns `num_rows` empty lists."""
         return cls(np.zeros(num_rows + 1, np.int64), np.zeros(0, np.int32))
 
+    @classmethod
+    def one(cls, values: np.ndarray) -> Ragged:
+        """Returns a single list.
+
+        Args:
+            values: int32 [M].
+        """
+        return cls(np.array([0, len(values)], np.int64), values)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -68,6 +77,13 @@ class Ragged:
         return np.diff(self.offsets)
 
     @property
+    def longest(self) -> int:
+        """The length of the longest list; 0 without lists."""
+        if len(self) == 1:
+            return len(self.values)
+        return int(self.lengths.max(initial=0))
+
+    @property
     def rows(self) -> np.ndarray:
         """The row of each value, int64 [M]."""
         return np.repeat(np.arange(len(self)), self.lengths)
@@ -76,9 +92,11 @@ class Ragged:
         """Returns the lists of `rows`, in that order; a row of -1 gives an empty list."""
         rows = np.asarray(rows, np.int64)
         # A request takes one row: its values need no copy.
-        if len(rows) == 1 and rows[0] >= 0:
-            values = np.asarray(self[rows[0]])
-            return Ragged(np.array([0, len(values)], np.int64), values)
+        if len(rows) == 1:
+            values = self.values[:0]
+            if rows[0] >= 0:
+                values = self[rows[0]]
+            return Ragged.one(np.asarray(values))
         starts = self.offsets[rows]
         # Of these lists alone: `lengths` would be that of all lists. -1 reads no list's bounds
         # here; its length is replaced by 0.
@@ -99,6 +117,8 @@ class Ragged:
 
     def join(self, other: Ragged) -> Ragged:
         """Returns each list followed by that of the same row of `other`."""
+        if len(self) == 1:
+            return Ragged.one(np.concatenate([self.values, other.values]))
         rows = np.concatenate([self.rows, other.rows])
         values = np.concatenate([self.values, other.values])
         return Ragged.from_pairs(rows, values, num_rows=len(self))

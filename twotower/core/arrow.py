@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import decimal
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -67,7 +67,8 @@ def int_array(values: np.ndarray) -> pa.Int64Array:
 
 def is_table(rows: object) -> bool:
     """Returns whether an object is a table of any library, and not a single column."""
-    return isinstance(rows, ArrowStream) and hasattr(rows, "columns")
+    # As `isinstance(rows, ArrowStream)`, which takes tens of microseconds of a request.
+    return hasattr(rows, "__arrow_c_stream__") and hasattr(rows, "columns")
 
 
 def table_of(source: ArrowStream) -> pa.Table:
@@ -112,6 +113,24 @@ def _plain_types(array: pa.Array) -> pa.Array:
         names = [field.name for field in kind]
         return pa.StructArray.from_arrays(fields, names, mask=array.is_null())
     return array
+
+
+def texts_reader(
+    array: pa.StringArray | pa.LargeStringArray,
+) -> Callable[[Sequence[int]], list[str]]:
+    """Returns a function from rows to their texts, read from the array's buffers.
+
+    A few texts take a fraction of the time that Arrow's scalars take; null is read as "".
+    """
+    # Buffers: which values are null, the offset of each text, and all texts one after another.
+    _, offsets, text = array.buffers()
+    # Offsets of a large_string have 64 bits.
+    width = "i" if pa.types.is_string(array.type) else "q"
+    # The buffers of a slice begin before it.
+    bounds = memoryview(offsets or b"").cast("B").cast(width)[array.offset :]
+    # An array of empty texts has no buffer of them.
+    data = memoryview(text or b"")
+    return lambda rows: [str(data[bounds[row] : bounds[row + 1]], "utf-8") for row in rows]
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -13,7 +13,7 @@ import math
 import numbers
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -149,9 +149,27 @@ class IdForm(enum.Enum):
             raise BadValue(value, "is bytes: decode it to text first")
         raise BadValue(value, f"of type {type(value).__name__} {_NO_ID}")
 
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        """Whether all values are ids already, letter for letter: `one` returns each as it is.
+
+        One look at their joined text tells it of most lists, in a fraction of the time.
+
+        Args:
+            values: Ids as a caller has them.
+        """
+        if set(map(type, values)) != {str} or not all(values):
+            return False
+        joined = "".join(values)
+        if not _has_plain_letters(joined):
+            return False
+        if self is IdForm.TEXT:
+            return True
+        has_zero = any(text[0] == "0" and len(text) > 1 for text in values)
+        return joined.isdigit() and not has_zero
+
     def _one_text(self, text: str) -> str | None:
         # The usual ids cost no call of Arrow.
-        if not text.isascii() or not text.isprintable() or " " in text:
+        if not _has_plain_letters(text):
             try:
                 (found,) = self.column(pa.chunked_array([pa.array([str(text)], pa.string())]))
             except UnicodeEncodeError:
@@ -175,9 +193,18 @@ class ReadsIds(Protocol):
         """Returns a single id; None for a missing one."""
         ...
 
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        """Whether `one` returns each value as it is; False where it takes a look at each."""
+        ...
+
     def column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
         """Returns a column of ids; null is missing."""
         ...
+
+
+def _has_plain_letters(text: str) -> bool:
+    """Whether all characters are ASCII and neither spaces nor marks."""
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def read_id(value: Any, form: ReadsIds, what: str) -> str:

@@ -25,6 +25,8 @@ from twotower.features.vocabulary import Vocabulary
 
 # Side and name of a feature.
 Key = tuple[str, str]
+# A value of a request that needs no reading: a text, or a list of texts.
+PlainValue = str | list[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,6 +234,18 @@ class Feature:
         with prefix_errors(self.location):
             return {self.name: self.encode(fitted, self.read(rows))}
 
+    def encode_value(self, fitted: Fitted, value: PlainValue) -> dict[str, np.ndarray] | None:
+        """Returns the arrays [1, ...] of a single value, as `encode_rows` does of its column.
+
+        A request is answered in fewer microseconds than a column of Arrow takes to make. A kind
+        that has no such way returns None, as this does.
+
+        Args:
+            fitted: State of the feature.
+            value: Text, or the texts of a list.
+        """
+        return None
+
     def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
         """Returns the description of each array of `encode_rows` for the tower, by name.
 
@@ -273,8 +287,9 @@ def prefix_errors(location: str) -> Iterator[None]:
 def column_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
     """Returns a column of a table, or nulls if the table lacks it."""
     # A missing column is no error here: requests may know only some columns of a user.
-    if name in rows.column_names:
-        return rows[name]
+    index = rows.schema.get_field_index(name)
+    if index >= 0:
+        return rows.column(index)
     # Every kind accepts Arrow's type of nulls, whatever the type of its column.
     return pa.chunked_array([pa.nulls(rows.num_rows)])
 

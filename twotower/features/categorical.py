@@ -16,6 +16,7 @@ from twotower.core.errors import ConfigError
 from twotower.features.base import (
     Feature,
     Fitted,
+    PlainValue,
     TrainingColumn,
     join_lists,
     pad_lists,
@@ -88,6 +89,12 @@ class StringFeature(Feature):
 
     def encode(self, fitted: Fitted, column: pa.ChunkedArray) -> np.ndarray:
         return fitted.require_vocabulary().rows(column)
+
+    def encode_value(self, fitted: Fitted, value: PlainValue) -> dict[str, np.ndarray] | None:
+        # A kind of one's own may encode otherwise.
+        if type(self) is not StringFeature or not isinstance(value, str):
+            return None
+        return {self.name: fitted.require_vocabulary().rows_of_texts([value])}
 
     def input(self, fitted: Fitted) -> Input:
         return Input(table=self.table, oov_rate=self.oov_rate, oov_rows=self.oov_rows)

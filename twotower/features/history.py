@@ -27,7 +27,15 @@ import pyarrow as pa
 
 from twotower.core.arrow import is_list, pc
 from twotower.core.errors import ConfigError
-from twotower.features.base import Feature, Fitted, column_of, join_lists, pad_lists, prefix_errors
+from twotower.features.base import (
+    Feature,
+    Fitted,
+    PlainValue,
+    column_of,
+    join_lists,
+    pad_lists,
+    prefix_errors,
+)
 from twotower.features.inputs import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
@@ -148,6 +156,14 @@ class HistoryFeature(Feature):
         with prefix_errors(self.location):
             return encode_histories(self, fitted, column_of(rows, self.column), request_times)
 
+    def encode_value(self, fitted: Fitted, value: PlainValue) -> dict[str, np.ndarray] | None:
+        # Times stand in a column of their own.
+        if type(self) is not HistoryFeature or isinstance(value, str) or self.request_gap:
+            return None
+        items = value[-self.max_length :]
+        rows = np.zeros(len(items), np.int64)
+        return _encode_parsed(self, fitted, 1, rows, {"item_id": items}, None)
+
     def inputs(self, fitted: Fitted, items: Mapping[str, Input]) -> dict[str, Input]:
         inputs = {}
         for name in self.reads:
@@ -181,8 +197,28 @@ def encode_histories(
     Raises:
         ConfigError: The column holds something else.
     """
-    count = len(column)
     history_of_event, fields = _parse_events(feature, column)
+    return _encode_parsed(feature, fitted, len(column), history_of_event, fields, request_times)
+
+
+def _encode_parsed(
+    feature: HistoryFeature,
+    fitted: Fitted,
+    count: int,
+    history_of_event: np.ndarray,
+    fields: Mapping[str, Any],
+    request_times: pa.ChunkedArray | None,
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of N histories whose events have been parsed.
+
+    Args:
+        feature: History feature.
+        fitted: State of the feature.
+        count: Number N of histories.
+        history_of_event: Row of each event's history, [M], ascending.
+        fields: Fields of the events, as `_parse_events` returns them; ids may be a list of texts.
+        request_times: Time of each request; None if it is not known.
+    """
     # Without `gaps` and `half_life` no time is looked at, so a log without times serves.
     known_times = None
     times = None
@@ -190,8 +226,7 @@ def encode_histories(
         known_times = _event_times(feature, fields.get("timestamp"), len(history_of_event))
         # An event without a time weighs as if it were of the newest moment of the training rows.
         times = np.where(np.isnan(known_times), fitted.statistics["newest"], known_times)
-    items = pa.chunked_array([fields["item_id"]])
-    events = encode_events(feature, fitted, items, fields.get("event"), times)
+    events = encode_events(feature, fitted, fields["item_id"], fields.get("event"), times)
     if feature.gaps and times is not None:
         buckets = _buckets_since_previous(feature, times, history_of_event)
         events[HISTORY_TIME_SINCE_PREVIOUS] = buckets
@@ -246,7 +281,7 @@ def _buckets_to_next(
 def encode_events(
     feature: HistoryFeature,
     fitted: Fitted,
-    items: pa.ChunkedArray,
+    items: pa.Array | pa.ChunkedArray | list[str],
     event_names: pa.Array | pa.ChunkedArray | None,
     times: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
@@ -257,11 +292,15 @@ def encode_events(
     Args:
         feature: History feature.
         fitted: State of the feature.
-        items: Item ids [M].
+        items: Item ids [M], as texts where they are few.
         event_names: Kind of each event [M], such as "view"; None if it is not known.
         times: Time of each event [M] in seconds; only a `half_life` reads it.
     """
-    ids = fitted.require_vocabulary().rows(items)
+    vocabulary = fitted.require_vocabulary()
+    if isinstance(items, list):
+        ids = vocabulary.rows_of_texts(items)
+    else:
+        ids = vocabulary.rows(items)
     arrays = {f"{feature.name}/{feature.reads[0]}": ids}
     if not feature.is_weighted:
         return arrays
@@ -331,12 +370,15 @@ def _event_times(feature: HistoryFeature, timestamps: pa.Array | None, count: in
     return _seconds(feature, pa.chunked_array([timestamps]))
 
 
-def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.LargeListArray:
+def _as_lists(feature: HistoryFeature, column: pa.ChunkedArray) -> pa.ListArray | pa.LargeListArray:
     if not is_list(column.type):
         raise ConfigError(
             f"{feature.location}: column {feature.column!r} holds {column.type}; a history is a "
             "list of item ids, or of mappings with an item_id, the latest last."
         )
+    # A request has one chunk, which is read as it is.
+    if column.num_chunks == 1 and pa.types.is_list(column.type):
+        return column.chunk(0)
     return join_lists(column)
 
 

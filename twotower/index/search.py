@@ -99,7 +99,7 @@ def search_filtered(
     if allowed is not None:
         num_allowed = allowed.count
     # One length for all queries, which an index searches together.
-    max_excluded = int(exclude.lengths.max(initial=0))
+    max_excluded = exclude.longest
     fetched = _num_fetched(index.num_items, num_allowed, k, max_excluded)
     # Too many candidates to fetch, or few enough allowed items to compare them all.
     is_wide = fetched > k + 2 * MAX_OVERFETCH
@@ -229,6 +229,10 @@ def _drop(
     scores: np.ndarray, rows: np.ndarray, keep: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the first `k` entries to keep of each list, padded, and the number of them."""
+    if len(keep) == 1:  # of one query the entries to keep are one list
+        found = np.flatnonzero(keep[0])[:k]
+        if len(found) == k:
+            return scores[:, found], rows[:, found], np.array([k])
     # Stable: those to keep come first, and stay in the order of their scores.
     order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
     kept = np.take_along_axis(keep, order, axis=1)

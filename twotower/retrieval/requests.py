@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:  # the bundle loads what matching ids needs not
 Rows = pa.Table | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 # Values of one column, in a type of Arrow or as a caller wrote them.
 Values = pa.ChunkedArray | Sequence[Any]
+PlainValue = str | list[str]  # a value of a column that needs no reading
+# Column of a single row -> its value, in the form of the log.
+Row = Mapping[str, PlainValue | pa.ChunkedArray]
 EVENT_FIELDS = ("item_id", "event", "timestamp")
 
 
@@ -63,6 +67,11 @@ class LogIds:
     def one(self, value: Any) -> str | None:
         """Returns a single id; None for a missing one."""
         return self.contract.id(self.name, value)
+
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        """Whether `one` returns each value as it is; False where it takes a look at each."""
+        form: IdForm = getattr(self.contract, self.name)
+        return not self.contract.written.get(self.name) and form.are_plain(values)
 
     def column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
         """Returns a column of ids; null is missing."""
@@ -108,7 +117,7 @@ class Naming:
     def read(cls, names: Mapping[str, str] | None, strict: bool) -> Naming:
         """Returns the names that a caller gives; None for ours alone."""
         if names is None:
-            return cls(strict=strict)
+            return OUR_NAMES if strict is True else cls(strict=strict)
         return cls(names, strict)
 
     def __post_init__(self):
@@ -213,7 +222,63 @@ def read_rows(
         # A table without columns has no rows either.
         (first, *_) = columns.values()
         read[key] = pa.chunked_array([pa.nulls(len(first), pa.string())])
-    return pa.table(read)
+    return pa.Table.from_arrays(list(read.values()), list(read))
+
+
+def read_row(
+    rows: Any, known: Collection[str], naming: Naming, readers: Mapping[str, ReadColumn]
+) -> Row | None:
+    """Returns the columns of a single mapping, as `read_rows` does, plain values without Arrow.
+
+    Args:
+        rows: Rows of a request.
+        known: Names of the columns that something reads.
+        naming: Names that the rows have instead.
+        readers: Column -> the function that reads it.
+
+    Returns:
+        Column -> its value where its reader finds nothing to do, else a column of one row; missing
+        values are left out. None of rows that are written in another way, under other names, or
+        with none of the columns: `read_rows` tells what they are.
+
+    Raises:
+        ConfigError: A value is not what its column holds.
+    """
+    row = rows
+    if type(rows) is list and len(rows) == 1:
+        row = rows[0]
+    if type(row) is not dict or naming.names or not all(map(known.__contains__, row)):
+        return None
+    # Under the key, a list makes the mapping one of columns.
+    if row is rows and type(row.get("user_id", "")) is not str:
+        return None
+    read: dict[str, PlainValue | pa.ChunkedArray] = {}
+    for name, value in row.items():
+        if value is None:
+            continue
+        read_column = readers.get(name)
+        is_plain = getattr(read_column, "is_plain", None)
+        if is_plain is not None and is_plain(value):
+            read[name] = value
+        elif read_column is None:
+            read[name] = _as_array([value], f"rows, column {name!r}")
+        else:
+            column = read_column([value])
+            # An id is text, whatever it was.
+            text = column[0].as_py() if isinstance(read_column, IdColumn) else column
+            if text is not None:
+                read[name] = text
+    return read or None
+
+
+def row_table(row: Row) -> pa.Table:
+    """Returns a single row as a table."""
+    columns = {}
+    for name, value in row.items():
+        columns[name] = value
+        if not isinstance(value, pa.ChunkedArray):
+            columns[name] = pa.chunked_array([[value]])
+    return pa.table(columns)
 
 
 def as_table(rows: Any) -> pa.Table:
@@ -273,10 +338,16 @@ class IdColumn:
     name: str
     form: ReadsIds
 
+    def is_plain(self, value: Any) -> bool:
+        """Whether a value is an id as it is."""
+        return self.form.are_plain([value])
+
     def __call__(self, values: Values) -> pa.ChunkedArray:
         if isinstance(values, pa.ChunkedArray):
             return _convert(self.form.column, values, self.name)
-        ids = _each(self.form.one, values, self.name)
+        ids = values
+        if not self.form.are_plain(values):
+            ids = _each(self.form.one, values, self.name)
         return pa.chunked_array([pa.array(ids, pa.string())])
 
 
@@ -361,6 +432,16 @@ class TextColumn:
 
     name: str
     known: pa.Array
+
+    def is_plain(self, value: Any) -> bool:
+        """Whether a value is a text of which nothing is to be changed."""
+        if type(value) is not str:
+            return False
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a character
+            return False
+        return True
 
     def __call__(self, values: Values) -> pa.ChunkedArray:
         column = _as_array(values, f"rows, column {self.name!r}")
@@ -469,6 +550,10 @@ class HistoryColumn:
     forms: Forms
     naming: Naming
 
+    def is_plain(self, value: Any) -> bool:
+        """Whether a value is a list of ids as they are."""
+        return type(value) is list and self.forms.item_id.are_plain(value)
+
     def __call__(self, values: Values) -> pa.ChunkedArray:
         histories: Sequence[Any] = values
         if isinstance(values, pa.ChunkedArray):
@@ -480,20 +565,24 @@ class HistoryColumn:
             # Times that Python's own have no room for.
             except (OverflowError, ValueError) as error:
                 raise ConfigError(f"rows, column {self.name!r}: {error}.") from None
-        events: list[dict[str, Any]] = []
+        parts = [self._events(history, row) for row, history in enumerate(histories)]
         ends = [0]
-        for row, history in enumerate(histories):
-            if not is_missing(history):
-                events += self._events(history, row)
-            ends.append(len(events))
-        is_null = [bool(is_missing(history)) for history in histories]
-        offsets = pa.array(ends, pa.int32())
-        members = self._members(events)
-        lists = pa.ListArray.from_arrays(offsets, members, mask=pa.array(is_null, pa.bool_()))
+        for part in parts:
+            ends.append(ends[-1] + len(part or ()))
+        flat = list(itertools.chain.from_iterable(part or () for part in parts))
+        mask = None
+        if None in parts:
+            mask = pa.array([part is None for part in parts])
+        lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), self._members(flat), mask=mask)
         return pa.chunked_array([lists])
 
-    def _events(self, history: Any, row: int) -> list[dict[str, Any]]:
-        """Returns the events of one history, each as a mapping of our fields."""
+    def _events(self, history: Any, row: int) -> Sequence[str | dict[str, Any]] | None:
+        """Returns the events of one history, ids or mappings of our fields; None for a missing."""
+        # Most are lists of ids.
+        if type(history) is list and self.forms.item_id.are_plain(history):
+            return history
+        if is_missing(history):
+            return None
         # A set has no latest event, and the letters of a text are none.
         is_ordered = isinstance(history, (list, tuple, np.ndarray, pa.Array))
         is_ordered = is_ordered or hasattr(history, "to_list")
@@ -514,8 +603,11 @@ class HistoryColumn:
             )
         return {ours: event[theirs] for theirs, ours in names.items()}
 
-    def _members(self, events: Sequence[Mapping[str, Any]]) -> pa.Array:
+    def _members(self, events: Sequence[str | Mapping[str, Any]]) -> pa.Array:
         """Returns events as ids, or as structs where one of them has a kind or a time."""
+        if all(type(event) is str for event in events):
+            return pa.array(events, pa.string())
+        events = [event if isinstance(event, Mapping) else {"item_id": event} for event in events]
         readers: dict[str, ReadColumn] = {
             "item_id": IdColumn(self.name, self.forms.item_id),
             "event": IdColumn(self.name, IdForm.TEXT),

@@ -37,6 +37,7 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     ReadColumn,
+    Row,
     Rows,
     as_display,
     as_table,
@@ -244,19 +245,15 @@ class Retriever:
         _check_options(exclude_seen, popularity_weight)
         note = ""
         if rows is not None:
-            row = self._one_user(rows, user, Naming.read(names, strict))
-            vectors = self._encode_users(row)
-            ids = [None]
-            if "user_id" in row.column_names:
-                ids = row["user_id"].to_pylist()
-            user_rows = self._rows_of_users(ids)
-            history = self.user_rows.history_items(row)
+            vectors, user_rows, history = self._encode_request(
+                rows, user, Naming.read(names, strict)
+            )
             note = self._note_of_unknown(history)
             # The history of a request is newer than the bundle; a repeated item is no news.
             if exclude_seen:
                 filters.deny.extend(history)
         elif user is not None:
-            vectors, user_rows = self._vectors_and_rows([self._user_id(user)])
+            vectors, user_rows = self._vector_and_row(self._user_id(user))
         else:
             raise ConfigError("recommend needs user=ID or rows=[{...}].")
         snapshot, scores, positions = self._recommend(
@@ -455,6 +452,10 @@ class Retriever:
             return np.zeros((0, towers.dim), np.float32)
         return towers.embed("user", self.user_rows.encode(table))
 
+    def _encode_one_user(self, row: Row) -> np.ndarray:
+        """Returns the vector of one user's features, float32 [1, D]."""
+        return self.bundle.towers.embed("user", self.user_rows.encode_one(row))
+
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
         """Returns the vectors that rank items for users, known or not, float32 [B, D]."""
         vectors, _ = self._vectors_and_rows(self._user_ids(user_ids))
@@ -620,7 +621,7 @@ class Retriever:
         only = None
         if allow is not None:
             only = self._item_ids(allow, "allow")
-        denied = []
+        denied: list[str] = []
         # Most requests deny nothing.
         is_empty = isinstance(deny, (tuple, list)) and not deny
         if deny is not None and not is_empty:
@@ -635,6 +636,27 @@ class Retriever:
         known += self._live.catalogue.schema.names
         known = list(dict.fromkeys(known))
         return read_rows(rows, known, naming, self._item_readers, key="item_id")
+
+    def _encode_request(
+        self, rows: Rows, user: Any, naming: Naming
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Returns the vector [1, D] of the row of a request, that user's row, and the history."""
+        row = self.user_rows.read_one(rows, naming)
+        if row is None:
+            table = self._one_user(rows, user, naming)
+            ids = [None]
+            if "user_id" in table.column_names:
+                ids = table["user_id"].to_pylist()
+            history = self.user_rows.history_items(table)
+            return self._encode_users(table), self._rows_of_users(ids), history
+        if user is not None:
+            row = {**row, "user_id": self._user_id(user)}
+        user_row = -1
+        user_id = row.get("user_id")
+        if isinstance(user_id, str):
+            user_row = self.user_rows.row_by_id.get(user_id, -1)
+        history = self.user_rows.history_of(row)
+        return self._encode_one_user(row), np.array([user_row]), history
 
     def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
         """Returns the one row of user features that `recommend` takes, with the id if there is one.
@@ -717,11 +739,12 @@ class Retriever:
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
         catalogue = live.catalogue
-        exclude = Ragged.empty(len(vectors))
         if exclude_seen:
             exclude = live.bundle.seen.take(user_rows)
-        denied = catalogue.numbers_of(filters.deny)
-        if len(denied):
+        else:
+            exclude = Ragged.empty(len(vectors))
+        if filters.deny:
+            denied = catalogue.numbers_of(filters.deny)
             exclude = exclude.join(_same_list(denied, len(vectors)))
         only = None
         if filters.allow is not None:
@@ -756,6 +779,14 @@ class Retriever:
             unknown_ids = [ids[position] for position in unknown.tolist()]
             vectors[unknown] = self._encode_users(self.user_rows.unknown(unknown_ids))
         return vectors, rows
+
+    def _vector_and_row(self, user: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the vector [1, D] of one user, to be read alone, and the row; see above."""
+        row = self.user_rows.row_by_id.get(user, -1)
+        if row < 0:
+            return self._encode_one_user({"user_id": user}), np.array([row])
+        # A part of the stored vectors, which is not copied.
+        return self.bundle.user_vectors[row : row + 1], np.array([row])
 
     def _rows_of_users(self, ids: Sequence[str | None]) -> np.ndarray:
         """Returns the row of each user in the users table, int64 [B]; -1 of unknown ones."""
@@ -815,9 +846,11 @@ def _recommendations(
 ) -> list[Recommendation]:
     """Returns the items of one list, without the entries that no item fills."""
     # -1 ends the list of a user for whom fewer items than k remain.
-    filled = positions >= 0
-    rows = snapshot.rows(positions[filled])
+    if len(positions) and positions[-1] < 0:
+        filled = positions >= 0
+        scores = scores[filled]
+        positions = positions[filled]
+    rows = snapshot.rows(positions)
     return [
-        Recommendation(row.pop("item_id"), score, row)
-        for row, score in zip(rows, scores[filled].tolist())
+        Recommendation(row.pop("item_id"), score, row) for row, score in zip(rows, scores.tolist())
     ]

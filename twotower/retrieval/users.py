@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     ReadColumn,
+    Row,
     TimeColumn,
     feature_readers,
+    read_row,
     read_rows,
+    row_table,
 )
 
 USER_BLOCK = 65_536  # users encoded at once
@@ -49,7 +52,7 @@ class UserRows:
         ids = users["user_id"].to_pylist()
         self.row_by_id: dict[str, int] = {user: row for row, user in enumerate(ids)}
 
-    @property
+    @functools.cached_property
     def columns(self) -> list[str]:
         """Names of the raw columns that rows may have: those of the user features, and the id."""
         own: list[str] = []
@@ -68,13 +71,32 @@ class UserRows:
             ConfigError: They are no rows, a name is unknown, or a value is not what its column
                 holds.
         """
-        readers = dict(self._readers)
-        history = self._encoder.spec.history
-        if history is not None:
-            readers[history.column] = HistoryColumn(
-                history.column, history.location, self.forms, naming
-            )
-        return read_rows(rows, self.columns, naming, readers, key="user_id")
+        return read_rows(rows, self.columns, naming, self._readers_of(naming), key="user_id")
+
+    def read_one(self, rows: Any, naming: Naming = OUR_NAMES) -> Row | None:
+        """Returns the columns of a single row as `encode_one` takes them; see `read_row`."""
+        return read_row(rows, self.columns, naming, self._readers_of(naming))
+
+    def encode_one(self, row: Row) -> dict[str, np.ndarray]:
+        """Returns the encoded features of one row, [1, ...] each, as `encode` does.
+
+        Args:
+            row: Columns of the row; missing ones are left out.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        for feature in self._encoder.spec.user.values():
+            columns = [name for name in self._columns_of[feature.name] if name in row]
+            encoded = None
+            if not columns:
+                encoded = self._missing[feature.name]
+            elif len(columns) == 1 and not isinstance(row[columns[0]], pa.ChunkedArray):
+                fitted = self._encoder.fitted[feature.key]
+                encoded = feature.encode_value(fitted, row[columns[0]])
+            if encoded is None:
+                rows = self._fill_times(row_table({name: row[name] for name in columns}))
+                encoded = self._encoder.encode("user", rows, [feature.name])
+            arrays |= encoded
+        return arrays
 
     def encode(self, rows: pa.Table) -> dict[str, np.ndarray]:
         """Returns the encoded features of raw rows.
@@ -103,9 +125,9 @@ class UserRows:
         columns["user_id"] = pa.array(ids, pa.string())
         return self._without_times(pa.table(columns))
 
-    def unknown(self, ids: Sequence[str]) -> pa.Table:
+    def unknown(self, ids: Sequence[str | None]) -> pa.Table:
         """Returns the rows of users of whom nothing is known but the id."""
-        return pa.table({"user_id": pa.array(ids, pa.string())})
+        return pa.Table.from_arrays([pa.array(ids, pa.string())], ["user_id"])
 
     def history_items(self, rows: pa.Table) -> list[str]:
         """Returns the ids of the items in the histories of raw rows."""
@@ -121,6 +143,16 @@ class UserRows:
                 if item is not None:
                     items.append(item)
         return items
+
+    def history_of(self, row: Row) -> list[str]:
+        """Returns the ids of the items in the history of a single row."""
+        history = self._encoder.spec.history
+        if history is None or history.column not in row:
+            return []
+        value = row[history.column]
+        if isinstance(value, list):
+            return value
+        return self.history_items(row_table({history.column: value}))
 
     def _without_times(self, rows: pa.Table) -> pa.Table:
         """Drops the times at which users were last seen: a recommendation is made now."""
@@ -140,6 +172,38 @@ class UserRows:
         times = pc.fill_null(table["timestamp"].cast(pa.int64()), self._newest)
         position = table.column_names.index("timestamp")
         return table.set_column(position, "timestamp", times)
+
+    def _readers_of(self, naming: Naming) -> Mapping[str, ReadColumn]:
+        """Returns the readers of all columns, that of a history for names of its events."""
+        history = self._encoder.spec.history
+        if history is None:
+            return self._readers
+        if naming is OUR_NAMES:
+            return self._all_readers
+        reader = HistoryColumn(history.column, history.location, self.forms, naming)
+        return {**self._readers, history.column: reader}
+
+    @functools.cached_property
+    def _all_readers(self) -> dict[str, ReadColumn]:
+        """The readers of all columns under our names."""
+        return dict(self._readers_of(Naming()))
+
+    @functools.cached_property
+    def _columns_of(self) -> dict[str, tuple[str, ...]]:
+        """The columns that each user feature reads."""
+        features = self._encoder.spec.user.items()
+        columns = {name: feature.columns_read for name, feature in features}
+        history = self._encoder.spec.history
+        if history is not None and history.request_gap:
+            columns[history.name] += ("timestamp",)
+        return columns
+
+    @functools.cached_property
+    def _missing(self) -> dict[str, dict[str, np.ndarray]]:
+        """The arrays of each user feature for a row without its columns."""
+        rows = self._fill_times(self.unknown([None]))
+        encode = self._encoder.encode
+        return {name: encode("user", rows, [name]) for name in self._encoder.spec.user}
 
     @functools.cached_property
     def _readers(self) -> dict[str, ReadColumn]:

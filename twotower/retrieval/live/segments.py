@@ -17,23 +17,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import int_array
+from twotower.core.arrow import int_array, texts_reader
 from twotower.index.base import Index
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Vectors, popularity_coordinate
 
 NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
+MAX_SINGLE_ROWS = 32  # rows whose values are read one by one, not by Arrow
 EPSILON = 1e-30  # least length that a vector is divided by: zeros stay zeros
 
-# Rows of a column, int64 [M] -> their values, None for null.
-ReadValues = Callable[[np.ndarray], list[Any]]
+# Rows of a column -> their values, None for null.
+ReadValues = Callable[[Sequence[int]], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +108,8 @@ class BaseSegment:
 
     def read_rows(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Returns item_id and display columns of some rows."""
-        columns = [read(rows) for read in self.column_readers]
+        listed = rows.tolist()
+        columns = [read(listed) for read in self.column_readers]
         names = self.items.column_names
         return [dict(zip(names, values)) for values in zip(*columns)]
 
@@ -195,11 +197,11 @@ class MemTable:
 def values_reader(column: pa.ChunkedArray) -> ReadValues:
     """Returns a function from rows to their values, as `take(rows).to_pylist()` gives them.
 
-    Values are read from Arrow's buffers: a list of ten takes a fraction of the time that Arrow's
-    own two calls take.
+    The values of a list of ten are read from Arrow's buffers: in a third of the time that its own
+    two calls take, which in turn are faster for a hundred.
 
     >>> read = values_reader(pa.chunked_array([["a", None, "été"]]))
-    >>> read(np.array([2, 1]))
+    >>> read([2, 1])
     ['été', None]
     """
     if column.num_chunks == 1:
@@ -207,48 +209,31 @@ def values_reader(column: pa.ChunkedArray) -> ReadValues:
     else:
         array = pa.concat_arrays(column.chunks or [pa.array([], column.type)])
     kind = array.type
+    read_few: ReadValues | None = None
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        read = _text_reader(array)
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        read = _number_reader(array)
-    else:
-        return lambda rows: array.take(int_array(rows)).to_pylist()
-    validity = array.buffers()[0]
-    if not array.null_count or validity is None:
-        return read
-    bits = np.frombuffer(validity, np.uint8)
+        read_few = texts_reader(array)
+    elif (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and kind != pa.float16():
+        read_few = _numbers_reader(array)
+    bits = None
+    if array.null_count:
+        bits = memoryview(array.buffers()[0]).cast("B")
 
-    def read_with_nulls(rows: np.ndarray) -> list[Any]:
-        # Of a slice, whose buffers begin before it.
-        places = rows + array.offset
-        is_valid = (bits[places >> 3] >> (places & 7)) & 1
-        pairs = zip(read(rows), is_valid.tolist())
-        return [value if valid else None for value, valid in pairs]
-
-    return read_with_nulls
-
-
-def _number_reader(array: pa.Array) -> ReadValues:
-    """Returns a function from rows to their numbers, whatever stands in the place of nulls."""
-    _, numbers = array.buffers()
-    kind = array.type.to_pandas_dtype()
-    values = np.frombuffer(numbers or b"", kind)[array.offset :]
-    return lambda rows: values[rows].tolist()
-
-
-def _text_reader(array: pa.Array) -> ReadValues:
-    """Returns a function from rows to their texts, read from the array's buffers."""
-    # Buffers: which values are null, the offset of each text, and all texts one after another.
-    _, offsets, text = array.buffers()
-    # Offsets of a large_string have 64 bits.
-    width = np.int32 if pa.types.is_string(array.type) else np.int64
-    # The buffers of a slice begin before it.
-    bounds = np.frombuffer(offsets or b"", width)[array.offset :]
-    # An array of empty texts has no buffer of them.
-    data = memoryview(text or b"")
-
-    def read(rows: np.ndarray) -> list[str]:
-        spans = zip(bounds[rows].tolist(), bounds[rows + 1].tolist())
-        return [str(data[start:stop], "utf-8") for start, stop in spans]
+    def read(rows: Sequence[int]) -> list[Any]:
+        if read_few is None or len(rows) > MAX_SINGLE_ROWS:
+            return array.take(int_array(np.asarray(rows))).to_pylist()
+        values = read_few(rows)
+        if bits is None:
+            return values
+        # The buffers of a slice begin before it.
+        places = [row + array.offset for row in rows]
+        is_valid = [bits[place >> 3] >> (place & 7) & 1 for place in places]
+        return [value if valid else None for value, valid in zip(values, is_valid)]
 
     return read
+
+
+def _numbers_reader(array: pa.Array) -> ReadValues:
+    """Returns a function from rows to their numbers, whatever stands in the place of nulls."""
+    kind: Any = np.dtype(array.type.to_pandas_dtype()).char
+    values = memoryview(array.buffers()[1] or b"").cast("B").cast(kind)[array.offset :]
+    return lambda rows: [values[row] for row in rows]
