@@ -21,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
 import jax
 import pytest
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook finds it by name
@@ -32,6 +33,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHAPED = ("core", "kernels", "towers", "objectives", "training", "index", "evaluation")
 # In the first worker alone: shapes are checked whenever a program is traced, which costs an eighth
 # of the time of all tests, and each worker runs another part of them in every run.
+# They are checked in the tests of these packages; whole runs trace the same functions again.
+CHECKED = (*SHAPED, "conformance")
 if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
     install_import_hook([f"twotower.{name}" for name in SHAPED], "tests.typechecking.checked")
 # Only after the hook, which looks at modules when they are imported.
@@ -65,6 +68,13 @@ def pytest_collection_finish() -> None:
     cases, which live to the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Checks shapes in the tests of the packages whose signatures carry them."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    shape_checks.update("jaxtyping_disable", folder not in CHECKED)
 
 
 @pytest.fixture

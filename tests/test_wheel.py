@@ -16,13 +16,14 @@ import twotower
 from tests.extras import extra
 
 ROOT = Path(__file__).parents[1]
-# One process for the three commands that follow a training: each start costs seconds.
-THREE_COMMANDS = """
+# One process for the commands that follow a training: each start costs seconds. `evaluate` is left
+# out: that the wheel holds every file of the package is seen in its list.
+COMMANDS = """
 import sys
 import twotower
 from twotower.__main__ import main
 print(twotower.__file__)
-for arguments in (["export"], ["evaluate", "--k=5"], ["query", "--user=1", "--k=3"]):
+for arguments in (["export"], ["query", "--user=1", "--k=3"]):
     sys.argv = ["twotower", arguments[0], "--workdir=run", *arguments[1:]]
     try:
         main()
@@ -119,12 +120,13 @@ def test_it_trains_and_answers_in_an_empty_folder(wheel, tmp_path):
         )
 
     train = ["-m", "twotower", "train", "--config=quickstart", "--workdir=run"]
-    options = ["data.num_interactions=2000", "training.steps=4", "training.validate_every=4"]
+    options = ["data.num_interactions=1000", "training.batch_size=64", "training.steps=4"]
+    options.append("training.validate_every=4")
     done = run(*train, *(f"--config.{option}" for option in options))
     assert done.returncode == 0, done.stderr
-    done = run("-c", THREE_COMMANDS)
+    done = run("-c", COMMANDS)
     # Of the last command, as it is given where no checkout is.
     assert "twotower train --config=quickstart --workdir=nowhere" in done.stderr, done.stderr
     assert str(tmp_path / "installed") in done.stdout
-    assert "recall@5" in done.stdout and "Recommended to user 1:" in done.stdout
+    assert "Recommended to user 1:" in done.stdout
     assert [path.name for path in folder.iterdir()] == ["run"]

@@ -17,6 +17,7 @@ import pytest
 
 from tests.reliability.faults import Faults, Killed
 from tests.training import tiny_config
+from tests.training.conftest import shared_programs  # noqa: F401  pytest finds it by name
 from twotower import api
 from twotower.config import from_dict
 from twotower.core.errors import BusyError, ConfigError, PreemptedError

@@ -89,6 +89,8 @@ def cached_by_program(build):
 
 def _gather_key(x):
     """What tells a mesh, or the method that gathers a batch, from another one."""
+    if isinstance(x, functools.partial):
+        return _gather_key(x.func), *sorted(x.keywords.items())
     if not hasattr(x, "__self__"):
         return x
     examples = x.__self__._examples
