@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config
-from twotower.core.arrow import pc
+from twotower.core.arrays import stable_argsort
+from twotower.core.arrow import pc, plain_text
 from twotower.core.codes import distinct, positions
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.data.audit import audit, check_fitted, drop_repeats
-from twotower.data.contract import Contract
+from twotower.data.contract import KEYS, Contract
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
 from twotower.data.interactions import Split, timestamps
@@ -359,7 +360,10 @@ def join_parts(prepared: PreparedData) -> Dataset:
     """Returns the log that data was prepared from, in file order, as its filters had left it."""
     raw = prepared.raw
     log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-    order = np.argsort(raw.joined_file_positions(), kind="stable")
+    # As text, with which further rows may be joined.
+    for key in KEYS:
+        log = log.set_column(log.column_names.index(key), key, plain_text(log[key]))
+    order = stable_argsort(raw.joined_file_positions())
     # With the ids that the corpus was restricted from.
     dataset = assemble(log.take(pa.array(order)), prepared.users, prepared.items)
     truth = prepared.truth
