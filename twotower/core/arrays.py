@@ -239,6 +239,11 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[chosen.astype(int)]
 
 
+def index_type(count: int) -> type[np.signedinteger]:
+    """Returns the smaller of int32 and int64 that numbers so many rows."""
+    return np.int32 if count < 2**31 else np.int64
+
+
 def stable_argsort(keys: np.ndarray) -> np.ndarray:
     """Returns the positions of integers in ascending order, int64 [N]; equal ones keep their order.
 
@@ -260,7 +265,7 @@ def stable_argsort(keys: np.ndarray) -> np.ndarray:
     packed = keys.astype(np.int64)
     packed -= low
     packed <<= bits
-    packed |= np.arange(count, dtype=np.int32 if bits < 32 else np.int64)
+    packed |= np.arange(count, dtype=index_type(count))
     packed.sort()
     packed &= (1 << bits) - 1
     return packed

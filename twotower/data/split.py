@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import SplitConfig
+from twotower.core.arrays import index_type
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
 from twotower.core.kinds import Kinds
@@ -58,7 +59,10 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     # A part for each row instead of three tables, so that rows keep their file order.
     part_of_row = divide(interactions, config)
     # Kept because file order breaks ties of time when the parts are joined again.
-    positions = [np.flatnonzero(part_of_row == part) for part in range(len(PARTS))]
+    positions = []
+    for part in range(len(PARTS)):
+        rows = np.flatnonzero(part_of_row == part)
+        positions.append(rows.astype(index_type(len(part_of_row))))
     tables = [_rows_at(interactions, rows) for rows in positions]
     # Train is always needed; a part with a share of 0 may be empty.
     is_needed = (True, config.validation > 0, config.test > 0)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrays import stable_argsort
+from twotower.core.arrays import index_type, stable_argsort
 from twotower.core.arrow import join_chunks, plain_text
 from twotower.core.errors import ConfigError
 from twotower.data.interactions import Split
@@ -37,6 +37,9 @@ KNOWN_PARTS = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 
 # Part of a split -> the events that it reads. Validation rows know what training rows know.
 _EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
 
+# Rows whose spans are made at once.
+_BLOCK = 2**22
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Histories:
@@ -49,12 +52,13 @@ class Histories:
         reads: Array name -> [V, ...], the features of an item that are read beside its id, by the
             row of the id.
         offsets: "train", "test" or "now" -> int64 [U + 1], the first event of each user.
-        orders: The same keys -> int64 [events], the position of each event among the rows of all
+        orders: The same keys -> int32 [events], the position of each event among the rows of all
             parts joined.
         spans: Part -> int32 [rows, 2 or 3], the history of each of its rows: first event, one after
             the last and, where the feature has a `request_gap`, the bucket of the time from the
             last event to the row.
-        times: int64 [M], the time of each event in seconds; empty in a log without times.
+        times: int64 [M], the time of each event in seconds; empty in a log without times, and where
+            the feature has neither `gaps` nor a `request_gap`.
     """
 
     feature: HistoryFeature
@@ -147,46 +151,48 @@ def build_histories(
     Raises:
         ConfigError: The log lacks a column that the feature reads.
     """
-    log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-    user = np.concatenate(users)
-    time = _join_times(users, times)
-    _check_columns(feature, log, has_times=time is not None)
-    event_names = log["event"] if "event" in log.column_names else None
-    columns = encode_events(feature, fitted, log["item_id"], event_names, time)
-    rows = _rows_by_user(user, time, columns, raw)
-
+    rows = _rows_by_user(feature, fitted, raw, users, times)
     offsets: dict[str, np.ndarray] = {}
     orders: dict[str, np.ndarray] = {}
-    blocks: list[dict[str, np.ndarray]] = []
-    moments = [np.zeros(0)]
+    times_of_levels: list[np.ndarray] = []
     start = 0
     for name in ("train", "test", "now"):
         is_known = rows.are_known_to(name)
-        block = {array: values[is_known] for array, values in rows.columns.items()}
         if rows.time is not None:
-            moments.append(rows.time[is_known])
-            block |= _time_arrays(feature, moments[-1])
-        orders[name] = rows.order[is_known]
-        counts = np.bincount(rows.user[is_known], minlength=num_users)
-        offsets[name] = start + np.append(0, np.cumsum(counts))
-        blocks.append(block)
+            times_of_levels.append(rows.time[is_known])
+        orders[name] = rows.order if is_known.all() else rows.order[is_known]
+        # By user: each user's events begin where those of the users before end.
+        bounds = np.searchsorted(rows.user[is_known], np.arange(num_users + 1))
+        offsets[name] = start + bounds
         start += len(orders[name])
-
-    events = {array: np.concatenate([block[array] for block in blocks]) for array in blocks[0]}
-    event_times = np.concatenate(moments[1:] or moments)
+    events = {}
+    for array in [*rows.columns]:
+        events[array] = _join_levels(rows.columns.pop(array), rows, orders)
+    blocks = [_time_arrays(feature, known) for known in times_of_levels]
+    for array in blocks[0] if blocks else ():
+        events[array] = np.concatenate([block[array] for block in blocks])
+    event_times = np.concatenate([np.zeros(0, np.int64), *times_of_levels])
     spans = {}
-    part_start = 0
+    first_row = 0
     for number, (name, level) in enumerate(_EVENTS_READ_BY.items()):
-        positions = np.flatnonzero(rows.part == number)
-        begin = offsets[level][rows.user[positions]]
-        end = offsets[level][0] + rows.count_earlier(level)[positions]
-        row_times = np.nan if rows.time is None else rows.time[positions]
-        by_user = _spans(feature, begin, end, event_times, row_times)
-        spans[name] = np.empty_like(by_user)
-        spans[name][rows.order[positions] - part_start] = by_user
-        part_start += len(by_user)
+        spans[name] = _spans_of_part(
+            feature, rows, number, offsets[level], rows.count_earlier(level), event_times, first_row
+        )
+        first_row += len(spans[name])
     reads = read_arrays(feature, fitted)
     return Histories(feature, events, reads, offsets, orders, spans, event_times)
+
+
+def _join_levels(
+    values: np.ndarray, rows: _RowsByUser, orders: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Returns the values of the rows that each level knows, one level after the other."""
+    lengths = [len(order) for order in orders.values()]
+    joined = np.empty((sum(lengths), *values.shape[1:]), values.dtype)
+    starts = np.cumsum([0, *lengths])
+    for name, start, length in zip(orders, starts, lengths):
+        joined[start : start + length] = values[rows.are_known_to(name)]
+    return joined
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,18 +202,20 @@ class _RowsByUser:
     In this order running counts tell each row's past, which otherwise is searched for.
 
     Attributes:
-        order: int64 [N], position of each among the joined rows of the parts.
+        order: int32 [N], position of each among the joined rows of the parts.
         part: int8 [N], number of the part of each.
         user: int32 [N], row of the users table.
-        time: int64 [N], seconds; None in a log without times.
+        is_same_moment: bool [N], whether user and time are those of the row before.
+        time: int64 [N], seconds; None where the feature keeps no times.
         columns: Array name -> [N, ...], the row as an event.
     """
 
     order: np.ndarray
     part: np.ndarray
     user: np.ndarray
+    is_same_moment: np.ndarray
     time: np.ndarray | None
-    columns: Mapping[str, np.ndarray]
+    columns: dict[str, np.ndarray]
 
     def are_known_to(self, level: str) -> np.ndarray:
         """Marks the rows that those of a part may know of: bool [N]."""
@@ -219,37 +227,97 @@ class _RowsByUser:
 
         Of the rows of one moment none counts another, nor a row itself.
         """
-        # int32 as spans are.
-        counts = np.cumsum(self.are_known_to(level), dtype=np.int32)
-        counts = np.append(np.int32(0), counts[:-1])
-        # Without times each row is a moment of its own.
-        if self.time is None:
-            return counts
-        is_same = (self.user[1:] == self.user[:-1]) & (self.time[1:] == self.time[:-1])
+        counts = np.zeros(len(self.part) + 1, np.int32)
+        np.cumsum(self.are_known_to(level), out=counts[1:])
+        counts = counts[:-1]
         # The counts never fall: the greatest of those that begin a moment is that of the last.
-        counts[1:][is_same] = 0
-        return np.maximum.accumulate(counts)
+        counts[self.is_same_moment] = 0
+        return np.maximum.accumulate(counts, out=counts)
 
 
 def _rows_by_user(
-    user: np.ndarray,
-    time: np.ndarray | None,
-    columns: Mapping[str, np.ndarray],
+    feature: HistoryFeature,
+    fitted: Fitted,
     raw: Split,
+    users: Sequence[np.ndarray],
+    times: Sequence[np.ndarray | None],
 ) -> _RowsByUser:
-    """Sorts the joined rows of a split; see `_RowsByUser`."""
-    # The file is in order already, and so is the time of most logs.
-    order = stable_argsort(raw.joined_file_positions())
-    for keys in (time, user):
-        if keys is not None:
-            by_key = keys[order]
-            order = order[stable_argsort(by_key)]
+    """Sorts the joined rows of a split; see `build_histories` and `_RowsByUser`."""
+    log = pa.concat_tables(raw.tables, promote_options="default")
+    time = _join_times(users, times)
+    _check_columns(feature, log, has_times=time is not None)
+    event_names = log["event"] if "event" in log.column_names else None
+    columns = encode_events(feature, fitted, log["item_id"], event_names, time)
+    user = np.concatenate(users).astype(np.int32, copy=False)
+    order = _order(user, time, raw)
+    user = user[order]
+    for name, values in columns.items():
+        columns[name] = values[order]
     ends = np.cumsum([len(raw.train), len(raw.validation)])
-    part = np.searchsorted(ends, order, side="right").astype(np.int8)
+    part = (order >= ends[0]).astype(np.int8)
+    part += order >= ends[1]
+    # Without times each row is a moment of its own.
+    is_same = np.zeros(len(order), bool)
     if time is not None:
         time = time[order]
-    columns = {array: values[order] for array, values in columns.items()}
-    return _RowsByUser(order, part, user[order], time, columns)
+        is_same[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    if not _keeps_times(feature):
+        time = None
+    return _RowsByUser(order, part, user, is_same, time, columns)
+
+
+def _order(user: np.ndarray, time: np.ndarray | None, raw: Split) -> np.ndarray:
+    """Returns the joined rows by user, then in time, then as the file has them, int32 [N]."""
+    order = None
+    for keys in (raw.joined_file_positions(), time, user):
+        if keys is None:
+            continue
+        ordered = keys if order is None else keys[order]
+        # Files are in order already, and so are the times of most.
+        if (ordered[:-1] <= ordered[1:]).all():
+            continue
+        by_key = stable_argsort(ordered).astype(index_type(len(ordered)))
+        order = by_key if order is None else order[by_key]
+    if order is None:
+        order = np.arange(len(user), dtype=index_type(len(user)))
+    return order
+
+
+def _keeps_times(feature: HistoryFeature) -> bool:
+    """Returns whether the feature reads the times between events, or from one to the request."""
+    return bool(feature.gaps or feature.request_gap)
+
+
+def _spans_of_part(
+    feature: HistoryFeature,
+    rows: _RowsByUser,
+    number: int,
+    offsets: np.ndarray,
+    earlier: np.ndarray,
+    event_times: np.ndarray,
+    first_row: int,
+) -> np.ndarray:
+    """Returns the spans int32 [rows, 2 or 3] of the rows of a part.
+
+    Args:
+        feature: The history feature.
+        rows: Rows of all parts.
+        number: Number of the part.
+        offsets: First event of each user among those that the part reads, int64 [U + 1].
+        earlier: Number of these events before each row of all parts, int32 [N].
+        event_times: Time of each event in seconds; empty where the feature keeps none.
+        first_row: Position of the part's first row among the joined rows.
+    """
+    count = np.count_nonzero(rows.part == number)
+    spans = np.zeros((count, 3 if feature.request_gap else 2), np.int32)
+    for start in range(0, len(rows.part), _BLOCK):
+        positions = start + np.flatnonzero(rows.part[start : start + _BLOCK] == number)
+        begin = offsets[rows.user[positions]]
+        end = offsets[0] + earlier[positions]
+        row_times = np.nan if rows.time is None else rows.time[positions]
+        block = _spans(feature, begin, end, event_times, row_times)
+        spans[rows.order[positions] - first_row] = block
+    return spans
 
 
 def _join_times(
