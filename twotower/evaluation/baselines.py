@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import numpy as np
+from absl import logging
 
 from twotower.core.errors import choose
 from twotower.evaluation.evaluate import Scores, dot_scores
+from twotower.evaluation.item_graph import make_item_graph
 from twotower.evaluation.item_to_item import make_item_to_item
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.batches import Rows
@@ -23,11 +25,13 @@ NAMES = (
     "popularity",
     "popularity_top_quantile",
     "popularity_last_week",
+    "item_graph",
     "item_knn",
     "ease",
     "true_preferences",
 )
 WEEK = 7 * 24 * 3600  # seconds
+MAX_GRAPH_ROWS = 20_000_000  # ten transitions a row, of 12 bytes each
 TOP_SHARE = 0.1  # share of the items that count as popular, the "top quantile"
 
 
@@ -37,8 +41,8 @@ def make_baselines(
     """Makes the scores of the queries by every baseline that the data allows, by name.
 
     "random", "popularity" and "popularity_top_quantile" always; "popularity_last_week" where rows
-    have timestamps; "item_knn" and "ease" where the log is not too large for them; and
-    "true_preferences" where the data was generated.
+    have timestamps; "item_graph", "item_knn" and "ease" where the log is not too large for them;
+    and "true_preferences" where the data was generated.
 
     Args:
         prepared: Prepared data of a run.
@@ -69,6 +73,15 @@ def make_baselines(
     tuning = None
     if len(prepared.positives("validation")):
         tuning = _tuning_queries(prepared)
+    if "item_graph" not in without and len(train) <= MAX_GRAPH_ROWS:
+        baselines["item_graph"] = make_item_graph(train_items, queries, tuning)
+    elif "item_graph" not in without:
+        logging.warning(
+            "item_graph is left out: it joins neighbours in %d rows, and more than %d take too "
+            "much memory.",
+            len(train),
+            MAX_GRAPH_ROWS,
+        )
     baselines |= make_item_to_item(train_items, queries, tuning, without=without)
     if prepared.truth is not None:
         truth = prepared.truth

@@ -79,7 +79,7 @@ def _tuned_knn(train: Ragged, num_items: int, tuning: Queries | None) -> ItemMod
         return neighbour_model(near[:, :count], similarity[:, :count])
 
     # NDCG may rise again after it fell, so that all numbers of neighbours are tried.
-    return _best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
+    return best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
 
 
 def _tuned_ease(train: Ragged, num_items: int, tuning: Queries | None) -> ItemModel:
@@ -97,7 +97,7 @@ def _tuned_ease(train: Ragged, num_items: int, tuning: Queries | None) -> ItemMo
     def make_ease(ridge: float) -> ItemModel:
         return linear_model(ease(gram, ridge))
 
-    return _best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
+    return best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
 
 
 def _inversion_seconds(num_items: int, *, sample: int = 500) -> float:
@@ -209,7 +209,7 @@ def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
     ends = np.arange(0, near.size + 1, count)
     # float64: sums of equal cosines must be equal whatever their order.
     cosines = similarity.ravel().astype(np.float64)
-    weights = _sparse_array(cosines, near.ravel(), ends, num_columns=num_items)
+    weights = sparse_array(cosines, near.ravel(), ends, num_items)
 
     def scores(seen: Any) -> np.ndarray:
         return (seen.astype(np.float64) @ weights).toarray().astype(np.float32)
@@ -235,11 +235,11 @@ def _make_item_model(score: Callable[[Any], np.ndarray], num_items: int) -> Item
 def _binary_matrix(lists: Ragged, num_items: int) -> Any:
     """Returns the sparse matrix of lists by items, 1 where a list has one: float32 [R, N]."""
     ones = np.ones(len(lists.values), np.float32)
-    return _sparse_array(ones, lists.values, lists.offsets, num_columns=num_items)
+    return sparse_array(ones, lists.values, lists.offsets, num_items)
 
 
-def _sparse_array(
-    values: np.ndarray, columns: np.ndarray, offsets: np.ndarray, *, num_columns: int
+def sparse_array(
+    values: np.ndarray, columns: np.ndarray, offsets: np.ndarray, num_columns: int
 ) -> Any:
     """Returns a sparse array of scipy of which row r is `values[offsets[r]:offsets[r + 1]]`."""
     # Imported where it is used, as in `ease`.
@@ -249,7 +249,7 @@ def _sparse_array(
     return scipy.sparse.csr_array((values, columns, offsets), shape=shape)
 
 
-def _best_model(
+def best_model(
     title: str,
     values: Sequence[T],
     make: Callable[[T], ItemModel],
@@ -273,7 +273,7 @@ def _best_model(
     for value in progress(values, total=len(values), what=title):
         model = make(value)
         ndcg = evaluate(model(tuning), tuning, (10,), mask_seen=True)["ndcg@10"]
-        logging.info("%s %g: NDCG@10 %.4f on validation.", title, value, ndcg)
+        logging.info("%s %s: NDCG@10 %.4f on validation.", title, value, ndcg)
         if ndcg > best_ndcg:
             best = model
             best_ndcg = ndcg

@@ -1,0 +1,122 @@
+"""The item-transition graph: the items that users took soon after and before their last ones.
+
+Nothing is trained: it counts which items stand near each other in the users' lists, and asks the
+neighbours of a user's last items, and theirs. In logs of sequences few models are ahead of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from twotower.core.arrays import Ragged
+from twotower.evaluation.evaluate import Scores
+from twotower.evaluation.item_to_item import ItemModel, best_model, sparse_array
+from twotower.evaluation.queries import Queries
+
+WINDOW = 5  # greatest distance of two items that are joined
+BACKWARD = 0.7  # weight of a transition read backwards, to that of one forwards
+POPULARITY = 0.2  # power of an item's popularity that its score is divided by
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A way to ask the graph.
+
+    Attributes:
+        items: Number of a user's last items to start from.
+        decay: Weight of each item to that of the next later one.
+        second: Weight of the second step to that of the first.
+    """
+
+    items: int
+    decay: float
+    second: float
+
+    def __str__(self) -> str:
+        return f"the last {self.items}, decay {self.decay}, second step {self.second}"
+
+
+WALKS = (
+    Walk(items=1, decay=1.0, second=0.5),
+    Walk(items=2, decay=0.5, second=0.5),
+    Walk(items=2, decay=0.5, second=0.0),
+    Walk(items=5, decay=0.7, second=0.5),
+)
+
+
+def make_item_graph(sequences: Ragged, queries: Queries, tuning: Queries | None) -> Scores:
+    """Makes the scores of "item_graph".
+
+    Args:
+        sequences: Items of each user in training, the latest last.
+        queries: Queries to score. One without seen items gets 0 for all.
+        tuning: Validation queries, whose NDCG@10 with seen items masked chooses the walk; None
+            takes a middle one.
+    """
+    steps = transition_shares(sequences, queries.num_items)
+    popularity = np.bincount(sequences.values, minlength=queries.num_items)
+    discount = np.maximum(popularity, 1.0) ** -POPULARITY
+
+    def make(walk: Walk) -> ItemModel:
+        return _walk_model(steps, discount, walk)
+
+    return best_model("item_graph: walk", WALKS, make, tuning, stop_early=False)(queries)
+
+
+def transition_shares(sequences: Ragged, num_items: int) -> Any:
+    """Returns the share of each item's transitions that lead to each other item.
+
+    Two items d positions apart, of one user, are 1 / d of a transition from the earlier to the
+    later one, and `BACKWARD` / d of one back.
+
+    Args:
+        sequences: Items of each user, the latest last.
+        num_items: Number of items in the corpus, N.
+
+    Returns:
+        Sparse array of scipy, float64 [N, N], whose rows sum to 1 or to 0.
+    """
+    users = sequences.rows
+    items = sequences.values
+    total = sparse_array(np.zeros(0), np.zeros(0, int), np.zeros(num_items + 1, int), num_items)
+    for distance in range(1, WINDOW + 1):
+        earlier = items[:-distance]
+        later = items[distance:]
+        # An item does not lead to itself: that a user comes back is what masking takes out.
+        joined = (users[:-distance] == users[distance:]) & (earlier != later)
+        lists = Ragged.from_pairs(earlier[joined], later[joined], num_rows=num_items)
+        weights = np.full(len(lists.values), 1.0 / distance)
+        forward = sparse_array(weights, lists.values, lists.offsets, num_items)
+        # Sums of sparse arrays keep each pair once.
+        total = total + forward + BACKWARD * forward.T.tocsr()
+    lengths = np.maximum(total.sum(1), 1e-9)
+    total.data /= np.repeat(lengths, np.diff(total.indptr))
+    return total
+
+
+def _walk_model(steps: Any, discount: np.ndarray, walk: Walk) -> ItemModel:
+    def scores(starts: Any) -> np.ndarray:
+        first = starts @ steps
+        reached = first
+        if walk.second:
+            # Of the few items of a block of queries: the square of the graph is much larger.
+            reached = first + walk.second * (first @ steps)
+        return (reached.toarray() * discount).astype(np.float32)
+
+    def model(queries: Queries) -> Scores:
+        return lambda block: scores(_starts(queries.seen_lists(block), walk, len(discount)))
+
+    return model
+
+
+def _starts(seen: Ragged, walk: Walk, num_items: int) -> Any:
+    """Returns the last items of lists with their weights, a sparse array [b, N]."""
+    # The number of later items in the list of each item.
+    later = seen.offsets[1:][seen.rows] - np.arange(1, len(seen.values) + 1)
+    is_start = later < walk.items
+    kept = seen.filter(is_start)
+    weights = walk.decay ** later[is_start].astype(float)
+    return sparse_array(weights, kept.values, kept.offsets, num_items)
