@@ -2,6 +2,7 @@
 
 import datetime
 
+import jax
 import numpy as np
 import pytest
 
@@ -129,3 +130,13 @@ def test_unknown_users_are_those_of_a_table(retriever):
         row = retriever.user_rows.encode_one({"user_id": name})
         np.testing.assert_array_equal(found, retriever.bundle.towers.embed("user", row)[0])
         np.testing.assert_allclose(found, vector, atol=1e-6)
+
+
+def test_after_warming_no_request_compiles(retriever, caplog):
+    said = retriever.warm(4)
+    assert said == "Compiled the user tower for 1, 2 and 4 rows and the item tower for 1."
+    with jax.log_compiles(True):
+        retriever.recommend("nobody")
+        retriever.encode_users([{"user_id": "x"}, {"user_id": "y"}, {"city": "Cairo"}])
+        retriever.encode_items([{"item_id": "new"}])
+    assert "Compiling" not in caplog.text

@@ -60,6 +60,7 @@ __all__ = [
 # Users whose candidates are in memory together: one call of the tower programs.
 USERS_AT_ONCE = BATCH
 MAX_WEIGHT = 1e30  # of popularity, in either direction
+MAX_WARMED = 1_024  # excluded items up to which search is compiled beforehand
 MAX_LISTED = 2**24  # entries of the lists that are in memory together
 
 
@@ -369,6 +370,35 @@ class Retriever:
         if not items and filters.where:
             note = _note_of_none(snapshot, filters.where)
         return Recommendations(items, note=note)
+
+    def warm(self, up_to: int = 1) -> str:
+        """Does what the first request of each kind would wait for, and says what it did.
+
+        The towers are compiled for one user and for each power of two of users up to a number,
+        which `recommend_many` and `encode_users` pad to, and for one item, as an upsert has it, and
+        lists are searched once. A server calls it before it says that it is ready.
+
+        >>> tt.Retriever.load("runs/mine/bundle").warm(4)
+        'Compiled the user tower for 1, 2 and 4 rows and the item tower for 1.'
+
+        Args:
+            up_to: Greatest number of unknown users that a request has.
+        """
+        towers = self.bundle.towers
+        rows = self.user_rows.encode_one({})
+        sizes = towers.warm("user", rows, up_to=check_k(up_to, "up_to"))
+        no_item = pa.table({"item_id": pa.nulls(1, pa.string())})
+        towers.warm("item", self.bundle.encoder.encode("item", no_item), up_to=1)
+        # Exact search is compiled for each power of two of excluded items.
+        snapshot = self._live.catalogue.snapshot
+        vector = np.eye(1, towers.dim, dtype=np.float32)
+        excluded = 0
+        while excluded <= min(MAX_WARMED, 2 * self.bundle.seen.longest, len(snapshot.base)):
+            snapshot.search(vector, 10, exclude=Ragged.one(np.arange(excluded, dtype=np.int32)))
+            excluded = max(1, 2 * excluded)
+        listed = ", ".join(map(str, sizes[:-1]))
+        listed = f"{listed} and {sizes[-1]} rows" if listed else "1 row"
+        return f"Compiled the user tower for {listed} and the item tower for 1."
 
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """Returns the last `k` items of a user, the latest first; none of an unknown user."""

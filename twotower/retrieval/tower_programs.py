@@ -115,6 +115,24 @@ class TowerPrograms:
             vectors[start : start + rows] = np.asarray(embedded)[:rows]
         return vectors
 
+    def warm(self, side: str, features: Mapping[str, np.ndarray], *, up_to: int) -> list[int]:
+        """Compiles the program of a tower for each size that `embed` pads to.
+
+        Args:
+            side: "user" or "item".
+            features: Encoded features of one row, [1, ...] each.
+            up_to: Greatest number of rows.
+
+        Returns:
+            The sizes, powers of two.
+        """
+        sizes = [1]
+        while sizes[-1] < min(up_to, BATCH):
+            sizes.append(2 * sizes[-1])
+        for size in sizes:
+            self.embed(side, {name: np.repeat(x, size, axis=0) for name, x in features.items()})
+        return sizes
+
 
 @runtime_checkable
 class Weights(Protocol):
