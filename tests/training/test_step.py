@@ -68,7 +68,8 @@ def _dense_gradients(trainer, state, batch):
             losses = (losses + other) / 2
         return jnp.sum(losses * batch["weight"]) / batch["weight"].sum()
 
-    return jax.value_and_grad(loss, (0, 1))(state.params, state.tables)
+    # Jitted, since its operations one by one would be compiled one by one.
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(state.params, state.tables)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
