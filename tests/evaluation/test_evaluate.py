@@ -64,6 +64,8 @@ def oracle(scores, queries, k, mask_seen):
             if top
             else 0.0,
             "never_trained": np.mean([queries.counts[n] == 0 for n in top]) if top else 0.0,
+            "average_popularity": np.mean([queries.counts[n] for n in top]) if top else 0.0,
+            "short_list": len(top) < k,
         }.items():
             totals[name] = totals.get(name, 0.0) + value
     result = {name: value / used for name, value in totals.items()} | {

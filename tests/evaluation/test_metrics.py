@@ -165,6 +165,21 @@ def test_never_trained_counts_only_real_items():
     assert jax.jit(metrics.never_trained)(counts, where=where).tolist() == [0.5, 0.0]
 
 
+def test_gini_is_the_mean_difference_of_two_items_over_twice_the_mean():
+    exposures = np.random.default_rng(0).integers(0, 50, 40)
+    apart = np.abs(exposures[:, None] - exposures[None, :])
+    # Of pairs of two items: an item is not compared with itself.
+    expected = apart.sum() / (40 * 39) / (2 * exposures.mean())
+    assert metrics.gini(exposures) == pytest.approx(expected)
+    assert metrics.gini(np.array([0, 0, 9])) == pytest.approx(1.0)
+    assert metrics.gini(np.array([3, 3, 3])) == metrics.gini(np.zeros(3, int)) == 0.0
+
+
+def test_the_long_tail_is_what_the_most_popular_fifth_is_not():
+    tail = metrics.is_long_tail(np.array([5, 9, 9, 0, 1, 2, 3, 4, 6, 7]))
+    assert np.flatnonzero(~tail).tolist() == [1, 2]
+
+
 def test_coverage():
     assert metrics.coverage(jnp.array([True, False, False, True])) == 0.5
 

@@ -188,6 +188,8 @@ class _Lists:
         for name, values in self._item_values.items():
             means = metrics.means_at(values[rows], is_filled, self._ks)
             figures |= {f"{name}@{k}": mean for k, mean in zip(self._ks, means)}
+        lengths = is_filled.sum(1)
+        figures |= {f"short_list@{k}": (lengths < k).astype(float) for k in self._ks}
         for name, values in figures.items():
             self._values.setdefault(name, []).append(values)
         # Coverage is over the same queries as the means.
@@ -210,6 +212,7 @@ class _Lists:
             # Those of the ranks after the next smaller length were counted for this one.
             exposures += self._exposures[k]
             result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
+            result[f"gini@{k}"] = metrics.gini(exposures)
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
         return Evaluation(result, joined, self._is_answerable)
@@ -221,6 +224,8 @@ def _item_values(queries: Queries) -> dict[str, np.ndarray]:
     information = metrics.self_information(counts, int(counts.sum()), len(counts))
     return {
         "novelty": np.asarray(information),
+        "average_popularity": counts.astype(float),
+        "long_tail": metrics.is_long_tail(counts).astype(float),
         "never_trained": (counts == 0).astype(float),
     }
 
@@ -428,7 +433,7 @@ def check_metric_name(config: Config) -> None:
     # Without validation rows nothing is measured, and the name is not read.
     if not config.split.validation:
         return
-    names = (*metrics.RANKING_METRICS, "novelty", "never_trained", "coverage")
+    names = (*metrics.RANKING_METRICS, *metrics.LIST_METRICS, *metrics.CORPUS_METRICS)
     # Numbers of queries are measured too; that they choose no checkpoint is said by training.
     known = ["queries", "queries_without_answer"]
     synonyms = {}

@@ -237,6 +237,40 @@ def coverage(recommended: Bool[Array, " N"]) -> Float[Array, ""] | float:
     return recommended.mean()
 
 
+def gini(exposures: Int[Array, " N"]) -> float:
+    """Returns how unequally often items are recommended: 0 if all are alike, 1 if one has all.
+
+    The Gini coefficient, sum_i (2 i - N - 1) x_i / ((N - 1) sum_i x_i) with rising x, of all items
+    of the corpus; 0 where nothing is recommended. It belongs to all lists together, like coverage.
+
+    Args:
+        exposures: Number of lists that hold each item.
+    """
+    rising = np.sort(np.asarray(exposures)).astype(np.float64)
+    count = len(rising)
+    total = rising.sum()
+    if count < 2 or not total:
+        return 0.0
+    ranks = 2.0 * np.arange(1, count + 1) - count - 1.0
+    return float((ranks * rising).sum() / ((count - 1) * total))
+
+
+def is_long_tail(counts: Int[Array, " N"], *, head: float = 0.2) -> np.ndarray:
+    """Returns which items are not among the share `head` with the most training rows, bool [N].
+
+    The mean over a list is APLT, the average percentage of long-tail items (Abdollahpouri et al.,
+    Managing popularity bias in recommender systems with personalized re-ranking, FLAIRS 2019).
+    """
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    tail = np.ones(len(order), bool)
+    tail[order[: round(head * len(order))]] = False
+    return tail
+
+
+# Metrics of lists besides their hits: what is listed, whether it is right or not.
+LIST_METRICS = ("novelty", "average_popularity", "long_tail", "never_trained", "short_list")
+# Metrics of all lists together.
+CORPUS_METRICS = ("coverage", "gini")
 # Metrics of accuracy by the name that reports print; all take (hits, num_relevant, where=).
 RANKING_METRICS = {
     "recall": recall,

@@ -14,13 +14,13 @@ from typing import Any
 from twotower.core.tables import format_table
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
-from twotower.evaluation.metrics import RANKING_METRICS
+from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
 from twotower.evaluation.report import INDEX_K
 from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
 
-TABLE_METRICS = (*RANKING_METRICS, "coverage", "novelty", "never_trained")
+TABLE_METRICS = (*RANKING_METRICS, *CORPUS_METRICS, *LIST_METRICS)
 EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
 SEED_METRICS = ("recall", "ndcg")  # those that papers report
 NO_RIVALS = ("random", "true_preferences")  # baselines that nobody would use, or can
