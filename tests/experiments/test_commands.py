@@ -86,6 +86,7 @@ def test_evaluate_writes_what_it_prints(exported):
         "popularity",
         "popularity_last_week",
         "popularity_top_quantile",
+        "item_graph",
         "item_knn",
         "ease",
         "true_preferences",
