@@ -127,8 +127,9 @@ def make_ours(users: np.ndarray, vectors: np.ndarray) -> dict[str, Ours]:
     Each build is made once, for all.
     """
     from twotower.config import from_dict
+    from twotower.index.base import Build
     from twotower.index.build import MIN_GAINS, build_index, builds_to_compare, save_index
-    from twotower.index.comparison import Build, fastest_index
+    from twotower.index.comparison import fastest_index
 
     made: dict[Build, tuple[Any, float]] = {}
     ours: dict[str, Ours] = {}

@@ -12,8 +12,9 @@ from twotower.config import RetrievalConfig
 from twotower.core.install import install_line
 from twotower.index import build as build_module
 from twotower.index import comparison
+from twotower.index.base import Build
 from twotower.index.build import build_index, builds_to_compare, load_index, save_index
-from twotower.index.comparison import Build, build_of, fastest_index, seconds_per_query
+from twotower.index.comparison import build_of, fastest_index, seconds_per_query
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.tuned import TunedIndex
@@ -168,7 +169,7 @@ def test_an_index_over_changed_vectors_is_built_as_before(vectors, monkeypatch):
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
     monkeypatch.setattr(build_module, "MIN_TREE_NUMBERS", 0)
     monkeypatch.setattr(build_module, "MIN_SCANN_VECTORS", 900)
-    monkeypatch.setattr(build_module, "fastest_index", None)  # nothing is compared
+    monkeypatch.setattr(comparison, "seconds_per_query", None)  # nothing is compared
     users, items = vectors
     config = RetrievalConfig(index="fastest", target_recall=0.8)
     options = {"normalized": True, "queries": users[:100]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -239,3 +239,20 @@ def _passes_quick_check(queries: np.ndarray, dim: int) -> bool:
         return bool(0.0 < np.vdot(queries, queries) < np.inf)
     squares = np.einsum("qd,qd->q", queries, queries)
     return bool(((squares > 0.0) & (squares < np.inf)).all())
+
+
+class Build(NamedTuple):
+    """A way to build an index.
+
+    Attributes:
+        kind: Key of `twotower.index.build.KINDS`.
+        leaves_per_root: Leaves for each of the root of N; None takes the kind's usual number.
+    """
+
+    kind: str
+    leaves_per_root: int | None = None
+
+    def __str__(self) -> str:
+        if self.leaves_per_root is None:
+            return self.kind
+        return f"{self.kind} ({self.leaves_per_root} leaves for each of the root of N)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from twotower.config import Config, RetrievalConfig
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.core.kinds import Kinds
-from twotower.index.base import TUNING_QUERIES, Index, LibraryIndex, check_vectors
-from twotower.index.comparison import Build, build_of, fastest_index
+from twotower.index.base import TUNING_QUERIES, Build, Index, LibraryIndex, check_vectors
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Vectors, append_coordinate, popularity_coordinate
 
@@ -81,6 +80,14 @@ LIBRARIES: Kinds[type[LibraryIndex]] = Kinds(
         "faiss_ivf": "twotower.index.inverted:InvertedIndex",
     },
 )
+# Those that choose among builds, and what chooses: loaded where there is a choice.
+CHOICES: Kinds[Callable[..., Index]] = Kinds(
+    "index",
+    {
+        "auto": "twotower.index.comparison:choose_index",
+        "fastest": "twotower.index.comparison:choose_index",
+    },
+)
 
 
 def build_index(
@@ -113,8 +120,6 @@ def build_index(
     vectors = check_vectors(vectors, what="item")
     num_items, dim = vectors.shape
     builds = builds_to_compare(config, num_items, dim, normalized=normalized)
-    if like is not None and len(builds) > 1:
-        builds = [build_of(like) or builds[0]]
     if builds[0].kind == "exact":
         return ExactIndex(vectors, normalized=normalized)
     # Items are worse to tune on than users, but a run may have none of these.
@@ -136,7 +141,7 @@ def build_index(
 
     if len(builds) == 1:
         return make(builds[0], vectors)
-    return fastest_index(
+    return CHOICES[config.index](
         builds,
         make,
         vectors,
@@ -144,6 +149,7 @@ def build_index(
         config.k,
         optimize_for=config.optimize_for,
         min_gain=MIN_GAINS[config.index],
+        like=like,
     )
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import evenly_spaced
-from twotower.index.base import TUNING_QUERIES, Index, check_queries
+from twotower.index.base import TUNING_QUERIES, Build, Index, check_queries
 from twotower.index.tuned import TunedIndex
 from twotower.index.tuning import Comparison
 
@@ -28,23 +27,6 @@ from twotower.index.tuning import Comparison
 MAX_COMPARED_ITEMS = 200_000
 ROUNDS = 5  # turns of two builds; the best of each counts
 SINGLE_QUERIES = 100  # single queries in a turn, whose median counts
-
-
-class Build(NamedTuple):
-    """A way to build an index.
-
-    Attributes:
-        kind: Key of `twotower.index.build.KINDS`.
-        leaves_per_root: Leaves for each of the root of N; None takes the kind's usual number.
-    """
-
-    kind: str
-    leaves_per_root: int | None = None
-
-    def __str__(self) -> str:
-        if self.leaves_per_root is None:
-            return self.kind
-        return f"{self.kind} ({self.leaves_per_root} leaves for each of the root of N)"
 
 
 def build_of(index: Index) -> Build | None:
@@ -56,6 +38,37 @@ def build_of(index: Index) -> Build | None:
         return Build(tuning.kind)
     leaves_per_root = round(tuning.num_leaves / tuning.num_items**0.5)
     return Build(tuning.kind, max(1, leaves_per_root))
+
+
+def choose_index(
+    builds: Sequence[Build],
+    make: Callable[[Build, np.ndarray], Index],
+    vectors: np.ndarray,
+    queries: ArrayLike,
+    k: int,
+    *,
+    optimize_for: str,
+    min_gain: float,
+    like: Index | None = None,
+) -> Index:
+    """Builds the index of `fastest_index`, or one built as an earlier one was.
+
+    Args:
+        builds: See `fastest_index`, like all arguments but the last.
+        make: (build, vectors) -> index.
+        vectors: float32 [N, D].
+        queries: float [Q, D], user vectors.
+        k: Length of the lists.
+        optimize_for: Use that is measured.
+        min_gain: Times as fast that another build must be.
+        like: Index over earlier vectors of the same model, whose build is taken without comparing
+            others again.
+    """
+    if like is not None:
+        return make(build_of(like) or builds[0], vectors)
+    return fastest_index(
+        builds, make, vectors, queries, k, optimize_for=optimize_for, min_gain=min_gain
+    )
 
 
 def fastest_index(
