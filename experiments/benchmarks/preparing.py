@@ -38,7 +38,7 @@ FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is writte
 WORKER = flags.DEFINE_string("worker", "", "What this process measures; for internal use.")
 
 PART = 1_000_000  # rows that are written at once
-START = 1_600_000_000  # seconds
+START = 1_400_000_000  # seconds
 SECONDS_A_ROW = 3
 WORDS = {"digits": ("", ""), "text": ("u", "i"), "long": ("0" * 23 + "-user", "0" * 23 + "-item")}
 
@@ -78,15 +78,14 @@ def write_log(path: str, rows: int, kind: str, words: tuple[str, str]) -> None:
         words: Text before the number of each user and of each item; empty for numbers.
     """
     rng = np.random.default_rng(0)
-    activity = np.cumsum(rng.lognormal(0, 1, count_shoppers(rows)))
-    activity /= activity[-1]
+    num_users = count_shoppers(rows)
     num_items = count_items(rows)
     # Numbers of users and items are in no order of activity or popularity.
-    names = (rng.permutation(len(activity)) + 10_000, rng.permutation(num_items) + 10_000)
+    names = (rng.permutation(num_users) + 10_000, rng.permutation(num_items) + 10_000)
     writer = None
     for start in range(0, rows, PART):
         count = min(PART, rows - start)
-        user = np.searchsorted(activity, rng.random(count))
+        user = (num_users * rng.random(count) ** 2).astype(np.int64)
         item = (num_items * rng.random(count) ** 3).astype(np.int64)
         times = START + SECONDS_A_ROW * (start + np.arange(count))
         part = pa.table(
@@ -117,6 +116,7 @@ def _ids(numbers: np.ndarray, word: str) -> pa.Array:
 def _run(worker: str, path: str) -> dict[str, float]:
     command = [sys.executable, "-m", "experiments.benchmarks.preparing"]
     command += [f"--worker={worker}", f"--file={path}", f"--kind={KIND.value}"]
+    command += [f"--rows={ROWS.value}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -162,6 +162,48 @@ def _prepare(path: str) -> dict[str, float]:
     return meter.figures(rows)
 
 
+def _train(path: str) -> dict[str, float]:
+    """Trains the first tenth of an epoch in a folder of its own, validating as by default."""
+    from twotower.config import from_dict
+    from twotower.evaluation.evaluate import make_validate
+    from twotower.runtime import prepare_process
+    from twotower.training.run import train
+
+    prepare_process()
+    spent = {"validation": 0.0}
+
+    def make_timed(prepared, model):
+        spent["preparing"] = time.process_time() - start
+        spent["peak"] = _peak()
+        validate = make_validate(prepared, model)
+
+        def timed(*arguments):
+            begin = time.process_time()
+            result = validate(*arguments)
+            spent["validation"] += time.process_time() - begin
+            return result
+
+        return timed
+
+    config = _config(path)
+    # The steps that the schedule would have are those of this tenth.
+    config.training.steps = max(round(0.85 * ROWS.value / config.training.batch_size / 10), 100)
+    config.training.steps_for = 0
+    # By default a training validates five times, whatever its length.
+    config.training.validate_every = -(-config.training.steps // 5)
+    meter = _Meter()
+    start = time.process_time()
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        train(from_dict(config), folder, make_validate=make_timed)
+    figures = meter.figures(ROWS.value)
+    training = figures["seconds"] - spent["preparing"]
+    figures["steps"] = config.training.steps
+    figures["preparing_seconds"] = round(spent["preparing"], 1)
+    figures["preparing_peak_mb"] = spent["peak"]
+    figures["share_of_validation"] = round(spent["validation"] / training, 3)
+    return figures
+
+
 def _prepare_with_pandas(path: str) -> dict[str, float]:
     import pandas as pd
 
@@ -189,7 +231,7 @@ def _prepare_with_pandas(path: str) -> dict[str, float]:
     return meter.figures(len(log))
 
 
-_WORKERS = {"twotower": _prepare, "pandas": _prepare_with_pandas}
+_WORKERS = {"twotower": _prepare, "pandas": _prepare_with_pandas, "training": _train}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from twotower.core import arrays
 from twotower.core.arrays import Ragged, pair_keys
 
 
@@ -37,7 +38,10 @@ def test_take_repeats_reorders_and_gives_nothing_for_minus_one(ragged, lists):
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
-def test_distinct_keeps_one_of_each(ragged, lists, keep):
+@pytest.mark.parametrize("block", [1, 4, 2**22])
+def test_distinct_keeps_one_of_each(ragged, lists, keep, block, monkeypatch):
+    monkeypatch.setattr(arrays, "_BLOCK", block)
+
     def oracle(values):
         if keep == "first":
             return list(dict.fromkeys(values))

@@ -4,10 +4,14 @@ to few shapes, so that few programs are compiled, samples of rows, and their ord
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+
+# Values of lists that are made distinct at once.
+_BLOCK = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,9 @@ class Ragged:
         Raises:
             ValueError: A row is out of range.
         """
-        rows = np.asarray(rows, np.int64)
+        rows = np.asarray(rows)
+        if rows.dtype != np.int32:
+            rows = rows.astype(np.int64, copy=False)
         # `bincount` would grow past `num_rows`, and give more lists than were named.
         if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
             raise ValueError(
@@ -113,7 +119,9 @@ class Ragged:
         Args:
             keep: bool [M].
         """
-        return Ragged.from_pairs(self.rows[keep], self.values[keep], num_rows=len(self))
+        counts = np.zeros(len(keep) + 1, np.int64)
+        np.cumsum(keep, out=counts[1:])
+        return Ragged(counts[self.offsets], self.values[keep])
 
     def join(self, other: Ragged) -> Ragged:
         """Returns each list followed by that of the same row of `other`."""
@@ -125,14 +133,19 @@ class Ragged:
 
     def distinct(self, *, keep: Literal["first", "last"] = "first") -> Ragged:
         """Returns each value once a row, at its first or its last position."""
-        keys = pair_keys(self.rows, self.values)
-        order = stable_argsort(keys)
-        keys = keys[order]
-        # Of equal keys, which keep their order, the first or the last.
-        is_other = keys[1:] != keys[:-1]
-        ends = (True, is_other) if keep == "first" else (is_other, True)
-        kept = np.zeros(len(keys), bool)
-        kept[order] = np.append(*ends)[: len(keys)]
+        kept = np.zeros(len(self.values), bool)
+        # By blocks of lists, so that the keys of a long log are never in memory at once.
+        edges = np.searchsorted(self.offsets, np.arange(0, len(kept) + _BLOCK, _BLOCK))
+        for first, end in itertools.pairwise(np.minimum(edges, len(self))):
+            lists = Ragged(self.offsets[first : end + 1] - self.offsets[first], self.values)
+            block = slice(self.offsets[first], self.offsets[end])
+            keys = pair_keys(lists.rows, self.values[block])
+            order = stable_argsort(keys)
+            keys = keys[order]
+            # Of equal keys, which keep their order, the first or the last.
+            is_other = keys[1:] != keys[:-1]
+            ends = (True, is_other) if keep == "first" else (is_other, True)
+            kept[block][order] = np.append(*ends)[: len(keys)]
         return self.filter(kept)
 
     def contains(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:

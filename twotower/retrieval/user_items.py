@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower.core.arrays import Ragged, pair_keys
+from twotower.core.arrays import Ragged, pair_keys, stable_argsort
 from twotower.pipeline.batches import Rows
 
 
@@ -14,10 +14,18 @@ def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
     """Returns the distinct items of each user in all `parts`, the latest last."""
     user = np.concatenate([part.user for part in parts])
     item = np.concatenate([part.item for part in parts])
-    order = time_order(parts)
+    times = _joined_times(parts)
+    # Most logs are in order already, and no copy of them is made.
+    if times is not None and not (times[:-1] <= times[1:]).all():
+        order = stable_argsort(times)
+        user = user[order]
+        item = item[order]
     # -1 stands for an item that is not in the corpus.
-    order = order[item[order] >= 0]
-    lists = Ragged.from_pairs(user[order], item[order], num_rows=num_users)
+    if item.size and item.min() < 0:
+        is_known = item >= 0
+        user = user[is_known]
+        item = item[is_known]
+    lists = Ragged.from_pairs(user, item, num_rows=num_users)
     return lists.distinct(keep="last")
 
 
@@ -54,8 +62,16 @@ def time_order(parts: Sequence[Rows]) -> np.ndarray:
 
     Rows of one time keep the order of the log, and so do all rows where a part has no timestamps.
     """
-    times = [part.timestamp for part in parts if part.timestamp is not None]
-    if len(times) < len(parts):
+    times = _joined_times(parts)
+    if times is None:
         return np.arange(sum(len(part) for part in parts))
     # Stable: up to a quarter of MovieLens' last items share their time with the one before.
-    return np.argsort(np.concatenate(times), kind="stable")
+    return stable_argsort(times)
+
+
+def _joined_times(parts: Sequence[Rows]) -> np.ndarray | None:
+    """Returns the times of the joined rows; None where a part has none."""
+    times = [part.timestamp for part in parts if part.timestamp is not None]
+    if len(times) < len(parts):
+        return None
+    return times[0] if len(times) == 1 else np.concatenate(times)
