@@ -74,6 +74,7 @@ def parts(own_kinds):
     return runpy.run_path(str(EXAMPLE / "parts.py"))
 
 
+@pytest.mark.slow
 def test_the_tower_is_its_formula(parts):
     encoder = fitted({"item": {"item_id": {"type": "string", "embedding_size": 4}}})
     tower = TowerConfig(kind="cross", options={"depth": 2}, layers=(3,))

@@ -249,6 +249,7 @@ def sign(path):
 SHARE = float(os.environ.get("SHARE", "0"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", MUTATIONS)
 def test_no_crafted_file_ends_in_an_error_of_another_library(files, tmp_path, pattern):
     usual = 0.006 if pattern == "*.json" else 0.1

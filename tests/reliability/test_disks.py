@@ -55,12 +55,14 @@ def check_whole(retriever, error):
     assert Retriever.load(folder).item("newer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_kill", [False, True], ids=["full", "killed"])
 def test_a_compaction(served, monkeypatch, is_kill):
     count = sweep(served, Retriever.compact, check_whole, monkeypatch, is_kill=is_kill, every=EVERY)
     assert count > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_kill", [False, True], ids=["full", "killed"])
 def test_an_export(served, run, monkeypatch, is_kill):
     bundle = make_bundle(run)

@@ -111,6 +111,7 @@ def test_ids_of_users_are_read_in_the_form_of_the_log(tmp_path):
         read_ids(tmp_path / "bytes.parquet", IdForm.DIGITS)
 
 
+@pytest.mark.slow
 def test_lists_for_strangers_are_not_written_unasked(retriever, tmp_path):
     known = retriever.bundle.users["user_id"][0].as_py()
     (tmp_path / "users.txt").write_text(f"{known}\nx\ny\n")

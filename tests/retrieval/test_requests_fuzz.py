@@ -16,6 +16,7 @@ def in_memory(retriever):
 
 
 # The types of an index are checked by the set-up of tests before it can check them itself.
+@pytest.mark.slow
 def test_no_request_raises_anything_but_an_error_of_the_package(in_memory):
     outcomes = attack(in_memory, calls=300, seed=0, of_index=False)
     # Right and wrong requests both, or nothing was tried.
