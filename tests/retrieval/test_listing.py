@@ -1,5 +1,8 @@
 """Files of users, and tables that line up."""
 
+import subprocess
+import sys
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,3 +129,26 @@ def test_lists_for_strangers_are_not_written_unasked(retriever, tmp_path):
     said = write_lists(*files, accept=["unmatched_users"])
     assert "3 users (2 of them not known)" in said
     assert pq.read_table(tmp_path / "out.parquet")["user_id"].to_pylist()[::2] == [known, "x", "y"]
+
+
+# Run as a command: in a process of tests everything is loaded already.
+QUERY = """
+import sys
+sys.argv = ["twotower query", "--bundle={bundle}", "--user={user}", "--k=3"]
+from twotower.commands import launch, query
+try:
+    launch.run(query)
+finally:
+    heavy = ("flax", "optax", "orbax", "pandas", "scipy", "twotower.training", "twotower.towers")
+    loaded = [name for name in heavy if name in sys.modules]
+    assert not loaded, loaded
+"""
+
+
+def test_a_query_of_a_known_user_loads_nothing_that_trains(exported, retriever):
+    user = retriever.bundle.users["user_id"][0].as_py()
+    code = QUERY.format(bundle=exported, user=user)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    best = retriever.recommend(user, k=3)[0].item_id
+    assert best in done.stdout
