@@ -13,7 +13,7 @@ from absl import app
 
 from experiments.benchmarks import harness
 from twotower.data.shop.generate import generate
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     users, items = (
         log.select([name]).group_by(name).aggregate([]) for name in ("user_id", "item_id")
     )
-    encoder = Encoder.fit(spec, log, users=users, items=items)
+    encoder = fit_encoder(spec, log, users=users, items=items)
     part = log.slice(0, rows // 100)
 
     def columnar() -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
             for value in part[name].to_pylist():
                 rows_of.setdefault(value, len(rows_of))
 
-    fit = lambda: Encoder.fit(spec, log, users=users, items=items)  # noqa: E731
+    fit = lambda: fit_encoder(spec, log, users=users, items=items)  # noqa: E731
     times = harness.alternate(
         {"fit": fit, "encode": columnar, "by row": by_row}, rounds=3, repeats=1
     )

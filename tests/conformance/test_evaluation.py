@@ -11,7 +11,7 @@ from twotower.data.audit import check_fitted
 from twotower.evaluation import report_text
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.user_items import items_of_users
@@ -123,7 +123,7 @@ def test_vocabularies_statistics_and_counts_know_training_rows_alone(tmp_path):
     assert make_queries(prepared, "test", "user").counts.tolist() == [2, 2]
     spec = from_mappings({"item": {"price": {"type": "float"}}})
     items = pa.table({"item_id": ["a", "b", "z"], "price": [1.0, 3.0, 1e6]})
-    encoder = Encoder.fit(
+    encoder = fit_encoder(
         spec, prepared.raw.train, users=prepared.users.select(["user_id"]), items=items
     )
     np.testing.assert_allclose(encoder.encode("item", items)["price"][:2, 0], [-1, 1], atol=1e-5)
@@ -137,13 +137,13 @@ def test_an_encoder_of_other_rows_is_refused_and_a_label_is_no_feature(tmp_path)
     prepared = _prepare(tmp_path, rows)
     everything = pa.concat_tables([prepared.raw.train, prepared.raw.validation, prepared.raw.test])
     items = pa.table({"item_id": [f"i{n}" for n in range(4)]})
-    whole = Encoder.fit(prepared.encoder.spec, everything, users=prepared.users, items=items)
+    whole = fit_encoder(prepared.encoder.spec, everything, users=prepared.users, items=items)
     with pytest.raises(LeakageError, match="fitted on rows with fingerprint"):
         check_fitted(whole.fitted_on, prepared.raw)
     for column in ("label", "item_id"):
         spec = from_mappings({"user": {"leak": {"type": "string", "column": column}}})
         with pytest.raises(ValueError, match=column):
-            Encoder.fit(spec, everything, users=prepared.users, items=items)
+            fit_encoder(spec, everything, users=prepared.users, items=items)
 
 
 @pytest.mark.trap(22)

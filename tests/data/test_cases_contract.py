@@ -15,7 +15,7 @@ from twotower.config import DataConfig, TableConfig, from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.contract import Contract
 from twotower.data.sources.load import load_dataset
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 from twotower.pipeline.prepare import prepare
 
@@ -54,7 +54,7 @@ def encode_items(tmp_path, items, features):
     """What a feature makes of a table of items, and the encoder."""
     data = read(tmp_path, items=items, features=features)
     spec = from_mappings({"item": features})
-    encoder = Encoder.fit(spec, data.interactions, users=data.users, items=data.items)
+    encoder = fit_encoder(spec, data.interactions, users=data.users, items=data.items)
     return encoder.encode("item", data.items), data
 
 

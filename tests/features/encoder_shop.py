@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.features.base import TrainingColumn
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 
 DAY = 86_400
@@ -83,7 +83,7 @@ def training_column(feature, values):
 
 def fitted(spec=SPEC, tables=None):
     train, users, items = tables or shop()
-    return Encoder.fit(from_mappings(spec), train, users=users, items=items)
+    return fit_encoder(from_mappings(spec), train, users=users, items=items)
 
 
 def encode_all(encoder, tables):

@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from tests.features.encoder_shop import DAY
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 
 LENGTH = 3
@@ -22,7 +22,7 @@ def history_encoder(**history):
     }
     items = {"item_id": ["x", "y", "z", "new"], "kind": ["p|q", "p", None, "q"]}
     feature = {"type": "history", "max_length": LENGTH} | history
-    return Encoder.fit(
+    return fit_encoder(
         from_mappings({"user": {"history": feature}, "item": ITEM_FEATURES}),
         pa.table(train),
         users=pa.table({"user_id": ["a", "b"]}),

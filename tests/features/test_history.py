@@ -8,6 +8,7 @@ from tests.features.encoder_shop import DAY, assert_same
 from tests.features.history_encoder import ITEM_FEATURES, LENGTH, history_encoder
 from twotower.core.errors import ConfigError
 from twotower.features.encoder import Encoder
+from twotower.features.fit import extend_encoder
 from twotower.features.inputs import (
     HISTORY_TIME_SINCE_PREVIOUS,
     HISTORY_TIME_TO_NEXT,
@@ -135,7 +136,8 @@ def test_saved_it_encodes_alike(tmp_path):
 
 def test_extended_it_encodes_known_items_alike_and_knows_new_ones():
     encoder = history_encoder(reads=["item_id", "kind"], gaps=8)
-    larger = encoder.extend(
+    larger = extend_encoder(
+        encoder,
         encoder.spec,
         pa.table({"user_id": ["a", "c"], "item_id": ["x", "w"], "timestamp": [0, 5]}),
         users=pa.table({"user_id": ["a", "b", "c"]}),

@@ -13,6 +13,7 @@ from twotower.config import ModelConfig
 from twotower.core.errors import ConfigError
 from twotower.features.base import Feature, Fitted
 from twotower.features.encoder import Encoder
+from twotower.features.fit import extend_encoder, fit_encoder
 from twotower.features.inputs import Input, TableShape
 from twotower.features.spec import FEATURES, from_mappings
 from twotower.features.vocabulary import as_strings
@@ -79,9 +80,9 @@ def test_it_is_fitted_encoded_saved_loaded_and_extended(tmp_path):
     loaded = Encoder.load(tmp_path / "encoder")
     assert_same(loaded.encode("item", titles), arrays)
     train, users, items = shop(items=300)
-    longer = Encoder.fit(encoder.spec, train, users=users, items=items)
+    longer = fit_encoder(encoder.spec, train, users=users, items=items)
     assert longer.fitted["item", "letters"].statistics["longest"] > longest
-    larger = encoder.extend(encoder.spec, train, users=users, items=items)
+    larger = extend_encoder(encoder, encoder.spec, train, users=users, items=items)
     assert_same(larger.encode("item", titles), arrays)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.features.encoder_shop import assert_same, fitted, shop, training_column
 from twotower.core.errors import ConfigError
-from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.numeric import FloatFeature, IntFeature
 from twotower.features.spec import from_mappings
 
@@ -118,4 +118,4 @@ def test_a_value_of_the_wrong_type_is_named_with_its_row_in_the_table():
         with pytest.raises(
             ConfigError, match=f"features.item.price: 'cheap' in row {len(items)} is not {right}"
         ):
-            Encoder.fit(spec, unseen, users=users, items=texts)
+            fit_encoder(spec, unseen, users=users, items=texts)

@@ -18,6 +18,7 @@ from twotower.data.sources.frames import read_table
 from twotower.data.sources.load import load_dataset
 from twotower.data.tables import apply_contract
 from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.inputs import Input
 from twotower.features.pretrained import parse_vectors
 from twotower.features.spec import from_mappings
@@ -233,7 +234,7 @@ def test_vectors_come_through_a_file_of_the_table(tmp_path, form):
     config = DataConfig(source="csv", interactions=log, item_table=TableConfig(path=str(path)))
     data = load_dataset(config)
     spec = from_mappings({"item": {"vector": {"type": "pretrained"}}})
-    encoder = Encoder.fit(spec, data.interactions, users=data.users, items=data.items)
+    encoder = fit_encoder(spec, data.interactions, users=data.users, items=data.items)
     encoded = encoder.encode("item", data.items)["vector"]
     np.testing.assert_array_equal(encoded, np.float32(vectors))
 

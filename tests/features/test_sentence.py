@@ -21,6 +21,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.install import install_line
 from twotower.features import sentence as sentences
 from twotower.features.encoder import Encoder
+from twotower.features.fit import extend_encoder
 from twotower.features.inputs import Input
 from twotower.features.sentence_model import OnnxSentenceModel, find_model, load_model, model_digest
 from twotower.features.spec import from_mappings
@@ -347,7 +348,7 @@ def test_vectors_of_another_model_are_never_mixed_in(tmp_path, model):
         encoder.encode("item", pa.table({"title": ["a new chain"]}))
     train, users, items = items_of()
     with pytest.raises(ConfigError, match=r"features.item.title.model=.* is another model now"):
-        encoder.extend(from_mappings(spec_of(tmp_path)), train, users=users, items=items)
+        extend_encoder(encoder, from_mappings(spec_of(tmp_path)), train, users=users, items=items)
 
 
 @pytest.mark.parametrize(
@@ -364,9 +365,9 @@ def test_the_hash_knows_every_file_that_vectors_depend_on(model, file):
 def test_growing_keeps_vectors_and_adds_new_ones(tmp_path, model):
     encoder = fitted(spec_of(tmp_path), items_of())
     train, users, items = items_of("silver chain")
-    new = encoder.extend(from_mappings(spec_of(tmp_path)), train, users=users, items=items).fitted[
-        "item", "title"
-    ]
+    new = extend_encoder(
+        encoder, from_mappings(spec_of(tmp_path)), train, users=users, items=items
+    ).fitted["item", "title"]
     assert new.vocabulary.values.to_pylist() == [
         *encoder.fitted["item", "title"].vocabulary.values.to_pylist(),
         "silver chain",

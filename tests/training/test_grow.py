@@ -2,6 +2,7 @@
 to, training goes on."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -155,12 +156,13 @@ def test_training_goes_on(log, grown):
 def test_rows_from_content_are_means_of_the_most_alike(log, old, tmp_path):
     """Items alone have other features; the new item that is a copy of a known one begins as its
     neighbours' mean."""
+    from twotower.features.fit import extend_encoder
     from twotower.training import grow as module
 
     loaded, state = _state(old, 12)
     encoder = loaded.prepared.encoder
     config = _config(log, "new", steps=20)
-    prepared = module.prepare(config, fit=encoder.extend)
+    prepared = module.prepare(config, fit=functools.partial(extend_encoder, encoder))
     name = "item.item_id"
     added = range(encoder.tables[name].rows, prepared.encoder.tables[name].rows)
     addition = module.Addition(name, "item", "item_id", added)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from twotower.core.arrow import fingerprint, pc
-from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.core.files import read_folder, write_folder
 from twotower.data.contract import Contract
-from twotower.features.base import Fitted, Key, TrainingColumn, prefix_errors
-from twotower.features.columns import newest_timestamp, training_columns
+from twotower.features.base import Fitted, Key
 from twotower.features.inputs import Input, TableShape
 from twotower.features.spec import FeatureSpec, from_mappings
 from twotower.features.vocabulary import Vocabulary
@@ -40,48 +37,6 @@ class Encoder:
     context: tuple[str, ...]
     fitted_on: str
     contract: Contract = Contract()
-
-    @classmethod
-    def fit(
-        cls, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
-    ) -> Encoder:
-        """Fits every feature to training rows.
-
-        Values of users and items count once for each training row of that user or item, so those
-        without a training row do not count. Statistics of numbers are over the users, items or
-        (context) rows of training.
-
-        Args:
-            spec: Features of both towers.
-            train: Training interactions with user_id, item_id and the columns of context features.
-            users: Every user of `train`, with a unique user_id and the columns of user features.
-            items: Every item of `train`, with a unique item_id and the columns of item features.
-
-        Raises:
-            ConfigError: A column is missing (the nearest is named), or pretrained vectors do not
-                fit.
-            ValueError: Ids are repeated or missing in `users` or `items`; a value cannot be read as
-                its feature's type.
-        """
-        # Held-out rows are not among the arguments, so that nothing fitted here can know them.
-        columns = training_columns(spec, train, users=users, items=items)
-        # Before the features, which share them.
-        vocabularies = _fit_vocabularies(columns.values())
-        fitted = {}
-        for key, column in columns.items():
-            feature = column.feature
-            vocabulary = vocabularies.get(feature.table)
-            with prefix_errors(feature.location):
-                fitted[key] = feature.fit(column._replace(vocabulary=vocabulary))
-        if spec.history is not None:
-            # Last, because a history reads the vocabulary of the items.
-            item_ids = fitted["item", spec.history.reads[0]]
-            fitted[spec.history.key] = spec.history.fit_to_items(item_ids, newest_timestamp(train))
-        # Users are encoded once; context is encoded anew with each request.
-        context = tuple(column.feature.name for column in columns.values() if column.is_context)
-        # Fitted first and completed then: reading the items needs an encoder.
-        encoder = cls(spec, fitted, context, fitted_on=fingerprint(train))
-        return encoder._with_items_of_history(items)
 
     def encode(
         self, side: str, rows: pa.Table, features: Sequence[str] | None = None
@@ -145,45 +100,6 @@ class Encoder:
             if shape is not None:
                 tables[feature.table] = shape
         return tables
-
-    def extend(
-        self, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
-    ) -> Encoder:
-        """Returns an encoder for a larger log that encodes all known values as this one does.
-
-        Every known value keeps its row and new ones come after them; statistics and the boundaries
-        of buckets stay as they were. A new value gets a row when it has `min_count` training rows
-        in the new log. The arguments are those of `fit`.
-
-        Raises:
-            ConfigError: The features are not those of this encoder, or a sentence encoder is
-                another.
-        """
-        # Compared as mappings, as it was saved.
-        if spec.to_dict() != self.spec.to_dict():
-            raise ConfigError(
-                "config.features differs from that of the run to grow from, whose towers read "
-                "other features."
-            )
-        # Fitted anew to learn which values are frequent enough; everything else is dropped.
-        # The statistics of the larger log would move every number, hence are thrown away.
-        new = Encoder.fit(spec, train, users=users, items=items)
-        extended: dict[int, Vocabulary] = {}
-        fitted = {}
-        for key, before in self.fitted.items():
-            fitted[key] = before
-            if before.vocabulary is not None:
-                after = new.fitted[key]
-                # By identity, so that features that share a vocabulary still do.
-                identity = id(before.vocabulary)
-                if identity not in extended:
-                    known = after.require_vocabulary()
-                    extended[identity] = _extend_vocabulary(before.vocabulary, known)
-                side, name = key
-                feature = self.spec.side(side)[name]
-                fitted[key] = feature.extend(before, after, extended[identity])
-        # From `new` come the context and the fingerprint of the larger log.
-        return dataclasses.replace(new, fitted=fitted)._with_items_of_history(items)
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes JSON and .npy files, whole or not at all."""
@@ -256,32 +172,3 @@ class Encoder:
         # Encoders of before there were contracts have none.
         contract = Contract.from_dict(state.get("contract", {}))
         return cls(spec, fitted, tuple(state["context"]), state["fitted_on"], contract)
-
-    def _with_items_of_history(self, items: pa.Table) -> Encoder:
-        """Returns the encoder with the features of `items` that the history reads besides ids."""
-        history = self.spec.history
-        # The id is the vocabulary itself; further features are looked up by it.
-        if history is None or len(history.reads) == 1:
-            return self
-        encoded = self.encode("item", items, history.reads)
-        read = history.read_items(self.fitted[history.key], encoded)
-        return dataclasses.replace(self, fitted={**self.fitted, history.key: read})
-
-
-def _fit_vocabularies(columns: Iterable[TrainingColumn]) -> dict[str, Vocabulary | None]:
-    """Fits one vocabulary for each table, over the values of all features that share it."""
-    # In the order of the specification, so that the first feature of a table decides.
-    by_table: dict[str, list[TrainingColumn]] = {}
-    for column in columns:
-        if column.feature.has_table:
-            by_table.setdefault(column.feature.table, []).append(column)
-    return {
-        table: sharing[0].feature.fit_vocabulary(sharing) for table, sharing in by_table.items()
-    }
-
-
-def _extend_vocabulary(old: Vocabulary, new: Vocabulary) -> Vocabulary:
-    # New values go to the end: rows of the table and of its optimizer keep their meaning.
-    is_known = pc.is_in(new.values, value_set=old.values)
-    added = new.values.filter(pc.invert(is_known))
-    return Vocabulary(values=pa.concat_arrays([old.values, added]), oov_rows=old.oov_rows)

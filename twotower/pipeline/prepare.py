@@ -33,6 +33,7 @@ from twotower.data.sources.load import (
 from twotower.data.split import split
 from twotower.data.tables import check_time_range
 from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
 from twotower.pipeline.describe import check_log, check_times, describe_data, list_separators
@@ -279,7 +280,7 @@ def prepare(
     dataset: Dataset | None = None,
     spec: FeatureSpec | None = None,
     encoder: Encoder | None = None,
-    fit: Callable[..., Encoder] = Encoder.fit,
+    fit: Callable[..., Encoder] = fit_encoder,
     contract: Contract | None = None,
 ) -> PreparedData:
     """Reads the log that a configuration names, divides it, and encodes it as arrays.
@@ -290,7 +291,7 @@ def prepare(
         dataset: The log itself, in the place of the one that the configuration names.
         spec: Features, in the place of those that the configuration names.
         encoder: Encoder that a run was trained with; by default one is fitted on the training rows.
-        fit: Function that fits a new encoder, with the arguments of `Encoder.fit`.
+        fit: Function that fits a new encoder, with the arguments of `fit_encoder`.
         contract: Contract of a run whose log has grown; by default one is found.
 
     Raises:
@@ -306,7 +307,7 @@ def prepare(
     parts = told.parts
     users = dataset.users
     items = dataset.items
-    # Vocabularies and statistics are of training rows alone, see `Encoder.fit`; an encoder that
+    # Vocabularies and statistics are of training rows alone, see `fit_encoder`; an encoder that
     # comes from a run is held to that by its fingerprint.
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)

@@ -7,6 +7,7 @@ Before the first further step every score of known users and items is unchanged,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from twotower.core.files import LOCK, atomic, discard
 from twotower.core.mesh import host_mesh
 from twotower.data.dataset import Dataset
 from twotower.features.encoder import Encoder
+from twotower.features.fit import extend_encoder
 from twotower.features.inputs import SIDES, Input
 from twotower.features.vocabulary import Vocabulary
 from twotower.pipeline import folder as data_folder
@@ -93,11 +95,17 @@ def grow(
     state, step = _restore(source, before, encoder, checkpoint)
     _check_step(config, step)
     # The old encoder is extended, not fitted anew: known values keep their rows.
+    extend = functools.partial(extend_encoder, encoder)
     if dataset is None:
-        prepared = prepare(config, fit=encoder.extend, contract=encoder.contract)
+        prepared = prepare(config, fit=extend, contract=encoder.contract)
     else:
         # Of the run itself: its file of features need not be there any more.
-        prepared = prepare(config, dataset=dataset, spec=encoder.spec, fit=encoder.extend)
+        prepared = prepare(
+            config,
+            dataset=dataset,
+            spec=encoder.spec,
+            fit=extend,
+        )
     if passes:
         config = _with_further_passes(config, step, passes, prepared.num_examples)
         prepared = dataclasses.replace(prepared, config=config)

@@ -1,19 +1,109 @@
-"""The training column of every feature: its table, and the weight of each value."""
+"""Fits an encoder: the training column of every feature, its values and the weight of each."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import fingerprint, pc
 from twotower.core.codes import codes_and_values
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.features.base import Feature, Key, TrainingColumn, prefix_errors
+from twotower.features.encoder import Encoder
 from twotower.features.spec import FeatureSpec
-from twotower.features.vocabulary import as_strings
+from twotower.features.vocabulary import Vocabulary, as_strings
 
 # Columns of the interactions that no query knows before it is answered.
 _ANSWERS = ("item_id", "label")
+
+
+def fit_encoder(spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table) -> Encoder:
+    """Fits every feature to training rows, and returns the encoder.
+
+    Values of users and items count once for each training row of that user or item, so those
+    without a training row do not count. Statistics of numbers are over the users, items or
+    (context) rows of training.
+
+    Args:
+        spec: Features of both towers.
+        train: Training interactions with user_id, item_id and the columns of context features.
+        users: Every user of `train`, with a unique user_id and the columns of user features.
+        items: Every item of `train`, with a unique item_id and the columns of item features.
+
+    Raises:
+        ConfigError: A column is missing (the nearest is named), or pretrained vectors do not
+            fit.
+        ValueError: Ids are repeated or missing in `users` or `items`; a value cannot be read as
+            its feature's type.
+    """
+    # Held-out rows are not among the arguments, so that nothing fitted here can know them.
+    columns = training_columns(spec, train, users=users, items=items)
+    # Before the features, which share them.
+    vocabularies = _fit_vocabularies(columns.values())
+    fitted = {}
+    for key, column in columns.items():
+        feature = column.feature
+        vocabulary = vocabularies.get(feature.table)
+        with prefix_errors(feature.location):
+            fitted[key] = feature.fit(column._replace(vocabulary=vocabulary))
+    if spec.history is not None:
+        # Last, because a history reads the vocabulary of the items.
+        item_ids = fitted["item", spec.history.reads[0]]
+        fitted[spec.history.key] = spec.history.fit_to_items(item_ids, newest_timestamp(train))
+    # Users are encoded once; context is encoded anew with each request.
+    context = tuple(column.feature.name for column in columns.values() if column.is_context)
+    # Fitted first and completed then: reading the items needs an encoder.
+    encoder = Encoder(spec, fitted, context, fitted_on=fingerprint(train))
+    return _with_items_of_history(encoder, items)
+
+
+def extend_encoder(
+    encoder: Encoder, spec: FeatureSpec, train: pa.Table, *, users: pa.Table, items: pa.Table
+) -> Encoder:
+    """Returns an encoder for a larger log that encodes all known values as another does.
+
+    Every known value keeps its row and new ones come after them; statistics and the boundaries of
+    buckets stay as they were. A new value gets a row when it has `min_count` training rows in the
+    new log.
+
+    Args:
+        encoder: Encoder of the log before.
+        spec: Features of both towers, the same as those of `encoder`.
+        train: Training interactions of the larger log; see `fit_encoder`.
+        users: Its users.
+        items: Its items.
+
+    Raises:
+        ConfigError: The features are not those of `encoder`, or a sentence encoder is another.
+    """
+    # Compared as mappings, as it was saved.
+    if spec.to_dict() != encoder.spec.to_dict():
+        raise ConfigError(
+            "config.features differs from that of the run to grow from, whose towers read "
+            "other features."
+        )
+    # Fitted anew to learn which values are frequent enough; everything else is dropped.
+    # The statistics of the larger log would move every number, hence are thrown away.
+    new = fit_encoder(spec, train, users=users, items=items)
+    extended: dict[int, Vocabulary] = {}
+    fitted = {}
+    for key, before in encoder.fitted.items():
+        fitted[key] = before
+        if before.vocabulary is not None:
+            after = new.fitted[key]
+            # By identity, so that features that share a vocabulary still do.
+            identity = id(before.vocabulary)
+            if identity not in extended:
+                known = after.require_vocabulary()
+                extended[identity] = _extend_vocabulary(before.vocabulary, known)
+            side, name = key
+            feature = encoder.spec.side(side)[name]
+            fitted[key] = feature.extend(before, after, extended[identity])
+    # From `new` come the context and the fingerprint of the larger log.
+    return _with_items_of_history(dataclasses.replace(new, fitted=fitted), items)
 
 
 def training_columns(
@@ -145,3 +235,33 @@ def _missing_column(feature: Feature, table: pa.Table, train: pa.Table) -> Confi
         f"{feature.location} reads column {column!r}; the {feature.side}s table has no "
         f"field {column!r}{did_you_mean(column, known)} Known: {', '.join(known)}."
     )
+
+
+def _with_items_of_history(encoder: Encoder, items: pa.Table) -> Encoder:
+    """Returns the encoder with the features of `items` that the history reads besides ids."""
+    history = encoder.spec.history
+    # The id is the vocabulary itself; further features are looked up by it.
+    if history is None or len(history.reads) == 1:
+        return encoder
+    encoded = encoder.encode("item", items, history.reads)
+    read = history.read_items(encoder.fitted[history.key], encoded)
+    return dataclasses.replace(encoder, fitted={**encoder.fitted, history.key: read})
+
+
+def _fit_vocabularies(columns: Iterable[TrainingColumn]) -> dict[str, Vocabulary | None]:
+    """Fits one vocabulary for each table, over the values of all features that share it."""
+    # In the order of the specification, so that the first feature of a table decides.
+    by_table: dict[str, list[TrainingColumn]] = {}
+    for column in columns:
+        if column.feature.has_table:
+            by_table.setdefault(column.feature.table, []).append(column)
+    return {
+        table: sharing[0].feature.fit_vocabulary(sharing) for table, sharing in by_table.items()
+    }
+
+
+def _extend_vocabulary(old: Vocabulary, new: Vocabulary) -> Vocabulary:
+    # New values go to the end: rows of the table and of its optimizer keep their meaning.
+    is_known = pc.is_in(new.values, value_set=old.values)
+    added = new.values.filter(pc.invert(is_known))
+    return Vocabulary(values=pa.concat_arrays([old.values, added]), oov_rows=old.oov_rows)
