@@ -1,5 +1,6 @@
 """Vocabularies against a Counter, hashes against plain Python integers."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -176,3 +177,32 @@ def test_broken_vocabularies_are_refused():
         Vocabulary.from_arrays(
             {"bytes": np.array([0xFF], np.uint8), "offsets": np.array([0, 1])}, oov_rows=1
         )
+
+
+def test_few_values_have_the_rows_of_a_column(monkeypatch):
+    """By dictionary, by hash and in a column: the known, the unknown, null, and long texts."""
+    known = [f"v{n}" for n in range(300)] + ["", "é" * 40]
+    values = [*known[::7], "", None, "x", "v300", "é" * 40, "y" * 100]
+    few = Vocabulary(strings(known), oov_rows=5)
+    first = few.rows(strings(values))
+    again = [few.rows(strings([value]))[0] for value in values]
+    monkeypatch.setattr(vocabulary, "_FEW_VALUES", 0)
+    monkeypatch.setattr(vocabulary, "_VALUES_PER_LOOKUP", 10**9)
+    column = Vocabulary(strings(known), oov_rows=5).rows(strings(values))
+    assert first.tolist() == again == column.tolist()
+    assert vocabulary.hash_texts(["a", "", "é" * 40, "a" * 300]).tolist() == [
+        python_hash(text) for text in ("a", "", "é" * 40, "a" * 300)
+    ]
+    assert vocabulary.hash_texts(["a", "حذاء"]).tolist() == [python_hash("a"), python_hash("حذاء")]
+
+
+def test_what_recent_values_keep_is_bounded(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_MAX_RECENT", 10)
+    fitted = Vocabulary(strings([f"v{n}" for n in range(100)]), oov_rows=3)
+    for value in [*(f"v{n}" for n in range(100)), *(f"stranger{n}" for n in range(100))]:
+        fitted.rows(strings([value]))
+        assert len(fitted._recent) <= 10
+    assert not any(value.startswith("stranger") for value in fitted._recent)
+    # A copy for another process is as good.
+    copy = pickle.loads(pickle.dumps(fitted))
+    assert copy.rows(strings(["v7", "x"])).tolist() == fitted.rows(strings(["v7", "x"])).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +173,10 @@ class Vocabulary:
                 f"A vocabulary holds each value once and no nulls, not {repeated} repeated values "
                 f"and {self.values.null_count} nulls."
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy in another process makes anew what is cached here.
+        return type(self), (self.values, self.oov_rows)
 
     @classmethod
     def fit(
