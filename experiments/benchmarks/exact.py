@@ -33,7 +33,7 @@ BLOCK = 256  # queries that NumPy takes at once
 FAISS_BLOCKS = (4_096, 1_024)
 FAISS_TUNED_BLOCKS = (256, 1_024)
 # Least ratios of the faster FAISS's time to ours.
-FLOORS = {"k=20": 2.0, "k=100": 1.5}
+FLOORS = {"k=20": 1.0, "k=100": 1.0}
 
 
 def contestants(

@@ -58,7 +58,12 @@ KINDS = ("auto", "fastest")
 USES = ("queries", "batches")
 # Least ratios of the best peer's time to ours. "fastest" takes the best of ScaNN's and FAISS's
 # builds, which is never behind but for what two turns of one index differ by.
-FLOORS = {"fastest, queries": 0.9, "fastest, batches": 0.9}
+FLOORS = {
+    "auto, queries": 0.7,
+    "auto, batches": 0.9,
+    "fastest, queries": 0.9,
+    "fastest, batches": 0.9,
+}
 USERS = 4_000
 ROUNDS, SINGLES = 5, 200  # turns that contestants take; single queries in each
 
