@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from absl import app, flags
 from pyarrow import csv
 
+from experiments.benchmarks import floors
 from experiments.benchmarks.harness import QUICK, write_json
 from twotower.core.arrow import pc
 from twotower.data.shop.generate import count_items, count_shoppers
@@ -37,6 +38,8 @@ PEER = flags.DEFINE_bool("peer", True, "Also prepare with pandas.")
 FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is written first.")
 WORKER = flags.DEFINE_string("worker", "", "What this process measures; for internal use.")
 
+# Seconds and peak memory of pandas, which reports, fits and audits nothing, to ours.
+FLOORS = {"speed": 0.7, "memory": 0.8}
 PART = 1_000_000  # rows that are written at once
 START = 1_400_000_000  # seconds
 SECONDS_A_ROW = 3
@@ -66,6 +69,12 @@ def main(argv: list[str]) -> None:
             figures[worker] = _run(worker, path)
             print(f"{worker}: {figures[worker]}", flush=True)
     write_json("preparing", figures, unit="seconds and MB", base="pandas")
+    if "pandas" in figures:
+        ratios = {}
+        for name, figure in (("speed", "seconds"), ("memory", "peak_mb")):
+            ratios[name] = figures["pandas"][figure] / figures["twotower"][figure]
+            print(f"{name}, pandas to ours: {ratios[name]:.2f}")
+        floors.check(ratios, FLOORS)
 
 
 def write_log(path: str, rows: int, kind: str, words: tuple[str, str]) -> None:

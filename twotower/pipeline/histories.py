@@ -38,7 +38,7 @@ KNOWN_PARTS = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 
 _EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
 
 # Rows whose spans are made at once.
-_BLOCK = 2**22
+_BLOCK = 2**19
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
