@@ -584,12 +584,13 @@ def test_programs_for_a_gpu_give_the_same_bits_in_every_run(
     """What they are compiled with. There is none here: that another option is refused shows that
     the compiler is told."""
     assert compiler_options(make_mesh(2)) == compiler_options(None) == {}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (compiler_options(None), compiler_options(make_mesh(2))) == (
-        {"xla_gpu_deterministic_ops": True},
-        {},
-    )
-    monkeypatch.undo()
+    # In a context: `undo` would bring back the programs of other tests, too.
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert (compiler_options(None), compiler_options(make_mesh(2))) == (
+            {"xla_gpu_deterministic_ops": True},
+            {},
+        )
     assert (
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_deterministic_ops": True})(1.0) == 2.0
     )  # there is such an option

@@ -16,6 +16,7 @@ from twotower.evaluation.evaluate import Scores
 from twotower.evaluation.item_to_item import ItemModel, best_model, sparse_array
 from twotower.evaluation.queries import Queries
 
+TUNING_QUERIES = 1_000  # that choose the walk, at most: walks differ by much or not at all
 WINDOW = 5  # greatest distance of two items that are joined
 BACKWARD = 0.7  # weight of a transition read backwards, to that of one forwards
 POPULARITY = 0.2  # power of an item's popularity that its score is divided by
@@ -42,7 +43,6 @@ class Walk:
 WALKS = (
     Walk(items=1, decay=1.0, second=0.5),
     Walk(items=2, decay=0.5, second=0.5),
-    Walk(items=2, decay=0.5, second=0.0),
     Walk(items=5, decay=0.7, second=0.5),
 )
 
@@ -63,6 +63,8 @@ def make_item_graph(sequences: Ragged, queries: Queries, tuning: Queries | None)
     def make(walk: Walk) -> ItemModel:
         return _walk_model(steps, discount, walk)
 
+    if tuning is not None:
+        tuning = tuning.sample(TUNING_QUERIES)
     return best_model("item_graph: walk", WALKS, make, tuning, stop_early=False)(queries)
 
 

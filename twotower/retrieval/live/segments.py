@@ -219,7 +219,8 @@ def values_reader(column: pa.ChunkedArray) -> ReadValues:
     elif (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and kind != pa.float16():
         read_few = _numbers_reader(array)
     bits = None
-    if array.null_count:
+    # A column of nulls alone may have no buffer that says so; it is not read by buffers.
+    if array.null_count and read_few is not None:
         bits = memoryview(array.buffers()[0]).cast("B")
 
     def read(rows: Sequence[int]) -> list[Any]:
