@@ -13,6 +13,7 @@ COLUMNS = {
     "long text": pa.array(TEXT, pa.large_string()),
     "text, none missing": pa.array([x or "-" for x in TEXT]),
     "only missing": pa.nulls(6, pa.string()),
+    "no type": pa.nulls(6),
     "numbers": pa.array([1.5, 2.0, -0.0, 3.25, float("inf"), 1e-30], pa.float32()),
     "numbers, some missing": pa.array([1, None, 3, 4, 5, 6]),
     "whole numbers": pa.array([2**62, 1, -3, 4, 5, 6]),
