@@ -2,10 +2,13 @@
 
 import datetime
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.retrieval.live.segments import values_reader
+from twotower.index.exact import ExactIndex
+from twotower.retrieval.live import segments
+from twotower.retrieval.live.segments import BaseSegment, values_reader
 
 TEXT = ["lamp", None, "", "مصباح", "été", "a" * 300]
 COLUMNS = {
@@ -45,3 +48,24 @@ def test_no_rows_at_all():
     for column in (pa.array([], pa.string()), pa.array([], pa.int64()), pa.array([], pa.bool_())):
         assert values_reader(pa.chunked_array([], column.type))([]) == []
         assert values_reader(pa.chunked_array([column]))([]) == []
+
+
+@pytest.mark.parametrize("shown", ["titles", "lists"])
+def test_a_list_may_be_changed_by_who_is_given_it(shown, monkeypatch):
+    """What is kept of an item for later lists is not what was handed out; it is bounded, too."""
+    monkeypatch.setattr(segments, "MAX_ROWS_READ", 3)
+    columns = {"item_id": pa.array(list("abcdef")), "tags": COLUMNS["lists"]}
+    if shown == "titles":
+        columns["tags"] = pa.array(TEXT)
+    items = pa.table(columns)
+    vectors = np.eye(6, dtype=np.float32)
+    numbers = np.arange(6)
+    base = BaseSegment.build(ExactIndex(vectors), vectors, items, np.ones(6, int), numbers, 6)
+    for rows in ([0, 1, 3], [3, 0, 5], [4, 2, 0], [0, 1, 3]):
+        found = base.read_rows(np.array(rows))
+        assert found == items.take(pa.array(rows)).to_pylist()
+        for row in found:
+            row["item_id"] = "changed"
+            if isinstance(row["tags"], list):
+                row["tags"].append("changed")
+        assert len(base._rows_read) <= 3 + len(rows)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from twotower.index.vectors import Vectors, popularity_coordinate
 NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
 MAX_SINGLE_ROWS = 20  # rows whose values are read one by one, not by Arrow
+MAX_ROWS_READ = 16_384  # rows whose values are kept for the next lists with them
 EPSILON = 1e-30  # least length that a vector is divided by: zeros stay zeros
 
 # Rows of a column -> their values, None for null.
@@ -113,8 +114,30 @@ class BaseSegment:
             return self.items.take(int_array(rows)).to_pylist()
         names, readers = self._readers
         listed = rows.tolist()
-        columns = [read(listed) for read in readers]
-        return [dict(zip(names, values)) for values in zip(*columns)]
+        # The most popular items are in most lists: reading an item's columns takes longer than all
+        # else that is done for it.
+        found = {row: self._rows_read.get(row) for row in listed}
+        unread = [row for row, values in found.items() if values is None]
+        if unread:
+            columns = [read(unread) for read in readers]
+            found.update(zip(unread, zip(*columns)))
+            self._keep_read(found)
+        return [dict(zip(names, found[row] or ())) for row in listed]
+
+    def _keep_read(self, found: Mapping[int, tuple[Any, ...] | None]) -> None:
+        """Keeps the values of rows, at most `MAX_ROWS_READ` of them."""
+        # Lists could be changed by who is given them.
+        if any(map(pa.types.is_nested, self.items.schema.types)):
+            return
+        # Other threads may read on from what they found: nothing there is changed.
+        if len(self._rows_read) > MAX_ROWS_READ:
+            self._rows_read.clear()
+        self._rows_read.update(found)
+
+    @functools.cached_property
+    def _rows_read(self) -> dict[int, tuple[Any, ...] | None]:
+        """Values of the display columns of rows that were listed before, by row."""
+        return {}
 
     @functools.cached_property
     def _readers(self) -> tuple[list[str], list[ReadValues]]:
