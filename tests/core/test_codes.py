@@ -18,6 +18,8 @@ COLUMNS = {
     "digits": ["7", "12", "7", "3"],
     "codes": ["007", "7", "12", "7"],
     "signs and spaces": ["+7", " 7", "7", "-7"],
+    # As many letters as the digits of their values.
+    "hexadecimal": ["0x2540BE400", "0x2540BE401", "0x2540BE400"],
     "missing": ["7", None, "7", None],
     "missing text": [None, "a", None],
     "text": ["b", "a", "", "b"],

@@ -103,7 +103,7 @@ def _encode_digits(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
     Integers are hashed in half of the time of their digits.
     """
-    if not pa.types.is_string(column.type):
+    if not pa.types.is_string(column.type) or _holds_letters(column):
         return None
     try:
         numbers = column.cast(pa.int64())
@@ -118,6 +118,19 @@ def _encode_digits(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     if np.roll(rows_of_code, -1) @ lengths != pc.sum(pc.binary_length(column)).as_py():
         return None
     return pa.chunked_array([pa.DictionaryArray.from_arrays(coded.indices, values)])
+
+
+def _holds_letters(column: pa.ChunkedArray) -> bool:
+    """Returns whether any byte of the text comes after "9".
+
+    Arrow reads "0x1F" as a number too, whose digits may be as many as the letters were.
+    """
+    for chunk in column.chunks:
+        text = chunk.buffers()[2]
+        # Those of a slice hold the bytes around it as well: its text is then hashed as it is.
+        if text is not None and (np.frombuffer(text, np.uint8) > ord("9")).any():
+            return True
+    return False
 
 
 def _encode_dense(numbers: pa.ChunkedArray) -> pa.DictionaryArray | None:
