@@ -80,3 +80,19 @@ def test_text_beyond_what_a_string_array_holds_is_joined_as_large_text(monkeypat
     monkeypatch.setattr(arrow, "LARGEST_TEXT", 3)
     assert join_chunks(column).type == pa.large_string()
     assert join_chunks(column).to_pylist() == ["ab", None, "", "cd"]
+
+
+def test_codes_without_a_sign_are_read_too():
+    """As categories of polars have them."""
+    indices = pa.array([0, None, 1], pa.uint32())
+    column = pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(["a", "b"]))])
+    codes, values = codes_and_values(column)
+    assert codes.tolist() == [0, -1, 1] and values.to_pylist() == ["a", "b"]
+
+
+def test_codes_are_read_as_text_by_blocks(monkeypatch):
+    monkeypatch.setattr(arrow, "_BLOCK", 2)
+    column = pa.chunked_array([["a", None, "b", "a", "c"]]).dictionary_encode()
+    text = arrow.plain_text(column)
+    assert text.num_chunks == 3 and text.to_pylist() == ["a", None, "b", "a", "c"]
+    assert arrow.plain_text(column[:0]).to_pylist() == []

@@ -36,6 +36,16 @@ def test_of_equal_times_the_order_of_the_log_is_kept():
     assert latest_rows(parts, num_users=2).tolist() == [999, -1]
 
 
+def test_a_part_without_rows_takes_no_times_from_the_others():
+    part = rows([0, 0], [1, 2], [20, 10])
+    empty = Rows(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), None, {})
+    for parts in ([part], [empty, part], [part, empty]):
+        assert time_order(parts).tolist() == [1, 0]
+        assert items_of_users(parts, num_users=1)[0].tolist() == [2, 1]
+        assert latest_rows(parts, num_users=1).tolist() == [0]
+    assert time_order([empty]).tolist() == []
+
+
 def test_each_item_of_a_user_has_its_latest_row():
     rng = np.random.default_rng(0)
     parts = [

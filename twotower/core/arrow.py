@@ -160,7 +160,11 @@ def plain_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         # Chunk by chunk: dictionaries of several files have different codes for one value.
-        chunks = [_dictionary_values(chunk) for chunk in column.chunks]
+        # By blocks: the text of a long log may not fit one array.
+        chunks = []
+        for chunk in column.chunks:
+            starts = range(0, max(1, len(chunk)), _BLOCK)
+            chunks += [_dictionary_values(chunk.slice(start, _BLOCK)) for start in starts]
         return pa.chunked_array(chunks) if chunks else column.cast(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.string())

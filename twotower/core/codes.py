@@ -94,7 +94,8 @@ def _filled(numbers: Any) -> np.ndarray:
 def _codes_of_chunk(chunk: pa.DictionaryArray) -> np.ndarray:
     indices = chunk.indices
     if indices.null_count:
-        indices = indices.fill_null(-1)
+        # Signed first: categories of polars have codes without a sign.
+        indices = indices.cast(pa.int32()).fill_null(-1)
     return indices.to_numpy().astype(np.int32, copy=False)
 
 

@@ -205,7 +205,8 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             f"Training rows have a {id_column} that the {side}s table lacks, the first {unknown!r}."
         )
     counts = np.zeros(len(table), np.int64)
-    counts[row_of_table[is_counted]] = rows_of_code[is_counted]
+    # Added, since a dictionary may hold one value twice.
+    np.add.at(counts, row_of_table[is_counted], rows_of_code[is_counted])
     return counts
 
 

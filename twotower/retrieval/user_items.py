@@ -60,7 +60,8 @@ def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
 def time_order(parts: Sequence[Rows]) -> np.ndarray:
     """Returns the positions of the joined rows in order of time, int64 [rows of all parts].
 
-    Rows of one time keep the order of the log, and so do all rows where a part has no timestamps.
+    Rows of one time keep the order of the log, and so do all rows where a part with
+    rows has no timestamps.
     """
     times = _joined_times(parts)
     if times is None:
@@ -70,8 +71,10 @@ def time_order(parts: Sequence[Rows]) -> np.ndarray:
 
 
 def _joined_times(parts: Sequence[Rows]) -> np.ndarray | None:
-    """Returns the times of the joined rows; None where a part has none."""
-    times = [part.timestamp for part in parts if part.timestamp is not None]
-    if len(times) < len(parts):
+    """Returns the times of the joined rows; None where a part with rows has none."""
+    # A part without rows has no times either, and says nothing of the others.
+    times = [part.timestamp for part in parts if len(part)]
+    known = [part for part in times if part is not None]
+    if not known or len(known) < len(times):
         return None
-    return times[0] if len(times) == 1 else np.concatenate(times)
+    return known[0] if len(known) == 1 else np.concatenate(known)
