@@ -71,3 +71,12 @@ def test_a_small_gain_of_every_user_shows_where_users_differ_much():
     assert low[0] < high[0]
     (same,) = compare_values(first, first, users)
     assert same == (0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def test_a_resample_that_counts_nobody_is_left_out():
+    """Of two users one in seven resamples counts neither; a mean of 0 would be of nobody."""
+    means = resampled_means(np.full((3, 1), 0.5), np.array([0, 1, 1]))
+    assert 800 < len(means) < 950 and means.tolist() == [[0.5]] * len(means)
+    assert interval_table({"x": np.full(1, 0.8)}, np.zeros(1, int), np.ones(1, bool)) == {
+        "x": [pytest.approx(0.8)] * 2
+    }

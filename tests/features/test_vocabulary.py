@@ -103,8 +103,10 @@ def test_a_single_value_and_a_column_find_the_same_rows():
 
 def test_known_values_with_equal_hashes_are_still_told_apart(monkeypatch):
     monkeypatch.setattr(vocabulary, "hash64", lambda values: np.ones(len(values), np.uint64))
+    monkeypatch.setattr(vocabulary, "hash_texts", lambda texts: np.ones(len(texts), np.uint64))
     fitted = Vocabulary.fit(pa.array(skewed()))
     assert fitted.rows(fitted.values.slice(7, 1)).tolist() == [fitted.first + 7]
+    assert fitted.rows_of_texts([fitted.values[7].as_py()]).tolist() == [fitted.first + 7]
 
 
 def test_row_0_is_null_alone():

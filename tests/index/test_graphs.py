@@ -12,7 +12,7 @@ import pytest
 
 from tests.index.oracles import clustered_vectors
 from twotower.config import from_dict
-from twotower.core.errors import QueryError
+from twotower.core.errors import BadIndexError, QueryError
 from twotower.core.install import install_line
 from twotower.index import graphs
 from twotower.index.build import build_index, load_index, save_index
@@ -59,6 +59,19 @@ def test_what_is_written_is_read(built, vectors, tmp_path):
     assert loaded.tuning == built.tuning
     for one, other in zip(loaded.search(vectors[0], 10), built.search(vectors[0], 10)):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_graph_of_distances_is_refused(built, vectors, tmp_path):
+    """Its distances would be served as scores."""
+    if built.kind != "faiss":
+        return
+    faiss = import_library("faiss")
+    save_index(built, tmp_path)
+    graph = faiss.IndexHNSWFlat(vectors[1].shape[1], 4)
+    graph.add(vectors[1])
+    faiss.write_index(graph, str(tmp_path / "index.faiss"))
+    with pytest.raises(BadIndexError, match="holds no graph of"):
+        load_index(tmp_path, vectors[1])
 
 
 def test_how_the_graph_was_built_is_written_down(built, vectors, tmp_path):

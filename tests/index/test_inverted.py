@@ -42,6 +42,14 @@ def inverted(items, num_lists, metric=faiss.METRIC_INNER_PRODUCT, rows=None):
     return index
 
 
+def emptied(items):
+    """Without any row in its lists, and with the number that there were."""
+    index = inverted(items, 126)
+    index.reset()
+    index.ntotal = len(items)
+    return index
+
+
 def graph(items):
     index = faiss.IndexHNSWFlat(items.shape[1], 4)
     index.add(items)
@@ -66,6 +74,7 @@ OTHERS = {
     "a row twice": lambda items, folder: inverted(items, 126, rows=np.arange(1_000) // 2 * 2),
     "rows beyond": lambda items, folder: inverted(items, 126, rows=np.arange(1_000) + 1),
     "lists elsewhere": on_disk,
+    "empty lists": lambda items, folder: emptied(items),
 }
 
 

@@ -61,7 +61,8 @@ def resampled_means(
         seed: Seed of the counts.
 
     Returns:
-        float64 [R, M]. Equal seeds and users give equal counts, whatever the figures are.
+        float64 [R, M]; fewer than R where a resample of very few users counts none of them. Equal
+        seeds and users give equal counts, whatever the figures are.
     """
     if where is not None:
         values = values[where]
@@ -78,8 +79,9 @@ def resampled_means(
         part = sums[start : start + size]
         bits = generator.integers(0, 2**16, (len(part), resamples), dtype=np.uint16)
         totals += _COUNTS[bits].T @ part.astype(np.float32)
-    # A resample of few users may count none: its mean is that of nothing.
-    return totals[:, :-1] / np.maximum(totals[:, -1:], 1.0)
+    # One that counts nobody has no mean.
+    totals = totals[totals[:, -1] > 0]
+    return totals[:, :-1] / totals[:, -1:]
 
 
 def interval(means: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:

@@ -281,6 +281,8 @@ class Vocabulary:
 
         It takes microseconds for one value, whatever the vocabulary.
         """
+        if not self._hash_index.is_unique:
+            return self.rows(pa.array(texts, pa.string()))
         recent = self._recent
         rows = [0 if text is None else recent.get(text) for text in texts]
         missing = [text for text, row in zip(texts, rows) if row is None and text is not None]

@@ -223,7 +223,9 @@ def _write_faiss(graph: Any, path: Path) -> None:
 def _read_faiss(path: Path, num_items: int, dim: int) -> Any:
     faiss = import_library("faiss")
     graph = read_faiss(path, "faiss")
-    if not isinstance(graph, faiss.IndexHNSWFlat) or (graph.ntotal, graph.d) != (num_items, dim):
+    expected = (num_items, dim, faiss.METRIC_INNER_PRODUCT)
+    is_graph = isinstance(graph, faiss.IndexHNSWFlat)
+    if not is_graph or (graph.ntotal, graph.d, graph.metric_type) != expected:
         raise BadIndexError(f"{path} holds no graph of {num_items} vectors {dim} wide.")
     return graph
 

@@ -46,8 +46,6 @@ class InvertedIndex(TunedIndex):
         super().__init__(tuning)
         self._inverted = inverted
         self._faiss = import_faiss()
-        # Making one takes a tenth of the time of a single query.
-        self._parameters = functools.lru_cache(maxsize=64)(self._search_parameters)
 
     @classmethod
     def build(
@@ -93,7 +91,7 @@ class InvertedIndex(TunedIndex):
         k = min(k, self.num_items)
         if not len(queries) or not k:
             return empty_lists(len(queries), k)
-        scores, rows = self._inverted.search(queries, k, params=self._parameters(leaves))
+        scores, rows = self._inverted.search(queries, k, params=_search_parameters(leaves))
         # FAISS fills short lists with row -1 and a score of its own.
         if _has_short_lists(rows):
             scores = np.where(rows < 0, np.float32(-np.inf), scores)
@@ -122,8 +120,11 @@ class InvertedIndex(TunedIndex):
         """Returns FAISS's module; see `LibraryIndex`."""
         return import_faiss()
 
-    def _search_parameters(self, probes: int) -> Any:
-        return self._faiss.SearchParametersIVF(nprobe=probes)
+
+# Making them takes a tenth of the time of a single query.
+@functools.lru_cache(maxsize=64)
+def _search_parameters(probes: int) -> Any:
+    return import_faiss().SearchParametersIVF(nprobe=probes)
 
 
 def import_faiss() -> Any:
@@ -193,5 +194,7 @@ def _is_whole(inverted: Any, quantizer: Any, lists: Any) -> bool:
         for number in range(lists.nlist)
         if lists.list_size(number)
     ]
+    if not rows:
+        return False
     found = np.sort(np.concatenate(rows))
     return np.array_equal(found, np.arange(inverted.ntotal))

@@ -9,6 +9,7 @@ need nothing of this file. `jnp.matmul` of rounded operands is the plain referen
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -36,11 +37,15 @@ def fastest_dtype() -> Literal["float32", "bfloat16"]:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
+        # Processes of several machines must compute alike, and need not have one processor.
+        if jax.process_count() > 1:
+            return "float32"
         known = _cpu_flags() & {"avx512_bf16", "amx_bf16"}
         return "bfloat16" if known else "float32"
-    # GPUs before Ampere have none.
-    old = float(getattr(device, "compute_capability", 8)) < 8
-    return "float32" if old else "bfloat16"
+    # GPUs of NVIDIA before Ampere have none; others name no number here.
+    capability = re.fullmatch(r"[\d.]+", str(getattr(device, "compute_capability", "")))
+    is_old = capability is not None and float(capability[0]) < 8
+    return "float32" if is_old else "bfloat16"
 
 
 def _cpu_flags() -> set[str]:
