@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from twotower.evaluation.intervals import (
-    compare_values,
     interval,
     interval_table,
     resampled_means,
@@ -54,23 +53,6 @@ def test_queries_that_are_not_averaged_change_nothing():
     assert found == interval_table({"recall@10": changed[:, 0]}, users, where)
     assert found["recall@10"][0] < values[where].mean() < found["recall@10"][1]
     assert interval_table({"recall@10": values[:, 0]}, users, np.zeros(100, bool)) == {}
-
-
-def test_a_small_gain_of_every_user_shows_where_users_differ_much():
-    rng = np.random.default_rng(3)
-    first = rng.random((2_000, 1))
-    second = first + rng.normal(0.01, 0.02, (2_000, 1))
-    users = np.arange(2_000)
-    (paired,) = compare_values(first, second, users)
-    assert 0 < paired.low < 0.01 < paired.high
-    assert paired.p_value == 1e-3
-    assert paired.effect == pytest.approx(0.5, abs=0.1)
-    # Not paired, the intervals of the two overlap by far.
-    low, _ = interval(resampled_means(second, users))
-    _, high = interval(resampled_means(first, users))
-    assert low[0] < high[0]
-    (same,) = compare_values(first, first, users)
-    assert same == (0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_a_resample_that_counts_nobody_is_left_out():

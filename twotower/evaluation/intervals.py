@@ -1,8 +1,7 @@
-"""Intervals of figures, and of the differences of two models, by a bootstrap over users.
+"""Intervals of figures, by a bootstrap over users.
 
 A resample counts each user as often as a Poisson variable of mean 1 says: of many users, that is
-drawing them with replacement. All figures share the counts, so that metrics and differences are
-paired, and two models are compared over the same users.
+drawing them with replacement. All figures share the counts.
 
 Chamandy et al., Estimating uncertainty for massive data streams, Google technical report 2012.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,25 +20,6 @@ _BLOCK = 2**21  # counts that are drawn at once
 _PROBABILITIES = [math.exp(-1) / math.factorial(count) for count in range(9)]
 _ENDS = np.round(2**16 * np.cumsum(_PROBABILITIES)).astype(int)
 _COUNTS = np.searchsorted(_ENDS, np.arange(2**16), side="right").astype(np.float32)
-
-
-class Difference(NamedTuple):
-    """The difference of a figure of two models over the same users, the second minus the first.
-
-    Attributes:
-        mean: Difference of the means.
-        low: Lower end of its interval.
-        high: Upper end of its interval.
-        effect: Mean over the standard deviation of the users' differences (Cohen's d); 0 where
-            they are all equal.
-        p_value: Twice the share of resamples on the other side of 0, at least 1 / resamples.
-    """
-
-    mean: float
-    low: float
-    high: float
-    effect: float
-    p_value: float
 
 
 def resampled_means(
@@ -94,44 +73,6 @@ def interval(means: np.ndarray, *, level: float = LEVEL) -> tuple[np.ndarray, np
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
     return low, high
-
-
-def compare_values(
-    first: np.ndarray,
-    second: np.ndarray,
-    users: np.ndarray,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[Difference]:
-    """Returns the difference of each figure of two models over the same queries.
-
-    Args:
-        first: float [Q, M], figures of each query by the first model.
-        second: float [Q, M], those by the second one.
-        users: int [Q], row of the user of each query.
-        level: Level of the intervals.
-        resamples: Number of resamples.
-        seed: Seed of the counts.
-    """
-    gains = np.asarray(second, np.float64) - first
-    means = resampled_means(gains, users, resamples=resamples, seed=seed)
-    low, high = interval(means, level=level)
-    differences = []
-    for column in range(gains.shape[1]):
-        mean = float(gains[:, column].mean())
-        spread = float(gains[:, column].std(ddof=1)) if len(gains) > 1 else 0.0
-        beyond = np.minimum((means[:, column] <= 0).mean(), (means[:, column] >= 0).mean())
-        difference = Difference(
-            mean=mean,
-            low=float(low[column]),
-            high=float(high[column]),
-            effect=mean / spread if spread else 0.0,
-            p_value=float(np.clip(2 * beyond, 1 / resamples, 1.0)),
-        )
-        differences.append(difference)
-    return differences
 
 
 def interval_table(

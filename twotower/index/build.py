@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,6 @@ LIBRARIES: Kinds[type[LibraryIndex]] = Kinds(
         "faiss_ivf": "twotower.index.inverted:InvertedIndex",
     },
 )
-# Those that choose among builds, and what chooses: loaded where there is a choice.
-CHOICES: Kinds[Callable[..., Index]] = Kinds(
-    "index",
-    {
-        "auto": "twotower.index.comparison:choose_index",
-        "fastest": "twotower.index.comparison:choose_index",
-    },
-)
 
 
 def build_index(
@@ -141,7 +133,12 @@ def build_index(
 
     if len(builds) == 1:
         return make(builds[0], vectors)
-    return CHOICES[config.index](
+    # Loaded where there is a choice: what answers requests needs nothing of it.
+    from twotower.index.comparison import build_of, fastest_index
+
+    if like is not None:
+        return make(build_of(like) or builds[0], vectors)
+    return fastest_index(
         builds,
         make,
         vectors,
@@ -149,7 +146,6 @@ def build_index(
         config.k,
         optimize_for=config.optimize_for,
         min_gain=MIN_GAINS[config.index],
-        like=like,
     )
 
 

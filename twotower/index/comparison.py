@@ -40,37 +40,6 @@ def build_of(index: Index) -> Build | None:
     return Build(tuning.kind, max(1, leaves_per_root))
 
 
-def choose_index(
-    builds: Sequence[Build],
-    make: Callable[[Build, np.ndarray], Index],
-    vectors: np.ndarray,
-    queries: ArrayLike,
-    k: int,
-    *,
-    optimize_for: str,
-    min_gain: float,
-    like: Index | None = None,
-) -> Index:
-    """Builds the index of `fastest_index`, or one built as an earlier one was.
-
-    Args:
-        builds: See `fastest_index`, like all arguments but the last.
-        make: (build, vectors) -> index.
-        vectors: float32 [N, D].
-        queries: float [Q, D], user vectors.
-        k: Length of the lists.
-        optimize_for: Use that is measured.
-        min_gain: Times as fast that another build must be.
-        like: Index over earlier vectors of the same model, whose build is taken without comparing
-            others again.
-    """
-    if like is not None:
-        return make(build_of(like) or builds[0], vectors)
-    return fastest_index(
-        builds, make, vectors, queries, k, optimize_for=optimize_for, min_gain=min_gain
-    )
-
-
 def fastest_index(
     builds: Sequence[Build],
     make: Callable[[Build, np.ndarray], Index],

@@ -60,8 +60,8 @@ def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
 def time_order(parts: Sequence[Rows]) -> np.ndarray:
     """Returns the positions of the joined rows in order of time, int64 [rows of all parts].
 
-    Rows of one time keep the order of the log, and so do all rows where a part with
-    rows has no timestamps.
+    Rows of one time keep the order of the log, and so do all rows where a part with rows has no
+    timestamps.
     """
     times = _joined_times(parts)
     if times is None:
