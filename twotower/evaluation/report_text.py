@@ -275,7 +275,7 @@ def _verdict(metric: str, recall: float, ends: Sequence[float], rivals: Mapping[
     if high < best:
         return (
             f"The model is BEHIND {title}: {figures}. Try more steps, the history of the user as a "
-            f"feature, or other losses and negatives; or use that baseline."
+            f"feature, or other losses and negatives."
         )
     return f"The model cannot be told from {title}: {figures} lies within its interval."
 
