@@ -1,6 +1,7 @@
-"""Launches the command `twotower evaluate`, which `twotower.commands.evaluate` describes."""
+"""Launches the command `twotower evaluate`; see `twotower.commands.evaluation.evaluate`."""
 
-from twotower.commands import evaluate, launch
+from twotower.commands import launch
+from twotower.commands.evaluation import evaluate
 
 if __name__ == "__main__":
     launch.run(evaluate)

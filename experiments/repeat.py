@@ -1,6 +1,7 @@
-"""Launches the command `twotower repeat`, which `twotower.commands.repeat` describes."""
+"""Launches the command `twotower repeat`; see `twotower.commands.evaluation.repeat`."""
 
-from twotower.commands import launch, repeat
+from twotower.commands import launch
+from twotower.commands.evaluation import repeat
 
 if __name__ == "__main__":
     launch.run(repeat)

@@ -9,22 +9,22 @@ from typing import Any
 from twotower import __version__
 from twotower.core.errors import did_you_mean
 
-# In the order in which a project meets them.
-COMMANDS = (
-    "inspect",
-    "train",
-    "export",
-    "evaluate",
-    "query",
-    "recommend_all",
-    "embed",
-    "repeat",
-    "grow",
-    "history",
-    "publish",
-    "track",
-    "options",
-)
+# Name -> module within `twotower.commands`, in the order in which a project meets them.
+COMMANDS = {
+    "inspect": "inspect",
+    "train": "train",
+    "export": "export",
+    "evaluate": "evaluation.evaluate",
+    "query": "query",
+    "recommend_all": "recommend_all",
+    "embed": "embed",
+    "repeat": "evaluation.repeat",
+    "grow": "grow",
+    "history": "history",
+    "publish": "publish",
+    "track": "track",
+    "options": "options",
+}
 
 
 def main() -> None:
@@ -55,8 +55,11 @@ def _run() -> None:
         )
     # As if it were a program of its own: absl and config_flags read the command line themselves.
     sys.argv = [f"twotower {command}", *flags]
-    module: Any = importlib.import_module(f"twotower.commands.{command}")
-    launch.run(module)
+    launch.run(_module(command))
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"twotower.commands.{COMMANDS[command]}")
 
 
 def format_commands() -> str:
@@ -64,8 +67,7 @@ def format_commands() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = []
     for name in COMMANDS:
-        module = importlib.import_module(f"twotower.commands.{name}")
-        summary = (module.__doc__ or "").split("\n")[0]
+        summary = (_module(name).__doc__ or "").split("\n")[0]
         lines.append(f"  {name:{width}}  {summary}")
     return "\n".join(
         [

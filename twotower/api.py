@@ -23,12 +23,12 @@ from twotower.data.facts import LogFacts
 from twotower.data.report import DataReport, log_report, print_report
 from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
-from twotower.evaluation import report
+from twotower.evaluation import measure
 from twotower.evaluation.baselines import order_scores, popularity_order
 from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
-from twotower.evaluation.report_text import format_report
+from twotower.evaluation.report.text import format_report
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import BUNDLE, Bundle
@@ -80,7 +80,7 @@ class Run(run_folder.Run):
         split: str = "test",
         baselines: bool = False,
         max_queries: int = 0,
-    ) -> report.Measured:
+    ) -> measure.Measured:
         """Measures the run over the whole corpus: prints, keeps and returns the figures.
 
         They are kept in the folder `evaluation` of the run.
@@ -99,7 +99,7 @@ class Run(run_folder.Run):
             max_queries: Greatest number of queries, evenly spaced; 0 takes all.
 
         Returns:
-            The figures by name, as `twotower.evaluation.report.measure_run` returns them.
+            The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
         """
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
@@ -609,7 +609,7 @@ def evaluate(
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     devices: int = 0,
-) -> report.Measured:
+) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
 
     The figures are also written to `run.workdir / "evaluation"`.
@@ -625,7 +625,7 @@ def evaluate(
         devices: Number of devices that share the items; 0 takes all.
 
     Returns:
-        The figures by name, as `twotower.evaluation.report.measure_run` returns them.
+        The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
     """
     ks = tuple(ks) or run.config.evaluation.ks
     # Loaded before the long part: a damaged bundle is refused at once.
@@ -634,7 +634,7 @@ def evaluate(
     if folder.exists():
         retriever = Retriever.load(folder)
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
-    measured = report.measure_run(
+    measured = measure.measure_run(
         run,
         ks=ks,
         split=split,
@@ -647,8 +647,8 @@ def evaluate(
     if retriever is not None and len(retriever.bundle.users):
         # One query a user, whatever the protocol: the index is searched with users' vectors.
         queries = make_queries(run.prepared, split, "user")
-        measured["index"] = report.measure_index(retriever, queries.user)
-    report.write_metrics(measured, metrics_path(run.workdir, split))
+        measured["index"] = measure.measure_index(retriever, queries.user)
+    measure.write_metrics(measured, metrics_path(run.workdir, split))
     return measured
 
 
@@ -668,7 +668,7 @@ def repeat(
     seeds: int = 3,
     split: str = "test",
     baselines: bool = False,
-) -> list[report.Measured]:
+) -> list[measure.Measured]:
     """Trains and measures a configuration with one seed after another.
 
     The run of a seed is `workdir / "seed-N"`. A training that was stopped goes on, and one that had
@@ -682,7 +682,7 @@ def repeat(
         baselines: Whether popularity and the like are measured, with the first seed alone.
 
     Returns:
-        The figures of each seed, as `twotower.evaluation.report.measure_run` returns them.
+        The figures of each seed, as `twotower.evaluation.measure.measure_run` returns them.
     """
     measured = []
     for seed in range(seeds):
@@ -692,12 +692,12 @@ def repeat(
         run = train(config_of_seed, Path(workdir) / f"seed-{seed}", data=Path(workdir) / "data")
         # Baselines depend on the data alone: once is enough.
         with_baselines = baselines and seed == 0
-        figures = report.measure_run(
+        figures = measure.measure_run(
             run, ks=config.evaluation.ks, split=split, baselines=with_baselines
         )
         measured.append(figures)
     by_seed = {f"seed-{seed}": figures for seed, figures in enumerate(measured)}
-    report.write_metrics(by_seed, repeat_path(workdir, split))
+    measure.write_metrics(by_seed, repeat_path(workdir, split))
     return measured
 
 

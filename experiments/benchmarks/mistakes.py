@@ -321,7 +321,7 @@ def a_sample_of_the_items_competes(right):
     return read
 
 
-@mistake(20, "twotower.evaluation.report_text:format_report")
+@mistake(20, "twotower.evaluation.report.text:format_report")
 def a_sample_goes_by_the_name_of_the_whole(right):
     def format_report(measured, ks):
         protocol = measured["protocol"]

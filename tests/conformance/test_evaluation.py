@@ -8,9 +8,9 @@ from tests.evaluation.test_evaluate import make
 from twotower.config import from_dict
 from twotower.core.errors import LeakageError
 from twotower.data.audit import check_fitted
-from twotower.evaluation import report_text
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.report import text as report_text
 from twotower.features.fit import fit_encoder
 from twotower.features.spec import from_mappings
 from twotower.pipeline.prepare import prepare

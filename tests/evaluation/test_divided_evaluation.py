@@ -11,7 +11,7 @@ from twotower.core.errors import ScoreError
 from twotower.core.mesh import AXIS, REPLICATED, make_mesh, put
 from twotower.evaluation import evaluate as module
 from twotower.evaluation.evaluate import dot_scores, evaluate
-from twotower.evaluation.report import measure_popularity_weights
+from twotower.evaluation.measure import measure_popularity_weights
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from tests.retrieval.runs import make_run
 from twotower.config import ObjectiveConfig, from_dict
 from twotower.core.errors import ScoreError
 from twotower.data.shop.generate import label_probabilities
-from twotower.evaluation import heads, report, report_text
+from twotower.evaluation import heads, measure
 from twotower.evaluation.evaluate import make_validate
+from twotower.evaluation.report import text as report_text
 from twotower.objectives.heads import head_logits, init_heads
 from twotower.training.run import load_run, train
 
@@ -224,7 +225,7 @@ def test_a_head_that_became_nan_is_not_passed_over(run):
 
 
 def test_the_report_has_a_table_of_heads(run):
-    measured = report.measure_run(run, ks=(5,), baselines=False)
+    measured = measure.measure_run(run, ks=(5,), baselines=False)
     assert measured["heads"] == approx(measured_by_row(run, "test"))
     printed = report_text.format_report(measured, (5,))
     row = next(line for line in printed.splitlines() if line.startswith("auc"))
@@ -243,7 +244,7 @@ def test_a_model_without_heads_reports_none(run):
     plain = dataclasses.replace(
         run, config=config, prepared=dataclasses.replace(run.prepared, config=config)
     )
-    assert "heads" not in report.measure_run(plain, ks=(5,), baselines=False)
+    assert "heads" not in measure.measure_run(plain, ks=(5,), baselines=False)
     assert not any(
         "/" in name for name in make_validate(plain.prepared, plain.model)(plain.weights)
     )

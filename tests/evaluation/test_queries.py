@@ -8,9 +8,9 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
-from twotower.evaluation import report_text
+from twotower.evaluation.measure import measure_answers
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.evaluation.report import measure_answers
+from twotower.evaluation.report import text as report_text
 from twotower.pipeline.prepare import prepare
 
 # user, item, split; in order of time. Item z is never in training, so it is not in the corpus;

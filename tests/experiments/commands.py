@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 from unittest import mock
 
+from twotower.__main__ import COMMANDS
 from twotower.commands import launch
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def error_of(command: str, *arguments: str) -> str:
 @contextlib.contextmanager
 def loaded(command: str, arguments: Sequence[str]) -> Iterator[launch.Command]:
     """The module of a command, imported anew, while its arguments are those of the program."""
-    name = f"twotower.commands.{command}"
+    name = f"twotower.commands.{COMMANDS[command]}"
     # Anew: the flags of a command keep their values, and the options of one experiment.
     sys.modules.pop(name, None)
     # config_flags reads sys.argv.

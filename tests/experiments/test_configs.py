@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from twotower.config import defaults, from_dict
-from twotower.evaluation import report
+from twotower.evaluation import measure
 from twotower.evaluation.baselines import random_scores
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
-from twotower.evaluation.report_text import describe_index
+from twotower.evaluation.report.text import describe_index
 from twotower.experiment import load_config
 from twotower.features.spec import load_spec
 from twotower.retrieval.export import export
@@ -85,7 +85,7 @@ def test_from_the_log_to_the_metrics(trained):
     bundle = export(trained, folder)  # which proves that the bundle scores as the trainer does
     assert len(bundle.items) == len(trained.prepared.items) and describe_index(bundle.index)
     # No baselines: their tuning on these data would be most of the test.
-    measured = report.measure_run(trained, ks=(10,), baselines=False)
+    measured = measure.measure_run(trained, ks=(10,), baselines=False)
     asked = make_queries(trained.prepared, "test", trained.config.evaluation.query)
     draws = [
         evaluate(random_scores(asked.num_items, seed=seed), asked, (10,), mask_seen=True)
@@ -95,8 +95,8 @@ def test_from_the_log_to_the_metrics(trained):
     by_chance = {name: np.mean([draw[name] for draw in draws]) for name in draws[0]}
     retriever = Retriever.load(folder)
     queries = make_queries(trained.prepared, "test", "user")
-    measured["index"] = report.measure_index(retriever, queries.user)
-    report.write_metrics(measured, trained.workdir / "evaluation" / "metrics.json")
+    measured["index"] = measure.measure_index(retriever, queries.user)
+    measure.write_metrics(measured, trained.workdir / "evaluation" / "metrics.json")
     measured = json.loads((trained.workdir / "evaluation" / "metrics.json").read_text())
     assert measured["index"]["recall@10"] >= 0.95
     # Twenty steps are enough to tell a model that learns from one that does not.

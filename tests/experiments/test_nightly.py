@@ -35,7 +35,7 @@ def night(tmp_path, monkeypatch):
     def evaluate(run, **options):
         measured = {"model": {"ndcg@10": figures[run.workdir.name]}}
         measured["protocol"] = {"step": run.step, "split": "test"}
-        api.report.write_metrics(measured, api.metrics_path(run.workdir, "test"))
+        api.measure.write_metrics(measured, api.metrics_path(run.workdir, "test"))
         return measured
 
     monkeypatch.setattr(tt.Run, "evaluate", evaluate)

@@ -9,9 +9,9 @@ import pytest
 from tests.experiments.trained import CONFIG
 from twotower import api
 from twotower.config import from_dict
-from twotower.evaluation import report
+from twotower.evaluation import measure
 from twotower.evaluation.baselines import random_scores
-from twotower.evaluation.report_text import format_seeds, format_spread
+from twotower.evaluation.report.text import format_seeds, format_spread
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, m
     def make_baselines(prepared, queries, without):
         return {"random": random_scores(queries.num_items)}
 
-    monkeypatch.setattr(report, "make_baselines", make_baselines)
+    monkeypatch.setattr(measure, "make_baselines", make_baselines)
     config = from_dict(CONFIG | {"training": CONFIG["training"] | {"steps": 2}})
     measured = api.repeat(config, tmp_path, seeds=2, baselines=True)
     written = json.loads((tmp_path / "repeat.json").read_text())
@@ -28,7 +28,7 @@ def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, m
     for seed in (0, 1):
         run = api.load_run(tmp_path / f"seed-{seed}")
         assert run.config.training == dataclasses.replace(config.training, seed=seed)
-        alone = report.measure_run(run, ks=config.evaluation.ks, baselines=False)
+        alone = measure.measure_run(run, ks=config.evaluation.ks, baselines=False)
         assert measured[seed]["model"] == alone["model"]
     assert measured[0]["model"] != measured[1]["model"]
     assert "baselines" in measured[0] and "baselines" not in measured[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twotower.config import from_dict
-from twotower.evaluation import report
+from twotower.evaluation import measure
 from twotower.evaluation.baselines import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate, make_validate
 from twotower.evaluation.queries import make_queries
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
 
 
 def test_from_a_file_of_pairs_to_the_next_item(run):
-    model = report.measure_run(run, ks=(10,), baselines=False)["model_unmasked"]
+    model = measure.measure_run(run, ks=(10,), baselines=False)["model_unmasked"]
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
     order = popularity_order(run.prepared.positives("train"), queries.num_items)
     popular = evaluate(order_scores(order), queries, (10,), mask_seen=False)

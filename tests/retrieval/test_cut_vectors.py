@@ -7,8 +7,8 @@ import pytest
 from tests.retrieval.runs import make_run, storing
 from twotower.core.errors import ConfigError, QueryError
 from twotower.evaluation.evaluate import dot_scores, evaluate
+from twotower.evaluation.measure import measure_run
 from twotower.evaluation.queries import make_queries
-from twotower.evaluation.report import measure_run
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import export, make_bundle

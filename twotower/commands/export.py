@@ -66,7 +66,7 @@ _OPTIONS = (
 
 def main() -> None:
     from twotower import api
-    from twotower.evaluation.report_text import format_bundle
+    from twotower.evaluation.report.text import format_bundle
     from twotower.index.tuning_report import check_plot, save_plot
 
     # Before minutes of work.

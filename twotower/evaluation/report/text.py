@@ -14,8 +14,8 @@ from typing import Any
 from twotower.core.tables import format_table
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
+from twotower.evaluation.measure import INDEX_K
 from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
-from twotower.evaluation.report import INDEX_K
 from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle

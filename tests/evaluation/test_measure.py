@@ -7,9 +7,10 @@ import pytest
 
 from tests.retrieval.runs import make_run
 from twotower.evaluation import evaluate as module
-from twotower.evaluation import metrics, report, report_text
+from twotower.evaluation import measure, metrics
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.report import text as report_text
 from twotower.retrieval.embed import shard_weights
 
 pytestmark = pytest.mark.slow
@@ -32,13 +33,13 @@ def seen_first(prepared, model, weights, queries):
 
 
 def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
-    monkeypatch.setattr(report, "model_scores", seen_first)
+    monkeypatch.setattr(measure, "model_scores", seen_first)
     monkeypatch.setattr(
-        report,
+        measure,
         "make_baselines",
         lambda prepared, queries, without: {"seen": seen_first(prepared, 0, 0, queries)},
     )
-    measured = report.measure_run(run, ks=(1,), baselines=True)
+    measured = measure.measure_run(run, ks=(1,), baselines=True)
     # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was
     # seen.
     assert measured["model"]["mrr@1"] == measured["baselines"]["seen"]["mrr@1"] > 0.9
@@ -56,7 +57,7 @@ WEIGHTS = (0.0, 0.1, 1e4)
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return report.measure_run(run, ks=KS, baselines=True, popularity_weights=WEIGHTS)
+    return measure.measure_run(run, ks=KS, baselines=True, popularity_weights=WEIGHTS)
 
 
 def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured):
@@ -70,7 +71,7 @@ def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured)
 
 
 def test_every_mean_has_an_interval_around_it(measured):
-    for suffix in report.SUFFIXES:
+    for suffix in measure.SUFFIXES:
         model = measured[f"model{suffix}"]
         intervals = measured[f"model_intervals{suffix}"]
         alone = tuple(metrics.CORPUS_METRICS)
@@ -146,13 +147,13 @@ def test_a_run_on_a_mesh_has_the_figures_of_one_device(run, measured):
     queries = make_queries(run.prepared, "test", run.config.evaluation.query)
     scores = model_scores(run.prepared, run.model, weights, queries)
     assert len(scores(slice(0, 3)).sharding.device_set) == 8
-    on_mesh = report.measure_run(dataclasses.replace(run, weights=weights), ks=KS, baselines=False)
+    on_mesh = measure.measure_run(dataclasses.replace(run, weights=weights), ks=KS, baselines=False)
     for name in ("model", "model_unmasked"):
         assert on_mesh[name] == pytest.approx(measured[name])
 
 
 def test_a_sample_of_the_queries_is_measured(run):
-    sampled = report.measure_run(run, ks=KS, baselines=False, max_queries=20)
+    sampled = measure.measure_run(run, ks=KS, baselines=False, max_queries=20)
     assert sampled["protocol"]["asked"] == 20 < sampled["protocol"]["available"]
     assert "A sample: 20 of" in report_text.format_report(sampled, KS)
     every_query = make_queries(run.prepared, "test", run.config.evaluation.query)

@@ -65,7 +65,7 @@ _SPLIT = flags.DEFINE_enum(
 
 def main() -> None:
     from twotower import api
-    from twotower.evaluation.report_text import format_report
+    from twotower.evaluation.report.text import format_report
 
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     # Before the vectors are made: a width that was not trained is refused at once.

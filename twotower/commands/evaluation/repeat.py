@@ -35,7 +35,7 @@ _DRY_RUN = dry_run.define(FLAGS)
 def main() -> None:
     from twotower import api
     from twotower.config import from_dict
-    from twotower.evaluation.report_text import format_seeds
+    from twotower.evaluation.report.text import format_seeds
 
     config = from_dict(_CONFIG.value)
     if _DRY_RUN.value:

@@ -1,6 +1,6 @@
 """Figures of a run: the model beside baselines, and the index of its bundle beside exact search.
 
-`twotower.evaluation.report_text` prints them.
+`twotower.evaluation.report.text` prints them.
 """
 
 from __future__ import annotations
