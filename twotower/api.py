@@ -612,7 +612,8 @@ def evaluate(
 ) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
 
-    The figures are also written to `run.workdir / "evaluation"`.
+    The figures are also written to `run.workdir / "evaluation"`, and those of every query beside
+    them, from which runs are compared.
 
     Args:
         run: Loaded run.
@@ -642,6 +643,7 @@ def evaluate(
         without_baselines=without_baselines,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
+        table_path=query_table_path(run.workdir, split),
     )
     # A bundle without users has none to search for.
     if retriever is not None and len(retriever.bundle.users):
@@ -659,6 +661,13 @@ def metrics_path(workdir: Path, split: str) -> Path:
     if split != "test":
         name = f"metrics_{split}.json"
     return workdir / "evaluation" / name
+
+
+def query_table_path(workdir: Path, split: str) -> Path:
+    """Returns the file that `evaluate` writes the figures of every query of a split to."""
+    figures = metrics_path(workdir, split)
+    name = figures.stem.replace("metrics", "queries")
+    return figures.with_name(f"{name}.parquet")
 
 
 def repeat(

@@ -1,8 +1,10 @@
 """What a report measures, and on which queries."""
 
 import dataclasses
+import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.runs import make_run
@@ -57,7 +59,29 @@ WEIGHTS = (0.0, 0.1, 1e4)
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return measure.measure_run(run, ks=KS, baselines=True, popularity_weights=WEIGHTS)
+    return measure.measure_run(
+        run,
+        ks=KS,
+        baselines=True,
+        popularity_weights=WEIGHTS,
+        table_path=run.workdir / "evaluation" / "queries.parquet",
+    )
+
+
+def test_the_table_of_queries_holds_what_the_figures_are_means_of(run, measured):
+    table = pq.read_table(run.workdir / "evaluation" / "queries.parquet")
+    queries = make_queries(run.prepared, "test", run.config.evaluation.query)
+    assert len(table) == len(queries)
+    users = run.prepared.users["user_id"].take(queries.user)
+    assert table["user"].to_pylist() == users.to_pylist()
+    protocol = json.loads(table.schema.metadata[b"twotower"])
+    assert protocol == measured["protocol"] | {"ks": list(KS)}
+    answered = table.filter(table["answered"])
+    for ranking, figures in {"model": measured["model"], **measured["baselines"]}.items():
+        assert len(answered) == figures["queries"]
+        for name, value in figures.items():
+            if name.partition("@")[0] in metrics.RANKING_METRICS:
+                assert np.mean(answered[f"{ranking}/{name}"]) == pytest.approx(value, abs=1e-12)
 
 
 def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured):

@@ -62,12 +62,17 @@ class Evaluation:
         figures: Means over the queries with an answer, and the figures of all lists together:
             "recall@10", "coverage@10", "queries" and so on.
         values: Name of each mean -> its values, float64 [Q].
-        is_averaged: Whether a query has an answer, so that it counts in the means, bool [Q].
+        num_relevant: Number of right answers of each query, int32 [Q].
     """
 
     figures: dict[str, float]
     values: Mapping[str, np.ndarray]
-    is_averaged: np.ndarray
+    num_relevant: np.ndarray
+
+    @property
+    def is_averaged(self) -> np.ndarray:
+        """Whether a query has an answer, so that it counts in the means, bool [Q]."""
+        return self.num_relevant > 0
 
 
 def evaluate(
@@ -215,7 +220,7 @@ class _Lists:
             result[f"gini@{k}"] = metrics.gini(exposures)
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
-        return Evaluation(result, joined, self._is_answerable)
+        return Evaluation(result, joined, self._num_relevant)
 
 
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:

@@ -19,10 +19,17 @@ from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.data.report import describe_unreachable
 from twotower.evaluation.baselines import make_baselines, random_scores
-from twotower.evaluation.evaluate import Scores, evaluate, evaluate_both, model_scores
+from twotower.evaluation.evaluate import (
+    Evaluation,
+    Scores,
+    evaluate,
+    evaluate_both,
+    model_scores,
+)
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import Queries, make_queries
+from twotower.evaluation.query_table import query_table, write_query_table
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.vectors import append_coordinate, log_counts
@@ -49,6 +56,7 @@ def measure_run(
     without_baselines: Sequence[str] = (),
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
+    table_path: Path | None = None,
 ) -> Measured:
     """Measures the model of a run, and baselines, over the whole corpus.
 
@@ -65,6 +73,7 @@ def measure_run(
             takes all.
         popularity_weights: Factors by which the log count of an item is added to its score. Each is
             measured with seen items masked.
+        table_path: Parquet file to write the figures of every query to, see `query_table`.
 
     Returns:
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
@@ -91,9 +100,12 @@ def measure_run(
     measured["answers"] = measure_answers(
         every_query, split, has_item_table=run.prepared.has_catalogue
     )
+    masked: dict[str, Evaluation] = {}
     # Papers report either mode, and the two are not comparable: both are always measured.
     for name, scores in rankings.items():
-        for suffix, evaluation in zip(SUFFIXES, evaluate_both(scores, queries, ks)):
+        evaluations = evaluate_both(scores, queries, ks)
+        masked[name] = evaluations[0]
+        for suffix, evaluation in zip(SUFFIXES, evaluations):
             if name != "model":
                 others = measured.setdefault(f"baselines{suffix}", {})
                 others[name] = evaluation.figures
@@ -102,6 +114,10 @@ def measure_run(
             measured[f"model_intervals{suffix}"] = interval_table(
                 evaluation.values, queries.user, evaluation.is_averaged
             )
+    if table_path is not None:
+        user_ids = run.prepared.users["user_id"]
+        table = query_table(user_ids, queries, masked, measured["protocol"] | {"ks": list(ks)})
+        write_query_table(table, table_path)
     measured |= _measure_new(run, queries, ks)
     if popularity_weights:
         measured["popularity_weights"] = measure_popularity_weights(

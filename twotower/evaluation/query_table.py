@@ -1,0 +1,61 @@
+"""The figures of every query as a table, from which runs are compared without ranking again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.core.arrow import plain_text
+from twotower.core.files import atomic
+from twotower.evaluation.evaluate import Evaluation
+from twotower.evaluation.metrics import RANKING_METRICS
+from twotower.evaluation.queries import Queries
+
+PROTOCOL_KEY = b"twotower"  # of the metadata of the schema
+
+
+def query_table(
+    user_ids: pa.ChunkedArray,
+    queries: Queries,
+    evaluations: Mapping[str, Evaluation],
+    protocol: Mapping[str, Any],
+) -> pa.Table:
+    """Returns the figures of every query, a row for each, in the order of the queries.
+
+    Args:
+        user_ids: Ids of all users, U.
+        queries: Queries that were measured.
+        evaluations: What was measured of each ranking, by its name.
+        protocol: How it was measured; kept as JSON in the metadata of the schema.
+
+    Returns:
+        Columns "user", the id as text; "query", the number of the query; "answered", whether it has
+        a right answer, so that it counts in the means; "relevant", the number of right answers; and
+        one for each ranking and metric, such as "model/recall@10", null where nothing was asked.
+    """
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "user": plain_text(user_ids.take(pa.array(queries.user))),
+        "query": pa.array(np.arange(len(queries), dtype=np.int64)),
+    }
+    for ranking, evaluation in evaluations.items():
+        columns["answered"] = pa.array(evaluation.is_averaged)
+        columns["relevant"] = pa.array(evaluation.num_relevant)
+        for name, values in evaluation.values.items():
+            # Of the metrics of accuracy alone: the others say nothing of a single query.
+            if name.partition("@")[0] in RANKING_METRICS:
+                is_missing = ~evaluation.is_averaged
+                columns[f"{ranking}/{name}"] = pa.array(values, pa.float64(), mask=is_missing)
+    metadata = {PROTOCOL_KEY: json.dumps(protocol).encode()}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write_query_table(table: pa.Table, path: Path) -> None:
+    """Writes such a table as Parquet, whole or not at all."""
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
