@@ -12,7 +12,7 @@ from twotower.config import from_dict
 from twotower.data.contract import Contract
 from twotower.data.facts import ColumnFacts, LogFacts, column_facts
 from twotower.data.tables import read_uses
-from twotower.evaluation.baselines import order_scores, popularity_order
+from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.features.spec import load_spec

@@ -24,7 +24,7 @@ from twotower.data.report import DataReport, log_report, print_report
 from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import measure
-from twotower.evaluation.baselines import order_scores, popularity_order
+from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries

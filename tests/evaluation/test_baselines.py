@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation import baselines
+from twotower.evaluation.baselines import popularity
+from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries
 from twotower.pipeline.batches import Rows
@@ -34,18 +35,18 @@ def ranking(scores_of, query=0):
 
 def test_popularity_is_by_count_then_latest():
     train = rows([4, 4, 4, 2, 1, 1, 2, 0], days=range(8))
-    order = ranking(baselines.order_scores(baselines.popularity_order(train, 6)))
+    order = ranking(popularity.order_scores(popularity.popularity_order(train, 6)))
     assert order[:4] == [4, 2, 1, 0] and set(order[4:]) == {3, 5}
 
 
 def test_without_timestamps_the_latest_is_the_last_in_the_file():
-    order = baselines.popularity_order(rows([2, 1, 1, 2, 0]), 3)
+    order = popularity.popularity_order(rows([2, 1, 1, 2, 0]), 3)
     assert order.tolist() == [2, 1, 0]
 
 
 def test_never_sold_items_are_shuffled_by_the_seed_alone():
     train = rows([0])
-    one, same, other = (baselines.popularity_order(train, 500, seed=s) for s in (1, 1, 2))
+    one, same, other = (popularity.popularity_order(train, 500, seed=s) for s in (1, 1, 2))
     assert one.tolist() == same.tolist() != other.tolist()
     # Were they left in the order of the file, a right answer early in the file would be found for
     # nothing.
@@ -74,9 +75,7 @@ def some_queries(num_queries, num_items):
 
 def make(prepared, queries):
     """Without the run-time check of types: `prepared` is a stand-in."""
-    return getattr(baselines.make_baselines, "__wrapped__", baselines.make_baselines)(
-        prepared, queries
-    )
+    return getattr(make_baselines, "__wrapped__", make_baselines)(prepared, queries)
 
 
 def test_last_week_counts_only_the_last_seven_days_of_training():
@@ -94,7 +93,7 @@ def test_last_week_is_seven_days_and_not_six_or_eight():
 
 def test_top_quantile_is_a_random_order_of_the_most_popular():
     order = np.random.default_rng(0).permutation(50)
-    scores = baselines.top_quantile_scores(order, share=0.1)
+    scores = popularity.top_quantile_scores(order, share=0.1)
     first = ranking(scores, 0)
     second = ranking(scores, 1)
     assert set(first[:5]) == set(second[:5]) == set(order[:5].tolist())
@@ -102,7 +101,7 @@ def test_top_quantile_is_a_random_order_of_the_most_popular():
 
 
 def test_random_lists_do_not_depend_on_the_blocks():
-    scores = baselines.random_scores(30)
+    scores = popularity.random_scores(30)
     whole = np.asarray(scores(slice(0, 8)))
     np.testing.assert_array_equal(whole[3:6], scores(slice(3, 6)))
     assert len(np.unique(whole)) == whole.size
@@ -110,7 +109,7 @@ def test_random_lists_do_not_depend_on_the_blocks():
 
 def test_random_recall_is_k_over_n():
     queries = some_queries(4_000, 50)
-    assert evaluate(baselines.random_scores(50), queries, (10,), mask_seen=True)[
+    assert evaluate(popularity.random_scores(50), queries, (10,), mask_seen=True)[
         "recall@10"
     ] == pytest.approx(0.2, abs=0.02)
 

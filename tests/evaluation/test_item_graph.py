@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation import item_graph
-from twotower.evaluation.item_graph import BACKWARD, WINDOW, make_item_graph, transition_shares
+from twotower.evaluation.baselines import item_graph
+from twotower.evaluation.baselines.item_graph import (
+    BACKWARD,
+    WINDOW,
+    make_item_graph,
+    transition_shares,
+)
 from twotower.evaluation.queries import Queries
 
 ITEMS = 30

@@ -8,8 +8,9 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.core.arrays import Ragged
-from twotower.evaluation import item_to_item
-from twotower.evaluation.baselines import make_baselines, order_scores, popularity_order
+from twotower.evaluation.baselines import item_to_item
+from twotower.evaluation.baselines.make import make_baselines
+from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.pipeline.batches import Rows

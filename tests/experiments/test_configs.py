@@ -10,7 +10,7 @@ import pytest
 
 from twotower.config import defaults, from_dict
 from twotower.evaluation import measure
-from twotower.evaluation.baselines import random_scores
+from twotower.evaluation.baselines.popularity import random_scores
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report.text import describe_index

@@ -10,7 +10,7 @@ from tests.experiments.trained import CONFIG
 from twotower import api
 from twotower.config import from_dict
 from twotower.evaluation import measure
-from twotower.evaluation.baselines import random_scores
+from twotower.evaluation.baselines.popularity import random_scores
 from twotower.evaluation.report.text import format_seeds, format_spread
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from twotower.config import from_dict
 from twotower.evaluation import measure
-from twotower.evaluation.baselines import order_scores, popularity_order
+from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate, make_validate
 from twotower.evaluation.queries import make_queries
 from twotower.pipeline.prepare import prepare

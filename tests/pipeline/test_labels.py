@@ -9,7 +9,7 @@ from pyarrow import csv
 
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.evaluation.baselines import make_baselines
+from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.queries import make_queries
 from twotower.pipeline.batches import Batches, InteractionExamples, gather_rows
 from twotower.pipeline.prepare import prepare

@@ -18,7 +18,8 @@ import numpy as np
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.data.report import describe_unreachable
-from twotower.evaluation.baselines import make_baselines, random_scores
+from twotower.evaluation.baselines.make import make_baselines
+from twotower.evaluation.baselines.popularity import random_scores
 from twotower.evaluation.evaluate import (
     Evaluation,
     Scores,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from twotower.core.arrays import Ragged
+from twotower.evaluation.baselines.item_to_item import ItemModel, best_model, sparse_array
 from twotower.evaluation.evaluate import Scores
-from twotower.evaluation.item_to_item import ItemModel, best_model, sparse_array
 from twotower.evaluation.queries import Queries
 
 TUNING_QUERIES = 1_000  # that choose the walk, at most: walks differ by much or not at all
