@@ -8,6 +8,7 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
+from twotower.evaluation.audits import audit_table, audit_unreachable
 from twotower.evaluation.measure import measure_answers
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.report import text as report_text
@@ -173,7 +174,8 @@ ANSWERS = {
 def test_answers_outside_of_the_corpus_bound_the_recall_and_are_said_first(prepared, kind):
     queries = make_queries(prepared, "test", kind)
     measured = measure_answers(queries, "test", has_item_table=False)
-    warning = measured.pop("warning")
+    audits = audit_table([audit_unreachable(measured)])
+    measured.pop("warning")
     assert measured == pytest.approx(ANSWERS[kind])
     model = dict.fromkeys(
         [f"{name}@10" for name in report_text.TABLE_METRICS] + ["queries_without_answer"], 0.0
@@ -187,7 +189,8 @@ def test_answers_outside_of_the_corpus_bound_the_recall_and_are_said_first(prepa
             "asked": 1,
             "available": 1,
         },
-        "answers": measured | {"warning": warning},
+        "answers": measured,
+        "audits": audits,
         "model": model | {"queries": 1},
         "model_unmasked": model | {"queries": 1},
     }

@@ -6,7 +6,7 @@ A kind of leakage that a published protocol has can be accepted by name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -78,15 +78,35 @@ def audit(split: Split, config: SplitConfig, *, describes_items: bool = False) -
     for name in config.accept_leakage:
         choose(FINDINGS, name, "config.split.accept_leakage")
     # All checks run before the first complaint, so that one message names everything to mend.
-    results = [check.look(split, config) for check in FINDINGS.values()]
-    if describes_items:
-        results.append(_held_out_text(split))
-    findings = [finding for finding in results if finding is not None]
+    findings = _look(split, config, tuple(FINDINGS), describes_items)
     not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
     refused = [finding for finding in not_accepted if not finding.is_few]
     if refused:
         raise LeakageError(_message(refused, config))
     return findings
+
+
+def accepted_findings(
+    split: Split, config: SplitConfig, *, describes_items: bool = False
+) -> list[Finding]:
+    """Looks again for the kinds of leakage that `config.accept_leakage` names.
+
+    Args:
+        split: The parts of the log, after `audit`.
+        config: Kind of the split, and the kinds of leakage that were accepted.
+        describes_items: Whether all rows of the log, those held out among them, describe the items.
+    """
+    return _look(split, config, config.accept_leakage, describes_items)
+
+
+def _look(
+    split: Split, config: SplitConfig, names: Sequence[str], describes_items: bool
+) -> list[Finding]:
+    """Returns the findings of some kinds, in the order of `FINDINGS`."""
+    results = [check.look(split, config) for name, check in FINDINGS.items() if name in names]
+    if describes_items and "held_out_text" in names:
+        results.append(_held_out_text(split))
+    return [finding for finding in results if finding is not None]
 
 
 def drop_repeats(

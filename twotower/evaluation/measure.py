@@ -18,6 +18,13 @@ import numpy as np
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.data.report import describe_unreachable
+from twotower.evaluation.audits import (
+    Audit,
+    audit_leakage,
+    audit_never_trained,
+    audit_table,
+    audit_unreachable,
+)
 from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.baselines.popularity import random_scores
 from twotower.evaluation.evaluate import (
@@ -79,10 +86,10 @@ def measure_run(
     Returns:
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
         {"recall@10": ...}, "model_intervals": {"recall@10": [low, high]}, "baselines": {name: ...},
-        and these with "_unmasked"}; for items and users that training never saw "new_items"
+        and these with "_unmasked"; for items and users that training never saw "new_items"
         and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
-        {"auc": ...}}; and with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
-        ...}}.
+        {"auc": ...}}; with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
+        ...}}; and "audits", see `twotower.evaluation.audits.audit_table`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
@@ -127,7 +134,17 @@ def measure_run(
     if run.config.objective.heads:
         measure_heads = make_head_metrics(run.prepared, whole_model, split, max_rows=max_queries)
         measured["heads"] = measure_heads(run.weights)
+    measured["audits"] = audit_table(_audit(run, every_query, measured))
     return measured
+
+
+def _audit(run: Run, queries: Queries, measured: Measured) -> list[Audit]:
+    """Returns the audits of a run, in the order in which a reader must know them."""
+    return [
+        audit_unreachable(measured["answers"]),
+        audit_leakage(run.prepared.raw, run.config),
+        audit_never_trained(queries),
+    ]
 
 
 def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Measured:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.core.tables import format_table
+from twotower.evaluation.audits import spoken_sentences
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
@@ -41,10 +42,9 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         measured: Figures by name; "index" is optional.
         ks: Lengths of the lists, rising.
     """
-    lines = []
-    # First: with few answers in reach, every figure below is small whatever the model is.
-    if "warning" in measured.get("answers", {}):
-        lines.append(f"WARNING: {measured['answers']['warning']}")
+    # First: they say what every figure below is worth, whatever the model is.
+    spoken = spoken_sentences(measured.get("audits", {}))
+    lines = [f"WARNING: {sentence}" for sentence in spoken]
     lines += _protocol_lines(measured["protocol"])
     for suffix, title in MASKING_TITLES.items():
         model = measured[f"model{suffix}"]
