@@ -258,9 +258,12 @@ class SplitConfig:
         validation: Share of the rows held out for validation, from 0 to 0.99; any value above 0
             with leave_last_out, which holds out one row a user.
         test: Share of the rows held out for test, likewise.
-        seed: Random seed of a random choice of rows.
+        seed: Random seed of a random choice of rows, or of an order of ties.
         held: Validation rows of a fixed split that names none: a random share of the training rows,
             or the latest share of each user's, which suits test rows that are later ones.
+        ties: Last row, for leave_last_out, of a user's rows of one time: the last of the file, one
+            drawn by the seed, or all rows of that time together, any of which is then a right
+            answer. The audit "ties" of an evaluation says for how many users it matters.
         accept_leakage: Names of findings of the leakage audit that the protocol at hand knowingly
             accepts.
     """
@@ -271,6 +274,7 @@ class SplitConfig:
     test: float = 0.1
     seed: int = 0
     held: Literal["random", "latest"] = "random"
+    ties: Literal["file", "drawn", "together"] = "file"
     accept_leakage: tuple[str, ...] = ()
 
     def __post_init__(self):

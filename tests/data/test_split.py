@@ -77,6 +77,23 @@ def test_leave_last_out_takes_the_last_rows_of_each_user_with_ties_by_file_order
     assert min(map(len, history.values())) < 3
 
 
+def test_ties_of_a_users_last_rows_are_drawn_or_held_out_together():
+    """Ann's last three rows share a time; ben has three rows of two moments, and keeps them all."""
+    rows = log_of("aaaaabbb", range(8), timestamp=[0, 1, 2, 2, 2, 0, 1, 1], row=range(8))
+    drawn = [parts_of(rows, kind="leave_last_out", ties="drawn", seed=seed) for seed in range(40)]
+    # Each of the tied rows is held out by some seed, and none that is earlier.
+    assert {tuple(parts["test"]) for parts in drawn} == {
+        (row, other) for row in (2, 3, 4) for other in (6, 7)
+    }
+    assert drawn[0] == parts_of(rows, kind="leave_last_out", ties="drawn", seed=0)
+    together = parts_of(rows, kind="leave_last_out", ties="together")
+    assert together == {"train": [0, 5, 6, 7], "validation": [1], "test": [2, 3, 4]}
+    untied = rows.drop_columns("timestamp")
+    expected = parts_of(untied, kind="leave_last_out")
+    for ties in ("drawn", "together"):
+        assert parts_of(untied, kind="leave_last_out", ties=ties) == expected
+
+
 def test_a_random_split_has_exact_sizes_and_follows_its_seed():
     rows = log_of(range(1000), range(1000), row=range(1000))
     one, again, other = (

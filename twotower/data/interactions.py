@@ -98,28 +98,60 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
     return column.to_numpy().astype(np.int64, copy=False)
 
 
-def count_later_rows(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def count_later_rows(
+    rows: pa.Table, *, ties: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Counts, for each row, the later rows of the same user, and all rows of that user.
 
-    Rows are ordered by timestamp, and equal or absent timestamps by file order.
+    Args:
+        rows: The log. Rows are ordered by timestamp, and equal or absent timestamps by file order.
+        ties: Numbers that order equal timestamps in place of the file, int64 [N].
 
     Returns:
         Later rows, int64 [N], and all rows, int64 [N].
     """
     users = codes(rows["user_id"])
-    times = timestamps(rows)
-    # `lexsort` sorts by its last key first, and is stable: equal keys stay in file order.
-    # Sorted by user, then by time; without times the order of the file is that of time.
-    keys = [users]
-    if times is not None:
-        keys = [times, users]
-    order = np.lexsort(keys)
+    order = _order_of_users(users, timestamps(rows), ties)
     counts = np.bincount(users)
     # In sorted order each user's rows lie together, and end at the running count.
     last_of_user = np.cumsum(counts)[users[order]] - 1
     later = np.empty(len(users), np.int64)
     later[order] = last_of_user - np.arange(len(users))
     return later, counts[users]
+
+
+def count_later_moments(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Counts, for each row, the later moments of the same user, and all moments of that user.
+
+    A moment is a time at which the user has any rows; without times each row is one.
+
+    Returns:
+        Later moments, int64 [N], and all moments, int64 [N].
+    """
+    times = timestamps(rows)
+    if times is None:
+        return count_later_rows(rows)
+    users = codes(rows["user_id"])
+    order = _order_of_users(users, times, None)
+    is_new_user = np.diff(users[order], prepend=-1) != 0
+    is_new_moment = is_new_user | (np.diff(times[order], prepend=-1) != 0)
+    moment = np.empty(len(users), np.int64)
+    moment[order] = np.cumsum(is_new_moment) - 1
+    # The moments of a user follow each other: the last is that of the last row.
+    last = np.zeros(users.max(initial=-1) + 1, np.int64)
+    np.maximum.at(last, users, moment)
+    counts = np.bincount(users[order][is_new_moment], minlength=len(last))
+    return last[users] - moment, counts[users]
+
+
+def _order_of_users(
+    users: np.ndarray, times: np.ndarray | None, ties: np.ndarray | None
+) -> np.ndarray:
+    """Returns the rows by user, then by time, then by `ties` or as the file has them, int64 [N]."""
+    # `lexsort` sorts by its last key first, and is stable: equal keys stay in file order.
+    # Without times the order of the file is that of time.
+    keys = [key for key in (ties, times) if key is not None]
+    return np.lexsort([*keys, users])
 
 
 def describe(rows: pa.Table, row: int) -> str:

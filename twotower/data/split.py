@@ -15,6 +15,7 @@ from twotower.core.kinds import Kinds
 from twotower.data.interactions import (
     PARTS,
     Split,
+    count_later_moments,
     count_later_rows,
     describe,
     pair_codes,
@@ -174,20 +175,31 @@ def cure_without_order(rows: pa.Table) -> str:
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Holds out the last row of each user for test and the one before it for validation.
 
-    Rows are ordered by timestamp, and equal or absent timestamps by file order. Users with fewer
-    than three rows stay in train. A part whose share is 0 gets no rows.
+    Rows are ordered by timestamp, and equal timestamps as `config.ties` says; absent ones by file
+    order. Users with fewer than three rows, or moments, stay in train. A part whose share is 0 gets
+    no rows.
     """
     # Test first: it takes the very last row.
     shares = ((TEST, config.test), (VALIDATION, config.validation))
     held_out_parts = [part for part, share in shares if share > 0]
     # `later` counts from the end of each user: 0 is the last row.
-    later, rows_of_user = count_later_rows(rows)
+    later, rows_of_user = _count_later(rows, config)
     parts = np.full(len(later), TRAIN, np.int8)
     # Parts with a share take the last rows in turn: without test, validation has the last.
     for position_from_end, part in enumerate(held_out_parts):
         is_held_out = (later == position_from_end) & (rows_of_user >= MIN_ROWS_TO_HOLD_OUT)
         parts[is_held_out] = part
     return parts
+
+
+def _count_later(rows: pa.Table, config: SplitConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Counts what follows each row and what its user has: rows, or moments with ties together."""
+    if config.ties == "together":
+        return count_later_moments(rows)
+    if config.ties == "drawn" and timestamps(rows) is not None:
+        draws = np.random.default_rng(config.seed).permutation(len(rows))
+        return count_later_rows(rows, ties=draws)
+    return count_later_rows(rows)
 
 
 def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
