@@ -29,6 +29,9 @@ from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report.text import format_report
+from twotower.integrations.live_tracking import follow
+from twotower.integrations.mlflow_store import Destination
+from twotower.integrations.tracking import log_linked
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import BUNDLE, Bundle
@@ -292,7 +295,14 @@ def popularity_cure(facts: LogFacts) -> str:
 
 
 def train(
-    config: Config, workdir: Path | str, *, devices: int = 0, data: Path | str | None = None
+    config: Config,
+    workdir: Path | str,
+    *,
+    devices: int = 0,
+    data: Path | str | None = None,
+    experiment_name: str = "",
+    run_name: str = "",
+    tracking_uri: str = "",
 ) -> Run:
     """Trains a configuration in a folder, or goes on with what the folder holds of it.
 
@@ -313,6 +323,11 @@ def train(
         devices: Number of devices to train on; 0 takes all.
         data: Folder of prepared data to share with other runs of the same data, split, features
             and labels, which the first of them writes; None keeps it in the folder of the run.
+        experiment_name: Experiment of MLflow that the run is logged to while it trains; "" logs
+            none that was not logged before.
+        run_name: Name of the run in MLflow; by default that of its folder.
+        tracking_uri: Address of the store of MLflow; by default MLFLOW_TRACKING_URI, or mlflow.db
+            in the working folder.
 
     Returns:
         The run at its best checkpoint.
@@ -322,7 +337,10 @@ def train(
             be used.
         TrainingError: The loss or a score is no longer finite.
     """
-    train_in_folder(config, workdir, devices=devices, data=data)
+    tracking = None
+    if experiment_name:
+        tracking = Destination(uri=tracking_uri, experiment=experiment_name, run_name=run_name)
+    train_in_folder(config, workdir, devices=devices, data=data, tracking=tracking)
     # Loaded anew: the weights that training ends with are the last ones, not the best.
     return load_run(workdir)
 
@@ -335,6 +353,7 @@ def train_in_folder(
     data: Path | str | None = None,
     dataset: Dataset | None = None,
     tell: Callable[[DataReport], None] = log_report,
+    tracking: Destination | None = None,
 ) -> None:
     """Trains as `train` does, and leaves the run in its folder without loading it.
 
@@ -347,19 +366,27 @@ def train_in_folder(
         data: Folder of prepared data to share with other runs.
         dataset: The log itself, in the place of the one that the configuration names.
         tell: Function that shows the report of the data before the first step.
+        tracking: Experiment of MLflow that the run is logged to while it trains; by default the one
+            that it was logged to before, if any.
     """
     check_names(config, workdir)
-    # Both are made later, of prepared data: training itself imports neither.
-    run_folder.train(
-        config,
-        workdir,
-        make_validate=make_validate,
-        make_miner=make_miner,
-        devices=devices,
-        data=data,
-        dataset=dataset,
-        tell=tell,
-    )
+    with follow(Path(workdir), tracking) as start_log:
+
+        def begin(report: DataReport) -> None:
+            tell(report)
+            start_log()
+
+        # Both are made later, of prepared data: training itself imports neither.
+        run_folder.train(
+            config,
+            workdir,
+            make_validate=make_validate,
+            make_miner=make_miner,
+            devices=devices,
+            data=data,
+            dataset=dataset,
+            tell=begin,
+        )
 
 
 def refit(run: Run | Path | str, *, on_top: bool = False, devices: int = 0) -> Run:
@@ -561,13 +588,15 @@ def export(
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
     run = with_index_options(run, **index_options)
-    return export_bundle(
+    bundle = export_bundle(
         run,
         run.workdir / BUNDLE,
         changes=changes,
         with_users=with_users,
         figures=_figures(run),
     )
+    log_linked(run.workdir, bundle=True)
+    return bundle
 
 
 def _figures(run: Run) -> dict[str, Any]:
@@ -651,6 +680,7 @@ def evaluate(
         queries = make_queries(run.prepared, split, "user")
         measured["index"] = measure.measure_index(retriever, queries.user)
     measure.write_metrics(measured, metrics_path(run.workdir, split))
+    log_linked(run.workdir)
     return measured
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 
 import pytest
 
@@ -12,7 +13,11 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.core.files import new_version, publish_version
 from twotower.core.install import install_line
-from twotower.integrations.tracking import track
+from twotower.integrations import live_tracking
+from twotower.integrations.live_tracking import follow
+from twotower.integrations.mlflow_store import Destination, read_link
+from twotower.integrations.tracking import log_linked
+from twotower.integrations.tracking import track as track_run
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +30,12 @@ MEASURED = {
     "baselines": {"popularity": {"recall@10": 0.1}},
     "index": {"kind": "exact", "recall@10": 1.0},
 }
+
+
+def track(workdir, *, uri, experiment, **options):
+    """The id of the MLflow run."""
+    destination = Destination(uri=uri, experiment=experiment)
+    return track_run(workdir, destination, **options).run_id
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +157,70 @@ def test_what_cannot_be_logged_is_said(store, workdir, tmp_path, monkeypatch):
         match=r"tracking needs the extra 'mlflow' .*" + re.escape(install_line("mlflow")),
     ):
         track(workdir, uri=store, experiment="none")
+
+
+def append(workdir, *lines):
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def steps_of(client, run_id, name="loss"):
+    """The steps that the store has of a metric, each as often as it has it."""
+    return sorted(point.step for point in client.get_metric_history(run_id, name))
+
+
+def wait_for(condition):
+    """Waits until another thread or process has done something, for at most a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "not within a minute"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A log that looks often and asks again soon."""
+    monkeypatch.setattr(live_tracking, "PERIOD", 0.05)
+    monkeypatch.setattr(live_tracking, "REST", 0)
+    monkeypatch.setattr(live_tracking, "AWAY_PERIOD", 0.2)
+
+
+def test_a_training_is_logged_while_it_goes_on_and_again_when_it_was_killed(
+    store, client, workdir, fast
+):
+    destination = Destination(uri=store, experiment="live", run_name="a")
+    with pytest.raises(KeyboardInterrupt), follow(workdir, destination) as start:
+        start()
+        wait_for(lambda: read_link(workdir) and read_link(workdir).run_id)
+        run_id = read_link(workdir).run_id
+        wait_for(lambda: steps_of(client, run_id) == [2, 4])
+        append(workdir, {"step": 6, "loss": 2.5, "examples_per_second": 10.0})
+        wait_for(lambda: steps_of(client, run_id) == [2, 4, 6])
+        assert client.get_run(run_id).info.status == "RUNNING"
+        raise KeyboardInterrupt
+    assert client.get_run(run_id).info.status == "KILLED"
+    # Steps after the last checkpoint are repeated, at another rate.
+    append(workdir, {"step": 6, "loss": 2.5, "examples_per_second": 11.0}, {"step": 8, "loss": 2.0})
+    # Without a destination: the folder knows where it was logged to.
+    with follow(workdir, None) as start:
+        start()
+    assert steps_of(client, run_id) == [2, 4, 6, 8]
+    assert steps_of(client, run_id, "examples_per_second") == [6]
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "a")
+    experiment = client.get_experiment_by_name("live").experiment_id
+    assert len(client.search_runs([experiment])) == 1
+
+
+def test_a_training_that_was_never_logged_is_not_logged(workdir):
+    with follow(workdir, None) as start:
+        start()
+    log_linked(workdir)
+    assert not (workdir / "mlflow.json").exists()
+
+
+def test_an_address_that_cannot_be_right_is_refused_before_the_training(tmp_path):
+    destination = Destination(uri=f"sqlite:///{tmp_path}/nowhere/mlflow.db")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        with follow(tmp_path / "run", destination):
+            raise AssertionError("the training began")

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from twotower.core.errors import ConfigError
-from twotower.integrations import redis_store, tracking
+from twotower.integrations import mlflow_store, redis_store
 from twotower.integrations.redis_store import RedisStore
 from twotower.retrieval.retriever import Recommendation, Recommendations
 
@@ -79,7 +79,6 @@ def test_display_columns_of_all_kinds_come_back_as_they_were():
 @pytest.mark.parametrize(
     "uri, message",
     [
-        ("", "--uri= is empty"),
         ("sqlite:///{folder}/text.db", "text.db is no SQLite database"),
         ("sqlite:///{folder}/nowhere/x.db", "there is no folder"),
         ("http://user:secret@127.0.0.1:{port}", "127.0.0.1:.* does not answer within"),
@@ -88,15 +87,15 @@ def test_display_columns_of_all_kinds_come_back_as_they_were():
 def test_a_store_that_is_none_is_said_in_a_line(tmp_path, monkeypatch, uri, message):
     """A server that takes the connection and says no word is the slowest of those that are none."""
     pytest.importorskip("requests")
-    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(mlflow_store, "ANSWER_SECONDS", 0.2)
     (tmp_path / "text.db").write_text("no database")
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = uri.format(folder=tmp_path, port=server.getsockname()[1])
         with pytest.raises(ConfigError, match=message) as caught:
-            tracking._check_store(uri)
+            mlflow_store.check_store(uri)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_an_empty_sqlite_file_is_a_store(tmp_path):
     (tmp_path / "new.db").touch()
-    tracking._check_store(f"sqlite:///{tmp_path}/new.db")
+    mlflow_store.check_store(f"sqlite:///{tmp_path}/new.db")

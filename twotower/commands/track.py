@@ -1,29 +1,25 @@
-r"""Logs a run to MLflow: configuration, metrics, evaluations, files.
+r"""Logs a run to MLflow: configuration, data, metrics, evaluations, files.
 
-    twotower track --workdir=runs/quickstart --uri=sqlite:///mlflow.db \
-        --experiment=shop [--bundle]
+    twotower track --workdir=runs/quickstart --experiment_name=shop [--bundle] \
+        [--tracking_uri=sqlite:///mlflow.db]
 
-It may be given at any time, also while the run trains, and again: nothing is logged twice. MLflow's
-own server shows the runs: pip install mlflow, mlflow ui --backend-store-uri=sqlite:///mlflow.db
+For a run that was trained without --experiment_name, or whose store was away. It may be given at
+any time, also while the run trains, and again: nothing is logged twice. Without --experiment_name
+and --tracking_uri a run goes on where it was logged before. MLflow's own server shows the runs:
+pip install mlflow, mlflow ui --backend-store-uri=sqlite:///mlflow.db
 """
 
 from __future__ import annotations
 
 from absl import flags
 
+from twotower.commands import launch
+
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
 )
-_URI = flags.DEFINE_string(
-    "uri",
-    "sqlite:///mlflow.db",
-    "The store: sqlite:///FILE or http://HOST:PORT.",
-    flag_values=FLAGS,
-)
-_EXPERIMENT = flags.DEFINE_string(
-    "experiment", "twotower", "Name of the experiment in MLflow.", flag_values=FLAGS
-)
+_TRACKING = launch.define_tracking(FLAGS)
 _ARTIFACTS = flags.DEFINE_string(
     "artifacts",
     "",
@@ -34,13 +30,12 @@ _BUNDLE = flags.DEFINE_bool("bundle", False, "Log the bundle too.", flag_values=
 
 
 def main() -> None:
+    import dataclasses
+
     from twotower.integrations.tracking import track
 
-    run_id = track(
-        _WORKDIR.value,
-        uri=_URI.value,
-        experiment=_EXPERIMENT.value,
-        artifacts=_ARTIFACTS.value,
-        bundle=_BUNDLE.value,
-    )
-    print(f"{_WORKDIR.value}: run {run_id} of the experiment {_EXPERIMENT.value!r}.")
+    destination = _TRACKING.destination()
+    if destination is not None:
+        destination = dataclasses.replace(destination, artifacts=_ARTIFACTS.value)
+    run = track(_WORKDIR.value, destination, bundle=_BUNDLE.value)
+    print(f"{_WORKDIR.value}: run {run.run_id} of the experiment {run.experiment!r}.")

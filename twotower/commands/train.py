@@ -6,9 +6,15 @@ r"""Trains an experiment, or goes on with it, on all devices of this machine or 
 
     twotower train --workdir=runs/quickstart --refit [--on_top]
 
+    twotower train --config=quickstart --experiment_name=shop --run_name=a
+
 A run keeps its configuration and its data: without --config it goes on as it was begun. --refit
 then trains on all of its rows, the held-out ones too, for as many passes, into WORKDIR/refit: the
 model to export.
+
+--experiment_name logs to MLflow while it trains, by default to sqlite:///mlflow.db; the folder is
+then runs/EXPERIMENT/RUN where no --workdir is given. A server that is away costs one warning, and
+what it missed follows.
 
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
@@ -34,8 +40,12 @@ from twotower.commands import launch
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS, required=False)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
+    "workdir",
+    None,
+    "The folder of the run; by default runs/EXPERIMENT/RUN, where these are named.",
+    flag_values=FLAGS,
 )
+_TRACKING = launch.define_tracking(FLAGS)
 _DEVICES = flags.DEFINE_integer(
     "devices", 0, "Devices to train on; 0: all.", lower_bound=0, flag_values=FLAGS
 )
@@ -87,6 +97,19 @@ _ON_TOP = flags.DEFINE_bool(
 _DRY_RUN = dry_run.define(FLAGS)
 
 
+def find_workdir() -> str:
+    """Returns the folder of the run that the flags name."""
+    from twotower.core.errors import ConfigError
+
+    if _WORKDIR.value is not None:
+        return _WORKDIR.value
+    experiment = _TRACKING.experiment_name.value
+    name = _TRACKING.run_name.value
+    if experiment and name:
+        return f"runs/{experiment}/{name}"
+    raise ConfigError("--workdir=... is required, or both --experiment_name=... and --run_name=...")
+
+
 def main() -> None:
     from twotower import api
     from twotower.config import from_dict
@@ -96,12 +119,13 @@ def main() -> None:
 
     if _ON_TOP.value and not _REFIT.value:
         raise ConfigError("--on_top says how to refit: give --refit too.")
+    workdir = find_workdir()
     if _CONFIG.value is None:
-        config = load_config(_WORKDIR.value)
+        config = load_config(workdir)
     else:
         config = from_dict(_CONFIG.value)
     if _DRY_RUN.value:
-        print(dry_run.describe_training(config, _WORKDIR.value, devices=_DEVICES.value))
+        print(dry_run.describe_training(config, workdir, devices=_DEVICES.value))
         return
     # Until the training itself listens there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
@@ -114,6 +138,12 @@ def main() -> None:
         init_timeout=_INIT_TIMEOUT.value,
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
     )
-    api.train_in_folder(config, _WORKDIR.value, devices=_DEVICES.value, data=_DATA.value)
+    api.train_in_folder(
+        config,
+        workdir,
+        devices=_DEVICES.value,
+        data=_DATA.value,
+        tracking=_TRACKING.destination(),
+    )
     if _REFIT.value:
-        api.refit_in_folder(_WORKDIR.value, on_top=_ON_TOP.value, devices=_DEVICES.value)
+        api.refit_in_folder(workdir, on_top=_ON_TOP.value, devices=_DEVICES.value)

@@ -1,21 +1,39 @@
-"""Tracking of a run in MLflow: its configuration, metrics, evaluations and files.
+"""Tracking of a run in MLflow: its configuration, data, metrics, evaluations and files.
 
 Only the folder of the run is read, so that a run can be logged at any time, also while it trains,
-and again: nothing is logged twice.
+and again: what the store has is not sent twice, and what it missed follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
+
 from twotower.core.errors import ConfigError
-from twotower.core.files import atomic, current_version, read_json
-from twotower.core.install import extra
+from twotower.core.files import current_version
+from twotower.data.report import DataReport
+from twotower.integrations.mlflow_store import (
+    LINK,
+    LINK_TAG,
+    VERSION_TAG,
+    WORKDIR_TAG,
+    Destination,
+    Link,
+    artifact_folder,
+    link_run,
+    linked_destination,
+    open_store,
+    resolve_uri,
+)
 from twotower.plugins import load_config
 from twotower.training.metrics import read_lines
 
@@ -26,97 +44,188 @@ if TYPE_CHECKING:  # an extra, which is not always installed
 METRICS_PER_REQUEST = 1_000
 PARAMS_PER_REQUEST = 100
 MAX_PARAM_CHARACTERS = 6_000
-SQLITE = "sqlite:///"
-SQLITE_MAGIC = b"SQLite format 3\0"  # first bytes of every database
-ANSWER_SECONDS = 5  # wait for a tracking server
-STATE_FILE = "mlflow.json"  # in the folder of the run: the MLflow run that it was logged to
+# Figures of an evaluation that are no metrics of a run: there are thousands of them. They are in
+# the file that is logged, and in the results table.
+NO_METRICS = ("protocol", "slices")
 
 
 def track(
-    workdir: Path | str, *, uri: str, experiment: str, artifacts: str = "", bundle: bool = False
-) -> str:
+    workdir: Path | str, destination: Destination | None = None, *, bundle: bool = False
+) -> Link:
     """Logs the run in `workdir` to an MLflow store.
 
     Args:
         workdir: Folder of the run.
-        uri: Address of the store: sqlite:///FILE, or a tracking server's http://HOST:PORT.
-        experiment: Name of the experiment, which is made where there is none.
-        artifacts: Folder or address for the files of a new experiment; by default the folder
-            mlartifacts beside an SQLite file (MLflow's own default is the folder that the command
-            was started in), or the server's choice.
+        destination: Where to; by default where the run was logged before.
         bundle: Whether the bundle is logged too, beside the configuration and the evaluations.
 
     Returns:
-        The id of the MLflow run, which a later call for this folder and store goes on with.
+        The MLflow run, which a later call for this folder and destination goes on with.
 
     Raises:
         ConfigError: `workdir` is no run, or the store refuses.
     """
     workdir = Path(workdir)
     config = load_config(workdir)
-    with extra("mlflow", "tracking"):
-        import sqlalchemy.exc
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-    _check_store(uri)
-    try:
-        # Both addresses: MLflow would take the other one from the environment.
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        run_id = _run_id(client, workdir, uri, experiment, artifacts)
-        _log_params(client, run_id, dataclasses.asdict(config))
-        lines = [(line.pop("step"), _numbers(line)) for line in read_lines(workdir)]
-        _log_metrics(client, run_id, [*lines, *_evaluations(workdir)])
-        _log_files(client, run_id, workdir, bundle=bundle)
+    if destination is None:
+        destination = linked_destination(workdir) or Destination()
+    recorder = Recorder(workdir, destination)
+    with recorder.open() as client:
+        link = recorder.link(client)
+        recorder.log_training(client)
+        recorder.log_results(client, bundle=bundle)
         # Steps in proportion to the data are counted by the training alone, so that only a bundle
         # shows that it has ended.
         training = config.training
+        lines = read_lines(workdir)
         is_counted = not training.steps_for and not training.passes
-        ended = lines and is_counted and lines[-1][0] >= training.steps
+        ended = lines and is_counted and lines[-1]["step"] >= training.steps
         if ended or (workdir / "bundle").exists():
-            client.set_terminated(run_id)
-    # Those of the database, and a driver of it that is missing, come through as they are.
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        # Refusals of this library are one line.
-        reason = str(error).splitlines()[0].rstrip(".")
-        hint = ""
-        # The run may have been deleted in MLflow since.
-        if (workdir / STATE_FILE).exists():
-            hint = f" To log to a new run of MLflow, delete {workdir / STATE_FILE}."
-        raise ConfigError(f"MLflow at {_hide_password(uri)} refuses: {reason}.{hint}") from error
-    return run_id
+            client.set_terminated(link.run_id)
+    return link
 
 
-def _check_store(uri: str) -> None:
-    """Refuses a store that does not answer, or is none: MLflow tries again for minutes.
+def log_linked(workdir: Path, *, bundle: bool = False) -> None:
+    """Logs what is new in the folder of a run that is linked to MLflow; does nothing for others.
 
-    Raises:
-        ConfigError: The message names the address and what is wrong.
+    A store that is away costs a warning: the work whose results these are is done.
     """
-    # Through MLflow, so that a proxy and certificates are those that it uses.
-    import requests
-
-    shown = f"--uri={_hide_password(uri)}"
-    if not uri.strip():
-        raise ConfigError("--uri= is empty: name a store, such as --uri=sqlite:///mlflow.db.")
-    if uri.startswith(("http://", "https://")):
-        try:
-            # Any answer will do: the page need not be there.
-            requests.get(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS)
-        except (requests.RequestException, ValueError) as error:
-            raise ConfigError(
-                f"{shown} does not answer within {ANSWER_SECONDS} seconds ({type(error).__name__})."
-                " Is the tracking server running, and the address right?"
-            ) from error
-    file = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE):
+    destination = linked_destination(workdir)
+    if destination is None:
         return
-    if not file.parent.is_dir():
-        raise ConfigError(f"{shown}: there is no folder {file.parent}.")
-    # An empty one is a database without tables.
-    if file.exists() and file.stat().st_size:
-        with file.open("rb") as opened:
-            if opened.read(len(SQLITE_MAGIC)) != SQLITE_MAGIC:
-                raise ConfigError(f"{shown} is no SQLite database. Name another file.")
+    recorder = Recorder(workdir, destination)
+    try:
+        with recorder.open() as client:
+            recorder.log_training(client)
+            recorder.log_results(client, bundle=bundle)
+    except ConfigError as error:
+        logging.warning("%s What is missed there follows with the next command.", error)
+
+
+class Recorder:
+    """Log of a run's folder in a store, which remembers what the store has already.
+
+    Args:
+        workdir: Folder of the run.
+        destination: Where it is logged to.
+    """
+
+    def __init__(self, workdir: Path, destination: Destination) -> None:
+        self.workdir = workdir
+        self.destination = destination
+        self.uri = resolve_uri(destination.uri)
+        self._link: Link | None = None
+        self._has_params = False
+        # Metric -> steps that the store has; read from it once, and anew after an error.
+        self._logged: dict[str, set[int]] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[MlflowClient]:
+        """Opens the store.
+
+        Raises:
+            ConfigError: The store does not answer, or refuses.
+        """
+        cure = ""
+        # The run may have been deleted in MLflow since.
+        if (self.workdir / LINK).exists():
+            cure = f"To log to a new run of MLflow, delete {self.workdir / LINK}."
+        try:
+            with open_store(self.uri, cure) as client:
+                yield client
+        except BaseException:
+            # A request may have been carried out though its answer was lost.
+            self._logged = {}
+            raise
+
+    def link(self, client: MlflowClient) -> Link:
+        """Returns the MLflow run of the folder, which is made where there is none."""
+        if self._link is None:
+            link = link_run(self.workdir, self.destination)
+            if not link.run_id:
+                run_id = self._find_or_make(client, link.token)
+                link = dataclasses.replace(link, run_id=run_id)
+                link.save(self.workdir)
+            self._link = link
+        return self._link
+
+    def _find_or_make(self, client: MlflowClient, token: str) -> str:
+        """Returns the id of the run that has the token of a link, or of a new one."""
+        destination = self.destination
+        existing = client.get_experiment_by_name(destination.experiment)
+        if existing is None:
+            location = destination.artifacts or artifact_folder(self.uri)
+            experiment_id = client.create_experiment(
+                destination.experiment, artifact_location=location or None
+            )
+        else:
+            experiment_id = existing.experiment_id
+            # Made by a request whose answer never came.
+            found = client.search_runs([experiment_id], f"tags.`{LINK_TAG}` = '{token}'")
+            if found:
+                return found[0].info.run_id
+        folder = self.workdir.resolve()
+        tags = {WORKDIR_TAG: str(folder), LINK_TAG: token}
+        name = destination.run_name or folder.name
+        return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+
+    def log_training(self, client: MlflowClient) -> None:
+        """Logs the configuration, facts about the data, and the metrics of steps."""
+        run_id = self.link(client).run_id
+        if not self._has_params:
+            config = dataclasses.asdict(load_config(self.workdir))
+            facts = describe_report(DataReport.load(self.workdir / "data"))
+            _log_params(client, run_id, {**config, "statistics": facts})
+            client.log_artifact(run_id, str(self.workdir / "config.json"))
+            self._has_params = True
+        points: dict[str, dict[int, float]] = defaultdict(dict)
+        for line in read_lines(self.workdir):
+            step = line.pop("step")
+            for name, value in _numbers(dict(flatten(line))).items():
+                points[name][step] = value
+        self._log_points(client, run_id, points)
+
+    def _log_points(
+        self, client: MlflowClient, run_id: str, points: Mapping[str, Mapping[int, float]]
+    ) -> None:
+        """Logs the metrics, by name and step, that the store does not have yet."""
+        from mlflow.entities import Metric
+
+        # The time of a step is made of its number and always the same, so that the store recognises
+        # a metric that two processes send it.
+        start_time = client.get_run(run_id).info.start_time
+        metrics = []
+        for name, by_step in points.items():
+            if name not in self._logged:
+                history = client.get_metric_history(run_id, name)
+                self._logged[name] = {point.step for point in history}
+            # A run that was killed repeats steps: their rates differ, and the first are kept.
+            for step in by_step.keys() - self._logged[name]:
+                metrics.append(Metric(name, by_step[step], start_time + step, step))
+        # In order of time, as a chart that is looked at meanwhile shows them.
+        metrics.sort(key=lambda metric: metric.step)
+        _log_metrics(client, run_id, metrics)
+        for metric in metrics:
+            self._logged[metric.key].add(metric.step)
+
+    def log_results(self, client: MlflowClient, *, bundle: bool) -> None:
+        """Logs the figures and files of evaluations, and the bundle if `bundle`."""
+        from mlflow.entities import Metric
+
+        run_id = self.link(client).run_id
+        known = client.get_run(run_id).data.metrics
+        metrics = []
+        for path in sorted((self.workdir / "evaluation").glob("metrics*.json")):
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            protocol = measured["protocol"]
+            figures = {name: x for name, x in measured.items() if name not in NO_METRICS}
+            # The latest evaluation of a step is the one that MLflow shows.
+            moment = int(path.stat().st_mtime * 1000)
+            for name, x in _numbers(dict(flatten({protocol["split"]: figures}))).items():
+                if known.get(name) != x:
+                    metrics.append(Metric(name, x, moment, protocol["step"]))
+        _log_metrics(client, run_id, metrics)
+        _log_files(client, run_id, self.workdir, bundle=bundle)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,47 +244,25 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def _run_id(client: MlflowClient, workdir: Path, uri: str, experiment: str, artifacts: str) -> str:
-    """Returns the MLflow run that the folder was logged to before, or a new one."""
-    path = workdir / STATE_FILE
-    # The file is copied with the folder: it must not hold a password.
-    address = _hide_password(uri)
-    previous: dict[str, str] = {}
-    if path.exists():
-        previous = read_json(path)
-    if previous.get("uri") == address and previous.get("experiment") == experiment:
-        return previous["run_id"]
-    existing = client.get_experiment_by_name(experiment)
-    if existing is None:
-        location = artifacts or _artifact_folder(uri)
-        experiment_id = client.create_experiment(experiment, artifact_location=location or None)
-    else:
-        experiment_id = existing.experiment_id
-    folder = workdir.resolve()
-    tags = {"twotower.workdir": str(folder)}
-    run = client.create_run(experiment_id, run_name=folder.name, tags=tags)
-    # Before anything is logged: a command that is killed goes on with this run, not with another.
-    state = {"uri": address, "experiment": experiment, "run_id": run.info.run_id}
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-    return run.info.run_id
+def describe_report(report: DataReport | None) -> dict[str, Any]:
+    """Returns facts about the data of a run as parameters; {} where there is no report."""
+    if report is None:
+        return {}
+    facts: dict[str, Any] = {
+        "rows": dict(report.parts),
+        "users": report.users,
+        "items": report.items,
+        "corpus": report.corpus,
+    }
+    for name, seconds in (("from", report.first_time), ("to", report.last_time)):
+        if seconds is not None:
+            moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+            facts[name] = moment.isoformat(timespec="seconds")
+    return facts
 
 
-def _artifact_folder(uri: str) -> str:
-    """Returns the folder for files beside an SQLite file; "" for a server."""
-    file = uri.removeprefix(SQLITE)
-    if file == uri:
-        return ""
-    return (Path(file).resolve().parent / "mlartifacts").as_uri()
-
-
-def _hide_password(uri: str) -> str:
-    """Returns an address without its user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
-def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
-    """Logs the options of the configuration that are not logged yet."""
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    """Logs the parameters that are not logged yet."""
     # In the functions, since the extra may be missing.
     from mlflow.entities import Param
 
@@ -183,47 +270,27 @@ def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) ->
     logged = client.get_run(run_id).data.params
     params = [
         Param(name, str(value)[:MAX_PARAM_CHARACTERS])
-        for name, value in flatten(config)
+        for name, value in flatten(values)
         if name not in logged
     ]
     for start in range(0, len(params), PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_REQUEST])
 
 
-def _log_metrics(
-    client: MlflowClient, run_id: str, lines: Iterable[tuple[int, Mapping[str, float]]]
-) -> None:
-    """Logs the metrics of each step."""
-    from mlflow.entities import Metric
-
-    # The time of a step is made of its number and always the same, so that the store recognises
-    # what it has already.
-    start_time = client.get_run(run_id).info.start_time
-    metrics = []
-    for step, values in lines:
-        for name, x in flatten(values):
-            metrics.append(Metric(name, float(x), start_time + step, step))
+def _log_metrics(client: MlflowClient, run_id: str, metrics: Iterable[Any]) -> None:
+    """Logs metrics, as many at once as a request takes."""
+    metrics = list(metrics)
     for start in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
 
 
-def _evaluations(workdir: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields steps with the figures in evaluation/, named like test.model.recall_at_10."""
-    for path in sorted((workdir / "evaluation").glob("metrics*.json")):
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        protocol = measured.pop("protocol")
-        figures = flatten({protocol["split"]: measured})
-        yield protocol["step"], _numbers(dict(figures))
-
-
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the values that are numbers: MLflow has no other metrics."""
-    return {name: x for name, x in values.items() if isinstance(x, (int, float))}
+    return {name: float(x) for name, x in values.items() if isinstance(x, (int, float))}
 
 
 def _log_files(client: MlflowClient, run_id: str, workdir: Path, *, bundle: bool) -> None:
-    """Logs the configuration, the evaluations and, if `bundle`, the bundle."""
-    client.log_artifact(run_id, str(workdir / "config.json"))
+    """Logs the files of evaluations, pictures and pages among them, and the bundle if `bundle`."""
     # Without the versions before: the one that is logged is a bundle of its own.
     bundle_folder = current_version(workdir / "bundle")
     folders = {"evaluation": workdir / "evaluation"}
@@ -236,4 +303,4 @@ def _log_files(client: MlflowClient, run_id: str, workdir: Path, *, bundle: bool
     manifest_file = bundle_folder / "manifest.json"
     if manifest_file.exists():
         manifest = json.loads(manifest_file.read_text())
-        client.set_tag(run_id, "twotower.model_version", manifest["model_version"])
+        client.set_tag(run_id, VERSION_TAG, manifest["model_version"])
