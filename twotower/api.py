@@ -83,6 +83,7 @@ class Run(run_folder.Run):
         split: str = "test",
         baselines: bool = False,
         max_queries: int = 0,
+        slices: Sequence[str] = (),
     ) -> measure.Measured:
         """Measures the run over the whole corpus: prints, keeps and returns the figures.
 
@@ -100,13 +101,22 @@ class Run(run_folder.Run):
             baselines: Whether popularity, item-kNN, EASE and the like are measured beside the
                 model.
             max_queries: Greatest number of queries, evenly spaced; 0 takes all.
+            slices: Columns of users, items or rows whose values are measured apart, such as
+                "country" or "item.category".
 
         Returns:
             The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
         """
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
-        measured = evaluate(self, ks=ks, split=split, baselines=baselines, max_queries=max_queries)
+        measured = evaluate(
+            self,
+            ks=ks,
+            split=split,
+            baselines=baselines,
+            max_queries=max_queries,
+            slices=slices,
+        )
         print(format_report(measured, ks))
         return measured
 
@@ -637,6 +647,7 @@ def evaluate(
     without_baselines: Sequence[str] = (),
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
+    slices: Sequence[str] = (),
     devices: int = 0,
 ) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
@@ -652,6 +663,8 @@ def evaluate(
         without_baselines: Names of baselines to leave out, such as "ease" of a large corpus.
         max_queries: Greatest number of queries, evenly spaced; 0 takes all.
         popularity_weights: Weights of popularity to measure lists with.
+        slices: Columns of users, items or rows whose values are measured apart, such as "country"
+            or "item.category".
         devices: Number of devices that share the items; 0 takes all.
 
     Returns:
@@ -672,6 +685,7 @@ def evaluate(
         without_baselines=without_baselines,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
+        slices=slices,
         table_path=query_table_path(run.workdir, split),
     )
     # A bundle without users has none to search for.

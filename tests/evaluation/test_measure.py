@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.retrieval.runs import make_run
+from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
-from twotower.evaluation import measure, metrics
+from twotower.evaluation import measure, metrics, slices
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import text as report_text
@@ -54,18 +55,40 @@ def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
         assert measured[f"model{suffix}"] == evaluate(scores, queries, (1,), mask_seen=mask_seen)
 
 
+def test_a_column_of_users_rows_or_items_tells_queries_apart(run, measured):
+    parts = measured["slices"]
+    users = make_queries(run.prepared, "test", "user").without_seen()
+    asked = users.user[users.num_relevant > 0]
+    cities = run.prepared.users["city"].take(asked).to_pylist()
+    city, values = next(iter(parts["city"].items()))
+    assert values["queries"] == cities.count(city) >= 3
+    first = {}
+    for row, user in enumerate(run.prepared.test.user):
+        first.setdefault(user, run.prepared.raw.test["event"][row].as_py())
+    events = [first[user] for user in asked]
+    for event, values in parts["row.event"].items():
+        if event in events:
+            assert values["queries"] == events.count(event)
+    assert set(run.prepared.items["category"].to_pylist()) & set(parts["item.category"])
+    with pytest.raises(ConfigError, match="--slices=item.categorie .*'item.category'"):
+        measure.measure_run(run, ks=KS, slices=("item.categorie",))
+
+
 WEIGHTS = (0.0, 0.1, 1e4)
 
 
 @pytest.fixture(scope="module")
 def measured(run):
-    return measure.measure_run(
-        run,
-        ks=KS,
-        baselines=True,
-        popularity_weights=WEIGHTS,
-        table_path=run.workdir / "evaluation" / "queries.parquet",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "MIN_QUERIES", 3)
+        return measure.measure_run(
+            run,
+            ks=KS,
+            baselines=True,
+            popularity_weights=WEIGHTS,
+            slices=("city", "row.event", "item.category"),
+            table_path=run.workdir / "evaluation" / "queries.parquet",
+        )
 
 
 def test_the_table_of_queries_holds_what_the_figures_are_means_of(run, measured):

@@ -54,6 +54,14 @@ MIN_VALIDATION_QUERIES = 1_000
 COLUMNS = P(None, AXIS)
 
 
+class Hits(NamedTuple):
+    """Right answers that lists hold, by query and then by rank; int [H] each."""
+
+    query: np.ndarray
+    rank: np.ndarray  # from 0
+    item: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What lists are worth, over all queries and query by query.
@@ -63,11 +71,13 @@ class Evaluation:
             "recall@10", "coverage@10", "queries" and so on.
         values: Name of each mean -> its values, float64 [Q].
         num_relevant: Number of right answers of each query, int32 [Q].
+        hits: Right answers in the longest lists.
     """
 
     figures: dict[str, float]
     values: Mapping[str, np.ndarray]
     num_relevant: np.ndarray
+    hits: Hits
 
     @property
     def is_averaged(self) -> np.ndarray:
@@ -171,6 +181,7 @@ class _Lists:
         self._is_answerable = self._num_relevant > 0
         self._item_values = _item_values(queries)
         self._values: dict[str, list[np.ndarray]] = {}
+        self._hits: list[Hits] = []
         # Length -> number of lists that hold an item, int64 [N].
         self._exposures = {k: np.zeros(queries.num_items, np.int64) for k in self._ks}
         # Of one block of queries: a table is quicker to ask than a search.
@@ -189,7 +200,9 @@ class _Lists:
         hits = self._is_relevant[np.arange(len(rows))[:, None], rows] & is_filled
         self._is_relevant[relevant.rows, relevant.values] = False
         # Without a mask: a list that could not be filled is still K long to these.
-        figures = metrics.ranking_figures(hits, self._num_relevant[block], self._ks)
+        query, rank = np.nonzero(hits)
+        self._hits.append(Hits(block.start + query, rank, rows[query, rank]))
+        figures = metrics.hit_figures(query, rank, self._num_relevant[block], self._ks)
         for name, values in self._item_values.items():
             means = metrics.means_at(values[rows], is_filled, self._ks)
             figures |= {f"{name}@{k}": mean for k, mean in zip(self._ks, means)}
@@ -220,7 +233,8 @@ class _Lists:
             result[f"gini@{k}"] = metrics.gini(exposures)
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
-        return Evaluation(result, joined, self._num_relevant)
+        hits = Hits(*map(np.concatenate, zip(*self._hits)))
+        return Evaluation(result, joined, self._num_relevant, hits)
 
 
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:

@@ -38,6 +38,7 @@ from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.query_table import query_table, write_query_table
+from twotower.evaluation.slices import column_slice, default_slices, measure_slices
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.vectors import append_coordinate, log_counts
@@ -64,6 +65,7 @@ def measure_run(
     without_baselines: Sequence[str] = (),
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
+    slices: Sequence[str] = (),
     table_path: Path | None = None,
 ) -> Measured:
     """Measures the model of a run, and baselines, over the whole corpus.
@@ -81,6 +83,8 @@ def measure_run(
             takes all.
         popularity_weights: Factors by which the log count of an item is added to its score. Each is
             measured with seen items masked.
+        slices: Columns of users, items or rows whose values are measured apart, besides what
+            always is; see `twotower.evaluation.slices`.
         table_path: Parquet file to write the figures of every query to, see `query_table`.
 
     Returns:
@@ -97,6 +101,9 @@ def measure_run(
     run = dataclasses.replace(run, model=served_model(run))
     every_query = make_queries(run.prepared, split, run.config.evaluation.query)
     queries = every_query.sample(max_queries)
+    parts = default_slices(queries, run.prepared.train.user)
+    # Before anything is ranked: a misspelt column is refused at once.
+    parts |= {name: column_slice(run.prepared, queries, split, name) for name in slices}
     rankings: dict[str, Scores] = {
         "model": model_scores(run.prepared, run.model, run.weights, queries)
     }
@@ -126,6 +133,7 @@ def measure_run(
         user_ids = run.prepared.users["user_id"]
         table = query_table(user_ids, queries, masked, measured["protocol"] | {"ks": list(ks)})
         write_query_table(table, table_path)
+    measured["slices"] = measure_slices(parts, queries, masked, ks)
     measured |= _measure_new(run, queries, ks)
     if popularity_weights:
         measured["popularity_weights"] = measure_popularity_weights(

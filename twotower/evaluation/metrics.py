@@ -133,8 +133,7 @@ def ranking_figures(
 ) -> dict[str, np.ndarray]:
     """Returns every metric of `RANKING_METRICS` at several lengths of the lists, in one pass.
 
-    Each list is read once, and then its hits alone, which are few: a length more costs next to
-    nothing. On the host, and without ranks that are left out.
+    On the host, and without ranks that are left out.
 
     Args:
         hits: bool [B, K], as above, of the longest lists.
@@ -145,8 +144,24 @@ def ranking_figures(
         "recall@10" -> float64 [B], and so on.
     """
     queries, ranks = np.nonzero(hits)
+    return hit_figures(queries, ranks, num_relevant, ks)
+
+
+def hit_figures(
+    queries: np.ndarray, ranks: np.ndarray, num_relevant: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Returns what `ranking_figures` does, from the hits alone.
+
+    Hits are few: a length more costs next to nothing.
+
+    Args:
+        queries: Query of each hit, int [H], rising.
+        ranks: Its rank from 0, int [H], rising within a query.
+        num_relevant: int [B].
+        ks: Lengths of the lists.
+    """
     # Of each hit, the number of hits of its query up to it: they lie together, best first.
-    totals = hits.sum(1)
+    totals = np.bincount(queries, minlength=len(num_relevant))
     before = np.cumsum(totals) - totals
     number = np.arange(1, len(queries) + 1) - before[queries]
     reciprocal = 1.0 / (ranks + 1)
@@ -158,7 +173,7 @@ def ranking_figures(
         listed = ranks < k
 
         def sums(values: np.ndarray, listed: np.ndarray = listed) -> np.ndarray:
-            return np.bincount(queries[listed], values[listed], minlength=len(hits))
+            return np.bincount(queries[listed], values[listed], minlength=len(num_relevant))
 
         found = sums(np.ones(len(ranks)))
         best = np.minimum(num_relevant, k)

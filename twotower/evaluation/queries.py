@@ -27,6 +27,8 @@ class Queries:
         seen: Items of the earlier rows of each user, a list for each user (not query).
         counts: Number of positive training rows of each item, int64 [N].
         context: Encoded features of the query itself, arrays [Q, ...].
+        row: Position, among the positive rows of the split, of the first row of each query, int64
+            [Q]; empty where queries were made of no rows.
     """
 
     user: np.ndarray
@@ -35,6 +37,7 @@ class Queries:
     seen: Ragged
     counts: np.ndarray
     context: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    row: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.user)
@@ -94,6 +97,7 @@ class Queries:
             relevant=self.relevant.take(rows),
             missing=self.missing[rows],
             context=context,
+            row=self.row[rows] if len(self.row) else self.row,
         )
 
 
@@ -156,6 +160,7 @@ def _query_per_interaction(
         seen=seen,
         counts=counts,
         context=dict(rows.context),
+        row=np.arange(len(rows)),
     )
 
 
@@ -178,6 +183,7 @@ def _query_per_user(
         counts=counts,
         # The context of a later row may tell of an earlier one, whose item is relevant too.
         context={name: values[first] for name, values in rows.context.items()},
+        row=first,
     )
 
 

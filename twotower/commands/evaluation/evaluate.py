@@ -1,7 +1,7 @@
 r"""Measures a run: exact metrics beside baselines, and the index of its bundle where there is one.
 
     twotower evaluate --workdir=runs/quickstart --k=10,50,100 --baselines \
-        [--split=validation] [--dim=32] [--devices=N]
+        [--split=validation] [--slices=country,item.category] [--dim=32] [--devices=N]
 
 Each device scores and ranks its own part of the items. Prints a table and writes
 WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
@@ -48,6 +48,12 @@ _POPULARITY_WEIGHTS = flags.DEFINE_list(
     "Measure lists with popularity weighed too: --popularity_weights=0,.05.",
     flag_values=FLAGS,
 )
+_SLICES = flags.DEFINE_list(
+    "slices",
+    [],
+    "Columns whose values are measured apart: --slices=country,item.category.",
+    flag_values=FLAGS,
+)
 _DIM = flags.DEFINE_integer(
     "dim",
     None,
@@ -80,6 +86,7 @@ def main() -> None:
         without_baselines=_WITHOUT_BASELINES.value,
         max_queries=_QUERIES.value,
         popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
+        slices=_SLICES.value,
         devices=_DEVICES.value,
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)

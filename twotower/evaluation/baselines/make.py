@@ -34,6 +34,7 @@ NAMES = (
     "ease",
     "true_preferences",
 )
+NO_RIVALS = ("random", "true_preferences")  # those that nobody would use, or can
 WEEK = 7 * 24 * 3600  # seconds
 MAX_GRAPH_ROWS = 20_000_000  # ten transitions a row, of 12 bytes each
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from twotower.core.tables import format_table
 from twotower.evaluation.audits import spoken_sentences
+from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
 from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
+from twotower.evaluation.report.slice_table import format_slices
 from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
@@ -24,7 +26,6 @@ from twotower.retrieval.bundle import Bundle
 TABLE_METRICS = (*RANKING_METRICS, *CORPUS_METRICS, *LIST_METRICS)
 EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
 SEED_METRICS = ("recall", "ndcg")  # those that papers report
-NO_RIVALS = ("random", "true_preferences")  # baselines that nobody would use, or can
 
 # By the suffix of the keys that `measure_run` gives.
 MASKING_TITLES = {"": "Seen items masked", "_unmasked": "Nothing masked"}
@@ -64,6 +65,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
             queries = measured[name]["model"]["queries"]
             lines += ["", f"{title} ({queries:,} queries, seen items masked):"]
             lines.append(format_metrics(measured[name], ks))
+    lines += format_slices(measured.get("slices", {}), min(ks))
     if "popularity_weights" in measured:
         weights = measured["popularity_weights"]
         columns = {f"weight {weight}": values for weight, values in weights.items()}

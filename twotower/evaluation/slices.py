@@ -1,0 +1,357 @@
+"""Figures of parts of an evaluation: by popularity of the items, by users, by values of a column.
+
+Nothing is ranked again: they come from the hits of the lists that were measured.
+
+A slice of queries (by user or row) has the means over its queries. A slice of items asks each query
+for its right answers of that slice alone, in the list of the whole corpus: a query with answers in
+three categories counts once in each. Right answers outside of the corpus are in no slice of items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrays import Ragged
+from twotower.core.arrow import is_list, pc, plain_text
+from twotower.core.errors import ConfigError, did_you_mean
+from twotower.evaluation.baselines.make import NO_RIVALS
+from twotower.evaluation.evaluate import Evaluation
+from twotower.evaluation.intervals import interval_table
+from twotower.evaluation.metrics import RANKING_METRICS, hit_figures
+from twotower.evaluation.queries import Queries
+from twotower.pipeline.describe import list_separators
+from twotower.pipeline.prepare import PreparedData
+
+MIN_QUERIES = 20  # queries below which a value of a column is joined with others
+MAX_VALUES = 20  # values of a column that are measured each by itself, those of most queries
+NUM_DECILES = 10
+NUM_BUCKETS = 5  # quantiles that a column of many numbers is cut into
+# First length of each bucket, and its name.
+HISTORY_BUCKETS = {
+    0: "0",
+    1: "1 to 2",
+    3: "3 to 5",
+    6: "6 to 10",
+    11: "11 to 20",
+    21: "21 to 50",
+    51: "51 to 100",
+    101: "over 100",
+}
+INTERVAL_METRICS = ("recall", "ndcg")
+MISSING = "(missing)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Values that queries, or items, are told apart by.
+
+    Attributes:
+        values: Names of the values, in the order of a report.
+        groups: Numbers of the values of each query, Q lists, or of each item, N lists.
+        of_items: Whether the lists are those of items.
+        joins_few: Whether values with few queries are joined to one.
+    """
+
+    values: Sequence[str]
+    groups: Ragged
+    of_items: bool = False
+    joins_few: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """Pairs of a query and a value, each of which counts once in the means of the value.
+
+    Attributes:
+        query: Number of the query, int [C].
+        group: Number of the value, int [C].
+        num_relevant: Number of right answers of the query that are of the value, int [C].
+        values: Ranking -> metric -> float64 [C].
+    """
+
+    query: np.ndarray
+    group: np.ndarray
+    num_relevant: np.ndarray
+    values: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def default_slices(queries: Queries, trained_users: np.ndarray) -> dict[str, Slice]:
+    """Returns the slices of every evaluation.
+
+    Args:
+        queries: Queries that are measured.
+        trained_users: Rows of the users table of training rows.
+
+    Returns:
+        "item_popularity", ten parts of the corpus by the training rows of an item; "items" and
+        "users", warm ones, of which training had a row, and cold ones; "history", the number of
+        distinct items that the user had before.
+    """
+    is_known = np.isin(queries.user, trained_users)
+    history = queries.seen.lengths[queries.user]
+    bucket = np.searchsorted(list(HISTORY_BUCKETS), history, side="right") - 1
+    temperatures = ("warm", "cold")
+    return {
+        "item_popularity": popularity_deciles(queries.counts),
+        "items": Slice(temperatures, _singles(queries.counts == 0), of_items=True),
+        "users": Slice(temperatures, _singles(~is_known)),
+        "history": Slice(list(HISTORY_BUCKETS.values()), _singles(bucket)),
+    }
+
+
+def popularity_deciles(counts: np.ndarray) -> Slice:
+    """Returns ten equal parts of the corpus, the most popular items first.
+
+    Items of as many training rows share a part, that of the middle one of them.
+
+    Args:
+        counts: Number of training rows of each item, int [N].
+    """
+    order = np.sort(-counts)
+    first = np.searchsorted(order, -counts, side="left")
+    last = np.searchsorted(order, -counts, side="right") - 1
+    middle = (first + last) / 2
+    decile = (NUM_DECILES * middle / len(counts)).astype(int)
+    names = [f"decile {number}" for number in range(1, NUM_DECILES + 1)]
+    names[0] += " (most popular)"
+    names[-1] += " (least popular)"
+    return Slice(names, _singles(decile), of_items=True)
+
+
+def column_slice(prepared: PreparedData, queries: Queries, split: str, name: str) -> Slice:
+    """Returns the slice by a column of users, items or rows.
+
+    A column of lists, or of texts that a feature reads as lists, puts its user or item into each of
+    its members. A column of more than `MAX_VALUES` numbers is cut into `NUM_BUCKETS` parts.
+
+    Args:
+        prepared: Prepared data of a run.
+        queries: Queries that are measured.
+        split: Name of the rows that the queries were made of.
+        name: Column, "user.", "row." or "item." before it where several tables have it; without,
+            that of the first of these tables that has it.
+
+    Raises:
+        ConfigError: No table has such a column; the message names the nearest.
+    """
+    tables = {
+        "user": prepared.users,
+        "row": getattr(prepared.raw, split),
+        "item": prepared.items,
+    }
+    table, column = _find_column(tables, name)
+    values = tables[table][column]
+    if table == "user":
+        values = values.take(pa.array(queries.user))
+    if table == "row":
+        positive = values.filter(pa.array(prepared.is_positive(split)))
+        values = positive.take(pa.array(queries.row))
+    separator = list_separators(prepared.encoder.spec).get(column, "")
+    return _slice_by_values(values, separator, of_items=table == "item")
+
+
+def measure_slices(
+    slices: Mapping[str, Slice],
+    queries: Queries,
+    evaluations: Mapping[str, Evaluation],
+    ks: Sequence[int],
+) -> dict[str, Any]:
+    """Measures slices of lists with seen items masked.
+
+    Args:
+        slices: Slices by name.
+        queries: Queries that were measured.
+        evaluations: What was measured of each ranking with seen items masked; "model" is one.
+        ks: Lengths of the lists.
+
+    Returns:
+        Name of the slice -> value -> "queries", the number of queries that are averaged; "model",
+        its metrics of accuracy; "intervals" of some of them; and of the baseline whose recall at
+        the shortest lists is the best of this value, "baseline_name" and "baseline".
+    """
+    unseen = queries.without_seen()
+    return {
+        name: _measure_slice(part, unseen, evaluations, sorted(ks)) for name, part in slices.items()
+    }
+
+
+def _measure_slice(
+    part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
+) -> dict[str, Any]:
+    """Measures each value of a slice; the queries are those without what users had seen."""
+    if part.joins_few:
+        part = _join_few(part, queries)
+    cells = _item_cells if part.of_items else _query_cells
+    found = cells(part, queries, evaluations, ks)
+    rivals = [name for name in evaluations if name != "model" and name not in NO_RIVALS]
+    best_by = f"recall@{ks[0]}"
+    measured: dict[str, Any] = {}
+    for number, value in enumerate(part.values):
+        rows = np.flatnonzero((found.group == number) & (found.num_relevant > 0))
+        if not len(rows):
+            continue
+        means = {
+            ranking: {name: float(column[rows].mean()) for name, column in columns.items()}
+            for ranking, columns in found.values.items()
+        }
+        some = {
+            name: column[rows]
+            for name, column in found.values["model"].items()
+            if name.partition("@")[0] in INTERVAL_METRICS
+        }
+        users = queries.user[found.query[rows]]
+        measured[value] = {
+            "queries": len(rows),
+            "model": means["model"],
+            "intervals": interval_table(some, users, np.ones(len(rows), bool)),
+        }
+        if rivals:
+            best = max(rivals, key=lambda name, means=means: means[name][best_by])
+            measured[value] |= {"baseline_name": best, "baseline": means[best]}
+    return measured
+
+
+def _query_cells(
+    part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
+) -> _Cells:
+    """Returns the cells of a slice of queries, with the figures that the queries have."""
+    del ks  # those of the evaluations
+    query = part.groups.rows
+    values = {}
+    for ranking, evaluation in evaluations.items():
+        columns = {}
+        for name, column in evaluation.values.items():
+            if name.partition("@")[0] in RANKING_METRICS:
+                columns[name] = column[query]
+        values[ranking] = columns
+    return _Cells(query, part.groups.values, queries.num_relevant[query], values)
+
+
+def _item_cells(
+    part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
+) -> _Cells:
+    """Returns the cells of a slice of items, measured by their own right answers."""
+    num_groups = len(part.values)
+
+    def keys_of(query: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a number for each query and value of pairs, and the pair that it is of."""
+        groups = part.groups.take(item)
+        pair = groups.rows
+        return query[pair].astype(np.int64) * num_groups + groups.values, pair
+
+    relevant = queries.relevant
+    keys, _ = keys_of(relevant.rows, relevant.values)
+    cells, num_relevant = np.unique(keys, return_counts=True)
+    values = {}
+    for ranking, evaluation in evaluations.items():
+        hits = evaluation.hits
+        keys, pair = keys_of(hits.query, hits.item)
+        # The hits of a cell lie together, best first.
+        order = np.argsort(keys, kind="stable")
+        cell = np.searchsorted(cells, keys[order])
+        values[ranking] = hit_figures(cell, hits.rank[pair[order]], num_relevant, ks)
+    return _Cells(cells // num_groups, cells % num_groups, num_relevant, values)
+
+
+def _join_few(part: Slice, queries: Queries) -> Slice:
+    """Joins the values with few queries to one, and puts those of most queries first."""
+    pairs = part.groups
+    if part.of_items:
+        of_answers = part.groups.take(queries.relevant.values)
+        query = queries.relevant.rows[of_answers.rows]
+        pairs = Ragged.from_pairs(query, of_answers.values, num_rows=len(queries)).distinct()
+    is_counted = queries.num_relevant[pairs.rows] > 0
+    counts = np.bincount(pairs.values[is_counted], minlength=len(part.values))
+    order = np.argsort(-counts, kind="stable")
+    is_kept = counts[order] >= MIN_QUERIES
+    is_kept[MAX_VALUES:] = False
+    kept = order[is_kept]
+    joined = order[~is_kept & (counts[order] > 0)]
+    # One alone is no more telling under another name.
+    if len(joined) == 1:
+        kept = np.append(kept, joined)
+        joined = joined[:0]
+    numbers = np.full(len(part.values), -1)
+    numbers[kept] = np.arange(len(kept))
+    names = [part.values[number] for number in kept.tolist()]
+    if len(joined):
+        numbers[joined] = len(names)
+        names.append(f"other ({len(joined):,} values)")
+    number = numbers[part.groups.values]
+    is_named = number >= 0
+    rows = part.groups.rows[is_named]
+    groups = Ragged.from_pairs(rows, number[is_named], num_rows=len(part.groups))
+    return dataclasses.replace(part, values=names, groups=groups.distinct())
+
+
+def _find_column(tables: Mapping[str, pa.Table], name: str) -> tuple[str, str]:
+    """Returns the table and the column that a name of a slice means."""
+    known = []
+    for table, rows in tables.items():
+        prefix, _, column = name.partition(".")
+        if prefix == table and column in rows.column_names:
+            return table, column
+        known += [f"{table}.{column}" for column in rows.column_names]
+    for table, rows in tables.items():
+        if name in rows.column_names:
+            return table, name
+    hint = did_you_mean(name, known)
+    raise ConfigError(f"--slices={name} is no column{hint} Known: {', '.join(known)}.")
+
+
+def _slice_by_values(column: pa.ChunkedArray, separator: str, *, of_items: bool) -> Slice:
+    """Returns the slice of the values of a column, one for each query or each item."""
+    count = len(column)
+    is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if is_number and len(pc.unique(column.drop_null())) > MAX_VALUES:
+        names, number = _buckets(column.to_numpy())
+        return Slice(names, _singles(number), of_items=of_items)
+    column = plain_text(column)
+    if separator and pa.types.is_string(column.type):
+        column = pc.split_pattern(column, separator)
+    if is_list(column.type):
+        # A list that is missing or empty has no member, and is put back below.
+        rows = pc.list_parent_indices(column).to_numpy()
+        members = pc.list_flatten(column)
+    else:
+        rows = np.arange(count)
+        members = column
+    texts = pc.fill_null(pc.cast(members, pa.string()), MISSING)
+    coded = pc.dictionary_encode(texts).combine_chunks()
+    names = coded.dictionary.to_pylist()
+    number = coded.indices.to_numpy(zero_copy_only=False)
+    without = np.setdiff1d(np.arange(count), rows)
+    if len(without):
+        if MISSING not in names:
+            names.append(MISSING)
+        rows = np.concatenate([rows, without])
+        number = np.concatenate([number, np.full(len(without), names.index(MISSING))])
+    groups = Ragged.from_pairs(rows, number, num_rows=count).distinct()
+    return Slice(names, groups, of_items=of_items, joins_few=True)
+
+
+def _buckets(values: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Returns the names of the quantiles of numbers, and the quantile of each, int [N]."""
+    is_known = ~np.isnan(values)
+    known = np.sort(values[is_known])
+    # Numbers rather than shares of rows, so that equal numbers share a bucket.
+    starts = np.unique(known[np.arange(NUM_BUCKETS) * len(known) // NUM_BUCKETS])
+    number = np.searchsorted(starts, values, side="right") - 1
+    names = []
+    for bucket in range(len(starts)):
+        inside = values[is_known & (number == bucket)]
+        names.append(f"{inside.min():g} to {inside.max():g}")
+    if not is_known.all():
+        number[~is_known] = len(names)
+        names.append(MISSING)
+    return names, number
+
+
+def _singles(number: np.ndarray) -> Ragged:
+    """Returns one number a list."""
+    return Ragged(np.arange(len(number) + 1), number.astype(np.int32))
