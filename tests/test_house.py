@@ -322,6 +322,12 @@ def test_what_serves_loads_no_kind_of_feature_or_index_before_a_bundle_has_it():
     assert load(["twotower.retrieval.retriever"], tuple(sorted(modules))) == ""
 
 
+def test_the_list_of_a_known_user_needs_no_jax():
+    """JAX comes with the first user whose vector is not stored, or an index that is exact."""
+    answer = ["commands.query", "plugins", "retrieval.listing", "index.scann"]
+    assert load([f"twotower.{name}" for name in answer], ("jax", "jaxtyping")) == ""
+
+
 def test_a_module_that_loads_too_much_is_named():
     assert load(["json", "decimal"], ("decimal",)) == "import decimal loads decimal"
 

@@ -380,7 +380,7 @@ def seen_items_are_1e5_lower(right):
     return rank
 
 
-@mistake(24, "twotower.index.exact:_scores")
+@mistake(24, "twotower.index.exact_programs:_scores")
 def excluded_items_are_1e5_lower(right):
     def scores(queries, items, query, item):
         dots = right(queries, items, query[:0], item[:0])
@@ -473,7 +473,7 @@ def every_query_is_answered(right):
     return lambda queries, dim, *, normalized=False: np.asarray(queries, np.float32)
 
 
-@mistake(34, "twotower.kernels.top_k:select_top_k")
+@mistake(34, "twotower.kernels.device_top_k:select_top_k")
 def the_whole_row_is_sorted(right):
     return jax.lax.top_k
 

@@ -24,7 +24,7 @@ from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.scann import ScannIndex
 from twotower.index.search import search_filtered
-from twotower.kernels.top_k import select_top_k
+from twotower.kernels.device_top_k import select_top_k
 from twotower.retrieval.bundle import load_bundle, write_bundle
 from twotower.retrieval.export import check_parity, make_bundle
 from twotower.retrieval.retriever import Retriever

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twotower.core.hashing import mix32, mix64, multiply_shift
+from twotower.core.arrays import mix32, mix64, multiply_shift
 
 NUMBERS = np.array([0, 1, 2, 2**31, 2**32 - 1], np.uint32)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from twotower.core.hashing import mix64
+from twotower.core.arrays import mix64
 from twotower.features import vocabulary
 from twotower.features.vocabulary import Vocabulary, hash64
 

@@ -7,12 +7,12 @@ import pytest
 from tests.index.oracles import assert_same_lists, integer_vectors, rising_exclusions, stable_sort
 from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
-from twotower.index import exact
+from twotower.index import exact, exact_programs
 from twotower.index.exact import ExactIndex, top_k
 from twotower.kernels import top_k as kernel
 from twotower.kernels.top_k import RunningTopK
 
-SCORES = exact._scores
+SCORES = exact_programs._scores
 QUERIES = integer_vectors(37, seed=1)
 ITEMS = integer_vectors(301, seed=3)
 
@@ -99,9 +99,9 @@ def test_scores_that_are_nan_are_refused(backend, count, nan, monkeypatch):
     """Of either sign: products of finite vectors give either, or infinity, as the processor happens
     to add them up."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(exact, "_block_search", exact._block_search.__wrapped__)
+    monkeypatch.setattr(exact_programs, "block_search", exact_programs.block_search.__wrapped__)
     monkeypatch.setattr(
-        exact, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan)
+        exact_programs, "_scores", lambda queries, *rest: SCORES(queries, *rest).at[1, 150].set(nan)
     )
     jax.clear_caches()
     with pytest.raises(QueryError, match="overflow float32 to NaN"):

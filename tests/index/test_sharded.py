@@ -8,7 +8,7 @@ from tests.index.oracles import assert_same_lists, integer_vectors, rising_exclu
 from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
 from twotower.core.mesh import make_mesh
-from twotower.index import exact
+from twotower.index import exact, exact_programs
 from twotower.index.exact import ExactIndex
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_devices_hold_their_own_items_and_send_lists_alone():
     assert {shard.data.shape for shard in block.addressable_shards} == {(38, 5)}
     queries = np.zeros((4, 5), np.float32)
     pair = (np.zeros(1, np.int32), np.zeros(1, np.int32))
-    program = exact._block_search(mesh, 6, 1.0).lower(
+    program = exact_programs.block_search(mesh, 6, 1.0).lower(
         block, queries, *pair, np.int32(0), np.int32(301)
     )
     text = program.compile().as_text()

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twotower.kernels import device_top_k
 from twotower.kernels import top_k as kernel
-from twotower.kernels.top_k import RunningTopK, merge_top_k
+from twotower.kernels.top_k import RunningTopK
+
+HOST_AND_DEVICE = [(np, kernel.merge_top_k), (jnp, device_top_k.merge_top_k)]
 
 
 def stable_top_k(scores, k):
@@ -23,8 +26,8 @@ def scores():
     return scores
 
 
-@pytest.mark.parametrize("module", [np, jnp])
-def test_merged_lists_keep_the_lower_row_of_equal_scores(scores, module):
+@pytest.mark.parametrize("module, merge_top_k", HOST_AND_DEVICE, ids=["host", "device"])
+def test_merged_lists_keep_the_lower_row_of_equal_scores(scores, module, merge_top_k):
     parts = [stable_top_k(scores[:, :100], 7), stable_top_k(scores[:, 100:], 7)]
     lists = module.asarray(np.concatenate([best for best, _ in parts], axis=1))
     rows = np.concatenate([parts[0][1], np.where(parts[1][1] < 0, -1, parts[1][1] + 100)], axis=1)
@@ -34,8 +37,8 @@ def test_merged_lists_keep_the_lower_row_of_equal_scores(scores, module):
     np.testing.assert_array_equal(np.where(np.isneginf(best), -1, merged), expected_rows)
 
 
-@pytest.mark.parametrize("module", [np, jnp])
-def test_a_merged_list_is_no_longer_than_what_it_is_made_of(scores, module):
+@pytest.mark.parametrize("module, merge_top_k", HOST_AND_DEVICE, ids=["host", "device"])
+def test_a_merged_list_is_no_longer_than_what_it_is_made_of(scores, module, merge_top_k):
     (best,) = merge_top_k(1_000, module.asarray(scores))
     np.testing.assert_array_equal(best, -np.sort(-scores, axis=1))
 

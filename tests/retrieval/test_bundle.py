@@ -110,7 +110,7 @@ def test_what_is_written_is_what_is_read(run, exported):
         np.testing.assert_array_equal(ours, theirs)
     assert jax.tree.structure(bundle.towers.weights) == jax.tree.structure(run.weights._asdict())
     # On the device, so that answering does not carry the tables there each time.
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.towers._arrays))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bundle.towers.load().arrays))
     assert isinstance(bundle.vectors.base, np.memmap) and isinstance(
         bundle.user_vectors.base, np.memmap
     )

@@ -105,6 +105,12 @@ def test_a_program_that_cannot_be_read_is_refused(exported_files, tmp_path):
     rewrite_manifest(folder)
     with pytest.raises(BundleError, match=r"stablehlo\) cannot be read"):
         load_bundle(folder)
+    # Known users have stored vectors: where the towers are left alone, they are answered.
+    retriever = Retriever.load(folder, load_towers=False)
+    user = retriever.bundle.users["user_id"][0].as_py()
+    assert len(retriever.recommend(user, k=5)) == 5
+    with pytest.raises(BundleError, match=r"stablehlo\) cannot be read"):
+        retriever.recommend("nobody", k=5)
 
 
 def test_halves_of_different_lengths_and_widths_are_refused(exported_files, tmp_path):

@@ -185,8 +185,12 @@ def define_tracking_uri(flag_values: flags.FlagValues) -> flags.FlagHolder[str |
     )
 
 
-def load_exported(workdir: Path | str) -> Retriever:
+def load_exported(workdir: Path | str, *, load_towers: bool = True) -> Retriever:
     """Loads the bundle that was exported from a run.
+
+    Args:
+        workdir: Folder of the run.
+        load_towers: Whether to load the towers too; see `Retriever.load`.
 
     Raises:
         BundleError: The run has no bundle yet, or one that is not whole.
@@ -198,7 +202,7 @@ def load_exported(workdir: Path | str) -> Retriever:
     from twotower.retrieval.retriever import Retriever
 
     load_config(workdir)  # says what to do where the folder is no run
-    return Retriever.load(Path(workdir) / BUNDLE)
+    return Retriever.load(Path(workdir) / BUNDLE, load_towers=load_towers)
 
 
 class _ExperimentParser(flags.ArgumentParser):

@@ -97,11 +97,12 @@ def load() -> Retriever:
     from twotower.plugins import run_of
     from twotower.retrieval.retriever import Retriever
 
+    # Known users, and items, have stored vectors: their lists take less time than JAX to load.
     if _WORKDIR.value is not None:
-        return launch.load_exported(_WORKDIR.value)
+        return launch.load_exported(_WORKDIR.value, load_towers=False)
     folder = Path(_BUNDLE.value or "")
     if run_of(folder) is None:
-        return Retriever.load(folder)
+        return Retriever.load(folder, load_towers=False)
     # Training is loaded for the folder of a run alone: it takes longer than to answer.
     from twotower import api
 

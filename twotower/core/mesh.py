@@ -9,7 +9,6 @@ mesh.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from twotower.core.errors import ConfigError, ForkError
+from twotower.core.errors import ConfigError
+from twotower.core.fork import check_fork
 
 T = TypeVar("T")
 
@@ -129,43 +129,6 @@ class DeviceGroup:
 
 
 SINGLE_DEVICE = DeviceGroup()
-
-
-class _Fork:
-    """How far this process has come with JAX.
-
-    Attributes:
-        is_used: Whether devices were asked for, so that JAX has threads.
-        is_left_behind: Whether these threads are those of a parent.
-    """
-
-    is_used = False
-    is_left_behind = False
-
-
-def _note_fork() -> None:
-    _Fork.is_left_behind = _Fork.is_used
-
-
-os.register_at_fork(after_in_child=_note_fork)
-
-
-def check_fork() -> None:
-    """Refuses to use JAX in a process that was forked from one that had used it.
-
-    A fork copies no threads: the child would wait for those of JAX for ever.
-
-    Raises:
-        ForkError: This is such a process.
-    """
-    if _Fork.is_left_behind:
-        raise ForkError(
-            "This process was forked from one that had loaded a model, so that neither JAX nor "
-            "changes of a bundle work in it. Start workers by "
-            "multiprocessing.get_context('spawn'), or load the retriever in each of them and not "
-            "before (gunicorn: without --preload)."
-        )
-    _Fork.is_used = True
 
 
 def make_mesh(devices: int = 0) -> Mesh:

@@ -33,7 +33,8 @@ from twotower.core.mesh import (
 from twotower.core.progress import progress
 from twotower.evaluation import heads, metrics
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.kernels.top_k import GROUP, RunningTopK, merge_top_k, select_top_k, with_maxima
+from twotower.kernels.device_top_k import merge_top_k, select_top_k
+from twotower.kernels.top_k import GROUP, RunningTopK, with_maxima
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows, find_mesh
 from twotower.towers.two_tower import TwoTower, Weights

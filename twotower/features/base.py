@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped
 
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_literals
 from twotower.data.contract import Use
 from twotower.features.inputs import SIDES, Input, TableShape
 from twotower.features.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # its own import takes longer than many an answer
+    from jaxtyping import Shaped
 
 # Side and name of a feature.
 Key = tuple[str, str]

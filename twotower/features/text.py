@@ -6,17 +6,19 @@ import dataclasses
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
 
+from twotower.core.arrays import mix64
 from twotower.core.arrow import pc
-from twotower.core.hashing import mix64
 from twotower.features.base import Feature, Fitted, column_of, pad_lists
 from twotower.features.inputs import Input, TableShape
 from twotower.features.vocabulary import as_strings, segment_sums
+
+if TYPE_CHECKING:  # its own import takes longer than many an answer
+    from jaxtyping import Int32
 
 # Texts are hashed this many at a time, so that the temporary arrays stay within tens of megabytes.
 _BLOCK_TEXTS = 8192

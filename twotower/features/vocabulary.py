@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, UInt64
 
+from twotower.core.arrays import mix64
 from twotower.core.arrow import pc, texts_reader
 from twotower.core.codes import codes_and_values
-from twotower.core.hashing import mix64
+
+if TYPE_CHECKING:  # its own import takes longer than many an answer
+    from jaxtyping import Int32, UInt64
 
 # Strings are hashed in blocks of about this many bytes, so that the temporary arrays stay within
 # tens of megabytes.

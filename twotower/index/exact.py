@@ -8,30 +8,21 @@ rows are exchanged and merged.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import Ragged, next_power_of_two, pad_pairs, pad_rows, round_up
-from twotower.core.mesh import (
-    AXIS,
-    REPLICATED,
-    SHARDED,
-    SINGLE_DEVICE,
-    check_fork,
-    device_group,
-    put,
-)
+from twotower.core.fork import check_fork
 from twotower.index.base import check_queries, check_scores, check_vectors, list_length
-from twotower.kernels.top_k import GROUP, RunningTopK, group_size, merge_top_k, select_top_k
+from twotower.kernels.top_k import GROUP, RunningTopK, group_size
+
+# JAX is loaded where items are put on devices: a bundle has this class of index beside others, and
+# most answers need none of its programs.
+if TYPE_CHECKING:
+    import jax
 
 ITEM_BLOCK = 65_536  # items compared at once on each device
 # Bytes of the scores of a block on each device, and queries in it: enough to fill an accelerator.
@@ -71,7 +62,7 @@ class ExactIndex:
         *,
         normalized: bool = False,
         item_block: int = ITEM_BLOCK,
-        mesh: Mesh | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         recall_target: float = 1.0,
     ):
         """Puts the vectors on the devices.
@@ -87,6 +78,8 @@ class ExactIndex:
         """
         if not 0 < recall_target <= 1:
             raise ValueError(f"recall_target={recall_target} must lie in (0, 1].")
+        from twotower.index import exact_programs
+
         check_fork()
         vectors = check_vectors(vectors, what="item")
         self.num_items, self.dim = vectors.shape
@@ -95,8 +88,9 @@ class ExactIndex:
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         # NumPy selects several times as fast as XLA's `top_k` on a CPU. Several CPU devices, which
         # tests take for accelerators, select as these do.
-        self._on_host = self._mesh is None and jax.default_backend() == "cpu"
-        self._recall_target = recall_target if jax.default_backend() == "tpu" else 1.0
+        self._platform = exact_programs.default_platform()
+        self._on_host = self._mesh is None and self._platform == "cpu"
+        self._recall_target = recall_target if self._platform == "tpu" else 1.0
         devices = self._mesh.size if self._mesh else 1
         items_per_device = -(-self.num_items // devices)
         # A small corpus is one block as long as itself, not one padded to `item_block`.
@@ -113,7 +107,7 @@ class ExactIndex:
             # A copy also where nothing is missing: on a CPU JAX may keep the buffer that it is
             # given, and a caller may write into its own.
             padded = pad_rows(block, round_up(len(block), multiple))
-            self._blocks.append(self._put(padded, SHARDED))
+            self._blocks.append(exact_programs.put_items(self._mesh, padded))
 
     def search(
         self, queries: ArrayLike, k: int, *, exclude: Ragged | None = None
@@ -174,7 +168,7 @@ class ExactIndex:
     def _query_block(self) -> int:
         """Returns the number of queries whose scores with a block of items fit into its memory."""
         # By the platform, not by `_on_host`: the devices of a CPU mesh share one memory.
-        if jax.default_backend() == "cpu":
+        if self._platform == "cpu":
             block_bytes = HOST_BLOCK_BYTES
             max_queries = HOST_BLOCK_QUERIES
         else:
@@ -187,6 +181,8 @@ class ExactIndex:
         self, queries: np.ndarray, size: int, k: int, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search` of one block of queries, padded to `size`: XLA multiplies, NumPy selects."""
+        from twotower.index.exact_programs import scores_and_maxima
+
         best = RunningTopK(len(queries), k)
         padded = queries
         # `np.pad` takes ten microseconds and more also where nothing is missing.
@@ -197,7 +193,7 @@ class ExactIndex:
             count = min(self._block_rows, self.num_items - first)
             pairs = _excluded_pairs(exclude, first, first + len(items))
             group = group_size(len(items), k)
-            block = _scores_and_maxima(padded, items, *pairs, count=count, size=group)
+            block = scores_and_maxima(padded, items, *pairs, count=count, size=group)
             # On a CPU these are views of XLA's buffers.
             scores, maxima = (np.asarray(x)[: len(queries)] for x in block)
             # A maximum is NaN where any score of its group is, so the scores need no look.
@@ -209,134 +205,26 @@ class ExactIndex:
         self, queries: np.ndarray, size: int, k: int, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`search` of one block of queries, padded to `size`; only the lists leave the devices."""
-        padded = self._put(pad_rows(queries, size), REPLICATED)
-        search_block = _block_search(self._mesh, k, self._recall_target)
+        from twotower.index.exact_programs import block_search, merge_lists, put_queries
+
+        padded = put_queries(self._mesh, pad_rows(queries, size))
+        search_block = block_search(self._mesh, k, self._recall_target)
         lists: tuple[jax.Array, jax.Array] | None = None
         for number, items in enumerate(self._blocks):
             first = number * self._block_rows
             pairs = _excluded_pairs(exclude, first, first + len(items))
             others = (*pairs, np.int32(first), np.int32(self.num_items))
-            block = search_block(items, padded, *self._put(others, REPLICATED))
+            block = search_block(items, padded, *put_queries(self._mesh, others))
             # Merged at once, so that one list a query is held however many blocks there are.
             if lists is None:
                 lists = block
             else:
-                lists = _merge_lists(*lists, *block, k)
+                lists = merge_lists(*lists, *block, k)
         assert lists is not None, "an index without items is answered without a search"
         # The only copy to the host: lists of K, not scores of all items.
         scores, rows = (np.asarray(x)[: len(queries)] for x in lists)
         check_scores(scores)
         return scores, rows
-
-    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
-        """Returns host arrays on the default device, or on the mesh as `spec` says."""
-        if self._mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
-        return put(self._mesh, tree, spec)
-
-
-def _scores(
-    queries: Float[Array, "B D"],
-    items: Float[Array, "N D"],
-    query: Int[Array, " E"],
-    item: Int[Array, " E"],
-) -> Float[Array, "B N"]:
-    """Returns all dot products, -inf for the excluded pairs (query, item)."""
-    # HIGHEST: by default accelerators round the factors of a product to fewer bits.
-    scores = jnp.einsum("bd,nd->bn", queries, items, precision=jax.lax.Precision.HIGHEST)
-    return scores.at[query, item].set(-jnp.inf, mode="drop")
-
-
-@functools.partial(jax.jit, static_argnames=("count", "size"))
-def _scores_and_maxima(
-    queries: Float[Array, "B D"],
-    items: Float[Array, "N D"],
-    query: Int[Array, " E"],
-    item: Int[Array, " E"],
-    count: int,
-    size: int,
-) -> tuple[Float[Array, "B N"], Float[Array, "B G"]]:
-    """Returns the scores of a block and the maxima of groups of `size` neighbours.
-
-    Scores are -inf from the `count`-th item on, where the block is padding.
-    """
-    scores = _scores(queries, items, query, item)
-    scores = scores.at[:, count:].set(-jnp.inf)
-    groups = scores.reshape(len(queries), -1, size)
-    return scores, groups.max(-1)
-
-
-@functools.cache
-def _block_search(mesh: Mesh | None, k: int, recall_target: float) -> Callable[..., Any]:
-    """Returns the compiled search of one block of items.
-
-    The function takes the items [M, D] of the block (divided over the mesh), queries [B, D], the
-    excluded pairs (query, item), the row of the block's first item, and N. It returns
-    (scores, rows) [B, <= k], the same on every device.
-    """
-    group = device_group(mesh) if mesh else SINGLE_DEVICE
-
-    def search(
-        items: Float[Array, "M D"],
-        queries: Float[Array, "B D"],
-        query: Int[Array, " E"],
-        item: Int[Array, " E"],
-        first: Int[Array, ""],
-        count: Int[Array, ""],
-    ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-        # Inside of `shard_map` the items are those of one device, whose rows begin further on.
-        rows = first + group.row_numbers(len(items))
-        if mesh is None:
-            scores = _scores(queries, items, query, item)
-        else:
-            scores = _scores(queries, items, query, group.local_rows(item, len(items)))
-            # The last block ends in rows of padding, so that every device has as many.
-            scores = jnp.where(rows[None, :] < count, scores, -jnp.inf)
-        # `top_k` puts the NaN of a negative sign, which processors make, behind all others:
-        # `check_scores` would not see it.
-        scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
-        length = min(k, len(items))
-        if recall_target < 1:
-            best, positions = jax.lax.approx_max_k(scores, length, recall_target=recall_target)
-        else:
-            best, positions = select_top_k(scores, length)
-        # Excluded items, and padding: of a short list these come back too.
-        best_rows = jnp.where(jnp.isneginf(best), -1, rows[positions])
-        if mesh is None:
-            return best, best_rows
-        # In the order of devices, which is that of rows: of equal scores the lower row stays first.
-        gathered = jax.lax.all_gather((best, best_rows), AXIS, axis=1, tiled=True)
-        best, best_rows = merge_top_k(k, *gathered)
-        return best, best_rows
-
-    if mesh is None:
-        return jax.jit(search)
-    # `check_vma` is off: the outputs are the same on every device after the gathering, which JAX
-    # does not infer.
-    in_specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
-    sharded = jax.shard_map(
-        search,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=(REPLICATED, REPLICATED),
-        check_vma=False,
-    )
-    return jax.jit(sharded)
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _merge_lists(
-    scores: Float[Array, "B K"],
-    rows: Int[Array, "B K"],
-    more_scores: Float[Array, "B M"],
-    more_rows: Int[Array, "B M"],
-    k: int,
-) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
-    """Returns the best `k` of two lists; those of the first have the lower rows."""
-    scores = jnp.concatenate([scores, more_scores], axis=1)
-    rows = jnp.concatenate([rows, more_rows], axis=1)
-    best, best_rows = merge_top_k(k, scores, rows)
-    return best, best_rows
 
 
 def _excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

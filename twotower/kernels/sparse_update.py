@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from twotower.core.hashing import multiply_shift
+from twotower.core.arrays import multiply_shift
 
 # Row 0 of every table is padding: it is zero, and no update reaches it.
 PADDING = 0

@@ -1,23 +1,15 @@
-"""The best K of many scores: selection on an accelerator, selection on a host, and merging.
+"""The best K of many scores on a host, by NumPy: selection, and merging of lists.
 
-The plain references are `jax.lax.top_k` and a stable `np.argsort`; everything here returns the same
-items in the same order. Both fast forms rest on one fact. Divide the scores of a query into groups
-of neighbours and take the maximum of each: at least K scores are as good as the K-th greatest
-maximum, so that no group below it holds one of the best K. Of most scores only the maxima of their
-groups are ever compared.
+The plain reference is a stable `np.argsort`; everything here returns the same items in the same
+order, and so does `twotower.kernels.device_top_k` on a device. Both fast forms rest on one fact.
+Divide the scores of a query into groups of neighbours and take the maximum of each: at least K
+scores are as good as the K-th greatest maximum, so that no group below it holds one of the best K.
+Of most scores only the maxima of their groups are ever compared.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-# Arrays of the host or of a device.
-ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
 
 # Scores in a group, the first size that fits. Pad a row to a multiple of GROUP to get large groups.
 GROUP_SIZES = (32, 16, 8, 4, 2)
@@ -31,7 +23,7 @@ MAX_SCORES_TO_SORT = 2_048
 MIN_SCORES_TO_GROUP = 2**15  # scores of a block, of all queries, from which groups save time
 
 
-def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
+def merge_top_k(k: int, scores: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
     """Merges lists of scored items into the best `k`.
 
     The lists of a query stand one after another. Of equal scores the earlier one comes first, so
@@ -39,7 +31,7 @@ def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
 
     Args:
         k: Greatest length of the merged list.
-        scores: float [B, M], of NumPy or JAX; not NaN.
+        scores: float [B, M]; not NaN.
         columns: Arrays [B, M] of what stands beside each score, such as rows.
 
     Returns:
@@ -49,43 +41,8 @@ def merge_top_k(k: int, scores: ArrayT, *columns: ArrayT) -> tuple[ArrayT, ...]:
     >>> rows.tolist()
     [[0, 7]]
     """
-    if isinstance(scores, np.ndarray):
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return tuple(np.take_along_axis(x, order, axis=1) for x in (scores, *columns))
-    # Stable as well: of equal scores `top_k` takes the lower position.
-    best, order = jax.lax.top_k(scores, min(k, scores.shape[1]))
-    return best, *(jnp.take_along_axis(x, order, axis=1) for x in columns)
-
-
-def select_top_k(
-    scores: Float[Array, "B N"], k: int
-) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """Selects the best `k` of each row, and their positions, as `jax.lax.top_k` does.
-
-    Many times as fast on an accelerator where rows are long and lists short: XLA sorts whole rows,
-    which are here the maxima of groups first, then the scores of the K best groups. Of equal maxima
-    the first groups are taken, since each holds a score as good at a lower position.
-    """
-    # Groups are used only while at most a fourth of the row has to be looked at twice.
-    fitting = (size for size in GROUP_SIZES if scores.shape[1] >= 4 * k * size)
-    size = next(fitting, 1)
-    if size == 1:
-        best, positions = jax.lax.top_k(scores, k)
-        return best, positions
-    padding = -scores.shape[1] % size
-    filled = jnp.pad(scores, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    # Padding of -inf makes a group no better.
-    maxima = filled.reshape(len(scores), -1, size).max(-1)
-    # Maxima of a long row are a long row: groups of groups, until a row is short.
-    _, groups = select_top_k(maxima, k)
-    # Back in the order of the row: of equal scores the lower position must stay first.
-    groups = jnp.sort(groups, axis=1)
-    positions = groups[:, :, None] * size + jnp.arange(size)[None, None]
-    positions = positions.reshape(len(scores), -1)
-    # Positions past the end are those of the padding.
-    candidates = jnp.take_along_axis(scores, positions, axis=1, mode="fill", fill_value=-jnp.inf)
-    best, order = jax.lax.top_k(candidates, k)
-    return best, jnp.take_along_axis(positions, order, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return tuple(np.take_along_axis(x, order, axis=1) for x in (scores, *columns))
 
 
 def group_size(count: int, k: int) -> int:

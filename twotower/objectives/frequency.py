@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from twotower.core.hashing import multiply_shift
+from twotower.core.arrays import multiply_shift
 
 Arrays = dict[str, Any]
 

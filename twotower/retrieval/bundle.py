@@ -201,13 +201,16 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
     return manifest
 
 
-def load_bundle(folder: str | os.PathLike) -> Bundle:
+def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundle:
     """Reads a bundle, after checking that every file is the one that was written.
 
     Where files of the index are missing, the search is exact, and a warning says so.
 
     Args:
         folder: Folder that `export` or `write_bundle` wrote.
+        load_towers: Whether to read the programs of the towers now, so that a damaged one is told
+            here. Otherwise they are read with the first user or item that is to be embedded, and
+            JAX is loaded then.
 
     Raises:
         BundleError: The folder is no bundle, a file is changed, one that is not of the index is
@@ -239,7 +242,7 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
         bundle = Bundle(
             config=config,
             encoder=Encoder.load(files / "encoder"),
-            towers=_load_towers(files, weights),
+            towers=_read_towers(files, weights),
             vectors=vectors,
             items=_read_rows(files / "items.parquet", len(vectors)),
             counts=counts,
@@ -254,6 +257,8 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
             version=files,
         )
         _check_lengths(bundle, files)
+        if load_towers:
+            _check_towers(bundle, files)
         _check_ids(files / "items.parquet", bundle.items, "item_id")
         _check_ids(files / "users.parquet", bundle.users, "user_id")
         _check_lists(files, bundle.seen, len(bundle.items))
@@ -527,12 +532,12 @@ def _check_lengths(bundle: Bundle, folder: Path) -> None:
     pairs = {len(bundle.seen.values)}
     if bundle.seen_events is not None:
         pairs.add(len(bundle.seen_events))
-    widths = {item_width, user_width, bundle.towers.dim, manifest["dim"]}
+    widths = {item_width, user_width, manifest["dim"]}
     for sizes, complaint in (
         (items, "items.parquet, item_vectors.npy and item_counts.npy differ in length"),
         (users, "users.parquet, user_vectors.npy and seen_*.npy differ in length"),
         (pairs, f"seen_items.npy and {EVENTS} differ in length"),
-        (widths, "the vectors and the towers differ in width"),
+        (widths, "the vectors of users and items differ in width"),
     ):
         if len(sizes) > 1:
             listed = ", ".join(map(str, sorted(sizes)))
@@ -586,17 +591,17 @@ def _indexed_vectors(config: Config, vectors: Vectors, counts: np.ndarray) -> Ve
     return append_coordinate(vectors, coordinate)
 
 
-def _load_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
-    # Read here, so that a damaged program is an error of loading, not of the first request.
+def _read_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
+    """Returns the towers, of which nothing is on a device yet."""
     programs = {side: (folder / f"{side}_tower.stablehlo").read_bytes() for side in SIDES}
-    try:
-        return TowerPrograms(programs, weights)
-    # A package that is missing, or a forked process, is another complaint than a program that is
-    # too old.
-    except (ImportError, TwotowerError):
-        raise
-    # JAX raises many kinds for a program of a version that it does not read; the cause is kept.
-    except Exception as error:
+    return TowerPrograms(programs, weights, folder=folder)
+
+
+def _check_towers(bundle: Bundle, folder: Path) -> None:
+    """Loads the towers, and refuses those of another width than the vectors."""
+    width = bundle.towers.load().dim
+    if width != bundle.manifest["dim"]:
         raise BundleError(
-            f"{folder}: the towers (*.stablehlo) cannot be read by this JAX: {error}. Export again."
-        ) from error
+            f"{folder}: the vectors and the towers differ in width ({bundle.manifest['dim']}, "
+            f"{width}). Export again."
+        )

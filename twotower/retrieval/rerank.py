@@ -17,15 +17,17 @@ import difflib
 import functools
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
 from twotower.core.fields import FieldChecks, build
 from twotower.core.kinds import Kinds
+
+if TYPE_CHECKING:  # its own import takes longer than many an answer
+    from jaxtyping import Float, Int
 
 FIELD = "config.retrieval.rerank"
 # The choice of a caller: text as `parse_rerank` reads it, the fields of `RerankConfig`, or that

@@ -19,8 +19,8 @@ from twotower.config import RerankConfig
 from twotower.core.arrays import Ragged
 from twotower.core.arrow import int_array
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
+from twotower.core.fork import check_fork
 from twotower.core.ids import read_id, read_ids
-from twotower.core.mesh import check_fork
 from twotower.core.progress import progress
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
@@ -162,18 +162,20 @@ class Retriever:
         self.user_rows = UserRows(bundle.encoder, bundle.users, self.forms)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Retriever:
+    def load(cls, folder: str | os.PathLike, *, load_towers: bool = True) -> Retriever:
         """Returns the retriever of a bundle, with the changes that were made to it.
 
         Args:
             folder: Folder of the bundle. `twotower.api.load_retriever` also takes a run, or one of
                 its checkpoints.
+            load_towers: Whether to load the towers now, and JAX with them, which takes longer than
+                all else; known users need neither, and somebody new waits for them.
 
         Raises:
             BundleError: The bundle is not whole.
             ChangesError: The log of its changes is damaged.
         """
-        return cls(load_bundle(folder))
+        return cls(load_bundle(folder, load_towers=load_towers))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker loads the bundle itself: it then sees the changes that are in its log by then.

@@ -12,17 +12,20 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import quote, unquote
 
-import jax
-import jax.export
 import numpy as np
 
 from twotower.core.arrays import next_power_of_two, pad_rows
 from twotower.core.errors import BundleError
-from twotower.core.mesh import check_fork
+from twotower.core.fork import check_fork
 from twotower.core.progress import progress
+
+# Loaded where a tower is run or exported: the vectors of known users are stored, and JAX takes
+# longer to load than their lists to make.
+if TYPE_CHECKING:
+    import jax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = 4_096  # rows embedded at once; the batches of `twotower.retrieval.embed` are as long
@@ -34,7 +37,7 @@ WeightArrays = Mapping[str, Mapping[str, Any]]
 # alone.
 EMBEDDING_PARAMS = ("user", "item", "log_temperature")
 # (arrays of the weights, encoded features [B, ...]) -> vectors [B, D]
-Embed = Callable[[Any, Any], jax.Array]
+Embed = Callable[[Any, Any], "jax.Array"]
 
 
 def export_tower(embed: Embed, weights: WeightArrays, example: Mapping[str, np.ndarray]) -> bytes:
@@ -45,6 +48,9 @@ def export_tower(embed: Embed, weights: WeightArrays, example: Mapping[str, np.n
         weights: Arrays of the weights; only their shapes and types are used.
         example: Encoded features of any number of rows, likewise.
     """
+    import jax
+    import jax.export
+
     # The batch size stays a symbol: one program embeds one user, and a batch of thousands.
     (batch,) = jax.export.symbolic_shape("b")
     features = {
@@ -56,34 +62,81 @@ def export_tower(embed: Embed, weights: WeightArrays, example: Mapping[str, np.n
     return bytes(program.serialize())
 
 
+class LoadedTowers(NamedTuple):
+    """Programs and weights on the default device.
+
+    Attributes:
+        calls: Side -> the function of weights and features.
+        arrays: Weights.
+        dim: Width of the vectors, D.
+    """
+
+    calls: Mapping[str, Callable[[Any, Any], jax.Array]]
+    arrays: Any
+    dim: int
+
+
 class TowerPrograms:
-    """Both programs and their weights, on the device.
+    """Both programs and their weights, on the device from the first use on.
 
     Attributes:
         programs: {"user": ..., "item": ...}, as `export_tower` returns them.
         weights: Weights as NumPy arrays.
-        dim: Width of the vectors, D.
     """
 
-    def __init__(self, programs: Mapping[str, bytes], weights: WeightArrays):
-        """Reads the programs and puts the weights on the default device.
+    def __init__(
+        self, programs: Mapping[str, bytes], weights: WeightArrays, *, folder: Path | None = None
+    ):
+        """Keeps the programs and the weights; `load` reads them.
 
         Args:
             programs: {"user": ..., "item": ...}, as `export_tower` returns them.
             weights: Weights that the programs take, as NumPy arrays.
+            folder: Folder that they come from, for messages.
         """
-        check_fork()
-        # Both are kept as they came too: writing the bundle again must not change a byte.
+        # As they came: writing the bundle again must not change a byte.
         self.programs = programs
         self.weights = weights
-        exported = {
-            side: jax.export.deserialize(bytearray(program)) for side, program in programs.items()
-        }
-        self.dim = exported["user"].out_avals[0].shape[-1]
+        self._folder = folder
+        self._loaded: LoadedTowers | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors, D."""
+        return self.load().dim
+
+    def load(self) -> LoadedTowers:
+        """Reads the programs and puts the weights on the default device, where that is not done.
+
+        Raises:
+            BundleError: This JAX cannot read a program.
+            ForkError: The process was forked from one that had used JAX.
+        """
+        check_fork()
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> LoadedTowers:
+        import jax
+        import jax.export
+
+        try:
+            exported = {
+                side: jax.export.deserialize(bytearray(program))
+                for side, program in self.programs.items()
+            }
+            dim = exported["user"].out_avals[0].shape[-1]
+        # JAX raises many kinds for a program of a version that it does not read; the cause is kept.
+        except Exception as error:
+            raise BundleError(
+                f"{self._folder or 'Bundle'}: the towers (*.stablehlo) cannot be read by this JAX: "
+                f"{error}. Export again."
+            ) from error
         # Compiled once a shape; without `jit` each call would be prepared anew.
-        self._calls = {side: jax.jit(program.call) for side, program in exported.items()}
+        calls = {side: jax.jit(program.call) for side, program in exported.items()}
         # Once: passing NumPy arrays would copy the tables to the device for every call.
-        self._arrays = jax.device_put(dict(weights))
+        return LoadedTowers(calls, jax.device_put(dict(self.weights)), dim)
 
     def embed(
         self, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH
@@ -96,12 +149,12 @@ class TowerPrograms:
             batch: Rows embedded at once. A last part is padded to a power of two, so that few
                 shapes are compiled.
         """
-        check_fork()
+        loaded = self.load()
         count = len(next(iter(features.values())))
         # A request of one user needs no blocks.
         if count == 1:
-            return np.array(self._calls[side](self._arrays, dict(features)))
-        vectors = np.zeros((count, self.dim), np.float32)
+            return np.array(loaded.calls[side](loaded.arrays, dict(features)))
+        vectors = np.zeros((count, loaded.dim), np.float32)
         starts = range(0, count, batch)
         for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
             rows = min(batch, count - start)
@@ -111,7 +164,7 @@ class TowerPrograms:
             # Padding by nothing would still copy: of one user that costs more than the tower.
             if rows < size:
                 part = {name: pad_rows(values, size) for name, values in part.items()}
-            embedded = self._calls[side](self._arrays, part)
+            embedded = loaded.calls[side](loaded.arrays, part)
             vectors[start : start + rows] = np.asarray(embedded)[:rows]
         return vectors
 
@@ -196,6 +249,8 @@ def model_version(weights: WeightArrays) -> str:
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    import jax
+
     return jax.ShapeDtypeStruct(np.shape(array), np.asarray(array).dtype)
 
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twotower.config import TowerConfig
-from twotower.core.hashing import mix32
+from twotower.core.arrays import mix32
 from twotower.kernels.dense import activation_dtype, bfloat16_product, rounds_operands
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
