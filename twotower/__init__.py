@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower import config, features, register
-    from twotower.api import Run, fit, grow, load_retriever, load_run, refit, train
+    from twotower.api import Run, compare, fit, grow, load_retriever, load_run, refit, train
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
     from twotower.experiment import load_config
@@ -35,6 +35,7 @@ _HOMES = {
     "Retriever": "twotower.retrieval.retriever",
     "Run": "twotower.api",
     "TwotowerError": "twotower.core.errors",
+    "compare": "twotower.api",
     "fit": "twotower.api",
     "grow": "twotower.api",
     "load_config": "twotower.experiment",
@@ -59,6 +60,7 @@ __all__ = [
     "Retriever",
     "Run",
     "TwotowerError",
+    "compare",
     "config",
     "features",
     "fit",

@@ -19,6 +19,7 @@ COMMANDS = {
     "recommend_all": "recommend_all",
     "embed": "embed",
     "repeat": "evaluation.repeat",
+    "compare": "evaluation.compare",
     "grow": "grow",
     "history": "history",
     "publish": "publish",

@@ -25,9 +25,13 @@ from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import measure
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
+from twotower.evaluation.comparison.compare import Comparison, compare_records
+from twotower.evaluation.comparison.records import read_record
+from twotower.evaluation.comparison.text import format_comparison
 from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.query_table import query_table_path
 from twotower.evaluation.report.text import format_report
 from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_store import Destination
@@ -707,13 +711,6 @@ def metrics_path(workdir: Path, split: str) -> Path:
     return workdir / "evaluation" / name
 
 
-def query_table_path(workdir: Path, split: str) -> Path:
-    """Returns the file that `evaluate` writes the figures of every query of a split to."""
-    figures = metrics_path(workdir, split)
-    name = figures.stem.replace("metrics", "queries")
-    return figures.with_name(f"{name}.parquet")
-
-
 def repeat(
     config: Config,
     workdir: Path | str,
@@ -746,7 +743,11 @@ def repeat(
         # Baselines depend on the data alone: once is enough.
         with_baselines = baselines and seed == 0
         figures = measure.measure_run(
-            run, ks=config.evaluation.ks, split=split, baselines=with_baselines
+            run,
+            ks=config.evaluation.ks,
+            split=split,
+            baselines=with_baselines,
+            table_path=query_table_path(run.workdir, split),
         )
         measured.append(figures)
     by_seed = {f"seed-{seed}": figures for seed, figures in enumerate(measured)}
@@ -760,6 +761,32 @@ def repeat_path(workdir: Path | str, split: str) -> Path:
     if split != "test":
         name = f"repeat_{split}.json"
     return Path(workdir) / name
+
+
+def compare(runs: Sequence[Run | Path | str], *, split: str = "test") -> Comparison:
+    """Compares evaluated runs over the same queries: prints and returns their figures.
+
+    >>> run = tt.load_run("runs/mine")
+    >>> figures = run.evaluate(ks=(10,), baselines=True)  # doctest: +ELLIPSIS
+    Step ...
+    >>> compared = tt.compare([run, "runs/mine:popularity"])  # doctest: +ELLIPSIS
+    Measured alike: ...
+    >>> compared.rows[0].metric
+    'recall@10'
+
+    Args:
+        runs: Evaluated runs or their folders; "runs/a:ease" is a baseline that was measured beside
+            one, and the folder of `repeat` the mean of its seeds. The others are compared with the
+            first.
+        split: Rows that were found: "test" or "validation".
+
+    Raises:
+        ConfigError: A run was not evaluated, or they were not measured alike.
+    """
+    names = [str(run.workdir) if isinstance(run, Run) else str(run) for run in runs]
+    comparison = compare_records([read_record(name, split) for name in names])
+    print(format_comparison(comparison))
+    return comparison
 
 
 def load_retriever(folder: Path | str) -> Retriever:

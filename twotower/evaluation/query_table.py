@@ -59,3 +59,12 @@ def write_query_table(table: pa.Table, path: Path) -> None:
     """Writes such a table as Parquet, whole or not at all."""
     with atomic(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def query_table_path(workdir: Path, split: str) -> Path:
+    """Returns the file in the folder of a run that has the figures of every query of a split."""
+    name = "queries.parquet"
+    # Beside the figures of the split, which are named alike.
+    if split != "test":
+        name = f"queries_{split}.parquet"
+    return workdir / "evaluation" / name

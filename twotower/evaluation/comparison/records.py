@@ -1,0 +1,180 @@
+"""What evaluations recorded of every query, and whether two of them measured the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.core.errors import ConfigError, choose, echo
+from twotower.core.install import command
+from twotower.evaluation.metrics import RANKING_METRICS
+from twotower.evaluation.query_table import PROTOCOL_KEY, query_table_path
+
+MODEL = "model"  # ranking of a run's own towers
+SLICE = "slice/"  # start of the names of columns that divide the queries
+# Entries of a protocol that are the model's, or that say which figures there are: runs may differ
+# in them.
+OF_THE_MODEL = ("step", "dim", "ks")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """The figures of Q queries by one ranking, in the order of their users.
+
+    Attributes:
+        name: Name of the run as it was given, such as "runs/a" or "runs/a:ease".
+        protocol: How the figures were measured.
+        users: Id of the user of each query, Q texts.
+        relevant: Number of right answers of each query, int [Q]; 0 where nothing was asked.
+        values: Metric -> float64 [Q], the mean over seeds; NaN where nothing was asked.
+        slices: Name of a division of the queries -> its value of each, Q texts; "" is none.
+        seeds: Metric -> mean of each seed, float64 [S]; empty for a single run.
+    """
+
+    name: str
+    protocol: Mapping[str, Any]
+    users: np.ndarray
+    relevant: np.ndarray
+    values: Mapping[str, np.ndarray]
+    slices: Mapping[str, np.ndarray]
+    seeds: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_asked(self) -> np.ndarray:
+        """Whether a query has a right answer, so that it counts in the means, bool [Q]."""
+        return self.relevant > 0
+
+
+def read_record(name: str, split: str = "test") -> Record:
+    """Reads what an evaluation recorded.
+
+    Args:
+        name: Folder of a run; or of the runs of `repeat`, whose seeds are averaged; with ":ease"
+            and the like after it, a baseline that was measured beside the run.
+        split: Split that was measured.
+
+    Raises:
+        ConfigError: Nothing was recorded there, or not of this baseline.
+    """
+    folder = Path(name)
+    ranking = MODEL
+    if not folder.exists() and ":" in name:
+        path, _, ranking = name.rpartition(":")
+        folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"{name} is no folder of a run.")
+    seeds = sorted(folder.glob("seed-*"))
+    if not seeds:
+        return _read_table(name, query_table_path(folder, split), ranking, split)
+    paths = [query_table_path(seed, split) for seed in seeds]
+    # Baselines do not depend on the seed, and are measured with the first alone.
+    if ranking != MODEL:
+        return _read_table(name, paths[0], ranking, split)
+    return _average([_read_table(name, path, ranking, split) for path in paths])
+
+
+def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
+    if not path.exists():
+        workdir = path.parent.parent
+        flags = [f"--workdir={workdir}", "--baselines"]
+        if split != "test":
+            flags.append(f"--split={split}")
+        raise ConfigError(
+            f"{workdir} has no {path.relative_to(workdir)}: it was not evaluated. "
+            f"Evaluate it first: {command('evaluate', *flags)}"
+        )
+    try:
+        table = pq.read_table(path)
+        protocol = json.loads((table.schema.metadata or {})[PROTOCOL_KEY])
+        # By users, not in the order of a table that another run may have read otherwise.
+        table = table.sort_by([("user", "ascending"), ("query", "ascending")])
+        users = table["user"].to_numpy(zero_copy_only=False)
+        relevant = table["relevant"].to_numpy()
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"{path} is not as an evaluation writes it ({error}). Evaluate again."
+        ) from None
+    values: dict[str, np.ndarray] = {}
+    rankings: dict[str, None] = {}
+    slices: dict[str, np.ndarray] = {}
+    for column in table.column_names:
+        start, _, metric = column.rpartition("/")
+        if column.startswith(SLICE):
+            texts = table[column].cast(pa.string()).fill_null("")
+            slices[column.removeprefix(SLICE)] = texts.to_numpy(zero_copy_only=False)
+        elif metric.partition("@")[0] in RANKING_METRICS:
+            rankings[start] = None
+            if start == ranking:
+                floats = table[column].cast(pa.float64())
+                values[metric] = floats.to_numpy(zero_copy_only=False)
+    if ranking not in rankings:
+        choose(rankings, ranking, f"the ranking of {name}")
+    return Record(name, protocol, users, relevant, values, slices)
+
+
+def _average(records: Sequence[Record]) -> Record:
+    """Returns the means over seeds of every query, with the mean of each seed beside them."""
+    first = records[0]
+    check_alike(records)
+    values = {}
+    seeds = {}
+    for metric in first.values:
+        stacked = np.stack([record.values[metric] for record in records])
+        values[metric] = stacked.mean(0)
+        if first.is_asked.any():
+            seeds[metric] = stacked[:, first.is_asked].mean(1)
+    return dataclasses.replace(first, values=values, seeds=seeds)
+
+
+def check_alike(records: Sequence[Record]) -> None:
+    """Refuses records that are not of the same queries by the same protocol.
+
+    Raises:
+        ConfigError: They differ; the message names both values of the first that do.
+    """
+    first = records[0]
+    for other in records[1:]:
+        differences = _protocol_differences(first.protocol, other.protocol)
+        if not differences:
+            differences = _query_differences(first, other)
+        if differences:
+            raise ConfigError(
+                f"{first.name} and {other.name} were not measured alike: "
+                f"{'; '.join(differences)}. Evaluate both with the same flags on the same data."
+            )
+
+
+def _protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    differences = []
+    for key in dict.fromkeys([*one, *other]):
+        if key in OF_THE_MODEL or one.get(key) == other.get(key):
+            continue
+        differences.append(f"{key} is {echo(one.get(key))} and {echo(other.get(key))}")
+    return differences
+
+
+def _query_differences(one: Record, other: Record) -> list[str]:
+    if len(one.users) != len(other.users):
+        return [f"{len(one.users):,} and {len(other.users):,} queries"]
+    is_other_user = one.users != other.users
+    if is_other_user.any():
+        row = int(is_other_user.argmax())
+        number = int(is_other_user.sum())
+        pair = f"{echo(one.users[row])} and {echo(other.users[row])}"
+        return [f"{number:,} queries are of other users, the first {pair}"]
+    is_changed = one.relevant != other.relevant
+    if is_changed.any():
+        row = int(is_changed.argmax())
+        answers = f"{one.relevant[row]} and {other.relevant[row]}"
+        return [
+            f"{int(is_changed.sum()):,} queries have other right answers, the first that of "
+            f"user {echo(one.users[row])} with {answers}"
+        ]
+    return []
