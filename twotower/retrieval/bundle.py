@@ -15,6 +15,7 @@ item_scales.npy  beside vectors stored as int8: see `twotower.index.vectors`
 user_vectors.npy  users.parquet  seen_offsets.npy  seen_items.npy  seen_events.arrow
                  known users: vectors; raw features; items, the latest last
 index/           the index over the item vectors
+golden.json      requests with the answers that a server must reproduce
 ```
 
 An exported bundle keeps these in a version, `v-1/` and so on, and names the current one in the file
@@ -82,6 +83,7 @@ BUNDLE = "bundle"  # folder of the bundle in that of its run
 INDEX = "index"  # folder of the index
 ROWS_AT_ONCE = 65_536  # rows of vectors that are looked at together
 EVENTS = "seen_events.arrow"
+GOLDEN = "golden.json"
 # Settings of the index that the manifest records; those of a graph where it is one.
 INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
 # Entries of the manifest that were measured on the run, at its export.
@@ -143,14 +145,28 @@ class Bundle:
         """Whether vectors have length 1."""
         return self.config.model.normalize
 
+    def read_golden(self) -> dict[str, Any] | None:
+        """Returns the golden requests with their answers; None of a bundle that has none."""
+        if self.version is None or GOLDEN not in self.manifest.get("files", ()):
+            return None
+        return read_json(self.version / GOLDEN)
 
-def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dict[str, Any]:
+
+def write_bundle(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    step: int,
+    golden: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """Writes a bundle into an empty folder, and returns its manifest.
 
     Args:
         bundle: Bundle to write.
         folder: Empty folder.
         step: Step of the checkpoint that the weights come from.
+        golden: Requests with their answers, see `twotower.retrieval.golden`.
         **more: Further entries of the manifest.
     """
     # The manifest comes last: a folder without one is no bundle, whatever else lies there.
@@ -168,6 +184,9 @@ def write_bundle(bundle: Bundle, folder: Path, *, step: int, **more: Any) -> dic
                 writer.write_table(bundle.seen_events)
     pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
+    if golden is not None:
+        text = json.dumps(golden, ensure_ascii=False)
+        (folder / GOLDEN).write_text(text, encoding="utf-8")
     version = model_version(bundle.towers.weights)
     # The index says what it was built from, so that it cannot be put beside other vectors or
     # another user tower.
@@ -312,6 +331,7 @@ def personal_columns(bundle: Bundle) -> dict[str, list[str]]:
     columns = {"encoder": by_id}
     if len(bundle.users):
         columns["users.parquet"] = bundle.users.column_names
+        columns[GOLDEN] = ["user_id"]
         columns["user_vectors.npy"] = ["user_id"]
         columns["seen_items.npy"] = ["item_id"]
         if bundle.seen_events is not None:

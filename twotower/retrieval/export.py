@@ -29,6 +29,7 @@ from twotower.index.vectors import Int8Vectors, error_bound, quantize
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.plugins import make_record
+from twotower.retrieval import golden
 from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.live.carry import publish_with_changes
@@ -83,7 +84,8 @@ def export(
         if not with_users:
             bundle = without_users(bundle)
         with next_version(folder) as version:
-            manifest = write_bundle(bundle, version, step=run.step, **more)
+            golden_answers = golden.make(bundle)
+            manifest = write_bundle(bundle, version, step=run.step, golden=golden_answers, **more)
             # In this order: servers load only what was found to be right.
             check_parity(run, version, users)
             publish_with_changes(folder, version, keep=changes == "carry")

@@ -22,9 +22,10 @@ from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, ec
 from twotower.core.fork import check_fork
 from twotower.core.ids import read_id, read_ids
 from twotower.core.progress import progress
+from twotower.core.times import TimeForm
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
-from twotower.retrieval.live.catalogue import nearest
+from twotower.retrieval.live.catalogue import LiveCatalogue, nearest
 from twotower.retrieval.live.conditions import (
     Conditions,
     ConditionsLike,
@@ -212,6 +213,7 @@ class Retriever:
         user: Any = None,
         *,
         rows: Rows | None = None,
+        events: Sequence[Any] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         where: ConditionsLike = None,
@@ -229,6 +231,9 @@ class Retriever:
                 in the answer is then False.
             rows: One row of raw user features, in the place of an id, or beside one whose stored
                 features it replaces.
+            events: Events since the bundle was made, as a history has them, the latest last. They
+                follow the user's history, and count as seen. With events, be they none, what is
+                stored of a known user stands beside what `rows` say.
             k: Length of the list.
             exclude_seen: Whether to leave out the items of the user, as far as the user is known,
                 and those of a history in `rows`.
@@ -247,9 +252,9 @@ class Retriever:
         filters = self._filters(where, allow, deny)
         _check_options(exclude_seen, popularity_weight)
         note = ""
-        if rows is not None:
+        if rows is not None or events is not None:
             vectors, user_rows, history = self._encode_request(
-                rows, user, Naming.read(names, strict)
+                rows, user, events, Naming.read(names, strict)
             )
             note = self._note_of_unknown(history)
             # The history of a request is newer than the bundle; a repeated item is no news.
@@ -258,7 +263,7 @@ class Retriever:
         elif user is not None:
             vectors, user_rows = self._vector_and_row(self._user_id(user))
         else:
-            raise ConfigError("recommend needs user=ID or rows=[{...}].")
+            raise ConfigError("recommend needs user=ID or rows=[{...}], or events=[...].")
         snapshot, scores, positions = self._recommend(
             vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
         )
@@ -347,31 +352,195 @@ class Retriever:
         Raises:
             UnknownItemError: The item is not there.
         """
+        return self.items_like([item], k, where=where, allow=allow, deny=deny)
+
+    def items_like(
+        self,
+        items: Iterable[Any],
+        k: int = 10,
+        *,
+        unlike: Iterable[Any] = (),
+        where: ConditionsLike = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] | None = (),
+    ) -> Recommendations:
+        """Returns the `k` items of greatest cosine to the mean direction of several items.
+
+        >>> retriever = tt.Retriever.load("runs/mine/bundle")
+        >>> len(retriever.items_like(["item-1", "item-2"], k=3, unlike=["item-3"]))
+        3
+
+        Args:
+            items: Ids of items, which are left out.
+            k: Length of the list.
+            unlike: Ids of items whose mean direction is subtracted; they are left out too.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
+
+        Raises:
+            ConfigError: No item is given, or the directions cancel each other.
+            UnknownItemError: An item is not there.
+        """
         k = check_k(k)
         filters = self._filters(where, allow, deny)
-        item = self._item_id(item)
-        # One snapshot for the vector and the search: the item may change in between.
+        liked = self._item_ids(items, "items")
+        disliked = self._item_ids(unlike, "unlike")
+        if not liked:
+            raise ConfigError("items=[] must name at least one item.")
+        # One snapshot for the vectors and the search: an item may change in between.
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
-        vector = snapshot.vector(catalogue.position(snapshot, item))
         # At length 1 on both sides the dot product is the cosine.
-        query = vector / max(float(np.linalg.norm(vector)), 1e-30)
+        direction = _mean_direction(catalogue, snapshot, liked)
+        if disliked:
+            direction = direction - _mean_direction(catalogue, snapshot, disliked)
+        length = float(np.linalg.norm(direction))
+        if disliked and length < 1e-6:
+            raise ConfigError(f"unlike={echo(disliked)} cancels items={echo(liked)}: leave it out.")
+        query = direction / max(length, 1e-30)
         only = None
         if filters.allow is not None:
             only = catalogue.numbers_of(filters.allow)
         scores, positions = snapshot.search(
             query[None, :],
             k,
-            exclude=_same_list(catalogue.numbers_of([item, *filters.deny]), 1),
+            exclude=_same_list(catalogue.numbers_of([*liked, *disliked, *filters.deny]), 1),
             where=filters.where,
             only=only,
             cosine=True,
         )
-        items = _recommendations(snapshot, scores[0], positions[0])
+        return self._listed(snapshot, scores[0], positions[0], filters.where)
+
+    def popular_items(
+        self,
+        k: int = 10,
+        *,
+        where: ConditionsLike = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] | None = (),
+    ) -> Recommendations:
+        """Returns the `k` items with the most training rows, whose number is their score.
+
+        Args:
+            k: Length of the list.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
+        """
+        return self._ordered("", k, self._filters(where, allow, deny))
+
+    def newest_items(
+        self,
+        k: int = 10,
+        *,
+        column: str | None = None,
+        where: ConditionsLike = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] | None = (),
+    ) -> Recommendations:
+        """Returns the `k` items of the latest time, which is their score in seconds since 1970.
+
+        Args:
+            k: Length of the list.
+            column: Display column of times or numbers; by default the one of times.
+            where: Conditions; see the class.
+            allow: Ids of the only items that may come back.
+            deny: Ids of items to leave out.
+
+        Raises:
+            ConfigError: The items have no such column, or not exactly one of times.
+        """
+        if column is None:
+            column = self._time_column()
+        return self._ordered(column, k, self._filters(where, allow, deny))
+
+    def _ordered(self, column: str, k: int, filters: _Filters) -> Recommendations:
+        """Returns the first items by a display column, or by training rows where it is ""."""
+        catalogue = self._live.catalogue
+        only = None
+        if filters.allow is not None:
+            only = catalogue.numbers_of(filters.allow)
+        denied = catalogue.numbers_of(filters.deny)
+        snapshot = catalogue.snapshot
+        numbers = snapshot.memtable.numbers[: snapshot.num_slots]
+        scores, positions = snapshot.first_by(
+            column,
+            check_k(k),
+            slot_counts=catalogue.counts_of(numbers),
+            exclude=denied,
+            where=filters.where,
+            only=only,
+        )
+        return self._listed(snapshot, scores, positions, filters.where)
+
+    def _listed(
+        self, snapshot: Snapshot, scores: np.ndarray, positions: np.ndarray, where: Conditions
+    ) -> Recommendations:
+        """Returns one list, with a note where no item satisfies the conditions."""
+        items = _recommendations(snapshot, scores, positions)
         note = ""
-        if not items and filters.where:
-            note = _note_of_none(snapshot, filters.where)
+        if not items and where:
+            note = _note_of_none(snapshot, where)
         return Recommendations(items, note=note)
+
+    def _time_column(self) -> str:
+        """Returns the name of the display column of times.
+
+        Raises:
+            ConfigError: There is none, or more than one.
+        """
+        schema = self._live.catalogue.schema
+        columns = []
+        for field in schema:
+            form = self.forms.contract.columns.get(f"item.{field.name}")
+            is_time = isinstance(form, TimeForm) or field.name in self.forms.units
+            if is_time or pa.types.is_temporal(field.type):
+                columns.append(field.name)
+        if len(columns) == 1:
+            return columns[0]
+        problem = "has several of times: " + ", ".join(columns)
+        if not columns:
+            problem = f"has none of times, but {', '.join(schema.names)}"
+        raise ConfigError(f"column=None must name a display column: the bundle {problem}.")
+
+    def encode_user(
+        self,
+        user: Any = None,
+        *,
+        rows: Rows | None = None,
+        events: Sequence[Any] | None = None,
+        names: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> np.ndarray:
+        """Returns the vector by which `recommend` ranks items for a user, float32 [D].
+
+        Args:
+            user: As in `recommend`.
+            rows: As in `recommend`.
+            events: As in `recommend`.
+            names: Name in `rows` -> our name; see the class.
+            strict: Whether a column that nothing reads is refused.
+        """
+        if rows is None and events is None:
+            if user is None:
+                raise ConfigError("encode_user needs user=ID, rows=[{...}] or events=[...].")
+            vectors, _ = self._vector_and_row(self._user_id(user))
+        else:
+            vectors, _, _ = self._encode_request(rows, user, events, Naming.read(names, strict))
+        return np.array(vectors[0])
+
+    def follow(self) -> int:
+        """Makes the changes that other processes have made to the bundle, and counts them.
+
+        Every change of this process does so too; a server that only answers calls it now and then.
+
+        Raises:
+            ChangesError: The log of changes is damaged.
+        """
+        check_fork()
+        with self._lock:
+            return self._live.follow()
 
     def warm(self, up_to: int = 1) -> str:
         """Does what the first request of each kind would wait for, and says what it did.
@@ -670,9 +839,11 @@ class Retriever:
         return read_rows(rows, known, naming, self._item_readers, key="item_id")
 
     def _encode_request(
-        self, rows: Rows, user: Any, naming: Naming
+        self, rows: Rows | None, user: Any, events: Sequence[Any] | None, naming: Naming
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Returns the vector [1, D] of the row of a request, that user's row, and the history."""
+        if events is not None:
+            return self._encode_events(rows, user, events, naming)
         row = self.user_rows.read_one(rows, naming)
         if row is None:
             table = self._one_user(rows, user, naming)
@@ -689,6 +860,28 @@ class Retriever:
             user_row = self.user_rows.row_by_id.get(user_id, -1)
         history = self.user_rows.history_of(row)
         return self._encode_one_user(row), np.array([user_row]), history
+
+    def _encode_events(
+        self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Returns what `_encode_request` does, of a user with further events."""
+        user_id = None
+        if user is not None:
+            user_id = self._user_id(user)
+        given = None
+        if rows is not None:
+            given = self._one_user(rows, user, naming)
+            if user_id is None and "user_id" in given.column_names:
+                (user_id,) = given["user_id"].to_pylist()
+        table, items = self.user_rows.with_events(user_id, given, events, naming)
+        history = [*self.user_rows.history_items(table), *items]
+        user_rows = self._rows_of_users([user_id])
+        # The stored vector says all, where the model reads neither the events nor anything new.
+        if user_rows[0] >= 0 and given is None and not (items and self.user_rows.reads_history):
+            vectors = self.bundle.user_vectors[user_rows]
+        else:
+            vectors = self._encode_users(table)
+        return vectors, user_rows, list(dict.fromkeys(history))
 
     def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
         """Returns the one row of user features that `recommend` takes, with the id if there is one.
@@ -864,6 +1057,16 @@ def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:
     note = f"No item satisfies {describe(where)}."
     logging.warning("%s", note)
     return note
+
+
+def _mean_direction(
+    catalogue: LiveCatalogue, snapshot: Snapshot, items: Sequence[str]
+) -> np.ndarray:
+    """Returns the mean of the vectors of items at length 1, float32 [D]."""
+    positions = [catalogue.position(snapshot, item) for item in items]
+    vectors = snapshot.vectors(np.array(positions))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-30)).mean(axis=0)
 
 
 def _same_list(numbers: np.ndarray, count: int) -> Ragged:

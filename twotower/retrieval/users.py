@@ -60,6 +60,11 @@ class UserRows:
             own += feature.columns_read
         return list(dict.fromkeys(["user_id", *own, "timestamp"]))
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether the model reads the events of a user."""
+        return self._encoder.spec.history is not None
+
     def read(self, rows: Any, naming: Naming = OUR_NAMES) -> pa.Table:
         """Returns the rows of a request in the form in which the table of users has its own.
 
@@ -124,6 +129,45 @@ class UserRows:
         columns = {name: self._users[name].take(rows) for name in self._users.column_names}
         columns["user_id"] = pa.array(ids, pa.string())
         return self._without_times(pa.table(columns))
+
+    def with_events(
+        self, user: str | None, given: pa.Table | None, events: Sequence[Any], naming: Naming
+    ) -> tuple[pa.Table, list[str]]:
+        """Returns the row of a user with what was stored, what a request says, and later events.
+
+        Args:
+            user: Id of the user, known or not; None for nobody.
+            given: One row of the request, as `read` gives it: its columns take the place of the
+                stored ones.
+            events: Further events, as a history has them, the latest last.
+            naming: Names of the fields of events.
+
+        Returns:
+            The row, in the form in which the table of users has its own, and the ids of the items
+            in `events`.
+
+        Raises:
+            ConfigError: An event cannot be read.
+        """
+        stored = self.take([user]) if user in self.row_by_id else self.unknown([user])
+        columns = dict(zip(stored.column_names, stored.columns))
+        if given is not None:
+            columns |= dict(zip(given.column_names, given.columns))
+        if user is not None:
+            columns["user_id"] = pa.chunked_array([[user]])
+        history = self._encoder.spec.history
+        reader = HistoryColumn("events", "events", self.forms, naming)
+        # Their own reader, whatever the model reads: items of events are never recommended again.
+        (read,) = reader([list(events)]).to_pylist()
+        read = [event if isinstance(event, dict) else {"item_id": event} for event in read]
+        read = [event for event in read if event["item_id"] is not None]
+        if history is not None and read:
+            columns[history.column] = _joined(columns.get(history.column), read)
+            times = [event["timestamp"] for event in read if event.get("timestamp") is not None]
+            # The request is made after the last event, not at the end of the log.
+            if self._newest is not None and "timestamp" not in columns:
+                columns["timestamp"] = pa.chunked_array([[max(self._newest, *times, 0)]])
+        return pa.table(columns), [event["item_id"] for event in read]
 
     def unknown(self, ids: Sequence[str | None]) -> pa.Table:
         """Returns the rows of users of whom nothing is known but the id."""
@@ -223,3 +267,19 @@ class UserRows:
         if "timestamp" not in columns and not (history and history.request_gap):
             return None
         return pc.max(self._users["timestamp"]).as_py()
+
+
+def _joined(stored: pa.ChunkedArray | None, events: Sequence[Mapping[str, Any]]) -> pa.ChunkedArray:
+    """Returns a history of one user with further events behind it, in the type that it has."""
+    before = []
+    kind = None
+    if stored is not None and not pa.types.is_null(stored.type):
+        (history,) = stored.to_pylist()
+        before = history or []
+        kind = stored.type
+    # Of a history of plain ids, kinds and times are read by nothing.
+    if kind is not None and not pa.types.is_struct(kind.value_type):
+        return pa.chunked_array([[[*before, *(event["item_id"] for event in events)]]], kind)
+    if kind is None:
+        return pa.chunked_array([[list(events)]])
+    return pa.chunked_array([[[*before, *events]]], kind)

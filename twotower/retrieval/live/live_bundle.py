@@ -106,6 +106,14 @@ class LiveBundle:
                     log.add(Delete(tuple(alive)))
             return self.catalogue.delete(alive)
 
+    def follow(self) -> int:
+        """Makes the changes of other processes, and counts them; see `Retriever.follow`."""
+        if self._log is None:
+            return 0
+        changes = self._log.read()
+        self._apply(changes, self._log)
+        return len(changes)
+
     def rebalance(self) -> None:
         """Indexes the present items anew, in memory; see `Retriever.rebalance`."""
         self.catalogue.rebalance(self._index)
@@ -130,6 +138,9 @@ class LiveBundle:
         Answers and changes go on meanwhile, and the old version stays current. The caller excludes
         others by `make_versions`.
         """
+        # Not for those who only answer.
+        from twotower.retrieval import golden
+
         log, folder = self._require_log()
         # Both of one moment: what comes after `last` is copied when the versions are switched.
         with self._lock:
@@ -142,10 +153,12 @@ class LiveBundle:
         # Of the run, which the bundle does not hold.
         kept = {name: manifest[name] for name in OF_THE_RUN if name in manifest}
         with next_version(folder) as version:
+            bundle = self._replace_items(then)
             write_bundle(
-                self._replace_items(then),
+                bundle,
                 version,
                 step=manifest["step"],
+                golden=golden.make(bundle),
                 compactions=manifest.get("compactions", 0) + 1,
                 changed_items=dataclasses.asdict(changed),
                 **kept,

@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import Ragged
+from twotower.core.arrow import BadValue, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
+from twotower.core.times import TimeForm
 from twotower.index.base import check_queries, check_scores, list_length
 from twotower.index.search import AllowedRows, search_filtered
 from twotower.index.vectors import Vectors, append_coordinate, store_like
@@ -34,6 +36,7 @@ from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
 # Answers to conditions that are kept, at N bytes each; then all are dropped, as no server has so
 # many usual ones.
 MAX_CACHED_CONDITIONS = 64
+MIN_LOOK = 4_096  # rows of an order that are looked at together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,6 +136,74 @@ class Snapshot:
         best.add(slot_scores, len(base))
         scores, positions = best.best()
         return scores, positions.astype(np.int64)
+
+    def first_by(
+        self,
+        column: str,
+        k: int,
+        *,
+        slot_counts: np.ndarray,
+        exclude: np.ndarray,
+        where: Conditions = (),
+        only: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the `k` items of the greatest values, whoever asks.
+
+        Args:
+            column: Display column of numbers or times; "" for the training rows.
+            k: Length of the list.
+            slot_counts: Training rows of the item in each slot, int64 [num_slots].
+            exclude: Numbers of the items that must not come back.
+            where: Conditions that items must satisfy.
+            only: Numbers of the items that may come back; all by default.
+
+        Returns:
+            (values float64 [L], positions int64 [L]), where L is at most `k`; items without a value
+            are left out.
+        """
+        where = self._resolve_latest(where)
+        values = self._values_of(column, slot_counts)
+        key = ("order", column)
+        order = self._compute_once(key, lambda: _descending(values[: len(self.base)]))
+        allowed = self._allowed_rows(where, only)
+        excluded_rows = self.base.rows_of(exclude)
+        found = [np.zeros(0, np.int64)]
+        count = 0
+        start = 0
+        # Most lists end within the first rows, so that not all N are looked at.
+        step = max(MIN_LOOK, 4 * k)
+        while start < len(order) and count < k:
+            rows = order[start : start + step]
+            start += step
+            step *= 4
+            if allowed is not None:
+                rows = rows[allowed.contains(rows)]
+            rows = rows[~np.isin(rows, excluded_rows)]
+            found.append(rows)
+            count += len(rows)
+        slots = np.flatnonzero(self._allowed_slots(where, only))
+        slots = slots[~np.isin(self.memtable.numbers[slots], exclude)] + len(self.base)
+        slots = slots[~np.isnan(values[slots])]
+        # The base first: of equal values the lower position is kept.
+        positions = np.concatenate([*found, slots])
+        best = _descending(values[positions])[:k]
+        return values[positions[best]], positions[best]
+
+    def _values_of(self, column: str, slot_counts: np.ndarray) -> np.ndarray:
+        """Returns the value by which `first_by` orders each position, float64; NaN without one."""
+        base = self.base
+        if column:
+            check_fields({column: ""}, base.items.column_names, "column: the bundle")
+        of_base = self._compute_once(
+            ("values", column),
+            lambda: _numbers(base.items[column], column) if column else base.counts.astype(float),
+        )
+        if not self.num_slots:
+            return of_base
+        of_slots = slot_counts
+        if column:
+            of_slots = _numbers(pa.concat_tables(self._tables_from(0))[column], column)
+        return np.concatenate([of_base, of_slots])
 
     def count_matching(self, where: Conditions) -> int:
         """Returns the number of items that satisfy conditions."""
@@ -342,6 +413,25 @@ class Snapshot:
         if len(self.cache) >= MAX_CACHED_CONDITIONS:
             self.cache.clear()
         self.cache[key] = value
+
+
+def _descending(values: np.ndarray) -> np.ndarray:
+    """Returns the order of values from the greatest on, the first of equal ones first; no NaN."""
+    order = np.argsort(-values, kind="stable")
+    return order[: len(values) - int(np.isnan(values).sum())]
+
+
+def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """Returns the values of a column of numbers or times, float64 [N]; NaN for null."""
+    values = plain_text(column)
+    kind = values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        try:
+            values = TimeForm().column(values)
+        except BadValue as error:
+            raise ConfigError(f"column={name!r} holds neither times nor numbers: {error}") from None
+    # A null is NaN for NumPy.
+    return values.cast(pa.float64()).to_numpy()
 
 
 def _replace_values(lists: Ragged, values: np.ndarray) -> Ragged:

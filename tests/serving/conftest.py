@@ -1,0 +1,37 @@
+"""One small bundle of a model that reads what users did, for all tests of serving."""
+
+import shutil
+
+import pytest
+
+from tests.retrieval.runs import make_run
+from twotower.retrieval.export import export
+from twotower.retrieval.retriever import Retriever
+
+HISTORY = {"type": "history", "max_length": 8, "reads": ["item_id"]}
+FEATURES = {
+    "user": {"city": {"type": "string", "embedding_size": 4}, "history": HISTORY},
+    "item": {"item_id": {"type": "string", "embedding_size": 16}, "price": {"type": "float"}},
+}
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """The folder of the bundle: not to be changed."""
+    run = make_run(
+        tmp_path_factory.mktemp("served"), features=FEATURES, retrieval={"popularity": True}
+    )
+    export(run, run.workdir / "bundle")
+    return run.workdir / "bundle"
+
+
+@pytest.fixture(scope="session")
+def retriever(served):
+    return Retriever.load(served)
+
+
+@pytest.fixture
+def copied(served, tmp_path):
+    """The folder of a bundle that a test may change."""
+    shutil.copytree(served, tmp_path / "bundle")
+    return tmp_path / "bundle"
