@@ -7,17 +7,29 @@ says what it looked at, and speaks where figures mean less than they seem to.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from twotower.config import Config
+import numpy as np
+
+from twotower.config import Config, SplitConfig
+from twotower.core.arrays import Ragged, pair_keys
 from twotower.data.audit import FINDINGS, accepted_findings
 from twotower.data.interactions import Split
 from twotower.data.report import format_share
 from twotower.data.sources.load import describes_items, takes_items_of_log
+from twotower.evaluation.baselines.item_graph import WINDOW
 from twotower.evaluation.queries import Queries
+from twotower.pipeline.batches import Rows
 
-SHARE_OF_NEWS = 0.2  # share of right answers that training never saw, from which on it is said
+# From where on an audit speaks.
+SHARE_OF_NEWS = 0.2  # of the right answers, items that training never saw
+SHARE_OF_TIES = 0.05  # of the users, those whose answer depends on the order of equal times
+SHARE_OF_DUPLICATES = 0.01  # of the right answers, those the user had before
+GREATEST_COSINE = 0.9  # mean of two vectors, above which all of them are nearly one
+SHARE_OF_DIMENSIONS = 0.05  # effective rank, of the width, below which vectors have collapsed
+SHARE_OF_HUBS = 0.5  # of the places of all lists, those that a hundredth of the items take
+GREATEST_CORRELATION = 0.9  # of length and popularity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +120,336 @@ def audit_never_trained(queries: Queries) -> Audit:
         "the figures of new items apart, and give items columns that describe them."
     )
     return Audit("never_trained", True, sentence, figures)
+
+
+def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> Audit:
+    """Says for how many users the held-out answer depends on the order of equal times.
+
+    It does where a held-out row has the time of a row of the same user in an earlier part: another
+    order of the file would have held out that one.
+
+    Args:
+        held_out: Rows of the part that is measured.
+        earlier: Rows of the parts before it.
+        config: Kind of the split, and its order of ties.
+    """
+    if held_out.timestamp is None:
+        sentence = "The log has no times: the order of the file is its order."
+        return Audit("ties", False, sentence)
+    parts = [part for part in (*earlier, held_out) if len(part)]
+    moments = _moment_keys(parts)
+    start = len(moments) - len(held_out)
+    is_tied = np.isin(moments[start:], moments[:start])
+    users = len(np.unique(held_out.user))
+    tied = len(np.unique(held_out.user[is_tied]))
+    moments = np.sort(moments)
+    neighbours = len(moments) - len(np.unique(np.concatenate([part.user for part in parts])))
+    # Keys of one user and one time follow each other once they are sorted.
+    tied_neighbours = int((moments[1:] == moments[:-1]).sum())
+    share = tied / max(users, 1)
+    figures = {
+        "users": users,
+        "tied_users": tied,
+        "share": share,
+        "neighbour_share": tied_neighbours / max(neighbours, 1),
+    }
+    sentence = (
+        f"The held-out answer of {tied:,} of {users:,} users ({format_share(tied, users)}) has the "
+        "time of an earlier row of theirs"
+    )
+    has_order = config.kind in ("leave_last_out", "fixed")
+    if not has_order or share < SHARE_OF_TIES:
+        return Audit("ties", False, f"{sentence}.", figures)
+    by = {"file": "the order of the file", "drawn": "a draw", "together": "both"}[config.ties]
+    sentence += (
+        f", and {by} decides which of them is to be found. config.split.ties='together' holds all "
+        "rows of the last moment out, any of which is right, and 'drawn' draws one by "
+        "config.split.seed: compare two seeds."
+    )
+    return Audit("ties", True, sentence, figures)
+
+
+def _moment_keys(parts: Sequence[Rows]) -> np.ndarray:
+    """Returns a number for the user and the time of each row, int64 [rows of all parts]."""
+    users = np.concatenate([part.user for part in parts])
+    times = np.concatenate([part.timestamp for part in parts if part.timestamp is not None])
+    since_first = times - times.min()
+    if since_first.max() >= 2**32:
+        # Seconds of more than a century do not fit beside the user.
+        since_first = np.unique(times, return_inverse=True)[1]
+    return pair_keys(users, since_first)
+
+
+def audit_duplicates(queries: Queries, earlier_rows: int) -> Audit:
+    """Says how many right answers are items that the user had before.
+
+    Args:
+        queries: Queries with all of their relevant items, those that users had seen among them.
+        earlier_rows: Number of the rows that `queries.seen` was made of.
+    """
+    users = queries.user[queries.relevant.rows]
+    repeated = int(queries.seen.contains(users, queries.relevant.values).sum())
+    total = len(queries.relevant.values)
+    share = repeated / max(total, 1)
+    natural = 1 - len(queries.seen.values) / max(earlier_rows, 1)
+    figures = {"answers": repeated, "share": share, "share_of_earlier_rows": natural}
+    sentence = (
+        f"{format_share(repeated, total)} of the right answers ({repeated:,} of {total:,}) are "
+        f"items that the user had before, as are {natural:.1%} of the earlier rows"
+    )
+    if share < SHARE_OF_DUPLICATES:
+        return Audit("duplicates", False, f"{sentence}.", figures)
+    if natural >= share / 2:
+        sentence += (
+            ": users come back, so repeats are natural here. They are left out where seen items "
+            "are masked, and count where nothing is."
+        )
+        return Audit("duplicates", False, sentence, figures)
+    sentence += (
+        ": answers repeat what training holds far more than its own rows do. Figures with nothing "
+        "masked count what is remembered; see config.data.duplicates, and how the parts were "
+        "divided."
+    )
+    return Audit("duplicates", True, sentence, figures)
+
+
+def audit_shortcut(
+    queries: Queries,
+    sequences: Ragged,
+    metric: str,
+    interval: Sequence[float],
+    graph: float,
+) -> Audit:
+    """Says how far the untrained graph of items that follow each other gets.
+
+    Args:
+        queries: Queries with their relevant and their seen items.
+        sequences: Items of each user in training, the latest last.
+        metric: Name of the metric to compare, such as "recall@10".
+        interval: Lower and upper end of the model's metric.
+        graph: Metric of the baseline "item_graph".
+    """
+    adjacent = adjacent_share(queries, sequences)
+    low, high = interval
+    figures = {"adjacent_share": adjacent, "metric": metric, "item_graph": graph}
+    sentence = (
+        f"{adjacent:.1%} of the right answers stand within {WINDOW} rows of the user's last item "
+        f"with some user in training, and the untrained item graph has {metric} {graph:.4f}"
+    )
+    if graph < low:
+        return Audit("shortcut", False, f"{sentence}, less than the model.", figures)
+    if graph > high:
+        sentence += f", more than the model (at most {high:.4f})"
+    else:
+        sentence += f", no less than the model ({low:.4f} to {high:.4f})"
+    sentence += (
+        ": what was trained adds nothing to counting which items follow each other. Serve the "
+        "graph, or train further."
+    )
+    return Audit("shortcut", True, sentence, figures)
+
+
+def adjacent_share(queries: Queries, sequences: Ragged) -> float:
+    """Returns the share of right answers next to the last seen item of their user, for any user.
+
+    Of queries with a last item; right answers outside of the corpus are next to none.
+
+    Args:
+        queries: Queries with their relevant and their seen items.
+        sequences: Items of each user in training, the latest last.
+    """
+    seen = queries.seen
+    has_last = seen.lengths[queries.user] > 0
+    if not has_last.any():
+        return 0.0
+    last = np.zeros(len(queries), np.int64)
+    last[has_last] = seen.values[seen.offsets[queries.user[has_last] + 1] - 1]
+    is_asked = has_last[queries.relevant.rows]
+    asked = pair_keys(last[queries.relevant.rows], queries.relevant.values)[is_asked]
+    # The pairs that are asked for, not those of the log, are kept in memory.
+    pairs, answer = np.unique(asked, return_inverse=True)
+    is_joined = np.zeros(len(pairs), bool)
+    users = sequences.rows
+    items = sequences.values
+    for distance in range(1, WINDOW + 1):
+        is_one_user = users[:-distance] == users[distance:]
+        earlier = items[:-distance][is_one_user]
+        later = items[distance:][is_one_user]
+        for keys in (pair_keys(earlier, later), pair_keys(later, earlier)):
+            is_joined |= np.isin(pairs, keys)
+    total = int(queries.num_relevant[has_last].sum())
+    return float(is_joined[answer].sum() / max(total, 1))
+
+
+def audit_signal(
+    queries: Queries,
+    metric: str,
+    k: int,
+    interval: Sequence[float],
+    baselines: Mapping[str, Mapping[str, float]],
+) -> Audit:
+    """Says whether the model is better than chance and than what is popular.
+
+    Args:
+        queries: Queries with their relevant and their seen items, which are masked.
+        metric: Name of the recall to compare, such as "recall@10".
+        k: Length of its lists.
+        interval: Lower and upper end of the model's recall.
+        baselines: Figures of the baselines that were measured, by name.
+    """
+    low, high = interval
+    rivals = {"chance": _recall_of_chance(queries, k)}
+    if "popularity" in baselines:
+        rivals["popularity"] = baselines["popularity"][metric]
+    figures = {"metric": metric, "interval": [low, high], **rivals}
+    best = max(rivals, key=rivals.__getitem__)
+    against = f"{metric} between {low:.4f} and {high:.4f} against {best}'s {rivals[best]:.4f}"
+    if low > rivals[best]:
+        return Audit("no_signal", False, f"The model is ahead of {best}: {against}.", figures)
+    sentence = (
+        f"The model found no signal that {best} does not have: {against}. Look for ids or labels "
+        "that do not belong to their rows, for features that are empty, and for a loss that does "
+        "not fall."
+    )
+    return Audit("no_signal", True, sentence, figures)
+
+
+def _recall_of_chance(queries: Queries, k: int) -> float:
+    """Returns the recall that lists of unseen items drawn at random are expected to have."""
+    queries = queries.without_seen()
+    is_asked = queries.num_relevant > 0
+    if not is_asked.any():
+        return 0.0
+    unseen = np.maximum(queries.num_items - queries.seen.lengths[queries.user], 1)
+    reachable = queries.relevant.lengths / np.maximum(queries.num_relevant, 1)
+    recall = reachable * np.minimum(k / unseen, 1.0)
+    return float(recall[is_asked].mean())
+
+
+def audit_collapse(vectors: Mapping[str, np.ndarray]) -> Audit:
+    """Says whether vectors are nearly one vector, or lie in few of their dimensions.
+
+    Args:
+        vectors: "users" and "items", float [N, D] each, or a sample of them.
+    """
+    figures: dict[str, Any] = {}
+    collapsed = []
+    for name, values in vectors.items():
+        cosine = mean_cosine(values)
+        rank = effective_rank(values)
+        figures[name] = {"mean_cosine": cosine, "effective_rank": rank, "dim": values.shape[1]}
+        few = max(2.0, SHARE_OF_DIMENSIONS * values.shape[1])
+        if cosine > GREATEST_COSINE or rank < few:
+            collapsed.append(name)
+    numbers = "; ".join(
+        f"{name}: mean cosine {found['mean_cosine']:.2f}, effective rank "
+        f"{found['effective_rank']:.1f} of {found['dim']}"
+        for name, found in figures.items()
+    )
+    if not collapsed:
+        return Audit("collapse", False, f"Vectors are spread out ({numbers}).", figures)
+    sentence = (
+        f"The vectors of {' and '.join(collapsed)} have collapsed ({numbers}): everybody gets "
+        "nearly the same list. Lower the learning rates, give the loss more negatives, or train "
+        "from another seed."
+    )
+    return Audit("collapse", True, sentence, figures)
+
+
+def mean_cosine(vectors: np.ndarray) -> float:
+    """Returns the mean cosine of two different vectors among those given, [N, D]; 0 of one."""
+    count = len(vectors)
+    if count < 2:
+        return 0.0
+    vectors = vectors.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units = vectors / np.maximum(lengths, 1e-30)
+    # The square of the sum is that of all pairs, those of a vector with itself among them.
+    total = float(np.square(units.sum(0)).sum()) - float(np.square(units).sum())
+    return total / (count * (count - 1))
+
+
+def effective_rank(vectors: np.ndarray) -> float:
+    """Returns the exponential of the entropy of the singular values, from 1 to D.
+
+    Roy and Vetterli, The effective rank, EUSIPCO 2007.
+
+    Args:
+        vectors: float [N, D].
+    """
+    # Of the D x D products: N is the larger side.
+    vectors = vectors.astype(np.float64)
+    squares = np.linalg.eigvalsh(vectors.T @ vectors)
+    values = np.sqrt(np.maximum(squares, 0.0))
+    total = values.sum()
+    if not total:
+        return 1.0
+    shares = values[values > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def audit_hubness(exposures: np.ndarray, k: int) -> Audit:
+    """Says whether few items take the places of most lists.
+
+    The skewness of the numbers of lists is that of Radovanovic et al., Hubs in space, JMLR 2010.
+
+    Args:
+        exposures: Number of lists that hold each item, int [N].
+        k: Length of the lists.
+    """
+    top = max(1, len(exposures) // 100)
+    ordered = np.sort(exposures)[::-1]
+    total = int(exposures.sum())
+    share = float(ordered[:top].sum() / max(total, 1))
+    deviations = exposures - exposures.mean()
+    spread = float(np.sqrt(np.square(deviations).mean()))
+    skewness = 0.0
+    if spread:
+        skewness = float((deviations**3).mean() / spread**3)
+    figures = {"k": k, "skewness": skewness, "top_items": top, "share_of_top_items": share}
+    sentence = (
+        f"{top:,} of {len(exposures):,} items take {share:.1%} of the places of the lists of {k}"
+    )
+    if share <= SHARE_OF_HUBS:
+        return Audit("hubness", False, f"{sentence}.", figures)
+    sentence += (
+        ": whoever asks gets them. See norm_popularity, weigh popularity less (--popularity_weights"
+        " below 0), or check that the correction for popularity is on (config.objective.logq)."
+    )
+    return Audit("hubness", True, sentence, figures)
+
+
+def audit_norms(items: np.ndarray, counts: np.ndarray, *, normalized: bool) -> Audit:
+    """Says whether the length of an item's vector is little but its popularity.
+
+    Args:
+        items: Vectors of items, float [N, D].
+        counts: Number of training rows of each, int [N].
+        normalized: Whether vectors have length 1.
+    """
+    if normalized:
+        sentence = "Vectors have length 1: none is listed for its length."
+        return Audit("norm_popularity", False, sentence)
+    correlation = spearman(np.linalg.norm(items, axis=1), counts)
+    figures = {"spearman": correlation}
+    sentence = (
+        f"Lengths of item vectors and numbers of training rows have Spearman's rank correlation "
+        f"{correlation:.2f}"
+    )
+    if abs(correlation) < GREATEST_CORRELATION:
+        return Audit("norm_popularity", False, f"{sentence}.", figures)
+    sentence += (
+        ": a vector's length says how popular the item is and hardly more. Compare with "
+        "config.model.normalize=True where lists hold the same few items."
+    )
+    return Audit("norm_popularity", True, sentence, figures)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns Spearman's rank correlation; 0 where all numbers of one list are equal."""
+    # Here: it takes half a second, which evaluations of vectors of one length do not need.
+    import scipy.stats
+
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(scipy.stats.rankdata(a), scipy.stats.rankdata(b))[0, 1])

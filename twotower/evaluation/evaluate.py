@@ -73,12 +73,14 @@ class Evaluation:
         values: Name of each mean -> its values, float64 [Q].
         num_relevant: Number of right answers of each query, int32 [Q].
         hits: Right answers in the longest lists.
+        exposures: Length of lists -> number of lists that hold each item, int64 [N].
     """
 
     figures: dict[str, float]
     values: Mapping[str, np.ndarray]
     num_relevant: np.ndarray
     hits: Hits
+    exposures: Mapping[int, np.ndarray]
 
     @property
     def is_averaged(self) -> np.ndarray:
@@ -227,15 +229,17 @@ class _Lists:
         for name, values in joined.items():
             result[name] = _average(values, self._is_answerable)
         exposures = np.zeros(self._queries.num_items, np.int64)
+        exposures_at: dict[int, np.ndarray] = {}
         for k in self._ks:
             # Those of the ranks after the next smaller length were counted for this one.
-            exposures += self._exposures[k]
+            exposures = exposures + self._exposures[k]
+            exposures_at[k] = exposures
             result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
             result[f"gini@{k}"] = metrics.gini(exposures)
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
         hits = Hits(*map(np.concatenate, zip(*self._hits)))
-        return Evaluation(result, joined, self._num_relevant, hits)
+        return Evaluation(result, joined, self._num_relevant, hits, exposures_at)
 
 
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:
