@@ -26,8 +26,15 @@ from twotower.data.split import SPLITS
 from twotower.evaluation import measure
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.comparison.compare import Comparison, compare_records
+from twotower.evaluation.comparison.gate import (
+    Judgement,
+    default_thresholds,
+    load_thresholds,
+    undertrained_by_curve,
+)
+from twotower.evaluation.comparison.gate import judge as judge_records
 from twotower.evaluation.comparison.records import read_record
-from twotower.evaluation.comparison.text import format_comparison
+from twotower.evaluation.comparison.text import format_comparison, format_judgement
 from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
@@ -783,10 +790,52 @@ def compare(runs: Sequence[Run | Path | str], *, split: str = "test") -> Compari
     Raises:
         ConfigError: A run was not evaluated, or they were not measured alike.
     """
-    names = [str(run.workdir) if isinstance(run, Run) else str(run) for run in runs]
-    comparison = compare_records([read_record(name, split) for name in names])
+    comparison = compare_records([read_record(_folder_of(run), split) for run in runs])
     print(format_comparison(comparison))
     return comparison
+
+
+def judge(
+    standing: Run | Path | str,
+    candidate: Run | Path | str,
+    *,
+    thresholds: Path | str | None = None,
+    undertrained: Run | Path | str | None = None,
+    split: str = "test",
+) -> Judgement:
+    """Judges whether a run may take the place of another, by `twotower.evaluation.comparison.gate`.
+
+    Args:
+        standing: Run that stands, evaluated; as in `compare`.
+        candidate: Run that would take its place.
+        thresholds: JSON file of the losses that are put up with; by default a twentieth of recall
+            and NDCG.
+        undertrained: A run of a tenth of the training, which must fail; by default one is made of
+            the validations of `standing`.
+        split: Rows that were found: "test" or "validation".
+    """
+    records = [read_record(_folder_of(run), split) for run in (standing, candidate)]
+    limits = default_thresholds(records[0])
+    if thresholds is not None:
+        limits = load_thresholds(Path(thresholds), records[0])
+    if undertrained is not None:
+        name = f"{_folder_of(undertrained)}, given as a tenth of the training,"
+        known = (name, read_record(_folder_of(undertrained), split))
+    else:
+        folder = Path(_folder_of(standing))
+        known = None
+        # Neither a baseline nor the mean of several seeds has a curve of its own.
+        if run_of(folder) is not None:
+            metric = load_config(folder).training.metric
+            known = undertrained_by_curve(records[0], read_lines(folder), metric)
+    judgement = judge_records(records[0], records[1], limits, undertrained=known)
+    print(format_judgement(judgement))
+    return judgement
+
+
+def _folder_of(run: Run | Path | str) -> str:
+    """Returns the name of a run in a comparison, which is its folder."""
+    return str(run.workdir) if isinstance(run, Run) else str(run)
 
 
 def load_retriever(folder: Path | str) -> Retriever:

@@ -4,12 +4,24 @@ r"""Compares evaluated runs, query by query: best, not to be told apart, differe
 
 Each run is a folder that `evaluate` measured, or that of `repeat`, whose seeds are averaged;
 RUN:NAME is a baseline that was measured beside it (--baselines). All must have been measured alike.
+
+    twotower compare --gate=runs/live runs/new [--thresholds=limits.json]
+
+judges whether runs/new may take the place of runs/live. Exit status 0: it passes; 1: it fails, as
+the whole interval of a difference lies below -tolerance; 2: undecided, or the gate refuses to
+judge, since models of known worth came through it: shuffled scores, a collapsed model, a tenth of
+the training. limits.json: {"recall@10": {"tolerance": 0.005}, "slices": {"decile=9": {"recall@10":
+{"share": 0.1}}}}; by default a twentieth of recall and NDCG. A mistake ends with 78.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -21,15 +33,66 @@ _RUNS = flags.DEFINE_multi_string(
 _SPLIT = flags.DEFINE_enum(
     "split", "test", ["test", "validation"], "The rows that were found.", flag_values=FLAGS
 )
+_GATE = flags.DEFINE_string(
+    "gate",
+    None,
+    "Run that stands: judge whether the one given may take its place.",
+    flag_values=FLAGS,
+)
+_THRESHOLDS = flags.DEFINE_string(
+    "thresholds", None, "JSON file of the losses that --gate puts up with.", flag_values=FLAGS
+)
+_UNDERTRAINED = flags.DEFINE_string(
+    "undertrained",
+    None,
+    "Run of a tenth of the training, which --gate must fail; by default one is made up of the "
+    "validations of the run that stands.",
+    flag_values=FLAGS,
+)
 _JSON = flags.DEFINE_string("json", None, "File to write all figures to.", flag_values=FLAGS)
 
 
 def main() -> None:
     from twotower import api
+    from twotower.core.errors import ConfigError
+
+    for flag in (_THRESHOLDS, _UNDERTRAINED):
+        if flag.value and not _GATE.value:
+            raise ConfigError(f"--{flag.name} is a part of --gate=RUN: give that too.")
+    if not _GATE.value:
+        _write(api.compare(_RUNS.value, split=_SPLIT.value).to_dict())
+        return
+    try:
+        sys.exit(_judge())
+    # Of a gate the status 1 means that the candidate fails, and nothing else.
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _judge() -> int:
+    """Judges by the flags, and returns the exit status."""
+    from twotower import api
+    from twotower.core.errors import ConfigError
+
+    if len(_RUNS.value) != 1:
+        given = " ".join(_RUNS.value) or "none"
+        raise ConfigError(f"--gate={_GATE.value} judges one run; given: {given}.")
+    judgement = api.judge(
+        _GATE.value,
+        _RUNS.value[0],
+        thresholds=_THRESHOLDS.value,
+        undertrained=_UNDERTRAINED.value,
+        split=_SPLIT.value,
+    )
+    _write(dataclasses.asdict(judgement))
+    return judgement.exit_code
+
+
+def _write(content: Mapping[str, Any]) -> None:
     from twotower.core.files import atomic
 
-    comparison = api.compare(_RUNS.value, split=_SPLIT.value)
-    if _JSON.value:
-        with atomic(Path(_JSON.value)) as temporary:
-            temporary.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
-        print(f"\nWritten to {_JSON.value}.")
+    if not _JSON.value:
+        return
+    with atomic(Path(_JSON.value)) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nWritten to {_JSON.value}.")

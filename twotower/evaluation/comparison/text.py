@@ -1,4 +1,4 @@
-"""A comparison as text: tables for a terminal."""
+"""Comparisons and gates as text: tables for a terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from twotower.evaluation.comparison.compare import (
     Row,
     Spread,
 )
+from twotower.evaluation.comparison.gate import Judgement
 from twotower.evaluation.intervals import LEVEL, RESAMPLES
 from twotower.evaluation.metrics import RANKING_METRICS
 
@@ -146,3 +147,27 @@ def _spreads_table(spreads: Mapping[str, Mapping[str, Spread]], rows: Sequence[R
             cells.append([run, row.metric, f"{spread.seeds}", *figures, *ends])
     header = ["", "metric", "seeds", "mean", "deviation", "lowest", "highest"]
     return format_table(cells, header, align="llr")
+
+
+def format_judgement(judgement: Judgement) -> str:
+    """Returns the preflight, every check and the verdict of a gate."""
+    lines = ["Preflight, by the same thresholds:"]
+    for trial in judgement.preflight:
+        mark = ""
+        if trial.verdict != trial.expected:
+            mark = f" (it should be: {trial.expected})"
+        lines.append(f"- {trial.name}: {trial.verdict}{mark}")
+    rows = []
+    for one in judgement.checks:
+        figures = [f"{one.standing:.4f}", f"{one.candidate:.4f}"]
+        ends = f"{one.low:+.4f} to {one.high:+.4f}"
+        limit = f"{-one.tolerance:.4f}"
+        rows.append([one.metric, str(one.part), *figures, ends, limit, one.verdict])
+    names = [judgement.standing, judgement.candidate]
+    header = ["", "queries", *names, f"{LEVEL:.0%} interval of the difference", "limit", "verdict"]
+    lines += ["", format_table(rows, header, align="llrrrrl"), ""]
+    if judgement.refusal:
+        lines.append(f"UNDECIDED. {judgement.refusal}")
+    else:
+        lines.append(f"{judgement.candidate}: {judgement.verdict.upper()}.")
+    return "\n".join(lines)
