@@ -29,6 +29,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "onnx>=1.16",
         "pandas>=2.2",
+        "playwright>=1.45",  # drives the system's Chromium
         "polars>=1.0",
         "pyright>=1.1.400",
         "pytest>=8.0",
@@ -86,7 +87,10 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["twotower", "twotower.*"]),
-    package_data={"twotower": ["py.typed"]},
+    package_data={
+        "twotower": ["py.typed"],
+        "twotower.evaluation.report": ["static/*"],
+    },
     cmdclass={"build_py": BuildWithShipped},
     entry_points={"console_scripts": ["twotower = twotower.__main__:main"]},
     python_requires=">=3.11",

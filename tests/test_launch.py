@@ -425,7 +425,7 @@ if [ -n "${NO_APT:-}" ]; then exit 100; fi
 """
 
 
-def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_missing(local):
+def test_continuous_integration_skips_no_extra_and_installs_programs_that_are_missing(local):
     for command in ("apt-get", "sudo"):
         local.stand_in(command, APT if command == "apt-get" else '#!/bin/bash\nshift\nexec "$@"\n')
     apt = Path(f"{local.calls_file}.apt")
@@ -434,7 +434,7 @@ def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_mi
         assert result.returncode == 0 and ("its tests will fail" in result.stderr) == bool(env)
     assert apt.read_text().splitlines() == [
         "update -qq",
-        "install -y -qq redis-server",
+        "install -y -qq redis-server chromium",
         "update -qq",
     ]
     calls = local.calls()
@@ -446,7 +446,8 @@ def test_continuous_integration_skips_no_extra_and_installs_redis_where_it_is_mi
     suites = [call for call in calls if call[2] == "pytest"]
     assert ["not slow" in suite for suite in suites[:2]] == [True, False]
     apt.unlink()
-    local.stand_in("redis-server", "#!/bin/bash\n")
+    for name in ("redis-server", "chromium"):
+        local.stand_in(name, "#!/bin/bash\n")
     assert local.run(".ci/run", VERSIONS="python3.13").returncode == 0 and not apt.exists()
 
 

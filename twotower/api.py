@@ -16,8 +16,10 @@ import pyarrow as pa
 
 from twotower import fitting, refitting
 from twotower.config import Config, RetrievalConfig
+from twotower.core.errors import ConfigError
 from twotower.core.fields import build
 from twotower.core.files import read_json
+from twotower.core.install import command
 from twotower.data.dataset import Dataset
 from twotower.data.facts import LogFacts
 from twotower.data.report import DataReport, log_report, print_report
@@ -40,6 +42,8 @@ from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.query_table import query_table_path
 from twotower.evaluation.report.text import format_report
+from twotower.evaluation.report.write import check_report
+from twotower.evaluation.report.write import write_report as write_page
 from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_store import Destination
 from twotower.integrations.tracking import log_linked
@@ -95,6 +99,8 @@ class Run(run_folder.Run):
         baselines: bool = False,
         max_queries: int = 0,
         slices: Sequence[str] = (),
+        report: bool = False,
+        report_columns: Sequence[str] = (),
     ) -> measure.Measured:
         """Measures the run over the whole corpus: prints, keeps and returns the figures.
 
@@ -114,10 +120,15 @@ class Run(run_folder.Run):
             max_queries: Greatest number of queries, evenly spaced; 0 takes all.
             slices: Columns of users, items or rows whose values are measured apart, such as
                 "country" or "item.category".
+            report: Whether a page to look at is written beside the figures, which needs the extra
+                "plots".
+            report_columns: Columns of the items that it colours them by; () chooses.
 
         Returns:
             The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
         """
+        if report:
+            check_report()
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
         measured = evaluate(
@@ -129,6 +140,8 @@ class Run(run_folder.Run):
             slices=slices,
         )
         print(format_report(measured, ks))
+        if report:
+            print(f"\nReport: {write_report(self, measured, columns=report_columns)}")
         return measured
 
     def export(self, **index_options: Any) -> Bundle:
@@ -707,6 +720,40 @@ def evaluate(
     measure.write_metrics(measured, metrics_path(run.workdir, split))
     log_linked(run.workdir)
     return measured
+
+
+def write_report(
+    run: Run, measured: measure.Measured | None = None, *, columns: Sequence[str] = ()
+) -> Path:
+    """Writes the report of an evaluation: one page of HTML beside the figures.
+
+    It opens in any browser and fetches nothing; images of the items lie beside it.
+
+    Args:
+        run: Loaded run.
+        measured: Figures that `evaluate` returned; None reads those that it wrote of the test rows.
+        columns: Columns of the items to colour them by; () takes the first two texts of few values.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: The extra "plots" is not installed, nothing was measured yet, or a column is
+            unknown.
+    """
+    if measured is None:
+        path = metrics_path(run.workdir, "test")
+        if not path.exists():
+            line = command("evaluate", f"--workdir={run.workdir}", "--baselines", "--report")
+            raise ConfigError(f"{path} is missing: nothing was measured yet. {line}")
+        measured = read_json(path)
+    figures = metrics_path(run.workdir, measured["protocol"]["split"])
+    page = figures.with_name(figures.name.replace("metrics", "report")).with_suffix(".html")
+    index = None
+    if (run.workdir / BUNDLE).exists():
+        index = Retriever.load(run.workdir / BUNDLE).bundle.index
+    write_page(run, measured, page, index=index, columns=columns)
+    return page
 
 
 def metrics_path(workdir: Path, split: str) -> Path:

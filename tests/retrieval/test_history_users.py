@@ -1,6 +1,7 @@
 """Users who are what they did: by id, unknown, and with a history that the request brings."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from tests.retrieval.runs import make_run
 from twotower.core.errors import BundleError, ConfigError
+from twotower.evaluation.explain import explain
 from twotower.retrieval import export as export_module
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
@@ -140,3 +142,44 @@ def test_a_bundle_whose_histories_are_not_the_trainers_is_refused(run, tmp_path,
     monkeypatch.setattr(export_module, "known_users", cut)
     with pytest.raises(BundleError, match="scores differ from the trainer's"):
         export(dataclasses.replace(run, workdir=tmp_path), tmp_path / "bundle")
+
+
+def test_an_explanation_is_the_score_that_is_lost_without_an_event(run, retriever):
+    """By a request for each history without one event, through the same door."""
+    bundle = retriever.bundle
+    history = bundle.encoder.spec.history
+    user_rows = retriever.user_rows
+    embed = functools.partial(bundle.towers.embed, "user")
+    column = bundle.users["history"].to_pylist()
+    user = bundle.users["user_id"][max(range(len(column)), key=lambda row: len(column[row]))]
+    row = user_rows.take([user.as_py()])
+    lost = explain(history, user_rows.encode, embed, row, bundle.vectors[:3])
+    events = row["history"].to_pylist()[0][-HISTORY["max_length"] :]
+    assert lost.shape == (len(events), 3) and len(events) == 4
+    (raw,) = row.to_pylist()
+    whole = retriever.encode_users([raw | {"history": events}]) @ bundle.vectors[:3].T
+    for number in range(len(events)):
+        rest = events[:number] + events[number + 1 :]
+        without = retriever.encode_users([raw | {"history": rest}]) @ bundle.vectors[:3].T
+        np.testing.assert_allclose(lost[number], (whole - without)[0], atol=1e-5)
+    empty = row.set_column(
+        row.column_names.index("history"), "history", pa.array([[]], row["history"].type)
+    )
+    assert explain(history, user_rows.encode, embed, empty, bundle.vectors[:3]).shape == (0, 3)
+    assert explain(None, user_rows.encode, embed, row, bundle.vectors[:3]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_raw_histories_of_held_out_rows_are_what_these_rows_read(run, part):
+    prepared = run.prepared
+    rows = getattr(prepared, part)
+    spans = prepared.histories.spans[part]
+    table = pa.table(
+        {
+            "history": prepared.histories.requests_at(prepared.raw, spans, part),
+            "timestamp": pa.array(rows.timestamp),
+        }
+    )
+    encoded = prepared.encoder.encode("user", table, ["history"])
+    for name, values in prepared.histories.take(spans).items():
+        np.testing.assert_array_equal(encoded[name], values, err_msg=name)

@@ -106,14 +106,24 @@ class Histories:
         Args:
             raw: The split that the histories were built from.
         """
-        log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
         num_users = len(self.offsets["now"]) - 1
-        spans = self.latest_spans(np.arange(num_users))
+        return self.requests_at(raw, self.latest_spans(np.arange(num_users)), "now")
+
+    def requests_at(self, raw: Split, spans: np.ndarray, part: str) -> pa.Array:
+        """Returns the raw histories at some spans, as requests bring them.
+
+        Args:
+            raw: The split that the histories were built from.
+            spans: Spans int32 [N, 2 or 3].
+            part: Part of the split whose rows have these spans, or "now" for the end of the log.
+        """
+        log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
+        level = _EVENTS_READ_BY.get(part, part)
         lengths = spans[:, 1] - spans[:, 0]
         ends = np.cumsum(lengths)
         total = ends[-1] if len(ends) else 0
         events = np.repeat(spans[:, 0] - (ends - lengths), lengths) + np.arange(total)
-        rows = pa.array(self.orders["now"][events - self.offsets["now"][0]])
+        rows = pa.array(self.orders[level][events - self.offsets[level][0]])
         fields = ["item_id"]
         if self.feature.weights:
             fields.append("event")

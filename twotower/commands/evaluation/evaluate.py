@@ -67,11 +67,28 @@ _DEVICES = flags.DEFINE_integer(
 _SPLIT = flags.DEFINE_enum(
     "split", "test", ["test", "validation"], "The rows to find.", flag_values=FLAGS
 )
+_REPORT = flags.DEFINE_bool(
+    "report",
+    False,
+    "Write a page to look at beside the figures; needs the extra plots.",
+    flag_values=FLAGS,
+)
+_REPORT_COLUMNS = flags.DEFINE_list(
+    "report_columns",
+    [],
+    "Columns of the items that the report colours them by: --report_columns=category,brand.",
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
     from twotower import api
     from twotower.evaluation.report.text import format_report
+    from twotower.evaluation.report.write import check_report
+
+    # Before anything is loaded: a page that cannot be drawn is refused at once.
+    if _REPORT.value:
+        check_report()
 
     run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     # Before the vectors are made: a width that was not trained is refused at once.
@@ -91,6 +108,8 @@ def main() -> None:
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
+    if _REPORT.value:
+        print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")
 
 
 def parse_ks(texts: list[str]) -> tuple[int, ...]:

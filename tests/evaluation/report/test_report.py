@@ -1,0 +1,157 @@
+"""What stands in a report: the verdict, all parts, and nothing that data could do to it."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from tests.evaluation.report.conftest import ARABIC, SCRIPT, TITLES
+from twotower.core.errors import ConfigError
+from twotower.evaluation.report.figures import Points, scatter_chart
+from twotower.evaluation.report.page import Section, Table, render_page, table
+from twotower.evaluation.report.quality import Verdict, find_verdict, hero
+from twotower.evaluation.report.vectors import storage_recall
+from twotower.evaluation.report.write import check_report, item_titles, write_report
+
+KINDS = ("verdict", "protocol", "learning", "lists", "space", "index", "health", "people", "data")
+
+
+def measured_as(model, low, high, **baselines):
+    """Figures of an evaluation in which recall@10 alone counts."""
+    return {
+        "protocol": {"items": 50, "split": "test"},
+        "model": {"recall@10": model},
+        "model_intervals": {"recall@10": [low, high]},
+        "baselines": {name: {"recall@10": value} for name, value in baselines.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rival", "standing"), [(0.1, "ahead"), (0.25, "even"), (0.4, "behind"), (None, "alone")]
+)
+def test_the_verdict_is_against_the_best_baseline_that_anybody_could_use(rival, standing):
+    rivals = {} if rival is None else {"ease": rival, "popularity": rival / 2}
+    measured = measured_as(0.25, 0.2, 0.3, random=0.9, true_preferences=0.95, **rivals)
+    verdict = find_verdict(measured)
+    assert verdict.standing == standing
+    assert verdict.rival == ("ease" if rivals else "")
+
+
+def test_ends_of_an_interval_decide():
+    assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.2).standing == "even"
+    assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.1999).standing == "ahead"
+
+
+def test_what_speaks_against_the_figures_stands_in_the_first_paragraph():
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    measured = measured_as(0.25, 0.2, 0.3, ease=0.1)
+    measured["audits"] = {
+        "unreachable": {"speaks": True, "sentence": "90% of the answers are <outside>."},
+        "collapse": {"speaks": True, "sentence": "The vectors have collapsed."},
+        "ties": {"speaks": False, "sentence": "No ties."},
+    }
+    said = hero(measured, "runs/x", None)
+    assert said.index("90% of the answers are &lt;outside&gt;.") < said.index('class="numbers"')
+    assert said.index("The vectors have collapsed.") < said.index('class="numbers"')
+    assert "No ties." not in said
+
+
+@pytest.mark.slow
+def test_it_has_every_part_within_its_budget_and_a_table_for_each_picture(report):
+    sections = re.findall(r'<section [^>]*id="(\w+)"', report.text)
+    assert tuple(sections) == KINDS
+    assert report.path.stat().st_size < 1.5 * 2**20
+    figures = report.text.count('<figure role="img" aria-labelledby=')
+    assert figures == report.text.count("<figcaption") == report.text.count(' focusable="false"')
+    assert figures == report.text.count('<article class="chart">') >= 15
+    for article in re.findall(r'<article class="chart">.*?</article>', report.text, re.DOTALL):
+        assert article.count("<table>") == 1 and article.count("<tr>") > 1
+    ids = re.findall(r'\bid="([^"]+)"', report.text)
+    assert len(ids) == len(set(ids))
+    assert {path.suffix for path in report.path.parent.glob("items_by_*")} == {".png"}
+
+
+@pytest.mark.slow
+def test_titles_are_data_in_their_own_direction(report):
+    assert SCRIPT not in report.text
+    assert f'<bdi dir="auto">{html.escape(SCRIPT)}</bdi>' in report.text
+    assert f'<bdi dir="auto">{ARABIC}</bdi>' in report.text
+    # The two scripts are the map's own and its data, the style is one.
+    assert report.text.count("<script") == 2 and report.text.count("<style") == 1
+    data = re.search(r'id="map-data">(.*?)</script>', report.text, re.DOTALL)[1]
+    titles = json.loads(data)["titles"]
+    assert titles[:3] == list(TITLES[:3]) and len(titles[3]) <= 70
+
+
+@pytest.mark.slow
+def test_its_policy_allows_its_own_style_and_script_alone(report):
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', report.text)[1]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    for element in ("style", "script"):
+        inside = re.search(rf"<{element}>(.*?)</{element}>", report.text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{element}-src 'sha256-{digest}'" in policy
+    # Neither is allowed as an attribute.
+    assert not re.search(r"<[^>]+\s(?:style|on\w+)=", report.text)
+
+
+@pytest.mark.slow
+def test_a_part_that_was_not_measured_says_how_to_have_it(run, measured, report):
+    few = {name: measured[name] for name in ("protocol", "model")}
+    path = report.path.with_name("few.html")
+    write_report(run, few, path)
+    text = path.read_text()
+    for flag in ("--baselines --report", "--popularity_weights=", "export --workdir="):
+        assert flag in text
+    with pytest.raises(ConfigError, match="--report_columns.*categry.*category"):
+        write_report(run, few, path, columns=["categry"])
+
+
+def test_equal_figures_are_equal_text_and_two_share_no_id():
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    groups = [Points("$a", [1, 2], [3, 4]), Points("b", [1, 2], [2, 1])]
+
+    def draw(name):
+        return scatter_chart(name, groups, x_label="x (m)", y_label="y (s)")
+
+    assert draw("one") == draw("one") and "$a" in draw("one")
+    ids = [set(re.findall(r'id="(\w+)"', draw(name))) for name in ("one", "two")]
+    assert ids[0] and not ids[0] & ids[1]
+
+
+def test_a_page_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="--report needs the extra 'plots'"):
+        check_report()
+
+
+def test_cells_and_headings_are_escaped():
+    page = render_page("<a>", "<b>", "", [Section("x", "<c>", "<d>", [])])
+    assert not re.search(r"<[abcd]>", page.partition("<header>")[2])
+    assert "<i>" not in table(Table(["<i>"], [["<i>", "<i>"]], "<i>"))
+
+
+def test_rounding_loses_less_than_cutting_and_nothing_is_lost_whole():
+    rng = np.random.default_rng(0)
+    users = rng.normal(size=(20, 16)).astype(np.float32)
+    items = rng.normal(size=(300, 16)).astype(np.float32)
+    found = {
+        (kind, width): (size, recall)
+        for kind, width, size, recall in storage_recall(users, items, normalized=False)
+    }
+    assert found["float32", 16] == (64, 1.0)
+    assert found["int8", 16][0] == 20
+    assert found["int8", 16][1] > 0.9 > found["float32", 8][1] > found["float32", 4][1]
+
+
+def test_a_column_that_is_called_a_title_is_the_title():
+    import pyarrow as pa
+
+    items = pa.table({"item_id": ["a", "b"], "brand": ["x", "y"], "Title_ar": ["u", None]})
+    assert item_titles(items, ()) == ["u", "b"]
+    assert item_titles(items.drop_columns("Title_ar"), ("brand",)) == ["a", "b"]

@@ -1,0 +1,272 @@
+"""The part of the report on ten people: what they had, what they get, what was right, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrays import Ragged
+from twotower.evaluation.explain import explain
+from twotower.evaluation.queries import Queries, make_queries
+from twotower.evaluation.report.page import Section, data, escape
+from twotower.index.exact import top_k
+from twotower.pipeline.batches import SPANS
+from twotower.pipeline.prepare import PreparedData
+from twotower.retrieval.embed import embed_rows
+from twotower.towers.two_tower import TwoTower, Weights
+
+BUSY = 4  # people of each kind; the others are in the middle and new
+MEDIAN = 3
+NEW = 3
+LISTED = 10  # items of a list
+REMEMBERED = 10  # events of a history that are shown, the latest
+REASONS = 3  # events that speak for an item
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """An event of a history, and what the first item of the list owes to it.
+
+    Attributes:
+        title: Title of the item of the event.
+        lost: Score that the first item loses without the event.
+    """
+
+    title: str
+    lost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """One query, in words.
+
+    Attributes:
+        name: Id of the user.
+        kind: "busy", "in the middle" or "new".
+        seen: Number of items that the user had.
+        history: Titles of the latest of these, the latest first.
+        titles: Titles of the list, best first.
+        is_right: Whether each of them was right.
+        wanted: Titles of right answers that are not in the list.
+        score: Score of the first item.
+        reasons: Events that speak for the first item, the strongest first.
+    """
+
+    name: str
+    kind: str
+    seen: int
+    history: Sequence[str]
+    titles: Sequence[str]
+    is_right: Sequence[bool]
+    wanted: Sequence[str]
+    score: float
+    reasons: Sequence[Reason]
+
+
+def choose_queries(queries: Queries) -> list[tuple[int, str]]:
+    """Returns the positions of ten queries with the kind of each: busy, in the middle, new.
+
+    Only queries with an answer, one a user, and of equals the first.
+    """
+    _, first = np.unique(queries.user, return_index=True)
+    asked = np.sort(first[queries.relevant.lengths[first] > 0])
+    seen = queries.seen.lengths[queries.user[asked]]
+    order = asked[np.argsort(-seen, kind="stable")]
+    if len(order) <= BUSY + MEDIAN + NEW:
+        return [(int(query), "shown") for query in order]
+    middle = (len(order) - MEDIAN) // 2
+    chosen = [(query, "busy") for query in order[:BUSY]]
+    chosen += [(query, "in the middle") for query in order[middle : middle + MEDIAN]]
+    chosen += [(query, "new") for query in order[::-1][:NEW]]
+    return [(int(query), kind) for query, kind in chosen]
+
+
+def describe_people(
+    prepared: PreparedData,
+    model: TwoTower,
+    weights: Weights,
+    items: np.ndarray,
+    titles: Sequence[str],
+    split: str,
+) -> list[Person]:
+    """Returns ten people of a split with their lists.
+
+    Args:
+        prepared: Data of the run.
+        model: Pair of towers.
+        weights: Their weights.
+        items: Vectors of the items, float32 [N, D].
+        titles: Titles of the items.
+        split: Rows to find.
+    """
+    kind = prepared.config.evaluation.query
+    queries = make_queries(prepared, split, kind).without_seen()
+    chosen = choose_queries(queries)
+    rows = np.array([query for query, _ in chosen], np.int64)
+    if not len(rows):
+        return []
+    part = queries.take(rows)
+    features = prepared.user_features(part.user, part.context)
+    vectors = embed_rows(model, weights, "user", features)
+    seen = part.seen_lists(slice(0, len(part)))
+    scores, lists = _lists(vectors, items, seen)
+    times = _request_times(prepared, split, kind)
+    names = prepared.users["user_id"]
+    people = []
+    for number, (query, kind_of_user) in enumerate(chosen):
+        listed = lists[number][lists[number] >= 0]
+        relevant = part.relevant[number]
+        reasons: list[Reason] = []
+        if len(listed):
+            one = {name: values[number : number + 1] for name, values in features.items()}
+            time = None if times is None else int(times[query])
+            spans = part.context.get(SPANS)
+            span = None if spans is None else spans[number : number + 1]
+            reasons = _reasons(
+                prepared, model, weights, one, span, time, items[listed[:1]], titles, split
+            )
+        missed = relevant[~np.isin(relevant, listed)]
+        people.append(
+            Person(
+                name=str(names[int(part.user[number])].as_py()),
+                kind=kind_of_user,
+                seen=len(seen[number]),
+                history=[titles[int(row)] for row in seen[number][::-1][:REMEMBERED]],
+                titles=[titles[int(row)] for row in listed],
+                is_right=np.isin(listed, relevant).tolist(),
+                wanted=[titles[int(row)] for row in missed[:LISTED]],
+                score=float(scores[number][0]) if len(listed) else 0.0,
+                reasons=reasons,
+            )
+        )
+    return people
+
+
+def _lists(users: np.ndarray, items: np.ndarray, seen: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    scores, rows = top_k(users, items, min(LISTED, len(items)), exclude=seen)
+    return np.asarray(scores), np.asarray(rows).astype(np.int64)
+
+
+def _request_times(prepared: PreparedData, split: str, kind: str) -> np.ndarray | None:
+    """Returns the time of each query in seconds, int64 [Q]; None in a log without times."""
+    rows = prepared.positives(split)
+    if rows.timestamp is None:
+        return None
+    if kind != "user":
+        return rows.timestamp
+    _, first = np.unique(rows.user, return_index=True)
+    return rows.timestamp[first]
+
+
+def _reasons(
+    prepared: PreparedData,
+    model: TwoTower,
+    weights: Weights,
+    features: dict[str, np.ndarray],
+    span: np.ndarray | None,
+    time: int | None,
+    item: np.ndarray,
+    titles: Sequence[str],
+    split: str,
+) -> list[Reason]:
+    """Returns the events of one query's history that speak most for an item."""
+    history = prepared.encoder.spec.history
+    if prepared.histories is None or history is None or span is None:
+        return []
+    events = prepared.histories.requests_at(prepared.raw, span, split)
+    columns: dict[str, pa.Array] = {history.column: events}
+    if time is not None and history.request_gap:
+        columns["timestamp"] = pa.array([time])
+
+    def encode(rows: pa.Table) -> Mapping[str, np.ndarray]:
+        # All but the history is as the query has it.
+        repeated = {name: np.repeat(values, len(rows), 0) for name, values in features.items()}
+        return repeated | prepared.encoder.encode("user", rows, [history.name])
+
+    embed = functools.partial(embed_rows, model, weights, "user")
+    lost = explain(history, encode, embed, pa.table(columns), item)[:, 0]
+    ids = _item_ids(events.flatten())
+    row_of = {item_id: row for row, item_id in enumerate(prepared.items["item_id"].to_pylist())}
+    reasons = []
+    for event in np.argsort(-lost, kind="stable")[:REASONS]:
+        row = row_of.get(ids[event])
+        title = ids[event] if row is None else titles[row]
+        reasons.append(Reason(title, float(lost[event])))
+    return reasons
+
+
+def _item_ids(events: pa.Array) -> list[str]:
+    if pa.types.is_struct(events.type):
+        events = events.field("item_id")
+    return events.to_pylist()
+
+
+def people_section(people: Sequence[Person], *, reads_history: bool) -> Section:
+    """Returns the people of the report.
+
+    Args:
+        people: What `describe_people` returned.
+        reads_history: Whether the model reads the history of a user.
+    """
+    cards = []
+    for number, person in enumerate(people):
+        cards.append(_card(person, is_open=number == 0, reads_history=reads_history))
+    lead = (
+        "Figures are means; these are people. The busiest, some in the middle, and those with the "
+        "fewest events: would you have shown them this?"
+    )
+    block = f'<div class="people">{"".join(cards)}</div>'
+    return Section("people", "Ten people", lead, [block])
+
+
+def _card(person: Person, *, is_open: bool, reads_history: bool) -> str:
+    right = sum(person.is_right)
+    heading = (
+        f'{data(person.name)} <span class="aside">{escape(person.kind)}, {person.seen:,} items '
+        f"before; {right} of {len(person.titles)} right</span>"
+    )
+    listed = []
+    for title, is_right in zip(person.titles, person.is_right):
+        mark = ' <span class="right">✓ right</span>' if is_right else ""
+        listed.append(f"<li>{data(title)}{mark}</li>")
+    before = "".join(f"<li>{data(title)}</li>" for title in person.history)
+    history = f"<ul>{before}</ul>" if before else "<p>Nothing: nothing is known of them.</p>"
+    wanted = "".join(f"<li>{data(title)}</li>" for title in person.wanted)
+    columns = (
+        f'<div class="columns"><div><h4>Had before, the latest first</h4>{history}</div>'
+        f"<div><h4>Recommended, best first</h4><ol>{''.join(listed)}</ol></div></div>"
+    )
+    if wanted:
+        columns += f"<h4>Took, and not in the list</h4><ul>{wanted}</ul>"
+    columns += _why(person, reads_history=reads_history)
+    opened = " open" if is_open else ""
+    return (
+        f'<details class="person"{opened}><summary>{heading}</summary>'
+        f'<div class="inside">{columns}</div></details>'
+    )
+
+
+def _why(person: Person, *, reads_history: bool) -> str:
+    """Returns why the first item came, as far as the history tells."""
+    if not person.titles:
+        return ""
+    title = "<h4>Why the first came</h4>"
+    if not reads_history:
+        return (
+            f"{title}<p>This model knows people by their id and columns, not by their history: no "
+            "single event can be left out.</p>"
+        )
+    if not person.reasons:
+        return f"{title}<p>The history is empty: it came by what holds for everybody.</p>"
+    rows = []
+    for reason in person.reasons:
+        rows.append(f"<li>{data(reason.title)}: {reason.lost:+.3f}</li>")
+    said = (
+        f"<p>Its score is {person.score:.3f}. These events of the history added most to it, each "
+        "measured by leaving it out alone:</p>"
+    )
+    return f"{title}{said}<ul>{''.join(rows)}</ul>"

@@ -1,0 +1,514 @@
+"""The first parts of the report: the verdict in words, and how good the lists are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from twotower.core.install import command
+from twotower.data.report import DataReport
+from twotower.evaluation.audits import spoken_sentences
+from twotower.evaluation.baselines.make import NO_RIVALS
+from twotower.evaluation.intervals import LEVEL
+from twotower.evaluation.report.figures import (
+    Line,
+    Mark,
+    Points,
+    line_chart,
+    row_chart,
+    scatter_chart,
+)
+from twotower.evaluation.report.page import (
+    Chart,
+    Section,
+    Table,
+    bullets,
+    charts,
+    escape,
+    folded,
+    missing,
+    paragraph,
+    table,
+)
+
+Measured = Mapping[str, Any]
+Standing = Literal["ahead", "behind", "even", "alone"]
+MOST_ROWS = 12  # rows of a chart of slices
+MOST_LINES = 8  # lines of a chart: as many as there are colours
+SIGNS: dict[Standing, str] = {"ahead": "▲", "behind": "▼", "even": "≈", "alone": "•"}
+SENTENCES: dict[Standing, str] = {
+    "ahead": "The model is ahead of the best baseline, {name}.",
+    "behind": "The model is behind the best baseline, {name}.",
+    "even": "The model cannot be told from the best baseline, {name}.",
+    "alone": "The model was measured alone.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The model against the best of the baselines.
+
+    Attributes:
+        metric: Name of the figure that decides, such as "recall@10".
+        value: That of the model.
+        low: Lower end of its interval.
+        high: Upper end.
+        rival: Name of the best baseline; "" where none was measured.
+        rival_value: Its figure.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    rival: str = ""
+    rival_value: float = 0.0
+
+    @property
+    def standing(self) -> Standing:
+        """Where the model stands."""
+        if not self.rival:
+            return "alone"
+        if self.low > self.rival_value:
+            return "ahead"
+        return "behind" if self.high < self.rival_value else "even"
+
+
+def list_lengths(measured: Measured) -> list[int]:
+    """Returns the K of the figures, rising."""
+    names = (name for name in measured["model"] if name.startswith("recall@"))
+    return sorted(int(name.partition("@")[2]) for name in names)
+
+
+def find_verdict(measured: Measured) -> Verdict:
+    """Compares the recall of the shortest lists with that of the best baseline."""
+    metric = f"recall@{list_lengths(measured)[0]}"
+    value = measured["model"][metric]
+    low, high = measured.get("model_intervals", {}).get(metric, (value, value))
+    rivals = {
+        name: figures[metric]
+        for name, figures in measured.get("baselines", {}).items()
+        if name not in NO_RIVALS
+    }
+    if not rivals:
+        return Verdict(metric, value, low, high)
+    best = max(rivals, key=rivals.__getitem__)
+    return Verdict(metric, value, low, high, best, rivals[best])
+
+
+def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> str:
+    """Returns the verdict, the figures behind it and all that speaks against them, as HTML."""
+    verdict = find_verdict(measured)
+    standing = verdict.standing
+    sentence = SENTENCES[standing].format(name=title_of(verdict.rival))
+    k = verdict.metric.partition("@")[2]
+    numbers = [
+        _number(
+            f"Model, {verdict.metric}",
+            f"{verdict.value:.4f}",
+            f"{LEVEL:.0%} interval {verdict.low:.4f} to {verdict.high:.4f}",
+        )
+    ]
+    if verdict.rival:
+        beside = _difference(verdict)
+        title = f"Best baseline, {title_of(verdict.rival)}"
+        numbers.append(_number(title, f"{verdict.rival_value:.4f}", beside))
+    meaning = (
+        f"Of the things that people really took next, {verdict.value:.0%} were among the {k} that "
+        f"the model put first for them, out of {measured['protocol']['items']:,}."
+    )
+    warnings = [
+        f'<p class="warning"><strong>Mind:</strong> {escape(text)}</p>'
+        for text in find_warnings(measured, data_report)
+    ]
+    evaluate = command("evaluate", f"--workdir={workdir}", "--baselines", "--report")
+    if standing == "alone":
+        cure = missing("Without baselines nobody can say whether this is much.", evaluate)
+    elif standing == "behind":
+        cure = paragraph(
+            "What to try: more steps, the history of the user as a feature, or other losses and "
+            "negatives."
+        )
+    else:
+        cure = ""
+    left = (
+        f'<p class="verdict {standing}"><span aria-hidden="true">{SIGNS[standing]} </span>'
+        f"{escape(sentence)}</p>{''.join(warnings)}"
+        f'<dl class="numbers">{"".join(numbers)}</dl>{paragraph(meaning)}{cure}'
+    )
+    chart = _ranking_chart(measured, verdict.metric).html()
+    return (
+        '<section class="hero" id="verdict" aria-label="Verdict">'
+        f'<div class="grid"><div>{left}</div>{chart}</div></section>'
+    )
+
+
+def find_warnings(measured: Measured, data_report: DataReport | None) -> list[str]:
+    """Returns the sentences that speak against the figures: answers out of reach, and audits."""
+    # The audits say what the other two do, and more; figures of earlier versions have none.
+    if "audits" in measured:
+        return spoken_sentences(measured["audits"])
+    sentences = []
+    if "warning" in measured.get("answers", {}):
+        sentences.append(measured["answers"]["warning"])
+    if data_report is not None:
+        sentences += data_report.warnings
+    return list(dict.fromkeys(sentences))
+
+
+def title_of(ranking: str) -> str:
+    """Returns the name of a ranking in words."""
+    words = {"ease": "EASE", "item_knn": "item-kNN", "popularity": "popularity", "model": "model"}
+    return words.get(ranking, ranking.replace("popularity_", "").replace("_", " "))
+
+
+def _number(title: str, big: str, beside: str) -> str:
+    return (
+        f'<div><dt>{escape(title)}</dt><dd><span class="big">{escape(big)}</span>'
+        f'<span class="beside">{escape(beside)}</span></dd></div>'
+    )
+
+
+def _difference(verdict: Verdict) -> str:
+    """Returns how far the model lies from the best baseline, in words."""
+    if not verdict.rival_value:
+        return "it finds nothing"
+    share = verdict.value / verdict.rival_value - 1
+    if abs(share) < 0.005:
+        return "the same as the model"
+    side = "more" if share > 0 else "less"
+    return f"the model finds {abs(share):.0%} {side}"
+
+
+def _ranking_chart(measured: Measured, metric: str) -> Chart:
+    """Returns the figure of the model and of each baseline, the best first."""
+    intervals = measured.get("model_intervals", {})
+    baselines = measured.get("baselines", {})
+    figures = {"model": measured["model"], **baselines}
+    order = sorted(figures, key=lambda name: -figures[name][metric])
+    marks = []
+    rows = []
+    for name in order:
+        value = figures[name][metric]
+        ends = _interval_of(measured, name).get(metric)
+        low, high = ends or (None, None)
+        marks.append(Mark(title_of(name), value, low, high, strong=name == "model"))
+        rows.append([title_of(name), f"{value:.4f}", _ends(ends)])
+    caption = (
+        f"Each row is one way to make lists; further right is better. The pale bar is the "
+        f"{LEVEL:.0%} interval: where the mean would lie if other people of the same kind had come."
+    )
+    if not intervals:
+        caption = "Each row is one way to make lists; further right is better."
+    if "true_preferences" in figures:
+        caption += (
+            " True preferences are what the data was made of: no ranking can be expected to reach "
+            "them."
+        )
+    svg = row_chart("ranking", marks, x_label=f"{metric} (share of right answers found, 0 to 1)")
+    header = ["", metric, f"{LEVEL:.0%} interval"]
+    return Chart("ranking", f"{metric}, model and baselines", svg, caption, Table(header, rows, ""))
+
+
+def _interval_of(measured: Measured, ranking: str) -> Mapping[str, Sequence[float]]:
+    if ranking == "model":
+        return measured.get("model_intervals", {})
+    return measured.get("baselines_intervals", {}).get(ranking, {})
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    if ends is None:
+        return "-"
+    return f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) -> Section:
+    """Returns the protocol, the command and the configuration."""
+    protocol = measured["protocol"]
+    answers = measured.get("answers", {})
+    query = {"user": "person", "interaction": "held-out event"}.get(protocol["query"], "query")
+    sentences = [
+        f"Each {query} of the {protocol['split']} rows asks once, and all {protocol['items']:,} "
+        "items are ranked for it, exactly; none is left out to make it easier.",
+        f"{protocol['asked']:,} of {protocol['available']:,} queries were asked, of the model at "
+        f"step {protocol['step']:,}.",
+        "Items that the person had before are taken out of the lists; of equal scores the wrong "
+        "item goes first.",
+    ]
+    if answers:
+        sentences.append(
+            f"{answers['outside_corpus']:,} of {answers['all']:,} right answers are not among the "
+            f"items at all; they count as missed. A perfect ranking would find "
+            f"{answers['greatest_recall']:.1%}."
+        )
+    for audit in measured.get("audits", {}).values():
+        if not audit.get("speaks") and audit.get("sentence"):
+            sentences.append(audit["sentence"])
+    flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
+    if protocol["split"] != "test":
+        flags.append(f"--split={protocol['split']}")
+    if measured.get("baselines"):
+        flags.append("--baselines")
+    if protocol["asked"] < protocol["available"]:
+        flags.append(f"--queries={protocol['asked']}")
+    line = command("evaluate", *flags, "--report")
+    settings = json.dumps(config, indent=1, ensure_ascii=False, default=str)
+    inside = f"<pre><code>{escape(line)}</code></pre><pre><code>{escape(settings)}</code></pre>"
+    return Section(
+        "protocol",
+        "How it was measured",
+        "What a reader needs to repeat the figures, or to compare them with others.",
+        [bullets(sentences), folded("Command and configuration", inside)],
+    )
+
+
+def learning(lines: Sequence[Mapping[str, float]], metric: str, step: int) -> Section:
+    """Returns the curves of the training.
+
+    Args:
+        lines: Metrics of the training by step, as `read_lines` yields them.
+        metric: Validation metric that chose the checkpoint.
+        step: Step of the checkpoint.
+    """
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    key = f"validation/{metric}"
+    checks = [(line["step"], line[key]) for line in lines if key in line]
+    parts = []
+    if losses:
+        parts.append(
+            _curve(
+                "loss",
+                "The loss while it learned",
+                losses,
+                "loss (nats a query, less is better)",
+                "The loss says how surprised the model is by what people took. It should fall fast "
+                "at first and then level off; one that still falls at the end wants more steps.",
+                step,
+            )
+        )
+    if checks:
+        parts.append(
+            _curve(
+                "validation",
+                f"{metric} on validation rows",
+                checks,
+                f"{metric} (0 to 1, more is better)",
+                "Measured now and then on rows that are not trained on. The dotted line is the "
+                "step that was kept; a curve that falls after it had begun to learn by heart.",
+                step,
+            )
+        )
+    blocks = [charts(parts)]
+    if not losses:
+        blocks = [paragraph("The run has no metrics.jsonl: it was copied without it.", "note")]
+    elif not checks:
+        blocks.append(
+            paragraph("The split has no validation rows, so the last step is kept.", "note")
+        )
+    return Section(
+        "learning", "Learning", "Did the training go well, and was it long enough?", blocks
+    )
+
+
+def _curve(
+    name: str,
+    title: str,
+    points: Sequence[tuple[float, float]],
+    y_label: str,
+    caption: str,
+    step: int,
+) -> Chart:
+    x, y = zip(*points)
+    svg = line_chart(
+        name,
+        [Line(name, x, y)],
+        x_label="step of the training (batches)",
+        y_label=y_label,
+        mark_x=step,
+        mark_label=f"kept: step {step:,}",
+    )
+    rows = [[f"{int(at):,}", f"{value:.4f}"] for at, value in points]
+    return Chart(name, title, svg, caption, Table(["step", y_label], rows, title))
+
+
+def lists(measured: Measured, workdir: str) -> Section:
+    """Returns metrics by the length of lists, by slice, and beyond accuracy."""
+    blocks = [charts([_by_length(measured, "recall"), _by_length(measured, "ndcg")])]
+    run_again = [f"--workdir={workdir}", "--baselines", "--report"]
+    slices = _slice_charts(measured)
+    if slices:
+        blocks.append(charts(slices))
+    else:
+        blocks.append(
+            missing(
+                "Parts of the people and items were not measured apart.",
+                command("evaluate", *run_again),
+            )
+        )
+    beyond = _beyond_charts(measured)
+    blocks.append(charts(beyond))
+    if "popularity_weights" not in measured:
+        weighed = command("evaluate", *run_again, "--popularity_weights=0,.02,.05,.1")
+        blocks.append(missing("Lists with popularity weighed were not measured.", weighed))
+    blocks.append(folded("All figures", table(_all_figures(measured))))
+    return Section(
+        "lists",
+        "How good the lists are",
+        "Longer lists find more; what matters is who finds more at the same length, for whom, and "
+        "whether everybody is shown the same few things.",
+        blocks,
+    )
+
+
+def _by_length(measured: Measured, metric: str) -> Chart:
+    ks = list_lengths(measured)
+    figures = {"model": measured["model"], **measured.get("baselines", {})}
+    # The best that are compared; those that fit no more are in the table.
+    order = ["model", *sorted(figures, key=lambda name: -figures[name][f"{metric}@{ks[0]}"])]
+    shown = list(dict.fromkeys(order))[:MOST_LINES]
+    lines = []
+    for name in shown:
+        values = [figures[name][f"{metric}@{k}"] for k in ks]
+        ends = [_interval_of(measured, name).get(f"{metric}@{k}") for k in ks]
+        known = [end for end in ends if end is not None]
+        if len(known) < len(ks):
+            known = []
+        low, high = zip(*known) if known else ((), ())
+        lines.append(Line(title_of(name), ks, values, low, high))
+    words = {
+        "recall": (
+            "recall (share of right answers found, 0 to 1)",
+            "Recall is the share of the right answers that a list of K holds. The band around the "
+            "model is its interval; lines that stay inside it cannot be told from the model.",
+        ),
+        "ndcg": (
+            "NDCG (0 to 1, more is better)",
+            "NDCG also asks how far up the right answers stand: first is worth most. A model that "
+            "is ahead here and even in recall puts the right things higher.",
+        ),
+    }
+    y_label, caption = words[metric]
+    caption += " The names stand in the order of the right ends."
+    rows = []
+    for name, values in figures.items():
+        rows.append([title_of(name), *(f"{values[f'{metric}@{k}']:.4f}" for k in ks)])
+    title = f"{metric.upper() if metric == 'ndcg' else metric.capitalize()} by length of the list"
+    svg = line_chart(
+        metric,
+        lines,
+        x_label="K, length of the list (items)",
+        y_label=y_label,
+        log_x=len(ks) > 1,
+        x_ticks=ks,
+    )
+    return Chart(metric, title, svg, caption, Table(["", *(f"K = {k}" for k in ks)], rows, title))
+
+
+def _slice_charts(measured: Measured) -> list[Chart]:
+    """Returns a chart for each way to divide queries or answers."""
+    made = []
+    k = list_lengths(measured)[0]
+    metric = f"recall@{k}"
+    for number, (name, values) in enumerate(measured.get("slices", {}).items()):
+        known = {label: part for label, part in values.items() if metric in part.get("model", {})}
+        if not known:
+            continue
+        # In the order given, which is that of deciles; of many the ones with most queries.
+        large = sorted(known, key=lambda label: -known[label]["queries"])[:MOST_ROWS]
+        marks = []
+        rows = []
+        for label, part in known.items():
+            value = part["model"][metric]
+            ends = part.get("intervals", {}).get(metric)
+            low, high = ends or (None, None)
+            other = part.get("baseline", {}).get(metric)
+            if label in large:
+                marks.append(Mark(label, value, low, high, other))
+            baseline = "-" if other is None else f"{other:.4f}"
+            rows.append([label, f"{part['queries']:,}", f"{value:.4f}", _ends(ends), baseline])
+        caption = (
+            f"{metric} of each part apart. Filled: the model with its interval; hollow: the best "
+            "baseline. Wide intervals are parts with few people: they say little."
+        )
+        if len(marks) < len(known):
+            caption += f" The {MOST_ROWS} largest of {len(known)} parts; the table has all."
+        svg = row_chart(
+            f"slice{number}", marks, x_label=f"{metric} (0 to 1)", other_label="best baseline"
+        )
+        title = f"By {name.replace('_', ' ')}"
+        header = ["part", "queries", "model", "interval", "best baseline"]
+        made.append(Chart(f"slice{number}", title, svg, caption, Table(header, rows, title)))
+    return made
+
+
+def _beyond_charts(measured: Measured) -> list[Chart]:
+    """Returns recall against coverage and against novelty, and what weighing popularity does."""
+    k = list_lengths(measured)[0]
+    figures = {"model": measured["model"], **measured.get("baselines", {})}
+    order = ["model", *sorted(figures, key=lambda name: -figures[name][f"recall@{k}"])]
+    shown = list(dict.fromkeys(order))[:MOST_LINES]
+    axes = {
+        "coverage": (
+            f"coverage@{k} (share of all items in some list, 0 to 1)",
+            "Up is more right answers, right is more of the assortment shown to somebody. "
+            "Popularity shows everybody the same few things; a good model lies high and to the "
+            "right.",
+        ),
+        "novelty": (
+            f"novelty@{k} (bits; one bit more is half as popular)",
+            "Up is more right answers, right are rarer things. High and to the left is a ranking "
+            "that lives on best sellers; high and to the right finds what people had not met.",
+        ),
+    }
+    made = []
+    for name, (x_label, caption) in axes.items():
+        groups = []
+        rows = []
+        for ranking in shown:
+            x = figures[ranking][f"{name}@{k}"]
+            y = figures[ranking][f"recall@{k}"]
+            groups.append(Points(title_of(ranking), [x], [y]))
+            rows.append([title_of(ranking), f"{x:.4f}", f"{y:.4f}"])
+        title = f"Right answers against {name}"
+        svg = scatter_chart(name, groups, x_label=x_label, y_label=f"recall@{k} (0 to 1)")
+        made.append(Chart(name, title, svg, caption, Table(["", name, "recall"], rows, title)))
+    if measured.get("popularity_weights"):
+        made.append(_frontier(measured["popularity_weights"], k))
+    return made
+
+
+def _frontier(weights: Mapping[str, Mapping[str, float]], k: int) -> Chart:
+    x = [float(weight) for weight in weights]
+    names = {"recall": "recall", "coverage": "coverage", "long_tail": "long tail"}
+    lines = []
+    for metric, label in names.items():
+        lines.append(Line(label, x, [values[f"{metric}@{k}"] for values in weights.values()]))
+    svg = line_chart(
+        "frontier",
+        lines,
+        x_label="weight of popularity in the score",
+        y_label=f"figures @{k} (shares, 0 to 1)",
+    )
+    rows = []
+    for weight, values in weights.items():
+        rows.append([weight, *(f"{values[f'{metric}@{k}']:.4f}" for metric in names)])
+    caption = (
+        "A server may add popularity to the scores, by a weight that a request can choose. From "
+        "left to right lists follow it more: coverage, and the share of rare things (long tail), "
+        "fall; where recall rises too, the model knows too little of what everybody likes."
+    )
+    title = "What a weight of popularity does"
+    return Chart("frontier", title, svg, caption, Table(["weight", *names.values()], rows, title))
+
+
+def _all_figures(measured: Measured) -> Table:
+    figures = {"model": measured["model"], **measured.get("baselines", {})}
+    rows = []
+    for metric, value in measured["model"].items():
+        if "@" not in metric or not isinstance(value, (int, float)):
+            continue
+        cells = [values.get(metric) for values in figures.values()]
+        rows.append([metric, *("-" if cell is None else f"{cell:.4f}" for cell in cells)])
+    return Table(["", *map(title_of, figures)], rows, "All figures, seen items masked")

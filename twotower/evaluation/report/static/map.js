@@ -1,0 +1,204 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("map-data").textContent);
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const places = new Uint16Array(bytes(data.places).buffer); // x and y of each item, 0 to 65535
+  const groups = bytes(data.groups); // number of the category of each item
+  const nearest = new Uint16Array(bytes(data.nearest).buffer); // `data.count` items for each item
+  const titles = data.titles;
+  const sheet = document.getElementById("map-sheet");
+  const canvas = document.getElementById("map-canvas");
+  const pen = canvas.getContext("2d");
+  const chosenText = document.getElementById("map-chosen");
+  const list = document.getElementById("map-nearest");
+  const search = document.getElementById("map-search");
+  const whole = () => ({ x: 0.5, y: 0.5, zoom: 0.92 });
+  let view = whole(); // middle of what is seen, in shares of the map, and how often it is enlarged
+  let chosen = -1;
+  let waiting = false;
+
+  const size = () => Math.min(canvas.clientWidth, canvas.clientHeight) * view.zoom;
+  const screenX = (item) => (places[2 * item] / 65535 - view.x) * size() + canvas.clientWidth / 2;
+  const screenY = (item) => (view.y - places[2 * item + 1] / 65535) * size() + canvas.clientHeight / 2;
+
+  // The shapes of the charts' markers, so that colour is never alone.
+  const SHAPES = [
+    (x, y, r) => pen.arc(x, y, r, 0, 7),
+    (x, y, r) => pen.rect(x - r, y - r, 2 * r, 2 * r),
+    (x, y, r) => polygon(x, y, 1.3 * r, 3, -Math.PI / 2),
+    (x, y, r) => polygon(x, y, 1.3 * r, 4, 0),
+    (x, y, r) => polygon(x, y, 1.3 * r, 3, Math.PI / 2),
+    (x, y, r) => { pen.rect(x - r * 1.3, y - r * 0.4, r * 2.6, r * 0.8); pen.rect(x - r * 0.4, y - r * 1.3, r * 0.8, r * 2.6); },
+    (x, y, r) => polygon(x, y, 1.2 * r, 6, 0),
+    (x, y, r) => polygon(x, y, 1.2 * r, 5, -Math.PI / 2),
+  ];
+  function polygon(x, y, r, corners, turn) {
+    for (let corner = 0; corner < corners; corner++) {
+      const angle = turn + (2 * Math.PI * corner) / corners;
+      pen.lineTo(x + r * Math.cos(angle), y + r * Math.sin(angle));
+    }
+    pen.closePath();
+  }
+
+  function draw() {
+    waiting = false;
+    const scale = window.devicePixelRatio || 1;
+    canvas.width = Math.round(canvas.clientWidth * scale);
+    canvas.height = Math.round(canvas.clientHeight * scale);
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+    const radius = Math.min(7, 2.2 * Math.sqrt(view.zoom));
+    for (let group = data.labels.length - 1; group >= 0; group--) {
+      pen.fillStyle = colour(`c${group % 8}`);
+      for (let item = 0; item < titles.length; item++) {
+        if (groups[item] !== group) continue;
+        const x = screenX(item);
+        const y = screenY(item);
+        if (x < -9 || y < -9 || x > canvas.clientWidth + 9 || y > canvas.clientHeight + 9) continue;
+        pen.beginPath();
+        SHAPES[group % 8](x, y, radius);
+        pen.fill();
+      }
+    }
+    if (chosen >= 0) {
+      pen.strokeStyle = colour("ink");
+      for (const item of [chosen, ...neighbours(chosen)]) {
+        pen.lineWidth = item === chosen ? 3 : 1.25;
+        pen.beginPath();
+        pen.arc(screenX(item), screenY(item), radius + (item === chosen ? 6 : 4), 0, 7);
+        pen.stroke();
+      }
+    }
+    sheet.dataset.view = [view.x, view.y, view.zoom].map((n) => n.toFixed(4)).join(" ");
+  }
+  function redraw() {
+    if (!waiting) { waiting = true; requestAnimationFrame(draw); }
+  }
+  const neighbours = (item) => nearest.subarray(item * data.count, (item + 1) * data.count);
+
+  function button(item) {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.dir = "auto";
+    made.textContent = titles[item];
+    made.addEventListener("click", () => choose(item, true));
+    return made;
+  }
+  function choose(item, move) {
+    chosen = item;
+    chosenText.textContent = titles[item];
+    list.replaceChildren(...Array.from(neighbours(item), (near) => {
+      const row = document.createElement("li");
+      row.append(button(near));
+      return row;
+    }));
+    if (move) {
+      view.x = places[2 * item] / 65535;
+      view.y = places[2 * item + 1] / 65535;
+      view.zoom = Math.max(view.zoom, 4);
+      sheet.focus({ preventScroll: true });
+    }
+    redraw();
+  }
+  function itemAt(x, y, reach) {
+    let best = -1;
+    let least = reach * reach;
+    for (let item = 0; item < titles.length; item++) {
+      const far = (screenX(item) - x) ** 2 + (screenY(item) - y) ** 2;
+      if (far < least) { least = far; best = item; }
+    }
+    return best;
+  }
+  function enlarge(factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
+    const zoom = Math.min(200, Math.max(0.5, view.zoom * factor));
+    const shift = (1 / view.zoom - 1 / zoom) / Math.min(canvas.clientWidth, canvas.clientHeight);
+    view.x += (x - canvas.clientWidth / 2) * shift;
+    view.y -= (y - canvas.clientHeight / 2) * shift;
+    view.zoom = zoom;
+    redraw();
+  }
+  function shift(x, y) {
+    view.x -= x / size();
+    view.y += y / size();
+    redraw();
+  }
+
+  const KEYS = {
+    ArrowLeft: () => shift(48, 0),
+    ArrowRight: () => shift(-48, 0),
+    ArrowUp: () => shift(0, 48),
+    ArrowDown: () => shift(0, -48),
+    "+": () => enlarge(1.4),
+    "=": () => enlarge(1.4),
+    "-": () => enlarge(1 / 1.4),
+    0: () => { view = whole(); redraw(); },
+    Enter: () => {
+      const item = itemAt(canvas.clientWidth / 2, canvas.clientHeight / 2, Infinity);
+      if (item >= 0) choose(item, false);
+    },
+  };
+  sheet.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in KEYS)) return;
+    event.preventDefault();
+    KEYS[event.key]();
+  });
+  sheet.addEventListener("wheel", (event) => {
+    // A page that is scrolled past the map is not caught by it.
+    if (!event.ctrlKey && document.activeElement !== sheet) return;
+    event.preventDefault();
+    const box = canvas.getBoundingClientRect();
+    enlarge(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top);
+  }, { passive: false });
+
+  const fingers = new Map();
+  let moved = 0;
+  const spread = () => {
+    const [a, b] = [...fingers.values()];
+    return Math.hypot(a.x - b.x, a.y - b.y);
+  };
+  sheet.addEventListener("pointerdown", (event) => {
+    fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
+    sheet.setPointerCapture(event.pointerId);
+    moved = fingers.size > 1 ? 99 : 0;
+  });
+  sheet.addEventListener("pointermove", (event) => {
+    const before = fingers.get(event.pointerId);
+    if (!before) return;
+    const wide = fingers.size === 2 ? spread() : 0;
+    const x = event.clientX - before.x;
+    const y = event.clientY - before.y;
+    fingers.set(event.pointerId, { x: event.clientX, y: event.clientY });
+    moved += Math.abs(x) + Math.abs(y);
+    if (fingers.size === 2) enlarge(spread() / Math.max(wide, 1));
+    else shift(x, y);
+  });
+  const release = (event) => {
+    if (!fingers.delete(event.pointerId) || event.type === "pointercancel" || moved > 5) return;
+    const box = canvas.getBoundingClientRect();
+    const item = itemAt(event.clientX - box.left, event.clientY - box.top, 24);
+    if (item >= 0) choose(item, false);
+  };
+  sheet.addEventListener("pointerup", release);
+  sheet.addEventListener("pointercancel", release);
+
+  document.getElementById("map-in").addEventListener("click", () => enlarge(1.6));
+  document.getElementById("map-out").addEventListener("click", () => enlarge(1 / 1.6));
+  document.getElementById("map-whole").addEventListener("click", KEYS[0]);
+  search.addEventListener("input", () => {
+    const wanted = search.value.trim().toLowerCase();
+    const found = [];
+    for (let item = 0; wanted && item < titles.length && found.length < 8; item++) {
+      if (titles[item].toLowerCase().includes(wanted)) found.push(item);
+    }
+    chosenText.textContent = wanted ? `${found.length === 8 ? "The first 8" : found.length} found` : "";
+    list.replaceChildren(...found.map((item) => {
+      const row = document.createElement("li");
+      row.append(button(item));
+      return row;
+    }));
+  });
+  new ResizeObserver(redraw).observe(canvas);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  choose(0, false);
+})();

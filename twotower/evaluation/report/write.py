@@ -1,0 +1,153 @@
+"""The report of a run: one file of HTML with the verdict, the figures and what lies behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.arrays import evenly_spaced
+from twotower.core.files import atomic
+from twotower.core.install import extra
+from twotower.data.report import DataReport
+from twotower.evaluation.evaluate import query_vectors
+from twotower.evaluation.queries import make_queries
+from twotower.evaluation.report import quality, vectors
+from twotower.evaluation.report.figures import scatter_image
+from twotower.evaluation.report.map import Grouping, Plane, choose_columns, project
+from twotower.evaluation.report.page import Section, bullets, paragraph, render_page
+from twotower.evaluation.report.people import describe_people, people_section
+from twotower.index.base import Index
+from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.export import item_counts, served_model
+from twotower.training.metrics import read_lines
+from twotower.training.run import Run
+
+QUERIES = 1_000  # queries whose vectors are looked at, evenly spaced
+IMAGE_ITEMS = 20_000  # items of an image, likewise
+_TITLES = re.compile(r"title|name|description", re.IGNORECASE)
+
+
+def check_report() -> None:
+    """Refuses, before anything is measured, a report that could not be drawn.
+
+    Raises:
+        ConfigError: Matplotlib is missing; the message names the extra to install.
+    """
+    with extra("plots", "--report"):
+        import matplotlib  # noqa: F401  only whether it is there
+
+
+def write_report(
+    run: Run,
+    measured: Mapping[str, Any],
+    path: Path,
+    *,
+    index: Index | None = None,
+    columns: Sequence[str] = (),
+) -> None:
+    """Writes the report of a run, whole or not at all, and the pictures of its items beside it.
+
+    Args:
+        run: Run that was measured.
+        measured: Figures, as `twotower.evaluation.measure.measure_run` returns them.
+        path: File to write.
+        index: Index of the run's bundle; None without one.
+        columns: Columns of the items to colour them by; () chooses.
+
+    Raises:
+        ConfigError: Matplotlib is missing, or a column is unknown.
+    """
+    check_report()
+    prepared = run.prepared
+    split = measured["protocol"]["split"]
+    counts = item_counts(prepared)
+    groupings = choose_columns(prepared.items, columns, counts)
+    model = served_model(run)
+    items = embed_rows(model, run.weights, "item", prepared.features["item"])
+    every_query = make_queries(prepared, split, run.config.evaluation.query)
+    users = query_vectors(prepared, model, run.weights, every_query.sample(QUERIES))
+    titles = item_titles(prepared.items, run.config.retrieval.display)
+    lines = list(read_lines(run.workdir))
+    plane = project(items)
+    images = [path.with_name(f"items_by_{_file_name(part.column)}.png") for part in groupings]
+    for image, grouping in zip(images, groupings):
+        _write_image(image, plane, grouping, run.workdir.name)
+    workdir = str(run.workdir)
+    people = describe_people(prepared, model, run.weights, items, titles, split)
+    config = dataclasses.asdict(run.config)
+    sections = [
+        quality.how_measured(measured, config, workdir),
+        quality.learning(lines, run.config.training.metric, run.step),
+        quality.lists(measured, workdir),
+        vectors.space(plane, groupings, titles, items, [image.name for image in images]),
+        vectors.index(
+            measured,
+            getattr(index, "tuning", None),
+            users,
+            items,
+            workdir,
+            normalized=run.config.model.normalize,
+        ),
+        vectors.health(measured, users, items, counts, lines),
+        people_section(people, reads_history=prepared.histories is not None),
+        data_section(prepared.report),
+    ]
+    about = f"Evaluation on {split} rows, model at step {run.step:,}"
+    title = run.workdir.resolve().name
+    page = render_page(title, about, quality.hero(measured, workdir, prepared.report), sections)
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def item_titles(items: pa.Table, display: Sequence[str]) -> list[str]:
+    """Returns the title of each item: a column that is called so, or else its id.
+
+    Args:
+        items: Table of the items.
+        display: Columns that lists show, which are looked at first.
+    """
+    names = [name for name in (*display, *items.column_names) if _TITLES.search(name)]
+    ids = items["item_id"].to_pylist()
+    for name in names:
+        if name not in items.column_names:
+            continue
+        titles = items[name].to_pylist()
+        return [item if not title else str(title) for item, title in zip(ids, titles)]
+    return [str(item) for item in ids]
+
+
+def data_section(report: DataReport | None) -> Section:
+    """Returns what the data of the run is."""
+    lead = "What went in. Most odd figures have their cause here."
+    if report is None:
+        note = paragraph("The run was prepared without a report of its data.", "note")
+        return Section("data", "The data", lead, [note])
+    blocks = [bullets(report.lines())]
+    if report.warnings:
+        blocks.insert(0, bullets(report.warnings))
+    return Section("data", "The data", lead, blocks)
+
+
+def _write_image(path: Path, plane: Plane, grouping: Grouping, title: str) -> None:
+    rows = evenly_spaced(np.arange(len(plane.points)), IMAGE_ITEMS)
+    buffer = io.BytesIO()
+    scatter_image(
+        grouping.points(plane, rows),
+        x_label=vectors.axis_label(plane, 0),
+        y_label=vectors.axis_label(plane, 1),
+        title=f"{title}: items by {grouping.column}",
+        target=buffer,
+    )
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _file_name(column: str) -> str:
+    return re.sub(r"[^\w-]+", "_", column)
