@@ -15,7 +15,8 @@ SHIPPED = ("configs/**/*.py", "features/*.json", "examples/tables/*")
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13"],
+    # pandas: MLflow reads the requests of a model as frames
+    "mlflow": ["mlflow-skinny>=3.0", "sqlalchemy>=2.0", "alembic>=1.13", "pandas>=2.2"],
     "bigquery": ["google-cloud-bigquery>=3.20"],
     "text": ["onnxruntime>=1.20", "tokenizers>=0.20"],
     "redis": ["redis>=5.0"],

@@ -45,8 +45,9 @@ from twotower.evaluation.report.text import format_report
 from twotower.evaluation.report.write import check_report
 from twotower.evaluation.report.write import write_report as write_page
 from twotower.integrations.live_tracking import follow
+from twotower.integrations.mlflow_model import Registration
 from twotower.integrations.mlflow_store import Destination
-from twotower.integrations.tracking import log_linked
+from twotower.integrations.tracking import log_linked, track
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import BUNDLE, Bundle
@@ -599,6 +600,7 @@ def export(
     *,
     changes: Literal["carry", "drop"] = "carry",
     with_users: bool = True,
+    registration: Registration | None = None,
     **index_options: Any,
 ) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
@@ -609,6 +611,7 @@ def export(
             one, or forgotten.
         with_users: Whether the bundle holds the known users: their vectors, what they had, and
             their raw features. Without them, known users are answered as new ones are.
+        registration: Name in MLflow's registry of models that the bundle becomes a version of.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -629,7 +632,10 @@ def export(
         with_users=with_users,
         figures=_figures(run),
     )
-    log_linked(run.workdir, bundle=True)
+    if registration is None:
+        log_linked(run.workdir, bundle=True)
+    else:
+        track(run.workdir, bundle=True, registration=registration)
     return bundle
 
 

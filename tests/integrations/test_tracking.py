@@ -11,10 +11,10 @@ import pytest
 from tests.extras import extra
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.core.files import new_version, publish_version
 from twotower.core.install import install_line
 from twotower.integrations import live_tracking
 from twotower.integrations.live_tracking import follow
+from twotower.integrations.mlflow_model import Registration
 from twotower.integrations.mlflow_store import Destination, read_link
 from twotower.integrations.tracking import log_linked
 from twotower.integrations.tracking import track as track_run
@@ -32,10 +32,10 @@ MEASURED = {
 }
 
 
-def track(workdir, *, uri, experiment, **options):
+def track(shop, *, uri, experiment, **options):
     """The id of the MLflow run."""
     destination = Destination(uri=uri, experiment=experiment)
-    return track_run(workdir, destination, **options).run_id
+    return track_run(shop, destination, **options).run_id
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def client(store):
 
 
 @pytest.fixture
-def workdir(tmp_path):
+def shop(tmp_path):
     """A folder as `train` and `evaluate` leave it."""
     folder = tmp_path / "shop"
     (folder / "evaluation").mkdir(parents=True)
@@ -66,8 +66,8 @@ def workdir(tmp_path):
     return folder
 
 
-def test_a_run_is_logged_with_its_configuration_metrics_and_files(store, client, workdir):
-    run_id = track(workdir, uri=store, experiment="all")
+def test_a_run_is_logged_with_its_configuration_metrics_and_files(store, client, shop):
+    run_id = track(shop, uri=store, experiment="all")
     run = client.get_run(run_id)
     assert (
         run.data.params["training.steps"] == "4"
@@ -85,82 +85,92 @@ def test_a_run_is_logged_with_its_configuration_metrics_and_files(store, client,
     assert (run.info.run_name, run.info.status) == ("shop", "FINISHED")
     assert {file.path for file in client.list_artifacts(run_id)} == {"config.json", "evaluation"}
     kept = mlflow.artifacts.download_artifacts(
-        f"{run.info.artifact_uri}/config.json", dst_path=str(workdir / "down")
+        f"{run.info.artifact_uri}/config.json", dst_path=str(shop / "down")
     )
-    assert open(kept).read() == (workdir / "config.json").read_text()
+    assert open(kept).read() == (shop / "config.json").read_text()
 
 
 def test_files_lie_beside_the_store_whatever_folder_the_command_was_started_in(
-    store, client, workdir, monkeypatch
+    store, client, shop, monkeypatch
 ):
-    monkeypatch.chdir(workdir.parent)
-    run = client.get_run(track(workdir, uri=store, experiment="files"))
+    monkeypatch.chdir(shop.parent)
+    run = client.get_run(track(shop, uri=store, experiment="files"))
     assert run.info.artifact_uri.startswith(
         f"file://{store.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts/"
     )
-    assert [path.name for path in workdir.parent.iterdir()] == ["shop"]
+    assert [path.name for path in shop.parent.iterdir()] == ["shop"]
 
 
-def test_a_repeat_logs_what_is_new_and_nothing_twice(store, client, workdir):
-    whole = (workdir / "metrics.jsonl").read_text()
-    (workdir / "metrics.jsonl").write_text(
+def test_a_repeat_logs_what_is_new_and_nothing_twice(store, client, shop):
+    whole = (shop / "metrics.jsonl").read_text()
+    (shop / "metrics.jsonl").write_text(
         whole.splitlines(keepends=True)[0] + '{"step": 4, "lo'
     )  # in the middle of a line
-    shutil.rmtree(workdir / "evaluation")
-    first = track(workdir, uri=store, experiment="again")
+    shutil.rmtree(shop / "evaluation")
+    first = track(shop, uri=store, experiment="again")
     assert client.get_run(first).info.status == "RUNNING"
-    (workdir / "metrics.jsonl").write_text(whole)
+    (shop / "metrics.jsonl").write_text(whole)
     for _ in range(2):
-        assert track(workdir, uri=store, experiment="again") == first
+        assert track(shop, uri=store, experiment="again") == first
         assert [point.step for point in client.get_metric_history(first, "loss")] == [2, 4]
     assert client.get_run(first).info.status == "FINISHED"
     experiment = client.get_experiment_by_name("again").experiment_id
     assert len(client.search_runs([experiment])) == 1
-    assert track(workdir, uri=store, experiment="another") != first
+    assert track(shop, uri=store, experiment="another") != first
 
 
-def test_more_metrics_than_a_request_takes(store, client, workdir):
+def test_more_metrics_than_a_request_takes(store, client, shop):
     lines = [{"step": step, "loss": step / 7} for step in range(1, 1_203)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run_id = track(workdir, uri=store, experiment="many")
+    (shop / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_id = track(shop, uri=store, experiment="many")
     assert [point.value for point in client.get_metric_history(run_id, "loss")] == [
         line["loss"] for line in lines
     ]
 
 
-def test_the_bundle_is_logged_where_it_is_asked_for(store, client, workdir):
-    version = new_version(workdir / "bundle")
-    (version / "manifest.json").write_text('{"model_version": "abc"}')
-    publish_version(version)
-    run_id = track(workdir, uri=store, experiment="bundle", bundle=True)
-    assert [file.path for file in client.list_artifacts(run_id, "bundle")] == [
-        "bundle/manifest.json"
-    ]
-    assert client.get_run(run_id).data.tags["twotower.model_version"] == "abc"
+def test_a_bundle_is_logged_and_registered_once(store, client, shop, retriever):
+    """In the one folder: what the library loads as a bundle, and MLflow as a model."""
+    shutil.copytree(retriever.bundle.folder, shop / "bundle", symlinks=True)
+    registration = Registration(name="shop", alias="champion")
+    destination = Destination(uri=store, experiment="bundle")
+    run_id = track_run(shop, destination, bundle=True, registration=registration).run_id
+    files = {file.path for file in client.list_artifacts(run_id, "bundle")}
+    assert {"bundle/manifest.json", "bundle/MLmodel", "bundle/requirements.txt"} <= files
+    manifest = json.loads(next((shop / "bundle").glob("v-*/manifest.json")).read_text())
+    tags = client.get_run(run_id).data.tags
+    assert tags["twotower.model_version"] == manifest["model_version"]
+    again = Registration(name="shop", alias="challenger")
+    track_run(shop, destination, registration=again)
+    [version] = client.search_model_versions("name = 'shop'")
+    for alias in ("challenger", "champion"):
+        assert client.get_model_version_by_alias("shop", alias).version == version.version
+    shutil.rmtree(shop / "bundle")
+    with pytest.raises(ConfigError, match="has no bundle yet"):
+        track_run(shop, destination, registration=again)
 
 
-def test_what_cannot_be_logged_is_said(store, workdir, tmp_path, monkeypatch):
+def test_what_cannot_be_logged_is_said(store, shop, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="is no run"):
         track(tmp_path / "nothing", uri=store, experiment="none")
     with pytest.raises(ConfigError, match="MLflow at foo://host/x refuses"):
-        track(workdir, uri="foo://me:secret@host/x", experiment="none")
+        track(shop, uri="foo://me:secret@host/x", experiment="none")
     gone = {"uri": store, "experiment": "none", "run_id": "0" * 32}
-    (workdir / "mlflow.json").write_text(json.dumps(gone))
+    (shop / "mlflow.json").write_text(json.dumps(gone))
     with pytest.raises(
         ConfigError,
-        match=rf"not found\. To log to a new run of MLflow, delete {workdir}/mlflow\.json\.",
+        match=rf"not found\. To log to a new run of MLflow, delete {shop}/mlflow\.json\.",
     ):
-        track(workdir, uri=store, experiment="none")
+        track(shop, uri=store, experiment="none")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(
         ConfigError,
         match=r"tracking needs the extra 'mlflow' .*" + re.escape(install_line("mlflow")),
     ):
-        track(workdir, uri=store, experiment="none")
+        track(shop, uri=store, experiment="none")
 
 
-def append(workdir, *lines):
-    with (workdir / "metrics.jsonl").open("a") as file:
+def append(shop, *lines):
+    with (shop / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
@@ -186,23 +196,23 @@ def fast(monkeypatch):
 
 
 def test_a_training_is_logged_while_it_goes_on_and_again_when_it_was_killed(
-    store, client, workdir, fast
+    store, client, shop, fast
 ):
     destination = Destination(uri=store, experiment="live", run_name="a")
-    with pytest.raises(KeyboardInterrupt), follow(workdir, destination) as start:
+    with pytest.raises(KeyboardInterrupt), follow(shop, destination) as start:
         start()
-        wait_for(lambda: read_link(workdir) and read_link(workdir).run_id)
-        run_id = read_link(workdir).run_id
+        wait_for(lambda: read_link(shop) and read_link(shop).run_id)
+        run_id = read_link(shop).run_id
         wait_for(lambda: steps_of(client, run_id) == [2, 4])
-        append(workdir, {"step": 6, "loss": 2.5, "examples_per_second": 10.0})
+        append(shop, {"step": 6, "loss": 2.5, "examples_per_second": 10.0})
         wait_for(lambda: steps_of(client, run_id) == [2, 4, 6])
         assert client.get_run(run_id).info.status == "RUNNING"
         raise KeyboardInterrupt
     assert client.get_run(run_id).info.status == "KILLED"
     # Steps after the last checkpoint are repeated, at another rate.
-    append(workdir, {"step": 6, "loss": 2.5, "examples_per_second": 11.0}, {"step": 8, "loss": 2.0})
+    append(shop, {"step": 6, "loss": 2.5, "examples_per_second": 11.0}, {"step": 8, "loss": 2.0})
     # Without a destination: the folder knows where it was logged to.
-    with follow(workdir, None) as start:
+    with follow(shop, None) as start:
         start()
     assert steps_of(client, run_id) == [2, 4, 6, 8]
     assert steps_of(client, run_id, "examples_per_second") == [6]
@@ -212,11 +222,11 @@ def test_a_training_is_logged_while_it_goes_on_and_again_when_it_was_killed(
     assert len(client.search_runs([experiment])) == 1
 
 
-def test_a_training_that_was_never_logged_is_not_logged(workdir):
-    with follow(workdir, None) as start:
+def test_a_training_that_was_never_logged_is_not_logged(shop):
+    with follow(shop, None) as start:
         start()
-    log_linked(workdir)
-    assert not (workdir / "mlflow.json").exists()
+    log_linked(shop)
+    assert not (shop / "mlflow.json").exists()
 
 
 def test_an_address_that_cannot_be_right_is_refused_before_the_training(tmp_path):

@@ -1,10 +1,12 @@
 r"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKDIR/bundle.
 
     twotower export --workdir=runs/quickstart [--checkpoint=best] \
-        [--target_recall=.95 --k=100] [--plot=index.png] [--dim=32] [--vectors=int8]
+        [--target_recall=.95 --k=100] [--plot=index.png] [--dim=32] [--vectors=int8] \
+        [--register=shop --alias=champion]
 
 Prints the trials by which the index was tuned, and its recall; for vectors that are cut or rounded,
-also the loss against whole ones.
+also the loss against whole ones. --register makes the bundle a version in MLflow's registry of
+models, in the store that the run is logged to.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+
+from twotower.commands import mlflow_flags
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
@@ -40,6 +44,7 @@ _WITHOUT_USERS = flags.DEFINE_bool(
     "Leave out the known users and what they had: they are then answered as new ones are.",
     flag_values=FLAGS,
 )
+_REGISTRY = mlflow_flags.define_registry(FLAGS)
 # These replace options of config.retrieval of the same name.
 _OPTIONS = (
     flags.DEFINE_float(
@@ -70,6 +75,7 @@ def main() -> None:
     from twotower.index.tuning_report import check_plot, save_plot
 
     # Before minutes of work.
+    registration = _REGISTRY.registration()
     plot = None
     if _PLOT.value:
         plot = check_plot(Path(_PLOT.value))
@@ -77,6 +83,7 @@ def main() -> None:
     # Flags that are left out leave the options of the run as they are.
     options: dict[str, Any] = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
     options["changes"] = _CHANGES.value
+    options["registration"] = registration
     bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
     print(format_bundle(bundle, run.workdir / api.BUNDLE))
     if plot is not None:

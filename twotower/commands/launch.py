@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -30,7 +30,6 @@ from twotower.core.install import command as command_line
 from twotower.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from twotower.integrations.mlflow_store import Destination
     from twotower.retrieval.retriever import Retriever
 
 _PACKAGE = str(Path(twotower.__file__).parent)  # loads no module of the package
@@ -118,69 +117,6 @@ def define_rerank(flag_values: flags.FlagValues) -> flags.FlagHolder[str | None]
         None,
         "Re-rank the lists: mmr:diversity=0.5 or caps:column=category,max_items=2; empty for not "
         "at all. By default as config.retrieval.rerank says.",
-        flag_values=flag_values,
-    )
-
-
-class TrackingFlags(NamedTuple):
-    """Flags that say where a run is logged to.
-
-    Attributes:
-        experiment_name: Name of the experiment in MLflow; None if it is left out.
-        run_name: Name of the run in MLflow, likewise.
-        tracking_uri: Address of the store, likewise.
-    """
-
-    experiment_name: flags.FlagHolder[str | None]
-    run_name: flags.FlagHolder[str | None]
-    tracking_uri: flags.FlagHolder[str | None]
-
-    def destination(self) -> Destination | None:
-        """Returns where the flags send a run; None where none of them is given."""
-        from twotower.core.errors import ConfigError
-        from twotower.integrations.mlflow_store import (
-            DEFAULT_EXPERIMENT,
-            DEFAULT_URI,
-            Destination,
-        )
-
-        if all(flag.value is None for flag in self):
-            return None
-        # Such as a variable of the shell that is not set.
-        if self.tracking_uri.value == "":
-            raise ConfigError(
-                f"--tracking_uri= is empty: name a store, such as --tracking_uri={DEFAULT_URI}."
-            )
-        return Destination(
-            uri=self.tracking_uri.value or "",
-            experiment=self.experiment_name.value or DEFAULT_EXPERIMENT,
-            run_name=self.run_name.value or "",
-        )
-
-
-def define_tracking(flag_values: flags.FlagValues) -> TrackingFlags:
-    """Defines --experiment_name, --run_name and --tracking_uri, of an experiment in MLflow."""
-    return TrackingFlags(
-        flags.DEFINE_string(
-            "experiment_name", None, "Name of the experiment in MLflow.", flag_values=flag_values
-        ),
-        flags.DEFINE_string(
-            "run_name",
-            None,
-            "Name of the run in MLflow; by default that of its folder.",
-            flag_values=flag_values,
-        ),
-        define_tracking_uri(flag_values),
-    )
-
-
-def define_tracking_uri(flag_values: flags.FlagValues) -> flags.FlagHolder[str | None]:
-    """Defines --tracking_uri, the address of a store of MLflow."""
-    return flags.DEFINE_string(
-        "tracking_uri",
-        None,
-        "Store of MLflow: sqlite:///FILE or http://HOST:PORT; by default MLFLOW_TRACKING_URI, or "
-        "sqlite:///mlflow.db.",
         flag_values=flag_values,
     )
 

@@ -35,7 +35,7 @@ import signal
 from absl import flags
 
 from twotower import dry_run
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS, required=False)
@@ -45,7 +45,7 @@ _WORKDIR = flags.DEFINE_string(
     "The folder of the run; by default runs/EXPERIMENT/RUN, where these are named.",
     flag_values=FLAGS,
 )
-_TRACKING = launch.define_tracking(FLAGS)
+_TRACKING = mlflow_flags.define_tracking(FLAGS)
 _DEVICES = flags.DEFINE_integer(
     "devices", 0, "Devices to train on; 0: all.", lower_bound=0, flag_values=FLAGS
 )

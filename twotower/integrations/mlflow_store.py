@@ -154,8 +154,9 @@ def require_mlflow(what: str = "tracking") -> None:
         ConfigError: The message names the extra.
     """
     with extra("mlflow", what):
-        import alembic  # noqa: F401  MLflow's SQLite stores need both
+        import alembic  # noqa: F401  MLflow's SQLite stores and models need them
         import mlflow  # noqa: F401
+        import pandas  # noqa: F401
         import sqlalchemy  # noqa: F401
 
 

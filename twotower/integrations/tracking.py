@@ -20,7 +20,9 @@ from absl import logging
 
 from twotower.core.errors import ConfigError
 from twotower.core.files import current_version
+from twotower.core.install import command
 from twotower.data.report import DataReport
+from twotower.integrations.mlflow_model import Registration, log_bundle, register
 from twotower.integrations.mlflow_store import (
     LINK,
     LINK_TAG,
@@ -35,6 +37,7 @@ from twotower.integrations.mlflow_store import (
     resolve_uri,
 )
 from twotower.plugins import load_config
+from twotower.retrieval.bundle import BUNDLE
 from twotower.training.metrics import read_lines
 
 if TYPE_CHECKING:  # an extra, which is not always installed
@@ -50,7 +53,11 @@ NO_METRICS = ("protocol", "slices")
 
 
 def track(
-    workdir: Path | str, destination: Destination | None = None, *, bundle: bool = False
+    workdir: Path | str,
+    destination: Destination | None = None,
+    *,
+    bundle: bool = False,
+    registration: Registration | None = None,
 ) -> Link:
     """Logs the run in `workdir` to an MLflow store.
 
@@ -58,6 +65,8 @@ def track(
         workdir: Folder of the run.
         destination: Where to; by default where the run was logged before.
         bundle: Whether the bundle is logged too, beside the configuration and the evaluations.
+        registration: Name in the registry of models that the bundle becomes a version of; None for
+            none.
 
     Returns:
         The MLflow run, which a later call for this folder and destination goes on with.
@@ -69,6 +78,9 @@ def track(
     config = load_config(workdir)
     if destination is None:
         destination = linked_destination(workdir) or Destination()
+    if registration is not None and not (workdir / BUNDLE).exists():
+        line = command("export", f"--workdir={workdir}")
+        raise ConfigError(f"--register={registration.name}: {workdir} has no bundle yet: {line}")
     recorder = Recorder(workdir, destination)
     with recorder.open() as client:
         link = recorder.link(client)
@@ -80,8 +92,11 @@ def track(
         lines = read_lines(workdir)
         is_counted = not training.steps_for and not training.passes
         ended = lines and is_counted and lines[-1]["step"] >= training.steps
-        if ended or (workdir / "bundle").exists():
+        if ended or (workdir / BUNDLE).exists():
             client.set_terminated(link.run_id)
+        if registration is not None:
+            version = register(client, link.run_id, workdir / BUNDLE, registration)
+            logging.info("models:/%s/%s is the bundle of %s.", registration.name, version, workdir)
     return link
 
 
@@ -292,13 +307,11 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def _log_files(client: MlflowClient, run_id: str, workdir: Path, *, bundle: bool) -> None:
     """Logs the files of evaluations, pictures and pages among them, and the bundle if `bundle`."""
     # Without the versions before: the one that is logged is a bundle of its own.
-    bundle_folder = current_version(workdir / "bundle")
-    folders = {"evaluation": workdir / "evaluation"}
-    if bundle:
-        folders["bundle"] = bundle_folder
-    for name, folder in folders.items():
-        if folder.exists():
-            client.log_artifacts(run_id, str(folder), name)
+    bundle_folder = current_version(workdir / BUNDLE)
+    if (workdir / "evaluation").exists():
+        client.log_artifacts(run_id, str(workdir / "evaluation"), "evaluation")
+    if bundle and bundle_folder.exists():
+        log_bundle(client, run_id, workdir / BUNDLE)
     # The tag is set also where the bundle itself is not logged: it says which one belongs here.
     manifest_file = bundle_folder / "manifest.json"
     if manifest_file.exists():
