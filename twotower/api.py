@@ -100,6 +100,7 @@ class Run(run_folder.Run):
         baselines: bool = False,
         max_queries: int = 0,
         slices: Sequence[str] = (),
+        further_metrics: Sequence[str] = (),
         report: bool = False,
         report_columns: Sequence[str] = (),
     ) -> measure.Measured:
@@ -121,6 +122,8 @@ class Run(run_folder.Run):
             max_queries: Greatest number of queries, evenly spaced; 0 takes all.
             slices: Columns of users, items or rows whose values are measured apart, such as
                 "country" or "item.category".
+            further_metrics: Metrics that take longer: "auc", "diversity", and "distinct.COLUMN" of
+                a column of items, such as "distinct.brand".
             report: Whether a page to look at is written beside the figures, which needs the extra
                 "plots".
             report_columns: Columns of the items that it colours them by; () chooses.
@@ -139,6 +142,7 @@ class Run(run_folder.Run):
             baselines=baselines,
             max_queries=max_queries,
             slices=slices,
+            further_metrics=further_metrics,
         )
         print(format_report(measured, ks))
         if report:
@@ -678,6 +682,7 @@ def evaluate(
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
+    further_metrics: Sequence[str] = (),
     devices: int = 0,
 ) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
@@ -695,6 +700,7 @@ def evaluate(
         popularity_weights: Weights of popularity to measure lists with.
         slices: Columns of users, items or rows whose values are measured apart, such as "country"
             or "item.category".
+        further_metrics: Metrics that take longer: "auc", "diversity", "distinct.COLUMN".
         devices: Number of devices that share the items; 0 takes all.
 
     Returns:
@@ -716,6 +722,7 @@ def evaluate(
         max_queries=max_queries,
         popularity_weights=popularity_weights,
         slices=slices,
+        further_metrics=further_metrics,
         table_path=query_table_path(run.workdir, split),
     )
     # A bundle without users has none to search for.

@@ -38,6 +38,9 @@ def oracle(scores, queries, k, mask_seen):
     totals = {}
     used = 0
     shown = set()
+    lists = {}
+    lifts = []
+    popular = np.argsort(-queries.counts, kind="stable")[:k].tolist()
     total = int(queries.counts.sum())
     size = queries.num_items
     for q, user in enumerate(queries.user):
@@ -51,6 +54,10 @@ def oracle(scores, queries, k, mask_seen):
         top = sorted(items, key=lambda n: (-scores[q][n], n in right, n))[:k]
         gains = [n in right for n in top] + [False] * (k - len(top))
         shown |= set(top)
+        lists.setdefault(frozenset(top), []).append(user)
+        if len(queries.seen[user]):
+            before = queries.counts[queries.seen[user]].mean()
+            lifts.append((np.mean([queries.counts[n] for n in top]) if top else 0.0, before))
         precisions = [sum(gains[:r]) / r for r, hit in enumerate(gains, 1) if hit]
         ideal = sum(1 / math.log2(r + 1) for r in range(1, min(number, k) + 1))
         for name, value in {
@@ -66,10 +73,15 @@ def oracle(scores, queries, k, mask_seen):
             "never_trained": np.mean([queries.counts[n] == 0 for n in top]) if top else 0.0,
             "average_popularity": np.mean([queries.counts[n] for n in top]) if top else 0.0,
             "short_list": len(top) < k,
+            "serendipity": sum(n in right and n not in popular for n in top) / k,
         }.items():
             totals[name] = totals.get(name, 0.0) + value
+    repeated = sum(len(users) for users in lists.values() if len(set(users)) > 1)
+    listed, before = np.mean(lifts, axis=0)
     result = {name: value / used for name, value in totals.items()} | {
-        "coverage": len(shown) / size
+        "coverage": len(shown) / size,
+        "repeated_list": repeated / used,
+        "popularity_lift": listed / before - 1,
     }
     return result, used
 

@@ -25,6 +25,7 @@ TREC_NAMES = {
     "ndcg": f"ndcg_cut_{K}",
     "mrr": "recip_rank",
     "map": f"map_cut_{K}",
+    "map_of_all": f"map_cut_{K}",
 }
 
 
@@ -43,7 +44,13 @@ def trec_eval(ranked, relevant):
     # MAP@K divides by min(|relevant|, K), trec_eval by |relevant| though a list holds but K.
     sizes = np.array([len(items) for items in relevant])
     values["map"] *= sizes / np.minimum(sizes, K)
+    # trec_eval knows the first answer alone.
+    values["mrr_of_all"] = np.array([mrr_of_all(*pair) for pair in zip(ranked, relevant)])
     return values
+
+
+def mrr_of_all(ranked, relevant):
+    return sum(1 / rank for rank, i in enumerate(ranked[:K], 1) if i in relevant) / len(relevant)
 
 
 @functools.cache
@@ -93,16 +100,18 @@ def test_one_pass_over_several_lengths_equals_each_metric_at_each_length(lists):
 
 
 @pytest.mark.parametrize("mask_seen", [False, True])
-def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
-    """From scores to averages, with seen items and with relevant items outside of the corpus."""
+@pytest.mark.parametrize("num_items", [70, 9])
+def test_an_evaluation_of_a_corpus_equals_trec_eval(num_items, mask_seen):
+    """From scores with ties to averages, with seen items, relevant items outside of the corpus,
+    queries without any, and a corpus shorter than the lists."""
     rng = np.random.default_rng(1)
-    num_items = 70
     num_queries = 90
-    # No two scores of a query are equal: of equals trec_eval would take the greater name first.
-    scores = np.stack([rng.permutation(num_items) for _ in range(num_queries)]).astype(np.float32)
+    scores = rng.integers(-9, 9, (num_queries, num_items)).astype(np.float32)
     seen = [rng.permutation(num_items)[: rng.integers(0, 40)] for _ in range(num_queries)]
-    relevant = [rng.permutation(num_items)[: rng.integers(1, 20)] for _ in range(num_queries)]
+    relevant = [rng.permutation(num_items)[: rng.integers(0, 20)] for _ in range(num_queries)]
     outside = rng.integers(0, 3, num_queries)
+    relevant[7] = relevant[7][:0]
+    outside[7] = 0
     queries = make(np.arange(num_queries), relevant, seen, num_items, missing=outside)
     found = evaluate(lambda chosen: scores[chosen], queries, (K,), mask_seen=mask_seen)
 
@@ -110,15 +119,17 @@ def test_an_evaluation_of_a_corpus_equals_trec_eval(mask_seen):
     judged = []
     for query in range(num_queries):
         masked = set(seen[query].tolist()) if mask_seen else set()
-        order = np.argsort(-scores[query])
+        # Of equals a right answer is the last.
+        is_right = np.isin(np.arange(num_items), relevant[query])
+        order = np.lexsort((is_right, -scores[query]))
         ranked.append([item for item in order.tolist() if item not in masked])
         missing = [f"outside {number}" for number in range(outside[query])]
         judged.append({*relevant[query].tolist()} - masked | {*missing})
     kept = [query for query in range(num_queries) if judged[query]]
     expected = trec_eval([ranked[query] for query in kept], [judged[query] for query in kept])
-    assert found["queries"] == len(kept)
+    assert found["queries"] == len(kept) < num_queries
     for name, values in expected.items():
-        assert found[f"{name}@{K}"] == pytest.approx(values.mean(), rel=1e-5), name
+        assert found[f"{name}@{K}"] == pytest.approx(values.mean(), rel=1e-9, abs=1e-9), name
 
 
 @pytest.mark.parametrize("name", metrics.RANKING_METRICS)
@@ -140,7 +151,9 @@ def test_a_perfect_list_is_one_and_an_empty_one_zero(name):
     # Precision of a perfect list is 1 only where there is something to fill it with.
     hits = jnp.array([[True] * 7, [False] * 7, [False] * 7])
     values = jitted(name)(hits, jnp.array([7, 7, 0]))
-    np.testing.assert_allclose(values, [1.0, 0.0, 0.0], rtol=1e-6)
+    # Reciprocals of seven ranks cannot all be 1.
+    perfect = np.mean(1 / np.arange(1, 8)) if name == "mrr_of_all" else 1.0
+    np.testing.assert_allclose(values, [perfect, 0.0, 0.0], rtol=1e-6)
 
 
 def test_ndcg_and_map_are_normalised_by_what_fits_in_the_list():

@@ -5,7 +5,6 @@ On a mesh each device scores and ranks its own items, and only lists of the best
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -32,6 +31,8 @@ from twotower.core.mesh import (
 )
 from twotower.core.progress import progress
 from twotower.evaluation import heads, metrics
+from twotower.evaluation.further import FurtherMetrics
+from twotower.evaluation.lists import Evaluation, Lists
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.kernels.device_top_k import merge_top_k, select_top_k
 from twotower.kernels.top_k import GROUP, RunningTopK, with_maxima
@@ -51,41 +52,9 @@ MAX_BLOCK_QUERIES = 1_024
 VALIDATION_SHARE = 0.1  # greatest share of a training that validations take
 # The standard error of a recall over them is at most 1.6 percent.
 MIN_VALIDATION_QUERIES = 1_000
+NOTHING_FURTHER = FurtherMetrics()
 # Each device has the scores of all queries for its own part of the items.
 COLUMNS = P(None, AXIS)
-
-
-class Hits(NamedTuple):
-    """Right answers that lists hold, by query and then by rank; int [H] each."""
-
-    query: np.ndarray
-    rank: np.ndarray  # from 0
-    item: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What lists are worth, over all queries and query by query.
-
-    Attributes:
-        figures: Means over the queries with an answer, and the figures of all lists together:
-            "recall@10", "coverage@10", "queries" and so on.
-        values: Name of each mean -> its values, float64 [Q].
-        num_relevant: Number of right answers of each query, int32 [Q].
-        hits: Right answers in the longest lists.
-        exposures: Length of lists -> number of lists that hold each item, int64 [N].
-    """
-
-    figures: dict[str, float]
-    values: Mapping[str, np.ndarray]
-    num_relevant: np.ndarray
-    hits: Hits
-    exposures: Mapping[int, np.ndarray]
-
-    @property
-    def is_averaged(self) -> np.ndarray:
-        """Whether a query has an answer, so that it counts in the means, bool [Q]."""
-        return self.num_relevant > 0
 
 
 def evaluate(
@@ -122,14 +91,25 @@ def evaluate(
 
 
 def evaluate_both(
-    score_block: Scores, queries: Queries, ks: Sequence[int]
+    score_block: Scores,
+    queries: Queries,
+    ks: Sequence[int],
+    *,
+    further: FurtherMetrics = NOTHING_FURTHER,
 ) -> tuple[Evaluation, Evaluation]:
     """Evaluates with seen items masked and without, and scores each query once for both.
+
+    Args:
+        score_block: Function from a slice of the queries to their scores, float32 [b, N].
+        queries: Queries with their relevant and their seen items.
+        ks: Lengths of the lists.
+        further: Metrics that take longer.
 
     Returns:
         What `evaluate` measures with `mask_seen`, and without.
     """
-    masked, unmasked = _evaluate_modes(score_block, queries, ks, (True, False))
+    modes = (True, False)
+    masked, unmasked = _evaluate_modes(score_block, queries, ks, modes, further=further)
     return masked, unmasked
 
 
@@ -139,10 +119,12 @@ def _evaluate_modes(
     ks: Sequence[int],
     modes: Sequence[bool],
     block_bytes: int = 0,
+    *,
+    further: FurtherMetrics = NOTHING_FURTHER,
 ) -> list[Evaluation]:
     """Returns what `evaluate` measures for each value of `mask_seen`."""
     size = _block_queries(queries, block_bytes)
-    lists = [_Lists(queries, ks, size, mask_seen=mask_seen) for mask_seen in modes]
+    lists = [Lists(queries, ks, size, mask_seen=mask_seen, further=further) for mask_seen in modes]
     starts = range(0, len(queries), size)
     blocks = [slice(start, min(start + size, len(queries))) for start in starts]
     ranker: _Ranker | None = None
@@ -164,94 +146,12 @@ def _evaluate_modes(
             if part.mask_seen:
                 seen = queries.seen_lists(block)
             part.add(block, ranker.rank(seen))
+        if further.auc:
+            # Of every item, so on the host: they come from the device that ranked them.
+            every_score = np.asarray(scores)[:, : queries.num_items]
+            for part in lists:
+                part.add_scores(block, every_score)
     return [part.evaluation() for part in lists]
-
-
-class _Lists:
-    """The figures of the lists of one protocol, while blocks of lists come in.
-
-    Attributes:
-        mask_seen: Whether seen items are no part of the lists, nor of the relevant items.
-    """
-
-    def __init__(self, queries: Queries, ks: Sequence[int], size: int, *, mask_seen: bool):
-        self.mask_seen = mask_seen
-        # Both halves belong together: an item that no list may hold would count as missed.
-        self._queries = queries.without_seen() if mask_seen else queries
-        self._ks = sorted(set(ks))
-        # Once: each is computed from all queries or all items.
-        self._num_relevant = self._queries.num_relevant
-        self._is_answerable = self._num_relevant > 0
-        self._item_values = _item_values(queries)
-        self._values: dict[str, list[np.ndarray]] = {}
-        self._hits: list[Hits] = []
-        # Length -> number of lists that hold an item, int64 [N].
-        self._exposures = {k: np.zeros(queries.num_items, np.int64) for k in self._ks}
-        # Of one block of queries: a table is quicker to ask than a search.
-        self._is_relevant = np.zeros((size, queries.num_items), bool)
-
-    def add(self, block: slice, rows: np.ndarray) -> None:
-        """Measures the lists of a slice of the queries.
-
-        Args:
-            block: Slice of the queries.
-            rows: Items of the lists, int [b, K], best first and -1 where no item is left.
-        """
-        relevant = self._queries.relevant.take(np.arange(block.start, block.stop))
-        is_filled = rows >= 0
-        self._is_relevant[relevant.rows, relevant.values] = True
-        hits = self._is_relevant[np.arange(len(rows))[:, None], rows] & is_filled
-        self._is_relevant[relevant.rows, relevant.values] = False
-        # Without a mask: a list that could not be filled is still K long to these.
-        query, rank = np.nonzero(hits)
-        self._hits.append(Hits(block.start + query, rank, rows[query, rank]))
-        figures = metrics.hit_figures(query, rank, self._num_relevant[block], self._ks)
-        for name, values in self._item_values.items():
-            means = metrics.means_at(values[rows], is_filled, self._ks)
-            figures |= {f"{name}@{k}": mean for k, mean in zip(self._ks, means)}
-        lengths = is_filled.sum(1)
-        figures |= {f"short_list@{k}": (lengths < k).astype(float) for k in self._ks}
-        for name, values in figures.items():
-            self._values.setdefault(name, []).append(values)
-        # Coverage is over the same queries as the means.
-        counted = np.where(self._is_answerable[block, None], rows, -1)
-        start = 0
-        for k in self._ks:
-            items = counted[:, start:k]
-            listed = items[items >= 0]
-            self._exposures[k] += np.bincount(listed, minlength=self._queries.num_items)
-            start = k
-
-    def evaluation(self) -> Evaluation:
-        """Returns the means over the queries that have an answer, and the numbers of queries."""
-        result: dict[str, float] = {}
-        joined = {name: np.concatenate(values) for name, values in self._values.items()}
-        for name, values in joined.items():
-            result[name] = _average(values, self._is_answerable)
-        exposures = np.zeros(self._queries.num_items, np.int64)
-        exposures_at: dict[int, np.ndarray] = {}
-        for k in self._ks:
-            # Those of the ranks after the next smaller length were counted for this one.
-            exposures = exposures + self._exposures[k]
-            exposures_at[k] = exposures
-            result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
-            result[f"gini@{k}"] = metrics.gini(exposures)
-        result["queries"] = int(self._is_answerable.sum())
-        result["queries_without_answer"] = int((~self._is_answerable).sum())
-        hits = Hits(*map(np.concatenate, zip(*self._hits)))
-        return Evaluation(result, joined, self._num_relevant, hits, exposures_at)
-
-
-def _item_values(queries: Queries) -> dict[str, np.ndarray]:
-    """Returns what a list is measured by besides its hits: a number for each item, float64 [N]."""
-    counts = queries.counts
-    information = metrics.self_information(counts, int(counts.sum()), len(counts))
-    return {
-        "novelty": np.asarray(information),
-        "average_popularity": counts.astype(float),
-        "long_tail": metrics.is_long_tail(counts).astype(float),
-        "never_trained": (counts == 0).astype(float),
-    }
 
 
 @runtime_checkable
@@ -609,10 +509,3 @@ def _relevant_behind_equals(scores: Float[Array, "B N"], pairs: _Pairs) -> Float
     next_lower = jnp.where(relevant_scores == tiny, 0.0, next_lower)
     next_lower = jnp.where(relevant_scores == 0, -tiny, next_lower)
     return scores.at[positions].set(next_lower, mode="drop")
-
-
-def _average(values: np.ndarray, where: np.ndarray) -> float:
-    if not where.any():
-        return 0.0
-    # In float64: a sum of many float32 values loses digits.
-    return float(values[where].mean(dtype=np.float64))

@@ -30,6 +30,7 @@ from twotower.evaluation.evaluate import (
     model_scores,
     query_vectors,
 )
+from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import EARLIER_PARTS, Queries, make_queries
@@ -67,6 +68,7 @@ def measure_run(
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
+    further_metrics: Sequence[str] = (),
     table_path: Path | None = None,
 ) -> Measured:
     """Measures the model of a run, and baselines, over the whole corpus.
@@ -86,6 +88,8 @@ def measure_run(
             measured with seen items masked.
         slices: Columns of users, items or rows whose values are measured apart, besides what
             always is; see `twotower.evaluation.slices`.
+        further_metrics: Metrics that take longer: "auc", "diversity" (by the item vectors of the
+            model) and "distinct.COLUMN" (distinct values of a column of items in a list).
         table_path: Parquet file to write the figures of every query to, see `query_table`.
 
     Returns:
@@ -105,6 +109,7 @@ def measure_run(
     parts = default_slices(queries, run.prepared.train.user)
     # Before anything is ranked: a misspelt column is refused at once.
     parts |= {name: column_slice(run.prepared, queries, split, name) for name in slices}
+    further = _further(run, further_metrics)
     rankings: dict[str, Scores] = {
         "model": model_scores(run.prepared, run.model, run.weights, queries)
     }
@@ -119,7 +124,7 @@ def measure_run(
     masked: dict[str, Evaluation] = {}
     # Papers report either mode, and the two are not comparable: both are always measured.
     for name, scores in rankings.items():
-        evaluations = evaluate_both(scores, queries, ks)
+        evaluations = evaluate_both(scores, queries, ks, further=further)
         masked[name] = evaluations[0]
         for suffix, evaluation in zip(SUFFIXES, evaluations):
             if name != "model":
@@ -227,6 +232,17 @@ def sample_vectors(run: Run, queries: Queries) -> SampledVectors:
     items = embed_rows(run.model, run.weights, "item", features)
     users = query_vectors(run.prepared, run.model, run.weights, queries.sample(AUDIT_USERS))
     return SampledVectors(users, items, rows)
+
+
+def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:
+    """Returns what the named metrics read."""
+    values = item_values(run.prepared.items, names)
+    vectors = None
+    if "diversity" in names:
+        # Those of the model for baselines too, whose lists are then compared by one measure.
+        features = run.prepared.features["item"]
+        vectors = np.asarray(embed_rows(run.model, run.weights, "item", features))
+    return FurtherMetrics("auc" in names, vectors, values)
 
 
 def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Measured:

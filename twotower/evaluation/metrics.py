@@ -128,6 +128,38 @@ def average_precision(
     return _divide((counted * precisions).sum(1), most_hits)
 
 
+def average_precision_of_all(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the sum of the precisions at the hits over the number of all relevant items.
+
+    (1 / |relevant|) sum_k hit_k (hits up to k) / k, the map_cut of trec_eval and the map of ranx: a
+    perfect list that is shorter than the relevant items are many scores less than 1.
+    """
+    ranks = _ranks(hits, where)
+    counted = _counted_hits(hits, where)
+    xp = _namespace(hits)
+    precisions = xp.cumsum(counted, axis=1) / xp.maximum(ranks, 1)
+    return _divide((counted * precisions).sum(1), num_relevant)
+
+
+def mrr_of_all(
+    hits: Bool[Array, "B K"],
+    num_relevant: Int[Array, " B"],
+    *,
+    where: Bool[Array, "B K"] | None = None,
+) -> Float[Array, " B"]:
+    """Returns the mean of the reciprocal ranks of all relevant items, 0 of those not in the list.
+
+    `mrr` takes the first one alone; where every query has one relevant item, both are equal.
+    """
+    ranks = _namespace(hits).maximum(_ranks(hits, where), 1)
+    return _divide((_counted_hits(hits, where) / ranks).sum(1), num_relevant)
+
+
 def ranking_figures(
     hits: np.ndarray, num_relevant: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
@@ -182,7 +214,10 @@ def hit_figures(
         figures[f"hit_rate@{k}"] = np.minimum(found, 1.0)
         figures[f"ndcg@{k}"] = _divide(sums(discount), ideal[best])
         figures[f"mrr@{k}"] = sums(np.where(number == 1, reciprocal, 0.0))
-        figures[f"map@{k}"] = _divide(sums(number * reciprocal), best)
+        precisions = sums(number * reciprocal)
+        figures[f"map@{k}"] = _divide(precisions, best)
+        figures[f"map_of_all@{k}"] = _divide(precisions, num_relevant)
+        figures[f"mrr_of_all@{k}"] = _divide(sums(reciprocal), num_relevant)
     return figures
 
 
@@ -282,10 +317,30 @@ def is_long_tail(counts: Int[Array, " N"], *, head: float = 0.2) -> np.ndarray:
     return tail
 
 
+def popularity_ranks(counts: Int[Array, " N"]) -> np.ndarray:
+    """Returns the place of each item by falling number of training rows, from 0, int64 [N].
+
+    The serendipity of a list is the share of its ranks that hold a right answer which is not among
+    the K most popular items, those that anybody could have listed (Ge et al., Beyond accuracy,
+    RecSys 2010, with popularity as the primitive recommender).
+    """
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
 # Metrics of lists besides their hits: what is listed, whether it is right or not.
-LIST_METRICS = ("novelty", "average_popularity", "long_tail", "never_trained", "short_list")
+LIST_METRICS = (
+    "novelty",
+    "average_popularity",
+    "long_tail",
+    "serendipity",
+    "never_trained",
+    "short_list",
+)
 # Metrics of all lists together.
-CORPUS_METRICS = ("coverage", "gini")
+CORPUS_METRICS = ("coverage", "gini", "repeated_list", "popularity_lift")
 # Metrics of accuracy by the name that reports print; all take (hits, num_relevant, where=).
 RANKING_METRICS = {
     "recall": recall,
@@ -294,6 +349,8 @@ RANKING_METRICS = {
     "ndcg": ndcg,
     "mrr": mrr,
     "map": average_precision,
+    "map_of_all": average_precision_of_all,
+    "mrr_of_all": mrr_of_all,
 }
 # Other words for metrics of lists, for the message on one that is not known.
 SYNONYMS = {
@@ -312,6 +369,7 @@ SYNONYMS = {
     "ap": "map",
     "average_precision": "map",
     "mean_average_precision": "map",
+    "map_cut": "map_of_all",
     "catalogue_coverage": "coverage",
     "item_coverage": "coverage",
 }

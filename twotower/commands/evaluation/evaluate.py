@@ -54,6 +54,12 @@ _SLICES = flags.DEFINE_list(
     "Columns whose values are measured apart: --slices=country,item.category.",
     flag_values=FLAGS,
 )
+_FURTHER_METRICS = flags.DEFINE_list(
+    "further_metrics",
+    [],
+    "Metrics that take longer: --further_metrics=auc,diversity,distinct.brand.",
+    flag_values=FLAGS,
+)
 _DIM = flags.DEFINE_integer(
     "dim",
     None,
@@ -104,6 +110,7 @@ def main() -> None:
         max_queries=_QUERIES.value,
         popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
         slices=_SLICES.value,
+        further_metrics=_FURTHER_METRICS.value,
         devices=_DEVICES.value,
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)

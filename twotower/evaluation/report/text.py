@@ -14,6 +14,7 @@ from typing import Any
 from twotower.core.tables import format_table
 from twotower.evaluation.audits import spoken_sentences
 from twotower.evaluation.baselines.make import NO_RIVALS
+from twotower.evaluation.further import DISTINCT, NAMES
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
@@ -23,9 +24,15 @@ from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
 
-TABLE_METRICS = (*RANKING_METRICS, *CORPUS_METRICS, *LIST_METRICS)
+# Variants are told apart in the JSON file.
+VARIANTS = ("map_of_all", "mrr_of_all")
+TABLE_METRICS = tuple(
+    name for name in (*RANKING_METRICS, *CORPUS_METRICS, *LIST_METRICS) if name not in VARIANTS
+)
 EVERY_K_METRICS = ("recall", "ndcg")  # the others are shown for the shortest lists alone
 SEED_METRICS = ("recall", "ndcg")  # those that papers report
+
+FURTHER_NAMES = (*NAMES, DISTINCT)  # beginnings of the metrics that were asked for
 
 # By the suffix of the keys that `measure_run` gives.
 MASKING_TITLES = {"": "Seen items masked", "_unmasked": "Nothing masked"}
@@ -92,19 +99,31 @@ def format_metrics(
         ks: Lengths of the lists, rising.
         intervals: Lower and upper ends of the figures of the first ranking, shown after them.
     """
-    rows = []
+    first = next(iter(columns.values()))
+    # Those that were asked for; one without a length, such as AUC, is of the whole corpus.
+    further = [name for name in first if name.startswith(FURTHER_NAMES)]
+    names = []
     for name in TABLE_METRICS:
-        shortest = ks[:1]
-        for k in ks if name in EVERY_K_METRICS else shortest:
-            metric = f"{name}@{k}"
-            row = [metric, *(f"{values[metric]:.4f}" for values in columns.values())]
-            if intervals:
-                row.insert(2, _interval(intervals.get(metric)))
-            rows.append(row)
+        lengths = ks if name in EVERY_K_METRICS else ks[:1]
+        names += [f"{name}@{k}" for k in lengths]
+    names += [name for name in further if "@" not in name or name.endswith(f"@{ks[0]}")]
+    rows = []
+    for name in names:
+        row = [name, *(_figure(values, name) for values in columns.values())]
+        if intervals:
+            row.insert(2, _interval(intervals.get(name)))
+        rows.append(row)
     header = ["", *map(_short_name, columns)]
     if intervals:
         header.insert(2, f"{LEVEL:.0%} interval")
     return format_table(rows, header, align="lr")
+
+
+def _figure(values: Mapping[str, float], name: str) -> str:
+    """Returns a figure as text; one that nothing was asked for, or that is not defined, is "-"."""
+    if name not in values or not values["queries"]:
+        return "-"
+    return f"{values[name]:.4f}"
 
 
 def _interval(ends: Sequence[float] | None) -> str:

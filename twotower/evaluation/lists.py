@@ -1,0 +1,233 @@
+"""The figures of lists, query by query and over all of them, while blocks of lists come in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from twotower.core.arrays import pair_keys
+from twotower.evaluation import metrics
+from twotower.evaluation.further import (
+    FurtherMetrics,
+    RankingAuc,
+    distinct_at,
+    diversity_at,
+    unit_vectors,
+)
+from twotower.evaluation.queries import Queries
+
+
+class Hits(NamedTuple):
+    """Right answers that lists hold, by query and then by rank; int [H] each."""
+
+    query: np.ndarray
+    rank: np.ndarray  # from 0
+    item: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What lists are worth, over all queries and query by query.
+
+    Attributes:
+        figures: Means over the queries with an answer, and the figures of all lists together:
+            "recall@10", "coverage@10", "queries" and so on.
+        values: Name of each mean -> its values, float64 [Q].
+        num_relevant: Number of right answers of each query, int32 [Q].
+        hits: Right answers in the longest lists.
+        exposures: Length of lists -> number of lists that hold each item, int64 [N].
+    """
+
+    figures: dict[str, float]
+    values: Mapping[str, np.ndarray]
+    num_relevant: np.ndarray
+    hits: Hits
+    exposures: Mapping[int, np.ndarray]
+
+    @property
+    def is_averaged(self) -> np.ndarray:
+        """Whether a query has an answer, so that it counts in the means, bool [Q]."""
+        return self.num_relevant > 0
+
+
+class Lists:
+    """The figures of the lists of one protocol, while blocks of lists come in.
+
+    Attributes:
+        mask_seen: Whether seen items are no part of the lists, nor of the relevant items.
+    """
+
+    def __init__(
+        self,
+        queries: Queries,
+        ks: Sequence[int],
+        size: int,
+        *,
+        mask_seen: bool,
+        further: FurtherMetrics,
+    ):
+        self.mask_seen = mask_seen
+        # Both halves belong together: an item that no list may hold would count as missed.
+        self._queries = queries.without_seen() if mask_seen else queries
+        self._ks = sorted(set(ks))
+        # Once: each is computed from all queries or all items.
+        self._num_relevant = self._queries.num_relevant
+        self._is_answerable = self._num_relevant > 0
+        self._item_values = _item_values(queries)
+        self._popularity_rank = metrics.popularity_ranks(queries.counts)
+        self._item_hashes = np.random.default_rng(0).integers(
+            0, 2**64, queries.num_items + 1, dtype=np.uint64
+        )
+        # Of rank without an item, -1, which changes no sum.
+        self._item_hashes[-1] = 0
+        self._values: dict[str, list[np.ndarray]] = {}
+        self._hits: list[Hits] = []
+        # Length -> sums of the hashes of the items of each list, uint64 [b] of each block.
+        self._list_hashes: dict[int, list[np.ndarray]] = {k: [] for k in self._ks}
+        # Length -> number of lists that hold an item, int64 [N].
+        self._exposures = {k: np.zeros(queries.num_items, np.int64) for k in self._ks}
+        # Of one block of queries: a table is quicker to ask than a search.
+        self._is_relevant = np.zeros((size, queries.num_items), bool)
+        self._further = further
+        self._units = None
+        if further.item_vectors is not None:
+            self._units = unit_vectors(further.item_vectors)
+        self._auc = None
+        if further.auc:
+            self._auc = RankingAuc(self._queries, mask_seen=mask_seen)
+
+    def add_scores(self, block: slice, scores: np.ndarray) -> None:
+        """Measures the scores [b, N] of a slice of the queries, where AUC was asked for."""
+        if self._auc is not None:
+            self._auc.add(block, scores)
+
+    def add(self, block: slice, rows: np.ndarray) -> None:
+        """Measures the lists of a slice of the queries.
+
+        Args:
+            block: Slice of the queries.
+            rows: Items of the lists, int [b, K], best first and -1 where no item is left.
+        """
+        relevant = self._queries.relevant.take(np.arange(block.start, block.stop))
+        is_filled = rows >= 0
+        self._is_relevant[relevant.rows, relevant.values] = True
+        hits = self._is_relevant[np.arange(len(rows))[:, None], rows] & is_filled
+        self._is_relevant[relevant.rows, relevant.values] = False
+        # Without a mask: a list that could not be filled is still K long to these.
+        query, rank = np.nonzero(hits)
+        item = rows[query, rank]
+        self._hits.append(Hits(block.start + query, rank, item))
+        figures = metrics.hit_figures(query, rank, self._num_relevant[block], self._ks)
+        for name, values in self._item_values.items():
+            means = metrics.means_at(values[rows], is_filled, self._ks)
+            figures |= {f"{name}@{k}": mean for k, mean in zip(self._ks, means)}
+        lengths = is_filled.sum(1)
+        figures |= {f"short_list@{k}": (lengths < k).astype(float) for k in self._ks}
+        for k in self._ks:
+            is_surprise = (rank < k) & (self._popularity_rank[item] >= k)
+            surprises = np.bincount(query[is_surprise], minlength=len(rows))
+            figures[f"serendipity@{k}"] = surprises / k
+        figures |= self._further_figures(rows)
+        for name, values in figures.items():
+            self._values.setdefault(name, []).append(values)
+        # Coverage is over the same queries as the means.
+        counted = np.where(self._is_answerable[block, None], rows, -1)
+        start = 0
+        hashes = np.zeros(len(rows), np.uint64)
+        for k in self._ks:
+            items = counted[:, start:k]
+            listed = items[items >= 0]
+            self._exposures[k] += np.bincount(listed, minlength=self._queries.num_items)
+            hashes = hashes + self._item_hashes[rows[:, start:k]].sum(1)
+            self._list_hashes[k].append(hashes)
+            start = k
+
+    def _further_figures(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the metrics of lists that were asked for."""
+        figures = {}
+        if self._units is not None:
+            diversities = diversity_at(self._units, rows, self._ks)
+            figures |= {f"diversity@{k}": x for k, x in zip(self._ks, diversities)}
+        for column, values in self._further.item_values.items():
+            counts = distinct_at(values, rows, self._ks)
+            figures |= {f"distinct.{column}@{k}": x for k, x in zip(self._ks, counts)}
+        return figures
+
+    def evaluation(self) -> Evaluation:
+        """Returns the means over the queries that have an answer, and the numbers of queries."""
+        result: dict[str, float] = {}
+        joined = {name: np.concatenate(values) for name, values in self._values.items()}
+        if self._auc is not None:
+            joined["auc"] = self._auc.values()
+        for name, values in joined.items():
+            result[name] = _average(values, self._is_answerable)
+        exposures = np.zeros(self._queries.num_items, np.int64)
+        exposures_at: dict[int, np.ndarray] = {}
+        for k in self._ks:
+            # Those of the ranks after the next smaller length were counted for this one.
+            exposures = exposures + self._exposures[k]
+            exposures_at[k] = exposures
+            result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
+            result[f"gini@{k}"] = metrics.gini(exposures)
+            result[f"repeated_list@{k}"] = self._repeated_share(k)
+            lift = self._popularity_lift(joined[f"average_popularity@{k}"])
+            if lift is not None:
+                result[f"popularity_lift@{k}"] = lift
+        if self._auc is not None:
+            result["auc_of_all"] = self._auc.of_all_queries()
+        result["queries"] = int(self._is_answerable.sum())
+        result["queries_without_answer"] = int((~self._is_answerable).sum())
+        hits = Hits(*map(np.concatenate, zip(*self._hits)))
+        return Evaluation(result, joined, self._num_relevant, hits, exposures_at)
+
+    def _repeated_share(self, k: int) -> float:
+        """Returns the share of lists whose items are those of another user's list, in any order."""
+        hashes = np.concatenate(self._list_hashes[k])[self._is_answerable]
+        users = self._queries.user[self._is_answerable]
+        if not len(hashes):
+            return 0.0
+        _, number = np.unique(hashes, return_inverse=True)
+        # A user that is asked twice repeats nobody else.
+        pairs = np.unique(pair_keys(number, users))
+        num_users = np.bincount(pairs >> 32)
+        return float((num_users[number] > 1).mean())
+
+    def _popularity_lift(self, average_popularity: np.ndarray) -> float | None:
+        """Returns how much more popular the lists are than what their users had; None without it.
+
+        The mean popularity of the lists over that of the users' histories, less 1, of queries whose
+        user had anything (Abdollahpouri et al., The unfairness of popularity bias in
+        recommendation, RMSE 2019).
+        """
+        history = self._queries.seen
+        popularity = self._queries.counts[history.values].astype(float)
+        sums = np.bincount(history.rows, popularity, minlength=len(history))
+        lengths = history.lengths
+        users = self._queries.user
+        is_known = self._is_answerable & (lengths[users] > 0)
+        own = sums[users[is_known]] / lengths[users[is_known]]
+        if not own.sum():
+            return None
+        return float(average_popularity[is_known].mean() / own.mean() - 1)
+
+
+def _item_values(queries: Queries) -> dict[str, np.ndarray]:
+    """Returns what a list is measured by besides its hits: a number for each item, float64 [N]."""
+    counts = queries.counts
+    information = metrics.self_information(counts, int(counts.sum()), len(counts))
+    return {
+        "novelty": np.asarray(information),
+        "average_popularity": counts.astype(float),
+        "long_tail": metrics.is_long_tail(counts).astype(float),
+        "never_trained": (counts == 0).astype(float),
+    }
+
+
+def _average(values: np.ndarray, where: np.ndarray) -> float:
+    if not where.any():
+        return 0.0
+    # In float64: a sum of many float32 values loses digits.
+    return float(values[where].mean(dtype=np.float64))
