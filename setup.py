@@ -20,6 +20,12 @@ EXTRAS = {
     "bigquery": ["google-cloud-bigquery>=3.20"],
     "text": ["onnxruntime>=1.20", "tokenizers>=0.20"],
     "redis": ["redis>=5.0"],
+    "serve": [
+        "starlette>=0.40",
+        "uvicorn[standard]>=0.30",
+        "msgspec>=0.19",
+        "prometheus-client>=0.20",
+    ],
     "plots": ["matplotlib>=3.8"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
@@ -27,6 +33,7 @@ EXTRAS = {
         "beartype>=0.20",
         "duckdb>=1.0",
         "faiss-cpu>=1.8",
+        "httpx>=0.27",
         "nbformat>=5.10",
         "onnx>=1.16",
         "pandas>=2.2",
@@ -37,6 +44,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "pytrec-eval-terrier>=0.5.6",
         "ruff>=0.14",
+        "schemathesis>=4.0",
         "setuptools>=77",  # builds the wheel that a test looks into
     ],
 }

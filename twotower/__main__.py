@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "export",
     "evaluate": "evaluation.evaluate",
     "query": "query",
+    "serve": "serve",
     "recommend_all": "recommend_all",
     "embed": "embed",
     "repeat": "evaluation.repeat",

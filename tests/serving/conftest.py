@@ -1,5 +1,7 @@
 """One small bundle of a model that reads what users did, for all tests of serving."""
 
+import importlib.util
+import os
 import shutil
 
 import pytest
@@ -8,6 +10,9 @@ from tests.retrieval.runs import make_run
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 
+# Without the extra serve the lists are tested alone; where nothing may be left out, all fail.
+if importlib.util.find_spec("msgspec") is None and not os.environ.get("TWOTOWER_COMPLETE"):
+    collect_ignore = ["test_answers.py", "test_api.py", "test_process.py"]
 HISTORY = {"type": "history", "max_length": 8, "reads": ["item_id"]}
 FEATURES = {
     "user": {"city": {"type": "string", "embedding_size": 4}, "history": HISTORY},

@@ -17,12 +17,13 @@ from numpy.typing import ArrayLike
 
 from twotower.config import RerankConfig
 from twotower.core.arrays import Ragged
-from twotower.core.arrow import int_array
+from twotower.core.arrow import int_array, pc
 from twotower.core.errors import ChangesError, ConfigError, UnknownItemError, echo
 from twotower.core.fork import check_fork
 from twotower.core.ids import read_id, read_ids
 from twotower.core.progress import progress
 from twotower.core.times import TimeForm
+from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue, nearest
@@ -439,7 +440,7 @@ class Retriever:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = (),
     ) -> Recommendations:
-        """Returns the `k` items of the latest time, which is their score in seconds since 1970.
+        """Returns the `k` items of the latest time, or greatest number, which is their score.
 
         Args:
             k: Length of the list.
@@ -490,19 +491,19 @@ class Retriever:
         Raises:
             ConfigError: There is none, or more than one.
         """
-        schema = self._live.catalogue.schema
+        base = self._live.catalogue.snapshot.base.items
         columns = []
-        for field in schema:
-            form = self.forms.contract.columns.get(f"item.{field.name}")
-            is_time = isinstance(form, TimeForm) or field.name in self.forms.units
-            if is_time or pa.types.is_temporal(field.type):
-                columns.append(field.name)
+        for name, column in zip(base.column_names, base.columns):
+            form = self.forms.contract.columns.get(f"item.{name}")
+            is_time = isinstance(form, TimeForm) or name in self.forms.units
+            if is_time or _holds_times(column):
+                columns.append(name)
         if len(columns) == 1:
             return columns[0]
-        problem = "has several of times: " + ", ".join(columns)
+        problem = f"has several of times: {', '.join(columns)}"
         if not columns:
-            problem = f"has none of times, but {', '.join(schema.names)}"
-        raise ConfigError(f"column=None must name a display column: the bundle {problem}.")
+            problem = f"has none of times, but {', '.join(base.column_names)}"
+        raise ConfigError(f"column=None: the bundle {problem}. Name the one to order by.")
 
     def encode_user(
         self,
@@ -790,6 +791,12 @@ class Retriever:
         finally:
             self._maintenance.release()
 
+    def has_item(self, item: Any) -> bool:
+        """Whether the item is there now."""
+        catalogue = self._live.catalogue
+        number = catalogue.numbers.get(self._item_id(item))
+        return number is not None and catalogue.snapshot.position_of(number) >= 0
+
     def _user_id(self, user: Any) -> str:
         # Most ids are those of the bundle, letter for letter.
         if type(user) is str and user in self.user_rows.row_by_id:
@@ -1057,6 +1064,16 @@ def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:
     note = f"No item satisfies {describe(where)}."
     logging.warning("%s", note)
     return note
+
+
+def _holds_times(column: pa.ChunkedArray) -> bool:
+    """Whether the values of a column are times: by their type, or numbers that mean our days."""
+    if pa.types.is_temporal(column.type):
+        return True
+    if not pa.types.is_integer(column.type) or column.null_count == len(column):
+        return False
+    ends = pc.min_max(column).as_py()
+    return all(unit_of(value) is not None for value in ends.values())
 
 
 def _mean_direction(

@@ -1,0 +1,56 @@
+"""A server in this process, asked without a network."""
+
+import asyncio
+
+import httpx
+
+from twotower.serving.access import Access
+from twotower.serving.answers import Answers
+from twotower.serving.app import App
+from twotower.serving.events import EventLog
+from twotower.serving.limits import Limits
+
+TOKENS = {
+    "read": "a token for reading",
+    "change": "a token for changes",
+    "admin": "a token for everything",
+}
+
+
+def make_app(retriever, folder, *, tokens=None, **options):
+    """A server that is ready, with its events in a folder."""
+    options.setdefault("limits", Limits(seconds=0.3))
+    events = EventLog(folder / "events")
+    app = App(Answers(retriever), events, access=Access(tokens or {}), **options)
+    app.status = "ok"
+    return app
+
+
+async def send(app, method, path, body=None, **options):
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
+    # Without certificates, which take longer to read than a request to answer.
+    options_of_client = {"base_url": "http://shop", "verify": False, "trust_env": False}
+    async with httpx.AsyncClient(transport=transport, **options_of_client) as client:
+        if body is not None:
+            options["json"] = body
+        return await client.request(method, path, **options)
+
+
+def ask(app, method, path, body=None, **options):
+    """The response to one request."""
+    return asyncio.run(send(app, method, path, body, **options))
+
+
+def post(app, name, **body):
+    """The answer to a request that is right."""
+    response = ask(app, "POST", f"/v1/{name}", body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(app, name, status=400, **body):
+    """The problem of a request that is refused."""
+    response = ask(app, "POST", f"/v1/{name}", body)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    return response.json()

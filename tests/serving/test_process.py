@@ -1,0 +1,138 @@
+"""A server as a process of its own, on loopback: its bounds, its end, and what a kill leaves."""
+
+import concurrent.futures
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from twotower.retrieval.bundle import load_bundle
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a token for changes"
+
+
+class Server:
+    """`twotower serve` on a free port."""
+
+    def __init__(self, bundle, *flags):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TWOTOWER_CHANGE_TOKEN": TOKEN,
+        }
+        command = [sys.executable, "-m", "twotower", "serve", f"--bundle={bundle}", "--port=0"]
+        self.process = subprocess.Popen(
+            [*command, *flags], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        (port,) = re.findall(r":(\d+) ", self.process.stdout.readline())
+        self.port = int(port)
+        while self.request("GET", "/readyz")[0] != 200:
+            assert self.process.poll() is None
+            time.sleep(0.05)
+
+    def request(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        headers = {"content-type": "application/json", "x-api-key": TOKEN}
+        content = None if body is None else json.dumps(body)
+        connection.request(method, path, content, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        connection.close()
+        return response.status, answer
+
+    def raw(self, sent):
+        """What comes back until the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+            connection.sendall(sent)
+            received = b""
+            while True:
+                part = connection.recv(65_536)
+                if not part:
+                    return received
+                received += part
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+def check_bounds(server):
+    """A head, or a body, that does not end, and a head that is too long, end the connection."""
+    assert server.raw(b"GET /healthz HTTP/1.1\r\nhost: a\r\n").startswith(b"HTTP/1.1 408")
+    body = b"POST /v1/retrieve HTTP/1.1\r\ncontent-type: application/json\r\n"
+    body += b"content-length: 10\r\n\r\n{"
+    assert server.raw(body).startswith(b"HTTP/1.1 408")
+    long = b"GET / HTTP/1.1\r\nx: " + b"y" * 20_000
+    assert server.raw(long).startswith(b"HTTP/1.1 431")
+    assert server.raw(long + b"\r\n\r\n").startswith(b"HTTP/1.1 431")
+    assert server.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def check_overload(server):
+    """More in one moment than may wait: some are answered, the others refused at once."""
+    head = b"POST /v1/popular HTTP/1.1\r\ncontent-type: application/json\r\n"
+    ask = head + b"content-length: 2\r\nconnection: close\r\n\r\n{}"
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(server.raw, [ask] * 100))
+    statuses = {answer[9:12] for answer in answers}
+    assert b"200" in statuses and statuses <= {b"200", b"503"}
+
+
+def check_end(server, user):
+    """Requests go on while it ends: what it takes it answers, and then it takes none."""
+
+    def ask_on(_):
+        answered = 0
+        while True:
+            try:
+                status, _ = server.request("POST", "/v1/retrieve", {"user_id": user})
+            # Refused, or dropped by the system with the connections that nobody had accepted.
+            except (ConnectionRefusedError, ConnectionResetError):
+                return answered
+            assert status in (200, 503)
+            answered += status == 200
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(ask_on, number) for number in range(2)]
+        time.sleep(0.3)
+        assert server.end(signal.SIGTERM) == 0
+        assert min(ended.result() for ended in running) > 0
+
+
+@pytest.mark.slow
+def test_a_server_keeps_what_it_acknowledged_and_ends_when_it_has_answered(copied):
+    user = load_bundle(copied).users["user_id"][0].as_py()
+    events = [{"event_id": "e", "user_id": user, "item_id": "i-new", "event": "click"}]
+    server = Server(copied, "--seconds=0.5", "--queue=4")
+    try:
+        check_bounds(server)
+        check_overload(server)
+        # Acknowledged, and killed at once.
+        assert server.request("POST", "/v1/events", {"events": events})[1]["accepted"] == 1
+        item = {"columns": {"title": "A new lamp"}}
+        assert server.request("PUT", "/v1/items/i-new", item)[0] == 200
+    finally:
+        server.end(signal.SIGKILL)
+    server = Server(copied)
+    try:
+        assert server.request("POST", "/v1/events", {"events": events})[1]["duplicates"] == 1
+        _, answer = server.request("POST", "/v1/retrieve", {"user_id": user, "k": 200})
+        shown = [item["item_id"] for item in answer["items"]]
+        _, popular = server.request("POST", "/v1/popular", {"k": 200, "columns": ["title"]})
+        titles = {item["item_id"]: item["display"]["title"] for item in popular["items"]}
+        # The item is there, and the user is not shown it again.
+        assert titles["i-new"] == "A new lamp" and "i-new" not in shown
+        check_end(server, user)
+    finally:
+        if server.process.poll() is None:
+            server.end(signal.SIGKILL)

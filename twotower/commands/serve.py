@@ -1,0 +1,98 @@
+r"""Answers requests for recommendations over HTTP, by a bundle.
+
+    twotower serve --workdir=runs/quickstart
+
+    twotower serve --bundle=shop_bundle --port=8080 --tokens=tokens.json --aliases=names.json
+
+    curl http://127.0.0.1:8000/v1/retrieve -H 'Content-Type: application/json' \
+        -d '{"user_id": "42", "k": 10}'
+
+The API is described at /v1/openapi.json. SIGTERM and Ctrl-C end the server after it has answered
+what it accepted. It needs the extra serve.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from twotower.commands import launch
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
+_BUNDLE = flags.DEFINE_string(
+    "bundle", None, "The folder of a bundle, in the place of --workdir.", flag_values=FLAGS
+)
+_HOST = flags.DEFINE_string(
+    "host",
+    "127.0.0.1",
+    "Address to answer at; others than this machine reach it by 0.0.0.0 alone. Encryption is left "
+    "to a proxy before it.",
+    flag_values=FLAGS,
+)
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to answer at; 0 finds a free one.", lower_bound=0, flag_values=FLAGS
+)
+_TOKENS = flags.DEFINE_string(
+    "tokens",
+    "",
+    'JSON file of tokens: {"read": TOKEN, "change": TOKEN, "admin": TOKEN}, or several each in a '
+    "list. TWOTOWER_READ_TOKEN and so on do the same.",
+    flag_values=FLAGS,
+)
+_ALIASES = flags.DEFINE_string(
+    "aliases",
+    "",
+    'JSON file of the field names of your API: {"buyer_id": "user_id", ...}.',
+    flag_values=FLAGS,
+)
+_EVENTS = flags.DEFINE_string(
+    "events", "", "File that keeps events; by default beside the bundle.", flag_values=FLAGS
+)
+_QUEUE = flags.DEFINE_integer(
+    "queue",
+    100,
+    "Requests that may wait at once; more are refused with 503 and Retry-After.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_SECONDS = flags.DEFINE_float(
+    "seconds",
+    10.0,
+    "Time in which a request must arrive, and its answer be taken.",
+    lower_bound=0.1,
+    flag_values=FLAGS,
+)
+
+
+def main() -> None:
+    launch.require_one(_WORKDIR, _BUNDLE)
+    from twotower.core.install import extra
+    from twotower.retrieval.bundle import BUNDLE
+
+    with extra("serve", "serve"):
+        from twotower.serving import server
+        from twotower.serving.limits import Limits
+    if _WORKDIR.value is not None:
+        from twotower.plugins import load_config
+
+        load_config(_WORKDIR.value)  # says what to do where the folder is no run
+        folder = Path(_WORKDIR.value) / BUNDLE
+    else:
+        folder = Path(_BUNDLE.value or "")
+    # First, so that a port in use is not met after a long load.
+    bound = server.bind(_HOST.value, _PORT.value)
+    app = server.make_app(
+        folder,
+        events=_EVENTS.value,
+        tokens=_TOKENS.value,
+        aliases=_ALIASES.value,
+        limits=Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
+    )
+    # Before it is said: whoever reads the line may connect at once.
+    bound.listen(server.BACKLOG)
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Serving {folder} at http://{shown}:{port} (/v1/openapi.json describes it).", flush=True)
+    server.serve(app, bound)

@@ -1,0 +1,136 @@
+"""Who may do what: tokens for reading, for changing items and events, and for administration.
+
+A token stands in the header `Authorization: Bearer …` or `X-API-Key`. A greater right includes the
+smaller ones. Reading and sending events are open where no token is set for them; changing items
+never is.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from twotower.core.errors import ConfigError, did_you_mean, echo
+from twotower.serving.errors import RequestError
+
+MIN_LETTERS = 16  # of a token, so that it cannot be guessed
+
+
+class Right(enum.IntEnum):
+    """A right, which includes all below it."""
+
+    NONE = 0
+    READ = 1
+    CHANGE = 2
+    ADMIN = 3
+
+
+_NAMES = {"read": Right.READ, "change": Right.CHANGE, "admin": Right.ADMIN}
+
+
+class Access:
+    """The tokens of a server."""
+
+    def __init__(self, tokens: Mapping[str, str | Iterable[str]]):
+        """Keeps the hashes of tokens.
+
+        Args:
+            tokens: "read", "change" or "admin" -> a token, or several where one is being replaced.
+
+        Raises:
+            ConfigError: A right is unknown, or a token is too short.
+        """
+        self._rights: list[tuple[bytes, Right]] = []
+        for name, values in tokens.items():
+            if name not in _NAMES:
+                raise ConfigError(
+                    f"--tokens: {echo(name)} is no right{did_you_mean(name, _NAMES)} Known: "
+                    f"{', '.join(_NAMES)}."
+                )
+            listed = [values] if isinstance(values, str) else list(values)
+            for token in listed:
+                if not isinstance(token, str) or len(token) < MIN_LETTERS:
+                    raise ConfigError(
+                        f"--tokens: a token of {name!r} is shorter than {MIN_LETTERS} letters. "
+                        "Make one by: openssl rand -hex 32"
+                    )
+                self._rights.append((_digest(token.encode()), _NAMES[name]))
+        self._set = {right for _, right in self._rights}
+
+    @classmethod
+    def read(cls, path: str, environment: Mapping[str, str] = os.environ) -> Access:
+        """Returns the tokens of a JSON file, or of the environment: TWOTOWER_READ_TOKEN and so on.
+
+        Args:
+            path: File of {"read": TOKEN, "change": TOKEN, "admin": TOKEN}; "" for none.
+            environment: Environment variables.
+
+        Raises:
+            ConfigError: The file cannot be read, or holds something else.
+        """
+        tokens: dict[str, Any] = {}
+        for name in _NAMES:
+            value = environment.get(f"TWOTOWER_{name.upper()}_TOKEN")
+            if value:
+                tokens[name] = value
+        if path:
+            try:
+                read = json.loads(Path(path).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"--tokens={path} is no JSON: {error}.") from None
+            if not isinstance(read, dict):
+                raise ConfigError(f'--tokens={path} must hold an object: {{"read": "…"}}.')
+            tokens |= read
+        return cls(tokens)
+
+    def is_open(self, right: Right) -> bool:
+        """Whether a right needs no token, because none is set for it or for a smaller one."""
+        return right == Right.NONE or not any(held <= right for held in self._set)
+
+    def check(self, right: Right, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Refuses a request whose token does not give a right.
+
+        Args:
+            right: Right that the request needs.
+            headers: Headers of the request, their names in small letters.
+
+        Raises:
+            RequestError: It has no token, or a wrong one.
+        """
+        token = b""
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                token = value[7:].strip()
+            elif name == b"x-api-key":
+                token = value
+        if not token:
+            raise RequestError(
+                401,
+                "This needs a token.",
+                cure="Send the header Authorization: Bearer TOKEN.",
+            )
+        digest = _digest(token)
+        granted = Right.NONE
+        # All of them, so that the time does not tell which one was nearly right.
+        for known, held in self._rights:
+            if hmac.compare_digest(digest, known):
+                granted = max(granted, held)
+        if granted == Right.NONE:
+            raise RequestError(401, "The token is not known.", cure="Send another token.")
+        if granted < right:
+            raise RequestError(
+                403,
+                f"The token does not give the right to {right.name.lower()}.",
+                cure=f"Send a token for {right.name.lower()}.",
+            )
+
+
+def _digest(token: bytes) -> bytes:
+    # Of equal length whatever the token is, which the comparison needs.
+    return hashlib.sha256(token).digest()

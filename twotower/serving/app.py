@@ -1,0 +1,568 @@
+"""The server as an ASGI application: endpoints, who may use them, and when it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import msgspec
+from absl import logging
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from twotower.serving import openapi, types
+from twotower.serving.access import Access, Right
+from twotower.serving.aliases import Aliases
+from twotower.serving.answers import Answers
+from twotower.serving.errors import RequestError, explain
+from twotower.serving.events import EventLog
+from twotower.serving.limits import Limits, check_headers, read_body
+from twotower.serving.metrics import Metrics
+from twotower.serving.writer import Writer
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+# (request, id in the path) -> the answer, or a promise of it
+Handle = Callable[[Any, str], Any]
+
+FOLLOW_SECONDS = 0.25  # between looks at what other processes have changed
+ENCODER = msgspec.json.Encoder()
+JSON = b"application/json"
+PROBLEM = b"application/problem+json"
+TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+# No page may guess another type from a value in an answer, and nothing keeps what is personal.
+COMMON = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+
+
+class Endpoint:
+    """One method of one path: reads a request, asks for its answer and writes it.
+
+    A plain ASGI application: it costs a third of the time that Starlette's request and response
+    take.
+
+    Attributes:
+        name: Name in metrics and in the description.
+        method: Method of HTTP.
+        path: Path, with {item_id} where it holds an id.
+        summary: Sentence on what it does.
+        right: Right that its users need.
+        request: Type of the body; None without one.
+        answer: Type of the answer; None of text.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        name: str,
+        route: str,
+        summary: str,
+        handle: Handle,
+        *,
+        right: Right = Right.READ,
+        request: type[Any] | None = None,
+        answer: type[Any] | None = None,
+        always: bool = False,
+        needs_token: bool = False,
+    ):
+        """Prepares the endpoint.
+
+        Args:
+            app: Application that it belongs to.
+            name: Name in metrics and in the description.
+            route: Method and path, such as "POST /v1/retrieve".
+            summary: Sentence on what it does.
+            handle: Function that answers.
+            right: Right that its users need.
+            request: Type of the body; None without one.
+            answer: Type of the answer; None of text.
+            always: Whether it answers before the server is ready.
+            needs_token: Whether nobody has the right where no token is set for it.
+        """
+        self.name = name
+        self.method, self.path = route.split()
+        self.summary = summary
+        self.right = right
+        self.request = request
+        self.answer = answer
+        self._app = app
+        self._handle = handle
+        self._always = always
+        self._is_open = app.access.is_open(right) and not needs_token
+        self._decoder = None
+        if request is not None:
+            self._decoder = msgspec.json.Decoder(request)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.perf_counter()
+        app = self._app
+        body = b""
+        status = 200
+        kind = JSON
+        headers = COMMON
+        try:
+            if not self._is_open:
+                app.access.check(self.right, scope["headers"])
+            if not self._always and app.status != "ok":
+                raise app.not_ready()
+            request = None
+            if self._decoder is not None:
+                check_headers(scope["headers"], app.limits.body)
+                body = await read_body(receive, app.limits)
+                request = self._read(body)
+            item_id = ""
+            if "path_params" in scope:
+                item_id = scope["path_params"].get("item_id", "")
+            result = self._handle(request, item_id)
+            if inspect.isawaitable(result):
+                result = await result
+            payload = self._write(result)
+            if self.answer is None:
+                kind = TEXT
+            elif isinstance(result, types.Status) and result.status != "ok":
+                status = 503
+        except ConnectionError:
+            return
+        # The server goes on, whatever one request does.
+        except Exception as error:
+            refusal = explain(error, self.request, body)
+            status = refusal.status
+            kind = PROBLEM
+            payload = app.write_problem(refusal)
+            headers = _headers_of(refusal)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    (b"content-type", kind),
+                    (b"content-length", b"%d" % len(payload)),
+                    *headers,
+                    *app.closing,
+                ],
+            }
+        )
+        await send({"type": "http.response.body", "body": payload})
+        app.metrics.count_request(self.name, status, time.perf_counter() - start)
+
+    def _read(self, body: bytes) -> Any:
+        aliases = self._app.aliases
+        if aliases is None:
+            assert self._decoder is not None
+            return self._decoder.decode(body)
+        return msgspec.convert(aliases.to_ours(msgspec.json.decode(body)), self.request)
+
+    def _write(self, result: Any) -> bytes:
+        if self.answer is None:
+            return result
+        if self._app.aliases is None or isinstance(result, dict):
+            return ENCODER.encode(result)
+        return ENCODER.encode(self._app.aliases.to_theirs(msgspec.to_builtins(result)))
+
+
+class App:
+    """The server of one bundle.
+
+    Attributes:
+        answers: Bundle that answers.
+        access: Tokens.
+        limits: Bounds.
+        aliases: Names of fields; None for ours.
+        metrics: Counters.
+        writer: Writer of changes and events.
+        status: "ok", or what the server waits for.
+        closing: Header that ends connections, while the server stops.
+        endpoints: Endpoints.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        events: EventLog,
+        *,
+        access: Access | None = None,
+        limits: Limits | None = None,
+        aliases: Aliases | None = None,
+    ):
+        """Prepares the server, which is ready some time after its start.
+
+        Args:
+            answers: Bundle that answers.
+            events: Events on the disk.
+            access: Tokens; by default there are none.
+            limits: Bounds; by default those of `Limits`.
+            aliases: Names of fields in the place of ours.
+        """
+        self.answers = answers
+        self.access = access or Access({})
+        self.limits = limits or Limits()
+        self.aliases = aliases
+        self.metrics = Metrics()
+        self.writer = Writer(answers, events, self.limits.writes)
+        self.status = "starting"
+        self.closing: list[tuple[bytes, bytes]] = []
+        self._differences: list[str] = []
+        self.endpoints = self._make_endpoints()
+        # Looked up before Starlette, whose routes are tried one after another.
+        self._fast = {
+            (endpoint.method, endpoint.path): endpoint
+            for endpoint in self.endpoints
+            if "{" not in endpoint.path
+        }
+        routes = [
+            # An id may hold a slash.
+            Route(endpoint.path.replace("}", ":path}"), endpoint, methods=[endpoint.method])
+            for endpoint in self.endpoints
+        ]
+        self._starlette = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: self._answer_unknown},
+            lifespan=self._live,
+        )
+        # The address of a redirection would be that which the client names.
+        self._starlette.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            endpoint = self._fast.get((scope["method"], scope["path"]))
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await self._starlette(scope, receive, send)
+
+    def drain(self) -> None:
+        """Says that the server is about to stop: it answers on, and ends each connection after."""
+        self.status = "stopping"
+        self.metrics.ready.set(0)
+        self.closing = [(b"connection", b"close")]
+
+    def not_ready(self) -> RequestError:
+        """Returns the refusal of a request that came too early or too late."""
+        return RequestError(
+            503,
+            f"The server is not ready: {self.status}.",
+            cure="Send the request again, or to another server.",
+            retry_after=1,
+        )
+
+    def write_problem(self, refusal: RequestError) -> bytes:
+        """Returns the body of a refusal."""
+        problem = refusal.to_problem()
+        if self.aliases is not None:
+            problem.field = self.aliases.rename_field(problem.field)
+        return ENCODER.encode(problem)
+
+    async def prepare(self) -> None:
+        """Makes the server ready: it compiles, takes in the events, and makes the golden answers.
+
+        Where golden answers differ it is never ready, and says which.
+        """
+        loop = asyncio.get_running_loop()
+        start = time.perf_counter()
+        await self.writer.follow()
+        self._differences = await loop.run_in_executor(None, self.answers.warm)
+        # What lives as long as the server is no garbage.
+        gc.collect()
+        gc.freeze()
+        if self._differences:
+            self.status = "golden answers differ"
+            logging.error(
+                "Not ready: %d golden answers differ from those of the export. The first: %s. The "
+                "bundle, or a library that it is read by, is not the one that was exported.",
+                len(self._differences),
+                self._differences[0],
+            )
+        elif self.status == "starting":
+            self.status = "ok"
+            self.metrics.ready.set(1)
+            logging.info("Ready after %.1f s.", time.perf_counter() - start)
+
+    @contextlib.asynccontextmanager
+    async def _live(self, app: Starlette) -> AsyncIterator[None]:
+        """The life of the server between its start and its end."""
+        del app
+        tasks = [asyncio.create_task(self._prepare_and_follow())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.writer.close()
+
+    async def _prepare_and_follow(self) -> None:
+        try:
+            await self.prepare()
+        except Exception:
+            logging.exception("The server could not be made ready.")
+            self.status = "it could not be made ready; its log says why"
+            return
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await self.writer.follow()
+            except Exception:
+                logging.exception("Changes of other processes could not be followed.")
+
+    async def _answer_unknown(self, request: Request, error: Exception) -> Response:
+        """Answers a path that there is not, or another method of one that there is."""
+        del request
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        refusal = RequestError(
+            status,
+            "There is nothing at this path, by this method.",
+            cure="See /v1/openapi.json for what there is.",
+        )
+        headers = {name.decode(): value.decode() for name, value in [*COMMON, *self.closing]}
+        return Response(self.write_problem(refusal), status, headers, media_type=PROBLEM.decode())
+
+    def _make_endpoints(self) -> list[Endpoint]:
+        answers = self.answers
+
+        def read(
+            name: str, summary: str, request: type[Any], answer: type[Any], handle: Handle
+        ) -> Endpoint:
+            route = f"POST /v1/{name}"
+            return Endpoint(self, name, route, summary, handle, request=request, answer=answer)
+
+        def batch(
+            name: str,
+            request: type[Any],
+            answer: type[Any],
+            function: Callable[[Any], Any],
+        ) -> Endpoint:
+            async def handle(batch: Any, item_id: str) -> Any:
+                del item_id
+                return answer(await _answer_each(function, batch.requests))
+
+            return Endpoint(
+                self,
+                f"{name}_batch",
+                f"POST /v1/{name}/batch",
+                "Several of these in one request, all answered or none.",
+                handle,
+                request=request,
+                answer=answer,
+            )
+
+        retrieve = self._counted(answers.retrieve)
+        similar = self._counted(answers.similar_items)
+        popular = self._counted(answers.popular)
+        latest = self._counted(answers.latest)
+        return [
+            read(
+                "retrieve",
+                "Items that suit a user, known, new or anonymous.",
+                types.Retrieve,
+                types.Answer,
+                lambda request, _: retrieve(request),
+            ),
+            batch("retrieve", types.RetrieveBatch, types.AnswerBatch, retrieve),
+            read(
+                "similar_items",
+                "Items that are like one.",
+                types.SimilarItems,
+                types.Answer,
+                lambda request, _: similar(request),
+            ),
+            batch("similar_items", types.SimilarItemsBatch, types.AnswerBatch, similar),
+            read(
+                "popular",
+                "Items with the most training rows.",
+                types.Popular,
+                types.Answer,
+                lambda request, _: popular(request),
+            ),
+            read(
+                "latest",
+                "The newest items.",
+                types.Latest,
+                types.Answer,
+                lambda request, _: latest(request),
+            ),
+            read(
+                "encode_user",
+                "The vector of a user.",
+                types.EncodeUser,
+                types.Vector,
+                lambda request, _: answers.encode_user(request),
+            ),
+            batch("encode_user", types.EncodeUserBatch, types.VectorBatch, answers.encode_user),
+            read(
+                "match",
+                "Scores of pairs of a user and an item.",
+                types.Match,
+                types.Scores,
+                lambda request, _: answers.match(request),
+            ),
+            *self._make_changes(),
+            *self._make_reports(),
+        ]
+
+    def _make_changes(self) -> list[Endpoint]:
+        """Returns the endpoints that change something."""
+        answers = self.answers
+        change = self.writer.change
+        return [
+            Endpoint(
+                self,
+                "put_item",
+                "PUT /v1/items/{item_id}",
+                "Adds or replaces an item.",
+                lambda put, item_id: change(lambda: answers.put_items([(item_id, put.columns)])),
+                right=Right.CHANGE,
+                request=types.PutItem,
+                answer=types.Changed,
+                needs_token=True,
+            ),
+            Endpoint(
+                self,
+                "delete_item",
+                "DELETE /v1/items/{item_id}",
+                "Deletes an item.",
+                lambda _, item_id: change(lambda: answers.delete_item(item_id)),
+                right=Right.CHANGE,
+                answer=types.Changed,
+                needs_token=True,
+            ),
+            Endpoint(
+                self,
+                "put_items",
+                "PUT /v1/items",
+                "Adds or replaces items, all or none of them.",
+                lambda put, _: change(
+                    lambda: answers.put_items([(item.item_id, item.columns) for item in put.items])
+                ),
+                right=Right.CHANGE,
+                request=types.PutItems,
+                answer=types.Changed,
+                needs_token=True,
+            ),
+            Endpoint(
+                self,
+                "events",
+                "POST /v1/events",
+                "Remembers what users did; their next requests are answered by it.",
+                self._add_events,
+                right=Right.CHANGE,
+                request=types.Events,
+                answer=types.Accepted,
+            ),
+        ]
+
+    def _make_reports(self) -> list[Endpoint]:
+        """Returns the endpoints that say something of the server."""
+        return [
+            Endpoint(
+                self,
+                "info",
+                "GET /v1/info",
+                "Versions, figures of quality and the data of the model.",
+                lambda *_: self.answers.info(),
+                answer=types.Info,
+            ),
+            Endpoint(
+                self,
+                "openapi",
+                "GET /v1/openapi.json",
+                "This description.",
+                lambda *_: self._describe(),
+                answer=dict,
+                always=True,
+            ),
+            Endpoint(
+                self,
+                "healthz",
+                "GET /healthz",
+                "Whether the process lives.",
+                lambda *_: types.Status("ok"),
+                right=Right.NONE,
+                answer=types.Status,
+                always=True,
+            ),
+            Endpoint(
+                self,
+                "readyz",
+                "GET /readyz",
+                "Whether requests are answered.",
+                lambda *_: types.Status(self.status, self._differences),
+                right=Right.NONE,
+                answer=types.Status,
+                always=True,
+            ),
+            Endpoint(
+                self,
+                "metrics",
+                "GET /metrics",
+                "Counters for Prometheus.",
+                lambda *_: self._format_metrics(),
+                always=True,
+            ),
+        ]
+
+    def _counted(self, function: Callable[[Any], types.Answer]) -> Callable[[Any], types.Answer]:
+        """Returns a function that makes lists, and counts what is in them."""
+        count = self.metrics.count_items
+
+        def answer(request: Any) -> types.Answer:
+            made = function(request)
+            items = made.items
+            if items:
+                count(items[0].source, len(items), request.k)
+            return made
+
+        return answer
+
+    async def _add_events(self, request: types.Events, item_id: str) -> types.Accepted:
+        del item_id
+        events = self.answers.read_events(request.events)
+        accepted = await self.writer.add_events(events)
+        self.metrics.events.inc(accepted)
+        return types.Accepted(accepted, len(events) - accepted)
+
+    def _describe(self) -> Mapping[str, Any]:
+        described = openapi.describe(self.endpoints)
+        if self.aliases is None:
+            return described
+        return self.aliases.to_theirs(described)
+
+    def _format_metrics(self) -> bytes:
+        self.metrics.items.set(len(self.answers.retriever))
+        self.metrics.changes.set(self.answers.retriever.changes)
+        return self.metrics.format()
+
+
+async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
+    """Returns the answers of several requests.
+
+    Raises:
+        RequestError: One of them is refused; its field says which.
+    """
+    answers = []
+    for number, request in enumerate(requests):
+        try:
+            answers.append(function(request))
+        except Exception as error:
+            refusal = explain(error, type(request), ENCODER.encode(request))
+            refusal.field = f"requests[{number}].{refusal.field}".rstrip(".")
+            raise refusal from error
+        # Others are answered in between.
+        await asyncio.sleep(0)
+    return answers
+
+
+def _headers_of(refusal: RequestError) -> list[tuple[bytes, bytes]]:
+    headers = list(COMMON)
+    if refusal.retry_after:
+        headers.append((b"retry-after", b"%d" % refusal.retry_after))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers

@@ -1,0 +1,207 @@
+"""The events that a shop sends while a bundle is served: a user's live history.
+
+Events are acknowledged when they are on the disk: in an SQLite database beside the bundle, with a
+rollback journal and `synchronous=EXTRA`, as the log of changes is. What several requests send while
+the disk is busy is written in one transaction. Several processes may share the file; each follows
+what the others have written.
+"""
+
+from __future__ import annotations
+
+import collections
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twotower.core.errors import ChangesError
+
+MAX_EVENTS_OF_USER = 200  # the latest ones; models read fewer
+MAX_KEPT = 1_000_000  # events in the file and in memory, the latest ones
+SLACK = 10_000  # events beyond that before the oldest are dropped, so that it is done seldom
+APPLICATION_ID = 0x32545745  # "2TWE"
+BUSY_SECONDS = 5.0
+
+
+class StoredEvent(NamedTuple):
+    """An event as it is stored.
+
+    Attributes:
+        event_id: Id of the event.
+        user_id: Id of the user, in the form of the log.
+        item_id: Id of the item, in the form of the log.
+        event: Kind of the event; None where none was given.
+        timestamp: Time, or the time at which it was received, in seconds since 1970.
+    """
+
+    event_id: str
+    user_id: str
+    item_id: str
+    event: str | None
+    timestamp: int
+
+
+class EventLog:
+    """The events in a file. One thread at a time uses it.
+
+    Attributes:
+        path: File, which is made when the first event comes.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the file, if it is there.
+
+        Args:
+            path: File of the events.
+
+        Raises:
+            ChangesError: The file holds something else, or is damaged.
+        """
+        self.path = path
+        self._last = 0
+        self._connection: sqlite3.Connection | None = None
+        if path.exists():
+            self._open()
+
+    def add(self, batches: Sequence[Sequence[StoredEvent]]) -> list[int]:
+        """Writes events, and returns how many of each batch are new when all are on the disk.
+
+        Raises:
+            ChangesError: The file is damaged, or another process holds it.
+            OSError: The disk refuses; nothing was written.
+        """
+        connection = self._open()
+        counts = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for batch in batches:
+                before = connection.total_changes
+                connection.executemany(
+                    "INSERT OR IGNORE INTO events (event_id, user_id, item_id, event, timestamp) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    batch,
+                )
+                counts.append(connection.total_changes - before)
+            (last,) = connection.execute("SELECT max(n) FROM events").fetchone()
+            (first,) = connection.execute("SELECT min(n) FROM events").fetchone()
+            if last - first > MAX_KEPT + SLACK:
+                connection.execute("DELETE FROM events WHERE n <= ?", (last - MAX_KEPT,))
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise self._explain(error) from error
+        return counts
+
+    def read_new(self) -> list[StoredEvent]:
+        """Returns the events that came since the last call, those of other processes too."""
+        if self._connection is None and not self.path.exists():
+            return []
+        try:
+            rows = self._open().execute(
+                "SELECT n, event_id, user_id, item_id, event, timestamp FROM events WHERE n > ? "
+                "ORDER BY n",
+                (self._last,),
+            )
+            events = []
+            for number, *values in rows:
+                events.append(StoredEvent(*values))
+                self._last = number
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+        return events
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None:
+            return self._connection
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA journal_mode=DELETE")
+            connection.execute("PRAGMA synchronous=EXTRA")
+            connection.execute("BEGIN IMMEDIATE")
+            self._prepare(connection)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            connection.close()
+            raise self._explain(error) from error
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if tables and application != APPLICATION_ID:
+            raise ChangesError(
+                f"{self.path} holds no events of a server. Name another file by --events."
+            )
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        # The number is never used again, so that whoever follows misses nothing.
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS events (n INTEGER PRIMARY KEY AUTOINCREMENT, "
+            "event_id TEXT UNIQUE, user_id TEXT, item_id TEXT, event TEXT, timestamp INTEGER)"
+        )
+
+    def _explain(self, error: sqlite3.Error) -> Exception:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            return OSError(f"{self.path}: {error}.")
+        if code == sqlite3.SQLITE_BUSY:
+            return ChangesError(f"{self.path} is held by another process. Try again.")
+        return ChangesError(
+            f"{self.path} is damaged: {error}. Restore it, or move it away to go on without the "
+            "events in it."
+        )
+
+
+class LiveHistories:
+    """The latest events of each user, in memory."""
+
+    def __init__(self, since: int = 0):
+        """Starts without events.
+
+        Args:
+            since: Time of the last row that the bundle was made of, in seconds: events up to it
+                are in the stored histories already.
+        """
+        self._since = since
+        self._by_user: collections.OrderedDict[str, collections.deque[dict[str, Any]]] = (
+            collections.OrderedDict()
+        )
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Returns the number of events."""
+        return self._count
+
+    def add(self, events: Iterable[StoredEvent]) -> None:
+        """Adds events, the latest last; those of the users of the oldest events make room."""
+        for stored in events:
+            if stored.timestamp <= self._since:
+                continue
+            history = self._by_user.get(stored.user_id)
+            if history is None:
+                history = collections.deque(maxlen=MAX_EVENTS_OF_USER)
+                self._by_user[stored.user_id] = history
+            event = {"item_id": stored.item_id, "timestamp": stored.timestamp}
+            if stored.event is not None:
+                event["event"] = stored.event
+            self._count += len(history) < MAX_EVENTS_OF_USER
+            history.append(event)
+            self._by_user.move_to_end(stored.user_id)
+        while self._count > MAX_KEPT:
+            _, dropped = self._by_user.popitem(last=False)
+            self._count -= len(dropped)
+
+    def of(self, user_id: str) -> list[dict[str, Any]]:
+        """Returns the events of a user, the latest last."""
+        return list(self._by_user.get(user_id, ()))

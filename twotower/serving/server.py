@@ -1,0 +1,313 @@
+"""The process that serves: its socket, its connections, its start and its end.
+
+Connections are bounded before a request is read: a head that is too long or too slow, a client that
+takes no answer, and requests beyond those that can be answered in time end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Generator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from absl import logging as absl_logging
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from twotower.core.errors import ConfigError
+from twotower.retrieval.retriever import Retriever
+from twotower.serving import types
+from twotower.serving.access import Access
+from twotower.serving.aliases import Aliases
+from twotower.serving.answers import Answers
+from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
+from twotower.serving.errors import RequestError
+from twotower.serving.events import EventLog
+from twotower.serving.limits import Limits
+
+# Made once: it is written when there is no time.
+_OVERLOAD = ENCODER.encode(
+    RequestError(
+        503,
+        "Too many requests are waiting.",
+        cure="Send it again later, or to another server.",
+    ).to_problem()
+)
+BACKLOG = 2_048  # connections that the system holds until they are accepted
+DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
+GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
+_STATUS_LINES = {
+    408: b"HTTP/1.1 408 Request Timeout\r\n",
+    431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
+    503: b"HTTP/1.1 503 Service Unavailable\r\n",
+    400: b"HTTP/1.1 400 Bad Request\r\n",
+}
+
+_PROBLEMS = {
+    400: "This is no request of HTTP.",
+    408: "The request did not arrive in time.",
+    431: "The headers of the request are too long.",
+    503: "Too many connections are open.",
+}
+
+
+def make_app(
+    folder: Path | str, *, events: str = "", tokens: str = "", aliases: str = "", limits: Limits
+) -> App:
+    """Loads a bundle, and returns its server.
+
+    Args:
+        folder: Folder of the bundle.
+        events: File of the events; "" for one beside the bundle.
+        tokens: File of the tokens; "" for none.
+        aliases: File of the names of fields; "" for ours.
+        limits: Bounds.
+
+    Raises:
+        TwotowerError: The bundle, or one of the files, cannot be read.
+    """
+    access = Access.read(tokens)
+    answers = Answers(Retriever.load(folder))
+    bundle = Path(folder).absolute()
+    path = Path(events or bundle.parent / f"{bundle.name}.events")
+    names = None
+    if aliases:
+        names = Aliases.read(aliases, {*types.field_names(), *answers.user_columns})
+    return App(answers, EventLog(path), access=access, limits=limits, aliases=names)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address, and not open for connections yet.
+
+    Args:
+        host: Name or address of this machine.
+        port: Port; 0 for a free one.
+
+    Raises:
+        ConfigError: The address is not this machine's, or is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"--host={host} --port={port} cannot be served at: {error.strerror or error}. Name a "
+            "free port of this machine; --port=0 finds one."
+        ) from None
+    return bound
+
+
+def serve(app: App, bound: socket.socket) -> None:
+    """Answers requests until a signal ends it: SIGTERM or Ctrl-C.
+
+    What was accepted is answered first.
+
+    Args:
+        app: Server of a bundle.
+        bound: Socket of `bind`.
+    """
+    limits = app.limits
+
+    class Protocol(_Protocol):
+        """Connections of this server."""
+
+    Protocol.served = app
+    absl_logging.get_absl_handler().addFilter(_is_of_the_server)
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=max(1, round(limits.idle)),
+        timeout_graceful_shutdown=max(1, round(limits.seconds)) + 5,
+    )
+    _Server(config, app).run(sockets=[bound])
+
+
+def _is_of_the_server(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says nothing of a single request: those are answered in full."""
+    return record.levelno >= logging.ERROR or not record.pathname.endswith("retriever.py")
+
+
+class _Server(uvicorn.Server):
+    """A server that answers on for a moment after it was told to stop.
+
+    Balancers and clients with open connections need that moment to turn to another one.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: App):
+        super().__init__(config)
+        self._app = app
+        self._stop_at = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # A second signal does not wait.
+        if self._stop_at:
+            self.should_exit = True
+            return
+        self._app.drain()
+        self._stop_at = time.monotonic() + DRAIN_SECONDS
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop_at and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        # Connections that were just made have not sent their request yet.
+        await asyncio.sleep(GRACE_SECONDS)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Takes signals while it serves; its own end by one of them is no failure."""
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, self.handle_exit)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Protocol(HttpToolsProtocol):
+    """A connection with bounds.
+
+    Attributes:
+        served: Server that it belongs to.
+    """
+
+    served: App
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._refusal = 400
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        limits = self.served.limits
+        if len(self.connections) > limits.connections:
+            self._refuse(503)
+            return
+        self._head_timer = self.loop.call_later(limits.seconds, self._refuse, 408)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_head_timer()
+        self._cancel_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # What belongs to a body, or to a whole head, was counted elsewhere.
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        limits = self.served.limits
+        if self._head_bytes > limits.head:
+            self._refuse(431)
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(limits.seconds, self._refuse, 408)
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > self.served.limits.head:
+            self._refusal = 431
+            raise ValueError("the head is too long")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._head_bytes = 0
+        self._cancel_head_timer()
+        # Those that wait for the disk do not keep others waiting.
+        waiting = len(self.tasks) - self.served.writer.waiting
+        if waiting < self.served.limits.waiting:
+            super().on_headers_complete()
+            return
+        app = self.app
+        self.app = self._shed
+        super().on_headers_complete()
+        self.app = app
+
+    def on_response_complete(self) -> None:
+        # Of a body that nobody reads no more is taken.
+        if self.cycle.more_body:
+            self.transport.close()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # A client that takes no answers holds their memory.
+        seconds = self.served.limits.seconds
+        self._write_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_write_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._refusal)
+
+    async def _shed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuses a request that could not be answered in time."""
+        del scope, receive
+        app = self.served
+        app.metrics.shed.inc()
+        headers = [
+            (b"content-type", PROBLEM),
+            (b"content-length", b"%d" % len(_OVERLOAD)),
+            (b"retry-after", b"1"),
+            *COMMON,
+            *app.closing,
+        ]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": _OVERLOAD})
+
+    def _refuse(self, status: int) -> None:
+        """Ends the connection with a refusal that needs no request."""
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        body = self.served.write_problem(RequestError(status, _PROBLEMS[status]))
+        head = b"content-type: %s\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(_STATUS_LINES[status] + head % (PROBLEM, len(body)) + body)
+        self.transport.close()
+
+    def _cancel_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _cancel_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

@@ -1,0 +1,426 @@
+"""The requests and answers of the API, as types that are read, checked, written and documented.
+
+Names are those of `twotower.Retriever`'s arguments, so that its refusals name fields of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_K = 1_000  # items of a list, those that `offset` leaves out included
+MAX_BATCH = 64  # requests of a batch
+MAX_HISTORY = 1_000  # events of a request
+MAX_IDS = 1_000  # ids that a request allows, denies or names as examples
+MAX_PAIRS = 10_000  # pairs of a match
+MAX_ITEMS = 1_000  # items that are changed together
+MAX_EVENTS = 1_000  # events that are sent together
+MAX_COLUMNS = 1_000  # features of a request, or columns of an item
+MAX_CONDITIONS = 64
+MAX_LETTERS = 512  # of an id, a kind of event or the name of a column
+
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_LETTERS)]
+Id = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Ids = Annotated[list[Id], Meta(max_length=MAX_IDS)]
+Examples = Annotated[list[Id], Meta(min_length=1, max_length=MAX_IDS)]
+Time = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | Text
+Columns = Annotated[dict[Text, Any], Meta(max_length=MAX_COLUMNS)]
+Conditions = (
+    Annotated[dict[Text, Any], Meta(max_length=MAX_CONDITIONS)]
+    | Annotated[list[Any], Meta(max_length=MAX_CONDITIONS)]
+)
+Source = Literal["model", "similar", "popular", "new"]
+
+
+class Request(Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
+    """Any request."""
+
+
+class Event(Request):
+    """An event of a user with an item.
+
+    Attributes:
+        item_id: Id of the item.
+        event: Kind of the event, such as "purchase".
+        timestamp: Time of the event, in the form of the log.
+    """
+
+    item_id: Id
+    event: Text | None = None
+    timestamp: Time | None = None
+
+
+History = Annotated[list[Id | Event], Meta(max_length=MAX_HISTORY)]
+
+
+class Listing(Request):
+    """What every list takes.
+
+    Attributes:
+        k: Length of the list.
+        offset: Number of the best items that are left out before.
+        where: Conditions on display columns: {"brand": ["a", "b"]}, or [column, operator, value]
+            each, such as ["price", "<=", 20].
+        allow: Ids of the only items that may come back.
+        deny: Ids of items to leave out.
+        columns: Display columns to return; all by default.
+    """
+
+    k: Annotated[int, Meta(ge=1, le=MAX_K)] = 10
+    offset: Annotated[int, Meta(ge=0, le=MAX_K)] = 0
+    where: Conditions | None = None
+    allow: Ids | None = None
+    deny: Ids = msgspec.field(default_factory=list)
+    columns: Annotated[list[Text], Meta(max_length=MAX_COLUMNS)] | None = None
+
+
+class Retrieve(Listing):
+    """A request for the items that suit a user, or somebody of whom only clicks are known.
+
+    Attributes:
+        user_id: Id of the user, known or not.
+        features: Raw user features; they take the place of those that are stored.
+        history: Events of the user, ids or mappings, the latest last, in the place of those that
+            are stored or were sent.
+        exclude_seen: Whether to leave out the user's items.
+        popularity_weight: Factor of the log of an item's training rows in its score.
+        diversity: Weight of difference from the items before, from 0 to 1 (MMR).
+        like: Items to find similar ones of, in the place of a user's.
+        unlike: Items to stay away from, with `like`.
+    """
+
+    user_id: Id | None = None
+    features: Columns = msgspec.field(default_factory=dict)
+    history: History | None = None
+    exclude_seen: bool = True
+    popularity_weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
+    diversity: Annotated[float, Meta(ge=0, le=1)] | None = None
+    like: Examples | None = None
+    unlike: Ids = msgspec.field(default_factory=list)
+
+
+class EncodeUser(Request):
+    """A request for the vector of a user.
+
+    Attributes:
+        user_id: As in `Retrieve`.
+        features: As in `Retrieve`.
+        history: As in `Retrieve`.
+    """
+
+    user_id: Id | None = None
+    features: Columns = msgspec.field(default_factory=dict)
+    history: History | None = None
+
+
+class SimilarItems(Listing, kw_only=True):
+    """A request for the items of greatest cosine to one.
+
+    Attributes:
+        item_id: Id of the item.
+    """
+
+    item_id: Id
+
+
+class Popular(Listing):
+    """A request for the items with the most training rows."""
+
+
+class Latest(Listing):
+    """A request for the newest items.
+
+    Attributes:
+        column: Display column of times or numbers; by default the one of times.
+    """
+
+    column: Text | None = None
+
+
+class Pair(Request):
+    """A user and an item.
+
+    Attributes:
+        user_id: Id of the user, known or not.
+        item_id: Id of the item.
+    """
+
+    user_id: Id
+    item_id: Id
+
+
+class Match(Request):
+    """A request for the scores of pairs.
+
+    Attributes:
+        pairs: Pairs.
+    """
+
+    pairs: Annotated[list[Pair], Meta(min_length=1, max_length=MAX_PAIRS)]
+
+
+class RetrieveBatch(Request):
+    """Several requests in one.
+
+    Attributes:
+        requests: Requests.
+    """
+
+    requests: Annotated[list[Retrieve], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class EncodeUserBatch(Request):
+    """Several requests in one.
+
+    Attributes:
+        requests: Requests.
+    """
+
+    requests: Annotated[list[EncodeUser], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class SimilarItemsBatch(Request):
+    """Several requests in one.
+
+    Attributes:
+        requests: Requests.
+    """
+
+    requests: Annotated[list[SimilarItems], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class PutItem(Request):
+    """An item to add or to replace.
+
+    Attributes:
+        columns: Features and display columns of the item; one that is left out is missing.
+    """
+
+    columns: Columns = msgspec.field(default_factory=dict)
+
+
+class NamedItem(PutItem, kw_only=True):
+    """An item to add or to replace, with its id.
+
+    Attributes:
+        item_id: Id of the item.
+    """
+
+    item_id: Id
+
+
+class PutItems(Request):
+    """Items to add or to replace, all or none of them.
+
+    Attributes:
+        items: Items.
+    """
+
+    items: Annotated[list[NamedItem], Meta(min_length=1, max_length=MAX_ITEMS)]
+
+
+class SentEvent(Event, kw_only=True):
+    """An event that a shop tells the server.
+
+    Attributes:
+        event_id: Id of the event: one that was accepted before is not counted again.
+        user_id: Id of the user.
+    """
+
+    event_id: Text
+    user_id: Id
+
+
+class Events(Request):
+    """Events to remember, all or none of them.
+
+    Attributes:
+        events: Events.
+    """
+
+    events: Annotated[list[SentEvent], Meta(min_length=1, max_length=MAX_EVENTS)]
+
+
+class Item(Struct, gc=False):
+    """An item of a list.
+
+    Attributes:
+        item_id: Id of the item.
+        score: Dot product, cosine of similar items, training rows of popular ones, time of new
+            ones.
+        source: What chose the item.
+        display: Display columns of the item.
+    """
+
+    item_id: str
+    score: float | None
+    source: Source
+    display: Mapping[str, Any]
+
+
+class Answer(Struct, omit_defaults=True):
+    """A list of items, best first.
+
+    Attributes:
+        recommendation_id: Id of this answer, to be sent back with what came of it.
+        model_version: Version of the bundle that answered.
+        items: Items.
+        known: Whether the user was known when the bundle was made.
+        note: Sentence on what in the request found nothing.
+    """
+
+    recommendation_id: str
+    model_version: str
+    items: list[Item]
+    known: bool = True
+    note: str = ""
+
+
+class Vector(Struct):
+    """The vector of a user.
+
+    Attributes:
+        recommendation_id: Id of this answer.
+        model_version: Version of the bundle that answered.
+        known: Whether the user was known when the bundle was made.
+        vector: Numbers whose dot product with an item's vector is its score.
+    """
+
+    recommendation_id: str
+    model_version: str
+    known: bool
+    vector: list[float]
+
+
+class Scores(Struct):
+    """The scores of pairs, in their order.
+
+    Attributes:
+        recommendation_id: Id of this answer.
+        model_version: Version of the bundle that answered.
+        scores: Dot products.
+    """
+
+    recommendation_id: str
+    model_version: str
+    scores: list[float]
+
+
+class AnswerBatch(Struct):
+    """Answers in the order of their requests.
+
+    Attributes:
+        answers: Answers.
+    """
+
+    answers: list[Answer]
+
+
+class VectorBatch(Struct):
+    """Answers in the order of their requests.
+
+    Attributes:
+        answers: Answers.
+    """
+
+    answers: list[Vector]
+
+
+class Changed(Struct):
+    """A change that is on the disk, and that later answers show.
+
+    Attributes:
+        model_version: Version of the bundle that was changed.
+        changed: Number of items that were added, replaced or deleted.
+        items: Number of items now.
+    """
+
+    model_version: str
+    changed: int
+    items: int
+
+
+class Accepted(Struct):
+    """Events that are on the disk, and that the next request of their users shows.
+
+    Attributes:
+        accepted: Number of events that are new.
+        duplicates: Number of events that were accepted before.
+    """
+
+    accepted: int
+    duplicates: int
+
+
+class Info(Struct):
+    """What is served.
+
+    Attributes:
+        model_version: Version of the bundle.
+        date: Date of the export.
+        items: Number of items now.
+        users: Number of known users.
+        changes: Number of changes since the bundle was written.
+        dim: Width of the vectors.
+        index: Kind of index.
+        columns: Display columns.
+        user_columns: Names that `features` may have.
+        figures: Figures of quality that were measured at the export.
+        data: Rows of each part of the log, and its first and last times.
+    """
+
+    model_version: str
+    date: str
+    items: int
+    users: int
+    changes: int
+    dim: int
+    index: str
+    columns: list[str]
+    user_columns: list[str]
+    figures: dict[str, Any]
+    data: dict[str, Any]
+
+
+class Status(Struct, omit_defaults=True):
+    """Whether the server answers.
+
+    Attributes:
+        status: "ok", or what it waits for.
+        differences: Golden requests that are answered otherwise than at the export.
+    """
+
+    status: str
+    differences: list[str] = msgspec.field(default_factory=list)
+
+
+class Problem(Struct, omit_defaults=True):
+    """A refusal (RFC 9457).
+
+    Attributes:
+        title: Kind of problem.
+        status: Status of the answer.
+        detail: What is wrong, in a sentence.
+        type: Always "about:blank": the status says the kind.
+        field: Field of the request that is wrong.
+        value: Its value, shortened.
+        cure: What to do.
+    """
+
+    title: str
+    status: int
+    detail: str
+    type: str = "about:blank"
+    field: str = ""
+    value: str = ""
+    cure: str = ""
+
+
+def field_names() -> set[str]:
+    """Returns the names of all fields of requests and answers."""
+    kinds = [kind for kind in globals().values() if isinstance(kind, type)]
+    structs = [kind for kind in kinds if issubclass(kind, Struct)]
+    return {name for kind in structs for name in kind.__struct_fields__}
