@@ -8,7 +8,8 @@ import pytest
 from twotower.config import from_dict
 from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
-from twotower.evaluation.audits import audit_table, audit_unreachable
+from twotower.evaluation.audits.base import audit_table
+from twotower.evaluation.audits.data import audit_unreachable
 from twotower.evaluation.measure import measure_answers
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.report import text as report_text

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +18,7 @@ import numpy as np
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.data.report import describe_unreachable
-from twotower.evaluation import audits
-from twotower.evaluation.audits import Audit
+from twotower.evaluation.audits.examine import examine
 from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.baselines.popularity import random_scores
 from twotower.evaluation.evaluate import (
@@ -28,28 +27,23 @@ from twotower.evaluation.evaluate import (
     evaluate,
     evaluate_both,
     model_scores,
-    query_vectors,
 )
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import make_head_metrics
 from twotower.evaluation.intervals import interval_table
-from twotower.evaluation.queries import EARLIER_PARTS, Queries, make_queries
+from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.query_table import query_table, write_query_table
 from twotower.evaluation.slices import column_slice, default_slices, measure_slices
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.vectors import append_coordinate, log_counts
-from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import served_model
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.user_items import items_of_users
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000  # users that the index is measured with
 INDEX_K = 10  # length of the lists that the index is measured with
-AUDIT_USERS = 2_000  # whose vectors are audited, at most
-AUDIT_ITEMS = 10_000  # likewise
 SINGLE_QUERIES = 100  # number of these users that are searched for one by one
 
 SUFFIXES = ("", "_unmasked")  # of the names of figures with seen items masked, and without
@@ -98,7 +92,8 @@ def measure_run(
         and these with "_unmasked"; for items and users that training never saw "new_items"
         and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
         {"auc": ...}}; with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
-        ...}}; and "audits", see `twotower.evaluation.audits.audit_table`.
+        ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`; and "health", see
+        `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
@@ -148,90 +143,8 @@ def measure_run(
     if run.config.objective.heads:
         measure_heads = make_head_metrics(run.prepared, whole_model, split, max_rows=max_queries)
         measured["heads"] = measure_heads(run.weights)
-    data = audit_data(run.prepared, every_query, split, measured["answers"])
-    model = audit_model(run, queries, measured, masked["model"])
-    measured["audits"] = audits.audit_table([*data, *model])
+    measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
     return measured
-
-
-def audit_data(
-    prepared: PreparedData, queries: Queries, split: str, answers: Measured
-) -> list[Audit]:
-    """Returns the audits of the data, in the order in which a reader must know them.
-
-    Args:
-        prepared: Prepared data of the run.
-        queries: All queries of a split.
-        split: Name of the split.
-        answers: Result of `measure_answers`.
-    """
-    config = prepared.config
-    earlier = [prepared.positives(part) for part in EARLIER_PARTS[split]]
-    earlier_rows = sum(int((rows.item >= 0).sum()) for rows in earlier)
-    return [
-        audits.audit_unreachable(answers),
-        audits.audit_leakage(prepared.raw, config),
-        audits.audit_never_trained(queries),
-        audits.audit_ties(prepared.positives(split), earlier, config.split),
-        audits.audit_duplicates(queries, earlier_rows),
-    ]
-
-
-def audit_model(
-    run: Run, queries: Queries, measured: Measured, evaluation: Evaluation
-) -> list[Audit]:
-    """Returns the audits of the model, likewise.
-
-    Args:
-        run: The run that was measured.
-        queries: Queries that it was measured by.
-        measured: Figures of `measure_run`.
-        evaluation: The model's lists, with seen items masked.
-    """
-    prepared = run.prepared
-    k = min(evaluation.exposures)
-    metric = f"recall@{k}"
-    baselines = measured.get("baselines", {})
-    recall = measured["model"][metric]
-    interval = measured["model_intervals"].get(metric, [recall, recall])
-    found = [audits.audit_signal(queries, metric, k, interval, baselines)]
-    if "item_graph" in baselines:
-        train = prepared.positives("train")
-        sequences = items_of_users([train], num_users=len(prepared.users))
-        graph = baselines["item_graph"][metric]
-        found.append(audits.audit_shortcut(queries, sequences, metric, interval, graph))
-    vectors = sample_vectors(run, queries)
-    found += [
-        audits.audit_collapse({"users": vectors.users, "items": vectors.items}),
-        audits.audit_hubness(evaluation.exposures[k], k),
-        audits.audit_norms(
-            vectors.items, queries.counts[vectors.rows], normalized=run.config.model.normalize
-        ),
-    ]
-    return found
-
-
-class SampledVectors(NamedTuple):
-    """Vectors of some users and items.
-
-    Attributes:
-        users: Vectors of queries' users, float32 [Q, D].
-        items: Vectors of items, float32 [M, D].
-        rows: Rows of these items in the corpus, int [M].
-    """
-
-    users: np.ndarray
-    items: np.ndarray
-    rows: np.ndarray
-
-
-def sample_vectors(run: Run, queries: Queries) -> SampledVectors:
-    """Embeds at most `AUDIT_USERS` users of the queries and `AUDIT_ITEMS` items."""
-    rows = evenly_spaced(np.arange(queries.num_items), AUDIT_ITEMS)
-    features = {name: values[rows] for name, values in run.prepared.features["item"].items()}
-    items = embed_rows(run.model, run.weights, "item", features)
-    users = query_vectors(run.prepared, run.model, run.weights, queries.sample(AUDIT_USERS))
-    return SampledVectors(users, items, rows)
 
 
 def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.core.tables import format_table
-from twotower.evaluation.audits import spoken_sentences
+from twotower.evaluation.audits.base import spoken_sentences
 from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.further import DISTINCT, NAMES
 from twotower.evaluation.heads import HEAD_METRICS

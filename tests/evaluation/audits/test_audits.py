@@ -11,7 +11,7 @@ from twotower.config import SplitConfig, defaults, from_dict
 from twotower.core.arrays import Ragged
 from twotower.data.shop.generate import generate
 from twotower.data.split import split
-from twotower.evaluation import audits
+from twotower.evaluation.audits import base, data, model
 from twotower.evaluation.queries import Queries
 from twotower.pipeline.batches import Rows
 
@@ -23,7 +23,7 @@ def test_a_leak_that_is_accepted_is_said_and_a_split_by_time_has_none():
     for kind, accepted in (("time", ()), ("leave_last_out", ("future_rows", "repeated_pairs"))):
         options = SplitConfig(kind=kind, accept_leakage=accepted)
         config = dataclasses.replace(config, split=options)
-        said[kind] = audits.audit_leakage(split(log, options), config)
+        said[kind] = data.audit_leakage(split(log, options), config)
     assert not said["time"].speaks
     leak = said["leave_last_out"]
     assert leak.speaks and set(leak.figures["rows"]) == {"future_rows", "repeated_pairs"}
@@ -45,22 +45,22 @@ def make_queries_of(relevant, counts):
 
 def test_answers_that_training_never_saw_are_said_from_a_fifth_on():
     counts = [5, 5, 5, 5, 0]
-    few = audits.audit_never_trained(make_queries_of([0, 1, 2, 3, 0, 4], counts))
-    many = audits.audit_never_trained(make_queries_of([0, 1, 2, 4], counts))
+    few = data.audit_never_trained(make_queries_of([0, 1, 2, 3, 0, 4], counts))
+    many = data.audit_never_trained(make_queries_of([0, 1, 2, 4], counts))
     assert not few.speaks and few.figures == {"answers": 1, "share": 1 / 6}
     assert many.speaks and "25.0% of the 4 right answers" in many.sentence
 
 
 def test_the_table_has_every_audit_and_those_that_speak_are_said_in_its_order():
     found = [
-        audits.Audit("a", True, "First.", {"share": 0.5}),
-        audits.Audit("b", False, "Nothing."),
-        audits.Audit("c", True, "Second."),
+        base.Audit("a", True, "First.", {"share": 0.5}),
+        base.Audit("b", False, "Nothing."),
+        base.Audit("c", True, "Second."),
     ]
-    table = audits.audit_table(found)
+    table = base.audit_table(found)
     assert table["a"] == {"speaks": True, "sentence": "First.", "share": 0.5}
     assert list(table) == ["a", "b", "c"]
-    assert audits.spoken_sentences(table) == ["First.", "Second."]
+    assert base.spoken_sentences(table) == ["First.", "Second."]
 
 
 def rows_of(users, items, times):
@@ -79,14 +79,14 @@ def test_ties_are_the_users_whose_answer_has_the_time_of_an_earlier_row(far):
     train = rows_of([0, 1, 1, 2, 2], [1, 2, 3, 4, 5], [5, far, 5, 7, 7])
     test = rows_of([0, 1, 2, 2], [6, 7, 8, 9], [6, 5, 7, 7])
     options = SplitConfig(kind="leave_last_out")
-    audit = audits.audit_ties(test, [train], options)
+    audit = data.audit_ties(test, [train], options)
     assert audit.speaks and audit.figures["tied_users"] == 2 and audit.figures["users"] == 3
     # Nine rows of three users have six neighbours: 1 has one pair of equals, 2 has three.
     assert audit.figures["neighbour_share"] == 4 / 6
     assert "2 of 3 users (66.7%)" in audit.sentence and "ties='together'" in audit.sentence
-    assert not audits.audit_ties(test, [train], SplitConfig(kind="time")).speaks
+    assert not data.audit_ties(test, [train], SplitConfig(kind="time")).speaks
     later = dataclasses.replace(test, timestamp=np.arange(4) + 2**34)
-    assert not audits.audit_ties(later, [train], options).speaks
+    assert not data.audit_ties(later, [train], options).speaks
 
 
 def test_ties_of_a_log_are_gone_where_they_are_held_out_together():
@@ -100,7 +100,7 @@ def test_ties_of_a_log_are_gone_where_they_are_held_out_together():
             rows_of(list(map(int, part["user_id"].to_pylist())), [0] * len(part), part["timestamp"])
             for part in parts.tables
         )
-        audit = audits.audit_ties(test, [train, validation], options)
+        audit = data.audit_ties(test, [train, validation], options)
         shares[ties] = (audit.speaks, audit.figures["share"])
     assert shares["file"][0] and shares["file"][1] > 0.5
     assert shares["together"] == (False, 0.0)
@@ -111,13 +111,13 @@ def test_duplicates_speak_where_held_out_rows_repeat_more_than_training_does():
     seen = Ragged.from_pairs(np.repeat(np.arange(10), 10), np.arange(100), num_rows=10)
     queries = make_queries_of(range(0, 100, 10), np.ones(200))
     queries = dataclasses.replace(queries, seen=seen)
-    leak = audits.audit_duplicates(queries, earlier_rows=100)
+    leak = data.audit_duplicates(queries, earlier_rows=100)
     assert leak.speaks and leak.figures["share"] == 1.0
     # The same answers, in a log that has each pair three times.
-    natural = audits.audit_duplicates(queries, earlier_rows=300)
+    natural = data.audit_duplicates(queries, earlier_rows=300)
     assert not natural.speaks and "natural" in natural.sentence
     new = dataclasses.replace(queries, relevant=make_queries_of(range(100, 110), [1]).relevant)
-    assert not audits.audit_duplicates(new, earlier_rows=100).speaks
+    assert not data.audit_duplicates(new, earlier_rows=100).speaks
 
 
 def test_a_graph_that_reaches_the_model_is_said_with_the_share_of_neighbours():
@@ -128,11 +128,11 @@ def test_a_graph_that_reaches_the_model_is_said_with_the_share_of_neighbours():
     # 1 stands beside 6 and far from 7, 9 beside 8; the last user has no last item.
     queries = make_queries_of([6, 8, 0, 5], np.ones(10))
     queries = dataclasses.replace(queries, seen=seen)
-    reached = audits.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.25)
+    reached = data.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.25)
     assert reached.figures["adjacent_share"] == pytest.approx(2 / 3)
     assert reached.speaks and "no less than the model" in reached.sentence
-    assert audits.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.35).speaks
-    assert not audits.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.1).speaks
+    assert data.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.35).speaks
+    assert not data.audit_shortcut(queries, sequences, "recall@10", [0.2, 0.3], 0.1).speaks
 
 
 def test_chance_is_the_recall_of_lists_drawn_from_what_is_unseen():
@@ -142,26 +142,26 @@ def test_chance_is_the_recall_of_lists_drawn_from_what_is_unseen():
     seen = Ragged.from_pairs(np.repeat(np.arange(30), 15), seen, num_rows=30)
     is_odd = (np.arange(30) % 2).astype(np.int32)
     queries = dataclasses.replace(queries, seen=seen, missing=is_odd)
-    signal = audits.audit_signal(queries, "recall@5", 5, [0.0, 0.1], {})
+    signal = model.audit_signal(queries, "recall@5", 5, [0.0, 0.1], {})
     # 5 of 25 unseen items. 13 users have one answer, 12 a second outside of the corpus, 3 that
     # one alone, and 2 none.
     assert signal.figures["chance"] == pytest.approx((13 * 5 / 25 + 12 * 5 / 50) / 28)
     assert signal.speaks and "against chance's" in signal.sentence
     popular = {"popularity": {"recall@5": 0.3}}
-    assert audits.audit_signal(queries, "recall@5", 5, [0.25, 0.35], popular).speaks
-    assert not audits.audit_signal(queries, "recall@5", 5, [0.31, 0.4], popular).speaks
+    assert model.audit_signal(queries, "recall@5", 5, [0.25, 0.35], popular).speaks
+    assert not model.audit_signal(queries, "recall@5", 5, [0.31, 0.4], popular).speaks
 
 
 def test_vectors_that_are_one_or_lie_in_few_dimensions_have_collapsed():
     rng = np.random.default_rng(0)
     spread = rng.normal(size=(500, 32))
-    sound = audits.audit_collapse({"users": spread, "items": spread[:100]})
+    sound = model.audit_collapse({"users": spread, "items": spread[:100]})
     assert not sound.speaks
     assert sound.figures["users"]["mean_cosine"] == pytest.approx(0.0, abs=0.01)
     assert 28 < sound.figures["users"]["effective_rank"] <= 32
-    one = audits.audit_collapse({"users": spread, "items": spread[:1] + 0.01 * spread})
+    one = model.audit_collapse({"users": spread, "items": spread[:1] + 0.01 * spread})
     assert one.speaks and "vectors of items have collapsed" in one.sentence
-    line = audits.audit_collapse({"users": spread[:, :1] * np.ones(32), "items": spread})
+    line = model.audit_collapse({"users": spread[:, :1] * np.ones(32), "items": spread})
     assert line.speaks and line.figures["users"]["effective_rank"] == pytest.approx(1.0)
 
 
@@ -169,18 +169,18 @@ def test_mean_cosine_and_effective_rank_are_their_definitions():
     vectors = np.random.default_rng(1).normal(1, 2, (30, 6))
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = (units @ units.T)[~np.eye(30, dtype=bool)]
-    assert audits.mean_cosine(vectors) == pytest.approx(pairs.mean())
+    assert model.mean_cosine(vectors) == pytest.approx(pairs.mean())
     shares = np.linalg.svd(vectors, compute_uv=False)
     shares /= shares.sum()
-    assert audits.effective_rank(vectors) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert model.effective_rank(vectors) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def test_hubs_are_few_items_in_most_lists():
-    even = audits.audit_hubness(np.full(1_000, 30), 10)
+    even = model.audit_hubness(np.full(1_000, 30), 10)
     assert not even.speaks and even.figures["skewness"] == 0.0
     hubs = np.ones(1_000, int)
     hubs[:10] = 1_000
-    found = audits.audit_hubness(hubs, 10)
+    found = model.audit_hubness(hubs, 10)
     assert found.speaks and found.figures["share_of_top_items"] == 10_000 / 10_990
     assert found.figures["skewness"] == pytest.approx(scipy.stats.skew(hubs))
 
@@ -191,6 +191,6 @@ def test_lengths_that_are_popularity_are_said():
     items = rng.normal(size=(300, 8))
     items /= np.linalg.norm(items, axis=1, keepdims=True)
     long = items * (1 + counts[:, None])
-    assert audits.audit_norms(long, counts, normalized=False).speaks
-    assert not audits.audit_norms(items, counts, normalized=False).speaks
-    assert not audits.audit_norms(items, counts, normalized=True).speaks
+    assert model.audit_norms(long, counts, normalized=False).speaks
+    assert not model.audit_norms(items, counts, normalized=False).speaks
+    assert not model.audit_norms(items, counts, normalized=True).speaks
