@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from twotower.core.install import command
 from twotower.data.report import DataReport
-from twotower.evaluation.audits import spoken_sentences
+from twotower.evaluation.audits.base import spoken_sentences
 from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.report.figures import (
