@@ -46,7 +46,8 @@ from twotower.evaluation.report.write import check_report
 from twotower.evaluation.report.write import write_report as write_page
 from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_model import Registration
-from twotower.integrations.mlflow_store import Destination
+from twotower.integrations.mlflow_runs import fetch_bundle
+from twotower.integrations.mlflow_store import Destination, is_address
 from twotower.integrations.tracking import log_linked, track
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
@@ -766,6 +767,7 @@ def write_report(
     if (run.workdir / BUNDLE).exists():
         index = Retriever.load(run.workdir / BUNDLE).bundle.index
     write_page(run, measured, page, index=index, columns=columns)
+    log_linked(run.workdir)
     return page
 
 
@@ -899,7 +901,7 @@ def _folder_of(run: Run | Path | str) -> str:
 
 
 def load_retriever(folder: Path | str) -> Retriever:
-    """Loads the retriever of a bundle, of a run, or of one of its checkpoints.
+    """Loads the retriever of a bundle, of a run, of one of its checkpoints, or of MLflow.
 
     A run is answered from its bundle, with the changes made to it. Where it has none, and for a
     checkpoint, a bundle is made in memory; that of a run comes from the best checkpoint.
@@ -908,12 +910,17 @@ def load_retriever(folder: Path | str) -> Retriever:
     50
 
     Args:
-        folder: Such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000.
+        folder: Such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000; or a
+            bundle in MLflow: models:/NAME/VERSION, models:/NAME@ALIAS or runs:/RUN_ID/bundle.
 
     Raises:
         BundleError: The folder is none of these, or the bundle is not whole.
         ChangesError: The log of changes to the bundle is damaged.
     """
+    if is_address(folder):
+        folder = fetch_bundle(str(folder))
+        # The plugins of its run are imported first, as of a run here.
+        load_config(folder.parent)
     folder = Path(folder)
     workdir = run_of(folder)
     if workdir is None:

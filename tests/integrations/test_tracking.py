@@ -38,20 +38,6 @@ def track(shop, *, uri, experiment, **options):
     return track_run(shop, destination, **options).run_id
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """The address of a store; made once, for its tables take seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        yield f"sqlite:///{folder}/mlflow.db"
-
-
-@pytest.fixture
-def client(store):
-    return mlflow.MlflowClient(tracking_uri=store, registry_uri=store)
-
-
 @pytest.fixture
 def shop(tmp_path):
     """A folder as `train` and `evaluate` leave it."""

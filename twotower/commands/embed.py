@@ -13,10 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
+from twotower.commands import mlflow_flags
+
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
 )
@@ -38,7 +38,7 @@ def main() -> None:
     from twotower import api
     from twotower.retrieval.batch_jobs import Tasks, embed_all
 
-    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     out = Path(_OUT.value or run.workdir / "embeddings")
     embed_all(run, out, devices=_DEVICES.value, tasks=Tasks(_TASK.value, _TASKS.value))
     print(f"{out}: users and items.")

@@ -19,9 +19,7 @@ from absl import flags
 from twotower.commands import mlflow_flags
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
 )
@@ -79,7 +77,7 @@ def main() -> None:
     plot = None
     if _PLOT.value:
         plot = check_plot(Path(_PLOT.value))
-    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     # Flags that are left out leave the options of the run as they are.
     options: dict[str, Any] = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
     options["changes"] = _CHANGES.value

@@ -3,6 +3,8 @@ r"""Keeps the vectors of each run by date, and compares the vectors of two runs.
     twotower history --history=runs/history --append=runs/quickstart \
         [--run_date=2026-11-25]
 
+    twotower history --append --mlflow_experiment=shop [--mlflow_run=a]
+
     twotower history --history=runs/history --list
 
     twotower history --history=runs/history --bigquery=PROJECT.DATASET \
@@ -19,23 +21,21 @@ date. Under a scheduler, which may repeat a command on another day, give its log
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 if TYPE_CHECKING:
     from twotower.integrations.embedding_history import EmbeddingHistory
 
 FLAGS = flags.FlagValues()
 _HISTORY = flags.DEFINE_string(
-    "history", None, "The folder of the history.", required=True, flag_values=FLAGS
+    "history", "runs/history", "The folder of the history.", flag_values=FLAGS
 )
-_APPEND = flags.DEFINE_string(
-    "append", None, "A run with a bundle: append its vectors.", flag_values=FLAGS
-)
+# Without a value beside --mlflow_experiment.
+_RUN = mlflow_flags.define_run(FLAGS, "bundle", workdir="append")
 _RUN_DATE = flags.DEFINE_string(
     "run_date", None, "YYYY-MM-DD of the run; by default today, UTC.", flag_values=FLAGS
 )
@@ -45,7 +45,7 @@ _RUN_ID = flags.DEFINE_string(
 _EXPERIMENT_ID = flags.DEFINE_string(
     "experiment_id",
     "",
-    "Name of the experiment; by default a hash of the configuration.",
+    "Name of the experiment; by default that in MLflow, or a hash of the configuration.",
     flag_values=FLAGS,
 )
 _BIGQUERY = flags.DEFINE_string(
@@ -74,7 +74,7 @@ def main() -> None:
     from twotower.integrations.embedding_history import EmbeddingHistory, format_versions
 
     # Appending and loading into BigQuery go together; each of the others stands alone.
-    writes = _APPEND.value is not None or _BIGQUERY.value is not None
+    writes = _RUN.workdir.value is not None or _BIGQUERY.value is not None
     if sum([writes, _LIST.value, _DRIFT.value is not None]) != 1:
         raise ConfigError(
             "Give one of --append=RUN (and --bigquery), --bigquery=PROJECT.DATASET, --list and "
@@ -93,21 +93,28 @@ def write(history: EmbeddingHistory) -> None:
     """Appends the vectors of a run, loads a date into BigQuery, or both."""
     from twotower.integrations.bigquery_history import open_dataset
     from twotower.integrations.embedding_history import append_bundle, parse_date
+    from twotower.integrations.mlflow_store import read_link
 
     # UTC, so that machines in several places agree on the date.
     run_date = datetime.datetime.now(datetime.UTC).date()
     if _RUN_DATE.value:
         run_date = parse_date(_RUN_DATE.value, "--run_date")
-    if _APPEND.value is not None:
-        workdir = Path(_APPEND.value)
+    if _RUN.workdir.value is not None:
+        workdir = _RUN.folder()
         run_id = _RUN_ID.value or workdir.resolve().name
+        experiment_id = _EXPERIMENT_ID.value
+        link = read_link(workdir)
+        # Of a run from MLflow the names there: the folder may be that of a download.
+        if _RUN.is_of_mlflow and link is not None:
+            run_id = _RUN_ID.value or link.run_name
+            experiment_id = experiment_id or link.experiment
         retriever = launch.load_exported(workdir)
         files = append_bundle(
             history,
             retriever,
             run_date=run_date,
             run_id=run_id,
-            experiment_id=_EXPERIMENT_ID.value,
+            experiment_id=experiment_id,
         )
         for side, file in files.items():
             print(f"{file.path}: {file.rows:,} {side} vectors, {file.width} wide.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from absl import flags
 
@@ -109,4 +110,109 @@ def define_registry(flag_values: flags.FlagValues) -> RegistryFlags:
         flags.DEFINE_string(
             "alias", None, "Alias of that version, such as champion.", flag_values=flag_values
         ),
+    )
+
+
+class _OptionalValue(flags.ArgumentParser):
+    """Reads the folder of a run; of a flag that is given without a value, as --append beside
+    --mlflow_experiment, it makes the empty text."""
+
+    def parse(self, argument: str) -> str:
+        return "" if argument == "true" else argument
+
+
+class RunFlags(NamedTuple):
+    """Flags that name a run: its folder, or an experiment of MLflow.
+
+    Attributes:
+        need: Whether the command needs the folder of the run, or its bundle alone.
+        workdir: Folder of the run; None if it is left out.
+        mlflow_experiment: Name of an experiment in MLflow, likewise.
+        mlflow_run: Name or id of a run in it, or "latest".
+        tracking_uri: Address of the store; None if it is left out.
+    """
+
+    need: Literal["run", "bundle"]
+    workdir: flags.FlagHolder[str | None]
+    mlflow_experiment: flags.FlagHolder[str | None]
+    mlflow_run: flags.FlagHolder[str]
+    tracking_uri: flags.FlagHolder[str | None]
+
+    @property
+    def is_of_mlflow(self) -> bool:
+        """Whether the run is taken from MLflow."""
+        return self.mlflow_experiment.value is not None
+
+    def folder(self) -> Path:
+        """Returns the folder of the run that the flags name.
+
+        Raises:
+            ConfigError: They name none, or more than one.
+        """
+        from twotower.core.errors import ConfigError
+
+        experiment = self.mlflow_experiment.value
+        if experiment is None and not self.workdir.value:
+            raise ConfigError(
+                f"--{self.workdir.name}=... is required. In its place --mlflow_experiment=... "
+                "names the latest run of an experiment in MLflow."
+            )
+        if experiment is None:
+            return Path(self.workdir.value or "")
+        if self.workdir.value:
+            raise ConfigError(
+                f"--{self.workdir.name}={self.workdir.value} and --mlflow_experiment={experiment} "
+                "both name a run: give one of them."
+            )
+        # Not for a run that is here: it takes time to load.
+        from twotower.integrations.mlflow_runs import find_run, folder_of
+
+        uri = self.tracking_uri.value or ""
+        found = find_run(experiment, self.mlflow_run.value, uri=uri)
+        folder = folder_of(found, self.need, uri=uri)
+        print(f"Run {found.link.run_name!r} of the experiment {experiment!r}: {folder}")
+        return folder
+
+    def output(self, folder: Path, name: str) -> Path:
+        """Returns where a command writes by default: into the folder of the run, or, of a bundle
+        that was downloaded, into the working folder.
+
+        Args:
+            folder: Result of `folder`.
+            name: Name of the file or folder to write.
+        """
+        # The cache holds bundles, and no results that a user looks for.
+        if self.is_of_mlflow and not (folder / "checkpoints").exists():
+            return Path(name)
+        return folder / name
+
+
+def define_run(
+    flag_values: flags.FlagValues, need: Literal["run", "bundle"], workdir: str = "workdir"
+) -> RunFlags:
+    """Defines --workdir, and in its place --mlflow_experiment with --mlflow_run.
+
+    Args:
+        flag_values: Flags of the command.
+        need: Whether it needs the folder of the run, or its bundle alone.
+        workdir: Name of the first flag.
+    """
+    holder = flags.DEFINE(
+        _OptionalValue(), workdir, None, "The folder of the run.", flag_values=flag_values
+    )
+    # absl then takes no value from the argument that follows.
+    flag_values[workdir].boolean = workdir != "workdir"
+    return RunFlags(
+        need,
+        holder,
+        flags.DEFINE_string(
+            "mlflow_experiment",
+            None,
+            f"Take the run from this experiment of MLflow, in the place of --{workdir}.",
+            flag_values=flag_values,
+        ),
+        flags.DEFINE_string(
+            "mlflow_run", "latest", "Its name or id, or latest.", flag_values=flag_values
+        ),
+        define_tracking_uri(flag_values),
     )

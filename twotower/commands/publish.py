@@ -12,12 +12,10 @@ from __future__ import annotations
 from absl import flags
 
 from twotower import dry_run
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "bundle")
 _REDIS = flags.DEFINE_string(
     "redis", None, "redis://HOST:PORT/DATABASE.", required=True, flag_values=FLAGS
 )
@@ -33,7 +31,7 @@ def main() -> None:
     from twotower.integrations.redis_store import RedisStore, bundle_version
 
     store = RedisStore(_REDIS.value, name=_NAME.value)
-    retriever = launch.load_exported(_WORKDIR.value)
+    retriever = launch.load_exported(_RUN.folder())
     version = bundle_version(retriever)
     if _DRY_RUN.value:
         print(f"Would publish {retriever} as {_NAME.value}:{version}.")

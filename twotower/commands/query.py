@@ -22,16 +22,19 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 if TYPE_CHECKING:
     from twotower.retrieval.listing import ListOptions
     from twotower.retrieval.retriever import Retriever
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
+_RUN = mlflow_flags.define_run(FLAGS, "bundle")
 _BUNDLE = flags.DEFINE_string(
-    "bundle", None, "The folder of a bundle, in the place of --workdir.", flag_values=FLAGS
+    "bundle",
+    None,
+    "The folder of a bundle, in the place of --workdir, or models:/NAME@ALIAS of MLflow.",
+    flag_values=FLAGS,
 )
 _USER = flags.DEFINE_string(
     "user", None, "A user id: prints its latest items and its recommendations.", flag_values=FLAGS
@@ -81,27 +84,31 @@ def main() -> None:
     from twotower.retrieval.live.conditions import parse_condition
 
     launch.require_one(_USER, _ITEM, _ROWS, _USERS)
-    launch.require_one(_WORKDIR, _BUNDLE)
-    retriever = load()
+    launch.require_one(_RUN.workdir, _RUN.mlflow_experiment, _BUNDLE)
+    folder = None
+    if _BUNDLE.value is None:
+        folder = _RUN.folder()
+    retriever = load(folder)
     where = ()
     # The columns of all items are made for conditions alone.
     if _WHERE.value:
         items = retriever.items()
         where = tuple(parse_condition(text, items, retriever.forms) for text in _WHERE.value)
     options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where, _RERANK.value)
-    answer(retriever, options)
+    answer(retriever, options, folder)
 
 
-def load() -> Retriever:
-    """Returns the retriever of the bundle that the flags name."""
+def load(workdir: Path | None) -> Retriever:
+    """Returns the retriever of a run, or of the bundle of --bundle."""
+    from twotower.integrations.mlflow_store import is_address
     from twotower.plugins import run_of
     from twotower.retrieval.retriever import Retriever
 
     # Known users, and items, have stored vectors: their lists take less time than JAX to load.
-    if _WORKDIR.value is not None:
-        return launch.load_exported(_WORKDIR.value, load_towers=False)
-    folder = Path(_BUNDLE.value or "")
-    if run_of(folder) is None:
+    if workdir is not None:
+        return launch.load_exported(workdir, load_towers=False)
+    folder = _BUNDLE.value or ""
+    if not is_address(folder) and run_of(Path(folder)) is None:
         return Retriever.load(folder, load_towers=False)
     # Training is loaded for the folder of a run alone: it takes longer than to answer.
     from twotower import api
@@ -109,8 +116,22 @@ def load() -> Retriever:
     return api.load_retriever(folder)
 
 
-def answer(retriever: Retriever, options: ListOptions) -> None:
-    """Prints, or writes, what the flags ask for."""
+def find_output(workdir: Path | None) -> Path:
+    """Returns the file that the lists of many users are written to by default."""
+    name = "recommendations.parquet"
+    if workdir is not None:
+        return _RUN.output(workdir, name)
+    return Path(_BUNDLE.value or "", "..", name)
+
+
+def answer(retriever: Retriever, options: ListOptions, workdir: Path | None) -> None:
+    """Prints, or writes, what the flags ask for.
+
+    Args:
+        retriever: Retriever of the bundle.
+        options: Lists that the flags ask for.
+        workdir: Folder of the run; None of a bundle alone.
+    """
     from twotower.retrieval import listing
 
     if _USER.value is not None:
@@ -121,7 +142,6 @@ def answer(retriever: Retriever, options: ListOptions) -> None:
         for row in listing.read_rows(_ROWS.value, retriever):
             print(listing.format_new_user(retriever, row, options))
     elif _USERS.value is not None:
-        folder = Path(_WORKDIR.value or f"{_BUNDLE.value}/..")
-        out = Path(_OUT.value or folder / "recommendations.parquet")
+        out = Path(_OUT.value or find_output(workdir))
         users = Path(_USERS.value)
         print(listing.write_lists(retriever, users, out, options, _ACCEPT.value))

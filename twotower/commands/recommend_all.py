@@ -15,12 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "bundle")
 _OUT = flags.DEFINE_string(
     "out", None, "Folder to write to; by default WORKDIR/recommendations.", flag_values=FLAGS
 )
@@ -58,9 +56,9 @@ def main() -> None:
     from twotower.plugins import load_config
     from twotower.retrieval.batch_jobs import Tasks, recommend_all
 
-    workdir = Path(_WORKDIR.value)
+    workdir = _RUN.folder()
     load_config(workdir)  # says what to do where the folder is no run
-    out = Path(_OUT.value or workdir / "recommendations")
+    out = Path(_OUT.value or _RUN.output(workdir, "recommendations"))
     recommend_all(
         workdir / "bundle",
         out,

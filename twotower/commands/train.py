@@ -107,7 +107,10 @@ def find_workdir() -> str:
     name = _TRACKING.run_name.value
     if experiment and name:
         return f"runs/{experiment}/{name}"
-    raise ConfigError("--workdir=... is required, or both --experiment_name=... and --run_name=...")
+    raise ConfigError(
+        "--workdir=... is required. In its place --experiment_name=... and --run_name=... together "
+        "name the folder runs/EXPERIMENT/RUN."
+    )
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ DEFAULT_EXPERIMENT = "twotower"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"  # read by MLflow itself, too
 SQLITE = "sqlite:///"
 SQLITE_MAGIC = b"SQLite format 3\0"  # first bytes of every database
+ADDRESSES = ("models:/", "runs:/")  # of files in a store
 ANSWER_SECONDS = 5  # wait for a tracking server
 LINK = "mlflow.json"  # in the folder of the run: the MLflow run that it is logged to
 WORKDIR_TAG = "twotower.workdir"  # absolute folder of the run
@@ -128,6 +129,11 @@ def resolve_uri(uri: str) -> str:
     if file == address:
         return address
     return SQLITE + str(Path(file).absolute())
+
+
+def is_address(text: object) -> bool:
+    """Returns whether a text names a bundle in MLflow: models:/… or runs:/…"""
+    return isinstance(text, str) and text.startswith(ADDRESSES)
 
 
 def hide_password(uri: str) -> str:

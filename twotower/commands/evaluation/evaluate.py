@@ -4,7 +4,8 @@ r"""Measures a run: exact metrics beside baselines, and the index of its bundle 
         [--split=validation] [--slices=country,item.category] [--dim=32] [--devices=N]
 
 Each device scores and ranks its own part of the items. Prints a table and writes
-WORKDIR/evaluation/metrics.json (metrics_validation.json for that split).
+WORKDIR/evaluation/metrics.json (metrics_validation.json for that split). In the place of --workdir
+--mlflow_experiment=shop takes the latest run of an experiment in MLflow that was trained here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import math
 
 from absl import flags
 
+from twotower.commands import mlflow_flags
+
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
 )
@@ -96,7 +97,7 @@ def main() -> None:
     if _REPORT.value:
         check_report()
 
-    run = api.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     # Before the vectors are made: a width that was not trained is refused at once.
     if _DIM.value:
         run = api.with_index_options(run, dim=_DIM.value)
