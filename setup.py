@@ -34,6 +34,7 @@ EXTRAS = {
         "duckdb>=1.0",
         "faiss-cpu>=1.8",
         "httpx>=0.27",
+        "mlflow>=3.0",  # its server
         "nbformat>=5.10",
         "onnx>=1.16",
         "pandas>=2.2",
