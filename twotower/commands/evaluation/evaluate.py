@@ -10,11 +10,17 @@ WORKDIR/evaluation/metrics.json (metrics_validation.json for that split). In the
 
 from __future__ import annotations
 
+import datetime
 import math
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from twotower.commands import mlflow_flags
+
+if TYPE_CHECKING:
+    from twotower.evaluation.measure import Measured
+    from twotower.training.run import Run
 
 FLAGS = flags.FlagValues()
 _RUN = mlflow_flags.define_run(FLAGS, "run")
@@ -74,6 +80,13 @@ _DEVICES = flags.DEFINE_integer(
 _SPLIT = flags.DEFINE_enum(
     "split", "test", ["test", "validation"], "The rows to find.", flag_values=FLAGS
 )
+_HISTORY = flags.DEFINE_string(
+    "history",
+    None,
+    "Folder whose results table the figures are appended to; by default runs/history for a run "
+    "from MLflow, and none for others.",
+    flag_values=FLAGS,
+)
 _REPORT = flags.DEFINE_bool(
     "report",
     False,
@@ -118,6 +131,23 @@ def main() -> None:
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
     if _REPORT.value:
         print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")
+    history = _HISTORY.value
+    if history is None and _RUN.is_of_mlflow:
+        history = "runs/history"
+    if history:
+        print(append(history, run, measured))
+
+
+def append(history: str, run: Run, measured: Measured) -> str:
+    """Appends the figures to the results table, and says so."""
+    from twotower.integrations.results import append_results
+
+    # UTC, so that machines in several places agree on the date.
+    today = datetime.datetime.now(datetime.UTC).date()
+    path, is_new = append_results(history, run, measured, today)
+    if is_new:
+        return f"Results: {path}"
+    return f"Results: {path} has this evaluation already."
 
 
 def parse_ks(texts: list[str]) -> tuple[int, ...]:

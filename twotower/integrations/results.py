@@ -1,0 +1,125 @@
+"""The results table: a row for each figure of each evaluation, beside the embedding history.
+
+```
+HISTORY/results/run_date=2026-11-25/evaluation-0f3a….parquet
+```
+
+A file is named by the hash of its rows, without the date: the same evaluation is kept once, however
+often it is appended.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twotower.core.files import atomic, content_digest, read_json
+from twotower.evaluation.measure import SUFFIXES, Measured
+from twotower.integrations.mlflow_store import read_link
+from twotower.retrieval.tower_programs import embedding_weights, model_version
+from twotower.training.run import Run
+
+TABLE = "results"
+SCHEMA = pa.schema(
+    {
+        "experiment_id": pa.string(),
+        "run_id": pa.string(),
+        "model_version": pa.string(),
+        "data": pa.string(),
+        "split": pa.string(),
+        "step": pa.int64(),
+        "queries": pa.int64(),
+        "system": pa.string(),
+        "mask_seen": pa.bool_(),
+        "slice": pa.string(),
+        "slice_value": pa.string(),
+        "metric": pa.string(),
+        "k": pa.int64(),
+        "value": pa.float64(),
+        "low": pa.float64(),
+        "high": pa.float64(),
+    }
+)
+
+
+def append_results(
+    history: Path | str, run: Run, measured: Measured, run_date: datetime.date
+) -> tuple[Path, bool]:
+    """Appends an evaluation to the results of a history, unless it is there already.
+
+    Args:
+        history: Folder of the history.
+        run: Loaded run that was measured.
+        measured: Figures of the evaluation.
+        run_date: Date of the evaluation.
+
+    Returns:
+        The file of the evaluation, and whether it was written now.
+    """
+    link = read_link(run.workdir)
+    report = run.workdir / "data" / "report.json"
+    whole = {
+        "experiment_id": link.experiment if link else "",
+        "run_id": link.run_name if link else run.workdir.resolve().name,
+        "model_version": _version_of(run),
+        "data": content_digest(read_json(report))[:16] if report.exists() else "",
+    }
+    rows = [whole | row for row in figure_rows(measured)]
+    digest = content_digest({"rows": json.loads(json.dumps(rows))})[:32]
+    folder = Path(history) / TABLE
+    name = f"evaluation-{digest}.parquet"
+    for path in folder.glob(f"run_date=*/{name}"):
+        return path, False
+    path = folder / f"run_date={run_date.isoformat()}" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+    return path, True
+
+
+def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
+    """Yields a row for each figure of the model, the baselines and the slices of an evaluation."""
+    protocol = measured["protocol"]
+    common = {"split": protocol["split"], "step": protocol["step"], "slice": "", "slice_value": ""}
+    common["queries"] = protocol.get("queries")
+    for suffix in SUFFIXES:
+        seen = common | {"mask_seen": not suffix}
+        intervals = measured.get(f"model_intervals{suffix}", {})
+        yield from _rows(seen | {"system": "model"}, measured.get(f"model{suffix}", {}), intervals)
+        for name, figures in measured.get(f"baselines{suffix}", {}).items():
+            yield from _rows(seen | {"system": name}, figures, {})
+    for name, values in measured.get("slices", {}).items():
+        for value, part in values.items():
+            if not isinstance(part, Mapping):
+                continue
+            sliced = {"slice": name, "slice_value": str(value), "queries": part.get("queries")}
+            row = common | sliced | {"mask_seen": True, "system": "model"}
+            yield from _rows(row, part.get("model", {}), part.get("intervals", {}))
+
+
+def _rows(
+    row: Mapping[str, Any], figures: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one system: recall@10 is the metric recall at k = 10."""
+    for name, value in figures.items():
+        # "-" stands where nothing was asked.
+        if not isinstance(value, (int, float)):
+            continue
+        metric, _, k = name.partition("@")
+        low, high = intervals.get(name) or (None, None)
+        length = int(k) if k.isdigit() else None
+        figure = {"metric": metric, "k": length, "value": float(value), "low": low, "high": high}
+        yield {**row, **figure}
+
+
+def _version_of(run: Run) -> str:
+    """Returns the hash of the weights, as in the manifest of their bundle."""
+    return model_version(jax.tree.map(np.asarray, embedding_weights(run.weights)))
