@@ -11,6 +11,7 @@ WORKDIR/evaluation/metrics.json (metrics_validation.json for that split). In the
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import math
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,9 @@ _HISTORY = flags.DEFINE_string(
 )
 _REPORT = flags.DEFINE_bool(
     "report",
-    False,
-    "Write a page to look at beside the figures; needs the extra plots.",
+    None,
+    "Write a page to look at beside the figures; needs the extra plots. On by default for a run "
+    "from MLflow, where that is installed.",
     flag_values=FLAGS,
 )
 _REPORT_COLUMNS = flags.DEFINE_list(
@@ -107,7 +109,11 @@ def main() -> None:
     from twotower.evaluation.report.write import check_report
 
     # Before anything is loaded: a page that cannot be drawn is refused at once.
-    if _REPORT.value:
+    wants_report = _REPORT.value
+    if wants_report is None:
+        is_possible = importlib.util.find_spec("matplotlib") is not None
+        wants_report = _RUN.is_of_mlflow and is_possible
+    if wants_report:
         check_report()
 
     run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
@@ -129,7 +135,7 @@ def main() -> None:
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
-    if _REPORT.value:
+    if wants_report:
         print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")
     history = _HISTORY.value
     if history is None and _RUN.is_of_mlflow:
