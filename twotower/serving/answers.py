@@ -86,14 +86,17 @@ class Answers:
         events: Sequence[Any] | None = request.history
         is_known = False
         if user is not None:
-            user = read_id(user, retriever.forms.user_id, "user_id")
-            is_known = user in retriever.user_rows.row_by_id
+            known = retriever.user_rows.row_by_id
+            # Most ids are those of the bundle, letter for letter.
+            if user not in known:
+                user = read_id(user, retriever.forms.user_id, "user_id")
+            is_known = user in known
             if events is None:
                 events = self._live_events(user)
         is_personal = is_known or request.features
         if not is_personal and self._history and events:
             # Of events with unknown items alone the model would make something up.
-            is_personal = any(map(self.retriever.has_item, self._items_of(events)))
+            is_personal = any(map(self.retriever.has_item, map(_item_of, events)))
         if not is_personal:
             return self._without_model(request, events or ())
         if request.features or request.history is not None:
@@ -340,7 +343,7 @@ class Answers:
 
     def _live_events(self, user: str) -> list[dict[str, Any]]:
         """Returns the events that were sent of a user, the latest last."""
-        events = []
+        events: list[dict[str, Any]] = []
         for event in self.histories.of(user):
             # A number would be read in the unit of the log.
             moment = datetime.datetime.fromtimestamp(event["timestamp"], datetime.UTC)
@@ -351,12 +354,8 @@ class Answers:
         """Returns the ids of the items of events, each once, in the form of the log."""
         ids = []
         for number, event in enumerate(events):
-            item = event
-            if isinstance(event, types.Event):
-                item = event.item_id
-            elif isinstance(event, Mapping):
-                item = event["item_id"]
-            ids.append(read_id(item, self.retriever.forms.item_id, f"history[{number}]"))
+            place = f"history[{number}]"
+            ids.append(read_id(_item_of(event), self.retriever.forms.item_id, place))
         return list(dict.fromkeys(ids))
 
     def _filters(self, request: types.Listing) -> dict[str, Any]:
@@ -419,6 +418,13 @@ class Answers:
 
     def _new_id(self) -> str:
         return f"{self._prefix}{next(self._counter):x}"
+
+
+def _item_of(event: types.Event | Any) -> Any:
+    """Returns the id of the item of an event, as it was sent."""
+    if isinstance(event, types.Event):
+        return event.item_id
+    return event["item_id"] if isinstance(event, Mapping) else event
 
 
 def _as_event(event: types.Event | Any) -> Any:

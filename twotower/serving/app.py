@@ -179,6 +179,7 @@ class App:
         metrics: Counters.
         writer: Writer of changes and events.
         status: "ok", or what the server waits for.
+        accepted: Number of requests that were accepted and are not answered yet.
         closing: Header that ends connections, while the server stops.
         endpoints: Endpoints.
     """
@@ -208,6 +209,7 @@ class App:
         self.metrics = Metrics()
         self.writer = Writer(answers, events, self.limits.writes)
         self.status = "starting"
+        self.accepted = 0
         self.closing: list[tuple[bytes, bytes]] = []
         self._differences: list[str] = []
         self.endpoints = self._make_endpoints()

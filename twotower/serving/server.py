@@ -40,6 +40,19 @@ _OVERLOAD = ENCODER.encode(
         cure="Send it again later, or to another server.",
     ).to_problem()
 )
+_SHED_HEADERS = [
+    (b"content-type", PROBLEM),
+    (b"content-length", b"%d" % len(_OVERLOAD)),
+    (b"retry-after", b"1"),
+]
+_SHED = b"".join(
+    [
+        b"HTTP/1.1 503 Service Unavailable\r\n",
+        *(b"%s: %s\r\n" % header for header in [*_SHED_HEADERS, *COMMON]),
+        b"\r\n",
+        _OVERLOAD,
+    ]
+)
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
@@ -146,6 +159,14 @@ def _is_of_the_server(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or not record.pathname.endswith("retriever.py")
 
 
+async def _shed(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuses a request that could not be answered in time."""
+    del scope, receive
+    headers = [*_SHED_HEADERS, *COMMON]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": _OVERLOAD})
+
+
 class _Server(uvicorn.Server):
     """A server that answers on for a moment after it was told to stop.
 
@@ -206,6 +227,8 @@ class _Protocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refusal = 400
+        self._is_shed = False
+        self.app = self._accept
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -218,6 +241,9 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
         self._cancel_write_timer()
+        # Requests behind the one that is answered never begin.
+        self.served.accepted -= sum(app == self._accept for _, app in self.pipeline)
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -248,15 +274,48 @@ class _Protocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._cancel_head_timer()
+        served = self.served
         # Those that wait for the disk do not keep others waiting.
-        waiting = len(self.tasks) - self.served.writer.waiting
-        if waiting < self.served.limits.waiting:
+        if served.accepted - served.writer.waiting < served.limits.waiting:
+            served.accepted += 1
             super().on_headers_complete()
             return
-        app = self.app
-        self.app = self._shed
+        # Of requests that a client sent without waiting the answers keep their order.
+        is_first = self.cycle is None or self.cycle.response_complete
+        if is_first:
+            self._is_shed = True
+            return
+        self.app = _shed
         super().on_headers_complete()
-        self.app = app
+        self.app = self._accept
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_shed:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_shed:
+            super().on_message_complete()
+            return
+        # Without a task: refusing must cost less than answering, or nobody is answered any more.
+        self._is_shed = False
+        self.served.metrics.shed.inc()
+        self.transport.write(_SHED)
+        is_kept = self.parser is not None and self.parser.should_keep_alive()
+        if self.served.closing or not is_kept:
+            self.transport.close()
+            return
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    async def _accept(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request that was accepted."""
+        try:
+            await self.served(scope, receive, send)
+        finally:
+            self.served.accepted -= 1
 
     def on_response_complete(self) -> None:
         # Of a body that nobody reads no more is taken.
@@ -276,21 +335,6 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._refusal)
-
-    async def _shed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses a request that could not be answered in time."""
-        del scope, receive
-        app = self.served
-        app.metrics.shed.inc()
-        headers = [
-            (b"content-type", PROBLEM),
-            (b"content-length", b"%d" % len(_OVERLOAD)),
-            (b"retry-after", b"1"),
-            *COMMON,
-            *app.closing,
-        ]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": _OVERLOAD})
 
     def _refuse(self, status: int) -> None:
         """Ends the connection with a refusal that needs no request."""
