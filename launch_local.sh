@@ -82,10 +82,11 @@ quick_start() {
     movielens) config=experiments/configs/movielens_small.py workdir=runs/movielens ;;
     *) fail "DATA=$DATA is not known; DATA=shop (the default) or DATA=movielens" ;;
   esac
-  install "${EXTRAS:-}"
+  # The report of the evaluation is drawn.
+  install "plots${EXTRAS:+,$EXTRAS}"
   run -m experiments.train "--config=$config" "--workdir=$workdir" "$@"
   run -m experiments.export "--workdir=$workdir"
-  run -m experiments.evaluate "--workdir=$workdir" --baselines
+  run -m experiments.evaluate "--workdir=$workdir" --baselines --report
   run -m experiments.query "--workdir=$workdir" --user=42 --k=10
 }
 

@@ -41,6 +41,7 @@ from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.query_table import query_table_path
+from twotower.evaluation.report.comparison import write_comparison
 from twotower.evaluation.report.text import format_report
 from twotower.evaluation.report.write import check_report
 from twotower.evaluation.report.write import write_report as write_page
@@ -832,7 +833,9 @@ def repeat_path(workdir: Path | str, split: str) -> Path:
     return Path(workdir) / name
 
 
-def compare(runs: Sequence[Run | Path | str], *, split: str = "test") -> Comparison:
+def compare(
+    runs: Sequence[Run | Path | str], *, split: str = "test", report: Path | str | None = None
+) -> Comparison:
     """Compares evaluated runs over the same queries: prints and returns their figures.
 
     >>> run = tt.load_run("runs/mine")
@@ -848,12 +851,18 @@ def compare(runs: Sequence[Run | Path | str], *, split: str = "test") -> Compari
             one, and the folder of `repeat` the mean of its seeds. The others are compared with the
             first.
         split: Rows that were found: "test" or "validation".
+        report: File of a page to look at, which needs the extra "plots"; None writes none.
 
     Raises:
         ConfigError: A run was not evaluated, or they were not measured alike.
     """
+    if report is not None:
+        check_report()
     comparison = compare_records([read_record(_folder_of(run), split) for run in runs])
     print(format_comparison(comparison))
+    if report is not None:
+        write_comparison(comparison, Path(report))
+        print(f"\nReport: {report}")
     return comparison
 
 

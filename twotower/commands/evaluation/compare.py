@@ -1,6 +1,7 @@
 r"""Compares evaluated runs, query by query: best, not to be told apart, differences, slices.
 
     twotower compare runs/a runs/b runs/b:ease [--split=validation] [--json=compared.json]
+        [--report=compared.html]
 
 Each run is a folder that `evaluate` measured, or that of `repeat`, whose seeds are averaged;
 RUN:NAME is a baseline that was measured beside it (--baselines). All must have been measured alike.
@@ -50,6 +51,9 @@ _UNDERTRAINED = flags.DEFINE_string(
     flag_values=FLAGS,
 )
 _JSON = flags.DEFINE_string("json", None, "File to write all figures to.", flag_values=FLAGS)
+_REPORT = flags.DEFINE_string(
+    "report", None, "File to write a page to look at to; needs the extra plots.", flag_values=FLAGS
+)
 
 
 def main() -> None:
@@ -59,8 +63,11 @@ def main() -> None:
     for flag in (_THRESHOLDS, _UNDERTRAINED):
         if flag.value and not _GATE.value:
             raise ConfigError(f"--{flag.name} is a part of --gate=RUN: give that too.")
+    if _GATE.value and _REPORT.value:
+        raise ConfigError(f"--report={_REPORT.value} is of a comparison: leave out --gate.")
     if not _GATE.value:
-        _write(api.compare(_RUNS.value, split=_SPLIT.value).to_dict())
+        comparison = api.compare(_RUNS.value, split=_SPLIT.value, report=_REPORT.value)
+        _write(comparison.to_dict())
         return
     try:
         sys.exit(_judge())

@@ -49,7 +49,7 @@ WIDTH = 440  # units of a chart, in which text is `TEXT` high
 TEXT = 11.5
 ROW = 25  # units of a row of a chart of rows
 LEGEND = 146  # units of the column in which a legend stands, beside the data and never over it
-LONGEST_LABEL = 19  # characters of a label of a legend or a row
+LONGEST_LABEL = 26  # characters of a label of a legend or a row
 # Numbers in a row.
 Floats = Sequence[float] | np.ndarray
 _SVG = "http://www.w3.org/2000/svg"
@@ -170,7 +170,12 @@ def line_chart(
 
 
 def row_chart(
-    name: str, marks: Sequence[Mark], *, x_label: str, other_label: str = "", from_zero: bool = True
+    name: str,
+    marks: Sequence[Mark],
+    *,
+    x_label: str,
+    label: str = "model",
+    other_label: str = "",
 ) -> str:
     """Returns one figure a row, each with its interval, under each other.
 
@@ -178,19 +183,19 @@ def row_chart(
         name: Name of the figure.
         marks: The rows, from the top.
         x_label: Name of the axis across, with its unit.
+        label: Name of the filled marks, where there are hollow ones.
         other_label: Name of the hollow marks; "" without such.
-        from_zero: Whether the axis begins at 0.
     """
     with _drawing(name):
         height = 58 + ROW * len(marks) + (20 if other_label else 0)
-        figure, axes = _axes(x_label, "", height=height, left=138)
+        figure, axes = _axes(x_label, "", height=height, left=172)
         for row, mark in enumerate(marks):
             colour = SERIES[0] if mark.strong or other_label else SOFT
             if mark.low is not None and mark.high is not None:
                 axes.plot([mark.low, mark.high], [row, row], color=colour, linewidth=6, alpha=0.3)
             axes.plot([mark.value], [row], marker="o", color=colour, markersize=8)
             if mark.other is not None:
-                hollow: Any = {"markerfacecolor": CARD, "markeredgecolor": SERIES[1]}
+                hollow: Any = {"markerfacecolor": "none", "markeredgecolor": SERIES[1]}
                 axes.plot(
                     [mark.other], [row], marker="D", markersize=7, markeredgewidth=1.7, **hollow
                 )
@@ -202,10 +207,17 @@ def row_chart(
                 text.set_fontweight("bold")
         axes.set_ylim(len(marks) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        if from_zero:
-            axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        # With 0 in sight a small difference looks small.
+        left, right = axes.get_xlim()
+        left = min(0.0, left)
+        right = max(0.0, right)
+        # Room for the whole of the outermost marks.
+        room = 0.04 * (right - left)
+        axes.set_xlim(left - room, right + room)
+        if any(mark.value < 0 for mark in marks):
+            axes.axvline(0, color=SOFT, linewidth=1)
         if other_label:
-            _key_above(figure, other_label)
+            _key_above(figure, label, other_label)
         return _svg(figure)
 
 
@@ -410,18 +422,21 @@ def _legend(figure: Figure, labels: Sequence[tuple[int, str]], *, lines: bool) -
         figure.text((end + 6) / WIDTH, y / height, text, va="center_baseline", ha="left")
 
 
-def _key_above(figure: Figure, other_label: str) -> None:
+def _key_above(figure: Figure, label: str, other_label: str) -> None:
     """Writes above the rows what filled and hollow marks are."""
     from matplotlib.lines import Line2D
 
     height = 72 * figure.get_figheight()
     y = 1 - 12 / height
-    places = ((14, "o", SERIES[0], SERIES[0], "model"), (90, "D", CARD, SERIES[1], other_label))
-    for x, marker, face, edge, label in places:
+    places = (
+        (14, "o", SERIES[0], SERIES[0], label),
+        (WIDTH / 2, "D", "none", SERIES[1], other_label),
+    )
+    for x, marker, face, edge, words in places:
         key = Line2D([x / WIDTH], [y], marker=marker, markersize=7, linestyle="none")
         key.set(markerfacecolor=face, markeredgecolor=edge, markeredgewidth=1.7)
         figure.add_artist(key)
-        figure.text((x + 10) / WIDTH, y, shorten(label, 40), va="center_baseline", ha="left")
+        figure.text((x + 10) / WIDTH, y, shorten(words), va="center_baseline", ha="left")
 
 
 def _above(axes: Axes, x: float, label: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ from twotower.evaluation.report.page import (
 
 Measured = Mapping[str, Any]
 Standing = Literal["ahead", "behind", "even", "alone"]
+LONG_WARNING = 170  # characters from which on a warning is folded
+# Up to the first colon or the end of a sentence, of a length that says something.
+_FIRST_PART = re.compile(r".{30,}?(?::|\.)(?=\s)")
 MOST_ROWS = 12  # rows of a chart of slices
 MOST_LINES = 8  # lines of a chart: as many as there are colours
 SIGNS: dict[Standing, str] = {"ahead": "▲", "behind": "▼", "even": "≈", "alone": "•"}
@@ -105,7 +109,7 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     sentence = SENTENCES[standing].format(name=title_of(verdict.rival))
     k = verdict.metric.partition("@")[2]
     numbers = [
-        _number(
+        big_number(
             f"Model, {verdict.metric}",
             f"{verdict.value:.4f}",
             f"{LEVEL:.0%} interval {verdict.low:.4f} to {verdict.high:.4f}",
@@ -114,15 +118,12 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     if verdict.rival:
         beside = _difference(verdict)
         title = f"Best baseline, {title_of(verdict.rival)}"
-        numbers.append(_number(title, f"{verdict.rival_value:.4f}", beside))
+        numbers.append(big_number(title, f"{verdict.rival_value:.4f}", beside))
     meaning = (
         f"Of the things that people really took next, {verdict.value:.0%} were among the {k} that "
         f"the model put first for them, out of {measured['protocol']['items']:,}."
     )
-    warnings = [
-        f'<p class="warning"><strong>Mind:</strong> {escape(text)}</p>'
-        for text in find_warnings(measured, data_report)
-    ]
+    warnings = [_warning(text) for text in find_warnings(measured, data_report)]
     evaluate = command("evaluate", f"--workdir={workdir}", "--baselines", "--report")
     if standing == "alone":
         cure = missing("Without baselines nobody can say whether this is much.", evaluate)
@@ -158,13 +159,24 @@ def find_warnings(measured: Measured, data_report: DataReport | None) -> list[st
     return list(dict.fromkeys(sentences))
 
 
+def _warning(text: str) -> str:
+    """Returns a sentence that speaks against the figures: its first part, and all when pressed."""
+    found = _FIRST_PART.match(text)
+    if found is None or len(text) <= LONG_WARNING:
+        return f'<p class="warning"><strong>Mind:</strong> {escape(text)}</p>'
+    first = found[0].rstrip(":,; ")
+    more = folded("In full", paragraph(text), of=first)
+    return f'<div class="warning"><strong>Mind:</strong> {escape(first)}. {more}</div>'
+
+
 def title_of(ranking: str) -> str:
     """Returns the name of a ranking in words."""
     words = {"ease": "EASE", "item_knn": "item-kNN", "popularity": "popularity", "model": "model"}
     return words.get(ranking, ranking.replace("popularity_", "").replace("_", " "))
 
 
-def _number(title: str, big: str, beside: str) -> str:
+def big_number(title: str, big: str, beside: str) -> str:
+    """Returns a figure that is read first, for a list of such."""
     return (
         f'<div><dt>{escape(title)}</dt><dd><span class="big">{escape(big)}</span>'
         f'<span class="beside">{escape(beside)}</span></dd></div>'
@@ -413,7 +425,8 @@ def _slice_charts(measured: Measured) -> list[Chart]:
     metric = f"recall@{k}"
     for number, (name, values) in enumerate(measured.get("slices", {}).items()):
         known = {label: part for label, part in values.items() if metric in part.get("model", {})}
-        if not known:
+        # A single part is the whole.
+        if len(known) < 2:
             continue
         # In the order given, which is that of deciles; of many the ones with most queries.
         large = sorted(known, key=lambda label: -known[label]["queries"])[:MOST_ROWS]
@@ -426,7 +439,9 @@ def _slice_charts(measured: Measured) -> list[Chart]:
             other = part.get("baseline", {}).get(metric)
             if label in large:
                 marks.append(Mark(label, value, low, high, other))
-            baseline = "-" if other is None else f"{other:.4f}"
+            baseline = "-"
+            if other is not None:
+                baseline = f"{other:.4f} ({title_of(part.get('baseline_name', ''))})"
             rows.append([label, f"{part['queries']:,}", f"{value:.4f}", _ends(ends), baseline])
         caption = (
             f"{metric} of each part apart. Filled: the model with its interval; hollow: the best "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ DRAWN_ITEMS = 1_200  # items of a picture; more would be no clearer, and the fil
 STORED_QUERIES = 300  # users that storage is measured with
 STORED_ITEMS = 50_000  # items, likewise
 STORED_K = 10
+STRONG = 0.5  # correlation from which on two things go together
 HUB_K = 10  # length of the lists in which hubs are looked for
 
 
@@ -381,11 +382,13 @@ def health(
     temperatures = [(line["step"], line["temperature"]) for line in lines if "temperature" in line]
     if temperatures:
         parts.append(_temperature(temperatures))
+    figures = measured.get("health", {})
+    if "expected_counts" in figures:
+        parts.append(_negatives(figures))
     blocks = [charts(parts)]
     if is_one_length:
         said = "All item vectors have one length, so that none scores higher with everybody."
         blocks.append(paragraph(said, "note"))
-    figures = measured.get("health", {})
     if figures:
         blocks.append(_health_table(figures))
     return Section(
@@ -421,8 +424,9 @@ def _hubs(users: np.ndarray, items: np.ndarray) -> Chart:
     top = max(1, len(items) // 100)
     caption = (
         f"The most listed hundredth of the items ({top:,}) takes {shares[top - 1]:.0%} of all "
-        f"places in the lists of {len(users):,} queries, and {np.mean(counts == 0):.0%} of the "
-        "items are in none. The steeper the start, the more a few hubs push into everybody's list."
+        f"places in the lists of {len(users):,} queries (with what people had before), and "
+        f"{np.mean(counts == 0):.0%} of the items are in none. The steeper the start, the more "
+        "a few hubs push into everybody's list."
     )
     title = "Hubs: how few items fill the lists"
     rows = [[f"{share:.2%}", f"{part:.4f}"] for share, part in zip(x, y)]
@@ -443,8 +447,8 @@ def _norms(lengths: np.ndarray, counts: np.ndarray) -> Chart:
     )
     correlation = float(np.corrcoef(np.log(counts + 1.0), lengths)[0, 1])
     said = (
-        "Longer vectors score higher with everybody. The correlation of length with the log of "
-        f"popularity is {correlation:.2f}: near 1, lists follow popularity more than taste."
+        "Longer vectors score further from 0 with everybody. The correlation of length with the "
+        f"log of popularity is {correlation:.2f}: {_meaning(correlation)}"
     )
     edges = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
     table_rows = []
@@ -455,6 +459,13 @@ def _norms(lengths: np.ndarray, counts: np.ndarray) -> Chart:
     header = ["training rows", "mean length", "deviation"]
     sample = f" A sample of {len(rows):,} items." if len(rows) < len(lengths) else ""
     return Chart("norms", title, svg, f"{said}{sample}", Table(header, table_rows, title))
+
+
+def _meaning(correlation: float) -> str:
+    if abs(correlation) < STRONG:
+        return "length is not popularity."
+    side = "popular" if correlation > 0 else "rare"
+    return f"the longest vectors are those of {side} items, so that length says little of taste."
 
 
 def _temperature(points: Sequence[tuple[float, float]]) -> Chart:
@@ -476,15 +487,45 @@ def _temperature(points: Sequence[tuple[float, float]]) -> Chart:
 
 def _health_table(figures: Mapping[str, Any]) -> str:
     """Returns what was measured of the vectors and batches, as far as it is single numbers."""
-    from_nested: list[list[str]] = []
+    rows = []
+    for title, value in _numbers(figures):
+        rows.append([title, f"{value:,.4g}"])
+    title = "Figures of vectors and batches"
+    return folded(title, table(Table(["figure", "value"], rows, title)))
+
+
+def _numbers(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers of nested mappings with their names in words."""
     for name, value in figures.items():
-        inner = value if isinstance(value, Mapping) else {"": value}
-        for part, number in inner.items():
-            if not isinstance(number, (int, float, str)) or isinstance(number, bool):
-                continue
-            title = f"{name} {part}".replace("_", " ").strip()
-            from_nested.append(
-                [title, f"{number:.4g}" if isinstance(number, float) else str(number)]
-            )
-    content = table(Table(["figure", "value"], from_nested, "Figures of vectors and batches"))
-    return folded("Figures of vectors and batches", content)
+        title = f"{above} {name}".replace("_", " ").strip()
+        if isinstance(value, Mapping):
+            yield from _numbers(value, title)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield title, value
+
+
+def _negatives(health: Mapping[str, Any]) -> Chart:
+    """Returns how often items are candidates of a step, by popularity, and what batches repeat."""
+    deciles = health["expected_counts"]["deciles"]
+    labels = [str(number) for number in range(1, len(deciles) + 1)]
+    svg = bar_chart(
+        "negatives",
+        labels,
+        deciles,
+        x_label="tenth of the items (1: least popular)",
+        y_label="expected times an item is a candidate (a step)",
+    )
+    caption = (
+        "The model learns from what it is told to tell apart. Items that hardly ever are "
+        "candidates are never pushed away, and may come up where they should not."
+    )
+    if "batches" in health:
+        batches = health["batches"]
+        caption += (
+            f" In a batch of {batches['size']:,}, {batches['duplicate_rate']:.0%} of the items are "
+            f"there already, and {batches['false_negative_rate']:.1%} of the negatives are things "
+            "that the person has in fact taken."
+        )
+    rows = [[label, f"{count:.4g}"] for label, count in zip(labels, deciles)]
+    title = "Negatives by popularity"
+    return Chart("negatives", title, svg, caption, Table(["tenth", "expected"], rows, title))
