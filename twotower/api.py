@@ -26,6 +26,7 @@ from twotower.data.report import DataReport, log_report, print_report
 from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import measure
+from twotower.evaluation.audits.sanity import check_sanity
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.comparison.compare import Comparison, compare_records
 from twotower.evaluation.comparison.gate import (
@@ -103,6 +104,7 @@ class Run(run_folder.Run):
         max_queries: int = 0,
         slices: Sequence[str] = (),
         further_metrics: Sequence[str] = (),
+        sanity: bool = False,
         report: bool = False,
         report_columns: Sequence[str] = (),
     ) -> measure.Measured:
@@ -126,6 +128,8 @@ class Run(run_folder.Run):
                 "country" or "item.category".
             further_metrics: Metrics that take longer: "auc", "diversity", and "distinct.COLUMN" of
                 a column of items, such as "distinct.brand".
+            sanity: Whether to ask too if items with like titles lie close, and if somebody with
+                events of one category gets that category.
             report: Whether a page to look at is written beside the figures, which needs the extra
                 "plots".
             report_columns: Columns of the items that it colours them by; () chooses.
@@ -145,6 +149,7 @@ class Run(run_folder.Run):
             max_queries=max_queries,
             slices=slices,
             further_metrics=further_metrics,
+            sanity=sanity,
         )
         print(format_report(measured, ks))
         if report:
@@ -685,6 +690,8 @@ def evaluate(
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
     further_metrics: Sequence[str] = (),
+    sanity: bool = False,
+    sanity_columns: tuple[str, str] = ("", ""),
     devices: int = 0,
 ) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
@@ -703,6 +710,10 @@ def evaluate(
         slices: Columns of users, items or rows whose values are measured apart, such as "country"
             or "item.category".
         further_metrics: Metrics that take longer: "auc", "diversity", "distinct.COLUMN".
+        sanity: Whether to ask too if like titles lie close and if somebody with events of one
+            category gets it, see `twotower.evaluation.audits.sanity`.
+        sanity_columns: Columns of the items with their titles and with their categories; "" finds
+            it by the features.
         devices: Number of devices that share the items; 0 takes all.
 
     Returns:
@@ -732,6 +743,11 @@ def evaluate(
         # One query a user, whatever the protocol: the index is searched with users' vectors.
         queries = make_queries(run.prepared, split, "user")
         measured["index"] = measure.measure_index(retriever, queries.user)
+    if sanity:
+        # Of this checkpoint: the bundle in the folder may be of another.
+        title, category = sanity_columns
+        asked = Retriever(make_bundle(run))
+        measured["sanity"] = check_sanity(run, asked, title=title, category=category)
     measure.write_metrics(measured, metrics_path(run.workdir, split))
     log_linked(run.workdir)
     return measured

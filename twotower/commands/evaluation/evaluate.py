@@ -88,6 +88,18 @@ _HISTORY = flags.DEFINE_string(
     "from MLflow, and none for others.",
     flag_values=FLAGS,
 )
+_SANITY = flags.DEFINE_bool(
+    "sanity",
+    False,
+    "Ask too whether like titles lie close, and whether events of one category get that category.",
+    flag_values=FLAGS,
+)
+_SANITY_TITLE = flags.DEFINE_string(
+    "sanity_title", "", "Column of the items with titles; empty finds it.", flag_values=FLAGS
+)
+_SANITY_CATEGORY = flags.DEFINE_string(
+    "sanity_category", "", "Column of the items with categories; empty finds it.", flag_values=FLAGS
+)
 _REPORT = flags.DEFINE_bool(
     "report",
     None,
@@ -131,6 +143,8 @@ def main() -> None:
         popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
         slices=_SLICES.value,
         further_metrics=_FURTHER_METRICS.value,
+        sanity=_SANITY.value,
+        sanity_columns=(_SANITY_TITLE.value, _SANITY_CATEGORY.value),
         devices=_DEVICES.value,
     )
     path = api.metrics_path(run.workdir, _SPLIT.value)

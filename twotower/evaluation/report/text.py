@@ -13,6 +13,7 @@ from typing import Any
 
 from twotower.core.tables import format_table
 from twotower.evaluation.audits.base import spoken_sentences
+from twotower.evaluation.audits.sanity import format_sanity
 from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.further import DISTINCT, NAMES
 from twotower.evaluation.heads import HEAD_METRICS
@@ -79,6 +80,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         lines += ["", "Popularity weighed, seen items masked:", format_metrics(columns, ks)]
     if measured.get("heads"):
         lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
+    if "sanity" in measured:
+        lines += ["", format_sanity(measured["sanity"])]
     if "index" in measured:
         lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
