@@ -79,6 +79,9 @@ def test_evaluate_writes_what_it_prints(exported):
         "baselines_unmasked",
         "new_items",
         "new_users",
+        "slices",
+        "audits",
+        "health",
         "index",
     }
     assert set(measured["baselines"]) == {

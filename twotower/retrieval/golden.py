@@ -89,6 +89,10 @@ def answer(bundle: Bundle, requests: Sequence[Request]) -> list[list[tuple[str, 
         else:
             table = users.read([request.get("row")])
             query = bundle.towers.embed("user", users.encode(table))
+        if not query.any():
+            # Somebody of whom the tower reads nothing: searches refuse such a query.
+            answers.append([])
+            continue
         scores, positions = snapshot.search(
             query, K, exclude=Ragged.one(exclude), cosine="item" in request
         )
