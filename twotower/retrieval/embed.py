@@ -26,6 +26,7 @@ def embed_rows(
     features: Mapping[str, np.ndarray],
     *,
     batch: int = BATCH,
+    like: int = 0,
 ) -> np.ndarray:
     """Returns the vectors of all rows of `features`, float32 [N, D].
 
@@ -37,6 +38,8 @@ def embed_rows(
         features: Encoded features, [N, ...] each.
         batch: Rows embedded at once; fewer are padded to a power of two, so that few shapes are
             compiled.
+        like: Number of rows that were embedded before: fewer are padded to the shape that is
+            compiled already.
     """
     if side == "user" and model.history_length:
         batch = min(batch, next_power_of_two(MAX_BATCH_EVENTS // model.history_length))
@@ -51,7 +54,7 @@ def embed_rows(
     starts = range(0, count, batch)
     for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
         rows = min(batch, count - start)
-        size = max(min_size, min(batch, next_power_of_two(rows)))
+        size = max(min_size, min(batch, next_power_of_two(max(rows, like))))
         padded = {
             name: pad_rows(values[start : start + rows], size) for name, values in features.items()
         }

@@ -350,8 +350,11 @@ def check_parity(run: Run, folder: Path, raw_users: pa.Table | None = None) -> N
     # The trainer's vectors, from the arrays that it was trained on.
     user_features = _trained_user_features(prepared, users, latest[users])
     item_features = {name: values[items] for name, values in prepared.features["item"].items()}
-    user_vectors = embed_rows(model, run.weights, "user", user_features)
-    item_vectors = embed_rows(model, run.weights, "item", item_features)
+    # Padded to the shapes of the whole corpus, whose programs are compiled: to run some thousands
+    # of rows more costs less than to compile.
+    num_users = len(prepared.users)
+    user_vectors = embed_rows(model, run.weights, "user", user_features, like=num_users)
+    item_vectors = embed_rows(model, run.weights, "item", item_features, like=len(prepared.items))
     trained = user_vectors @ item_vectors.T
 
     # The bundle's, from raw columns through its own encoder and programs.

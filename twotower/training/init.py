@@ -25,6 +25,7 @@ from twotower.kernels.loss_inputs import Loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
+from twotower.towers.embeddings import padded_rows
 from twotower.training.state import Trainer, TrainState, state_specs
 
 
@@ -90,14 +91,20 @@ def _init_tables(
     return {name: tables[name] for name in abstract.tables}
 
 
-# A run asks for it four times, and each time all of `init_state` would be traced. One is kept:
+# A run asks for it four times, and each time all but the tables would be traced. One is kept:
 # trainers hold vocabularies.
 @functools.lru_cache(maxsize=1)
 def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     """Returns the shapes, types and shardings of a state, without allocating it."""
     shapes = {"user": (trainer.corpus.users,), "item": (trainer.corpus.items,), "rows": ()}
     counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
-    state = jax.eval_shape(functools.partial(init_state, trainer), counts)
+    # Not by `init_state`: drawing the tables takes half of the time that tracing does, and their
+    # shapes are known.
+    tables = {
+        name: jax.ShapeDtypeStruct((padded_rows(shape.rows), shape.width), "float32")
+        for name, shape in trainer.model.tables.items()
+    }
+    state = jax.eval_shape(functools.partial(_state_around, trainer), tables, counts)
 
     def with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
