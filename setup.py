@@ -27,6 +27,7 @@ EXTRAS = {
         "prometheus-client>=0.20",
     ],
     "plots": ["matplotlib>=3.8"],
+    "als": ["implicit>=0.7"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
     "dev": [
@@ -35,6 +36,7 @@ EXTRAS = {
         "faiss-cpu>=1.8",
         "httpx>=0.27",
         "mlflow>=3.0",  # its server
+        "implicit>=0.7",
         "nbformat>=5.10",
         "onnx>=1.16",
         "pandas>=2.2",

@@ -27,6 +27,7 @@ from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import measure
 from twotower.evaluation.audits.sanity import check_sanity
+from twotower.evaluation.baselines.make import BaselineOptions, parse_window
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.comparison.compare import Comparison, compare_records
 from twotower.evaluation.comparison.gate import (
@@ -686,6 +687,8 @@ def evaluate(
     split: str = "test",
     baselines: bool = False,
     without_baselines: Sequence[str] = (),
+    popularity_window: str = "",
+    quantile_threshold: float = 0.9,
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
@@ -705,6 +708,10 @@ def evaluate(
         split: Rows to find: "test" or "validation".
         baselines: Whether popularity, item-kNN, EASE and the like are measured beside the model.
         without_baselines: Names of baselines to leave out, such as "ease" of a large corpus.
+        popularity_window: Span before the end of training, such as "30d", whose popularity is a
+            baseline more.
+        quantile_threshold: Share of the items that are less popular than those that the baseline
+            of the top quantile shuffles.
         max_queries: Greatest number of queries, evenly spaced; 0 takes all.
         popularity_weights: Weights of popularity to measure lists with.
         slices: Columns of users, items or rows whose values are measured apart, such as "country"
@@ -726,12 +733,15 @@ def evaluate(
     if folder.exists():
         retriever = Retriever.load(folder)
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
+    options = BaselineOptions(
+        tuple(without_baselines), parse_window(popularity_window), quantile_threshold
+    )
     measured = measure.measure_run(
         run,
         ks=ks,
         split=split,
         baselines=baselines,
-        without_baselines=without_baselines,
+        baseline_options=options,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
         slices=slices,

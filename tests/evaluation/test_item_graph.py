@@ -56,7 +56,7 @@ def asked(sequences):
 def test_a_walk_starts_at_the_last_items_and_takes_two_steps(sequences, walk, monkeypatch):
     monkeypatch.setattr(item_graph, "WALKS", (walk,))
     queries = asked(sequences)
-    scores = make_item_graph(sequences, queries, None)(slice(0, 40))
+    scores = make_item_graph(sequences, queries, None)[0](slice(0, 40))
     steps = naive_shares(sequences)
     for user, items in enumerate(sequences):
         start = np.zeros(ITEMS)
@@ -79,5 +79,5 @@ def test_the_next_item_of_a_chain_is_first():
         seen=short,
         counts=np.bincount(chain.values),
     )
-    scores = make_item_graph(chain, queries, None)(slice(0, 1))[0]
+    scores = make_item_graph(chain, queries, None)[0](slice(0, 1))[0]
     assert np.argmax(np.where(np.isin(np.arange(6), [0, 1, 2]), -1, scores)) == 3

@@ -102,7 +102,7 @@ def test_item_knn_adds_up_the_cosines_of_the_items_that_were_seen():
     pruned = np.zeros((ITEMS, ITEMS))
     np.maximum.at(pruned, (np.arange(ITEMS)[:, None], near), similarity)
     seen = lists_of(random_log(seed=1))
-    scores = item_to_item.neighbour_model(near, similarity)(asked(seen))
+    scores = item_to_item.NeighbourModel(near, similarity)(asked(seen))
     np.testing.assert_allclose(scores(slice(0, USERS)), matrix(seen) @ pruned, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(scores(slice(20, 31)), scores(slice(0, USERS))[20:31])
 
@@ -117,7 +117,7 @@ def test_ease_is_its_closed_form(ridge):
     expected = naive_ease(matrix(train), ridge)
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     assert not np.diag(weights).any() and np.abs(weights - weights.T).max() > 0.01
-    scores = item_to_item.linear_model(weights)(asked(seen))
+    scores = item_to_item.LinearModel(weights)(asked(seen))
     np.testing.assert_allclose(scores(slice(3, 50)), (matrix(seen) @ expected)[3:50], atol=1e-4)
 
 
@@ -168,14 +168,14 @@ def test_the_values_with_the_best_ndcg_on_validation_are_taken(monkeypatch):
 
     near, similarity = item_to_item.nearest_items(train, ITEMS, 16)
     eight, one, sixteen = (
-        measure(item_to_item.neighbour_model(near[:, :n], similarity[:, :n])(tuning))
+        measure(item_to_item.NeighbourModel(near[:, :n], similarity[:, :n])(tuning))
         for n in item_to_item.NEIGHBOURS
     )
     assert one < eight < sixteen
     made = item_to_item.make_item_to_item(train, tuning, tuning)
     assert measure(made["item_knn"]) == sixteen
     ridges = [
-        measure(item_to_item.linear_model(naive_ease(matrix(train), r))(tuning))
+        measure(item_to_item.LinearModel(naive_ease(matrix(train), r))(tuning))
         for r in item_to_item.RIDGES
     ]
     assert ridges[0] < ridges[1] > ridges[2] and ridges[3] > ridges[1]

@@ -11,6 +11,7 @@ from tests.retrieval.runs import make_run
 from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
 from twotower.evaluation import measure, metrics, slices
+from twotower.evaluation.baselines.tuning import Baselines
 from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import text as report_text
@@ -40,7 +41,9 @@ def test_masked_is_masked_and_unmasked_is_not(run, monkeypatch):
     monkeypatch.setattr(
         measure,
         "make_baselines",
-        lambda prepared, queries, without: {"seen": seen_first(prepared, 0, 0, queries)},
+        lambda prepared, queries, *_, **__: Baselines(
+            {"seen": seen_first(prepared, 0, 0, queries)}
+        ),
     )
     measured = measure.measure_run(run, ks=(1,), baselines=True)
     # Masked, what is left of the right answers comes first; unmasked, it stands behind all that was

@@ -82,6 +82,7 @@ def test_evaluate_writes_what_it_prints(exported):
         "slices",
         "audits",
         "health",
+        "baseline_choices",
         "index",
     }
     assert set(measured["baselines"]) == {
@@ -92,6 +93,9 @@ def test_evaluate_writes_what_it_prints(exported):
         "item_graph",
         "item_knn",
         "ease",
+        "als",
+        "popularity_in_categories",
+        "last_item_words",
         "true_preferences",
     }
     assert measured["index"]["recall@10"] > 0.95 and measured["index"]["queries_per_second"] > 0

@@ -11,14 +11,15 @@ from twotower import api
 from twotower.config import from_dict
 from twotower.evaluation import measure
 from twotower.evaluation.baselines.popularity import random_scores
+from twotower.evaluation.baselines.tuning import Baselines
 from twotower.evaluation.report.text import format_seeds, format_spread
 
 pytestmark = pytest.mark.slow
 
 
 def test_each_seed_is_a_run_of_its_own_and_measured_as_evaluate_does(tmp_path, monkeypatch):
-    def make_baselines(prepared, queries, without):
-        return {"random": random_scores(queries.num_items)}
+    def make_baselines(prepared, queries, options, folder):
+        return Baselines({"random": random_scores(queries.num_items)})
 
     monkeypatch.setattr(measure, "make_baselines", make_baselines)
     config = from_dict(CONFIG | {"training": CONFIG["training"] | {"steps": 2}})

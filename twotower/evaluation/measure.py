@@ -19,8 +19,9 @@ from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
 from twotower.data.report import describe_unreachable
 from twotower.evaluation.audits.examine import examine
-from twotower.evaluation.baselines.make import make_baselines
+from twotower.evaluation.baselines.make import ALL_BASELINES, BaselineOptions, make_baselines
 from twotower.evaluation.baselines.popularity import random_scores
+from twotower.evaluation.baselines.tuning import Baselines
 from twotower.evaluation.evaluate import (
     Evaluation,
     Scores,
@@ -58,7 +59,7 @@ def measure_run(
     ks: Sequence[int],
     split: str = "test",
     baselines: bool = True,
-    without_baselines: Sequence[str] = (),
+    baseline_options: BaselineOptions = ALL_BASELINES,
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
@@ -75,7 +76,7 @@ def measure_run(
         ks: Lengths of the lists.
         split: "test" or "validation".
         baselines: Whether to measure them.
-        without_baselines: Names of baselines to leave out.
+        baseline_options: Which to measure, and how.
         max_queries: Greatest number of queries, evenly spaced, and of labelled rows of each head; 0
             takes all.
         popularity_weights: Factors by which the log count of an item is added to its score. Each is
@@ -91,9 +92,10 @@ def measure_run(
         {"recall@10": ...}, "model_intervals": {"recall@10": [low, high]}, "baselines": {name: ...},
         and these with "_unmasked"; for items and users that training never saw "new_items"
         and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
-        {"auc": ...}}; with `popularity_weights` "popularity_weights": {"0.05": {"recall@10":
-        ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`; and "health", see
-        `twotower.evaluation.audits.health`.
+        {"auc": ...}}; with baselines "baseline_choices": {name: {"setting": ..., "tried": number of
+        settings that validation chose from}}; with `popularity_weights` "popularity_weights":
+        {"0.05": {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`;
+        and "health", see `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
@@ -108,9 +110,12 @@ def measure_run(
     rankings: dict[str, Scores] = {
         "model": model_scores(run.prepared, run.model, run.weights, queries)
     }
+    made = Baselines()
     if baselines:
-        rankings |= make_baselines(run.prepared, queries, without=without_baselines)
+        made = make_baselines(run.prepared, queries, baseline_options, folder=fitted_path(run))
+        rankings |= made
     measured: Measured = {"protocol": _protocol(run, split, queries, len(every_query))}
+    measured |= describe_choices(made)
     if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
     measured["answers"] = measure_answers(
@@ -288,6 +293,17 @@ def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
     """Writes figures as JSON, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def describe_choices(baselines: Baselines) -> Measured:
+    """Returns the settings of baselines as "baseline_choices"; {} where none has any."""
+    choices = {name: dataclasses.asdict(one) for name, one in baselines.choices.items()}
+    return {"baseline_choices": choices} if choices else {}
+
+
+def fitted_path(run: Run) -> Path:
+    """Returns the folder of a run that keeps its baselines as they were fitted."""
+    return run.workdir / "evaluation" / "baselines"
 
 
 def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measured:

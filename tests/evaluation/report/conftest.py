@@ -9,6 +9,7 @@ import pytest
 from tests.extras import extra
 from tests.retrieval.runs import make_run
 from twotower.evaluation import measure
+from twotower.evaluation.baselines.make import BaselineOptions
 from twotower.evaluation.report.write import write_report
 
 FEATURES = {
@@ -60,8 +61,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def measured(run):
     """Figures of the run, with those of what other parts of the library measure."""
-    slow = ("ease", "item_knn", "item_graph")
-    figures = measure.measure_run(run, ks=KS, max_queries=200, without_baselines=slow)
+    quick = BaselineOptions(without=("ease", "als", "item_knn", "item_graph"))
+    figures = measure.measure_run(run, ks=KS, max_queries=200, baseline_options=quick)
     model = figures["model"]
     part = {
         "queries": 40,

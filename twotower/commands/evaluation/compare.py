@@ -70,22 +70,22 @@ def main() -> None:
         _write(comparison.to_dict())
         return
     try:
-        sys.exit(_judge())
+        sys.exit(_judge(_GATE.value))
     # Of a gate the status 1 means that the candidate fails, and nothing else.
     except OSError as error:
         raise ConfigError(str(error)) from error
 
 
-def _judge() -> int:
+def _judge(standing: str) -> int:
     """Judges by the flags, and returns the exit status."""
     from twotower import api
     from twotower.core.errors import ConfigError
 
     if len(_RUNS.value) != 1:
         given = " ".join(_RUNS.value) or "none"
-        raise ConfigError(f"--gate={_GATE.value} judges one run; given: {given}.")
+        raise ConfigError(f"--gate={standing} judges one run; given: {given}.")
     judgement = api.judge(
-        _GATE.value,
+        standing,
         _RUNS.value[0],
         thresholds=_THRESHOLDS.value,
         undertrained=_UNDERTRAINED.value,

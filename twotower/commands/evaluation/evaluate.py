@@ -43,6 +43,21 @@ _WITHOUT_BASELINES = flags.DEFINE_list(
     "Baselines to leave out, such as ease, which takes long over many items.",
     flag_values=FLAGS,
 )
+_POPULARITY_WINDOW = flags.DEFINE_string(
+    "popularity_window",
+    "",
+    "Span before the end of training, such as 30d, whose popularity is a baseline more.",
+    flag_values=FLAGS,
+)
+_QUANTILE_THRESHOLD = flags.DEFINE_float(
+    "quantile_threshold",
+    0.9,
+    "Share of the items that are less popular than those that the baseline of the top quantile "
+    "shuffles.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+    flag_values=FLAGS,
+)
 _QUERIES = flags.DEFINE_integer(
     "queries",
     0,
@@ -139,6 +154,8 @@ def main() -> None:
         split=_SPLIT.value,
         baselines=_BASELINES.value,
         without_baselines=_WITHOUT_BASELINES.value,
+        popularity_window=_POPULARITY_WINDOW.value,
+        quantile_threshold=_QUANTILE_THRESHOLD.value,
         max_queries=_QUERIES.value,
         popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
         slices=_SLICES.value,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation.baselines.item_to_item import ItemModel, best_model, sparse_array
+from twotower.evaluation.baselines.tuning import Choice, ItemModel, best_model, sparse_array
 from twotower.evaluation.evaluate import Scores
 from twotower.evaluation.queries import Queries
 
@@ -47,8 +47,10 @@ WALKS = (
 )
 
 
-def make_item_graph(sequences: Ragged, queries: Queries, tuning: Queries | None) -> Scores:
-    """Makes the scores of "item_graph".
+def make_item_graph(
+    sequences: Ragged, queries: Queries, tuning: Queries | None
+) -> tuple[Scores, Choice]:
+    """Makes the scores of "item_graph", with the walk that was chosen.
 
     Args:
         sequences: Items of each user in training, the latest last.
@@ -65,7 +67,8 @@ def make_item_graph(sequences: Ragged, queries: Queries, tuning: Queries | None)
 
     if tuning is not None:
         tuning = tuning.sample(TUNING_QUERIES)
-    return best_model("item_graph: walk", WALKS, make, tuning, stop_early=False)(queries)
+    model, choice = best_model("item_graph: walk over", WALKS, make, tuning)
+    return model(queries), choice
 
 
 def transition_shares(sequences: Ragged, num_items: int) -> Any:

@@ -6,21 +6,27 @@ towers' histories hold them.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from twotower.core.arrays import Ragged
 from twotower.core.progress import progress
-from twotower.evaluation.evaluate import Scores, evaluate
+from twotower.evaluation.baselines.tuning import (
+    NO_CACHE,
+    Baselines,
+    FitCache,
+    Fitted,
+    best_model,
+    binary_matrix,
+    sparse_array,
+)
+from twotower.evaluation.evaluate import Scores
 from twotower.evaluation.queries import Queries
-
-T = TypeVar("T")
-# A fitted model: queries -> their scores.
-ItemModel = Callable[[Queries], Scores]
 
 NEIGHBOURS = (5, 20, 100)  # numbers of neighbours to try
 # Ridges (lambda) of EASE to try, from the strongest: the search stops when one brings no gain.
@@ -33,8 +39,13 @@ BLOCK_BYTES = 2**27  # bytes of counts of items by items that are held at once
 
 
 def make_item_to_item(
-    train: Ragged, queries: Queries, tuning: Queries | None, *, without: Collection[str] = ()
-) -> Mapping[str, Scores]:
+    train: Ragged,
+    queries: Queries,
+    tuning: Queries | None,
+    *,
+    without: Collection[str] = (),
+    cache: FitCache = NO_CACHE,
+) -> Baselines:
     """Makes the scores of "item_knn" and "ease", each where the log is not too large for it.
 
     Args:
@@ -43,10 +54,12 @@ def make_item_to_item(
         tuning: Validation queries, whose NDCG@10 with seen items masked chooses the number of
             neighbours and the ridge; None takes the middle ones.
         without: Names of models to leave out.
+        cache: Models that were fitted on the same data before.
 
     Returns:
         Name -> scores, without the models that are left out; a warning says why.
     """
+    made = Baselines()
     pairs = int((train.lengths**2).sum())
     if pairs > MAX_ITEM_PAIRS:
         logging.warning(
@@ -55,34 +68,38 @@ def make_item_to_item(
             pairs,
             MAX_ITEM_PAIRS,
         )
-        return {}
-    scores = {}
+        return made
+    num_items = queries.num_items
     if "item_knn" not in without:
-        scores["item_knn"] = _tuned_knn(train, queries.num_items, tuning)(queries)
-    if queries.num_items > MAX_EASE_ITEMS:
+        fitted = cache.fit("item_knn", NEIGHBOURS, lambda: _fit_knn(train, num_items, tuning))
+        model = NeighbourModel(fitted.arrays["near"], fitted.arrays["similarity"])
+        made.add("item_knn", model(queries), fitted.choice)
+    if num_items > MAX_EASE_ITEMS:
         logging.warning(
             "ease is left out: it inverts a matrix of items by items, "
             "and %d items are more than %d.",
-            queries.num_items,
+            num_items,
             MAX_EASE_ITEMS,
         )
     elif "ease" not in without:
-        scores["ease"] = _tuned_ease(train, queries.num_items, tuning)(queries)
-    return scores
+        fitted = cache.fit("ease", RIDGES, lambda: _fit_ease(train, num_items, tuning))
+        made.add("ease", LinearModel(fitted.arrays["weights"])(queries), fitted.choice)
+    return made
 
 
-def _tuned_knn(train: Ragged, num_items: int, tuning: Queries | None) -> ItemModel:
+def _fit_knn(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
     # Nearest first: the model of fewer neighbours is the first columns of this.
     near, similarity = nearest_items(train, num_items, max(NEIGHBOURS))
 
-    def make_knn(count: int) -> ItemModel:
-        return neighbour_model(near[:, :count], similarity[:, :count])
+    def make_knn(count: int) -> NeighbourModel:
+        return NeighbourModel(near[:, :count], similarity[:, :count])
 
     # NDCG may rise again after it fell, so that all numbers of neighbours are tried.
-    return best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning, stop_early=False)
+    model, choice = best_model("item_knn: neighbours", NEIGHBOURS, make_knn, tuning)
+    return Fitted({"near": model.near, "similarity": model.similarity}, choice)
 
 
-def _tuned_ease(train: Ragged, num_items: int, tuning: Queries | None) -> ItemModel:
+def _fit_ease(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
     seconds = _inversion_seconds(num_items)
     if seconds > 1:
         logging.info(
@@ -94,10 +111,11 @@ def _tuned_ease(train: Ragged, num_items: int, tuning: Queries | None) -> ItemMo
         )
     gram = gram_matrix(train, num_items)
 
-    def make_ease(ridge: float) -> ItemModel:
-        return linear_model(ease(gram, ridge))
+    def make_ease(ridge: float) -> LinearModel:
+        return LinearModel(ease(gram, ridge))
 
-    return best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
+    model, choice = best_model("ease: ridge", RIDGES, make_ease, tuning, stop_early=True)
+    return Fitted({"weights": model.weights}, choice)
 
 
 def _inversion_seconds(num_items: int, *, sample: int = 500) -> float:
@@ -198,89 +216,45 @@ def _mirror(upper: np.ndarray, *, block: int = 1024) -> np.ndarray:
     return upper
 
 
-def neighbour_model(near: np.ndarray, similarity: np.ndarray) -> ItemModel:
-    """Makes the model that scores an item by its cosines with the seen items that it is near to.
+@dataclasses.dataclass(frozen=True)
+class NeighbourModel:
+    """Scores of an item by its cosines with the seen items that it is near to.
 
-    Args:
+    Attributes:
         near: Rows of the neighbours of each item, int [N, K].
         similarity: Their cosines, float [N, K]; 0 where an item has too few neighbours.
     """
-    num_items, count = near.shape
-    ends = np.arange(0, near.size + 1, count)
-    # float64: sums of equal cosines must be equal whatever their order.
-    cosines = similarity.ravel().astype(np.float64)
-    weights = sparse_array(cosines, near.ravel(), ends, num_items)
 
-    def scores(seen: Any) -> np.ndarray:
-        return (seen.astype(np.float64) @ weights).toarray().astype(np.float32)
+    near: np.ndarray
+    similarity: np.ndarray
 
-    return _make_item_model(scores, num_items)
+    def __call__(self, queries: Queries) -> Scores:
+        num_items, count = self.near.shape
+        ends = np.arange(0, self.near.size + 1, count)
+        # float64: sums of equal cosines must be equal whatever their order.
+        cosines = self.similarity.ravel().astype(np.float64)
+        weights = sparse_array(cosines, self.near.ravel(), ends, num_items)
 
+        def scores(block: slice) -> np.ndarray:
+            seen = binary_matrix(queries.seen_lists(block), num_items)
+            return (seen.astype(np.float64) @ weights).toarray().astype(np.float32)
 
-def linear_model(weights: np.ndarray) -> ItemModel:
-    """Makes the model that scores an item by the sum of the `weights` [N, N] from seen items to
-    it."""
-    return _make_item_model(lambda seen: seen @ weights, len(weights))
-
-
-def _make_item_model(score: Callable[[Any], np.ndarray], num_items: int) -> ItemModel:
-    """Makes a model of the function from a sparse matrix of seen items to scores [b, N]."""
-
-    def model(queries: Queries) -> Scores:
-        return lambda block: score(_binary_matrix(queries.seen_lists(block), num_items))
-
-    return model
+        return scores
 
 
-def _binary_matrix(lists: Ragged, num_items: int) -> Any:
-    """Returns the sparse matrix of lists by items, 1 where a list has one: float32 [R, N]."""
-    ones = np.ones(len(lists.values), np.float32)
-    return sparse_array(ones, lists.values, lists.offsets, num_items)
+@dataclasses.dataclass(frozen=True)
+class LinearModel:
+    """Scores of an item by the sum of the weights from seen items to it.
 
-
-def sparse_array(
-    values: np.ndarray, columns: np.ndarray, offsets: np.ndarray, num_columns: int
-) -> Any:
-    """Returns a sparse array of scipy of which row r is `values[offsets[r]:offsets[r + 1]]`."""
-    # Imported where it is used, as in `ease`.
-    import scipy.sparse
-
-    shape = (len(offsets) - 1, num_columns)
-    return scipy.sparse.csr_array((values, columns, offsets), shape=shape)
-
-
-def best_model(
-    title: str,
-    values: Sequence[T],
-    make: Callable[[T], ItemModel],
-    tuning: Queries | None,
-    *,
-    stop_early: bool,
-) -> ItemModel:
-    """Makes the model of the value that is best on `tuning`.
-
-    Args:
-        title: Name of the choice, for the log.
-        values: Values to try, in order.
-        make: Function from a value to its model.
-        tuning: Queries to measure with; None takes the middle value.
-        stop_early: Whether to stop at the first value that is no better than the one before it.
+    Attributes:
+        weights: float32 [N, N], from each item (row) to each other (column).
     """
-    if tuning is None:
-        return make(values[len(values) // 2])
-    best: ItemModel | None = None
-    best_ndcg = -1.0
-    for value in progress(values, total=len(values), what=title):
-        model = make(value)
-        ndcg = evaluate(model(tuning), tuning, (10,), mask_seen=True)["ndcg@10"]
-        logging.info("%s %s: NDCG@10 %.4f on validation.", title, value, ndcg)
-        if ndcg > best_ndcg:
-            best = model
-            best_ndcg = ndcg
-        elif stop_early:
-            break
-    assert best is not None, "an NDCG is at least 0, and there is a value to try"
-    return best
+
+    weights: np.ndarray
+
+    def __call__(self, queries: Queries) -> Scores:
+        num_items = len(self.weights)
+        return lambda block: binary_matrix(queries.seen_lists(block), num_items) @ self.weights
 
 
 def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[int, Any]]:
@@ -291,7 +265,7 @@ def _shared_users(train: Ragged, num_items: int) -> Iterator[tuple[int, Any]]:
     Yields:
         The first item of the block, and a sparse matrix, float32 [b, N].
     """
-    users = _binary_matrix(train, num_items)
+    users = binary_matrix(train, num_items)
     item_users = users.T.tocsr()
     # A count takes eight bytes with its column, were no two items without a common user.
     size = max(1, BLOCK_BYTES // (8 * num_items))

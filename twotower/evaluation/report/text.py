@@ -74,6 +74,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
             lines += ["", f"{title} ({queries:,} queries, seen items masked):"]
             lines.append(format_metrics(measured[name], ks))
     lines += format_slices(measured.get("slices", {}), min(ks))
+    if "baseline_choices" in measured:
+        lines += ["", _choices_line(measured["baseline_choices"])]
     if "popularity_weights" in measured:
         weights = measured["popularity_weights"]
         columns = {f"weight {weight}": values for weight, values in weights.items()}
@@ -311,6 +313,17 @@ def _index_line(index: Mapping[str, Any]) -> str:
         f"{index['queries_per_second']:,.0f} queries/s in a batch, "
         f"{index['single_query_ms']:.3f} ms for one."
     )
+
+
+def _choices_line(choices: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the settings of the baselines, with how many were tried of those that were tuned."""
+    entries = []
+    for name, choice in choices.items():
+        tried = ""
+        if choice["tried"] > 1:
+            tried = f" (the best of {choice['tried']} on validation)"
+        entries.append(f"{_short_name(name)}: {choice['setting']}{tried}")
+    return f"Baselines: {'; '.join(entries)}."
 
 
 def _short_name(ranking: str) -> str:
