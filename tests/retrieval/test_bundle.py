@@ -71,6 +71,7 @@ def test_the_manifest_says_what_the_model_saw_and_whom_it_knows(run, tmp_path):
             assert moment.timestamp() == seconds
     assert manifest["personal"] == {
         "encoder": ["user_id"],
+        "golden.json": ["user_id"],
         "users.parquet": ["user_id", "city", "event"],
         "user_vectors.npy": ["user_id"],
         "seen_items.npy": ["item_id"],

@@ -12,6 +12,7 @@ import enum
 import math
 import numbers
 import re
+import unicodedata
 import uuid
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -107,7 +108,7 @@ class IdForm(enum.Enum):
             return _without_empty(texts)
         if not _is_visible_ascii(texts):
             _refuse_marks(texts)
-            texts = pc.utf8_normalize(pc.utf8_trim_whitespace(texts), form="NFC")
+            texts = _compose(pc.utf8_trim_whitespace(texts))
         texts = _without_empty(texts)
         if self is IdForm.TEXT:
             return texts
@@ -259,12 +260,29 @@ def written_forms(column: pa.ChunkedArray) -> dict[str, str]:
     if not pa.types.is_string(texts.type) or _is_visible_ascii(texts):
         return {}
     distinct = pc.utf8_trim_whitespace(pc.unique(texts).drop_null())
-    normal = pc.utf8_normalize(distinct, form="NFC")
+    normal = _compose(distinct)
     # The first of equal ids decides, whether it is in NFC or not.
     first: dict[str, str] = {}
     for form, written in zip(normal.to_pylist(), distinct.to_pylist(), strict=True):
         first.setdefault(form, written)
     return {form: written for form, written in first.items() if form != written}
+
+
+def _compose(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Returns texts in NFC, each distinct one composed once."""
+    # Not by Arrow's utf8_normalize, which leaves letters decomposed before version 26.
+    coded = texts.dictionary_encode()
+    chunks = [coded]
+    if isinstance(coded, pa.ChunkedArray):
+        chunks = coded.chunks
+    composed = []
+    for chunk in chunks:
+        distinct = chunk.dictionary.to_pylist()
+        normal = [unicodedata.normalize("NFC", text) for text in distinct]
+        composed.append(pa.array(normal, texts.type).take(chunk.indices))
+    if isinstance(coded, pa.ChunkedArray):
+        return pa.chunked_array(composed, texts.type)
+    return composed[0]
 
 
 def _is_number(kind: pa.DataType) -> bool:
