@@ -115,7 +115,7 @@ class Run(run_folder.Run):
 
         >>> run = tt.load_run("runs/mine")
         >>> figures = run.evaluate(ks=(10,))  # doctest: +ELLIPSIS
-        Step ...
+        WARNING: ...
         >>> 0 <= figures["model"]["recall@10"] <= 1
         True
 
@@ -866,7 +866,7 @@ def compare(
 
     >>> run = tt.load_run("runs/mine")
     >>> figures = run.evaluate(ks=(10,), baselines=True)  # doctest: +ELLIPSIS
-    Step ...
+    WARNING: ...
     >>> compared = tt.compare([run, "runs/mine:popularity"])  # doctest: +ELLIPSIS
     Measured alike: ...
     >>> compared.rows[0].metric
