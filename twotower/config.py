@@ -628,6 +628,11 @@ class ObjectiveConfig:
         # Heads alone may be trained on the vectors, but something must be.
         trained = self.weight or any(head.weight for head in self.heads.values())
         check.require(bool(trained), "weight", "above 0 where there are no heads to train")
+        if self.loss == "binary_cross_entropy" and "label" in self.heads:
+            check.refuse(
+                "heads.label",
+                ": 'label' is the name of what the loss itself learns. Choose another name.",
+            )
         # Metrics and losses are logged under the name of their task.
         if "retrieval" in self.heads:
             check.refuse(

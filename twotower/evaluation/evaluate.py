@@ -306,7 +306,7 @@ def make_validate(
 
     Seen items are masked. Queries are a fixed sample of `config.evaluation.validation_queries`, of
     fewer where they would take over a tenth of the training; the metrics of heads, named
-    "click/auc", are over a fixed sample of rows.
+    "click/auc", and of a loss on labels, named "label/auc", are over a fixed sample of rows.
     """
     evaluation = prepared.config.evaluation
     # Made once: all validations of a training measure the same queries and rows.
@@ -368,8 +368,10 @@ def check_metric_name(config: Config) -> None:
         for word, name in words.items():
             synonyms[f"{word}@{k}"] = f"{name}@{k}"
             synonyms.setdefault(word, f"{name}@{k}")
-    for head in config.objective.heads:
-        known += [f"{head}/{name}" for name in heads.HEAD_METRICS]
+    for task in heads.label_tasks(config.objective):
+        known += [f"{task}/{name}" for name in heads.HEAD_METRICS]
+        for name in heads.HEAD_METRICS:
+            synonyms.setdefault(name, f"{task}/{name}")
     choose(
         dict.fromkeys(known), config.training.metric, "config.training.metric", synonyms=synonyms
     )

@@ -1,4 +1,4 @@
-"""Metrics of heads: how well their logits predict the labels of the held-out rows of a run.
+"""Metrics of labels: how well the logits of heads, or of a loss on labels, predict held-out rows.
 
 Each metric is a pure function of logits, labels and weights, float [N] each. It is NaN where it is
 not defined (without a row of label 1, say); such values are left out of the report.
@@ -7,13 +7,16 @@ not defined (without a row of label 1, say); such values are left out of the rep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
+from twotower.config import ObjectiveConfig
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import ScoreError
 from twotower.objectives.heads import head_logits
+from twotower.objectives.labels import LABEL, label_logit, learns_label
 from twotower.pipeline.batches import Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
@@ -23,8 +26,9 @@ NUM_BINS = 15  # bins of probabilities, as Guo et al. have
 # Rows whose logits are computed at once: the vectors of a long log need not be held together.
 BLOCK_ROWS = 2**17
 
-# Head -> metric -> value.
-HeadMetrics = dict[str, dict[str, float]]
+Vectors = np.ndarray | jax.Array
+# Head -> metric -> value, or a curve.
+HeadMetrics = dict[str, dict[str, Any]]
 # (logits [N], labels [N], weights [N]) -> a number
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
@@ -88,8 +92,7 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, weights: np.ndarra
     Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     probabilities = _sigmoid(logits)
-    # A probability of 1 belongs to the last bin.
-    bins = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
+    bins = _bins(probabilities)
     # The sum over a bin of p - y is W_b (mean p - mean y).
     errors = np.bincount(bins, weights * (probabilities - labels))
     return _ratio(np.abs(errors).sum(), weights.sum())
@@ -106,13 +109,61 @@ HEAD_METRICS: Mapping[str, Metric] = {
 }
 
 
+def calibration_curve(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> list[dict[str, float]]:
+    """Returns the mean probability beside the share of label 1, in bins of equal width.
+
+    Returns:
+        For each bin with rows, rising: "from" and "to", its ends; "rows"; "predicted", the mean
+        probability; "observed", the share of label 1.
+    """
+    values = [np.asarray(x, np.float64) for x in (logits, labels, weights)]
+    probabilities = _sigmoid(values[0])
+    bins = _bins(probabilities)
+    curve = []
+    for number in range(NUM_BINS):
+        inside = bins == number
+        weight = values[2][inside]
+        if not weight.sum():
+            continue
+        point = {
+            "from": number / NUM_BINS,
+            "to": (number + 1) / NUM_BINS,
+            "rows": int(inside.sum()),
+            "predicted": _mean(probabilities[inside], weight),
+            "observed": _mean(values[1][inside], weight),
+        }
+        curve.append(point)
+    return curve
+
+
+def _bins(probabilities: np.ndarray) -> np.ndarray:
+    # A probability of 1 belongs to the last bin.
+    return np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
+
+
+def label_tasks(objective: ObjectiveConfig) -> dict[str, str]:
+    """Returns the column of the label of each task: of every head, and of a loss on labels."""
+    tasks = {name: head.label for name, head in objective.heads.items()}
+    if learns_label(objective):
+        tasks[LABEL] = objective.label
+    return tasks
+
+
 def make_head_metrics(
-    prepared: PreparedData, model: TwoTower, part: str, *, max_rows: int = 0
+    prepared: PreparedData,
+    model: TwoTower,
+    part: str,
+    *,
+    max_rows: int = 0,
+    with_curve: bool = False,
 ) -> Callable[[Weights], HeadMetrics]:
-    """Makes the function from weights to the metrics of every head.
+    """Makes the function from weights to the metrics of every head, and of a loss on labels.
 
     A head is measured on the rows of a part that have its label and a weight, and whose item is in
-    the corpus. "rows", their number, stands beside its metrics.
+    the corpus. "rows", their number, stands beside its metrics. A loss on labels is one more head,
+    named "label".
 
     Args:
         prepared: Prepared data of a run.
@@ -120,16 +171,29 @@ def make_head_metrics(
         part: "train", "validation" or "test".
         max_rows: Greatest number of rows of each head, evenly spaced and always the same; 0 takes
             all.
+        with_curve: Whether "calibration_curve" of the label stands beside its metrics.
 
     Raises (when called):
         ScoreError: a logit is NaN.
     """
-    heads = prepared.config.objective.heads
+    objective = prepared.config.objective
+    tasks = label_tasks(objective)
     rows = getattr(prepared, part)
-    measured = {name: _labelled(rows, head.label, max_rows) for name, head in heads.items()}
+    measured = {name: _labelled(rows, label, max_rows) for name, label in tasks.items()}
     # Each row is embedded once, however many heads it has labels for.
     union = np.unique(np.concatenate([*measured.values(), np.zeros(0, np.int64)]))
-    apply = jax.jit(lambda params, users, items: head_logits(heads, params, users, items))
+    heads = objective.heads
+    apply_heads = jax.jit(lambda params, users, items: head_logits(heads, params, users, items))
+
+    def apply(params: Mapping[str, Any], users: Vectors, items: Vectors) -> dict[str, Any]:
+        logits: dict[str, Any] = {}
+        if heads:
+            logits = dict(apply_heads(params["heads"], users, items))
+        logit = label_logit(objective, model, params)
+        if logit is not None:
+            scores = np.einsum("bd,bd->b", np.asarray(users), np.asarray(items))
+            logits[LABEL] = logit.scale * scores + logit.offset
+        return logits
 
     def measure(weights: Weights) -> HeadMetrics:
         # A part without labels, or a model without heads, costs nothing.
@@ -145,17 +209,21 @@ def make_head_metrics(
             # A sort would put NaN above all else and give a figure all the same.
             if np.isnan(labelled_logits).any():
                 raise ScoreError(f"Logits of head {name!r} are NaN; they cannot be measured.")
-            labels = rows.labels[heads[name].label][positions]
-            metrics[name] = measure_head(labelled_logits, labels, rows.weight[positions])
+            labels = rows.labels[tasks[name]][positions]
+            weight = rows.weight[positions]
+            metrics[name] = measure_head(labelled_logits, labels, weight)
+            if with_curve and name == LABEL:
+                curve = calibration_curve(labelled_logits, labels, weight)
+                metrics[name]["calibration_curve"] = curve
         return metrics
 
     return measure
 
 
-def measure_head(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+def measure_head(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     """Returns every metric that is defined, summed in float64, and the number of "rows"."""
     values = [np.asarray(x, np.float64) for x in (logits, labels, weights)]
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for name, metric in HEAD_METRICS.items():
         value = metric(*values)
         # NaN marks a metric that is not defined, and JSON has no NaN.
@@ -199,7 +267,7 @@ def _logits(
         context = {name: x[block] for name, x in rows.context.items()}
         user_features = prepared.user_features(rows.user[block], context)
         users = embed_rows(model, weights, "user", user_features)
-        logits = apply(weights.params["heads"], users, item_vectors[item_of_row[block]])
+        logits = apply(weights.params, users, item_vectors[item_of_row[block]])
         blocks.append(jax.device_get(logits))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
 

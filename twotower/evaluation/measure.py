@@ -30,7 +30,7 @@ from twotower.evaluation.evaluate import (
     model_scores,
 )
 from twotower.evaluation.further import FurtherMetrics, item_values
-from twotower.evaluation.heads import make_head_metrics
+from twotower.evaluation.heads import label_tasks, make_head_metrics
 from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.query_table import query_table, write_query_table
@@ -38,9 +38,11 @@ from twotower.evaluation.slices import column_slice, default_slices, measure_sli
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.vectors import append_coordinate, log_counts
+from twotower.objectives.labels import LABEL
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import served_model
 from twotower.retrieval.retriever import Retriever
+from twotower.towers.two_tower import TwoTower
 from twotower.training.run import Run
 
 INDEX_QUERIES = 1_000  # users that the index is measured with
@@ -91,11 +93,12 @@ def measure_run(
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
         {"recall@10": ...}, "model_intervals": {"recall@10": [low, high]}, "baselines": {name: ...},
         and these with "_unmasked"; for items and users that training never saw "new_items"
-        and "new_users", each {"model": ..., "random": ...}; for a model with heads "heads": {name:
-        {"auc": ...}}; with baselines "baseline_choices": {name: {"setting": ..., "tried": number of
-        settings that validation chose from}}; with `popularity_weights` "popularity_weights":
-        {"0.05": {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`;
-        and "health", see `twotower.evaluation.audits.health`.
+        and "new_users", each {"model": ..., "random": ...}; for a loss on labels "labels": {"auc":
+        ..., "calibration_curve": [...]}; for a model with heads "heads": {name: {"auc": ...}}; with
+        baselines "baseline_choices": {name: {"setting": ..., "tried": number of settings that
+        validation chose from}}; with `popularity_weights` "popularity_weights": {"0.05":
+        {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`; and
+        "health", see `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
@@ -145,9 +148,7 @@ def measure_run(
         measured["popularity_weights"] = measure_popularity_weights(
             rankings["model"], queries, ks, popularity_weights
         )
-    if run.config.objective.heads:
-        measure_heads = make_head_metrics(run.prepared, whole_model, split, max_rows=max_queries)
-        measured["heads"] = measure_heads(run.weights)
+    measured |= _measure_labels(run, whole_model, split, max_queries)
     measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
     return measured
 
@@ -161,6 +162,20 @@ def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:
         features = run.prepared.features["item"]
         vectors = np.asarray(embed_rows(run.model, run.weights, "item", features))
     return FurtherMetrics("auc" in names, vectors, values)
+
+
+def _measure_labels(run: Run, model: TwoTower, split: str, max_rows: int) -> Measured:
+    """Measures a loss on labels and the heads, where there are any, on the rows of a split."""
+    if not label_tasks(run.config.objective):
+        return {}
+    measure = make_head_metrics(run.prepared, model, split, max_rows=max_rows, with_curve=True)
+    tasks = measure(run.weights)
+    measured: Measured = {}
+    if LABEL in tasks:
+        measured["labels"] = tasks.pop(LABEL)
+    if run.config.objective.heads:
+        measured["heads"] = tasks
+    return measured
 
 
 def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Measured:

@@ -111,6 +111,8 @@ class Bundle:
         index: Index over `vectors`, with one more coordinate if `config.retrieval.popularity` is
             set.
         kinds: Plugins of the run and the kinds that they had; see `twotower.plugins.make_record`.
+        probability: Factor and offset, by name, that make a score the logit of its label's
+            probability; None of a loss that learns no label.
         manifest: Content of manifest.json; {} before it is written.
         folder: Folder that it was loaded from; None of a bundle in memory.
         version: Folder of its files, inside `folder` or `folder` itself.
@@ -128,6 +130,7 @@ class Bundle:
     index: Index
     seen_events: pa.Table | None = None
     kinds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    probability: Mapping[str, float] | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     version: Path | None = None
@@ -208,6 +211,7 @@ def write_bundle(
         "num_users": len(bundle.users),
         "personal": personal_columns(bundle),
         "step": step,
+        "probability": bundle.probability,
         "model_version": version,
         "index": {name: index[name] for name in INDEX_SETTINGS if name in index},
         "sentence_models": _sentence_models(bundle.encoder),
@@ -271,6 +275,7 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
             index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
             seen_events=_map_events(files),
             kinds=kinds,
+            probability=manifest.get("probability"),
             manifest=manifest,
             folder=home,
             version=files,

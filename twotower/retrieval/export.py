@@ -26,6 +26,7 @@ from twotower.index.build import index_items
 from twotower.index.exact import top_k
 from twotower.index.recall import list_ndcg, list_recall
 from twotower.index.vectors import Int8Vectors, error_bound, quantize
+from twotower.objectives.labels import label_logit
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
 from twotower.plugins import make_record
@@ -105,8 +106,13 @@ def make_bundle(run: Run) -> Bundle:
     Raises:
         ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
     """
+    logit = label_logit(run.config.objective, run.model, run.weights.params)
     # Cut first, so that vectors, programs and index are all of one width.
-    run = dataclasses.replace(run, model=served_model(run))
+    model = served_model(run)
+    if model is not run.model:
+        # The loss fitted the scores of whole vectors alone.
+        logit = None
+    run = dataclasses.replace(run, model=model)
     prepared = run.prepared
     vectors = embed_rows(run.model, run.weights, "item", prepared.features["item"])
     if run.config.retrieval.vectors == "int8":
@@ -130,6 +136,7 @@ def make_bundle(run: Run) -> Bundle:
         seen=seen,
         seen_events=events_of_items(prepared, positives, rows_of_items(positives, seen)),
         kinds=make_record(run.config.plugins, files=False),
+        probability=None if logit is None else logit._asdict(),
     )
 
 

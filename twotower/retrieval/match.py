@@ -42,12 +42,38 @@ class StoredVectors(Protocol):
         user_vectors: float32 [U, D].
         items: Column item_id, N rows.
         vectors: Item vectors [N, D], float32 or read as such.
+        probability: {"scale": ..., "offset": ...} of a logit, or None; see `to_probability`.
     """
 
     users: pa.Table
     user_vectors: np.ndarray
     items: pa.Table
     vectors: Any
+    probability: Mapping[str, float] | None
+
+
+def to_probability(scores: np.ndarray, probability: Mapping[str, float] | None) -> np.ndarray:
+    """Returns the probability that the label of each pair is 1: sigma(scale x score + offset).
+
+    Args:
+        scores: Scores of pairs, float32 [B]; NaN stays NaN.
+        probability: {"scale": ..., "offset": ...} of a model that was trained on labels.
+
+    Returns:
+        float32 [B].
+
+    Raises:
+        ConfigError: The model was not, and its scores rank items alone.
+    """
+    if probability is None:
+        raise ConfigError(
+            "The scores of this model rank items and are no probabilities: its loss learned from "
+            "no label. Train with config.objective.loss='binary_cross_entropy' and "
+            "config.objective.label, without config.retrieval.dim."
+        )
+    logits = probability["scale"] * np.asarray(scores, np.float64) + probability["offset"]
+    # 1 / (1 + exp(-x)) would overflow for a very negative logit.
+    return np.exp(-np.logaddexp(0, -logits)).astype(np.float32)
 
 
 class MatchModel:
@@ -62,16 +88,24 @@ class MatchModel:
     [1.0, 2.0, 3.0]
     """
 
-    def __init__(self, ids: Mapping[str, Sequence[str]], vectors: Mapping[str, ArrayLike]):
+    def __init__(
+        self,
+        ids: Mapping[str, Sequence[str]],
+        vectors: Mapping[str, ArrayLike],
+        probability: Mapping[str, float] | None = None,
+    ):
         """Checks that ids and vectors go together, and keeps them.
 
         Args:
             ids: {"user": U ids, "item": N ids}, distinct.
             vectors: {"user": float [U, D], "item": float [N, D]}, in the same order.
+            probability: {"scale": ..., "offset": ...} of the logit, of a model that was trained on
+                labels.
 
         Raises:
             ConfigError: They do not.
         """
+        self._probability = probability
         self._vectors = {side: _read_vectors(side, vectors[side]) for side in SIDES}
         names = {side: _names(ids[side]) for side in SIDES}
         # As a log would have found the form, of which these are the ids.
@@ -96,7 +130,8 @@ class MatchModel:
             "user": bundle.users["user_id"].to_pylist(),
             "item": bundle.items["item_id"].to_pylist(),
         }
-        return cls(ids, {"user": bundle.user_vectors, "item": bundle.vectors})
+        vectors = {"user": bundle.user_vectors, "item": bundle.vectors}
+        return cls(ids, vectors, bundle.probability)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> MatchModel:
@@ -113,9 +148,10 @@ class MatchModel:
         # A manifest is a bundle's; what `save` writes has none.
         if (files / "manifest.json").exists():
             return cls(*_read_bundle(files))
-        _, arrays = read_folder(folder, KIND)
+        state, arrays = read_folder(folder, KIND)
         ids = {side: _strings(arrays[f"{side}_bytes"], arrays[f"{side}_offsets"]) for side in SIDES}
-        return cls(ids, {side: arrays[f"{side}_vectors"] for side in SIDES})
+        vectors = {side: arrays[f"{side}_vectors"] for side in SIDES}
+        return cls(ids, vectors, state.get("probability"))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes ids and vectors, whole or not at all."""
@@ -124,7 +160,8 @@ class MatchModel:
         for side in SIDES:
             arrays[f"{side}_bytes"], arrays[f"{side}_offsets"] = _flat(list(self._rows[side]))
             arrays[f"{side}_vectors"] = self._vectors[side]
-        write_folder(folder, KIND, {"dim": self.dim}, arrays)
+        state = {"dim": self.dim, "probability": self._probability}
+        write_folder(folder, KIND, state, arrays)
 
     @property
     def dim(self) -> int:
@@ -232,6 +269,29 @@ class MatchModel:
         scores[known] = np.einsum("bd,bd->b", user_vectors, item_vectors)
         return scores
 
+    def probability(
+        self,
+        user_ids: Sequence[Any] | np.ndarray,
+        item_ids: Sequence[Any] | np.ndarray,
+        *,
+        unknown: Literal["error", "nan"] = "error",
+    ) -> np.ndarray:
+        """Returns the probability that the label of each pair is 1, float32 [B].
+
+        It is there for a model that was trained on labels, by the loss binary_cross_entropy.
+
+        Args:
+            user_ids: B user ids.
+            item_ids: B item ids.
+            unknown: Answer to an id without a vector: an error, or NaN.
+
+        Raises:
+            ConfigError: The model was trained by another loss, or the lists differ in length.
+            UnknownIdError: An id has no vector, and `unknown` is "error".
+        """
+        scores = self.match(user_ids, item_ids, unknown=unknown)
+        return to_probability(scores, self._probability)
+
     def _read_ids(self, side: str, ids: Any) -> list[str]:
         return read_ids(ids, self._forms[side], f"{side} ids", self._rows[side])
 
@@ -247,8 +307,11 @@ class MatchModel:
         return rows
 
 
-def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """Returns ids and vectors of both sides, after checking their files against the manifest."""
+def _read_bundle(
+    folder: Path,
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray], Mapping[str, float] | None]:
+    """Returns ids and vectors of both sides, and the scale of probabilities if there is one, after
+    checking their files against the manifest."""
     path = folder / "manifest.json"
     manifest = read_json(path)
     if "files" not in manifest or manifest.get("sha256") != content_digest(manifest):
@@ -269,7 +332,7 @@ def _read_bundle(folder: Path) -> tuple[dict[str, list[str]], dict[str, np.ndarr
     if "item_scales.npy" in names:
         scales = np.load(folder / "item_scales.npy", allow_pickle=False)
         vectors["item"] = vectors["item"] * scales[:, None]
-    return ids, vectors
+    return ids, vectors, manifest.get("probability")
 
 
 def _read_vectors(side: str, vectors: ArrayLike) -> np.ndarray:

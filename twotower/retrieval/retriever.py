@@ -35,6 +35,7 @@ from twotower.retrieval.live.conditions import (
 )
 from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
+from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import (
     IdColumn,
     Naming,
@@ -331,6 +332,38 @@ class Retriever:
         if not len(table) and ids and filters.where:
             _note_of_none(self._live.catalogue.snapshot, filters.where)
         return table
+
+    def score(
+        self, users: Iterable[Any], items: Iterable[Any], *, probability: bool = False
+    ) -> np.ndarray:
+        """Returns the score of each pair of a user and an item, float32 [B].
+
+        >>> retriever = tt.Retriever.load("runs/mine/bundle")
+        >>> best = retriever.recommend("user-1", k=1)[0]
+        >>> abs(float(retriever.score(["user-1"], [best.item_id])[0]) - best.score) < 1e-4
+        True
+
+        Args:
+            users: B user ids; an unknown one is scored by what holds for users that are new.
+            items: B item ids.
+            probability: Whether to return the probability that the label of the pair is 1, which a
+                model has that was trained on labels, by the loss binary_cross_entropy.
+
+        Raises:
+            ConfigError: The lists differ in length, or the model gives no probabilities.
+            UnknownItemError: An item is not in the catalogue.
+        """
+        user_vectors = self.embed_users(users)
+        item_vectors = self.item_vectors(items)
+        if len(user_vectors) != len(item_vectors):
+            raise ConfigError(
+                f"score takes pairs: {len(user_vectors)} user ids do not go with "
+                f"{len(item_vectors)} item ids."
+            )
+        scores = np.einsum("bd,bd->b", user_vectors, item_vectors).astype(np.float32)
+        if probability:
+            return to_probability(scores, self.bundle.probability)
+        return scores
 
     def similar_items(
         self,

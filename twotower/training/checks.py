@@ -35,7 +35,15 @@ from twotower.training.optimizers import DENSE, SCHEDULES
 # Endings and beginnings of the metrics that cannot choose the best checkpoint, which has the
 # greatest value.
 SMALLER_IS_BETTER = ("/log_loss", "/calibration", "/calibration_error", "/rows")
-COUNTS = ("never_trained", "short_list", "gini", "average_popularity", "queries")
+COUNTS = (
+    "never_trained",
+    "short_list",
+    "gini",
+    "average_popularity",
+    "popularity_lift",
+    "repeated_list",
+    "queries",
+)
 
 
 def check_kinds(config: Config) -> None:

@@ -23,8 +23,8 @@ from twotower.evaluation.queries import Queries
 FACTORS = 64
 ITERATIONS = 15
 MAX_PAIRS = 20_000_000  # pairs of user and item, a few minutes on one core
-# Of one core, in half-steps of conjugate gradients: measured at 4,000 users and 2,500 items, to tell
-# how long it takes.
+# Of one core, in half-steps of conjugate gradients: measured at 4,000 users and 2,500 items, to
+# tell how long it takes.
 OPERATIONS_A_SECOND = 5e9
 
 

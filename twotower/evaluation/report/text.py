@@ -80,13 +80,23 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
         weights = measured["popularity_weights"]
         columns = {f"weight {weight}": values for weight, values in weights.items()}
         lines += ["", "Popularity weighed, seen items masked:", format_metrics(columns, ks)]
-    if measured.get("heads"):
-        lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
+    lines += _label_lines(measured)
     if "sanity" in measured:
         lines += ["", format_sanity(measured["sanity"])]
     if "index" in measured:
         lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
+
+
+def _label_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Returns the tables of a loss on labels and of heads, where they were measured."""
+    lines: list[str] = []
+    if measured.get("labels"):
+        title = "Labels, over the rows that have one (probability: sigmoid of the scaled score):"
+        lines += ["", title, format_heads({"label": measured["labels"]})]
+    if measured.get("heads"):
+        lines += ["", "Heads, over the rows that have a label:", format_heads(measured["heads"])]
+    return lines
 
 
 def format_metrics(
