@@ -307,7 +307,7 @@ def items_never_clicked_are_no_negatives(right):
     return classmethod(build)
 
 
-@mistake(19, "twotower.evaluation.evaluate:_item_values")
+@mistake(19, "twotower.evaluation.lists:_item_values")
 def what_was_never_trained_is_not_told(right):
     return lambda queries: right(queries) | {"never_trained": np.zeros(queries.num_items)}
 
