@@ -4,6 +4,7 @@
 manifest.json    format, versions, date, metric, checkpoint step and its figures, rows and times of
                  the data, columns about persons, hash of the weights, kind of index, sentence
                  encoders, sha256 of every other file
+README.md        the model card: the same in words, see `twotower.retrieval.card`
 plugins.json     plugins and kinds of one's own, by name and hash; no code
 config.json  encoder/  params.npz  tables/
                  configuration, features, and the weights of the towers
@@ -68,6 +69,7 @@ from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
+from twotower.retrieval.card import CARD, format_card
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,
@@ -196,8 +198,6 @@ def write_bundle(
     indexed = [name for name in INDEXED if (folder / f"item_{name}.npy").exists()]
     built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
     index = save_index(bundle.index, folder / INDEX, model_version=version, **built_from)
-    # Every file, also those of the index, whose names depend on its kind.
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -216,8 +216,11 @@ def write_bundle(
         "index": {name: index[name] for name in INDEX_SETTINGS if name in index},
         "sentence_models": _sentence_models(bundle.encoder),
         **more,
-        "files": {str(path.relative_to(folder)): digest(path) for path in paths},
     }
+    (folder / CARD).write_text(format_card(manifest), encoding="utf-8")
+    # Every file, also those of the index, whose names depend on its kind.
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    manifest["files"] = {str(path.relative_to(folder)): digest(path) for path in paths}
     # Over all other entries, the hashes of the files among them: it names the bundle.
     manifest["sha256"] = content_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,78 @@
+"""The model card of a bundle, README.md: its data, what was measured, what it is for, its limits.
+
+It says what the manifest holds, in words, and nothing that differs from one export to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twotower.core.tables import format_table
+
+CARD = "README.md"
+METRICS = ("recall@", "ndcg@", "mrr@")  # figures that a card shows, of all that were measured
+
+
+def format_card(manifest: Mapping[str, Any]) -> str:
+    """Returns the card of a bundle.
+
+    Args:
+        manifest: Entries of the bundle's manifest, but for the hashes of its files.
+    """
+    sections = [
+        "# Model card",
+        f"Two-tower retrieval model {manifest['model_version'][:12]} of step {manifest['step']}: "
+        f"{manifest['num_items']:,} items, {manifest['num_users']:,} known users, vectors "
+        f"{manifest['dim']} wide.",
+        "## Data",
+        "\n".join(_data_lines(manifest.get("data", {}))),
+        "## Measured",
+        _measured(manifest.get("figures", {})),
+        "## Intended use",
+        "Lists of items that a user may want next, from the corpus above; scores rank the items of "
+        "one user and are no probabilities unless the model was trained on labels.",
+        "## Limits",
+        "Users and items that training never saw are known by their features alone. What was "
+        "popular in the log is recommended more often. Figures hold for the held-out rows of this "
+        "log, and not for what showing the lists would change.",
+        "## Personal data",
+        _personal(manifest.get("personal", {})),
+        "## Use",
+        "```python\nimport twotower as tt\n\n"
+        'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each part of the data."""
+    lines = []
+    for part, rows in data.get("rows", {}).items():
+        line = f"- {part}: {rows:,} rows"
+        times = data.get(part)
+        if times:
+            line += f", {times['from']} to {times['to']}"
+        lines.append(line)
+    return lines or ["Nothing is known of the data."]
+
+
+def _measured(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what was measured of the checkpoint that the bundle holds."""
+    rows = []
+    for part, values in figures.items():
+        for name, value in values.items():
+            if name.startswith(METRICS) and isinstance(value, (int, float)):
+                rows.append([part, name, f"{value:.4f}"])
+    if not rows:
+        return "Nothing was measured of this checkpoint."
+    table = format_table(rows, ["rows", "metric", "value"], align="llr")
+    return f"Over the whole corpus, without items that the user had before:\n\n```\n{table}\n```"
+
+
+def _personal(personal: Mapping[str, Any]) -> str:
+    """Returns what the bundle holds about persons."""
+    lines = [f"- {file}: {', '.join(columns)}" for file, columns in personal.items()]
+    if not lines:
+        return "The bundle holds nothing about persons."
+    return "\n".join(["The bundle holds, of persons:", "", *lines])
