@@ -329,7 +329,7 @@ def test_what_serves_loads_no_kind_of_feature_or_index_before_a_bundle_has_it():
 
 def test_the_list_of_a_known_user_needs_no_jax():
     """JAX comes with the first user whose vector is not stored, or an index that is exact."""
-    answer = ["commands.query", "plugins", "retrieval.listing", "index.scann"]
+    answer = ["commands.query", "plugins", "retrieval.batch.listing", "index.scann"]
     assert load([f"twotower.{name}" for name in answer], ("jax", "jaxtyping")) == ""
 
 

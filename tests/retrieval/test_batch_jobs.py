@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from twotower.core.errors import ConfigError
-from twotower.retrieval.batch_jobs import Tasks, embed_all, recommend_all, write_parts
+from twotower.retrieval.batch.jobs import Tasks, embed_all, recommend_all, write_parts
 from twotower.retrieval.retriever import Retriever
 
 pytestmark = pytest.mark.slow
@@ -123,7 +123,7 @@ KILLED = """if True:
     import sys, time
     from pathlib import Path
     import numpy as np, pyarrow as pa
-    from twotower.retrieval.batch_jobs import Tasks, write_parts
+    from twotower.retrieval.batch.jobs import Tasks, write_parts
     def make(rows):
         print(rows.start, flush=True)
         return pa.table({"n": np.arange(rows.start, rows.stop)})

@@ -21,7 +21,7 @@ from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
 from twotower.retrieval import export as export_module
-from twotower.retrieval.batch_jobs import recommend_all
+from twotower.retrieval.batch.jobs import recommend_all
 from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import (
@@ -77,6 +77,12 @@ def test_the_manifest_says_what_the_model_saw_and_whom_it_knows(run, tmp_path):
         "seen_items.npy": ["item_id"],
         "seen_events.arrow": ["timestamp", "event"],
     }
+    files_of_bundle = current_version(bundle.folder)
+    card = (files_of_bundle / "README.md").read_text(encoding="utf-8")
+    assert f"{manifest['num_items']:,} items" in card and "0.2500" in card
+    assert f"- train: {len(prepared.train):,} rows, {manifest['data']['train']['from']}" in card
+    assert "- users.parquet: user_id, city, event" in card
+    assert manifest["files"]["README.md"] == files.digest(files_of_bundle / "README.md")
 
 
 def test_a_bundle_without_users_answers_all_as_strangers(run, exported, tmp_path):

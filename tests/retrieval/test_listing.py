@@ -11,7 +11,7 @@ from wcwidth import wcswidth
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm
 from twotower.core.tables import shorten
-from twotower.retrieval.listing import ListOptions, format_items, read_ids, write_lists
+from twotower.retrieval.batch.listing import ListOptions, format_items, read_ids, write_lists
 from twotower.retrieval.retriever import Recommendation
 
 

@@ -36,7 +36,7 @@ _TASKS = flags.DEFINE_integer(
 
 def main() -> None:
     from twotower import api
-    from twotower.retrieval.batch_jobs import Tasks, embed_all
+    from twotower.retrieval.batch.jobs import Tasks, embed_all
 
     run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     out = Path(_OUT.value or run.workdir / "embeddings")

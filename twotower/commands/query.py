@@ -25,7 +25,7 @@ from absl import flags
 from twotower.commands import launch, mlflow_flags
 
 if TYPE_CHECKING:
-    from twotower.retrieval.listing import ListOptions
+    from twotower.retrieval.batch.listing import ListOptions
     from twotower.retrieval.retriever import Retriever
 
 FLAGS = flags.FlagValues()
@@ -80,7 +80,7 @@ _RERANK = launch.define_rerank(FLAGS)
 
 
 def main() -> None:
-    from twotower.retrieval import listing
+    from twotower.retrieval.batch import listing
     from twotower.retrieval.live.conditions import parse_condition
 
     launch.require_one(_USER, _ITEM, _ROWS, _USERS)
@@ -132,7 +132,7 @@ def answer(retriever: Retriever, options: ListOptions, workdir: Path | None) -> 
         options: Lists that the flags ask for.
         workdir: Folder of the run; None of a bundle alone.
     """
-    from twotower.retrieval import listing
+    from twotower.retrieval.batch import listing
 
     if _USER.value is not None:
         print(listing.format_user(retriever, _USER.value, options))

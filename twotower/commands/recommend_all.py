@@ -54,7 +54,7 @@ _TASKS = flags.DEFINE_integer(
 
 def main() -> None:
     from twotower.plugins import load_config
-    from twotower.retrieval.batch_jobs import Tasks, recommend_all
+    from twotower.retrieval.batch.jobs import Tasks, recommend_all
 
     workdir = _RUN.folder()
     load_config(workdir)  # says what to do where the folder is no run

@@ -69,7 +69,6 @@ from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
-from twotower.retrieval.card import CARD, format_card
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,
@@ -217,6 +216,9 @@ def write_bundle(
         "sentence_models": _sentence_models(bundle.encoder),
         **more,
     }
+    # Here: who reads bundles needs no words for them.
+    from twotower.retrieval.card import CARD, format_card
+
     (folder / CARD).write_text(format_card(manifest), encoding="utf-8")
     # Every file, also those of the index, whose names depend on its kind.
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -30,8 +30,7 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "## Measured",
         _measured(manifest.get("figures", {})),
         "## Intended use",
-        "Lists of items that a user may want next, from the corpus above; scores rank the items of "
-        "one user and are no probabilities unless the model was trained on labels.",
+        f"Lists of items that a user may want next, from the corpus above. {_scores(manifest)}",
         "## Limits",
         "Users and items that training never saw are known by their features alone. What was "
         "popular in the log is recommended more often. Figures hold for the held-out rows of this "
@@ -43,6 +42,13 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _scores(manifest: Mapping[str, Any]) -> str:
+    """Returns what the scores of the bundle mean."""
+    if manifest.get("probability"):
+        return "The model was trained on labels, and scores of pairs have probabilities."
+    return "Scores rank the items of one user, and are no probabilities."
 
 
 def _data_lines(data: Mapping[str, Any]) -> list[str]:
