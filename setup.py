@@ -102,6 +102,7 @@ setup(
     package_data={
         "twotower": ["py.typed"],
         "twotower.evaluation.report": ["static/*"],
+        "twotower.retrieval.item_map": ["map.js"],
     },
     cmdclass={"build_py": BuildWithShipped},
     entry_points={"console_scripts": ["twotower = twotower.__main__:main"]},

@@ -16,7 +16,7 @@ from twotower.evaluation.report.figures import Points, scatter_chart
 from twotower.evaluation.report.page import Section, Table, render_page, table
 from twotower.evaluation.report.quality import Verdict, find_verdict, hero
 from twotower.evaluation.report.vectors import storage_recall
-from twotower.evaluation.report.write import check_report, item_titles, write_report
+from twotower.evaluation.report.write import check_report, write_report
 
 KINDS = ("verdict", "protocol", "learning", "lists", "space", "index", "health", "people", "data")
 
@@ -147,11 +147,3 @@ def test_rounding_loses_less_than_cutting_and_nothing_is_lost_whole():
     assert found["float32", 16] == (64, 1.0)
     assert found["int8", 16][0] == 20
     assert found["int8", 16][1] > 0.9 > found["float32", 8][1] > found["float32", 4][1]
-
-
-def test_a_column_that_is_called_a_title_is_the_title():
-    import pyarrow as pa
-
-    items = pa.table({"item_id": ["a", "b"], "brand": ["x", "y"], "Title_ar": ["u", None]})
-    assert item_titles(items, ()) == ["u", "b"]
-    assert item_titles(items.drop_columns("Title_ar"), ("brand",)) == ["a", "b"]

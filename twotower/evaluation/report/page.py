@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from twotower.evaluation.report.figures import style_sheet, styles_to_classes
+from twotower.retrieval.item_map.plane import map_script
 
 _PACKAGE = "twotower.evaluation.report"
+_START_MAP = 'showItemMap(JSON.parse(document.getElementById("map-data").textContent));'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def render_page(title: str, about: str, hero: str, sections: Sequence[Section]) 
     script_policy = "'none'"
     # Only the map needs one.
     if 'id="map-data"' in body:
-        code = static("map.js")
+        code = f"{map_script()}\n{_START_MAP}"
         script = f"<script>{code}</script>"
         script_policy = f"'{_hash(code)}'"
     policy = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,7 @@ from twotower.evaluation.report.figures import (
     bar_chart,
     line_chart,
     scatter_chart,
-)
-from twotower.evaluation.report.map import (
-    MAP_ITEMS,
-    Grouping,
-    Plane,
-    map_data,
+    shorten,
 )
 from twotower.evaluation.report.page import (
     Chart,
@@ -38,12 +34,14 @@ from twotower.index.exact import top_k
 from twotower.index.recall import list_recall
 from twotower.index.tuning import Trial, Tuning
 from twotower.index.vectors import quantize
+from twotower.retrieval.item_map.plane import MAP_ITEMS, Grouping, Plane, map_data
 
 DRAWN_ITEMS = 1_200  # items of a picture; more would be no clearer, and the file too large
 STORED_QUERIES = 300  # users that storage is measured with
 STORED_ITEMS = 50_000  # items, likewise
 STORED_K = 10
 STRONG = 0.5  # correlation from which on two things go together
+LONGEST_TITLE = 70  # characters of a title on the map
 HUB_K = 10  # length of the lists in which hubs are looked for
 
 
@@ -71,7 +69,7 @@ def space(
     made = []
     for number, grouping in enumerate(groupings):
         name = f"space{number}"
-        groups = grouping.points(plane, rows)
+        groups = group_points(grouping, plane, rows)
         svg = scatter_chart(
             name, groups, x_label=axis_label(plane, 0), y_label=axis_label(plane, 1), small=True
         )
@@ -98,6 +96,21 @@ def space(
     )
 
 
+def group_points(grouping: Grouping, plane: Plane, rows: np.ndarray) -> list[Points]:
+    """Returns the points of some items, by group.
+
+    Args:
+        grouping: Groups of all items.
+        plane: Positions of all items.
+        rows: The items, int [M].
+    """
+    made = []
+    for number, label in enumerate(grouping.labels):
+        chosen = rows[grouping.groups[rows] == number]
+        made.append(Points(label, plane.points[chosen, 0], plane.points[chosen, 1]))
+    return made
+
+
 def axis_label(plane: Plane, axis: int) -> str:
     """Returns the name of an axis with its unit."""
     ordinal = ("first", "second")[axis]
@@ -119,7 +132,11 @@ def _map(plane: Plane, grouping: Grouping, titles: Sequence[str], vectors: np.nd
     rows = evenly_spaced(np.arange(len(vectors)), MAP_ITEMS)
     if len(rows) < 2:
         return ""
-    content = map_data(plane, grouping, [titles[int(row)] for row in rows], vectors, rows)
+    shown = [shorten(titles[int(row)], LONGEST_TITLE) for row in rows]
+    content = map_data(plane, grouping, shown, vectors, rows)
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    # No title may end the element that holds it.
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     sample = f"All {len(rows):,} items."
     if len(rows) < len(vectors):
         sample = (
@@ -150,7 +167,7 @@ def _map(plane: Plane, grouping: Grouping, titles: Sequence[str], vectors: np.nd
         '<ol id="map-nearest"></ol></div></div>'
         f'<ul class="key" aria-label="{escape(grouping.column)}">{key}</ul>'
         f'<p class="note" id="map-help">{escape(sample)} {escape(help_text)}</p>'
-        f'<script type="application/json" id="map-data">{content}</script></div>'
+        f'<script type="application/json" id="map-data">{text}</script></div>'
     )
 
 

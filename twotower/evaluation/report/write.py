@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced
 from twotower.core.files import atomic
@@ -20,18 +19,23 @@ from twotower.evaluation.evaluate import query_vectors
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import quality, vectors
 from twotower.evaluation.report.figures import scatter_image
-from twotower.evaluation.report.map import Grouping, Plane, choose_columns, project
 from twotower.evaluation.report.page import Section, bullets, paragraph, render_page
 from twotower.evaluation.report.people import describe_people, people_section
 from twotower.index.base import Index
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import item_counts, served_model
+from twotower.retrieval.item_map.plane import (
+    Grouping,
+    Plane,
+    choose_columns,
+    item_titles,
+    project,
+)
 from twotower.training.metrics import read_lines
 from twotower.training.run import Run
 
 QUERIES = 1_000  # queries whose vectors are looked at, evenly spaced
 IMAGE_ITEMS = 20_000  # items of an image, likewise
-_TITLES = re.compile(r"title|name|description", re.IGNORECASE)
 
 
 def check_report() -> None:
@@ -106,23 +110,6 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
 
 
-def item_titles(items: pa.Table, display: Sequence[str]) -> list[str]:
-    """Returns the title of each item: a column that is called so, or else its id.
-
-    Args:
-        items: Table of the items.
-        display: Columns that lists show, which are looked at first.
-    """
-    names = [name for name in (*display, *items.column_names) if _TITLES.search(name)]
-    ids = items["item_id"].to_pylist()
-    for name in names:
-        if name not in items.column_names:
-            continue
-        titles = items[name].to_pylist()
-        return [item if not title else str(title) for item, title in zip(ids, titles)]
-    return [str(item) for item in ids]
-
-
 def data_section(report: DataReport | None) -> Section:
     """Returns what the data of the run is."""
     lead = "What went in. Most odd figures have their cause here."
@@ -139,7 +126,7 @@ def _write_image(path: Path, plane: Plane, grouping: Grouping, title: str) -> No
     rows = evenly_spaced(np.arange(len(plane.points)), IMAGE_ITEMS)
     buffer = io.BytesIO()
     scatter_image(
-        grouping.points(plane, rows),
+        vectors.group_points(grouping, plane, rows),
         x_label=vectors.axis_label(plane, 0),
         y_label=vectors.axis_label(plane, 1),
         title=f"{title}: items by {grouping.column}",

@@ -1,16 +1,16 @@
-"""Principal components, groups and neighbours of items."""
+"""Principal components, groups, titles and neighbours of items."""
 
 import base64
-import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from twotower.core.errors import ConfigError
-from twotower.evaluation.report.map import (
+from twotower.retrieval.item_map.plane import (
     choose_columns,
     group_items,
+    item_titles,
     map_data,
     nearest_rows,
     project,
@@ -86,10 +86,8 @@ def test_a_map_keeps_places_groups_and_neighbours():
     plane = project(vectors)
     grouping = group_items("kind", pa.chunked_array([["a", "b", "c"] * 10]))
     rows = np.arange(0, 30, 2)
-    titles = [f"</script>{row}" for row in rows]
-    text = map_data(plane, grouping, titles, vectors, rows)
-    assert "<" not in text
-    data = json.loads(text)
+    titles = [f"title {row}" for row in rows]
+    data = map_data(plane, grouping, titles, vectors, rows)
     assert data["titles"] == titles
 
     def read(name, kind):
@@ -105,3 +103,10 @@ def test_a_map_keeps_places_groups_and_neighbours():
     np.testing.assert_array_equal(read("groups", "u1"), grouping.groups[rows])
     nearest = read("nearest", "<u2").reshape(len(rows), -1)
     np.testing.assert_array_equal(nearest, nearest_rows(vectors[rows], 8))
+
+
+def test_a_column_that_is_called_a_title_is_the_title():
+    items = pa.table({"item_id": ["a", "b"], "brand": ["x", "y"], "Title_ar": ["u", None]})
+    assert item_titles(items, ()) == ["u", "b"]
+    assert item_titles(items.drop_columns("Title_ar"), ("brand",)) == ["a", "b"]
+    assert item_titles(items.rename_columns(["item_id", "Name", "title"]), ()) == ["u", "b"]

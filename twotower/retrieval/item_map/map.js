@@ -1,6 +1,7 @@
 "use strict";
-(() => {
-  const data = JSON.parse(document.getElementById("map-data").textContent);
+// Draws `data` into the elements map-sheet, map-canvas and so on of a page. `onChoose`, where it is
+// given, is called with the number of each item that somebody chooses.
+function showItemMap(data, onChoose = () => {}) {
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const places = new Uint16Array(bytes(data.places).buffer); // x and y of each item, 0 to 65535
   const groups = bytes(data.groups); // number of the category of each item
@@ -82,7 +83,7 @@
     made.type = "button";
     made.dir = "auto";
     made.textContent = titles[item];
-    made.addEventListener("click", () => choose(item, true));
+    made.addEventListener("click", () => pick(item, true));
     return made;
   }
   function choose(item, move) {
@@ -100,6 +101,10 @@
       sheet.focus({ preventScroll: true });
     }
     redraw();
+  }
+  function pick(item, move) {
+    choose(item, move);
+    onChoose(item);
   }
   function itemAt(x, y, reach) {
     let best = -1;
@@ -135,7 +140,7 @@
     0: () => { view = whole(); redraw(); },
     Enter: () => {
       const item = itemAt(canvas.clientWidth / 2, canvas.clientHeight / 2, Infinity);
-      if (item >= 0) choose(item, false);
+      if (item >= 0) pick(item, false);
     },
   };
   sheet.addEventListener("keydown", (event) => {
@@ -177,7 +182,7 @@
     if (!fingers.delete(event.pointerId) || event.type === "pointercancel" || moved > 5) return;
     const box = canvas.getBoundingClientRect();
     const item = itemAt(event.clientX - box.left, event.clientY - box.top, 24);
-    if (item >= 0) choose(item, false);
+    if (item >= 0) pick(item, false);
   };
   sheet.addEventListener("pointerup", release);
   sheet.addEventListener("pointercancel", release);
@@ -201,4 +206,4 @@
   new ResizeObserver(redraw).observe(canvas);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   choose(0, false);
-})();
+}

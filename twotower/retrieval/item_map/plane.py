@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 from collections.abc import Sequence
+from importlib import resources
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +14,17 @@ import pyarrow as pa
 from twotower.core.arrays import evenly_spaced
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError, choose
-from twotower.evaluation.report.figures import SERIES, Points, shorten
 from twotower.index.exact import top_k
 
 MAP_ITEMS = 3_000  # items of the map; more would not fit in a page that may be sent by mail
+COLOURS = 8  # colours and shapes that can be told apart
 NEIGHBOURS = 8  # items that the map names beside a chosen one
-LONGEST_TITLE = 70  # characters
 FIT_ROWS = 100_000  # items that the components are fitted on
 FEWEST_VALUES = 3  # distinct values of a column that is worth a picture
 MOST_VALUES = 60
+# Words in the name of a column that says what an item is, the best first.
+TITLE_WORDS = ("title", "name", "description")
+_PACKAGE = "twotower.retrieval.item_map"
 OTHERS = "others"
 NOTHING = "(none)"
 
@@ -76,14 +79,6 @@ class Grouping:
     labels: tuple[str, ...]
     groups: np.ndarray
 
-    def points(self, plane: Plane, rows: np.ndarray) -> list[Points]:
-        """Returns the points of some items, by group."""
-        made = []
-        for number, label in enumerate(self.labels):
-            chosen = rows[self.groups[rows] == number]
-            made.append(Points(label, plane.points[chosen, 0], plane.points[chosen, 1]))
-        return made
-
 
 def choose_columns(items: pa.Table, named: Sequence[str], counts: np.ndarray) -> list[Grouping]:
     """Returns the groupings that pictures are coloured by.
@@ -103,7 +98,7 @@ def choose_columns(items: pa.Table, named: Sequence[str], counts: np.ndarray) ->
         return [group_items(name, items[name]) for name in columns]
     found = []
     for name in items.column_names:
-        if name == "item_id" or not _is_text(items[name].type):
+        if name == "item_id" or not is_text(items[name].type):
             continue
         if FEWEST_VALUES <= pc.count_distinct(items[name]).as_py() <= MOST_VALUES:
             found.append(group_items(name, items[name]))
@@ -122,14 +117,14 @@ def group_items(name: str, column: pa.ChunkedArray) -> Grouping:
     """
     kind = column.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if is_number and pc.count_distinct(column).as_py() > len(SERIES):
+    if is_number and pc.count_distinct(column).as_py() > COLOURS:
         return _group_fifths(name, column.cast(pa.float64()).to_numpy())
     if pa.types.is_struct(kind) or pa.types.is_map(kind):
         raise ConfigError(f"--report_columns={name}: it holds {kind}, which is no category.")
     values = [_text_of(value) for value in column.to_pylist()]
     names, codes, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    kept = order if len(order) <= len(SERIES) else order[: len(SERIES) - 1]
+    kept = order if len(order) <= COLOURS else order[: COLOURS - 1]
     groups = np.full(len(names), len(kept), np.uint8)
     groups[kept] = np.arange(len(kept))
     labels = [str(names[row]) for row in kept]
@@ -163,8 +158,8 @@ def _group_fifths(name: str, values: np.ndarray) -> Grouping:
 
 def map_data(
     plane: Plane, grouping: Grouping, titles: Sequence[str], vectors: np.ndarray, rows: np.ndarray
-) -> str:
-    """Returns what map.js reads, as JSON that a page of HTML may hold.
+) -> dict[str, Any]:
+    """Returns what map.js reads.
 
     Args:
         plane: Positions of all items.
@@ -181,17 +176,44 @@ def map_data(
     shares = (points - middle) / extent + 0.5
     places = np.round(np.clip(shares, 0, 1) * 65_535).astype("<u2")
     count = min(NEIGHBOURS, len(rows) - 1)
-    content = {
-        "titles": [shorten(title, LONGEST_TITLE) for title in titles],
+    return {
+        "titles": list(titles),
         "labels": list(grouping.labels),
         "places": _base64(places),
         "groups": _base64(grouping.groups[rows].astype(np.uint8)),
         "nearest": _base64(nearest_rows(vectors[rows], count).astype("<u2")),
         "count": count,
     }
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    # No title may end the element that holds it.
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def map_script() -> str:
+    """Returns the script of the map: `showItemMap(data, onChoose)` draws what `map_data` made."""
+    return resources.files(_PACKAGE).joinpath("map.js").read_text(encoding="utf-8")
+
+
+def title_column(columns: Sequence[str]) -> str:
+    """Returns the column that is called a title, or else a name or a description, or else ""."""
+    for word in TITLE_WORDS:
+        for name in columns:
+            if word in name.lower():
+                return name
+    return ""
+
+
+def item_titles(items: pa.Table, display: Sequence[str]) -> list[str]:
+    """Returns the title of each item: a column that is called so, or else its id.
+
+    Args:
+        items: Table of the items.
+        display: Columns that lists show, which are looked at first.
+    """
+    ids = items["item_id"].to_pylist()
+    known = [name for name in (*display, *items.column_names) if name in items.column_names]
+    name = title_column(known)
+    if not name:
+        return [str(item) for item in ids]
+    titles = items[name].to_pylist()
+    return [item if not title else str(title) for item, title in zip(ids, titles)]
 
 
 def nearest_rows(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -216,7 +238,7 @@ def _text_of(value: object) -> str:
     return NOTHING if value in (None, "") else str(value)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
