@@ -9,6 +9,7 @@ from twotower.serving.answers import Answers
 from twotower.serving.app import App
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits
+from twotower.serving.versions.versions import Versions
 
 TOKENS = {
     "read": "a token for reading",
@@ -21,7 +22,7 @@ def make_app(retriever, folder, *, tokens=None, **options):
     """A server that is ready, with its events in a folder."""
     options.setdefault("limits", Limits(seconds=0.3))
     events = EventLog(folder / "events")
-    app = App(Answers(retriever), events, access=Access(tokens or {}), **options)
+    app = App(Versions(Answers(retriever)), events, access=Access(tokens or {}), **options)
     app.status = "ok"
     return app
 

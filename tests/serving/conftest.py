@@ -12,7 +12,7 @@ from twotower.retrieval.retriever import Retriever
 
 # Without the extra serve the lists are tested alone; where nothing may be left out, all fail.
 if importlib.util.find_spec("msgspec") is None and not os.environ.get("TWOTOWER_COMPLETE"):
-    collect_ignore = ["test_answers.py", "test_api.py", "test_process.py"]
+    collect_ignore = ["test_answers.py", "test_api.py", "test_process.py", "test_versions.py"]
 HISTORY = {"type": "history", "max_length": 8, "reads": ["item_id"]}
 FEATURES = {
     "user": {"city": {"type": "string", "embedding_size": 4}, "history": HISTORY},
@@ -33,6 +33,22 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="session")
 def retriever(served):
     return Retriever.load(served)
+
+
+@pytest.fixture(scope="session")
+def thinned(served, tmp_path_factory):
+    """The folder of another version of the bundle, without every other item: not to be changed."""
+    folder = tmp_path_factory.mktemp("thinned") / "bundle"
+    shutil.copytree(served, folder)
+    thin(folder)
+    return folder
+
+
+def thin(folder):
+    """Makes a new version of a bundle, without every other item."""
+    retriever = Retriever.load(folder)
+    retriever.delete(retriever.items()["item_id"].to_pylist()[::2])
+    retriever.compact()
 
 
 @pytest.fixture

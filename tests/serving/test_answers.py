@@ -191,7 +191,7 @@ def test_the_events_of_a_user_are_bounded():
 
 
 def test_more_changes_than_may_wait_are_refused_and_come_back_later(app, tmp_path):
-    writer = Writer(app.answers, EventLog(tmp_path / "more"), limit=2)
+    writer = Writer(app.versions, EventLog(tmp_path / "more"), limit=2)
 
     async def send_three():
         sent = [writer.add_events([StoredEvent(str(n), "u", "i", None, 1)]) for n in range(3)]

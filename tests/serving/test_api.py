@@ -216,8 +216,11 @@ def test_a_disk_that_refuses_is_told_without_its_path(retriever, tmp_path, monke
 def test_requests_are_counted_with_their_sources(app):
     post(app, "popular", k=3)
     text = ask(app, "GET", "/metrics").text
-    assert 'twotower_requests_total{endpoint="popular",status="200"}' in text
-    assert 'twotower_recommended_items_total{source="popular"}' in text
+    version = app.answers.version
+    counted = f'{{endpoint="popular",status="200",version="{version}"}}'
+    assert f"twotower_requests_total{counted}" in text
+    counted = f'{{source="popular",version="{version}"}}'
+    assert f"twotower_recommended_items_total{counted}" in text
 
 
 def test_the_description_holds_all_endpoints_and_their_answers_are_as_described(app):

@@ -4,6 +4,8 @@ r"""Answers requests for recommendations over HTTP, by a bundle.
 
     twotower serve --bundle=shop_bundle --port=8080 --tokens=tokens.json --aliases=names.json
 
+    twotower serve --bundle=old=exports/november --bundle=new=exports/december --bundles=exports
+
     curl http://127.0.0.1:8000/v1/retrieve -H 'Content-Type: application/json' \
         -d '{"user_id": "42", "k": 10}'
 
@@ -13,6 +15,7 @@ what it accepted. It needs the extra serve.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -21,8 +24,25 @@ from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
-_BUNDLE = flags.DEFINE_string(
-    "bundle", None, "The folder of a bundle, in the place of --workdir.", flag_values=FLAGS
+_BUNDLE = flags.DEFINE_multi_string(
+    "bundle",
+    None,
+    "The folder of a bundle, in the place of --workdir, or NAME=FOLDER. Given several times, all "
+    "are loaded, and the first one answers until PUT /v1/admin/split or a swap says otherwise.",
+    flag_values=FLAGS,
+)
+_BUNDLES = flags.DEFINE_string(
+    "bundles",
+    "",
+    "Folder whose bundles POST /v1/admin/load may load by their names.",
+    flag_values=FLAGS,
+)
+_FOLLOW = flags.DEFINE_bool(
+    "follow",
+    True,
+    "Whether a new version of a bundle that is served, by an export or a compaction, takes its "
+    "place when it has proved itself.",
+    flag_values=FLAGS,
 )
 _HOST = flags.DEFINE_string(
     "host",
@@ -78,21 +98,48 @@ def main() -> None:
         from twotower.plugins import load_config
 
         load_config(_WORKDIR.value)  # says what to do where the folder is no run
-        folder = Path(_WORKDIR.value) / BUNDLE
+        folders = {BUNDLE: Path(_WORKDIR.value) / BUNDLE}
     else:
-        folder = Path(_BUNDLE.value or "")
+        folders = read_bundles(_BUNDLE.value or [])
     # First, so that a port in use is not met after a long load.
     bound = server.bind(_HOST.value, _PORT.value)
     app = server.make_app(
-        folder,
+        folders,
         events=_EVENTS.value,
         tokens=_TOKENS.value,
         aliases=_ALIASES.value,
+        bundles=_BUNDLES.value,
+        follow=_FOLLOW.value,
         limits=Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
     )
     # Before it is said: whoever reads the line may connect at once.
     bound.listen(server.BACKLOG)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"Serving {folder} at http://{shown}:{port} (/v1/openapi.json describes it).", flush=True)
+    served = ", ".join(map(str, folders.values()))
+    print(f"Serving {served} at http://{shown}:{port} (/v1/openapi.json describes it).", flush=True)
     server.serve(app, bound)
+
+
+def read_bundles(values: Sequence[str]) -> dict[str, Path]:
+    """Returns the folders of --bundle by their names, which are those of the folders by default.
+
+    Raises:
+        ConfigError: Two have one name.
+    """
+    from twotower.core.errors import ConfigError
+
+    folders: dict[str, Path] = {}
+    for value in values:
+        name, is_named, folder = value.partition("=")
+        # A folder's own name may have the sign too.
+        if not is_named or "/" in name or Path(value).is_dir():
+            folder = value
+            name = Path(value).absolute().name
+        if name in folders:
+            raise ConfigError(
+                f"--bundle={value}: {name!r} names another bundle already. Write "
+                f"--bundle=NAME={folder}."
+            )
+        folders[name] = Path(folder)
+    return folders

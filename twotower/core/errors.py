@@ -97,6 +97,10 @@ class ChangesError(TwotowerError, ValueError):
     """A log of changes that is damaged, of another bundle, or written by another process."""
 
 
+class SupersededError(ChangesError):
+    """A change to a version of a bundle that another version has replaced."""
+
+
 class HistoryError(TwotowerError, ValueError):
     """Vectors that the embedding history cannot keep, or does not have."""
 

@@ -786,6 +786,19 @@ class Retriever:
         with self._lock:
             return self._live.delete(ids)
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether changes are made in memory alone."""
+        return self._live.is_detached
+
+    def detach(self) -> None:
+        """Makes changes in memory alone from now on.
+
+        It is for a server that keeps the version before the current one, to go back to, and that
+        makes each change to the current one too, where it is durable.
+        """
+        self._live.detach()
+
     def rebalance(self) -> None:
         """Builds the index anew over the present items, in memory, so that searches are fast again.
 

@@ -48,11 +48,16 @@ class Answers:
         """
         self.retriever = retriever
         manifest = retriever.bundle.manifest
-        self.version: str = manifest["sha256"][:VERSION_LETTERS]
+        self.version = self.version_of(manifest)
         self.histories = LiveHistories(_end_of_data(manifest.get("data", {})))
         # Unique among processes and restarts, at the cost of a counter.
         self._prefix = secrets.token_hex(6)
         self._counter = itertools.count(1)
+
+    @staticmethod
+    def version_of(manifest: Mapping[str, Any]) -> str:
+        """Returns the version of a bundle by its manifest."""
+        return manifest["sha256"][:VERSION_LETTERS]
 
     def warm(self) -> list[str]:
         """Does what the first requests would wait for, and returns golden requests that differ."""

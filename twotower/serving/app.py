@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
+from twotower.serving.versions import types as admin_types
+from twotower.serving.versions.admin import Admin
+from twotower.serving.versions.versions import Versions
 from twotower.serving.writer import Writer
 
 Scope = MutableMapping[str, Any]
@@ -106,6 +110,7 @@ class Endpoint:
         app = self._app
         body = b""
         status = 200
+        version = ""
         kind = JSON
         headers = COMMON
         try:
@@ -125,6 +130,7 @@ class Endpoint:
             if inspect.isawaitable(result):
                 result = await result
             payload = self._write(result)
+            version = getattr(result, "model_version", "")
             if self.answer is None:
                 kind = TEXT
             elif isinstance(result, types.Status) and result.status != "ok":
@@ -151,7 +157,7 @@ class Endpoint:
             }
         )
         await send({"type": "http.response.body", "body": payload})
-        app.metrics.count_request(self.name, status, time.perf_counter() - start)
+        app.metrics.count_request(self.name, status, version, time.perf_counter() - start)
 
     def _read(self, body: bytes) -> Any:
         aliases = self._app.aliases
@@ -169,15 +175,16 @@ class Endpoint:
 
 
 class App:
-    """The server of one bundle.
+    """The server of one bundle or several.
 
     Attributes:
-        answers: Bundle that answers.
+        versions: Versions that answer.
         access: Tokens.
         limits: Bounds.
         aliases: Names of fields; None for ours.
         metrics: Counters.
         writer: Writer of changes and events.
+        admin: Administration of the versions.
         status: "ok", or what the server waits for.
         accepted: Number of requests that were accepted and are not answered yet.
         closing: Header that ends connections, while the server stops.
@@ -186,28 +193,33 @@ class App:
 
     def __init__(
         self,
-        answers: Answers,
+        versions: Versions,
         events: EventLog,
         *,
         access: Access | None = None,
         limits: Limits | None = None,
         aliases: Aliases | None = None,
+        bundles: str = "",
+        follow: bool = False,
     ):
         """Prepares the server, which is ready some time after its start.
 
         Args:
-            answers: Bundle that answers.
+            versions: Versions that answer.
             events: Events on the disk.
             access: Tokens; by default there are none.
             limits: Bounds; by default those of `Limits`.
             aliases: Names of fields in the place of ours.
+            bundles: Folder that further bundles are loaded from; "" for none.
+            follow: Whether a new version of a bundle takes the place of the one that is served.
         """
-        self.answers = answers
+        self.versions = versions
         self.access = access or Access({})
         self.limits = limits or Limits()
         self.aliases = aliases
         self.metrics = Metrics()
-        self.writer = Writer(answers, events, self.limits.writes)
+        self.writer = Writer(versions, events, self.limits.writes)
+        self.admin = Admin(versions, self.writer, bundles=bundles, follow=follow)
         self.status = "starting"
         self.accepted = 0
         self.closing: list[tuple[bytes, bytes]] = []
@@ -240,6 +252,11 @@ class App:
                 return
         await self._starlette(scope, receive, send)
 
+    @property
+    def answers(self) -> Answers:
+        """The version that answers where nothing else is said."""
+        return self.versions.main
+
     def drain(self) -> None:
         """Says that the server is about to stop: it answers on, and ends each connection after."""
         self.status = "stopping"
@@ -270,7 +287,8 @@ class App:
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
         await self.writer.follow()
-        self._differences = await loop.run_in_executor(None, self.answers.warm)
+        for answers in self.versions:
+            self._differences += await loop.run_in_executor(None, answers.warm)
         # What lives as long as the server is no garbage.
         gc.collect()
         gc.freeze()
@@ -311,6 +329,7 @@ class App:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
                 await self.writer.follow()
+                await self.admin.follow()
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
 
@@ -327,7 +346,7 @@ class App:
         return Response(self.write_problem(refusal), status, headers, media_type=PROBLEM.decode())
 
     def _make_endpoints(self) -> list[Endpoint]:
-        answers = self.answers
+        choose = self.versions.choose
 
         def read(
             name: str, summary: str, request: type[Any], answer: type[Any], handle: Handle
@@ -355,10 +374,22 @@ class App:
                 answer=answer,
             )
 
-        retrieve = self._counted(answers.retrieve)
-        similar = self._counted(answers.similar_items)
-        popular = self._counted(answers.popular)
-        latest = self._counted(answers.latest)
+        # Chosen with each request: the versions change.
+        retrieve = self._counted(Answers.retrieve)
+        similar = self._counted(Answers.similar_items)
+        popular = self._counted(Answers.popular)
+        latest = self._counted(Answers.latest)
+
+        def encode_user(request: types.EncodeUser) -> types.Vector:
+            answers = choose(request.user_id, request.session_id, request.model_version)
+            return answers.encode_user(request)
+
+        def match(request: types.Match) -> types.Scores:
+            answers = self.versions.main
+            if request.model_version is not None:
+                answers = choose(version=request.model_version)
+            return answers.match(request)
+
         return [
             read(
                 "retrieve",
@@ -395,23 +426,23 @@ class App:
                 "The vector of a user.",
                 types.EncodeUser,
                 types.Vector,
-                lambda request, _: answers.encode_user(request),
+                lambda request, _: encode_user(request),
             ),
-            batch("encode_user", types.EncodeUserBatch, types.VectorBatch, answers.encode_user),
+            batch("encode_user", types.EncodeUserBatch, types.VectorBatch, encode_user),
             read(
                 "match",
                 "Scores of pairs of a user and an item.",
                 types.Match,
                 types.Scores,
-                lambda request, _: answers.match(request),
+                lambda request, _: match(request),
             ),
             *self._make_changes(),
+            *self._make_administration(),
             *self._make_reports(),
         ]
 
     def _make_changes(self) -> list[Endpoint]:
         """Returns the endpoints that change something."""
-        answers = self.answers
         change = self.writer.change
         return [
             Endpoint(
@@ -419,7 +450,9 @@ class App:
                 "put_item",
                 "PUT /v1/items/{item_id}",
                 "Adds or replaces an item.",
-                lambda put, item_id: change(lambda: answers.put_items([(item_id, put.columns)])),
+                lambda put, item_id: change(
+                    lambda answers: answers.put_items([(item_id, put.columns)])
+                ),
                 right=Right.CHANGE,
                 request=types.PutItem,
                 answer=types.Changed,
@@ -430,7 +463,7 @@ class App:
                 "delete_item",
                 "DELETE /v1/items/{item_id}",
                 "Deletes an item.",
-                lambda _, item_id: change(lambda: answers.delete_item(item_id)),
+                lambda _, item_id: change(lambda answers: answers.delete_item(item_id)),
                 right=Right.CHANGE,
                 answer=types.Changed,
                 needs_token=True,
@@ -441,7 +474,9 @@ class App:
                 "PUT /v1/items",
                 "Adds or replaces items, all or none of them.",
                 lambda put, _: change(
-                    lambda: answers.put_items([(item.item_id, item.columns) for item in put.items])
+                    lambda answers: answers.put_items(
+                        [(item.item_id, item.columns) for item in put.items]
+                    )
                 ),
                 right=Right.CHANGE,
                 request=types.PutItems,
@@ -458,6 +493,75 @@ class App:
                 request=types.Events,
                 answer=types.Accepted,
             ),
+        ]
+
+    def _make_administration(self) -> list[Endpoint]:
+        """Returns the endpoints that change which version answers."""
+        admin = self.admin
+        calls: list[tuple[str, str, str, type[Any] | None, Handle]] = [
+            (
+                "load",
+                "POST /v1/admin/load",
+                "Loads one more bundle, which answers nobody yet.",
+                admin_types.LoadBundle,
+                admin.load,
+            ),
+            (
+                "unload",
+                "POST /v1/admin/unload",
+                "Drops a version that is not used.",
+                admin_types.NamedVersion,
+                admin.unload,
+            ),
+            (
+                "swap",
+                "POST /v1/admin/swap",
+                "Answers everybody by one version.",
+                admin_types.NamedVersion,
+                admin.swap,
+            ),
+            (
+                "rollback",
+                "POST /v1/admin/rollback",
+                "Answers as before the last swap, split or shadow.",
+                None,
+                admin.roll_back,
+            ),
+            (
+                "split",
+                "PUT /v1/admin/split",
+                "Shares the users among versions.",
+                admin_types.Split,
+                admin.split,
+            ),
+            (
+                "shadow",
+                "PUT /v1/admin/shadow",
+                "Lets a version answer after the real one, for the comparison alone.",
+                admin_types.Shadow,
+                admin.shadow,
+            ),
+            (
+                "versions",
+                "GET /v1/admin/versions",
+                "The versions that are loaded, and whom they answer.",
+                None,
+                admin.list,
+            ),
+        ]
+        return [
+            Endpoint(
+                self,
+                name,
+                route,
+                summary,
+                handle,
+                right=Right.ADMIN,
+                request=request,
+                answer=admin_types.VersionList,
+                needs_token=True,
+            )
+            for name, route, summary, request, handle in calls
         ]
 
     def _make_reports(self) -> list[Endpoint]:
@@ -510,18 +614,57 @@ class App:
             ),
         ]
 
-    def _counted(self, function: Callable[[Any], types.Answer]) -> Callable[[Any], types.Answer]:
-        """Returns a function that makes lists, and counts what is in them."""
+    def _counted(
+        self, function: Callable[[Answers, Any], types.Answer]
+    ) -> Callable[[Any], types.Answer]:
+        """Returns a function that makes lists by the version of the user, and counts them."""
         count = self.metrics.count_items
+        versions = self.versions
 
         def answer(request: Any) -> types.Answer:
-            made = function(request)
+            user = getattr(request, "user_id", None)
+            session = getattr(request, "session_id", None)
+            answers = versions.choose(user, session, request.model_version)
+            made = function(answers, request)
             items = made.items
             if items:
-                count(items[0].source, len(items), request.k)
+                count(items[0].source, made.model_version, len(items), request.k)
+            if versions.shadow is not None:
+                self._call_shadow(function, request, made)
             return made
 
         return answer
+
+    def _call_shadow(
+        self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
+    ) -> None:
+        """Lets the shadow answer a request, if it is one of its share, after the real answer."""
+        is_apart = request.model_version is not None
+        if is_apart or random.random() >= self.versions.state.routing.share:
+            return
+        # Those who wait for an answer come first.
+        if self.accepted > self.limits.waiting // 2:
+            self.metrics.shadows_skipped.inc()
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._answer_shadow, function, request, made)
+
+    def _answer_shadow(
+        self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
+    ) -> None:
+        shadow = self.versions.shadow
+        if shadow is None or shadow.version == made.model_version:
+            return
+        try:
+            others = function(shadow, request).items
+        except Exception as error:
+            self.metrics.shadows_failed.inc()
+            logging.log_every_n_seconds(logging.WARNING, "The shadow failed: %s", 10, error)
+            return
+        ids = {item.item_id for item in made.items}
+        shared = sum(item.item_id in ids for item in others)
+        longest = max(len(ids), len(others), 1)
+        self.metrics.count_shadow(shadow.version, shared / longest)
 
     async def _add_events(self, request: types.Events, item_id: str) -> types.Accepted:
         del item_id

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from twotower.serving.types import Source
 
 # Seconds: from an answer of the index alone to one that nobody waits for.
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -17,6 +18,8 @@ class Metrics:
     """The counters of one server, in a registry of their own.
 
     Attributes:
+        shadows_skipped: Requests that the shadow did not answer, as too many waited.
+        shadows_failed: Requests that the shadow failed on.
         shed: Requests that were refused because too many were waiting.
         events: Events that were accepted.
         items: Number of items now.
@@ -28,20 +31,40 @@ class Metrics:
         self._registry = CollectorRegistry()
         registry = self._registry
         self._requests = Counter(
-            "twotower_requests", "Requests.", ["endpoint", "status"], registry=registry
+            "twotower_requests", "Requests.", ["endpoint", "status", "version"], registry=registry
         )
         self._seconds = Histogram(
             "twotower_request_seconds",
             "Time from the request to its answer.",
-            ["endpoint"],
+            ["endpoint", "version"],
             buckets=BUCKETS,
             registry=registry,
         )
         self._sources = Counter(
-            "twotower_recommended_items", "Items in answers.", ["source"], registry=registry
+            "twotower_recommended_items",
+            "Items in answers.",
+            ["source", "version"],
+            registry=registry,
         )
         self._short = Counter(
             "twotower_short_lists", "Lists with fewer items than were asked for.", registry=registry
+        )
+        self._overlaps = Histogram(
+            "twotower_shadow_overlap",
+            "Share of the items of a real list in that of the shadow.",
+            ["version"],
+            buckets=SHARES,
+            registry=registry,
+        )
+        self.shadows_skipped = Counter(
+            "twotower_shadow_skipped_requests",
+            "Requests that the shadow did not answer under load.",
+            registry=registry,
+        )
+        self.shadows_failed = Counter(
+            "twotower_shadow_failed_requests",
+            "Requests that the shadow failed on.",
+            registry=registry,
         )
         self.shed = Counter(
             "twotower_shed_requests", "Requests refused under load.", registry=registry
@@ -53,32 +76,42 @@ class Metrics:
         )
         self.ready = Gauge("twotower_ready", "Whether the server is ready.", registry=registry)
         # Looking a label up takes longer than counting.
-        self._by_request: dict[tuple[str, int], Counter] = {}
-        self._by_endpoint: dict[str, Histogram] = {}
-        self._by_source: dict[str, Counter] = {}
+        self._by_request: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
+        self._by_source: dict[tuple[str, str], Counter] = {}
 
-    def count_request(self, endpoint: str, status: int, seconds: float) -> None:
-        """Counts a request that was answered."""
-        counter = self._by_request.get((endpoint, status))
-        if counter is None:
-            counter = self._requests.labels(endpoint, str(status))
-            self._by_request[endpoint, status] = counter
+    def count_request(self, endpoint: str, status: int, version: str, seconds: float) -> None:
+        """Counts a request that was answered.
+
+        Args:
+            endpoint: Name of the endpoint.
+            status: Status of the answer.
+            version: Version that answered; "" where it is of none, or of several.
+            seconds: Time from the request to its answer.
+        """
+        counters = self._by_request.get((endpoint, status, version))
+        if counters is None:
+            counters = (
+                self._requests.labels(endpoint, str(status), version),
+                self._seconds.labels(endpoint, version),
+            )
+            self._by_request[endpoint, status, version] = counters
+        counter, histogram = counters
         counter.inc()
-        histogram = self._by_endpoint.get(endpoint)
-        if histogram is None:
-            histogram = self._seconds.labels(endpoint)
-            self._by_endpoint[endpoint] = histogram
         histogram.observe(seconds)
 
-    def count_items(self, source: Source, found: int, wanted: int) -> None:
+    def count_items(self, source: Source, version: str, found: int, wanted: int) -> None:
         """Counts the items of a list."""
-        counter = self._by_source.get(source)
+        counter = self._by_source.get((source, version))
         if counter is None:
-            counter = self._sources.labels(source)
-            self._by_source[source] = counter
+            counter = self._sources.labels(source, version)
+            self._by_source[source, version] = counter
         counter.inc(found)
         if found < wanted:
             self._short.inc()
+
+    def count_shadow(self, version: str, overlap: float) -> None:
+        """Counts a list of the shadow by its share of the real one's items."""
+        self._overlaps.labels(version).observe(overlap)
 
     def format(self) -> bytes:
         """Returns all of them in the text format of Prometheus."""

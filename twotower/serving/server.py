@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,15 +22,14 @@ from absl import logging as absl_logging
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from twotower.core.errors import ConfigError
-from twotower.retrieval.retriever import Retriever
 from twotower.serving import types
 from twotower.serving.access import Access
 from twotower.serving.aliases import Aliases
-from twotower.serving.answers import Answers
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits
+from twotower.serving.versions.versions import load_all
 
 # Made once: it is written when there is no time.
 _OVERLOAD = ENCODER.encode(
@@ -72,28 +71,47 @@ _PROBLEMS = {
 
 
 def make_app(
-    folder: Path | str, *, events: str = "", tokens: str = "", aliases: str = "", limits: Limits
+    folders: Mapping[str, Path],
+    *,
+    events: str = "",
+    tokens: str = "",
+    aliases: str = "",
+    bundles: str = "",
+    follow: bool = False,
+    limits: Limits,
 ) -> App:
-    """Loads a bundle, and returns its server.
+    """Loads bundles, and returns their server.
 
     Args:
-        folder: Folder of the bundle.
-        events: File of the events; "" for one beside the bundle.
+        folders: Folder of each bundle by its name; the first one answers until another one is told
+            to.
+        events: File of the events; "" for one beside the first bundle.
         tokens: File of the tokens; "" for none.
         aliases: File of the names of fields; "" for ours.
+        bundles: Folder that further bundles are loaded from; "" for none.
+        follow: Whether a new version of a bundle takes the place of the one that is served.
         limits: Bounds.
 
     Raises:
-        TwotowerError: The bundle, or one of the files, cannot be read.
+        TwotowerError: A bundle, or one of the files, cannot be read.
     """
     access = Access.read(tokens)
-    answers = Answers(Retriever.load(folder))
-    bundle = Path(folder).absolute()
-    path = Path(events or bundle.parent / f"{bundle.name}.events")
+    versions = load_all(folders)
+    first = next(iter(folders.values())).absolute()
+    path = Path(events or first.parent / f"{first.name}.events")
     names = None
     if aliases:
-        names = Aliases.read(aliases, {*types.field_names(), *answers.user_columns})
-    return App(answers, EventLog(path), access=access, limits=limits, aliases=names)
+        columns = versions.main.user_columns
+        names = Aliases.read(aliases, {*types.field_names(), *columns})
+    return App(
+        versions,
+        EventLog(path),
+        access=access,
+        limits=limits,
+        aliases=names,
+        bundles=bundles,
+        follow=follow,
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

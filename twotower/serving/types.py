@@ -67,6 +67,8 @@ class Listing(Request):
         allow: Ids of the only items that may come back.
         deny: Ids of items to leave out.
         columns: Display columns to return; all by default.
+        model_version: Version of the bundle that is to answer, or name of the bundle; by default
+            the one that the server has chosen for the user.
     """
 
     k: Annotated[int, Meta(ge=1, le=MAX_K)] = 10
@@ -75,6 +77,7 @@ class Listing(Request):
     allow: Ids | None = None
     deny: Ids = msgspec.field(default_factory=list)
     columns: Annotated[list[Text], Meta(max_length=MAX_COLUMNS)] | None = None
+    model_version: Text | None = None
 
 
 class Retrieve(Listing):
@@ -82,6 +85,7 @@ class Retrieve(Listing):
 
     Attributes:
         user_id: Id of the user, known or not.
+        session_id: Id of the session of somebody without a user_id, by which a version is chosen.
         features: Raw user features; they take the place of those that are stored.
         history: Events of the user, ids or mappings, the latest last, in the place of those that
             are stored or were sent.
@@ -93,6 +97,7 @@ class Retrieve(Listing):
     """
 
     user_id: Id | None = None
+    session_id: Id | None = None
     features: Columns = msgspec.field(default_factory=dict)
     history: History | None = None
     exclude_seen: bool = True
@@ -107,13 +112,17 @@ class EncodeUser(Request):
 
     Attributes:
         user_id: As in `Retrieve`.
+        session_id: As in `Retrieve`.
         features: As in `Retrieve`.
         history: As in `Retrieve`.
+        model_version: As in `Retrieve`.
     """
 
     user_id: Id | None = None
+    session_id: Id | None = None
     features: Columns = msgspec.field(default_factory=dict)
     history: History | None = None
+    model_version: Text | None = None
 
 
 class SimilarItems(Listing, kw_only=True):
@@ -157,9 +166,11 @@ class Match(Request):
 
     Attributes:
         pairs: Pairs.
+        model_version: As in `Retrieve`.
     """
 
     pairs: Annotated[list[Pair], Meta(min_length=1, max_length=MAX_PAIRS)]
+    model_version: Text | None = None
 
 
 class RetrieveBatch(Request):
@@ -329,18 +340,20 @@ class VectorBatch(Struct):
     answers: list[Vector]
 
 
-class Changed(Struct):
+class Changed(Struct, omit_defaults=True):
     """A change that is on the disk, and that later answers show.
 
     Attributes:
         model_version: Version of the bundle that was changed.
         changed: Number of items that were added, replaced or deleted.
         items: Number of items now.
+        refused: Versions that could not make the change, with the reason; the others have made it.
     """
 
     model_version: str
     changed: int
     items: int
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Accepted(Struct):

@@ -1,5 +1,9 @@
 """Changes and events, written one after another by a thread of their own: the disk takes
-milliseconds, in which the server answers others."""
+milliseconds, in which the server answers others.
+
+All versions that are loaded get them, so that none is behind when it comes to answer. One that is
+being loaded gets what changed meanwhile before it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,19 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
+from absl import logging
+
+from twotower.core.errors import ChangesError, SupersededError, TwotowerError
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog, StoredEvent
+from twotower.serving.types import Changed
+from twotower.serving.versions.versions import Versions
 
-T = TypeVar("T")
+REPLACE_SECONDS = 60.0  # in which a new version of a bundle is loaded
+# Changes the items of one version.
+Change = Callable[[Answers], Changed]
 
 
 class Writer:
@@ -21,32 +31,77 @@ class Writer:
 
     Attributes:
         waiting: Number of requests that wait for the disk.
+        follows: Whether new versions of the bundles are taken up.
     """
 
-    def __init__(self, answers: Answers, log: EventLog, limit: int):
+    def __init__(self, versions: Versions, log: EventLog, limit: int):
         """Starts without work.
 
         Args:
-            answers: Bundle whose items and histories change.
+            versions: Versions whose items and histories change.
             log: Events on the disk.
             limit: Number of requests that may wait; more are refused.
         """
         self.waiting = 0
-        self._answers = answers
+        self.follows = False
+        self._versions = versions
+        # Used by the thread alone; a version that is new there is new to the others after that.
+        self._changing = list(versions)
+        # What was changed while versions are loaded, one list for each of them.
+        self._missed: list[list[Change]] = []
         self._log = log
         self._limit = limit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: list[tuple[Sequence[StoredEvent], asyncio.Future[int]]] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def change(self, function: Callable[[], T]) -> T:
-        """Returns what a function returns that changes the bundle.
+    async def change(self, change: Change) -> Changed:
+        """Returns what the main version says of a change, when all versions have it.
+
+        A change to a bundle that was just replaced waits for the new version to be loaded.
 
         Raises:
             RequestError: Too many wait already.
+            ChangesError: The bundle was replaced, and nobody takes up the new version.
         """
         with self._place():
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+            loop = asyncio.get_running_loop()
+            last = loop.time() + (REPLACE_SECONDS if self.follows else 0)
+            while True:
+                main = self._versions.main
+                try:
+                    return await loop.run_in_executor(self._thread, self._change, change)
+                except SupersededError:
+                    if loop.time() > last:
+                        raise
+                while self._versions.main is main and loop.time() <= last:
+                    await asyncio.sleep(0.05)
+
+    @contextlib.contextmanager
+    def remember(self) -> Iterator[list[Change]]:
+        """Yields a list of the changes that are made meanwhile, for a version in the making."""
+        missed: list[Change] = []
+        self._missed.append(missed)
+        try:
+            yield missed
+        finally:
+            self._missed.remove(missed)
+
+    async def adopt(self, answers: Answers, missed: list[Change]) -> None:
+        """Gives a version the events and changes of all others, and adds it to them.
+
+        Args:
+            answers: Version that was loaded.
+            missed: List of `remember`, which began before the version was loaded.
+        """
+        loop = asyncio.get_running_loop()
+        reader = EventLog(self._log.path)
+        # Nearly all of them, while others are written.
+        await loop.run_in_executor(None, lambda: answers.histories.add(reader.read_new()))
+        events = await loop.run_in_executor(self._thread, self._catch_up, answers, missed, reader)
+        # In one step with the above: what the thread writes next is told after this.
+        answers.histories.add(events)
+        self._versions.add(answers)
 
     async def add_events(self, events: Sequence[StoredEvent]) -> int:
         """Returns the number of new events, when all are on the disk and in the live histories.
@@ -62,12 +117,16 @@ class Writer:
                 self._task = asyncio.create_task(self._write_pending())
             return await future
 
+    async def drop(self) -> None:
+        """Ends the changes of versions that were dropped."""
+        kept = list(self._versions)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._forget, kept)
+
     async def follow(self) -> None:
         """Makes what other processes have changed and sent."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._answers.retriever.follow)
-        events = await loop.run_in_executor(self._thread, self._log.read_new)
-        self._answers.histories.add(events)
+        events = await loop.run_in_executor(self._thread, self._follow)
+        self._add_to_histories(events)
 
     async def close(self) -> None:
         """Waits for what was accepted, and closes the file of events."""
@@ -90,10 +149,63 @@ class Writer:
                     future.set_exception(error)
                 continue
             # Before they are acknowledged: the next request of a user sees them.
-            self._answers.histories.add(events)
+            self._add_to_histories(events)
             for (_, future), count in zip(pending, counts):
                 future.set_result(count)
         self._task = None
+
+    def _add_to_histories(self, events: Sequence[StoredEvent]) -> None:
+        for answers in self._versions:
+            answers.histories.add(events)
+
+    def _change(self, change: Change) -> Changed:
+        """Makes a change to all versions; the first one may refuse it."""
+        main = self._versions.main
+        others = [answers for answers in self._changing if answers is not main]
+        order = [main, *others]
+        # First where it is durable, so that no answer shows what could be lost.
+        order.sort(key=lambda answers: answers.retriever.is_detached)
+        first = order[0]
+        if first.retriever.is_detached:
+            raise ChangesError("Only versions that were replaced are loaded.")
+        changed = change(first)
+        for answers in order[1:]:
+            self._change_also(answers, change, changed)
+        for missed in self._missed:
+            missed.append(change)
+        return changed
+
+    def _change_also(self, answers: Answers, change: Change, changed: Changed) -> None:
+        """Makes a change to a further version, which may have other columns."""
+        try:
+            try:
+                change(answers)
+            except SupersededError:
+                # Its successor keeps what is changed; it is there to go back to.
+                answers.retriever.detach()
+                change(answers)
+        except (TwotowerError, RequestError) as error:
+            logging.error("Version %s did not make a change: %s", answers.version, error)
+            changed.refused[answers.version] = str(error)
+
+    def _catch_up(
+        self, answers: Answers, missed: list[Change], reader: EventLog
+    ) -> list[StoredEvent]:
+        """Makes what was changed while a version was loaded, and returns the latest events."""
+        for change in missed:
+            self._change_also(answers, change, Changed(answers.version, 0, 0))
+        self._changing.append(answers)
+        events = reader.read_new()
+        reader.close()
+        return events
+
+    def _forget(self, kept: Sequence[Answers]) -> None:
+        self._changing = list(kept)
+
+    def _follow(self) -> list[StoredEvent]:
+        for answers in self._changing:
+            answers.retriever.follow()
+        return self._log.read_new()
 
     def _write(
         self, batches: Sequence[Sequence[StoredEvent]]

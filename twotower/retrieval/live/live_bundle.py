@@ -17,7 +17,7 @@ import pyarrow as pa
 from absl import logging
 
 from twotower.core.arrays import Ragged
-from twotower.core.errors import ChangesError
+from twotower.core.errors import ChangesError, SupersededError
 from twotower.core.files import (
     current_version,
     discard,
@@ -62,6 +62,7 @@ class LiveBundle:
     Attributes:
         bundle: Bundle as it was loaded.
         catalogue: Its items now, with the changes in its log.
+        is_detached: Whether changes are made in memory alone.
     """
 
     def __init__(self, bundle: Bundle, lock: threading.RLock):
@@ -75,11 +76,15 @@ class LiveBundle:
         self.catalogue = LiveCatalogue.build(
             bundle.index, bundle.vectors, bundle.items, bundle.counts, lock
         )
+        self.is_detached = False
         self._lock = lock
         self._log = self._replay_log()
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
         """Adds or replaces items, durably; see `Retriever.upsert`."""
+        if self.is_detached:
+            self.catalogue.upsert(*self.catalogue.check(rows, vectors))
+            return
         log, _ = self._require_log()
         if not len(rows):
             return
@@ -93,6 +98,8 @@ class LiveBundle:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Deletes items, durably, and counts them; see `Retriever.delete`."""
+        if self.is_detached:
+            return self.catalogue.delete(ids)
         log, folder = self._require_log()
         with self._lock:
             self._check_version(folder)
@@ -105,6 +112,14 @@ class LiveBundle:
                 if alive:
                     log.add(Delete(tuple(alive)))
             return self.catalogue.delete(alive)
+
+    def detach(self) -> None:
+        """Makes changes in memory alone from now on; see `Retriever.detach`."""
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+            self._log = None
+            self.is_detached = True
 
     def follow(self) -> int:
         """Makes the changes of other processes, and counts them; see `Retriever.follow`."""
@@ -226,7 +241,7 @@ class LiveBundle:
         """Refuses a bundle that an export, or a compaction by another process, has superseded."""
         now = current_version(folder)
         if now != self.bundle.version:
-            raise ChangesError(
+            raise SupersededError(
                 f"{folder} was replaced by another version ({now.name}) since it was loaded: a "
                 "change to the old one would be lost. Load the bundle again."
             )

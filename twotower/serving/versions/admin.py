@@ -1,0 +1,182 @@
+"""The calls of administration: versions come and go, and share the users, without a lost request.
+
+A version is loaded, warmed and proved by its golden answers in a thread, while the others answer;
+it is used by a swap or a split only after that. Each answer is made by one version from its
+beginning to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+from absl import logging
+
+from twotower.core.errors import FolderError, TwotowerError
+from twotower.core.files import current_version
+from twotower.serving.answers import Answers
+from twotower.serving.errors import RequestError
+from twotower.serving.versions import routing, types
+from twotower.serving.versions.routing import Place, State
+from twotower.serving.versions.versions import Versions, find_bundle, load, prove, version_at
+from twotower.serving.writer import Writer
+
+
+class Admin:
+    """The administration of the versions of a server."""
+
+    def __init__(
+        self, versions: Versions, writer: Writer, *, bundles: str = "", follow: bool = False
+    ):
+        """Begins with the versions that are loaded.
+
+        Args:
+            versions: Versions of the server.
+            writer: Writer of changes and events.
+            bundles: Folder that bundles are loaded from; "" for none.
+            follow: Whether a new version of a bundle takes the place of the one that is served.
+        """
+        self.versions = versions
+        self._writer = writer
+        writer.follows = follow
+        self._bundles = bundles
+        # One after another: each begins with the state that the one before has left.
+        self._lock = asyncio.Lock()
+        # Of new versions that could not be used each is tried once.
+        self._tried: set[str] = set()
+
+    async def load(self, request: types.LoadBundle, _: str) -> types.VersionList:
+        """Loads one more bundle."""
+        place = find_bundle(self._bundles, request.bundle)
+        async with self._lock:
+            version = _version_at(place)
+            if version not in self.versions:
+                # Refused before the work.
+                state = routing.add(self.versions.state, version, place)
+                await self._load(place)
+                await self._publish(state)
+        return self.versions.list()
+
+    async def unload(self, request: types.NamedVersion, _: str) -> types.VersionList:
+        """Drops a version that is not used."""
+        async with self._lock:
+            await self._publish(routing.remove(self.versions.state, request.version))
+        return self.versions.list()
+
+    async def swap(self, request: types.NamedVersion, _: str) -> types.VersionList:
+        """Answers everybody by one version."""
+        async with self._lock:
+            await self._publish(routing.swap(self.versions.state, request.version))
+        return self.versions.list()
+
+    async def roll_back(self, *_: object) -> types.VersionList:
+        """Answers as before the last swap, split or shadow."""
+        async with self._lock:
+            await self._publish(routing.roll_back(self.versions.state))
+        return self.versions.list()
+
+    async def split(self, request: types.Split, _: str) -> types.VersionList:
+        """Shares the users among versions."""
+        async with self._lock:
+            state = routing.split(
+                self.versions.state, request.weights, request.overrides, request.salt
+            )
+            await self._publish(state)
+        return self.versions.list()
+
+    async def shadow(self, request: types.Shadow, _: str) -> types.VersionList:
+        """Compares a version with the real ones, or ends that."""
+        async with self._lock:
+            state = routing.shadow(self.versions.state, request.version, request.share)
+            await self._publish(state)
+        return self.versions.list()
+
+    def list(self, *_: object) -> types.VersionList:
+        """Returns what is loaded."""
+        return self.versions.list()
+
+    async def follow(self) -> None:
+        """Takes up new versions of the bundles that are served: exports, and compactions."""
+        if not self._writer.follows or self._lock.locked():
+            return
+        async with self._lock:
+            newest = {place.folder: version for version, place in self._places().items()}
+            for folder, version in newest.items():
+                await self._follow_folder(folder, version)
+
+    async def _follow_folder(self, folder: str, version: str) -> None:
+        """Takes up the new version in a folder, if there is one."""
+        place = self._places()[version]
+        try:
+            files = str(current_version(folder))
+        except FolderError:
+            files = place.files
+        if files == place.files or files in self._tried:
+            return
+        newer = Place(place.name, folder, files)
+        self._tried.add(files)
+        try:
+            found = _version_at(newer)
+            if found not in self.versions:
+                await self._load(newer)
+            await self._publish(routing.supersede(self.versions.state, version, found, newer))
+        except RequestError as error:
+            logging.error("The new version of %s is not used: %s", place.name, error)
+
+    def _places(self) -> dict[str, Place]:
+        return self.versions.state.places
+
+    async def _load(self, place: Place) -> None:
+        """Loads, warms and proves a version while the others answer.
+
+        Raises:
+            RequestError: It cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        with self._writer.remember() as missed:
+            answers = await loop.run_in_executor(None, _load_and_prove, place)
+            await self._writer.adopt(answers, missed)
+        # It lives as long as the server may: no garbage.
+        gc.freeze()
+
+    async def _publish(self, state: State) -> None:
+        """Makes a state the one that counts."""
+        before = self.versions.state
+        self.versions.apply(state)
+        await self._writer.drop()
+        if state.routing != before.routing:
+            logging.info("Version %s is the main one.", state.routing.main)
+
+
+def _load_and_prove(place: Place) -> Answers:
+    """Returns a version that is ready to answer.
+
+    Raises:
+        RequestError: It is not whole, or its golden answers differ.
+    """
+    try:
+        answers = load(place)
+    except (TwotowerError, OSError) as error:
+        # Its message names files of the server.
+        logging.error("%s", error)
+        raise _unusable(place) from error
+    prove(answers)
+    return answers
+
+
+def _version_at(place: Place) -> str:
+    try:
+        return version_at(place)
+    except (OSError, ValueError, KeyError) as error:
+        logging.error("%s", error)
+        raise _unusable(place) from error
+
+
+def _unusable(place: Place) -> RequestError:
+    return RequestError(
+        409,
+        f"Bundle {place.name!r} cannot be loaded; the server's log says why.",
+        field="bundle",
+        value=place.name,
+        cure="Export it again.",
+    )
