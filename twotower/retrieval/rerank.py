@@ -43,11 +43,13 @@ class Candidates:
         scores: Scores float32 [M]: dot products of the vectors, with what popularity adds.
         vectors: Vectors of the items, float32 [M, D].
         read_rows: Function that reads `rows`.
+        user: Id of the user; None where it is not known, as of lists that many users get at once.
     """
 
     scores: np.ndarray
     vectors: np.ndarray
     read_rows: Callable[[], list[dict[str, Any]]]
+    user: str | None = None
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from twotower.core.times import TimeForm
 from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
+from twotower.retrieval.explain import Reason, choose_reasons, find_reasons, likeness_lost
 from twotower.retrieval.live.catalogue import LiveCatalogue, nearest
 from twotower.retrieval.live.conditions import (
     Conditions,
@@ -564,6 +565,102 @@ class Retriever:
             vectors, _, _ = self._encode_request(rows, user, events, Naming.read(names, strict))
         return np.array(vectors[0])
 
+    def explain(
+        self,
+        items: Iterable[Any],
+        user: Any = None,
+        *,
+        rows: Rows | None = None,
+        events: Sequence[Any] | None = None,
+        names: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> list[Reason | None]:
+        """Returns, of each item, the event of a user without which it would lose most of its score.
+
+        None of an item for which no event speaks, or whose model reads no events.
+
+        Args:
+            items: Ids of items; one that is not there has no reason.
+            user: As in `recommend`, which makes the lists that this explains.
+            rows: As in `recommend`.
+            events: As in `recommend`.
+            names: As in `recommend`.
+            strict: As in `recommend`.
+        """
+        naming = Naming.read(names, strict)
+        if events is not None:
+            row = self._row_with_events(rows, user, events, naming)[0]
+        elif rows is not None:
+            row = self._one_user(rows, user, naming)
+        elif user is not None:
+            row = self.user_rows.take([self._user_id(user)])
+        else:
+            raise ConfigError("explain needs user=ID, rows=[{...}] or events=[...].")
+        return find_reasons(
+            self.bundle.encoder.spec.history,
+            self.user_rows.encode,
+            functools.partial(self.bundle.towers.embed, "user"),
+            row,
+            self._vectors_now(self._item_ids(items, "items")),
+        )
+
+    def explain_likeness(
+        self, items: Iterable[Any], liked: Iterable[Any], *, unlike: Iterable[Any] = ()
+    ) -> list[Reason | None]:
+        """Returns, of each item, the example without which it would lose most of its cosine.
+
+        Args:
+            items: Ids of items; one that is not there has no reason.
+            liked: Examples that `items_like` was called with.
+            unlike: Examples to stay away from.
+        """
+        examples = self._item_ids(liked, "liked")
+        disliked = self._item_ids(unlike, "unlike")
+        direction = np.zeros(self.bundle.towers.dim, np.float32)
+        if disliked:
+            catalogue = self._live.catalogue
+            direction = _mean_direction(catalogue, catalogue.snapshot, disliked)
+        vectors = self._vectors_now(self._item_ids(items, "items"))
+        lost = likeness_lost(self._vectors_now(examples), direction, vectors)
+        return choose_reasons([{"item_id": example} for example in examples], lost)
+
+    def _vectors_now(self, ids: Sequence[str]) -> np.ndarray:
+        """Returns the vectors of items, float32 [M, D]; zeros of those that are not there."""
+        catalogue = self._live.catalogue
+        snapshot = catalogue.snapshot
+        positions = catalogue.positions(snapshot, ids)
+        vectors = np.zeros((len(ids), snapshot.base.vectors.shape[1]), np.float32)
+        present = positions >= 0
+        vectors[present] = snapshot.vectors(positions[present])
+        return vectors
+
+    def meets(self, items: Iterable[Any], where: ConditionsLike) -> np.ndarray:
+        """Whether each item is there and satisfies conditions, bool [M].
+
+        Args:
+            items: Ids of M items.
+            where: Conditions; see the class.
+        """
+        conditions = as_conditions(where, self.forms)
+        ids = self._item_ids(items, "items")
+        catalogue = self._live.catalogue
+        snapshot = catalogue.snapshot
+        return snapshot.matching(catalogue.positions(snapshot, ids), conditions)
+
+    def candidates(self, items: Sequence[Recommendation], *, user: str | None = None) -> Candidates:
+        """Returns the items of a list as re-rankers read them.
+
+        Args:
+            items: Items of a list; the vectors of those that were deleted meanwhile are zeros.
+            user: Id of the user.
+        """
+        return Candidates(
+            np.array([item.score for item in items], np.float32),
+            self._vectors_now([item.item_id for item in items]),
+            lambda: [{"item_id": item.item_id, **item.display} for item in items],
+            user,
+        )
+
     def follow(self) -> int:
         """Makes the changes that other processes have made to the bundle, and counts them.
 
@@ -918,6 +1015,20 @@ class Retriever:
         self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Returns what `_encode_request` does, of a user with further events."""
+        table, items, user_id = self._row_with_events(rows, user, events, naming)
+        history = [*self.user_rows.history_items(table), *items]
+        user_rows = self._rows_of_users([user_id])
+        # The stored vector says all, where the model reads neither the events nor anything new.
+        if user_rows[0] >= 0 and rows is None and not (items and self.user_rows.reads_history):
+            vectors = self.bundle.user_vectors[user_rows]
+        else:
+            vectors = self._encode_users(table)
+        return vectors, user_rows, list(dict.fromkeys(history))
+
+    def _row_with_events(
+        self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
+    ) -> tuple[pa.Table, list[str], str | None]:
+        """Returns the row of a user with further events, the items of these, and the id."""
         user_id = None
         if user is not None:
             user_id = self._user_id(user)
@@ -926,15 +1037,7 @@ class Retriever:
             given = self._one_user(rows, user, naming)
             if user_id is None and "user_id" in given.column_names:
                 (user_id,) = given["user_id"].to_pylist()
-        table, items = self.user_rows.with_events(user_id, given, events, naming)
-        history = [*self.user_rows.history_items(table), *items]
-        user_rows = self._rows_of_users([user_id])
-        # The stored vector says all, where the model reads neither the events nor anything new.
-        if user_rows[0] >= 0 and given is None and not (items and self.user_rows.reads_history):
-            vectors = self.bundle.user_vectors[user_rows]
-        else:
-            vectors = self._encode_users(table)
-        return vectors, user_rows, list(dict.fromkeys(history))
+        return *self.user_rows.with_events(user_id, given, events, naming), user_id
 
     def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
         """Returns the one row of user features that `recommend` takes, with the id if there is one.
@@ -965,7 +1068,8 @@ class Retriever:
         return readers | {"item_id": IdColumn("item_id", self.forms.item_id)}
 
     @functools.cached_property
-    def _configured_rerank(self) -> Reranking | None:
+    def configured_rerank(self) -> Reranking | None:
+        """The re-ranker of `config.retrieval.rerank`; None without one."""
         # Made once: a request should not wait for the options to be read.
         return resolve_rerank(None, self.bundle.config.retrieval.rerank)
 
@@ -981,7 +1085,7 @@ class Retriever:
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         """Returns what `_search` returns, re-ranked."""
         if rerank is None:
-            reranking = self._configured_rerank
+            reranking = self.configured_rerank
         else:
             reranking = resolve_rerank(rerank, RerankConfig())
         fetched = k

@@ -11,24 +11,54 @@ import functools
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
+from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.core.ids import read_id
 from twotower.core.times import TimeForm
 from twotower.retrieval import golden
+from twotower.retrieval.explain import Reason
+from twotower.retrieval.live.conditions import Conditions, as_conditions
+from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import TimeColumn
-from twotower.retrieval.retriever import Recommendations, Retriever
+from twotower.retrieval.rerank import Candidates, resolve_rerank
+from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
 from twotower.serving import types
 from twotower.serving.errors import RequestError
 from twotower.serving.events import LiveHistories, StoredEvent
+from twotower.serving.lists.hook import Hook
+from twotower.serving.lists.shape import Boost, Promotion, Shape, make_list
 from twotower.serving.types import Answer, Item, Source, Vector
 
 VERSION_LETTERS = 12  # of the hash that names a bundle
+
+
+# Source of an item by what gave it its position, where that is not its score.
+_SOURCES: dict[str, Source] = {"promotion": "promoted", "exploration": "explored"}
+# List of somebody of whom nothing is known.
+Fallback = Literal["popular", "latest", "none"]
+
+
+class _List(NamedTuple):
+    """The way in which a list is made.
+
+    Attributes:
+        call: Function that makes it; it takes k and where, and of the model's lists rerank, in the
+            place of those of the request.
+        source: Source of its items.
+        known: Whether the user was known when the bundle was made.
+        explain: Function from the ids of items to their reasons; None where they have none.
+    """
+
+    call: Callable[..., Recommendations]
+    source: Source
+    known: bool
+    explain: Callable[[Sequence[str]], Sequence[Reason | None]] | None = None
 
 
 class Answers:
@@ -38,15 +68,31 @@ class Answers:
         retriever: Retriever of the bundle.
         version: Version of the bundle in answers: the beginning of the hash of its manifest.
         histories: Events since the bundle was made.
+        fallback: List of somebody of whom nothing is known.
+        hook: Re-ranker of the model's lists; None where they are as the bundle has them.
     """
 
-    def __init__(self, retriever: Retriever):
+    def __init__(
+        self, retriever: Retriever, *, fallback: Fallback = "popular", hook: Hook | None = None
+    ):
         """Serves a bundle.
 
         Args:
             retriever: Retriever of a bundle that was loaded from a folder.
+            fallback: List of somebody of whom nothing is known.
+            hook: Re-ranker of the model's lists, but of those whose request asks for diversity.
+
+        Raises:
+            ConfigError: The fallback are the latest items, and their times are not known.
         """
         self.retriever = retriever
+        self.fallback: Fallback = fallback
+        self.hook = hook
+        if fallback == "latest":
+            try:
+                retriever.newest_items(1)
+            except ConfigError as error:
+                raise ConfigError(f"--fallback=latest: {error}") from None
         manifest = retriever.bundle.manifest
         self.version = self.version_of(manifest)
         self.histories = LiveHistories(_end_of_data(manifest.get("data", {})))
@@ -67,6 +113,7 @@ class Answers:
             known = self.retriever.items()["item_id"][:1].to_pylist()
             self.retriever.similar_items(known[0], 1)
             self.retriever.recommend(events=known, k=1)
+            self.retriever.explain(known, events=known)
         recorded = self.retriever.bundle.read_golden()
         if recorded is None:
             return []
@@ -76,8 +123,26 @@ class Answers:
 
     def retrieve(self, request: types.Retrieve) -> Answer:
         """Returns the items that suit a user."""
-        if request.like is not None:
-            return self._like(request)
+        made = self._like(request) if request.like is not None else self._of_user(request)
+        shaped = (
+            request.boosts
+            or request.promotions
+            or request.max_per
+            or request.explore
+            # The model's lists are re-ranked by the retriever itself, unless a hook is there.
+            or (self.hook is not None and made.source == "model")
+            or (request.diversity is not None and made.source != "model")
+        )
+        if shaped:
+            return self._shape(request, made)
+        found = made.call()
+        answer = self._answer(request, found, made.source, known=made.known)
+        if request.reasons:
+            self._explain(answer.items, made)
+        return answer
+
+    def _of_user(self, request: types.Retrieve) -> _List:
+        """Returns how the list of a user is made."""
         if request.unlike:
             raise RequestError(
                 400,
@@ -104,13 +169,19 @@ class Answers:
             is_personal = any(map(self.retriever.has_item, map(_item_of, events)))
         if not is_personal:
             return self._without_model(request, events or ())
+        options = self._options(request)
         if request.features or request.history is not None:
-            found = self._of_row(request, user, events, is_known)
+            whom = self._of_row(request, user, events, is_known, options)
         elif events:
-            found = retriever.recommend(user, events=events, **self._options(request))
+            whom = {"user": user, "events": events}
         else:
-            found = retriever.recommend(user, **self._options(request))
-        return self._answer(request, found, "model", known=is_known)
+            whom = {"user": user}
+        return _List(
+            functools.partial(retriever.recommend, **whom, **options),
+            "model",
+            is_known,
+            functools.partial(retriever.explain, **whom),
+        )
 
     def similar_items(self, request: types.SimilarItems) -> Answer:
         """Returns the items of greatest cosine to one."""
@@ -127,8 +198,8 @@ class Answers:
         found = self.retriever.newest_items(column=request.column, **self._filters(request))
         return self._answer(request, found, "new")
 
-    def _like(self, request: types.Retrieve) -> Answer:
-        """Returns the items that are like some and unlike others."""
+    def _like(self, request: types.Retrieve) -> _List:
+        """Returns how the list of items is made that are like some and unlike others."""
         rest = ("user_id", "features", "history", "popularity_weight", "diversity")
         for name in rest:
             if getattr(request, name):
@@ -139,23 +210,37 @@ class Answers:
                     value=echo(getattr(request, name)),
                     cure="Leave one of them out.",
                 )
-        found = self.retriever.items_like(
-            request.like or (), unlike=request.unlike, **self._filters(request)
+        liked = request.like or ()
+        retriever = self.retriever
+        return _List(
+            functools.partial(
+                retriever.items_like, liked, unlike=request.unlike, **self._filters(request)
+            ),
+            "similar",
+            True,
+            functools.partial(retriever.explain_likeness, liked=liked, unlike=request.unlike),
         )
-        return self._answer(request, found, "similar")
 
-    def _without_model(self, request: types.Retrieve, events: Sequence[Any]) -> Answer:
-        """Returns a list for somebody of whom the model knows nothing."""
+    def _without_model(self, request: types.Retrieve, events: Sequence[Any]) -> _List:
+        """Returns how the list of somebody is made of whom the model knows nothing."""
+        retriever = self.retriever
         items = self._items_of(events)
-        present = [item for item in items if self.retriever.has_item(item)]
+        present = [item for item in items if retriever.has_item(item)]
         filters = self._filters(request)
         if request.exclude_seen:
             filters["deny"] = [*filters["deny"], *items]
         if present:
-            found = self.retriever.items_like(present, **filters)
-            return self._answer(request, found, "similar", known=False)
-        found = self.retriever.popular_items(**filters)
-        return self._answer(request, found, "popular", known=False)
+            return _List(
+                functools.partial(retriever.items_like, present, **filters),
+                "similar",
+                False,
+                functools.partial(retriever.explain_likeness, liked=present),
+            )
+        if self.fallback == "latest":
+            return _List(functools.partial(retriever.newest_items, **filters), "new", False)
+        if self.fallback == "none":
+            return _List(_nothing, "popular", False)
+        return _List(functools.partial(retriever.popular_items, **filters), "popular", False)
 
     def _of_row(
         self,
@@ -163,10 +248,13 @@ class Answers:
         user: str | None,
         events: Sequence[Any] | None,
         is_known: bool,
-    ) -> Recommendations:
-        """Returns the list of somebody whose features or history a request brings."""
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Returns the arguments that describe somebody whose features or history a request brings.
+
+        What the model does not read of the history is denied in the options.
+        """
         row = self._row(request.features, request.history)
-        options = self._options(request)
         if not self._history and request.history and request.exclude_seen:
             options["deny"] = [*options["deny"], *self._items_of(request.history)]
         if request.history is not None:
@@ -174,11 +262,10 @@ class Answers:
         # What is stored of a known user stands beside the features of the request.
         if is_known and events is None:
             events = ()
-        if not row:
-            return self.retriever.recommend(user, events=events, **options)
-        if user is not None:
-            return self.retriever.recommend(user, rows=[row], events=events, **options)
-        return self.retriever.recommend(rows=[row], events=events, **options)
+        whom: dict[str, Any] = {"user": user, "events": events}
+        if row:
+            whom["rows"] = [row]
+        return whom
 
     def _row(
         self, features: Mapping[str, Any], history: Sequence[types.Event | Any] | None
@@ -202,6 +289,116 @@ class Answers:
         if history is not None and self._history:
             row[self._history] = [_as_event(event) for event in history]
         return row
+
+    def _shape(self, request: types.Retrieve, made: _List) -> Answer:
+        """Returns the list of a request that wishes more than the order of the scores."""
+        self._check_promotions(request.promotions)
+        self._check_columns(request.max_per, "max_per.{}")
+        shape = Shape(
+            length=request.k + request.offset,
+            where=as_conditions(request.where, self.retriever.forms),
+            boosts=[
+                Boost(self._where_of(boost, f"boosts[{number}]"), boost.factor or 1, boost.add or 0)
+                for number, boost in enumerate(request.boosts)
+            ],
+            promotions=[
+                Promotion(self._where_of(promotion, f"promotions[{number}]"), promotion.percent)
+                for number, promotion in enumerate(request.promotions)
+            ],
+            max_per=request.max_per,
+            explore=request.explore,
+            seed=request.seed,
+            reorder=self._reorder(request, made.source),
+        )
+        options: dict[str, Any] = {}
+        if made.source == "model":
+            options["rerank"] = ""  # what is left out may be that which the shape asks for
+        notes: list[str] = []
+
+        def search(k: int, where: Conditions) -> Recommendations:
+            found = made.call(k=k, where=where, **options)
+            notes.append(found.note)
+            return found
+
+        placed = make_list(self.retriever, search, shape)[request.offset :]
+        columns = self._columns_of(request)
+        items = []
+        for item, by, propensity, is_best in placed:
+            source = _SOURCES.get(by, made.source)
+            display = item.display
+            if columns is not None:
+                display = {name: display[name] for name in columns}
+            items.append(
+                Item(
+                    item.item_id,
+                    item.score,
+                    source,
+                    display,
+                    propensity=propensity,
+                    best=is_best,
+                )
+            )
+        if request.reasons:
+            self._explain(items, made)
+        return Answer(self._new_id(), self.version, items, made.known, notes[0])
+
+    def _where_of(self, wish: types.Boost | types.Promotion, field: str) -> Conditions:
+        """Returns the conditions of a boost or a promotion.
+
+        Raises:
+            RequestError: They are none; the field says which.
+        """
+        try:
+            where = as_conditions(wish.where, self.retriever.forms)
+            self.retriever.meets((), where)
+        except ConfigError as error:
+            raise RequestError(
+                400,
+                f"{field}: {error}",
+                field=f"{field}.where",
+                value=echo(wish.where),
+                cure='Write conditions as in where: {"brand": "a"}, or [["price", "<=", 20]].',
+            ) from error
+        return where
+
+    def _check_promotions(self, promotions: Sequence[types.Promotion]) -> None:
+        total = sum(promotion.percent for promotion in promotions)
+        if total > 100 + 1e-6:
+            raise RequestError(
+                400,
+                f"promotions: their percentages sum to {total:g}.",
+                field="promotions",
+                value=f"{total:g}",
+                cure="Keep their sum at 100 or below.",
+            )
+
+    def _reorder(
+        self, request: types.Retrieve, source: Source
+    ) -> Callable[[Sequence[Recommendation], int], Sequence[int]] | None:
+        """Returns the function that re-ranks candidates; None where their order stays."""
+        choose: Callable[[Candidates, int], Sequence[int] | np.ndarray] | None = None
+        if request.diversity is not None:
+            choose = resolve_rerank(_mmr(request.diversity), RerankConfig())
+        elif source == "model":
+            choose = self.hook or self.retriever.configured_rerank
+        if choose is None:
+            return None
+        user = request.user_id
+        name = None if user is None else str(user)
+
+        def reorder(pool: Sequence[Recommendation], k: int) -> Sequence[int]:
+            positions = choose(self.retriever.candidates(pool, user=name), k)
+            return [int(position) for position in positions]
+
+        return reorder
+
+    def _explain(self, items: Sequence[Item], made: _List) -> None:
+        """Writes the reason of each item into it."""
+        if made.explain is None or not items:
+            return
+        for item, reason in zip(items, made.explain([item.item_id for item in items])):
+            if reason is not None:
+                item.reason = types.Reason(*reason)
 
     # Vectors and scores.
 
@@ -250,7 +447,10 @@ class Answers:
         items = self.retriever.item_vectors([pair.item_id for pair in request.pairs])
         # Pair by pair: a product of matrices would score every user with every item.
         scores = np.einsum("bd,bd->b", users, items)
-        return types.Scores(self._new_id(), self.version, scores.tolist())
+        probabilities = None
+        if self.retriever.bundle.probability is not None:
+            probabilities = to_probability(scores, self.retriever.bundle.probability).tolist()
+        return types.Scores(self._new_id(), self.version, scores.tolist(), probabilities)
 
     # Changes.
 
@@ -386,7 +586,7 @@ class Answers:
         options["exclude_seen"] = request.exclude_seen
         options["popularity_weight"] = request.popularity_weight
         if request.diversity is not None:
-            options["rerank"] = {"kind": "mmr", "options": {"diversity": request.diversity}}
+            options["rerank"] = _mmr(request.diversity)
         return options
 
     def _answer(
@@ -398,9 +598,7 @@ class Answers:
         known: bool = True,
     ) -> Answer:
         """Returns the answer of a list that was found."""
-        names = request.columns
-        if names is not None:
-            self._check_columns(names)
+        names = self._columns_of(request)
         items = []
         for item in found[request.offset :]:
             display = item.display
@@ -409,20 +607,37 @@ class Answers:
             items.append(Item(item.item_id, item.score, source, display))
         return Answer(self._new_id(), self.version, items, known, found.note)
 
-    def _check_columns(self, names: Sequence[str]) -> None:
+    def _columns_of(self, request: types.Listing) -> list[str] | None:
+        """Returns the display columns that a request asks for; None for all."""
+        if request.columns is not None:
+            self._check_columns(request.columns, "columns[{}]")
+        return request.columns
+
+    def _check_columns(self, names: Collection[str], field: str) -> None:
+        """Refuses what is no display column; "{}" in the field is its number, or its name."""
         for number, name in enumerate(names):
             if name not in self.columns:
+                place = field.format(number if "[" in field else name)
                 raise RequestError(
                     400,
-                    f"columns[{number}]={echo(name)} is no display column"
-                    f"{did_you_mean(name, self.columns)}",
-                    field=f"columns[{number}]",
+                    f"{place}={echo(name)} is no display column{did_you_mean(name, self.columns)}",
+                    field=place,
                     value=echo(name),
                     cure=f"Write any of {', '.join(self.columns) or 'none'}.",
                 )
 
     def _new_id(self) -> str:
         return f"{self._prefix}{next(self._counter):x}"
+
+
+def _mmr(diversity: float) -> dict[str, Any]:
+    """Returns the re-ranking of a request for diversity."""
+    return {"kind": "mmr", "options": {"diversity": diversity}}
+
+
+def _nothing(**_: Any) -> Recommendations:
+    """Returns the list of somebody of whom nothing is known, where there is no fallback."""
+    return Recommendations(note="Nothing is known of the user, and there is no fallback.")
 
 
 def _item_of(event: types.Event | Any) -> Any:

@@ -414,6 +414,7 @@ class App:
                 types.Answer,
                 lambda request, _: popular(request),
             ),
+            batch("popular", types.PopularBatch, types.AnswerBatch, popular),
             read(
                 "latest",
                 "The newest items.",
@@ -421,6 +422,7 @@ class App:
                 types.Answer,
                 lambda request, _: latest(request),
             ),
+            batch("latest", types.LatestBatch, types.AnswerBatch, latest),
             read(
                 "encode_user",
                 "The vector of a user.",

@@ -20,6 +20,8 @@ MAX_ITEMS = 1_000  # items that are changed together
 MAX_EVENTS = 1_000  # events that are sent together
 MAX_COLUMNS = 1_000  # features of a request, or columns of an item
 MAX_CONDITIONS = 64
+MAX_BOOSTS = 16  # boosts, or promotions, of a request
+MAX_CAPS = 8  # columns whose values are capped
 MAX_LETTERS = 512  # of an id, a kind of event or the name of a column
 
 Text = Annotated[str, Meta(min_length=1, max_length=MAX_LETTERS)]
@@ -32,7 +34,7 @@ Conditions = (
     Annotated[dict[Text, Any], Meta(max_length=MAX_CONDITIONS)]
     | Annotated[list[Any], Meta(max_length=MAX_CONDITIONS)]
 )
-Source = Literal["model", "similar", "popular", "new"]
+Source = Literal["model", "similar", "popular", "new", "promoted", "explored"]
 
 
 class Request(Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
@@ -80,6 +82,36 @@ class Listing(Request):
     model_version: Text | None = None
 
 
+class Boost(Request):
+    """A change of the scores of items that meet conditions: by `factor`, or by `add`.
+
+    Attributes:
+        where: Conditions, as in `Listing`.
+        factor: Factor of their scores; above 1 it raises those below 0 too, which it divides.
+        add: Addend of their scores.
+    """
+
+    where: Conditions
+    factor: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    add: Annotated[float, Meta(ge=-1e6, le=1e6)] | None = None
+
+    def __post_init__(self):
+        if (self.factor is None) == (self.add is None):
+            raise ValueError("give either factor or add")
+
+
+class Promotion(Request):
+    """Positions that are kept for items that meet conditions, the best of them by score.
+
+    Attributes:
+        where: Conditions, as in `Listing`.
+        percent: Share of the positions: 20 are positions 5, 10, 15 and so on.
+    """
+
+    where: Conditions
+    percent: Annotated[float, Meta(gt=0, le=100)]
+
+
 class Retrieve(Listing):
     """A request for the items that suit a user, or somebody of whom only clicks are known.
 
@@ -94,6 +126,13 @@ class Retrieve(Listing):
         diversity: Weight of difference from the items before, from 0 to 1 (MMR).
         like: Items to find similar ones of, in the place of a user's.
         unlike: Items to stay away from, with `like`.
+        boosts: Changes of the scores of some items, one after another.
+        promotions: Positions that are kept for some items; their percentages sum to 100 at most.
+        max_per: Column -> greatest number of items of the list with one value in it.
+        explore: Probability that a position shows an item drawn from the best hundred that are
+            left.
+        seed: Seed of the exploration: the same request with it has the same list, page by page.
+        reasons: Whether items come with the event of the user that speaks most for each.
     """
 
     user_id: Id | None = None
@@ -105,6 +144,18 @@ class Retrieve(Listing):
     diversity: Annotated[float, Meta(ge=0, le=1)] | None = None
     like: Examples | None = None
     unlike: Ids = msgspec.field(default_factory=list)
+    boosts: Annotated[list[Boost], Meta(max_length=MAX_BOOSTS)] = msgspec.field(
+        default_factory=list
+    )
+    promotions: Annotated[list[Promotion], Meta(max_length=MAX_BOOSTS)] = msgspec.field(
+        default_factory=list
+    )
+    max_per: Annotated[
+        dict[Text, Annotated[int, Meta(ge=1, le=MAX_K)]], Meta(max_length=MAX_CAPS)
+    ] = msgspec.field(default_factory=dict)
+    explore: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    reasons: bool = False
 
 
 class EncodeUser(Request):
@@ -203,6 +254,26 @@ class SimilarItemsBatch(Request):
     requests: Annotated[list[SimilarItems], Meta(min_length=1, max_length=MAX_BATCH)]
 
 
+class PopularBatch(Request):
+    """Several requests in one.
+
+    Attributes:
+        requests: Requests.
+    """
+
+    requests: Annotated[list[Popular], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
+class LatestBatch(Request):
+    """Several requests in one.
+
+    Attributes:
+        requests: Requests.
+    """
+
+    requests: Annotated[list[Latest], Meta(min_length=1, max_length=MAX_BATCH)]
+
+
 class PutItem(Request):
     """An item to add or to replace.
 
@@ -255,21 +326,44 @@ class Events(Request):
     events: Annotated[list[SentEvent], Meta(min_length=1, max_length=MAX_EVENTS)]
 
 
-class Item(Struct, gc=False):
+class Reason(Struct, omit_defaults=True):
+    """The event of a user without which an item would lose most of its score.
+
+    Attributes:
+        item_id: Id of the item of the event.
+        lost: Part of the score that the event makes up.
+        event: Kind of the event, where it is known.
+        timestamp: Time of the event in seconds since 1970, where it is known.
+    """
+
+    item_id: str
+    lost: float
+    event: str | None = None
+    timestamp: int | None = None
+
+
+class Item(Struct, gc=False, omit_defaults=True):
     """An item of a list.
 
     Attributes:
         item_id: Id of the item.
         score: Dot product, cosine of similar items, training rows of popular ones, time of new
-            ones.
+            ones; with its boosts.
         source: What chose the item.
         display: Display columns of the item.
+        reason: Event that speaks most for it, where `reasons` asked for one and one does.
+        propensity: Probability of the item at its position, after those before it; 1 without
+            exploration.
+        best: Whether the item would be there without exploration.
     """
 
     item_id: str
     score: float | None
     source: Source
     display: Mapping[str, Any]
+    reason: Reason | None = None
+    propensity: float = 1.0
+    best: bool = True
 
 
 class Answer(Struct, omit_defaults=True):
@@ -306,18 +400,20 @@ class Vector(Struct):
     vector: list[float]
 
 
-class Scores(Struct):
+class Scores(Struct, omit_defaults=True):
     """The scores of pairs, in their order.
 
     Attributes:
         recommendation_id: Id of this answer.
         model_version: Version of the bundle that answered.
         scores: Dot products.
+        probabilities: Probabilities that the labels are 1, of a model that was trained on labels.
     """
 
     recommendation_id: str
     model_version: str
     scores: list[float]
+    probabilities: list[float] | None = None
 
 
 class AnswerBatch(Struct):

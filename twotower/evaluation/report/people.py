@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation.explain import explain
+from twotower.retrieval.explain import explain
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.report.page import Section, data, escape
 from twotower.index.exact import top_k

@@ -134,6 +134,14 @@ class LiveCatalogue:
             )
         return position
 
+    def positions(self, snapshot: Snapshot, items: Iterable[str]) -> np.ndarray:
+        """Returns the positions of items in a snapshot, int64; -1 of those that are not there."""
+        positions = []
+        for item in items:
+            number = self.numbers.get(item)
+            positions.append(-1 if number is None else snapshot.position_of(number))
+        return np.array(positions, np.int64)
+
     def check(self, items: pa.Table, vectors: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         """Returns items in the schema of the catalogue, and their vectors, ready for `upsert`.
 

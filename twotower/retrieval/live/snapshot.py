@@ -214,6 +214,18 @@ class Snapshot:
             count += int((self._matching_slots(where) & self._is_slot_alive).sum())
         return count
 
+    def matching(self, positions: np.ndarray, where: Conditions) -> np.ndarray:
+        """Whether the item in each position satisfies conditions, bool [M]; False at -1."""
+        where = self._resolve_latest(where)
+        is_matching = positions >= 0
+        in_base = is_matching & (positions < len(self.base))
+        is_matching[in_base] = self._matching_rows(where)[positions[in_base]]
+        in_slots = positions >= len(self.base)
+        if in_slots.any():
+            slots = positions[in_slots] - len(self.base)
+            is_matching[in_slots] = self._matching_slots(where)[slots]
+        return is_matching
+
     def position_of(self, number: int) -> int:
         """Returns the position of an item by its number; -1 if it does not exist."""
         # The memtable first: a slot holds the newer version of an item.

@@ -1,0 +1,313 @@
+"""Lists that are more than the order of the scores: boosts, caps, promotions and exploration.
+
+The candidates are ordered by their boosted scores, and re-ranked where a request or a hook does so.
+The positions of the list are then filled one by one, from the first:
+
+- A promotion of p percent has the first position i at which i p / 100 reaches another whole number:
+  of 20 percent, positions 5, 10, 15 and so on, on whatever page they are. It is given to the best
+  item of the promotion that is not in the list yet. Where none is left the position is like others.
+- Any other position is given to the best item that is left or, where it explores, to one drawn from
+  the best `EXPLORED` that are left.
+- An item whose category is full is left out, promoted or not.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from twotower.retrieval.live.conditions import Conditions
+from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
+
+MAX_POOL = 10_000  # candidates of one list
+MULTIPLE = 5  # candidates at first, in multiples of the list, where some may be left out
+EXPLORED = 100  # candidates that a position which explores draws from
+
+
+class Search(Protocol):
+    """A list of the best `k` items that satisfy conditions."""
+
+    def __call__(self, k: int, where: Conditions) -> Recommendations: ...
+
+
+class Boost(NamedTuple):
+    """A change of the scores of some items.
+
+    Attributes:
+        where: Conditions of the items.
+        factor: Factor of their scores. A score below 0 is divided by it, so that a factor above 1
+            always raises.
+        add: Addend of their scores, after the factor.
+    """
+
+    where: Conditions
+    factor: float = 1.0
+    add: float = 0.0
+
+    def apply(self, score: float) -> float:
+        """Returns the changed score."""
+        scaled = score * self.factor
+        if score < 0:
+            scaled = score / self.factor
+        return scaled + self.add
+
+
+class Promotion(NamedTuple):
+    """Positions that are kept for some items.
+
+    Attributes:
+        where: Conditions of the items.
+        percent: Share of the positions.
+    """
+
+    where: Conditions
+    percent: float
+
+
+class Placed(NamedTuple):
+    """An item at its position of a list.
+
+    Attributes:
+        item: The item, with its boosted score.
+        by: What gave it the position.
+        propensity: Probability of the item at this position, after those before it.
+        is_best: Whether the item would be there without exploration.
+    """
+
+    item: Recommendation
+    by: Literal["score", "promotion", "exploration"] = "score"
+    propensity: float = 1.0
+    is_best: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The wishes of a request for its list.
+
+    Attributes:
+        length: Length of the list.
+        where: Conditions of all items.
+        boosts: Boosts, in the order in which they are applied.
+        promotions: Promotions; their percentages sum to 100 at most.
+        max_per: Column -> greatest number of items with one value in it.
+        explore: Probability that a position explores.
+        seed: Seed of the exploration; None for another list each time.
+        reorder: Function from the candidates, best first, and the length of the list to the
+            positions of the first of them; None where the order of the scores stays.
+    """
+
+    length: int
+    where: Conditions = ()
+    boosts: Sequence[Boost] = ()
+    promotions: Sequence[Promotion] = ()
+    max_per: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    explore: float = 0.0
+    seed: int | None = None
+    reorder: Callable[[Sequence[Recommendation], int], Sequence[int]] | None = None
+
+
+def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed]:
+    """Returns a list in its shape.
+
+    Args:
+        retriever: Retriever that `search` asks.
+        search: Search for the candidates.
+        shape: Wishes for the list.
+    """
+    size = shape.length
+    if shape.max_per or shape.promotions or shape.reorder is not None:
+        size *= MULTIPLE
+    if shape.explore:
+        size = max(size, shape.length + EXPLORED)
+    while True:
+        size = min(size, MAX_POOL)
+        pool = boosted(retriever, search, shape.where, size, shape.boosts)
+        found = _order(pool, shape)
+        queues = []
+        for promotion in shape.promotions:
+            where = (*shape.where, *promotion.where)
+            queues.append(boosted(retriever, search, where, size, shape.boosts))
+        placed = _fill(found, queues, shape)
+        # Caps may have left out so many that the list is short.
+        if len(placed) == shape.length or len(pool) < size or size == MAX_POOL:
+            return placed
+        size *= 4
+
+
+def boosted(
+    retriever: Retriever, search: Search, where: Conditions, k: int, boosts: Sequence[Boost]
+) -> list[Recommendation]:
+    """Returns the `k` items of the greatest boosted scores, exactly so as far as `search` is exact.
+
+    Items are taken from the best of all and from the best of each boost. None that was not found
+    can have a score above those that it was not found by (the threshold algorithm of Fagin, Lotem
+    and Naor 2001); as long as that might still enter the list, more are searched.
+
+    Args:
+        retriever: Retriever that knows which items satisfy conditions.
+        search: Search for items.
+        where: Conditions of all items.
+        k: Length of the list.
+        boosts: Boosts.
+    """
+    if not boosts:
+        return list(search(k, where))
+    asked = k
+    while True:
+        best = search(asked, where)
+        found = {item.item_id: item for item in best}
+        bound = -np.inf
+        if len(best) == asked:
+            bound = best[-1].score
+        for boost in boosts:
+            best = search(asked, (*where, *boost.where))
+            found |= {item.item_id: item for item in best}
+            if len(best) == asked:
+                bound = max(bound, _raised(best[-1].score, boosts))
+        items = _apply(retriever, list(found.values()), boosts)[:k]
+        is_settled = len(items) == k and items[-1].score >= bound
+        if is_settled or bound == -np.inf or asked >= MAX_POOL:
+            return items
+        asked = min(4 * asked, MAX_POOL)
+
+
+def _raised(score: float, boosts: Sequence[Boost]) -> float:
+    """Returns the greatest score that boosts can make of one."""
+    for boost in boosts:
+        score = max(score, boost.apply(score))
+    return score
+
+
+def _apply(
+    retriever: Retriever, items: Sequence[Recommendation], boosts: Sequence[Boost]
+) -> list[Recommendation]:
+    """Returns items with their boosted scores, best first."""
+    ids = [item.item_id for item in items]
+    scores = [item.score for item in items]
+    for boost in boosts:
+        for row in np.flatnonzero(retriever.meets(ids, boost.where)).tolist():
+            scores[row] = boost.apply(scores[row])
+    changed = [dataclasses.replace(item, score=score) for item, score in zip(items, scores)]
+    return sorted(changed, key=lambda item: -item.score)
+
+
+def _order(pool: list[Recommendation], shape: Shape) -> list[Recommendation]:
+    """Returns the candidates in the order of their re-ranker, then the others by score."""
+    if shape.reorder is None or not pool:
+        return pool
+    first = list(shape.reorder(pool, shape.length))
+    chosen = set(first)
+    rest = [row for row in range(len(pool)) if row not in chosen]
+    return [pool[row] for row in [*first, *rest]]
+
+
+class _Caps:
+    """The numbers of items of each category that are in a list."""
+
+    def __init__(self, max_per: Mapping[str, int]):
+        self._max_per = max_per
+        self._counts: collections.Counter[tuple[str, Hashable]] = collections.Counter()
+        self._taken: set[str] = set()
+
+    def fit(self, item: Recommendation) -> bool:
+        """Whether an item may still come into the list."""
+        if item.item_id in self._taken:
+            return False
+        for column, label in self._labels(item):
+            if self._counts[column, label] >= self._max_per[column]:
+                return False
+        return True
+
+    def take(self, item: Recommendation) -> None:
+        """Counts an item of the list."""
+        self._taken.add(item.item_id)
+        self._counts.update(self._labels(item))
+
+    def _labels(self, item: Recommendation) -> list[tuple[str, Hashable]]:
+        labels = []
+        for column in self._max_per:
+            label = item.display.get(column)
+            # A list of tags is one label: that of the whole list.
+            if isinstance(label, list):
+                label = tuple(label)
+            # Items without one may always come.
+            if label is not None:
+                labels.append((column, label))
+        return labels
+
+
+def _fill(
+    found: Sequence[Recommendation], queues: Sequence[Sequence[Recommendation]], shape: Shape
+) -> list[Placed]:
+    """Returns the list that the positions are filled to, one by one."""
+    caps = _Caps(shape.max_per)
+    organic = collections.deque(found)
+    promoted = [collections.deque(queue) for queue in queues]
+    given = [0] * len(promoted)
+    draw = random.Random(shape.seed)
+    placed: list[Placed] = []
+    while len(placed) < shape.length:
+        chosen = None
+        number = _due(len(placed) + 1, shape.promotions, given)
+        if number >= 0:
+            given[number] += 1
+            first = _next(promoted[number], caps, 1)
+            chosen = Placed(first[0], "promotion") if first else None
+        if chosen is None:
+            left = _next(organic, caps, EXPLORED if shape.explore else 1)
+            if not left:
+                break
+            chosen = _draw(left, shape.explore, draw)
+        caps.take(chosen.item)
+        placed.append(chosen)
+    return placed
+
+
+def _due(position: int, promotions: Sequence[Promotion], given: Sequence[int]) -> int:
+    """Returns the number of the promotion that has a position, counted from 1; -1 for none."""
+    chosen = -1
+    # Of two at once, that which waits for more; the other has the next position.
+    most = 1.0
+    for number, promotion in enumerate(promotions):
+        # Rounded, as 3 positions of 100 / 3 percent are 1.
+        due = round(position * promotion.percent / 100, 6) - given[number]
+        if due >= most and (chosen < 0 or due > most):
+            chosen = number
+            most = due
+    return chosen
+
+
+def _next(
+    queue: collections.deque[Recommendation], caps: _Caps, count: int
+) -> list[Recommendation]:
+    """Returns the first items of a queue that may come into the list."""
+    # Those that do not fit now never will: categories only fill.
+    while queue and not caps.fit(queue[0]):
+        queue.popleft()
+    if count == 1:
+        return [queue[0]] if queue else []
+    left = []
+    for item in queue:
+        if len(left) == count:
+            break
+        if caps.fit(item):
+            left.append(item)
+    return left
+
+
+def _draw(left: Sequence[Recommendation], explore: float, draw: random.Random) -> Placed:
+    """Returns the best item or, with a probability, one drawn from all, with its propensity."""
+    if not explore:
+        return Placed(left[0])
+    explores = draw.random() < explore
+    row = draw.randrange(len(left)) if explores else 0
+    propensity = explore / len(left)
+    if row == 0:
+        propensity += 1 - explore
+    by = "exploration" if explores else "score"
+    return Placed(left[row], by, propensity, row == 0)
