@@ -10,8 +10,8 @@ import pytest
 
 from tests.retrieval.runs import make_run
 from twotower.core.errors import BundleError, ConfigError
-from twotower.retrieval.explain import explain
 from twotower.retrieval import export as export_module
+from twotower.retrieval.explain import explain
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import Ragged
-from twotower.retrieval.explain import explain
 from twotower.evaluation.queries import Queries, make_queries
 from twotower.evaluation.report.page import Section, data, escape
 from twotower.index.exact import top_k
 from twotower.pipeline.batches import SPANS
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
+from twotower.retrieval.explain import explain
 from twotower.towers.two_tower import TwoTower, Weights
 
 BUSY = 4  # people of each kind; the others are in the middle and new
