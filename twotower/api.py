@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from twotower import fitting, refitting
@@ -42,7 +43,7 @@ from twotower.evaluation.comparison.text import format_comparison, format_judgem
 from twotower.evaluation.evaluate import check_metric_name, make_validate
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.queries import make_queries
-from twotower.evaluation.query_table import query_table_path
+from twotower.evaluation.query_table import record_name
 from twotower.evaluation.report.comparison import write_comparison
 from twotower.evaluation.report.text import format_report
 from twotower.evaluation.report.write import check_report
@@ -101,6 +102,9 @@ class Run(run_folder.Run):
         *,
         ks: Sequence[int] = (),
         split: str = "test",
+        test: TableLike | None = None,
+        test_name: str = "",
+        targets: str = "",
         baselines: bool = False,
         max_queries: int = 0,
         slices: Sequence[str] = (),
@@ -121,7 +125,13 @@ class Run(run_folder.Run):
 
         Args:
             ks: Lengths of the lists; by default those of the configuration.
-            split: Rows to find: "test" or "validation".
+            split: Rows to find: "test", "validation" or "train".
+            test: Further test rows in the place of those of the log: a table of any kind, the path
+                of one, or "bq://PROJECT.DATASET.TABLE".
+            test_name: Name of the further rows, which their figures are kept under; "" takes that
+                of the file.
+            targets: Rows of each user that are to be found: "last", "successive", "random" or
+                "all"; "" follows the configuration.
             baselines: Whether popularity, item-kNN, EASE and the like are measured beside the
                 model.
             max_queries: Greatest number of queries, evenly spaced; 0 takes all.
@@ -142,10 +152,14 @@ class Run(run_folder.Run):
             check_report()
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
+        run: Run = self
+        if test is not None:
+            run = with_test_set(self, test, name=test_name)
         measured = evaluate(
-            self,
+            run,
             ks=ks,
             split=split,
+            targets=targets,
             baselines=baselines,
             max_queries=max_queries,
             slices=slices,
@@ -154,7 +168,7 @@ class Run(run_folder.Run):
         )
         print(format_report(measured, ks))
         if report:
-            print(f"\nReport: {write_report(self, measured, columns=report_columns)}")
+            print(f"\nReport: {write_report(run, measured, columns=report_columns)}")
         return measured
 
     def export(self, **index_options: Any) -> Bundle:
@@ -685,6 +699,7 @@ def evaluate(
     *,
     ks: Sequence[int] = (),
     split: str = "test",
+    targets: str = "",
     baselines: bool = False,
     without_baselines: Sequence[str] = (),
     popularity_window: str = "",
@@ -705,7 +720,9 @@ def evaluate(
     Args:
         run: Loaded run.
         ks: Lengths of the lists; by default those of the configuration.
-        split: Rows to find: "test" or "validation".
+        split: Rows to find: "test", "validation" or "train".
+        targets: Rows of each user that are to be found: "last", "successive", "random" or "all";
+            "" follows the configuration.
         baselines: Whether popularity, item-kNN, EASE and the like are measured beside the model.
         without_baselines: Names of baselines to leave out, such as "ease" of a large corpus.
         popularity_window: Span before the end of training, such as "30d", whose popularity is a
@@ -740,27 +757,47 @@ def evaluate(
         run,
         ks=ks,
         split=split,
+        targets=targets,
         baselines=baselines,
         baseline_options=options,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
         slices=slices,
         further_metrics=further_metrics,
-        table_path=query_table_path(run.workdir, split),
+        keep_queries=True,
     )
-    # A bundle without users has none to search for.
-    if retriever is not None and len(retriever.bundle.users):
+    if retriever is not None:
         # One query a user, whatever the protocol: the index is searched with users' vectors.
-        queries = make_queries(run.prepared, split, "user")
-        measured["index"] = measure.measure_index(retriever, queries.user)
+        users = np.unique(run.prepared.positives(split).user)
+        # A bundle without users has none to search for, and none that the log does not have.
+        users = users[users < len(retriever.bundle.users)]
+        if len(users):
+            measured["index"] = measure.measure_index(retriever, users)
     if sanity:
         # Of this checkpoint: the bundle in the folder may be of another.
         title, category = sanity_columns
         asked = Retriever(make_bundle(run))
         measured["sanity"] = check_sanity(run, asked, title=title, category=category)
-    measure.write_metrics(measured, metrics_path(run.workdir, split))
+    measure.write_metrics(measured, measured_path(run, measured))
     log_linked(run.workdir)
     return measured
+
+
+def with_test_set(run: Run, rows: TableLike, *, name: str = "") -> Run:
+    """Returns the run with further test rows in the place of those of its log.
+
+    They are read by the contract of the log, and nothing is fitted again.
+
+    Args:
+        run: Loaded run.
+        rows: Table of any kind, the path of one, or "bq://PROJECT.DATASET.TABLE".
+        name: Name that figures are kept under; "" takes that of the file.
+
+    Raises:
+        ConfigError: The rows cannot be read, or nothing is left of them.
+    """
+    prepared = refitting.read_test_rows(run.prepared, rows, name=name)
+    return dataclasses.replace(run, prepared=prepared)
 
 
 def write_report(
@@ -788,7 +825,7 @@ def write_report(
             line = command("evaluate", f"--workdir={run.workdir}", "--baselines", "--report")
             raise ConfigError(f"{path} is missing: nothing was measured yet. {line}")
         measured = read_json(path)
-    figures = metrics_path(run.workdir, measured["protocol"]["split"])
+    figures = measured_path(run, measured)
     page = figures.with_name(figures.name.replace("metrics", "report")).with_suffix(".html")
     index = None
     if (run.workdir / BUNDLE).exists():
@@ -798,13 +835,18 @@ def write_report(
     return page
 
 
-def metrics_path(workdir: Path, split: str) -> Path:
-    """Returns the file that `evaluate` writes the figures of a split to."""
-    name = "metrics.json"
+def metrics_path(workdir: Path, name: str) -> Path:
+    """Returns the file that `evaluate` writes the figures of a split, or of further rows, to."""
+    file = "metrics.json"
     # Figures of validation must not replace those of the test.
-    if split != "test":
-        name = f"metrics_{split}.json"
-    return workdir / "evaluation" / name
+    if name != "test":
+        file = f"metrics_{name}.json"
+    return workdir / "evaluation" / file
+
+
+def measured_path(run: Run, measured: measure.Measured) -> Path:
+    """Returns the file of figures that `evaluate` returned."""
+    return metrics_path(run.workdir, record_name(measured["protocol"]))
 
 
 def repeat(
@@ -843,7 +885,7 @@ def repeat(
             ks=config.evaluation.ks,
             split=split,
             baselines=with_baselines,
-            table_path=query_table_path(run.workdir, split),
+            keep_queries=True,
         )
         measured.append(figures)
     by_seed = {f"seed-{seed}": figures for seed, figures in enumerate(measured)}

@@ -8,21 +8,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from twotower.config import Config, FeaturesConfig, SplitConfig, TableConfig, TrainingConfig
+from twotower.config import (
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    SplitConfig,
+    TableConfig,
+    TrainingConfig,
+)
 from twotower.core.errors import ConfigError
 from twotower.core.fields import build
 from twotower.core.files import atomic, read_json
+from twotower.data.contract import KEYS, Contract
 from twotower.data.dataset import Dataset, assemble
-from twotower.data.sources.frames import TableLike
+from twotower.data.filters import filter_rows
+from twotower.data.interactions import PARTS
+from twotower.data.sources import bigquery
+from twotower.data.sources.frames import TableLike, read_table
 from twotower.data.sources.load import with_uses
+from twotower.data.tables import apply_contract
 from twotower.features.encoder import Encoder
 from twotower.fitting import Columns, read_tables
+from twotower.pipeline.describe import list_separators
+from twotower.pipeline.further_rows import with_test_rows
 from twotower.pipeline.labels import label_uses
 from twotower.pipeline.prepare import PreparedData, join_parts
 from twotower.training.grow import GROWN, grow
@@ -37,6 +52,8 @@ from twotower.training.run import (
 )
 
 REFIT = "refit"  # folder of the refit in that of its run
+TEST_SET = "test set"  # name of further test rows, in messages
+BIGQUERY = "bq://"  # before the name of a table there
 RECORD = "refit.json"  # in that folder: what was validated, and what the refit saw
 
 
@@ -226,6 +243,106 @@ def read_further_rows(
         contract=new.contract,
     )
     return joined, said
+
+
+def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "") -> PreparedData:
+    """Returns the data of a run with the rows of a further test set in the place of its own.
+
+    They are read as further rows of the log: the same forms of ids and times, and the conditions of
+    `config.data.where`.
+
+    Args:
+        prepared: Data of the run.
+        source: Table of any kind, the path of one, or bq://PROJECT.DATASET.TABLE.
+        name: Name of the set; "" takes that of the file.
+
+    Raises:
+        ConfigError: It cannot be read, or nothing is left of it.
+    """
+    config = prepared.config
+    encoder = prepared.encoder
+    where = f"the {TEST_SET}"
+    if isinstance(source, (str, os.PathLike)):
+        where = os.fspath(source)
+    table = source
+    if isinstance(source, str) and source.startswith(BIGQUERY):
+        table = _read_bigquery(source, config.data)
+    # Rows of a fixed split may have names and forms of their own.
+    form = config.data.test if config.data.test.path else config.data.interactions
+    said: list[str] = []
+    log = _read_log(table, form, config.data, encoder.contract, said)
+    new = assemble(log.drop_columns(["split"]) if "split" in log.column_names else log)
+    uses = encoder.spec.uses() | {"log": label_uses(config.objective)}
+    new = with_uses(dataclasses.replace(new, contract=encoder.contract), uses)
+    # A k-core is one of the whole log, and of further rows it would leave nearly none.
+    filters = dataclasses.replace(config.data, k_core=0)
+    kept = filter_rows(new, filters, separators=list_separators(encoder.spec))
+    notes = [line.strip() for line in said]
+    for note in kept.dropped:
+        if note.rows:
+            notes.append(f"{note.rows:,} of {note.total:,} rows {note.reason} are left out.")
+    return with_test_rows(
+        prepared,
+        kept.interactions,
+        name=name or _name_of(where),
+        source=where,
+        notes=tuple(notes),
+    )
+
+
+def _read_log(
+    source: TableLike, form: TableConfig, data: DataConfig, contract: Contract, said: list[str]
+) -> pa.Table:
+    """Returns rows with our names and types: by the names of the configuration, or by guess."""
+    rows, origin = read_table(source, form, TEST_SET)
+    columns = {}
+    for ours in dict.fromkeys([*KEYS, "timestamp", *form.columns]):
+        theirs = form.columns.get(ours, ours)
+        # A file may have our names although those of the log were others.
+        for name in (theirs, ours):
+            if name in rows.column_names:
+                columns.setdefault(ours, name)
+    if not set(KEYS) <= set(columns):
+        options = dataclasses.replace(data, interactions=form)
+        try:
+            read = read_tables(
+                source,
+                items=None,
+                users=None,
+                columns=Columns(),
+                data=options,
+                said=said,
+                contract=contract,
+            )
+        except ConfigError as error:
+            keys = " and ".join(repr(form.columns.get(key, key)) for key in KEYS)
+            raise ConfigError(
+                f"{origin.name} has no columns {keys}, as the log of the run has: rename them. "
+                f"({error})"
+            ) from None
+        return read.typed["interactions"]
+    time = contract.time
+    options = dataclasses.replace(
+        form, columns=columns, timestamp_unit=time.unit, timestamp_format=time.format
+    )
+    typed, _ = apply_contract(rows, options, TEST_SET, origin=origin, contract=contract)
+    return typed
+
+
+def _read_bigquery(address: str, data: DataConfig) -> pa.Table:
+    """Returns a table of BigQuery in an order that is always the same."""
+    client = bigquery.make_client(data.project, data.location)
+    table = TableConfig(path=address.removeprefix(BIGQUERY))
+    rows, _ = bigquery.read_raw(table, "test", client=client)
+    return bigquery.sort_rows(rows, ())
+
+
+def _name_of(source: str) -> str:
+    """Returns the name of a file without its folder and kind, as a part of the names of files."""
+    stem = Path(source.removeprefix(BIGQUERY)).name.partition(".csv")[0].partition(".parquet")[0]
+    name = re.sub(r"[^\w-]+", "_", stem).strip("_")
+    # Those are the parts of the log, whose figures must not be replaced.
+    return f"{name}_rows" if name in (*PARTS, "") else name
 
 
 def _stack(first: pa.Table, second: pa.Table, name: str) -> pa.Table:

@@ -90,7 +90,7 @@ def measured(run):
             baselines=True,
             popularity_weights=WEIGHTS,
             slices=("city", "row.event", "item.category"),
-            table_path=run.workdir / "evaluation" / "queries.parquet",
+            keep_queries=True,
         )
 
 

@@ -176,7 +176,7 @@ def test_raw_histories_of_held_out_rows_are_what_these_rows_read(run, part):
     spans = prepared.histories.spans[part]
     table = pa.table(
         {
-            "history": prepared.histories.requests_at(prepared.raw, spans, part),
+            "history": prepared.histories.requests_at(prepared.raw, spans),
             "timestamp": pa.array(rows.timestamp),
         }
     )

@@ -225,7 +225,7 @@ class _DeviceRanker:
         self._num_items = queries.num_items
         self._size = blocks[0].stop if blocks else 1
         # Padded to one size for all blocks, so that one program serves all.
-        self._num_seen = _max_pairs(queries.seen.lengths[queries.user], blocks)
+        self._num_seen = _max_pairs(queries.seen.lengths[queries.seen_row], blocks)
         self._num_relevant = _max_pairs(queries.relevant.lengths, blocks)
 
     def read(self, scores: Any, relevant: Ragged) -> None:

@@ -206,9 +206,9 @@ class Lists:
         popularity = self._queries.counts[history.values].astype(float)
         sums = np.bincount(history.rows, popularity, minlength=len(history))
         lengths = history.lengths
-        users = self._queries.user
-        is_known = self._is_answerable & (lengths[users] > 0)
-        own = sums[users[is_known]] / lengths[users[is_known]]
+        rows = self._queries.seen_row
+        is_known = self._is_answerable & (lengths[rows] > 0)
+        own = sums[rows[is_known]] / lengths[rows[is_known]]
         if not own.sum():
             return None
         return float(average_popularity[is_known].mean() / own.mean() - 1)

@@ -33,7 +33,12 @@ from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
 from twotower.evaluation.intervals import interval_table
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.evaluation.query_table import query_table, write_query_table
+from twotower.evaluation.query_table import (
+    query_table,
+    query_table_path,
+    record_name,
+    write_query_table,
+)
 from twotower.evaluation.slices import column_slice, default_slices, measure_slices
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
@@ -60,13 +65,14 @@ def measure_run(
     *,
     ks: Sequence[int],
     split: str = "test",
+    targets: str = "",
     baselines: bool = True,
     baseline_options: BaselineOptions = ALL_BASELINES,
     max_queries: int = 0,
     popularity_weights: Sequence[float] = (),
     slices: Sequence[str] = (),
     further_metrics: Sequence[str] = (),
-    table_path: Path | None = None,
+    keep_queries: bool = False,
 ) -> Measured:
     """Measures the model of a run, and baselines, over the whole corpus.
 
@@ -76,7 +82,9 @@ def measure_run(
     Args:
         run: A loaded run.
         ks: Lengths of the lists.
-        split: "test" or "validation".
+        split: "test", "validation" or "train".
+        targets: Rows of a user that are to be found, see `make_queries`; "" for those of the
+            configuration.
         baselines: Whether to measure them.
         baseline_options: Which to measure, and how.
         max_queries: Greatest number of queries, evenly spaced, and of labelled rows of each head; 0
@@ -87,7 +95,8 @@ def measure_run(
             always is; see `twotower.evaluation.slices`.
         further_metrics: Metrics that take longer: "auc", "diversity" (by the item vectors of the
             model) and "distinct.COLUMN" (distinct values of a column of items in a list).
-        table_path: Parquet file to write the figures of every query to, see `query_table`.
+        keep_queries: Whether the figures of every query are written to the folder of the run, see
+            `query_table`.
 
     Returns:
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
@@ -96,15 +105,22 @@ def measure_run(
         and "new_users", each {"model": ..., "random": ...}; for a loss on labels "labels": {"auc":
         ..., "calibration_curve": [...]}; for a model with heads "heads": {name: {"auc": ...}}; with
         baselines "baseline_choices": {name: {"setting": ..., "tried": number of settings that
-        validation chose from}}; with `popularity_weights` "popularity_weights": {"0.05":
-        {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`; and
-        "health", see `twotower.evaluation.audits.health`.
+        validation chose from}}; for further test rows "test_set", see
+        `twotower.pipeline.prepare.FurtherRows`; with `popularity_weights` "popularity_weights":
+        {"0.05": {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`;
+        and "health", see `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
     # Rankings are those of the vectors that a bundle would serve.
     run = dataclasses.replace(run, model=served_model(run))
-    every_query = make_queries(run.prepared, split, run.config.evaluation.query)
+    every_query = make_queries(
+        run.prepared,
+        split,
+        run.config.evaluation.query,
+        targets=targets,
+        max_queries=max_queries,
+    )
     queries = every_query.sample(max_queries)
     parts = default_slices(queries, run.prepared.train.user)
     # Before anything is ranked: a misspelt column is refused at once.
@@ -117,13 +133,41 @@ def measure_run(
     if baselines:
         made = make_baselines(run.prepared, queries, baseline_options, folder=fitted_path(run))
         rankings |= made
-    measured: Measured = {"protocol": _protocol(run, split, queries, len(every_query))}
+    available = len(every_query)
+    if split == "train" and every_query.seen_list is not None:
+        # Its queries are a sample already.
+        available = len(run.prepared.positives(split))
+    measured: Measured = {"protocol": _protocol(run, split, targets, queries, available)}
+    if run.prepared.further is not None:
+        measured["test_set"] = dataclasses.asdict(run.prepared.further)
     measured |= describe_choices(made)
     if run.model is not whole_model:
         measured["protocol"]["dim"] = run.model.dim
     measured["answers"] = measure_answers(
         every_query, split, has_item_table=run.prepared.has_catalogue
     )
+    masked = _measure_rankings(rankings, queries, ks, further, measured)
+    if keep_queries:
+        _write_queries(run, queries, masked, measured["protocol"] | {"ks": list(ks)})
+    measured["slices"] = measure_slices(parts, queries, masked, ks)
+    measured |= _measure_new(run, queries, ks)
+    if popularity_weights:
+        measured["popularity_weights"] = measure_popularity_weights(
+            rankings["model"], queries, ks, popularity_weights
+        )
+    measured |= _measure_labels(run, whole_model, split, max_queries)
+    measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
+    return measured
+
+
+def _measure_rankings(
+    rankings: Mapping[str, Scores],
+    queries: Queries,
+    ks: Sequence[int],
+    further: FurtherMetrics,
+    measured: Measured,
+) -> dict[str, Evaluation]:
+    """Writes the figures of rankings into `measured`, and returns their lists with seen masked."""
     masked: dict[str, Evaluation] = {}
     # Papers report either mode, and the two are not comparable: both are always measured.
     for name, scores in rankings.items():
@@ -138,19 +182,15 @@ def measure_run(
             measured[f"model_intervals{suffix}"] = interval_table(
                 evaluation.values, queries.user, evaluation.is_averaged
             )
-    if table_path is not None:
-        user_ids = run.prepared.users["user_id"]
-        table = query_table(user_ids, queries, masked, measured["protocol"] | {"ks": list(ks)})
-        write_query_table(table, table_path)
-    measured["slices"] = measure_slices(parts, queries, masked, ks)
-    measured |= _measure_new(run, queries, ks)
-    if popularity_weights:
-        measured["popularity_weights"] = measure_popularity_weights(
-            rankings["model"], queries, ks, popularity_weights
-        )
-    measured |= _measure_labels(run, whole_model, split, max_queries)
-    measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
-    return measured
+    return masked
+
+
+def _write_queries(
+    run: Run, queries: Queries, masked: Mapping[str, Evaluation], protocol: Measured
+) -> None:
+    """Writes the figures of every query into the folder of a run."""
+    table = query_table(run.prepared.users["user_id"], queries, masked, protocol)
+    write_query_table(table, query_table_path(run.workdir, record_name(protocol)))
 
 
 def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:
@@ -321,8 +361,14 @@ def fitted_path(run: Run) -> Path:
     return run.workdir / "evaluation" / "baselines"
 
 
-def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measured:
+def _protocol(run: Run, split: str, targets: str, queries: Queries, available: int) -> Measured:
     """Returns what a reader needs to repeat the figures, or to compare them with others."""
+    # Of unusual ones alone: figures of before there were any compare with those of today.
+    unusual = {}
+    if run.prepared.further is not None:
+        unusual["test_set"] = run.prepared.further.name
+    if targets:
+        unusual["targets"] = targets
     return {
         "split": split,
         "query": run.config.evaluation.query,
@@ -330,7 +376,7 @@ def _protocol(run: Run, split: str, queries: Queries, available: int) -> Measure
         "items": queries.num_items,
         "asked": len(queries),
         "available": available,
-    }
+    } | unusual
 
 
 def _median_seconds(call: Callable[[], object], *, repeats: int) -> float:

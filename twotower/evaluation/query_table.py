@@ -61,10 +61,26 @@ def write_query_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def query_table_path(workdir: Path, split: str) -> Path:
-    """Returns the file in the folder of a run that has the figures of every query of a split."""
-    name = "queries.parquet"
+def record_name(protocol: Mapping[str, Any]) -> str:
+    """Returns the name that the figures of an evaluation are kept under: "test", "test_last".
+
+    It is that of the split or of a further test set, with the targets where any were named.
+    """
+    name = protocol.get("test_set", protocol["split"])
+    if "targets" in protocol:
+        name = f"{name}_{protocol['targets']}"
+    return name
+
+
+def query_table_path(workdir: Path, name: str) -> Path:
+    """Returns the file in the folder of a run that has the figures of every query.
+
+    Args:
+        workdir: Folder of the run.
+        name: Name that `record_name` gives, such as "validation".
+    """
+    file = "queries.parquet"
     # Beside the figures of the split, which are named alike.
-    if split != "test":
-        name = f"queries_{split}.parquet"
-    return workdir / "evaluation" / name
+    if name != "test":
+        file = f"queries_{name}.parquet"
+    return workdir / "evaluation" / file

@@ -93,7 +93,7 @@ def default_slices(queries: Queries, trained_users: np.ndarray) -> dict[str, Sli
         distinct items that the user had before.
     """
     is_known = np.isin(queries.user, trained_users)
-    history = queries.seen.lengths[queries.user]
+    history = queries.seen.lengths[queries.seen_row]
     bucket = np.searchsorted(list(HISTORY_BUCKETS), history, side="right") - 1
     temperatures = ("warm", "cold")
     return {

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from twotower.core.files import atomic, content_digest, read_json
 from twotower.evaluation.measure import SUFFIXES, Measured
+from twotower.evaluation.query_table import record_name
 from twotower.integrations.mlflow_store import read_link
 from twotower.retrieval.tower_programs import embedding_weights, model_version
 from twotower.training.run import Run
@@ -88,7 +89,12 @@ def append_results(
 def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
     """Yields a row for each figure of the model, the baselines and the slices of an evaluation."""
     protocol = measured["protocol"]
-    common = {"split": protocol["split"], "step": protocol["step"], "slice": "", "slice_value": ""}
+    common = {
+        "split": record_name(protocol),
+        "step": protocol["step"],
+        "slice": "",
+        "slice_value": "",
+    }
     common["queries"] = protocol.get("queries")
     for suffix in SUFFIXES:
         seen = common | {"mask_seen": not suffix}

@@ -22,6 +22,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.files import current_version
 from twotower.core.install import command
 from twotower.data.report import DataReport
+from twotower.evaluation.query_table import record_name
 from twotower.integrations.mlflow_model import Registration, log_bundle, register
 from twotower.integrations.mlflow_store import (
     LINK,
@@ -236,7 +237,7 @@ class Recorder:
             figures = {name: x for name, x in measured.items() if name not in NO_METRICS}
             # The latest evaluation of a step is the one that MLflow shows.
             moment = int(path.stat().st_mtime * 1000)
-            for name, x in _numbers(dict(flatten({protocol["split"]: figures}))).items():
+            for name, x in _numbers(dict(flatten({record_name(protocol): figures}))).items():
                 if known.get(name) != x:
                     metrics.append(Metric(name, x, moment, protocol["step"]))
         _log_metrics(client, run_id, metrics)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from twotower.core.arrays import index_type, stable_argsort
 from twotower.core.arrow import join_chunks, plain_text
 from twotower.core.errors import ConfigError
-from twotower.data.interactions import Split
+from twotower.data.interactions import PARTS, Split
 from twotower.features.base import Fitted
 from twotower.features.history import (
     HistoryFeature,
@@ -36,6 +36,8 @@ from twotower.pipeline.batches import windows
 KNOWN_PARTS = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
 # Part of a split -> the events that it reads. Validation rows know what training rows know.
 _EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
+# Part of a split -> the events that hold its own rows too.
+_LEVEL_WITH = {"train": "train", "validation": "test", "test": "now"}
 
 # Rows whose spans are made at once.
 _BLOCK = 2**19
@@ -100,6 +102,41 @@ class Histories:
             request_times = self.times.max(initial=0)
         return _spans(self.feature, offsets[users], offsets[users + 1], self.times, request_times)
 
+    def rolled_spans(
+        self, part: str, users: Sequence[np.ndarray], times: Sequence[np.ndarray | None]
+    ) -> np.ndarray:
+        """Returns the spans int32 [rows, 2 or 3] of the rows of a part, by all rows before them.
+
+        Those of `spans` know nothing of the other rows of a held-out part.
+
+        Args:
+            part: "train", "validation" or "test".
+            users: Row of the users table of each row of train, validation and test.
+            times: Time in seconds of each row of the same parts; None in a log without times.
+        """
+        number = PARTS.index(part)
+        level = _LEVEL_WITH[part]
+        order = self.orders[level]
+        known = [len(users[other]) for other in range(number)]
+        first = sum(known)
+        user = np.concatenate(users)[order]
+        is_later = np.ones(len(order), bool)
+        time = _join_times(users, times)
+        if time is not None:
+            same_time = time[order][1:] == time[order][:-1]
+            is_later[1:] = (user[1:] != user[:-1]) | ~same_time
+        # Where each moment begins, as events of one moment do not know of each other.
+        begin_of_moment = np.maximum.accumulate(np.where(is_later, np.arange(len(order)), 0))
+        place = np.empty(sum(map(len, users)), np.int64)
+        place[order] = np.arange(len(order))
+        own = place[first : first + len(users[number])]
+        offsets = self.offsets[level]
+        row_times = np.nan
+        if time is not None:
+            row_times = time[first : first + len(users[number])]
+        end = offsets[0] + begin_of_moment[own]
+        return _spans(self.feature, offsets[users[number]], end, self.times, row_times)
+
     def to_requests(self, raw: Split) -> pa.Array:
         """Returns the raw histories of all users at the end of the log, as requests bring them.
 
@@ -107,19 +144,23 @@ class Histories:
             raw: The split that the histories were built from.
         """
         num_users = len(self.offsets["now"]) - 1
-        return self.requests_at(raw, self.latest_spans(np.arange(num_users)), "now")
+        return self.requests_at(raw, self.latest_spans(np.arange(num_users)))
 
-    def requests_at(self, raw: Split, spans: np.ndarray, part: str) -> pa.Array:
+    def requests_at(self, raw: Split, spans: np.ndarray) -> pa.Array:
         """Returns the raw histories at some spans, as requests bring them.
 
         Args:
             raw: The split that the histories were built from.
-            spans: Spans int32 [N, 2 or 3].
-            part: Part of the split whose rows have these spans, or "now" for the end of the log.
+            spans: Spans int32 [N, 2 or 3], all of rows of one part or of the end of the log.
         """
         log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
-        level = _EVENTS_READ_BY.get(part, part)
         lengths = spans[:, 1] - spans[:, 0]
+        starts = spans[lengths > 0, 0]
+        level = "train"
+        # The events of a level follow those of the level before.
+        for name, offsets in self.offsets.items():
+            if len(starts) and offsets[0] <= starts[0] < offsets[-1]:
+                level = name
         ends = np.cumsum(lengths)
         total = ends[-1] if len(ends) else 0
         events = np.repeat(spans[:, 0] - (ends - lengths), lengths) + np.arange(total)

@@ -61,7 +61,7 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: Mapping[str, str]) ->
     for column, field in columns.items():
         table = f"{field}={column!r}: the interactions table"
         check_fields({column: field}, rows.column_names, table)
-        _check_values(rows, column, field)
+        check_label_values(rows, column, field)
         # Training rows alone: a label that first occurs later cannot be learned.
         labels = read_labels(train, columns)[column]
         for value in (0, 1):
@@ -88,7 +88,7 @@ def read_labels(table: pa.Table, columns: Mapping[str, str]) -> dict[str, np.nda
     return labels
 
 
-def _check_values(rows: pa.Table, column: str, field: str) -> None:
+def check_label_values(rows: pa.Table, column: str, field: str) -> None:
     """Refuses a column that holds anything but labels, and names the first such row."""
     values = rows[column]
     if _is_numeric(values.type):

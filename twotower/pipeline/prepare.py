@@ -48,6 +48,27 @@ from twotower.pipeline.log_items import with_items_of_log
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 
 
+@dataclasses.dataclass(frozen=True)
+class FurtherRows:
+    """Rows of a further test set, which were in no part of the log.
+
+    Attributes:
+        name: Name of the set, which its figures are kept under.
+        source: Name of the file or table.
+        rows: Number of rows that are measured.
+        unknown_users: Number of users that the log does not have.
+        rows_of_unknown_items: Number of rows whose item is not in the corpus.
+        notes: Sentences on what was left out, taken for granted or found odd.
+    """
+
+    name: str
+    source: str
+    rows: int
+    unknown_users: int
+    rows_of_unknown_items: int
+    notes: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """Everything that training and evaluation read.
@@ -70,6 +91,7 @@ class PreparedData:
         packing: Packed sequences, where these are the examples of training.
         has_catalogue: Whether items have a table of their own, as `Dataset` says.
         report: Facts about the data that a person should know; None where it was not described.
+        further: Further rows that stand in the place of the test rows; None for those of the log.
     """
 
     config: Config
@@ -86,6 +108,7 @@ class PreparedData:
     packing: SequencePacking | None = None
     has_catalogue: bool = True
     report: DataReport | None = None
+    further: FurtherRows | None = None
 
     @property
     def num_examples(self) -> int:
@@ -135,6 +158,24 @@ class PreparedData:
             spans = features.pop(SPANS)
             features |= self.histories.take(spans)
         return features
+
+    def rolled_spans(self, part: str) -> np.ndarray | None:
+        """Returns the spans of the rows of a part by all rows of their users before them.
+
+        Those of the part itself count too, as they do for a served model.
+
+        Args:
+            part: "train", "validation" or "test".
+
+        Returns:
+            int32 [rows, 2 or 3], see `Histories`; None without histories.
+        """
+        if self.histories is None:
+            return None
+        parts = (self.train, self.validation, self.test)
+        users = [rows.user for rows in parts]
+        times = [rows.timestamp for rows in parts]
+        return self.histories.rolled_spans(part, users, times)
 
     def is_positive(self, part: str) -> np.ndarray:
         """Marks the rows in which a user wanted an item: bool [N].
@@ -319,12 +360,12 @@ def prepare(
     event_weights = config.data.weight_by_event()
     # Users and items are encoded once: a batch looks them up by row.
     features = {
-        "user": encoder.encode("user", users, _columns_of_users(encoder)),
+        "user": encoder.encode("user", users, columns_of_users(encoder)),
         "item": encoder.encode("item", items),
     }
 
     train, validation, test = (
-        _encode_rows(rows, user, item, encoder, labels, event_weights)
+        encode_rows(rows, user, item, encoder, labels, event_weights)
         for rows, user, item in zip(parts.tables, told.users, told.items)
     )
     if not train.weight.any():
@@ -333,11 +374,11 @@ def prepare(
             "above 0."
         )
     # From rows as arrays, all parts at once: a test row's past holds training and validation rows.
-    histories = _build_histories(encoder, parts, (train, validation, test), len(users))
+    histories = build_row_histories(encoder, parts, (train, validation, test), len(users))
     if histories is not None:
-        train = _with_spans(train, histories.spans["train"])
-        validation = _with_spans(validation, histories.spans["validation"])
-        test = _with_spans(test, histories.spans["test"])
+        train = with_spans(train, histories.spans["train"])
+        validation = with_spans(validation, histories.spans["validation"])
+        test = with_spans(test, histories.spans["test"])
 
     return PreparedData(
         config=config,
@@ -411,7 +452,7 @@ def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> Non
                 )
 
 
-def _columns_of_users(encoder: Encoder) -> list[str]:
+def columns_of_users(encoder: Encoder) -> list[str]:
     """Returns the user features whose column is one of the users table, not of the log."""
     # Features of the context are encoded with the rows of the log, and a history from its events.
     names = []
@@ -421,7 +462,7 @@ def _columns_of_users(encoder: Encoder) -> list[str]:
     return names
 
 
-def _encode_rows(
+def encode_rows(
     rows: pa.Table,
     user: np.ndarray,
     item: np.ndarray,
@@ -449,7 +490,7 @@ def _encode_rows(
     )
 
 
-def _build_histories(
+def build_row_histories(
     encoder: Encoder, parts: Split, rows: tuple[Rows, Rows, Rows], num_users: int
 ) -> Histories | None:
     """Returns the events of each user before each row, where the encoder has such a feature."""
@@ -462,7 +503,7 @@ def _build_histories(
     return build_histories(feature, fitted, parts, users, times, num_users)
 
 
-def _with_spans(rows: Rows, spans: np.ndarray) -> Rows:
+def with_spans(rows: Rows, spans: np.ndarray) -> Rows:
     """Puts the spans of the histories into the context of the rows."""
     return dataclasses.replace(rows, context={**rows.context, SPANS: spans})
 

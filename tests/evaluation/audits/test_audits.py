@@ -111,13 +111,13 @@ def test_duplicates_speak_where_held_out_rows_repeat_more_than_training_does():
     seen = Ragged.from_pairs(np.repeat(np.arange(10), 10), np.arange(100), num_rows=10)
     queries = make_queries_of(range(0, 100, 10), np.ones(200))
     queries = dataclasses.replace(queries, seen=seen)
-    leak = data.audit_duplicates(queries, earlier_rows=100)
+    leak = data.audit_duplicates(queries, 1 - len(queries.seen.values) / 100)
     assert leak.speaks and leak.figures["share"] == 1.0
     # The same answers, in a log that has each pair three times.
-    natural = data.audit_duplicates(queries, earlier_rows=300)
+    natural = data.audit_duplicates(queries, 1 - len(queries.seen.values) / 300)
     assert not natural.speaks and "natural" in natural.sentence
     new = dataclasses.replace(queries, relevant=make_queries_of(range(100, 110), [1]).relevant)
-    assert not data.audit_duplicates(new, earlier_rows=100).speaks
+    assert not data.audit_duplicates(new, 0.0).speaks
 
 
 def test_a_graph_that_reaches_the_model_is_said_with_the_share_of_neighbours():

@@ -31,8 +31,11 @@ POSITIONAL = "runs"  # the flag that an argument without a name sets
 _RUNS = flags.DEFINE_multi_string(
     "runs", [], "Runs to compare, the first with each of the others.", flag_values=FLAGS
 )
-_SPLIT = flags.DEFINE_enum(
-    "split", "test", ["test", "validation"], "The rows that were found.", flag_values=FLAGS
+_SPLIT = flags.DEFINE_string(
+    "split",
+    "test",
+    "The rows that were found: test, validation, or the name of a further test set.",
+    flag_values=FLAGS,
 )
 _GATE = flags.DEFINE_string(
     "gate",

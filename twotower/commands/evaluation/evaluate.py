@@ -94,7 +94,30 @@ _DEVICES = flags.DEFINE_integer(
     "devices", 0, "Devices to measure on; 0: all.", lower_bound=0, flag_values=FLAGS
 )
 _SPLIT = flags.DEFINE_enum(
-    "split", "test", ["test", "validation"], "The rows to find.", flag_values=FLAGS
+    "split",
+    "test",
+    ["test", "validation", "train"],
+    "The rows to find; of train a sample, each given the rows before it.",
+    flag_values=FLAGS,
+)
+_TEST = flags.DEFINE_string(
+    "test",
+    None,
+    "File of further test rows (or bq://PROJECT.DATASET.TABLE), in the form of the log.",
+    flag_values=FLAGS,
+)
+_TEST_NAME = flags.DEFINE_string(
+    "test_name",
+    "",
+    "Name that their figures are kept under; by default that of the file.",
+    flag_values=FLAGS,
+)
+_TARGETS = flags.DEFINE_enum(
+    "targets",
+    "",
+    ["", "last", "successive", "random", "all"],
+    "Rows of each user that are to be found; by default as config.evaluation.query says.",
+    flag_values=FLAGS,
 )
 _HISTORY = flags.DEFINE_string(
     "history",
@@ -147,11 +170,14 @@ def main() -> None:
     # Before the vectors are made: a width that was not trained is refused at once.
     if _DIM.value:
         run = api.with_index_options(run, dim=_DIM.value)
+    if _TEST.value:
+        run = api.with_test_set(run, _TEST.value, name=_TEST_NAME.value)
     ks = parse_ks(_K.value) or run.config.evaluation.ks
     measured = api.evaluate(
         run,
         ks=ks,
         split=_SPLIT.value,
+        targets=_TARGETS.value,
         baselines=_BASELINES.value,
         without_baselines=_WITHOUT_BASELINES.value,
         popularity_window=_POPULARITY_WINDOW.value,
@@ -164,7 +190,7 @@ def main() -> None:
         sanity_columns=(_SANITY_TITLE.value, _SANITY_CATEGORY.value),
         devices=_DEVICES.value,
     )
-    path = api.metrics_path(run.workdir, _SPLIT.value)
+    path = api.measured_path(run, measured)
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
     if wants_report:
         print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")

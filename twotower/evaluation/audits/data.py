@@ -143,18 +143,16 @@ def _moment_keys(parts: Sequence[Rows]) -> np.ndarray:
     return pair_keys(users, since_first)
 
 
-def audit_duplicates(queries: Queries, earlier_rows: int) -> Audit:
+def audit_duplicates(queries: Queries, natural: float) -> Audit:
     """Says how many right answers are items that the user had before.
 
     Args:
         queries: Queries with all of their relevant items, those that users had seen among them.
-        earlier_rows: Number of the rows that `queries.seen` was made of.
+        natural: Share of the earlier rows that repeat the user and item of one.
     """
-    users = queries.user[queries.relevant.rows]
-    repeated = int(queries.seen.contains(users, queries.relevant.values).sum())
+    repeated = int(queries.is_repeat().sum())
     total = len(queries.relevant.values)
     share = repeated / max(total, 1)
-    natural = 1 - len(queries.seen.values) / max(earlier_rows, 1)
     figures = {"answers": repeated, "share": share, "share_of_earlier_rows": natural}
     sentence = (
         f"{format_share(repeated, total)} of the right answers ({repeated:,} of {total:,}) are "
@@ -222,11 +220,11 @@ def adjacent_share(queries: Queries, sequences: Ragged) -> float:
         sequences: Items of each user in training, the latest last.
     """
     seen = queries.seen
-    has_last = seen.lengths[queries.user] > 0
+    has_last = seen.lengths[queries.seen_row] > 0
     if not has_last.any():
         return 0.0
     last = np.zeros(len(queries), np.int64)
-    last[has_last] = seen.values[seen.offsets[queries.user[has_last] + 1] - 1]
+    last[has_last] = seen.values[seen.offsets[queries.seen_row[has_last] + 1] - 1]
     is_asked = has_last[queries.relevant.rows]
     asked = pair_keys(last[queries.relevant.rows], queries.relevant.values)[is_asked]
     # The pairs that are asked for, not those of the log, are kept in memory.

@@ -83,12 +83,19 @@ def audit_data(
     config = prepared.config
     earlier = [prepared.positives(part) for part in EARLIER_PARTS[split]]
     earlier_rows = sum(int((rows.item >= 0).sum()) for rows in earlier)
+    lists = queries.seen
+    if queries.seen_list is not None and earlier:
+        # The lists of the queries overlap: those of the users tell how often users come back.
+        lists = items_of_users(earlier, num_users=len(prepared.users))
+    natural = 0.0
+    if earlier_rows:
+        natural = 1 - len(lists.values) / earlier_rows
     return [
         audit_unreachable(answers),
         audit_leakage(prepared.raw, config),
         audit_never_trained(queries),
         audit_ties(prepared.positives(split), earlier, config.split),
-        audit_duplicates(queries, earlier_rows),
+        audit_duplicates(queries, natural),
     ]
 
 

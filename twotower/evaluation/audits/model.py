@@ -59,7 +59,7 @@ def _recall_of_chance(queries: Queries, k: int) -> float:
     is_asked = queries.num_relevant > 0
     if not is_asked.any():
         return 0.0
-    unseen = np.maximum(queries.num_items - queries.seen.lengths[queries.user], 1)
+    unseen = np.maximum(queries.num_items - queries.seen.lengths[queries.seen_row], 1)
     reachable = queries.relevant.lengths / np.maximum(queries.num_relevant, 1)
     recall = reachable * np.minimum(k / unseen, 1.0)
     return float(recall[is_asked].mean())

@@ -74,7 +74,7 @@ def choose_queries(queries: Queries) -> list[tuple[int, str]]:
     """
     _, first = np.unique(queries.user, return_index=True)
     asked = np.sort(first[queries.relevant.lengths[first] > 0])
-    seen = queries.seen.lengths[queries.user[asked]]
+    seen = queries.seen.lengths[queries.seen_row[asked]]
     order = asked[np.argsort(-seen, kind="stable")]
     if len(order) <= BUSY + MEDIAN + NEW:
         return [(int(query), "shown") for query in order]
@@ -92,6 +92,7 @@ def describe_people(
     items: np.ndarray,
     titles: Sequence[str],
     split: str,
+    targets: str = "",
 ) -> list[Person]:
     """Returns ten people of a split with their lists.
 
@@ -102,9 +103,10 @@ def describe_people(
         items: Vectors of the items, float32 [N, D].
         titles: Titles of the items.
         split: Rows to find.
+        targets: Those of each user, see `make_queries`.
     """
     kind = prepared.config.evaluation.query
-    queries = make_queries(prepared, split, kind).without_seen()
+    queries = make_queries(prepared, split, kind, targets=targets).without_seen()
     chosen = choose_queries(queries)
     rows = np.array([query for query, _ in chosen], np.int64)
     if not len(rows):
@@ -114,21 +116,19 @@ def describe_people(
     vectors = embed_rows(model, weights, "user", features)
     seen = part.seen_lists(slice(0, len(part)))
     scores, lists = _lists(vectors, items, seen)
-    times = _request_times(prepared, split, kind)
+    times = prepared.positives(split).timestamp
     names = prepared.users["user_id"]
     people = []
-    for number, (query, kind_of_user) in enumerate(chosen):
+    for number, (_, kind_of_user) in enumerate(chosen):
         listed = lists[number][lists[number] >= 0]
         relevant = part.relevant[number]
         reasons: list[Reason] = []
         if len(listed):
             one = {name: values[number : number + 1] for name, values in features.items()}
-            time = None if times is None else int(times[query])
+            time = None if times is None else int(times[part.row[number]])
             spans = part.context.get(SPANS)
             span = None if spans is None else spans[number : number + 1]
-            reasons = _reasons(
-                prepared, model, weights, one, span, time, items[listed[:1]], titles, split
-            )
+            reasons = _reasons(prepared, model, weights, one, span, time, items[listed[:1]], titles)
         missed = relevant[~np.isin(relevant, listed)]
         people.append(
             Person(
@@ -151,17 +151,6 @@ def _lists(users: np.ndarray, items: np.ndarray, seen: Ragged) -> tuple[np.ndarr
     return np.asarray(scores), np.asarray(rows).astype(np.int64)
 
 
-def _request_times(prepared: PreparedData, split: str, kind: str) -> np.ndarray | None:
-    """Returns the time of each query in seconds, int64 [Q]; None in a log without times."""
-    rows = prepared.positives(split)
-    if rows.timestamp is None:
-        return None
-    if kind != "user":
-        return rows.timestamp
-    _, first = np.unique(rows.user, return_index=True)
-    return rows.timestamp[first]
-
-
 def _reasons(
     prepared: PreparedData,
     model: TwoTower,
@@ -171,13 +160,12 @@ def _reasons(
     time: int | None,
     item: np.ndarray,
     titles: Sequence[str],
-    split: str,
 ) -> list[Reason]:
     """Returns the events of one query's history that speak most for an item."""
     history = prepared.encoder.spec.history
     if prepared.histories is None or history is None or span is None:
         return []
-    events = prepared.histories.requests_at(prepared.raw, span, split)
+    events = prepared.histories.requests_at(prepared.raw, span)
     columns: dict[str, pa.Array] = {history.column: events}
     if time is not None and history.request_gap:
         columns["timestamp"] = pa.array([time])

@@ -261,6 +261,10 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
     flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
     if protocol["split"] != "test":
         flags.append(f"--split={protocol['split']}")
+    if "test_set" in measured:
+        flags.append(f"--test={measured['test_set']['source']}")
+    if "targets" in protocol:
+        flags.append(f"--targets={protocol['targets']}")
     if measured.get("baselines"):
         flags.append("--baselines")
     if protocol["asked"] < protocol["available"]:

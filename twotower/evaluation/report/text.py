@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.core.tables import format_table
+from twotower.data.report import format_share
 from twotower.evaluation.audits.base import spoken_sentences
 from twotower.evaluation.audits.sanity import format_sanity
 from twotower.evaluation.baselines.make import NO_RIVALS
@@ -42,6 +43,12 @@ NEW_TITLES = {
     "new_users": "Users that training never saw",
 }
 QUERY_TITLES = {"user": "user", "interaction": "held-out interaction"}
+TARGET_TITLES = {
+    "last": "user for the last row, given all rows before it",
+    "random": "user for one row drawn, given all rows before it",
+    "successive": "row, given all rows before it",
+    "all": "user for all rows",
+}
 
 
 def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
@@ -54,6 +61,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     # First: they say what every figure below is worth, whatever the model is.
     spoken = spoken_sentences(measured.get("audits", {}))
     lines = [f"WARNING: {sentence}" for sentence in spoken]
+    lines += _test_set_lines(measured.get("test_set", {}))
     lines += _protocol_lines(measured["protocol"])
     for suffix, title in MASKING_TITLES.items():
         model = measured[f"model{suffix}"]
@@ -259,13 +267,34 @@ def _loss_line(bundle: Bundle) -> str:
     return f"{stored} against {full}, exact lists of {users}: {', '.join(metrics)}."
 
 
+def _test_set_lines(test_set: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader must know of a further test set; nothing of the rows of the log."""
+    if not test_set:
+        return []
+    rows = test_set["rows"]
+    unknown = test_set["rows_of_unknown_items"]
+    lines = [
+        f"Test set {test_set['name']} ({test_set['source']}): {rows:,} rows; "
+        f"{test_set['unknown_users']:,} users are not in the log, and {unknown:,} rows "
+        f"({format_share(unknown, rows)}) are of items that are not in the corpus."
+    ]
+    return lines + [f"  {note}" for note in test_set["notes"]]
+
+
 def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     query = QUERY_TITLES[protocol["query"]]
+    targets = protocol.get("targets", "")
+    if protocol["split"] == "train":
+        targets = targets or "successive"
+    if targets:
+        query = TARGET_TITLES[targets]
     corpus = f"exact over all {protocol['items']:,} items"
     if "dim" in protocol:
         corpus += f", vectors cut to {protocol['dim']}"
-    step = f"Step {protocol['step']} on {protocol['split']}"
+    step = f"Step {protocol['step']} on {protocol.get('test_set', protocol['split'])}"
     lines = [f"{step}: one query per {query}, {corpus}."]
+    if protocol["split"] == "train":
+        lines.append("The model was trained on these rows: the figures say how much it remembers.")
     # Metrics of a sample may not pass for those of all queries.
     if protocol["asked"] < protocol["available"]:
         sample = f"{protocol['asked']:,} of {protocol['available']:,}"

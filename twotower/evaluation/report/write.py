@@ -17,6 +17,7 @@ from twotower.core.install import extra
 from twotower.data.report import DataReport
 from twotower.evaluation.evaluate import query_vectors
 from twotower.evaluation.queries import make_queries
+from twotower.evaluation.query_table import record_name
 from twotower.evaluation.report import quality, vectors
 from twotower.evaluation.report.figures import scatter_image
 from twotower.evaluation.report.page import Section, bullets, paragraph, render_page
@@ -70,12 +71,14 @@ def write_report(
     """
     check_report()
     prepared = run.prepared
-    split = measured["protocol"]["split"]
+    protocol = measured["protocol"]
+    split = protocol["split"]
+    targets = protocol.get("targets", "")
     counts = item_counts(prepared)
     groupings = choose_columns(prepared.items, columns, counts)
     model = served_model(run)
     items = embed_rows(model, run.weights, "item", prepared.features["item"])
-    every_query = make_queries(prepared, split, run.config.evaluation.query)
+    every_query = make_queries(prepared, split, run.config.evaluation.query, targets=targets)
     users = query_vectors(prepared, model, run.weights, every_query.sample(QUERIES))
     titles = item_titles(prepared.items, run.config.retrieval.display)
     lines = list(read_lines(run.workdir))
@@ -84,7 +87,7 @@ def write_report(
     for image, grouping in zip(images, groupings):
         _write_image(image, plane, grouping, run.workdir.name)
     workdir = str(run.workdir)
-    people = describe_people(prepared, model, run.weights, items, titles, split)
+    people = describe_people(prepared, model, run.weights, items, titles, split, targets)
     config = dataclasses.asdict(run.config)
     sections = [
         quality.how_measured(measured, config, workdir),
@@ -103,7 +106,7 @@ def write_report(
         people_section(people, reads_history=prepared.histories is not None),
         data_section(prepared.report),
     ]
-    about = f"Evaluation on {split} rows, model at step {run.step:,}"
+    about = f"Evaluation on {record_name(protocol)} rows, model at step {run.step:,}"
     title = run.workdir.resolve().name
     page = render_page(title, about, quality.hero(measured, workdir, prepared.report), sections)
     with atomic(path) as temporary:
