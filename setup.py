@@ -103,6 +103,7 @@ setup(
         "twotower": ["py.typed"],
         "twotower.evaluation.report": ["static/*"],
         "twotower.retrieval.item_map": ["map.js"],
+        "twotower.serving.page": ["static/*"],
     },
     cmdclass={"build_py": BuildWithShipped},
     entry_points={"console_scripts": ["twotower = twotower.__main__:main"]},

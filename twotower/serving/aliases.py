@@ -16,7 +16,11 @@ _OPAQUE = ("where", "display", "figures", "data")
 
 
 class Aliases:
-    """Names of fields as a shop writes them."""
+    """Names of fields as a shop writes them.
+
+    Attributes:
+        theirs: Our name -> the name of the shop.
+    """
 
     def __init__(self, names: Mapping[str, str], known: Collection[str]):
         """Checks the names, and keeps them.
@@ -39,7 +43,7 @@ class Aliases:
                 raise ConfigError(
                     f"--aliases: {echo(theirs)} is a field already: it cannot mean {echo(ours)}."
                 )
-        self._theirs = {ours: theirs for theirs, ours in reversed(self._ours.items())}
+        self.theirs = {ours: theirs for theirs, ours in reversed(self._ours.items())}
 
     @classmethod
     def read(cls, path: str, known: Collection[str]) -> Aliases:
@@ -89,9 +93,9 @@ class Aliases:
         renamed = {}
         for ours, member in value.items():
             opaque = ours in _OPAQUE
-            renamed[self._theirs.get(ours, ours)] = member if opaque else self.to_theirs(member)
+            renamed[self.theirs.get(ours, ours)] = member if opaque else self.to_theirs(member)
         return renamed
 
     def rename_field(self, field: str) -> str:
         """Returns the place of a field in a request with the names of the shop."""
-        return re.sub(r"\w+", lambda found: self._theirs.get(found[0], found[0]), field)
+        return re.sub(r"\w+", lambda found: self.theirs.get(found[0], found[0]), field)

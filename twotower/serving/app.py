@@ -27,6 +27,8 @@ from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
+from twotower.serving.page.files import page_files
+from twotower.serving.page.lookups import Lookups
 from twotower.serving.versions import types as admin_types
 from twotower.serving.versions.admin import Admin
 from twotower.serving.versions.versions import Versions
@@ -35,6 +37,7 @@ from twotower.serving.writer import Writer
 Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
 
@@ -224,13 +227,16 @@ class App:
         self.accepted = 0
         self.closing: list[tuple[bytes, bytes]] = []
         self._differences: list[str] = []
+        self._lookups = Lookups(self.versions)
         self.endpoints = self._make_endpoints()
         # Looked up before Starlette, whose routes are tried one after another.
-        self._fast = {
+        self._fast: dict[tuple[str, str], Application] = {
             (endpoint.method, endpoint.path): endpoint
             for endpoint in self.endpoints
             if "{" not in endpoint.path
         }
+        names = {} if aliases is None else aliases.theirs
+        self._fast |= {("GET", file.path): file for file in page_files(names)}
         routes = [
             # An id may hold a slash.
             Route(endpoint.path.replace("}", ":path}"), endpoint, methods=[endpoint.method])
@@ -441,6 +447,18 @@ class App:
             *self._make_changes(),
             *self._make_administration(),
             *self._make_reports(),
+            *[
+                Endpoint(
+                    self,
+                    lookup.name,
+                    lookup.route,
+                    lookup.summary,
+                    lookup.handle,
+                    request=lookup.request,
+                    answer=lookup.answer,
+                )
+                for lookup in self._lookups.endpoints()
+            ],
         ]
 
     def _make_changes(self) -> list[Endpoint]:

@@ -1,4 +1,34 @@
 "use strict";
+// The shapes of the charts' markers, so that colour is never alone.
+const ITEM_SHAPES = [
+  (pen, x, y, r) => pen.arc(x, y, r, 0, 7),
+  (pen, x, y, r) => pen.rect(x - r, y - r, 2 * r, 2 * r),
+  (pen, x, y, r) => drawPolygon(pen, x, y, 1.3 * r, 3, -Math.PI / 2),
+  (pen, x, y, r) => drawPolygon(pen, x, y, 1.3 * r, 4, 0),
+  (pen, x, y, r) => drawPolygon(pen, x, y, 1.3 * r, 3, Math.PI / 2),
+  (pen, x, y, r) => {
+    pen.rect(x - r * 1.3, y - r * 0.4, r * 2.6, r * 0.8);
+    pen.rect(x - r * 0.4, y - r * 1.3, r * 0.8, r * 2.6);
+  },
+  (pen, x, y, r) => drawPolygon(pen, x, y, 1.2 * r, 6, 0),
+  (pen, x, y, r) => drawPolygon(pen, x, y, 1.2 * r, 5, -Math.PI / 2),
+];
+function drawPolygon(pen, x, y, r, corners, turn) {
+  for (let corner = 0; corner < corners; corner++) {
+    const angle = turn + (2 * Math.PI * corner) / corners;
+    pen.lineTo(x + r * Math.cos(angle), y + r * Math.sin(angle));
+  }
+  pen.closePath();
+}
+// The colour of a group, or the variable `name` of the style sheet.
+const groupColour = (group) => styleColour(`c${group % ITEM_SHAPES.length}`);
+const styleColour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+function drawItemMarker(pen, group, x, y, radius) {
+  pen.beginPath();
+  ITEM_SHAPES[group % ITEM_SHAPES.length](pen, x, y, radius);
+  pen.fill();
+}
+
 // Draws `data` into the elements map-sheet, map-canvas and so on of a page. `onChoose`, where it is
 // given, is called with the number of each item that somebody chooses.
 function showItemMap(data, onChoose = () => {}) {
@@ -22,48 +52,25 @@ function showItemMap(data, onChoose = () => {}) {
   const screenX = (item) => (places[2 * item] / 65535 - view.x) * size() + canvas.clientWidth / 2;
   const screenY = (item) => (view.y - places[2 * item + 1] / 65535) * size() + canvas.clientHeight / 2;
 
-  // The shapes of the charts' markers, so that colour is never alone.
-  const SHAPES = [
-    (x, y, r) => pen.arc(x, y, r, 0, 7),
-    (x, y, r) => pen.rect(x - r, y - r, 2 * r, 2 * r),
-    (x, y, r) => polygon(x, y, 1.3 * r, 3, -Math.PI / 2),
-    (x, y, r) => polygon(x, y, 1.3 * r, 4, 0),
-    (x, y, r) => polygon(x, y, 1.3 * r, 3, Math.PI / 2),
-    (x, y, r) => { pen.rect(x - r * 1.3, y - r * 0.4, r * 2.6, r * 0.8); pen.rect(x - r * 0.4, y - r * 1.3, r * 0.8, r * 2.6); },
-    (x, y, r) => polygon(x, y, 1.2 * r, 6, 0),
-    (x, y, r) => polygon(x, y, 1.2 * r, 5, -Math.PI / 2),
-  ];
-  function polygon(x, y, r, corners, turn) {
-    for (let corner = 0; corner < corners; corner++) {
-      const angle = turn + (2 * Math.PI * corner) / corners;
-      pen.lineTo(x + r * Math.cos(angle), y + r * Math.sin(angle));
-    }
-    pen.closePath();
-  }
-
   function draw() {
     waiting = false;
     const scale = window.devicePixelRatio || 1;
     canvas.width = Math.round(canvas.clientWidth * scale);
     canvas.height = Math.round(canvas.clientHeight * scale);
     pen.setTransform(scale, 0, 0, scale, 0, 0);
-    const style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     const radius = Math.min(7, 2.2 * Math.sqrt(view.zoom));
     for (let group = data.labels.length - 1; group >= 0; group--) {
-      pen.fillStyle = colour(`c${group % 8}`);
+      pen.fillStyle = groupColour(group);
       for (let item = 0; item < titles.length; item++) {
         if (groups[item] !== group) continue;
         const x = screenX(item);
         const y = screenY(item);
         if (x < -9 || y < -9 || x > canvas.clientWidth + 9 || y > canvas.clientHeight + 9) continue;
-        pen.beginPath();
-        SHAPES[group % 8](x, y, radius);
-        pen.fill();
+        drawItemMarker(pen, group, x, y, radius);
       }
     }
     if (chosen >= 0) {
-      pen.strokeStyle = colour("ink");
+      pen.strokeStyle = styleColour("ink");
       for (const item of [chosen, ...neighbours(chosen)]) {
         pen.lineWidth = item === chosen ? 3 : 1.25;
         pen.beginPath();
