@@ -32,7 +32,7 @@ function qualityTable(name, figures) {
   const parts = [];
   if (rows.length) parts.push(table(["", ...columns.map((length) => `@${length}`)], rows, `Figures of ${name}`));
   if (others.length) {
-    parts.push(make("dl", { class: "figures" }, ...others.map(([key, value]) => figure(key, formatNumber(value), true))));
+    parts.push(make("dl", { class: "figures more" }, ...others.map(([key, value]) => figure(key, formatNumber(value), true))));
   }
   return make("div", {}, ...parts);
 }
@@ -55,7 +55,7 @@ export function modelPanels(info, ready) {
     figure("width of the vectors", formatNumber(info.dim)),
     figure("version", info.model_version, true),
     figure("exported", String(info.date).slice(0, 10), true),
-    figure("index", info.index, true),
+    figure("index", info.index.replaceAll("_", " "), true),
     figure("status", ready.status, true),
   ];
   made.push(panel("What is served", make("dl", { class: "figures" }, ...served), true));

@@ -44,6 +44,9 @@ export function startOptions(onChange) {
       byId("add-condition").focus();
       changed();
     });
+    // Most conditions ask for one of few values, such as a category.
+    const usual = columns.findIndex(({ values = [], kind }) => kind !== "text" || (values.length > 1 && values.length < 40));
+    column.selectedIndex = Math.max(usual, 0);
     byId("conditions").append(row);
     fill();
     column.focus();

@@ -4,7 +4,7 @@ import { startFinder } from "./finder.js";
 import { modelPanels } from "./model.js";
 import { startOptions } from "./options.js";
 import {
-  addButton, bones, card, directionOf, empty, facts, formatDay, formatNumber, make, problem, titleButton, titleOf,
+  addButton, bones, card, directionOf, empty, facts, formatDay, formatNumber, formatScore, make, problem, titleButton, titleOf,
 } from "./view.js";
 
 const byId = (id) => document.getElementById(id);
@@ -103,7 +103,7 @@ async function openUser(user) {
     showPerson();
     refresh();
   } catch (refusal) {
-    byId("lists").replaceChildren(problem(refusal, () => openUser(user)));
+    showProblem(refusal, () => openUser(user));
   }
 }
 
@@ -170,6 +170,14 @@ function preparePanels(options) {
   return panels;
 }
 
+// Where the focus stands in a list that is about to be replaced; null where it is elsewhere.
+function placeOfFocus(body) {
+  const element = document.activeElement;
+  if (!body.contains(element)) return null;
+  const kind = element.classList.contains("add") ? "add" : "name";
+  return { kind, number: Math.max(0, [...body.querySelectorAll(`.${kind}`)].indexOf(element)) };
+}
+
 function fillPanel(panel, answer, moves, shared) {
   const { items } = answer;
   panel.setAttribute("aria-busy", "false");
@@ -181,8 +189,10 @@ function fillPanel(panel, answer, moves, shared) {
     shared: shared.has(item.item_id), column: catalogue.title, titles,
   }, openItem, addPast));
   const body = panel.querySelector(".body");
+  const place = placeOfFocus(body);
   if (cards.length) body.replaceChildren(make("ol", { class: "cards" }, ...cards));
   else body.replaceChildren(empty("No item remains", answer.note || "Loosen the conditions, or show items of the history too."));
+  if (place) (body.querySelectorAll(`.${place.kind}`)[place.number] || byId("results")).focus({ preventScroll: true });
   const count = `${items.length} item${items.length === 1 ? "" : "s"}`;
   const both = shared.size ? `${count}, ${shared.size} in both` : count;
   const note = cards.length ? answer.note : "";
@@ -262,7 +272,7 @@ async function openItem(item, isBack = false) {
     rows.replaceChildren(...answer.items.map((near) => make(
       "li", { dir: directionOf(nameOf(near)) },
       titleButton(near, catalogue.title, (next) => openItem(next), ""),
-      make("span", { class: "score", text: formatNumber(near.score ?? 0), title: "Cosine" }),
+      make("span", { class: "score", text: formatScore(near.score ?? 0), title: "Cosine" }),
       addButton(near, catalogue.title, addPast),
     )));
     if (!answer.items.length) rows.replaceWith(empty("No neighbours", "There is no other item."));
@@ -387,6 +397,13 @@ function startDialogs() {
   byId("token").addEventListener("cancel", (event) => event.preventDefault());
 }
 
+function showProblem(refusal, onRetry) {
+  byId("lists").replaceChildren(problem(refusal, onRetry));
+}
+
+let isBegun = false;
+let healthTimer = 0;
+
 async function watchHealth() {
   const health = byId("health");
   let state = "bad";
@@ -401,12 +418,16 @@ async function watchHealth() {
   // Said anew only when it changes, or a screen reader would repeat it.
   if (health.textContent !== text) health.textContent = text;
   health.dataset.state = state;
-  setTimeout(watchHealth, state === "ok" ? 15_000 : 1_500);
+  if (state === "ok" && !isBegun) begin();
+  else if (state === "bad" && !isBegun) showProblem(new Refusal(0, { detail: "The server does not answer." }), watchHealth);
+  clearTimeout(healthTimer);
+  healthTimer = setTimeout(watchHealth, state === "ok" ? 15_000 : 1_500);
 }
 
 const controls = startOptions(refresh);
 
 async function begin() {
+  isBegun = true;
   try {
     catalogue = await ask("v1/catalogue");
     controls.offer(catalogue);
@@ -416,7 +437,8 @@ async function begin() {
       make("bdi", { text: user.user_id }), " ", make("small", { text: `${user.events} items` }),
     )));
   } catch (refusal) {
-    byId("lists").replaceChildren(problem(refusal, begin));
+    isBegun = false;
+    showProblem(refusal, begin);
     return;
   }
   const user = new URLSearchParams(location.hash.slice(1)).get("user");
@@ -434,4 +456,3 @@ byId("restore").addEventListener("click", () => { before = null; setHistory(stat
 byId("forget").addEventListener("click", forget);
 preparePanels(controls.values());
 watchHealth();
-begin();

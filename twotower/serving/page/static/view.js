@@ -22,6 +22,8 @@ export function make(tag, properties = {}, ...children) {
 
 export const directionOf = (text) => (RIGHT_TO_LEFT.test(text) ? "rtl" : "ltr");
 export const formatNumber = (value) => SHORT.format(value);
+// Scores of one list have equally many digits.
+export const formatScore = (value) => (Number.isInteger(value) ? formatNumber(value) : value.toFixed(3));
 export const formatDay = (seconds) => DAY.format(new Date(seconds * 1000));
 
 export function formatValue(value) {
@@ -86,7 +88,7 @@ function movedBadge(moved) {
 export function card(item, about, onOpen, onAdd) {
   const bar = make("span");
   bar.style.setProperty("--share", `${Math.round(100 * about.share)}%`);
-  const score = item.score === null ? "" : formatNumber(item.score);
+  const score = item.score === null ? "" : formatScore(item.score);
   const source = SOURCES[item.source] || item.source;
   return make(
     "li",
