@@ -54,7 +54,7 @@ function pastCard(item, number, isAdded) {
   const meta = [item.event, item.timestamp ? formatDay(item.timestamp) : "", isAdded ? "added here" : ""];
   const label = `Remove from the history: ${nameOf(item)}`;
   return make(
-    "li", { class: isAdded ? "added" : "", dir: directionOf(nameOf(item)) },
+    "li", { class: isAdded ? "added" : "", dir: directionOf(nameOf(item)), "data-item": item.item_id },
     titleButton(item, catalogue.title, openItem),
     make("p", { class: "meta", text: meta.filter(Boolean).join(" · ") }),
     make("button", { type: "button", class: "remove", text: "×", "aria-label": label, onclick: () => removePast(number) }),
@@ -119,6 +119,7 @@ function mainRequest(options) {
   const request = { ...listing(options), exclude_seen: options.seen };
   if (options.popularity) request.popularity_weight = options.popularity;
   if (options.diversity) request.diversity = options.diversity;
+  if (catalogue.reads_history) request.reasons = true;
   if (state.user !== null) request.user_id = state.user;
   if (state.isEdited) {
     // The latest last, each with what is known of it.
@@ -270,7 +271,7 @@ async function openItem(item, isBack = false) {
     if (openItem.current !== item) return;
     remember(answer.items);
     rows.replaceChildren(...answer.items.map((near) => make(
-      "li", { dir: directionOf(nameOf(near)) },
+      "li", { dir: directionOf(nameOf(near)), "data-item": near.item_id },
       titleButton(near, catalogue.title, (next) => openItem(next), ""),
       make("span", { class: "score", text: formatScore(near.score ?? 0), title: "Cosine" }),
       addButton(near, catalogue.title, addPast),

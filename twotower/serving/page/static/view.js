@@ -2,9 +2,6 @@
 const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u;
 const SHORT = new Intl.NumberFormat("en", { maximumFractionDigits: 3 });
 const DAY = new Intl.DateTimeFormat("en", { dateStyle: "medium" });
-const SOURCES = {
-  model: "model", similar: "similar", popular: "popular", new: "new", promoted: "promoted",
-};
 
 // Returns an element; properties `class`, `text` and `on*` are set as such, others as attributes.
 export function make(tag, properties = {}, ...children) {
@@ -68,11 +65,8 @@ export function addButton(item, column, onAdd) {
 function reasonOf(item, titles) {
   const reason = item.reason;
   if (!reason) return null;
-  if (typeof reason === "string") return make("p", { class: "reason", text: reason, dir: "auto" });
-  const id = reason.item_id;
-  const title = (reason.display && Object.values(reason.display)[0]) || titles.get(id) || id;
-  if (!title) return null;
-  return make("p", { class: "reason" }, "Because of ", make("bdi", { text: title }));
+  const event = reason.event ? ` (${reason.event})` : "";
+  return make("p", { class: "reason" }, "Because of ", make("bdi", { text: titles.get(reason.item_id) || reason.item_id }), event);
 }
 
 function movedBadge(moved) {
@@ -89,10 +83,12 @@ export function card(item, about, onOpen, onAdd) {
   const bar = make("span");
   bar.style.setProperty("--share", `${Math.round(100 * about.share)}%`);
   const score = item.score === null ? "" : formatScore(item.score);
-  const source = SOURCES[item.source] || item.source;
   return make(
     "li",
-    { class: about.shared ? "card shared" : "card", dir: directionOf(titleOf(item, about.column)) },
+    {
+      class: about.shared ? "card shared" : "card",
+      dir: directionOf(titleOf(item, about.column)), "data-item": item.item_id,
+    },
     make(
       "div", { class: "title" },
       make("span", { class: "rank", text: about.rank }),
@@ -103,7 +99,7 @@ export function card(item, about, onOpen, onAdd) {
     reasonOf(item, about.titles) || make("span"),
     make(
       "div", { class: "foot" },
-      make("span", { class: "source", "data-source": item.source, text: source }),
+      make("span", { class: "source", "data-source": item.source, text: item.source }),
       make("span", { class: "score", text: score, title: "Score" }),
       make("span", { class: "meter", "aria-hidden": "true" }, bar),
       about.shared ? make("span", { class: "soft", text: "in both" }) : null,
