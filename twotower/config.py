@@ -256,7 +256,7 @@ class SplitConfig:
     Attributes:
         kind: Kind of split, a key of `twotower.data.split.SPLITS`.
         validation: Share of the rows held out for validation, from 0 to 0.99; any value above 0
-            with leave_last_out, which holds out one row a user.
+            with leave_last_out, which holds out `held_out` rows a user.
         test: Share of the rows held out for test, likewise.
         seed: Random seed of a random choice of rows, or of an order of ties.
         held: Validation rows of a fixed split that names none: a random share of the training rows,
@@ -264,6 +264,10 @@ class SplitConfig:
         ties: Last row, for leave_last_out, of a user's rows of one time: the last of the file, one
             drawn by the seed, or all rows of that time together, any of which is then a right
             answer. The audit "ties" of an evaluation says for how many users it matters.
+        held_out: Number of last rows of each user that leave_last_out holds out for each part.
+        validation_by: Rows that validation takes of those that are left beside the test: those that
+            the kind of split says, the latest (time), the last `held_out` of each user (last), or
+            all rows of a share of the users (user), whose last rows are found by the rows before.
         accept_leakage: Names of findings of the leakage audit that the protocol at hand knowingly
             accepts.
     """
@@ -275,11 +279,15 @@ class SplitConfig:
     seed: int = 0
     held: Literal["random", "latest"] = "random"
     ties: Literal["file", "drawn", "together"] = "file"
+    held_out: int = 1
+    validation_by: Literal["kind", "time", "last", "user"] = "kind"
     accept_leakage: tuple[str, ...] = ()
 
     def __post_init__(self):
         # Up to 0.99 each; that both leave a share for train is checked where rows are counted.
-        FieldChecks(self, "config.split").between(0.0, 0.99, "validation", "test")
+        check = FieldChecks(self, "config.split")
+        check.between(0.0, 0.99, "validation", "test")
+        check.at_least(1, "held_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

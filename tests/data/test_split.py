@@ -94,6 +94,45 @@ def test_ties_of_a_users_last_rows_are_drawn_or_held_out_together():
         assert parts_of(untied, kind="leave_last_out", ties=ties) == expected
 
 
+@pytest.mark.parametrize("ties", ["file", "together"])
+def test_leave_last_out_may_hold_out_several_rows_of_each_user(ties):
+    users = "aaaaaaabbbbbcccc"
+    rows = log_of(users, range(16), timestamp=range(16), row=range(16))
+    parts = parts_of(rows, kind="leave_last_out", held_out=2, ties=ties)
+    # Cat has four rows, which two parts of two would take all of.
+    assert parts["test"] == [5, 6, 10, 11] and parts["validation"] == [3, 4, 8, 9]
+    assert (
+        parts_of(rows, kind="leave_last_out", held_out=2, validation=0.0)["test"] == parts["test"]
+    )
+    with pytest.raises(ConfigError, match="held_out"):
+        SplitConfig(held_out=0)
+
+
+@pytest.mark.parametrize("kind", ["time", "leave_last_out", "random"])
+@pytest.mark.parametrize("by", ["time", "last", "user"])
+def test_validation_rows_are_chosen_among_those_beside_the_test(kind, by):
+    log = random_log(4)
+    only_test = parts_of(log, kind=kind, validation=0.0)
+    parts = parts_of(log, kind=kind, validation=0.2, validation_by=by)
+    assert parts["test"] == only_test["test"]
+    assert sorted(parts["train"] + parts["validation"]) == only_test["train"]
+    user = np.array(log["user_id"])
+    time = np.asarray(log["timestamp"])
+    train, validation = (np.array(parts[name]) for name in ("train", "validation"))
+    if by == "time":
+        assert time[train].max() < time[validation].min()
+        assert len(validation) >= 0.2 * len(only_test["train"]) - 1
+    if by == "last":
+        for one in set(user[validation]):
+            of_user = train[user[train] == one]
+            assert (user[validation] == one).sum() == 1 and len(of_user) >= 2
+            assert time[of_user].max() <= time[validation[user[validation] == one]]
+    if by == "user":
+        held = set(user[validation])
+        assert not held & set(user[train])
+        assert len(held) == round(0.2 * len(set(user[only_test["train"]])))
+
+
 def test_a_random_split_has_exact_sizes_and_follows_its_seed():
     rows = log_of(range(1000), range(1000), row=range(1000))
     one, again, other = (

@@ -155,3 +155,20 @@ def test_a_missing_label_is_refused(prepared):
     labelled = dataclasses.replace(prepared, config=config)
     with pytest.raises(ConfigError, match="config.objective.label='liked': the test set has no"):
         read_test_rows(labelled, prepared.raw.test)
+
+
+def test_users_held_out_for_validation_are_found_by_the_rows_before_their_last(tmp_path):
+    path = write_log(tmp_path / "log.csv", times=10**6)
+    prepared = prepare_log(path, {"kind": "time", "validation_by": "user"})
+    assert not set(prepared.validation.user) & set(prepared.train.user)
+    queries = make_queries(prepared, "validation", "user")
+    rows = rows_of(prepared, "validation")
+    assert sorted(rows[row][0] for row in queries.row) == sorted({user for user, *_ in rows})
+    spans = queries.context[SPANS]
+    had = [len(before(prepared, "validation", row)) for row in queries.row]
+    assert (spans[:, 1] - spans[:, 0]).tolist() == [min(LENGTH, count) for count in had]
+    assert max(had) > 0
+    # Users of the test whom training never saw are known by their validation rows.
+    test = make_queries(prepared, "test", "user")
+    new = np.isin(test.user, prepared.validation.user)
+    assert new.any() and (test.context[SPANS][new, 1] > test.context[SPANS][new, 0]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from twotower.core.kinds import Kinds
 from twotower.data.interactions import (
     PARTS,
     Split,
+    codes,
     count_later_moments,
     count_later_rows,
     describe,
@@ -58,7 +60,10 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     """
     divide = SPLITS.choose(config.kind, "config.split.kind")
     # A part for each row instead of three tables, so that rows keep their file order.
-    part_of_row = divide(interactions, config)
+    if config.validation_by == "kind" or not config.validation:
+        part_of_row = divide(interactions, config)
+    else:
+        part_of_row = _with_validation(interactions, divide, config)
     # Kept because file order breaks ties of time when the parts are joined again.
     positions = []
     for part in range(len(PARTS)):
@@ -75,6 +80,20 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
                 f"{_HINTS.get(config.kind, '')}"
             )
     return Split(*tables, file_positions=tuple(positions))
+
+
+def _with_validation(rows: pa.Table, divide: PartOfRows, config: SplitConfig) -> np.ndarray:
+    """Returns the number of the part of each row, with validation rows as `validation_by` says."""
+    parts = divide(rows, dataclasses.replace(config, validation=0.0))
+    if (parts == VALIDATION).any():
+        raise ConfigError(
+            f"config.split.validation_by={config.validation_by!r} chooses validation rows, and the "
+            "log has some of its own: leave out one of them."
+        )
+    train = np.flatnonzero(parts == TRAIN)
+    hold_out = VALIDATION_BY[config.validation_by]
+    parts[train[hold_out(rows.take(pa.array(train)), config)]] = VALIDATION
+    return parts
 
 
 def _rows_at(rows: pa.Table, positions: np.ndarray) -> pa.Table:
@@ -173,11 +192,11 @@ def cure_without_order(rows: pa.Table) -> str:
 
 
 def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
-    """Holds out the last row of each user for test and the one before it for validation.
+    """Holds out the last rows of each user for test and those before them for validation.
 
-    Rows are ordered by timestamp, and equal timestamps as `config.ties` says; absent ones by file
-    order. Users with fewer than three rows, or moments, stay in train. A part whose share is 0 gets
-    no rows.
+    Each part takes `config.held_out` of them. Rows are ordered by timestamp, and equal timestamps
+    as `config.ties` says; absent ones by file order. Users who would have no row, or moment, left
+    of both parts stay in train. A part whose share is 0 gets no rows.
     """
     # Test first: it takes the very last row.
     shares = ((TEST, config.test), (VALIDATION, config.validation))
@@ -186,8 +205,8 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     later, rows_of_user = _count_later(rows, config)
     parts = np.full(len(later), TRAIN, np.int8)
     # Parts with a share take the last rows in turn: without test, validation has the last.
-    for position_from_end, part in enumerate(held_out_parts):
-        is_held_out = (later == position_from_end) & (rows_of_user >= MIN_ROWS_TO_HOLD_OUT)
+    for number, part in enumerate(held_out_parts):
+        is_held_out = (later // config.held_out == number) & (rows_of_user > 2 * config.held_out)
         parts[is_held_out] = part
     return parts
 
@@ -276,7 +295,7 @@ SPLITS: Kinds[PartOfRows] = Kinds(
 
 _HINTS = {
     "time": "Change the shares: rows of one second are never divided.",
-    "leave_last_out": "Only users with at least three rows have one held out.",
+    "leave_last_out": "Only users with at least three rows have one held out (2 held_out + 1).",
     "random": "Change the shares, or use a log with more rows.",
     "fixed": "The column 'split' decides it; set the share to 0 for a part that is not needed.",
     "none": "It holds nothing out: set both shares to 0.",
@@ -300,6 +319,42 @@ def _latest_share_of_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
 HELD: dict[str, ValidationRows] = {
     "random": _random_share,
     "latest": _latest_share_of_users,
+}
+
+
+def _latest_rows(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    """Takes the latest share of all rows; rows of one second stay together."""
+    times = timestamps(rows)
+    if times is None:
+        raise ConfigError(
+            "config.split.validation_by='time' needs a column 'timestamp', and the log has none: "
+            "'last' takes the last rows of each user by the order of the file."
+        )
+    count = max(1, round(len(rows) * config.validation))
+    first = np.partition(times, len(times) - count)[len(times) - count]
+    return np.flatnonzero(times >= first)
+
+
+def _last_rows_of_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    """Takes the last rows of each user with more than two parts would hold out."""
+    later, rows_of_user = _count_later(rows, config)
+    return np.flatnonzero((later < config.held_out) & (rows_of_user > 2 * config.held_out))
+
+
+def _rows_of_some_users(rows: pa.Table, config: SplitConfig) -> np.ndarray:
+    """Takes all rows of a share of the users, drawn by the seed."""
+    users = codes(rows["user_id"])
+    distinct = np.unique(users)
+    count = max(1, round(len(distinct) * config.validation))
+    drawn = np.random.default_rng(config.seed).permutation(distinct)[:count]
+    return np.flatnonzero(np.isin(users, drawn))
+
+
+# Ways of `config.split.validation_by` to choose validation rows among those left beside the test.
+VALIDATION_BY: dict[str, ValidationRows] = {
+    "time": _latest_rows,
+    "last": _last_rows_of_users,
+    "user": _rows_of_some_users,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import pyarrow as pa
 
+from twotower.config import SplitConfig
 from twotower.core.arrays import Ragged, evenly_spaced, stable_argsort
 from twotower.core.errors import ConfigError, choose
 from twotower.pipeline.batches import SPANS, Rows
@@ -158,7 +159,7 @@ def make_queries(
     if targets:
         choose(dict.fromkeys(TARGETS), targets, "targets")
     else:
-        targets = _usual_targets(split)
+        targets = _usual_targets(split, prepared.config.split)
     if not len(getattr(prepared, split)):
         raise ConfigError(
             f"There are no {split} rows to evaluate on: config.split.{split} must be above 0."
@@ -196,8 +197,10 @@ def make_queries(
     return dataclasses.replace(queries, row=chosen, seen_list=np.arange(len(chosen)))
 
 
-def _usual_targets(split: str) -> str:
+def _usual_targets(split: str, config: SplitConfig) -> str:
     """Returns the targets of a split where none are named."""
+    if split == "validation" and config.validation_by == "user":
+        return "last"
     return "successive" if split == "train" else ""
 
 

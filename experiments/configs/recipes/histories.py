@@ -26,6 +26,8 @@ RECIPES = {
         "model.history.kind": "gru",
         "model.history.width": 32,
         "model.history.blocks": 1,
+        # Validated by users whom training never saw: their last row, by the rows before it.
+        "split.validation_by": "user",
     },
     # A Transformer that sees the whole past at once and reads it off a learned token.
     "bidirectional": {
@@ -33,8 +35,10 @@ RECIPES = {
         "model.history.blocks": 1,
         "model.history.heads": 4,
         "model.history.pooling": "cls",
-        # A user's last row; of several of one time, one that the seed draws.
+        # A user's last two rows, and the two before them to validate with; of rows of one time, in
+        # an order that the seed draws.
         "split.kind": "leave_last_out",
+        "split.held_out": 2,
         "split.ties": "drawn",
         "split.accept_leakage": ("future_rows", "repeated_pairs"),
     },
