@@ -1,13 +1,19 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
+import contextlib
 import gc
 import importlib
 import os
+import sys
+import threading
 from pathlib import Path
 
 from twotower.runtime import MAX_CACHE_BYTES, keep_freed_memory, program_folder, remove_oldest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests start a hundred processes, which otherwise compile the package anew each: .7 s of theirs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all
 # the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
@@ -52,6 +58,31 @@ def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
 
 
 mesh.make_mesh = make_mesh
+
+
+def share_lowering_contexts() -> None:
+    """Lowers several programs in one context of MLIR: JAX makes one for each, which takes 5 ms."""
+    mlir = importlib.import_module("jax._src.interpreters.mlir")
+    make = mlir.make_ir_context
+    lock = threading.Lock()
+    context = None
+    lowered = 0
+
+    def shared():
+        nonlocal context, lowered
+        with lock:
+            # Not all in one: a context keeps the constants of its programs.
+            if lowered % 100 == 0:
+                context = make()
+            lowered += 1
+            return context
+
+    mlir.make_ir_context = shared
+
+
+# A version of JAX that has no such function makes its contexts itself.
+with contextlib.suppress(ImportError, AttributeError):
+    share_lowering_contexts()
 # Tracing makes millions of small objects that die at once: a walk for every 700 of them is a
 # twentieth of the time.
 gc.set_threshold(20_000, 20, 50)
