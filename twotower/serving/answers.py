@@ -507,6 +507,7 @@ class Answers:
                     read_id(event.item_id, forms.item_id, f"events[{number}].item_id"),
                     event.event,
                     now if seconds is None else seconds,
+                    event.recommendation_id,
                 )
             )
         return stored

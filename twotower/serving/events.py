@@ -32,6 +32,7 @@ class StoredEvent(NamedTuple):
         item_id: Id of the item, in the form of the log.
         event: Kind of the event; None where none was given.
         timestamp: Time, or the time at which it was received, in seconds since 1970.
+        recommendation_id: Id of the answer that it came of; None where none was named.
     """
 
     event_id: str
@@ -39,6 +40,10 @@ class StoredEvent(NamedTuple):
     item_id: str
     event: str | None
     timestamp: int
+    recommendation_id: str | None = None
+
+
+_COLUMNS = ", ".join(StoredEvent._fields)
 
 
 class EventLog:
@@ -77,8 +82,7 @@ class EventLog:
             for batch in batches:
                 before = connection.total_changes
                 connection.executemany(
-                    "INSERT OR IGNORE INTO events (event_id, user_id, item_id, event, timestamp) "
-                    "VALUES (?, ?, ?, ?, ?)",
+                    f"INSERT OR IGNORE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
                     batch,
                 )
                 counts.append(connection.total_changes - before)
@@ -99,8 +103,7 @@ class EventLog:
             return []
         try:
             rows = self._open().execute(
-                "SELECT n, event_id, user_id, item_id, event, timestamp FROM events WHERE n > ? "
-                "ORDER BY n",
+                f"SELECT n, {_COLUMNS} FROM events WHERE n > ? ORDER BY n",
                 (self._last,),
             )
             events = []
@@ -148,8 +151,13 @@ class EventLog:
         # The number is never used again, so that whoever follows misses nothing.
         connection.execute(
             "CREATE TABLE IF NOT EXISTS events (n INTEGER PRIMARY KEY AUTOINCREMENT, "
-            "event_id TEXT UNIQUE, user_id TEXT, item_id TEXT, event TEXT, timestamp INTEGER)"
+            "event_id TEXT UNIQUE, user_id TEXT, item_id TEXT, event TEXT, timestamp INTEGER, "
+            "recommendation_id TEXT)"
         )
+        # Files of older servers lack it.
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(events)")]
+        if "recommendation_id" not in columns:
+            connection.execute("ALTER TABLE events ADD COLUMN recommendation_id TEXT")
 
     def _explain(self, error: sqlite3.Error) -> Exception:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -310,10 +310,13 @@ class SentEvent(Event, kw_only=True):
     Attributes:
         event_id: Id of the event: one that was accepted before is not counted again.
         user_id: Id of the user.
+        recommendation_id: Id of the answer that it came of, where there was one: the impressions
+            are told by it what was shown and taken.
     """
 
     event_id: Text
     user_id: Id
+    recommendation_id: Text | None = None
 
 
 class Events(Request):
