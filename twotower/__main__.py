@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "evaluation.evaluate",
     "query": "query",
     "serve": "serve",
+    "impressions": "serving.impressions",
     "recommend_all": "recommend_all",
     "embed": "embed",
     "repeat": "evaluation.repeat",

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
 from twotower.commands import launch
+
+if TYPE_CHECKING:  # the extra serve may be missing
+    from twotower.serving.answers import Fallback
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
@@ -84,6 +88,37 @@ _SECONDS = flags.DEFINE_float(
     lower_bound=0.1,
     flag_values=FLAGS,
 )
+_FALLBACK = flags.DEFINE_enum(
+    "fallback",
+    "popular",
+    ["popular", "latest", "none"],
+    "List of somebody of whom nothing is known.",
+    flag_values=FLAGS,
+)
+_PLUGINS = flags.DEFINE_list(
+    "plugins", [], "Modules or files that register re-rankers for --rerank.", flag_values=FLAGS
+)
+_RERANK = flags.DEFINE_string(
+    "rerank",
+    "",
+    "Re-ranker of the model's lists, with options: 'mine:weight=2'. Where it fails or is late, "
+    "a list goes out by its scores.",
+    flag_values=FLAGS,
+)
+_RERANK_MS = flags.DEFINE_float(
+    "rerank_ms",
+    20.0,
+    "Milliseconds that --rerank has for a list; so long all others wait too.",
+    lower_bound=0.1,
+    flag_values=FLAGS,
+)
+_IMPRESSIONS = flags.DEFINE_string(
+    "impressions",
+    "",
+    "Folder for what is shown to whom, as Parquet of 10 GB at most; none by default. "
+    "`twotower impressions` reads it.",
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
@@ -94,6 +129,7 @@ def main() -> None:
     with extra("serve", "serve"):
         from twotower.serving import server
         from twotower.serving.limits import Limits
+        from twotower.serving.lists.options import ListOptions
     if _WORKDIR.value is not None:
         from twotower.plugins import load_config
 
@@ -111,6 +147,10 @@ def main() -> None:
         bundles=_BUNDLES.value,
         follow=_FOLLOW.value,
         limits=Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
+        lists=ListOptions(
+            cast("Fallback", _FALLBACK.value), _PLUGINS.value, _RERANK.value, _RERANK_MS.value
+        ),
+        impressions=_IMPRESSIONS.value,
     )
     # Before it is said: whoever reads the line may connect at once.
     bound.listen(server.BACKLOG)

@@ -11,8 +11,8 @@ It is only as good as its overlap: what the logging policy never shows, nothing 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ MIN_EFFECTIVE = 1_000
 Z_95 = 1.96
 
 
-class Estimate(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Estimate:
     """The estimated reward of a policy.
 
     Attributes:

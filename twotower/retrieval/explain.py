@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrays import pad_rows
 from twotower.features.base import join_lists
-from twotower.features.history import HistoryFeature
+
+if TYPE_CHECKING:  # a bundle loads the kinds of features that it has
+    from twotower.features.history import HistoryFeature
+    from twotower.retrieval.requests import Rows
+    from twotower.retrieval.retriever import Retriever
 
 # Raw rows of users -> encoded features, [B, ...] each; `UserRows.encode` is one.
 EncodeUsers = Callable[[pa.Table], Mapping[str, np.ndarray]]
@@ -105,6 +110,50 @@ def find_reasons(
     for event in _events_read(history, row).to_pylist():
         events.append(event if isinstance(event, dict) else {"item_id": event})
     return choose_reasons(events, lost)
+
+
+def explain_user(
+    retriever: Retriever,
+    items: Sequence[str],
+    user: Any = None,
+    *,
+    rows: Rows | None = None,
+    events: Sequence[Any] | None = None,
+) -> list[Reason | None]:
+    """Returns the reasons of items of a list that a retriever recommends to a user.
+
+    Args:
+        retriever: Retriever that made the list.
+        items: Ids of the items; one that is not there any more has no reason.
+        user: Argument of `Retriever.recommend`, as are the others.
+        rows: Argument of `Retriever.recommend`.
+        events: Argument of `Retriever.recommend`.
+    """
+    return find_reasons(
+        retriever.bundle.encoder.spec.history,
+        retriever.user_rows.encode,
+        functools.partial(retriever.bundle.towers.embed, "user"),
+        retriever.read_user(user, rows=rows, events=events),
+        retriever.vectors_now(items),
+    )
+
+
+def explain_likeness(
+    retriever: Retriever, items: Sequence[str], liked: Sequence[Any], unlike: Sequence[Any] = ()
+) -> list[Reason | None]:
+    """Returns the reasons of items of a list that are like examples: the example of each.
+
+    Args:
+        retriever: Retriever that made the list by `items_like`.
+        items: Ids of the items; one that is not there any more has no reason.
+        liked: Examples.
+        unlike: Examples to stay away from.
+    """
+    away = np.zeros(retriever.bundle.towers.dim, np.float32)
+    if unlike:
+        away = _at_length_one(retriever.vectors_now(unlike)).mean(axis=0)
+    lost = likeness_lost(retriever.vectors_now(liked), away, retriever.vectors_now(items))
+    return choose_reasons([{"item_id": str(example)} for example in liked], lost)
 
 
 def choose_reasons(events: Sequence[Mapping[str, Any]], lost: np.ndarray) -> list[Reason | None]:

@@ -26,7 +26,6 @@ from twotower.core.times import TimeForm
 from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
-from twotower.retrieval.explain import Reason, choose_reasons, find_reasons, likeness_lost
 from twotower.retrieval.live.catalogue import LiveCatalogue, nearest
 from twotower.retrieval.live.conditions import (
     Conditions,
@@ -565,71 +564,33 @@ class Retriever:
             vectors, _, _ = self._encode_request(rows, user, events, Naming.read(names, strict))
         return np.array(vectors[0])
 
-    def explain(
+    def read_user(
         self,
-        items: Iterable[Any],
         user: Any = None,
         *,
         rows: Rows | None = None,
         events: Sequence[Any] | None = None,
-        names: Mapping[str, str] | None = None,
-        strict: bool = True,
-    ) -> list[Reason | None]:
-        """Returns, of each item, the event of a user without which it would lose most of its score.
-
-        None of an item for which no event speaks, or whose model reads no events.
+    ) -> pa.Table:
+        """Returns the raw row by which `recommend` would encode a user, its history included.
 
         Args:
-            items: Ids of items; one that is not there has no reason.
-            user: As in `recommend`, which makes the lists that this explains.
+            user: As in `recommend`.
             rows: As in `recommend`.
             events: As in `recommend`.
-            names: As in `recommend`.
-            strict: As in `recommend`.
         """
-        naming = Naming.read(names, strict)
         if events is not None:
-            row = self._row_with_events(rows, user, events, naming)[0]
-        elif rows is not None:
-            row = self._one_user(rows, user, naming)
-        elif user is not None:
-            row = self.user_rows.take([self._user_id(user)])
-        else:
-            raise ConfigError("explain needs user=ID, rows=[{...}] or events=[...].")
-        return find_reasons(
-            self.bundle.encoder.spec.history,
-            self.user_rows.encode,
-            functools.partial(self.bundle.towers.embed, "user"),
-            row,
-            self._vectors_now(self._item_ids(items, "items")),
-        )
+            return self._row_with_events(rows, user, events, Naming.read(None, True))[0]
+        if rows is not None:
+            return self._one_user(rows, user, Naming.read(None, True))
+        return self.user_rows.take([self._user_id(user)])
 
-    def explain_likeness(
-        self, items: Iterable[Any], liked: Iterable[Any], *, unlike: Iterable[Any] = ()
-    ) -> list[Reason | None]:
-        """Returns, of each item, the example without which it would lose most of its cosine.
-
-        Args:
-            items: Ids of items; one that is not there has no reason.
-            liked: Examples that `items_like` was called with.
-            unlike: Examples to stay away from.
-        """
-        examples = self._item_ids(liked, "liked")
-        disliked = self._item_ids(unlike, "unlike")
-        direction = np.zeros(self.bundle.towers.dim, np.float32)
-        if disliked:
-            catalogue = self._live.catalogue
-            direction = _mean_direction(catalogue, catalogue.snapshot, disliked)
-        vectors = self._vectors_now(self._item_ids(items, "items"))
-        lost = likeness_lost(self._vectors_now(examples), direction, vectors)
-        return choose_reasons([{"item_id": example} for example in examples], lost)
-
-    def _vectors_now(self, ids: Sequence[str]) -> np.ndarray:
+    def vectors_now(self, items: Iterable[Any]) -> np.ndarray:
         """Returns the vectors of items, float32 [M, D]; zeros of those that are not there."""
+        ids = self._item_ids(items, "items")
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
         positions = catalogue.positions(snapshot, ids)
-        vectors = np.zeros((len(ids), snapshot.base.vectors.shape[1]), np.float32)
+        vectors = np.zeros((len(ids), self.bundle.towers.dim), np.float32)
         present = positions >= 0
         vectors[present] = snapshot.vectors(positions[present])
         return vectors
@@ -656,7 +617,7 @@ class Retriever:
         """
         return Candidates(
             np.array([item.score for item in items], np.float32),
-            self._vectors_now([item.item_id for item in items]),
+            self.vectors_now([item.item_id for item in items]),
             lambda: [{"item_id": item.item_id, **item.display} for item in items],
             user,
         )

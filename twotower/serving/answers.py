@@ -22,7 +22,7 @@ from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.core.ids import read_id
 from twotower.core.times import TimeForm
 from twotower.retrieval import golden
-from twotower.retrieval.explain import Reason
+from twotower.retrieval.explain import Reason, explain_likeness, explain_user
 from twotower.retrieval.live.conditions import Conditions, as_conditions
 from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import TimeColumn
@@ -113,7 +113,7 @@ class Answers:
             known = self.retriever.items()["item_id"][:1].to_pylist()
             self.retriever.similar_items(known[0], 1)
             self.retriever.recommend(events=known, k=1)
-            self.retriever.explain(known, events=known)
+            explain_user(self.retriever, known, events=known)
         recorded = self.retriever.bundle.read_golden()
         if recorded is None:
             return []
@@ -180,7 +180,7 @@ class Answers:
             functools.partial(retriever.recommend, **whom, **options),
             "model",
             is_known,
-            functools.partial(retriever.explain, **whom),
+            functools.partial(explain_user, retriever, **whom),
         )
 
     def similar_items(self, request: types.SimilarItems) -> Answer:
@@ -218,7 +218,7 @@ class Answers:
             ),
             "similar",
             True,
-            functools.partial(retriever.explain_likeness, liked=liked, unlike=request.unlike),
+            functools.partial(explain_likeness, retriever, liked=liked, unlike=request.unlike),
         )
 
     def _without_model(self, request: types.Retrieve, events: Sequence[Any]) -> _List:
@@ -234,7 +234,7 @@ class Answers:
                 functools.partial(retriever.items_like, present, **filters),
                 "similar",
                 False,
-                functools.partial(retriever.explain_likeness, liked=present),
+                functools.partial(explain_likeness, retriever, liked=present),
             )
         if self.fallback == "latest":
             return _List(functools.partial(retriever.newest_items, **filters), "new", False)

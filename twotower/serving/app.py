@@ -25,6 +25,7 @@ from twotower.serving.aliases import Aliases
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
+from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
 from twotower.serving.page.files import page_files
@@ -204,6 +205,7 @@ class App:
         aliases: Aliases | None = None,
         bundles: str = "",
         follow: bool = False,
+        impressions: ImpressionLog | None = None,
     ):
         """Prepares the server, which is ready some time after its start.
 
@@ -215,12 +217,16 @@ class App:
             aliases: Names of fields in the place of ours.
             bundles: Folder that further bundles are loaded from; "" for none.
             follow: Whether a new version of a bundle takes the place of the one that is served.
+            impressions: Log of what is shown; None for none.
         """
         self.versions = versions
+        self.impressions = impressions
         self.access = access or Access({})
         self.limits = limits or Limits()
         self.aliases = aliases
         self.metrics = Metrics()
+        if versions.main.hook is not None:
+            versions.main.hook.report = self.metrics.count_rerank_failure
         self.writer = Writer(versions, events, self.limits.writes)
         self.admin = Admin(versions, self.writer, bundles=bundles, follow=follow)
         self.status = "starting"
@@ -323,6 +329,8 @@ class App:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.writer.close()
+            if self.impressions is not None:
+                await asyncio.to_thread(self.impressions.close)
 
     async def _prepare_and_follow(self) -> None:
         try:
@@ -639,6 +647,7 @@ class App:
     ) -> Callable[[Any], types.Answer]:
         """Returns a function that makes lists by the version of the user, and counts them."""
         count = self.metrics.count_items
+        impressions = self.impressions
         versions = self.versions
 
         def answer(request: Any) -> types.Answer:
@@ -649,6 +658,9 @@ class App:
             items = made.items
             if items:
                 count(items[0].source, made.model_version, len(items), request.k)
+                if impressions is not None:
+                    read_user = answers.retriever.forms.user_id.one
+                    impressions.add(user, read_user, request.offset, made)
             if versions.shadow is not None:
                 self._call_shadow(function, request, made)
             return made
@@ -702,6 +714,8 @@ class App:
     def _format_metrics(self) -> bytes:
         self.metrics.items.set(len(self.answers.retriever))
         self.metrics.changes.set(self.answers.retriever.changes)
+        if self.impressions is not None:
+            self.metrics.impressions_lost.set(self.impressions.lost)
         return self.metrics.format()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
+    from twotower.serving.lists.hook import Failure
     from twotower.serving.types import Source
 
 # Seconds: from an answer of the index alone to one that nobody waits for.
@@ -25,6 +26,7 @@ class Metrics:
         items: Number of items now.
         changes: Number of changes since the bundle was written.
         ready: 1 where the server is ready.
+        impressions_lost: Number of answers that are not in the log of impressions.
     """
 
     def __init__(self):
@@ -75,9 +77,22 @@ class Metrics:
             "twotower_changes", "Changes since the bundle was written.", registry=registry
         )
         self.ready = Gauge("twotower_ready", "Whether the server is ready.", registry=registry)
+        self._rerank_failures = Counter(
+            "twotower_rerank_failures",
+            "Lists that went out without the re-ranker of --rerank.",
+            ["why"],
+            registry=registry,
+        )
+        self.impressions_lost = Gauge(
+            "twotower_impressions_lost", "Answers that are not in the log.", registry=registry
+        )
         # Looking a label up takes longer than counting.
         self._by_request: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._by_source: dict[tuple[str, str], Counter] = {}
+
+    def count_rerank_failure(self, why: Failure) -> None:
+        """Counts a list that went out by its scores, as its re-ranker failed."""
+        self._rerank_failures.labels(why).inc()
 
     def count_request(self, endpoint: str, status: int, version: str, seconds: float) -> None:
         """Counts a request that was answered.

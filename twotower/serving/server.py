@@ -28,7 +28,9 @@ from twotower.serving.aliases import Aliases
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
+from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
+from twotower.serving.lists.options import ListOptions
 from twotower.serving.versions.versions import load_all
 
 # Made once: it is written when there is no time.
@@ -79,6 +81,8 @@ def make_app(
     bundles: str = "",
     follow: bool = False,
     limits: Limits,
+    lists: ListOptions | None = None,
+    impressions: str = "",
 ) -> App:
     """Loads bundles, and returns their server.
 
@@ -91,13 +95,15 @@ def make_app(
         bundles: Folder that further bundles are loaded from; "" for none.
         follow: Whether a new version of a bundle takes the place of the one that is served.
         limits: Bounds.
+        lists: Options of the lists; by default those of `ListOptions`.
+        impressions: Folder for what is shown; "" for none.
 
     Raises:
         TwotowerError: A bundle, or one of the files, cannot be read.
     """
     access = Access.read(tokens)
-    versions = load_all(folders)
     first = next(iter(folders.values())).absolute()
+    versions = load_all(folders, (lists or ListOptions()).prepare(first))
     path = Path(events or first.parent / f"{first.name}.events")
     names = None
     if aliases:
@@ -111,6 +117,7 @@ def make_app(
         aliases=names,
         bundles=bundles,
         follow=follow,
+        impressions=ImpressionLog(impressions) if impressions else None,
     )
 
 

@@ -5,8 +5,8 @@ r"""Makes training rows of what a server has shown, and estimates what other pol
     twotower impressions --impressions=FOLDER --events=bundle.events --estimate [--bundle=FOLDER]
 
 The rows are read by `tt.fit(..., config={"objective.label": "label"})`: items that were shown and
-left have the label 0. The estimate (SNIPS) is of lists without exploration, and of another bundle's;
-it is refused where the log says too little.
+left have the label 0. The estimate (SNIPS) is of lists without exploration, and of those of another
+bundle; it is refused where the log says too little.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _IMPRESSIONS = flags.DEFINE_string(
 _EVENTS = flags.DEFINE_string(
     "events", None, "File of the server's events.", required=True, flag_values=FLAGS
 )
-_OUT = flags.DEFINE_string("out", "", "Parquet file for the rows; none by default.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string(
+    "out", "", "Parquet file for the rows; none by default.", flag_values=FLAGS
+)
 _KINDS = flags.DEFINE_list(
     "kinds", [], "Kinds of events that count as a success; all by default.", flag_values=FLAGS
 )
@@ -56,9 +58,7 @@ def main() -> None:
 
     shown = log.read_impressions(_IMPRESSIONS.value)
     events = rows.read_events(_EVENTS.value)
-    labelled = rows.join_events(
-        shown, events, kinds=_KINDS.value, seconds=3_600 * _HOURS.value
-    )
+    labelled = rows.join_events(shown, events, kinds=_KINDS.value, seconds=3_600 * _HOURS.value)
     successes = sum(labelled["label"].to_numpy())
     print(
         f"{len(shown):,} impressions in {len(shown['recommendation_id'].unique()):,} lists, "

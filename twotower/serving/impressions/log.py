@@ -121,14 +121,18 @@ class ImpressionLog:
         is_closed = False
         while not is_closed:
             is_closed = self._is_closed.wait(LOOK_SECONDS)
-            self._take()
+            try:
+                self._take()
+            except Exception:
+                logging.exception("An answer could not be written as impressions.")
+                self.lost += 1
             if is_closed or time.monotonic() - self._since >= self._seconds:
                 self._write()
 
     def _take(self) -> None:
         """Makes rows of the answers that wait."""
-        columns = self._columns
         while self._shown:
+            columns = self._columns
             at, user, read_user, offset, answer = self._shown.popleft()
             items = answer.items
             count = len(items)

@@ -24,8 +24,8 @@ class Hook:
     that are made meanwhile do not wait for it.
 
     Attributes:
-        multiple: Number of candidates, in multiples of the length of the list.
         failures: Number of lists that went out by their scores, by the reason.
+        report: Function that is told of each of them.
     """
 
     def __init__(self, reranking: Reranking, seconds: float):
@@ -35,8 +35,8 @@ class Hook:
             reranking: Re-ranker with its options.
             seconds: Time for one list.
         """
-        self.multiple = reranking.config.multiple
         self.failures: collections.Counter[Failure] = collections.Counter()
+        self.report: Callable[[Failure], None] = lambda _: None
         self._choose: Callable[[Candidates, int], np.ndarray] = reranking
         self._name = reranking.config.kind
         self._seconds = seconds
@@ -60,6 +60,7 @@ class Hook:
 
     def _fail(self, failure: Failure, words: str) -> list[int]:
         self.failures[failure] += 1
+        self.report(failure)
         logging.log_every_n_seconds(
             logging.ERROR,
             "--rerank=%s %s: the list went out by its scores, as %s did so far.",

@@ -16,6 +16,7 @@ from twotower.core.errors import FolderError, TwotowerError
 from twotower.core.files import current_version
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
+from twotower.serving.lists.options import MakeAnswers
 from twotower.serving.versions import routing, types
 from twotower.serving.versions.routing import Place, State
 from twotower.serving.versions.versions import Versions, find_bundle, load, prove, version_at
@@ -134,7 +135,7 @@ class Admin:
         """
         loop = asyncio.get_running_loop()
         with self._writer.remember() as missed:
-            answers = await loop.run_in_executor(None, _load_and_prove, place)
+            answers = await loop.run_in_executor(None, _load_and_prove, place, self.versions.make)
             await self._writer.adopt(answers, missed)
         # It lives as long as the server may: no garbage.
         gc.freeze()
@@ -148,14 +149,14 @@ class Admin:
             logging.info("Version %s is the main one.", state.routing.main)
 
 
-def _load_and_prove(place: Place) -> Answers:
+def _load_and_prove(place: Place, make: MakeAnswers) -> Answers:
     """Returns a version that is ready to answer.
 
     Raises:
         RequestError: It is not whole, or its golden answers differ.
     """
     try:
-        answers = load(place)
+        answers = load(place, make)
     except (TwotowerError, OSError) as error:
         # Its message names files of the server.
         logging.error("%s", error)

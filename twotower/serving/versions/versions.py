@@ -15,6 +15,7 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.retriever import Retriever
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
+from twotower.serving.lists.options import MakeAnswers
 from twotower.serving.versions import routing
 from twotower.serving.versions.routing import Place, Routing, State
 from twotower.serving.versions.types import VersionInfo, VersionList
@@ -26,18 +27,21 @@ class Versions:
     All of it is used by the thread that answers.
 
     Attributes:
+        make: Function that makes a version of the retriever of a bundle.
         main: Version that answers where nothing else is said.
         shadow: Version that answers after the real one; None without one.
         state: What is loaded, and which version answers whom.
     """
 
-    def __init__(self, first: Answers, place: Place | None = None):
+    def __init__(self, first: Answers, place: Place | None = None, *, make: MakeAnswers = Answers):
         """Starts with one version, which answers everybody.
 
         Args:
             first: Version that answers.
             place: Where it lies; by default the place that its bundle was loaded from.
+            make: Function that makes a version of the retriever of a bundle.
         """
+        self.make = make
         if place is None:
             place = place_of(first.retriever)
         self.state = State(0, {first.version: place}, Routing(first.version))
@@ -136,22 +140,27 @@ def place_of(retriever: Retriever, name: str = "") -> Place:
     return Place(name or bundle.folder.name, str(bundle.folder), str(bundle.version))
 
 
-def load(place: Place) -> Answers:
+def load(place: Place, make: MakeAnswers) -> Answers:
     """Returns a version, with the changes that were made to it.
+
+    Args:
+        place: Where it lies.
+        make: Function that makes a version of its retriever.
 
     Raises:
         TwotowerError: The bundle is not whole.
     """
     bundle = load_bundle(place.files)
     # Found by the folder above, whose pointer says when it is no longer the current one.
-    return Answers(Retriever(dataclasses.replace(bundle, folder=Path(place.folder))))
+    return make(Retriever(dataclasses.replace(bundle, folder=Path(place.folder))))
 
 
-def load_all(folders: Mapping[str, Path]) -> Versions:
+def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
     """Returns the versions of a server that starts.
 
     Args:
         folders: Folder of each bundle by its name; the first one is the main one.
+        make: Function that makes a version of the retriever of a bundle.
 
     Raises:
         TwotowerError: A bundle is not whole.
@@ -160,10 +169,10 @@ def load_all(folders: Mapping[str, Path]) -> Versions:
     versions = None
     for name, folder in folders.items():
         retriever = Retriever.load(folder)
-        answers = Answers(retriever)
+        answers = make(retriever)
         place = place_of(retriever, name)
         if versions is None:
-            versions = Versions(answers, place)
+            versions = Versions(answers, place, make=make)
             continue
         if answers.version in versions:
             raise ConfigError(
