@@ -28,6 +28,7 @@ EXTRAS = {
     ],
     "plots": ["matplotlib>=3.8"],
     "als": ["implicit>=0.7"],
+    "sweep": ["optuna>=4.0"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
     "dev": [
@@ -39,6 +40,7 @@ EXTRAS = {
         "implicit>=0.7",
         "nbformat>=5.10",
         "onnx>=1.16",
+        "optuna>=4.0",
         "pandas>=2.2",
         "playwright>=1.45",  # drives the system's Chromium
         "polars>=1.0",

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "recommended": ("core", "config", "data"),
     "refitting": (*BELOW_TRAINING, "training", "fitting"),
     "fitting": (*BELOW_TRAINING, "training", "recommended", "experiment"),
+    "sweeps": (*BELOW_RETRIEVAL, "retrieval", "evaluation", "experiment"),
     "api": (
         *BELOW_RETRIEVAL,
         "retrieval",
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         "integrations",
         "serving",
         "experiment",
+        "sweeps",
         "recommended",
         "fitting",
         "refitting",
@@ -81,6 +83,7 @@ HEAVY = (
     "matplotlib",
     "mlflow",
     "msgspec",
+    "optuna",
     "redis",
     "scann",
     "onnxruntime",

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower import config, features, register
-    from twotower.api import Run, compare, fit, grow, load_retriever, load_run, refit, train
+    from twotower.api import Run, compare, fit, grow, load_retriever, load_run, refit, sweep, train
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
     from twotower.experiment import load_config
@@ -42,6 +42,7 @@ _HOMES = {
     "load_retriever": "twotower.api",
     "load_run": "twotower.api",
     "refit": "twotower.api",
+    "sweep": "twotower.api",
     "train": "twotower.api",
 }
 # Names that are modules themselves.
@@ -73,6 +74,7 @@ __all__ = [
     "refit",
     "register",
     "rerank",
+    "sweep",
     "train",
 ]
 

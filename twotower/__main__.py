@@ -21,6 +21,7 @@ COMMANDS = {
     "recommend_all": "recommend_all",
     "embed": "embed",
     "repeat": "evaluation.repeat",
+    "sweep": "evaluation.sweep",
     "compare": "evaluation.compare",
     "grow": "grow",
     "history": "history",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +48,13 @@ from twotower.evaluation.report.comparison import write_comparison
 from twotower.evaluation.report.text import format_report
 from twotower.evaluation.report.write import check_report
 from twotower.evaluation.report.write import write_report as write_page
+from twotower.evaluation.tuned import describe_tuning, read_tuning, write_tuning
 from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_model import Registration
 from twotower.integrations.mlflow_runs import fetch_bundle
 from twotower.integrations.mlflow_store import Destination, is_address
 from twotower.integrations.tracking import log_linked, track
+from twotower.pipeline import folder as data_folder
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import BUNDLE, Bundle
@@ -63,8 +65,14 @@ from twotower.retrieval.mining import make_miner
 from twotower.retrieval.requests import as_table
 from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
+from twotower.sweeps.best import write_best
+from twotower.sweeps.page import write_page as write_sweep_page
+from twotower.sweeps.space import read_space
+from twotower.sweeps.study import Sweep, check_sweep, run_trials
+from twotower.sweeps.text import format_sweep
 from twotower.training import run as run_folder
 from twotower.training.grow import grow as make_grown
+from twotower.training.loop import OnValidation
 from twotower.training.metrics import read_lines
 
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
@@ -415,6 +423,7 @@ def train_in_folder(
     dataset: Dataset | None = None,
     tell: Callable[[DataReport], None] = log_report,
     tracking: Destination | None = None,
+    on_validation: OnValidation | None = None,
 ) -> None:
     """Trains as `train` does, and leaves the run in its folder without loading it.
 
@@ -429,6 +438,7 @@ def train_in_folder(
         tell: Function that shows the report of the data before the first step.
         tracking: Experiment of MLflow that the run is logged to while it trains; by default the one
             that it was logged to before, if any.
+        on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
     """
     check_names(config, workdir)
     with follow(Path(workdir), tracking) as start_log:
@@ -447,6 +457,7 @@ def train_in_folder(
             data=data,
             dataset=dataset,
             tell=begin,
+            on_validation=on_validation,
         )
 
 
@@ -674,10 +685,15 @@ def _figures(run: Run) -> dict[str, Any]:
         # Those of another checkpoint say nothing of this one.
         if measured["protocol"]["step"] == run.step:
             figures["test"] = measured["model"]
-    entries = {"figures": {part: values for part, values in figures.items() if values}}
+    entries: dict[str, Any] = {
+        "figures": {part: values for part, values in figures.items() if values}
+    }
     record = refitting.read_record(run.workdir)
     if record is not None:
         entries["refit"] = record
+    tuning = read_tuning(run.workdir)
+    if tuning is not None:
+        entries["tuned"] = describe_tuning(tuning)
     return entries
 
 
@@ -778,6 +794,9 @@ def evaluate(
         title, category = sanity_columns
         asked = Retriever(make_bundle(run))
         measured["sanity"] = check_sanity(run, asked, title=title, category=category)
+    tuning = read_tuning(run.workdir)
+    if tuning is not None:
+        measured["tuning"] = tuning
     measure.write_metrics(measured, measured_path(run, measured))
     log_linked(run.workdir)
     return measured
@@ -901,6 +920,112 @@ def repeat_path(workdir: Path | str, split: str) -> Path:
     return Path(workdir) / name
 
 
+def sweep(
+    config: Config | Run,
+    space: Path | str | Mapping[str, Any],
+    workdir: Path | str,
+    *,
+    trials: int = 20,
+    seeds: int = 1,
+    prune: bool = True,
+    seed: int = 0,
+    devices: int = 0,
+    report: bool = False,
+) -> Sweep:
+    """Tries many configurations, prints a table, and keeps the best by its validation rows.
+
+    The best is measured on the test rows, once, and is written to `workdir / "best.py"`, which
+    `load_config` reads. A sweep that was stopped goes on, and one that had ended takes on further
+    trials. Needs the extra "sweep".
+
+    >>> run = tt.load_run("runs/mine")
+    >>> space = {"training.tables.learning_rate": [0.05, 0.2]}
+    >>> found = tt.sweep(run, space, "runs/sweep", trials=2)  # doctest: +ELLIPSIS
+    2 configurations tried, ...
+    >>> found.best.number in (0, 1)
+    True
+
+    Args:
+        config: Configuration of which the space replaces options; or a run, for its own, whose
+            prepared data is then used.
+        space: Dotted name of an option -> the values that it may take: a list, or a range such as
+            {"low": 1e-3, "high": 0.3, "log": True}; or a JSON or Python file with such.
+        workdir: Folder of the sweep.
+        trials: Number of trials, with those that the folder holds.
+        seeds: Number of trainings of a configuration, whose mean is compared.
+        prune: Whether a training ends early whose best validation is below the median of those
+            before it at the same one.
+        seed: Number that the drawing of configurations depends on.
+        devices: Number of devices to train on; 0 takes all.
+        report: Whether a page to look at is written too, which needs the extra "plots".
+
+    Raises:
+        ConfigError: An option or value cannot be used, the folder holds another sweep, or no trial
+            went well.
+    """
+    check_sweep()
+    if report:
+        check_report()
+    prepared = None
+    if isinstance(config, Run):
+        prepared = run_folder.data_path(config.workdir)
+        config = config.config
+    digest = data_folder.digest_of(config)
+    values = read_space(space, config)
+    told: list[DataReport] = []
+
+    def tell(data: DataReport) -> None:
+        # Of data that trials share, once.
+        if data not in told:
+            log_report(data)
+            told.append(data)
+
+    def train_trial(
+        config: Config, workdir: Path, data: Path, on_validation: OnValidation | None
+    ) -> None:
+        if prepared is not None and data_folder.digest_of(config) == digest:
+            data = prepared
+        train_in_folder(
+            config, workdir, devices=devices, data=data, tell=tell, on_validation=on_validation
+        )
+
+    found = run_trials(
+        config,
+        values,
+        Path(workdir),
+        train_trial,
+        trials=trials,
+        seeds=seeds,
+        prune=prune,
+        seed=seed,
+    )
+    if config.split.test:
+        tests = [_tested(folder, found) for folder in found.runs]
+        found = dataclasses.replace(found, test=tests)
+    data = data_folder.resolve(run_folder.data_path(found.runs[0]))
+    print(format_sweep(found, write_best(found), data))
+    if report:
+        print(f"Report: {write_sweep_page(found)}")
+    return found
+
+
+def _tested(workdir: Path, found: Sweep) -> Mapping[str, float]:
+    """Returns the figures of a run of the best trial on the test rows, measured once."""
+    tuning = {
+        "tried": len(found.trials),
+        "metric": found.metric,
+        "value": found.best.value,
+        "sweep": str(found.workdir),
+    }
+    write_tuning(workdir, tuning)
+    path = metrics_path(workdir, "test")
+    if not path.exists():
+        return evaluate(load_run(workdir))["model"]
+    measured = read_json(path) | {"tuning": tuning}
+    measure.write_metrics(measured, path)
+    return measured["model"]
+
+
 def compare(
     runs: Sequence[Run | Path | str], *, split: str = "test", report: Path | str | None = None
 ) -> Comparison:
@@ -927,11 +1052,21 @@ def compare(
     if report is not None:
         check_report()
     comparison = compare_records([read_record(_folder_of(run), split) for run in runs])
+    comparison = dataclasses.replace(comparison, notes=(*comparison.notes, *_tuned(runs)))
     print(format_comparison(comparison))
     if report is not None:
         write_comparison(comparison, Path(report))
         print(f"\nReport: {report}")
     return comparison
+
+
+def _tuned(runs: Sequence[Run | Path | str]) -> Iterator[str]:
+    """Yields a sentence on each run that was chosen from others."""
+    for run in runs:
+        folder = _folder_of(run)
+        tuning = read_tuning(Path(folder))
+        if tuning is not None:
+            yield f"{folder}: {describe_tuning(tuning)}"
 
 
 def judge(

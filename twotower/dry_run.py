@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
     """
     from twotower import api
     from twotower.core.mesh import make_mesh
+    from twotower.experiment import changed_options
     from twotower.features.encoder import Encoder
     from twotower.features.spec import load_spec
     from twotower.training.checks import check_batch
@@ -102,24 +102,3 @@ def describe_data(config: Any, folder: Path) -> Iterator[str]:
     # Whole sequences are packed, so that their number is known only after the data is encoded.
     if config.training.examples == "interactions":
         yield f"Steps: up to {training.steps:,}, a validation every {training.validate_every:,}."
-
-
-def changed_options(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the dotted names and the values of the options that differ from their defaults."""
-    from twotower.config import Config, non_defaults
-
-    changed = non_defaults(dataclasses.asdict(config), dataclasses.asdict(Config()))
-    yield from _leaves(changed, Config, "")
-
-
-def _leaves(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    import typing
-
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        hint = hints[name]
-        # Sections are walked into; a mapping of the user's own is one value.
-        if dataclasses.is_dataclass(hint):
-            yield from _leaves(value, typing.cast(type, hint), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -15,12 +15,12 @@ import importlib.util
 import os
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from twotower.config import Config, from_dict
+from twotower.config import Config, from_dict, non_defaults
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.core.install import shipped_folder
 
@@ -174,6 +174,23 @@ def check_option(name: str, cls: type, location: str) -> None:
     if name not in known:
         hint = did_you_mean(name, known)
         raise ConfigError(f"{location} has no option {name!r}{hint}")
+
+
+def changed_options(config: Config) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted names and the values of the options that differ from their defaults."""
+    changed = non_defaults(dataclasses.asdict(config), dataclasses.asdict(Config()))
+    yield from _leaves(changed, Config, "")
+
+
+def _leaves(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
+        # Sections are walked into; a mapping of the user's own is one value.
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(value, typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _configs() -> Path:

@@ -23,8 +23,7 @@ from twotower.core.times import are_spreadsheet_days, format_time
 from twotower.data import guess
 from twotower.data.dialect import FileForm, find_form
 from twotower.data.sources.frames import LOGS, read_form
-from twotower.dry_run import changed_options
-from twotower.experiment import load_config
+from twotower.experiment import changed_options, load_config
 from twotower.pipeline.prepare import read_parts
 
 _WRITTEN = "Written by `twotower inspect`"  # the beginning of a file that may be written again

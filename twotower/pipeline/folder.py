@@ -218,6 +218,14 @@ def check_fits(folder: Path, config: Config) -> None:
         )
 
 
+def digest_of(config: Config) -> str:
+    """Returns a hash of all of a configuration that decides its prepared data.
+
+    Runs of one hash can share a folder.
+    """
+    return content_digest(_as_json(_made_from(config, None)))
+
+
 def load_encoder(folder: Path) -> Encoder:
     """Returns the encoder of prepared data: in its folder, or beside it in that of its run."""
     folder = resolve(folder)

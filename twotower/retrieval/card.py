@@ -29,6 +29,7 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "\n".join(_data_lines(manifest.get("data", {}))),
         "## Measured",
         _measured(manifest.get("figures", {})),
+        manifest.get("tuned", ""),
         "## Intended use",
         f"Lists of items that a user may want next, from the corpus above. {_scores(manifest)}",
         "## Limits",
@@ -41,7 +42,7 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "```python\nimport twotower as tt\n\n"
         'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _scores(manifest: Mapping[str, Any]) -> str:

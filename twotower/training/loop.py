@@ -52,6 +52,8 @@ from twotower.training.step import EMBED_BLOCK, Metrics, train_step
 
 # Weights -> validation metrics by name.
 Validate = Callable[[Weights], Mapping[str, float]]
+# (step, validation metrics of it), called when its checkpoint is saved; an exception ends the run.
+OnValidation = Callable[[int, Mapping[str, float]], None]
 # Weights -> pools of hard negatives; see `twotower.objectives.negatives`.
 Miner = Callable[[Weights], Mapping[str, np.ndarray]]
 # (state, its step, greatest number of steps) -> the state after one dispatch, the metrics of its
@@ -132,6 +134,7 @@ def fit(
     *,
     validate: Validate | None,
     mine: Miner | None = None,
+    on_validation: OnValidation | None = None,
     mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains from the latest checkpoint of a run on, to the last step or until validation stops
@@ -145,6 +148,8 @@ def fit(
             `config.training.metric`; None without validation rows.
         mine: Function from weights to pools of hard negatives, required by
             `config.objective.negatives.mined`.
+        on_validation: Function that is told of each validation, such as one that ends a run that
+            promises nothing.
         mesh: Devices of the run; all of them by default.
 
     Returns:
@@ -178,7 +183,17 @@ def fit(
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
             run_steps = compile_steps(trainer, batches, data, mesh)
-            run = _Run(trainer, checkpoints, writer, progress, preemption, validate, mine, mesh)
+            run = _Run(
+                trainer=trainer,
+                checkpoints=checkpoints,
+                writer=writer,
+                progress=progress,
+                preemption=preemption,
+                validate=validate,
+                mine=mine,
+                on_validation=on_validation,
+                mesh=mesh,
+            )
             state = run.run_to_end(state, run_steps)
     best = ""
     if validate:
@@ -277,6 +292,7 @@ class _Run:
     preemption: Preemption
     validate: Validate | None
     mine: Miner | None
+    on_validation: OnValidation | None
     mesh: Mesh
 
     def run_to_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
@@ -364,6 +380,8 @@ class _Run:
             named = {f"validation/{name}": x for name, x in values.items()}
             self.writer.write(step, named, show=shown)
         self._save(step, state, values)
+        if self.on_validation is not None:
+            self.on_validation(step, values)
         return state
 
     def _save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:

@@ -40,7 +40,7 @@ from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch, check_memory, fits
 from twotower.training.init import abstract_state
-from twotower.training.loop import Miner, Validate, fit, open_checkpoints
+from twotower.training.loop import Miner, OnValidation, Validate, fit, open_checkpoints
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]
@@ -83,6 +83,7 @@ def train(
     data: Path | str | None = None,
     dataset: Dataset | None = None,
     tell: Callable[[DataReport], None] = log_report,
+    on_validation: OnValidation | None = None,
 ) -> None:
     """Trains a configuration in a folder, or goes on with the folder's run.
 
@@ -101,6 +102,7 @@ def train(
             of the run itself.
         dataset: The log itself, in the place of the one that the configuration names.
         tell: Function that shows the report of the data before the first step.
+        on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
 
     Raises:
         BusyError: Another training goes on in the folder.
@@ -139,7 +141,15 @@ def train(
         mine = None
         if make_miner and trainer.sampling.config.mined:
             mine = make_miner(prepared, model)
-        fit(trainer, prepared, workdir, validate=validate, mine=mine, mesh=mesh)
+        fit(
+            trainer,
+            prepared,
+            workdir,
+            validate=validate,
+            mine=mine,
+            on_validation=on_validation,
+            mesh=mesh,
+        )
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from twotower.evaluation.report.page import (
     paragraph,
     table,
 )
+from twotower.evaluation.tuned import describe_tuning
 
 Measured = Mapping[str, Any]
 Standing = Literal["ahead", "behind", "even", "alone"]
@@ -124,6 +125,8 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         f"the model put first for them, out of {measured['protocol']['items']:,}."
     )
     warnings = [_warning(text) for text in find_warnings(measured, data_report)]
+    if "tuning" in measured:
+        meaning += f" {describe_tuning(measured['tuning'])}"
     evaluate = command("evaluate", f"--workdir={workdir}", "--baselines", "--report")
     if standing == "alone":
         cure = missing("Without baselines nobody can say whether this is much.", evaluate)

@@ -22,6 +22,7 @@ from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
 from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
 from twotower.evaluation.report.slice_table import format_slices
+from twotower.evaluation.tuned import describe_tuning
 from twotower.index.base import Index
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
@@ -63,6 +64,8 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     lines = [f"WARNING: {sentence}" for sentence in spoken]
     lines += _test_set_lines(measured.get("test_set", {}))
     lines += _protocol_lines(measured["protocol"])
+    if "tuning" in measured:
+        lines.append(describe_tuning(measured["tuning"]))
     for suffix, title in MASKING_TITLES.items():
         model = measured[f"model{suffix}"]
         baselines = measured.get(f"baselines{suffix}", {})
