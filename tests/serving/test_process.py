@@ -1,4 +1,4 @@
-"""A server as a process of its own, on loopback: its bounds, its end, and what a kill leaves."""
+"""A server as a process of its own, on loopback: its bounds and its end."""
 
 import concurrent.futures
 import http.client
@@ -23,11 +23,12 @@ TOKEN = "a token for changes"
 class Server:
     """`twotower serve` on a free port."""
 
-    def __init__(self, bundle, *flags):
+    def __init__(self, bundle, *flags, right="change", token=TOKEN):
+        self.token = token
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "TWOTOWER_CHANGE_TOKEN": TOKEN,
+            f"TWOTOWER_{right.upper()}_TOKEN": token,
         }
         command = [sys.executable, "-m", "twotower", "serve", f"--bundle={bundle}", "--port=0"]
         self.process = subprocess.Popen(
@@ -42,11 +43,13 @@ class Server:
 
     def request(self, method, path, body=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        headers = {"content-type": "application/json", "x-api-key": TOKEN}
+        headers = {"content-type": "application/json", "x-api-key": self.token}
         content = None if body is None else json.dumps(body)
         connection.request(method, path, content, headers)
         response = connection.getresponse()
-        answer = json.loads(response.read())
+        answer = response.read()
+        if response.headers["content-type"] != "text/plain; version=0.0.4; charset=utf-8":
+            answer = json.loads(answer)
         connection.close()
         return response.status, answer
 
@@ -110,28 +113,12 @@ def check_end(server, user):
 
 
 @pytest.mark.slow
-def test_a_server_keeps_what_it_acknowledged_and_ends_when_it_has_answered(copied):
-    user = load_bundle(copied).users["user_id"][0].as_py()
-    events = [{"event_id": "e", "user_id": user, "item_id": "i-new", "event": "click"}]
+def test_a_server_bounds_what_it_takes_and_ends_when_it_has_answered(copied):
+    user = load_bundle(copied, load_towers=False).users["user_id"][0].as_py()
     server = Server(copied, "--seconds=0.5", "--queue=4")
     try:
         check_bounds(server)
         check_overload(server)
-        # Acknowledged, and killed at once.
-        assert server.request("POST", "/v1/events", {"events": events})[1]["accepted"] == 1
-        item = {"columns": {"title": "A new lamp"}}
-        assert server.request("PUT", "/v1/items/i-new", item)[0] == 200
-    finally:
-        server.end(signal.SIGKILL)
-    server = Server(copied)
-    try:
-        assert server.request("POST", "/v1/events", {"events": events})[1]["duplicates"] == 1
-        _, answer = server.request("POST", "/v1/retrieve", {"user_id": user, "k": 200})
-        shown = [item["item_id"] for item in answer["items"]]
-        _, popular = server.request("POST", "/v1/popular", {"k": 200, "columns": ["title"]})
-        titles = {item["item_id"]: item["display"]["title"] for item in popular["items"]}
-        # The item is there, and the user is not shown it again.
-        assert titles["i-new"] == "A new lamp" and "i-new" not in shown
         check_end(server, user)
     finally:
         if server.process.poll() is None:

@@ -225,6 +225,25 @@ def call(main: Callable[[], None], argv: list[str]) -> None:
         _refuse(error)
 
 
+def call_in_child(main: Callable[[], None], verbosity: int) -> None:
+    """Calls the work of a process that a command has started, with a command's logs and errors.
+
+    Args:
+        main: Work.
+        verbosity: Verbosity of the command's log.
+    """
+    # absl reads those of its logging from the registry that all share.
+    flags.FLAGS.mark_as_parsed()
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(verbosity)
+    absl_logging.get_absl_handler().addFilter(_is_for_the_user)
+    gc.set_threshold(*_GC_THRESHOLDS)
+    prepare_process()
+    # The terminal sends Ctrl-C to all: the command itself says how its children end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    call(main, [""])
+
+
 def _leave_interrupted() -> typing.NoReturn:
     print(
         "Interrupted. A training goes on from its last checkpoint when the same command is given "

@@ -15,16 +15,18 @@ what it accepted. It needs the extra serve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from absl import flags
+from absl import flags, logging
 
 from twotower.commands import launch
 
 if TYPE_CHECKING:  # the extra serve may be missing
     from twotower.serving.answers import Fallback
+    from twotower.serving.processes.supervisor import Start
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
@@ -81,6 +83,13 @@ _QUEUE = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_PROCESSES = flags.DEFINE_integer(
+    "processes",
+    1,
+    "Processes that answer, one for each core; each of them holds a copy of the towers.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 _SECONDS = flags.DEFINE_float(
     "seconds",
     10.0,
@@ -130,6 +139,7 @@ def main() -> None:
         from twotower.serving import server
         from twotower.serving.limits import Limits
         from twotower.serving.lists.options import ListOptions
+        from twotower.serving.processes.supervisor import Supervisor
     if _WORKDIR.value is not None:
         from twotower.plugins import load_config
 
@@ -139,26 +149,51 @@ def main() -> None:
         folders = read_bundles(_BUNDLE.value or [])
     # First, so that a port in use is not met after a long load.
     bound = server.bind(_HOST.value, _PORT.value)
-    app = server.make_app(
-        folders,
-        events=_EVENTS.value,
-        tokens=_TOKENS.value,
-        aliases=_ALIASES.value,
-        bundles=_BUNDLES.value,
-        follow=_FOLLOW.value,
-        limits=Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
-        lists=ListOptions(
+    options: dict[str, Any] = {
+        "folders": folders,
+        "events": _EVENTS.value,
+        "tokens": _TOKENS.value,
+        "aliases": _ALIASES.value,
+        "bundles": _BUNDLES.value,
+        "follow": _FOLLOW.value,
+        "limits": Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
+        "lists": ListOptions(
             cast("Fallback", _FALLBACK.value), _PLUGINS.value, _RERANK.value, _RERANK_MS.value
         ),
-        impressions=_IMPRESSIONS.value,
-    )
+        "impressions": _IMPRESSIONS.value,
+    }
+    app = None
+    if _PROCESSES.value == 1:
+        app = server.make_app(**options)
     # Before it is said: whoever reads the line may connect at once.
     bound.listen(server.BACKLOG)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     served = ", ".join(map(str, folders.values()))
     print(f"Serving {served} at http://{shown}:{port} (/v1/openapi.json describes it).", flush=True)
-    server.serve(app, bound)
+    if app is not None:
+        server.serve(app, bound)
+        return
+    child = functools.partial(run_child, options, logging.get_verbosity())
+    Supervisor(child, bound, _PROCESSES.value, _SECONDS.value).serve()
+
+
+def run_child(options: Mapping[str, Any], verbosity: int, start: Start) -> None:
+    """Answers requests as one of several processes.
+
+    Args:
+        options: Arguments of `twotower.serving.server.make_app`.
+        verbosity: Verbosity of the log.
+        start: What the parent gives to this process.
+    """
+    from twotower.serving import server
+    from twotower.serving.processes.member import Member
+
+    def serve() -> None:
+        member = Member(start.folder, start.number, start.parent, is_early=start.is_early)
+        server.serve(server.make_app(**options, member=member), start.bound)
+
+    launch.call_in_child(serve, verbosity)
 
 
 def read_bundles(values: Sequence[str]) -> dict[str, Path]:

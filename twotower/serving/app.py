@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import inspect
 import random
@@ -30,6 +31,7 @@ from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
 from twotower.serving.page.files import page_files
 from twotower.serving.page.lookups import Lookups
+from twotower.serving.processes.member import Member
 from twotower.serving.versions import types as admin_types
 from twotower.serving.versions.admin import Admin
 from twotower.serving.versions.versions import Versions
@@ -39,9 +41,11 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
 
+_ANSWERING = ("ok", "stopping")  # statuses in which requests are answered
 FOLLOW_SECONDS = 0.25  # between looks at what other processes have changed
 ENCODER = msgspec.json.Encoder()
 JSON = b"application/json"
@@ -65,6 +69,7 @@ class Endpoint:
         right: Right that its users need.
         request: Type of the body; None without one.
         answer: Type of the answer; None of text.
+        changes: Whether it changes something that all processes share.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Endpoint:
         answer: type[Any] | None = None,
         always: bool = False,
         needs_token: bool = False,
+        changes: bool = False,
     ):
         """Prepares the endpoint.
 
@@ -94,6 +100,7 @@ class Endpoint:
             answer: Type of the answer; None of text.
             always: Whether it answers before the server is ready.
             needs_token: Whether nobody has the right where no token is set for it.
+            changes: Whether it changes something that all processes share.
         """
         self.name = name
         self.method, self.path = route.split()
@@ -103,7 +110,11 @@ class Endpoint:
         self.answer = answer
         self._app = app
         self._handle = handle
+        self._respond = handle
+        if changes and app.member is not None:
+            self._respond = functools.partial(app.member.change, self)
         self._always = always
+        self.changes = changes
         self._is_open = app.access.is_open(right) and not needs_token
         self._decoder = None
         if request is not None:
@@ -120,7 +131,7 @@ class Endpoint:
         try:
             if not self._is_open:
                 app.access.check(self.right, scope["headers"])
-            if not self._always and app.status != "ok":
+            if not self._always and app.status not in _ANSWERING:
                 raise app.not_ready()
             request = None
             if self._decoder is not None:
@@ -130,7 +141,7 @@ class Endpoint:
             item_id = ""
             if "path_params" in scope:
                 item_id = scope["path_params"].get("item_id", "")
-            result = self._handle(request, item_id)
+            result = self._respond(request, item_id)
             if inspect.isawaitable(result):
                 result = await result
             payload = self._write(result)
@@ -143,11 +154,8 @@ class Endpoint:
             return
         # The server goes on, whatever one request does.
         except Exception as error:
-            refusal = explain(error, self.request, body)
-            status = refusal.status
             kind = PROBLEM
-            payload = app.write_problem(refusal)
-            headers = _headers_of(refusal)
+            status, payload, headers = self._refuse(error, body)
         await send(
             {
                 "type": "http.response.start",
@@ -162,6 +170,15 @@ class Endpoint:
         )
         await send({"type": "http.response.body", "body": payload})
         app.metrics.count_request(self.name, status, version, time.perf_counter() - start)
+
+    async def make(self, request: Any, item_id: str) -> Any:
+        """Returns the answer of this process to a request that changes something."""
+        return await self._handle(request, item_id)
+
+    def _refuse(self, error: Exception, body: bytes) -> tuple[int, bytes, Headers]:
+        """Returns the status, the body and the headers of a refusal."""
+        refusal = explain(error, self.request, body)
+        return refusal.status, self._app.write_problem(refusal), _headers_of(refusal)
 
     def _read(self, body: bytes) -> Any:
         aliases = self._app.aliases
@@ -183,6 +200,7 @@ class App:
 
     Attributes:
         versions: Versions that answer.
+        member: This process among several that serve; None of one that serves alone.
         access: Tokens.
         limits: Bounds.
         aliases: Names of fields; None for ours.
@@ -206,6 +224,7 @@ class App:
         bundles: str = "",
         follow: bool = False,
         impressions: ImpressionLog | None = None,
+        member: Member | None = None,
     ):
         """Prepares the server, which is ready some time after its start.
 
@@ -218,9 +237,11 @@ class App:
             bundles: Folder that further bundles are loaded from; "" for none.
             follow: Whether a new version of a bundle takes the place of the one that is served.
             impressions: Log of what is shown; None for none.
+            member: This process among several that serve; None of one that serves alone.
         """
         self.versions = versions
         self.impressions = impressions
+        self.member = member
         self.access = access or Access({})
         self.limits = limits or Limits()
         self.aliases = aliases
@@ -235,6 +256,8 @@ class App:
         self._differences: list[str] = []
         self._lookups = Lookups(self.versions)
         self.endpoints = self._make_endpoints()
+        # Name -> endpoint that changes something.
+        self.changing = {each.name: each for each in self.endpoints if each.changes}
         # Looked up before Starlette, whose routes are tried one after another.
         self._fast: dict[tuple[str, str], Application] = {
             (endpoint.method, endpoint.path): endpoint
@@ -271,7 +294,8 @@ class App:
 
     def drain(self) -> None:
         """Says that the server is about to stop: it answers on, and ends each connection after."""
-        self.status = "stopping"
+        # One that was never ready goes on to refuse.
+        self.status = "stopping" if self.status == "ok" else "stopping early"
         self.metrics.ready.set(0)
         self.closing = [(b"connection", b"close")]
 
@@ -313,6 +337,9 @@ class App:
                 self._differences[0],
             )
         elif self.status == "starting":
+            if self.member is not None:
+                await self.member.catch_up()
+                self.member.say_ready()
             self.status = "ok"
             self.metrics.ready.set(1)
             logging.info("Ready after %.1f s.", time.perf_counter() - start)
@@ -322,6 +349,8 @@ class App:
         """The life of the server between its start and its end."""
         del app
         tasks = [asyncio.create_task(self._prepare_and_follow())]
+        if self.member is not None:
+            await self.member.start(self)
         try:
             yield
         finally:
@@ -331,6 +360,8 @@ class App:
             await self.writer.close()
             if self.impressions is not None:
                 await asyncio.to_thread(self.impressions.close)
+            if self.member is not None:
+                await self.member.close()
 
     async def _prepare_and_follow(self) -> None:
         try:
@@ -343,7 +374,11 @@ class App:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
                 await self.writer.follow()
-                await self.admin.follow()
+                if self.member is not None:
+                    await self.member.catch_up()
+                if self.member is None or self.member.is_writer:
+                    await self.admin.follow()
+                self._set_gauges()
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
 
@@ -485,6 +520,7 @@ class App:
                 request=types.PutItem,
                 answer=types.Changed,
                 needs_token=True,
+                changes=True,
             ),
             Endpoint(
                 self,
@@ -495,6 +531,7 @@ class App:
                 right=Right.CHANGE,
                 answer=types.Changed,
                 needs_token=True,
+                changes=True,
             ),
             Endpoint(
                 self,
@@ -510,6 +547,7 @@ class App:
                 request=types.PutItems,
                 answer=types.Changed,
                 needs_token=True,
+                changes=True,
             ),
             Endpoint(
                 self,
@@ -520,6 +558,7 @@ class App:
                 right=Right.CHANGE,
                 request=types.Events,
                 answer=types.Accepted,
+                changes=True,
             ),
         ]
 
@@ -588,6 +627,7 @@ class App:
                 request=request,
                 answer=admin_types.VersionList,
                 needs_token=True,
+                changes=not route.startswith("GET"),
             )
             for name, route, summary, request, handle in calls
         ]
@@ -712,11 +752,17 @@ class App:
         return self.aliases.to_theirs(described)
 
     def _format_metrics(self) -> bytes:
+        self._set_gauges()
+        return self.metrics.format()
+
+    def _set_gauges(self) -> None:
+        self.metrics.waiting.set(self.accepted)
+        has_joined = self.member is None or self.member.has_joined
+        self.metrics.processes.set(has_joined and self.status == "ok")
         self.metrics.items.set(len(self.answers.retriever))
         self.metrics.changes.set(self.answers.retriever.changes)
         if self.impressions is not None:
             self.metrics.impressions_lost.set(self.impressions.lost)
-        return self.metrics.format()
 
 
 async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
@@ -738,7 +784,7 @@ async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) 
     return answers
 
 
-def _headers_of(refusal: RequestError) -> list[tuple[bytes, bytes]]:
+def _headers_of(refusal: RequestError) -> Headers:
     headers = list(COMMON)
     if refusal.retry_after:
         headers.append((b"retry-after", b"%d" % refusal.retry_after))

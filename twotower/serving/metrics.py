@@ -1,15 +1,22 @@
-"""What a server counts, in the form of Prometheus."""
+"""What a server counts, in the form of Prometheus.
+
+Several processes of one server keep their counters in files, so that whichever is asked tells those
+of all, and those of a process that has died.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from twotower.serving.lists.hook import Failure
     from twotower.serving.types import Source
 
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder of the files; read at import
 # Seconds: from an answer of the index alone to one that nobody waits for.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -25,6 +32,8 @@ class Metrics:
         events: Events that were accepted.
         items: Number of items now.
         changes: Number of changes since the bundle was written.
+        waiting: Number of requests that were accepted and are not answered yet.
+        processes: Number of processes that answer.
         ready: 1 where the server is ready.
         impressions_lost: Number of answers that are not in the log of impressions.
     """
@@ -72,11 +81,33 @@ class Metrics:
             "twotower_shed_requests", "Requests refused under load.", registry=registry
         )
         self.events = Counter("twotower_events", "Events that were accepted.", registry=registry)
-        self.items = Gauge("twotower_items", "Items now.", registry=registry)
-        self.changes = Gauge(
-            "twotower_changes", "Changes since the bundle was written.", registry=registry
+        self.items = Gauge(
+            "twotower_items", "Items now.", multiprocess_mode="livemax", registry=registry
         )
-        self.ready = Gauge("twotower_ready", "Whether the server is ready.", registry=registry)
+        self.changes = Gauge(
+            "twotower_changes",
+            "Changes since the bundle was written.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "twotower_waiting_requests",
+            "Requests that were accepted and are not answered yet.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.processes = Gauge(
+            "twotower_processes",
+            "Processes that answer.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "twotower_ready",
+            "Whether the server is ready.",
+            multiprocess_mode="livemin",
+            registry=registry,
+        )
         self._rerank_failures = Counter(
             "twotower_rerank_failures",
             "Lists that went out without the re-ranker of --rerank.",
@@ -84,7 +115,10 @@ class Metrics:
             registry=registry,
         )
         self.impressions_lost = Gauge(
-            "twotower_impressions_lost", "Answers that are not in the log.", registry=registry
+            "twotower_impressions_lost",
+            "Answers that are not in the log.",
+            multiprocess_mode="sum",
+            registry=registry,
         )
         # Looking a label up takes longer than counting.
         self._by_request: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
@@ -130,4 +164,9 @@ class Metrics:
 
     def format(self) -> bytes:
         """Returns all of them in the text format of Prometheus."""
-        return generate_latest(self._registry)
+        # Of one process they are in memory alone.
+        if MULTIPROCESS not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)

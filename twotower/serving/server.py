@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -31,7 +32,8 @@ from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
 from twotower.serving.lists.options import ListOptions
-from twotower.serving.versions.versions import load_all
+from twotower.serving.processes.member import Member
+from twotower.serving.versions.versions import load_all, restore
 
 # Made once: it is written when there is no time.
 _OVERLOAD = ENCODER.encode(
@@ -83,6 +85,7 @@ def make_app(
     limits: Limits,
     lists: ListOptions | None = None,
     impressions: str = "",
+    member: Member | None = None,
 ) -> App:
     """Loads bundles, and returns their server.
 
@@ -97,13 +100,19 @@ def make_app(
         limits: Bounds.
         lists: Options of the lists; by default those of `ListOptions`.
         impressions: Folder for what is shown; "" for none.
+        member: This process among several that serve; None of one that serves alone.
 
     Raises:
         TwotowerError: A bundle, or one of the files, cannot be read.
     """
     access = Access.read(tokens)
     first = next(iter(folders.values())).absolute()
-    versions = load_all(folders, (lists or ListOptions()).prepare(first))
+    make = (lists or ListOptions()).prepare(first)
+    state = None
+    if member is not None:
+        state = member.read_state()
+    # One that takes the place of a process that died answers by the versions of the others.
+    versions = load_all(folders, make) if state is None else restore(state, make)
     path = Path(events or first.parent / f"{first.name}.events")
     names = None
     if aliases:
@@ -118,6 +127,7 @@ def make_app(
         bundles=bundles,
         follow=follow,
         impressions=ImpressionLog(impressions) if impressions else None,
+        member=member,
     )
 
 
@@ -204,6 +214,10 @@ class _Server(uvicorn.Server):
         self._stop_at = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        member = self._app.member
+        if member is not None and not member.has_joined:
+            # It has accepted nothing, and is in the midst of loading.
+            os._exit(0)
         # A second signal does not wait.
         if self._stop_at:
             self.should_exit = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
@@ -32,6 +32,7 @@ class Writer:
     Attributes:
         waiting: Number of requests that wait for the disk.
         follows: Whether new versions of the bundles are taken up.
+        tell: Function that tells other processes of a change, and returns when they have it.
     """
 
     def __init__(self, versions: Versions, log: EventLog, limit: int):
@@ -44,6 +45,7 @@ class Writer:
         """
         self.waiting = 0
         self.follows = False
+        self.tell: Callable[[], Awaitable[None]] = _tell_nobody
         self._versions = versions
         # Used by the thread alone; a version that is new there is new to the others after that.
         self._changing = list(versions)
@@ -64,13 +66,15 @@ class Writer:
             RequestError: Too many wait already.
             ChangesError: The bundle was replaced, and nobody takes up the new version.
         """
-        with self._place():
+        with self.place():
             loop = asyncio.get_running_loop()
             last = loop.time() + (REPLACE_SECONDS if self.follows else 0)
             while True:
                 main = self._versions.main
                 try:
-                    return await loop.run_in_executor(self._thread, self._change, change)
+                    changed = await loop.run_in_executor(self._thread, self._change, change)
+                    await self.tell()
+                    return changed
                 except SupersededError:
                     if loop.time() > last:
                         raise
@@ -110,7 +114,7 @@ class Writer:
             RequestError: Too many wait already.
             OSError: The disk refuses.
         """
-        with self._place():
+        with self.place():
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._pending.append((events, future))
             if self._task is None:
@@ -150,6 +154,7 @@ class Writer:
                 continue
             # Before they are acknowledged: the next request of a user sees them.
             self._add_to_histories(events)
+            await self.tell()
             for (_, future), count in zip(pending, counts):
                 future.set_result(count)
         self._task = None
@@ -214,7 +219,7 @@ class Writer:
         return self._log.add(batches), self._log.read_new()
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
+    def place(self) -> Iterator[None]:
         """Counts a request among those that wait.
 
         Raises:
@@ -232,3 +237,7 @@ class Writer:
             yield
         finally:
             self.waiting -= 1
+
+
+async def _tell_nobody() -> None:
+    """A server of one process has nobody to tell."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Awaitable, Callable
 
 from absl import logging
 
@@ -24,7 +25,12 @@ from twotower.serving.writer import Writer
 
 
 class Admin:
-    """The administration of the versions of a server."""
+    """The administration of the versions of a server.
+
+    Attributes:
+        versions: Versions of the server.
+        tell: Function that gives other processes a state, and returns when they have it.
+    """
 
     def __init__(
         self, versions: Versions, writer: Writer, *, bundles: str = "", follow: bool = False
@@ -38,6 +44,7 @@ class Admin:
             follow: Whether a new version of a bundle takes the place of the one that is served.
         """
         self.versions = versions
+        self.tell: Callable[[State], Awaitable[None]] = _tell_nobody
         self._writer = writer
         writer.follows = follow
         self._bundles = bundles
@@ -45,6 +52,8 @@ class Admin:
         self._lock = asyncio.Lock()
         # Of new versions that could not be used each is tried once.
         self._tried: set[str] = set()
+        # The number of the last state that could not be taken up.
+        self._failed = -1
 
     async def load(self, request: types.LoadBundle, _: str) -> types.VersionList:
         """Loads one more bundle."""
@@ -91,6 +100,27 @@ class Admin:
             state = routing.shadow(self.versions.state, request.version, request.share)
             await self._publish(state)
         return self.versions.list()
+
+    async def reconcile(self, state: State) -> None:
+        """Takes up the versions that the writer of several processes has set.
+
+        Raises:
+            RequestError: One of them cannot be loaded here.
+        """
+        async with self._lock:
+            now = self.versions.state
+            if state == now or state.number < now.number or state.number == self._failed:
+                return
+            try:
+                for version, place in state.places.items():
+                    if version not in self.versions:
+                        await self._load(place)
+            except RequestError as error:
+                self._failed = state.number
+                logging.error("The versions of the other processes are not here: %s", error)
+                raise
+            self.versions.apply(state)
+            await self._writer.drop()
 
     def list(self, *_: object) -> types.VersionList:
         """Returns what is loaded."""
@@ -145,6 +175,7 @@ class Admin:
         before = self.versions.state
         self.versions.apply(state)
         await self._writer.drop()
+        await self.tell(state)
         if state.routing != before.routing:
             logging.info("Version %s is the main one.", state.routing.main)
 
@@ -181,3 +212,8 @@ def _unusable(place: Place) -> RequestError:
         value=place.name,
         cure="Export it again.",
     )
+
+
+async def _tell_nobody(state: State) -> None:
+    """A server of one process has nobody to tell."""
+    del state

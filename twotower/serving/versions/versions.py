@@ -185,6 +185,24 @@ def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
     return versions
 
 
+def restore(state: State, make: MakeAnswers) -> Versions:
+    """Returns the versions that other processes of a server answer by.
+
+    Args:
+        state: Versions of the others.
+        make: Function that makes a version of the retriever of a bundle.
+
+    Raises:
+        TwotowerError: One of them is not whole any more.
+    """
+    loaded = [load(place, make) for place in state.places.values()]
+    versions = Versions(loaded[0], make=make)
+    for answers in loaded[1:]:
+        versions.add(answers)
+    versions.apply(state)
+    return versions
+
+
 def prove(answers: Answers) -> None:
     """Makes a version ready to answer, and refuses one that answers otherwise than at its export.
 

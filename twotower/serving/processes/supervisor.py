@@ -1,0 +1,205 @@
+"""Several processes that answer at one address, and the one that starts them and answers nobody.
+
+They share one socket: whoever is free takes the next connection, and those that wait in it are not
+lost with a process that dies. Such a process is started again, and takes part when it is ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from absl import logging
+from prometheus_client.multiprocess import mark_process_dead
+
+from twotower.core.errors import ConfigError
+
+MAX_FAILURES = 5  # of processes that ended before they were ready, one after another
+END_SECONDS = 10.0  # beyond the time of the slowest request, until a process is killed
+METRICS = "metrics"  # folder of the counters in that of the processes
+
+
+class Start(NamedTuple):
+    """What a process is started with.
+
+    Attributes:
+        folder: Folder of the server's processes.
+        number: Number of the process.
+        is_early: Whether it accepts requests before it is ready.
+        parent: Pipe to the process that starts it.
+        bound: Socket that all listen at.
+    """
+
+    folder: Path
+    number: int
+    is_early: bool
+    parent: Connection
+    bound: socket.socket
+
+
+class _Child(NamedTuple):
+    """A process that was started.
+
+    Attributes:
+        process: The process.
+        pipe: Pipe to it.
+        is_early: Whether it accepts requests before it is ready.
+    """
+
+    process: SpawnProcess
+    pipe: Connection
+    is_early: bool
+
+
+class Supervisor:
+    """The parent of the processes of a server."""
+
+    def __init__(
+        self, run: Callable[[Start], None], bound: socket.socket, count: int, seconds: float
+    ):
+        """Prepares them.
+
+        Args:
+            run: Function of a module that a child runs, which ends with the child.
+            bound: Socket that all listen at.
+            count: Number of processes.
+            seconds: Time of the slowest request.
+        """
+        self._run = run
+        self._bound = bound
+        self._count = count
+        self._seconds = seconds
+        self._context = multiprocessing.get_context("spawn")
+        self._children: dict[int, _Child] = {}
+        self._ready: set[int] = set()
+        self._failures = 0
+        self._is_ending = False
+
+    def serve(self) -> None:
+        """Runs the processes until a signal ends them: SIGTERM or Ctrl-C.
+
+        Raises:
+            ConfigError: They end before they are ready.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="twotower-"))
+        metrics = folder / METRICS
+        metrics.mkdir()
+        # Read when the library of the counters is imported, by the children.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        try:
+            with _signals_to(self._end):
+                self._supervise(folder)
+        finally:
+            self._kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _supervise(self, folder: Path) -> None:
+        for index in range(self._count):
+            self._start(folder, index, is_early=index == 0)
+        while self._children:
+            heard = [child.pipe for child in self._children.values()]
+            ended = {child.process.sentinel: n for n, child in self._children.items()}
+            by_pipe = {child.pipe: n for n, child in self._children.items()}
+            # Signals are noticed within a second, whichever thread they reach.
+            for one in connection.wait([*heard, *ended], timeout=1.0):
+                if isinstance(one, int):
+                    self._replace(folder, ended[one])
+                elif isinstance(one, Connection) and by_pipe[one] in self._children:
+                    self._hear(by_pipe[one])
+
+    def _start(self, folder: Path, index: int, *, is_early: bool) -> None:
+        ours, theirs = self._context.Pipe()
+        start = Start(folder, index, is_early, theirs, self._bound)
+        process = self._context.Process(target=self._run, args=(start,), name=f"server-{index}")
+        process.start()
+        theirs.close()
+        self._children[index] = _Child(process, ours, is_early)
+
+    def _hear(self, index: int) -> None:
+        """Notes that a child is ready, and lets those accept that are."""
+        child = self._children[index]
+        try:
+            child.pipe.recv()
+        except (EOFError, OSError):
+            # It has ended, or is about to: the sentinel tells.
+            time.sleep(0.01)
+            return
+        self._failures = 0
+        self._ready.add(index)
+        # Where one accepts that is not ready, the answers of the others would contradict it.
+        waiting = [n for n, other in self._children.items() if other.is_early]
+        if set(waiting) <= self._ready:
+            for ready in self._ready:
+                with contextlib.suppress(OSError):
+                    self._children[ready].pipe.send("accept")
+
+    def _replace(self, folder: Path, index: int) -> None:
+        """Starts a child again that has ended.
+
+        Raises:
+            ConfigError: Too many have ended before they were ready.
+        """
+        child = self._children.pop(index)
+        child.process.join()
+        child.pipe.close()
+        mark_process_dead(child.process.pid, str(folder / METRICS))
+        was_ready = index in self._ready
+        self._ready.discard(index)
+        if self._is_ending:
+            return
+        logging.error(
+            "Process %d (%d) has ended with status %s, and is started again.",
+            index,
+            child.process.pid,
+            child.process.exitcode,
+        )
+        if not was_ready:
+            self._failures += 1
+        # At the start a mistake of the user's ends all of them; its line was written by the child.
+        if self._failures >= MAX_FAILURES or child.process.exitcode == os.EX_CONFIG:
+            raise ConfigError("The processes of the server end before they are ready; see above.")
+        is_first = not self._ready and child.is_early
+        self._start(folder, index, is_early=is_first)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """Tells all to answer what they accepted, and to end."""
+        del number, frame
+        self._is_ending = True
+        for child in self._children.values():
+            child.process.terminate()
+
+    def _kill(self) -> None:
+        """Ends the processes that are left."""
+        for child in self._children.values():
+            child.process.terminate()
+        last = time.monotonic() + self._seconds + END_SECONDS
+        for child in self._children.values():
+            child.process.join(max(0.0, last - time.monotonic()))
+            if child.process.is_alive():
+                child.process.kill()
+
+
+@contextlib.contextmanager
+def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Hands SIGTERM and Ctrl-C to a function while the block runs."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
