@@ -26,6 +26,7 @@ EXTRAS = {
         "msgspec>=0.19",
         "prometheus-client>=0.20",
     ],
+    "client": ["httpx>=0.27", "msgspec>=0.19"],
     "plots": ["matplotlib>=3.8"],
     "als": ["implicit>=0.7"],
     "sweep": ["optuna>=4.0"],
