@@ -171,6 +171,8 @@ def test_a_token_is_sent_and_every_endpoint_has_its_call(retriever, tmp_path):
         endpoint = served[call._method, call._path]
         assert endpoint.answer is call._answer
         assert (endpoint.request or types.Request) is call._request
-        reached.add((call._method, call._path))
-    missing = {path for _, path in set(served) - reached if path.startswith("/v1/")}
-    assert missing <= {"/v1/items/{item_id}", "/v1/openapi.json"}, missing
+        reached.add(call._path)
+    # A deletion has a function of its own, and the page looks things up for people.
+    apart = {"/v1/items/{item_id}", "/v1/openapi.json", "/v1/user", "/v1/map", "/v1/catalogue"}
+    apart |= {"/v1/search_items", "/v1/search_users"}
+    assert {path for _, path in served if path.startswith("/v1/")} - reached == apart
