@@ -171,7 +171,7 @@ def test_tokens_come_from_the_environment_too():
     access = Access.read("", {"TWOTOWER_READ_TOKEN": TOKENS["read"]})
     headers = [(b"authorization", f"Bearer {TOKENS['read']}".encode())]
     assert not access.is_open(Right.READ)
-    access.check(Right.READ, headers)
+    assert access.identify(headers) == (Right.READ, 0)
 
 
 def test_a_path_that_there_is_not_is_a_problem_too(app):

@@ -83,6 +83,30 @@ _QUEUE = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_RATE = flags.DEFINE_integer(
+    "rate",
+    None,
+    "Requests a second of each token, and of all clients without one together; more are refused "
+    "with 429 and Retry-After.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_LOG = flags.DEFINE_enum(
+    "log",
+    "text",
+    ["text", "json"],
+    "Form of the log. As JSON it also has a line on each request that fails, and on a share of the "
+    "others, with nothing of a person in it.",
+    flag_values=FLAGS,
+)
+_LOG_SHARE = flags.DEFINE_float(
+    "log_share",
+    0.0,
+    "Share of the requests that --log=json has a line on, beside those that fail.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+    flag_values=FLAGS,
+)
 _PROCESSES = flags.DEFINE_integer(
     "processes",
     1,
@@ -156,7 +180,8 @@ def main() -> None:
         "aliases": _ALIASES.value,
         "bundles": _BUNDLES.value,
         "follow": _FOLLOW.value,
-        "limits": Limits(waiting=_QUEUE.value, seconds=_SECONDS.value),
+        "limits": Limits(waiting=_QUEUE.value, seconds=_SECONDS.value, rate=_RATE.value),
+        "log_share": _LOG_SHARE.value if _LOG.value == "json" else None,
         "lists": ListOptions(
             cast("Fallback", _FALLBACK.value), _PLUGINS.value, _RERANK.value, _RERANK_MS.value
         ),
@@ -190,7 +215,9 @@ def run_child(options: Mapping[str, Any], verbosity: int, start: Start) -> None:
     from twotower.serving.processes.member import Member
 
     def serve() -> None:
-        member = Member(start.folder, start.number, start.parent, is_early=start.is_early)
+        member = Member(
+            start.folder, start.number, start.processes, start.parent, is_early=start.is_early
+        )
         server.serve(server.make_app(**options, member=member), start.bound)
 
     launch.call_in_child(serve, verbosity)

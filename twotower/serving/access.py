@@ -93,15 +93,19 @@ class Access:
         """Whether a right needs no token, because none is set for it or for a smaller one."""
         return right == Right.NONE or not any(held <= right for held in self._set)
 
-    def check(self, right: Right, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Refuses a request whose token does not give a right.
+    @property
+    def clients(self) -> int:
+        """Number of clients that are told apart: one a token, and all without one together."""
+        return len(self._rights) + 1
+
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[Right | None, int]:
+        """Returns the right that a request's token gives, and the number of its client.
 
         Args:
-            right: Right that the request needs.
             headers: Headers of the request, their names in small letters.
 
-        Raises:
-            RequestError: It has no token, or a wrong one.
+        Returns:
+            None where no token is sent, and `Right.NONE` of one that is not known.
         """
         token = b""
         for name, value in headers:
@@ -109,18 +113,35 @@ class Access:
                 token = value[7:].strip()
             elif name == b"x-api-key":
                 token = value
+        unnamed = len(self._rights)
         if not token:
+            return None, unnamed
+        digest = _digest(token)
+        granted = Right.NONE
+        client = unnamed
+        # All of them, so that the time does not tell which one was nearly right.
+        for number, (known, held) in enumerate(self._rights):
+            if hmac.compare_digest(digest, known):
+                granted = max(granted, held)
+                client = number
+        return granted, client
+
+    def check(self, right: Right, granted: Right | None) -> None:
+        """Refuses a request whose token does not give a right.
+
+        Args:
+            right: Right that the request needs.
+            granted: Right that its token gives; see `identify`.
+
+        Raises:
+            RequestError: It has no token, or a wrong one.
+        """
+        if granted is None:
             raise RequestError(
                 401,
                 "This needs a token.",
                 cure="Send the header Authorization: Bearer TOKEN.",
             )
-        digest = _digest(token)
-        granted = Right.NONE
-        # All of them, so that the time does not tell which one was nearly right.
-        for known, held in self._rights:
-            if hmac.compare_digest(digest, known):
-                granted = max(granted, held)
         if granted == Right.NONE:
             raise RequestError(401, "The token is not known.", cure="Send another token.")
         if granted < right:

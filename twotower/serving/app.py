@@ -9,7 +9,15 @@ import gc
 import inspect
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import msgspec
@@ -29,9 +37,11 @@ from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
+from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.page.files import page_files
 from twotower.serving.page.lookups import Lookups
 from twotower.serving.processes.member import Member
+from twotower.serving.processes.rates import Rates
 from twotower.serving.versions import types as admin_types
 from twotower.serving.versions.admin import Admin
 from twotower.serving.versions.versions import Versions
@@ -116,6 +126,9 @@ class Endpoint:
         self._always = always
         self.changes = changes
         self._is_open = app.access.is_open(right) and not needs_token
+        # Probes come as often as they like.
+        is_bounded = app.rates is not None and right != Right.NONE
+        self._is_guarded = is_bounded or not self._is_open
         self._decoder = None
         if request is not None:
             self._decoder = msgspec.json.Decoder(request)
@@ -129,8 +142,8 @@ class Endpoint:
         kind = JSON
         headers = COMMON
         try:
-            if not self._is_open:
-                app.access.check(self.right, scope["headers"])
+            if self._is_guarded:
+                self._admit(scope["headers"])
             if not self._always and app.status not in _ANSWERING:
                 raise app.not_ready()
             request = None
@@ -169,11 +182,31 @@ class Endpoint:
             }
         )
         await send({"type": "http.response.body", "body": payload})
-        app.metrics.count_request(self.name, status, version, time.perf_counter() - start)
+        app.count_request(self.name, status, version, time.perf_counter() - start)
 
     async def make(self, request: Any, item_id: str) -> Any:
         """Returns the answer of this process to a request that changes something."""
         return await self._handle(request, item_id)
+
+    def _admit(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Refuses a client that may not ask this, or has asked too often.
+
+        Raises:
+            RequestError: It is refused.
+        """
+        app = self._app
+        granted, client = app.access.identify(headers)
+        # Also of those with a wrong token, which nobody shall find by trying.
+        if app.rates is not None and not app.rates.take(client):
+            app.metrics.limited.inc()
+            raise RequestError(
+                429,
+                f"This client has sent {app.rates.rate} requests in a second.",
+                cure="Send it again after a second.",
+                retry_after=1,
+            )
+        if not self._is_open:
+            app.access.check(self.right, granted)
 
     def _refuse(self, error: Exception, body: bytes) -> tuple[int, bytes, Headers]:
         """Returns the status, the body and the headers of a refusal."""
@@ -205,6 +238,8 @@ class App:
         limits: Bounds.
         aliases: Names of fields; None for ours.
         metrics: Counters.
+        count_request: Function that counts a request, and may log it.
+        rates: Requests a second of each client; None without a bound.
         writer: Writer of changes and events.
         admin: Administration of the versions.
         status: "ok", or what the server waits for.
@@ -225,6 +260,7 @@ class App:
         follow: bool = False,
         impressions: ImpressionLog | None = None,
         member: Member | None = None,
+        log_share: float | None = None,
     ):
         """Prepares the server, which is ready some time after its start.
 
@@ -238,6 +274,7 @@ class App:
             follow: Whether a new version of a bundle takes the place of the one that is served.
             impressions: Log of what is shown; None for none.
             member: This process among several that serve; None of one that serves alone.
+            log_share: Share of the requests that are logged beside those that fail; None logs none.
         """
         self.versions = versions
         self.impressions = impressions
@@ -246,6 +283,14 @@ class App:
         self.limits = limits or Limits()
         self.aliases = aliases
         self.metrics = Metrics()
+        self.count_request: Count = self.metrics.count_request
+        if log_share is not None:
+            self.count_request = RequestLog(self.metrics.count_request, log_share)
+        self.rates = None
+        if self.limits.rate is not None and member is None:
+            self.rates = Rates(self.limits.rate, self.access.clients)
+        elif self.limits.rate is not None and member is not None:
+            self.rates = member.share_rates(self.limits.rate, self.access.clients)
         if versions.main.hook is not None:
             versions.main.hook.report = self.metrics.count_rerank_failure
         self.writer = Writer(versions, events, self.limits.writes)

@@ -26,6 +26,8 @@ class Limits:
         waiting: Requests that are read and not answered; more are refused at once, so that those
             accepted are answered in time.
         writes: Changes and events that wait for the disk; more are refused at once.
+        rate: Requests a second of each token, and of all clients without one together; None for
+            any number.
     """
 
     body: int = 1 << 20
@@ -35,11 +37,12 @@ class Limits:
     connections: int = 2_000
     waiting: int = 100
     writes: int = 64
+    rate: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
                 raise ConfigError(f"limits.{field.name}={value} must be above 0.")
 
 

@@ -29,6 +29,7 @@ class Metrics:
         shadows_skipped: Requests that the shadow did not answer, as too many waited.
         shadows_failed: Requests that the shadow failed on.
         shed: Requests that were refused because too many were waiting.
+        limited: Requests that were refused because their client had sent too many.
         events: Events that were accepted.
         items: Number of items now.
         changes: Number of changes since the bundle was written.
@@ -79,6 +80,11 @@ class Metrics:
         )
         self.shed = Counter(
             "twotower_shed_requests", "Requests refused under load.", registry=registry
+        )
+        self.limited = Counter(
+            "twotower_limited_requests",
+            "Requests refused as their client had sent too many.",
+            registry=registry,
         )
         self.events = Counter("twotower_events", "Events that were accepted.", registry=registry)
         self.items = Gauge(

@@ -32,6 +32,7 @@ from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
 from twotower.serving.lists.options import ListOptions
+from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
 from twotower.serving.versions.versions import load_all, restore
 
@@ -85,6 +86,7 @@ def make_app(
     limits: Limits,
     lists: ListOptions | None = None,
     impressions: str = "",
+    log_share: float | None = None,
     member: Member | None = None,
 ) -> App:
     """Loads bundles, and returns their server.
@@ -100,11 +102,15 @@ def make_app(
         limits: Bounds.
         lists: Options of the lists; by default those of `ListOptions`.
         impressions: Folder for what is shown; "" for none.
+        log_share: Share of the requests that are logged beside those that fail, as JSON; None for
+            a log of text, without requests.
         member: This process among several that serve; None of one that serves alone.
 
     Raises:
         TwotowerError: A bundle, or one of the files, cannot be read.
     """
+    if log_share is not None:
+        use_json()
     access = Access.read(tokens)
     first = next(iter(folders.values())).absolute()
     make = (lists or ListOptions()).prepare(first)
@@ -128,6 +134,7 @@ def make_app(
         follow=follow,
         impressions=ImpressionLog(impressions) if impressions else None,
         member=member,
+        log_share=log_share,
     )
 
 

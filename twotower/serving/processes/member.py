@@ -25,6 +25,7 @@ from twotower.serving.processes.links import (
     refusal_of,
     reply_of,
 )
+from twotower.serving.processes.rates import Rates
 from twotower.serving.versions.admin import Admin
 from twotower.serving.versions.routing import State
 from twotower.serving.writer import Writer
@@ -63,25 +64,40 @@ class Member:
         is_writer: Whether it makes the changes of all.
     """
 
-    def __init__(self, folder: Path, index: int, parent: Connection, *, is_early: bool):
+    def __init__(
+        self, folder: Path, number: int, count: int, parent: Connection, *, is_early: bool
+    ):
         """Prepares the links to the others.
 
         Args:
             folder: Folder of the server's processes.
-            index: Number of this process.
+            number: Number of this process.
+            count: Number of all processes.
             parent: Pipe to the process that started it.
             is_early: Whether it accepts requests before it is ready, so that somebody answers
                 probes while the server starts.
         """
         self.has_joined = is_early
         self.is_writer = False
-        self._links = Links(folder, index)
+        self._links = Links(folder, number)
+        self._number = number
+        self._count = count
         self._folder = folder
         self._parent = parent
         self._claiming = asyncio.Lock()
         self._may_accept = asyncio.Event()
         if is_early:
             self._may_accept.set()
+
+    def share_rates(self, rate: int, clients: int) -> Rates:
+        """Returns the counts of the clients' requests, which all processes share.
+
+        Args:
+            rate: Requests a second of each client.
+            clients: Number of clients.
+        """
+        path = self._folder / "rates"
+        return Rates(rate, clients, path=path, process=self._number, count=self._count)
 
     def read_state(self) -> State | None:
         """Returns the versions of the processes that run already; None at the start of all."""

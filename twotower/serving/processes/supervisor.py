@@ -38,6 +38,7 @@ class Start(NamedTuple):
     Attributes:
         folder: Folder of the server's processes.
         number: Number of the process.
+        processes: Number of all processes.
         is_early: Whether it accepts requests before it is ready.
         parent: Pipe to the process that starts it.
         bound: Socket that all listen at.
@@ -45,6 +46,7 @@ class Start(NamedTuple):
 
     folder: Path
     number: int
+    processes: int
     is_early: bool
     parent: Connection
     bound: socket.socket
@@ -122,7 +124,7 @@ class Supervisor:
 
     def _start(self, folder: Path, index: int, *, is_early: bool) -> None:
         ours, theirs = self._context.Pipe()
-        start = Start(folder, index, is_early, theirs, self._bound)
+        start = Start(folder, index, self._count, is_early, theirs, self._bound)
         process = self._context.Process(target=self._run, args=(start,), name=f"server-{index}")
         process.start()
         theirs.close()
