@@ -324,3 +324,17 @@ def test_the_command_lists_and_does_one_thing_at_a_time(history):
         and "Give one of --append=RUN" in wrong.stderr
         and "Traceback" not in wrong.stderr
     )
+
+
+def test_its_tables_may_have_other_names(tmp_path):
+    names = {"user": "two_tower_user_embedding", "item": "two_tower_item_embedding"}
+    history = EmbeddingHistory(tmp_path, names)
+    history.append(version(), {"item": [block(3)], "user": [block(2)]})
+    assert {path.name for path in tmp_path.iterdir()} == set(names.values())
+    assert len(history.dataset("user").to_table()) == 2
+    # By the names alone: those of another table are not seen.
+    assert not EmbeddingHistory(tmp_path).files("user")
+    with pytest.raises(HistoryError, match="'a-b' cannot be the table of user vectors"):
+        EmbeddingHistory(tmp_path, names | {"user": "a-b"})
+    with pytest.raises(HistoryError, match="must differ; both are 'same'"):
+        EmbeddingHistory(tmp_path, {"user": "same", "item": "same"})

@@ -54,6 +54,16 @@ _BIGQUERY = flags.DEFINE_string(
     "PROJECT.DATASET or DATASET: load all runs of the date into its tables.",
     flag_values=FLAGS,
 )
+_USER_TABLE = flags.DEFINE_string(
+    "user_table",
+    "user_embeddings",
+    "Table of the users' vectors, in the history and in BigQuery, such as "
+    "two_tower_user_embedding.",
+    flag_values=FLAGS,
+)
+_ITEM_TABLE = flags.DEFINE_string(
+    "item_table", "item_embeddings", "Table of the items' vectors, likewise.", flag_values=FLAGS
+)
 _DRIFT = flags.DEFINE_list(
     "drift", None, "OLD,NEW: two versions of --list, each DATE/RUN, to compare.", flag_values=FLAGS
 )
@@ -80,7 +90,8 @@ def main() -> None:
             "Give one of --append=RUN (and --bigquery), --bigquery=PROJECT.DATASET, --list and "
             "--drift=OLD,NEW."
         )
-    history = EmbeddingHistory(_HISTORY.value)
+    tables = {"user": _USER_TABLE.value, "item": _ITEM_TABLE.value}
+    history = EmbeddingHistory(_HISTORY.value, tables)
     if writes:
         write(history)
     elif _LIST.value:

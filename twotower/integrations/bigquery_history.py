@@ -1,29 +1,32 @@
 """The embedding history in BigQuery: dates of the Parquet history, each loaded whole into its
 partition.
 
-A dataset has the tables user_embeddings and item_embeddings, partitioned by run_date and clustered
-by run_id and entity_id. The vector is a REPEATED FLOAT of one width, which VECTOR_SEARCH and CREATE
-VECTOR INDEX need.
+A dataset has the tables of the history, by default user_embeddings and item_embeddings, partitioned
+by run_date and clustered by run_id and entity_id. The vector is a REPEATED FLOAT of one width,
+which VECTOR_SEARCH and CREATE VECTOR INDEX need.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.core.errors import HistoryError
-from twotower.data.sources.bigquery import make_client, report_errors
+from twotower.data.sources.bigquery import make_client
+from twotower.integrations.bigquery_tables import (
+    TableForm,
+    check_dataset,
+    open_table,
+    replace_date,
+)
 from twotower.integrations.embedding_history import (
     BLOCK,
     SCHEMA,
-    TABLES,
     EmbeddingHistory,
     VectorFile,
 )
@@ -31,22 +34,21 @@ from twotower.integrations.embedding_history import (
 if TYPE_CHECKING:  # an extra, which is not always installed
     from google.cloud.bigquery import Client, Table
 
-# Type and mode of each column, in the order of the Parquet files.
-COLUMNS = {
-    "run_date": ("DATE", "NULLABLE"),
-    "run_id": ("STRING", "NULLABLE"),
-    "experiment_id": ("STRING", "NULLABLE"),
-    "model_version": ("STRING", "NULLABLE"),
-    "entity_id": ("STRING", "NULLABLE"),
-    "vector": ("FLOAT", "REPEATED"),
-}
+# Most queries name a run, and then entities.
+FORM = TableForm(
+    {
+        "run_date": ("DATE", "NULLABLE"),
+        "run_id": ("STRING", "NULLABLE"),
+        "experiment_id": ("STRING", "NULLABLE"),
+        "model_version": ("STRING", "NULLABLE"),
+        "entity_id": ("STRING", "NULLABLE"),
+        "vector": ("FLOAT", "REPEATED"),
+    },
+    clustering=("run_id", "entity_id"),
+)
 # A label of the table: no index can be made over vectors of several widths, and a REPEATED column
 # has no width of its own.
 WIDTH_LABEL = "vector_width"
-# Tables that were made by SQL may say their types so.
-_TYPE_ALIASES = {"FLOAT64": "FLOAT"}
-# A project may begin with a domain and a colon.
-_DATASET = re.compile(r"(([\w.-]+:)?[\w-]+\.)?\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,7 @@ class BigQueryHistory:
     dataset: str
 
     def __post_init__(self):
-        if not _DATASET.fullmatch(self.dataset):
-            raise HistoryError(f"{self.dataset!r} must be PROJECT.DATASET or DATASET.")
+        check_dataset(self.dataset)
 
     def load(self, history: EmbeddingHistory, run_date: datetime.date) -> dict[str, int]:
         """Replaces the partition of a date by all runs of that date.
@@ -83,7 +84,7 @@ class BigQueryHistory:
                 widths, or BigQuery refuses.
         """
         files: dict[str, list[VectorFile]] = {}
-        for side in TABLES:
+        for side in history.tables:
             files_of_side = history.files(side, run_date)
             if files_of_side:
                 files[side] = files_of_side
@@ -93,7 +94,9 @@ class BigQueryHistory:
             )
         widths = {side: _width(side, files_of_side) for side, files_of_side in files.items()}
         # All tables first: a wrong one is refused before the other is changed.
-        tables = {side: self._table(TABLES[side], width) for side, width in widths.items()}
+        tables = {}
+        for side, width in widths.items():
+            tables[side] = self._table(history.tables[side], width)
         return {
             str(table.reference): self._load(table, files[side], run_date)
             for side, table in tables.items()
@@ -101,52 +104,22 @@ class BigQueryHistory:
 
     def _table(self, name: str, width: int) -> Table:
         """Returns the table, made where there is none, else checked."""
-        # In the functions, since the extra may be missing.
-        from google.api_core.exceptions import NotFound
-        from google.cloud import bigquery
-
-        full_name = f"{self.dataset}.{name}"
-        if "." not in self.dataset:
-            full_name = f"{self.client.project}.{full_name}"
-        with report_errors(f"table {full_name}", HistoryError):
-            fields = [bigquery.SchemaField(column, *kind) for column, kind in COLUMNS.items()]
-            new_table = bigquery.Table(full_name, fields)
-            new_table.time_partitioning = bigquery.TimePartitioning(field="run_date")
-            # Most queries name a run, and then entities.
-            new_table.clustering_fields = ["run_id", "entity_id"]
-            # A date without rows has no width: its table will take any.
-            if width:
-                new_table.labels = {WIDTH_LABEL: str(width)}
-            try:
-                table = self.client.get_table(full_name)
-            except NotFound:
-                # Another process may have made it in between.
-                table = self.client.create_table(new_table, exists_ok=True)
-        _check_table(full_name, table, width)
+        labels = {}
+        # A date without rows has no width: its table will take any.
+        if width:
+            labels[WIDTH_LABEL] = str(width)
+        table = open_table(self.client, self.dataset, name, FORM, labels)
+        _check_width(table, width)
         return table
 
     def _load(self, table: Table, files: Sequence[VectorFile], run_date: datetime.date) -> int:
         """Loads files into the partition of a date and returns the number of rows."""
-        from google.cloud import bigquery
 
-        parquet_options = bigquery.ParquetOptions()
-        parquet_options.enable_list_inference = True  # else a list would be a record of records
-        # The table was made and checked above; truncation is of the partition that is named alone.
-        config = bigquery.LoadJobConfig(
-            source_format="PARQUET",
-            parquet_options=parquet_options,
-            create_disposition="CREATE_NEVER",
-            write_disposition="WRITE_TRUNCATE",
-        )
-        partition = f"{table.reference}${run_date:%Y%m%d}"
         # One file and so one job for all runs of the date: the partition changes at once.
-        with tempfile.TemporaryFile() as file, report_errors(f"table {partition}", HistoryError):
-            _write(file, files, run_date)
-            job = self.client.load_table_from_file(
-                file, partition, rewind=True, location=table.location, job_config=config
-            )
-            job.result()
-            return job.output_rows or 0
+        def write(target: IO[bytes]) -> None:
+            _write(target, files, run_date)
+
+        return replace_date(self.client, table, run_date, write)
 
 
 def open_dataset(dataset: str) -> BigQueryHistory:
@@ -155,37 +128,16 @@ def open_dataset(dataset: str) -> BigQueryHistory:
     return BigQueryHistory(make_client(project), dataset)
 
 
-def _check_table(name: str, table: Table, width: int) -> None:
+def _check_width(table: Table, width: int) -> None:
     """Refuses a table that vectors of this width cannot be loaded into."""
-    columns = {}
-    for field in table.schema:
-        field_type = _TYPE_ALIASES.get(field.field_type, field.field_type)
-        columns[field.name] = (field_type, field.mode)
-    # Columns that are missing, and columns that are too many.
-    for column in {**COLUMNS, **columns}:
-        if columns.get(column) != COLUMNS.get(column):
-            raise HistoryError(
-                f"table {name}: column {column!r} is {_describe(columns, column)} and must be "
-                f"{_describe(COLUMNS, column)}. Name another dataset."
-            )
-    partitioning = table.time_partitioning
-    if partitioning is None or (partitioning.field, partitioning.type_) != ("run_date", "DAY"):
-        raise HistoryError(
-            f"table {name} must be partitioned by the DAY of run_date, not by {partitioning}. "
-            "Name another dataset."
-        )
     # Without the label the table was made by hand, or by a date without rows: any width will do.
     table_width = table.labels.get(WIDTH_LABEL, str(width))
     if width and table_width != str(width):
         raise HistoryError(
-            f"table {name} holds vectors that are {table_width} wide (its label {WIDTH_LABEL}), "
-            f"these are {width} wide, and an index needs one width. Name another dataset."
+            f"table {table.reference} holds vectors that are {table_width} wide (its label "
+            f"{WIDTH_LABEL}), these are {width} wide, and an index needs one width. Name another "
+            "dataset or table."
         )
-
-
-def _describe(columns: Mapping[str, tuple[Any, Any]], column: str) -> str:
-    """Returns a column's type and mode for a message, "nothing" where it is missing."""
-    return " ".join(map(str, columns.get(column, ("nothing",))))
 
 
 def _width(side: str, files: Sequence[VectorFile]) -> int:

@@ -7,7 +7,8 @@ HISTORY/user_embeddings/run_date=2026-11-25/run-shop.parquet
 
 It is a hive-partitioned Parquet dataset with the columns run_id, experiment_id, model_version,
 entity_id and vector, which pyarrow, DuckDB, Spark and BigQuery read. Every run of a date has a file
-of its own, which is there whole or not at all; a repeat replaces it.
+of its own, which is there whole or not at all; a repeat replaces it. The tables may have other
+names.
 """
 
 from __future__ import annotations
@@ -100,15 +101,26 @@ class VectorFile:
 
 
 class EmbeddingHistory:
-    """The history in a folder, which need not exist yet."""
+    """The history in a folder, which need not exist yet.
 
-    def __init__(self, folder: str | os.PathLike):
+    Args:
+        folder: Folder of the history.
+        tables: Names of the tables of "user" and "item", in the folder and in BigQuery.
+    """
+
+    def __init__(self, folder: str | os.PathLike, tables: Mapping[str, str] = TABLES):
         # A bucket has no rename that replaces a whole file at once, which `atomic` needs.
         if "://" in str(folder):
             raise HistoryError(
                 f"history={folder} must be a folder of this machine (or one mounted into it)."
             )
+        names = list(tables.values())
+        for side, name in tables.items():
+            check_table_name(name, f"the table of {side} vectors")
+        if len(set(names)) < len(names):
+            raise HistoryError(f"the tables of users and items must differ; both are {names[0]!r}.")
         self.folder = Path(folder)
+        self.tables = tables
 
     def append(self, version: Version, sides: Mapping[str, Iterable[Block]]) -> None:
         """Writes the vectors of a run.
@@ -137,7 +149,7 @@ class EmbeddingHistory:
         """Lists the files of a side, of one date or of all, by date and then by run id."""
         # By the folder's name: of the other dates no file is opened.
         partition = f"run_date={run_date or '*'}"
-        paths = (self.folder / TABLES[side]).glob(f"{partition}/run-*.parquet")
+        paths = (self.folder / self.tables[side]).glob(f"{partition}/run-*.parquet")
         files = [_read_file_info(path) for path in paths]
         return sorted(files, key=lambda file: (file.version.run_date, file.version.run_id))
 
@@ -174,7 +186,7 @@ class EmbeddingHistory:
         """Returns all vectors of a side, with run_date as a column, to be filtered and joined."""
         partitioning = pyarrow.dataset.partitioning(PARTITION, flavor="hive")
         schema = pa.schema([*SCHEMA, *PARTITION])
-        folder = self.folder / TABLES[side]
+        folder = self.folder / self.tables[side]
         if not folder.is_dir():
             raise HistoryError(f"{self.folder} has no {side} vectors yet.")
         return pyarrow.dataset.dataset(
@@ -182,7 +194,7 @@ class EmbeddingHistory:
         )
 
     def _partition(self, side: str, date: datetime.date) -> Path:
-        return self.folder / TABLES[side] / f"run_date={date.isoformat()}"
+        return self.folder / self.tables[side] / f"run_date={date.isoformat()}"
 
 
 def vector_blocks(retriever: Retriever, *, block: int = BLOCK) -> dict[str, Iterator[Block]]:
@@ -259,13 +271,13 @@ def append_bundle(
     """
     version = make_version(retriever, run_date=run_date, run_id=run_id, experiment_id=experiment_id)
     history.append(version, vector_blocks(retriever))
-    return {side: history.find(side, version.name) for side in TABLES}
+    return {side: history.find(side, version.name) for side in history.tables}
 
 
 def format_versions(history: EmbeddingHistory) -> str:
     """Returns a table of the history's files, a row for each."""
     rows = []
-    for side in TABLES:
+    for side in history.tables:
         for file in history.files(side):
             version = file.version
             row = [side, version.name, version.experiment_id, version.model_version[:12]]
@@ -292,6 +304,20 @@ def parse_date(text: str, field: str) -> datetime.date:
         if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
             return datetime.date.fromisoformat(text)
     raise HistoryError(f"{field}={text!r} must be a date, written YYYY-MM-DD.")
+
+
+def check_table_name(name: str, what: str) -> None:
+    """Refuses a name that no table of BigQuery, and perhaps no folder, can have.
+
+    Args:
+        name: Name of the table.
+        what: Name of the table in the message.
+    """
+    if not re.fullmatch(r"\w{1,200}", name, re.ASCII):
+        raise HistoryError(
+            f"{name!r} cannot be {what}: give letters, digits and '_', such as "
+            "two_tower_user_embedding."
+        )
 
 
 def _write(path: Path, version: Version, blocks: Iterable[Block], *, what: str) -> None:

@@ -1,11 +1,13 @@
-"""The results table: a row for each figure of each evaluation, beside the embedding history.
+"""The results table: a row for each figure of each evaluation, beside the embedding history, and in
+BigQuery beside the embeddings.
 
 ```
 HISTORY/results/run_date=2026-11-25/evaluation-0f3a….parquet
 ```
 
 A file is named by the hash of its rows, without the date: the same evaluation is kept once, however
-often it is appended.
+often it is appended. BigQuery has the table partitioned by run_date; a date is replaced whole, by
+all evaluations that the folder holds of it.
 """
 
 from __future__ import annotations
@@ -14,21 +16,33 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.core.errors import HistoryError
 from twotower.core.files import atomic, content_digest, read_json
 from twotower.evaluation.measure import SUFFIXES, Measured
 from twotower.evaluation.query_table import record_name
+from twotower.integrations.bigquery_tables import (
+    TableForm,
+    check_dataset,
+    open_table,
+    replace_date,
+)
+from twotower.integrations.embedding_history import check_table_name
 from twotower.integrations.mlflow_store import read_link
 from twotower.retrieval.tower_programs import embedding_weights, model_version
 from twotower.training.run import Run
 
+if TYPE_CHECKING:  # an extra, which is not always installed
+    from google.cloud.bigquery import Client
+
 TABLE = "results"
+MODEL = "model"  # system that is no baseline
 SCHEMA = pa.schema(
     {
         "experiment_id": pa.string(),
@@ -38,6 +52,7 @@ SCHEMA = pa.schema(
         "split": pa.string(),
         "step": pa.int64(),
         "queries": pa.int64(),
+        "tried": pa.int64(),
         "system": pa.string(),
         "mask_seen": pa.bool_(),
         "slice": pa.string(),
@@ -51,8 +66,28 @@ SCHEMA = pa.schema(
 )
 
 
+_BIGQUERY_TYPES = {
+    pa.string(): "STRING",
+    pa.int64(): "INTEGER",
+    pa.bool_(): "BOOLEAN",
+    pa.float64(): "FLOAT",
+}
+FORM = TableForm(
+    {
+        "run_date": ("DATE", "NULLABLE"),
+        **{field.name: (_BIGQUERY_TYPES[field.type], "NULLABLE") for field in SCHEMA},
+    },
+    clustering=("experiment_id", "run_id", "metric"),
+)
+
+
 def append_results(
-    history: Path | str, run: Run, measured: Measured, run_date: datetime.date
+    history: Path | str,
+    run: Run,
+    measured: Measured,
+    run_date: datetime.date,
+    *,
+    table: str = TABLE,
 ) -> tuple[Path, bool]:
     """Appends an evaluation to the results of a history, unless it is there already.
 
@@ -61,10 +96,12 @@ def append_results(
         run: Loaded run that was measured.
         measured: Figures of the evaluation.
         run_date: Date of the evaluation.
+        table: Name of the table.
 
     Returns:
         The file of the evaluation, and whether it was written now.
     """
+    check_table_name(table, "the table of results")
     link = read_link(run.workdir)
     report = run.workdir / "data" / "report.json"
     whole = {
@@ -73,9 +110,14 @@ def append_results(
         "model_version": _version_of(run),
         "data": content_digest(read_json(report))[:16] if report.exists() else "",
     }
-    rows = [whole | row for row in figure_rows(measured)]
+    # Of how many configurations the run is the best; its baselines are not.
+    tried = measured.get("tuning", {}).get("tried")
+    rows = []
+    for row in figure_rows(measured):
+        is_tuned = row["system"] == MODEL
+        rows.append(whole | row | {"tried": tried if is_tuned else None})
     digest = content_digest({"rows": json.loads(json.dumps(rows))})[:32]
-    folder = Path(history) / TABLE
+    folder = Path(history) / table
     name = f"evaluation-{digest}.parquet"
     for path in folder.glob(f"run_date=*/{name}"):
         return path, False
@@ -84,6 +126,52 @@ def append_results(
     with atomic(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
     return path, True
+
+
+def load_results(
+    client: Client,
+    dataset: str,
+    history: Path | str,
+    run_date: datetime.date,
+    *,
+    table: str = TABLE,
+) -> tuple[str, int]:
+    """Replaces the partition of a date in BigQuery by all evaluations of that date.
+
+    Args:
+        client: Client of BigQuery; see `twotower.data.sources.bigquery.make_client`.
+        dataset: PROJECT.DATASET, or DATASET of the client's project; it must exist.
+        history: Folder of the history.
+        run_date: Date of the evaluations and of the partition.
+        table: Name of the table, in the history and in the dataset.
+
+    Returns:
+        The whole name of the table, and the number of rows of the date.
+
+    Raises:
+        HistoryError: Nothing of that date is kept, the table has another form, or BigQuery refuses.
+    """
+    check_dataset(dataset)
+    folder = Path(history) / table / f"run_date={run_date.isoformat()}"
+    files = sorted(folder.glob("evaluation-*.parquet"))
+    if not files:
+        raise HistoryError(f"{folder} holds no evaluations; evaluate with --history first.")
+    # An older file has no column that came later.
+    parts = [pq.read_table(file) for file in files]
+    rows = pa.concat_tables(parts, promote_options="default").to_pylist()
+    target = open_table(client, dataset, table, FORM, {})
+
+    def write(file: IO[bytes]) -> None:
+        dated = [row | {"run_date": run_date} for row in rows]
+        schema = pa.schema([("run_date", pa.date32()), *SCHEMA])
+        pq.write_table(pa.Table.from_pylist(dated, schema), file)
+
+    return str(target.reference), replace_date(client, target, run_date, write)
+
+
+def date_of(path: Path) -> datetime.date:
+    """Returns the date of a file of the table, by the name of its folder."""
+    return datetime.date.fromisoformat(path.parent.name.partition("=")[2])
 
 
 def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
@@ -99,7 +187,7 @@ def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
     for suffix in SUFFIXES:
         seen = common | {"mask_seen": not suffix}
         intervals = measured.get(f"model_intervals{suffix}", {})
-        yield from _rows(seen | {"system": "model"}, measured.get(f"model{suffix}", {}), intervals)
+        yield from _rows(seen | {"system": MODEL}, measured.get(f"model{suffix}", {}), intervals)
         for name, figures in measured.get(f"baselines{suffix}", {}).items():
             yield from _rows(seen | {"system": name}, figures, {})
     for name, values in measured.get("slices", {}).items():
@@ -107,7 +195,7 @@ def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
             if not isinstance(part, Mapping):
                 continue
             sliced = {"slice": name, "slice_value": str(value), "queries": part.get("queries")}
-            row = common | sliced | {"mask_seen": True, "system": "model"}
+            row = common | sliced | {"mask_seen": True, "system": MODEL}
             yield from _rows(row, part.get("model", {}), part.get("intervals", {}))
 
 

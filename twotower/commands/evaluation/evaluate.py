@@ -123,7 +123,19 @@ _HISTORY = flags.DEFINE_string(
     "history",
     None,
     "Folder whose results table the figures are appended to; by default runs/history for a run "
-    "from MLflow, and none for others.",
+    "from MLflow and with --bigquery, and none for others.",
+    flag_values=FLAGS,
+)
+_RESULTS_TABLE = flags.DEFINE_string(
+    "results_table",
+    "results",
+    "Table that the figures are appended to, in the history and in BigQuery.",
+    flag_values=FLAGS,
+)
+_BIGQUERY = flags.DEFINE_string(
+    "bigquery",
+    None,
+    "PROJECT.DATASET or DATASET: load the evaluations of the date into its results table too.",
     flag_values=FLAGS,
 )
 _SANITY = flags.DEFINE_bool(
@@ -157,6 +169,8 @@ def main() -> None:
     from twotower import api
     from twotower.evaluation.report.text import format_report
     from twotower.evaluation.report.write import check_report
+    from twotower.integrations.bigquery_tables import check_dataset
+    from twotower.integrations.embedding_history import check_table_name
 
     # Before anything is loaded: a page that cannot be drawn is refused at once.
     wants_report = _REPORT.value
@@ -165,6 +179,9 @@ def main() -> None:
         wants_report = _RUN.is_of_mlflow and is_possible
     if wants_report:
         check_report()
+    check_table_name(_RESULTS_TABLE.value, "--results_table")
+    if _BIGQUERY.value:
+        check_dataset(_BIGQUERY.value)
 
     run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     # Before the vectors are made: a width that was not trained is refused at once.
@@ -195,7 +212,7 @@ def main() -> None:
     if wants_report:
         print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")
     history = _HISTORY.value
-    if history is None and _RUN.is_of_mlflow:
+    if history is None and (_RUN.is_of_mlflow or _BIGQUERY.value):
         history = "runs/history"
     if history:
         print(append(history, run, measured))
@@ -203,14 +220,24 @@ def main() -> None:
 
 def append(history: str, run: Run, measured: Measured) -> str:
     """Appends the figures to the results table, and says so."""
-    from twotower.integrations.results import append_results
+    from twotower.data.sources.bigquery import make_client
+    from twotower.integrations.results import append_results, date_of, load_results
 
     # UTC, so that machines in several places agree on the date.
     today = datetime.datetime.now(datetime.UTC).date()
-    path, is_new = append_results(history, run, measured, today)
-    if is_new:
-        return f"Results: {path}"
-    return f"Results: {path} has this evaluation already."
+    table = _RESULTS_TABLE.value
+    path, is_new = append_results(history, run, measured, today, table=table)
+    line = f"Results: {path}"
+    if not is_new:
+        line += " has this evaluation already."
+    dataset = _BIGQUERY.value
+    if dataset:
+        client = make_client(dataset.rpartition(".")[0])
+        # Of an evaluation that was kept before, the date that it is kept under.
+        date = date_of(path)
+        name, rows = load_results(client, dataset, history, date, table=table)
+        line += f"\n{name}: {rows:,} rows of {date}."
+    return line
 
 
 def parse_ks(texts: list[str]) -> tuple[int, ...]:
