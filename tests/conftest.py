@@ -7,13 +7,11 @@ import os
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 from twotower.runtime import MAX_CACHE_BYTES, keep_freed_memory, program_folder, remove_oldest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests start a hundred processes, which otherwise compile the package anew each: .7 s of theirs.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all
 # the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
@@ -33,6 +31,9 @@ from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook finds it by name
 
+# Tests start a hundred processes, which otherwise compile the package anew each: .7 s of theirs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 keep_freed_memory()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -57,7 +58,7 @@ def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
     return MAKE_MESH(devices or UNNAMED["devices"])
 
 
-mesh.make_mesh = make_mesh
+mock.patch.object(mesh, "make_mesh", make_mesh).start()
 
 
 def share_lowering_contexts() -> None:
@@ -77,7 +78,7 @@ def share_lowering_contexts() -> None:
             lowered += 1
             return context
 
-    mlir.make_ir_context = shared
+    mock.patch.object(mlir, "make_ir_context", shared).start()
 
 
 # A version of JAX that has no such function makes its contexts itself.
