@@ -1,11 +1,9 @@
 """One strict set-up for every test: shapes checked, rank promotion refused, eight CPU devices."""
 
-import contextlib
 import gc
 import importlib
 import os
 import sys
-import threading
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +28,7 @@ from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook finds it by name
+from tests import lowering
 
 # Tests start a hundred processes, which otherwise compile the package anew each: .7 s of theirs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -59,31 +58,7 @@ def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
 
 
 mock.patch.object(mesh, "make_mesh", make_mesh).start()
-
-
-def share_lowering_contexts() -> None:
-    """Lowers several programs in one context of MLIR: JAX makes one for each, which takes 5 ms."""
-    mlir = importlib.import_module("jax._src.interpreters.mlir")
-    make = mlir.make_ir_context
-    lock = threading.Lock()
-    context = None
-    lowered = 0
-
-    def shared():
-        nonlocal context, lowered
-        with lock:
-            # Not all in one: a context keeps the constants of its programs.
-            if lowered % 100 == 0:
-                context = make()
-            lowered += 1
-            return context
-
-    mock.patch.object(mlir, "make_ir_context", shared).start()
-
-
-# A version of JAX that has no such function makes its contexts itself.
-with contextlib.suppress(ImportError, AttributeError):
-    share_lowering_contexts()
+lowering.share_contexts()
 # Tracing makes millions of small objects that die at once: a walk for every 700 of them is a
 # twentieth of the time.
 gc.set_threshold(20_000, 20, 50)

@@ -12,6 +12,8 @@ from unittest import mock
 
 from jax._src import compiler
 
+from tests import lowering
+
 WRITE = compiler._cache_write
 
 
@@ -23,6 +25,7 @@ def keep(*arguments):
 
 if __name__ == "__main__":
     compiler._cache_write = keep
+    lowering.share_contexts()
     _, _, module, *arguments = sys.argv
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
