@@ -1,6 +1,6 @@
 // The field that finds users and items while somebody types: a combobox with a list of both.
 import { ask } from "./api.js";
-import { make, titleOf } from "./view.js";
+import { directionOf, make, titleOf } from "./view.js";
 
 const WAIT = 120; // milliseconds after the last letter
 
@@ -39,8 +39,8 @@ export function startFinder(title, onUser, onItem) {
     const number = options.length;
     const element = make(
       "div",
-      { role: "option", id: `found-${number}`, "aria-selected": "false", dir: "auto" },
-      make("bdi", { text }),
+      { role: "option", id: `found-${number}`, "aria-selected": "false", dir: directionOf(text) },
+      make("span", { text }),
       more ? make("small", { text: more }) : null,
     );
     // Before the field loses its focus, which closes the list.

@@ -43,7 +43,7 @@ function showPerson() {
   byId("who-more").textContent = said.join(" · ");
   byId("restore").hidden = !state.isEdited || isVisitor;
   byId("forget").hidden = isVisitor && !state.history.length;
-  byId("suggested").hidden = !isVisitor || state.history.length > 0 || !byId("suggested-users").children.length;
+  byId("suggested").hidden = !isVisitor || state.history.length > 0 || !catalogue.users;
   const stored = new Set(state.stored.map(idOf));
   byId("past").hidden = !state.history.length;
   byId("past-heading").textContent = `History, the latest first (${state.history.length})`;
@@ -167,7 +167,11 @@ function preparePanels(options) {
     return panel;
   });
   byId("lists").classList.toggle("two", panels.length > 1);
-  byId("lists").replaceChildren(...panels);
+  const shown = [...byId("lists").children];
+  // A panel that is taken out and put back loses the focus within it.
+  if (shown.length !== panels.length || shown.some((panel, number) => panel !== panels[number])) {
+    byId("lists").replaceChildren(...panels);
+  }
   return panels;
 }
 
