@@ -82,12 +82,14 @@ quick_start() {
     movielens) config=experiments/configs/movielens_small.py workdir=runs/movielens ;;
     *) fail "DATA=$DATA is not known; DATA=shop (the default) or DATA=movielens" ;;
   esac
-  # The report of the evaluation is drawn.
-  install "plots${EXTRAS:+,$EXTRAS}"
+  # The report of the evaluation is drawn, and the page of the server opened.
+  install "plots,serve${EXTRAS:+,$EXTRAS}"
   run -m experiments.train "--config=$config" "--workdir=$workdir" "$@"
   run -m experiments.export "--workdir=$workdir"
   run -m experiments.evaluate "--workdir=$workdir" --baselines --report
   run -m experiments.query "--workdir=$workdir" --user=42 --k=10
+  echo
+  echo "To look at it: $VENV/bin/twotower serve --workdir=$workdir, and open http://127.0.0.1:8000."
 }
 
 # Huge pages for the buffers of a step, which a running process cannot ask for; see experiments/guides/devices.md.

@@ -296,7 +296,7 @@ def test_the_environment_is_made_once_and_reused_until_setup_py_changes(local):
     assert run("test") == [install(".[dev]")]
     assert run("test") == run("install") == []
     # The quick start draws a report.
-    assert run() == [install(".[plots]")]
+    assert run() == [install(".[plots,serve]")]
     assert run() == []
     with open(local.tree / "setup.py", "a") as file:
         file.write("# another dependency\n")

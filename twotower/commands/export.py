@@ -84,5 +84,6 @@ def main() -> None:
     options["registration"] = registration
     bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
     print(format_bundle(bundle, run.workdir / api.BUNDLE))
+    print(f"To look at it: twotower serve --workdir={run.workdir}, and open http://127.0.0.1:8000.")
     if plot is not None:
         print(save_plot(bundle.index, plot))
