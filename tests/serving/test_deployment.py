@@ -92,9 +92,9 @@ def test_images_have_tags_that_do_not_move():
 
 def test_nothing_runs_as_root():
     stages = read("Dockerfile").split("\nFROM ")
-    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", stages[1], re.MULTILINE)
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", stages[2], re.MULTILINE)
     # The last one begins with that one.
-    assert stages[2].startswith("server AS") and "USER root" not in stages[2]
+    assert stages[3].startswith("server AS") and "USER root" not in stages[3]
     for name, service in yaml.safe_load(read("compose.yaml"))["services"].items():
         assert re.search(r"[1-9]\d*:\d+", service["user"]), name
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
