@@ -2,11 +2,17 @@
 
 import json
 import logging
+import math
 
-from tests.serving.asking import TOKENS, ask, make_app
+import numpy as np
+import pytest
+
+from tests.serving.asking import TOKENS, ask, make_app, post
 from twotower.serving.limits import Limits
 from twotower.serving.monitoring.log import JsonFormatter, RequestLog
+from twotower.serving.monitoring.served import FEWEST, WAITING, Served, reference_of, stability
 from twotower.serving.processes.rates import Rates
+from twotower.serving.types import Answer, Item, Retrieve
 
 
 def test_a_second_slides_over_all_processes(tmp_path):
@@ -64,3 +70,69 @@ def test_the_log_is_json_and_says_nothing_of_a_person(capsys):
     assert line["ms"] == 1.5 and line["level"] == "error"
     assert defect["exception"] == "ValueError" and "42" not in json.dumps(defect["message"])
     assert "test_monitoring.py" in defect["stack"][0] and "user" not in defect["message"]
+
+
+def served(scores, ids, *, offset=0):
+    """What a request for a list and its answer look like."""
+    items = [Item(item, score, "model", {}) for item, score in zip(ids, scores)]
+    return Retrieve(user_id="1", offset=offset), Answer("r", "v", items)
+
+
+def test_scores_that_move_and_lists_that_narrow_are_told():
+    rng = np.random.default_rng(0)
+    figures = Served(rng.normal(size=5_000))
+    for _ in range(2 * WAITING):
+        figures.add(*served(rng.normal(size=10), rng.integers(1_000, size=10).astype(str)))
+        # Another page, and somebody else's scale, are no drift.
+        figures.add(*served(rng.normal(size=10) - 5, ["0"] * 10, offset=10))
+    assert math.isnan(figures.look(1_000).drift)
+    for _ in range(4):
+        for _ in range(WAITING):
+            figures.add(*served(rng.normal(size=10), rng.integers(1_000, size=10).astype(str)))
+        figures.look(1_000)
+    same = figures.look(1_000)
+    assert same.drift < 0.05 and same.coverage > 0.9
+    for _ in range(30):
+        for _ in range(WAITING):
+            figures.add(*served(rng.normal(size=10) + 1, [str(n) for n in range(10)]))
+        figures.look(1_000)
+    moved = figures.look(1_000)
+    assert moved.drift > 0.25 and moved.coverage == 0.01 and moved.concentration == 1.0
+
+
+def test_the_stability_of_scores_is_that_of_its_formula():
+    counts = np.array([10, 20, 30, 40])
+    shares = counts / 100
+    expected = sum((p - 0.25) * math.log(p / 0.25) for p in shares)
+    assert stability(counts) == pytest.approx(expected)
+
+
+def test_a_bundle_tells_what_it_served_and_its_own_users_are_no_drift(retriever, tmp_path):
+    app = make_app(retriever, tmp_path)
+    app.answers.served = Served(reference_of(retriever))
+    for user in retriever.bundle.users["user_id"].to_pylist()[:FEWEST]:
+        post(app, "retrieve", user_id=user)
+    app._tell_figures()
+    text = ask(app, "GET", "/metrics").text
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    told = {name: float(value) for name, value in lines}
+    version = f'{{version="{app.answers.version}"}}'
+    assert told[f"twotower_served_drift{version}"] < 0.1
+    assert 0 < told[f"twotower_served_coverage{version}"] <= 1
+    assert told[f"twotower_version_share{version}"] == 1
+    assert told[f"twotower_version_age_seconds{version}"] > 0
+
+
+def test_a_user_with_new_events_is_encoded_once_for_each_of_them(retriever, tmp_path):
+    app = make_app(retriever, tmp_path)
+    answers = app.answers
+    user = retriever.bundle.users["user_id"][0].as_py()
+    items = retriever.bundle.items["item_id"].to_pylist()
+    for number in range(2):
+        event = {"event_id": f"e{number}", "user_id": user, "item_id": items[number]}
+        post(app, "events", events=[event])
+        lists = [post(app, "retrieve", user_id=user, k=5)["items"] for _ in range(2)]
+        assert lists[0] == lists[1]
+        whole = retriever.recommend(user, events=items[: number + 1], k=5)
+        assert [item["item_id"] for item in lists[0]] == [item.item_id for item in whole]
+    assert (answers.cache.hits, answers.cache.misses) == (2, 2)

@@ -116,6 +116,20 @@ class _Filters(NamedTuple):
     deny: list[str]
 
 
+class EncodedUser(NamedTuple):
+    """A user as `Retriever.encode_request` returns it, to be searched for any number of times.
+
+    Attributes:
+        vectors: Vector of the user, float32 [1, D].
+        rows: Row in the table of users, int64 [1]; -1 of an unknown one.
+        history: Ids of the items that the user has seen, as far as they were given.
+    """
+
+    vectors: np.ndarray
+    rows: np.ndarray
+    history: list[str]
+
+
 class Retriever:
     """Recommendations from one bundle, whose items may change meanwhile.
 
@@ -216,6 +230,7 @@ class Retriever:
         *,
         rows: Rows | None = None,
         events: Sequence[Any] | None = None,
+        encoded: EncodedUser | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         where: ConditionsLike = None,
@@ -236,6 +251,7 @@ class Retriever:
             events: Events since the bundle was made, as a history has them, the latest last. They
                 follow the user's history, and count as seen. With events, be they none, what is
                 stored of a known user stands beside what `rows` say.
+            encoded: What `encode_request` returned for all of these, in their place.
             k: Length of the list.
             exclude_seen: Whether to leave out the items of the user, as far as the user is known,
                 and those of a history in `rows`.
@@ -254,10 +270,12 @@ class Retriever:
         filters = self._filters(where, allow, deny)
         _check_options(exclude_seen, popularity_weight)
         note = ""
-        if rows is not None or events is not None:
-            vectors, user_rows, history = self._encode_request(
-                rows, user, events, Naming.read(names, strict)
+        if encoded is None and (rows is not None or events is not None):
+            encoded = EncodedUser(
+                *self._encode_request(rows, user, events, Naming.read(names, strict))
             )
+        if encoded is not None:
+            vectors, user_rows, history = encoded
             note = self._note_of_unknown(history)
             # The history of a request is newer than the bundle; a repeated item is no news.
             if exclude_seen:
@@ -621,6 +639,18 @@ class Retriever:
             lambda: [{"item_id": item.item_id, **item.display} for item in items],
             user,
         )
+
+    def encode_request(
+        self, user: Any = None, *, rows: Rows | None = None, events: Sequence[Any] | None = None
+    ) -> EncodedUser:
+        """Returns a user as `recommend` takes it, so that several lists share the work.
+
+        Args:
+            user: As in `recommend`.
+            rows: As in `recommend`.
+            events: As in `recommend`.
+        """
+        return EncodedUser(*self._encode_request(rows, user, events, Naming.read(None, True)))
 
     def follow(self) -> int:
         """Makes the changes that other processes have made to the bundle, and counts them.

@@ -27,12 +27,14 @@ from twotower.retrieval.live.conditions import Conditions, as_conditions
 from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import TimeColumn
 from twotower.retrieval.rerank import Candidates, resolve_rerank
-from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
+from twotower.retrieval.retriever import EncodedUser, Recommendation, Recommendations, Retriever
 from twotower.serving import types
 from twotower.serving.errors import RequestError
 from twotower.serving.events import LiveHistories, StoredEvent
+from twotower.serving.lists.cache import VectorCache
 from twotower.serving.lists.hook import Hook
 from twotower.serving.lists.shape import Boost, Promotion, Shape, make_list
+from twotower.serving.monitoring.served import Served, reference_of
 from twotower.serving.types import Answer, Item, Source, Vector
 
 VERSION_LETTERS = 12  # of the hash that names a bundle
@@ -68,6 +70,8 @@ class Answers:
         retriever: Retriever of the bundle.
         version: Version of the bundle in answers: the beginning of the hash of its manifest.
         histories: Events since the bundle was made.
+        cache: Users who were encoded lately.
+        served: Figures on the lists; None before the version is warm.
         fallback: List of somebody of whom nothing is known.
         hook: Re-ranker of the model's lists; None where they are as the bundle has them.
     """
@@ -96,6 +100,8 @@ class Answers:
         manifest = retriever.bundle.manifest
         self.version = self.version_of(manifest)
         self.histories = LiveHistories(_end_of_data(manifest.get("data", {})))
+        self.cache = VectorCache()
+        self.served: Served | None = None
         # Unique among processes and restarts, at the cost of a counter.
         self._prefix = secrets.token_hex(6)
         self._counter = itertools.count(1)
@@ -114,6 +120,7 @@ class Answers:
             self.retriever.similar_items(known[0], 1)
             self.retriever.recommend(events=known, k=1)
             explain_user(self.retriever, known, events=known)
+        self.served = Served(reference_of(self.retriever))
         recorded = self.retriever.bundle.read_golden()
         if recorded is None:
             return []
@@ -174,6 +181,7 @@ class Answers:
             whom = self._of_row(request, user, events, is_known, options)
         elif events:
             whom = {"user": user, "events": events}
+            options["encoded"] = self._encoded(user, events)
         else:
             whom = {"user": user}
         return _List(
@@ -182,6 +190,13 @@ class Answers:
             is_known,
             functools.partial(explain_user, retriever, **whom),
         )
+
+    def _encoded(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
+        """Returns somebody who was sent events of, encoded once for each new one."""
+        encode = functools.partial(self.retriever.encode_request, user, events=events)
+        if user is None:
+            return encode()
+        return self.cache.find(user, self.histories.last(user), encode)
 
     def similar_items(self, request: types.SimilarItems) -> Answer:
         """Returns the items of greatest cosine to one."""

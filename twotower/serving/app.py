@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import gc
 import inspect
@@ -56,6 +57,7 @@ Headers = list[tuple[bytes, bytes]]
 Handle = Callable[[Any, str], Any]
 
 _ANSWERING = ("ok", "stopping")  # statuses in which requests are answered
+LOOKS = 4  # of these between two looks at what was served
 FOLLOW_SECONDS = 0.25  # between looks at what other processes have changed
 ENCODER = msgspec.json.Encoder()
 JSON = b"application/json"
@@ -299,6 +301,8 @@ class App:
         self.accepted = 0
         self.closing: list[tuple[bytes, bytes]] = []
         self._differences: list[str] = []
+        # Dates of the versions that metrics tell of.
+        self._told: dict[str, datetime.datetime] = {}
         self._lookups = Lookups(self.versions)
         self.endpoints = self._make_endpoints()
         # Name -> endpoint that changes something.
@@ -415,6 +419,7 @@ class App:
             logging.exception("The server could not be made ready.")
             self.status = "it could not be made ready; its log says why"
             return
+        looks = 0
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
@@ -424,6 +429,9 @@ class App:
                 if self.member is None or self.member.is_writer:
                     await self.admin.follow()
                 self._set_gauges()
+                looks += 1
+                if looks % LOOKS == 0:
+                    self._tell_figures()
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
 
@@ -746,6 +754,10 @@ class App:
                 if impressions is not None:
                     read_user = answers.retriever.forms.user_id.one
                     impressions.add(user, read_user, request.offset, made)
+                if answers.served is not None:
+                    answers.served.add(request, made)
+            else:
+                self.metrics.empty.inc()
             if versions.shadow is not None:
                 self._call_shadow(function, request, made)
             return made
@@ -799,6 +811,24 @@ class App:
     def _format_metrics(self) -> bytes:
         self._set_gauges()
         return self.metrics.format()
+
+    def _tell_figures(self) -> None:
+        """Tells which versions there are, and what they have served lately."""
+        now = time.time()
+        told = {info.model_version: info for info in self.versions.list().versions}
+        for version in {*told, *self._told}:
+            share = told[version].share if version in told else 0.0
+            if version in told:
+                self._told[version] = datetime.datetime.fromisoformat(told[version].date)
+            self.metrics.set_version(version, share, now - self._told[version].timestamp())
+        for answers in self.versions:
+            cache = answers.cache
+            self.metrics.count_cached(cache.hits, cache.misses)
+            cache.hits = 0
+            cache.misses = 0
+            if answers.served is not None:
+                figures = answers.served.look(len(answers.retriever))
+                self.metrics.set_figures(answers.version, figures)
 
     def _set_gauges(self) -> None:
         self.metrics.waiting.set(self.accepted)

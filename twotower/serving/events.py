@@ -213,3 +213,8 @@ class LiveHistories:
     def of(self, user_id: str) -> list[dict[str, Any]]:
         """Returns the events of a user, the latest last."""
         return list(self._by_user.get(user_id, ()))
+
+    def last(self, user_id: str) -> dict[str, Any] | None:
+        """Returns the latest event of a user, the same object until there is a newer one."""
+        history = self._by_user.get(user_id)
+        return history[-1] if history else None

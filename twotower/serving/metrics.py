@@ -6,6 +6,7 @@ of all, and those of a process that has died.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,17 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from twotower.serving.lists.hook import Failure
+    from twotower.serving.monitoring.served import Figures
     from twotower.serving.types import Source
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder of the files; read at import
-# Seconds: from an answer of the index alone to one that nobody waits for.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SERVED = {
+    "drift": "Population stability index of the last scores against the bundle's own users'.",
+    "coverage": "Share of the items in the last lists.",
+    "concentration": "Share of the last lists that the most shown hundredth of the items has.",
+}
+# Seconds: from an answer of the index alone to one that nobody waits for.
 BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -29,6 +36,7 @@ class Metrics:
         shadows_skipped: Requests that the shadow did not answer, as too many waited.
         shadows_failed: Requests that the shadow failed on.
         shed: Requests that were refused because too many were waiting.
+        empty: Lists without any item.
         limited: Requests that were refused because their client had sent too many.
         events: Events that were accepted.
         items: Number of items now.
@@ -60,6 +68,37 @@ class Metrics:
         )
         self._short = Counter(
             "twotower_short_lists", "Lists with fewer items than were asked for.", registry=registry
+        )
+        self.empty = Counter("twotower_empty_lists", "Lists without any item.", registry=registry)
+        self._cached = Counter(
+            "twotower_user_cache_requests",
+            "Users with new events, by whether their vector was kept.",
+            ["result"],
+            registry=registry,
+        )
+        self._figures = {
+            name: Gauge(
+                f"twotower_served_{name}",
+                text,
+                ["version"],
+                multiprocess_mode="livemax",
+                registry=registry,
+            )
+            for name, text in SERVED.items()
+        }
+        self._share = Gauge(
+            "twotower_version_share",
+            "Share of the users that a version answers.",
+            ["version"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self._age = Gauge(
+            "twotower_version_age_seconds",
+            "Time since the export of a version.",
+            ["version"],
+            multiprocess_mode="livemax",
+            registry=registry,
         )
         self._overlaps = Histogram(
             "twotower_shadow_overlap",
@@ -163,6 +202,22 @@ class Metrics:
         counter.inc(found)
         if found < wanted:
             self._short.inc()
+
+    def count_cached(self, hits: int, misses: int) -> None:
+        """Counts users with new events, whose vector was kept or made."""
+        self._cached.labels("hit").inc(hits)
+        self._cached.labels("miss").inc(misses)
+
+    def set_version(self, version: str, share: float, age: float) -> None:
+        """Tells the share and the age in seconds of a version; a share of 0 of one that is gone."""
+        self._share.labels(version).set(share)
+        self._age.labels(version).set(age)
+
+    def set_figures(self, version: str, figures: Figures) -> None:
+        """Tells what a version has served lately."""
+        for name, value in figures._asdict().items():
+            if not math.isnan(value):
+                self._figures[name].labels(version).set(value)
 
     def count_shadow(self, version: str, overlap: float) -> None:
         """Counts a list of the shadow by its share of the real one's items."""
