@@ -28,6 +28,7 @@ from twotower.data.sources.frames import TableLike
 from twotower.data.split import SPLITS
 from twotower.evaluation import measure
 from twotower.evaluation.audits.sanity import check_sanity
+from twotower.evaluation.baselines.as_run import export_baseline
 from twotower.evaluation.baselines.make import BaselineOptions, parse_window
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.comparison.compare import Comparison, compare_records
@@ -190,10 +191,11 @@ class Run(run_folder.Run):
         Args:
             **index_options: Options of `config.retrieval` that replace those of the run, such as
                 `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`; and those of
-                `twotower.api.export`, `changes` and `with_users`.
+                `twotower.api.export`: `changes`, `with_users`, and `baseline`, such as "item_knn",
+                which exports a baseline in the place of the towers.
 
         Returns:
-            The bundle that was written to `workdir / "bundle"`.
+            The bundle that was written to `workdir / "bundle"`, or "bundle_item_knn" beside it.
 
         Raises:
             BundleError: The bundle, loaded again, does not score as the trainer did.
@@ -638,6 +640,8 @@ def export(
     changes: Literal["carry", "drop"] = "carry",
     with_users: bool = True,
     registration: Registration | None = None,
+    baseline: str = "",
+    baseline_dim: int = 256,
     **index_options: Any,
 ) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
@@ -649,6 +653,9 @@ def export(
         with_users: Whether the bundle holds the known users: their vectors, what they had, and
             their raw features. Without them, known users are answered as new ones are.
         registration: Name in MLflow's registry of models that the bundle becomes a version of.
+        baseline: Baseline that is exported in the place of the towers, such as "item_knn", to
+            `run.workdir / "bundle_item_knn"`; see `twotower.evaluation.baselines.factors`.
+        baseline_dim: Greatest width of its vectors; a wider model is approximated.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -662,6 +669,15 @@ def export(
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
     run = with_index_options(run, **index_options)
+    if baseline:
+        if registration is not None:
+            raise ConfigError(
+                "A version in MLflow is of the run's own towers: leave out --baseline."
+            )
+        folder = baseline_path(run, baseline)
+        return export_baseline(
+            run, baseline, folder, dim=baseline_dim, changes=changes, with_users=with_users
+        )
     bundle = export_bundle(
         run,
         run.workdir / BUNDLE,
@@ -674,6 +690,11 @@ def export(
     else:
         track(run.workdir, bundle=True, registration=registration)
     return bundle
+
+
+def baseline_path(run: Run, name: str) -> Path:
+    """Returns the folder of the bundle of a baseline."""
+    return run.workdir / f"{BUNDLE}_{name}"
 
 
 def _figures(run: Run) -> dict[str, Any]:

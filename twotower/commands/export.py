@@ -4,9 +4,12 @@ r"""Makes the bundle of a run: embeds the corpus, builds the index, writes WORKD
         [--target_recall=.95 --k=100] [--plot=index.png] [--dim=32] [--vectors=int8] \
         [--register=shop --alias=champion]
 
+    twotower export --workdir=runs/quickstart --baseline=item_knn
+
 Prints the trials by which the index was tuned, and its recall; for vectors that are cut or rounded,
 also the loss against whole ones. --register makes the bundle a version in MLflow's registry of
-models, in the store that the run is logged to.
+models, in the store that the run is logged to. --baseline writes a baseline of the run as a bundle
+of its own, WORKDIR/bundle_NAME, which a shop can begin with.
 """
 
 from __future__ import annotations
@@ -40,6 +43,20 @@ _WITHOUT_USERS = flags.DEFINE_bool(
     "without_users",
     False,
     "Leave out the known users and what they had: they are then answered as new ones are.",
+    flag_values=FLAGS,
+)
+_BASELINE = flags.DEFINE_string(
+    "baseline",
+    "",
+    "Export a baseline in the place of the towers: popularity, popularity_last_week, "
+    "popularity_in_categories, last_item_words, item_graph, item_knn, ease or als.",
+    flag_values=FLAGS,
+)
+_BASELINE_DIM = flags.DEFINE_integer(
+    "baseline_dim",
+    256,
+    "Greatest width of its vectors; a model of more items is approximated.",
+    lower_bound=1,
     flag_values=FLAGS,
 )
 _REGISTRY = mlflow_flags.define_registry(FLAGS)
@@ -82,8 +99,12 @@ def main() -> None:
     options: dict[str, Any] = {flag.name: flag.value for flag in _OPTIONS if flag.value is not None}
     options["changes"] = _CHANGES.value
     options["registration"] = registration
+    options["baseline"] = _BASELINE.value
+    options["baseline_dim"] = _BASELINE_DIM.value
     bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
-    print(format_bundle(bundle, run.workdir / api.BUNDLE))
-    print(f"To look at it: twotower serve --workdir={run.workdir}, and open http://127.0.0.1:8000.")
+    folder = bundle.folder or run.workdir / api.BUNDLE
+    print(format_bundle(bundle, folder))
+    where = f"--bundle={folder}" if _BASELINE.value else f"--workdir={run.workdir}"
+    print(f"To look at it: twotower serve {where}, and open http://127.0.0.1:8000.")
     if plot is not None:
         print(save_plot(bundle.index, plot))

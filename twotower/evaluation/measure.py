@@ -21,7 +21,7 @@ from twotower.data.report import describe_unreachable
 from twotower.evaluation.audits.examine import examine
 from twotower.evaluation.baselines.make import ALL_BASELINES, BaselineOptions, make_baselines
 from twotower.evaluation.baselines.popularity import random_scores
-from twotower.evaluation.baselines.tuning import Baselines
+from twotower.evaluation.baselines.tuning import FITTED, Baselines
 from twotower.evaluation.evaluate import (
     Evaluation,
     Scores,
@@ -131,7 +131,7 @@ def measure_run(
     }
     made = Baselines()
     if baselines:
-        made = make_baselines(run.prepared, queries, baseline_options, folder=fitted_path(run))
+        made = make_baselines(run.prepared, queries, baseline_options, folder=run.workdir / FITTED)
         rankings |= made
     available = len(every_query)
     if split == "train" and every_query.seen_list is not None:
@@ -354,11 +354,6 @@ def describe_choices(baselines: Baselines) -> Measured:
     """Returns the settings of baselines as "baseline_choices"; {} where none has any."""
     choices = {name: dataclasses.asdict(one) for name, one in baselines.choices.items()}
     return {"baseline_choices": choices} if choices else {}
-
-
-def fitted_path(run: Run) -> Path:
-    """Returns the folder of a run that keeps its baselines as they were fitted."""
-    return run.workdir / "evaluation" / "baselines"
 
 
 def _protocol(run: Run, split: str, targets: str, queries: Queries, available: int) -> Measured:

@@ -310,7 +310,10 @@ def _log_files(client: MlflowClient, run_id: str, workdir: Path, *, bundle: bool
     # Without the versions before: the one that is logged is a bundle of its own.
     bundle_folder = current_version(workdir / BUNDLE)
     if (workdir / "evaluation").exists():
-        client.log_artifacts(run_id, str(workdir / "evaluation"), "evaluation")
+        # Without the folder of fitted baselines, which may be larger than all else.
+        for path in sorted((workdir / "evaluation").iterdir()):
+            if path.is_file():
+                client.log_artifact(run_id, str(path), "evaluation")
     if bundle and bundle_folder.exists():
         log_bundle(client, run_id, workdir / BUNDLE)
     # The tag is set also where the bundle itself is not logged: it says which one belongs here.

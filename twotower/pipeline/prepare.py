@@ -398,6 +398,45 @@ def prepare(
     )
 
 
+def with_features(prepared: PreparedData, config: Config, encoder: Encoder) -> PreparedData:
+    """Returns the same rows of the same parts, encoded by another encoder.
+
+    Args:
+        prepared: Prepared data of a run.
+        config: Configuration with the features of the encoder; its data and split are those of the
+            run.
+        encoder: Encoder that was fitted on the training rows of the run.
+    """
+    features = {
+        "user": encoder.encode("user", prepared.users, columns_of_users(encoder)),
+        "item": encoder.encode("item", prepared.items),
+    }
+    parts = []
+    for part, rows in zip(
+        prepared.raw.tables, (prepared.train, prepared.validation, prepared.test)
+    ):
+        context = encoder.encode("user", part, encoder.context)
+        parts.append(dataclasses.replace(rows, context=context))
+    train, validation, test = parts
+    rows = (train, validation, test)
+    histories = build_row_histories(encoder, prepared.raw, rows, len(prepared.users))
+    if histories is not None:
+        train = with_spans(train, histories.spans["train"])
+        validation = with_spans(validation, histories.spans["validation"])
+        test = with_spans(test, histories.spans["test"])
+    return dataclasses.replace(
+        prepared,
+        config=config,
+        train=train,
+        validation=validation,
+        test=test,
+        encoder=encoder,
+        features=features,
+        histories=histories,
+        packing=None,
+    )
+
+
 def join_parts(prepared: PreparedData) -> Dataset:
     """Returns the log that data was prepared from, in file order, as its filters had left it."""
     raw = prepared.raw

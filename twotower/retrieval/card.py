@@ -22,9 +22,8 @@ def format_card(manifest: Mapping[str, Any]) -> str:
     """
     sections = [
         "# Model card",
-        f"Two-tower retrieval model {manifest['model_version'][:12]} of step {manifest['step']}: "
-        f"{manifest['num_items']:,} items, {manifest['num_users']:,} known users, vectors "
-        f"{manifest['dim']} wide.",
+        f"{_kind(manifest)}: {manifest['num_items']:,} items, {manifest['num_users']:,} known "
+        f"users, vectors {manifest['dim']} wide.",
         "## Data",
         "\n".join(_data_lines(manifest.get("data", {}))),
         "## Measured",
@@ -43,6 +42,16 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _kind(manifest: Mapping[str, Any]) -> str:
+    """Returns the model in words: trained towers, or a baseline in their form."""
+    version = manifest["model_version"][:12]
+    baseline = manifest.get("baseline")
+    if not baseline:
+        return f"Two-tower retrieval model {version} of step {manifest['step']}"
+    form = "as it is" if baseline["exact"] else "approximated by its vectors"
+    return f"The baseline {baseline['name']} ({baseline['setting']}), {form}, {version}"
 
 
 def _scores(manifest: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation.baselines.tuning import Choice, ItemModel, best_model, sparse_array
+from twotower.evaluation.baselines.tuning import Choice, best_model, sparse_array
 from twotower.evaluation.evaluate import Scores
 from twotower.evaluation.queries import Queries
 
@@ -58,17 +58,24 @@ def make_item_graph(
         tuning: Validation queries, whose NDCG@10 with seen items masked chooses the walk; None
             takes a middle one.
     """
-    steps = transition_shares(sequences, queries.num_items)
-    popularity = np.bincount(sequences.values, minlength=queries.num_items)
+    model, choice = fit_item_graph(sequences, queries.num_items, tuning)
+    return model(queries), choice
+
+
+def fit_item_graph(
+    sequences: Ragged, num_items: int, tuning: Queries | None
+) -> tuple[GraphModel, Choice]:
+    """Makes the graph, and chooses the walk, of `make_item_graph`."""
+    steps = transition_shares(sequences, num_items)
+    popularity = np.bincount(sequences.values, minlength=num_items)
     discount = np.maximum(popularity, 1.0) ** -POPULARITY
 
-    def make(walk: Walk) -> ItemModel:
-        return _walk_model(steps, discount, walk)
+    def make(walk: Walk) -> GraphModel:
+        return GraphModel(steps, discount, walk)
 
     if tuning is not None:
         tuning = tuning.sample(TUNING_QUERIES)
-    model, choice = best_model("item_graph: walk over", WALKS, make, tuning)
-    return model(queries), choice
+    return best_model("item_graph: walk over", WALKS, make, tuning)
 
 
 def transition_shares(sequences: Ragged, num_items: int) -> Any:
@@ -102,19 +109,38 @@ def transition_shares(sequences: Ragged, num_items: int) -> Any:
     return total
 
 
-def _walk_model(steps: Any, discount: np.ndarray, walk: Walk) -> ItemModel:
-    def scores(starts: Any) -> np.ndarray:
-        first = starts @ steps
-        reached = first
-        if walk.second:
-            # Of the few items of a block of queries: the square of the graph is much larger.
-            reached = first + walk.second * (first @ steps)
-        return (reached.toarray() * discount).astype(np.float32)
+@dataclasses.dataclass(frozen=True)
+class GraphModel:
+    """Scores of the items that a walk from the last ones of a user reaches.
 
-    def model(queries: Queries) -> Scores:
-        return lambda block: scores(_starts(queries.seen_lists(block), walk, len(discount)))
+    Attributes:
+        steps: Share of the transitions of each item (row) to each other, a sparse array [N, N].
+        discount: Factor of the score of each item, float64 [N].
+        walk: Way to ask the graph.
+    """
 
-    return model
+    steps: Any
+    discount: np.ndarray
+    walk: Walk
+
+    def reach(self, starts: Any) -> Any:
+        """Returns the weights of the items that are reached from some, an array [b, N] as theirs.
+
+        Args:
+            starts: Weights of the items that walks start from, sparse or not, [b, N].
+        """
+        first = starts @ self.steps
+        if not self.walk.second:
+            return first
+        # Of the few items of a block of queries: the square of the graph is much larger.
+        return first + self.walk.second * (first @ self.steps)
+
+    def __call__(self, queries: Queries) -> Scores:
+        def scores(block: slice) -> np.ndarray:
+            starts = _starts(queries.seen_lists(block), self.walk, len(self.discount))
+            return (self.reach(starts).toarray() * self.discount).astype(np.float32)
+
+        return scores
 
 
 def _starts(seen: Ragged, walk: Walk, num_items: int) -> Any:

@@ -19,6 +19,7 @@ from twotower.core.progress import progress
 from twotower.evaluation.baselines.tuning import (
     NO_CACHE,
     Baselines,
+    Choice,
     FitCache,
     Fitted,
     best_model,
@@ -71,9 +72,8 @@ def make_item_to_item(
         return made
     num_items = queries.num_items
     if "item_knn" not in without:
-        fitted = cache.fit("item_knn", NEIGHBOURS, lambda: _fit_knn(train, num_items, tuning))
-        model = NeighbourModel(fitted.arrays["near"], fitted.arrays["similarity"])
-        made.add("item_knn", model(queries), fitted.choice)
+        model, choice = fit_item_knn(train, num_items, tuning, cache=cache)
+        made.add("item_knn", model(queries), choice)
     if num_items > MAX_EASE_ITEMS:
         logging.warning(
             "ease is left out: it inverts a matrix of items by items, "
@@ -82,9 +82,25 @@ def make_item_to_item(
             MAX_EASE_ITEMS,
         )
     elif "ease" not in without:
-        fitted = cache.fit("ease", RIDGES, lambda: _fit_ease(train, num_items, tuning))
-        made.add("ease", LinearModel(fitted.arrays["weights"])(queries), fitted.choice)
+        linear, choice = fit_ease(train, num_items, tuning, cache=cache)
+        made.add("ease", linear(queries), choice)
     return made
+
+
+def fit_item_knn(
+    train: Ragged, num_items: int, tuning: Queries | None, *, cache: FitCache = NO_CACHE
+) -> tuple[NeighbourModel, Choice]:
+    """Fits "item_knn", see `make_item_to_item`."""
+    fitted = cache.fit("item_knn", NEIGHBOURS, lambda: _fit_knn(train, num_items, tuning))
+    return NeighbourModel(fitted.arrays["near"], fitted.arrays["similarity"]), fitted.choice
+
+
+def fit_ease(
+    train: Ragged, num_items: int, tuning: Queries | None, *, cache: FitCache = NO_CACHE
+) -> tuple[LinearModel, Choice]:
+    """Fits "ease", see `make_item_to_item`."""
+    fitted = cache.fit("ease", RIDGES, lambda: _fit_ease(train, num_items, tuning))
+    return LinearModel(fitted.arrays["weights"]), fitted.choice
 
 
 def _fit_knn(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
@@ -230,12 +246,18 @@ class NeighbourModel:
     near: np.ndarray
     similarity: np.ndarray
 
-    def __call__(self, queries: Queries) -> Scores:
+    @property
+    def weights(self) -> Any:
+        """Weights from each item (row) to each other, a sparse array float64 [N, N]."""
         num_items, count = self.near.shape
         ends = np.arange(0, self.near.size + 1, count)
         # float64: sums of equal cosines must be equal whatever their order.
         cosines = self.similarity.ravel().astype(np.float64)
-        weights = sparse_array(cosines, self.near.ravel(), ends, num_items)
+        return sparse_array(cosines, self.near.ravel(), ends, num_items)
+
+    def __call__(self, queries: Queries) -> Scores:
+        num_items = len(self.near)
+        weights = self.weights
 
         def scores(block: slice) -> np.ndarray:
             seen = binary_matrix(queries.seen_lists(block), num_items)

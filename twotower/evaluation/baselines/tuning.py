@@ -20,6 +20,7 @@ from twotower.evaluation.evaluate import Scores, evaluate
 from twotower.evaluation.queries import Queries
 
 KIND = "baseline"
+FITTED = "evaluation/baselines"  # folder of a run that keeps its baselines as they were fitted
 MAX_KEPT_BYTES = 2**28  # of a fitted model; of larger ones the choice alone would be kept
 FORMAT = 1  # of what is fitted: another one fits anew
 

@@ -238,12 +238,27 @@ def format_bundle(bundle: Bundle, folder: Path) -> str:
         lines.append(format_tuning(tuning))
     if "against_full" in bundle.manifest:
         lines.append(_loss_line(bundle))
+    if "baseline" in bundle.manifest:
+        lines.append(_baseline_line(bundle.manifest))
     users = f"{len(bundle.users):,} users"
     if not len(bundle.users):
         users = "no users (known ones are answered as new ones)"
     sizes = f"{len(bundle.items):,} items, {users}"
     lines.append(f"{folder}: {sizes}, {describe_index(bundle.index)}.")
     return "\n".join(lines)
+
+
+def _baseline_line(manifest: Mapping[str, Any]) -> str:
+    """Returns a line on the baseline that a bundle holds, with what it reaches as it is served."""
+    baseline = manifest["baseline"]
+    line = f"{baseline['name']}: {baseline['setting']}"
+    if not baseline["exact"]:
+        line += f"; {manifest['dim'] - 1} numbers a vector approximate it (--baseline_dim)"
+    figures = manifest.get("figures", {}).get("test", {})
+    shown = [f"{name} {figures[name]:.4f}" for name in list(figures)[:1]]
+    if shown:
+        line += f"; as it is served, {shown[0]} on test rows"
+    return f"{line}."
 
 
 def describe_index(index: Index) -> str:
