@@ -304,3 +304,30 @@ def test_the_command_publishes_a_bundle(server, store, workdir, retriever):
     )
     ids = retriever.bundle.items["item_id"].to_pylist()
     np.testing.assert_array_equal(store.vectors("item", ids)[0], retriever.bundle.vectors)
+
+
+def test_a_server_finds_the_vectors_of_new_users_and_goes_on_without_redis(tmp_path, retriever):
+    pytest.importorskip("msgspec")
+    from twotower.serving.answers import Answers
+    from twotower.serving.types import Retrieve
+
+    server = Server(tmp_path)
+    store = RedisStore(server.url, timeout=5.0, retry_after=0.0)
+    vectors = np.asarray(retriever.bundle.user_vectors[:1])
+    store.publish(bundle_version(retriever), {"user": [(pa.array(["new"]), vectors)]})
+    answers = Answers(retriever, find_vector=store.user_vector)
+    request = Retrieve(user_id="new", k=5, exclude_seen=False)
+    known = Retrieve(user_id=retriever.bundle.users["user_id"][0].as_py(), k=5, exclude_seen=False)
+
+    def listed(request):
+        return [item.item_id for item in answers.retrieve(request).items]
+
+    assert listed(request) == listed(known) and not answers.retrieve(request).known
+    # Somebody of whom Redis knows nothing either.
+    assert answers.retrieve(Retrieve(user_id="other", k=5)).items[0].source != "model"
+    server.stop()
+    assert answers.retrieve(request).items[0].source != "model"
+    server.start()
+    assert listed(request) != listed(known)
+    store.publish(bundle_version(retriever), {"user": [(pa.array(["new"]), vectors)]})
+    assert listed(request) == listed(known)

@@ -26,6 +26,8 @@ from twotower.commands import launch
 
 if TYPE_CHECKING:  # the extra serve may be missing
     from twotower.serving.answers import Fallback
+    from twotower.serving.app import App
+    from twotower.serving.processes.member import Member
     from twotower.serving.processes.supervisor import Start
 
 FLAGS = flags.FlagValues()
@@ -107,6 +109,16 @@ _LOG_SHARE = flags.DEFINE_float(
     upper_bound=1.0,
     flag_values=FLAGS,
 )
+_REDIS = flags.DEFINE_string(
+    "redis",
+    "",
+    "redis://HOST:PORT/DATABASE with vectors of users who are not in the bundle, as `twotower "
+    "publish` writes them for it. While it is away they are answered as anybody unknown is.",
+    flag_values=FLAGS,
+)
+_REDIS_NAME = flags.DEFINE_string(
+    "redis_name", "twotower", "Name that the keys in Redis begin with.", flag_values=FLAGS
+)
 _PROCESSES = flags.DEFINE_integer(
     "processes",
     1,
@@ -187,9 +199,10 @@ def main() -> None:
         ),
         "impressions": _IMPRESSIONS.value,
     }
+    redis = _REDIS.value, _REDIS_NAME.value
     app = None
     if _PROCESSES.value == 1:
-        app = server.make_app(**options)
+        app = make_app(options, redis)
     # Before it is said: whoever reads the line may connect at once.
     bound.listen(server.BACKLOG)
     host, port = bound.getsockname()[:2]
@@ -199,15 +212,38 @@ def main() -> None:
     if app is not None:
         server.serve(app, bound)
         return
-    child = functools.partial(run_child, options, logging.get_verbosity())
+    child = functools.partial(run_child, options, redis, logging.get_verbosity())
     Supervisor(child, bound, _PROCESSES.value, _SECONDS.value).serve()
 
 
-def run_child(options: Mapping[str, Any], verbosity: int, start: Start) -> None:
+def make_app(
+    options: Mapping[str, Any], redis: tuple[str, str], member: Member | None = None
+) -> App:
+    """Loads the bundles, and returns their server.
+
+    Args:
+        options: Arguments of `twotower.serving.server.make_app`.
+        redis: URL of a Redis and name of its keys; "" for none.
+        member: This process among several.
+    """
+    from twotower.integrations.redis_store import RedisStore
+    from twotower.serving import server
+
+    find = None
+    url, name = redis
+    if url:
+        find = RedisStore(url, name=name).user_vector
+    return server.make_app(**options, find_vector=find, member=member)
+
+
+def run_child(
+    options: Mapping[str, Any], redis: tuple[str, str], verbosity: int, start: Start
+) -> None:
     """Answers requests as one of several processes.
 
     Args:
         options: Arguments of `twotower.serving.server.make_app`.
+        redis: URL of a Redis and name of its keys; "" for none.
         verbosity: Verbosity of the log.
         start: What the parent gives to this process.
     """
@@ -218,7 +254,7 @@ def run_child(options: Mapping[str, Any], verbosity: int, start: Start) -> None:
         member = Member(
             start.folder, start.number, start.processes, start.parent, is_early=start.is_early
         )
-        server.serve(server.make_app(**options, member=member), start.bound)
+        server.serve(make_app(options, redis, member), start.bound)
 
     launch.call_in_child(serve, verbosity)
 

@@ -156,6 +156,22 @@ class RedisStore:
         # A copy: the array over the bytes could not be written to.
         return vectors.astype(np.float32), has_vector
 
+    def user_vector(self, version: str, user: str, width: int) -> np.ndarray | None:
+        """Reads the vector of a user that was published for one version; None where there is none,
+        or Redis is away.
+
+        Args:
+            version: Version of the bundle, see `bundle_version`.
+            user: Id of the user.
+            width: Width of the vectors.
+        """
+        key = self._key(version, "user", user)
+        value = self.try_call(lambda client: client.get(key))
+        # A value of another length is not ours.
+        if value is None or len(value) != 4 * width:
+            return None
+        return np.frombuffer(value, "<f4").astype(np.float32)
+
     def current(self) -> dict[str, Any] | None:
         """Reads the version and width of the current vectors; None where there are none, or Redis
         is away."""

@@ -37,6 +37,7 @@ from twotower.serving.lists.shape import Boost, Promotion, Shape, make_list
 from twotower.serving.monitoring.served import Served, reference_of
 from twotower.serving.types import Answer, Item, Source, Vector
 
+STORED_LETTERS = 16  # of it in stores of vectors; see `twotower.integrations.redis_store`
 VERSION_LETTERS = 12  # of the hash that names a bundle
 
 
@@ -63,6 +64,10 @@ class _List(NamedTuple):
     explain: Callable[[Sequence[str]], Sequence[Reason | None]] | None = None
 
 
+# (version of a bundle, id of a user, width) -> vector float32 [D]; None where there is none.
+FindVector = Callable[[str, str, int], np.ndarray | None]
+
+
 class Answers:
     """A bundle that answers.
 
@@ -77,7 +82,12 @@ class Answers:
     """
 
     def __init__(
-        self, retriever: Retriever, *, fallback: Fallback = "popular", hook: Hook | None = None
+        self,
+        retriever: Retriever,
+        *,
+        fallback: Fallback = "popular",
+        hook: Hook | None = None,
+        find_vector: FindVector | None = None,
     ):
         """Serves a bundle.
 
@@ -85,6 +95,7 @@ class Answers:
             retriever: Retriever of a bundle that was loaded from a folder.
             fallback: List of somebody of whom nothing is known.
             hook: Re-ranker of the model's lists, but of those whose request asks for diversity.
+            find_vector: Function that finds vectors of users who are not in the bundle.
 
         Raises:
             ConfigError: The fallback are the latest items, and their times are not known.
@@ -100,6 +111,7 @@ class Answers:
         manifest = retriever.bundle.manifest
         self.version = self.version_of(manifest)
         self.histories = LiveHistories(_end_of_data(manifest.get("data", {})))
+        self._find_vector = find_vector
         self.cache = VectorCache()
         self.served: Served | None = None
         # Unique among processes and restarts, at the cost of a counter.
@@ -175,7 +187,7 @@ class Answers:
             # Of events with unknown items alone the model would make something up.
             is_personal = any(map(self.retriever.has_item, map(_item_of, events)))
         if not is_personal:
-            return self._without_model(request, events or ())
+            return self._without_model(request, user, events or ())
         options = self._options(request)
         if request.features or request.history is not None:
             whom = self._of_row(request, user, events, is_known, options)
@@ -190,6 +202,13 @@ class Answers:
             is_known,
             functools.partial(explain_user, retriever, **whom),
         )
+
+    def _stored_vector(self, user: str | None) -> np.ndarray | None:
+        """Returns the vector that was published of a user who is not in the bundle."""
+        if self._find_vector is None or user is None:
+            return None
+        manifest = self.retriever.bundle.manifest
+        return self._find_vector(manifest["sha256"][:STORED_LETTERS], user, manifest["dim"])
 
     def _encoded(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
         """Returns somebody who was sent events of, encoded once for each new one."""
@@ -236,9 +255,16 @@ class Answers:
             functools.partial(explain_likeness, retriever, liked=liked, unlike=request.unlike),
         )
 
-    def _without_model(self, request: types.Retrieve, events: Sequence[Any]) -> _List:
-        """Returns how the list of somebody is made of whom the model knows nothing."""
+    def _without_model(
+        self, request: types.Retrieve, user: str | None, events: Sequence[Any]
+    ) -> _List:
+        """Returns how the list of somebody is made of whom the bundle knows nothing."""
         retriever = self.retriever
+        vector = None if events else self._stored_vector(user)
+        if vector is not None:
+            encoded = EncodedUser(vector[None, :], np.array([-1]), [])
+            found = functools.partial(retriever.recommend, user, encoded=encoded)
+            return _List(functools.partial(found, **self._options(request)), "model", False)
         items = self._items_of(events)
         present = [item for item in items if retriever.has_item(item)]
         filters = self._filters(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from twotower.core.errors import ConfigError
 from twotower.serving import types
 from twotower.serving.access import Access
 from twotower.serving.aliases import Aliases
+from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
@@ -87,6 +89,7 @@ def make_app(
     lists: ListOptions | None = None,
     impressions: str = "",
     log_share: float | None = None,
+    find_vector: FindVector | None = None,
     member: Member | None = None,
 ) -> App:
     """Loads bundles, and returns their server.
@@ -104,6 +107,7 @@ def make_app(
         impressions: Folder for what is shown; "" for none.
         log_share: Share of the requests that are logged beside those that fail, as JSON; None for
             a log of text, without requests.
+        find_vector: Function that finds vectors of users who are not in the bundle.
         member: This process among several that serve; None of one that serves alone.
 
     Raises:
@@ -113,7 +117,8 @@ def make_app(
         use_json()
     access = Access.read(tokens)
     first = next(iter(folders.values())).absolute()
-    make = (lists or ListOptions()).prepare(first)
+    prepared = (lists or ListOptions()).prepare(first)
+    make = functools.partial(prepared, find_vector=find_vector)
     state = None
     if member is not None:
         state = member.read_state()

@@ -11,11 +11,10 @@ from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
 from twotower.plugins import import_plugins
 from twotower.retrieval.rerank import resolve_rerank
-from twotower.retrieval.retriever import Retriever
 from twotower.serving.answers import Answers, Fallback
 from twotower.serving.lists.hook import Hook
 
-MakeAnswers = Callable[[Retriever], Answers]
+MakeAnswers = Callable[..., Answers]  # takes a Retriever
 
 
 @dataclasses.dataclass(frozen=True)
