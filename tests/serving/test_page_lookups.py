@@ -84,6 +84,14 @@ def test_a_user_has_features_and_a_history_with_the_latest_event_first(app, retr
     assert newest["item_id"] == item and newest["event"] == "view" and newest["timestamp"] > 1.7e9
     unknown = post(app, "user", user_id="nobody")
     assert not unknown["known"] and unknown["history"] == [] and unknown["features"] == {}
+    # What the page sends back is what the server has: the list is the same.
+    events = post(app, "user", user_id="2")["events"]
+    assert len(events) == 8  # as many as the model reads
+    brought = post(app, "retrieve", user_id="2", history=events)["items"]
+    assert brought == post(app, "retrieve", user_id="2")["items"]
+    assert post(app, "user", user_id=user)["events"][-1]["item_id"] == item
+    brought = post(app, "retrieve", user_id=user, history=post(app, "user", user_id=user)["events"])
+    assert brought["items"] == post(app, "retrieve", user_id=user)["items"]
     (found,) = post(app, "search_users", text=user, k=1)["users"]
     assert found == {"user_id": user, "events": len(past)}
 

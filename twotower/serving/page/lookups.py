@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from twotower.serving.page.types import (
     Profile,
     Search,
 )
+from twotower.serving.types import MAX_HISTORY, Event
 from twotower.serving.versions.versions import Versions
 
 PAST_ITEMS = 50  # items of a history that are shown
@@ -206,12 +208,19 @@ class Lookups:
         for item, event in zip(stored, retriever.latest_events(user, PAST_ITEMS)):
             kind = event.get("event") or ""
             history.append(PastItem(item.item_id, item.display, kind, event.get("timestamp")))
-        features: dict[str, Any] = {}
+        row: dict[str, Any] = {}
         if is_known:
             (row,) = retriever.user_rows.take([user]).to_pylist()
-            wanted = [name for name in answers.user_columns if name in row]
-            features = {name: row[name] for name in wanted if row[name] is not None}
-        return Profile(user, is_known, features, history[:PAST_ITEMS])
+        wanted = [name for name in answers.user_columns if row.get(name) is not None]
+        features = {name: row[name] for name in wanted}
+        feature = retriever.bundle.encoder.spec.history
+        if feature is not None:
+            stored_events = row.get(feature.column) or []
+        else:
+            stored_events = [item.item_id for item in reversed(stored)]
+        events = [*stored_events, *answers.histories.of(user)]
+        sent = [_as_event(event) for event in events[-MAX_HISTORY:]]
+        return Profile(user, is_known, features, history[:PAST_ITEMS], sent)
 
     async def _catalogue(self, request: None, item_id: str) -> Catalogue:
         del request, item_id
@@ -247,6 +256,17 @@ class Lookups:
 
     async def _make(self, answers: Answers) -> None:
         self._made = await asyncio.to_thread(make, answers)
+
+
+def _as_event(event: Any) -> str | Event:
+    """Returns a stored event, an id or a mapping, as a request has it."""
+    if not isinstance(event, dict):
+        return event
+    moment = event.get("timestamp")
+    if moment is not None:
+        # A number would be read in the unit of the log.
+        moment = datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()
+    return Event(item_id=event["item_id"], event=event.get("event"), timestamp=moment)
 
 
 def make(answers: Answers) -> Made:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from twotower.serving.types import Id, Request
+from twotower.serving.types import Event, Id, Request
 from twotower.serving.versions.types import VersionInfo
 
 MAX_TEXT = 200  # letters of a text to search for
@@ -107,12 +107,15 @@ class Profile(Struct):
         known: Whether the user was known when the bundle was made.
         features: Raw features that are stored.
         history: Items of the user, the latest first.
+        events: Events of the user, the latest last, as a request may bring them back: what
+            `history` has once may have happened several times.
     """
 
     user_id: str
     known: bool
     features: Mapping[str, Any]
     history: list[PastItem]
+    events: list[str | Event]
 
 
 class Column(Struct, omit_defaults=True):

@@ -1,5 +1,5 @@
 // The view of the model: what is served, how good it was measured to be, and its data.
-import { figure, formatNumber, make, table } from "./view.js";
+import { figure, formatNumber, formatScore, make, table } from "./view.js";
 
 const FIRST = ["recall", "ndcg", "hit_rate", "mrr", "map", "precision", "coverage", "novelty"];
 
@@ -27,7 +27,7 @@ function qualityTable(name, figures) {
   const columns = [...lengths].sort((a, b) => a - b);
   const rows = [...metrics].sort(([a], [b]) => place(a) - place(b)).map(([metric, values]) => [
     metric.replaceAll("_", " "),
-    ...columns.map((length) => (values.has(length) ? formatNumber(values.get(length)) : "")),
+    ...columns.map((length) => (values.has(length) ? formatScore(values.get(length)) : "")),
   ]);
   const parts = [];
   if (rows.length) parts.push(table(["", ...columns.map((length) => `@${length}`)], rows, `Figures of ${name}`));

@@ -8,13 +8,15 @@ import {
 } from "./view.js";
 
 const byId = (id) => document.getElementById(id);
-const SHOWN_PAST = 50; // items of a history that are shown and sent
 const NEIGHBOURS = 12;
+const MOST_EVENTS = 1000; // events of a request
 const VERSION = "version "; // what a choice of a version begins with
 const BESIDE = { popular: "The most popular", similar: "Like the last item", latest: "The newest" };
 
-// `history` holds the items now, the latest first; `stored` those that the server has.
-const state = { user: null, known: false, features: {}, history: [], stored: [], isEdited: false };
+// `history` holds the items now, the latest first; `stored` those that the server has, and `events`
+// their events, the latest last; `added` the ids of items that were added here, the latest last.
+const NOBODY = { user: null, known: false, features: {}, history: [], stored: [], events: [], added: [] };
+const state = { ...NOBODY, isEdited: false };
 let catalogue = { title: "", columns: [], reads_history: true, users: 0, versions: [] };
 let before = null; // ids of the last list of the same person -> their ranks
 let pending = null;
@@ -71,18 +73,20 @@ function setHistory(history) {
 
 function addPast(item) {
   const rest = state.history.filter((other) => other.item_id !== item.item_id);
-  setHistory([{ item_id: item.item_id, display: item.display }, ...rest].slice(0, SHOWN_PAST));
+  state.added.push(item.item_id);
+  setHistory([{ item_id: item.item_id, display: item.display }, ...rest]);
   say(`Added to the history: ${nameOf(item)}`);
 }
 
 function removePast(number) {
+  state.added = state.added.filter((id) => id !== state.history[number].item_id);
   setHistory(state.history.filter((_, other) => other !== number));
   const buttons = document.querySelectorAll("#history .remove");
   (buttons[Math.min(number, buttons.length - 1)] || byId("find")).focus();
 }
 
 function forget() {
-  Object.assign(state, { user: null, known: false, features: {}, history: [], stored: [], isEdited: false });
+  Object.assign(state, { ...NOBODY, added: [], isEdited: false });
   before = null;
   history.replaceState(null, "", location.pathname);
   showPerson();
@@ -98,7 +102,7 @@ async function openUser(user) {
     remember(profile.history);
     Object.assign(state, {
       user: profile.user_id, known: profile.known, features: profile.features,
-      history: profile.history, stored: profile.history, isEdited: false,
+      history: profile.history, stored: profile.history, events: profile.events, added: [], isEdited: false,
     });
     showPerson();
     refresh();
@@ -122,8 +126,10 @@ function mainRequest(options) {
   if (catalogue.reads_history) request.reasons = true;
   if (state.user !== null) request.user_id = state.user;
   if (state.isEdited) {
-    // The latest last, each with what is known of it.
-    request.history = [...state.history].reverse().map(({ item_id, event }) => (event ? { item_id, event } : item_id));
+    const present = new Set(state.history.map(idOf));
+    const removed = new Set(state.stored.map(idOf).filter((id) => !present.has(id)));
+    const kept = state.events.filter((event) => !removed.has(event.item_id ?? event));
+    request.history = [...kept, ...state.added].slice(-MOST_EVENTS);
   }
   return ["v1/retrieve", request];
 }
@@ -314,7 +320,7 @@ async function showMap() {
       return;
     }
     const sample = map.item_ids.length < map.items;
-    const share = formatNumber(100 * (map.shares[0] + map.shares[1]));
+    const share = Math.round(100 * (map.shares[0] + map.shares[1]));
     byId("map-about").textContent = `Near items are recommended to the same people. ${
       sample ? `A sample: ${formatNumber(map.item_ids.length)} of ${formatNumber(map.items)} items` : `All ${formatNumber(map.items)} items`
     }, coloured by ${map.column}. A flat picture shows ${share} % of all differences.`;
@@ -457,7 +463,7 @@ async function begin() {
 startTabs();
 startDialogs();
 startFinder(() => catalogue.title, openUser, (item) => openItem(item));
-byId("restore").addEventListener("click", () => { before = null; setHistory(state.stored); });
+byId("restore").addEventListener("click", () => { before = null; state.added = []; setHistory(state.stored); });
 byId("forget").addEventListener("click", forget);
 preparePanels(controls.values());
 watchHealth();

@@ -65,8 +65,12 @@ export function addButton(item, column, onAdd) {
 function reasonOf(item, titles) {
   const reason = item.reason;
   if (!reason) return null;
-  const event = reason.event ? ` (${reason.event})` : "";
-  return make("p", { class: "reason" }, "Because of ", make("bdi", { text: titles.get(reason.item_id) || reason.item_id }), event);
+  const title = titles.get(reason.item_id) || reason.item_id;
+  return make(
+    "dl", { class: "facts" },
+    make("div", {}, make("dt", { text: "because of" }), make("dd", { text: title, dir: "auto", class: "reason" })),
+    reason.event ? make("div", {}, make("dt", { text: "event" }), make("dd", { text: reason.event })) : null,
+  );
 }
 
 function movedBadge(moved) {
