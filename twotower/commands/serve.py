@@ -226,12 +226,13 @@ def make_app(
         redis: URL of a Redis and name of its keys; "" for none.
         member: This process among several.
     """
-    from twotower.integrations.redis_store import RedisStore
     from twotower.serving import server
 
     find = None
     url, name = redis
     if url:
+        from twotower.integrations.redis_store import RedisStore
+
         find = RedisStore(url, name=name).user_vector
     return server.make_app(**options, find_vector=find, member=member)
 
