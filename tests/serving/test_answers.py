@@ -2,17 +2,19 @@
 
 import asyncio
 import functools
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.serving.asking import ask, make_app, post, refused, send
+from experiments.benchmarks.fuzz_api import InProcess
+from tests.serving.asking import ask, make_app, post, refused
 from twotower.serving.errors import RequestError
 from twotower.serving.events import MAX_EVENTS_OF_USER, EventLog, LiveHistories, StoredEvent
 from twotower.serving.writer import Writer
 
-REQUESTS = 200
+REQUESTS = 1_000
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +115,12 @@ def test_answers_to_random_requests_are_those_of_the_retriever(app, retriever):
     draw = Draw(retriever)
     drawn = [draw(number) for number in range(REQUESTS)]
 
-    async def ask_all():
-        return [await send(app, "POST", f"/v1/{name}", body) for name, body, _ in drawn]
-
-    for (_, body, call), response in zip(drawn, asyncio.run(ask_all())):
-        assert response.status_code == 200, (body, response.text)
+    server = InProcess(app)
+    for name, body, call in drawn:
+        response = server.send("POST", f"/v1/{name}", json.dumps(body).encode())
+        assert response.status == 200, (body, response.body)
         expected = call()[body["offset"] :]
-        found = response.json()["items"]
+        found = json.loads(response.body)["items"]
         assert [item["item_id"] for item in found] == [item.item_id for item in expected], body
         np.testing.assert_allclose(
             [item["score"] for item in found], [item.score for item in expected], rtol=1e-5

@@ -34,7 +34,7 @@ def test_hostile_bodies_change_nothing_and_are_told_nothing(server, copied):
 @pytest.mark.slow
 def test_cases_of_the_description_are_answered_as_it_says(server, copied):
     outcomes = fuzz(server, str(copied), 500)
-    assert outcomes.total() >= 450 and outcomes["200"] > 50 and outcomes["400"] > 100
+    assert outcomes.total() >= 450 and outcomes["200"] > 30 and outcomes["400"] > 60
 
 
 @pytest.mark.parametrize(
