@@ -52,7 +52,7 @@ from twotower.training.run import (
 )
 
 REFIT = "refit"  # folder of the refit in that of its run
-TEST_SET = "test set"  # name of further test rows, in messages
+TEST = "test"  # name of further test rows, in messages
 BIGQUERY = "bq://"  # before the name of a table there
 RECORD = "refit.json"  # in that folder: what was validated, and what the refit saw
 
@@ -261,7 +261,7 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     """
     config = prepared.config
     encoder = prepared.encoder
-    where = f"the {TEST_SET}"
+    where = "the test set"
     if isinstance(source, (str, os.PathLike)):
         where = os.fspath(source)
     table = source
@@ -270,7 +270,11 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     # Rows of a fixed split may have names and forms of their own.
     form = config.data.test if config.data.test.path else config.data.interactions
     said: list[str] = []
-    log = _read_log(table, form, config.data, encoder.contract, said)
+    try:
+        log = _read_log(table, form, config.data, encoder.contract, said)
+    except ConfigError as error:
+        # Readers name the option of a table of the configuration.
+        raise ConfigError(str(error).replace(f"config.data.{TEST}.path=", "--test=")) from None
     new = assemble(log.drop_columns(["split"]) if "split" in log.column_names else log)
     uses = encoder.spec.uses() | {"log": label_uses(config.objective)}
     new = with_uses(dataclasses.replace(new, contract=encoder.contract), uses)
@@ -278,6 +282,8 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     filters = dataclasses.replace(config.data, k_core=0)
     kept = filter_rows(new, filters, separators=list_separators(encoder.spec))
     notes = [line.strip() for line in said]
+    if config.data.item_group:
+        notes.append(f"Its items are taken for values of item_group={config.data.item_group!r}.")
     for note in kept.dropped:
         if note.rows:
             notes.append(f"{note.rows:,} of {note.total:,} rows {note.reason} are left out.")
@@ -294,7 +300,7 @@ def _read_log(
     source: TableLike, form: TableConfig, data: DataConfig, contract: Contract, said: list[str]
 ) -> pa.Table:
     """Returns rows with our names and types: by the names of the configuration, or by guess."""
-    rows, origin = read_table(source, form, TEST_SET)
+    rows, origin = read_table(source, form, TEST)
     columns = {}
     for ours in dict.fromkeys([*KEYS, "timestamp", *form.columns]):
         theirs = form.columns.get(ours, ours)
@@ -325,7 +331,7 @@ def _read_log(
     options = dataclasses.replace(
         form, columns=columns, timestamp_unit=time.unit, timestamp_format=time.format
     )
-    typed, _ = apply_contract(rows, options, TEST_SET, origin=origin, contract=contract)
+    typed, _ = apply_contract(rows, options, TEST, origin=origin, contract=contract)
     return typed
 
 

@@ -145,7 +145,7 @@ def test_rows_of_the_time_of_training_are_said(tmp_path):
     notes = read_test_rows(prepared, early).further.notes
     assert any("100.0% of its rows (5) are not later" in note for note in notes)
     assert any("100.0% of its rows (5) are training rows too" in note for note in notes)
-    with pytest.raises(ConfigError, match="test set has no columns 'user_id' and 'item_id'"):
+    with pytest.raises(ConfigError, match="test has no columns 'user_id' and 'item_id'"):
         read_test_rows(prepared, pa.table({"who": [1], "what": [2]}))
 
 
@@ -172,3 +172,12 @@ def test_users_held_out_for_validation_are_found_by_the_rows_before_their_last(t
     test = make_queries(prepared, "test", "user")
     new = np.isin(test.user, prepared.validation.user)
     assert new.any() and (test.context[SPANS][new, 1] > test.context[SPANS][new, 0]).all()
+
+
+def test_a_test_set_is_read_from_bigquery_and_a_missing_file_is_told(prepared, bigquery_server):
+    rows = pa.table({"user_id": ["0", "new"], "item_id": ["1", "2"]})
+    bigquery_server.put("shop.july", rows)
+    further = read_test_rows(prepared, "bq://shop.july").further
+    assert (further.name, further.rows, further.unknown_users) == ("shop_july", 2, 1)
+    with pytest.raises(ConfigError, match="--test='july.csv': there is no such file"):
+        read_test_rows(prepared, "july.csv")

@@ -32,7 +32,7 @@ from twotower.evaluation.evaluate import (
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
 from twotower.evaluation.intervals import interval_table
-from twotower.evaluation.queries import Queries, make_queries
+from twotower.evaluation.queries import TRAIN_QUERIES, Queries, make_queries
 from twotower.evaluation.query_table import (
     query_table,
     query_table_path,
@@ -155,7 +155,10 @@ def measure_run(
         measured["popularity_weights"] = measure_popularity_weights(
             rankings["model"], queries, ks, popularity_weights
         )
-    measured |= _measure_labels(run, whole_model, split, max_queries)
+    max_rows = max_queries
+    if split == "train":
+        max_rows = max_queries or TRAIN_QUERIES
+    measured |= _measure_labels(run, whole_model, split, max_rows)
     measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
     return measured
 

@@ -183,7 +183,7 @@ def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
         "slice": "",
         "slice_value": "",
     }
-    common["queries"] = protocol.get("queries")
+    common["queries"] = protocol.get("asked")
     for suffix in SUFFIXES:
         seen = common | {"mask_seen": not suffix}
         intervals = measured.get(f"model_intervals{suffix}", {})

@@ -3,8 +3,11 @@ r"""Measures a run: exact metrics beside baselines, and the index of its bundle 
     twotower evaluate --workdir=runs/quickstart --k=10,50,100 --baselines \
         [--split=validation] [--slices=country,item.category] [--dim=32] [--devices=N]
 
+    twotower evaluate --workdir=runs/quickstart --test=july.csv [--targets=successive]
+
 Each device scores and ranks its own part of the items. Prints a table and writes
-WORKDIR/evaluation/metrics.json (metrics_validation.json for that split). In the place of --workdir
+WORKDIR/evaluation/metrics.json (metrics_validation.json for that split, metrics_july.json for
+further rows in july.csv). In the place of --workdir
 --mlflow_experiment=shop takes the latest run of an experiment in MLflow that was trained here.
 """
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from twotower.core.errors import ConfigError, choose, echo
 from twotower.core.install import command
 from twotower.evaluation.metrics import RANKING_METRICS
+from twotower.evaluation.queries import EARLIER_PARTS, TARGETS
 from twotower.evaluation.query_table import PROTOCOL_KEY, query_table_path
 
 MODEL = "model"  # ranking of a run's own towers
@@ -84,8 +85,7 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
     if not path.exists():
         workdir = path.parent.parent
         flags = [f"--workdir={workdir}", "--baselines"]
-        if split != "test":
-            flags.append(f"--split={split}")
+        flags += _flags_of(split)
         raise ConfigError(
             f"{workdir} has no {path.relative_to(workdir)}: it was not evaluated. "
             f"Evaluate it first: {command('evaluate', *flags)}"
@@ -117,6 +117,18 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
     if ranking not in rankings:
         choose(rankings, ranking, f"the ranking of {name}")
     return Record(name, protocol, users, relevant, values, slices)
+
+
+def _flags_of(name: str) -> list[str]:
+    """Returns the flags of the evaluation whose figures are kept under a name."""
+    flags = []
+    start, _, targets = name.rpartition("_")
+    if targets in TARGETS:
+        flags.append(f"--targets={targets}")
+        name = start
+    if name in EARLIER_PARTS:
+        return flags if name == "test" else [f"--split={name}", *flags]
+    return ["--test=FILE", f"--test_name={name}", *flags]
 
 
 def _average(records: Sequence[Record]) -> Record:
