@@ -82,14 +82,14 @@ def audit_data(
     """
     config = prepared.config
     earlier = [prepared.positives(part) for part in EARLIER_PARTS[split]]
-    earlier_rows = sum(int((rows.item >= 0).sum()) for rows in earlier)
+    # Training rows have none before them: how often users come back, they tell themselves.
+    known = earlier or [prepared.positives(split)]
+    known_rows = sum(int((rows.item >= 0).sum()) for rows in known)
     lists = queries.seen
-    if queries.seen_list is not None and earlier:
-        # The lists of the queries overlap: those of the users tell how often users come back.
-        lists = items_of_users(earlier, num_users=len(prepared.users))
-    natural = 0.0
-    if earlier_rows:
-        natural = 1 - len(lists.values) / earlier_rows
+    if queries.seen_list is not None or not earlier:
+        # The lists of queries overlap: those of the users are told apart.
+        lists = items_of_users(known, num_users=len(prepared.users))
+    natural = 1 - len(lists.values) / max(known_rows, 1)
     return [
         audit_unreachable(answers),
         audit_leakage(prepared.raw, config),
