@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import re
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.extras import extra
 from twotower import api
 from twotower.config import defaults, from_dict
+from twotower.experiment import read
 from twotower.retrieval.mining import make_miner
 from twotower.training.run import train
 
@@ -95,12 +97,24 @@ TINY_FEATURES = {
 ABOUT_FEATURES = ("features", "tables", "shop")
 
 
-def shrunk(name, recipe):
-    """The configuration of a recipe with a training of a few steps, and its shapes as small as
+def config_of(group):
+    """The configuration of a recipe, or of several that change different parts of the step."""
+    if len(group) == 1:
+        ((name, recipe),) = group
+        return RECIPES[name].get_config(recipe)
+    changes = [RECIPES[name].RECIPES[recipe] for name, recipe in group]
+    names = [name for change in changes for name in change]
+    assert len(names) == len(set(names))
+    return read("recipes/shop", dict(ChainMap(*changes)))
+
+
+def shrunk(*group):
+    """The configuration of recipes with a training of a few steps, and its shapes as small as
     they may be."""
-    config = RECIPES[name].get_config(recipe)
-    if name not in ABOUT_FEATURES and recipe != "summed":
-        history = {"history": config.features.user.history} if name == "histories" else {}
+    config = config_of(group)
+    names = {name for name, _ in group}
+    if not names & {*ABOUT_FEATURES} and ("towers", "summed") not in group:
+        history = {"history": config.features.user.history} if "histories" in names else {}
         config.features.user = TINY_FEATURES["user"] | history
         config.features.item = TINY_FEATURES["item"]
     data = config.data
@@ -112,8 +126,8 @@ def shrunk(name, recipe):
     training.log_every = 2
     negatives = config.objective.negatives
     training.batch_size = 64
-    for name in ("uniform", "popularity"):
-        negatives[name] = min(negatives[name], 32)
+    for source in ("uniform", "popularity"):
+        negatives[source] = min(negatives[source], 32)
     negatives.queue = 128 if negatives.queue else 0
     negatives.queue_warmup = min(negatives.queue_warmup, 1)
     negatives.mined_refresh = 2
@@ -130,18 +144,38 @@ def no_validation(*_):
 MEASURED = [("shop", "plain"), ("heads", "retrieval_and_two_heads"), ("vectors", "cut_int8")]
 # Of one training: what they change is in the export alone.
 EXPORTED = [recipe for recipe in RECIPES["vectors"].RECIPES if recipe != "cut_int8"]
-TRAINED = [
-    pair
-    for pair in VARIANTS
-    if pair not in MEASURED and not (pair[0] == "vectors" and pair[1] in EXPORTED)
+# Trained together: they change different parts of one step, and most of the time is its tracing.
+TOGETHER = """
+    losses-softmax_uncorrected histories-attention_bag negatives-explicit
+    losses-softmax_with_margin histories-rotary negatives-frequency_by_gaps
+    losses-softmax_own_items_as_negatives histories-gru negatives-frequency_by_sketch
+    losses-softmax_symmetric histories-bidirectional
+    losses-softmax_pallas towers-deep optimizers-adagrad
+    losses-corrected_softmax towers-batch_norm optimizers-plateau
+    losses-bsl towers-dropout_by_layer optimizers-streamed
+    losses-gbce towers-summed
+    losses-sigmoid towers-bfloat16
+    losses-bpr negatives-uniform
+    losses-hinge negatives-popularity
+    losses-triplet negatives-queue
+    losses-cosine_contrastive negatives-mined
+    negatives-full_softmax optimizers-adamw
+"""
+GROUPS = [
+    [tuple(name.split("-")) for name in line.split()]
+    for line in TOGETHER.split("\n")
+    if line.strip()
 ]
+OTHERS = {*MEASURED, *(("vectors", recipe) for recipe in EXPORTED)}
+OTHERS |= {pair for group in GROUPS for pair in group}
+GROUPS += [[pair] for pair in VARIANTS if pair not in OTHERS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "recipe"), TRAINED)
-def test_a_recipe_trains(name, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: "+".join(map("-".join, group)))
+def test_recipes_train(group, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # paths of files count from the project's folder
-    config = from_dict(shrunk(name, recipe))
+    config = from_dict(shrunk(*group))
     folder = tmp_path / "run"
     train(config, folder, make_validate=no_validation, make_miner=make_miner, devices=1)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -153,7 +187,7 @@ def test_a_recipe_trains(name, recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "recipe"), MEASURED)
 def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = from_dict(shrunk(name, recipe))
+    config = from_dict(shrunk((name, recipe)))
     run = api.train(config, tmp_path / "run", devices=1)
     if name == "vectors":
         api.export(run)
@@ -167,7 +201,7 @@ def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run_to_export(tmp_path_factory):
-    config = from_dict(shrunk("vectors", EXPORTED[0]))
+    config = from_dict(shrunk(("vectors", EXPORTED[0])))
     return api.train(config, tmp_path_factory.mktemp("vectors") / "run", devices=1)
 
 
@@ -175,7 +209,7 @@ def run_to_export(tmp_path_factory):
 @pytest.mark.parametrize("recipe", EXPORTED)
 def test_a_recipe_is_exported(recipe, run_to_export):
     """The export proves that its bundle scores as the trainer does: nothing is measured again."""
-    config = from_dict(shrunk("vectors", recipe))
+    config = from_dict(shrunk(("vectors", recipe)))
     trained = run_to_export.config
     assert dataclasses.replace(config, retrieval=trained.retrieval) == trained
     if recipe == "graph":
