@@ -153,3 +153,20 @@ def test_files_that_are_mounted_are_there_and_flags_exist():
     assert [name["name"] for name in token] == ["TWOTOWER_READ_TOKEN", "TWOTOWER_ADMIN_TOKEN"]
     for path in YAML:
         assert list(yaml.safe_load_all(path.read_text())), path
+
+
+def test_a_run_is_exported_before_it_is_served_where_it_never_was(tmp_path, monkeypatch):
+    from twotower import api
+    from twotower.commands import serve
+
+    exported = []
+
+    def export(run):
+        exported.append(run)
+        (run / "bundle").mkdir()
+
+    monkeypatch.setattr("twotower.plugins.load_config", lambda folder: None)
+    monkeypatch.setattr(api, "load_run", lambda folder: folder)
+    monkeypatch.setattr(api, "export", export)
+    assert serve.bundle_of(tmp_path) == serve.bundle_of(tmp_path) == tmp_path / "bundle"
+    assert exported == [tmp_path]

@@ -9,8 +9,9 @@ r"""Answers requests for recommendations over HTTP, by a bundle.
     curl http://127.0.0.1:8000/v1/retrieve -H 'Content-Type: application/json' \
         -d '{"user_id": "42", "k": 10}'
 
-The API is described at /v1/openapi.json. SIGTERM and Ctrl-C end the server after it has answered
-what it accepted. It needs the extra serve.
+The page at / shows what people get, and /v1/openapi.json describes the API. A run that was never
+exported is exported first. SIGTERM and Ctrl-C end the server after it has answered what it
+accepted. It needs the extra serve.
 """
 
 from __future__ import annotations
@@ -169,22 +170,19 @@ _IMPRESSIONS = flags.DEFINE_string(
 def main() -> None:
     launch.require_one(_WORKDIR, _BUNDLE)
     from twotower.core.install import extra
-    from twotower.retrieval.bundle import BUNDLE
 
     with extra("serve", "serve"):
         from twotower.serving import server
         from twotower.serving.limits import Limits
         from twotower.serving.lists.options import ListOptions
         from twotower.serving.processes.supervisor import Supervisor
-    if _WORKDIR.value is not None:
-        from twotower.plugins import load_config
-
-        load_config(_WORKDIR.value)  # says what to do where the folder is no run
-        folders = {BUNDLE: Path(_WORKDIR.value) / BUNDLE}
-    else:
-        folders = read_bundles(_BUNDLE.value or [])
     # First, so that a port in use is not met after a long load.
     bound = server.bind(_HOST.value, _PORT.value)
+    if _WORKDIR.value is not None:
+        folder = bundle_of(Path(_WORKDIR.value))
+        folders = {folder.name: folder}
+    else:
+        folders = read_bundles(_BUNDLE.value or [])
     options: dict[str, Any] = {
         "folders": folders,
         "events": _EVENTS.value,
@@ -208,12 +206,34 @@ def main() -> None:
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     served = ", ".join(map(str, folders.values()))
-    print(f"Serving {served} at http://{shown}:{port} (/v1/openapi.json describes it).", flush=True)
+    print(
+        f"Serving {served} at http://{shown}:{port} (/v1/openapi.json describes the API).",
+        flush=True,
+    )
     if app is not None:
         server.serve(app, bound)
         return
     child = functools.partial(run_child, options, redis, logging.get_verbosity())
     Supervisor(child, bound, _PROCESSES.value, _SECONDS.value).serve()
+
+
+def bundle_of(workdir: Path) -> Path:
+    """Returns the folder of the bundle of a run, which is exported now where it never was.
+
+    Args:
+        workdir: Folder of the run.
+    """
+    from twotower.plugins import load_config
+    from twotower.retrieval.bundle import BUNDLE
+
+    load_config(workdir)  # says what to do where the folder is no run
+    folder = workdir / BUNDLE
+    if not folder.exists():
+        from twotower import api
+
+        print(f"{folder} is not there yet: exporting it.", flush=True)
+        api.export(api.load_run(workdir))
+    return folder
 
 
 def make_app(
