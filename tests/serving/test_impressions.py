@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.serving.asking import make_app, post
+from twotower.commands.serving import impressions as command
 from twotower.core.errors import ConfigError
 from twotower.serving.events import EventLog, StoredEvent
 from twotower.serving.impressions import log as log_module
@@ -188,6 +189,28 @@ def test_training_rows_are_what_users_took_and_left_of_lists_they_saw(tmp_path):
     assert rows["timestamp"].to_pylist() == sorted(rows["timestamp"].to_pylist())
     everything = training_rows(labelled, all_lists=True)
     assert len(everything) == len(labelled) - labelled["user_id"].null_count
+
+
+def test_the_command_writes_rows_and_says_what_other_policies_would_earn(
+    served, retriever, tmp_path, log, capsys
+):
+    app = make_app(retriever, tmp_path, impressions=log)
+    users = retriever.bundle.users["user_id"].to_pylist()[:3]
+    for user in users:
+        shown = post(app, "retrieve", user_id=user, k=4)
+        event = {"event_id": user, "user_id": user, "item_id": shown["items"][1]["item_id"]}
+        event["recommendation_id"] = shown["recommendation_id"]
+        post(app, "events", events=[event])
+    log.close()
+    flags = [f"--impressions={log.folder}", f"--events={tmp_path / 'events'}"]
+    command.FLAGS(["impressions", *flags, f"--out={tmp_path / 'rows'}", f"--bundle={served}"])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "12 impressions in 3 lists, 3 events: 3 impressions had one" in printed
+    assert f"{served}: 12 effective samples of 12 are below 1,000." in printed
+    rows = pq.read_table(tmp_path / "rows").to_pylist()
+    assert [row["label"] for row in rows] == [0, 1, 0, 0] * 3
+    assert [row["user_id"] for row in rows[::4]] == users
 
 
 def test_files_of_older_servers_take_the_id_of_a_recommendation(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 from tests.serving.asking import make_app, post, refused
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
-from twotower.retrieval.rerank import Reranking
+from twotower.retrieval.rerank import RERANKERS, Reranking
 from twotower.retrieval.retriever import Recommendation, Recommendations
 from twotower.serving import types
 from twotower.serving.answers import Answers
 from twotower.serving.lists.hook import Hook
+from twotower.serving.lists.options import ListOptions
 from twotower.serving.lists.shape import Boost, Promotion, Shape, boosted, make_list
 
 
@@ -327,6 +328,31 @@ def test_a_hook_that_fails_or_is_late_costs_its_order_alone(retriever):
     going_on.set()
     assert hooks["failed"].failures == {"failed": 2} == hooks["wrong"].failures
     assert hooks["late"].failures == {"late": 1, "busy": 1}
+
+
+PLUGIN = """
+import numpy as np
+from twotower.retrieval.rerank import RERANKERS
+
+RERANKERS.register("worst_first", lambda candidates, k: np.argsort(candidates.scores)[:k])
+"""
+
+
+def test_a_plugin_names_the_hook_of_a_server(retriever, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(PLUGIN)
+    user = retriever.bundle.users["user_id"][0].as_py()
+    options = ListOptions(plugins=[str(plugin)], rerank="worst_first", rerank_ms=1e4)
+    try:
+        answers = options.prepare(tmp_path / "bundle")(retriever)
+        shown = answers.retrieve(types.Retrieve(user_id=user, k=3)).items
+        assert [item.item_id for item in shown] == ids(retriever.recommend(user, k=15)[:11:-1])
+        with pytest.raises(ConfigError, match="lies inside"):
+            options.prepare(tmp_path)
+        with pytest.raises(ConfigError, match="--rerank=worst_fist.*'worst_first'"):
+            ListOptions(rerank="worst_fist").prepare(tmp_path)
+    finally:
+        del RERANKERS["worst_first"]
 
 
 def test_batches_of_popular_and_of_the_newest_items(app):
