@@ -1,10 +1,12 @@
-"""All metrics over the whole corpus beside other libraries: processor time and memory.
+r"""All metrics over the whole corpus beside other libraries: processor time and memory.
 
-    python -m experiments.benchmarks.evaluation [--ks=10,50,100] [--core=1] [--quick] [--check]
+    python -m experiments.benchmarks.evaluation [--ks=10,50,100] [--users=4000]\
+        [--core=1] [--quick] [--check]
 
 The lists of seen and of held-out items are Yelp2018's, where TWOTOWER_DATA has them, or drawn;
 vectors are drawn. Each library measures both protocols, seen items masked and not, in a process of
-its own on one core, and they take turns.
+its own on one core, and they take turns. FactorizedTopK of TensorFlow Recommenders knows one metric
+and no masking.
 """
 
 from __future__ import annotations
@@ -26,13 +28,19 @@ from twotower.core.tables import format_table
 _KS = flags.DEFINE_list("ks", ["10", "50", "100"], "Lengths of the lists.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns of each library.", lower_bound=1)
 
-PEERS = ("rectools", "ranx")
+_USERS = flags.DEFINE_integer(
+    "users", 31_668, "Number of users, the first of the log; 4,000 with --quick.", lower_bound=1
+)
+_SIDES = flags.DEFINE_list("sides", ["rectools", "ranx", "tensorflow"], "Libraries beside ours.")
+
 WIDTH = 64
 # Yelp2018 has 31,668 users and 38,048 items.
 USERS = 31_668
 ITEMS = 38_048
 # Of --quick too, where a library's imports are most of the memory.
-FLOORS = {"rectools time": 2.5, "ranx time": 2.5}
+FLOORS = {"rectools time": 4.0, "ranx time": 4.0, "tensorflow time": 4.0}
+# Without intervals over with them: these take a quarter more at most.
+FLOORS["without intervals"] = 0.8
 
 
 def yelp_lists(name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -83,9 +91,11 @@ def measure(side: str, python: str, path: Path) -> dict[str, Any]:
     module = "experiments.benchmarks.contestants.evaluation_side"
     ks = json.dumps([int(k) for k in _KS.value])
     command = ("taskset", "-c", str(core), python, "-m", module, side, str(path), ks)
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    # TensorFlow Recommenders refuses a newer Keras.
+    settings["TF_USE_LEGACY_KERAS"] = "1"
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **threads}, check=False
+        command, capture_output=True, text=True, env={**os.environ, **settings}, check=False
     )
     if done.returncode:
         sys.exit(f"{side}: {done.stderr}")
@@ -94,9 +104,14 @@ def measure(side: str, python: str, path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     del argv
-    users = 4_000 if harness.QUICK.value else USERS
-    pythons = {"twotower": sys.executable}
-    pythons |= {peer: python for peer in PEERS if (python := peers.python_of(peer))}
+    users = _USERS.value
+    if harness.QUICK.value:
+        users = min(users, 4_000)
+    pythons = {"twotower": sys.executable, "intervals": sys.executable}
+    for peer in _SIDES.value:
+        python = peers.python_of(peer)
+        if python:
+            pythons[peer] = python
     best: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npz"
@@ -112,9 +127,11 @@ def main(argv: list[str]) -> None:
     for side, found in best.items():
         ratios[f"{side} time"] = found["seconds"] / ours["seconds"]
         ratios[f"{side} memory"] = found["peak_mb"] / ours["peak_mb"]
-        recall = found["figures"][f"recall@{_KS.value[0]}"]
+        name = f"recall@{_KS.value[0]}"
+        recall = found["figures"].get(name, float("nan"))
         figures = (found["seconds"], ratios[f"{side} time"], found["peak_mb"], recall)
         rows.append([side, *(f"{figure:.4g}" for figure in figures)])
+    ratios["without intervals"] = ours["seconds"] / best["intervals"]["seconds"]
     print(f"{users:,} users x {ITEMS:,} items of width {WIDTH}, {what}, K = {_KS.value}:")
     header = ("library", "s", "to ours", "peak MB", f"recall@{_KS.value[0]}")
     print(format_table(rows, header, align="lr"))

@@ -3,8 +3,10 @@ its greatest memory.
 
     python -m experiments.benchmarks.contestants.evaluation_side SIDE DATA.npz '[10, 50, 100]'
 
-SIDE is "twotower", "rectools" or "ranx". The data holds user and item vectors, and the lists of
-seen and of relevant items as offsets and values. A line of JSON is printed.
+SIDE is "twotower", "intervals" (twotower with the intervals of all figures), "rectools", "ranx" or
+"tensorflow" (the FactorizedTopK of TensorFlow Recommenders). The data holds user and item
+vectors, and the lists of seen and of relevant items as offsets and values. A line of JSON is
+printed.
 """
 
 from __future__ import annotations
@@ -23,8 +25,18 @@ Figures = dict[str, float]
 
 def twotower(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
     """Both protocols, with the seen items masked and without, of one product."""
+    return _ours(data, ks, with_intervals=False)
+
+
+def intervals(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
+    """The same with the intervals of every figure, of both protocols."""
+    return _ours(data, ks, with_intervals=True)
+
+
+def _ours(data: Any, ks: Sequence[int], *, with_intervals: bool) -> Callable[[], Figures]:
     from twotower.core.arrays import Ragged
     from twotower.evaluation.evaluate import dot_scores, evaluate_both
+    from twotower.evaluation.intervals import interval_table
     from twotower.evaluation.queries import Queries
 
     num_queries = len(data["users"])
@@ -38,8 +50,11 @@ def twotower(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
     scores = dot_scores(data["users"], data["items"])
 
     def run() -> Figures:
-        masked, _ = evaluate_both(scores, queries, ks)
-        return masked.figures
+        both = evaluate_both(scores, queries, ks)
+        if with_intervals:
+            for evaluation in both:
+                interval_table(evaluation.values, queries.user, evaluation.is_averaged)
+        return both[0].figures
 
     return run
 
@@ -135,6 +150,30 @@ def ranx(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
     return run
 
 
+def tensorflow(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
+    """FactorizedTopK: the share of held-out pairs in the lists, without masking; it has no other
+    metric, and measures this one protocol."""
+    import tensorflow as tf
+    import tensorflow_recommenders as tfrs
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    pairs = _pairs(data, "relevant")
+    users = data["users"][pairs["user_id"]]
+    items = data["items"][pairs["item_id"]]
+
+    def run() -> Figures:
+        candidates = tf.data.Dataset.from_tensor_slices(data["items"]).batch(4096)
+        metric = tfrs.metrics.FactorizedTopK(candidates=candidates, ks=list(ks))
+        for start in range(0, len(users), 2048):
+            block = slice(start, start + 2048)
+            metric.update_state(users[block], items[block])
+        values = [float(value) for value in metric.result()]
+        return {f"pairs@{k}": value for k, value in zip(ks, values)}
+
+    return run
+
+
 def _pairs(data: Any, name: str) -> Any:
     """Returns lists as a frame of pairs."""
     import pandas as pd
@@ -144,7 +183,13 @@ def _pairs(data: Any, name: str) -> Any:
     return pd.DataFrame({"user_id": users, "item_id": data[f"{name}_values"]})
 
 
-SIDES = {"twotower": twotower, "rectools": rectools, "ranx": ranx}
+SIDES = {
+    "twotower": twotower,
+    "intervals": intervals,
+    "rectools": rectools,
+    "ranx": ranx,
+    "tensorflow": tensorflow,
+}
 
 
 def main(argv: Sequence[str]) -> None:
