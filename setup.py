@@ -29,6 +29,7 @@ EXTRAS = {
     "client": ["httpx>=0.27", "msgspec>=0.19"],
     "plots": ["matplotlib>=3.8"],
     "als": ["implicit>=0.7"],
+    "umap": ["umap-learn>=0.5.6"],
     "sweep": ["optuna>=4.0"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],

@@ -94,6 +94,7 @@ HEAVY = (
     "tensorflow_datasets",
     "tokenizers",
     "torch",
+    "umap",
     "uvicorn",
 )
 

@@ -121,6 +121,7 @@ class Run(run_folder.Run):
         sanity: bool = False,
         report: bool = False,
         report_columns: Sequence[str] = (),
+        report_umap: bool = False,
     ) -> measure.Measured:
         """Measures the run over the whole corpus: prints, keeps and returns the figures.
 
@@ -153,12 +154,13 @@ class Run(run_folder.Run):
             report: Whether a page to look at is written beside the figures, which needs the extra
                 "plots".
             report_columns: Columns of the items that it colours them by; () chooses.
+            report_umap: Whether it shows the items by UMAP too, which needs the extra "umap".
 
         Returns:
             The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
         """
         if report:
-            check_report()
+            check_report(umap=report_umap)
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
         run: Run = self
@@ -177,7 +179,8 @@ class Run(run_folder.Run):
         )
         print(format_report(measured, ks))
         if report:
-            print(f"\nReport: {write_report(run, measured, columns=report_columns)}")
+            page = write_report(run, measured, columns=report_columns, umap=report_umap)
+            print(f"\nReport: {page}")
         return measured
 
     def export(self, **index_options: Any) -> Bundle:
@@ -841,7 +844,11 @@ def with_test_set(run: Run, rows: TableLike, *, name: str = "") -> Run:
 
 
 def write_report(
-    run: Run, measured: measure.Measured | None = None, *, columns: Sequence[str] = ()
+    run: Run,
+    measured: measure.Measured | None = None,
+    *,
+    columns: Sequence[str] = (),
+    umap: bool = False,
 ) -> Path:
     """Writes the report of an evaluation: one page of HTML beside the figures.
 
@@ -851,13 +858,14 @@ def write_report(
         run: Loaded run.
         measured: Figures that `evaluate` returned; None reads those that it wrote of the test rows.
         columns: Columns of the items to colour them by; () takes the first two texts of few values.
+        umap: Whether it shows the items by UMAP too, which needs the extra "umap".
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: The extra "plots" is not installed, nothing was measured yet, or a column is
-            unknown.
+        ConfigError: The extra "plots" or "umap" is not installed, nothing was measured yet, or a
+            column is unknown.
     """
     if measured is None:
         path = metrics_path(run.workdir, "test")
@@ -870,7 +878,7 @@ def write_report(
     index = None
     if (run.workdir / BUNDLE).exists():
         index = Retriever.load(run.workdir / BUNDLE).bundle.index
-    write_page(run, measured, page, index=index, columns=columns)
+    write_page(run, measured, page, index=index, columns=columns, umap=umap)
     log_linked(run.workdir)
     return page
 

@@ -158,9 +158,10 @@ def tensorflow(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    pairs = _pairs(data, "relevant")
-    users = data["users"][pairs["user_id"]]
-    items = data["items"][pairs["item_id"]]
+    # Of each held-out row the vectors of its user and of its item.
+    lengths = np.diff(data["relevant_offsets"])
+    users = np.repeat(data["users"], lengths, axis=0)
+    items = data["items"][data["relevant_values"]]
 
     def run() -> Figures:
         candidates = tf.data.Dataset.from_tensor_slices(data["items"]).batch(4096)

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import pytest
 from tests.evaluation.report.conftest import ARABIC, SCRIPT, TITLES
 from twotower.core.errors import ConfigError
 from twotower.evaluation.report.figures import Points, scatter_chart
+from twotower.evaluation.report.neighbourhoods import umap_charts
 from twotower.evaluation.report.page import Section, Table, render_page, table
 from twotower.evaluation.report.quality import Verdict, find_verdict, hero
 from twotower.evaluation.report.vectors import storage_recall
 from twotower.evaluation.report.write import check_report, write_report
+from twotower.retrieval.item_map.plane import Grouping
 
 KINDS = ("verdict", "protocol", "learning", "lists", "space", "index", "health", "people", "data")
 
@@ -128,6 +131,31 @@ def test_a_page_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="--report needs the extra 'plots'"):
         check_report()
+
+
+def test_a_page_with_umap_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ConfigError, match="--report_umap needs the extra 'umap'"):
+        check_report(umap=True)
+
+
+def test_items_by_umap_are_the_same_items_in_the_same_groups(monkeypatch):
+    """UMAP itself is replaced by the first two numbers of each vector."""
+
+    class First:
+        def __init__(self, **options):
+            assert options["n_neighbors"] == 15 and options["metric"] == "cosine"
+
+        def fit_transform(self, vectors):
+            return vectors[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=First))
+    groups = np.arange(50, dtype=np.uint8) % 2
+    vectors = np.stack([groups, np.arange(50), np.ones(50)], 1).astype(np.float32)
+    (chart,) = umap_charts([Grouping("category", ("a", "b"), groups)], vectors)
+    assert chart.table.rows == [["a", "25", "0.000", "24.000"], ["b", "25", "1.000", "25.000"]]
+    assert "means nothing" in chart.caption and "sample" not in chart.caption
+    assert umap_charts([Grouping("category", ("a", "b"), groups[:3])], vectors[:3]) == []
 
 
 def test_cells_and_headings_are_escaped():

@@ -167,6 +167,13 @@ _REPORT_COLUMNS = flags.DEFINE_list(
     flag_values=FLAGS,
 )
 
+_REPORT_UMAP = flags.DEFINE_bool(
+    "report_umap",
+    False,
+    "Show the items by UMAP too in the report; needs the extra umap.",
+    flag_values=FLAGS,
+)
+
 
 def main() -> None:
     from twotower import api
@@ -181,7 +188,7 @@ def main() -> None:
         is_possible = importlib.util.find_spec("matplotlib") is not None
         wants_report = _RUN.is_of_mlflow and is_possible
     if wants_report:
-        check_report()
+        check_report(umap=_REPORT_UMAP.value)
     check_table_name(_RESULTS_TABLE.value, "--results_table")
     if _BIGQUERY.value:
         check_dataset(_BIGQUERY.value)
@@ -213,7 +220,10 @@ def main() -> None:
     path = api.measured_path(run, measured)
     print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
     if wants_report:
-        print(f"Report: {api.write_report(run, measured, columns=_REPORT_COLUMNS.value)}")
+        page = api.write_report(
+            run, measured, columns=_REPORT_COLUMNS.value, umap=_REPORT_UMAP.value
+        )
+        print(f"Report: {page}")
     history = _HISTORY.value
     if history is None and (_RUN.is_of_mlflow or _BIGQUERY.value):
         history = "runs/history"

@@ -51,6 +51,8 @@ def space(
     titles: Sequence[str],
     vectors: np.ndarray,
     images: Sequence[str],
+    *,
+    further: Sequence[Chart] = (),
 ) -> Section:
     """Returns the pictures of the item vectors and the map.
 
@@ -60,6 +62,7 @@ def space(
         titles: Titles of all items.
         vectors: Vectors of all items, float32 [N, D].
         images: Names of the PNG files beside the page.
+        further: Other pictures of the same items.
     """
     rows = evenly_spaced(np.arange(len(vectors)), DRAWN_ITEMS)
     sample = ""
@@ -82,9 +85,9 @@ def space(
         title = f"Items by {grouping.column}"
         counts = np.bincount(grouping.groups, minlength=len(grouping.labels))
         header = [grouping.column, "items", "mean of axis 1", "mean of axis 2"]
-        numbers = Table(header, _group_rows(grouping, plane, counts), title)
+        numbers = Table(header, group_rows(grouping, plane, counts), title)
         made.append(Chart(name, title, svg, caption, numbers))
-    blocks = [charts(made), _map(plane, groupings[0], titles, vectors)]
+    blocks = [charts([*made, *further]), _map(plane, groupings[0], titles, vectors)]
     if images:
         blocks.append(paragraph(f"As images beside this file: {', '.join(images)}.", "note"))
     return Section(
@@ -117,7 +120,14 @@ def axis_label(plane: Plane, axis: int) -> str:
     return f"{ordinal} component ({plane.shares[axis]:.0%} of variance)"
 
 
-def _group_rows(grouping: Grouping, plane: Plane, counts: np.ndarray) -> list[list[str]]:
+def group_rows(grouping: Grouping, plane: Plane, counts: np.ndarray) -> list[list[str]]:
+    """Returns the cells of each group: its name, its number of items and where its middle is.
+
+    Args:
+        grouping: Groups of the items.
+        plane: Positions of the items.
+        counts: Number of items of each group.
+    """
     rows = []
     for number, label in enumerate(grouping.labels):
         if not counts[number]:

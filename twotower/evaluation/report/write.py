@@ -20,6 +20,7 @@ from twotower.evaluation.queries import make_queries
 from twotower.evaluation.query_table import record_name
 from twotower.evaluation.report import quality, vectors
 from twotower.evaluation.report.figures import scatter_image
+from twotower.evaluation.report.neighbourhoods import check_umap, umap_charts
 from twotower.evaluation.report.page import Section, bullets, paragraph, render_page
 from twotower.evaluation.report.people import describe_people, people_section
 from twotower.index.base import Index
@@ -39,14 +40,19 @@ QUERIES = 1_000  # queries whose vectors are looked at, evenly spaced
 IMAGE_ITEMS = 20_000  # items of an image, likewise
 
 
-def check_report() -> None:
+def check_report(*, umap: bool = False) -> None:
     """Refuses, before anything is measured, a report that could not be drawn.
 
+    Args:
+        umap: Whether the items are to be shown by UMAP too.
+
     Raises:
-        ConfigError: Matplotlib is missing; the message names the extra to install.
+        ConfigError: Matplotlib or UMAP is missing; the message names the extra to install.
     """
     with extra("plots", "--report"):
         import matplotlib  # noqa: F401  only whether it is there
+    if umap:
+        check_umap()
 
 
 def write_report(
@@ -56,6 +62,7 @@ def write_report(
     *,
     index: Index | None = None,
     columns: Sequence[str] = (),
+    umap: bool = False,
 ) -> None:
     """Writes the report of a run, whole or not at all, and the pictures of its items beside it.
 
@@ -65,9 +72,10 @@ def write_report(
         path: File to write.
         index: Index of the run's bundle; None without one.
         columns: Columns of the items to colour them by; () chooses.
+        umap: Whether the items are shown by UMAP too.
 
     Raises:
-        ConfigError: Matplotlib is missing, or a column is unknown.
+        ConfigError: Matplotlib or UMAP is missing, or a column is unknown.
     """
     check_report()
     prepared = run.prepared
@@ -93,7 +101,14 @@ def write_report(
         quality.how_measured(measured, config, workdir),
         quality.learning(lines, run.config.training.metric, run.step),
         quality.lists(measured, workdir),
-        vectors.space(plane, groupings, titles, items, [image.name for image in images]),
+        vectors.space(
+            plane,
+            groupings,
+            titles,
+            items,
+            [image.name for image in images],
+            further=umap_charts(groupings, items) if umap else (),
+        ),
         vectors.index(
             measured,
             getattr(index, "tuning", None),
