@@ -13,6 +13,7 @@ from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.versions import routing
 from twotower.serving.versions.routing import Place, Routing, State
+from twotower.serving.versions.versions import load
 
 TOKENS = {"admin": "a token for everything"}
 HEADERS = {"x-api-key": TOKENS["admin"]}
@@ -188,6 +189,13 @@ def test_a_new_export_is_taken_up_and_the_one_before_gone_back_to(copied, tmp_pa
     assert ask(app, "DELETE", "/v1/items/i-new", headers=HEADERS).json()["changed"] == 1
     assert not old.retriever.has_item("i-new")
     assert not Retriever.load(copied).has_item("i-new")
+    # Another process of the server that holds the old one too hears of its changes.
+    assert ask(app, "PUT", "/v1/items/i-late", {"columns": {}}, headers=HEADERS).status_code == 200
+    twin = load(app.versions.state.places[old.version], Answers).retriever
+    assert app.writer._aside is not None
+    twin.detach(app.writer._aside / f"{old.version}.changes")
+    twin.follow()
+    assert twin.has_item("i-late") and old.retriever.has_item("i-late")
     # The new one is not taken up a second time.
     asyncio.run(app.admin.follow())
     assert app.answers is old

@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -876,16 +877,19 @@ class Retriever:
 
     @property
     def is_detached(self) -> bool:
-        """Whether changes are made in memory alone."""
+        """Whether changes are kept apart from the bundle."""
         return self._live.is_detached
 
-    def detach(self) -> None:
-        """Makes changes in memory alone from now on.
+    def detach(self, path: Path) -> None:
+        """Keeps changes apart from the bundle from now on, for as long as somebody serves it.
 
         It is for a server that keeps the version before the current one, to go back to, and that
-        makes each change to the current one too, where it is durable.
+        makes each change to the current one too, where it lasts.
+
+        Args:
+            path: File of the changes, which the processes of the server share.
         """
-        self._live.detach()
+        self._live.detach(path)
 
     def rebalance(self) -> None:
         """Builds the index anew over the present items, in memory, so that searches are fast again.

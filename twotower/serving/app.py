@@ -295,7 +295,8 @@ class App:
             self.rates = member.share_rates(self.limits.rate, self.access.clients)
         if versions.main.hook is not None:
             versions.main.hook.report = self.metrics.count_rerank_failure
-        self.writer = Writer(versions, events, self.limits.writes)
+        aside = member.folder if member is not None else None
+        self.writer = Writer(versions, events, self.limits.writes, aside)
         self.admin = Admin(versions, self.writer, bundles=bundles, follow=follow)
         self.status = "starting"
         self.accepted = 0
@@ -371,6 +372,8 @@ class App:
         """
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
+        if self.member is not None:
+            await self.admin.detach_replaced()
         await self.writer.follow()
         for answers in self.versions:
             self._differences += await loop.run_in_executor(None, answers.warm)

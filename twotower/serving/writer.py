@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from absl import logging
 
@@ -35,14 +37,19 @@ class Writer:
         tell: Function that tells other processes of a change, and returns when they have it.
     """
 
-    def __init__(self, versions: Versions, log: EventLog, limit: int):
+    def __init__(self, versions: Versions, log: EventLog, limit: int, aside: Path | None = None):
         """Starts without work.
 
         Args:
             versions: Versions whose items and histories change.
             log: Events on the disk.
             limit: Number of requests that may wait; more are refused.
+            aside: Folder for the changes of versions that were replaced, which the processes of a
+                server share; by default one of this process.
         """
+        self._aside = aside
+        # It goes with the process.
+        self._own: tempfile.TemporaryDirectory[str] | None = None
         self.waiting = 0
         self.follows = False
         self.tell: Callable[[], Awaitable[None]] = _tell_nobody
@@ -121,6 +128,11 @@ class Writer:
                 self._task = asyncio.create_task(self._write_pending())
             return await future
 
+    async def detach(self, answers: Answers) -> None:
+        """Keeps the changes of a version that was replaced apart from its bundle."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._detach, answers)
+
     async def drop(self) -> None:
         """Ends the changes of versions that were dropped."""
         kept = list(self._versions)
@@ -187,11 +199,18 @@ class Writer:
                 change(answers)
             except SupersededError:
                 # Its successor keeps what is changed; it is there to go back to.
-                answers.retriever.detach()
+                self._detach(answers)
                 change(answers)
         except (TwotowerError, RequestError) as error:
             logging.error("Version %s did not make a change: %s", answers.version, error)
             changed.refused[answers.version] = str(error)
+
+    def _detach(self, answers: Answers) -> None:
+        """Keeps the changes of a version that was replaced apart from its bundle."""
+        if self._aside is None:
+            self._own = tempfile.TemporaryDirectory(prefix="twotower-")
+            self._aside = Path(self._own.name)
+        answers.retriever.detach(self._aside / f"{answers.version}.changes")
 
     def _catch_up(
         self, answers: Answers, missed: list[Change], reader: EventLog

@@ -62,7 +62,7 @@ class LiveBundle:
     Attributes:
         bundle: Bundle as it was loaded.
         catalogue: Its items now, with the changes in its log.
-        is_detached: Whether changes are made in memory alone.
+        is_detached: Whether changes are kept apart from the bundle.
     """
 
     def __init__(self, bundle: Bundle, lock: threading.RLock):
@@ -82,9 +82,6 @@ class LiveBundle:
 
     def upsert(self, rows: pa.Table, vectors: np.ndarray) -> None:
         """Adds or replaces items, durably; see `Retriever.upsert`."""
-        if self.is_detached:
-            self.catalogue.upsert(*self.catalogue.check(rows, vectors))
-            return
         log, _ = self._require_log()
         if not len(rows):
             return
@@ -98,8 +95,6 @@ class LiveBundle:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Deletes items, durably, and counts them; see `Retriever.delete`."""
-        if self.is_detached:
-            return self.catalogue.delete(ids)
         log, folder = self._require_log()
         with self._lock:
             self._check_version(folder)
@@ -113,13 +108,14 @@ class LiveBundle:
                     log.add(Delete(tuple(alive)))
             return self.catalogue.delete(alive)
 
-    def detach(self) -> None:
-        """Makes changes in memory alone from now on; see `Retriever.detach`."""
+    def detach(self, path: Path) -> None:
+        """Keeps changes in another file from now on; see `Retriever.detach`."""
         with self._lock:
-            if self._log is not None:
-                self._log.close()
-            self._log = None
-            self.is_detached = True
+            log, _ = self._require_log()
+            if not self.is_detached:
+                log.close()
+                self._log = ChangeLog(path, self.bundle.manifest["sha256"])
+                self.is_detached = True
 
     def follow(self) -> int:
         """Makes the changes of other processes, and counts them; see `Retriever.follow`."""
@@ -239,6 +235,8 @@ class LiveBundle:
 
     def _check_version(self, folder: Path) -> None:
         """Refuses a bundle that an export, or a compaction by another process, has superseded."""
+        if self.is_detached:
+            return
         now = current_version(folder)
         if now != self.bundle.version:
             raise SupersededError(

@@ -60,6 +60,7 @@ class Member:
     """One process of several.
 
     Attributes:
+        folder: Folder of the server's processes.
         has_joined: Whether it accepts requests.
         is_writer: Whether it makes the changes of all.
     """
@@ -82,7 +83,7 @@ class Member:
         self._links = Links(folder, number)
         self._number = number
         self._count = count
-        self._folder = folder
+        self.folder = folder
         self._parent = parent
         self._claiming = asyncio.Lock()
         self._may_accept = asyncio.Event()
@@ -96,12 +97,12 @@ class Member:
             rate: Requests a second of each client.
             clients: Number of clients.
         """
-        path = self._folder / "rates"
+        path = self.folder / "rates"
         return Rates(rate, clients, path=path, process=self._number, count=self._count)
 
     def read_state(self) -> State | None:
         """Returns the versions of the processes that run already; None at the start of all."""
-        return read_state(self._folder)
+        return read_state(self.folder)
 
     async def start(self, served: Served) -> None:
         """Hears the parent and the others, and returns when requests may be accepted."""

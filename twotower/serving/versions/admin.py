@@ -8,6 +8,7 @@ beginning to its end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import Awaitable, Callable
 
@@ -119,8 +120,7 @@ class Admin:
                 self._failed = state.number
                 logging.error("The versions of the other processes are not here: %s", error)
                 raise
-            self.versions.apply(state)
-            await self._writer.drop()
+            await self._apply(state)
 
     def list(self, *_: object) -> types.VersionList:
         """Returns what is loaded."""
@@ -170,11 +170,23 @@ class Admin:
         # It lives as long as the server may: no garbage.
         gc.freeze()
 
+    async def _apply(self, state: State) -> None:
+        self.versions.apply(state)
+        await self._writer.drop()
+        await self.detach_replaced()
+
+    async def detach_replaced(self) -> None:
+        """Keeps the changes of versions that were replaced apart from their bundles."""
+        for answers in list(self.versions):
+            place = self._places()[answers.version]
+            with contextlib.suppress(FolderError):
+                if str(current_version(place.folder)) != place.files:
+                    await self._writer.detach(answers)
+
     async def _publish(self, state: State) -> None:
         """Makes a state the one that counts."""
         before = self.versions.state
-        self.versions.apply(state)
-        await self._writer.drop()
+        await self._apply(state)
         await self.tell(state)
         if state.routing != before.routing:
             logging.info("Version %s is the main one.", state.routing.main)
