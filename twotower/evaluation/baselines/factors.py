@@ -259,11 +259,12 @@ def factorize(product: _Product, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """
     size = product.size
     if size <= dim:
-        identity = np.eye(size)
-        return np.asarray(product.times(identity), np.float32), identity.astype(np.float32)
+        identity = np.eye(size, dtype=np.float32)
+        return np.asarray(product.times(identity), np.float32), identity
     # A few more directions than are kept make the kept ones nearly exact.
     width = min(size, dim + 20)
-    sketch = np.random.default_rng(0).normal(size=(size, width))
+    # float32, or the weights of EASE would be copied as float64 at each product.
+    sketch = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
     basis = np.linalg.qr(np.asarray(product.times(sketch)))[0]
     for _ in range(4):
         basis = np.linalg.qr(np.asarray(product.transposed(basis)))[0]
