@@ -5,8 +5,9 @@ r"""Makes training rows of what a server has shown, and estimates what other pol
     twotower impressions --impressions=FOLDER --events=bundle.events --estimate [--bundle=FOLDER]
 
 Items that were shown and left have the label 0: `tt.fit("rows.parquet", config={"objective.label":
-"label", "objective.negatives.explicit": 4})` takes them as negatives of their users. The estimate (SNIPS) is of lists without exploration, and of those of another
-bundle; it is refused where the log says too little.
+"label", "objective.negatives.explicit": 4})` takes them as negatives of their users. The estimate
+(SNIPS) is of lists without exploration, and of those of another bundle; it is refused where the log
+says too little.
 """
 
 from __future__ import annotations
