@@ -114,7 +114,7 @@ def find_reasons(
 
 def explain_user(
     retriever: Retriever,
-    items: Sequence[str],
+    shown: Sequence[str],
     user: Any = None,
     *,
     rows: Rows | None = None,
@@ -124,7 +124,7 @@ def explain_user(
 
     Args:
         retriever: Retriever that made the list.
-        items: Ids of the items; one that is not there any more has no reason.
+        shown: Ids of the items; one that is not there any more has no reason.
         user: Argument of `Retriever.recommend`, as are the others.
         rows: Argument of `Retriever.recommend`.
         events: Argument of `Retriever.recommend`.
@@ -134,26 +134,26 @@ def explain_user(
         retriever.user_rows.encode,
         functools.partial(retriever.bundle.towers.embed, "user"),
         retriever.read_user(user, rows=rows, events=events),
-        retriever.vectors_now(items),
+        retriever.vectors_now(shown),
     )
 
 
 def explain_likeness(
-    retriever: Retriever, items: Sequence[str], liked: Sequence[Any], unlike: Sequence[Any] = ()
+    retriever: Retriever, shown: Sequence[str], items: Sequence[Any], unlike: Sequence[Any] = ()
 ) -> list[Reason | None]:
     """Returns the reasons of items of a list that are like examples: the example of each.
 
     Args:
         retriever: Retriever that made the list by `items_like`.
-        items: Ids of the items; one that is not there any more has no reason.
-        liked: Examples.
+        shown: Ids of the items; one that is not there any more has no reason.
+        items: Examples.
         unlike: Examples to stay away from.
     """
     away = np.zeros(retriever.bundle.towers.dim, np.float32)
     if unlike:
         away = _at_length_one(retriever.vectors_now(unlike)).mean(axis=0)
-    lost = likeness_lost(retriever.vectors_now(liked), away, retriever.vectors_now(items))
-    return choose_reasons([{"item_id": str(example)} for example in liked], lost)
+    lost = likeness_lost(retriever.vectors_now(items), away, retriever.vectors_now(shown))
+    return choose_reasons([{"item_id": str(example)} for example in items], lost)
 
 
 def choose_reasons(events: Sequence[Mapping[str, Any]], lost: np.ndarray) -> list[Reason | None]:

@@ -51,17 +51,18 @@ class _List(NamedTuple):
     """The way in which a list is made.
 
     Attributes:
-        call: Function that makes it; it takes k and where, and of the model's lists rerank, in the
-            place of those of the request.
+        make: Function that makes it.
+        whom: Arguments that say for whom, or by what, which also explain its items.
+        options: Other arguments: k, where and so on.
         source: Source of its items.
         known: Whether the user was known when the bundle was made.
-        explain: Function from the ids of items to their reasons; None where they have none.
     """
 
-    call: Callable[..., Recommendations]
+    make: Callable[..., Recommendations]
+    whom: dict[str, Any]
+    options: dict[str, Any]
     source: Source
     known: bool
-    explain: Callable[[Sequence[str]], Sequence[Reason | None]] | None = None
 
 
 # (version of a bundle, id of a user, width) -> vector float32 [D]; None where there is none.
@@ -154,7 +155,7 @@ class Answers:
         )
         if shaped:
             return self._shape(request, made)
-        found = made.call()
+        found = made.make(**made.whom, **made.options)
         answer = self._answer(request, found, made.source, known=made.known)
         if request.reasons:
             self._explain(answer.items, made)
@@ -196,12 +197,7 @@ class Answers:
             options["encoded"] = self._encoded(user, events)
         else:
             whom = {"user": user}
-        return _List(
-            functools.partial(retriever.recommend, **whom, **options),
-            "model",
-            is_known,
-            functools.partial(explain_user, retriever, **whom),
-        )
+        return _List(retriever.recommend, whom, options, "model", is_known)
 
     def _stored_vector(self, user: str | None) -> np.ndarray | None:
         """Returns the vector that was published of a user who is not in the bundle."""
@@ -244,16 +240,8 @@ class Answers:
                     value=echo(getattr(request, name)),
                     cure="Leave one of them out.",
                 )
-        liked = request.like or ()
-        retriever = self.retriever
-        return _List(
-            functools.partial(
-                retriever.items_like, liked, unlike=request.unlike, **self._filters(request)
-            ),
-            "similar",
-            True,
-            functools.partial(explain_likeness, retriever, liked=liked, unlike=request.unlike),
-        )
+        whom = {"items": request.like, "unlike": request.unlike}
+        return _List(self.retriever.items_like, whom, self._filters(request), "similar", True)
 
     def _without_model(
         self, request: types.Retrieve, user: str | None, events: Sequence[Any]
@@ -263,25 +251,20 @@ class Answers:
         vector = None if events else self._stored_vector(user)
         if vector is not None:
             encoded = EncodedUser(vector[None, :], np.array([-1]), [])
-            found = functools.partial(retriever.recommend, user, encoded=encoded)
-            return _List(functools.partial(found, **self._options(request)), "model", False)
+            options = self._options(request) | {"encoded": encoded}
+            return _List(retriever.recommend, {"user": user}, options, "model", False)
         items = self._items_of(events)
         present = [item for item in items if retriever.has_item(item)]
         filters = self._filters(request)
         if request.exclude_seen:
             filters["deny"] = [*filters["deny"], *items]
         if present:
-            return _List(
-                functools.partial(retriever.items_like, present, **filters),
-                "similar",
-                False,
-                functools.partial(explain_likeness, retriever, liked=present),
-            )
+            return _List(retriever.items_like, {"items": present}, filters, "similar", False)
         if self.fallback == "latest":
-            return _List(functools.partial(retriever.newest_items, **filters), "new", False)
+            return _List(retriever.newest_items, {}, filters, "new", False)
         if self.fallback == "none":
-            return _List(_nothing, "popular", False)
-        return _List(functools.partial(retriever.popular_items, **filters), "popular", False)
+            return _List(_nothing, {}, filters, "popular", False)
+        return _List(retriever.popular_items, {}, filters, "popular", False)
 
     def _of_row(
         self,
@@ -351,13 +334,13 @@ class Answers:
             seed=request.seed,
             reorder=self._reorder(request, made.source),
         )
-        options: dict[str, Any] = {}
+        options = dict(made.options)
         if made.source == "model":
             options["rerank"] = ""  # what is left out may be that which the shape asks for
         notes: list[str] = []
 
         def search(k: int, where: Conditions) -> Recommendations:
-            found = made.call(k=k, where=where, **options)
+            found = made.make(**made.whom, **{**options, "k": k, "where": where})
             notes.append(found.note)
             return found
 
@@ -435,9 +418,14 @@ class Answers:
 
     def _explain(self, items: Sequence[Item], made: _List) -> None:
         """Writes the reason of each item into it."""
-        if made.explain is None or not items:
+        explain: Callable[..., list[Reason | None]] = explain_user
+        if made.source == "similar":
+            explain = explain_likeness
+        # Popular and new items are anybody's.
+        if not made.whom or not items:
             return
-        for item, reason in zip(items, made.explain([item.item_id for item in items])):
+        ids = [item.item_id for item in items]
+        for item, reason in zip(items, explain(self.retriever, ids, **made.whom)):
             if reason is not None:
                 item.reason = types.Reason(*reason)
 
