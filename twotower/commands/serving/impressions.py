@@ -51,6 +51,7 @@ _BUNDLE = flags.DEFINE_string(
 
 
 def main() -> None:
+    import numpy as np
     import pyarrow.parquet as pq
 
     from twotower.core.files import atomic
@@ -60,7 +61,7 @@ def main() -> None:
     shown = log.read_impressions(_IMPRESSIONS.value)
     events = rows.read_events(_EVENTS.value)
     labelled = rows.join_events(shown, events, kinds=_KINDS.value, seconds=3_600 * _HOURS.value)
-    successes = sum(labelled["label"].to_numpy())
+    successes = np.count_nonzero(labelled["label"].to_numpy())
     print(
         f"{len(shown):,} impressions in {len(shown['recommendation_id'].unique()):,} lists, "
         f"{len(events):,} events: {successes:,} impressions had one."
