@@ -216,7 +216,7 @@ def test_lists_follow_the_user_the_history_and_the_options(
 
 def check_history(page, retriever, user):
     """A user's list, and how it changes with a history of one's own."""
-    past = retriever.latest_items(user, 50)
+    past = retriever.latest_items(user, 200)
     assert listed(page, "#history li") == ids(past)
     assert listed(page) == ids(retriever.recommend(user, k=10))
     assert page.locator(f"{CARD} .source").first.inner_text() == "model"
@@ -260,7 +260,7 @@ def check_options(page, retriever, user):
 def check_comparisons(page, retriever, thinned, user):
     """A baseline, and another version, beside the list."""
     change(page, lambda: page.locator("#beside").select_option("popular"))
-    deny = ids(retriever.latest_items(user, 50))
+    deny = ids(retriever.latest_items(user, 200))
     assert listed(page, BESIDE) == ids(retriever.popular_items(10, deny=deny))
     change(page, lambda: page.locator("#beside").select_option(index=4))
     other = Retriever.load(thinned)

@@ -74,7 +74,7 @@ def test_items_are_found_by_title_and_by_id_even_where_they_came_later(copied, t
 def test_a_user_has_features_and_a_history_with_the_latest_event_first(app, retriever):
     user = "1"
     profile = post(app, "user", user_id=user)
-    past = retriever.latest_items(user, 50)
+    past = retriever.latest_items(user, 200)
     assert [item["item_id"] for item in profile["history"]] == [item.item_id for item in past]
     assert profile["known"] and set(profile["features"]) == {"city"}
     item = retriever.items()["item_id"][0].as_py()

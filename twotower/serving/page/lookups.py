@@ -51,7 +51,7 @@ from twotower.serving.page.types import (
 from twotower.serving.types import MAX_HISTORY, Event
 from twotower.serving.versions.versions import Versions
 
-PAST_ITEMS = 50  # items of a history that are shown
+PAST_ITEMS = 200  # items of a history that are shown
 MAX_TITLE = 200  # letters of a title on the map
 MAX_SEARCHED = 500_000  # items whose titles are searched: the most popular
 MAX_COUNTED = 2_000  # distinct values from which on none are offered
