@@ -48,6 +48,8 @@ from tests.evaluation.report.browser import (  # noqa: E402  likewise
 )
 from tests.serving.asking import TOKENS, make_app  # noqa: E402  likewise
 from twotower.retrieval.retriever import Retriever  # noqa: E402  likewise
+from twotower.serving import types  # noqa: E402  likewise
+from twotower.serving.aliases import Aliases  # noqa: E402  likewise
 from twotower.serving.answers import Answers  # noqa: E402  likewise
 from twotower.serving.limits import Limits  # noqa: E402  likewise
 from twotower.serving.versions import routing, versions  # noqa: E402  likewise
@@ -376,8 +378,11 @@ def test_arabic_runs_from_the_right_and_is_found_as_people_type_it(browser, arab
         assert faults_of(page) == []
 
 
-def test_a_token_is_asked_for_and_kept_nowhere(browser, retriever, tmp_path):
-    app = make_app(retriever, tmp_path, tokens=TOKENS, limits=Limits())
+def test_a_token_is_asked_for_and_kept_nowhere_and_a_shops_names_are_used(
+    browser, retriever, tmp_path
+):
+    names = Aliases({"product_id": "item_id", "buyer_id": "user_id"}, types.field_names())
+    app = make_app(retriever, tmp_path, tokens=TOKENS, aliases=names, limits=Limits())
     with serving(app) as address, window(browser, address) as page:
         page.wait_for_selector("#token[open]")
         page.locator("#token-text").fill("a wrong token")
@@ -389,6 +394,10 @@ def test_a_token_is_asked_for_and_kept_nowhere(browser, retriever, tmp_path):
         page.wait_for_selector(CARD)
         assert page.evaluate("localStorage.length + sessionStorage.length") == 0
         assert page.context.cookies() == [] and TOKENS["read"] not in page.content()
+        user = page.locator("#suggested-users bdi").first.inner_text()
+        change(page, page.locator("#suggested-users button").first.click)
+        assert listed(page, "#history li") == ids(retriever.latest_items(user, 200))
+        assert listed(page) == ids(retriever.recommend(user, k=10))
 
 
 def test_what_is_empty_unknown_or_broken_says_so_and_what_to_do(browser, site):
