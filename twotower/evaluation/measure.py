@@ -32,7 +32,7 @@ from twotower.evaluation.evaluate import (
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
 from twotower.evaluation.intervals import interval_table
-from twotower.evaluation.queries import TRAIN_QUERIES, Queries, make_queries
+from twotower.evaluation.queries import TRAIN_QUERIES, Queries, make_queries, usual_targets
 from twotower.evaluation.query_table import (
     query_table,
     query_table_path,
@@ -367,9 +367,12 @@ def _protocol(run: Run, split: str, targets: str, queries: Queries, available: i
         unusual["test_set"] = run.prepared.further.name
     if targets:
         unusual["targets"] = targets
+    config = run.config
+    asked_for = targets or usual_targets(split, config.split)
+    query = {"": config.evaluation.query, "all": "user"}.get(asked_for, asked_for)
     return {
         "split": split,
-        "query": run.config.evaluation.query,
+        "query": query,
         "step": run.step,
         "items": queries.num_items,
         "asked": len(queries),

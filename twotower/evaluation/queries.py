@@ -159,7 +159,7 @@ def make_queries(
     if targets:
         choose(dict.fromkeys(TARGETS), targets, "targets")
     else:
-        targets = _usual_targets(split, prepared.config.split)
+        targets = usual_targets(split, prepared.config.split)
     if not len(getattr(prepared, split)):
         raise ConfigError(
             f"There are no {split} rows to evaluate on: config.split.{split} must be above 0."
@@ -197,7 +197,7 @@ def make_queries(
     return dataclasses.replace(queries, row=chosen, seen_list=np.arange(len(chosen)))
 
 
-def _usual_targets(split: str, config: SplitConfig) -> str:
+def usual_targets(split: str, config: SplitConfig) -> str:
     """Returns the targets of a split where none are named."""
     if split == "validation" and config.validation_by == "user":
         return "last"

@@ -42,6 +42,14 @@ LONG_WARNING = 170  # characters from which on a warning is folded
 _FIRST_PART = re.compile(r".{30,}?(?::|\.)(?=\s)")
 MOST_ROWS = 12  # rows of a chart of slices
 MOST_LINES = 8  # lines of a chart: as many as there are colours
+# Kinds of queries, as the subject of a sentence.
+QUERIES = {
+    "user": "person",
+    "interaction": "held-out event",
+    "last": "person, for the last event given all before it,",
+    "random": "person, for one event drawn given all before it,",
+    "successive": "event, given all before it,",
+}
 SIGNS: dict[Standing, str] = {"ahead": "▲", "behind": "▼", "even": "≈", "alone": "•"}
 SENTENCES: dict[Standing, str] = {
     "ahead": "The model is ahead of the best baseline, {name}.",
@@ -243,10 +251,11 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
     """Returns the protocol, the command and the configuration."""
     protocol = measured["protocol"]
     answers = measured.get("answers", {})
-    query = {"user": "person", "interaction": "held-out event"}.get(protocol["query"], "query")
+    query = QUERIES.get(protocol["query"], "query")
+    rows = protocol.get("test_set", protocol["split"])
     sentences = [
-        f"Each {query} of the {protocol['split']} rows asks once, and all {protocol['items']:,} "
-        "items are ranked for it, exactly; none is left out to make it easier.",
+        f"Each {query} of the {rows} rows asks once, and all {protocol['items']:,} items are "
+        "ranked for it, exactly; none is left out to make it easier.",
         f"{protocol['asked']:,} of {protocol['available']:,} queries were asked, of the model at "
         f"step {protocol['step']:,}.",
         "Items that the person had before are taken out of the lists; of equal scores the wrong "

@@ -43,12 +43,12 @@ NEW_TITLES = {
     "new_items": "Right answers that training never saw",
     "new_users": "Users that training never saw",
 }
-QUERY_TITLES = {"user": "user", "interaction": "held-out interaction"}
-TARGET_TITLES = {
+QUERY_TITLES = {
+    "user": "user",
+    "interaction": "held-out interaction",
     "last": "user for the last row, given all rows before it",
     "random": "user for one row drawn, given all rows before it",
     "successive": "row, given all rows before it",
-    "all": "user for all rows",
 }
 
 
@@ -301,11 +301,6 @@ def _test_set_lines(test_set: Mapping[str, Any]) -> list[str]:
 
 def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     query = QUERY_TITLES[protocol["query"]]
-    targets = protocol.get("targets", "")
-    if protocol["split"] == "train":
-        targets = targets or "successive"
-    if targets:
-        query = TARGET_TITLES[targets]
     corpus = f"exact over all {protocol['items']:,} items"
     if "dim" in protocol:
         corpus += f", vectors cut to {protocol['dim']}"
