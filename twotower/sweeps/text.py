@@ -58,7 +58,9 @@ def count_line(sweep: Sweep) -> str:
             parts.append(f"{number:,} {state}")
     if parts:
         line += f" ({', '.join(parts)})"
-    return f"{line}, {len(sweep.best.seeds)} seed(s) each, compared by validation {sweep.metric}."
+    seeds = len(sweep.best.seeds)
+    word = "seed" if seeds == 1 else "seeds"
+    return f"{line}, {seeds} {word} each, compared by validation {sweep.metric}."
 
 
 def best_line(sweep: Sweep) -> str:
