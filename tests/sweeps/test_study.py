@@ -97,9 +97,9 @@ def test_a_trial_behind_the_median_is_ended_in_its_first_seed(whole):
 
 
 def test_a_sweep_that_was_killed_goes_on_to_the_same_end(whole, tmp_path):
-    last = [one.number for one in whole[0].trials if one.state == "finished"][-1]
-    call = whole[1].runs.index(f"{last}/seed-0")
-    assert last > 4
+    finished = [one.number for one in whole[0].trials if one.state == "finished"]
+    dying = next(number for number in finished if number > 4)
+    call = whole[1].runs.index(f"{dying}/seed-0")
     with pytest.raises(KeyboardInterrupt):
         sweep(tmp_path, Trainer(dies_in=call + 1))
     trainer = Trainer()
