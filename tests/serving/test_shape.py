@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.serving.asking import make_app, post, refused
+from tests.serving.asking import ask, make_app, post, refused
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
 from twotower.retrieval.rerank import RERANKERS, Reranking
@@ -328,6 +328,16 @@ def test_a_hook_that_fails_or_is_late_costs_its_order_alone(retriever):
     going_on.set()
     assert hooks["failed"].failures == {"failed": 2} == hooks["wrong"].failures
     assert hooks["late"].failures == {"late": 1, "busy": 1}
+
+
+def test_the_sources_of_a_mixed_list_are_counted_each(retriever, tmp_path):
+    app = make_app(retriever, tmp_path)
+    promotions = [{"where": {"brand": "Zahra"}, "percent": 25}]
+    post(app, "retrieve", k=8, promotions=promotions)
+    text = ask(app, "GET", "/metrics").text
+    for source, count in [("popular", 6), ("promoted", 2)]:
+        (line,) = [x for x in text.splitlines() if f'items_total{{source="{source}"' in x]
+        assert line.endswith(f" {count}.0")
 
 
 PLUGIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import datetime
 import functools
@@ -753,7 +754,16 @@ class App:
             made = function(answers, request)
             items = made.items
             if items:
-                count(items[0].source, made.model_version, len(items), request.k)
+                # Most lists are of one source, and counting them costs as much as an item.
+                if getattr(request, "promotions", ()) or getattr(request, "explore", 0):
+                    sources: collections.Counter[types.Source] = collections.Counter()
+                    sources.update(item.source for item in items)
+                    for source, number in sources.items():
+                        count(source, made.model_version, number)
+                else:
+                    count(items[0].source, made.model_version, len(items))
+                if len(items) < request.k:
+                    self.metrics.short.inc()
                 if impressions is not None:
                     read_user = answers.retriever.forms.user_id.one
                     impressions.add(user, read_user, request.offset, made)

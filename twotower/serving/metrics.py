@@ -35,6 +35,7 @@ class Metrics:
     Attributes:
         shadows_skipped: Requests that the shadow did not answer, as too many waited.
         shadows_failed: Requests that the shadow failed on.
+        short: Lists with fewer items than were asked for.
         shed: Requests that were refused because too many were waiting.
         empty: Lists without any item.
         limited: Requests that were refused because their client had sent too many.
@@ -66,7 +67,7 @@ class Metrics:
             ["source", "version"],
             registry=registry,
         )
-        self._short = Counter(
+        self.short = Counter(
             "twotower_short_lists", "Lists with fewer items than were asked for.", registry=registry
         )
         self.empty = Counter("twotower_empty_lists", "Lists without any item.", registry=registry)
@@ -193,15 +194,13 @@ class Metrics:
         counter.inc()
         histogram.observe(seconds)
 
-    def count_items(self, source: Source, version: str, found: int, wanted: int) -> None:
-        """Counts the items of a list."""
+    def count_items(self, source: Source, version: str, found: int) -> None:
+        """Counts the items of a list that have one source."""
         counter = self._by_source.get((source, version))
         if counter is None:
             counter = self._sources.labels(source, version)
             self._by_source[source, version] = counter
         counter.inc(found)
-        if found < wanted:
-            self._short.inc()
 
     def count_cached(self, hits: int, misses: int) -> None:
         """Counts users with new events, whose vector was kept or made."""

@@ -135,7 +135,8 @@ def _rows_before(impressions: pa.Table, events: pa.Table, seconds: float) -> np.
         ]
     )
     is_event = np.arange(len(codes)) >= len(shown)
-    order = np.lexsort((is_event, times, codes))
+    # Stable: an impression comes before an event of the same time.
+    order = np.lexsort((times, codes))
     # The last impression at or before each place of the order.
     places = np.where(is_event[order], -1, np.arange(len(order)))
     last = np.maximum.accumulate(places) if len(order) else places
