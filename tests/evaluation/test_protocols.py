@@ -149,6 +149,18 @@ def test_rows_of_the_time_of_training_are_said(tmp_path):
         read_test_rows(prepared, pa.table({"who": [1], "what": [2]}))
 
 
+def test_a_column_of_another_type_is_left_out_unless_it_is_read(tmp_path):
+    path = write_log(tmp_path / "log.csv", times=40)
+    prepared = prepare_log(path, {"kind": "time"})
+    raw = prepared.raw
+    numbers = [pa.array(np.arange(len(part))) for part in raw.tables]
+    parts = [part.append_column("price", values) for part, values in zip(raw.tables, numbers)]
+    priced = dataclasses.replace(prepared, raw=dataclasses.replace(raw, **dict(zip(PARTS, parts))))
+    worded = raw.test.append_column("price", pa.repeat("cheap", len(raw.test)))
+    notes = read_test_rows(priced, worded).further.notes
+    assert "Its column 'price' is of another type than the log's: left out." in notes
+
+
 def test_a_missing_label_is_refused(prepared):
     objective = dataclasses.replace(prepared.config.objective, label="liked")
     config = dataclasses.replace(prepared.config, objective=objective)

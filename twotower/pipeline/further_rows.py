@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
@@ -54,8 +55,12 @@ def with_test_rows(
         check_fields({column: field}, rows.column_names, f"{field}={column!r}: {source}")
         check_label_values(rows, column, field)
     rows = _with_times(rows, prepared, said)
-    _say_missing(rows, encoder, said)
-    rows = encode_columns(_like(rows, prepared.raw.train, source), KEYS)
+    read = _columns_read(encoder)
+    missing = [column for column in read if column not in rows.column_names]
+    if missing:
+        said.append(f"It lacks columns that features read: {', '.join(missing)} count as missing.")
+    needed = {*KEYS, "timestamp", "event", "weight", *labels, *read}
+    rows = encode_columns(_like(rows, prepared.raw.train, needed, source, said), KEYS)
     users = _with_new_users(prepared.users, rows["user_id"])
     user = positions(rows["user_id"], users["user_id"])
     item = positions(rows["item_id"], prepared.items["item_id"])
@@ -118,18 +123,26 @@ def _with_times(rows: pa.Table, prepared: PreparedData, said: list[str]) -> pa.T
     return rows.append_column("timestamp", pa.repeat(later, len(rows)))
 
 
-def _say_missing(rows: pa.Table, encoder: Encoder, said: list[str]) -> None:
-    """Says which columns that features read of a row are not there."""
+def _columns_read(encoder: Encoder) -> list[str]:
+    """Returns the columns of a row that features read."""
     columns: dict[str, None] = {}
     for name in encoder.context:
         columns |= dict.fromkeys(encoder.spec.user[name].columns_read)
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        said.append(f"It lacks columns that features read: {', '.join(missing)} count as missing.")
+    return list(columns)
 
 
-def _like(rows: pa.Table, log: pa.Table, source: str) -> pa.Table:
-    """Returns rows with the columns and types of the log; what they lack is null."""
+def _like(
+    rows: pa.Table, log: pa.Table, needed: Collection[str], source: str, said: list[str]
+) -> pa.Table:
+    """Returns rows with the columns and types of the log; what they lack is null.
+
+    Args:
+        rows: Further rows.
+        log: Rows of the log.
+        needed: Columns that must have the type of the log; others of another type are left out.
+        source: Name of the further rows.
+        said: Notes, to which what is left out is added.
+    """
     columns = {}
     for field in log.schema:
         kind = field.type
@@ -142,6 +155,12 @@ def _like(rows: pa.Table, log: pa.Table, source: str) -> pa.Table:
         try:
             columns[field.name] = values.cast(kind)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            if field.name not in needed:
+                said.append(
+                    f"Its column {field.name!r} is of another type than the log's: left out."
+                )
+                columns[field.name] = pa.nulls(len(rows), kind)
+                continue
             reason = " ".join(map(str, error.args))
             raise ConfigError(
                 f"{source}: the column {field.name!r} has another type than in the log ({reason})."
