@@ -39,6 +39,7 @@ def test_a_search_finds_what_a_look_at_every_text_finds_and_prefers_beginnings()
 
 def test_letters_that_people_write_one_for_the_other_are_one():
     assert fold("أحذيةٌ إلى") == fold("احذيه الي")
+    assert fold("رقم ١٢") == fold("رقم 12") == fold("رقم ۱۲")
     assert fold("  CRÈME\tbrûlée ") == "creme brulee"
 
 

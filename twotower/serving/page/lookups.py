@@ -53,7 +53,7 @@ from twotower.serving.versions.versions import Versions
 
 PAST_ITEMS = 200  # items of a history that are shown
 MAX_TITLE = 200  # letters of a title on the map
-MAX_SEARCHED = 500_000  # items whose titles are searched: the most popular
+MAX_SEARCHED = 100_000  # items whose titles are searched, the most popular: within 40 ms
 MAX_COUNTED = 2_000  # distinct values from which on none are offered
 OFFERED_VALUES = 40
 REMAKE_SECONDS = 30.0  # between one index of the titles and the next, however many items change

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-MAX_LOOKED = 5_000  # places of a text that one search looks at
+MAX_LOOKED = 2_000  # places of a text that one search looks at
 # Letters that people write one for the other, beside those that differ by a mark alone.
 _ALIKE = str.maketrans({"ى": "ي", "ة": "ه", "ـ": None, "ı": "i"})
+_ALIKE |= str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", "01234567890123456789")
 
 
 def fold(text: str) -> str:
@@ -57,15 +59,19 @@ class Texts:
         words = wanted.split()
         # The longest word stands at the fewest places.
         word = max(words, key=len)
-        found: dict[int, None] = {}
-        for needle in (f"\n{wanted}", f"\n{word}", f" {word}", word):
-            for row in self._rows_with(needle):
-                line = self._all[self._starts[row] : self._starts[row + 1] - 1]
-                if all(each in line for each in words):
-                    found[row] = None
-                if len(found) == k:
-                    return list(found)
-        return list(found)
+        found = dict.fromkeys(itertools.islice(self._rows_with(f"\n{wanted}"), k))
+        within = []
+        for row in self._rows_with(word):
+            if len(found) == k:
+                break
+            line = self._all[self._starts[row] : self._starts[row + 1] - 1]
+            if row in found or not all(each in line for each in words):
+                continue
+            if f" {word}" in f" {line}":
+                found[row] = None
+            else:
+                within.append(row)
+        return [*found, *within][:k]
 
     def _rows_with(self, needle: str) -> Iterator[int]:
         """Yields the texts that hold a text, each once, as far as they are looked at."""
