@@ -266,7 +266,7 @@ def factorize(product: _Product, dim: int) -> tuple[np.ndarray, np.ndarray]:
     # float32, or the weights of EASE would be copied as float64 at each product.
     sketch = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
     basis = np.linalg.qr(np.asarray(product.times(sketch)))[0]
-    for _ in range(4):
+    for _ in range(2):
         basis = np.linalg.qr(np.asarray(product.transposed(basis)))[0]
         basis = np.linalg.qr(np.asarray(product.times(basis)))[0]
     small = np.asarray(product.transposed(basis)).T
