@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import inspect
 import random
 import time
 from collections.abc import (
@@ -20,6 +19,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
+from types import CoroutineType
 from typing import Any
 
 import msgspec
@@ -34,6 +34,7 @@ from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import Answers
+from twotower.serving.direct import EXCHANGE, take_body, write_answer
 from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
@@ -152,13 +153,13 @@ class Endpoint:
             request = None
             if self._decoder is not None:
                 check_headers(scope["headers"], app.limits.body)
-                body = await read_body(receive, app.limits)
+                body = await self._receive(scope, receive)
                 request = self._read(body)
             item_id = ""
             if "path_params" in scope:
                 item_id = scope["path_params"].get("item_id", "")
             result = self._respond(request, item_id)
-            if inspect.isawaitable(result):
+            if isinstance(result, CoroutineType):
                 result = await result
             payload = self._write(result)
             version = getattr(result, "model_version", "")
@@ -172,20 +173,30 @@ class Endpoint:
         except Exception as error:
             kind = PROBLEM
             status, payload, headers = self._refuse(error, body)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [
-                    (b"content-type", kind),
-                    (b"content-length", b"%d" % len(payload)),
-                    *headers,
-                    *app.closing,
-                ],
-            }
-        )
-        await send({"type": "http.response.body", "body": payload})
+        headers = [(b"content-type", kind), (b"content-length", b"%d" % len(payload)), *headers]
+        await self._send(scope, send, status, headers, payload)
         app.count_request(self.name, status, version, time.perf_counter() - start)
+
+    async def _receive(self, scope: Scope, receive: Receive) -> bytes:
+        """Returns the body of a request; see `read_body`."""
+        limits = self._app.limits
+        if EXCHANGE in scope:
+            body = take_body(scope[EXCHANGE])
+            if body is not None and len(body) <= limits.body:
+                return body
+        return await read_body(receive, limits)
+
+    async def _send(
+        self, scope: Scope, send: Send, status: int, headers: Headers, payload: bytes
+    ) -> None:
+        """Sends an answer."""
+        closing = self._app.closing
+        if EXCHANGE in scope and not closing and scope["method"] != "HEAD":
+            if write_answer(scope[EXCHANGE], status, headers, payload):
+                return
+        start = {"type": "http.response.start", "status": status, "headers": [*headers, *closing]}
+        await send(start)
+        await send({"type": "http.response.body", "body": payload})
 
     async def make(self, request: Any, item_id: str) -> Any:
         """Returns the answer of this process to a request that changes something."""
@@ -844,6 +855,7 @@ class App:
                 self.metrics.set_figures(answers.version, figures)
 
     def _set_gauges(self) -> None:
+        self.metrics.tell()
         self.metrics.waiting.set(self.accepted)
         has_joined = self.member is None or self.member.has_joined
         self.metrics.processes.set(has_joined and self.status == "ok")

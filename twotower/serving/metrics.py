@@ -167,8 +167,10 @@ class Metrics:
             registry=registry,
         )
         # Looking a label up takes longer than counting.
-        self._by_request: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
-        self._by_source: dict[tuple[str, str], Counter] = {}
+        self._histograms: dict[tuple[str, str], Histogram] = {}
+        # Counted here, and told the library now and then: its counters take a lock each time.
+        self._new_requests: dict[tuple[str, int, str], int] = {}
+        self._new_items: dict[tuple[str, str], int] = {}
 
     def count_rerank_failure(self, why: Failure) -> None:
         """Counts a list that went out by its scores, as its re-ranker failed."""
@@ -183,24 +185,18 @@ class Metrics:
             version: Version that answered; "" where it is of none, or of several.
             seconds: Time from the request to its answer.
         """
-        counters = self._by_request.get((endpoint, status, version))
-        if counters is None:
-            counters = (
-                self._requests.labels(endpoint, str(status), version),
-                self._seconds.labels(endpoint, version),
-            )
-            self._by_request[endpoint, status, version] = counters
-        counter, histogram = counters
-        counter.inc()
+        key = endpoint, status, version
+        self._new_requests[key] = self._new_requests.get(key, 0) + 1
+        histogram = self._histograms.get((endpoint, version))
+        if histogram is None:
+            histogram = self._seconds.labels(endpoint, version)
+            self._histograms[endpoint, version] = histogram
         histogram.observe(seconds)
 
     def count_items(self, source: Source, version: str, found: int) -> None:
         """Counts the items of a list that have one source."""
-        counter = self._by_source.get((source, version))
-        if counter is None:
-            counter = self._sources.labels(source, version)
-            self._by_source[source, version] = counter
-        counter.inc(found)
+        key = source, version
+        self._new_items[key] = self._new_items.get(key, 0) + found
 
     def count_cached(self, hits: int, misses: int) -> None:
         """Counts users with new events, whose vector was kept or made."""
@@ -222,8 +218,18 @@ class Metrics:
         """Counts a list of the shadow by its share of the real one's items."""
         self._overlaps.labels(version).observe(overlap)
 
+    def tell(self) -> None:
+        """Tells the library what was counted since the last call."""
+        for (endpoint, status, version), count in self._new_requests.items():
+            self._requests.labels(endpoint, str(status), version).inc(count)
+        for (source, version), count in self._new_items.items():
+            self._sources.labels(source, version).inc(count)
+        self._new_requests.clear()
+        self._new_items.clear()
+
     def format(self) -> bytes:
         """Returns all of them in the text format of Prometheus."""
+        self.tell()
         # Of one process they are in memory alone.
         if MULTIPROCESS not in os.environ:
             return generate_latest(self._registry)

@@ -29,6 +29,7 @@ from twotower.serving.access import Access
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
+from twotower.serving.direct import EXCHANGE
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
@@ -363,6 +364,9 @@ class _Protocol(HttpToolsProtocol):
 
     async def _accept(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request that was accepted."""
+        exchange: Any = send
+        # uvicorn sends by a method of it.
+        scope[EXCHANGE] = exchange.__self__
         try:
             await self.served(scope, receive, send)
         finally:
