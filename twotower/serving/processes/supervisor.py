@@ -29,6 +29,7 @@ from twotower.core.errors import ConfigError
 
 MAX_FAILURES = 5  # of processes that ended before they were ready, one after another
 END_SECONDS = 10.0  # beyond the time of the slowest request, until a process is killed
+MAX_FOLDER = 70  # letters of the temporary folder: the system bounds the names of sockets at 107
 METRICS = "metrics"  # folder of the counters in that of the processes
 
 
@@ -96,6 +97,12 @@ class Supervisor:
         Raises:
             ConfigError: They end before they are ready.
         """
+        root = tempfile.gettempdir()
+        if len(root) > MAX_FOLDER:
+            raise ConfigError(
+                f"TMPDIR={root} is too long for the name of a socket in it. Set TMPDIR to a folder "
+                f"of {MAX_FOLDER} letters or fewer."
+            )
         folder = Path(tempfile.mkdtemp(prefix="twotower-"))
         metrics = folder / METRICS
         metrics.mkdir()
