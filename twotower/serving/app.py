@@ -355,10 +355,12 @@ class App:
         return self.versions.main
 
     def drain(self) -> None:
-        """Says that the server is about to stop: it answers on, and ends each connection after."""
+        """Says that the server is about to stop: it answers on, and ends each connection after.
+
+        A signal calls it, amid whatever runs: it must take no lock, such as that of a counter.
+        """
         # One that was never ready goes on to refuse.
         self.status = "stopping" if self.status == "ok" else "stopping early"
-        self.metrics.ready.set(0)
         self.closing = [(b"connection", b"close")]
 
     def not_ready(self) -> RequestError:
@@ -405,7 +407,6 @@ class App:
                 await self.member.catch_up()
                 self.member.say_ready()
             self.status = "ok"
-            self.metrics.ready.set(1)
             logging.info("Ready after %.1f s.", time.perf_counter() - start)
 
     @contextlib.asynccontextmanager
@@ -856,6 +857,7 @@ class App:
 
     def _set_gauges(self) -> None:
         self.metrics.tell()
+        self.metrics.ready.set(self.status == "ok")
         self.metrics.waiting.set(self.accepted)
         has_joined = self.member is None or self.member.has_joined
         self.metrics.processes.set(has_joined and self.status == "ok")
