@@ -90,6 +90,7 @@ class Supervisor:
         self._ready: set[int] = set()
         self._failures = 0
         self._is_ending = False
+        self._last = 0.0  # until which the processes may end by themselves
 
     def serve(self) -> None:
         """Runs the processes until a signal ends them: SIGTERM or Ctrl-C.
@@ -119,6 +120,8 @@ class Supervisor:
         for index in range(self._count):
             self._start(folder, index, is_early=index == 0)
         while self._children:
+            if self._is_ending and time.monotonic() > self._last:
+                return
             heard = [child.pipe for child in self._children.values()]
             ended = {child.process.sentinel: n for n, child in self._children.items()}
             by_pipe = {child.pipe: n for n, child in self._children.items()}
@@ -187,16 +190,16 @@ class Supervisor:
         """Tells all to answer what they accepted, and to end."""
         del number, frame
         self._is_ending = True
+        self._last = time.monotonic() + self._seconds + END_SECONDS
         for child in self._children.values():
             child.process.terminate()
 
     def _kill(self) -> None:
         """Ends the processes that are left."""
+        if not self._is_ending:
+            self._end(signal.SIGTERM, None)
         for child in self._children.values():
-            child.process.terminate()
-        last = time.monotonic() + self._seconds + END_SECONDS
-        for child in self._children.values():
-            child.process.join(max(0.0, last - time.monotonic()))
+            child.process.join(max(0.0, self._last - time.monotonic()))
             if child.process.is_alive():
                 child.process.kill()
 
