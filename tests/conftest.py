@@ -85,6 +85,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     shape_checks.update("jaxtyping_disable", folder not in CHECKED)
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets the programs of many files go."""
+    if nextitem is None or nextitem.path != item.path:
+        lowering.forget_programs()
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
