@@ -50,6 +50,21 @@ def app(retriever, tmp_path_factory):
             "events[0].timestamp",
             "'soon'",
         ),
+        (
+            "events",
+            {
+                "events": [
+                    {
+                        "event_id": "e",
+                        "user_id": "1",
+                        "item_id": "2",
+                        "timestamp": "9999-12-31T23:00:00-05:00",
+                    }
+                ]
+            },
+            "events[0].timestamp",
+            "no date",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_field_value_and_cure(app, name, body, field, words):
@@ -158,6 +173,7 @@ def test_nobody_changes_items_where_no_token_is_set(app):
         ({"rite": "x" * 20}, "'read'|'write'|no right"),
         ({"read": "short"}, "openssl"),
         ([], "object"),
+        ({"read": []}, "has no token"),
     ],
 )
 def test_tokens_that_are_none_are_refused(tmp_path, tokens, words):
@@ -172,6 +188,8 @@ def test_tokens_come_from_the_environment_too():
     headers = [(b"authorization", f"Bearer {TOKENS['read']}".encode())]
     assert not access.is_open(Right.READ)
     assert access.identify(headers) == (Right.READ, 0)
+    with pytest.raises(ConfigError, match="shorter"):
+        Access.read("", {"TWOTOWER_READ_TOKEN": ""})
 
 
 def test_a_path_that_there_is_not_is_a_problem_too(app):

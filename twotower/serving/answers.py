@@ -519,6 +519,9 @@ class Answers:
             if event.timestamp is not None:
                 try:
                     (seconds,) = read_time([event.timestamp]).to_pylist()
+                    # One that no calendar has would be kept, and fail each request of its user.
+                    if seconds is not None:
+                        _to_datetime(seconds)
                 except ConfigError as error:
                     place = f"events[{number}].timestamp"
                     detail = str(error).replace("rows, row 1, column 'timestamp'", place)
@@ -581,8 +584,7 @@ class Answers:
         events: list[dict[str, Any]] = []
         for event in self.histories.of(user):
             # A number would be read in the unit of the log.
-            moment = datetime.datetime.fromtimestamp(event["timestamp"], datetime.UTC)
-            events.append({**event, "timestamp": moment})
+            events.append({**event, "timestamp": _to_datetime(event["timestamp"])})
         return events
 
     def _items_of(self, events: Iterable[Any]) -> list[str]:
@@ -683,6 +685,18 @@ def _as_event(event: types.Event | Any) -> Any:
         return event
     fields = msgspec.structs.asdict(event)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _to_datetime(seconds: int) -> datetime.datetime:
+    """Returns a time as a date.
+
+    Raises:
+        ConfigError: It is beyond the years 1 to 9999.
+    """
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"rows, row 1, column 'timestamp': {seconds} is no date.") from None
 
 
 def _end_of_data(data: Mapping[str, Any]) -> int:
