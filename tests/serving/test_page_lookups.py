@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 from tests.serving.asking import TOKENS, ask, make_app, post, refused
 from twotower.retrieval.live.conditions import LATEST
 from twotower.serving.aliases import Aliases
+from twotower.serving.answers import Answers
 from twotower.serving.page import lookups
 from twotower.serving.page.files import POLICY
 from twotower.serving.page.search import Prefixes, Texts, fold
@@ -163,6 +166,15 @@ def test_titles_are_indexed_once_for_many_requests_and_again_for_another_bundle(
     app.versions.main = type(app.answers)(retriever)
     asyncio.run(several())
     assert calls[1:] == [app.versions.main]
+
+
+def test_what_was_made_of_a_version_does_not_keep_it_in_memory(retriever):
+    answers = Answers(retriever)
+    dropped = weakref.ref(answers)
+    made = lookups.make(answers)
+    del answers
+    gc.collect()
+    assert dropped() is None and made.catalogue.items == len(retriever)
 
 
 def test_the_files_of_the_page_need_no_token_and_forbid_all_that_is_not_theirs(retriever, tmp_path):

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import datetime
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Made:
     """What was made of one bundle after one of its changes.
 
     Attributes:
-        answers: Bundle.
+        answers: Bundle; it must not be kept in memory once the server has dropped it.
         changes: Number of changes since the bundle was written.
         moment: Time of `time.monotonic` at which it was made.
         item_ids: Ids of the items that are searched, the most popular first.
@@ -92,7 +93,7 @@ class Made:
         item_map: The map.
     """
 
-    answers: Answers
+    answers: weakref.ref[Answers]
     changes: int
     moment: float
     item_ids: list[str]
@@ -240,7 +241,7 @@ class Lookups:
         while True:
             answers = self._versions.main
             made = self._made
-            if made is not None and made.answers is answers:
+            if made is not None and made.answers() is answers:
                 is_old = time.monotonic() - made.moment > REMAKE_SECONDS
                 if is_old and made.changes != answers.retriever.changes:
                     self._begin(answers)
@@ -281,7 +282,7 @@ def make(answers: Answers) -> Made:
     users = list(retriever.user_rows.row_by_id)
     events = np.diff(retriever.bundle.seen.offsets)[: len(users)]
     return Made(
-        answers,
+        weakref.ref(answers),
         changes,
         time.monotonic(),
         [ids[row] for row in order],
