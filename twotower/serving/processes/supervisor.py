@@ -28,6 +28,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from twotower.core.errors import ConfigError
 
 MAX_FAILURES = 5  # of processes that ended before they were ready, one after another
+PAUSE_SECONDS = 1.0  # before such a process is started again
 END_SECONDS = 10.0  # beyond the time of the slowest request, until a process is killed
 MAX_FOLDER = 70  # letters of the temporary folder: the system bounds the names of sockets at 107
 METRICS = "metrics"  # folder of the counters in that of the processes
@@ -162,7 +163,7 @@ class Supervisor:
         """Starts a child again that has ended.
 
         Raises:
-            ConfigError: Too many have ended before they were ready.
+            ConfigError: Too many have ended before they were ready, and none answers.
         """
         child = self._children.pop(index)
         child.process.join()
@@ -181,8 +182,14 @@ class Supervisor:
         if not was_ready:
             self._failures += 1
         # At the start a mistake of the user's ends all of them; its line was written by the child.
-        if self._failures >= MAX_FAILURES or child.process.exitcode == os.EX_CONFIG:
+        # Later one that cannot start, as its bundle has gone, must not end those that answer.
+        is_mistake = child.process.exitcode == os.EX_CONFIG
+        if not self._ready and (is_mistake or self._failures >= MAX_FAILURES):
             raise ConfigError("The processes of the server end before they are ready; see above.")
+        if not was_ready:
+            time.sleep(PAUSE_SECONDS)
+            if self._is_ending:
+                return
         is_first = not self._ready and child.is_early
         self._start(folder, index, is_early=is_first)
 

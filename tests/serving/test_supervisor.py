@@ -1,0 +1,65 @@
+"""The parent of several processes, and one of them as it ends, without processes."""
+
+import asyncio
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from tests.serving.asking import make_app
+from twotower.core.errors import ConfigError
+from twotower.serving.processes import supervisor as module
+from twotower.serving.processes.links import Handed
+from twotower.serving.processes.member import Member
+from twotower.serving.processes.supervisor import Supervisor
+
+
+@pytest.fixture
+def parent(monkeypatch):
+    """A parent of two, of which one has just ended by a mistake of its options."""
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "mark_process_dead", lambda *_: None)
+    process = SimpleNamespace(join=lambda: None, pid=1, exitcode=os.EX_CONFIG)
+    ended = SimpleNamespace(process=process, pipe=SimpleNamespace(close=lambda: None))
+    ended.is_early = False
+    made = Supervisor(lambda _: None, None, 2, 1.0)
+    made._children = {0: ended, 1: ended}
+    return made
+
+
+def test_a_process_that_cannot_start_again_ends_none_that_answer(parent, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(parent, "_start", lambda _, index, is_early: started.append(index))
+    parent._ready = {1}
+    parent._failures = module.MAX_FAILURES
+    parent._replace(tmp_path, 0)
+    assert started == [0]
+
+
+def test_a_mistake_at_the_start_ends_all(parent, tmp_path):
+    with pytest.raises(ConfigError, match="before they are ready"):
+        parent._replace(tmp_path, 0)
+
+
+def test_a_change_that_comes_to_a_writer_at_its_end_goes_to_the_next_one(retriever, tmp_path):
+    member = Member(tmp_path, 0, 2, None, is_early=True)
+    app = make_app(retriever, tmp_path, member=member)
+    member._served = app
+    member.is_writer = True
+    replies = []
+    close = app.writer.close
+
+    async def close_and_be_handed():
+        await close()
+        replies.append(await member._answer(Handed("delete_item", "i", b"")))
+
+    app.writer.close = close_and_be_handed
+    app.prepare = lambda: asyncio.sleep(0)
+    member.start = lambda served: asyncio.sleep(0)
+
+    async def live():
+        async with app._live(app._starlette):
+            app.drain()
+
+    asyncio.run(live())
+    assert replies[0].is_elsewhere
