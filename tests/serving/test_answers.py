@@ -204,6 +204,21 @@ def test_more_changes_than_may_wait_are_refused_and_come_back_later(app, tmp_pat
     assert writer.waiting == 0
 
 
+def test_a_request_that_is_cancelled_leaves_those_that_wait_with_it(app, tmp_path):
+    writer = Writer(app.versions, EventLog(tmp_path / "more"), limit=9)
+
+    async def cancel_the_first():
+        events = [StoredEvent(str(number), "u", "i", None, 1) for number in range(2)]
+        tasks = [asyncio.create_task(writer.add_events([event])) for event in events]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        accepted = await asyncio.wait_for(tasks[1], 0.5)
+        await writer.close()
+        return accepted
+
+    assert asyncio.run(cancel_the_first()) == 1
+
+
 def test_scores_of_pairs_are_products_of_their_vectors(app, retriever):
     users = retriever.bundle.users["user_id"].to_pylist()[:3]
     items = retriever.bundle.items["item_id"].to_pylist()[:3]

@@ -77,12 +77,15 @@ def test_answers_beyond_what_may_wait_are_counted_as_lost(tmp_path, monkeypatch)
     assert log.lost == 1 and len(read_impressions(tmp_path / "shown")) == 6
 
 
-def test_a_disk_that_refuses_costs_the_rows_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), pa.ArrowMemoryError("malloc failed")]
+)
+def test_a_disk_or_memory_that_refuses_costs_the_rows_alone(tmp_path, monkeypatch, error):
     monkeypatch.setattr(log_module, "LOOK_SECONDS", 1e6)
     log = ImpressionLog(tmp_path / "shown")
 
     def refuse(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(pq, "write_table", refuse)
     log.add("u", str, 0, answer(1))

@@ -13,7 +13,7 @@ from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.versions import routing
 from twotower.serving.versions.routing import Place, Routing, State
-from twotower.serving.versions.versions import load
+from twotower.serving.versions.versions import Versions, load, place_of
 
 TOKENS = {"admin": "a token for everything"}
 HEADERS = {"x-api-key": TOKENS["admin"]}
@@ -199,6 +199,30 @@ def test_a_new_export_is_taken_up_and_the_one_before_gone_back_to(copied, tmp_pa
     # The new one is not taken up a second time.
     asyncio.run(app.admin.follow())
     assert app.answers is old
+
+
+def test_a_version_that_was_added_is_told_of_when_a_state_has_it(retriever, thinned):
+    versions = Versions(Answers(retriever))
+    other = Answers(Retriever.load(thinned))
+    versions.add(other)
+    assert len(versions.list().versions) == 1
+    place = place_of(other.retriever)
+    versions.apply(routing.add(versions.state, other.version, place))
+    assert len(versions.list().versions) == 2
+
+
+def test_a_change_that_only_another_versions_disk_refuses_is_made(copied, thinned, tmp_path):
+    app = make_app(Retriever.load(copied), tmp_path, tokens=TOKENS)
+    other = Answers(Retriever.load(thinned))
+    app.writer._changing.append(other)
+
+    def refuse(rows):
+        raise OSError(28, f"No space left on device: {thinned}")
+
+    other.retriever.upsert = refuse
+    response = ask(app, "PUT", "/v1/items/i-new", {"columns": {}}, headers=HEADERS)
+    assert response.status_code == 200 and response.json()["refused"].keys() == {other.version}
+    assert str(thinned) not in response.text and app.answers.retriever.has_item("i-new")
 
 
 def test_a_version_whose_golden_answers_differ_is_not_used(app, monkeypatch):

@@ -162,13 +162,16 @@ class Writer:
                 counts, events = await loop.run_in_executor(self._thread, self._write, batches)
             except Exception as error:
                 for _, future in pending:
-                    future.set_exception(error)
+                    # Nobody waits for one that was cancelled; the others must still hear.
+                    if not future.done():
+                        future.set_exception(error)
                 continue
             # Before they are acknowledged: the next request of a user sees them.
             self._add_to_histories(events)
             await self.tell()
             for (_, future), count in zip(pending, counts):
-                future.set_result(count)
+                if not future.done():
+                    future.set_result(count)
         self._task = None
 
     def _add_to_histories(self, events: Sequence[StoredEvent]) -> None:
@@ -204,6 +207,10 @@ class Writer:
         except (TwotowerError, RequestError) as error:
             logging.error("Version %s did not make a change: %s", answers.version, error)
             changed.refused[answers.version] = str(error)
+        except OSError as error:
+            # The first one has it: a refusal of the whole would be wrong, and the rest go on.
+            logging.error("Version %s did not make a change: %s", answers.version, error)
+            changed.refused[answers.version] = "Its disk refused; the server's log says why."
 
     def _detach(self, answers: Answers) -> None:
         """Keeps the changes of a version that was replaced apart from its bundle."""

@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         "model_version": pa.dictionary(pa.int32(), pa.string()),
     }
 )
-MAX_WAITING = 20_000  # answers in memory; of more, the oldest are lost
+MAX_WAITING = 20_000  # answers in memory; of more, the latest are lost
 MAX_ROWS = 200_000  # rows of a file
 LOOK_SECONDS = 0.5  # between two looks at what was answered
 PATTERN = "impressions-*.parquet"
@@ -164,8 +164,8 @@ class ImpressionLog:
             with atomic(self.folder / name) as path:
                 pq.write_table(pa.table(columns, SCHEMA), path, compression="zstd")
             self._make_room()
-        # The server answers on.
-        except OSError as error:
+        # The server answers on, and the next file is tried: the thread must not end by it.
+        except Exception as error:
             self.lost += len(set(columns["recommendation_id"]))
             logging.error("Impressions could not be written: %s", error)
 

@@ -96,7 +96,8 @@ class Versions:
     def list(self) -> VersionList:
         """Returns what is loaded."""
         state = self.state
-        infos = [self._describe(answers) for answers in self._loaded.values()]
+        # One that was just added is in no state yet.
+        infos = [self._describe(self._loaded[version]) for version in state.places]
         return VersionList(
             state.routing.main, infos, len(state.routing.overrides), state.routing.share
         )
