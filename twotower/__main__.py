@@ -12,6 +12,7 @@ from twotower.core.errors import did_you_mean
 # Name -> module within `twotower.commands`, in the order in which a project meets them.
 COMMANDS = {
     "inspect": "inspect",
+    "plan": "pods.plan",
     "train": "train",
     "export": "export",
     "evaluate": "evaluation.evaluate",

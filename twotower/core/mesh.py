@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from twotower.core.errors import ConfigError
 from twotower.core.fork import check_fork
 
 T = TypeVar("T")
+# Devices, or their number alone, for which programs can be traced and never run.
+AnyMesh = Mesh | AbstractMesh
 
 AXIS = "devices"
 SHARDED = PartitionSpec(AXIS)
@@ -171,7 +173,7 @@ def host_mesh() -> Mesh:
     return Mesh(np.asarray(jax.local_devices(backend="cpu")[:1]), (AXIS,))
 
 
-def device_group(mesh: Mesh) -> DeviceGroup:
+def device_group(mesh: AnyMesh) -> DeviceGroup:
     """Returns the group of the devices of `mesh`, for use inside `shard_map`.
 
     A mesh of one device is `SINGLE_DEVICE`, whose program needs no collectives.
@@ -181,7 +183,7 @@ def device_group(mesh: Mesh) -> DeviceGroup:
     return DeviceGroup(AXIS, mesh.size)
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
+def shardings(mesh: AnyMesh, specs: Any) -> Any:
     """Returns a tree of `PartitionSpec` as shardings of `mesh`."""
     # A PartitionSpec is a leaf of a tree, although it has parts.
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -252,7 +254,9 @@ def process_part(mesh: Mesh, rows: int) -> slice:
     return slice(start, stop)
 
 
-def shard_map_if_needed(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map_if_needed(
+    mesh: AnyMesh, function: Callable, in_specs: Any, out_specs: Any
+) -> Callable:
     """Returns a function of local arrays as one of global arrays.
 
     On a mesh of one device they are the same, and the function is returned as it is.

@@ -130,7 +130,7 @@ def streaming_softmax(
         per_query=loss.per_query,
         by_logit_margin=loss.by_logit_margin,
         biased=loss.biased,
-        block_rows=block or _block_rows(len(candidates.ids)),
+        block_rows=block or block_rows(len(candidates.ids), jax.default_backend()),
         dtype=dtype,
     )
     if kernel == "pallas":
@@ -164,10 +164,10 @@ def _masked_query_ids(
     return jnp.where(mask_same_user & (query_ids >= 0), query_ids, _NOBODY)
 
 
-def _block_rows(candidates: int) -> int:
-    """Returns the number of queries in a block."""
+def block_rows(candidates: int, backend: str) -> int:
+    """Returns the number of queries in a block, for a number of candidates and a backend of JAX."""
     # On a CPU a block's logits stay in the cache, 4 MiB of them; elsewhere they fill the device.
-    if jax.default_backend() == "cpu":
+    if backend == "cpu":
         min_rows = 256
         max_logits = 2**20
     else:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from twotower.config import Config, NegativesConfig, ObjectiveConfig, TrainingConfig
 from twotower.core.errors import ConfigError, choose
+from twotower.core.mesh import AnyMesh
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import (
@@ -262,7 +263,7 @@ def check_miner(negatives: NegativesConfig, has_miner: bool) -> None:
         )
 
 
-def check_batch(training: TrainingConfig, mesh: Mesh) -> None:
+def check_batch(training: TrainingConfig, mesh: AnyMesh) -> None:
     """Refuses a batch that cannot be divided evenly over the devices.
 
     The rows of each device must also be divisible into the parts they are computed in.
@@ -358,18 +359,18 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
         ConfigError: The run does not fit; the message has the arithmetic.
     """
     lines = _state_lines(state, mesh.size)
-    lines += [f"{name}: {_format_bytes(count)}" for name, count in resident.items() if count]
+    lines += [f"{name}: {format_bytes(count)}" for name, count in resident.items() if count]
     # Activations and temporary arrays are left out: their size is known only after compiling.
-    needed = _bytes_on_each(state) + sum(resident.values())
+    needed = bytes_on_each(state) + sum(resident.values())
     devices = "device" if mesh.size == 1 else "devices"
-    total = f"{_format_bytes(needed)} on each of {mesh.size} {devices}"
+    total = f"{format_bytes(needed)} on each of {mesh.size} {devices}"
     parts = "; ".join(lines)
     logging.info("Memory before activations: %s (%s).", total, parts)
     limit = _free_bytes(mesh)
     if limit is not None and needed > limit:
         factor = -(-needed // max(limit, 1))
         raise ConfigError(
-            f"The run needs {total}, and {_format_bytes(limit)} is free. It holds: {parts}. "
+            f"The run needs {total}, and {format_bytes(limit)} is free. It holds: {parts}. "
             f"Divide the tables over more devices (about {factor * mesh.size}), choose "
             "config.training.tables.kind='rowwise_adagrad' (one number of state a row), narrower "
             "embeddings (embedding_size) or fewer rows (min_count)."
@@ -380,10 +381,10 @@ def fits(mesh: Mesh, state: Any) -> bool:
     """Returns whether each device of a mesh has room for its part of a state; see
     `check_memory`."""
     limit = _free_bytes(mesh)
-    return limit is None or _bytes_on_each(state) <= limit
+    return limit is None or bytes_on_each(state) <= limit
 
 
-def _bytes_on_each(tree: Any) -> int:
+def bytes_on_each(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
@@ -399,14 +400,14 @@ def _state_lines(state: Any, devices: int) -> list[str]:
     lines = []
     for name, table in state.tables.items():
         rows, width = table.shape
-        size = _format_bytes(_bytes_on_each(state.table_slots[name]) + _bytes_on_each(table))
+        size = format_bytes(bytes_on_each(state.table_slots[name]) + bytes_on_each(table))
         lines.append(
             f"table {name}: {rows:,} x {width} and its optimizer's state over {devices} = {size}"
         )
     dense = (state.params, state.opt_state, state.batch_stats)
-    lines.append(f"dense parameters and their optimizer: {_format_bytes(_bytes_on_each(dense))}")
+    lines.append(f"dense parameters and their optimizer: {format_bytes(bytes_on_each(dense))}")
     sampling = (state.frequency, state.negatives)
-    lines.append(f"frequencies and kept negatives: {_format_bytes(_bytes_on_each(sampling))}")
+    lines.append(f"frequencies and kept negatives: {format_bytes(bytes_on_each(sampling))}")
     return lines
 
 
@@ -432,9 +433,9 @@ def _free_bytes(mesh: Mesh) -> int | None:
     return None
 
 
-def _format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     """Returns a number of bytes in the unit that suits it."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= scale:
-            return f"{count / scale:.1f} {unit}"
+            return f"{count / scale:,.1f} {unit}"
     return f"{count / 1024:.1f} KiB"

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, Sharding
 from twotower.core.mesh import (
     REPLICATED,
     SHARDED,
+    AnyMesh,
     device_group,
     put,
     shard_map_if_needed,
@@ -94,7 +95,7 @@ def _init_tables(
 # A run asks for it four times, and each time all but the tables would be traced. One is kept:
 # trainers hold vocabularies.
 @functools.lru_cache(maxsize=1)
-def abstract_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+def abstract_state(trainer: Trainer, mesh: AnyMesh) -> TrainState:
     """Returns the shapes, types and shardings of a state, without allocating it."""
     shapes = {"user": (trainer.corpus.users,), "item": (trainer.corpus.items,), "rows": ()}
     counts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
