@@ -15,7 +15,14 @@ from twotower.serving import types
 from twotower.serving.answers import Answers
 from twotower.serving.lists.hook import Hook
 from twotower.serving.lists.options import ListOptions
-from twotower.serving.lists.shape import Boost, Promotion, Shape, boosted, make_list
+from twotower.serving.lists.shape import (
+    MAX_CANDIDATES,
+    Boost,
+    Promotion,
+    Shape,
+    boosted,
+    make_list,
+)
 
 
 class Catalogue:
@@ -37,8 +44,9 @@ class Catalogue:
     def satisfies(self, item, where):
         return all(item.display[name] == value for name, _, value in where)
 
-    def meets(self, ids, where):
-        return np.array([self.satisfies(self.items[int(item)], where) for item in ids])
+    def meets_each(self, ids, wheres):
+        items = [self.items[int(item)] for item in ids]
+        return [np.array([self.satisfies(item, where) for item in items]) for where in wheres]
 
 
 RED = (("colour", "==", "red"),)
@@ -141,6 +149,14 @@ def test_candidates_are_searched_until_a_capped_list_is_full():
     assert ids(place.item for place in placed) == ids([*reds[:3], *others[:3]])
 
 
+def test_a_list_of_many_wishes_looks_at_a_bounded_number_of_candidates():
+    catalogue = Catalogue(1_000)
+    boosts = [Boost(RED, factor=1.1), *[Boost((), add=1e-3)] * 15]
+    wishes = {"boosts": boosts, "promotions": [Promotion((), 6)] * 16, "max_per": {"size": 1}}
+    shown = make(catalogue, length=10, **wishes)
+    assert len(shown) == 3 and catalogue.asked < 5 * MAX_CANDIDATES
+
+
 def test_shares_of_explored_items_are_their_propensities():
     catalogue = Catalogue(8)
     draws = 4_000
@@ -216,6 +232,15 @@ def test_the_api_shapes_lists_of_everybody(app, retriever, whose):
         ({"promotions": [{"where": {"brand": "a"}, "percent": 60}] * 2}, "promotions", "120"),
         ({"max_per": {"categry": 2}}, "max_per.categry", "'category'"),
         ({"explore": 1.5}, "explore", "<= 1"),
+        (
+            {
+                "k": 1_000,
+                "boosts": [{"where": {"brand": "a"}, "add": 1}] * 4,
+                "promotions": [{"where": {"brand": "a"}, "percent": 5}] * 4,
+            },
+            "k",
+            "20,000 candidates",
+        ),
     ],
 )
 def test_wishes_that_cannot_be_meant_are_refused(app, body, field, words):

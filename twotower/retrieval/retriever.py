@@ -621,11 +621,21 @@ class Retriever:
             items: Ids of M items.
             where: Conditions; see the class.
         """
-        conditions = as_conditions(where, self.forms)
+        return self.meets_each(items, [where])[0]
+
+    def meets_each(self, items: Iterable[Any], wheres: Sequence[ConditionsLike]) -> np.ndarray:
+        """Whether each item is there and satisfies each of W conditions, bool [W, M].
+
+        Args:
+            items: Ids of M items, which are looked up once.
+            wheres: W conditions; see the class.
+        """
+        each = [as_conditions(where, self.forms) for where in wheres]
         ids = self._item_ids(items, "items")
         catalogue = self._live.catalogue
         snapshot = catalogue.snapshot
-        return snapshot.matching(catalogue.positions(snapshot, ids), conditions)
+        positions = catalogue.positions(snapshot, ids)
+        return np.stack([snapshot.matching(positions, conditions) for conditions in each])
 
     def candidates(self, items: Sequence[Recommendation], *, user: str | None = None) -> Candidates:
         """Returns the items of a list as re-rankers read them.

@@ -33,7 +33,7 @@ from twotower.serving.errors import RequestError
 from twotower.serving.events import LiveHistories, StoredEvent
 from twotower.serving.lists.cache import VectorCache
 from twotower.serving.lists.hook import Hook
-from twotower.serving.lists.shape import Boost, Promotion, Shape, make_list
+from twotower.serving.lists.shape import MAX_CANDIDATES, Boost, Promotion, Shape, make_list
 from twotower.serving.monitoring.served import Served, reference_of
 from twotower.serving.types import Answer, Item, Source, Vector
 
@@ -334,6 +334,7 @@ class Answers:
             seed=request.seed,
             reorder=self._reorder(request, made.source),
         )
+        _check_work(shape)
         options = dict(made.options)
         if made.source == "model":
             options["rerank"] = ""  # what is left out may be that which the shape asks for
@@ -685,6 +686,24 @@ def _as_event(event: types.Event | Any) -> Any:
         return event
     fields = msgspec.structs.asdict(event)
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_work(shape: Shape) -> None:
+    """Refuses a list that all other requests would wait for.
+
+    Raises:
+        RequestError: It takes more candidates than a list may have.
+    """
+    if shape.length * shape.searches > MAX_CANDIDATES:
+        raise RequestError(
+            400,
+            f"k + offset, {shape.length}, times the searches for {len(shape.boosts)} boosts and "
+            f"{len(shape.promotions)} promotions, {shape.searches}, are more than "
+            f"{MAX_CANDIDATES:,} candidates.",
+            field="k",
+            value=str(shape.length),
+            cure="Ask for fewer items, boosts or promotions.",
+        )
 
 
 def _to_datetime(seconds: int) -> datetime.datetime:

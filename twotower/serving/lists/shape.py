@@ -24,7 +24,9 @@ import numpy as np
 from twotower.retrieval.live.conditions import Conditions
 from twotower.retrieval.retriever import Recommendation, Recommendations, Retriever
 
-MAX_POOL = 10_000  # candidates of one list
+MAX_POOL = 10_000  # candidates of one search
+# Candidates of all searches of a list, each of 20 µs, until no more are searched: others wait.
+MAX_CANDIDATES = 20_000
 MULTIPLE = 5  # candidates at first, in multiples of the list, where some may be left out
 EXPLORED = 100  # candidates that a position which explores draws from
 
@@ -110,6 +112,11 @@ class Shape:
     seed: int | None = None
     reorder: Callable[[Sequence[Recommendation], int], Sequence[int]] | None = None
 
+    @property
+    def searches(self) -> int:
+        """Number of searches that one look at the candidates takes."""
+        return (1 + len(self.promotions)) * (1 + len(self.boosts))
+
 
 def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed]:
     """Returns a list in its shape.
@@ -120,27 +127,33 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
         shape: Wishes for the list.
     """
     size = shape.length
+    most = min(MAX_POOL, max(size, MAX_CANDIDATES // shape.searches))
     if shape.max_per or shape.promotions or shape.reorder is not None:
         size *= MULTIPLE
     if shape.explore:
         size = max(size, shape.length + EXPLORED)
     while True:
-        size = min(size, MAX_POOL)
-        pool = boosted(retriever, search, shape.where, size, shape.boosts)
+        size = min(size, most)
+        pool = boosted(retriever, search, shape.where, size, shape.boosts, most)
         found = _order(pool, shape)
         queues = []
         for promotion in shape.promotions:
             where = (*shape.where, *promotion.where)
-            queues.append(boosted(retriever, search, where, size, shape.boosts))
+            queues.append(boosted(retriever, search, where, size, shape.boosts, most))
         placed = _fill(found, queues, shape)
         # Caps may have left out so many that the list is short.
-        if len(placed) == shape.length or len(pool) < size or size == MAX_POOL:
+        if len(placed) == shape.length or len(pool) < size or size == most:
             return placed
         size *= 4
 
 
 def boosted(
-    retriever: Retriever, search: Search, where: Conditions, k: int, boosts: Sequence[Boost]
+    retriever: Retriever,
+    search: Search,
+    where: Conditions,
+    k: int,
+    boosts: Sequence[Boost],
+    most: int = MAX_POOL,
 ) -> list[Recommendation]:
     """Returns the `k` items of the greatest boosted scores, exactly so as far as `search` is exact.
 
@@ -154,6 +167,7 @@ def boosted(
         where: Conditions of all items.
         k: Length of the list.
         boosts: Boosts.
+        most: Greatest number of items of one search.
     """
     if not boosts:
         return list(search(k, where))
@@ -171,9 +185,9 @@ def boosted(
                 bound = max(bound, _raised(best[-1].score, boosts))
         items = _apply(retriever, list(found.values()), boosts)[:k]
         is_settled = len(items) == k and items[-1].score >= bound
-        if is_settled or bound == -np.inf or asked >= MAX_POOL:
+        if is_settled or bound == -np.inf or asked >= most:
             return items
-        asked = min(4 * asked, MAX_POOL)
+        asked = min(4 * asked, most)
 
 
 def _raised(score: float, boosts: Sequence[Boost]) -> float:
@@ -189,8 +203,9 @@ def _apply(
     """Returns items with their boosted scores, best first."""
     ids = [item.item_id for item in items]
     scores = [item.score for item in items]
-    for boost in boosts:
-        for row in np.flatnonzero(retriever.meets(ids, boost.where)).tolist():
+    meets = retriever.meets_each(ids, [boost.where for boost in boosts])
+    for boost, is_meant in zip(boosts, meets):
+        for row in np.flatnonzero(is_meant).tolist():
             scores[row] = boost.apply(scores[row])
     changed = [dataclasses.replace(item, score=score) for item, score in zip(items, scores)]
     return sorted(changed, key=lambda item: -item.score)
