@@ -225,6 +225,22 @@ def test_a_change_that_only_another_versions_disk_refuses_is_made(copied, thinne
     assert str(thinned) not in response.text and app.answers.retriever.has_item("i-new")
 
 
+def test_a_state_that_cannot_be_taken_up_is_tried_once(retriever, tmp_path, monkeypatch):
+    app = make_app(retriever, tmp_path)
+    tries = []
+
+    async def load(place):
+        tries.append(place)
+        raise MemoryError
+
+    monkeypatch.setattr(app.admin, "_load", load)
+    state = routing.add(app.versions.state, "x", Place("x", "x", "x"))
+    with pytest.raises(MemoryError):
+        asyncio.run(app.admin.reconcile(state))
+    asyncio.run(app.admin.reconcile(state))
+    assert len(tries) == 1
+
+
 def test_a_version_whose_golden_answers_differ_is_not_used(app, monkeypatch):
     monkeypatch.setattr(Answers, "warm", lambda self: ["user '1': item 'a' is missing"])
     problem = admin(app, "load", {"bundle": "thin"}, 409)

@@ -123,7 +123,8 @@ class Retrieve(Listing):
             are stored or were sent.
         exclude_seen: Whether to leave out the user's items.
         popularity_weight: Factor of the log of an item's training rows in its score.
-        diversity: Weight of difference from the items before, from 0 to 1 (MMR).
+        diversity: Weight of difference from the items before, from 0 to 1 (MMR). More candidates
+            are re-ranked for a later page, which may repeat items: deny those that were shown.
         like: Items to find similar ones of, in the place of a user's.
         unlike: Items to stay away from, with `like`.
         boosts: Changes of the scores of some items, one after another.

@@ -116,7 +116,8 @@ class Admin:
                 for version, place in state.places.items():
                     if version not in self.versions:
                         await self._load(place)
-            except RequestError as error:
+            # Of any kind, such as too little memory: another try follows with the next state alone.
+            except Exception as error:
                 self._failed = state.number
                 logging.error("The versions of the other processes are not here: %s", error)
                 raise
