@@ -91,7 +91,9 @@ def measure(side: str, python: str, path: Path) -> dict[str, Any]:
     module = "experiments.benchmarks.contestants.evaluation_side"
     ks = json.dumps([int(k) for k in _KS.value])
     command = ("taskset", "-c", str(core), python, "-m", module, side, str(path), ks)
-    settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    settings: dict[str, str] = dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    )
     # TensorFlow Recommenders refuses a newer Keras.
     settings["TF_USE_LEGACY_KERAS"] = "1"
     done = subprocess.run(
