@@ -255,6 +255,18 @@ def test_the_description_holds_all_endpoints_and_their_answers_are_as_described(
             jsonschema.validate({"kk": 1}, asked | schemas)
 
 
+def test_names_of_columns_users_and_versions_are_no_fields_of_the_api():
+    aliases = Aliases({"kind": "event", "product": "item_id"}, types.field_names())
+    put = {"items": [{"product": "1", "columns": {"kind": "chair", "product": "x"}}]}
+    ours = aliases.to_ours(put)
+    assert ours == {"items": [{"item_id": "1", "columns": put["items"][0]["columns"]}]}
+    assert aliases.to_theirs(ours) == put
+    for field in ("max_per", "weights", "overrides", "refused"):
+        body = {field: {"kind": 1}}
+        assert aliases.to_ours(body) == body
+        assert aliases.to_theirs({field: {"event": 1}}) == {field: {"event": 1}}
+
+
 def test_a_shop_keeps_the_names_of_its_own_api(retriever, tmp_path):
     names = {"buyer_id": "user_id", "recent_interactions": "history", "product_id": "item_id"}
     aliases = Aliases(names, {*types.field_names(), "city"})

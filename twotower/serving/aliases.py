@@ -12,7 +12,17 @@ from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.serving.errors import RequestError
 
 # Fields whose content has names of its own.
-_OPAQUE = ("where", "display", "figures", "data")
+_OPAQUE = (
+    "where",
+    "display",
+    "columns",
+    "max_per",
+    "figures",
+    "data",
+    "weights",
+    "overrides",
+    "refused",
+)
 
 
 class Aliases:

@@ -3,7 +3,7 @@ let token = "";
 let names = null; // our name of a field -> the server's
 let askForToken = async () => "";
 // Fields whose content has names of its own.
-const OPAQUE = new Set(["where", "display", "figures", "data"]);
+const OPAQUE = new Set(["where", "display", "columns", "max_per", "figures", "data"]);
 
 export class Refusal extends Error {
   constructor(status, problem) {
