@@ -160,6 +160,7 @@ def test_time_and_price_by_hand(plan):
         memory={"tables": 96 * 2**30},
         cost=cost,
         times={"compute": cost.flops / half, "memory": 1e-3, "network": 2e-3},
+        dim=D,
     )
     assert by_hand.bound == "network"
     assert by_hand.step_seconds == pytest.approx(2e-3 + max(1e-3, 1e12 / half))

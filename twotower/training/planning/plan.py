@@ -47,9 +47,10 @@ class Plan:
         shapes: Shapes of the run.
         devices: Number of devices.
         kind: Kind of their chips, a key of `CHIPS`.
-        memory: Name -> bytes on each device; see `MEMORY_PARTS`.
+        memory: Name -> bytes on each device; see `memory_parts`.
         cost: What each device does in a step.
         times: "compute", "memory" and "network" -> seconds of a step that each would take alone.
+        dim: D, the width of the vectors.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Plan:
     memory: Mapping[str, float]
     cost: Cost
     times: Mapping[str, float]
+    dim: int
 
     @property
     def chip(self) -> Chip:
@@ -147,7 +149,7 @@ def make_plan(config: Config, shapes: Shapes, *, devices: int, kind: str) -> Pla
         "memory": cost.moved / (chip.bandwidth / chip.devices * SUSTAINED),
         "network": cost.sent / (chip.ring(devices) * SUSTAINED),
     }
-    return Plan(config, shapes, devices, kind, memory, cost, times)
+    return Plan(config, shapes, devices, kind, memory, cost, times, trainer.model.dim)
 
 
 def planned_trainer(config: Config, shapes: Shapes, *, backend: str) -> Trainer:
@@ -365,6 +367,11 @@ def format_plan(plan: Plan, *, price: float = 0.0) -> str:
             f"The data, {format_bytes(shapes.data)}, is streamed: {batch} a step over all hosts. "
             "A host that is slower than the step bounds it, which is not counted."
         )
+    vectors = format_bytes(4.0 * shapes.items * plan.dim)
+    lines.append(
+        f"Not counted: validation and export, which make the vectors of all items ({vectors}), and "
+        "checkpoints, which pass through the memory of the hosts."
+    )
     if not plan.fits:
         lines += ["", "What makes it fit, or smaller:"]
         lines += [f"  {cure}" for cure in find_cures(plan)]
