@@ -7,7 +7,7 @@ r"""Says what memory, time and money a training would take, on devices that need
 
 It reads shapes alone: nothing is allocated, compiled or downloaded. With --workdir the shapes are
 those of the data of a run. Bytes of the state are exact; those of a step, and its time, are read
-from its trace, with what a compiler fuses assumed.
+from its trace, with what a compiler fuses assumed and the loss computed by blocks.
 """
 
 from __future__ import annotations

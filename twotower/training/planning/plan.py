@@ -36,6 +36,9 @@ from twotower.training.step import train_step
 
 # Share of the memory of which a part is named as one that could be smaller.
 _LARGE = 0.1
+# Seconds of a step below which the start of each of its programs tells: on an H200 steps planned
+# for .3 and 2 ms took 1.5 times as long (experiments/benchmarks/RESULTS.md).
+_SHORT = 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +170,11 @@ def planned_trainer(config: Config, shapes: Shapes, *, backend: str) -> Trainer:
     towers = TwoTower.build_from(model, shapes.inputs, shapes.tables)
     corpus = CorpusSize(shapes.users, shapes.items, shapes.unseen)
     trainer = Trainer.build(config, towers, corpus)
-    if config.objective.block:
-        return trainer
-    # Blocks are chosen by the backend, which is not that of this machine.
+    # Blocks are chosen by the backend, which is not that of this machine; what Pallas's kernels
+    # take has not been measured.
     candidates = trainer.sampling.candidates - trainer.sampling.hard
-    rows = block_rows(candidates, backend)
-    objective = dataclasses.replace(config.objective, block=rows)
+    rows = config.objective.block or block_rows(candidates, backend)
+    objective = dataclasses.replace(config.objective, block=rows, softmax_kernel="blocks")
     return dataclasses.replace(trainer, config=dataclasses.replace(config, objective=objective))
 
 
@@ -328,10 +330,11 @@ def format_plan(plan: Plan, *, price: float = 0.0) -> str:
     chip = plan.chip
     training = plan.config.training
     per_chip = "" if chip.devices == 1 else f" ({plan.chips} chips)"
+    noun = "device" if plan.devices == 1 else "devices"
     lines = [
         f"{shapes.users:,} users, {shapes.items:,} items, {shapes.rows:,} training rows, batches "
         f"of {training.batch_size:,}, products in {plan.config.model.dtype}.",
-        f"{plan.devices} devices{per_chip} of {plan.kind}: {chip.flops / 1e12:,.0f} TFLOP/s, "
+        f"{plan.devices} {noun}{per_chip} of {plan.kind}: {chip.flops / 1e12:,.0f} TFLOP/s, "
         f"{format_bytes(chip.memory)} and {chip.bandwidth / 1e9:,.0f} GB/s a chip "
         f"({chip.source}).",
         "",
@@ -352,7 +355,7 @@ def format_plan(plan: Plan, *, price: float = 0.0) -> str:
         _time_line(plan, "network", f"{format_bytes(plan.cost.sent)} sent by each device"),
         f"  {'predicted':10}{_milliseconds(plan.step_seconds)}  bound by {plan.bound}",
         "",
-        f"Epoch: {plan.steps:,} steps, {_hours(plan.epoch_seconds)}, "
+        f"Epoch: {plan.steps:,} steps, {_duration(plan.epoch_seconds)}, "
         f"{shapes.examples / max(plan.epoch_seconds, 1e-9):,.0f} examples a second.",
     ]
     if price:
@@ -367,6 +370,8 @@ def format_plan(plan: Plan, *, price: float = 0.0) -> str:
             f"The data, {format_bytes(shapes.data)}, is streamed: {batch} a step over all hosts. "
             "A host that is slower than the step bounds it, which is not counted."
         )
+    if plan.step_seconds < _SHORT:
+        lines.append("A step so short takes longer: that programs are started is not counted.")
     vectors = format_bytes(4.0 * shapes.items * plan.dim)
     lines.append(
         f"Not counted: validation and export, which make the vectors of all items ({vectors}), and "
@@ -386,7 +391,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:12,.3f} ms"
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:,.1f} seconds"
     if seconds < 3600:
         return f"{seconds / 60:,.1f} minutes"
     return f"{seconds / 3600:,.1f} hours"
