@@ -9,9 +9,11 @@ import pytest
 from tests.serving.asking import make_app
 from twotower.core.errors import ConfigError
 from twotower.serving.processes import supervisor as module
-from twotower.serving.processes.links import Handed
+from twotower.serving.processes.links import Handed, News
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.supervisor import Supervisor
+from twotower.serving.versions import routing
+from twotower.serving.versions.routing import Place
 
 
 @pytest.fixture
@@ -63,3 +65,13 @@ def test_a_change_that_comes_to_a_writer_at_its_end_goes_to_the_next_one(retriev
 
     asyncio.run(live())
     assert replies[0].is_elsewhere
+
+
+def test_a_process_that_cannot_load_a_version_tells_the_writer(retriever, tmp_path):
+    member = Member(tmp_path, 1, 2, None, is_early=True)
+    app = make_app(retriever, tmp_path, member=member)
+    member._served = app
+    missing = Place("gone", str(tmp_path / "gone"), str(tmp_path / "gone"))
+    state = routing.add(app.versions.state, "gone", missing)
+    reply = asyncio.run(member._answer(News(state)))
+    assert reply.problem is not None and "'gone' cannot be loaded" in reply.problem.detail

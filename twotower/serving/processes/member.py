@@ -185,9 +185,13 @@ class Member:
     async def _answer(self, message: Handed | News) -> Reply:
         """Answers another process."""
         if isinstance(message, News):
-            if message.state is not None:
-                await self._served.admin.reconcile(message.state)
-            await self._served.writer.follow()
+            try:
+                if message.state is not None:
+                    await self._served.admin.reconcile(message.state)
+                await self._served.writer.follow()
+            # The writer must hear of it, rather than take this process for a dead one.
+            except Exception as error:
+                return reply_of(explain(error, None, b""))
             return Reply()
         if not self.is_writer and not await self._become_writer():
             return Reply(is_elsewhere=True)
