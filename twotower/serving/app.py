@@ -423,8 +423,7 @@ class App:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if self.member is not None:
-                # What others hand over from now on goes to the next writer.
-                self.member.is_writer = False
+                self.member.retire()
             await self.writer.close()
             if self.impressions is not None:
                 await asyncio.to_thread(self.impressions.close)

@@ -86,6 +86,7 @@ class Member:
         self.folder = folder
         self._parent = parent
         self._claiming = asyncio.Lock()
+        self._is_retired = False
         self._may_accept = asyncio.Event()
         if is_early:
             self._may_accept.set()
@@ -156,6 +157,11 @@ class Member:
                 )
             await asyncio.sleep(RETRY_SECONDS)
 
+    def retire(self) -> None:
+        """Makes and follows no more changes: those that others hand over go to the next writer."""
+        self._is_retired = True
+        self.is_writer = False
+
     async def close(self) -> None:
         """Ends the links; another process makes the changes from now on."""
         self.is_writer = False
@@ -184,6 +190,8 @@ class Member:
 
     async def _answer(self, message: Handed | News) -> Reply:
         """Answers another process."""
+        if self._is_retired:
+            return Reply(is_elsewhere=True)
         if isinstance(message, News):
             try:
                 if message.state is not None:
