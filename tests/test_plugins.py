@@ -1,8 +1,10 @@
 """Plugins come from the user's own path, never from a run, and a run knows which it needs."""
 
 import dataclasses
+import itertools
 import json
 import logging
+import os
 import sys
 
 import pytest
@@ -46,9 +48,15 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
+SECONDS = itertools.count(1_700_000_000)
+
+
 def write(path, name="doll"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(SOURCE.format(name=name))
+    # Python takes a module of the same second and length for the one that it has compiled.
+    second = next(SECONDS)
+    os.utime(path, (second, second))
 
 
 def save(run, names):
