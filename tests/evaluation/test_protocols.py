@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.extras import extra
 from tests.pipeline.history_log import LENGTH, prepare_log, write_log
 from twotower.core.errors import ConfigError
 from twotower.evaluation.queries import TARGETS, make_queries
@@ -187,6 +188,7 @@ def test_users_held_out_for_validation_are_found_by_the_rows_before_their_last(t
 
 
 def test_a_test_set_is_read_from_bigquery_and_a_missing_file_is_told(prepared, bigquery_server):
+    extra("google.cloud.bigquery", "bigquery")
     rows = pa.table({"user_id": ["0", "new"], "item_id": ["1", "2"]})
     bigquery_server.put("shop.july", rows)
     further = read_test_rows(prepared, "bq://shop.july").further

@@ -105,10 +105,11 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_end(whole, tmp_path):
     trainer = Trainer()
     found = sweep(tmp_path, trainer)
     assert trainer.runs == whole[1].runs[call:]
-    assert found.trials == whole[0].trials and found.best == whole[0].best
+    # By their text: the value of a trial that failed is no number, which equals nothing.
+    assert repr(found.trials) == repr(whole[0].trials) and found.best == whole[0].best
     # One that ended has nothing left to do, and takes on more.
     again = Trainer()
-    assert sweep(tmp_path, again).trials == found.trials and not again.runs
+    assert repr(sweep(tmp_path, again).trials) == repr(found.trials) and not again.runs
     with pytest.raises(ConfigError, match="another sweep: sweep.space.training.batch_size"):
         sweep(tmp_path, again, {"training.batch_size": [256]})
 

@@ -326,8 +326,13 @@ def _carried(operation: _Operation) -> tuple[int, dict[int, int]]:
     place of the result -> place of the operand."""
     params = operation.params
     if operation.kind == "scan":
-        constants = params["num_consts"]
-        return 0, {place: constants + place for place in range(params["num_carry"])}
+        if "num_consts" in params:
+            constants = params["num_consts"]
+            carry = params["num_carry"]
+        else:
+            # Newer versions of JAX keep the trees of what a scan reads in the place of counts.
+            constants, carry, _ = (len(tree.vals) for tree in params["ft_in"].unpack())
+        return 0, {place: constants + place for place in range(carry)}
     before = params["cond_nconsts"]
     constants = before + params["body_nconsts"]
     return before, {place: constants + place for place in range(len(operation.writes))}

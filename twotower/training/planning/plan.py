@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
@@ -201,7 +201,7 @@ def step_cost(trainer: Trainer, shapes: Shapes, devices: int, *, platform: str =
 
 def _mesh(devices: int) -> AbstractMesh:
     """Returns a mesh of devices that need not exist."""
-    return AbstractMesh((devices,), (AXIS,))
+    return AbstractMesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def step_arrays(trainer: Trainer, shapes: Shapes) -> dict[str, Any]:
