@@ -33,10 +33,6 @@ class NamedVersion(Request):
     version: Text
 
 
-class RollBack(Request):
-    """A request to answer as before the last swap, split or shadow."""
-
-
 class Split(Request):
     """A request to share the users among versions.
 
