@@ -29,8 +29,9 @@ LAUNCHERS = [str(path.relative_to(ROOT)) for path in (ROOT / "experiments" / "la
 # Flags that a shell, or a program that a shell starts, may change.
 AWKWARD = ("--config.data.where=(('a b', '>=', 4),)", '--config.x=$HOME;`date` "q" \\ *')
 
+# One call of printf is one write: records of programs that run beside one another stay whole.
 RECORD = r"""#!/bin/bash
-{ printf '%s\0' "$(basename "$0")" "$@"; printf '\1'; } >>"$CALLS"
+printf '%s\0' "$(basename "$0")" "$@" $'\1' >>"$CALLS"
 """
 # Starts one process a node, each of which learns from the environment who it is.
 SRUN = (
@@ -90,7 +91,7 @@ class Launcher:
         """The recorded calls since the last time this was asked."""
         text = self.calls_file.read_text() if self.calls_file.exists() else ""
         self.calls_file.unlink(missing_ok=True)
-        return [call.split("\0")[:-1] for call in text.split("\1") if call]
+        return [call.split("\0")[:-1] for call in text.split("\1\0") if call]
 
 
 def submit_to_slurm(launcher, *args):

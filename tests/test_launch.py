@@ -12,7 +12,7 @@ from tests.extras import extra, program
 from tests.launchers import AWKWARD, Launcher
 
 GCLOUD = r"""#!/bin/bash
-{ printf '%s\0' "$@"; printf '\1'; } >>"$CALLS"
+printf '%s\0' "$@" $'\1' >>"$CALLS"
 command=$4
 if [ "$command" = "${FAILS:-}" ]; then echo "quota exceeded" >&2; exit 7; fi
 if [ "$command" = scp ]; then cp "$5" "$CALLS.tar.gz"; fi
@@ -35,7 +35,7 @@ case $1 in
   --version) echo "Python of $name"; exit 0 ;;
 esac
 if [ "$2 $3" = "pip --version" ]; then exit 0; fi
-{ printf '%s\0' "$name" "$@"; printf '\1'; } >>"$CALLS"
+printf '%s\0' "$name" "$@" $'\1' >>"$CALLS"
 printf '%s %s\n' "${GLIBC_TUNABLES:-}" "${TWOTOWER_DATA:-}" >>"$CALLS.env"
 if [ "$2" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"; fi
 if [ -n "${FAILS:-}" ] && [ "$2" = "$FAILS" ]; then exit 7; fi
