@@ -104,7 +104,7 @@ case ${1:-} in
       set -- -m "not slow" "$@"
     fi
     # Neighbouring tests share what they train and build: each of the two workers takes files whole.
-    exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+    exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   install) install "${EXTRAS:-}" ;;
   python) find_python ;;

@@ -49,6 +49,24 @@ mesh = importlib.import_module("twotower.core.mesh")
 MAKE_MESH = mesh.make_mesh
 # Devices of a mesh whose number nobody names; 0 are all.
 UNNAMED = {"devices": 1}
+# Few cases of many seconds each, most of them spent in other processes. They come first: workers
+# take whole files, and the last one is run by one worker while the others have ended.
+LONGEST = (
+    "experiments/test_recipes.py",
+    "test_guides.py",
+    "training/test_processes.py",
+    "training/test_mesh.py",
+    "integrations/test_live_tracking.py",
+    "experiments/test_own_parts.py",
+    "experiments/test_configs.py",
+    "experiments/test_pipeline.py",
+    "experiments/test_sweep.py",
+    "integrations/test_mlflow_model.py",
+    "serving/test_processes.py",
+    "serving/test_fuzz_api.py",
+    "training/test_topologies.py",
+    "test_wheel.py",
+)
 
 
 def make_mesh(devices: int = 0) -> jax.sharding.Mesh:
@@ -69,6 +87,13 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     if not hasattr(config, "workerinput") and folder.is_dir():
         remove_oldest(folder, MAX_CACHE_BYTES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files by LONGEST, and the others as they are."""
+    tests = Path(__file__).parent
+    order = {str(tests / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 def pytest_collection_finish() -> None:

@@ -342,7 +342,7 @@ def test_the_tests_run_with_further_arguments_tuned_malloc_and_their_own_status(
         == 0
     )
     assert (local.tree / ".venv").exists() and not (tmp_path / ".venv").exists()
-    suite = ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    suite = ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     assert local.calls()[-1] == [*suite, "-k", "a b"]
     quick = local.run("launch_local.sh", "test", "--quick", "-x", VERSIONS="python3.13")
     assert quick.returncode == 0
