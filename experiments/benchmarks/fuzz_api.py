@@ -359,6 +359,8 @@ def fuzz(server: InProcess, folder: str, cases: int) -> Counter[str]:
             response = server.send(case.method, case.path, case.body, token=TOKEN)
             check(case, response, folder)
             outcomes[str(response.status)] += 1
+            operation = document["paths"][case.template][case.method.lower()]
+            assert str(response.status) in operation["responses"], f"{case} -> {response.status}"
             validator = validators.get((case.method, case.template))
             is_json = response.headers["content-type"] == "application/json"
             if response.status == 200 and is_json and validator is not None:

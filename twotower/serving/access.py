@@ -31,6 +31,7 @@ class Right(enum.IntEnum):
     ADMIN = 3
 
 
+# A right of NONE has no token: it is that of probes, which must work without a secret.
 _NAMES = {"read": Right.READ, "change": Right.CHANGE, "admin": Right.ADMIN}
 
 
@@ -95,6 +96,8 @@ class Access:
 
     def is_open(self, right: Right) -> bool:
         """Whether a right needs no token, because none is set for it or for a smaller one."""
+        # A token for a smaller right closes the greater ones too: where reading is guarded, a
+        # stranger who may not read must not send events either.
         return right == Right.NONE or not any(held <= right for held in self._set)
 
     @property
@@ -113,6 +116,7 @@ class Access:
         """
         token = b""
         for name, value in headers:
+            # The name of a scheme has no case (RFC 9110); a token has.
             if name == b"authorization" and value[:7].lower() == b"bearer ":
                 token = value[7:].strip()
             elif name == b"x-api-key":
@@ -140,6 +144,8 @@ class Access:
         Raises:
             RequestError: It has no token, or a wrong one.
         """
+        # Apart from a wrong token, since each is cured by something else: a header, or a newer
+        # secret.
         if granted is None:
             raise RequestError(
                 401,
@@ -157,5 +163,6 @@ class Access:
 
 
 def _digest(token: bytes) -> bytes:
-    # Of equal length whatever the token is, which the comparison needs.
+    # Of equal length whatever the token is, which the comparison needs. Without salt or slowness:
+    # those protect words that can be guessed, and would cost their time with every request.
     return hashlib.sha256(token).digest()

@@ -11,7 +11,8 @@ from typing import Any
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.serving.errors import RequestError
 
-# Fields whose content has names of its own.
+# Fields whose content has names of its own, of columns, users or versions: a shop that calls
+# user_id "id" may still have a column "id".
 _OPAQUE = (
     "where",
     "display",
@@ -43,16 +44,22 @@ class Aliases:
             ConfigError: One of ours is unknown, or a name of the shop's is another one of ours.
         """
         self._ours = dict(names)
+        # All of the file is checked at the start: a customer's request would find a wrong name
+        # else.
         for theirs, ours in self._ours.items():
             if ours not in known:
                 raise ConfigError(
                     f"--aliases: {echo(theirs)} is {echo(ours)}, which is no field"
                     f"{did_you_mean(str(ours), known)}"
                 )
+            # Our own names are understood beside the shop's, so that none of them can mean another
+            # field.
             if theirs in known:
                 raise ConfigError(
                     f"--aliases: {echo(theirs)} is a field already: it cannot mean {echo(ours)}."
                 )
+        # Backwards, since the last one of equal keys stays: answers have the first name of the
+        # file.
         self.theirs = {ours: theirs for theirs, ours in reversed(self._ours.items())}
 
     @classmethod

@@ -104,6 +104,7 @@ class Answers:
         self.retriever = retriever
         self.fallback: Fallback = fallback
         self.hook = hook
+        # Asked for once now: else the first stranger would find that no column says the time.
         if fallback == "latest":
             try:
                 retriever.newest_items(1)
@@ -111,6 +112,7 @@ class Answers:
                 raise ConfigError(f"--fallback=latest: {error}") from None
         manifest = retriever.bundle.manifest
         self.version = self.version_of(manifest)
+        # Events up to that time are in the log that the model was made of, and would count twice.
         self.histories = LiveHistories(_end_of_data(manifest.get("data", {})))
         self._find_vector = find_vector
         self.cache = VectorCache()
@@ -128,13 +130,17 @@ class Answers:
         """Does what the first requests would wait for, and returns golden requests that differ."""
         self.retriever.warm()
         if len(self.retriever):
+            # Each kind of list sorts or compiles something when it is first asked for.
             self.retriever.popular_items(1)
             known = self.retriever.items()["item_id"][:1].to_pylist()
             self.retriever.similar_items(known[0], 1)
             self.retriever.recommend(events=known, k=1)
             explain_user(self.retriever, known, events=known)
+        # Its lists are those of the bundle's own users, which takes seconds: not with the first
+        # request.
         self.served = Served(reference_of(self.retriever))
         recorded = self.retriever.bundle.read_golden()
+        # Bundles of older exports hold no golden answers: nothing is known against them.
         if recorded is None:
             return []
         return golden.differences(self.retriever.bundle, recorded)
@@ -144,6 +150,8 @@ class Answers:
     def retrieve(self, request: types.Retrieve) -> Answer:
         """Returns the items that suit a user."""
         made = self._like(request) if request.like is not None else self._of_user(request)
+        # What needs more than the order of the scores is filled position by position, from a pool
+        # of candidates; a plain list is one search, and costs a fraction of that.
         shaped = (
             request.boosts
             or request.promotions
@@ -163,6 +171,7 @@ class Answers:
 
     def _of_user(self, request: types.Retrieve) -> _List:
         """Returns how the list of a user is made."""
+        # Without `like` there is no direction to move away from.
         if request.unlike:
             raise RequestError(
                 400,
@@ -181,6 +190,7 @@ class Answers:
             if user not in known:
                 user = read_id(user, retriever.forms.user_id, "user_id")
             is_known = user in known
+            # A history in the request is the whole one: events that were sent may be in it already.
             if events is None:
                 events = self._live_events(user)
         is_personal = is_known or request.features
@@ -196,6 +206,7 @@ class Answers:
             whom = {"user": user, "events": events}
             options["encoded"] = self._encoded(user, events)
         else:
+            # Neither features nor events: the vector in the bundle, without running the tower.
             whom = {"user": user}
         return _List(retriever.recommend, whom, options, "model", is_known)
 
@@ -204,11 +215,13 @@ class Answers:
         if self._find_vector is None or user is None:
             return None
         manifest = self.retriever.bundle.manifest
+        # By the bundle too: vectors of another model mean nothing to this one's items.
         return self._find_vector(manifest["sha256"][:STORED_LETTERS], user, manifest["dim"])
 
     def _encoded(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
         """Returns somebody who was sent events of, encoded once for each new one."""
         encode = functools.partial(self.retriever.encode_request, user, events=events)
+        # Without an id there is nothing to keep the vector by.
         if user is None:
             return encode()
         return self.cache.find(user, self.histories.last(user), encode)
@@ -230,6 +243,8 @@ class Answers:
 
     def _like(self, request: types.Retrieve) -> _List:
         """Returns how the list of items is made that are like some and unlike others."""
+        # Each of these says for whom, or reorders what the model scored; here nobody is meant.
+        # Whatever is not left at its default is refused rather than read past.
         rest = ("user_id", "features", "history", "popularity_weight", "diversity")
         for name in rest:
             if getattr(request, name):
@@ -248,12 +263,15 @@ class Answers:
     ) -> _List:
         """Returns how the list of somebody is made of whom the bundle knows nothing."""
         retriever = self.retriever
+        # Clicks are newer than a vector that was published, which does not know them.
         vector = None if events else self._stored_vector(user)
         if vector is not None:
+            # Row -1: the bundle knows nothing that this user has seen.
             encoded = EncodedUser(vector[None, :], np.array([-1]), [])
             options = self._options(request) | {"encoded": encoded}
             return _List(retriever.recommend, {"user": user}, options, "model", False)
         items = self._items_of(events)
+        # Items may have been deleted since they were clicked, and have no vector then.
         present = [item for item in items if retriever.has_item(item)]
         filters = self._filters(request)
         if request.exclude_seen:
@@ -279,6 +297,8 @@ class Answers:
         What the model does not read of the history is denied in the options.
         """
         row = self._row(request.features, request.history)
+        # What the model reads of a history counts as seen anyway; a model that reads none would
+        # show the clicked items again.
         if not self._history and request.history and request.exclude_seen:
             options["deny"] = [*options["deny"], *self._items_of(request.history)]
         if request.history is not None:
@@ -334,6 +354,7 @@ class Answers:
             seed=request.seed,
             reorder=self._reorder(request, made.source),
         )
+        # Before the first search, while refusing costs nothing.
         _check_work(shape)
         options = dict(made.options)
         if made.source == "model":
@@ -345,6 +366,8 @@ class Answers:
             notes.append(found.note)
             return found
 
+        # From the first position on, whatever the offset: promotions and caps count from there, so
+        # that pages fit together.
         placed = make_list(self.retriever, search, shape)[request.offset :]
         columns = self._columns_of(request)
         items = []
@@ -365,6 +388,8 @@ class Answers:
             )
         if request.reasons:
             self._explain(items, made)
+        # The first search has the conditions of the request alone; those of boosts and promotions
+        # may well find nothing.
         return Answer(self._new_id(), self.version, items, made.known, notes[0])
 
     def _where_of(self, wish: types.Boost | types.Promotion, field: str) -> Conditions:
@@ -375,6 +400,8 @@ class Answers:
         """
         try:
             where = as_conditions(wish.where, self.retriever.forms)
+            # Asked of no item at all: an unknown column or operator is refused here, where the
+            # field of the request is known.
             self.retriever.meets((), where)
         except ConfigError as error:
             raise RequestError(
@@ -388,6 +415,7 @@ class Answers:
 
     def _check_promotions(self, promotions: Sequence[types.Promotion]) -> None:
         total = sum(promotion.percent for promotion in promotions)
+        # Thirds, written as 33.333334 each, sum to a little more.
         if total > 100 + 1e-6:
             raise RequestError(
                 400,
@@ -403,6 +431,7 @@ class Answers:
         """Returns the function that re-ranks candidates; None where their order stays."""
         choose: Callable[[Candidates, int], Sequence[int] | np.ndarray] | None = None
         if request.diversity is not None:
+            # What a request asks for goes before what the server is set to.
             choose = resolve_rerank(_mmr(request.diversity), RerankConfig())
         elif source == "model":
             choose = self.hook or self.retriever.configured_rerank
@@ -441,6 +470,8 @@ class Answers:
             user = read_id(user, self.retriever.forms.user_id, "user_id")
             is_known = user in self.retriever.user_rows.row_by_id
             if request.history is None:
+                # Without events None, not (): then a known user has the stored vector, and no tower
+                # runs.
                 events = self._live_events(user) or None
         row = self._row(request.features, request.history)
         if user is None and not row:
@@ -465,6 +496,8 @@ class Answers:
         known = self.retriever.user_rows.row_by_id
         for number, pair in enumerate(request.pairs):
             field = f"pairs[{number}].user_id"
+            # Nobody new is scored: a guess would look like a score, and whoever ranks by it could
+            # not tell.
             if read_id(pair.user_id, self.retriever.forms.user_id, field) not in known:
                 raise RequestError(
                     404,
@@ -488,6 +521,7 @@ class Answers:
         """Adds or replaces items; (id, columns) each."""
         rows = []
         for item_id, columns in items:
+            # The path says which item; a second id could contradict it.
             if "item_id" in columns:
                 raise RequestError(
                     400,
@@ -512,6 +546,7 @@ class Answers:
             ConfigError: An id or a time is none; the message says which.
         """
         forms = self.retriever.forms
+        # One time for all of a request, so that their order stays that in which they were sent.
         now = int(time.time())
         read_time = TimeColumn("timestamp", forms.time)
         stored = []
@@ -525,6 +560,8 @@ class Answers:
                         _to_datetime(seconds)
                 except ConfigError as error:
                     place = f"events[{number}].timestamp"
+                    # The reader of tables tells of a row and a column, of which the client knows
+                    # nothing.
                     detail = str(error).replace("rows, row 1, column 'timestamp'", place)
                     raise RequestError(
                         400,
@@ -539,6 +576,7 @@ class Answers:
                     read_id(event.user_id, forms.user_id, f"events[{number}].user_id"),
                     read_id(event.item_id, forms.item_id, f"events[{number}].item_id"),
                     event.event,
+                    # A time may be one of the log's spellings of "missing".
                     now if seconds is None else seconds,
                     event.recommendation_id,
                 )
@@ -598,6 +636,7 @@ class Answers:
 
     def _filters(self, request: types.Listing) -> dict[str, Any]:
         """Returns the arguments of a list that all kinds of lists take."""
+        # Each has its bound in the types; the work is that of their sum.
         if request.k + request.offset > types.MAX_K:
             raise RequestError(
                 400,
@@ -607,6 +646,8 @@ class Answers:
                 cure=f"Keep their sum at {types.MAX_K} or below.",
             )
         return {
+            # The items before the offset are searched too: an index returns the best ones from the
+            # first on.
             "k": request.k + request.offset,
             "where": request.where,
             "allow": request.allow,
@@ -675,6 +716,7 @@ def _nothing(**_: Any) -> Recommendations:
 
 def _item_of(event: types.Event | Any) -> Any:
     """Returns the id of the item of an event, as it was sent."""
+    # Three forms: of a request, of the stored live events, and a mere id.
     if isinstance(event, types.Event):
         return event.item_id
     return event["item_id"] if isinstance(event, Mapping) else event

@@ -129,8 +129,9 @@ class Endpoint:
             self._respond = functools.partial(app.member.change, self)
         self._always = always
         self.changes = changes
+        # Asked once: tokens do not change while the server runs.
         self._is_open = app.access.is_open(right) and not needs_token
-        # Probes come as often as they like.
+        # Probes are not counted: a balancer that is refused takes the server for dead.
         is_bounded = app.rates is not None and right != Right.NONE
         self._is_guarded = is_bounded or not self._is_open
         self._decoder = None
@@ -146,6 +147,7 @@ class Endpoint:
         kind = JSON
         headers = COMMON
         try:
+            # Before the body is read: a stranger must not make the server take in a megabyte.
             if self._is_guarded:
                 self._admit(scope["headers"])
             if not self._always and app.status not in _ANSWERING:
@@ -159,14 +161,18 @@ class Endpoint:
             if "path_params" in scope:
                 item_id = scope["path_params"].get("item_id", "")
             result = self._respond(request, item_id)
+            # Lists are made at once; only what waits, for a disk or another process, is a
+            # coroutine.
             if isinstance(result, CoroutineType):
                 result = await result
             payload = self._write(result)
             version = getattr(result, "model_version", "")
             if self.answer is None:
                 kind = TEXT
+            # Probes of Kubernetes and of balancers look at the status alone.
             elif isinstance(result, types.Status) and result.status != "ok":
                 status = 503
+        # The client has gone; nobody would read a refusal.
         except ConnectionError:
             return
         # The server goes on, whatever one request does.
@@ -175,6 +181,7 @@ class Endpoint:
             status, payload, headers = self._refuse(error, body)
         headers = [(b"content-type", kind), (b"content-length", b"%d" % len(payload)), *headers]
         await self._send(scope, send, status, headers, payload)
+        # Refusals too: a rise of them is what alarms are set to.
         app.count_request(self.name, status, version, time.perf_counter() - start)
 
     async def _receive(self, scope: Scope, receive: Receive) -> bytes:
@@ -182,6 +189,7 @@ class Endpoint:
         limits = self._app.limits
         if EXCHANGE in scope:
             body = take_body(scope[EXCHANGE])
+            # A longer one is left to messages, which refuse it as one that comes in parts.
             if body is not None and len(body) <= limits.body:
                 return body
         return await read_body(receive, limits)
@@ -191,6 +199,8 @@ class Endpoint:
     ) -> None:
         """Sends an answer."""
         closing = self._app.closing
+        # HEAD has headers alone, and a server that ends says so of each connection: uvicorn does
+        # both.
         if EXCHANGE in scope and not closing and scope["method"] != "HEAD":
             if write_answer(scope[EXCHANGE], status, headers, payload):
                 return
@@ -229,6 +239,8 @@ class Endpoint:
 
     def _read(self, body: bytes) -> Any:
         aliases = self._app.aliases
+        # From bytes into the type of the request in one step; with other names a dict is made in
+        # between.
         if aliases is None:
             assert self._decoder is not None
             return self._decoder.decode(body)
@@ -237,6 +249,7 @@ class Endpoint:
     def _write(self, result: Any) -> bytes:
         if self.answer is None:
             return result
+        # A dict is the description of the API, which has the names of the shop already.
         if self._app.aliases is None or isinstance(result, dict):
             return ENCODER.encode(result)
         return ENCODER.encode(self._app.aliases.to_theirs(msgspec.to_builtins(result)))
@@ -305,6 +318,7 @@ class App:
             self.rates = Rates(self.limits.rate, self.access.clients)
         elif self.limits.rate is not None and member is not None:
             self.rates = member.share_rates(self.limits.rate, self.access.clients)
+        # All versions share one hook: see `ListOptions`.
         if versions.main.hook is not None:
             versions.main.hook.report = self.metrics.count_rerank_failure
         aside = member.folder if member is not None else None
@@ -342,6 +356,7 @@ class App:
         self._starlette.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The start and the end of the server, and paths with an id in them, are left to Starlette.
         if scope["type"] == "http":
             endpoint = self._fast.get((scope["method"], scope["path"]))
             if endpoint is not None:
@@ -386,12 +401,15 @@ class App:
         """
         loop = asyncio.get_running_loop()
         start = time.perf_counter()
+        # A process that is started again may load versions that were replaced meanwhile.
         if self.member is not None:
             await self.admin.detach_replaced()
         await self.writer.follow()
+        # In a thread: probes are answered while the towers are compiled.
         for answers in self.versions:
             self._differences += await loop.run_in_executor(None, answers.warm)
-        # What lives as long as the server is no garbage.
+        # What lives as long as the server is no garbage: looking through it again and again takes
+        # the time of requests and finds nothing.
         gc.collect()
         gc.freeze()
         if self._differences:
@@ -402,6 +420,7 @@ class App:
                 len(self._differences),
                 self._differences[0],
             )
+        # Told to stop while it was made ready, it stays out.
         elif self.status == "starting":
             if self.member is not None:
                 await self.member.catch_up()
@@ -413,15 +432,16 @@ class App:
     async def _live(self, app: Starlette) -> AsyncIterator[None]:
         """The life of the server between its start and its end."""
         del app
-        tasks = [asyncio.create_task(self._prepare_and_follow())]
+        task = asyncio.create_task(self._prepare_and_follow())
         if self.member is not None:
             await self.member.start(self)
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            # In this order: others hand this process no more changes, what it accepted is written,
+            # and only then does the lock of the writer go to the next one.
             if self.member is not None:
                 self.member.retire()
             await self.writer.close()
@@ -444,12 +464,15 @@ class App:
                 await self.writer.follow()
                 if self.member is not None:
                     await self.member.catch_up()
+                # One process alone looks for new exports and tells the others, so that all change
+                # together.
                 if self.member is None or self.member.is_writer:
                     await self.admin.follow()
                 self._set_gauges()
                 looks += 1
                 if looks % LOOKS == 0:
                     self._tell_figures()
+            # A disk or a file that is away for a moment: the next look may find it.
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
 
@@ -505,6 +528,8 @@ class App:
             return answers.encode_user(request)
 
         def match(request: types.Match) -> types.Scores:
+            # Pairs name several users, who may belong to different versions; their scores must
+            # compare.
             answers = self.versions.main
             if request.model_version is not None:
                 answers = choose(version=request.model_version)
@@ -779,9 +804,12 @@ class App:
                 if len(items) < request.k:
                     self.metrics.short.inc()
                 if impressions is not None:
+                    # The id is brought into the form of the log by the thread that writes: it costs
+                    # as much as a short list.
                     read_user = answers.retriever.forms.user_id.one
                     impressions.add(user, read_user, request.offset, made)
                 if answers.served is not None:
+                    # Counted now and then, by whoever tells the figures: here it is kept alone.
                     answers.served.add(request, made)
             else:
                 self.metrics.empty.inc()
@@ -795,10 +823,12 @@ class App:
         self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
     ) -> None:
         """Lets the shadow answer a request, if it is one of its share, after the real answer."""
+        # A version that was asked for by name is somebody's own comparison.
         is_apart = request.model_version is not None
         if is_apart or random.random() >= self.versions.state.routing.share:
             return
-        # Those who wait for an answer come first.
+        # Those who wait for an answer come first: with half of the queue full there is none for
+        # nobody.
         if self.accepted > self.limits.waiting // 2:
             self.metrics.shadows_skipped.inc()
             return
@@ -809,6 +839,8 @@ class App:
         self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
     ) -> None:
         shadow = self.versions.shadow
+        # It may have been taken away, or have become the main version, since the request was
+        # answered.
         if shadow is None or shadow.version == made.model_version:
             return
         try:
@@ -836,6 +868,7 @@ class App:
         return self.aliases.to_theirs(described)
 
     def _format_metrics(self) -> bytes:
+        # Gauges are set when somebody looks, so that no request pays for them.
         self._set_gauges()
         return self.metrics.format()
 
@@ -843,6 +876,7 @@ class App:
         """Tells which versions there are, and what they have served lately."""
         now = time.time()
         told = {info.model_version: info for info in self.versions.list().versions}
+        # Prometheus keeps the last value of a label: one that is gone must be told as such.
         for version in {*told, *self._told}:
             share = told[version].share if version in told else 0.0
             if version in told:
@@ -851,6 +885,8 @@ class App:
         for answers in self.versions:
             cache = answers.cache
             self.metrics.count_cached(cache.hits, cache.misses)
+            # The counters of the library only rise; the cache is asked for what has come since the
+            # last look.
             cache.hits = 0
             cache.misses = 0
             if answers.served is not None:

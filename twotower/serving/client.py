@@ -92,7 +92,10 @@ class Retries:
         told = 0.0
         if isinstance(outcome, httpx.Response):
             header = outcome.headers.get("retry-after", "")
+            # The header may also be a date (RFC 9110), which no server of ours sends.
             told = float(header) if header.isdigit() else 0.0
+        # Drawn beyond what the server asked for, so that all those whom it sent away at once come
+        # back one by one.
         return min(MAX_PAUSE, told + drawn)
 
 
@@ -151,6 +154,7 @@ class Endpoint(Generic[Q, A]):
     def __get__(self, client: None, owner: type[Any]) -> Self: ...
 
     def __get__(self, client: Client | AsyncClient | None, owner: type[Any]) -> Any:
+        # Looked up at the class, as by `help`, it is the description itself.
         if client is None:
             return self
 
@@ -162,10 +166,12 @@ class Endpoint(Generic[Q, A]):
     def _make(self, request: Q | None, fields: dict[str, Any]) -> Call[A]:
         if request is None:
             try:
+                # By the same types as in the server: a wrong field is refused without a call.
                 request = msgspec.convert(fields, self._request)
             except msgspec.ValidationError as error:
                 raise ConfigError(f"{self._method} {self._path}: {error}.") from None
         content = None
+        # Requests without fields of their own have no body.
         if self._request is not types.Request:
             content = msgspec.json.encode(request)
         return Call(self._method, self._path, self._answer, content, self._is_once)
@@ -343,6 +349,7 @@ def _converse(call: Call[A], retries: Retries) -> Generator[float, Outcome, A]:
     while True:
         outcome = yield pause
         number += 1
+        # Also where the connection broke: the server may have done it, and lost only the answer.
         is_last = call.is_once or number > retries.count
         if isinstance(outcome, httpx.TransportError):
             if is_last:
@@ -365,7 +372,7 @@ def _read(response: httpx.Response, answer: type[A]) -> A:
         return msgspec.json.decode(response.content, type=answer)
     try:
         problem = msgspec.json.decode(response.content, type=types.Problem)
-    # Of a proxy before the server.
+    # Not in our form: a proxy before the server has answered.
     except (msgspec.MsgspecError, UnicodeDecodeError):
         problem = types.Problem(
             response.reason_phrase,
@@ -376,6 +383,7 @@ def _read(response: httpx.Response, answer: type[A]) -> A:
 
 
 def _deletion(item_id: types.Id) -> Call[types.Changed]:
+    # An id may hold a slash, which would end the path of the item.
     return Call("DELETE", f"/v1/items/{quote(str(item_id), safe='')}", types.Changed)
 
 

@@ -23,6 +23,7 @@ def take_body(exchange: Any) -> bytes | None:
     """
     if exchange.more_body or exchange.disconnected:
         return None
+    # Left where it is: a body that is too long is read once more by messages, which refuse it.
     return bytes(exchange.body)
 
 
@@ -37,6 +38,8 @@ def write_answer(
         headers: Headers, which say the length of the body and leave the connection as it is.
         body: Body.
     """
+    # A connection that is to end needs a header for that, and a client that reads slowly is waited
+    # for: `send` of uvicorn does both.
     is_usual = exchange.keep_alive and not exchange.response_started
     if not is_usual or exchange.disconnected or exchange.flow.write_paused or exchange.more_body:
         return False
@@ -46,9 +49,12 @@ def write_answer(
     for name, value in headers:
         parts += (name, b": ", value, b"\r\n")
     parts += (b"\r\n", body)
+    # As `send` leaves it: by these uvicorn sees that the request was answered.
     exchange.response_started = True
     exchange.response_complete = True
     exchange.transport.write(b"".join(parts))
+    # Whoever still waits for a message of the client hears that there is none.
     exchange.message_event.set()
+    # Begins the request that the client has sent behind this one.
     exchange.on_response()
     return True

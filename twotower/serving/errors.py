@@ -25,7 +25,8 @@ from twotower.core.errors import (
 )
 from twotower.serving.types import Problem
 
-# Beginning of a refusal of the library -> the field of the request that it means.
+# Beginning of a refusal of the library -> the field of the request that it means; the first that
+# fits. The library names its own arguments, which requests call otherwise in these places.
 _FIELDS = (
     (re.compile(r"rows, (?:row \d+, )?column '([^']+)'"), r"features.\1"),
     (re.compile(r"config\.retrieval\.rerank\.options\.diversity"), "diversity"),
@@ -37,6 +38,7 @@ _FIELDS = (
     (re.compile(r"where\b"), "where"),
     (re.compile(r"([a-z_]+)(?:\[\d+\])?[=:]"), r"\1"),
 )
+# The forms in which msgspec words what is wrong, which it gives in no other way.
 _INVALID = re.compile(r"(?P<problem>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
@@ -95,18 +97,20 @@ def explain(error: Exception, kind: Any, body: bytes) -> RequestError:
         return error
     if isinstance(error, msgspec.ValidationError):
         return _explain_invalid(str(error), kind, body)
+    # RecursionError: brackets within brackets, thousands deep, are no defect of the server.
     if isinstance(error, (msgspec.DecodeError, UnicodeDecodeError, RecursionError)):
         return RequestError(
             400,
             f"The body is no JSON that can be read: {_first_line(error)}.",
             cure="Send one JSON object in UTF-8.",
         )
+    # 404, as of any resource that is not there: the request itself may be right.
     if isinstance(error, UnknownItemError):
         return _explain_refusal(404, error, body)
     if isinstance(error, (ConfigError, QueryError)):
         return _explain_refusal(400, error, body)
     if isinstance(error, (TwotowerError, OSError)):
-        # Its message may name files of the server.
+        # Only logged: its message may name files of the server.
         logging.error("%s: %s", type(error).__name__, error)
         return RequestError(
             503,
@@ -158,6 +162,7 @@ def _explain_invalid(message: str, kind: Any, body: bytes) -> RequestError:
     else:
         place = field or "The body"
         expected = problem.replace("`", "")
+        # The message of msgspec names types alone; who sees the value finds the mistake at once.
         shown = _shown(body, field)
         detail = f"{place}={shown}: {expected[:1].lower()}{expected[1:]}."
         cure = f"{expected.partition(', got')[0].replace('Expected', 'Give')}."
@@ -204,6 +209,7 @@ def _shown(body: bytes, field: str) -> str:
             value = value[int(index)]
         else:
             return ""
+    # Shortened: a refusal must not send a megabyte back.
     return echo(value)
 
 

@@ -82,16 +82,21 @@ class EventLog:
             for batch in batches:
                 before = connection.total_changes
                 connection.executemany(
+                    # By the unique id: an event that a client sends again, as its answer was lost,
+                    # counts once.
                     f"INSERT OR IGNORE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
                     batch,
                 )
                 counts.append(connection.total_changes - before)
+            # The bounds of the numbers, not a count of the rows, which would read all of them.
             (last,) = connection.execute("SELECT max(n) FROM events").fetchone()
             (first,) = connection.execute("SELECT min(n) FROM events").fetchone()
             if last - first > MAX_KEPT + SLACK:
                 connection.execute("DELETE FROM events WHERE n <= ?", (last - MAX_KEPT,))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
+            # A full disk may have ended the transaction already, and a second end would hide its
+            # error.
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise self._explain(error) from error
@@ -122,6 +127,8 @@ class EventLog:
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
             return self._connection
+        # No transactions of Python's own, which would begin before the lock is asked for. One
+        # thread at a time uses the connection, but not always the same one.
         connection = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -160,6 +167,7 @@ class EventLog:
             connection.execute("ALTER TABLE events ADD COLUMN recommendation_id TEXT")
 
     def _explain(self, error: sqlite3.Error) -> Exception:
+        # The lower byte is the kind; the rest says which of its cases it is.
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
             return OSError(f"{self.path}: {error}.")
@@ -203,8 +211,10 @@ class LiveHistories:
             event = {"item_id": stored.item_id, "timestamp": stored.timestamp}
             if stored.event is not None:
                 event["event"] = stored.event
+            # A full history drops its oldest event for the new one.
             self._count += len(history) < MAX_EVENTS_OF_USER
             history.append(event)
+            # The users of the latest events stand last, so that the first one is whom to drop.
             self._by_user.move_to_end(stored.user_id)
         while self._count > MAX_KEPT:
             _, dropped = self._by_user.popitem(last=False)

@@ -56,6 +56,7 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
     Raises:
         RequestError: It is no JSON, or too long.
     """
+    # A body without a type is refused too: pages of other sites may leave it out.
     is_json = False
     for name, value in headers:
         if name == b"content-type":
@@ -90,12 +91,15 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
+        # One bound for all parts: a client that sends a byte now and then would never end
+        # otherwise.
         async with asyncio.timeout(limits.seconds):
             while True:
                 if message["type"] == "http.disconnect":
                     raise ConnectionError("the client has gone")
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                # Counted as they come: the length in the headers may be missing, or wrong.
                 if size > limits.body:
                     raise _too_large(limits.body)
                 if not message.get("more_body"):

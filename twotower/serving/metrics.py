@@ -49,6 +49,7 @@ class Metrics:
     """
 
     def __init__(self):
+        # The global one of the library refuses a second server in a process, such as tests make.
         self._registry = CollectorRegistry()
         registry = self._registry
         self._requests = Counter(
@@ -82,6 +83,7 @@ class Metrics:
                 f"twotower_served_{name}",
                 text,
                 ["version"],
+                # Of several processes the greatest value; those that have died do not count.
                 multiprocess_mode="livemax",
                 registry=registry,
             )
@@ -139,6 +141,7 @@ class Metrics:
         self.waiting = Gauge(
             "twotower_waiting_requests",
             "Requests that were accepted and are not answered yet.",
+            # Each process has a queue of its own, so that together they hold the sum.
             multiprocess_mode="livesum",
             registry=registry,
         )
@@ -151,6 +154,7 @@ class Metrics:
         self.ready = Gauge(
             "twotower_ready",
             "Whether the server is ready.",
+            # One process that is not ready is enough to say so.
             multiprocess_mode="livemin",
             registry=registry,
         )
@@ -163,6 +167,7 @@ class Metrics:
         self.impressions_lost = Gauge(
             "twotower_impressions_lost",
             "Answers that are not in the log.",
+            # Also of processes that have died: what is lost stays lost.
             multiprocess_mode="sum",
             registry=registry,
         )
@@ -211,6 +216,7 @@ class Metrics:
     def set_figures(self, version: str, figures: Figures) -> None:
         """Tells what a version has served lately."""
         for name, value in figures._asdict().items():
+            # A figure that is not known yet keeps the value before, if any, rather than a gap.
             if not math.isnan(value):
                 self._figures[name].labels(version).set(value)
 
@@ -230,7 +236,7 @@ class Metrics:
     def format(self) -> bytes:
         """Returns all of them in the text format of Prometheus."""
         self.tell()
-        # Of one process they are in memory alone.
+        # A single process has its counters in memory alone.
         if MULTIPROCESS not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()

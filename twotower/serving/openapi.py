@@ -16,11 +16,12 @@ STATUSES = {
     "400": "The request cannot be meant; the problem says why.",
     "401": "A token is missing, or not known.",
     "403": "The token does not give the right.",
-    "404": "There is no such item.",
+    "404": "There is no such item, user or version.",
+    "409": "The versions that are loaded do not allow it; the problem says which.",
     "413": "The body is too large.",
     "415": "The body is not declared as JSON.",
     "408": "The body came too slowly.",
-    "429": "Too many requests are waiting; Retry-After says when to come back.",
+    "429": "Too many requests were sent, or wait; Retry-After says when to come back.",
     "503": "The server is not ready, or could not do this; Retry-After says when to come back.",
 }
 
@@ -43,11 +44,13 @@ def describe(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
         endpoints: Endpoints of the API.
     """
     endpoints = list(endpoints)
+    # A dict for its order, which keeps the document the same from one start to the next.
     kinds: dict[Any, None] = {Problem: None}
     for endpoint in endpoints:
         for kind in (endpoint.request, endpoint.answer):
             if kind is not None:
                 kinds[kind] = None
+    # All at once, so that a type which several endpoints use is described once.
     schemas, components = msgspec.json.schema_components(list(kinds), ref_template=REFERENCE)
     schema_of = dict(zip(kinds, schemas))
     paths: dict[str, dict[str, Any]] = {}
@@ -78,6 +81,7 @@ def _operation(endpoint: Endpoint, schema_of: dict[Any, dict[str, Any]]) -> dict
     if endpoint.answer is not None:
         content = {"application/json": {"schema": schema_of[endpoint.answer]}}
     responses["200"] = {"description": "The answer.", "content": content}
+    # Each of them for each endpoint: which are possible depends on tokens and limits of the server.
     for status, description in STATUSES.items():
         responses[status] = {"description": description, "content": problem}
     operation: dict[str, Any] = {
@@ -104,5 +108,6 @@ def _operation(endpoint: Endpoint, schema_of: dict[Any, dict[str, Any]]) -> dict
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
     """Returns a schema whose description is the summary of its docstring."""
+    # The rest of a docstring is for readers of the code.
     summary = schema.get("description", "").partition("\n\n")[0]
     return {**schema, "description": " ".join(summary.split())}
