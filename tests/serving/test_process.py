@@ -53,10 +53,12 @@ class Server:
         connection.close()
         return response.status, answer
 
-    def raw(self, sent):
+    def raw(self, *parts):
         """What comes back until the server closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
-            connection.sendall(sent)
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(0.05 * (len(parts) > 1))
             received = b""
             while True:
                 part = connection.recv(65_536)
@@ -78,6 +80,9 @@ def check_bounds(server):
     long = b"GET / HTTP/1.1\r\nx: " + b"y" * 20_000
     assert server.raw(long).startswith(b"HTTP/1.1 431")
     assert server.raw(long + b"\r\n\r\n").startswith(b"HTTP/1.1 431")
+    # A head within the bound, whose first part is longer than half of it.
+    head = b"GET /healthz HTTP/1.1\r\nconnection: close\r\n" + b"x: 0123456789\r\n" * 800
+    assert server.raw(head, b"\r\n").startswith(b"HTTP/1.1 200")
     assert server.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 

@@ -39,7 +39,7 @@ from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
 from twotower.serving.versions.versions import load_all, restore
 
-# Made once: it is written when there is no time.
+# Written once, here: it is sent when there is no time to write anything.
 _OVERLOAD = ENCODER.encode(
     RequestError(
         503,
@@ -63,6 +63,7 @@ _SHED = b"".join(
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
+# Of refusals before there is a request, which no framework has an answer for.
 _STATUS_LINES = {
     408: b"HTTP/1.1 408 Request Timeout\r\n",
     431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
@@ -118,6 +119,7 @@ def make_app(
         use_json()
     access = Access.read(tokens)
     first = next(iter(folders.values())).absolute()
+    # Before the bundles, which take seconds: a wrong --rerank or --fallback is told at once.
     prepared = (lists or ListOptions()).prepare(first)
     make = functools.partial(prepared, find_vector=find_vector)
     state = None
@@ -125,9 +127,11 @@ def make_app(
         state = member.read_state()
     # One that takes the place of a process that died answers by the versions of the others.
     versions = load_all(folders, make) if state is None else restore(state, make)
+    # Beside the bundle and not in it: the next export replaces the folder.
     path = Path(events or first.parent / f"{first.name}.events")
     names = None
     if aliases:
+        # The features of requests have names too, which a shop may call otherwise.
         columns = versions.main.user_columns
         names = Aliases.read(aliases, {*types.field_names(), *columns})
     return App(
@@ -159,6 +163,8 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
+        # A server that is started again need not wait for the connections of the one before to time
+        # out.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
@@ -180,6 +186,8 @@ def serve(app: App, bound: socket.socket) -> None:
     """
     limits = app.limits
 
+    # uvicorn takes a class and makes its connections itself: a class of its own carries the server
+    # to them.
     class Protocol(_Protocol):
         """Connections of this server."""
 
@@ -189,13 +197,17 @@ def serve(app: App, bound: socket.socket) -> None:
         app,
         http=Protocol,
         ws="none",
+        # On, not "auto", which would take an error of the start for a missing life.
         lifespan="on",
         interface="asgi3",
+        # The log is absl's, as in all commands.
         log_config=None,
         access_log=False,
         server_header=False,
+        # Nothing reads the address of a client, and headers that name one can be forged.
         proxy_headers=False,
         backlog=BACKLOG,
+        # Whole seconds, of which 0 would close each connection at once.
         timeout_keep_alive=max(1, round(limits.idle)),
         timeout_graceful_shutdown=max(1, round(limits.seconds)) + 5,
     )
@@ -230,6 +242,8 @@ class _Server(uvicorn.Server):
         member = self._app.member
         if member is not None and not member.has_joined:
             # It has accepted nothing, and is in the midst of loading.
+            # Not by an exception: the thread that compiles cannot be interrupted, and Python's end
+            # would wait for it.
             os._exit(0)
         # A second signal does not wait.
         if self._stop_at:
@@ -245,6 +259,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
+            # uvicorn does this too, but asks open connections to end in the same moment.
             server.close()
         # Connections that were just made have not sent their request yet.
         await asyncio.sleep(GRACE_SECONDS)
@@ -274,7 +289,9 @@ class _Protocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        # Two counts, of the same head: what has arrived of it, and what was read of it.
         self._head_bytes = 0
+        self._header_bytes = 0
         self._is_in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -305,6 +322,8 @@ class _Protocol(HttpToolsProtocol):
             return
         self._head_bytes += len(data)
         limits = self.served.limits
+        # Of a single header that never ends `on_header` is not told, and of a head that came as a
+        # whole nothing is left to count here.
         if self._head_bytes > limits.head:
             self._refuse(431)
         elif self._head_timer is None:
@@ -313,26 +332,29 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._is_in_head = True
         self._head_bytes = 0
+        self._header_bytes = 0
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > self.served.limits.head:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > self.served.limits.head:
             self._refusal = 431
+            # The parser of httptools ends a connection by an exception; `send_400_response` then
+            # sends the refusal.
             raise ValueError("the head is too long")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        self._head_bytes = 0
         self._cancel_head_timer()
         served = self.served
-        # Those that wait for the disk do not keep others waiting.
+        # Requests that wait for the disk take no time of the others, and have a bound of their own.
         if served.accepted - served.writer.waiting < served.limits.waiting:
             served.accepted += 1
             super().on_headers_complete()
             return
-        # Of requests that a client sent without waiting the answers keep their order.
+        # Several requests of one connection are answered in their order: only where none is before
+        # it is this one refused at once.
         is_first = self.cycle is None or self.cycle.response_complete
         if is_first:
             self._is_shed = True
@@ -357,6 +379,7 @@ class _Protocol(HttpToolsProtocol):
         if self.served.closing or not is_kept:
             self.transport.close()
             return
+        # As uvicorn does after an answer, of which it has seen none here.
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -365,7 +388,7 @@ class _Protocol(HttpToolsProtocol):
     async def _accept(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request that was accepted."""
         exchange: Any = send
-        # uvicorn sends by a method of it.
+        # `send` is a method of uvicorn's exchange, which is handed over in no other way.
         scope[EXCHANGE] = exchange.__self__
         try:
             await self.served(scope, receive, send)
@@ -373,7 +396,7 @@ class _Protocol(HttpToolsProtocol):
             self.served.accepted -= 1
 
     def on_response_complete(self) -> None:
-        # Of a body that nobody reads no more is taken.
+        # The rest of a body that nobody reads would be taken for the next request.
         if self.cycle.more_body:
             self.transport.close()
         super().on_response_complete()

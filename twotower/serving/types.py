@@ -25,6 +25,7 @@ MAX_CAPS = 8  # columns whose values are capped
 MAX_LETTERS = 512  # of an id, a kind of event or the name of a column
 
 Text = Annotated[str, Meta(min_length=1, max_length=MAX_LETTERS)]
+# Both forms, as shops send either; whether it is one of the log's is read later, by its contract.
 Id = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_IDS)]
 Examples = Annotated[list[Id], Meta(min_length=1, max_length=MAX_IDS)]
@@ -37,6 +38,8 @@ Conditions = (
 Source = Literal["model", "similar", "popular", "new", "promoted", "explored"]
 
 
+# Unknown fields are refused: a misspelt option would go unnoticed. gc=False: requests hold no
+# cycles, and Python's collector need not look at them.
 class Request(Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
     """Any request."""
 
@@ -534,6 +537,7 @@ class Problem(Struct, omit_defaults=True):
 
 def field_names() -> set[str]:
     """Returns the names of all fields of requests and answers."""
+    # Those of this module, which holds all requests but those of the page and of administration.
     kinds = [kind for kind in globals().values() if isinstance(kind, type)]
     structs = [kind for kind in kinds if issubclass(kind, Struct)]
     return {name for kind in structs for name in kind.__struct_fields__}

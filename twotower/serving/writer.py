@@ -60,6 +60,7 @@ class Writer:
         self._missed: list[list[Change]] = []
         self._log = log
         self._limit = limit
+        # One, so that changes have an order, which all versions and the log share.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: list[tuple[Sequence[StoredEvent], asyncio.Future[int]]] = []
         self._task: asyncio.Task[None] | None = None
@@ -85,6 +86,7 @@ class Writer:
                 except SupersededError:
                     if loop.time() > last:
                         raise
+                # Until the new version is the main one, in which the change is tried again.
                 while self._versions.main is main and loop.time() <= last:
                     await asyncio.sleep(0.05)
 
@@ -124,6 +126,8 @@ class Writer:
         with self.place():
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._pending.append((events, future))
+            # One writes for all: what comes while it writes goes into its next transaction, since
+            # each costs milliseconds whatever it holds.
             if self._task is None:
                 self._task = asyncio.create_task(self._write_pending())
             return await future
@@ -187,6 +191,8 @@ class Writer:
         order.sort(key=lambda answers: answers.retriever.is_detached)
         first = order[0]
         if first.retriever.is_detached:
+            # No log would keep the change: what the server says of it would be lost with its
+            # process.
             raise ChangesError("Only versions that were replaced are loaded.")
         changed = change(first)
         for answers in order[1:]:

@@ -37,6 +37,7 @@ class JsonFormatter(logging.Formatter):
         line["message"] = record.getMessage()
         if record.exc_info and record.exc_info[0] is not None:
             kind, _, frames = record.exc_info
+            # Without its message, which may hold what somebody has sent.
             line["exception"] = kind.__name__
             line["stack"] = [
                 f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
@@ -61,6 +62,7 @@ class RequestLog:
     def __call__(self, endpoint: str, status: int, version: str, seconds: float) -> None:
         """Counts and logs a request that was answered."""
         self._count(endpoint, status, version, seconds)
+        # All that failed is logged: what is rare is what a sample would miss.
         if status < 500 and random.random() >= self._share:
             return
         figures = {
@@ -75,5 +77,7 @@ class RequestLog:
 
 def use_json() -> None:
     """Writes the log of this process as JSON from now on."""
+    # The handler of absl is the only one, so that lines of libraries come in this form too.
     absl_logging.get_absl_handler().setFormatter(JsonFormatter())
+    # Whatever --verbosity says: the share is the bound on these lines.
     _LOGGER.setLevel(logging.INFO)
