@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from twotower.core import kinds as module
 from twotower.core.errors import ConfigError
 from twotower.core.kinds import Kinds, importing
 
@@ -21,6 +22,12 @@ def first(x):
 
 def second(x):
     return x
+
+
+@pytest.fixture(autouse=True)
+def no_others(monkeypatch):
+    """Registries of this test alone: a bundle writes down the kinds of every one there is."""
+    monkeypatch.setattr(module, "REGISTRIES", [])
 
 
 @pytest.fixture
